@@ -1,0 +1,51 @@
+"""Fine-tune an exported encoder on a labelled task, beside the same model from random weights and TF-IDF.
+
+python launch/finetune_glue.py runs/quickstart/hf --out runs/quickstart/finetune
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megabert import flags
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: str
+    """a folder written by launch/convert_to_hf.py"""
+    out: str = "runs/finetune"
+    """folder to write results.json and results.md to"""
+    task: Literal["movie-sentiment"] = "movie-sentiment"
+    """which labelled task; its data is fetched if it is missing"""
+    data: str = "data/glue"
+    """folder for the task's data"""
+    epochs: int = 3
+    """passes over the training examples"""
+    batch_size: int = 32
+    """examples per step"""
+    lr: float = 5e-4
+    """peak learning rate"""
+    seeds: list[int] = field(default_factory=lambda: [19])
+    """one fine-tuning each; the table shows means"""
+
+
+def main() -> None:
+    options = flags.read_flags(Options, "launch/finetune_glue.py", __doc__ or "")
+    from megabert.glue import movie_sentiment  # after the flags: torch takes seconds to load
+    from megabert.glue.report import compare, markdown
+
+    train, test = movie_sentiment.read(movie_sentiment.fetch(Path(options.data)))
+    settings = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
+    results = compare(Path(options.checkpoint), movie_sentiment.TASK, train, test, settings, options.seeds)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    table = markdown(movie_sentiment.TASK, results, len(train.texts), len(test.texts))
+    (out / "results.md").write_text(table)
+    (out / "results.json").write_text(json.dumps({"options": asdict(options), "results": results}, indent=1))
+    print(table)
+
+
+if __name__ == "__main__":
+    flags.run(main, "launch/finetune_glue.py")

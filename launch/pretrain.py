@@ -1,0 +1,54 @@
+"""Pretrain an encoder.
+
+deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json
+deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --recipe mosaicbert-base --data.train '/data/c4/train-{00000..01023}.tar'
+"""
+
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+from megabert import flags
+from megabert.config import Recipe, RecipeParser
+from megabert.training.ds_config import read_ds_config
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def prepare_quickstart_corpus(recipe: Recipe) -> None:
+    """Write the quickstart's shards if they are missing: rank 0 of the first node does, the others wait for it."""
+    if recipe.data.train != "data/quickstart/tokens" or Path(recipe.data.train, "manifest.json").is_file():
+        return
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{recipe.data.train} is missing: preparing the quickstart's corpus, a minute or two", flush=True)
+        done = subprocess.run(["bash", str(REPOSITORY / "launch" / "prepare_quickstart.sh")], check=False)
+        if done.returncode:
+            raise ValueError(f"preparing {recipe.data.train} failed with exit code {done.returncode}; see above.")
+
+
+def main() -> None:
+    parser = RecipeParser("launch/pretrain.py", __doc__ or "")
+    parser.add_argument(
+        "--ds_config",
+        default=str(REPOSITORY / "ds_configs" / "zero2.json"),
+        help="DeepSpeed's JSON: ZeRO stage, precision, offload",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher; not for you")
+    recipe, options = parser.read()
+    ds_config = read_ds_config(options.ds_config)
+    prepare_quickstart_corpus(recipe)
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    )  # else DeepSpeed probes and warns
+    logging.basicConfig(
+        level=logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING, format="%(message)s"
+    )
+    # Imported here: flags and ds_config are checked before torch and DeepSpeed take their seconds to load.
+    from megabert.training.loop import pretrain
+
+    pretrain(recipe, ds_config, options.ds_config)
+
+
+if __name__ == "__main__":
+    flags.run(main, "launch/pretrain.py")

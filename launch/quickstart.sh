@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# From nothing to a pretrained, exported and fine-tuned encoder: at most ten minutes on two CPU cores after installing.
+# Run again, it reuses what is finished; interrupted, it goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/install.sh
+source .venv/bin/activate
+export TOKENIZERS_PARALLELISM=false
+[ -e /dev/nvidiactl ] || export DS_ACCELERATOR=cpu
+run=runs/quickstart
+mkdir -p $run
+
+# Run one stage and note its time; once the summary stands, reusing costs no time worth noting.
+stage() {
+    local name=$1 began=${EPOCHREALTIME/,/.}
+    shift
+    echo "--- $name"
+    "$@"
+    [ -f $run/summary.json ] || awk -v name="$name" -v a="$began" -v b="${EPOCHREALTIME/,/.}" 'BEGIN {printf "%s\t%.2f\n", name, b - a}' >> $run/times.tsv
+}
+
+stage "corpus: docstrings of the installed packages" bash launch/prepare_quickstart.sh text
+stage "tokenizer" bash launch/prepare_quickstart.sh tokenizer
+stage "token shards" bash launch/prepare_quickstart.sh tokens
+stage "pretraining" \
+    deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json
+stage "export to Hugging Face" \
+    python launch/convert_to_hf.py $run $run/hf
+stage "fine-tuning" \
+    python launch/finetune_glue.py $run/hf --out $run/finetune
+echo "--- summary"
+python launch/summarize_quickstart.py
+cat <<TEXT
+
+Next: the paper's model, on your corpus:
+    python data_prep/write_shards.py --source CORPUS --tokenizer TOKENIZER --out data/mine --heldout 0.001
+    deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --recipe mosaicbert-base --data.train data/mine
+TEXT

@@ -1,0 +1,37 @@
+"""Show what the quickstart did, and write it to summary.json and loss.png."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabert import flags
+
+
+@dataclass(frozen=True)
+class Options:
+    run: str = "runs/quickstart"
+    """folder of the pretraining run"""
+    times: str = "runs/quickstart/times.tsv"
+    """stage and seconds of every stage that ran, one per line"""
+
+
+def main() -> None:
+    options = flags.read_flags(Options, "launch/summarize_quickstart.py", __doc__ or "")
+    from megabert.training.summary import (
+        as_text,
+        fill_masks,
+        plot_loss,
+        summarize,
+    )  # after the flags: torch is slow to load
+
+    run = Path(options.run)
+    times = [float(line.split("\t")[1]) for line in Path(options.times).read_text().splitlines()]
+    summary = summarize(run, run / "hf", run / "finetune", sum(times))
+    plot_loss(run, summary["unigram_loss"], run / "loss.png")
+    masks = fill_masks(run / "hf")
+    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(as_text(summary, run, masks))
+
+
+if __name__ == "__main__":
+    flags.run(main, "launch/summarize_quickstart.py")

@@ -1,0 +1,133 @@
+"""A checkpoint folder: its layout, its hashes, and whether it is whole. Needs no DeepSpeed.
+
+checkpoints/latest                      the tag of the newest complete checkpoint
+checkpoints/step-00000250/              complete, or not there at all
+    mp_rank_00_model_states.pt ...      DeepSpeed's files
+    streams.json                        every data stream's position
+    state.json                          counters, recipe, tokenizer, how many ranks wrote it
+    tokenizer.json  tokenizer_config.json
+    MANIFEST.json                       size and sha256 of every file above
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LATEST = "latest"
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+STREAMS = "streams.json"
+TAG = re.compile(r"step-(\d{8,})")
+TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class State:
+    """step: optimizer steps done; next_index: the first bin not yet used; recipe: as plain containers.
+
+    tokens: real tokens seen; seconds: training time so far; ds_config: as DeepSpeed got it.
+    """
+
+    step: int
+    next_index: int
+    tokens: int
+    seconds: float
+    world_size: int
+    num_streams: int
+    corpus: str
+    recipe: dict[str, Any]
+    ds_config: dict[str, Any]
+    model: dict[str, Any]
+
+    @property
+    def zero_stage(self) -> int:
+        return self.ds_config.get("zero_optimization", {}).get("stage", 0)
+
+
+def tag_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def list_tags(folder: Path) -> list[str]:
+    """The complete checkpoints of a run, newest first."""
+    if not folder.is_dir():
+        return []
+    tags = (item.name for item in folder.iterdir() if TAG.fullmatch(item.name))
+    return sorted(tags, key=lambda tag: int(TAG.fullmatch(tag)[1]), reverse=True)  # type: ignore[index]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Find one checkpoint: a tag's folder itself, or the newest of a checkpoints folder or of a run's output folder.
+
+    Raises ValueError if there is none.
+    """
+    for folder in (path, path / "checkpoints"):
+        if (folder / STATE).is_file():
+            return folder
+        if tags := list_tags(folder):
+            return folder / tags[0]
+    raise ValueError(
+        f"{path}: no checkpoint here; expected a run's folder, or one of its checkpoints/step-... folders."
+    )
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_and_sync(path: Path) -> tuple[int, str]:
+    """Size and hash of a file that is on disk when this returns."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size, digest
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's entries on disk: after this a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Every file of a checkpoint but its manifest, as sorted relative names."""
+    files = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in files if name != MANIFEST)
+
+
+def read_state(folder: Path) -> State:
+    return State(**json.loads((folder / STATE).read_text()))
+
+
+def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """File name -> (bytes, sha256). Raises ValueError if the checkpoint has no manifest: it is not complete."""
+    try:
+        raw = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError as missing:
+        raise ValueError(f"{folder}: has no {MANIFEST}: not a complete checkpoint.") from missing
+    except json.JSONDecodeError as mistake:
+        raise ValueError(f"{folder / MANIFEST}: damaged: {mistake}") from mistake
+    return {name: (size, digest) for name, (size, digest) in raw.items()}
+
+
+def check_files(folder: Path, names: list[str] | None = None) -> str | None:
+    """Compare files with the manifest. Returns what is wrong with the first bad one, or None. names: only these."""
+    manifest = read_manifest(folder)
+    for name in sorted(manifest) if names is None else names:
+        size, digest = manifest[name]
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes, expected {size}"
+        if file_hash(path) != digest:
+            return f"{path} is damaged: its hash is not the one in {MANIFEST}"
+    return None

@@ -1,0 +1,342 @@
+"""The recipe: what is trained, on what, how long. The ds_config says how it is spread over devices.
+
+Read strictly from YAML and flags: an unknown key is an error that names the nearest known one. A setting has one
+owner; what can be derived is a property. Units are in the docstrings, which --help prints.
+"""
+
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megabert.flags import Parser, nearest
+
+CHECKPOINTING = re.compile(r"none|every_layer|every_(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder."""
+
+    num_hidden_layers: int = 12
+    """layers"""
+    hidden_size: int = 768
+    """width of the residual stream, features"""
+    num_attention_heads: int = 12
+    """attention heads per layer"""
+    intermediate_size: int = 3072
+    """MLP width, features (with geglu: of each half)"""
+    position: Literal["alibi", "learned"] = "alibi"
+    """alibi: a bias of -slope * distance; learned: position embeddings"""
+    ffn: Literal["geglu", "gelu"] = "geglu"
+    """the MLP: gated, or BERT's plain one"""
+    layer_norm_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """precision of LayerNorm and the residual stream where the ds_config computes in bf16"""
+    layer_norm_eps: float = 1e-12
+    """added to the variance in LayerNorm"""
+    hidden_dropout: float = 0.1
+    """dropout on embeddings, on each block's outputs, and inside the GLU; probability"""
+    attention_dropout: float = 0.0
+    """dropout on attention weights; probability"""
+    padding: Literal["unpadded", "padded"] = "unpadded"
+    """padded really computes the padding: the baseline's way, for comparison"""
+    max_position_embeddings: int = 512
+    """rows of the position table, tokens; only position: learned has one"""
+    pad_vocab_to_multiple_of: int = 64
+    """embedding rows are the tokenizer's vocabulary rounded up to a multiple of this"""
+    initializer_range: float = 0.02
+    """standard deviation of the initial weights"""
+    gradient_checkpointing: str = "none"
+    """recompute activations in the backward pass: none, every_layer or every_K (every K-th layer)"""
+
+    def __post_init__(self):
+        if not CHECKPOINTING.fullmatch(self.gradient_checkpointing) or self.checkpoint_every < 0:
+            raise ValueError(
+                f"model.gradient_checkpointing is {self.gradient_checkpointing!r}, "
+                "expected none, every_layer or every_K with K >= 1, such as every_2."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.hidden_size is {self.hidden_size}, expected a multiple of "
+                f"model.num_attention_heads ({self.num_attention_heads})."
+            )
+        for name in ("hidden_dropout", "attention_dropout"):
+            _check_range(f"model.{name}", getattr(self, name), 0, 1, closed_below=True)
+
+    @property
+    def checkpoint_every(self) -> int:
+        """0 for none, 1 for every layer, K for every K-th."""
+        if self.gradient_checkpointing == "none":
+            return 0
+        number = self.gradient_checkpointing.removeprefix("every_")
+        return 1 if number == "layer" else int(number) or -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The shards, and how they become packed batches."""
+
+    train: str = "data/quickstart/tokens"
+    """token shards: a folder with a manifest.json, or its tar files in brace notation"""
+    heldout: str | None = None
+    """shards to evaluate on; by default the held-out split beside data.train"""
+    max_seq_len: int = 128
+    """longest piece of a document, tokens, [CLS] and [SEP] included"""
+    documents: Literal["split", "truncate"] = "split"
+    """longer documents: split evenly into pieces, or truncate to the first piece"""
+    micro_batch_tokens: int = 65_536
+    """tokens per bin: what one rank computes at once"""
+    global_batch_tokens: int | Literal["auto"] = 524_288
+    """token slots per optimizer step over all ranks; auto: micro_batch_tokens x ranks (quickstart only)"""
+    max_documents: int | Literal["auto"] = "auto"
+    """most pieces in one bin; auto: 4 x micro_batch_tokens / median piece length"""
+    num_workers: int = 2
+    """loader processes per rank, rounded down to a divisor of streams / ranks; 0: pack in the training process"""
+    max_streams: int = 192
+    """most streams that the shards are dealt to; their number is fixed for the whole run"""
+
+    def __post_init__(self):
+        if self.max_seq_len < 3:
+            raise ValueError(f"data.max_seq_len is {self.max_seq_len}, expected at least 3: [CLS], one token, [SEP].")
+        if self.micro_batch_tokens < self.max_seq_len:
+            raise ValueError(
+                f"data.micro_batch_tokens is {self.micro_batch_tokens}, expected at least "
+                f"data.max_seq_len ({self.max_seq_len})."
+            )
+        if self.global_batch_tokens != "auto" and (
+            self.global_batch_tokens < 1 or self.global_batch_tokens % self.micro_batch_tokens
+        ):
+            raise ValueError(
+                f"data.global_batch_tokens is {self.global_batch_tokens}, expected a multiple of "
+                f"data.micro_batch_tokens ({self.micro_batch_tokens})."
+            )
+        if self.num_workers < 0 or self.max_streams < 1:
+            raise ValueError(
+                f"data.num_workers is {self.num_workers} and data.max_streams {self.max_streams}, "
+                "expected at least 0 and 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """Masked language modelling: 80 % of the chosen tokens become [MASK], 10 % a random one, 10 % stay."""
+
+    mlm_probability: float = 0.3
+    """share of maskable tokens to predict in training"""
+    eval_mlm_probability: float = 0.15
+    """the same in evaluation"""
+
+    def __post_init__(self):
+        _check_range("masking.mlm_probability", self.mlm_probability, 0, 1)
+        _check_range("masking.eval_mlm_probability", self.eval_mlm_probability, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 5e-4
+    """peak learning rate"""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """decay rates of AdamW's two moments"""
+    eps: float = 1e-6
+    """added to AdamW's denominator"""
+    weight_decay: float = 0.01
+    """torch's convention: each step multiplies weights by 1 - lr * weight_decay"""
+    decay_norms_and_biases: bool = False
+    """whether biases and LayerNorm weights decay too"""
+    max_grad_norm: float = 1.0
+    """clip the gradient to this norm; 0: never"""
+    warmup: float = 0.06
+    """share of the run that warms up linearly from 0"""
+    final_lr: float = 0.02
+    """learning rate at the end of the linear decay, as a share of the peak"""
+
+    def __post_init__(self):
+        _check_range("optimizer.warmup", self.warmup, 0, 1, closed_below=True)
+        _check_range("optimizer.final_lr", self.final_lr, 0, 1, closed_below=True, closed_above=True)
+        if self.lr <= 0:
+            raise ValueError(f"optimizer.lr is {self.lr}, expected more than 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, where to, and what to report."""
+
+    output_dir: str = "runs/default"
+    """folder for checkpoints, TensorBoard and run.json"""
+    max_steps: int | None = None
+    """length of the run, optimizer steps; give this or max_tokens"""
+    max_tokens: int | None = None
+    """length of the run, token slots"""
+    seed: int = 17
+    """seed of the weights, the data order, the masks and the dropout"""
+    log_every_steps: int = 10
+    """steps between two lines of the log"""
+    eval_every_steps: int = 2000
+    """steps between two evaluations; one more comes at the end"""
+    eval_tokens: int = 1_048_576
+    """token slots of held-out text to evaluate on, at most"""
+    save_every_steps: int = 3500
+    """steps between two checkpoints; one more comes at the end"""
+    keep_checkpoints: int = 2
+    """checkpoints to keep, the latest ones"""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint of output_dir, if any; none: start anew; or a checkpoint's folder"""
+    ops: Literal["auto", "torch", "fused"] = "auto"
+    """kernels: the fastest that work here, plain PyTorch, or the fused ones or nothing"""
+
+    def __post_init__(self):
+        if self.max_steps is not None and self.max_tokens is not None:
+            raise ValueError(
+                f"run.max_steps is {self.max_steps} and run.max_tokens {self.max_tokens}, expected only one of them."
+            )
+        for name in ("max_steps", "max_tokens", "log_every_steps", "eval_every_steps", "save_every_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"run.{name} is {value}, expected at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that a run's result depends on, beside the corpus and the ds_config's precision."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        if self.run.max_steps is None and self.run.max_tokens is None:
+            raise ValueError("the recipe does not say how long to train: set run.max_steps or run.max_tokens.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for YAML or JSON."""
+        return _plain(dataclasses.asdict(self))
+
+
+def batches_per_step(recipe: Recipe, world_size: int) -> int:
+    """Give G, the micro-batches of one optimizer step over all ranks. Raises ValueError if the ranks can't share them."""
+    data = recipe.data
+    if data.global_batch_tokens == "auto":
+        return world_size
+    total = data.global_batch_tokens // data.micro_batch_tokens
+    if total % world_size:
+        raise ValueError(
+            f"data.global_batch_tokens {data.global_batch_tokens} is {total} micro-batches of {data.micro_batch_tokens} "
+            f"tokens, which {world_size} ranks cannot share evenly. Choose a global_batch_tokens that is a multiple of "
+            f"{world_size} x {data.micro_batch_tokens} = {world_size * data.micro_batch_tokens}, or another number of ranks."
+        )
+    return total
+
+
+def total_steps(recipe: Recipe, step_batches: int) -> int:
+    """Give the optimizer steps of the whole run, at least 1."""
+    if recipe.run.max_steps is not None:
+        return recipe.run.max_steps
+    assert recipe.run.max_tokens is not None, "RunConfig has one or the other"
+    return max(1, recipe.run.max_tokens // (step_batches * recipe.data.micro_batch_tokens))
+
+
+def recipe_names() -> list[str]:
+    """List the recipes that come with the package."""
+    folder = resources.files("megabert") / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """Find a recipe by the name of one of ours, or by path. Raises ValueError naming the known ones."""
+    if name in recipe_names():
+        return Path(str(resources.files("megabert") / "recipes" / f"{name}.yaml"))
+    if Path(name).is_file():
+        return Path(name)
+    raise ValueError(
+        f"recipe {name!r} is neither a file nor one of: {', '.join(recipe_names())}.{nearest(name, recipe_names())}"
+    )
+
+
+class RecipeParser(Parser):
+    """Flags over a recipe over the defaults; a user's mistake is one line on stderr and exit code 2."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog, description)
+        self.add_argument("--recipe", default="quickstart", help=f"one of {', '.join(recipe_names())}, or a YAML file")
+        self.add_class_arguments(Recipe)
+
+    def read(self, argv: list[str] | None = None) -> tuple[Recipe, Any]:
+        """Parse flags and the recipe they name. Returns the recipe and the other flags. Exits with 2 on mistakes."""
+        argv = sys.argv[1:] if argv is None else argv
+        name = _value_of("--recipe", argv) or self.get_defaults()["recipe"]
+        try:
+            path = recipe_path(name)
+            settings = _flatten(read_yaml(path, self.known_keys()))
+            for flag, other in (("max_steps", "max_tokens"), ("max_tokens", "max_steps")):
+                if _value_of(f"--run.{flag}", argv):  # a flag for one length replaces the recipe's other
+                    settings.pop(f"run.{other}", None)
+            self.set_defaults(settings)
+            namespace = self.parse_args(argv)
+            recipe = self.instantiate(namespace)
+        except ValueError as mistake:
+            self.error(str(mistake))
+        parts = {part.name: recipe.pop(part.name) for part in dataclasses.fields(Recipe)}
+        try:
+            return Recipe(**parts), recipe
+        except ValueError as mistake:
+            self.error(str(mistake))
+
+
+def read_yaml(path: Path, known: list[str]) -> dict[str, Any]:
+    """Read a recipe file. Raises ValueError for a key that is not among the dotted `known` ones, naming the nearest."""
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as mistake:
+        raise ValueError(f"{path}: not valid YAML: {mistake}") from mistake
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: holds a {type(settings).__name__}, expected keys such as model: and data:.")
+    for key in _flatten(settings):
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
+    return settings
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    """Read one flag ahead of the rest: --flag value or --flag=value."""
+    for index, word in enumerate(argv):
+        if word == flag and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+    return None
+
+
+def _check_range(
+    name: str, value: float, low: float, high: float, *, closed_below: bool = False, closed_above: bool = False
+) -> None:
+    above = value >= low if closed_below else value > low
+    below = value <= high if closed_above else value < high
+    if not (above and below):
+        interval = f"{'[' if closed_below else '('}{low}, {high}{']' if closed_above else ')'}"
+        raise ValueError(f"{name} is {value}, expected a number in {interval}.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

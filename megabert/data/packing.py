@@ -1,0 +1,107 @@
+"""Documents to pieces, and pieces to bins of exactly T tokens. Pure: arrays in, arrays out.
+
+Bins, not rows: with attention that knows where documents end, a row has no meaning. A piece goes into a bin whole.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+SPECIALS_PER_PIECE = 2  # [CLS] and [SEP]
+
+
+class Pieces(NamedTuple):
+    """document: (n,) index of each piece's document; start, size: (n,) its raw tokens there, specials not counted."""
+
+    document: np.ndarray
+    start: np.ndarray
+    size: np.ndarray
+
+
+def cut(lengths: np.ndarray, max_seq_len: int, truncate: bool) -> Pieces:
+    """Cut documents into pieces that fit max_seq_len with their specials, evenly: 300 of at most 126 -> 100, 100, 100.
+
+    lengths: (documents,) raw tokens. With truncate, each document's first max_seq_len - 2 tokens only.
+    Empty documents have no piece.
+    """
+    room = max_seq_len - SPECIALS_PER_PIECE
+    lengths = lengths.astype(np.int64)
+    if truncate:
+        lengths = np.minimum(lengths, room)
+    counts = -(-lengths // room)  # pieces of each document
+    document = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(document)) - np.repeat(counts.cumsum() - counts, counts)  # within its document
+    short, longer = lengths[document] // counts[document], lengths[document] % counts[document]
+    size = short + (number < longer)
+    start = number * short + np.minimum(number, longer)
+    return Pieces(document, start, size)
+
+
+def choose(lengths: np.ndarray, capacity: int, max_pieces: int, max_seq_len: int) -> np.ndarray:
+    """Choose the pieces of one bin from those waiting: the oldest first, then what fills the end best.
+
+    lengths: (n,) of the waiting pieces in order of arrival, specials counted, each at most max_seq_len.
+    capacity: T. max_pieces: D_max; the filler of ceil(free / max_seq_len) sequences counts against it.
+    Returns indices into lengths, ascending. Nothing waits longer than the look-ahead holds bins, since the
+    oldest always go first.
+    """
+    ends = lengths.cumsum()
+    number = np.arange(1, len(lengths) + 1)
+    allowed = number - (-(capacity - ends) // max_seq_len) <= max_pieces
+    # Leave between one and two longest pieces free, so that the end can be filled with the two that fit it best.
+    head = int(np.searchsorted(ends, capacity - max_seq_len, side="right"))
+    head = min(head, int(allowed.argmin()) if not allowed.all() else len(lengths))
+    free = capacity - (int(ends[head - 1]) if head else 0)
+    chosen = list(range(head))
+    rest = lengths[head:]
+    places, first = np.unique(rest, return_index=True)  # the oldest piece of each length
+    taken: list[int] = []
+    while free > 0 and len(places):
+        slots = max_pieces - len(chosen) - len(taken)
+        if slots < 1:
+            break
+        pick = _best_two(places, first, rest, free) if slots >= 2 else _best_one(places, first, free)
+        filled = int(rest[pick].sum())
+        fits = len(chosen) + len(taken) + len(pick) - (-(free - filled) // max_seq_len) <= max_pieces
+        if not pick or not fits:
+            break
+        taken += pick
+        free -= filled
+        left = np.ones(len(rest), dtype=bool)
+        left[taken] = False
+        remaining = left.nonzero()[0]
+        places, where = np.unique(rest[remaining], return_index=True)
+        first = remaining[where]
+    return np.array(chosen + sorted(head + index for index in taken), dtype=np.int64)
+
+
+def _best_one(values: np.ndarray, first: np.ndarray, free: int) -> list[int]:
+    """The longest piece of at most `free` tokens."""
+    place = int(np.searchsorted(values, free, side="right"))
+    return [int(first[place - 1])] if place else []
+
+
+def _best_two(values: np.ndarray, first: np.ndarray, rest: np.ndarray, free: int) -> list[int]:
+    """The one or two pieces whose sum comes closest to `free` from below.
+
+    values: (k,) the distinct lengths, ascending; first: (k,) the oldest piece of each; rest: all lengths.
+    """
+    one = _best_one(values, first, free)
+    if not one:
+        return []
+    partner = np.searchsorted(values, free - values, side="right") - 1  # (k,) the longest that fits beside each
+    sums = np.where(partner >= 0, values + values[np.maximum(partner, 0)], -1)
+    best = int(sums.argmax())
+    if sums[best] <= rest[one[0]]:
+        return one
+    a, b = int(first[best]), int(first[partner[best]])
+    if a != b:
+        return [a, b]
+    twins = np.flatnonzero(rest == values[best])  # both of one length: the second is the next oldest
+    return [int(twins[0]), int(twins[1])] if len(twins) > 1 else one
+
+
+def filler_lengths(free: int, max_seq_len: int) -> np.ndarray:
+    """Cut the free end of a bin into sequences of [PAD] of at most max_seq_len tokens each."""
+    full, rest = divmod(free, max_seq_len)
+    return np.array([max_seq_len] * full + ([rest] if rest else []), dtype=np.int64)

@@ -1,0 +1,112 @@
+"""What one sample of a shard is: its keys, its dtypes, how it is written and read. The only definition.
+
+A shard is a plain webdataset tar. One sample is a *chunk* of many documents, because a tar member per document
+costs more than the document. There are two kinds:
+
+    tokens: {key}.tokens.npy   uint16 or uint32, all documents end to end, raw ids without special tokens
+            {key}.lengths.npy  int32, tokens of each document
+    text:   {key}.jsonl        one {"text": ...} per line, UTF-8
+"""
+
+import io
+import json
+import tarfile
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Kind = Literal["tokens", "text"]
+
+TOKENS_KEY = "tokens.npy"
+LENGTHS_KEY = "lengths.npy"
+TEXT_KEY = "jsonl"
+
+# Most tokens of a chunk: 256 KiB of uint16, so that a read is long enough for a disk or an object store
+# and a loader worker holds only a few.
+MAX_CHUNK_TOKENS = 131_072
+
+
+class TokenChunk(NamedTuple):
+    """tokens: (total,) uint16 or uint32; lengths: (documents,) int32 that sum to total."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Give the smallest dtype that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def encode_tokens(chunk: TokenChunk) -> dict[str, bytes]:
+    return {TOKENS_KEY: _npy(chunk.tokens), LENGTHS_KEY: _npy(chunk.lengths.astype(np.int32))}
+
+
+def decode_tokens(sample: dict[str, bytes], where: str) -> TokenChunk:
+    """Read a token chunk. `where` names it in errors. Raises ValueError if it is not one."""
+    for key in (TOKENS_KEY, LENGTHS_KEY):
+        if key not in sample:
+            raise ValueError(f"{where}: has {sorted(sample)}, expected a member .{key}. Is this a token shard?")
+    tokens, lengths = (_read_npy(sample[key], f"{where}.{key}") for key in (TOKENS_KEY, LENGTHS_KEY))
+    if tokens.dtype not in (np.uint16, np.uint32) or tokens.ndim != 1:
+        raise ValueError(
+            f"{where}.{TOKENS_KEY}: holds {tokens.dtype} of shape {tokens.shape}, expected flat uint16 or uint32. "
+            "Write it again with data_prep/write_shards.py."
+        )
+    if lengths.dtype != np.int32 or lengths.ndim != 1 or lengths.sum(dtype=np.int64) != len(tokens):
+        raise ValueError(
+            f"{where}.{LENGTHS_KEY}: {lengths.dtype} lengths sum to {lengths.sum(dtype=np.int64)}, expected int32 that "
+            f"sum to the chunk's {len(tokens)} tokens. Write it again with data_prep/write_shards.py."
+        )
+    return TokenChunk(tokens, lengths)
+
+
+def encode_text(documents: list[str]) -> dict[str, bytes]:
+    lines = (json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
+    return {TEXT_KEY: "".join(lines).encode()}
+
+
+def decode_text(sample: dict[str, bytes], where: str) -> list[str]:
+    """Read a text chunk. Raises ValueError if it is not one."""
+    if TEXT_KEY not in sample:
+        raise ValueError(f"{where}: has {sorted(sample)}, expected a member .{TEXT_KEY}. Is this a text shard?")
+    try:
+        return [json.loads(line)["text"] for line in sample[TEXT_KEY].splitlines()]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as mistake:
+        raise ValueError(f"{where}.{TEXT_KEY}: not one {{'text': ...}} per line: {mistake!r}") from mistake
+
+
+def write_sample(tar: tarfile.TarFile, key: str, sample: dict[str, bytes]) -> None:
+    """Append one sample; the same bytes for the same content, on any machine."""
+    for extension, data in sample.items():
+        member = tarfile.TarInfo(f"{key}.{extension}")
+        member.size = len(data)
+        member.mode = 0o644
+        tar.addfile(member, io.BytesIO(data))
+
+
+def read_sample(data: bytes, where: str) -> dict[str, bytes]:
+    """Read one sample from the bytes of its tar members. Names never become paths. Raises ValueError if damaged."""
+    sample: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                if file is not None:
+                    sample[member.name.partition(".")[2]] = file.read()
+    except tarfile.TarError as mistake:
+        raise ValueError(f"{where}: damaged: {mistake}. Check the shard with data_prep/check_shards.py.") from mistake
+    return sample
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _read_npy(data: bytes, where: str) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as mistake:
+        raise ValueError(f"{where}: not a plain .npy array: {mistake}") from mistake

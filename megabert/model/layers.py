@@ -1,0 +1,253 @@
+"""The encoder, from token ids to hidden states, on (T,) tokens without padding.
+
+The letters of every shape in this package:
+T tokens in a bin, B documents, S longest document or padded length, H heads, D head size, E hidden size,
+F MLP width, V vocabulary, M masked tokens.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import PLANNERS, Attend, alibi_slopes
+from .configuration_megabert import MegaBertConfig
+from .ops import TORCH_OPS, MaskedLoss, Ops
+from .padding import Sequences, as_rows, row_slots
+
+
+class Module(nn.Module):
+    """A module that computes through `ops`, which set_ops() may replace in a whole model."""
+
+    ops: Ops = TORCH_OPS
+
+    def __init__(self, config: MegaBertConfig):
+        super().__init__()
+        self.config = config
+        self.low_precision = config.layer_norm_dtype == "bfloat16"
+
+    def dropout_p(self, probability: float) -> float:
+        return probability if self.training else 0.0
+
+
+class Norm(Module):
+    """LayerNorm over the hidden size, in the precision that the config says."""
+
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.layer_norm(x, self.weight, self.bias, self.config.layer_norm_eps, self.low_precision)
+
+
+class Embeddings(Module):
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        # No padding_idx: filler is masked out of the loss and of attention, so its row gets no gradient anyway.
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if config.position == "learned":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.norm = Norm(config)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """All ids (T,); types default to 0; positions count from 0 in each document. Returns (T, E)."""
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        ids = [input_ids, token_type_ids]
+        tables = [self.word_embeddings.weight, self.token_type_embeddings.weight]
+        if self.config.position == "learned":
+            assert position_ids is not None, "learned positions need position_ids"
+            ids.append(position_ids)
+            tables.append(self.position_embeddings.weight)
+        return self.ops.embed_layer_norm(
+            ids,
+            tables,
+            self.norm.weight,
+            self.norm.bias,
+            eps=self.config.layer_norm_eps,
+            dropout_p=self.dropout_p(self.config.hidden_dropout_prob),
+            low_precision=self.low_precision,
+        )
+
+
+class AddNorm(Norm):
+    """LayerNorm(dropout(x) + residual)."""
+
+    def __init__(self, config: MegaBertConfig, dropout: float):
+        super().__init__(config)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        return self.ops.add_layer_norm(
+            x,
+            residual,
+            self.weight,
+            self.bias,
+            eps=self.config.layer_norm_eps,
+            dropout_p=self.dropout_p(self.dropout),
+            low_precision=self.low_precision,
+        )
+
+
+class Attention(Module):
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
+        """hidden (T, E) -> (T, E), or only those `rows` of it."""
+        shape = (-1, 3, self.config.num_attention_heads, self.config.head_dim)
+        mixed = attend(self.qkv(hidden).view(shape), self.dropout_p(self.config.attention_probs_dropout_prob))
+        mixed = mixed.reshape(-1, self.config.hidden_size)  # (T, E)
+        return self.out(mixed if rows is None else mixed.index_select(0, rows))
+
+
+class GatedMlp(Module):
+    """MosaicBERT's: no bias on the way up, dropout on the gated product (none after the way down)."""
+
+    dropout_after = 0.0
+
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(self.ops.geglu(self.up(hidden), self.dropout_p(self.config.hidden_dropout_prob)))
+
+
+class Mlp(Module):
+    """BERT's: its dropout comes after the way down, in the AddNorm that follows."""
+
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(hidden)))
+
+
+class Block(Module):
+    """One post-LN layer: attention, add and norm, MLP, add and norm."""
+
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        gated = config.ffn == "geglu"
+        self.attention = Attention(config)
+        self.attention_norm = AddNorm(config, config.hidden_dropout_prob)
+        self.mlp = GatedMlp(config) if gated else Mlp(config)
+        self.mlp_norm = AddNorm(config, 0.0 if gated else config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """hidden (T, E) -> (T, E). With rows (M,), everything after attention is computed for those tokens only."""
+        mixed = self.attention(hidden, attend, rows)
+        residual = hidden if rows is None else hidden.index_select(0, rows)
+        hidden = self.attention_norm(mixed, residual)
+        return self.mlp_norm(self.mlp(hidden), hidden)
+
+
+class Encoder(Module):
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.checkpoint_every = 0  # recompute every k-th layer's activations in the backward pass; 0: none
+
+    def forward(
+        self, hidden: Tensor, sequences: Sequences, rows: Tensor | None = None, every_layer: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Encode hidden (T, E).
+
+        rows: (M,) tokens wanted at the end; None means all. Returns the last hidden states, (M, E) or (T, E),
+        and, with every_layer, the (T, E) before each layer and at the end.
+        """
+        if self.config.padding == "padded":
+            return self._forward_padded(hidden, sequences, rows, every_layer)
+        attend = self._plan(sequences, hidden.device)
+        last = len(self.layers) - 1
+        states = []
+        for index, layer in enumerate(self.layers):
+            states.append(hidden)
+            hidden = self._run(index, layer, hidden, attend, rows if index == last and not every_layer else None)
+        states.append(hidden)
+        if rows is not None and (every_layer or last < 0):
+            hidden = hidden.index_select(0, rows)
+        return hidden, states if every_layer else []
+
+    def _plan(self, sequences: Sequences, device: torch.device) -> Attend:
+        slopes = None
+        if self.config.position == "alibi":
+            slopes = alibi_slopes(self.config.num_attention_heads).to(device)
+        planner = self.ops.attention or PLANNERS[self.config._attn_implementation or "sdpa"]
+        return planner(sequences, slopes, self.config.head_dim)
+
+    def _run(self, index: int, layer: nn.Module, hidden: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
+        if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
+            return checkpoint(layer, hidden, attend, rows, use_reentrant=False)  # type: ignore[return-value]
+        return layer(hidden, attend, rows)
+
+    def _forward_padded(
+        self, hidden: Tensor, sequences: Sequences, rows: Tensor | None, every_layer: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Compute every slot of (B, S), as an encoder without unpadding must; then pick the real tokens."""
+        padded = as_rows(sequences)
+        slots = row_slots(sequences)
+        num_slots = (len(padded.cu_seqlens) - 1) * padded.max_seqlen
+        hidden = hidden.new_zeros((num_slots, hidden.shape[-1])).index_copy(0, slots, hidden)
+        attend = self._plan(padded, hidden.device)
+        states = []
+        for index, layer in enumerate(self.layers):
+            states.append(hidden.index_select(0, slots))
+            hidden = self._run(index, layer, hidden, attend, None)
+        hidden = hidden.index_select(0, slots)
+        states.append(hidden)
+        hidden = hidden if rows is None else hidden.index_select(0, rows)
+        return hidden, states if every_layer else []
+
+
+class MlmTransform(Module):
+    """dense, GELU, LayerNorm: what BERT does to a hidden state before the decoder."""
+
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = Norm(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(nn.functional.gelu(self.dense(hidden)))
+
+
+class Decoder(Module):
+    """Hidden states to the vocabulary; its weight is the word embedding's."""
+
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | MaskedLoss:
+        """hidden (M, E) -> logits (M, V), or with labels (M,) the loss without keeping the logits."""
+        if labels is None:
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        return self.ops.masked_cross_entropy(hidden, self.weight, self.bias, labels)
+
+
+class Pooler(Module):
+    """dense and tanh on each document's first token."""
+
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first: Tensor) -> Tensor:
+        return torch.tanh(self.dense(first))
+
+
+def set_ops(model: nn.Module, ops: Ops) -> None:
+    """Make every part of the model compute through `ops`."""
+    for module in model.modules():
+        if isinstance(module, Module):
+            module.ops = ops

@@ -1,0 +1,368 @@
+"""MegaBert and its heads, for transformers' callers (padded rows) and for our own trainers (packed tokens).
+
+A caller who passes cu_seqlens speaks packed: every tensor is (T, ...). Everyone else speaks (B, S) with an
+attention_mask; those rows are unpadded at the door and padded again on the way out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+from .configuration_megabert import MegaBertConfig
+from .layers import Decoder, Embeddings, Encoder, MlmTransform, Norm, Pooler
+from .ops import IGNORE_INDEX, MaskedLoss
+from .padding import Sequences, repad, unpad
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch on its way through the encoder: T real tokens, and how to give (B, S) back.
+
+    indices: (T,) place of each token in the rows, or None for a packed batch.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    token_type_ids: Tensor | None
+    sequences: Sequences
+    indices: Tensor | None = None
+    shape: tuple[int, int] = (0, 0)
+
+    def pick(self, values: Tensor) -> Tensor:
+        """(B, S) labels or the like -> (T,)."""
+        return values if self.indices is None else values.flatten()[self.indices]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(T, ...) -> (B, S, ...), or unchanged for a packed batch."""
+        return values if self.indices is None else repad(values, self.indices, *self.shape)
+
+
+def positions_within(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Count from 0 in each document. [0, 3, 5] -> [0, 1, 2, 0, 1]."""
+    token = torch.arange(num_tokens, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens.long(), token, right=True) - 1
+    return token - cu_seqlens.long()[document]
+
+
+def read_tokens(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> Tokens:
+    """Bring either kind of call to (T,) tokens. Raises ValueError for ids that are not (T,) or (B, S)."""
+    if cu_seqlens is not None:
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        if position_ids is None:
+            position_ids = positions_within(cu_seqlens, len(input_ids))
+        return Tokens(input_ids, position_ids, token_type_ids, Sequences(cu_seqlens, max_seqlen))
+    if input_ids.dim() != 2:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}, expected (batch, length), or (tokens,) with cu_seqlens."
+        )
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    indices, sequences = unpad(attention_mask)
+
+    def flatten(ids: Tensor | None) -> Tensor | None:
+        return None if ids is None else ids.expand_as(input_ids).flatten()[indices]
+
+    positions = flatten(position_ids)
+    if positions is None:  # BERT counts slots, not tokens: a row padded on the left starts later
+        positions = indices % input_ids.shape[1]
+    flat_ids = input_ids.flatten()[indices]
+    return Tokens(flat_ids, positions, flatten(token_type_ids), sequences, indices, tuple(input_ids.shape))
+
+
+class MegaBertPreTrainedModel(PreTrainedModel):
+    config_class = MegaBertConfig
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _no_split_modules = ["Block", "Embeddings"]  # noqa: RUF012 (transformers reads it as a class attribute)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """BERT's: weights from N(0, initializer_range), biases 0, LayerNorm 1 and 0."""
+        if isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
+            nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, Norm):
+            nn.init.ones_(module.weight)
+        if isinstance(module, (nn.Linear, Decoder, Norm)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class MegaBertModel(MegaBertPreTrainedModel):
+    """Embeddings and encoder, and optionally the pooler."""
+
+    def __init__(self, config: MegaBertConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.pooler = Pooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    def encode(
+        self, tokens: Tokens, rows: Tensor | None = None, every_layer: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states of `tokens`, (T, E), or of the chosen rows (M,) only; and with every_layer all before."""
+        hidden = self.embeddings(tokens.input_ids, tokens.token_type_ids, tokens.position_ids)
+        return self.encoder(hidden, tokens.sequences, rows, every_layer)
+
+    def pool(self, hidden: Tensor, sequences: Sequences) -> Tensor:
+        """The pooled first token of each document, (B, E). hidden: (T, E)."""
+        assert self.pooler is not None, "this model was built without a pooler"
+        return self.pooler(hidden.index_select(0, sequences.cu_seqlens[:-1].long()))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling | tuple:
+        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen)
+        every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
+        hidden, states = self.encode(tokens, every_layer=every_layer)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=tokens.spread(hidden),
+            pooler_output=None if self.pooler is None else self.pool(hidden, tokens.sequences),
+            hidden_states=tuple(tokens.spread(state) for state in states) if every_layer else None,
+        )
+        return _as_asked(output, return_dict, self.config)
+
+
+class MegaBertForMaskedLM(MegaBertPreTrainedModel):
+    _tied_weights_keys = {"decoder.weight": "bert.embeddings.word_embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.bert = MegaBertModel(config, add_pooling_layer=False)
+        self.transform = MlmTransform(config)
+        self.decoder = Decoder(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> Decoder:
+        return self.decoder
+
+    def set_output_embeddings(self, value: Decoder) -> None:
+        self.decoder = value
+
+    def masked_loss(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        masked_positions: Tensor,
+        masked_labels: Tensor,
+    ) -> MaskedLoss:
+        """The training path: the last layer, the head and the loss on masked tokens only.
+
+        input_ids, position_ids: (T,); cu_seqlens: (B + 1,); masked_positions: (M,) into T;
+        masked_labels: (M,), IGNORE_INDEX where a place is unused. Returns sums, not means.
+        """
+        tokens = Tokens(input_ids, position_ids, None, Sequences(cu_seqlens, max_seqlen))
+        hidden, _ = self.bert.encode(tokens, rows=masked_positions.long())
+        return self.decoder(self.transform(hidden), masked_labels)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        masked_positions: Tensor | None = None,
+        masked_labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput | MaskedLoss | tuple:
+        """transformers' masked language model; with masked_positions, masked_loss()."""
+        if masked_positions is not None:
+            return self.masked_loss(input_ids, position_ids, cu_seqlens, max_seqlen, masked_positions, masked_labels)
+        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen)
+        every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
+        hidden, states = self.bert.encode(tokens, every_layer=every_layer)
+        logits = self.decoder(self.transform(hidden))  # (T, V)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.float(), tokens.pick(labels).long(), ignore_index=IGNORE_INDEX)
+        output = MaskedLMOutput(
+            loss=loss,
+            logits=tokens.spread(logits),
+            hidden_states=tuple(tokens.spread(state) for state in states) if every_layer else None,
+        )
+        return _as_asked(output, return_dict, self.config)
+
+
+class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
+    """One label per document; with num_labels 1 a regression."""
+
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = MegaBertModel(config)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput | tuple:
+        """labels: (B,) integers, floats for a regression, or (B, num_labels) for several at once."""
+        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen)
+        every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
+        first = None if every_layer else tokens.sequences.cu_seqlens[:-1].long()
+        hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
+        if every_layer:
+            hidden = hidden.index_select(0, tokens.sequences.cu_seqlens[:-1].long())
+        assert self.bert.pooler is not None, "a classifier has a pooler"
+        logits = self.classifier(self.dropout(self.bert.pooler(hidden)))  # (B, num_labels)
+        output = SequenceClassifierOutput(
+            loss=None if labels is None else _classification_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=tuple(tokens.spread(state) for state in states) if every_layer else None,
+        )
+        return _as_asked(output, return_dict, self.config)
+
+
+class MegaBertForTokenClassification(MegaBertPreTrainedModel):
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = MegaBertModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput | tuple:
+        """labels: (B, S), IGNORE_INDEX where none."""
+        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, None, None)
+        every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
+        hidden, states = self.bert.encode(tokens, every_layer=every_layer)
+        logits = self.classifier(self.dropout(hidden))  # (T, num_labels)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.float(), tokens.pick(labels).long(), ignore_index=IGNORE_INDEX)
+        output = TokenClassifierOutput(
+            loss=loss,
+            logits=tokens.spread(logits),
+            hidden_states=tuple(tokens.spread(state) for state in states) if every_layer else None,
+        )
+        return _as_asked(output, return_dict, self.config)
+
+
+class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.bert = MegaBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput | tuple:
+        """start_positions, end_positions: (B,) slots; those outside the row are ignored, as in BERT."""
+        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, None, None)
+        every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
+        hidden, states = self.bert.encode(tokens, every_layer=every_layer)
+        start, end = tokens.spread(self.qa_outputs(hidden)).unbind(dim=-1)  # (B, S) each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            length = start.shape[1]
+            losses = [
+                F.cross_entropy(scores.float(), place.clamp(0, length), ignore_index=length)
+                for scores, place in ((start, start_positions), (end, end_positions))
+            ]
+            loss = (losses[0] + losses[1]) / 2
+        output = QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start,
+            end_logits=end,
+            hidden_states=tuple(tokens.spread(state) for state in states) if every_layer else None,
+        )
+        return _as_asked(output, return_dict, self.config)
+
+
+def _classifier_dropout(config: MegaBertConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+def _classification_loss(logits: Tensor, labels: Tensor, config: MegaBertConfig) -> Tensor:
+    """transformers' rule: problem_type if set, else by num_labels and the labels' dtype."""
+    kind = config.problem_type
+    if kind is None:
+        integers = not labels.is_floating_point()
+        kind = "regression" if config.num_labels == 1 else "single" if integers else "multi"
+    if kind == "regression":
+        return F.mse_loss(logits.float().squeeze(), labels.float().squeeze())
+    if kind.startswith("single"):
+        return F.cross_entropy(logits.float(), labels.view(-1).long())
+    return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+
+
+def _wanted(asked: bool | None, default: bool) -> bool:
+    return default if asked is None else asked
+
+
+def _as_asked(output, return_dict: bool | None, config: MegaBertConfig):
+    """transformers callers may ask for a tuple."""
+    return output if _wanted(return_dict, getattr(config, "return_dict", True)) else output.to_tuple()

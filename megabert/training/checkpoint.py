@@ -1,0 +1,166 @@
+"""Save and resume: engine state, stream positions and counters, complete or not at all.
+
+DeepSpeed's own saving is not atomic and writes `latest` before all ranks are done; so it saves under a temporary name,
+and the checkpoint appears by one rename when every file of it is hashed and on disk.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed
+
+from megabert import checkpoint_format as layout
+from megabert.checkpoint_format import State
+from megabert.config import Recipe
+from megabert.data.shards import TOKENIZER, write_atomically
+from megabert.data.stream import Position
+
+log = logging.getLogger(__name__)
+
+# Settings that may differ between a run and its continuation: they change what is reported and where, not what is learnt.
+FREE_TO_CHANGE = {
+    "data.train", "data.heldout", "data.num_workers", "run.output_dir", "run.log_every_steps", "run.eval_every_steps",
+    "run.eval_tokens", "run.save_every_steps", "run.keep_checkpoints", "run.resume", "run.ops",
+}  # fmt: skip
+
+
+def save(
+    engine: deepspeed.DeepSpeedEngine,
+    folder: Path,
+    state: State,
+    positions: dict[int, Position],
+    tokenizer_folder: Path,
+    keep: int,
+) -> Path:
+    """Write a checkpoint; every rank calls this. positions: of this rank's streams. Returns its folder."""
+    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    tag = layout.tag_of(state.step)
+    temporary, final = folder / f"{layout.TEMPORARY}{tag}", folder / tag
+    if rank == 0:
+        for leftover in (*folder.glob(f"{layout.TEMPORARY}*"), final):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    deepspeed.comm.barrier()
+    engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)  # ends in a barrier
+    merged = _gather({stream: position.to_json() for stream, position in positions.items()})
+    if rank == 0:
+        _write_json(temporary / layout.STREAMS, {stream: merged[stream] for stream in sorted(merged)})
+        _write_json(temporary / layout.STATE, vars(state))
+        for name in (TOKENIZER, "tokenizer_config.json"):
+            if (tokenizer_folder / name).is_file():
+                shutil.copyfile(tokenizer_folder / name, temporary / name)
+    deepspeed.comm.barrier()
+    mine = layout.files_of(temporary)[rank::world_size]
+    hashes = _gather({name: layout.hash_and_sync(temporary / name) for name in mine})
+    if rank == 0:
+        _write_json(temporary / layout.MANIFEST, {name: hashes[name] for name in sorted(hashes)})
+        layout.hash_and_sync(temporary / layout.MANIFEST)
+        layout.sync_folder(temporary)
+        os.rename(temporary, final)
+        write_atomically(folder / layout.LATEST, tag.encode())
+        layout.sync_folder(folder)
+        for old in layout.list_tags(folder)[keep:]:
+            # Renamed first: a checkpoint that is half deleted must not look like one.
+            doomed = folder / f"{layout.TEMPORARY}{old}"
+            os.rename(folder / old, doomed)
+            shutil.rmtree(doomed)
+    deepspeed.comm.barrier()
+    return final
+
+
+def find(recipe: Recipe, folder: Path) -> Path | None:
+    """Decide where to resume from, by run.resume; every rank calls this and gets the same answer.
+
+    auto falls back to the previous checkpoint where the newest is damaged, and says so. Raises ValueError for a named
+    checkpoint that is not there or not whole, and when there are checkpoints but none is whole.
+    """
+    wish = recipe.run.resume
+    if wish == "none":
+        return None
+    if wish != "auto":
+        named = layout.find_checkpoint(Path(wish))
+        if problem := _check_together(named):
+            raise ValueError(f"{named}: cannot resume from it: {problem}. Name another one, or use run.resume auto.")
+        return named
+    tags = layout.list_tags(folder)
+    for tag in tags:
+        problem = _check_together(folder / tag)
+        if problem is None:
+            return folder / tag
+        log.warning("checkpoint %s is damaged and passed over: %s", tag, problem)
+    if tags:
+        raise ValueError(
+            f"{folder}: none of its {len(tags)} checkpoints is whole. Remove them to start anew, or use run.resume none."
+        )
+    return None
+
+
+def check_same_run(path: Path, state: State, recipe: Recipe, corpus: str, stage: int, world_size: int) -> None:
+    """Raise ValueError unless this run continues that checkpoint's."""
+    ours, theirs = _flat(recipe.to_dict()), _flat(state.recipe)
+    different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    different = [key for key in different if key not in FREE_TO_CHANGE]
+    if different:
+        changes = "; ".join(f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}" for key in different)
+        raise ValueError(
+            f"{path}: was written by another recipe: {changes}. Restore that, choose another run.output_dir, "
+            "or start anew with run.resume none."
+        )
+    if state.corpus != corpus:
+        raise ValueError(
+            f"{path}: was trained on corpus {state.corpus[:12]}, but data.train is {corpus[:12]}. "
+            "Put that corpus back, or choose another run.output_dir."
+        )
+    if state.zero_stage != stage:
+        raise ValueError(
+            f"{path}: was written at ZeRO stage {state.zero_stage}, this is stage {stage}. Use that stage."
+        )
+    if state.world_size != world_size and stage > 0:
+        raise ValueError(
+            f"{path}: was written by {state.world_size} ranks at ZeRO stage {stage}, these are {world_size}. "
+            f"Use {state.world_size} ranks."
+        )
+
+
+def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> dict[int, Position]:
+    """Restore the engine from a checkpoint. Returns every stream's position. Raises ValueError if DeepSpeed cannot."""
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise ValueError(f"{path}: DeepSpeed found nothing to load there.")
+    raw = json.loads((path / layout.STREAMS).read_text())
+    return {int(stream): Position.from_json(position) for stream, position in raw.items()}
+
+
+def _check_together(path: Path) -> str | None:
+    """Check a checkpoint's files, each rank a share. Returns the first problem that any rank found."""
+    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    try:
+        names = sorted(layout.read_manifest(path))
+        problem = layout.check_files(path, names[rank::world_size])
+    except ValueError as mistake:
+        problem = str(mistake)
+    problems = _gather({} if problem is None else {rank: problem})
+    return problems[min(problems)] if problems else None
+
+
+def _gather(mine: dict) -> dict:
+    """Merge every rank's dict."""
+    parts: list[Any] = [None] * deepspeed.comm.get_world_size()
+    torch.distributed.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,101 @@
+"""The ds_config: read it, refuse what DeepSpeed would silently ignore, and fill in what the recipe owns.
+
+Pure: knows no DeepSpeed and no device. ds_configs/README.md tells the user what belongs where.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megabert.flags import nearest
+
+# Every top-level key that DeepSpeed 0.19.8 reads (its runtime/config.py). It ignores all others without a word:
+# "zero_optimisation" trains at stage 0.
+KNOWN_KEYS = frozenset(
+    """
+    activation_checkpointing aio bf16 checkpoint comms_logger communication_data_type compile csv_monitor data_efficiency
+    data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state expert_parallel
+    flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor
+    hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline prescale_gradients scheduler
+    seq_parallel_communication_data_type steps_per_print tensor_parallel tensorboard timers torch_autocast
+    train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown wandb
+    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    """.split()
+)
+
+# The recipe's, under our names: where a user changes them instead.
+OWNED_BY_RECIPE = {
+    "train_batch_size": "data.global_batch_tokens / data.micro_batch_tokens",
+    "train_micro_batch_size_per_gpu": "always 1: one DeepSpeed sample is one bin of data.micro_batch_tokens",
+    "gradient_accumulation_steps": "data.global_batch_tokens, data.micro_batch_tokens and the number of ranks",
+    "gradient_clipping": "optimizer.max_grad_norm",
+}
+REFUSED = {
+    "optimizer": "the recipe's optimizer section",
+    "scheduler": "the recipe's optimizer.warmup and optimizer.final_lr",
+}
+
+
+def read_ds_config(path: str | Path) -> dict[str, Any]:
+    """Read a ds_config. Raises ValueError for a file that is missing, not JSON, or sets a key that nothing reads."""
+    try:
+        raw = json.loads(Path(path).read_text(), object_pairs_hook=_without_duplicates)
+    except FileNotFoundError as missing:
+        raise ValueError(
+            f"{path}: no such ds_config; --ds_config names a file such as ds_configs/zero2.json."
+        ) from missing
+    except json.JSONDecodeError as mistake:
+        raise ValueError(f"{path}: not valid JSON: {mistake}") from mistake
+    for key in raw:
+        if key not in KNOWN_KEYS:
+            raise ValueError(f"{path}: DeepSpeed knows no top-level key {key!r}.{nearest(key, sorted(KNOWN_KEYS))}")
+    return raw
+
+
+def fill(
+    raw: dict[str, Any], path: str | Path, *, accumulation: int, max_grad_norm: float, world_size: int, fast_bf16: bool
+) -> dict[str, Any]:
+    """Give the ds_config that DeepSpeed gets: `raw` with the recipe's values where absent or "auto".
+
+    accumulation: micro-batches per rank and step. fast_bf16: whether this device multiplies bf16 natively, which is
+    what torch_autocast.enabled "auto" asks. Raises ValueError where raw contradicts the recipe or asks what is unsafe.
+    """
+    for key, owner in REFUSED.items():
+        if raw.get(key, "auto") != "auto":
+            raise ValueError(f"{path}: sets {key!r}, which MegaBERT takes from {owner}. Remove it from the ds_config.")
+    ours = {
+        "train_batch_size": accumulation * world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+    }
+    for key, value in ours.items():
+        if raw.get(key, "auto") not in ("auto", value):
+            raise ValueError(
+                f"{path}: sets {key} to {raw[key]}, but the recipe makes it {value} ({OWNED_BY_RECIPE[key]}). "
+                "Remove it from the ds_config, or change the recipe."
+            )
+    filled = {key: value for key, value in raw.items() if key not in REFUSED} | ours
+    autocast = dict(filled.get("torch_autocast", {"enabled": False}))
+    if autocast.get("enabled") == "auto":
+        autocast["enabled"] = fast_bf16
+    filled["torch_autocast"] = autocast
+    stage = filled.get("zero_optimization", {}).get("stage", 0)
+    if stage == 0 and filled.get("bf16", {}).get("enabled"):
+        raise ValueError(
+            f"{path}: bf16.enabled at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed 0.19.8. "
+            "Use torch_autocast with dtype bfloat16, or stage 1."
+        )
+    if filled.get("fp16", {}).get("enabled"):
+        raise ValueError(f"{path}: fp16 is not supported; use torch_autocast with dtype bfloat16.")
+    return filled
+
+
+def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"ds_config: the key {key!r} stands twice.")
+        found[key] = value
+    return found

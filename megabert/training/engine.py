@@ -1,0 +1,138 @@
+"""From a recipe to a DeepSpeed engine: process group, device, model, parameter groups, schedule.
+
+The only file beside kernels/resolve.py that asks what device this is.
+"""
+
+import logging
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from megabert.config import ModelConfig, OptimizerConfig, Recipe
+from megabert.data.shards import TokenizerInfo
+from megabert.kernels.resolve import resolve
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.layers import set_ops
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
+
+log = logging.getLogger(__name__)
+
+# A rank waits this long for the others: while rank 0 prepares the quickstart's corpus, nothing moves for a minute or two.
+# A rank that dies is noticed at once all the same, by its closed connection.
+TIMEOUT = timedelta(minutes=30)
+
+
+def start_process() -> tuple[int, int]:
+    """Join the process group, from whatever launched this process. Returns (rank, world size).
+
+    Understands the deepspeed launcher, torchrun and srun; alone, a process is rank 0 of 1.
+    """
+    # DeepSpeed would compile this operation, which training does not use, for over a minute at every first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    if "SLURM_STEP_ID" in os.environ:  # inside srun; the batch script's own shell has SLURM_PROCID too
+        for ours, theirs in slurm.items():
+            os.environ.setdefault(ours, os.environ[theirs])
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()) if os.environ["WORLD_SIZE"] == "1" else "29500")
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    return deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def training_device() -> torch.device:
+    """The accelerator of this rank."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device(accelerator.current_device_name())
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 natively. On a CPU that does not, bf16 is several times slower than fp32."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return get_accelerator().is_bf16_supported()
+
+
+def model_config(config: ModelConfig, tokenizer: TokenizerInfo) -> MegaBertConfig:
+    """The architecture for one tokenizer: its vocabulary, rounded up."""
+    multiple = config.pad_vocab_to_multiple_of
+    return MegaBertConfig(
+        vocab_size=-(-tokenizer.vocab_size // multiple) * multiple,
+        pad_token_id=tokenizer.special_ids["pad"],
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=config.max_position_embeddings,
+        position=config.position,
+        ffn=config.ffn,
+        layer_norm_dtype=config.layer_norm_dtype,
+        layer_norm_eps=config.layer_norm_eps,
+        hidden_dropout_prob=config.hidden_dropout,
+        attention_probs_dropout_prob=config.attention_dropout,
+        initializer_range=config.initializer_range,
+        padding=config.padding,
+    )
+
+
+def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device) -> MegaBertForMaskedLM:
+    """The model with its initial weights: the same for one seed, on any rank and any device."""
+    torch.manual_seed(recipe.run.seed)
+    model = MegaBertForMaskedLM(model_config(recipe.model, tokenizer))
+    model.bert.encoder.checkpoint_every = recipe.model.checkpoint_every
+    set_ops(model, resolve(recipe.run.ops, device))
+    return model
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Two groups: with and without weight decay. Every parameter lands in exactly one."""
+    decays = {True: [], False: []}
+    for parameter in model.parameters():
+        decays[config.decay_norms_and_biases or parameter.dim() > 1].append(parameter)
+    assert sum(map(len, decays.values())) == len(list(model.parameters())), "each parameter is in one group"
+    groups = [
+        {"params": decays[True], "weight_decay": config.weight_decay},
+        {"params": decays[False], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def lr_factor(step: int, total: int, config: OptimizerConfig) -> float:
+    """The learning rate of optimizer step `step` (from 0) as a share of the peak: linear up, then linear down."""
+    warmup = round(config.warmup * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = (total - step) / max(1, total - warmup)
+    return config.final_lr + (1 - config.final_lr) * max(0.0, left)
+
+
+def build_engine(
+    model: nn.Module, recipe: Recipe, ds_config: dict[str, Any], total_steps: int
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap the model for training under the filled ds_config."""
+    config = recipe.optimizer
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, config))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+    return engine

@@ -1,0 +1,114 @@
+"""What a run reports: one line for people, TensorBoard for curves, metrics.jsonl for programs. Rank 0 only.
+
+tokens_per_s   real tokens of all ranks per second, specials counted, filler not, evaluation and saving left out
+fill           real tokens / token slots
+loader_wait    share of the step's time that this rank waited for data
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+class Meter:
+    """Adds up what happens between two lines of the log. Every rank has one; it keeps time and counts."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss_sum, num_correct, num_targets
+        self.tokens = 0
+        self.slots = 0
+        self.steps = 0
+        self.waited = 0.0
+        self.paused = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, output: tuple[torch.Tensor, ...], tokens: int, slots: int) -> None:
+        """One micro-batch. Stays on the device: nothing waits for it here."""
+        self.sums += torch.stack([part.detach().double() for part in output])
+        self.tokens += tokens
+        self.slots += slots
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started - self.paused
+
+    def reset(self) -> None:
+        self.sums.zero_()
+        self.tokens = self.slots = self.steps = 0
+        self.waited = self.paused = 0.0
+        self.started = time.perf_counter()
+
+
+class Reporter:
+    """Rank 0's voice: a progress bar on a terminal, plain lines elsewhere, and two files."""
+
+    def __init__(self, folder: Path, total_steps: int, step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.total = total_steps
+        self.path = folder / METRICS
+        _forget_after(self.path, step)
+        self.file = open(self.path, "a")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, desc="pretraining")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One point of every curve, and one line."""
+        self.record(step, values)
+        eta = _duration((self.total - step) * values["seconds_per_step"])
+        line = f"loss {values['loss']:.3f}  lr {values['lr']:.2e}  {values['tokens_per_s']:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.n = step
+            self.bar.set_postfix_str(line)
+        else:
+            print(f"step {step}/{self.total}  {line}  left {eta}", flush=True)
+
+    def say(self, message: str) -> None:
+        """A line of its own, above the bar."""
+        if self.bar is not None:
+            self.bar.write(message, file=sys.stderr)
+        else:
+            print(message, flush=True)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.board.close()
+        self.file.close()
+        if self.bar is not None:
+            self.bar.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop records of steps that a resumed run will do again."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(temporary, path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,50 @@
+"""Install metadata. Tool settings live in pyproject.toml, exact versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megabert/__init__.py").read_text())[1]
+
+setup(
+    name="megabert",
+    version=VERSION,
+    description="Pretrain BERT-style encoders: MosaicBERT, and BERT as its baseline, under DeepSpeed",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megabert*", "data_prep"]),
+    package_data={"megabert": ["recipes/*.yaml"]},
+    install_requires=[
+        "braceexpand",
+        "deepspeed>=0.19.8,<0.20",
+        "docstring-parser",
+        "fsspec",
+        "jsonargparse>=4.49",
+        "matplotlib",
+        "ninja",
+        "numpy>=2",
+        "packaging",
+        "protobuf",
+        "pyyaml",
+        "safetensors",
+        "scikit-learn",
+        "sentencepiece",
+        "tensorboard",
+        "tokenizers>=0.21",
+        "torch>=2.8",
+        "tqdm",
+        "transformers>=4.50",
+        "webdataset>=1.0",
+        "zstandard",
+    ],
+    extras_require={
+        # flash-attn builds against the torch that is there: launch/install_gpu.sh installs it in the right order.
+        "cuda": ["flash-attn>=2.4"],
+        "kernels": ["triton==3.7.1"],
+        "dev": ["hypothesis", "pyrefly", "pytest", "ruff"],
+    },
+)

@@ -1,0 +1,125 @@
+"""What the tests share: a small real corpus, its tokenizer and shards, and small recipes on them."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from data_prep import train_tokenizer, write_shards
+from data_prep.sources import docstrings
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+VOCAB_SIZE = 800
+
+# A model and a batch that take milliseconds; two micro-batches a step, so that 1 and 2 ranks can share them.
+TINY = [
+    "--model.num_hidden_layers=2",
+    "--model.hidden_size=32",
+    "--model.num_attention_heads=2",
+    "--model.intermediate_size=48",
+    "--data.max_seq_len=32",
+    "--data.micro_batch_tokens=256",
+    "--data.global_batch_tokens=512",
+    "--data.num_workers=0",
+    "--run.eval_tokens=768",
+    "--run.log_every_steps=1",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needs = {"gpu": 1, "multi_gpu": 2}
+    for item in items:
+        for mark, count in needs.items():
+            if item.get_closest_marker(mark) and torch.cuda.device_count() < count:
+                item.add_marker(
+                    pytest.mark.skip(reason=f"needs {count} GPU, this machine has {torch.cuda.device_count()}")
+                )
+
+
+class Corpus(NamedTuple):
+    """jsonl: the documents; tokenizer, tokens: folders; texts: the documents themselves."""
+
+    jsonl: Path
+    tokenizer: Path
+    tokens: Path
+    texts: list[str]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Docstrings of a part of PyTorch: real text, the same wherever these versions are installed."""
+    found: list[str] = []
+    for package in ("torch.nn.modules", "torch.optim"):
+        spec = find_spec(package)
+        assert spec is not None
+        folder = Path(str(spec.submodule_search_locations[0]))  # type: ignore[index]
+        found += [text for path in sorted(folder.glob("*.py")) for text in docstrings(path) if len(text) >= 80]
+    return sorted(set(found))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Corpus:
+    """The documents as .jsonl, a tokenizer learnt from them, and token shards with a held-out part."""
+    folder = tmp_path_factory.mktemp("corpus")
+    jsonl = folder / "corpus.jsonl"
+    jsonl.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer, tokens = folder / "tokenizer", folder / "tokens"
+    train_tokenizer.main([f"--source={jsonl}", f"--out={tokenizer}", f"--vocab_size={VOCAB_SIZE}"])
+    write_shards.main(
+        [f"--source={jsonl}", f"--tokenizer={tokenizer}", f"--out={tokens}", "--heldout=0.1", "--chunk_tokens=2048"]
+    )
+    return Corpus(jsonl, tokenizer, tokens, texts)
+
+
+class Finished(NamedTuple):
+    code: int
+    output: str
+
+
+def run_command(command: list[str], timeout_s: float = 300, **environment: str) -> Finished:
+    """Run a command from the repository's root; its output is stdout and stderr together."""
+    env = (
+        os.environ
+        | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        | environment
+    )
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s,
+        check=False,
+    )  # fmt: skip
+    return Finished(done.returncode, done.stdout)
+
+
+def pretrain_command(corpus: Corpus, out: Path, *more: str, ranks: int = 1, ds_config: str = "zero2") -> list[str]:
+    """The user's command on the tiny recipe; with one rank without the launcher, which saves seconds."""
+    launcher = (
+        [sys.executable] if ranks == 1 else ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    )
+    return [
+        *launcher,
+        "launch/pretrain.py",
+        f"--ds_config=ds_configs/{ds_config}.json",
+        f"--data.train={corpus.tokens}",
+        f"--run.output_dir={out}",
+        *TINY,
+        *more,
+    ]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Everything that a push must pass: format, lint, types, tests. Makes the environment if it is missing.
+#     bash tests/run.sh             all of it
+#     bash tests/run.sh -k stream   only pytest, with these arguments
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/install.sh dev
+source .venv/bin/activate
+export DS_ACCELERATOR=cpu TOKENIZERS_PARALLELISM=false
+if [ $# -eq 0 ]; then
+    ruff format --check .
+    ruff check .
+    pyrefly check
+fi
+pytest "$@"
