@@ -41,7 +41,7 @@ def choose(lengths: np.ndarray, capacity: int, max_pieces: int, max_seq_len: int
     """Choose the pieces of one bin from those waiting: the oldest first, then what fills the end best.
 
     lengths: (n,) of the waiting pieces in order of arrival, specials counted, each at most max_seq_len.
-    capacity: T. max_pieces: D_max; the filler of ceil(free / max_seq_len) sequences counts against it.
+    capacity: T, at least max_seq_len. max_pieces: D_max, more than T / max_seq_len; the filler of ceil(free / max_seq_len) sequences counts against it.
     Returns indices into lengths, ascending. Nothing waits longer than the look-ahead holds bins, since the
     oldest always go first.
     """
@@ -51,6 +51,7 @@ def choose(lengths: np.ndarray, capacity: int, max_pieces: int, max_seq_len: int
     # Leave between one and two longest pieces free, so that the end can be filled with the two that fit it best.
     head = int(np.searchsorted(ends, capacity - max_seq_len, side="right"))
     head = min(head, int(allowed.argmin()) if not allowed.all() else len(lengths))
+    head = min(max(head, 1), len(lengths))  # the oldest always goes: nothing starves
     free = capacity - (int(ends[head - 1]) if head else 0)
     chosen = list(range(head))
     rest = lengths[head:]

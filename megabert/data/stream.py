@@ -96,6 +96,14 @@ class StreamConfig:
     seed: int
     num_streams: int
 
+    def __post_init__(self):
+        least = -(-self.bin_tokens // self.max_seq_len) + 1
+        if self.max_documents < least:
+            raise ValueError(
+                f"data.max_documents is {self.max_documents}, expected at least {least}: "
+                f"{self.bin_tokens} tokens in pieces of at most {self.max_seq_len}, and one more."
+            )
+
 
 class LoadedChunk(NamedTuple):
     """The pieces of one chunk. start, size: (n,) raw tokens of each piece within tokens."""
