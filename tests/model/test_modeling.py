@@ -1,0 +1,316 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from megabert.model.attention import alibi_slopes
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.modeling_megabert import (
+    MegaBertForMaskedLM,
+    MegaBertForQuestionAnswering,
+    MegaBertForSequenceClassification,
+    MegaBertForTokenClassification,
+    MegaBertModel,
+)
+from megabert.model.ops import MaskedLoss
+
+spec = importlib.util.spec_from_file_location("reference", Path(__file__).with_name("reference.py"))
+assert spec is not None
+assert spec.loader is not None
+reference = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reference)
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "hidden_dropout_prob": 0.0,
+}
+LENGTHS = (1, 7, 12, 7, 2)
+
+
+def small_model(cls=MegaBertForMaskedLM, **changes):
+    """A model in fp64 whose every parameter, biases too, is random."""
+    model = cls(MegaBertConfig(**(SMALL | changes))).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return model
+
+
+def documents(lengths=LENGTHS) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(5, SMALL["vocab_size"], (length,), generator=generator) for length in lengths]
+
+
+def packed(parts: list[torch.Tensor]) -> dict:
+    bounds = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0).int()
+    return {"input_ids": torch.cat(parts), "cu_seqlens": bounds, "max_seqlen": max(map(len, parts))}
+
+
+def padded(parts: list[torch.Tensor]) -> dict:
+    rows = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
+    return {"input_ids": rows, "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [
+        ({}, 137_400_384),
+        (
+            {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096},
+            435_221_312,
+        ),
+        ({"vocab_size": 30_522, "position": "learned", "ffn": "gelu"}, 109_514_298),
+        (
+            {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
+            | {"vocab_size": 30_522, "position": "learned", "ffn": "gelu"},
+            335_174_458,
+        ),
+    ],
+    ids=["mosaicbert-base", "mosaicbert-large", "bert-base", "bert-large"],
+)
+def test_parameter_counts_are_the_published_ones(changes, parameters):
+    with torch.device("meta"):
+        model = MegaBertForMaskedLM(MegaBertConfig(**changes))
+    model.tie_weights()
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("num_heads", [4, 8, 12, 16])
+def test_alibi_slopes(num_heads):
+    assert alibi_slopes(num_heads).tolist() == pytest.approx(reference.slopes(num_heads), rel=1e-7)
+    if num_heads == 12:  # the published values
+        assert alibi_slopes(12)[8:].tolist() == pytest.approx([0.70710678, 0.35355339, 0.1767767, 0.08838835], rel=1e-7)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("num_heads", [3, 4])
+def test_mosaicbert_equals_the_papers_equations(attention, num_heads):
+    model = small_model(num_attention_heads=num_heads).eval()
+    model.config._attn_implementation = attention
+    parts = documents()
+    with torch.no_grad():
+        got = model(**packed(parts)).logits.split([len(part) for part in parts])
+        for part, rows in zip(parts, got, strict=True):
+            expected = reference.logits(dict(model.state_dict()), part, 2, num_heads)
+            torch.testing.assert_close(rows, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("padding", ["unpadded", "padded"])
+@pytest.mark.parametrize("changes", [{}, {"position": "learned", "ffn": "gelu"}], ids=["mosaicbert", "bert"])
+def test_packing_is_invisible(attention, padding, changes):
+    """A document's states are the same alone, anywhere in a bin, in a padded batch, and with the padding computed."""
+    model = small_model(MegaBertModel, padding=padding, **changes).eval()
+    model.config._attn_implementation = attention
+    parts = documents()
+    with torch.no_grad():
+        alone = [model(part[None]).last_hidden_state[0] for part in parts]
+        together = model(**packed(parts)).last_hidden_state.split([len(part) for part in parts])
+        turned = model(**packed(parts[::-1])).last_hidden_state.split([len(part) for part in parts[::-1]])[::-1]
+        rows = model(**padded(parts)).last_hidden_state
+    for index, part in enumerate(parts):
+        for other in (together[index], turned[index], rows[index, : len(part)]):
+            torch.testing.assert_close(other, alone[index], rtol=0, atol=1e-12)
+    assert not rows[0, len(parts[0]) :].any()
+
+
+def test_empty_documents_are_legal():
+    model = small_model().eval()
+    inputs = packed(documents())
+    end = inputs["cu_seqlens"][-1:]
+    longer = inputs | {"cu_seqlens": torch.cat([inputs["cu_seqlens"], end, end])}
+    with torch.no_grad():
+        for attention in ("eager", "sdpa"):
+            model.config._attn_implementation = attention
+            torch.testing.assert_close(model(**longer).logits, model(**inputs).logits, rtol=0, atol=1e-14)
+
+
+def test_masked_rows_give_the_loss_and_gradients_of_all_rows():
+    """Computing the last layer and the head on masked tokens only changes nothing."""
+    inputs = packed(documents())
+    positions = torch.tensor([0, 3, 9, 20, 0, 0], dtype=torch.int32)
+    labels = torch.tensor([11, 12, 13, 14, -100, -100], dtype=torch.int32)
+    sparse, dense = small_model(), small_model()
+    got = sparse.masked_loss(
+        inputs["input_ids"], torch.zeros(0), inputs["cu_seqlens"], inputs["max_seqlen"], positions, labels
+    )
+    assert isinstance(got, MaskedLoss)
+    got.loss_sum.backward()
+    every = torch.full_like(inputs["input_ids"], -100)
+    every[positions[:4].long()] = labels[:4].long()
+    output = dense(**inputs, labels=every)
+    (output.loss * 4).backward()
+    torch.testing.assert_close(got.loss_sum, output.loss * 4, rtol=0, atol=1e-10)
+    assert int(got.num_targets) == 4
+    for (name, a), b in zip(sparse.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-10, msg=name)
+
+
+def hf_bert(model: MegaBertForMaskedLM) -> BertForMaskedLM:
+    """transformers' BERT with our weights."""
+    config = BertConfig(
+        vocab_size=SMALL["vocab_size"],
+        hidden_size=SMALL["hidden_size"],
+        num_hidden_layers=SMALL["num_hidden_layers"],
+        num_attention_heads=SMALL["num_attention_heads"],
+        intermediate_size=SMALL["intermediate_size"],
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    theirs = BertForMaskedLM(config).double()
+    ours = model.state_dict()
+    names = {
+        "bert.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
+        "bert.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
+        "bert.embeddings.token_type_embeddings.weight": "bert.embeddings.token_type_embeddings.weight",
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "decoder.bias",
+        "cls.predictions.bias": "decoder.bias",
+    }
+    pairs = {
+        "bert.embeddings.LayerNorm": "bert.embeddings.norm",
+        "cls.predictions.transform.dense": "transform.dense",
+        "cls.predictions.transform.LayerNorm": "transform.norm",
+    }
+    for layer in range(SMALL["num_hidden_layers"]):
+        a, b = f"bert.encoder.layer.{layer}.", f"bert.encoder.layers.{layer}."
+        pairs |= {
+            a + "attention.output.dense": b + "attention.out",
+            a + "attention.output.LayerNorm": b + "attention_norm",
+            a + "intermediate.dense": b + "mlp.up",
+            a + "output.dense": b + "mlp.down",
+            a + "output.LayerNorm": b + "mlp_norm",
+        }
+    for a, b in pairs.items():
+        names |= {f"{a}.{kind}": f"{b}.{kind}" for kind in ("weight", "bias")}
+    state = {name: ours[source] for name, source in names.items()}
+    for layer in range(SMALL["num_hidden_layers"]):
+        for kind in ("weight", "bias"):
+            parts = ours[f"bert.encoder.layers.{layer}.attention.qkv.{kind}"].chunk(3)
+            for name, part in zip(("query", "key", "value"), parts, strict=True):
+                state[f"bert.encoder.layer.{layer}.attention.self.{name}.{kind}"] = part
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all("position_ids" in name for name in missing)
+    return theirs
+
+
+@pytest.mark.parametrize("padding", ["unpadded", "padded"])
+def test_bert_equals_transformers_bert(padding):
+    """Logits, loss and every gradient, on a padded batch (fp64)."""
+    ours = small_model(position="learned", ffn="gelu", padding=padding)
+    theirs = hf_bert(ours)
+    inputs = padded(documents())
+    labels = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
+    got, expected = ours(**inputs, labels=labels), theirs(**inputs, labels=labels)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got.logits[real], expected.logits[real], rtol=0, atol=1e-10)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=0, atol=1e-10)
+    got.loss.backward()
+    expected.loss.backward()
+    grads = dict(theirs.named_parameters())
+    for layer in range(2):
+        name = f"bert.encoder.layer.{layer}.attention.self."
+        stacked = torch.cat([grads[f"{name}{part}.weight"].grad for part in ("query", "key", "value")])
+        mine = ours.bert.encoder.layers[layer].attention.qkv.weight.grad
+        torch.testing.assert_close(mine, stacked, rtol=0, atol=1e-10)
+    for name, other in (
+        ("bert.embeddings.word_embeddings.weight", "bert.embeddings.word_embeddings.weight"),
+        ("bert.embeddings.position_embeddings.weight", "bert.embeddings.position_embeddings.weight"),
+        ("bert.encoder.layers.0.mlp.up.weight", "bert.encoder.layer.0.intermediate.dense.weight"),
+        ("bert.encoder.layers.1.mlp_norm.bias", "bert.encoder.layer.1.output.LayerNorm.bias"),
+        ("decoder.bias", "cls.predictions.bias"),
+    ):
+        torch.testing.assert_close(dict(ours.named_parameters())[name].grad, grads[other].grad, rtol=0, atol=1e-10)
+
+
+def test_every_head_runs_on_padded_rows():
+    inputs = padded(documents())
+    batch, length = inputs["input_ids"].shape
+    classes = torch.arange(batch) % 3
+    classifier = small_model(MegaBertForSequenceClassification, num_labels=3)
+    output = classifier(**inputs, labels=classes)
+    assert output.logits.shape == (batch, 3)
+    expected = torch.nn.functional.cross_entropy(output.logits.float(), classes)
+    torch.testing.assert_close(output.loss, expected)
+    assert small_model(MegaBertForSequenceClassification, num_labels=1)(
+        **inputs, labels=torch.rand(batch)
+    ).loss.isfinite()
+    several = classifier(**inputs, labels=torch.eye(3)[classes])
+    assert several.loss.isfinite()
+    tokens = small_model(MegaBertForTokenClassification, num_labels=4)
+    labels = torch.where(inputs["attention_mask"].bool(), 1, -100)
+    output = tokens(**inputs, labels=labels)
+    assert output.logits.shape == (batch, length, 4)
+    assert output.loss.isfinite()
+    answers = small_model(MegaBertForQuestionAnswering)
+    output = answers(**inputs, start_positions=torch.zeros(batch, dtype=int), end_positions=torch.full((batch,), 99))
+    assert output.start_logits.shape == (batch, length)
+    assert not small_model(MegaBertModel).eval()(**inputs).pooler_output.isnan().any()
+
+
+def test_packed_classification_equals_padded():
+    model = small_model(MegaBertForSequenceClassification, num_labels=3).eval()
+    parts = documents()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**packed(parts)).logits, model(**padded(parts)).logits, rtol=0, atol=1e-12)
+
+
+def test_hidden_states_and_tuples_on_request():
+    model = small_model().eval()
+    inputs = padded(documents())
+    with torch.no_grad():
+        output = model(**inputs, output_hidden_states=True)
+        plain = model(**inputs, return_dict=False)
+    assert len(output.hidden_states) == SMALL["num_hidden_layers"] + 1
+    torch.testing.assert_close(plain[0], output.logits)
+    deeper = small_model(padding="padded").eval()(**inputs, output_hidden_states=True)
+    for a, b in zip(output.hidden_states, deeper.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    inputs = padded(documents())
+    plain, saving = small_model(), small_model()
+    saving.bert.encoder.checkpoint_every = 1
+    for model in (plain, saving):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("low_precision", [True, False])
+def test_residual_stream_dtype_under_autocast(low_precision):
+    """Low-precision LayerNorm keeps the residual stream in bf16; otherwise it is fp32."""
+    dtype = "bfloat16" if low_precision else "float32"
+    model = MegaBertModel(MegaBertConfig(**SMALL, layer_norm_dtype=dtype)).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        states = model(**packed(documents()), output_hidden_states=True).hidden_states
+    assert {state.dtype for state in states} == {torch.bfloat16 if low_precision else torch.float32}
+
+
+def test_dropout_only_while_training():
+    model = small_model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    inputs = padded(documents())
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+        model.train()
+        assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def test_wrong_settings_and_shapes_are_refused():
+    with pytest.raises(ValueError, match="position is 'rope', expected one of alibi, learned"):
+        MegaBertConfig(position="rope")
+    with pytest.raises(ValueError, match="hidden_size 768 is not a multiple of num_attention_heads 7"):
+        MegaBertConfig(num_attention_heads=7)
+    with pytest.raises(ValueError, match=r"input_ids has shape \(5,\), expected \(batch, length\)"):
+        small_model()(torch.arange(5))

@@ -1,0 +1,127 @@
+"""Imports run one way. The allowed directions, from DESIGN: config <- data; model <- kernels; all of them <- training <- launch."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Which parts of the project each part may import, beside itself.
+ALLOWED = {
+    "megabert": set(),
+    "megabert.flags": set(),
+    "megabert.config": {"megabert.flags"},
+    "megabert.checkpoint_format": set(),
+    "megabert.data": set(),
+    "megabert.model": set(),
+    "megabert.kernels": {"megabert.model"},
+    "megabert.training": {
+        "megabert.checkpoint_format",
+        "megabert.config",
+        "megabert.data",
+        "megabert.flags",
+        "megabert.kernels",
+        "megabert.model",
+    },
+    "megabert.glue": {"megabert.convert", "megabert.data", "megabert.flags", "megabert.kernels", "megabert.model"},
+    "megabert.convert": {"megabert.checkpoint_format", "megabert.data", "megabert.flags", "megabert.model"},
+    "data_prep": {"megabert.data", "megabert.flags"},
+    "launch": {
+        "data_prep",
+        "megabert.config",
+        "megabert.convert",
+        "megabert.flags",
+        "megabert.glue",
+        "megabert.training",
+    },
+}
+DATA_PREP_MAY_READ = {"megabert.data.sample_format", "megabert.data.shards"}
+
+
+def part_of(module: str) -> str:
+    """megabert.data.stream -> megabert.data; data_prep.sources -> data_prep."""
+    return ".".join(module.split(".")[:2]) if module.startswith("megabert.") else module.split(".")[0]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for folder in ("megabert", "data_prep", "launch"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+            found[name] = path
+    return found
+
+
+def imports_of(module: str, path: Path) -> set[str]:
+    """Every module of ours that a file imports, anywhere in it."""
+    ours = modules()
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*module.split(".")[: -node.level], *([base] if base else [])])
+            found |= {name if (name := f"{base}.{alias.name}") in ours else base for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("megabert", "data_prep", "launch")}
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_run_one_way(module):
+    mine = part_of(module)
+    for imported in imports_of(module, modules()[module]):
+        theirs = part_of(imported)
+        assert theirs in ALLOWED[mine] | {mine, "megabert"}, f"{module} imports {imported}"
+        if mine == "data_prep" and theirs == "megabert.data":
+            assert imported in DATA_PREP_MAY_READ, f"{module} imports {imported}"
+
+
+def test_no_circles():
+    graph = {name: imports_of(name, path) & modules().keys() for name, path in modules().items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"circle: {' -> '.join([*trail[trail.index(name) :], name])}"
+        if name not in done:
+            for other in graph[name] - {name}:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "megabert/model").glob("*.py")), ids=lambda path: path.name)
+def test_the_model_folder_can_be_shipped_as_it_is(path):
+    """Exported folders carry it: only one-dot imports of its own, and only torch and transformers from elsewhere."""
+    allowed = {
+        "torch",
+        "transformers",
+        "flash_attn",
+        "functools",
+        "itertools",
+        "math",
+        "collections",
+        "dataclasses",
+        "typing",
+    }
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1 or (node.module or "").split(".")[0] in allowed
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "launch").glob("*.py")), ids=lambda path: path.name)
+def test_launchers_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 80
+
+
+def test_nothing_but_two_files_asks_what_device_this_is():
+    for name, path in modules().items():
+        if name not in ("megabert.training.engine", "megabert.kernels.resolve") and name.startswith("megabert"):
+            text = path.read_text()
+            assert "cuda.is_available" not in text, name
+            assert "get_accelerator" not in text, name

@@ -1,0 +1,87 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from megabert.training.ds_config import KNOWN_KEYS, fill, read_ds_config
+
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+FILLED = {"accumulation": 2, "max_grad_norm": 1.0, "world_size": 4, "fast_bf16": True}
+
+
+def test_the_ds_configs_differ_only_in_zero_optimization():
+    rest = {}
+    for path in FOLDER.glob("*.json"):
+        raw = read_ds_config(path)
+        zero = raw.pop("zero_optimization")
+        assert path.stem.startswith(f"zero{zero['stage']}")
+        rest[path.stem] = raw
+    assert set(rest) >= {"zero0", "zero1", "zero2", "zero3", "zero2_offload"}
+    assert len({json.dumps(raw, sort_keys=True) for raw in rest.values()}) == 1
+
+
+def test_deepspeed_reads_every_key_that_we_call_known():
+    """If DeepSpeed drops or renames a key, its sources no longer spell it."""
+    import deepspeed
+
+    root = Path(deepspeed.__file__).parent
+    folders = [root / name for name in ("runtime", "monitor", "profiling", "comm", "module_inject", "utils", "moe")]
+    text = "".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
+    missing = {key for key in KNOWN_KEYS if f'"{key}"' not in text and f"'{key}'" not in text}
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"zero_optimisation": {"stage": 2}}',
+            "no top-level key 'zero_optimisation'. Did you mean zero_optimization?",
+        ),
+        ('{"steps_per_print": 1, "steps_per_print": 2}', "the key 'steps_per_print' stands twice"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_wrong_ds_config_is_refused(tmp_path, text, message):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_ds_config(path)
+
+
+def test_a_missing_ds_config_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no such ds_config"):
+        read_ds_config(tmp_path / "none.json")
+
+
+def test_the_recipes_values_are_filled_in():
+    filled = fill({"train_batch_size": "auto"}, "ds.json", **FILLED)
+    assert filled["train_batch_size"] == 8
+    assert filled["gradient_accumulation_steps"] == 2
+    assert filled["gradient_clipping"] == 1.0
+    assert filled["train_micro_batch_size_per_gpu"] == 1
+    assert filled["torch_autocast"] == {"enabled": False}
+
+
+@pytest.mark.parametrize("fast_bf16", [True, False])
+def test_autocast_auto_asks_the_device(fast_bf16):
+    raw = {"torch_autocast": {"enabled": "auto", "dtype": "bfloat16"}}
+    filled = fill(raw, "ds.json", **(FILLED | {"fast_bf16": fast_bf16}))
+    assert filled["torch_autocast"] == {"enabled": fast_bf16, "dtype": "bfloat16"}
+    assert raw["torch_autocast"]["enabled"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"train_batch_size": 7}, r"sets train_batch_size to 7, but the recipe makes it 8 \(data.global_batch_tokens"),
+        ({"gradient_clipping": 0.5}, r"to 0.5, but the recipe makes it 1.0 \(optimizer.max_grad_norm\)"),
+        ({"optimizer": {"type": "Adam"}}, "sets 'optimizer', which MegaBERT takes from the recipe's optimizer section"),
+        ({"scheduler": {"type": "WarmupLR"}}, "sets 'scheduler'"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled at ZeRO stage 0 takes a wrong first Adam step"),
+        ({"fp16": {"enabled": True}}, "fp16 is not supported"),
+    ],
+)
+def test_a_ds_config_that_contradicts_the_recipe_is_refused(raw, message):
+    with pytest.raises(ValueError, match=message):
+        fill(raw, "ds.json", **FILLED)
