@@ -83,7 +83,7 @@ def test_a_users_mistake_is_one_line(capsys, argv, message):
         ("lr: 1", "Did you mean optimizer.lr?"),
         ("[1, 2]", "holds a list, expected keys such as model: and data:"),
         ("model: {", "not valid YAML"),
-        ("model: {hidden_size: 64}", "does not say how long to train"),
+        ("model: {hidden_size: 96}", "does not say how long to train"),
     ],
 )
 def test_a_wrong_recipe_file_is_one_line(capsys, tmp_path, text, message):

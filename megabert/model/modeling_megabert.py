@@ -20,7 +20,7 @@ from transformers.modeling_outputs import (
 
 from .configuration_megabert import MegaBertConfig
 from .layers import Decoder, Embeddings, Encoder, MlmTransform, Norm, Pooler
-from .ops import IGNORE_INDEX, MaskedLoss
+from .ops import IGNORE_INDEX, MaskedLoss, upcast
 from .padding import Sequences, repad, unpad
 
 
@@ -215,7 +215,7 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
         logits = self.decoder(self.transform(hidden))  # (T, V)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.float(), tokens.pick(labels).long(), ignore_index=IGNORE_INDEX)
+            loss = F.cross_entropy(upcast(logits), tokens.pick(labels).long(), ignore_index=IGNORE_INDEX)
         output = MaskedLMOutput(
             loss=loss,
             logits=tokens.spread(logits),
@@ -292,7 +292,7 @@ class MegaBertForTokenClassification(MegaBertPreTrainedModel):
         logits = self.classifier(self.dropout(hidden))  # (T, num_labels)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.float(), tokens.pick(labels).long(), ignore_index=IGNORE_INDEX)
+            loss = F.cross_entropy(upcast(logits), tokens.pick(labels).long(), ignore_index=IGNORE_INDEX)
         output = TokenClassifierOutput(
             loss=loss,
             logits=tokens.spread(logits),
@@ -329,7 +329,7 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             length = start.shape[1]
             losses = [
-                F.cross_entropy(scores.float(), place.clamp(0, length), ignore_index=length)
+                F.cross_entropy(upcast(scores), place.clamp(0, length), ignore_index=length)
                 for scores, place in ((start, start_positions), (end, end_positions))
             ]
             loss = (losses[0] + losses[1]) / 2
@@ -353,10 +353,10 @@ def _classification_loss(logits: Tensor, labels: Tensor, config: MegaBertConfig)
         integers = not labels.is_floating_point()
         kind = "regression" if config.num_labels == 1 else "single" if integers else "multi"
     if kind == "regression":
-        return F.mse_loss(logits.float().squeeze(), labels.float().squeeze())
+        return F.mse_loss(upcast(logits).squeeze(), labels.squeeze().to(upcast(logits).dtype))
     if kind.startswith("single"):
-        return F.cross_entropy(logits.float(), labels.view(-1).long())
-    return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+        return F.cross_entropy(upcast(logits), labels.view(-1).long())
+    return F.binary_cross_entropy_with_logits(upcast(logits), labels.to(upcast(logits).dtype))
 
 
 def _wanted(asked: bool | None, default: bool) -> bool:

@@ -32,6 +32,11 @@ class Ops(NamedTuple):
     masked_cross_entropy: Callable
 
 
+def upcast(x: Tensor) -> Tensor:
+    """Bring half precision to fp32, where sums of many terms belong; leave fp32 and fp64 as they are."""
+    return x.float() if x.element_size() < 4 else x
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, low_precision: bool) -> Tensor:
     """Normalise the last dimension; the result's dtype is the dtype of the residual stream.
 
@@ -85,7 +90,7 @@ def embed_layer_norm(
 
 def masked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> MaskedLoss:
     """Score hidden (M, E) against the vocabulary (V, E), bias (V,), with labels (M,); softmax in fp32."""
-    logits = F.linear(hidden, weight, bias).float()  # (M, V)
+    logits = upcast(F.linear(hidden, weight, bias))  # (M, V)
     loss_sum = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE_INDEX, reduction="sum")
     with torch.no_grad():
         num_correct = (logits.argmax(dim=-1) == labels).sum()

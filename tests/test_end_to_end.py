@@ -1,0 +1,122 @@
+"""Tokenizer -> shards -> training -> kill -9 -> resume -> export -> reload -> fine-tune: the losses as if never killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megabert.convert.checkpoint import read_checkpoint
+from megabert.training.metrics import read_metrics
+from tests.conftest import REPOSITORY, pretrain_command, run_command
+
+STEPS = 20
+# Saved every third step and killed at any: what is done again must come out the same.
+SETTINGS = [f"--run.max_steps={STEPS}", "--run.save_every_steps=3", "--run.eval_every_steps=7", "--data.num_workers=1"]
+
+
+def kill_during(command: list[str], metrics: Path, step: int) -> None:
+    """Start the command in a session of its own, and kill -9 all of it once `step` is logged."""
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None:
+        if any(record["step"] >= step for record in read_metrics(metrics)):
+            break
+        time.sleep(0.01)
+    assert process.poll() is None, "it ended before it was killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    done = run_command(pretrain_command(corpus, out, *SETTINGS))
+    assert done.code == 0, done.output
+    return out
+
+
+def test_killed_and_resumed_it_ends_bitwise_the_same(corpus, undisturbed, tmp_path):
+    command = pretrain_command(corpus, tmp_path, *SETTINGS)
+    for step in (5, 12):
+        kill_during(command, tmp_path / "metrics.jsonl", step)
+    done = run_command(command)
+    assert done.code == 0, done.output
+    assert "resumed from" in done.output
+    curves = []
+    for out in (undisturbed, tmp_path):
+        records = read_metrics(out / "metrics.jsonl")
+        curves.append(
+            {key: [r[key] for r in records if key in r] for key in ("step", "loss", "heldout_loss", "tokens")}
+        )
+    assert curves[0] == curves[1]
+    first, second = (read_checkpoint(out)[0] for out in (undisturbed, tmp_path))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_damaged_checkpoint_is_passed_over(corpus, undisturbed, tmp_path):
+    """Flip one bit of the newest: training goes on from the one before, and says so."""
+    out = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(undisturbed), str(out)], check=True)
+    newest = out / "checkpoints" / f"step-{STEPS:08d}"
+    victim = max(newest.glob("*.pt"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    done = run_command(pretrain_command(corpus, out, *SETTINGS))
+    assert done.code == 0, done.output
+    assert f"checkpoint {newest.name} is damaged and passed over" in done.output
+    assert "resumed from" in done.output
+    first, second = (read_checkpoint(folder)[0] for folder in (undisturbed, out))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def exported(undisturbed) -> Path:
+    done = run_command([sys.executable, "launch/convert_to_hf.py", str(undisturbed), str(undisturbed / "hf")])
+    assert done.code == 0, done.output
+    assert "loads in transformers" in done.output
+    return undisturbed / "hf"
+
+
+RELOAD = """
+import sys
+sys.modules["megabert"] = None
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+folder = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
+fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
+print(len(fill("the [MASK] of the module")))
+AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+model.save_pretrained(sys.argv[2])
+again = AutoModelForMaskedLM.from_pretrained(sys.argv[2], trust_remote_code=True).eval()
+inputs = tokenizer(["one sentence", "and another, which is longer"], return_tensors="pt", padding=True)
+with torch.no_grad():
+    assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+print("reloaded")
+"""
+
+
+def test_the_export_works_where_megabert_is_not_importable(exported, tmp_path):
+    done = run_command([sys.executable, "-c", RELOAD, str(exported), str(tmp_path / "again")])
+    assert done.code == 0, done.output
+    assert "reloaded" in done.output
+
+
+def test_fine_tuning_the_export(exported, tmp_path):
+    """The real task, on the tiny model: the whole path, not a good score."""
+    command = [sys.executable, "launch/finetune_glue.py", str(exported), f"--out={tmp_path}", "--epochs=1"]
+    done = run_command([*command, "--data=data/glue"])
+    assert done.code == 0, done.output
+    assert "7,954 training and 2,118 test examples" in done.output
+    assert all(row in done.output for row in ("pretrained here", "from random weights", "TF-IDF"))
+    assert (tmp_path / "results.json").is_file()

@@ -1,0 +1,104 @@
+"""What needs no training to be tested: which checkpoint is whose, and whether it is whole."""
+
+import dataclasses
+import json
+
+import pytest
+
+from megabert import checkpoint_format as layout
+from megabert.checkpoint_format import State
+from megabert.config import Recipe, RunConfig
+from megabert.training.checkpoint import check_same_run
+
+RECIPE = Recipe(run=RunConfig(max_steps=10))
+STATE = State(
+    step=4,
+    next_index=8,
+    tokens=1000,
+    seconds=1.0,
+    world_size=2,
+    num_streams=24,
+    corpus="c" * 64,
+    recipe=RECIPE.to_dict(),
+    ds_config={"zero_optimization": {"stage": 2}},
+    model={},
+)
+
+
+def check(recipe: Recipe = RECIPE, corpus: str = "c" * 64, stage: int = 2, world_size: int = 2, state: State = STATE):
+    check_same_run(layout.Path("step-00000004"), state, recipe, corpus, stage, world_size)
+
+
+def test_the_same_run_is_accepted_wherever_it_reports():
+    check()
+    check(dataclasses.replace(RECIPE, run=RunConfig(max_steps=10, log_every_steps=3, output_dir="elsewhere")))
+
+
+def test_another_recipe_is_refused_with_every_key_that_differs():
+    other = dataclasses.replace(
+        RECIPE, optimizer=dataclasses.replace(RECIPE.optimizer, lr=0.5), run=RunConfig(max_steps=10, seed=3)
+    )
+    with pytest.raises(ValueError, match=r"optimizer\.lr was 0\.0005 and is 0\.5; run\.seed was 17 and is 3"):
+        check(other)
+
+
+def test_another_corpus_stage_or_number_of_ranks_is_refused():
+    with pytest.raises(ValueError, match="trained on corpus cccccccccccc, but data.train is dddddddddddd"):
+        check(corpus="d" * 64)
+    with pytest.raises(ValueError, match="written at ZeRO stage 2, this is stage 3"):
+        check(stage=3)
+    with pytest.raises(ValueError, match="written by 2 ranks at ZeRO stage 2, these are 4"):
+        check(world_size=4)
+
+
+def test_stage_0_continues_on_any_number_of_ranks():
+    state = dataclasses.replace(STATE, ds_config={"zero_optimization": {"stage": 0}})
+    check(state=state, stage=0, world_size=8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A complete checkpoint of two files."""
+    folder = tmp_path / "checkpoints" / layout.tag_of(4)
+    folder.mkdir(parents=True)
+    (folder / layout.STATE).write_text(json.dumps(vars(STATE)))
+    (folder / "weights.pt").write_bytes(b"weights")
+    hashes = {name: layout.hash_and_sync(folder / name) for name in layout.files_of(folder)}
+    (folder / layout.MANIFEST).write_text(json.dumps(hashes))
+    return folder
+
+
+def test_a_whole_checkpoint_is_found_and_read(folder):
+    assert layout.check_files(folder) is None
+    for path in (folder, folder.parent, folder.parent.parent):
+        assert layout.find_checkpoint(path) == folder
+    assert layout.read_state(folder) == STATE
+    assert STATE.zero_stage == 2
+
+
+def test_the_newest_by_number_is_found(folder):
+    newer = folder.parent / layout.tag_of(100_000_000)
+    folder.rename(newer)
+    (folder.parent / layout.tag_of(7)).mkdir()
+    (folder.parent / ".tmp-step-00000099").mkdir()
+    assert layout.list_tags(folder.parent) == [newer.name, layout.tag_of(7)]
+
+
+def test_damage_is_named(folder):
+    (folder / "weights.pt").write_bytes(b"weightz")
+    assert "weights.pt is damaged" in str(layout.check_files(folder))
+    (folder / "weights.pt").write_bytes(b"short")
+    assert "weights.pt has 5 bytes, expected 7" in str(layout.check_files(folder))
+    (folder / "weights.pt").unlink()
+    assert "weights.pt is missing" in str(layout.check_files(folder))
+    (folder / layout.MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match=r"MANIFEST\.json: damaged"):
+        layout.check_files(folder)
+    (folder / layout.MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"has no MANIFEST\.json: not a complete checkpoint"):
+        layout.check_files(folder)
+
+
+def test_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint here"):
+        layout.find_checkpoint(tmp_path)

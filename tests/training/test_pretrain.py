@@ -1,0 +1,106 @@
+"""The user's command on the CPU: every ZeRO stage, 1, 2 and 8 ranks, the same curve; and its errors."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megabert.training.metrics import read_metrics
+from tests.conftest import REPOSITORY, Corpus, pretrain_command, run_command
+
+STEPS = "--run.max_steps=4"
+
+
+def losses(out: Path, key: str = "loss") -> list[float]:
+    return [record[key] for record in read_metrics(out / "metrics.jsonl") if key in record]
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, tmp_path_factory) -> Path:
+    """Four steps at stage 0 on one rank, with dropout on."""
+    out = tmp_path_factory.mktemp("reference")
+    done = run_command(pretrain_command(corpus, out, STEPS, ds_config="zero0"))
+    assert done.code == 0, done.output
+    assert "ZeRO 0" in done.output
+    return out
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "ranks"),
+    [("zero1", 1), ("zero2", 1), ("zero3", 1), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)],
+)
+def test_every_stage_and_number_of_ranks_gives_the_same_curve(corpus, tmp_path, reference, ds_config, ranks):
+    done = run_command(pretrain_command(corpus, tmp_path, STEPS, ds_config=ds_config, ranks=ranks))
+    assert done.code == 0, done.output
+    assert f"on {ranks} x cpu, ZeRO {ds_config[-1]}" in done.output
+    assert losses(tmp_path) == pytest.approx(losses(reference), rel=1e-6)
+    assert losses(tmp_path, "heldout_loss") == pytest.approx(losses(reference, "heldout_loss"), rel=1e-5)
+
+
+def test_the_plain_command_runs_on_eight_ranks(corpus, tmp_path):
+    """As a machine with eight sockets or GPUs would start it: global_batch_tokens auto is one bin per rank."""
+    done = run_command(
+        pretrain_command(corpus, tmp_path, "--data.global_batch_tokens=auto", "--run.max_steps=2", ranks=8),
+        timeout_s=600,
+    )
+    assert done.code == 0, done.output
+    assert "2 steps of 8 x 256 token slots" in done.output
+    assert len(losses(tmp_path)) == 2
+
+
+def test_a_run_leaves_what_it_promises(reference):
+    result = json.loads((reference / "result.json").read_text())
+    assert result["steps"] == 4
+    assert result["heldout_loss"] == losses(reference, "heldout_loss")[-1]
+    assert 0 < result["unigram_loss"] < 10
+    run = json.loads((reference / "run.json").read_text())
+    assert {"recipe", "ds_config", "versions", "machine", "corpus"} <= run.keys()
+    assert list((reference / "tensorboard").glob("events*"))
+    assert (reference / "checkpoints" / "latest").read_text() == "step-00000004"
+
+
+def test_a_finished_run_started_again_trains_no_more(corpus, tmp_path, reference):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    done = run_command(pretrain_command(corpus, tmp_path, STEPS, ds_config="zero0"))
+    assert done.code == 0, done.output
+    assert "step 4 of 4" in done.output
+    assert losses(tmp_path) == losses(reference)
+
+
+def mistake(corpus: Corpus, out: Path, *more: str, ds_config: str = "zero2") -> str:
+    """Run a command that must fail: its one line, without a stack trace."""
+    done = run_command(pretrain_command(corpus, out, *more, ds_config=ds_config))
+    assert done.code in (1, 2), done.output
+    assert "Traceback" not in done.output
+    return done.output
+
+
+def test_a_missing_shard(corpus, tmp_path):
+    folder = shutil.copytree(corpus.tokens, tmp_path / "tokens")
+    (folder / "train-00003.tar").unlink()
+    output = mistake(corpus, tmp_path, STEPS, f"--data.train={folder}")
+    assert "train-00003.tar: the manifest lists this shard, but it is missing" in output
+
+
+def test_a_ds_config_that_contradicts_the_recipe(corpus, tmp_path):
+    raw = json.loads((REPOSITORY / "ds_configs/zero2.json").read_text()) | {"gradient_clipping": 5.0}
+    (tmp_path / "mine.json").write_text(json.dumps(raw))
+    output = mistake(corpus, tmp_path, STEPS, f"--ds_config={tmp_path / 'mine.json'}")
+    assert "sets gradient_clipping to 5.0, but the recipe makes it 1.0" in output
+
+
+def test_a_checkpoint_that_is_not_there(corpus, tmp_path):
+    assert "no checkpoint here" in mistake(corpus, tmp_path, STEPS, f"--run.resume={tmp_path / 'none'}")
+
+
+def test_a_mistyped_flag_is_answered_before_anything_loads(corpus, tmp_path):
+    output = mistake(corpus, tmp_path, "--optimizer.learning_rate=1")
+    assert "unknown setting --optimizer.learning_rate" in output
+
+
+def test_a_world_size_that_does_not_divide_the_batch(corpus, tmp_path):
+    done = run_command(pretrain_command(corpus, tmp_path, "--data.global_batch_tokens=768", STEPS, ranks=2))
+    assert done.code == 1
+    assert "3 micro-batches of 256 tokens, which 2 ranks cannot share evenly" in done.output
+    assert "Traceback" not in done.output
