@@ -92,7 +92,7 @@ def train(options: Options) -> bytes:
 
 def as_tokenizer(sentencepiece_model: bytes) -> Tokenizer:
     """Rebuild a sentencepiece model as a fast tokenizer that gives the same ids, and adds [CLS] and [SEP]."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model)  # pyrefly: ignore[missing-attribute]
     scores = [(piece.piece, piece.score) for piece in proto.pieces]
     if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
         tokenizer = Tokenizer(models.Unigram(scores, unk_id=proto.trainer_spec.unk_id, byte_fallback=False))
@@ -131,7 +131,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json and the tokenizer_config.json that makes AutoTokenizer load it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TOKENIZER, tokenizer.to_str(pretty=False).encode())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"{name}_token": token for name, token in SPECIAL_TOKENS.items()}
     config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=1).encode())

@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         (out / MANIFEST).unlink()  # from here on the folder is unfinished, and says so by having none
     dtype = token_dtype(tokenizer.vocab_size) if tokenizer else np.dtype(np.uint8)
-    job = Job(options, path and str(path), dtype, len(units), {})
+    job = Job(options, str(path) if path else None, dtype, len(units), {})
     _start_work(job.work, request)
     with multiprocessing.get_context("forkserver").Pool(options.workers, _start_worker, (job.tokenizer_path,)) as pool:
         _progress(pool, write_run, [(job, i, unit) for i, unit in enumerate(units)], sum(unit.size for unit in units))

@@ -92,7 +92,7 @@ sys.modules["megabert"] = None
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 folder = sys.argv[1]
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
 fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
 print(len(fill("the [MASK] of the module")))

@@ -26,7 +26,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], MegaBertConfig, Stat
         # A pickle, but one whose hash was just compared with what this project wrote.
         weights = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["module"]
     else:
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name) or {}
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     weights.pop("decoder.weight", None)  # tied to the word embeddings
     return weights, MegaBertConfig(**state.model), state

@@ -147,7 +147,7 @@ most {state.recipe["data"]["max_seq_len"]} tokens, {state.recipe["masking"]["mlm
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained("this folder", trust_remote_code=True)
 ```
 """

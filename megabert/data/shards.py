@@ -178,11 +178,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     if raw.get("format") != FORMAT:
         raise ValueError(f"{path}: format {raw.get('format')!r}, expected {FORMAT}. Write the shards again.")
     splits = {
-        name: tuple(Shard(**{**shard, "chunks": tuple(Chunk(*chunk) for chunk in shard["chunks"])}) for shard in shards)
+        name: tuple(Shard(chunks=tuple(Chunk(*chunk) for chunk in shard.pop("chunks")), **shard) for shard in shards)
         for name, shards in raw.pop("splits").items()
     }
     info = raw.pop("tokenizer")
-    tokenizer = info and TokenizerInfo(**{**info, "all_special_ids": tuple(info["all_special_ids"])})
+    tokenizer = info and TokenizerInfo(all_special_ids=tuple(info.pop("all_special_ids")), **info)
     return Manifest(splits=splits, tokenizer=tokenizer, **raw)
 
 

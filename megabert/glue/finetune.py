@@ -4,7 +4,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ class FinetuneConfig:
     """longer examples are truncated, tokens"""
     dropout: float = 0.1
     """on hidden states and before the classifier"""
+    pooling: Literal["cls", "mean"] = "cls"
+    """what the classifier sees: the first token or the mean of all; the mean suits encoders trained only briefly"""
     seed: int = 19
     """seed of the head, the order and the dropout"""
 
@@ -89,12 +91,17 @@ def build_classifier(
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json; expected a folder written by launch/convert_to_hf.py.")
     settings = MegaBertConfig.from_pretrained(
-        folder, num_labels=task.num_labels, hidden_dropout_prob=config.dropout, classifier_dropout=config.dropout
+        folder,
+        num_labels=task.num_labels,
+        hidden_dropout_prob=config.dropout,
+        classifier_dropout=config.dropout,
+        classifier_pooling=config.pooling,
     )
     torch.manual_seed(config.seed)
     if not pretrained:
         return MegaBertForSequenceClassification(settings)
-    model, info = MegaBertForSequenceClassification.from_pretrained(folder, config=settings, output_loading_info=True)
+    loaded: Any = MegaBertForSequenceClassification.from_pretrained(folder, config=settings, output_loading_info=True)
+    model, info = loaded
     _check_loaded(info, settings, folder)
     return model
 

@@ -5,6 +5,7 @@ from transformers import PretrainedConfig
 POSITIONS = ("alibi", "learned")
 FFNS = ("geglu", "gelu")
 PADDINGS = ("unpadded", "padded")
+CLASSIFIER_POOLINGS = ("cls", "mean")
 LAYER_NORM_DTYPES = ("bfloat16", "float32")
 
 
@@ -16,6 +17,7 @@ class MegaBertConfig(PretrainedConfig):
     layer_norm_dtype: "bfloat16" keeps LayerNorm and the residual stream in the autocast dtype when
         autocast is on; "float32" computes them in fp32. Without autocast both use the weights' dtype.
     padding: "unpadded" computes real tokens only; "padded" computes every document's padding too.
+    classifier_pooling: what a sequence classifier sees: the first token, as BERT, or the mean of all tokens.
     classifier_dropout: None means hidden_dropout_prob.
     """
 
@@ -37,6 +39,7 @@ class MegaBertConfig(PretrainedConfig):
         hidden_dropout_prob: float = 0.1,
         attention_probs_dropout_prob: float = 0.0,
         classifier_dropout: float | None = None,
+        classifier_pooling: str = "cls",
         initializer_range: float = 0.02,
         padding: str = "unpadded",
         pad_token_id: int = 0,
@@ -48,6 +51,7 @@ class MegaBertConfig(PretrainedConfig):
             "ffn": (ffn, FFNS),
             "padding": (padding, PADDINGS),
             "layer_norm_dtype": (layer_norm_dtype, LAYER_NORM_DTYPES),
+            "classifier_pooling": (classifier_pooling, CLASSIFIER_POOLINGS),
         }
         for name, (got, known) in choices.items():
             if got not in known:
@@ -70,9 +74,11 @@ class MegaBertConfig(PretrainedConfig):
         self.hidden_dropout_prob = hidden_dropout_prob
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.classifier_dropout = classifier_dropout
+        self.classifier_pooling = classifier_pooling
         self.initializer_range = initializer_range
         self.padding = padding
-        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        kwargs |= {"pad_token_id": pad_token_id, "tie_word_embeddings": tie_word_embeddings}
+        super().__init__(**kwargs)
 
     @property
     def head_dim(self) -> int:

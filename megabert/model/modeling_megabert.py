@@ -5,6 +5,7 @@ attention_mask; those rows are unpadded at the door and padded again on the way 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,10 +85,12 @@ def read_tokens(
     if positions is None:  # BERT counts slots, not tokens: a row padded on the left starts later
         positions = indices % input_ids.shape[1]
     flat_ids = input_ids.flatten()[indices]
-    return Tokens(flat_ids, positions, flatten(token_type_ids), sequences, indices, tuple(input_ids.shape))
+    shape = (input_ids.shape[0], input_ids.shape[1])
+    return Tokens(flat_ids, positions, flatten(token_type_ids), sequences, indices, shape)
 
 
 class MegaBertPreTrainedModel(PreTrainedModel):
+    config: MegaBertConfig  # pyrefly: ignore[bad-override-mutable-attribute]
     config_class = MegaBertConfig
     base_model_prefix = "bert"
     supports_gradient_checkpointing = False
@@ -119,7 +122,8 @@ class MegaBertModel(MegaBertPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding), "word embeddings are an nn.Embedding"
         self.embeddings.word_embeddings = value
 
     def encode(
@@ -170,8 +174,8 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
     def get_output_embeddings(self) -> Decoder:
         return self.decoder
 
-    def set_output_embeddings(self, value: Decoder) -> None:
-        self.decoder = value
+    def set_output_embeddings(self, new_embeddings: Decoder) -> None:
+        self.decoder = new_embeddings
 
     def masked_loss(
         self,
@@ -206,9 +210,10 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs,
     ) -> MaskedLMOutput | MaskedLoss | tuple:
-        """transformers' masked language model; with masked_positions, masked_loss()."""
+        """transformers' masked language model; with masked_positions and the rest of a PackedBatch, masked_loss()."""
         if masked_positions is not None:
-            return self.masked_loss(input_ids, position_ids, cu_seqlens, max_seqlen, masked_positions, masked_labels)
+            batch: Any = (position_ids, cu_seqlens, max_seqlen, masked_positions, masked_labels)
+            return self.masked_loss(input_ids, *batch)
         tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen)
         every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
         hidden, states = self.bert.encode(tokens, every_layer=every_layer)
@@ -229,10 +234,10 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 2  # transformers' default
         self.bert = MegaBertModel(config)
         self.dropout = nn.Dropout(_classifier_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     def forward(
@@ -251,10 +256,13 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
         """labels: (B,) integers, floats for a regression, or (B, num_labels) for several at once."""
         tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen)
         every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
-        first = None if every_layer else tokens.sequences.cu_seqlens[:-1].long()
-        hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
-        if every_layer:
-            hidden = hidden.index_select(0, tokens.sequences.cu_seqlens[:-1].long())
+        mean = self.config.classifier_pooling == "mean"
+        first = tokens.sequences.cu_seqlens[:-1].long()
+        hidden, states = self.bert.encode(tokens, rows=None if mean or every_layer else first, every_layer=every_layer)
+        if mean:
+            hidden = mean_of_documents(hidden, tokens.sequences.cu_seqlens)
+        elif every_layer:
+            hidden = hidden.index_select(0, first)
         assert self.bert.pooler is not None, "a classifier has a pooler"
         logits = self.classifier(self.dropout(self.bert.pooler(hidden)))  # (B, num_labels)
         output = SequenceClassifierOutput(
@@ -268,10 +276,10 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
 class MegaBertForTokenClassification(MegaBertPreTrainedModel):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 2  # transformers' default
         self.bert = MegaBertModel(config, add_pooling_layer=False)
         self.dropout = nn.Dropout(_classifier_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     def forward(
@@ -342,6 +350,14 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
         return _as_asked(output, return_dict, self.config)
 
 
+def mean_of_documents(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Average (T, E) over each document: (B, E), in fp32 where hidden is half precision; an empty document gives 0."""
+    lengths = cu_seqlens.diff().long()
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
+    sums = upcast(hidden.new_zeros(len(lengths), hidden.shape[1])).index_add(0, document, upcast(hidden))
+    return sums / lengths.clamp(min=1)[:, None]
+
+
 def _classifier_dropout(config: MegaBertConfig) -> float:
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 
@@ -359,8 +375,8 @@ def _classification_loss(logits: Tensor, labels: Tensor, config: MegaBertConfig)
     return F.binary_cross_entropy_with_logits(upcast(logits), labels.to(upcast(logits).dtype))
 
 
-def _wanted(asked: bool | None, default: bool) -> bool:
-    return default if asked is None else asked
+def _wanted(asked: bool | None, default: bool | None) -> bool:
+    return bool(default if asked is None else asked)
 
 
 def _as_asked(output, return_dict: bool | None, config: MegaBertConfig):

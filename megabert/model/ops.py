@@ -88,14 +88,42 @@ def embed_layer_norm(
     return F.dropout(layer_norm(x, weight, bias, eps, low_precision), dropout_p, training=dropout_p > 0)
 
 
+class SummedCrossEntropy(torch.autograd.Function):
+    """The summed loss, its gradient made in place of the logits: one (M, V) matrix where autograd keeps three."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """logits: (M, V) fp32 or fp64, overwritten; labels: (M,) int64. Returns the loss and the number predicted right."""
+        used = labels != IGNORE_INDEX
+        target = labels.clamp(min=0)[:, None]
+        highest = logits.amax(dim=-1, keepdim=True)
+        hit = logits.gather(1, target)
+        num_correct = ((hit == highest)[:, 0] & used).sum()
+        exponents = logits.sub_(highest).exp_()
+        total = exponents.sum(dim=-1, keepdim=True)
+        loss = ((total.log() + highest - hit)[:, 0] * used).sum()
+        ctx.save_for_backward(exponents, total, target, used)
+        ctx.mark_non_differentiable(num_correct)
+        return loss, num_correct
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        exponents, total, target, used = ctx.saved_tensors
+        scale = (grad_loss * used)[:, None]
+        grad = exponents.mul_(scale / total)
+        return grad.scatter_add_(1, target, -scale.to(grad.dtype)), None
+
+
 def masked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> MaskedLoss:
-    """Score hidden (M, E) against the vocabulary (V, E), bias (V,), with labels (M,); softmax in fp32."""
-    logits = upcast(F.linear(hidden, weight, bias))  # (M, V)
-    loss_sum = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE_INDEX, reduction="sum")
-    with torch.no_grad():
-        num_correct = (logits.argmax(dim=-1) == labels).sum()
-        num_targets = (labels != IGNORE_INDEX).sum()
-    return MaskedLoss(loss_sum, num_correct, num_targets)
+    """Score hidden (M, E) against the vocabulary (V, E), bias (V,), with labels (M,); softmax in fp32.
+
+    A row counts as correct if no token scores higher than its label.
+    """
+    logits = upcast(
+        F.linear(hidden, weight, bias)
+    )  # (M, V), which the loss may overwrite: linear's backward needs none
+    loss_sum, num_correct = SummedCrossEntropy.apply(logits, labels.long())
+    return MaskedLoss(loss_sum, num_correct, (labels != IGNORE_INDEX).sum())
 
 
 TORCH_OPS = Ops(

@@ -76,7 +76,7 @@ def fill(
                 f"{path}: sets {key} to {raw[key]}, but the recipe makes it {value} ({OWNED_BY_RECIPE[key]}). "
                 "Remove it from the ds_config, or change the recipe."
             )
-    filled = {key: value for key, value in raw.items() if key not in REFUSED} | ours
+    filled: dict[str, Any] = {key: value for key, value in raw.items() if key not in REFUSED} | ours
     autocast = dict(filled.get("torch_autocast", {"enabled": False}))
     if autocast.get("enabled") == "auto":
         autocast["enabled"] = fast_bf16

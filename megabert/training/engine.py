@@ -105,7 +105,7 @@ def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device) 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Two groups: with and without weight decay. Every parameter lands in exactly one."""
-    decays = {True: [], False: []}
+    decays: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in model.parameters():
         decays[config.decay_norms_and_biases or parameter.dim() > 1].append(parameter)
     assert sum(map(len, decays.values())) == len(list(model.parameters())), "each parameter is in one group"
@@ -133,6 +133,6 @@ def build_engine(
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, config))
+    schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, config))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     return engine

@@ -39,6 +39,7 @@ from megabert.data.stream import (
     open_loader,
     philox,
 )
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training import checkpoint
 from megabert.training.ds_config import fill
 from megabert.training.engine import build_engine, build_model, has_fast_bf16, start_process, training_device
@@ -55,6 +56,7 @@ class Run:
     """All that a training run holds. step: optimizer steps done; index: the next bin; positions: of this rank's streams."""
 
     recipe: Recipe
+    model: MegaBertForMaskedLM
     engine: deepspeed.DeepSpeedEngine
     batches: Iterator[tuple[PackedBatch, int, Position]]
     held_out: list[PackedBatch]
@@ -185,7 +187,7 @@ def save(run: Run) -> None:
         corpus=run.source.manifest.fingerprint,
         recipe=run.recipe.to_dict(),
         ds_config=run.ds_config,
-        model=run.engine.module.config.to_dict(),
+        model=run.model.config.to_dict(),
     )
     folder = run.output_dir / "checkpoints"
     path = checkpoint.save(
@@ -241,7 +243,8 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     config = stream_config(recipe, source, num_streams)
     dataset_options = {"rank": rank, "world_size": world_size, "first_index": state.next_index if state else 0}
     BatchStream(source, config, positions={}, **dataset_options)  # refuses ranks that cannot share, before building
-    engine = build_engine(build_model(recipe, source.tokenizer, device), recipe, ds_config, steps)
+    model = build_model(recipe, source.tokenizer, device)
+    engine = build_engine(model, recipe, ds_config, steps)
     positions = checkpoint.load(engine, found) if found else {}
     dataset = BatchStream(source, config, positions=positions, **dataset_options)
     every_held_out = held_out_batches(
@@ -249,6 +252,7 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     )
     run = Run(
         recipe=recipe,
+        model=model,
         engine=engine,
         batches=iter(open_loader(dataset, recipe.data.num_workers)),
         held_out=share_of(every_held_out, source, config, recipe, rank, world_size),
@@ -302,7 +306,7 @@ def share_of(
 def describe(run: Run, found: Path | None) -> None:
     """Say what is about to happen, with every setting as resolved."""
     assert run.reporter is not None, "rank 0 speaks"
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())
     precision = "bf16 autocast" if run.ds_config["torch_autocast"]["enabled"] else "fp32"
     settings = yaml.safe_dump(run.recipe.to_dict(), sort_keys=False).rstrip()
     run.reporter.say(f"recipe:\n{settings}\nds_config: {json.dumps(run.ds_config)}")

@@ -26,7 +26,7 @@ class FilledMask(NamedTuple):
 
 def fill_masks(folder: Path, sentences: tuple[str, ...] = SENTENCES, guesses: int = 3) -> list[FilledMask]:
     """Ask an exported model for the most likely tokens at each sentence's one [MASK]."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
     filled = []
     for sentence in sentences:
