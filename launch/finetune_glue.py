@@ -34,16 +34,21 @@ class Options:
 def main() -> None:
     options = flags.read_flags(Options, "launch/finetune_glue.py", __doc__ or "")
     from megabert.glue import movie_sentiment  # after the flags: torch takes seconds to load
+    from megabert.glue.finetune import model_fingerprint
     from megabert.glue.report import compare, markdown
 
+    out = Path(options.out)
+    request = {"options": asdict(options), "model": model_fingerprint(Path(options.checkpoint))}
+    if (out / "results.json").is_file() and json.loads((out / "results.json").read_text())["request"] == request:
+        print(f"{out}: already scored, reused\n\n{(out / 'results.md').read_text()}")
+        return
     train, test = movie_sentiment.read(movie_sentiment.fetch(Path(options.data)))
     settings = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
     results = compare(Path(options.checkpoint), movie_sentiment.TASK, train, test, settings, options.seeds)
-    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     table = markdown(movie_sentiment.TASK, results, len(train.texts), len(test.texts))
     (out / "results.md").write_text(table)
-    (out / "results.json").write_text(json.dumps({"options": asdict(options), "results": results}, indent=1))
+    (out / "results.json").write_text(json.dumps({"request": request, "results": results}, indent=1))
     print(table)
 
 

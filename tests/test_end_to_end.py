@@ -1,5 +1,6 @@
 """Tokenizer -> shards -> training -> kill -9 -> resume -> export -> reload -> fine-tune: the losses as if never killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,10 @@ from megabert.training.metrics import read_metrics
 from tests.conftest import REPOSITORY, pretrain_command, run_command
 
 STEPS = 20
+SUMMARY = {
+    "unigram_loss", "heldout_loss", "masked_accuracy", "finetune_pretrained", "finetune_random_init", "finetune_tfidf",
+    "pretrain_seconds", "total_seconds", "tokens_per_second", "hf_dir",
+}  # fmt: skip
 # Saved every third step and killed at any: what is done again must come out the same.
 SETTINGS = [f"--run.max_steps={STEPS}", "--run.save_every_steps=3", "--run.eval_every_steps=7", "--data.num_workers=1"]
 
@@ -112,11 +117,21 @@ def test_the_export_works_where_megabert_is_not_importable(exported, tmp_path):
     assert "reloaded" in done.output
 
 
-def test_fine_tuning_the_export(exported, tmp_path):
+def test_fine_tuning_and_the_summary(exported, undisturbed):
     """The real task, on the tiny model: the whole path, not a good score."""
-    command = [sys.executable, "launch/finetune_glue.py", str(exported), f"--out={tmp_path}", "--epochs=1"]
-    done = run_command([*command, "--data=data/glue"])
+    out = undisturbed / "finetune"
+    command = [sys.executable, "launch/finetune_glue.py", str(exported), f"--out={out}", "--epochs=1"]
+    done = run_command(command)
     assert done.code == 0, done.output
     assert "7,954 training and 2,118 test examples" in done.output
     assert all(row in done.output for row in ("pretrained here", "from random weights", "TF-IDF"))
-    assert (tmp_path / "results.json").is_file()
+    assert "already scored, reused" in run_command(command).output
+    (undisturbed / "times.tsv").write_text("pretraining\t10.5\nexport\t2.5\n")
+    command = [sys.executable, "launch/summarize_quickstart.py", f"--run={undisturbed}"]
+    done = run_command([*command, f"--times={undisturbed / 'times.tsv'}"])
+    assert done.code == 0, done.output
+    assert "held-out loss" in done.output
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary.keys() == SUMMARY
+    assert summary["total_seconds"] == 13.0
+    assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -5,6 +5,7 @@ megabert is not installed. After writing, a fresh process that cannot import meg
 checkpoint's logits; otherwise the folder is removed.
 """
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -18,12 +19,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from megabert.checkpoint_format import State, find_checkpoint
+from megabert.checkpoint_format import MANIFEST, State, find_checkpoint
 from megabert.convert.checkpoint import read_checkpoint
 from megabert.data.shards import TOKENIZER
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
+RECEIPT = "export.json"  # which checkpoint an exported folder is, and what the gate measured
 MODEL_CODE = Path(__file__).parents[1] / "model"
 AUTO_CLASSES = {
     "AutoConfig": "configuration_megabert.MegaBertConfig",
@@ -66,11 +68,14 @@ print(json.dumps({"max_difference": difference, "transformers": transformers.__v
 
 
 def export(checkpoint: Path, out: Path) -> dict:
-    """Export a checkpoint; returns what the gate measured.
+    """Export a checkpoint; returns what the gate measured. An export of this very checkpoint is reused.
 
     Raises ValueError if there is no whole checkpoint, if `out` holds something else, or if the gate fails, in which case
     nothing is left at `out`.
     """
+    fingerprint = export_fingerprint(checkpoint)
+    if (done := _read_receipt(out)) and done["checkpoint"] == fingerprint:
+        return done["measured"]
     weights, config, state = read_checkpoint(checkpoint)
     if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise ValueError(f"{out}: is not empty and not an export; choose another folder.")
@@ -80,12 +85,25 @@ def export(checkpoint: Path, out: Path) -> dict:
     try:
         write_folder(staged, weights, config, state, checkpoint)
         measured = gate(staged, weights, config)
+        receipt = {"checkpoint": fingerprint, "measured": measured}
+        (staged / RECEIPT).write_text(json.dumps(receipt, indent=1))
     except BaseException:
         shutil.rmtree(staged)
         raise
     shutil.rmtree(out, ignore_errors=True)
     staged.rename(out)
     return measured
+
+
+def export_fingerprint(checkpoint: Path) -> str:
+    """Name the checkpoint and the modelling code that an export is made of."""
+    files = [find_checkpoint(checkpoint) / MANIFEST, *sorted(MODEL_CODE.glob("*.py")), Path(__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _read_receipt(out: Path) -> dict | None:
+    path = out / RECEIPT
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def write_folder(out: Path, weights: dict[str, Tensor], config: MegaBertConfig, state: State, checkpoint: Path) -> None:

@@ -1,6 +1,6 @@
 """Fine-tune a classifier on packed examples: no padding here either."""
 
-import logging
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,6 @@ from megabert.data.shards import TOKENIZER
 from megabert.glue.tasks import Examples, Task
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +52,14 @@ class Encoded(NamedTuple):
 class Score(NamedTuple):
     value: float
     seconds: float
+
+
+def model_fingerprint(folder: Path) -> str:
+    """The sha256 of an exported folder's weights. Raises ValueError if there are none."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a folder written by launch/convert_to_hf.py.")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def encode(examples: Examples, tokenizer: Tokenizer) -> Encoded:

@@ -23,6 +23,9 @@ def run(corpus, tmp_path_factory) -> Path:
 
 def test_every_parameter_is_exported_and_the_gate_passes(run, tmp_path):
     measured = to_hf.export(run, tmp_path / "hf")
+    before = (tmp_path / "hf" / "model.safetensors").stat().st_mtime_ns
+    assert to_hf.export(run, tmp_path / "hf") == measured
+    assert (tmp_path / "hf" / "model.safetensors").stat().st_mtime_ns == before
     assert measured["max_difference"] <= to_hf.TOLERANCE
     weights, config, _ = read_checkpoint(run)
     exported = load_file(tmp_path / "hf" / "model.safetensors")

@@ -1,0 +1,39 @@
+import json
+import sys
+
+from megabert.training.metrics import METRICS, Reporter, read_metrics
+
+VALUES = {"loss": 2.5, "lr": 1e-3, "tokens_per_s": 1234.0, "seconds_per_step": 3600.0}
+
+
+def test_lines_in_a_log_file(tmp_path, capsys):
+    reporter = Reporter(tmp_path, total_steps=10, step=0)
+    reporter.log(4, VALUES)
+    reporter.say("hello")
+    reporter.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 4/10  loss 2.500  lr 1.00e-03  1,234 tokens/s  left 6:00:00",
+        "hello",
+    ]
+    assert read_metrics(tmp_path / METRICS) == [{"step": 4, **VALUES}]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    reporter = Reporter(tmp_path, total_steps=10, step=2)
+    reporter.log(4, VALUES)
+    reporter.say("hello")
+    reporter.close()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "hello" in captured.err
+    assert "4/10" in captured.err
+
+
+def test_a_resumed_run_forgets_what_it_will_do_again(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    (tmp_path / METRICS).write_text("\n".join(lines) + '\n{"step": 4, "lo')
+    Reporter(tmp_path, total_steps=10, step=2).close()
+    assert [record["step"] for record in read_metrics(tmp_path / METRICS)] == [1, 2]
+    assert read_metrics(tmp_path / "none") == []
