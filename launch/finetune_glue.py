@@ -21,12 +21,16 @@ class Options:
     """which labelled task; its data is fetched if it is missing"""
     data: str = "data/glue"
     """folder for the task's data"""
-    epochs: int = 3
+    epochs: int = 2
     """passes over the training examples"""
     batch_size: int = 32
     """examples per step"""
     lr: float = 5e-4
     """peak learning rate"""
+    pooling: Literal["cls", "mean"] = "mean"
+    """what the classifier sees: the first token, or the mean of all, which suits encoders trained only briefly"""
+    rescale_embeddings: bool = True
+    """bring pretrained embeddings back to their initial norm, which changes no output, so that they learn as fast"""
     seeds: list[int] = field(default_factory=lambda: [19])
     """one fine-tuning each; the table shows means"""
 
@@ -43,7 +47,9 @@ def main() -> None:
         print(f"{out}: already scored, reused\n\n{(out / 'results.md').read_text()}")
         return
     train, test = movie_sentiment.read(movie_sentiment.fetch(Path(options.data)))
-    settings = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
+    settings = {
+        name: getattr(options, name) for name in ("epochs", "batch_size", "lr", "pooling", "rescale_embeddings")
+    }
     results = compare(Path(options.checkpoint), movie_sentiment.TASK, train, test, settings, options.seeds)
     out.mkdir(parents=True, exist_ok=True)
     table = markdown(movie_sentiment.TASK, results, len(train.texts), len(test.texts))

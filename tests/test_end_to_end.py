@@ -124,7 +124,7 @@ def test_fine_tuning_and_the_summary(exported, undisturbed):
     done = run_command(command)
     assert done.code == 0, done.output
     assert "7,954 training and 2,118 test examples" in done.output
-    assert all(row in done.output for row in ("pretrained here", "from random weights", "TF-IDF"))
+    assert all(row in done.output for row in ("fine-tuned, pretrained", "from random weights", "TF-IDF"))
     assert "already scored, reused" in run_command(command).output
     (undisturbed / "times.tsv").write_text("pretraining\t10.5\nexport\t2.5\n")
     command = [sys.executable, "launch/summarize_quickstart.py", f"--run={undisturbed}"]

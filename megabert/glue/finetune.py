@@ -38,6 +38,8 @@ class FinetuneConfig:
     """on hidden states and before the classifier"""
     pooling: Literal["cls", "mean"] = "cls"
     """what the classifier sees: the first token or the mean of all; the mean suits encoders trained only briefly"""
+    rescale_embeddings: bool = False
+    """bring the embeddings back to their initial norm, which changes no output, so that they turn as fast as fresh ones"""
     seed: int = 19
     """seed of the head, the order and the dropout"""
 
@@ -109,7 +111,22 @@ def build_classifier(
     loaded: Any = MegaBertForSequenceClassification.from_pretrained(folder, config=settings, output_loading_info=True)
     model, info = loaded
     _check_loaded(info, settings, folder)
+    if config.rescale_embeddings:
+        rescale_embeddings(model)
     return model
+
+
+@torch.no_grad()
+def rescale_embeddings(model: MegaBertForSequenceClassification) -> None:
+    """Scale all embedding tables by one factor, so that the words' have their initial standard deviation.
+
+    The LayerNorm that follows makes only directions matter, so the model stays the same function. But Adam's steps are
+    absolute: embeddings that pretraining has made four times as long turn four times as slowly.
+    """
+    tables = [m.weight for m in model.bert.embeddings.modules() if isinstance(m, torch.nn.Embedding)]
+    factor = model.config.initializer_range / model.bert.embeddings.word_embeddings.weight.std()
+    for table in tables:
+        table.mul_(factor)
 
 
 def _check_loaded(info: dict, settings: PretrainedConfig, folder: Path) -> None:
