@@ -25,7 +25,7 @@ class Options:
     """passes over the training examples"""
     batch_size: int = 32
     """examples per step"""
-    lr: float = 5e-4
+    lr: float = 2.5e-4
     """peak learning rate"""
     pooling: Literal["cls", "mean"] = "mean"
     """what the classifier sees: the first token, or the mean of all, which suits encoders trained only briefly"""
