@@ -8,11 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import torch
 
 from data_prep import train_tokenizer, write_shards
 from data_prep.sources import docstrings
+
+# A busy machine must not fail a property that holds.
+hypothesis.settings.register_profile("megabert", deadline=None)
+hypothesis.settings.load_profile("megabert")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 800

@@ -1,4 +1,4 @@
-"""Imports run one way. The allowed directions, from DESIGN: config <- data; model <- kernels; all of them <- training <- launch."""
+"""Imports run one way: config <- data; model <- kernels; all of them <- training <- launch (a <- b: b imports a)."""
 
 import ast
 from pathlib import Path

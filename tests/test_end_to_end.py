@@ -22,6 +22,7 @@ SUMMARY = {
 }  # fmt: skip
 # Saved every third step and killed at any: what is done again must come out the same.
 SETTINGS = [f"--run.max_steps={STEPS}", "--run.save_every_steps=3", "--run.eval_every_steps=7", "--data.num_workers=1"]
+SETTINGS += ["--run.log_every_steps=2"]
 
 
 def kill_during(command: list[str], metrics: Path, step: int) -> None:

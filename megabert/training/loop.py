@@ -99,11 +99,12 @@ def train(run: Run) -> None:
         run.step += 1
         run.meter.steps += 1
         last = run.step == run.total_steps
-        if run.step % every.log_every_steps == 0 or last:
-            report(run)
+        saving = run.step % every.save_every_steps == 0 or last
+        if run.step % every.log_every_steps == 0 or saving:
+            report(run)  # before a save too: nothing that is counted is left out of the checkpoint
         if run.step % every.eval_every_steps == 0 or last:
             check_held_out(run)
-        if run.step % every.save_every_steps == 0 or last:
+        if saving:
             save(run)
 
 

@@ -44,7 +44,7 @@ def test_choose_fills_without_overflow_and_takes_the_oldest_first(data):
 
 
 def test_bins_are_full_for_real_lengths():
-    """Fill >= 99.5 % for bins of at least 16 pieces of the longest length, >= 97 % for 8 (DESIGN: pieces and bins)."""
+    """Fill >= 99.5 % for bins of at least 16 pieces of the longest length, >= 97 % for 8."""
     rng = np.random.default_rng(0)
     for max_seq_len, multiple, wanted in ((128, 16, 0.995), (512, 16, 0.995), (128, 8, 0.97)):
         capacity = max_seq_len * multiple
