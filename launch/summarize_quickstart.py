@@ -17,6 +17,10 @@ class Options:
 
 def main() -> None:
     options = flags.read_flags(Options, "launch/summarize_quickstart.py", __doc__ or "")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     from megabert.training.summary import (
         as_text,
         fill_masks,

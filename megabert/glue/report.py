@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 
 from megabert.glue.baselines import tfidf
 from megabert.glue.finetune import FinetuneConfig, Score, run
@@ -34,6 +35,8 @@ class Job(NamedTuple):
 def run_job(job: Job) -> tuple[str, Score]:
     """Fine-tune and score in this process, on its share of the cores."""
     torch.set_num_threads(job.threads)
+    transformers.logging.set_verbosity_error()  # its report of missing heads; what matters is checked in build_classifier
+    transformers.logging.disable_progress_bar()
     return job.name, run(job.folder, job.task, job.train, job.test, job.config, pretrained=job.name == "pretrained")
 
 
