@@ -42,7 +42,7 @@ setup(
         "zstandard",
     ],
     extras_require={
-        # flash-attn builds against the torch that is there: launch/install_gpu.sh installs it in the right order.
+        # flash-attn builds against the torch that is there: pip install flash-attn --no-build-isolation.
         "cuda": ["flash-attn>=2.4"],
         "kernels": ["triton==3.7.1"],
         "dev": ["hypothesis", "pyrefly", "pytest", "ruff"],

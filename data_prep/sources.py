@@ -9,6 +9,7 @@ import gzip
 import importlib.metadata
 import io
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -77,6 +78,15 @@ def read_unit(unit: Unit, options: ReadOptions) -> Iterator[str]:
         yield from re.split(r"\n\s*\n", text) if options.blank_lines else [text]
     else:
         yield from _read_jsonl(unit, options.text_key)
+
+
+def stamps(units: list[Unit]) -> list[tuple]:
+    """What changes when a source does: every unit, and its files' sizes and times (Python packages: sizes only)."""
+    found = []
+    for unit in units:
+        states = [os.stat(path) for path in unit.paths]
+        found.append((unit, *((s.st_size, 0 if unit.kind == "python" else s.st_mtime_ns) for s in states)))
+    return found
 
 
 def docstrings(path: Path) -> Iterator[str]:

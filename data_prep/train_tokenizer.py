@@ -17,11 +17,11 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from data_prep.sources import ReadOptions, list_units, read_unit
+from data_prep.sources import ReadOptions, list_units, read_unit, stamps
 from megabert import flags
+from megabert.data.sample_format import SPECIAL_TOKENS
 from megabert.data.shards import TOKENIZER, write_atomically
 
-SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 META = "\u2581"  # sentencepiece's mark for a space
 
 
@@ -140,11 +140,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     options = flags.read_flags(Options, "train_tokenizer.py", __doc__ or "", argv)
     folder = Path(options.out)
-    request = hashlib.sha256(repr((options, list_units(options.source))).encode()).hexdigest()
+    request = hashlib.sha256(repr((options, stamps(list_units(options.source)))).encode()).hexdigest()
     marker = folder / "request"
-    if marker.is_file() and marker.read_text() == request:
+    if (folder / TOKENIZER).is_file() and marker.is_file() and marker.read_text() == request:
         print(f"{folder / TOKENIZER}: already trained on this, reused")
         return
+    marker.unlink(missing_ok=True)  # whatever is there now is not what was asked for
     model = train(options)
     tokenizer = as_tokenizer(model)
     write_tokenizer(tokenizer, folder)

@@ -24,10 +24,11 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from data_prep.sources import ReadOptions, Unit, list_units, read_unit
+from data_prep.sources import ReadOptions, Unit, list_units, read_unit, stamps
 from megabert import flags
 from megabert.data.sample_format import (
     MAX_CHUNK_TOKENS,
+    SPECIAL_TOKENS,
     TokenChunk,
     encode_text,
     encode_tokens,
@@ -48,6 +49,7 @@ from megabert.data.shards import (
     write_manifest,
 )
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 HASH_BYTES = 16  # blake2b; the first half decides held-out or not, the second the shard
 LONGEST_COUNTED = 65_535  # documents longer than this share the last bin of the length histogram
 
@@ -75,7 +77,7 @@ class Options:
     shard_mb: int = 64
     """size of a shard, at most about this many MB"""
     chunk_tokens: int = MAX_CHUNK_TOKENS
-    """tokens (characters, for text) of a chunk, at most; a longer document becomes several"""
+    """tokens (bytes, for text) of a chunk, at most; a longer document is cut, or as text has a chunk of its own"""
     workers: int = os.cpu_count() or 1
     """processes"""
     seed: int = 0
@@ -204,7 +206,7 @@ def write_shard(task: tuple[Job, str, int]) -> tuple[str, int]:
     chunks, histogram, counts = [], np.zeros(LONGEST_COUNTED + 1, dtype=np.int64), np.zeros(0, dtype=np.int64)
     temporary = Path(job.options.out, f"{name}.tmp")
     with open(temporary, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for group in _groups(order, lengths, job.options.chunk_tokens):
+        for group in _groups(order, lengths, job.options.chunk_tokens, cut=bool(job.tokenizer_path)):
             parts = [payload[begins[i] + a : begins[i] + b] for i, a, b in group]
             sample, chunk = _encode(parts, job.tokenizer_path is None)
             offset = tar.offset
@@ -235,15 +237,18 @@ def _heldout_below(share: float) -> np.uint64:
     return np.uint64(share * 2**64)
 
 
-def _groups(order: np.ndarray, lengths: np.ndarray, most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Deal documents into chunks of at most `most` tokens: lists of (document, start, stop)."""
+def _groups(order: np.ndarray, lengths: np.ndarray, most: int, cut: bool) -> Iterator[list[tuple[int, int, int]]]:
+    """Deal documents into chunks of at most `most` tokens: lists of (document, start, stop).
+
+    A longer document is cut into several; or, without cut, has a chunk of its own.
+    """
     group: list[tuple[int, int, int]] = []
     size = 0
     for document in order.tolist():
         length = int(lengths[document])
-        for start in range(0, length, most):
-            stop = min(start + most, length)
-            if size + stop - start > most:
+        for start in range(0, length, most if cut else length):
+            stop = min(start + most, length) if cut else length
+            if group and size + stop - start > most:
                 yield group
                 group, size = [], 0
             group.append((document, start, stop))
@@ -261,6 +266,13 @@ def _encode(parts: list[np.ndarray], text: bool) -> tuple[dict[str, bytes], int]
     return encode_tokens(TokenChunk(tokens, np.array([len(part) for part in parts], dtype=np.int32))), len(tokens)
 
 
+def plain_tokenizer_config() -> bytes:
+    """What makes AutoTokenizer load a bare tokenizer.json with BERT's special tokens."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {f"{name}_token": token for name, token in SPECIAL_TOKENS.items()}
+    return json.dumps(config, indent=1).encode()
+
+
 def find_tokenizer(path: str) -> tuple[Path, TokenizerInfo]:
     """Find tokenizer.json and its special tokens. Raises ValueError if one of BERT's five is missing."""
     file = Path(path, TOKENIZER) if Path(path).is_dir() else Path(path)
@@ -268,7 +280,7 @@ def find_tokenizer(path: str) -> tuple[Path, TokenizerInfo]:
         raise ValueError(f"{file}: no such tokenizer. Train one with data_prep/train_tokenizer.py.")
     tokenizer = Tokenizer.from_file(str(file))
     special_ids = {}
-    for name, token in (("pad", "[PAD]"), ("unk", "[UNK]"), ("cls", "[CLS]"), ("sep", "[SEP]"), ("mask", "[MASK]")):
+    for name, token in SPECIAL_TOKENS.items():
         number = tokenizer.token_to_id(token)
         if number is None:
             raise ValueError(f"{file}: has no token {token}, which masked language modelling needs.")
@@ -319,8 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     path, tokenizer = find_tokenizer(options.tokenizer) if options.tokenizer else (None, None)
     units = list_units(options.source)
     asked = {name: value for name, value in vars(options).items() if name not in ("out", "workers")}
-    stamps = [(unit, *(os.stat(p).st_size for p in unit.paths)) for unit in units]
-    request = hashlib.sha256(repr((asked, tokenizer, stamps)).encode()).hexdigest()
+    request = hashlib.sha256(repr((asked, tokenizer, stamps(units))).encode()).hexdigest()
     if (out / MANIFEST).is_file():
         if read_manifest(out).request == request:
             print(f"{out / MANIFEST}: already written from this, reused")
@@ -345,9 +356,8 @@ def main(argv: list[str] | None = None) -> None:
     manifest, token_counts = collect(job, tokenizer, request)
     if path:
         write_atomically(out / TOKENIZER, path.read_bytes())
-        extra = path.with_name("tokenizer_config.json")
-        if extra.is_file():
-            write_atomically(out / extra.name, extra.read_bytes())
+        config = path.with_name(TOKENIZER_CONFIG)
+        write_atomically(out / TOKENIZER_CONFIG, config.read_bytes() if config.is_file() else plain_tokenizer_config())
         np.save(job.work / TOKEN_COUNTS, token_counts)
         os.replace(job.work / TOKEN_COUNTS, out / TOKEN_COUNTS)
     write_manifest(out, manifest)

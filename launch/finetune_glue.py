@@ -1,4 +1,4 @@
-"""Fine-tune an exported encoder on a labelled task, beside the same model from random weights and TF-IDF.
+"""Fine-tune an exported encoder on a labelled task, beside the same model from random weights and TF-IDF. On the CPU.
 
 python launch/finetune_glue.py runs/quickstart/hf --out runs/quickstart/finetune
 """
@@ -21,22 +21,27 @@ class Options:
     """which labelled task; its data is fetched if it is missing"""
     data: str = "data/glue"
     """folder for the task's data"""
-    epochs: int = 2
+    epochs: int = 3
     """passes over the training examples"""
     batch_size: int = 32
     """examples per step"""
-    lr: float = 2.5e-4
+    lr: float = 5e-5
     """peak learning rate"""
-    pooling: Literal["cls", "mean"] = "mean"
+    pooling: Literal["cls", "mean"] = "cls"
     """what the classifier sees: the first token, or the mean of all, which suits encoders trained only briefly"""
-    rescale_embeddings: bool = True
+    rescale_embeddings: bool = False
     """bring pretrained embeddings back to their initial norm, which changes no output, so that they learn as fast"""
     seeds: list[int] = field(default_factory=lambda: [19])
     """one fine-tuning each; the table shows means"""
 
+    def __post_init__(self):
+        if not self.seeds or min(self.epochs, self.batch_size) < 1:
+            raise ValueError("--seeds names at least one seed; --epochs and --batch-size are at least 1.")
+
 
 def main() -> None:
     options = flags.read_flags(Options, "launch/finetune_glue.py", __doc__ or "")
+    from megabert.data.shards import write_atomically
     from megabert.glue import movie_sentiment  # after the flags: torch takes seconds to load
     from megabert.glue.finetune import model_fingerprint
     from megabert.glue.report import compare, markdown
@@ -53,8 +58,8 @@ def main() -> None:
     results = compare(Path(options.checkpoint), movie_sentiment.TASK, train, test, settings, options.seeds)
     out.mkdir(parents=True, exist_ok=True)
     table = markdown(movie_sentiment.TASK, results, len(train.texts), len(test.texts))
-    (out / "results.md").write_text(table)
-    (out / "results.json").write_text(json.dumps({"request": request, "results": results}, indent=1))
+    write_atomically(out / "results.md", table.encode())
+    write_atomically(out / "results.json", json.dumps({"request": request, "results": results}, indent=1).encode())
     print(table)
 
 

@@ -15,8 +15,10 @@ echo "installing into .venv: some minutes the first time"
 pip() { .venv/bin/python -m pip --disable-pip-version-check -q "$@"; }
 torch=$(grep '^torch==' constraints.txt)
 if [ ! -e /dev/nvidiactl ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-    pip install -c constraints.txt "$torch+cpu" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} 2>/dev/null ||
+    if ! pip install -c constraints.txt "$torch+cpu" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} 2>/dev/null; then
+        echo "pip found no CPU build of torch; taking the plain one, which may bring gigabytes of CUDA (see TORCH_INDEX_URL)"
         pip install -c constraints.txt "$torch"
+    fi
 fi
 pip install -c constraints.txt -e ".${extras:+[$extras]}"
 echo "$want" > "$stamp"

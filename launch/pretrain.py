@@ -16,11 +16,21 @@ from megabert.training.ds_config import read_ds_config
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def rank_from_environment() -> int:
+    """This process's rank, as the deepspeed launcher, torchrun or srun says it."""
+    names = ("RANK", "SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else ("RANK",)
+    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
+
+
 def prepare_quickstart_corpus(recipe: Recipe) -> None:
     """Write the quickstart's shards if they are missing: rank 0 of the first node does, the others wait for it."""
     if recipe.data.train != "data/quickstart/tokens" or Path(recipe.data.train, "manifest.json").is_file():
         return
-    if int(os.environ.get("RANK", "0")) == 0:
+    if Path.cwd() != REPOSITORY:
+        raise ValueError(
+            f"{recipe.data.train} is not here; run from {REPOSITORY} to have the quickstart's corpus prepared."
+        )
+    if rank_from_environment() == 0:
         print(f"{recipe.data.train} is missing: preparing the quickstart's corpus, a minute or two", flush=True)
         done = subprocess.run(["bash", str(REPOSITORY / "launch" / "prepare_quickstart.sh")], check=False)
         if done.returncode:
@@ -41,9 +51,7 @@ def main() -> None:
     os.environ.setdefault(
         "DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
     )  # else DeepSpeed probes and warns
-    logging.basicConfig(
-        level=logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING, format="%(message)s"
-    )
+    logging.basicConfig(level=logging.INFO if rank_from_environment() == 0 else logging.WARNING, format="%(message)s")
     # Imported here: flags and ds_config are checked before torch and DeepSpeed take their seconds to load.
     from megabert.training.loop import pretrain
 

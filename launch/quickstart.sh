@@ -15,8 +15,10 @@ stage() {
     local name=$1 began=${EPOCHREALTIME/,/.}
     shift
     echo "--- $name"
-    "$@"
+    local code=0
+    "$@" || code=$?
     [ -f $run/summary.json ] || awk -v name="$name" -v a="$began" -v b="${EPOCHREALTIME/,/.}" 'BEGIN {printf "%s\t%.2f\n", name, b - a}' >> $run/times.tsv
+    return $code
 }
 
 stage "corpus: docstrings of the installed packages" bash launch/prepare_quickstart.sh text
@@ -27,7 +29,8 @@ stage "pretraining" \
 stage "export to Hugging Face" \
     python launch/convert_to_hf.py $run $run/hf
 stage "fine-tuning" \
-    python launch/finetune_glue.py $run/hf --out $run/finetune
+    python launch/finetune_glue.py $run/hf --out $run/finetune \
+    --epochs 2 --lr 2.5e-4 --pooling mean --rescale-embeddings true # an encoder this small and fresh learns fast
 echo "--- summary"
 python launch/summarize_quickstart.py
 cat <<TEXT

@@ -29,8 +29,10 @@ def main() -> None:
     )  # after the flags: torch is slow to load
 
     run = Path(options.run)
-    times = [float(line.split("\t")[1]) for line in Path(options.times).read_text().splitlines()]
-    summary = summarize(run, run / "hf", run / "finetune", sum(times))
+    lines = [line.split("\t") for line in Path(options.times).read_text().splitlines()]
+    pretraining = sum(float(seconds) for stage, seconds in lines if stage == "pretraining")
+    total = sum(float(seconds) for _, seconds in lines)
+    summary = summarize(run, run / "hf", run / "finetune", pretraining, total)
     plot_loss(run, summary["unigram_loss"], run / "loss.png")
     masks = fill_masks(run / "hf")
     (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -29,6 +29,7 @@ TEMPORARY = ".tmp-"
 class State:
     """step: optimizer steps done; next_index: the first bin not yet used; recipe: as plain containers.
 
+    step_batches: micro-batches of one step over all ranks; total_steps: of the whole run.
     tokens: real tokens seen; seconds: training time so far; ds_config: as DeepSpeed got it.
     """
 
@@ -38,6 +39,8 @@ class State:
     seconds: float
     world_size: int
     num_streams: int
+    step_batches: int
+    total_steps: int
     corpus: str
     recipe: dict[str, Any]
     ds_config: dict[str, Any]
@@ -52,12 +55,16 @@ def tag_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(tag: str) -> int:
+    return int(tag.removeprefix("step-"))
+
+
 def list_tags(folder: Path) -> list[str]:
     """The complete checkpoints of a run, newest first."""
     if not folder.is_dir():
         return []
     tags = (item.name for item in folder.iterdir() if TAG.fullmatch(item.name))
-    return sorted(tags, key=lambda tag: int(TAG.fullmatch(tag)[1]), reverse=True)  # type: ignore[index]
+    return sorted(tags, key=step_of, reverse=True)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -5,6 +5,7 @@ owner; what can be derived is a property. Units are in the docstrings, which --h
 """
 
 import dataclasses
+import json
 import re
 import sys
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from megabert.flags import Parser, nearest
+from megabert.flags import Parser, nearest, with_underscores
 
 CHECKPOINTING = re.compile(r"none|every_layer|every_(\d+)")
 
@@ -60,6 +61,10 @@ class ModelConfig:
                 f"model.gradient_checkpointing is {self.gradient_checkpointing!r}, "
                 "expected none, every_layer or every_K with K >= 1, such as every_2."
             )
+        positive = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        for name in (*positive, "max_position_embeddings", "pad_vocab_to_multiple_of"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, expected at least 1.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model.hidden_size is {self.hidden_size}, expected a multiple of "
@@ -196,7 +201,10 @@ class RunConfig:
             raise ValueError(
                 f"run.max_steps is {self.max_steps} and run.max_tokens {self.max_tokens}, expected only one of them."
             )
-        for name in ("max_steps", "max_tokens", "log_every_steps", "eval_every_steps", "save_every_steps"):
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"run.seed is {self.seed}, expected a number from 0 to 2^63 - 1.")
+        positive = ("log_every_steps", "eval_every_steps", "save_every_steps", "keep_checkpoints", "eval_tokens")
+        for name in ("max_steps", "max_tokens", *positive):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"run.{name} is {value}, expected at least 1.")
 
@@ -214,6 +222,11 @@ class Recipe:
     def __post_init__(self):
         if self.run.max_steps is None and self.run.max_tokens is None:
             raise ValueError("the recipe does not say how long to train: set run.max_steps or run.max_tokens.")
+        if self.model.position == "learned" and self.data.max_seq_len > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.max_seq_len is {self.data.max_seq_len}, but model.position learned has only "
+                f"model.max_position_embeddings = {self.model.max_position_embeddings} positions. Raise that one too."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, ready for YAML or JSON."""
@@ -229,8 +242,9 @@ def batches_per_step(recipe: Recipe, world_size: int) -> int:
     if total % world_size:
         raise ValueError(
             f"data.global_batch_tokens {data.global_batch_tokens} is {total} micro-batches of {data.micro_batch_tokens} "
-            f"tokens, which {world_size} ranks cannot share evenly. Choose a global_batch_tokens that is a multiple of "
-            f"{world_size} x {data.micro_batch_tokens} = {world_size * data.micro_batch_tokens}, or another number of ranks."
+            f"tokens, which {world_size} ranks cannot share evenly. Choose a data.micro_batch_tokens that leaves each rank "
+            f"as many, another number of ranks, or a global_batch_tokens that is a multiple of {world_size} x "
+            f"{data.micro_batch_tokens} = {world_size * data.micro_batch_tokens}."
         )
     return total
 
@@ -270,7 +284,7 @@ class RecipeParser(Parser):
 
     def read(self, argv: list[str] | None = None) -> tuple[Recipe, Any]:
         """Parse flags and the recipe they name. Returns the recipe and the other flags. Exits with 2 on mistakes."""
-        argv = sys.argv[1:] if argv is None else argv
+        argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
         name = _value_of("--recipe", argv) or self.get_defaults()["recipe"]
         try:
             path = recipe_path(name)
@@ -278,9 +292,13 @@ class RecipeParser(Parser):
             for flag, other in (("max_steps", "max_tokens"), ("max_tokens", "max_steps")):
                 if _value_of(f"--run.{flag}", argv):  # a flag for one length replaces the recipe's other
                     settings.pop(f"run.{other}", None)
+            # Once as flags, so that the recipe's values are checked as the user's are; then as defaults, which --help shows.
+            flags = [
+                f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
+            ]
+            self.parse_args(flags)
             self.set_defaults(settings)
-            namespace = self.parse_args(argv)
-            recipe = self.instantiate(namespace)
+            recipe = self.instantiate(self.parse_args(argv))
         except ValueError as mistake:
             self.error(str(mistake))
         parts = {part.name: recipe.pop(part.name) for part in dataclasses.fields(Recipe)}
@@ -298,6 +316,9 @@ def read_yaml(path: Path, known: list[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid YAML: {mistake}") from mistake
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: holds a {type(settings).__name__}, expected keys such as model: and data:.")
+    for part in dataclasses.fields(Recipe):
+        if part.name in settings and not isinstance(settings[part.name], dict):
+            raise ValueError(f"{path}: {part.name} is {settings[part.name]!r}, expected settings below it.")
     for key in _flatten(settings):
         if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, known)}")

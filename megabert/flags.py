@@ -30,7 +30,7 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args: list[str] | None = None, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else args
-        return super().parse_args([_with_underscores(word) for word in words], *rest, **options)
+        return super().parse_args([with_underscores(word) for word in words], *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         sys.stderr.write(f"{self.prog}: {_explain(message, self.known_keys())}\n")
@@ -53,7 +53,11 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
     try:
         sys.exit(main() or 0)
     except (ValueError, OSError) as mistake:
-        sys.stderr.write(f"{prog}: {mistake}\n")
+        # A loader worker's error comes wrapped in its trace; its last line is the error itself.
+        message = str(mistake)
+        if "Original Traceback" in message:
+            message = message.strip().splitlines()[-1].removeprefix("ValueError: ")
+        sys.stderr.write(f"{prog}: {message}\n")
         sys.exit(1)
 
 
@@ -68,7 +72,7 @@ def nearest(name: str, known: list[str], prefix: str = "") -> str:
     return f" Did you mean {prefix}{close[0]}?" if close else " See --help."
 
 
-def _with_underscores(word: str) -> str:
+def with_underscores(word: str) -> str:
     if not word.startswith("--"):
         return word
     flag, equals, value = word.partition("=")

@@ -31,6 +31,7 @@ ALLOWED = {
         "data_prep",
         "megabert.config",
         "megabert.convert",
+        "megabert.data",
         "megabert.flags",
         "megabert.glue",
         "megabert.training",

@@ -40,7 +40,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
 
 
 def test_a_flag_for_one_length_replaces_the_recipes_other():
-    recipe = read("--run.max_steps", "7")
+    recipe = read("--run.max-steps", "7")
     assert (recipe.run.max_steps, recipe.run.max_tokens) == (7, None)
 
 
@@ -69,6 +69,11 @@ def test_the_saved_recipe_reads_back(tmp_path):
         (["--optimizer.final_lr=2"], "optimizer.final_lr is 2.0, expected a number in [0, 1]"),
         (["--optimizer.lr=0"], "optimizer.lr is 0.0, expected more than 0"),
         (["--run.max_steps=1", "--run.max_tokens=1"], "expected only one of them"),
+        (["--model.num_attention_heads=0"], "model.num_attention_heads is 0, expected at least 1"),
+        (["--model.pad_vocab_to_multiple_of=0"], "model.pad_vocab_to_multiple_of is 0, expected at least 1"),
+        (["--run.seed=-1"], "run.seed is -1"),
+        (["--run.keep_checkpoints=0"], "run.keep_checkpoints is 0, expected at least 1"),
+        (["--recipe=bert-base", "--data.max_seq_len=1024"], "has only model.max_position_embeddings = 512 positions"),
         (["--run.log_every_steps=0"], "run.log_every_steps is 0, expected at least 1"),
     ],
 )
@@ -83,6 +88,9 @@ def test_a_users_mistake_is_one_line(capsys, argv, message):
         ("lr: 1", "Did you mean optimizer.lr?"),
         ("[1, 2]", "holds a list, expected keys such as model: and data:"),
         ("model: {", "not valid YAML"),
+        ("model: {hidden_size: big}", "big"),
+        ("model: 3", "model is 3, expected settings below it"),
+        ("model:", "model is None, expected settings below it"),
         ("model: {hidden_size: 96}", "does not say how long to train"),
     ],
 )
@@ -98,8 +106,8 @@ def test_help_shows_every_setting_with_its_default(capsys):
         parser.read(["--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
-    for key in Recipe(run=RunConfig(max_steps=1)).to_dict():
-        assert f"--{key}." in text
+    for group, settings in Recipe(run=RunConfig(max_steps=1)).to_dict().items():
+        assert all(f"--{group}.{name}" in text for name in settings)
     assert "peak learning rate" in " ".join(text.split())
     assert "tokens" in text
 
@@ -112,6 +120,12 @@ def test_ranks_share_a_global_batch():
     ):
         batches_per_step(recipe, 3)
     assert batches_per_step(read(), 5) == 5
+
+
+@pytest.mark.parametrize("name", ["mosaicbert-base", "mosaicbert-large", "bert-base", "bert-large"])
+def test_the_documented_clusters_share_a_published_batch(name):
+    """8 GPUs, the two machines of launch/hostfile.example, and four nodes of 8 under SLURM."""
+    assert {batches_per_step(read("--recipe", name), ranks) for ranks in (1, 8, 16, 32)} == {32}
 
 
 def test_the_runs_length():

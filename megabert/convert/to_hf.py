@@ -77,8 +77,8 @@ def export(checkpoint: Path, out: Path) -> dict:
     if (done := _read_receipt(out)) and done["checkpoint"] == fingerprint:
         return done["measured"]
     weights, config, state = read_checkpoint(checkpoint)
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ValueError(f"{out}: is not empty and not an export; choose another folder.")
+    if out.exists() and any(out.iterdir()) and not (out / RECEIPT).is_file():
+        raise ValueError(f"{out}: is not empty and not an export of ours; choose another folder.")
     staged = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
@@ -90,8 +90,14 @@ def export(checkpoint: Path, out: Path) -> dict:
     except BaseException:
         shutil.rmtree(staged)
         raise
-    shutil.rmtree(out, ignore_errors=True)
-    staged.rename(out)
+    if out.exists():
+        before = out.with_name(f".tmp-old-{out.name}")
+        shutil.rmtree(before, ignore_errors=True)
+        out.rename(before)
+        staged.rename(out)
+        shutil.rmtree(before)
+    else:
+        staged.rename(out)
     return measured
 
 

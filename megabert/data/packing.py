@@ -54,52 +54,40 @@ def choose(lengths: np.ndarray, capacity: int, max_pieces: int, max_seq_len: int
     head = min(max(head, 1), len(lengths))  # the oldest always goes: nothing starves
     free = capacity - (int(ends[head - 1]) if head else 0)
     chosen = list(range(head))
-    rest = lengths[head:]
-    places, first = np.unique(rest, return_index=True)  # the oldest piece of each length
-    taken: list[int] = []
-    while free > 0 and len(places):
-        slots = max_pieces - len(chosen) - len(taken)
-        if slots < 1:
+    waiting = np.arange(head, len(lengths))
+    while free > 0 and len(waiting):
+        slots = max_pieces - len(chosen)
+        pick = _best(lengths[waiting], free, slots)
+        filled = int(lengths[waiting[pick]].sum())
+        if not pick or len(pick) - (-(free - filled) // max_seq_len) > slots:
             break
-        pick = _best_two(places, first, rest, free) if slots >= 2 else _best_one(places, first, free)
-        filled = int(rest[pick].sum())
-        fits = len(chosen) + len(taken) + len(pick) - (-(free - filled) // max_seq_len) <= max_pieces
-        if not pick or not fits:
-            break
-        taken += pick
+        chosen += waiting[pick].tolist()
+        waiting = np.delete(waiting, pick)
         free -= filled
-        left = np.ones(len(rest), dtype=bool)
-        left[taken] = False
-        remaining = left.nonzero()[0]
-        places, where = np.unique(rest[remaining], return_index=True)
-        first = remaining[where]
-    return np.array(chosen + sorted(head + index for index in taken), dtype=np.int64)
+    return np.sort(np.array(chosen, dtype=np.int64))
 
 
-def _best_one(values: np.ndarray, first: np.ndarray, free: int) -> list[int]:
-    """The longest piece of at most `free` tokens."""
-    place = int(np.searchsorted(values, free, side="right"))
-    return [int(first[place - 1])] if place else []
+def _best(lengths: np.ndarray, free: int, slots: int) -> list[int]:
+    """The one piece, or with two slots the two, whose tokens come closest to `free` from below; the oldest of those.
 
-
-def _best_two(values: np.ndarray, first: np.ndarray, rest: np.ndarray, free: int) -> list[int]:
-    """The one or two pieces whose sum comes closest to `free` from below.
-
-    values: (k,) the distinct lengths, ascending; first: (k,) the oldest piece of each; rest: all lengths.
+    lengths: (n,). Returns indices into it, none if nothing fits.
     """
-    one = _best_one(values, first, free)
-    if not one:
+    values, first = np.unique(lengths, return_index=True)  # the oldest piece of each length
+    place = int(np.searchsorted(values, free, side="right"))
+    if not place or slots < 1:
         return []
+    one = [int(first[place - 1])]
+    if slots < 2:
+        return one
     partner = np.searchsorted(values, free - values, side="right") - 1  # (k,) the longest that fits beside each
     sums = np.where(partner >= 0, values + values[np.maximum(partner, 0)], -1)
     best = int(sums.argmax())
-    if sums[best] <= rest[one[0]]:
+    if sums[best] <= values[place - 1]:
         return one
-    a, b = int(first[best]), int(first[partner[best]])
-    if a != b:
-        return [a, b]
-    twins = np.flatnonzero(rest == values[best])  # both of one length: the second is the next oldest
-    return [int(twins[0]), int(twins[1])] if len(twins) > 1 else one
+    if best != partner[best]:
+        return [int(first[best]), int(first[partner[best]])]
+    twins = np.flatnonzero(lengths == values[best])[:2]  # two of one length, if there are two
+    return twins.tolist() if len(twins) == 2 else one
 
 
 def filler_lengths(free: int, max_seq_len: int) -> np.ndarray:

@@ -21,6 +21,9 @@ TOKENS_KEY = "tokens.npy"
 LENGTHS_KEY = "lengths.npy"
 TEXT_KEY = "jsonl"
 
+# BERT's five, by the names that a manifest calls them.
+SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+
 # Most tokens of a chunk: 256 KiB of uint16, so that a read is long enough for a disk or an object store
 # and a loader worker holds only a few.
 MAX_CHUNK_TOKENS = 131_072

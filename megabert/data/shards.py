@@ -80,12 +80,6 @@ class Manifest:
     request: str = ""
     format: int = FORMAT
 
-    @property
-    def fingerprint(self) -> str:
-        """A name for exactly this content: sha256 over every shard's hash."""
-        hashes = [shard.sha256 for name in sorted(self.splits) for shard in self.splits[name]]
-        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
 
 class Split(NamedTuple):
     """A run of chunks [first, last) of one shard."""
@@ -114,6 +108,11 @@ class Source:
     @property
     def tokens(self) -> int:
         return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for exactly these shards in this order: sha256 over every one's hash."""
+        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def splits(self) -> list[Split]:
         """Cut the shards into splits: one each, or equal ranges of chunks where there are few."""
@@ -208,7 +207,8 @@ def open_source(pattern: str, part: str = "train") -> Source:
         shards = tuple(shard for shard in shards if shard.name in names)
     shards = tuple(shard for shard in shards if shard.documents)
     if not shards:
-        raise ValueError(f"{folder}: the {part} part has no documents. Write shards from a corpus that has some.")
+        remedy = "with --heldout 0.001 or more" if part == "heldout" else "from a corpus that has some"
+        raise ValueError(f"{folder}: the {part} part has no documents. Write the shards again {remedy}.")
     for shard in shards:
         path = Path(folder, shard.name)
         if not path.is_file():

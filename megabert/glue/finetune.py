@@ -22,11 +22,11 @@ from megabert.model.modeling_megabert import MegaBertForSequenceClassification
 class FinetuneConfig:
     """How to fine-tune: MosaicBERT's schedule (linear, 6 % warm-up, to 0)."""
 
-    epochs: int = 2
+    epochs: int = 3
     """passes over the training examples"""
     batch_size: int = 32
     """examples per step"""
-    lr: float = 2.5e-4
+    lr: float = 5e-5
     """peak learning rate"""
     weight_decay: float = 0.01
     """torch's convention"""

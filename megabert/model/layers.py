@@ -108,8 +108,6 @@ class Attention(Module):
 class GatedMlp(Module):
     """MosaicBERT's: no bias on the way up, dropout on the gated product (none after the way down)."""
 
-    dropout_after = 0.0
-
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)

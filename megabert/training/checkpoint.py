@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def save(
     tag = layout.tag_of(state.step)
     temporary, final = folder / f"{layout.TEMPORARY}{tag}", folder / tag
     if rank == 0:
-        for leftover in (*folder.glob(f"{layout.TEMPORARY}*"), final):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in folder.glob(f"{layout.TEMPORARY}*"):
+            shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
     deepspeed.comm.barrier()
     engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)  # ends in a barrier
@@ -61,16 +62,36 @@ def save(
         _write_json(temporary / layout.MANIFEST, {name: hashes[name] for name in sorted(hashes)})
         layout.hash_and_sync(temporary / layout.MANIFEST)
         layout.sync_folder(temporary)
+        if final.exists():  # a damaged one of this step, which was passed over
+            _remove(final)
         os.rename(temporary, final)
         write_atomically(folder / layout.LATEST, tag.encode())
         layout.sync_folder(folder)
         for old in layout.list_tags(folder)[keep:]:
-            # Renamed first: a checkpoint that is half deleted must not look like one.
-            doomed = folder / f"{layout.TEMPORARY}{old}"
-            os.rename(folder / old, doomed)
-            shutil.rmtree(doomed)
+            _remove(folder / old)
     deepspeed.comm.barrier()
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; renamed first, because half of one must not look like one."""
+    doomed = checkpoint.with_name(f"{layout.TEMPORARY}old-{checkpoint.name}")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Move checkpoints of later steps than the one a run starts from into a folder of their own; rank 0 calls this.
+
+    They belong to another course of the run: left in place, retention would take them for the newest.
+    """
+    later = [tag for tag in layout.list_tags(folder) if layout.step_of(tag) > step]
+    if later:
+        aside = folder / f"set-aside-{time.strftime('%Y%m%d-%H%M%S')}"
+        aside.mkdir()
+        for tag in later:
+            os.rename(folder / tag, aside / tag)
+        log.warning("checkpoints of later steps are set aside in %s: %s", aside, ", ".join(later))
 
 
 def find(recipe: Recipe, folder: Path) -> Path | None:
@@ -100,7 +121,17 @@ def find(recipe: Recipe, folder: Path) -> Path | None:
     return None
 
 
-def check_same_run(path: Path, state: State, recipe: Recipe, corpus: str, stage: int, world_size: int) -> None:
+def check_same_run(
+    path: Path,
+    state: State,
+    recipe: Recipe,
+    *,
+    corpus: str,
+    stage: int,
+    world_size: int,
+    step_batches: int,
+    total_steps: int,
+) -> None:
     """Raise ValueError unless this run continues that checkpoint's."""
     ours, theirs = _flat(recipe.to_dict()), _flat(state.recipe)
     different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
@@ -115,6 +146,11 @@ def check_same_run(path: Path, state: State, recipe: Recipe, corpus: str, stage:
         raise ValueError(
             f"{path}: was trained on corpus {state.corpus[:12]}, but data.train is {corpus[:12]}. "
             "Put that corpus back, or choose another run.output_dir."
+        )
+    if (state.step_batches, state.total_steps) != (step_batches, total_steps):
+        raise ValueError(
+            f"{path}: a step was {state.step_batches} micro-batches and the run {state.total_steps} steps; now they are "
+            f"{step_batches} and {total_steps}. Use as many ranks as before, or set data.global_batch_tokens to a number."
         )
     if state.zero_stage != stage:
         raise ValueError(

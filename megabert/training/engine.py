@@ -94,12 +94,12 @@ def model_config(config: ModelConfig, tokenizer: TokenizerInfo) -> MegaBertConfi
     )
 
 
-def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device) -> MegaBertForMaskedLM:
+def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, bf16: bool) -> MegaBertForMaskedLM:
     """The model with its initial weights: the same for one seed, on any rank and any device."""
     torch.manual_seed(recipe.run.seed)
     model = MegaBertForMaskedLM(model_config(recipe.model, tokenizer))
     model.bert.encoder.checkpoint_every = recipe.model.checkpoint_every
-    set_ops(model, resolve(recipe.run.ops, device))
+    set_ops(model, resolve(recipe.run.ops, device, model.config, bf16))
     return model
 
 

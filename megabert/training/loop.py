@@ -87,7 +87,7 @@ def train(run: Run) -> None:
     every = run.recipe.run
     while run.step < run.total_steps:
         batches = next_batches(run)
-        num_masked = global_sum(sum(batch.num_masked for batch in batches), run.engine.device)
+        num_masked = global_count(sum(batch.num_masked for batch in batches), run.engine.device)
         for batch in batches:
             seed_dropout(every.seed, batch.index)
             output = run.engine(**batch.model_inputs(run.engine.device))
@@ -121,11 +121,11 @@ def next_batches(run: Run) -> list[PackedBatch]:
     return batches
 
 
-def global_sum(value: int, device: torch.device) -> torch.Tensor:
-    """Sum over ranks, left on the device: nothing waits for it."""
+def global_count(value: int, device: torch.device) -> torch.Tensor:
+    """Sum over ranks, at least 1, left on the device: nothing waits for it."""
     total = torch.tensor(float(value), device=device)
     deepspeed.comm.all_reduce(total)
-    return total
+    return total.clamp(min=1)  # a batch without a masked token has a loss of 0, not 0 / 0
 
 
 def seed_dropout(seed: int, index: int) -> None:
@@ -185,7 +185,9 @@ def save(run: Run) -> None:
         seconds=run.seconds,
         world_size=run.world_size,
         num_streams=run.num_streams,
-        corpus=run.source.manifest.fingerprint,
+        step_batches=run.step_batches,
+        total_steps=run.total_steps,
+        corpus=run.source.fingerprint,
         recipe=run.recipe.to_dict(),
         ds_config=run.ds_config,
         model=run.model.config.to_dict(),
@@ -229,9 +231,17 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     folder = Path(recipe.run.output_dir, "checkpoints")
     found = checkpoint.find(recipe, folder)
     state = read_state(found) if found else None
-    corpus = source.manifest.fingerprint
     if found and state:
-        checkpoint.check_same_run(found, state, recipe, corpus, stage, world_size)
+        checkpoint.check_same_run(
+            found,
+            state,
+            recipe,
+            corpus=source.fingerprint,
+            stage=stage,
+            world_size=world_size,
+            step_batches=step_batches,
+            total_steps=steps,
+        )
     ds_config = fill(
         raw_ds_config,
         ds_config_path,
@@ -244,13 +254,17 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     config = stream_config(recipe, source, num_streams)
     dataset_options = {"rank": rank, "world_size": world_size, "first_index": state.next_index if state else 0}
     BatchStream(source, config, positions={}, **dataset_options)  # refuses ranks that cannot share, before building
-    model = build_model(recipe, source.tokenizer, device)
+    model = build_model(recipe, source.tokenizer, device, ds_config["torch_autocast"]["enabled"])
     engine = build_engine(model, recipe, ds_config, steps)
     positions = checkpoint.load(engine, found) if found else {}
     dataset = BatchStream(source, config, positions=positions, **dataset_options)
     every_held_out = held_out_batches(
         held_source, config, recipe.masking.eval_mlm_probability, max(1, recipe.run.eval_tokens // config.bin_tokens)
     )
+    if not sum(batch.num_masked for batch in every_held_out):
+        raise ValueError(
+            f"{held_source.folder}: the held-out part has too few tokens to mask any. Hold out more of the corpus."
+        )
     run = Run(
         recipe=recipe,
         model=model,
@@ -273,6 +287,7 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         run.step, run.index, run.tokens, run.seconds = state.step, state.next_index, state.tokens, state.seconds
     if run.reporter is not None:
         describe(run, found)
+        checkpoint.set_aside_after(folder, run.step)
     return run
 
 
@@ -327,7 +342,7 @@ def write_run_json(run: Run) -> None:
         "recipe": run.recipe.to_dict(),
         "ds_config": run.ds_config,
         "world_size": run.world_size,
-        "corpus": {"folder": run.source.folder, "fingerprint": run.source.manifest.fingerprint},
+        "corpus": {"folder": run.source.folder, "fingerprint": run.source.fingerprint},
         "versions": {name: version(name) for name in ("megabert", "torch", "deepspeed", "transformers", "numpy")},
         "machine": {"node": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count()},
     }

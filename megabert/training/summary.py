@@ -19,6 +19,9 @@ SENTENCES = (
 )
 
 
+BAR_NATS, BAR_SECONDS = 1.3, 600.0  # what a quickstart must reach on two cores
+
+
 class FilledMask(NamedTuple):
     sentence: str
     guesses: list[str]
@@ -43,9 +46,15 @@ def plot_loss(run: Path, unigram_loss: float, out: Path) -> None:
     records = read_metrics(run / METRICS)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for key, label in (("loss", "training (30 % masked)"), ("heldout_loss", "held out (15 % masked)")):
+    masking = json.loads((run / "run.json").read_text())["recipe"]["masking"]
+    curves = (("loss", "training", "mlm_probability"), ("heldout_loss", "held out", "eval_mlm_probability"))
+    for key, name, share in curves:
         points = [(record["tokens"] / 1e6, record[key]) for record in records if key in record]
-        axes.plot(*zip(*points, strict=True), marker="o" if key == "heldout_loss" else None, label=label)
+        axes.plot(
+            *zip(*points, strict=True),
+            marker="o" if key == "heldout_loss" else None,
+            label=f"{name} ({masking[share]:.0%} masked)",
+        )
     axes.axhline(unigram_loss, color="grey", linestyle="--", label="unigram: guessing by frequency")
     axes.set_xlabel("tokens seen, millions")
     axes.set_ylabel("masked-token loss, nats")
@@ -54,8 +63,10 @@ def plot_loss(run: Path, unigram_loss: float, out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def summarize(run: Path, hf_dir: Path, finetune_dir: Path, total_seconds: float) -> dict[str, Any]:
-    """Collect the figures of one quickstart from what its stages wrote."""
+def summarize(
+    run: Path, hf_dir: Path, finetune_dir: Path, pretrain_seconds: float, total_seconds: float
+) -> dict[str, Any]:
+    """Collect the figures of one quickstart from what its stages wrote. Seconds are wall-clock, starting up included."""
     result = json.loads((run / "result.json").read_text())
     scores = json.loads((finetune_dir / "results.json").read_text())["results"]
     means = {name: sum(part["scores"]) / len(part["scores"]) for name, part in scores.items()}
@@ -66,11 +77,15 @@ def summarize(run: Path, hf_dir: Path, finetune_dir: Path, total_seconds: float)
         "finetune_pretrained": means["pretrained"],
         "finetune_random_init": means["random_init"],
         "finetune_tfidf": means["tfidf"],
-        "pretrain_seconds": result["seconds"],
+        "pretrain_seconds": pretrain_seconds,
         "total_seconds": total_seconds,
         "tokens_per_second": result["tokens_per_second"],
         "hf_dir": str(hf_dir),
     }
+
+
+def _met(condition: bool) -> str:
+    return "met" if condition else "NOT MET"
 
 
 def as_text(summary: dict[str, Any], run: Path, masks: list[FilledMask]) -> str:
@@ -83,6 +98,9 @@ def as_text(summary: dict[str, Any], run: Path, masks: list[FilledMask]) -> str:
         f"random weights, {summary['finetune_tfidf']:.3f} TF-IDF",
         f"pretraining        {summary['pretrain_seconds']:.0f} s, {summary['tokens_per_second']:,.0f} real tokens/s",
         f"everything         {summary['total_seconds']:.0f} s",
+        f"bars               1.3 nats below the unigram: {_met(better >= BAR_NATS)}; pretrained above random weights: "
+        f"{_met(summary['finetune_pretrained'] > summary['finetune_random_init'])}; ten minutes: "
+        f"{_met(summary['total_seconds'] <= BAR_SECONDS)}",
         "",
         *(f"{sentence}\n    {', '.join(guesses)}" for sentence, guesses in masks),
         "",

@@ -74,10 +74,10 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
 
 
 def test_a_folder_of_something_else_is_not_overwritten(run, tmp_path):
-    (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match="is not empty and not an export"):
+    (tmp_path / "config.json").write_text("another model's")
+    with pytest.raises(ValueError, match="is not empty and not an export of ours"):
         to_hf.export(run, tmp_path)
-    assert (tmp_path / "mine.txt").read_text() == "precious"
+    assert (tmp_path / "config.json").read_text() == "another model's"
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path):

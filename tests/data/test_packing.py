@@ -1,5 +1,5 @@
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megabert.data.packing import SPECIALS_PER_PIECE, choose, cut, filler_lengths
@@ -28,6 +28,7 @@ def test_truncate_keeps_the_first_piece_only(lengths, max_seq_len):
     assert not pieces.start.any()
 
 
+@settings(max_examples=500)
 @given(st.data())
 def test_choose_fills_without_overflow_and_takes_the_oldest_first(data):
     max_seq_len = data.draw(st.integers(3, 128))

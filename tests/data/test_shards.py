@@ -105,7 +105,7 @@ def test_a_part_without_documents_is_refused(folder):
     raw = json.loads((folder / MANIFEST).read_text())
     raw["splits"]["train"] = []
     (folder / MANIFEST).write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="the train part has no documents"):
+    with pytest.raises(ValueError, match="the train part has no documents. Write the shards again from a corpus"):
         open_source(str(folder))
 
 

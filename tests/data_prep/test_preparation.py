@@ -165,15 +165,14 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, corpus):
         f"--tokenizer={corpus.tokenizer}",
     ]
     command += ["--heldout=0.1", "--chunk_tokens=2048", f"--out={out}"]
-    kills = 0
-    for delay in (0.9, 1.1, 1.3, 1.5, 1.7):
+    # As soon as the first run stands, then in the second pass when the first, and when the tenth shard does.
+    for wanted, pattern in ((1, "run-*"), (1, "train-*.npz"), (10, "train-*.npz")):
         process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL)
-        time.sleep(delay)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
+        while len(list((out / ".work").glob(pattern))) < wanted:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert kills
     subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
     assert hashes(out) == hashes(corpus.tokens)
     assert not (out / ".work").exists()
@@ -190,6 +189,21 @@ def test_what_is_finished_is_reused_and_what_changed_is_not(tmp_path, corpus, ca
     source.write_text(json.dumps({"text": "one more document"}) + "\n" + source.read_text())
     write_shards.main(command)
     assert hashes(tmp_path / "out") != first
+
+
+def test_a_long_text_is_never_cut(tmp_path):
+    """A cut at a byte would split characters, and the halves could land on both sides of the held-out split."""
+    text = "\u00e9" * 300
+    (tmp_path / "a.txt").write_text(text)
+    write_shards.main([f"--source={tmp_path / 'a.txt'}", f"--out={tmp_path / 'out'}", "--chunk_tokens=101"])
+    assert document_texts(tmp_path / "out") == [text]
+
+
+def test_a_bare_tokenizer_json_is_enough(tmp_path, corpus):
+    (tmp_path / "tokenizer.json").write_text((corpus.tokenizer / "tokenizer.json").read_text())
+    command = [f"--source={corpus.jsonl}", f"--out={tmp_path / 'out'}", f"--tokenizer={tmp_path / 'tokenizer.json'}"]
+    write_shards.main(command)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token == "[MASK]"
 
 
 def test_an_empty_corpus_is_refused(tmp_path):

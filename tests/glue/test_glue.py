@@ -73,7 +73,7 @@ def test_rescaling_embeddings_changes_no_output(position):
         before = model(**inputs).logits
         rescale_embeddings(model)
         torch.testing.assert_close(model(**inputs).logits, before, rtol=0, atol=1e-6)
-    assert float(model.bert.embeddings.word_embeddings.weight.std()) == pytest.approx(config.initializer_range)
+    assert model.bert.embeddings.word_embeddings.weight.std().item() == pytest.approx(config.initializer_range)
 
 
 def test_packing_examples():

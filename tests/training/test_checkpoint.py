@@ -8,7 +8,7 @@ import pytest
 from megabert import checkpoint_format as layout
 from megabert.checkpoint_format import State
 from megabert.config import Recipe, RunConfig
-from megabert.training.checkpoint import check_same_run
+from megabert.training.checkpoint import check_same_run, set_aside_after
 
 RECIPE = Recipe(run=RunConfig(max_steps=10))
 STATE = State(
@@ -18,6 +18,8 @@ STATE = State(
     seconds=1.0,
     world_size=2,
     num_streams=24,
+    step_batches=4,
+    total_steps=10,
     corpus="c" * 64,
     recipe=RECIPE.to_dict(),
     ds_config={"zero_optimization": {"stage": 2}},
@@ -25,8 +27,9 @@ STATE = State(
 )
 
 
-def check(recipe: Recipe = RECIPE, corpus: str = "c" * 64, stage: int = 2, world_size: int = 2, state: State = STATE):
-    check_same_run(layout.Path("step-00000004"), state, recipe, corpus, stage, world_size)
+def check(recipe: Recipe = RECIPE, state: State = STATE, **changes):
+    now = {"corpus": "c" * 64, "stage": 2, "world_size": 2, "step_batches": 4, "total_steps": 10} | changes
+    check_same_run(layout.Path("step-00000004"), state, recipe, **now)
 
 
 def test_the_same_run_is_accepted_wherever_it_reports():
@@ -49,6 +52,20 @@ def test_another_corpus_stage_or_number_of_ranks_is_refused():
         check(stage=3)
     with pytest.raises(ValueError, match="written by 2 ranks at ZeRO stage 2, these are 4"):
         check(world_size=4)
+
+
+def test_another_batch_or_length_is_refused():
+    with pytest.raises(ValueError, match="a step was 4 micro-batches and the run 10 steps; now they are 8 and 5"):
+        check(step_batches=8, total_steps=5)
+
+
+def test_checkpoints_of_another_course_are_set_aside(tmp_path):
+    for step in (3, 9, 12):
+        (tmp_path / layout.tag_of(step)).mkdir()
+    set_aside_after(tmp_path, 5)
+    assert layout.list_tags(tmp_path) == [layout.tag_of(3)]
+    [aside] = tmp_path.glob("set-aside-*")
+    assert sorted(path.name for path in aside.iterdir()) == [layout.tag_of(9), layout.tag_of(12)]
 
 
 def test_stage_0_continues_on_any_number_of_ranks():

@@ -5,8 +5,9 @@ import torch
 
 from megabert.config import OptimizerConfig, Recipe, RunConfig
 from megabert.data.shards import open_source
-from megabert.kernels.resolve import resolve
-from megabert.training.engine import build_model, has_fast_bf16, lr_factor, parameter_groups
+from megabert.kernels.resolve import resolve, why_not_flash
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.training.engine import build_model, lr_factor, parameter_groups
 
 
 def test_the_learning_rate_is_the_papers():
@@ -22,7 +23,7 @@ def test_every_parameter_lands_in_one_group(corpus):
     tokenizer = open_source(str(corpus.tokens)).tokenizer
     recipe = Recipe(run=RunConfig(max_steps=1))
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_hidden_layers=1))
-    model = build_model(recipe, tokenizer, torch.device("cpu"))
+    model = build_model(recipe, tokenizer, torch.device("cpu"), bf16=False)
     decay, rest = parameter_groups(model, recipe.optimizer)
     assert decay["weight_decay"] == recipe.optimizer.weight_decay
     assert rest["weight_decay"] == 0.0
@@ -38,16 +39,19 @@ def test_the_vocabulary_is_rounded_up(corpus):
     recipe = Recipe(run=RunConfig(max_steps=1))
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_hidden_layers=1))
     assert tokenizer.vocab_size == 800
-    assert build_model(recipe, tokenizer, torch.device("cpu")).config.vocab_size == 832
+    assert build_model(recipe, tokenizer, torch.device("cpu"), bf16=False).config.vocab_size == 832
 
 
 def test_ops_are_resolved_aloud(caplog):
     caplog.set_level("INFO")
-    assert resolve("auto", torch.device("cpu")).attention is not None
+    assert resolve("auto", torch.device("cpu"), MegaBertConfig(), bf16=False).attention is not None
     assert "flash-attn needs a CUDA device, this is cpu" in caplog.text
     with pytest.raises(ValueError, match="run.ops is fused, but flash-attn needs a CUDA device"):
-        resolve("fused", torch.device("cpu"))
+        resolve("fused", torch.device("cpu"), MegaBertConfig(), bf16=True)
 
 
-def test_fast_bf16_is_a_question_to_the_cpu():
-    assert has_fast_bf16(torch.device("cpu")) in (True, False)
+def test_flash_attention_is_left_to_models_it_can_compute():
+    """As far as can be asked without a GPU: the reasons, in the order they are found."""
+    assert (
+        why_not_flash(torch.device("cpu"), MegaBertConfig(), bf16=True) == "flash-attn needs a CUDA device, this is cpu"
+    )
