@@ -20,6 +20,7 @@ from megabert.glue.tasks import Examples, Task
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification, mean_of_documents
 
+TINY = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 TASK = Task(name="toy", num_labels=2, metric="accuracy")
 
 
@@ -40,15 +41,7 @@ def toy(count: int, seed: int) -> Encoded:
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_fine_tuning_learns(pooling):
     torch.manual_seed(0)
-    config = MegaBertConfig(
-        vocab_size=32,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        hidden_dropout_prob=0.0,
-        classifier_pooling=pooling,
-    )
+    config = MegaBertConfig(**TINY, hidden_dropout_prob=0.0, classifier_pooling=pooling)
     model = MegaBertForSequenceClassification(config)
     finetune(model, toy(600, 0), FinetuneConfig(epochs=4, lr=5e-3))
     test = toy(200, 1)
@@ -57,14 +50,7 @@ def test_fine_tuning_learns(pooling):
 
 @pytest.mark.parametrize("position", ["alibi", "learned"])
 def test_rescaling_embeddings_changes_no_output(position):
-    config = MegaBertConfig(
-        vocab_size=32,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        position=position,
-    )
+    config = MegaBertConfig(**TINY, position=position)
     model = MegaBertForSequenceClassification(config).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
