@@ -14,8 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megabert import flags
+from megabert.data.manifest import Chunk, Manifest, Shard, read_manifest
 from megabert.data.sample_format import decode_text, decode_tokens, read_sample
-from megabert.data.shards import Chunk, Manifest, Shard, read_manifest
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,11 @@ def problems_of_shard(path: Path, shard: Shard, manifest: Manifest) -> Iterator[
         yield f"{path}: {len(data)} bytes, the manifest says {shard.bytes}"
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         yield f"{path}: its hash is not the manifest's"
-    for number, chunk in enumerate(shard.chunks):
+    for number in range(len(shard.chunks)):
+        chunk = shard.chunk(number)
         where = f"{path} chunk {number} (byte {chunk.offset})"
         yield from problems_of_chunk(data[chunk.offset : chunk.offset + chunk.size], chunk, manifest, where)
-    documents, tokens = (
-        (sum(column) for column in list(zip(*shard.chunks, strict=True))[2:]) if shard.chunks else (0, 0)
-    )
+    documents, tokens = shard.chunks[:, 2:4].sum(axis=0).tolist()
     if manifest.tokenizer and tokens != shard.tokens:
         yield f"{path}: its chunks have {tokens} tokens, the manifest says {shard.tokens} ({documents} documents)"
 

@@ -19,8 +19,8 @@ from typing import Literal, NamedTuple
 import zstandard
 from packaging.requirements import Requirement
 
+from megabert.data.manifest import MANIFEST, read_manifest
 from megabert.data.sample_format import decode_text, read_sample
-from megabert.data.shards import MANIFEST, read_manifest
 
 UNIT_BYTES = 8 << 20  # a unit of text takes a worker some seconds: long enough to be worth a process switch
 
@@ -155,10 +155,10 @@ def _text_shard_units(folder: Path) -> list[Unit]:
     if manifest.kind != "text":
         raise ValueError(f"{folder}: holds {manifest.kind} shards, expected text to tokenize.")
     return [
-        Unit("text_shard", (str(folder / shard.name),), chunk.offset, chunk.offset + chunk.size, chunk.size)
+        Unit("text_shard", (str(folder / shard.name),), offset, offset + size, size)
         for part in sorted(manifest.splits)
         for shard in manifest.splits[part]
-        for chunk in shard.chunks
+        for offset, size in shard.chunks[:, :2].tolist()
     ]
 
 

@@ -19,8 +19,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from data_prep.sources import ReadOptions, list_units, read_unit, stamps
 from megabert import flags
+from megabert.data.manifest import TOKENIZER, write_atomically
 from megabert.data.sample_format import SPECIAL_TOKENS
-from megabert.data.shards import TOKENIZER, write_atomically
 
 META = "\u2581"  # sentencepiece's mark for a space
 

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +27,8 @@ from tqdm import tqdm
 
 from data_prep.sources import ReadOptions, Unit, list_units, read_unit, stamps
 from megabert import flags
-from megabert.data.sample_format import (
-    MAX_CHUNK_TOKENS,
-    SPECIAL_TOKENS,
-    TokenChunk,
-    encode_text,
-    encode_tokens,
-    token_dtype,
-    write_sample,
-)
-from megabert.data.shards import (
+from megabert.data.manifest import (
     MANIFEST,
-    MIN_SPLITS,
     TOKEN_COUNTS,
     TOKENIZER,
     Chunk,
@@ -48,8 +39,18 @@ from megabert.data.shards import (
     write_atomically,
     write_manifest,
 )
+from megabert.data.sample_format import (
+    MAX_CHUNK_TOKENS,
+    SPECIAL_TOKENS,
+    TokenChunk,
+    encode_text,
+    encode_tokens,
+    token_dtype,
+    write_sample,
+)
+from megabert.data.shards import MIN_SPLITS
+from megabert.data.tokenizer import TOKENIZER_CONFIG, encode, find_tokenizer, read_tokenizer
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 HASH_BYTES = 16  # blake2b; the first half decides held-out or not, the second the shard
 LONGEST_COUNTED = 65_535  # documents longer than this share the last bin of the length histogram
 
@@ -158,10 +159,7 @@ def _start_worker(tokenizer_path: str | None) -> None:
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     if tokenizer_path:
-        _tokenizer = Tokenizer.from_file(tokenizer_path)
-        _tokenizer.no_padding()
-        _tokenizer.no_truncation()
-        _tokenizer.encode_special_tokens = True  # "[MASK]" in a text is text
+        _tokenizer = read_tokenizer(Path(tokenizer_path))
 
 
 def write_run(task: tuple[Job, int, Unit]) -> int:
@@ -175,8 +173,7 @@ def write_run(task: tuple[Job, int, Unit]) -> int:
     if _tokenizer is None:
         payloads = [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8) for text in texts]
     else:
-        encoded = _tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        payloads = [np.array(encoding.ids, dtype=job.dtype) for encoding in encoded]
+        payloads = [np.array(ids, dtype=job.dtype) for ids in encode(_tokenizer, texts)]
     run.write(payloads, hashes, job.dtype)
     return unit.size
 
@@ -211,7 +208,7 @@ def write_shard(task: tuple[Job, str, int]) -> tuple[str, int]:
             sample, chunk = _encode(parts, job.tokenizer_path is None)
             offset = tar.offset
             write_sample(tar, f"{part}-{number:05d}-{len(chunks):05d}", sample)
-            chunks.append(Chunk(offset, tar.offset - offset, len(group), chunk))
+            chunks.append([offset, tar.offset - offset, len(group), chunk, 0])
         if job.tokenizer_path:
             counts = np.bincount(payload[np.repeat(keep, lengths)], minlength=0)
         histogram += np.bincount(np.minimum(lengths[order], LONGEST_COUNTED), minlength=LONGEST_COUNTED + 1)
@@ -219,13 +216,14 @@ def write_shard(task: tuple[Job, str, int]) -> tuple[str, int]:
         file.flush()
         os.fsync(file.fileno())
     data = temporary.read_bytes()
+    chunks = [Chunk(*chunk)._replace(crc32=zlib.crc32(data[chunk[0] : chunk[0] + chunk[1]])) for chunk in chunks]
     shard = (name, hashlib.sha256(data).hexdigest(), len(data), len(order), int(lengths[order].sum()))
     os.replace(temporary, Path(job.options.out, name))
     staged = entry.with_suffix(".tmp.npz")
     np.savez(
         staged,
         shard=json.dumps(shard),
-        chunks=np.array(chunks, dtype=np.int64).reshape(-1, 4),
+        chunks=np.array(chunks, dtype=np.int64).reshape(-1, len(Chunk._fields)),
         histogram=histogram,
         counts=counts,
     )
@@ -273,24 +271,6 @@ def plain_tokenizer_config() -> bytes:
     return json.dumps(config, indent=1).encode()
 
 
-def find_tokenizer(path: str) -> tuple[Path, TokenizerInfo]:
-    """Find tokenizer.json and its special tokens. Raises ValueError if one of BERT's five is missing."""
-    file = Path(path, TOKENIZER) if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ValueError(f"{file}: no such tokenizer. Train one with data_prep/train_tokenizer.py.")
-    tokenizer = Tokenizer.from_file(str(file))
-    special_ids = {}
-    for name, token in SPECIAL_TOKENS.items():
-        number = tokenizer.token_to_id(token)
-        if number is None:
-            raise ValueError(f"{file}: has no token {token}, which masked language modelling needs.")
-        special_ids[name] = number
-    added = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-    fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
-    every = tuple(sorted({*special_ids.values(), *added}))
-    return file, TokenizerInfo(fingerprint, tokenizer.get_vocab_size(), special_ids, every)
-
-
 def shard_counts(job: Job, heldout_documents: int, elements: int) -> dict[str, int]:
     """How many shards each part gets: enough of them, none larger than asked."""
     size = elements * job.dtype.itemsize
@@ -308,8 +288,7 @@ def collect(job: Job, tokenizer: TokenizerInfo | None, request: str) -> tuple[Ma
         for number in range(total):
             with np.load(job.work / f"{part}-{number:05d}.tar.npz") as entry:
                 name, sha256, size, num_documents, tokens = json.loads(str(entry["shard"]))
-                chunks = tuple(Chunk(*chunk) for chunk in entry["chunks"].tolist())
-                shards.append(Shard(name, sha256, size, num_documents, tokens, chunks))
+                shards.append(Shard(name, sha256, size, num_documents, tokens, entry["chunks"]))
                 histogram += entry["histogram"]
                 if part == "train":
                     counts[: len(entry["counts"])] += entry["counts"]
@@ -364,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     shutil.rmtree(job.work)
     parts = ", ".join(f"{len(shards)} {part}" for part, shards in manifest.splits.items())
     unit_name = "tokens" if tokenizer else "characters"
-    size = sum(chunk.tokens for shards in manifest.splits.values() for shard in shards for chunk in shard.chunks)
+    size = sum(int(shard.chunks[:, 3].sum()) for shards in manifest.splits.values() for shard in shards)
     print(f"{out}: {manifest.statistics['documents']:,} documents, {size:,} {unit_name}, shards: {parts}")
 
 

@@ -41,7 +41,7 @@ class Options:
 
 def main() -> None:
     options = flags.read_flags(Options, "launch/finetune_glue.py", __doc__ or "")
-    from megabert.data.shards import write_atomically
+    from megabert.data.manifest import write_atomically
     from megabert.glue import movie_sentiment  # after the flags: torch takes seconds to load
     from megabert.glue.finetune import model_fingerprint
     from megabert.glue.report import compare, markdown

@@ -37,7 +37,7 @@ ALLOWED = {
         "megabert.training",
     },
 }
-DATA_PREP_MAY_READ = {"megabert.data.sample_format", "megabert.data.shards"}
+DATA_PREP_MAY_READ = {f"megabert.data.{name}" for name in ("manifest", "sample_format", "shards", "tokenizer")}
 
 
 def part_of(module: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megabert.config import RecipeParser
-from megabert.data.shards import TokenizerInfo
+from megabert.data.manifest import TokenizerInfo
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.engine import lr_factor, model_config
 

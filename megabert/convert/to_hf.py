@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megabert.checkpoint_format import MANIFEST, State, find_checkpoint
 from megabert.convert.checkpoint import read_checkpoint
-from megabert.data.shards import TOKENIZER
+from megabert.data.manifest import TOKENIZER
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 

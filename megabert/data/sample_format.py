@@ -50,7 +50,7 @@ def decode_tokens(sample: dict[str, bytes], where: str) -> TokenChunk:
     for key in (TOKENS_KEY, LENGTHS_KEY):
         if key not in sample:
             raise ValueError(f"{where}: has {sorted(sample)}, expected a member .{key}. Is this a token shard?")
-    tokens, lengths = (_read_npy(sample[key], f"{where}.{key}") for key in (TOKENS_KEY, LENGTHS_KEY))
+    tokens, lengths = (read_npy(sample[key], f"{where}.{key}") for key in (TOKENS_KEY, LENGTHS_KEY))
     if tokens.dtype not in (np.uint16, np.uint32) or tokens.ndim != 1:
         raise ValueError(
             f"{where}.{TOKENS_KEY}: holds {tokens.dtype} of shape {tokens.shape}, expected flat uint16 or uint32. "
@@ -108,7 +108,8 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _read_npy(data: bytes, where: str) -> np.ndarray:
+def read_npy(data: bytes, where: str) -> np.ndarray:
+    """Read a plain array. Raises ValueError for anything else, pickles above all."""
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError) as mistake:

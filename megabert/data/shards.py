@@ -1,84 +1,44 @@
-"""Shards on disk: the manifest that lists them, the splits they are dealt in, and reading one chunk of them.
-
-folder/manifest.json  what is here: per shard its hash, its chunks and where they start; the tokenizer's
-                      fingerprint; the held-out part
-folder/train-00000.tar ...  heldout-00000.tar ...  tokenizer.json  token_counts.npy
-"""
+"""A corpus to read from: its sources, the splits they are dealt in, and one chunk of them at a time."""
 
 import hashlib
-import json
-import os
-from dataclasses import asdict, dataclass, field
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import braceexpand
 import numpy as np
+from tokenizers import Tokenizer
 
-from megabert.data.sample_format import Kind, TokenChunk, decode_tokens, read_sample
+from megabert.data.manifest import (
+    CHUNKS,
+    MANIFEST,
+    TOKEN_COUNTS,
+    TOKENIZER,
+    Manifest,
+    Shard,
+    TokenizerInfo,
+    parse_manifest,
+)
+from megabert.data.sample_format import TokenChunk, decode_text, decode_tokens, read_npy, read_sample, token_dtype
+from megabert.data.storage import CacheOptions, Expected, Storage, WrongContentError, open_storage
+from megabert.data.tokenizer import encode, find_tokenizer, read_tokenizer
 
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
-TOKEN_COUNTS = "token_counts.npy"
-FORMAT = 1
+log = logging.getLogger(__name__)
 
 # A source with fewer shards than this has each cut into equal ranges of its chunks: enough to deal to 8 ranks,
 # 3 streams each. More than any cluster's ranks would only make the ranges shorter than a read-ahead.
 MIN_SPLITS = 24
 
-
-class Chunk(NamedTuple):
-    """One sample's place in its shard: bytes [offset, offset + size)."""
-
-    offset: int
-    size: int
-    documents: int
-    tokens: int
+# Text that is tokenized on the fly has no statistics of its tokens; those of this many chunks stand for all.
+SAMPLED_CHUNKS = 16
 
 
-@dataclass(frozen=True)
-class Shard:
-    name: str
-    sha256: str
-    bytes: int
-    documents: int
-    tokens: int
-    chunks: tuple[Chunk, ...]
-
-
-@dataclass(frozen=True)
-class TokenizerInfo:
-    """fingerprint: sha256 of tokenizer.json; special_ids: {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4};
-    all_special_ids: those and any other that never stands for text."""
-
-    fingerprint: str
-    vocab_size: int
-    special_ids: dict[str, int]
-    all_special_ids: tuple[int, ...]
-
-    @cached_property
-    def is_special(self) -> np.ndarray:
-        """(vocab_size,) bool: the ids that are never masked and never a random token."""
-        special = np.zeros(self.vocab_size, dtype=bool)
-        special[list(self.all_special_ids)] = True
-        return special
-
-    @cached_property
-    def ordinary_ids(self) -> np.ndarray:
-        """The ids that stand for text, int32."""
-        return np.flatnonzero(~self.is_special).astype(np.int32)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    kind: Kind
-    splits: dict[str, tuple[Shard, ...]]
-    statistics: dict = field(default_factory=dict)
-    tokenizer: TokenizerInfo | None = None
-    request: str = ""
-    format: int = FORMAT
+class DamagedShardError(ValueError):
+    """A shard that is missing, cut short, or not what its manifest says; names shard and chunk."""
 
 
 class Split(NamedTuple):
@@ -89,24 +49,29 @@ class Split(NamedTuple):
     last: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
-    """The shards of one part of a folder ("train" or "heldout") that a run reads."""
+    """The shards of one part ("train" or "heldout") of one folder that a run reads.
+
+    tokenizer_path: for text, which is tokenized as it is read.
+    """
 
     folder: str
+    storage: Storage
     manifest: Manifest
     shards: tuple[Shard, ...]
+    tokenizer_path: Path | None = None
 
-    @property
+    @cached_property
     def tokenizer(self) -> TokenizerInfo:
-        if self.manifest.tokenizer is None:
-            raise ValueError(
-                f"{self.folder}: holds text, expected tokens. Tokenize it with data_prep/write_shards.py --tokenizer."
-            )
+        if self.tokenizer_path is not None:
+            return find_tokenizer(self.tokenizer_path)[1]
+        assert self.manifest.tokenizer is not None, "token shards have a tokenizer"
         return self.manifest.tokenizer
 
     @property
     def tokens(self) -> int:
+        """Tokens of all documents; characters, for text."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
@@ -114,8 +79,9 @@ class Source:
         """A name for exactly these shards in this order: sha256 over every one's hash."""
         return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
+    @cached_property
     def splits(self) -> list[Split]:
-        """Cut the shards into splits: one each, or equal ranges of chunks where there are few."""
+        """The shards cut into splits: one each, or equal ranges of chunks where there are few."""
         pieces = max(1, -(-MIN_SPLITS // len(self.shards)))
         splits = []
         for number, shard in enumerate(self.shards):
@@ -124,122 +90,250 @@ class Source:
         return splits
 
     def read_chunk(self, shard: int, chunk: int) -> TokenChunk:
-        """Read one chunk's tokens. Raises ValueError naming shard and chunk if it is damaged."""
+        """Read one chunk's tokens. Raises DamagedShardError if it is, OSError if it cannot be fetched."""
         entry = self.shards[shard]
-        place = entry.chunks[chunk]
-        path = os.path.join(self.folder, entry.name)
-        where = f"{path} chunk {chunk} (byte {place.offset})"
+        place = entry.chunk(chunk)
+        url = self.storage.url(entry.name)
+        where = f"{url} chunk {chunk} (byte {place.offset})"
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            data = self.storage.read(entry.name, place.offset, place.size, Expected(entry.bytes, entry.sha256))
         except FileNotFoundError as missing:
-            raise ValueError(f"{path}: the shard is missing.") from missing
-        try:
-            data = os.pread(descriptor, place.size, place.offset)
-        finally:
-            os.close(descriptor)
+            raise DamagedShardError(f"{where}: the shard is missing. Fetch or write it again.") from missing
+        except WrongContentError as mistake:
+            raise DamagedShardError(f"{where}: {mistake}. Fetch or write the shard again.") from mistake
         if len(data) != place.size:
-            raise ValueError(
+            raise DamagedShardError(
                 f"{where}: {len(data)} bytes, expected {place.size}: the shard is truncated. Fetch or write it again."
             )
-        decoded = decode_tokens(read_sample(data, where), where)
-        if (len(decoded.lengths), len(decoded.tokens)) != (place.documents, place.tokens):
-            raise ValueError(
-                f"{where}: {len(decoded.lengths)} documents of {len(decoded.tokens)} tokens, but the manifest says "
-                f"{place.documents} of {place.tokens}. Fetch or write both again."
+        if zlib.crc32(data) != place.crc32:
+            raise DamagedShardError(f"{where}: its checksum is not the manifest's: damaged. Fetch or write it again.")
+        try:
+            decoded = self._decode(data, where)
+        except ValueError as mistake:
+            raise DamagedShardError(str(mistake)) from mistake
+        if len(decoded.lengths) != place.documents:
+            raise DamagedShardError(
+                f"{where}: {len(decoded.lengths)} documents, but the manifest says {place.documents}. Write both again."
             )
         return decoded
 
+    def _decode(self, data: bytes, where: str) -> TokenChunk:
+        sample = read_sample(data, where)
+        if self.tokenizer_path is None:
+            decoded = decode_tokens(sample, where)
+            if len(decoded.tokens) and decoded.tokens.max() >= self.tokenizer.vocab_size:
+                raise ValueError(
+                    f"{where}: holds id {decoded.tokens.max()}, but the vocabulary has {self.tokenizer.vocab_size}."
+                )
+            return decoded
+        ids = encode(self._encoder, decode_text(sample, where))
+        lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+        tokens = np.empty(lengths.sum(), token_dtype(self.tokenizer.vocab_size))
+        end = 0
+        for document in ids:
+            begin, end = end, end + len(document)
+            tokens[begin:end] = document
+        return TokenChunk(tokens, lengths)
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json, complete or not at all."""
-    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode() + b"\n")
+    @cached_property
+    def _encoder(self) -> Tokenizer:
+        assert self.tokenizer_path is not None, "only text is encoded"
+        return read_tokenizer(self.tokenizer_path)
+
+    def prefetch(self, shard: int) -> None:
+        """Begin to fetch a shard that will be read soon, where shards are fetched whole."""
+        entry = self.shards[shard]
+        self.storage.prefetch(entry.name, Expected(entry.bytes, entry.sha256))
+
+    @cached_property
+    def median_document_tokens(self) -> int:
+        if self.tokenizer_path is None:
+            return int(self.manifest.statistics["median_document_tokens"])
+        lengths = np.concatenate([chunk.lengths for chunk in self._sample()])
+        return int(np.median(lengths)) if len(lengths) else 1
+
+    @cached_property
+    def token_counts(self) -> np.ndarray:
+        """(vocab_size,) how often each id occurs in the training shards (text: in a sample of these)."""
+        size = self.tokenizer.vocab_size
+        if self.tokenizer_path is None:
+            raw = self.storage.read_whole(TOKEN_COUNTS)
+            return read_npy(raw, self.storage.url(TOKEN_COUNTS))
+        return sum((np.bincount(chunk.tokens, minlength=size) for chunk in self._sample()), np.zeros(size, np.int64))
+
+    def _sample(self) -> list[TokenChunk]:
+        chunks = [(number, chunk) for number, shard in enumerate(self.shards) for chunk in range(len(shard.chunks))]
+        return [self.read_chunk(*chunks[i]) for i in range(0, len(chunks), -(-len(chunks) // SAMPLED_CHUNKS))]
+
+    def read_tokenizer_file(self) -> bytes:
+        """The tokenizer.json that the ids belong to. Raises ValueError if it is not the one they were written with."""
+        if self.tokenizer_path is not None:
+            return self.tokenizer_path.read_bytes()
+        url = self.storage.url(TOKENIZER)
+        try:
+            data = self.storage.read_whole(TOKENIZER)
+        except FileNotFoundError as missing:
+            raise ValueError(
+                f"{url}: no such file; it belongs beside the shards. Write them again, or copy it there."
+            ) from missing
+        fingerprint = hashlib.sha256(data).hexdigest()
+        if fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(
+                f"{url}: its fingerprint is {fingerprint[:12]}, but the shards were written with "
+                f"{self.tokenizer.fingerprint[:12]}. Put that tokenizer back, or write the shards again."
+            )
+        return data
+
+    def read_beside(self, name: str) -> bytes | None:
+        """A small file beside the tokenizer, or None if there is none."""
+        try:
+            if self.tokenizer_path is not None:
+                return self.tokenizer_path.with_name(name).read_bytes()
+            return self.storage.read_whole(name)
+        except OSError:  # a web server may answer anything for a file that it has not
+            return None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file in one step, on disk before it is visible."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Sources and the share of the tokens that each contributes; a single source has all. Weights sum to 1."""
+
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...]
+    on_bad_shard: str = "stop"
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        return self.sources[0].tokenizer
+
+    @property
+    def name(self) -> str:
+        return ", ".join(source.folder for source in self.sources)
+
+    @property
+    def tokens(self) -> int:
+        return sum(source.tokens for source in self.sources)
+
+    @property
+    def num_splits(self) -> int:
+        """Of the source that has most: the others are read through more than once while it is."""
+        return max(len(source.splits) for source in self.sources)
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for exactly these shards in this mixture."""
+        if len(self.sources) == 1:
+            return self.sources[0].fingerprint
+        parts = [f"{source.fingerprint} {weight!r}" for source, weight in zip(self.sources, self.weights, strict=True)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def median_document_tokens(self) -> int:
+        """The shortest of the sources' medians: what bounds the documents of a bin must suit them all."""
+        return min(source.median_document_tokens for source in self.sources)
+
+    @property
+    def token_shares(self) -> np.ndarray:
+        """(vocab_size,) share of each id among the tokens that training sees. Counts are smoothed by one."""
+        shares = np.zeros(self.tokenizer.vocab_size)
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            counts = source.token_counts.astype(np.float64) + 1
+            shares += weight * counts / counts.sum()
+        return shares
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """Read a folder's manifest. Raises ValueError if there is none or it is not ours."""
-    path = Path(folder) / MANIFEST
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError as missing:
-        raise ValueError(f"{path}: no such file. Write shards there with data_prep/write_shards.py.") from missing
-    except json.JSONDecodeError as mistake:
-        raise ValueError(f"{path}: not valid JSON: {mistake}") from mistake
-    if raw.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {raw.get('format')!r}, expected {FORMAT}. Write the shards again.")
-    splits = {
-        name: tuple(Shard(chunks=tuple(Chunk(*chunk) for chunk in shard.pop("chunks")), **shard) for shard in shards)
-        for name, shards in raw.pop("splits").items()
-    }
-    info = raw.pop("tokenizer")
-    tokenizer = info and TokenizerInfo(all_special_ids=tuple(info.pop("all_special_ids")), **info)
-    return Manifest(splits=splits, tokenizer=tokenizer, **raw)
+def open_corpus(
+    parts: Sequence[tuple[str, float]],
+    part: str = "train",
+    *,
+    tokenizer: str | None = None,
+    cache: CacheOptions = CacheOptions(),  # noqa: B008 (immutable)
+    on_bad_shard: str = "stop",
+) -> Corpus:
+    """Open every (location, weight). Raises ValueError as open_source does, and for sources of different tokenizers."""
+    sources = tuple(
+        open_source(location, part, tokenizer=tokenizer, cache=cache, on_bad_shard=on_bad_shard)
+        for location, _ in parts
+    )
+    for source in sources[1:]:
+        check_same_tokenizer(sources[0], source)
+    total = sum(weight for _, weight in parts)
+    return Corpus(sources, tuple(weight / total for _, weight in parts), on_bad_shard)
 
 
-def open_source(pattern: str, part: str = "train") -> Source:
+def open_source(
+    location: str,
+    part: str = "train",
+    *,
+    tokenizer: str | None = None,
+    cache: CacheOptions = CacheOptions(),  # noqa: B008 (immutable)
+    on_bad_shard: str = "stop",
+) -> Source:
     """Find the shards that a recipe names: a folder with a manifest, or tar files of one in brace notation.
 
-    Raises ValueError for a missing manifest or shard, an unknown shard name, or a part without documents.
+    Raises ValueError for a missing manifest or shard, an unknown shard name, a part without documents, or text without
+    a tokenizer.
     """
-    names: set[str] | None = None
-    folder = pattern
-    if pattern.endswith(".tar"):
-        paths = [Path(path) for path in braceexpand.braceexpand(pattern)]
-        folders = sorted({str(path.parent) for path in paths})
-        if len(folders) != 1:
-            raise ValueError(f"{pattern}: spans the folders {', '.join(folders)}, expected one with one manifest.")
-        folder, names = folders[0], {path.name for path in paths}
-    manifest = read_manifest(folder)
+    storage, names = open_storage(location, cache)
+    folder = storage.url("").rstrip("/")
+    manifest = fetch_manifest(storage)
     shards = manifest.splits.get(part, ())
-    if names is not None:
+    if names is not None and part == "train":
         known = {shard.name for shard in shards}
-        if unknown := sorted(names - known):
+        if unknown := sorted(set(names) - known):
             raise ValueError(f"{folder}: {unknown[0]} is not among the manifest's {len(known)} {part} shards.")
-        shards = tuple(shard for shard in shards if shard.name in names)
+        shards = tuple(shard for shard in shards if shard.name in set(names))
     shards = tuple(shard for shard in shards if shard.documents)
     if not shards:
         remedy = "with --heldout 0.001 or more" if part == "heldout" else "from a corpus that has some"
         raise ValueError(f"{folder}: the {part} part has no documents. Write the shards again {remedy}.")
+    for problem in _sizes_that_differ(storage, shards):
+        if on_bad_shard == "stop":
+            raise DamagedShardError(problem)
+        log.warning("%s", problem)
+    if manifest.kind == "text" and tokenizer is None:
+        raise ValueError(
+            f"{folder}: holds text, expected tokens. Name a tokenizer with data.tokenizer to tokenize it on the fly, "
+            "or write token shards with data_prep/write_shards.py --tokenizer."
+        )
+    path = find_tokenizer(tokenizer)[0] if manifest.kind == "text" and tokenizer else None
+    return Source(folder, storage, manifest, shards, path)
+
+
+def fetch_manifest(storage: Storage) -> Manifest:
+    """Read the manifest beside the shards. Raises ValueError if there is none or it is not ours."""
+    try:
+        data, chunks = storage.read_whole(MANIFEST), storage.read_whole(CHUNKS)
+    except (FileNotFoundError, NotADirectoryError) as missing:
+        raise ValueError(
+            f"{storage.url(MANIFEST)}: no such file. Write shards there with data_prep/write_shards.py."
+        ) from missing
+    return parse_manifest(data, chunks, storage.url(MANIFEST))
+
+
+def _sizes_that_differ(storage: Storage, shards: tuple[Shard, ...]) -> list[str]:
+    """What is wrong with shards at first sight, where looking is cheap."""
+    problems = []
     for shard in shards:
-        path = Path(folder, shard.name)
-        if not path.is_file():
-            raise ValueError(f"{path}: the manifest lists this shard, but it is missing. Fetch or write it again.")
-        if (size := path.stat().st_size) != shard.bytes:
-            raise ValueError(f"{path}: {size} bytes, but the manifest says {shard.bytes}. Fetch or write it again.")
-    return Source(folder, manifest, shards)
+        url = storage.url(shard.name)
+        try:
+            size = storage.size(shard.name)
+        except FileNotFoundError:
+            problems.append(f"{url}: the manifest lists this shard, but it is missing. Fetch or write it again.")
+            continue
+        if size not in (None, shard.bytes):
+            problems.append(f"{url}: {size} bytes, but the manifest says {shard.bytes}. Fetch or write it again.")
+    return problems
 
 
 def check_same_tokenizer(source: Source, other: Source) -> None:
-    """Raise ValueError unless both were written with one tokenizer."""
+    """Raise ValueError unless both speak of one tokenizer."""
     first, second = source.tokenizer, other.tokenizer
     if first.fingerprint != second.fingerprint:
         raise ValueError(
             f"{other.folder}: written with tokenizer {second.fingerprint[:12]}, but {source.folder} with "
             f"{first.fingerprint[:12]}. Write one of them again with the other's {TOKENIZER}."
         )
-
-
-def check_tokenizer_file(source: Source) -> Path:
-    """Find the tokenizer.json beside the shards. Raises ValueError if it is not the one they were written with."""
-    path = Path(source.folder) / TOKENIZER
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; it belongs beside the shards. Write them again, or copy it there.")
-    fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
-    if fingerprint != source.tokenizer.fingerprint:
-        raise ValueError(
-            f"{path}: its fingerprint is {fingerprint[:12]}, but the shards were written with "
-            f"{source.tokenizer.fingerprint[:12]}. Put that tokenizer back, or write the shards again."
-        )
-    return path
 
 
 def stream_count(num_splits: int, max_streams: int) -> int:

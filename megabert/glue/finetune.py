@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megabert.data.shards import TOKENIZER
+from megabert.data.manifest import TOKENIZER
 from megabert.glue.tasks import Examples, Task
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification

@@ -18,7 +18,7 @@ import torch.distributed
 from megabert import checkpoint_format as layout
 from megabert.checkpoint_format import State
 from megabert.config import Recipe
-from megabert.data.shards import TOKENIZER, write_atomically
+from megabert.data.manifest import TOKENIZER, write_atomically
 from megabert.data.stream import Position
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from megabert.config import ModelConfig, OptimizerConfig, Recipe
-from megabert.data.shards import TokenizerInfo
+from megabert.data.manifest import TokenizerInfo
 from megabert.kernels.resolve import resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops

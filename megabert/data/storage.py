@@ -1,0 +1,354 @@
+"""Where the bytes of a corpus come from: a local folder, an object store or web server, or a command.
+
+    data/tokens                                           local: read by position
+    https://host/c4   s3://bucket/c4                      remote: byte ranges through fsspec
+    pipe:aws s3 cp s3://bucket/c4/train-{000..999}.tar -  a command that prints a file: whole shards into a local cache
+
+A storage hands out bytes by file name and knows nothing of what they mean. Network trouble is waited out, then fails with
+the URL; what does not depend on the network, such as a file that is not there, fails at once.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import braceexpand
+import fsspec
+import webdataset
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Seconds between tries: half a minute in all, longer than a load balancer or a restarted server needs.
+BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0)
+PIPE_BUFFER = 1 << 20
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+TAR_NAME = re.compile(r"[^/\s'\"=]+\.tar\b")
+
+
+class CacheOptions(NamedTuple):
+    """folder: for shards that cannot be read in part; max_bytes: what it may hold, oldest out first."""
+
+    folder: Path = Path("~/.cache/megabert/shards")
+    max_bytes: int = 64 << 30
+
+
+class Expected(NamedTuple):
+    """What the manifest says of a shard."""
+
+    bytes: int
+    sha256: str
+
+
+class WrongContentError(Exception):
+    """A file arrived, but it is not the one that the manifest describes."""
+
+
+class Storage(Protocol):
+    """read: bytes [offset, offset + size) of a file, fewer where it ends; read_whole: a small file."""
+
+    def read(self, name: str, offset: int, size: int, expected: Expected) -> bytes: ...
+    def read_whole(self, name: str) -> bytes: ...
+    def size(self, name: str) -> int | None: ...
+    def prefetch(self, name: str, expected: Expected) -> None: ...
+    def url(self, name: str) -> str: ...
+
+
+@dataclass(frozen=True)
+class Local:
+    """A folder on this machine, or on a file system that it mounts."""
+
+    folder: str
+    read_ahead = 0
+
+    def read(self, name: str, offset: int, size: int, expected: Expected) -> bytes:
+        descriptor = os.open(self.url(name), os.O_RDONLY)
+        try:
+            return os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+
+    def read_whole(self, name: str) -> bytes:
+        return Path(self.url(name)).read_bytes()
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file. Raises FileNotFoundError."""
+        return os.stat(self.url(name)).st_size
+
+    def prefetch(self, name: str, expected: Expected) -> None:
+        """Nothing to do: the kernel reads ahead."""
+
+    def url(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+
+class Fetched:
+    """Files that arrive whole: each is kept in the cache, and read there."""
+
+    def __init__(self, key: str, cache: CacheOptions):
+        self._key = hashlib.sha256(key.encode()).hexdigest()[:16]
+        self._cache = ShardCache(cache.folder.expanduser(), cache.max_bytes)
+
+    def read(self, name: str, offset: int, size: int, fetch: Callable[[Path], None], expected: Expected) -> bytes:
+        path = self._cache.get(f"{self._key}-{name}", fetch, expected)
+        with open(path, "rb") as file:
+            return os.pread(file.fileno(), size, offset)
+
+    def prefetch(self, name: str, fetch: Callable[[Path], None], expected: Expected) -> None:
+        """Fetch a file in the background. An error is not lost: read() meets it again."""
+        self._threads.submit(self._cache.get, f"{self._key}-{name}", fetch, expected)
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(2, thread_name_prefix="prefetch")
+
+
+class Remote:
+    """A folder behind a URL that fsspec knows. A web server that ignores byte ranges is read in whole shards."""
+
+    read_ahead = 2  # chunks under way while one is used: a store answers in about the time that a chunk trains
+
+    def __init__(self, folder: str, cache: CacheOptions):
+        self.folder = folder.rstrip("/")
+        self._fetched = Fetched(self.folder, cache)
+        self._knows_ranges = True
+        self._system: tuple[int, Any] = (0, None)
+
+    def read(self, name: str, offset: int, size: int, expected: Expected) -> bytes:
+        if self._knows_ranges:
+            data = retrying(
+                lambda: self._open().cat_file(self.url(name), start=offset, end=offset + size), self.url(name)
+            )
+            if len(data) <= size:
+                return data
+            log.warning("%s: the server ignores byte ranges; shards are fetched whole", self.folder)
+            self._knows_ranges = False
+        return self._fetched.read(name, offset, size, lambda path: self._fetch(name, path), expected)
+
+    def read_whole(self, name: str) -> bytes:
+        return retrying(lambda: self._open().cat_file(self.url(name)), self.url(name))
+
+    def size(self, name: str) -> int | None:
+        """Unknown: asking costs a request per shard and rank, and a chunk that is not there is named when it is read."""
+        return None
+
+    def prefetch(self, name: str, expected: Expected) -> None:
+        if not self._knows_ranges:
+            self._fetched.prefetch(name, lambda path: self._fetch(name, path), expected)
+
+    def url(self, name: str) -> str:
+        return f"{self.folder}/{name}"
+
+    def _fetch(self, name: str, path: Path) -> None:
+        retrying(lambda: self._open().get_file(self.url(name), str(path)), self.url(name))
+
+    def _open(self) -> Any:
+        """The file system of this process: connections do not survive a fork."""
+        if self._system[0] != os.getpid():
+            self._system = (os.getpid(), file_system(self.folder))
+        return self._system[1]
+
+
+class Piped:
+    """Files that a command prints: `command` with a shard's name in place of {name}."""
+
+    read_ahead = 0
+
+    def __init__(self, command: str, cache: CacheOptions):
+        self.command = command
+        self._fetched = Fetched(command, cache)
+
+    def read(self, name: str, offset: int, size: int, expected: Expected) -> bytes:
+        return self._fetched.read(name, offset, size, lambda path: self._fetch(name, path), expected)
+
+    def read_whole(self, name: str) -> bytes:
+        def collect() -> bytes:
+            with webdataset.gopen(self.url(name)) as pipe:
+                return pipe.read()
+
+        return retrying(collect, self.url(name))
+
+    def size(self, name: str) -> int | None:
+        """Unknown without running the command."""
+        return None
+
+    def prefetch(self, name: str, expected: Expected) -> None:
+        self._fetched.prefetch(name, lambda path: self._fetch(name, path), expected)
+
+    def url(self, name: str) -> str:
+        return self.command.replace("{name}", name)
+
+    def _fetch(self, name: str, path: Path) -> None:
+        def copy() -> None:
+            with webdataset.gopen(self.url(name)) as pipe, open(path, "wb") as file:
+                while data := pipe.read(PIPE_BUFFER):
+                    file.write(data)
+
+        retrying(copy, self.url(name))
+
+
+class ShardCache:
+    """Whole shards on the local disk, shared by the processes of a machine; the least recently read go first."""
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self.folder = folder
+        self.max_bytes = max_bytes
+
+    def get(self, name: str, fetch: Callable[[Path], None], expected: Expected) -> Path:
+        """Find a file, fetching it if it is not here. Raises WrongContentError if what arrives is not as expected."""
+        path = self.folder / name
+        if self._is_here(path, expected.bytes):
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / f"{name}.lock"):
+            if not self._is_here(path, expected.bytes):  # else another process was faster
+                self._make_room(expected.bytes)
+                arriving = self.folder / f"{name}.part"
+                fetch(arriving)
+                _check_arrived(arriving, expected)
+                os.replace(arriving, path)
+        return path
+
+    @staticmethod
+    def _is_here(path: Path, size: int) -> bool:
+        try:
+            here = path.stat().st_size == size
+            if here:
+                os.utime(path)  # read just now
+            return here
+        except FileNotFoundError:
+            return False
+
+    def _make_room(self, needed: int) -> None:
+        held = sorted((entry for entry in os.scandir(self.folder) if entry.name.endswith(".tar")), key=_read_at)
+        total = sum(_size(entry) for entry in held)
+        for entry in held:
+            if total + needed <= self.max_bytes:
+                return
+            total -= _size(entry)
+            Path(entry.path).unlink(missing_ok=True)
+
+
+def _read_at(entry: os.DirEntry) -> float:
+    try:
+        return entry.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _size(entry: os.DirEntry) -> int:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:  # another process made room too
+        return 0
+
+
+def _check_arrived(path: Path, expected: Expected) -> None:
+    with open(path, "rb") as file:
+        found = Expected(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    if found != expected:
+        path.unlink()
+        raise WrongContentError(
+            f"{found.bytes} bytes arrived with another hash than the manifest's, for {expected.bytes}"
+        )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process, however it ends."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def retrying(action: Callable[[], T], url: str) -> T:
+    """Run an action that needs the network, again after a pause where it fails. Raises OSError with the URL at last.
+
+    What another try cannot mend (no such file, no permission, not installed) is raised at once.
+    """
+    for pause in (*BACK_OFF, None):
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except network_errors() as mistake:
+            if pause is None:
+                raise OSError(
+                    f"{url}: failed {len(BACK_OFF) + 1} times over {sum(BACK_OFF):.0f} s: {mistake!r}"
+                ) from mistake
+            log.warning("%s: %r; trying again in %.0f s", url, mistake, pause)
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def network_errors() -> tuple[type[BaseException], ...]:
+    """What a broken connection looks like in the libraries that are installed."""
+    found: list[type[BaseException]] = [OSError, EOFError, TimeoutError, subprocess.SubprocessError]
+    if importlib.util.find_spec("aiohttp"):
+        import aiohttp
+
+        found.append(aiohttp.ClientError)
+    if importlib.util.find_spec("botocore"):
+        from botocore.exceptions import BotoCoreError
+
+        found.append(BotoCoreError)
+    return tuple(found)
+
+
+def file_system(url: str) -> Any:
+    """fsspec's file system for a URL. Raises ValueError naming the package that is missing for it."""
+    try:
+        return fsspec.core.url_to_fs(url, skip_instance_cache=True)[0]
+    except (ImportError, ValueError) as mistake:
+        raise ValueError(f"{url}: fsspec cannot open it: {mistake}") from mistake
+
+
+def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str] | None]:
+    """Read a location as a recipe gives it. Returns its storage, and the shards it names: None for all of the folder.
+
+    Raises ValueError for a location that names shards of several folders, or a pipe that names none.
+    """
+    if location.startswith("pipe:"):
+        return _open_pipe(location, cache)
+    names = None
+    folder = location
+    if location.endswith(".tar"):
+        paths = list(braceexpand.braceexpand(location))
+        folders = sorted({path.rpartition("/")[0] for path in paths})
+        if len(folders) != 1:
+            raise ValueError(f"{location}: spans the folders {', '.join(folders)}, expected one with one manifest.")
+        folder, names = folders[0] or ".", [path.rpartition("/")[2] for path in paths]
+    if location.startswith("file://"):
+        folder = folder.removeprefix("file://")
+    elif URL.match(location):
+        return Remote(folder, cache), names
+    return Local(folder), names
+
+
+def _open_pipe(location: str, cache: CacheOptions) -> tuple[Storage, list[str]]:
+    names, commands = [], set()
+    for command in braceexpand.braceexpand(location):
+        found = TAR_NAME.findall(command)
+        if not found:
+            raise ValueError(
+                f"{location}: names no shard; expected a command that prints one, such as "
+                "'pipe:aws s3 cp s3://bucket/corpus/train-{00000..00099}.tar -'."
+            )
+        names.append(found[-1])
+        commands.add(command.replace(found[-1], "{name}"))
+    if len(commands) != 1:
+        raise ValueError(f"{location}: spans several folders, expected one with one manifest.")
+    return Piped(commands.pop(), cache), names
