@@ -22,7 +22,7 @@ setup(
         "braceexpand",
         "deepspeed>=0.19.8,<0.20",
         "docstring-parser",
-        "fsspec",
+        "fsspec[http]",
         "jsonargparse>=4.49",
         "matplotlib",
         "ninja",

@@ -50,6 +50,12 @@ class State:
     def zero_stage(self) -> int:
         return self.ds_config.get("zero_optimization", {}).get("stage", 0)
 
+    @property
+    def max_seq_len(self) -> int:
+        """The longest piece of a document in any phase, tokens."""
+        lengths = self.recipe["data"]["max_seq_len"]
+        return lengths if isinstance(lengths, int) else max(phase["max_seq_len"] for phase in lengths)
+
 
 def tag_of(step: int) -> str:
     return f"step-{step:08d}"

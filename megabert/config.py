@@ -6,6 +6,7 @@ owner; what can be derived is a property. Units are in the docstrings, which --h
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -83,15 +84,41 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorpusPart:
+    """One of several corpora that a run mixes."""
+
+    shards: str
+    """as data.train"""
+    weight: float = 1.0
+    """its part of the tokens, relative to the others' weights"""
+
+    def __post_init__(self):
+        _check_range("weight of a data.train", self.weight, 0, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthPhase:
+    """A part of a run with one length."""
+
+    max_seq_len: int
+    """longest piece of a document, tokens"""
+    until: float
+    """share of the run's steps at which this phase ends"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The shards, and how they become packed batches."""
 
-    train: str = "data/quickstart/tokens"
-    """token shards: a folder with a manifest.json, or its tar files in brace notation"""
+    train: list[CorpusPart] | str = "data/quickstart/tokens"
+    """shards: a folder with a manifest.json, or its tar files in brace notation; local, a URL, or pipe:COMMAND. Or several
+    to mix, as a list of {shards, weight}"""
     heldout: str | None = None
     """shards to evaluate on; by default the held-out split beside data.train"""
-    max_seq_len: int = 128
-    """longest piece of a document, tokens, [CLS] and [SEP] included"""
+    tokenizer: str | None = None
+    """tokenizer.json or a folder with one: shards of text are tokenized with it as they are read"""
+    max_seq_len: list[LengthPhase] | int = 128
+    """longest piece of a document, tokens, [CLS] and [SEP] included. Or a list of {max_seq_len, until}, the last until 1"""
     documents: Literal["split", "truncate"] = "split"
     """longer documents: split evenly into pieces, or truncate to the first piece"""
     micro_batch_tokens: int = 65_536
@@ -104,15 +131,29 @@ class DataConfig:
     """loader processes per rank, rounded down to a divisor of streams / ranks; 0: pack in the training process"""
     max_streams: int = 192
     """most streams that the shards are dealt to; their number is fixed for the whole run"""
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+    """what a damaged chunk of a shard does: stop the run, or be left out, counted and logged"""
+    cache_dir: str = "~/.cache/megabert/shards"
+    """local folder for shards that come whole, from a pipe or a server without byte ranges"""
+    cache_gb: int = 64
+    """most of them to keep there, GiB; give it room for a shard per stream of this machine's ranks"""
 
     def __post_init__(self):
-        if self.max_seq_len < 3:
+        untils = [until for _, until in self.lengths]
+        if not self.lengths or untils != sorted({*untils}) or untils[0] <= 0 or untils[-1] != 1:
+            raise ValueError(f"data.max_seq_len has phases until {untils}, expected rising shares, the last of them 1.")
+        if min(length for length, _ in self.lengths) < 3:
             raise ValueError(f"data.max_seq_len is {self.max_seq_len}, expected at least 3: [CLS], one token, [SEP].")
-        if self.micro_batch_tokens < self.max_seq_len:
+        if self.micro_batch_tokens < self.longest:
             raise ValueError(
-                f"data.micro_batch_tokens is {self.micro_batch_tokens}, expected at least "
-                f"data.max_seq_len ({self.max_seq_len})."
+                f"data.micro_batch_tokens is {self.micro_batch_tokens}, expected at least data.max_seq_len ({self.longest})."
             )
+        if isinstance(self.train, str) and self.train.startswith("["):
+            raise ValueError(f"data.train is {self.train}, expected a path, or a list of {{shards: PATH, weight: NUMBER}}.")
+        if not self.corpora:
+            raise ValueError("data.train is an empty list, expected at least one corpus.")
+        if self.cache_gb < 1:
+            raise ValueError(f"data.cache_gb is {self.cache_gb}, expected at least 1.")
         if self.global_batch_tokens != "auto" and (
             self.global_batch_tokens < 1 or self.global_batch_tokens % self.micro_batch_tokens
         ):
@@ -125,6 +166,25 @@ class DataConfig:
                 f"data.num_workers is {self.num_workers} and data.max_streams {self.max_streams}, "
                 "expected at least 0 and 1."
             )
+
+    @property
+    def corpora(self) -> list[tuple[str, float]]:
+        """(location, weight) of each corpus."""
+        if isinstance(self.train, str):
+            return [(self.train, 1.0)]
+        return [(part.shards, part.weight) for part in self.train]
+
+    @property
+    def lengths(self) -> list[tuple[int, float]]:
+        """(max_seq_len, share of the run at which it ends) of each phase."""
+        if isinstance(self.max_seq_len, int):
+            return [(self.max_seq_len, 1.0)]
+        return [(phase.max_seq_len, phase.until) for phase in self.max_seq_len]
+
+    @property
+    def longest(self) -> int:
+        """Longest piece of any phase, tokens."""
+        return max(length for length, _ in self.lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +282,9 @@ class Recipe:
     def __post_init__(self):
         if self.run.max_steps is None and self.run.max_tokens is None:
             raise ValueError("the recipe does not say how long to train: set run.max_steps or run.max_tokens.")
-        if self.model.position == "learned" and self.data.max_seq_len > self.model.max_position_embeddings:
+        if self.model.position == "learned" and self.data.longest > self.model.max_position_embeddings:
             raise ValueError(
-                f"data.max_seq_len is {self.data.max_seq_len}, but model.position learned has only "
+                f"data.max_seq_len is {self.data.longest}, but model.position learned has only "
                 f"model.max_position_embeddings = {self.model.max_position_embeddings} positions. Raise that one too."
             )
 
@@ -277,8 +337,10 @@ def recipe_path(name: str) -> Path:
 class RecipeParser(Parser):
     """Flags over a recipe over the defaults; a user's mistake is one line on stderr and exit code 2."""
 
-    def __init__(self, prog: str, description: str):
-        super().__init__(prog, description)
+    def __init__(self, prog: str = "", description: str = "", **nested: Any):
+        super().__init__(prog, description, **nested)
+        if nested:
+            return
         self.add_argument("--recipe", default="quickstart", help=f"one of {', '.join(recipe_names())}, or a YAML file")
         self.add_class_arguments(Recipe)
 

@@ -21,8 +21,9 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
 class Parser(ArgumentParser):
     """jsonargparse's parser, whose errors name the nearest known setting. --some-flag and --some_flag are the same."""
 
-    def __init__(self, prog: str, description: str):
-        super().__init__(prog=prog, description=description, formatter_class=_HelpFormatter)
+    def __init__(self, prog: str = "", description: str = "", **nested: Any):
+        """nested: what jsonargparse passes when it makes one of these for the parts of a setting."""
+        super().__init__(prog=prog, description=description, formatter_class=_HelpFormatter, **nested)
 
     def known_keys(self) -> list[str]:
         """Every dotted name that a flag may set."""
@@ -33,6 +34,8 @@ class Parser(ArgumentParser):
         return super().parse_args([with_underscores(word) for word in words], *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        if not self.exit_on_error:
+            super().error(message, ex)
         sys.stderr.write(f"{self.prog}: {_explain(message, self.known_keys())}\n")
         sys.exit(2)
 

@@ -124,7 +124,7 @@ def write_folder(out: Path, weights: dict[str, Tensor], config: MegaBertConfig, 
     folder = find_checkpoint(checkpoint)
     shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["model_max_length"] = state.recipe["data"]["max_seq_len"]
+    settings["model_max_length"] = state.max_seq_len
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     (out / "README.md").write_text(model_card(config, state))
 
@@ -166,7 +166,7 @@ tags: [megabert, {config.position}, {config.ffn}]
 # A {"MosaicBERT" if config.position == "alibi" else "BERT"}-style encoder ({size})
 
 Trained with MegaBERT for {state.step:,} steps on {state.tokens:,} tokens (seed {state.recipe["run"]["seed"]}), pieces of at
-most {state.recipe["data"]["max_seq_len"]} tokens, {state.recipe["masking"]["mlm_probability"]:.0%} masking.
+most {state.max_seq_len} tokens, {state.recipe["masking"]["mlm_probability"]:.0%} masking.
 
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer

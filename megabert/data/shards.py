@@ -345,18 +345,19 @@ def stream_count(num_splits: int, max_streams: int) -> int:
 class SplitOrder:
     """The endless list of splits: each epoch is a fresh seeded permutation of all, one after the other.
 
-    Stream n of N reads entries n, n + N, n + 2N, ...
+    Stream n of N reads entries n, n + N, n + 2N, ... source: its number in a mixture, each of which has its own order.
     """
 
-    def __init__(self, num_splits: int, seed: int):
+    def __init__(self, num_splits: int, seed: int, source: int = 0):
         self.num_splits = num_splits
         self.seed = seed
+        self.source = source
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, entry: int) -> int:
         epoch, place = divmod(entry, self.num_splits)
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_splits)
+            self._order = np.random.default_rng([self.seed, epoch, self.source]).permutation(self.num_splits)
             self._epoch = epoch
         return int(self._order[place])

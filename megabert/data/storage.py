@@ -58,8 +58,13 @@ class WrongContentError(Exception):
 
 
 class Storage(Protocol):
-    """read: bytes [offset, offset + size) of a file, fewer where it ends; read_whole: a small file."""
+    """read: bytes [offset, offset + size) of a file, fewer where it ends; read_whole: a small file.
 
+    read_ahead: how many reads are worth having under way at once.
+    """
+
+    @property
+    def read_ahead(self) -> int: ...
     def read(self, name: str, offset: int, size: int, expected: Expected) -> bytes: ...
     def read_whole(self, name: str) -> bytes: ...
     def size(self, name: str) -> int | None: ...
@@ -302,7 +307,7 @@ def network_errors() -> tuple[type[BaseException], ...]:
 
         found.append(aiohttp.ClientError)
     if importlib.util.find_spec("botocore"):
-        from botocore.exceptions import BotoCoreError
+        from botocore.exceptions import BotoCoreError  # pyrefly: ignore[missing-import] # comes with s3fs
 
         found.append(BotoCoreError)
     return tuple(found)

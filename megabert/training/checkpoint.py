@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch.distributed
@@ -19,13 +19,15 @@ from megabert import checkpoint_format as layout
 from megabert.checkpoint_format import State
 from megabert.config import Recipe
 from megabert.data.manifest import TOKENIZER, write_atomically
+from megabert.data.shards import Source
 from megabert.data.stream import Position
+from megabert.data.tokenizer import TOKENIZER_CONFIG
 
 log = logging.getLogger(__name__)
 
 # Settings that may differ between a run and its continuation: they change what is reported and where, not what is learnt.
 FREE_TO_CHANGE = {
-    "data.train", "data.heldout", "data.num_workers", "run.output_dir", "run.log_every_steps", "run.eval_every_steps",
+    "data.train", "data.heldout", "data.tokenizer", "data.num_workers", "data.on_bad_shard", "data.cache_dir", "data.cache_gb", "run.output_dir", "run.log_every_steps", "run.eval_every_steps",
     "run.eval_tokens", "run.save_every_steps", "run.keep_checkpoints", "run.resume", "run.ops",
 }  # fmt: skip
 
@@ -35,10 +37,13 @@ def save(
     folder: Path,
     state: State,
     positions: dict[int, Position],
-    tokenizer_folder: Path,
+    source: Source,
     keep: int,
 ) -> Path:
-    """Write a checkpoint; every rank calls this. positions: of this rank's streams. Returns its folder."""
+    """Write a checkpoint; every rank calls this. positions: of this rank's streams; source: whose tokenizer to keep.
+
+    Returns its folder.
+    """
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     tag = layout.tag_of(state.step)
     temporary, final = folder / f"{layout.TEMPORARY}{tag}", folder / tag
@@ -52,9 +57,9 @@ def save(
     if rank == 0:
         _write_json(temporary / layout.STREAMS, {stream: merged[stream] for stream in sorted(merged)})
         _write_json(temporary / layout.STATE, vars(state))
-        for name in (TOKENIZER, "tokenizer_config.json"):
-            if (tokenizer_folder / name).is_file():
-                shutil.copyfile(tokenizer_folder / name, temporary / name)
+        (temporary / TOKENIZER).write_bytes(source.read_tokenizer_file())
+        if (config := source.read_beside(TOKENIZER_CONFIG)) is not None:
+            (temporary / TOKENIZER_CONFIG).write_bytes(config)
     deepspeed.comm.barrier()
     mine = layout.files_of(temporary)[rank::world_size]
     hashes = _gather({name: layout.hash_and_sync(temporary / name) for name in mine})
@@ -121,17 +126,17 @@ def find(recipe: Recipe, folder: Path) -> Path | None:
     return None
 
 
-def check_same_run(
-    path: Path,
-    state: State,
-    recipe: Recipe,
-    *,
-    corpus: str,
-    stage: int,
-    world_size: int,
-    step_batches: int,
-    total_steps: int,
-) -> None:
+class Course(NamedTuple):
+    """What a run's course depends on beside its recipe. corpus: its fingerprint; stage: ZeRO's."""
+
+    corpus: str
+    stage: int
+    world_size: int
+    step_batches: int
+    total_steps: int
+
+
+def check_same_run(path: Path, state: State, recipe: Recipe, now: Course) -> None:
     """Raise ValueError unless this run continues that checkpoint's."""
     ours, theirs = _flat(recipe.to_dict()), _flat(state.recipe)
     different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
@@ -142,32 +147,36 @@ def check_same_run(
             f"{path}: was written by another recipe: {changes}. Restore that, choose another run.output_dir, "
             "or start anew with run.resume none."
         )
-    if state.corpus != corpus:
+    if state.corpus != now.corpus:
         raise ValueError(
-            f"{path}: was trained on corpus {state.corpus[:12]}, but data.train is {corpus[:12]}. "
+            f"{path}: was trained on corpus {state.corpus[:12]}, but data.train is {now.corpus[:12]}. "
             "Put that corpus back, or choose another run.output_dir."
         )
-    if (state.step_batches, state.total_steps) != (step_batches, total_steps):
+    if (state.step_batches, state.total_steps) != (now.step_batches, now.total_steps):
         raise ValueError(
             f"{path}: a step was {state.step_batches} micro-batches and the run {state.total_steps} steps; now they are "
-            f"{step_batches} and {total_steps}. Use as many ranks as before, or set data.global_batch_tokens to a number."
+            f"{now.step_batches} and {now.total_steps}. Use as many ranks as before, or set data.global_batch_tokens to a number."
         )
-    if state.zero_stage != stage:
+    if state.zero_stage != now.stage:
         raise ValueError(
-            f"{path}: was written at ZeRO stage {state.zero_stage}, this is stage {stage}. Use that stage."
+            f"{path}: was written at ZeRO stage {state.zero_stage}, this is stage {now.stage}. Use that stage."
         )
-    if state.world_size != world_size and stage > 0:
+    if state.world_size != now.world_size and now.stage > 0:
         raise ValueError(
-            f"{path}: was written by {state.world_size} ranks at ZeRO stage {stage}, these are {world_size}. "
+            f"{path}: was written by {state.world_size} ranks at ZeRO stage {now.stage}, these are {now.world_size}. "
             f"Use {state.world_size} ranks."
         )
 
 
-def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> dict[int, Position]:
-    """Restore the engine from a checkpoint. Returns every stream's position. Raises ValueError if DeepSpeed cannot."""
+def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
+    """Restore the engine from a checkpoint. Raises ValueError if DeepSpeed cannot."""
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise ValueError(f"{path}: DeepSpeed found nothing to load there.")
+
+
+def read_positions(path: Path) -> dict[int, Position]:
+    """Every stream's position in a checkpoint."""
     raw = json.loads((path / layout.STREAMS).read_text())
     return {int(stream): Position.from_json(position) for stream, position in raw.items()}
 

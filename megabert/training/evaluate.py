@@ -1,14 +1,13 @@
 """Masked-token loss and accuracy on held-out text: the same numbers on any number of ranks."""
 
-import math
 from typing import NamedTuple
 
 import deepspeed
 import numpy as np
 import torch
 
-from megabert.data.shards import TOKEN_COUNTS, Source
-from megabert.data.stream import PackedBatch
+from megabert.data.batch import PackedBatch
+from megabert.data.shards import Corpus
 
 
 class Evaluation(NamedTuple):
@@ -32,12 +31,11 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: list[PackedBatch]) -> E
     return Evaluation(loss_sum / num_targets, num_correct / num_targets, int(num_targets))
 
 
-def unigram_loss(source: Source, batches: list[PackedBatch]) -> float:
+def unigram_loss(corpus: Corpus, batches: list[PackedBatch]) -> float:
     """What guessing each masked token by its frequency in the training shards costs, nats per token.
 
-    The bar that a model passes when it uses any context at all. Counts are smoothed by one.
+    The bar that a model passes when it uses any context at all.
     """
-    counts = np.load(f"{source.folder}/{TOKEN_COUNTS}", allow_pickle=False).astype(np.float64) + 1
-    nats = math.log(counts.sum()) - np.log(counts)
+    nats = -np.log(corpus.token_shares)
     labels = np.concatenate([batch.masked_labels[: batch.num_masked].numpy() for batch in batches])
     return float(nats[labels].mean())

@@ -18,32 +18,17 @@ import yaml
 
 from megabert.checkpoint_format import State, read_state
 from megabert.config import Recipe, batches_per_step, total_steps
-from megabert.data.masking import masked_count
-from megabert.data.shards import (
-    Source,
-    check_same_tokenizer,
-    check_tokenizer_file,
-    open_source,
-    stream_count,
-    write_atomically,
-)
-from megabert.data.stream import (
-    DROPOUT,
-    BatchStream,
-    PackedBatch,
-    Position,
-    StreamConfig,
-    default_max_documents,
-    filler_batch,
-    held_out_batches,
-    open_loader,
-    philox,
-)
+from megabert.data.batch import PackedBatch
+from megabert.data.manifest import write_atomically
+from megabert.data.shards import Corpus, stream_count
+from megabert.data.stream import DROPOUT, BatchStream, Position, open_loader, philox
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training import checkpoint
+from megabert.training.checkpoint import Course
 from megabert.training.ds_config import fill
 from megabert.training.engine import build_engine, build_model, has_fast_bf16, start_process, training_device
 from megabert.training.evaluate import Evaluation, evaluate, unigram_loss
+from megabert.training.feed import open_corpora, open_held_out, plan_of, share_of, stream_config
 from megabert.training.metrics import Meter, Reporter
 
 log = logging.getLogger(__name__)
@@ -61,7 +46,7 @@ class Run:
     batches: Iterator[tuple[PackedBatch, int, Position]]
     held_out: list[PackedBatch]
     ds_config: dict[str, Any]
-    source: Source
+    corpus: Corpus
     rank: int
     world_size: int
     step_batches: int
@@ -136,10 +121,11 @@ def seed_dropout(seed: int, index: int) -> None:
 def report(run: Run) -> None:
     """Write one line of the log. Waits for the device."""
     meter = run.meter
-    counts = torch.tensor([meter.tokens, meter.slots], dtype=torch.float64, device=run.engine.device)
+    skipped = sum(position.skipped for position in run.positions.values())
+    counts = torch.tensor([meter.tokens, meter.slots, skipped], dtype=torch.float64, device=run.engine.device)
     sums = torch.cat([meter.sums, counts])
     deepspeed.comm.all_reduce(sums)
-    loss_sum, num_correct, num_targets, tokens, slots = sums.tolist()  # synchronises
+    loss_sum, num_correct, num_targets, tokens, slots, skipped = sums.tolist()  # synchronises
     seconds = meter.seconds()
     run.tokens += int(tokens)
     run.seconds += seconds
@@ -155,6 +141,7 @@ def report(run: Run) -> None:
         "seconds_per_step": seconds / max(1, meter.steps),
         "fill": tokens / slots,
         "loader_wait": meter.waited / seconds,
+        "skipped_chunks": skipped,
     }
     if run.reporter is not None:
         run.reporter.log(run.step, values)
@@ -187,14 +174,14 @@ def save(run: Run) -> None:
         num_streams=run.num_streams,
         step_batches=run.step_batches,
         total_steps=run.total_steps,
-        corpus=run.source.fingerprint,
+        corpus=run.corpus.fingerprint,
         recipe=run.recipe.to_dict(),
         ds_config=run.ds_config,
         model=run.model.config.to_dict(),
     )
     folder = run.output_dir / "checkpoints"
     path = checkpoint.save(
-        run.engine, folder, state, run.positions, Path(run.source.folder), run.recipe.run.keep_checkpoints
+        run.engine, folder, state, run.positions, run.corpus.sources[0], run.recipe.run.keep_checkpoints
     )
     if run.reporter is not None:
         run.reporter.say(f"step {run.step}: saved {path}")
@@ -220,10 +207,7 @@ def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str)
 
 def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, rank: int, world_size: int) -> Run:
     """Open the data, build the model, and restore the newest checkpoint if there is one."""
-    source = open_source(recipe.data.train)
-    held_source = open_source(recipe.data.heldout or source.folder, "heldout")
-    check_same_tokenizer(source, held_source)
-    check_tokenizer_file(source)
+    corpus, held = open_corpora(recipe)
     device = training_device()
     step_batches = batches_per_step(recipe, world_size)
     steps = total_steps(recipe, step_batches)
@@ -232,16 +216,8 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     found = checkpoint.find(recipe, folder)
     state = read_state(found) if found else None
     if found and state:
-        checkpoint.check_same_run(
-            found,
-            state,
-            recipe,
-            corpus=source.fingerprint,
-            stage=stage,
-            world_size=world_size,
-            step_batches=step_batches,
-            total_steps=steps,
-        )
+        now = Course(corpus.fingerprint, stage, world_size, step_batches, steps)
+        checkpoint.check_same_run(found, state, recipe, now)
     ds_config = fill(
         raw_ds_config,
         ds_config_path,
@@ -250,29 +226,26 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         world_size=world_size,
         fast_bf16=has_fast_bf16(device),
     )
-    num_streams = state.num_streams if state else stream_count(len(source.splits()), recipe.data.max_streams)
-    config = stream_config(recipe, source, num_streams)
-    dataset_options = {"rank": rank, "world_size": world_size, "first_index": state.next_index if state else 0}
-    BatchStream(source, config, positions={}, **dataset_options)  # refuses ranks that cannot share, before building
-    model = build_model(recipe, source.tokenizer, device, ds_config["torch_autocast"]["enabled"])
+    num_streams = state.num_streams if state else stream_count(corpus.num_splits, recipe.data.max_streams)
+    config = stream_config(recipe, corpus, plan_of(recipe, step_batches, steps), num_streams)
+    positions = checkpoint.read_positions(found) if found else {}
+    first = state.next_index if state else 0
+    dataset = BatchStream(corpus, config, rank=rank, world_size=world_size, positions=positions, first_index=first)
+    # Before the model: the workers are small copies of this process, and have batches ready when it is built.
+    batches = iter(open_loader(dataset, recipe.data.num_workers, pin_memory=device.type != "cpu"))
+    every_held_out = open_held_out(recipe, held, config)
+    model = build_model(recipe, corpus.tokenizer, device, ds_config["torch_autocast"]["enabled"])
     engine = build_engine(model, recipe, ds_config, steps)
-    positions = checkpoint.load(engine, found) if found else {}
-    dataset = BatchStream(source, config, positions=positions, **dataset_options)
-    every_held_out = held_out_batches(
-        held_source, config, recipe.masking.eval_mlm_probability, max(1, recipe.run.eval_tokens // config.bin_tokens)
-    )
-    if not sum(batch.num_masked for batch in every_held_out):
-        raise ValueError(
-            f"{held_source.folder}: the held-out part has too few tokens to mask any. Hold out more of the corpus."
-        )
+    if found:
+        checkpoint.load(engine, found)
     run = Run(
         recipe=recipe,
         model=model,
         engine=engine,
-        batches=iter(open_loader(dataset, recipe.data.num_workers)),
-        held_out=share_of(every_held_out, source, config, recipe, rank, world_size),
+        batches=batches,
+        held_out=share_of(every_held_out, recipe, corpus, config, rank, world_size),
         ds_config=ds_config,
-        source=source,
+        corpus=corpus,
         rank=rank,
         world_size=world_size,
         step_batches=step_batches,
@@ -280,7 +253,7 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         total_steps=steps,
         reporter=Reporter(Path(recipe.run.output_dir), steps, state.step if state else 0) if rank == 0 else None,
         meter=Meter(engine.device),
-        unigram=unigram_loss(source, every_held_out),
+        unigram=unigram_loss(corpus, every_held_out),
         positions={stream: position for stream, position in positions.items() if stream % world_size == rank},
     )
     if state:
@@ -289,34 +262,6 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         describe(run, found)
         checkpoint.set_aside_after(folder, run.step)
     return run
-
-
-def stream_config(recipe: Recipe, source: Source, num_streams: int) -> StreamConfig:
-    """The shapes of a batch, from the recipe and the corpus."""
-    data = recipe.data
-    most = data.max_documents
-    if most == "auto":
-        most = default_max_documents(source, data.micro_batch_tokens, data.max_seq_len)
-    return StreamConfig(
-        bin_tokens=data.micro_batch_tokens,
-        max_seq_len=data.max_seq_len,
-        max_documents=most,
-        max_masked=masked_count(data.micro_batch_tokens, recipe.masking.mlm_probability),
-        mlm_probability=recipe.masking.mlm_probability,
-        truncate=data.documents == "truncate",
-        seed=recipe.run.seed,
-        num_streams=num_streams,
-    )
-
-
-def share_of(
-    batches: list[PackedBatch], source: Source, config: StreamConfig, recipe: Recipe, rank: int, world_size: int
-) -> list[PackedBatch]:
-    """This rank's part of the held-out bins, as many on every rank: ZeRO 3 computes together or not at all."""
-    missing = -len(batches) % world_size
-    probability = recipe.masking.eval_mlm_probability
-    filler = [filler_batch(source.tokenizer, config, probability, len(batches) + i) for i in range(missing)]
-    return (batches + filler)[rank::world_size]
 
 
 def describe(run: Run, found: Path | None) -> None:
@@ -328,7 +273,7 @@ def describe(run: Run, found: Path | None) -> None:
     run.reporter.say(f"recipe:\n{settings}\nds_config: {json.dumps(run.ds_config)}")
     run.reporter.say(
         f"{parameters:,} parameters, {precision} on {run.world_size} x {run.engine.device.type}, "
-        f"ZeRO {run.engine.zero_optimization_stage()}; {run.source.tokens:,} tokens in {run.num_streams} streams; "
+        f"ZeRO {run.engine.zero_optimization_stage()}; {run.corpus.tokens:,} tokens in {run.num_streams} streams; "
         f"{run.total_steps} steps of {run.step_batches} x {run.recipe.data.micro_batch_tokens} token slots"
     )
     if found:
@@ -342,7 +287,7 @@ def write_run_json(run: Run) -> None:
         "recipe": run.recipe.to_dict(),
         "ds_config": run.ds_config,
         "world_size": run.world_size,
-        "corpus": {"folder": run.source.folder, "fingerprint": run.source.fingerprint},
+        "corpus": {"name": run.corpus.name, "fingerprint": run.corpus.fingerprint},
         "versions": {name: version(name) for name in ("megabert", "torch", "deepspeed", "transformers", "numpy")},
         "machine": {"node": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count()},
     }

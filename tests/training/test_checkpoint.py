@@ -8,7 +8,7 @@ import pytest
 from megabert import checkpoint_format as layout
 from megabert.checkpoint_format import State
 from megabert.config import Recipe, RunConfig
-from megabert.training.checkpoint import check_same_run, set_aside_after
+from megabert.training.checkpoint import Course, check_same_run, set_aside_after
 
 RECIPE = Recipe(run=RunConfig(max_steps=10))
 STATE = State(
@@ -29,7 +29,7 @@ STATE = State(
 
 def check(recipe: Recipe = RECIPE, state: State = STATE, **changes):
     now = {"corpus": "c" * 64, "stage": 2, "world_size": 2, "step_batches": 4, "total_steps": 10} | changes
-    check_same_run(layout.Path("step-00000004"), state, recipe, **now)
+    check_same_run(layout.Path("step-00000004"), state, recipe, Course(**now))
 
 
 def test_the_same_run_is_accepted_wherever_it_reports():
