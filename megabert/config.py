@@ -149,7 +149,9 @@ class DataConfig:
                 f"data.micro_batch_tokens is {self.micro_batch_tokens}, expected at least data.max_seq_len ({self.longest})."
             )
         if isinstance(self.train, str) and self.train.startswith("["):
-            raise ValueError(f"data.train is {self.train}, expected a path, or a list of {{shards: PATH, weight: NUMBER}}.")
+            raise ValueError(
+                f"data.train is {self.train}, expected a path, or a list of {{shards: PATH, weight: NUMBER}}."
+            )
         if not self.corpora:
             raise ValueError("data.train is an empty list, expected at least one corpus.")
         if self.cache_gb < 1:

@@ -128,7 +128,7 @@ def lay_out(
     num_tokens = int(chosen.lengths.sum())
     ids = views["input_ids"]
     if num_tokens:
-        np.concatenate(chosen.parts, out=ids[:num_tokens], casting="safe")
+        np.concatenate(chosen.parts, out=ids[:num_tokens], casting="same_kind")  # ids are below 2^31
     ids[num_tokens:] = tokenizer.special_ids["pad"]
     lengths = np.concatenate([chosen.lengths, filler_lengths(shapes.bin_tokens - num_tokens, max_seq_len)])
     ends = lengths.cumsum()

@@ -1,177 +1,358 @@
-"""The stream's promises: every token once, the same bins for any cluster, exact resume."""
+"""The stream's promises: every token once, the same bins for any cluster, exact resume. On made-up corpora."""
 
+import json
 from itertools import islice
 
 import numpy as np
 import pytest
-import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from megabert.data.shards import Source, SplitOrder, open_source, stream_count
+from megabert.data.packing import SPECIALS_PER_PIECE
+from megabert.data.schedule import Length
+from megabert.data.shards import Corpus, DamagedShardError, SplitOrder, stream_count
 from megabert.data.stream import (
     BatchStream,
-    PackedBatch,
     Position,
     StreamConfig,
-    default_max_documents,
     filler_batch,
     held_out_batches,
     open_loader,
     open_stream,
     worker_count,
 )
-
-BIN_TOKENS, MAX_SEQ_LEN = 256, 32
-
-
-@pytest.fixture(scope="module")
-def source(corpus) -> Source:
-    return open_source(str(corpus.tokens))
-
-
-@pytest.fixture(scope="module")
-def config(source) -> StreamConfig:
-    return StreamConfig(
-        bin_tokens=BIN_TOKENS,
-        max_seq_len=MAX_SEQ_LEN,
-        max_documents=default_max_documents(source, BIN_TOKENS, MAX_SEQ_LEN),
-        max_masked=77,
-        mlm_probability=0.3,
-        truncate=False,
-        seed=3,
-        num_streams=stream_count(len(source.splits()), 8),
-    )
+from tests.data.synthetic import (
+    FIRST_ID,
+    SPECIALS,
+    SyntheticSource,
+    config_of,
+    corpus_of,
+    originals,
+    pieces_of,
+    random_shards,
+    same,
+)
 
 
-def rank_batches(source, config, count, *, rank=0, world_size=1, positions=None, first=0, workers=0):
+def rank_batches(corpus, config, count, *, rank=0, world_size=1, positions=None, first=0, workers=0):
     """The first `count` (batch, stream, position) of one rank."""
     options = {"positions": positions or {}, "first_index": first}
-    dataset = BatchStream(source, config, rank=rank, world_size=world_size, **options)
+    dataset = BatchStream(corpus, config, rank=rank, world_size=world_size, **options)
     return list(islice(iter(open_loader(dataset, workers)), count))
 
 
-def same(first: PackedBatch, second: PackedBatch) -> bool:
-    pairs = zip(first, second, strict=True)
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+def positions_after(done) -> dict[int, Position]:
+    """Each stream's last position, as a checkpoint keeps it."""
+    written = {stream: json.dumps(position.to_json()) for _, stream, position in done}
+    return {stream: Position.from_json(json.loads(text)) for stream, text in written.items()}
 
 
-def originals(batch: PackedBatch) -> np.ndarray:
-    """input_ids with the masks taken off again."""
-    ids = batch.input_ids.numpy().copy()
-    ids[batch.masked_positions[: batch.num_masked].numpy()] = batch.masked_labels[: batch.num_masked].numpy()
-    return ids
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return corpus_of(SyntheticSource(random_shards(np.random.default_rng(0), 40, documents=12)))
 
 
-def raw_tokens(batches: list[PackedBatch], source: Source) -> np.ndarray:
-    special = [source.tokenizer.special_ids[name] for name in ("pad", "cls", "sep")]
-    ids = np.concatenate([originals(batch) for batch in batches])
-    return ids[~np.isin(ids, special)]
+@pytest.fixture(scope="module")
+def mixture() -> Corpus:
+    """Two sources, 3 to 1; the second is small and is read through several times."""
+    rng = np.random.default_rng(1)
+    large, small = random_shards(rng, 40, documents=12), random_shards(rng, 25, documents=4)
+    vocab = FIRST_ID + sum(sum(map(sum, chunks)) for chunks in large + small)
+    first = SyntheticSource(large, vocab_size=vocab)
+    second = SyntheticSource(small, first_id=FIRST_ID + first.tokens, vocab_size=vocab)
+    return corpus_of(first, second, weights=(3, 1))
 
 
-def test_every_batch_is_well_formed(source, config):
-    for batch, _, _ in rank_batches(source, config, 64):
-        cu_seqlens = batch.cu_seqlens.numpy()
-        lengths = np.diff(cu_seqlens)
-        assert (cu_seqlens[0], cu_seqlens[-1]) == (0, BIN_TOKENS)
-        assert (lengths >= 0).all()
-        assert lengths.max() <= batch.max_seqlen == MAX_SEQ_LEN
-        assert batch.input_ids.shape == batch.position_ids.shape == (BIN_TOKENS,)
-        expected = np.concatenate([np.arange(length) for length in lengths])
-        assert np.array_equal(batch.position_ids.numpy(), expected)
-        ids, special = originals(batch), source.tokenizer.special_ids
-        real = ids != special["pad"]
-        assert real.sum() == batch.num_tokens
-        begins = cu_seqlens[:-1][(lengths > 0) & real[np.minimum(cu_seqlens[:-1], BIN_TOKENS - 1)]]
-        assert (ids[begins] == special["cls"]).all()
-        assert (ids == special["cls"]).sum() == (ids == special["sep"]).sum() == len(begins)
-        labels = batch.masked_labels.numpy()
-        assert (labels != -100).sum() == batch.num_masked > 0
-        assert not np.isin(labels[: batch.num_masked], list(special.values())).any()
+def check_batch(batch, config: StreamConfig) -> None:
+    cu_seqlens, ids = batch.cu_seqlens.numpy(), originals(batch)
+    lengths = np.diff(cu_seqlens)
+    assert (cu_seqlens[0], cu_seqlens[-1]) == (0, config.bin_tokens)
+    assert (lengths >= 0).all()
+    assert lengths.max() <= batch.max_seqlen == config.plan.at(batch.index).max_seq_len
+    assert batch.input_ids.shape == batch.position_ids.shape == (config.bin_tokens,)
+    assert len(cu_seqlens) == config.max_documents[batch.max_seqlen] + 1
+    assert np.array_equal(batch.position_ids.numpy(), np.concatenate([np.arange(length) for length in lengths]))
+    real = ids != SPECIALS["pad"]
+    assert real.sum() == batch.num_tokens
+    assert (np.diff(real.astype(int)) <= 0).all()  # filler comes last
+    pieces = pieces_of(batch)
+    assert (ids == SPECIALS["cls"]).sum() == (ids == SPECIALS["sep"]).sum() == len(pieces)
+    assert batch.sum_squared_lengths == sum((len(piece) + SPECIALS_PER_PIECE) ** 2 for piece in pieces)
+    labels, positions = batch.masked_labels.numpy(), batch.masked_positions.numpy()
+    assert (labels != -100).sum() == batch.num_masked == min(round(0.3 * sum(map(len, pieces))), sum(map(len, pieces)))
+    assert (labels[: batch.num_masked] >= FIRST_ID).all()  # no special token is ever masked
+    assert not positions[batch.num_masked :].any()
+    changed = np.flatnonzero(batch.input_ids.numpy() != ids)
+    assert np.isin(changed, positions[: batch.num_masked]).all()
 
 
-def test_bins_are_full(source, config):
-    batches = [batch for batch, _, _ in rank_batches(source, config, 200)]
-    assert sum(batch.num_tokens for batch in batches) / (200 * BIN_TOKENS) >= 0.97
+def test_every_batch_is_well_formed(corpus):
+    config = config_of(corpus)
+    for batch, _, _ in rank_batches(corpus, config, 100):
+        check_batch(batch, config)
 
 
-def test_every_token_appears_exactly_once_per_epoch(source, config):
-    """One stream over all splits: its first epoch's tokens, as a multiset, are the corpus."""
-    alone = StreamConfig(**{**vars(config), "num_streams": 1})
-    splits = source.splits()
-    corpus_tokens = np.concatenate(
-        [source.read_chunk(s.shard, c).tokens for s in splits for c in range(s.first, s.last)]
+corpora = st.builds(
+    lambda seed, shards: SyntheticSource(random_shards(np.random.default_rng(seed), shards)),
+    st.integers(0, 10_000),
+    st.integers(1, 40),
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(corpora, st.integers(8, 40), st.integers(1, 6), st.sampled_from([1, 2, 3, 4, 6, 8]))
+def test_every_token_appears_exactly_once_per_pass(source, max_seq_len, multiple, num_streams):
+    """All streams together, until each has left its first two passes: those passes' tokens, twice each."""
+    corpus = corpus_of(source)
+    config = config_of(corpus, max_seq_len * multiple, num_streams, lengths=[Length(max_seq_len, 1.0)])
+    seen = np.zeros(source.tokens, dtype=int)
+    reached = []
+    for stream in range(num_streams):
+        wanted = -(-(2 * len(source.splits) - stream) // num_streams)  # entries of the first two passes
+        pieces: list[np.ndarray] = []
+        for batch, position in open_stream(corpus, config, stream, Position()):
+            pieces += pieces_of(batch)
+            if position.lanes[0].entry >= wanted:  # the oldest waiting piece is of a later pass
+                break
+        counts = np.bincount(np.concatenate(pieces) - FIRST_ID, minlength=source.tokens)
+        order = SplitOrder(len(source.splits), config.seed)
+        expected = np.zeros(source.tokens, dtype=int)
+        for entry in range(wanted):
+            split = source.splits[order[stream + entry * num_streams]]
+            for chunk in range(split.first, split.last):
+                expected[source.chunks[split.shard, chunk].tokens.astype(int) - FIRST_ID] += 1
+        assert (counts >= expected).all()  # all of what came before,
+        extra = counts - expected  # and only a beginning of what comes after
+        ahead = [source.splits[order[stream + (wanted + i) * num_streams]] for i in range(50)]
+        allowed = {t for s in ahead for c in range(s.first, s.last) for t in source.chunks[s.shard, c].tokens.tolist()}
+        assert set(np.flatnonzero(extra) + FIRST_ID) <= allowed
+        seen += expected
+        reached.append(wanted)
+    assert sum(reached) == 2 * len(source.splits)
+    assert (seen == 2).all()
+
+
+def test_pieces_keep_their_documents_order(corpus):
+    """A piece is a run of one document's tokens: consecutive numbers."""
+    for batch, _, _ in rank_batches(corpus, config_of(corpus), 50):
+        for piece in pieces_of(batch):
+            assert np.array_equal(piece, np.arange(piece[0], piece[0] + len(piece)))
+
+
+@pytest.mark.parametrize("cap", [128, 512, 1024])
+def test_bins_are_full_for_real_lengths(cap):
+    """Fill >= 99.5 % at T = 16 x cap, documents as in web text: lognormal(5.5, 1.0)."""
+    rng = np.random.default_rng(cap)
+    shards = [[np.maximum(1, rng.lognormal(5.5, 1.0, 400)).astype(int).tolist()] for _ in range(48)]
+    corpus = corpus_of(SyntheticSource(shards))
+    config = config_of(corpus, 16 * cap, lengths=[Length(cap, 1.0)])
+    batches = [batch for batch, _, _ in rank_batches(corpus, config, 80)]
+    assert sum(batch.num_tokens for batch in batches) / (80 * 16 * cap) >= 0.995
+
+
+@pytest.mark.parametrize("which", ["corpus", "mixture"])
+@pytest.mark.parametrize(
+    ("world_size", "workers"), [(1, 1), (1, 2), (1, 4), (2, 0), (2, 2), (4, 1), (4, 2), (8, 0), (8, 1)]
+)
+def test_bins_do_not_depend_on_ranks_or_workers(which, world_size, workers, request):
+    data = request.getfixturevalue(which)
+    config = config_of(data, lengths=[Length(32, 0.003), Length(48, 1.0)])
+    total = 48
+    expected = [batch for batch, _, _ in rank_batches(data, config, total)]
+    assert {batch.max_seqlen for batch in expected} == {32, 48}
+    for rank in range(world_size):
+        mine = rank_batches(data, config, total // world_size, rank=rank, world_size=world_size, workers=workers)
+        assert [batch.index for batch, _, _ in mine] == list(range(rank, total, world_size))
+        assert all(same(batch, expected[batch.index]) for batch, _, _ in mine)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_resume_continues_bitwise_on_any_number_of_ranks(data):
+    """After any step, in any phase, with mixtures, within a batch warm-up."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    sources = [
+        SyntheticSource(random_shards(rng, int(n)), vocab_size=20_000) for n in rng.integers(1, 40, rng.integers(1, 4))
+    ]
+    corpus = corpus_of(*sources, weights=rng.random(len(sources)) + 0.1)
+    num_streams = data.draw(st.sampled_from([1, 2, 4, 8, 12]))
+    config = config_of(
+        corpus,
+        bin_tokens=int(rng.integers(64, 200)),
+        num_streams=num_streams,
+        steps=12,
+        step_batches=4 * num_streams,
+        first_batches=num_streams,
+        warmup=0.5,
+        lengths=[Length(32, 0.4), Length(64, 0.7), Length(16, 1.0)],
+        truncate=data.draw(st.booleans()),
     )
-    seen: list[PackedBatch] = []
-    for batch, position in open_stream(source, alone, 0, Position()):
-        seen.append(batch)
-        if position.entry > len(splits):  # every piece of the first epoch is packed
+    world_size = data.draw(st.sampled_from([w for w in (1, 2, 3, 4, 6, 8, 12) if num_streams % w == 0]))
+    total = 40 * num_streams
+    whole = rank_batches(corpus, config, total)
+    done = data.draw(st.integers(0, 30)) * num_streams
+    positions = positions_after(whole[:done])
+    for rank in range(world_size):
+        count = (total - done) // world_size
+        rest = rank_batches(corpus, config, count, rank=rank, world_size=world_size, positions=positions, first=done)
+        assert rest[0][0].index == done + rank
+        assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
+        assert all(position == whole[batch.index][2] for batch, _, position in rest)
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+@pytest.mark.parametrize("documents", ["split", "truncate"])
+def test_resume_at_a_length_boundary(corpus, offset, documents):
+    """28 splits for 8 streams; the length changes at step 10, and the run stops one step before, at, or after it."""
+    source = SyntheticSource(random_shards(np.random.default_rng(5), 28))
+    assert len(source.splits) == 28
+    corpus = corpus_of(source)
+    lengths = [Length(16, 0.5), Length(48, 1.0)]
+    config = config_of(corpus, steps=20, lengths=lengths, truncate=documents == "truncate")
+    whole = rank_batches(corpus, config, 160)
+    assert [batch.max_seqlen for batch, _, _ in whole] == [16] * 80 + [48] * 80
+    done = 8 * (10 + offset)
+    rest = rank_batches(corpus, config, 160 - done, positions=positions_after(whole[:done]), first=done)
+    assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
+
+
+def test_no_token_is_lost_or_doubled_where_the_length_changes(corpus):
+    config = config_of(
+        corpus, steps=20, num_streams=1, step_batches=1, lengths=[Length(16, 0.2), Length(48, 0.6), Length(24, 1.0)]
+    )
+    source = corpus.sources[0]
+    seen = np.zeros(source.tokens, dtype=int)
+    for batch, position in open_stream(corpus, config, 0, Position()):
+        np.add.at(seen, np.concatenate(pieces_of(batch)) - FIRST_ID, 1)
+        if position.lanes[0].entry >= len(source.splits):
             break
-    counts = np.bincount(raw_tokens(seen, source), minlength=source.tokenizer.vocab_size)
-    # The window has also packed a beginning of the second epoch: never less than once, and no more than its share.
-    expected = np.bincount(corpus_tokens, minlength=source.tokenizer.vocab_size)
-    assert (counts >= expected).all()
-    assert counts.sum() - expected.sum() < 2 * max(s.tokens for s in source.shards) + 8 * BIN_TOKENS
+    assert seen.min() == 1
+    assert (seen > 1).mean() < 0.5
 
 
-def test_streams_divide_the_list_of_splits():
+def test_a_rollback_goes_on_past_the_bins_that_it_left(corpus):
+    """Back to step 3 from step 7: bins 24 to 55 are never issued again, those after are as if nothing had been."""
+    config = config_of(corpus)
+    whole = rank_batches(corpus, config, 120)
+    again = rank_batches(corpus, config, 64, positions=positions_after(whole[:24]), first=56)
+    assert [batch.index for batch, _, _ in again] == list(range(56, 120))
+    assert all(same(batch, whole[batch.index][0]) for batch, _, _ in again)
+    # Stopped at once after it, before every stream has issued a bin: the others still know where they were.
+    positions = positions_after(whole[:24]) | positions_after(again[:4])
+    rest = rank_batches(corpus, config, 40, positions=positions, first=60)
+    assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
+
+
+def test_a_mixture_has_its_sources_by_weight_in_every_stretch(mixture):
+    config = config_of(mixture, bin_tokens=512, num_streams=4)
+    border = FIRST_ID + mixture.sources[0].tokens
+    for stretch in range(4):
+        batches = [batch for batch, _, _ in rank_batches(mixture, config, 160)][40 * stretch : 40 * stretch + 40]
+        text = np.concatenate([piece for batch in batches for piece in pieces_of(batch)])
+        assert (text < border).mean() == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_mixture_reads_each_source_whole(mixture):
+    """When the first pass of the large source is through, each of its tokens was seen once."""
+    config = config_of(mixture, num_streams=1, step_batches=1)
+    source = mixture.sources[0]
+    seen = np.zeros(sum(s.tokens for s in mixture.sources), dtype=int)
+    for batch, position in open_stream(mixture, config, 0, Position()):
+        np.add.at(seen, np.concatenate(pieces_of(batch)) - FIRST_ID, 1)
+        if position.lanes[0].entry >= len(source.splits):
+            break
+    assert seen[: source.tokens].min() == 1
+
+
+def test_a_damaged_chunk_stops_the_run_or_is_skipped_and_counted(caplog):
+    source = SyntheticSource(random_shards(np.random.default_rng(2), 30))
+    hurt = SyntheticSource(random_shards(np.random.default_rng(2), 30))
+    hurt.damaged = {(3, 0), (17, 0)}
+    stopping, skipping = corpus_of(hurt), corpus_of(hurt, on_bad_shard="skip")
+    config = config_of(skipping, num_streams=2, step_batches=2)
+    with pytest.raises(DamagedShardError, match="chunk 0: damaged"):
+        rank_batches(stopping, config, 200)
+    whole = rank_batches(skipping, config, 200)
+    assert "skipped: shard 3 chunk 0: damaged" in caplog.text
+    lost = {int(t) for place in hurt.damaged for t in hurt.chunks[place].tokens}
+    text = {int(t) for batch, _, _ in whole for piece in pieces_of(batch) for t in piece}
+    assert not lost & text
+    assert lost | text == set(range(FIRST_ID, FIRST_ID + source.tokens))
+    counts = [sum(p.skipped for p in positions_after(whole[:done]).values()) for done in range(0, 201, 20)]
+    assert counts == sorted(counts)
+    assert counts[-1] >= 2
+    # Repaired while the run was down, it is still skipped where it was skipped: the bins are those of the run.
+    for done in range(0, 200, 26):
+        repaired = corpus_of(source, on_bad_shard="skip")
+        positions = positions_after(whole[:done])
+        held = {place for p in positions.values() for place in p.lanes[0].damaged}
+        rest = rank_batches(skipping, config, 200 - done, positions=positions, first=done)
+        assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
+        if held:
+            near = rank_batches(repaired, config, 2, positions=positions, first=done)
+            assert all(same(batch, whole[batch.index][0]) for batch, _, _ in near)
+
+
+def test_an_epochs_order_is_a_permutation_of_its_own():
     order = SplitOrder(10, seed=1)
     epochs = [[order[e * 10 + i] for i in range(10)] for e in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1]
     assert [order[i] for i in (25, 3, 25)] == [epochs[2][5], epochs[0][3], epochs[2][5]]
+    assert [SplitOrder(10, seed=1, source=1)[i] for i in range(10)] != epochs[0]
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (2, 2), (4, 1), (8, 0)])
-def test_bins_do_not_depend_on_ranks_or_workers(source, config, world_size, workers):
-    total = 48
-    expected = [batch for batch, _, _ in rank_batches(source, config, total)]
-    for rank in range(world_size):
-        mine = rank_batches(source, config, total // world_size, rank=rank, world_size=world_size, workers=workers)
-        assert [batch.index for batch, _, _ in mine] == list(range(rank, total, world_size))
-        assert all(same(batch, expected[batch.index]) for batch, _, _ in mine)
+@pytest.mark.parametrize("longest", [1, 40, 4000])
+def test_a_position_is_small(longest):
+    """The worst case: chunks full of documents of one token, under a window of 4 T = 262,144 tokens."""
+    rng = np.random.default_rng(0)
+    count = max(1, 131_072 // longest)
+    shards = [[rng.integers(1, longest + 1, count).tolist()] * 2 for _ in range(24)]
+    corpus = corpus_of(SyntheticSource(shards, vocab_size=30_000_000))
+    lengths = [Length(128, 0.5), Length(512, 1.0)]
+    config = config_of(corpus, bin_tokens=65_536, num_streams=1, step_batches=1, steps=16, lengths=lengths)
+    for _, _, position in rank_batches(corpus, config, 16):
+        assert len(json.dumps(position.to_json())) <= 16_384
 
 
-@pytest.mark.parametrize("done", [8, 24, 200])
-@pytest.mark.parametrize("world_size", [1, 4])
-def test_resume_continues_bitwise_on_any_number_of_ranks(source, config, done, world_size):
-    whole = rank_batches(source, config, done + 32)
-    positions = {}
-    for _, stream, position in whole[:done]:
-        positions[stream] = Position.from_json(position.to_json())
-    for rank in range(world_size):
-        rest = rank_batches(
-            source, config, 32 // world_size, rank=rank, world_size=world_size, positions=positions, first=done
-        )
-        assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
-        assert rest[0][0].index == done + rank
-
-
-def test_a_position_is_small(source, config):
-    for _, _, position in rank_batches(source, config, 100):
-        assert len(str(position.to_json())) <= 16_384
-
-
-def test_held_out_bins_are_fixed_and_end_with_the_documents(corpus, config):
-    held = open_source(str(corpus.tokens), "heldout")
-    first, second = (held_out_batches(held, config, 0.15, 10_000) for _ in range(2))
+def test_held_out_bins_are_fixed_and_end_with_the_documents(corpus):
+    config = config_of(corpus)
+    first, second = (held_out_batches(corpus, config, 0.15, 10_000) for _ in range(2))
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
-    assert len(raw_tokens(first, held)) == held.tokens
-    other_seed = held_out_batches(held, StreamConfig(**{**vars(config), "seed": 99}), 0.15, 10_000)
+    text = np.concatenate([piece for batch in first for piece in pieces_of(batch)])
+    assert sorted(text.tolist()) == list(range(FIRST_ID, FIRST_ID + corpus.tokens))
+    other_seed = held_out_batches(corpus, config_of(corpus, seed=99), 0.15, 10_000)
     assert all(same(a, b) for a, b in zip(first, other_seed, strict=True))
-    unknown = (raw_tokens(first, held) == held.tokenizer.special_ids["unk"]).sum()
-    share = sum(batch.num_masked for batch in first) / (held.tokens - unknown)
-    assert abs(share - 0.15) < 0.01
+    assert sum(batch.num_masked for batch in first) / corpus.tokens == pytest.approx(0.15, abs=0.01)
+    assert len(held_out_batches(corpus, config, 0.15, 3)) == 3
 
 
-def test_a_filler_batch_is_nothing(source, config):
-    batch = filler_batch(source.tokenizer, config, 0.15, 7)
-    assert (batch.num_tokens, batch.num_masked) == (0, 0)
-    assert (batch.input_ids == source.tokenizer.special_ids["pad"]).all()
+def test_held_out_bins_of_a_mixture_hold_all_of_it(mixture):
+    batches = held_out_batches(mixture, config_of(mixture), 0.15, 10_000)
+    text = np.concatenate([piece for batch in batches for piece in pieces_of(batch)])
+    assert sorted(text.tolist()) == list(range(FIRST_ID, FIRST_ID + mixture.tokens))
+
+
+def test_a_filler_batch_is_nothing(corpus):
+    batch = filler_batch(corpus.tokenizer, config_of(corpus), 0.15, 7)
+    assert (batch.num_tokens, batch.num_masked, batch.sum_squared_lengths) == (0, 0, 0)
+    assert (batch.input_ids == SPECIALS["pad"]).all()
     assert (batch.masked_labels == -100).all()
 
 
-def test_ranks_that_do_not_divide_the_streams_are_refused(source, config):
+def test_ranks_that_do_not_divide_the_streams_or_a_step_are_refused(corpus):
+    options = {"rank": 0, "positions": {}, "first_index": 0}
     with pytest.raises(ValueError, match=r"8 streams, which 3 ranks cannot share.*divides 8"):
-        BatchStream(source, config, rank=0, world_size=3, positions={}, first_index=0)
+        BatchStream(corpus, config_of(corpus), world_size=3, **options)
+    config = config_of(corpus, first_batches=2, warmup=0.5)
+    with pytest.raises(ValueError, match="a step of 2 micro-batches cannot be shared evenly by 8 ranks"):
+        BatchStream(corpus, config, world_size=8, **options)
+
+
+def test_too_few_documents_per_bin_are_refused(corpus):
+    config = config_of(corpus)
+    with pytest.raises(ValueError, match="max_documents is 4, expected at least 5"):
+        StreamConfig(**(vars(config) | {"max_documents": {32: 4}}))
 
 
 def test_workers_are_rounded_down_to_a_divisor():

@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 
 from data_prep import train_tokenizer, write_shards
 from data_prep.sources import ReadOptions, docstrings, list_units, read_unit
+from megabert.data.manifest import read_manifest
 from megabert.data.sample_format import decode_text, read_sample
-from megabert.data.shards import open_source, read_manifest
+from megabert.data.shards import open_source
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
