@@ -101,20 +101,36 @@ def run_command(command: list[str], timeout_s: float = 300, **environment: str) 
     return Finished(done.returncode, done.stdout)
 
 
-def pretrain_command(corpus: Corpus, out: Path, *more: str, ranks: int = 1, ds_config: str = "zero2") -> list[str]:
-    """The user's command on the tiny recipe; with one rank without the launcher, which saves seconds."""
+def pretrain_command(
+    corpus: Corpus, out: Path, *more: str, ranks: int = 1, ds_config: str | Path = "zero2"
+) -> list[str]:
+    """The user's command on the tiny recipe; with one rank without the launcher, which saves seconds.
+
+    ds_config: the name of one of ours, or a file.
+    """
+    if isinstance(ds_config, str):
+        ds_config = Path("ds_configs", f"{ds_config}.json")
     launcher = (
         [sys.executable] if ranks == 1 else ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
     )
     return [
         *launcher,
         "launch/pretrain.py",
-        f"--ds_config=ds_configs/{ds_config}.json",
+        f"--ds_config={ds_config}",
         f"--data.train={corpus.tokens}",
         f"--run.output_dir={out}",
         *TINY,
         *more,
     ]
+
+
+def ds_config_in(name: str, folder: Path, bf16: bool) -> Path:
+    """One of ours with its precision fixed, which otherwise is what the machine is fast at."""
+    config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
+    config["torch_autocast"]["enabled"] = bf16
+    path = folder / f"{name}-{'bf16' if bf16 else 'fp32'}.json"
+    path.write_text(json.dumps(config))
+    return path
 
 
 def free_port() -> int:

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import braceexpand
 import fsspec
-import webdataset
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +180,7 @@ class Piped:
 
     def read_whole(self, name: str) -> bytes:
         def collect() -> bytes:
-            with webdataset.gopen(self.url(name)) as pipe:
+            with open_pipe(self.url(name)) as pipe:
                 return pipe.read()
 
         return retrying(collect, self.url(name))
@@ -198,7 +197,7 @@ class Piped:
 
     def _fetch(self, name: str, path: Path) -> None:
         def copy() -> None:
-            with webdataset.gopen(self.url(name)) as pipe, open(path, "wb") as file:
+            with open_pipe(self.url(name)) as pipe, open(path, "wb") as file:
                 while data := pipe.read(PIPE_BUFFER):
                     file.write(data)
 
@@ -297,6 +296,13 @@ def retrying(action: Callable[[], T], url: str) -> T:
             log.warning("%s: %r; trying again in %.0f s", url, mistake, pause)
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
+
+
+def open_pipe(url: str) -> Any:
+    """webdataset's opener for pipe:COMMAND; its close() raises OSError where the command failed."""
+    import webdataset  # here, because it brings torch, which nothing else in this file needs
+
+    return webdataset.gopen(url)
 
 
 def network_errors() -> tuple[type[BaseException], ...]:

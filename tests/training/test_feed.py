@@ -1,0 +1,152 @@
+"""The user's command on other corpora than one folder of tokens: mixtures, changing lengths, text, pipes, damage."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep import write_shards
+from megabert.checkpoint_format import read_state
+from megabert.config import DataConfig, LengthPhase, RecipeParser
+from megabert.convert.checkpoint import read_checkpoint
+from megabert.training.feed import plan_of
+from megabert.training.metrics import read_metrics
+from tests.conftest import TINY, Corpus, pretrain_command, run_command
+
+
+def recorded(out: Path, key: str) -> list[float]:
+    return [record[key] for record in read_metrics(out / "metrics.jsonl") if key in record]
+
+
+@pytest.fixture(scope="module")
+def text(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    write_shards.main([f"--source={corpus.jsonl}", f"--out={folder}", "--heldout=0.1", "--chunk_tokens=8192"])
+    return folder
+
+
+def test_a_mixture_whose_length_changes_resumes_bitwise_inside_either_phase(corpus: Corpus, tmp_path):
+    """Tokens and tokens again, 3 to 1; 32 tokens for half of the run, then 64. Resumed from steps 2, 4 (the border) and 6."""
+    parts = f'[{{"shards": "{corpus.tokens}", "weight": 3}}, {{"shards": "{corpus.tokens}"}}]'
+    phases = '[{"max_seq_len": 32, "until": 0.5}, {"max_seq_len": 64, "until": 1.0}]'
+    settings = [
+        f"--data.train={parts}",
+        f"--data.max_seq_len={phases}",
+        "--run.max_steps=8",
+        "--run.save_every_steps=2",
+    ]
+    settings += ["--run.keep_checkpoints=9"]
+    whole = tmp_path / "whole"
+    done = run_command(pretrain_command(corpus, whole, *settings))
+    assert done.code == 0, done.output
+    assert len(recorded(whole, "loss")) == 8
+    for step in (2, 4, 6):
+        out = tmp_path / f"from-{step}"
+        shutil.copytree(whole / "checkpoints" / f"step-{step:08d}", out / "checkpoints" / f"step-{step:08d}")
+        done = run_command(pretrain_command(corpus, out, *settings))
+        assert done.code == 0, done.output
+        assert f"step {step} of 8" in done.output
+        assert recorded(out, "loss") == recorded(whole, "loss")[step:]
+        first, second = (read_checkpoint(folder)[0] for folder in (whole, out))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert read_state(whole / "checkpoints" / "step-00000008").max_seq_len == 64
+
+
+def test_text_from_a_pipe_is_tokenized_on_the_way(corpus: Corpus, text: Path, tmp_path):
+    command = f"pipe:cat {text}/train-{{00000..00023}}.tar"
+    settings = [
+        f"--data.train={command}",
+        f"--data.tokenizer={corpus.tokenizer}",
+        f"--data.cache_dir={tmp_path / 'cache'}",
+    ]
+    done = run_command(
+        pretrain_command(corpus, tmp_path / "run", *settings, "--run.max_steps=3", "--data.num_workers=2")
+    )
+    assert done.code == 0, done.output
+    assert len(recorded(tmp_path / "run", "heldout_loss")) == 1
+    assert (tmp_path / "run/checkpoints/step-00000003/tokenizer.json").is_file()
+    assert list((tmp_path / "cache").glob("*.tar"))
+
+
+def damaged(corpus: Corpus, folder: Path) -> Path:
+    """Every chunk of the first eight shards with one bit flipped."""
+    shutil.copytree(corpus.tokens, folder)
+    for number in range(8):
+        path = folder / f"train-{number:05d}.tar"
+        data = bytearray(path.read_bytes())
+        for place in range(700, len(data) - 2048, 1024):
+            data[place] ^= 1
+        path.write_bytes(bytes(data))
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_shard_stops_the_run_with_one_line(corpus: Corpus, tmp_path, workers):
+    folder = damaged(corpus, tmp_path / "tokens")
+    settings = [f"--data.train={folder}", "--run.max_steps=12", f"--data.num_workers={workers}"]
+    done = run_command(pretrain_command(corpus, tmp_path / "run", *settings))
+    assert done.code == 1
+    assert "its checksum is not the manifest's: damaged" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_damaged_shard_can_be_skipped_and_is_counted(corpus: Corpus, tmp_path):
+    folder = damaged(corpus, tmp_path / "tokens")
+    settings = [f"--data.train={folder}", "--data.on_bad_shard=skip", "--run.max_steps=12"]
+    done = run_command(pretrain_command(corpus, tmp_path / "run", *settings))
+    assert done.code == 0, done.output
+    assert "skipped: " in done.output
+    skipped = recorded(tmp_path / "run", "skipped_chunks")
+    assert skipped == sorted(skipped)
+    assert skipped[-1] > 0
+    assert all(0 <= share < 1 for share in recorded(tmp_path / "run", "loader_wait"))
+
+
+def recipe_of(*argv: str):
+    return RecipeParser("pretrain", "").read([*TINY, "--run.max_steps=10", *argv])[0]
+
+
+def test_phases_become_stages_of_the_plan():
+    recipe = recipe_of('--data.max_seq_len=[{"max_seq_len": 32, "until": 0.9}, {"max_seq_len": 64, "until": 1}]')
+    assert [(stage.first_step, stage.max_seq_len) for stage in plan_of(recipe, 2, 10).stages] == [(0, 32), (9, 64)]
+    assert recipe.data.longest == 64
+    assert recipe_of().data.lengths == [(32, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('--data.max_seq_len=[{"max_seq_len": 32, "until": 0.9}]', "expected rising shares, the last of them 1"),
+        ("--data.max_seq_len=[]", "expected rising shares"),
+        ('--data.train=[{"shards": "a", "weight": 0}]', "weight of a data.train is 0.0"),
+        ('--data.train=[{"shard": "a"}]', "expected a path, or a list of {shards: PATH, weight: NUMBER}"),
+        ("--data.train=[]", "data.train is an empty list"),
+        ("--data.cache_gb=0", "data.cache_gb is 0, expected at least 1"),
+        ("--data.on_bad_shard=ignore", "ignore"),
+    ],
+)
+def test_settings_that_make_no_sense(capsys, setting, message):
+    with pytest.raises(SystemExit):
+        recipe_of(setting)
+    assert message in capsys.readouterr().err
+
+
+def test_one_position_table_serves_every_phase():
+    with pytest.raises(ValueError, match="expected at least data.max_seq_len"):
+        DataConfig(max_seq_len=[LengthPhase(max_seq_len=128, until=1.0)], micro_batch_tokens=64)
+
+
+START = """
+import sys, time
+from megabert.data.shards import open_corpus
+from megabert.data.storage import Local
+print(Local(sys.argv[1]).size("manifest.json") > 0, "torch" in sys.modules)
+"""
+
+
+def test_reading_shards_needs_no_torch(corpus: Corpus):
+    """Preparation and checks start in a moment: torch comes in with the batches only."""
+    done = run_command([sys.executable, "-c", START, str(corpus.tokens)])
+    assert done.output.split()[-2:] == ["True", "False"]
