@@ -126,7 +126,7 @@ class Source:
                     f"{where}: holds id {decoded.tokens.max()}, but the vocabulary has {self.tokenizer.vocab_size}."
                 )
             return decoded
-        ids = encode(self._encoder, decode_text(sample, where))
+        ids = encode(self.encoder, decode_text(sample, where))
         lengths = np.fromiter(map(len, ids), np.int32, len(ids))
         tokens = np.empty(lengths.sum(), token_dtype(self.tokenizer.vocab_size))
         end = 0
@@ -136,7 +136,8 @@ class Source:
         return TokenChunk(tokens, lengths)
 
     @cached_property
-    def _encoder(self) -> Tokenizer:
+    def encoder(self) -> Tokenizer:
+        """What turns text into ids."""
         assert self.tokenizer_path is not None, "only text is encoded"
         return read_tokenizer(self.tokenizer_path)
 

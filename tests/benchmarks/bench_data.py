@@ -1,0 +1,245 @@
+"""The data path's speed, next to its peers: pre-tokenised shards, text on the fly, resuming, a worker's memory.
+
+    python tests/benchmarks/bench_data.py [--quick] [--json FILE]
+
+Documents have lengths lognormal(5.5, 1.0), as web text has, T is 65,536 and the cap 512. Rates are of real tokens: specials
+counted, padding and filler not. The contenders of a ratio take turns in one run, and the median of the rounds' ratios is printed.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import peers
+import psutil
+import torch
+from corpus import VOCAB, write_token_shards
+from report import read_arguments, write
+
+from data_prep import train_tokenizer, write_shards
+from megabert.data.masking import masked_count
+from megabert.data.packing import SPECIALS_PER_PIECE, cut
+from megabert.data.schedule import Length, make_plan
+from megabert.data.shards import Corpus, open_corpus
+from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, open_loader
+
+T, CAP = 65_536, 512
+HOUR_TOKENS = (
+    720_000_000  # what a rank trains in an hour at 200,000 tokens/s, a good rate for the base model on an A100
+)
+
+
+def config_of(corpus: Corpus, cap: int = CAP, bin_tokens: int = T, num_streams: int = 24) -> StreamConfig:
+    return StreamConfig(
+        bin_tokens=bin_tokens,
+        plan=make_plan(1_000_000, num_streams, [Length(cap, 1.0)]),
+        max_documents={cap: default_max_documents(corpus, bin_tokens, cap)},
+        max_masked=masked_count(bin_tokens, 0.3),
+        mlm_probability=0.3,
+        truncate=False,
+        seed=17,
+        num_streams=num_streams,
+    )
+
+
+def stream(
+    corpus: Corpus, config: StreamConfig, positions: dict[int, Position] | None = None, first: int = 0
+) -> BatchStream:
+    return BatchStream(corpus, config, rank=0, world_size=1, positions=positions or {}, first_index=first)
+
+
+def counted(batches: Iterator) -> Iterator[int]:
+    return (batch.num_tokens for batch, _, _ in batches)
+
+
+def rate(tokens: Iterator[int], seconds: float) -> float:
+    """Tokens per second over about so many seconds, from one batch to another."""
+    next(tokens)
+    began, total = time.perf_counter(), 0
+    while (taken := time.perf_counter() - began) < seconds:
+        total += next(tokens)
+    return total / taken
+
+
+def fill(corpus: Corpus, cap: int) -> float:
+    """Real tokens per slot at T = 16 x cap, over 480 bins."""
+    config = config_of(corpus, cap, 16 * cap)
+    return sum(islice(counted(iter(stream(corpus, config))), 480)) / (480 * 16 * cap)
+
+
+def compare_loaders(corpus: Corpus, folder: Path, rounds: int, seconds: float) -> dict[str, float]:
+    """Ours on one core, and in one worker against the peers in one worker each, in turn."""
+    source = corpus.sources[0]
+    chunks = [source.read_chunk(n, c) for n, shard in enumerate(source.shards) for c in range(len(shard.chunks))]
+    pieces = [piece for chunk in chunks[:16] for piece in framed(*chunk)]
+    config = config_of(corpus)
+    alone = counted(iter(stream(corpus, config)))
+    sum(islice(alone, 48))  # every stream's window is full
+    loaders = {
+        "ours": counted(iter(open_loader(stream(corpus, config), 1))),
+        "datasets": peers.real_tokens(peers.huggingface_loader(pieces, VOCAB, folder / "arrow")),
+        "mosaicml_streaming": peers.real_tokens(peers.streaming_loader(pieces, VOCAB, folder / "mds")),
+    }
+    for tokens in loaders.values():
+        sum(islice(tokens, 48))
+    rates: dict[str, list[float]] = {name: [] for name in ("alone", *loaders)}
+    for _ in range(rounds):
+        rates["alone"].append(rate(alone, seconds))
+        for name, tokens in loaders.items():
+            time.sleep(0.5)  # the others' queues are full by then, and their workers asleep
+            rates[name].append(rate(tokens, seconds))
+    for name, values in rates.items():
+        print(f"  {name:20} {statistics.median(values) / 1e6:8.2f} M tokens/s")
+    return {"loader_tokens_per_s_core": statistics.median(rates["alone"])} | {
+        f"loader_vs_{name}": statistics.median(a / b for a, b in zip(rates["ours"], rates[name], strict=True))
+        for name in ("datasets", "mosaicml_streaming")
+    }
+
+
+def framed(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The pieces of a chunk as a peer's samples: [CLS] ... [SEP]."""
+    pieces = cut(lengths, CAP, truncate=False)
+    begins = lengths.cumsum() - lengths
+    starts = (begins[pieces.document] + pieces.start).tolist()
+    parts = zip(starts, pieces.size.tolist(), strict=True)
+    return [np.concatenate([[2], tokens[a : a + n], [3]]).astype(np.int64) for a, n in parts]
+
+
+def on_the_fly(folder: Path, rounds: int, seconds: float) -> float:
+    """Text shards through one worker, against the bare tokenizer on the same text and one core."""
+    text, tokenizer = folder / "text", folder / "tokenizer"
+    write_shards.main(["--source=docstrings", "--min_chars=200", f"--out={text}"])
+    train_tokenizer.main([f"--source={text}", f"--out={tokenizer}", "--sample_bytes=3000000"])
+    corpus = open_corpus([(str(text), 1.0)], tokenizer=str(tokenizer))
+    source = corpus.sources[0]
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    bare = counted_bare(source)
+    config = config_of(corpus, bin_tokens=16_384, num_streams=2)
+    ours = text_tokens(iter(open_loader(stream(corpus, config), 1)))
+    sum(islice(ours, 64))
+    ratios = []
+    for _ in range(rounds):
+        mine = rate(ours, seconds)
+        theirs = rate(bare, seconds)
+        ratios.append(mine / theirs)
+        time.sleep(0.2)
+    print(f"  text on the fly {mine / 1e6:.2f} M tokens/s, the bare tokenizer {theirs / 1e6:.2f} M")
+    return statistics.median(ratios)
+
+
+def text_tokens(batches: Iterator) -> Iterator[int]:
+    """Tokens of text: without the specials, which the tokenizer does not make."""
+    for batch, _, _ in batches:
+        pieces = int((batch.cu_seqlens.diff() > 0).sum())
+        yield batch.num_tokens - SPECIALS_PER_PIECE * pieces
+
+
+def counted_bare(source) -> Iterator[int]:
+    """encode_batch_fast on the documents of one chunk after the other."""
+    from megabert.data.sample_format import decode_text, read_sample
+
+    chunks = []
+    for shard in source.shards[:8]:
+        data = Path(source.storage.url(shard.name)).read_bytes()
+        chunks += [decode_text(read_sample(data[a : a + n], "x"), "x") for a, n in shard.chunks[:, :2].tolist()]
+    encoder = source.encoder
+    while True:
+        for texts in chunks:
+            yield sum(len(encoding) for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False))
+
+
+RESUME = """
+import json, sys, time
+from megabert.data.shards import open_corpus
+from megabert.data.stream import Position, open_loader
+sys.path[:0] = [sys.argv[1]]
+from bench_data import config_of, stream
+raw = json.load(open(sys.argv[3]))
+corpus = open_corpus([(sys.argv[2], 1.0)])
+positions = {int(n): Position.from_json(position) for n, position in raw["positions"].items()}
+batches = iter(open_loader(stream(corpus, config_of(corpus), positions, raw["index"]), 2))
+batch, _, _ = next(batches)
+print(batch.index, time.time())
+"""
+
+
+def resume_seconds(corpus: Corpus, folder: Path, epochs: int, repeats: int) -> float:
+    """From the start of a process to its first batch, after so many passes over the corpus."""
+    batches = iter(stream(corpus, config_of(corpus)))
+    positions: dict[int, dict] = {}
+    index = 0
+    wanted = epochs * len(corpus.sources[0].splits) // 24
+    while len(positions) < 24 or min(p["lanes"][0]["entry"] for p in positions.values()) < wanted or index % 24:
+        batch, number, position = next(batches)
+        positions[number] = position.to_json()
+        index = batch.index + 1
+    file = folder / f"positions-{epochs}.json"
+    file.write_text(json.dumps({"index": index, "positions": positions}))
+    taken = []
+    for _ in range(repeats):
+        began = time.time()
+        command = [sys.executable, "-c", RESUME, str(Path(__file__).parent), corpus.sources[0].folder, str(file)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
+        number, ready = done.stdout.split()
+        assert int(number) == index, "it resumed elsewhere"
+        taken.append(float(ready) - began)
+    largest = max(len(json.dumps(position)) for position in positions.values())
+    print(
+        f"  after {epochs} epochs ({index:,} bins): {statistics.median(taken):.2f} s; a position has {largest} bytes at most"
+    )
+    return statistics.median(taken)
+
+
+def worker_memory(corpus: Corpus, tokens: int) -> float:
+    """Resident memory of one worker with all streams, highest over `tokens` tokens; says how flat it is."""
+    loader = iter(open_loader(stream(corpus, config_of(corpus)), 1))
+    [worker] = psutil.Process().children()
+    resident, seen = [], 0
+    for number, (batch, _, _) in enumerate(loader):
+        seen += batch.num_tokens
+        if number % 100 == 0:
+            resident.append(worker.memory_info().rss / 1e6)
+        if seen >= tokens:
+            break
+    quarter = len(resident) // 4
+    early, late = statistics.mean(resident[quarter : 2 * quarter]), statistics.mean(resident[-quarter:])
+    print(f"  a worker: {max(resident):.0f} MB at most, {late - early:+.1f} MB over the last half of {seen:,} tokens")
+    return max(resident)
+
+
+def main() -> None:
+    arguments = read_arguments(__doc__ or "")
+    torch.set_num_threads(1)
+    rounds, seconds = (3, 0.7) if arguments.quick else (9, 2.0)
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_token_shards(folder / "tokens", 50, 400_000)
+        corpus = open_corpus([(str(folder / "tokens"), 1.0)])
+        print("memory of a worker", flush=True)
+        figures["worker_rss_mb"] = worker_memory(corpus, HOUR_TOKENS // (20 if arguments.quick else 1))
+        print("loading, T = 65,536, cap 512", flush=True)
+        figures |= compare_loaders(corpus, folder, rounds, seconds)
+        print("resuming", flush=True)
+        figures["resume_first_batch_s"] = resume_seconds(corpus, folder, 3, 3 if arguments.quick else 5)
+        if not arguments.quick:
+            resume_seconds(corpus, folder, 30, 5)
+        for cap in (128, 512, 1024):
+            figures[f"fill_{cap}"] = fill(corpus, cap)
+        print("tokenizing while training", flush=True)
+        figures["on_the_fly_vs_bare_tokenizer"] = on_the_fly(folder, rounds, seconds)
+    for name, value in figures.items():
+        print(f"{name:32} {value:,.4g}")
+    write(figures, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Token shards of documents as long as web text's, for measuring: what the ids are does not matter to a loader."""
+
+import hashlib
+import io
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from megabert.data.manifest import TOKEN_COUNTS, Manifest, Shard, TokenizerInfo, write_manifest
+from megabert.data.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS, TokenChunk, encode_tokens, write_sample
+
+VOCAB = 30_522
+MEAN, SIGMA = 5.5, 1.0  # of the logarithm of a document's tokens
+
+
+def chunk_lengths(rng: np.random.Generator) -> np.ndarray:
+    lengths = np.maximum(1, rng.lognormal(MEAN, SIGMA, 1000)).astype(np.int32)
+    return lengths[lengths.cumsum() <= MAX_CHUNK_TOKENS]
+
+
+def write_token_shards(folder: Path, num_shards: int, shard_tokens: int) -> None:
+    """Write a folder as data_prep/write_shards.py would."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    shards, counts = [], np.zeros(VOCAB, dtype=np.int64)
+    for number in range(num_shards):
+        name, buffer, chunks, documents = f"train-{number:05d}.tar", io.BytesIO(), [], 0
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            while sum(chunk[3] for chunk in chunks) < shard_tokens:
+                lengths = chunk_lengths(rng)
+                tokens = rng.integers(len(SPECIAL_TOKENS), VOCAB, lengths.sum()).astype(np.uint16)
+                counts += np.bincount(tokens, minlength=VOCAB)
+                begin = tar.offset
+                write_sample(tar, f"train-{number:05d}-{len(chunks):05d}", encode_tokens(TokenChunk(tokens, lengths)))
+                checksum = zlib.crc32(buffer.getbuffer()[begin : tar.offset])
+                chunks.append([begin, tar.offset - begin, len(lengths), len(tokens), checksum])
+                documents += len(lengths)
+        data = buffer.getvalue()
+        (folder / name).write_bytes(data)
+        size = sum(chunk[3] for chunk in chunks)
+        shards.append(Shard(name, hashlib.sha256(data).hexdigest(), len(data), documents, size, np.array(chunks)))
+    np.save(folder / TOKEN_COUNTS, counts)
+    special_ids = {name: number for number, name in enumerate(SPECIAL_TOKENS)}
+    tokenizer = TokenizerInfo("0" * 64, VOCAB, special_ids, tuple(special_ids.values()))
+    statistics = {"documents": sum(shard.documents for shard in shards), "median_document_tokens": round(np.exp(MEAN))}
+    write_manifest(folder, Manifest("tokens", {"train": tuple(shards)}, statistics, tokenizer))

@@ -1,0 +1,34 @@
+"""How every benchmark ends: figures on the screen, and in a file where one is asked for."""
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+
+def read_arguments(description: str) -> argparse.Namespace:
+    """--quick and --json, which every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions: within 50 s on two cores")
+    parser.add_argument("--json", type=Path, help="file to write {figures, machine} to")
+    return parser.parse_args()
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+
+
+def write(figures: dict[str, float], path: Path | None) -> None:
+    """Keep the figures in a file, if one was asked for."""
+    if path is not None:
+        path.write_text(json.dumps({"figures": figures, "machine": machine()}, indent=1) + "\n")
