@@ -10,7 +10,8 @@ import subprocess
 from pathlib import Path
 
 from megabert import flags
-from megabert.config import Recipe, RecipeParser
+from megabert.config import Recipe
+from megabert.recipe import RecipeParser
 from megabert.training.ds_config import read_ds_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -44,8 +45,14 @@ def main() -> None:
         default=str(REPOSITORY / "ds_configs" / "zero2.json"),
         help="DeepSpeed's JSON: ZeRO stage, precision, offload",
     )
+    parser.add_argument("--plot_schedule", default=None, help="draw the recipe's schedules to this .png, and stop")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher; not for you")
     recipe, options = parser.read()
+    if options.plot_schedule:
+        from megabert.training.schedules import plot_schedule
+
+        plot_schedule(recipe, Path(options.plot_schedule))
+        return
     ds_config = read_ds_config(options.ds_config)
     prepare_quickstart_corpus(recipe)
     os.environ.setdefault(

@@ -1,22 +1,14 @@
 """The recipe: what is trained, on what, how long. The ds_config says how it is spread over devices.
 
-Read strictly from YAML and flags: an unknown key is an error that names the nearest known one. A setting has one
-owner; what can be derived is a property. Units are in the docstrings, which --help prints.
+A setting has one owner; what can be derived is a property. Units are in the docstrings, which --help prints.
+recipe.py reads one from YAML and flags.
 """
 
 import dataclasses
-import json
 import math
 import re
-import sys
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
-
-import yaml
-
-from megabert.flags import Parser, nearest, with_underscores
 
 CHECKPOINTING = re.compile(r"none|every_layer|every_(\d+)")
 
@@ -125,6 +117,10 @@ class DataConfig:
     """tokens per bin: what one rank computes at once"""
     global_batch_tokens: int | Literal["auto"] = 524_288
     """token slots per optimizer step over all ranks; auto: micro_batch_tokens x ranks (quickstart only)"""
+    batch_warmup: float = 0.0
+    """share of the run in which a step grows from batch_warmup_from to global_batch_tokens, in equal stages"""
+    batch_warmup_from: int | None = None
+    """token slots of the first steps; divides global_batch_tokens"""
     max_documents: int | Literal["auto"] = "auto"
     """most pieces in one bin; auto: 4 x micro_batch_tokens / median piece length"""
     num_workers: int = 2
@@ -151,6 +147,18 @@ class DataConfig:
         if isinstance(self.train, str) and self.train.startswith("["):
             raise ValueError(
                 f"data.train is {self.train}, expected a path, or a list of {{shards: PATH, weight: NUMBER}}."
+            )
+        _check_range("data.batch_warmup", self.batch_warmup, 0, 1, closed_below=True)
+        if (self.batch_warmup_from is None) != (self.batch_warmup == 0):
+            raise ValueError(
+                f"data.batch_warmup is {self.batch_warmup} and data.batch_warmup_from {self.batch_warmup_from}, expected both "
+                "or neither."
+            )
+        first, full = self.batch_warmup_from, self.global_batch_tokens
+        if first is not None and (full == "auto" or first < 1 or first % self.micro_batch_tokens or full % first):
+            raise ValueError(
+                f"data.batch_warmup_from is {first}, expected a multiple of data.micro_batch_tokens ({self.micro_batch_tokens}) "
+                f"that divides data.global_batch_tokens ({full})."
             )
         if not self.corpora:
             raise ValueError("data.train is an empty list, expected at least one corpus.")
@@ -195,11 +203,16 @@ class MaskingConfig:
 
     mlm_probability: float = 0.3
     """share of maskable tokens to predict in training"""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how that share goes to final_mlm_probability over the run"""
+    final_mlm_probability: float = 0.15
+    """the share at the end of a linear or cosine schedule"""
     eval_mlm_probability: float = 0.15
     """the same in evaluation"""
 
     def __post_init__(self):
         _check_range("masking.mlm_probability", self.mlm_probability, 0, 1)
+        _check_range("masking.final_mlm_probability", self.final_mlm_probability, 0, 1)
         _check_range("masking.eval_mlm_probability", self.eval_mlm_probability, 0, 1)
 
 
@@ -219,14 +232,23 @@ class OptimizerConfig:
     """whether biases and LayerNorm weights decay too"""
     max_grad_norm: float = 1.0
     """clip the gradient to this norm; 0: never"""
+    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    """what follows the warm-up: a linear or cosine decay, warm-up-stable-decay, or nothing"""
     warmup: float = 0.06
     """share of the run that warms up linearly from 0"""
+    decay: float = 0.1
+    """share of the run in which wsd decays, by 1 - sqrt"""
     final_lr: float = 0.02
-    """learning rate at the end of the linear decay, as a share of the peak"""
+    """learning rate at the end of the decay, as a share of the peak"""
 
     def __post_init__(self):
         _check_range("optimizer.warmup", self.warmup, 0, 1, closed_below=True)
         _check_range("optimizer.final_lr", self.final_lr, 0, 1, closed_below=True, closed_above=True)
+        _check_range("optimizer.decay", self.decay, 0, 1, closed_above=True)
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(
+                f"optimizer.warmup {self.warmup} and optimizer.decay {self.decay} are more than the whole run together."
+            )
         if self.lr <= 0:
             raise ValueError(f"optimizer.lr is {self.lr}, expected more than 0.")
 
@@ -317,96 +339,6 @@ def total_steps(recipe: Recipe, step_batches: int) -> int:
         return recipe.run.max_steps
     assert recipe.run.max_tokens is not None, "RunConfig has one or the other"
     return max(1, recipe.run.max_tokens // (step_batches * recipe.data.micro_batch_tokens))
-
-
-def recipe_names() -> list[str]:
-    """List the recipes that come with the package."""
-    folder = resources.files("megabert") / "recipes"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
-
-
-def recipe_path(name: str) -> Path:
-    """Find a recipe by the name of one of ours, or by path. Raises ValueError naming the known ones."""
-    if name in recipe_names():
-        return Path(str(resources.files("megabert") / "recipes" / f"{name}.yaml"))
-    if Path(name).is_file():
-        return Path(name)
-    raise ValueError(
-        f"recipe {name!r} is neither a file nor one of: {', '.join(recipe_names())}.{nearest(name, recipe_names())}"
-    )
-
-
-class RecipeParser(Parser):
-    """Flags over a recipe over the defaults; a user's mistake is one line on stderr and exit code 2."""
-
-    def __init__(self, prog: str = "", description: str = "", **nested: Any):
-        super().__init__(prog, description, **nested)
-        if nested:
-            return
-        self.add_argument("--recipe", default="quickstart", help=f"one of {', '.join(recipe_names())}, or a YAML file")
-        self.add_class_arguments(Recipe)
-
-    def read(self, argv: list[str] | None = None) -> tuple[Recipe, Any]:
-        """Parse flags and the recipe they name. Returns the recipe and the other flags. Exits with 2 on mistakes."""
-        argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-        name = _value_of("--recipe", argv) or self.get_defaults()["recipe"]
-        try:
-            path = recipe_path(name)
-            settings = _flatten(read_yaml(path, self.known_keys()))
-            for flag, other in (("max_steps", "max_tokens"), ("max_tokens", "max_steps")):
-                if _value_of(f"--run.{flag}", argv):  # a flag for one length replaces the recipe's other
-                    settings.pop(f"run.{other}", None)
-            # Once as flags, so that the recipe's values are checked as the user's are; then as defaults, which --help shows.
-            flags = [
-                f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
-            ]
-            self.parse_args(flags)
-            self.set_defaults(settings)
-            recipe = self.instantiate(self.parse_args(argv))
-        except ValueError as mistake:
-            self.error(str(mistake))
-        parts = {part.name: recipe.pop(part.name) for part in dataclasses.fields(Recipe)}
-        try:
-            return Recipe(**parts), recipe
-        except ValueError as mistake:
-            self.error(str(mistake))
-
-
-def read_yaml(path: Path, known: list[str]) -> dict[str, Any]:
-    """Read a recipe file. Raises ValueError for a key that is not among the dotted `known` ones, naming the nearest."""
-    try:
-        settings = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as mistake:
-        raise ValueError(f"{path}: not valid YAML: {mistake}") from mistake
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: holds a {type(settings).__name__}, expected keys such as model: and data:.")
-    for part in dataclasses.fields(Recipe):
-        if part.name in settings and not isinstance(settings[part.name], dict):
-            raise ValueError(f"{path}: {part.name} is {settings[part.name]!r}, expected settings below it.")
-    for key in _flatten(settings):
-        if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
-    return settings
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _value_of(flag: str, argv: list[str]) -> str | None:
-    """Read one flag ahead of the rest: --flag value or --flag=value."""
-    for index, word in enumerate(argv):
-        if word == flag and index + 1 < len(argv):
-            return argv[index + 1]
-        if word.startswith(f"{flag}="):
-            return word.removeprefix(f"{flag}=")
-    return None
 
 
 def _check_range(

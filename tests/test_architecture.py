@@ -11,7 +11,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "megabert": set(),
     "megabert.flags": set(),
-    "megabert.config": {"megabert.flags"},
+    "megabert.config": set(),
+    "megabert.recipe": {"megabert.config", "megabert.flags"},
     "megabert.checkpoint_format": set(),
     "megabert.data": set(),
     "megabert.model": set(),
@@ -34,6 +35,7 @@ ALLOWED = {
         "megabert.data",
         "megabert.flags",
         "megabert.glue",
+        "megabert.recipe",
         "megabert.training",
     },
 }

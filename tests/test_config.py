@@ -5,12 +5,11 @@ from megabert.config import (
     ModelConfig,
     OptimizerConfig,
     Recipe,
-    RecipeParser,
     RunConfig,
     batches_per_step,
-    recipe_names,
     total_steps,
 )
+from megabert.recipe import RecipeParser, recipe_names
 
 
 def read(*argv: str) -> Recipe:

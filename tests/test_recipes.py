@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from megabert.config import RecipeParser
 from megabert.data.manifest import TokenizerInfo
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training.engine import lr_factor, model_config
+from megabert.recipe import RecipeParser
+from megabert.training.engine import model_config
+from megabert.training.schedules import lr_factor
 
 SPECIAL = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
 BERT_TOKENIZER = TokenizerInfo("bert-base-uncased", 30_522, SPECIAL, tuple(SPECIAL.values()))

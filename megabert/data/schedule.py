@@ -1,15 +1,18 @@
-"""Which micro-batches make which step, and how long their pieces may be: pure functions of a bin's global index.
+"""Which micro-batches make which step, how long their pieces may be, and how much of them is masked.
+
+All pure functions of a bin's global index.
 
 A run is a list of stages. In the one that holds bin i, a step is `step_batches` bins and pieces have at most
 `max_seq_len` tokens. Bins that a rollback left behind are not used again, so a run that rolled back is further in this
 list than its count of steps says; the last stage goes on for as long as it takes.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Stage(NamedTuple):
@@ -31,6 +34,11 @@ class Plan:
         """The stage of bin `index`."""
         return self.stages[bisect_right(self.stages, index, key=lambda stage: stage.first_index) - 1]
 
+    def bins_before(self, step: int) -> int:
+        """The first bin of a step, in a run that never rolls back."""
+        stage = self.stages[bisect_right(self.stages, step, key=lambda stage: stage.first_step) - 1]
+        return stage.first_index + (step - stage.first_step) * stage.step_batches
+
     @property
     def longest(self) -> int:
         return max(stage.max_seq_len for stage in self.stages)
@@ -39,6 +47,30 @@ class Plan:
     def step_batches(self) -> list[int]:
         """The different sizes that a step has, micro-batches."""
         return sorted({stage.step_batches for stage in self.stages})
+
+
+@dataclass(frozen=True)
+class MaskingRate:
+    """The share of maskable tokens to hide: from `first` in bin 0 to `last` in bin `over` and all later ones."""
+
+    first: float
+    last: float
+    over: int
+    shape: Literal["linear", "cosine"] = "linear"
+
+    @classmethod
+    def constant(cls, probability: float) -> "MaskingRate":
+        return cls(probability, probability, 1)
+
+    def at(self, index: int) -> float:
+        done = min(1.0, index / max(1, self.over))
+        if self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.first + (self.last - self.first) * done
+
+    @property
+    def highest(self) -> float:
+        return max(self.first, self.last)
 
 
 class Length(NamedTuple):

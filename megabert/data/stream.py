@@ -25,7 +25,7 @@ from megabert.data.blocks import Cutting
 from megabert.data.manifest import TokenizerInfo
 from megabert.data.masking import masked_count
 from megabert.data.packing import SPECIALS_PER_PIECE
-from megabert.data.schedule import Length, Plan, make_plan
+from megabert.data.schedule import Length, MaskingRate, Plan, make_plan
 from megabert.data.shards import Corpus
 from megabert.data.window import LanePosition, StreamOf, Window
 
@@ -68,7 +68,7 @@ class StreamConfig:
     plan: Plan
     max_documents: dict[int, int] = field(hash=False)
     max_masked: int
-    mlm_probability: float
+    masking: MaskingRate
     truncate: bool
     seed: int
     num_streams: int
@@ -144,7 +144,7 @@ def finish(
         config.shapes(max_seq_len),
         index=index,
         max_seq_len=max_seq_len,
-        mlm_probability=config.mlm_probability,
+        mlm_probability=config.masking.at(index),
         tokenizer=tokenizer,
         rng=rng,
     )
@@ -250,7 +250,7 @@ def evaluation_config(config: StreamConfig, mlm_probability: float) -> StreamCon
     """The bins of the run's last stage with evaluation's masking."""
     plan = make_plan(1, 1, [Length(config.plan.stages[-1].max_seq_len, 1.0)])
     max_masked = masked_count(config.bin_tokens, mlm_probability)
-    return replace(config, plan=plan, mlm_probability=mlm_probability, max_masked=max_masked)
+    return replace(config, plan=plan, masking=MaskingRate.constant(mlm_probability), max_masked=max_masked)
 
 
 def filler_batch(tokenizer: TokenizerInfo, config: StreamConfig, mlm_probability: float, index: int) -> PackedBatch:

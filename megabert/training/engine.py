@@ -116,23 +116,11 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-def lr_factor(step: int, total: int, config: OptimizerConfig) -> float:
-    """The learning rate of optimizer step `step` (from 0) as a share of the peak: linear up, then linear down."""
-    warmup = round(config.warmup * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    left = (total - step) / max(1, total - warmup)
-    return config.final_lr + (1 - config.final_lr) * max(0.0, left)
-
-
-def build_engine(
-    model: nn.Module, recipe: Recipe, ds_config: dict[str, Any], total_steps: int
-) -> deepspeed.DeepSpeedEngine:
-    """Wrap the model for training under the filled ds_config."""
+def build_engine(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """Wrap the model for training under the filled ds_config. Its learning rate is set before every step."""
     config = recipe.optimizer
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )
-    schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, config))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return engine

@@ -5,7 +5,7 @@ from pathlib import Path
 from megabert.config import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.masking import masked_count
-from megabert.data.schedule import Length, Plan, make_plan
+from megabert.data.schedule import Length, MaskingRate, Plan, make_plan
 from megabert.data.shards import Corpus, check_same_tokenizer, open_corpus
 from megabert.data.storage import CacheOptions
 from megabert.data.stream import StreamConfig, default_max_documents, filler_batch, held_out_batches
@@ -29,12 +29,25 @@ def open_corpora(recipe: Recipe) -> tuple[Corpus, Corpus]:
 
 def plan_of(recipe: Recipe, step_batches: int, total_steps: int) -> Plan:
     """The stages of the run: what a step is, and how long pieces may be."""
-    return make_plan(total_steps, step_batches, [Length(*phase) for phase in recipe.data.lengths])
+    data = recipe.data
+    first = data.batch_warmup_from and data.batch_warmup_from // data.micro_batch_tokens
+    lengths = [Length(*phase) for phase in data.lengths]
+    return make_plan(total_steps, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
 
 
-def stream_config(recipe: Recipe, corpus: Corpus, plan: Plan, num_streams: int) -> StreamConfig:
+def masking_rate(recipe: Recipe, plan: Plan, total_steps: int) -> MaskingRate:
+    """The share of masked tokens over the run."""
+    masking = recipe.masking
+    if masking.schedule == "constant":
+        return MaskingRate.constant(masking.mlm_probability)
+    over = plan.bins_before(total_steps)
+    return MaskingRate(masking.mlm_probability, masking.final_mlm_probability, over, masking.schedule)
+
+
+def stream_config(recipe: Recipe, corpus: Corpus, plan: Plan, total_steps: int, num_streams: int) -> StreamConfig:
     """The shapes of a batch, from the recipe and the corpus."""
     data = recipe.data
+    masking = masking_rate(recipe, plan, total_steps)
     most = {
         length: default_max_documents(corpus, data.micro_batch_tokens, length)
         if data.max_documents == "auto"
@@ -45,8 +58,8 @@ def stream_config(recipe: Recipe, corpus: Corpus, plan: Plan, num_streams: int) 
         bin_tokens=data.micro_batch_tokens,
         plan=plan,
         max_documents=most,
-        max_masked=masked_count(data.micro_batch_tokens, recipe.masking.mlm_probability),
-        mlm_probability=recipe.masking.mlm_probability,
+        max_masked=masked_count(data.micro_batch_tokens, masking.highest),
+        masking=masking,
         truncate=data.documents == "truncate",
         seed=recipe.run.seed,
         num_streams=num_streams,

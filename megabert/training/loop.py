@@ -20,6 +20,7 @@ from megabert.checkpoint_format import State, read_state
 from megabert.config import Recipe, batches_per_step, total_steps
 from megabert.data.batch import PackedBatch
 from megabert.data.manifest import write_atomically
+from megabert.data.schedule import Plan
 from megabert.data.shards import Corpus, stream_count
 from megabert.data.stream import DROPOUT, BatchStream, Position, open_loader, philox
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
@@ -30,6 +31,7 @@ from megabert.training.engine import build_engine, build_model, has_fast_bf16, s
 from megabert.training.evaluate import Evaluation, evaluate, unigram_loss
 from megabert.training.feed import open_corpora, open_held_out, plan_of, share_of, stream_config
 from megabert.training.metrics import Meter, Reporter
+from megabert.training.schedules import lr_factor
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Run:
     corpus: Corpus
     rank: int
     world_size: int
+    plan: Plan
     step_batches: int
     num_streams: int
     total_steps: int
@@ -60,6 +63,7 @@ class Run:
     index: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    lr: float = 0.0
     evaluation: Evaluation | None = None
 
     @property
@@ -71,16 +75,8 @@ def train(run: Run) -> None:
     """Train to the end of the recipe."""
     every = run.recipe.run
     while run.step < run.total_steps:
-        batches = next_batches(run)
-        num_masked = global_count(sum(batch.num_masked for batch in batches), run.engine.device)
-        for batch in batches:
-            seed_dropout(every.seed, batch.index)
-            output = run.engine(**batch.model_inputs(run.engine.device))
-            # The mean over all masked tokens of the global batch: DeepSpeed averages over ranks, so undo that.
-            loss = output.loss_sum * (run.world_size / num_masked)
-            run.engine.backward(loss, scale_wrt_gas=False)
-            run.engine.step()
-            run.meter.add(output, batch.num_tokens, run.recipe.data.micro_batch_tokens)
+        set_learning_rate(run)
+        take_step(run, next_batches(run))
         run.step += 1
         run.meter.steps += 1
         last = run.step == run.total_steps
@@ -93,15 +89,39 @@ def train(run: Run) -> None:
             save(run)
 
 
+def set_learning_rate(run: Run) -> None:
+    """A function of the step alone, so that no scheduler has a state of its own to lose."""
+    run.lr = run.recipe.optimizer.lr * lr_factor(run.step, run.total_steps, run.recipe.optimizer)
+    assert run.engine.optimizer is not None, "an engine for training has one"
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = run.lr
+
+
+def take_step(run: Run, batches: list[PackedBatch]) -> None:
+    """Forward and backward of every micro-batch, and one update of the weights."""
+    num_masked = global_count(sum(batch.num_masked for batch in batches), run.engine.device)
+    for batch in batches:
+        seed_dropout(run.recipe.run.seed, batch.index)
+        # Said each time: in a batch warm-up, DeepSpeed's own count of micro-batches is another.
+        run.engine.set_gradient_accumulation_boundary(batch is batches[-1])
+        output = run.engine(**batch.model_inputs(run.engine.device))
+        # The mean over all masked tokens of the global batch: DeepSpeed averages over ranks, so undo that.
+        loss = output.loss_sum * (run.world_size / num_masked)
+        run.engine.backward(loss, scale_wrt_gas=False)
+        run.engine.step()
+        run.meter.add(output, batch.num_tokens, run.recipe.data.micro_batch_tokens)
+
+
 def next_batches(run: Run) -> list[PackedBatch]:
     """This rank's micro-batches of the next step."""
     began = time.perf_counter()
     batches = []
-    for _ in range(run.step_batches // run.world_size):
+    step_batches = run.plan.at(run.index).step_batches
+    for _ in range(step_batches // run.world_size):
         batch, stream, position = next(run.batches)
         run.positions[stream] = position
         batches.append(batch)
-    run.index += run.step_batches
+    run.index += step_batches
     run.meter.waited += time.perf_counter() - began
     return batches
 
@@ -133,7 +153,8 @@ def report(run: Run) -> None:
     values = {
         "loss": loss_sum / num_targets,
         "masked_accuracy": num_correct / num_targets,
-        "lr": run.engine.get_lr()[0],
+        "lr": run.lr,
+        "masked_share": num_targets / tokens,
         "grad_norm": float("nan") if norm is None else float(norm),
         "tokens": run.tokens,
         "seconds": run.seconds,
@@ -227,7 +248,8 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         fast_bf16=has_fast_bf16(device),
     )
     num_streams = state.num_streams if state else stream_count(corpus.num_splits, recipe.data.max_streams)
-    config = stream_config(recipe, corpus, plan_of(recipe, step_batches, steps), num_streams)
+    plan = plan_of(recipe, step_batches, steps)
+    config = stream_config(recipe, corpus, plan, steps, num_streams)
     positions = checkpoint.read_positions(found) if found else {}
     first = state.next_index if state else 0
     dataset = BatchStream(corpus, config, rank=rank, world_size=world_size, positions=positions, first_index=first)
@@ -235,7 +257,7 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     batches = iter(open_loader(dataset, recipe.data.num_workers, pin_memory=device.type != "cpu"))
     every_held_out = open_held_out(recipe, held, config)
     model = build_model(recipe, corpus.tokenizer, device, ds_config["torch_autocast"]["enabled"])
-    engine = build_engine(model, recipe, ds_config, steps)
+    engine = build_engine(model, recipe, ds_config)
     if found:
         checkpoint.load(engine, found)
     run = Run(
@@ -248,6 +270,7 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         corpus=corpus,
         rank=rank,
         world_size=world_size,
+        plan=plan,
         step_batches=step_batches,
         num_streams=num_streams,
         total_steps=steps,

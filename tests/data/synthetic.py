@@ -9,7 +9,7 @@ from megabert.data.batch import PackedBatch
 from megabert.data.manifest import Manifest, Shard, TokenizerInfo
 from megabert.data.masking import masked_count
 from megabert.data.sample_format import TokenChunk
-from megabert.data.schedule import Length, make_plan
+from megabert.data.schedule import Length, MaskingRate, make_plan
 from megabert.data.shards import Corpus, DamagedShardError, Source
 from megabert.data.storage import Expected
 from megabert.data.stream import StreamConfig, default_max_documents
@@ -102,7 +102,7 @@ def config_of(
         plan=plan,
         max_documents={length: default_max_documents(corpus, bin_tokens, length) for length, _ in lengths},
         max_masked=masked_count(bin_tokens, probability),
-        mlm_probability=probability,
+        masking=changes.get("masking", MaskingRate.constant(probability)),
         truncate=changes.get("truncate", False),
         seed=changes.get("seed", 3),
         num_streams=num_streams,

@@ -9,8 +9,9 @@ import torch
 
 from data_prep import write_shards
 from megabert.checkpoint_format import read_state
-from megabert.config import DataConfig, LengthPhase, RecipeParser
+from megabert.config import DataConfig, LengthPhase
 from megabert.convert.checkpoint import read_checkpoint
+from megabert.recipe import RecipeParser
 from megabert.training.feed import plan_of
 from megabert.training.metrics import read_metrics
 from tests.conftest import TINY, Corpus, pretrain_command, run_command
