@@ -47,7 +47,7 @@ class Options:
 
 def sample_lines(options: Options) -> Iterator[str]:
     """Yield lines of whole units in random order, until sample_bytes are read."""
-    units = list_units(options.source)
+    units = list_units(options.source, ReadOptions(options.text_key))
     random.Random(options.seed).shuffle(units)
     read = 0
     for unit in units:
@@ -140,7 +140,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     options = flags.read_flags(Options, "train_tokenizer.py", __doc__ or "", argv)
     folder = Path(options.out)
-    request = hashlib.sha256(repr((options, stamps(list_units(options.source)))).encode()).hexdigest()
+    request = hashlib.sha256(
+        repr((options, stamps(list_units(options.source, ReadOptions(options.text_key))))).encode()
+    ).hexdigest()
     marker = folder / "request"
     if (folder / TOKENIZER).is_file() and marker.is_file() and marker.read_text() == request:
         print(f"{folder / TOKENIZER}: already trained on this, reused")

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from megabert.data.manifest import TOKENIZER, TokenizerInfo
@@ -57,3 +59,10 @@ def read_tokenizer(file: Path) -> Tokenizer:
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of each text, without special tokens."""
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def encode_flat(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of all texts end to end, without special tokens, and how many each has (int64)."""
+    ids = encode(tokenizer, texts)
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum())), lengths
