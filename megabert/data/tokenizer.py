@@ -46,9 +46,14 @@ def read_tokenizer(file: Path) -> Tokenizer:
     Raises ValueError if it is not one.
     """
     try:
-        json.loads(file.read_bytes())
+        raw = json.loads(file.read_bytes())
     except ValueError as mistake:
         raise ValueError(f"{file}: not valid JSON: {mistake}") from mistake
+    if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or "added_tokens" not in raw:
+        raise ValueError(
+            f"{file}: not a tokenizer of the tokenizers library: it has no model and added tokens. "
+            "Make one with data_prep/train_tokenizer.py --existing."
+        )
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.no_padding()
     tokenizer.no_truncation()
