@@ -127,11 +127,12 @@ def deal(units: list[Unit]) -> list[list[Unit]]:
     tasks: list[list[Unit]] = []
     size = most
     for unit in units:
-        if size + unit.size > most:
+        cost = most if unit.kind == "hub" else unit.size  # the hub does not say how large a shard is
+        if size + cost > most:
             tasks.append([])
             size = 0
         tasks[-1].append(unit)
-        size += unit.size
+        size += cost
     return tasks
 
 

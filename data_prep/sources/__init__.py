@@ -20,6 +20,8 @@ READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[str]]] = {
     "text_shards": text_shards.read,
     "txt": txt.read,
 }
+# C4 calls its compressed lines .json.gz; a plain .json may be anything.
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -70,7 +72,7 @@ def stamps(units: list[Unit]) -> list[tuple]:
 def _file_units(path: Path, options: ReadOptions) -> list[Unit]:
     if path.name.endswith(".txt"):
         return txt.list_units(path, options)
-    if path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    if path.name.endswith(JSON_LINES):
         return jsonl.list_units(path)
     if path.name.endswith(".parquet"):
         return parquet.list_units(path, options)

@@ -37,10 +37,12 @@ def test_every_format_yields_its_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text(plain)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(plain.encode()))
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(plain.encode()))
+    (tmp_path / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(plain.encode()))
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "d.txt").write_text("first\nparagraph\n\nsecond")
     (tmp_path / "ignored.bin").write_bytes(b"x")
     expected = [f"document {i} \u00e9" for i in range(50)]
-    assert read_all(str(tmp_path)) == [*expected * 3, "first\nparagraph\n\nsecond"]
+    assert read_all(str(tmp_path)) == [*expected * 4, "first\nparagraph\n\nsecond"]
     assert read_all(str(tmp_path / "d.txt"), blank_lines=True) == ["first\nparagraph\n", "second"]
     assert read_all(str(tmp_path / "a.jsonl"), text_key="body") == [f"other {i}" for i in range(50)]
 
