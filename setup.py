@@ -49,6 +49,6 @@ setup(
         "cuda": ["flash-attn>=2.4"],
         "kernels": ["triton==3.7.1"],
         "prep": PREP,
-        "dev": ["hypothesis", "pyrefly", "pytest", "ruff", *PREP],
+        "dev": ["hypothesis", "psutil", "pyrefly", "pytest", "ruff", *PREP],
     },
 )
