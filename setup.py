@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megabert/__init__.py").read_text())[1]
 
+# For data_prep alone: .parquet files, and data sets of the Hugging Face hub.
+PREP = ["datasets>=3", "pyarrow>=16"]
+
 setup(
     name="megabert",
     version=VERSION,
@@ -16,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["megabert*", "data_prep"]),
+    packages=find_packages(include=["megabert*", "data_prep*"]),
     package_data={"megabert": ["recipes/*.yaml"]},
     install_requires=[
         "braceexpand",
@@ -45,6 +48,7 @@ setup(
         # flash-attn builds against the torch that is there: pip install flash-attn --no-build-isolation.
         "cuda": ["flash-attn>=2.4"],
         "kernels": ["triton==3.7.1"],
-        "dev": ["hypothesis", "pyrefly", "pytest", "ruff"],
+        "prep": PREP,
+        "dev": ["hypothesis", "psutil", "pyrefly", "pytest", "ruff", *PREP],
     },
 )

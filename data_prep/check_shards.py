@@ -2,78 +2,198 @@
 
     python data_prep/check_shards.py data/quickstart/tokens
 
-Prints what is wrong with shard and byte, one per line. Exit code 0 if nothing is, 1 otherwise.
+Prints what is wrong, one per line, with shard, chunk and byte. Exit code 0 if nothing is, 1 if something is, 2 if the
+folder holds no shards or the command line is wrong.
 """
 
 import hashlib
+import os
 import sys
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
+import numpy as np
 
+from data_prep.folder import SHARD
+from data_prep.length_statistics import PICTURE
+from data_prep.workers import Progress, Workers
 from megabert import flags
-from megabert.data.manifest import Chunk, Manifest, Shard, read_manifest
-from megabert.data.sample_format import decode_text, decode_tokens, read_sample
+from megabert.data.manifest import (
+    CHUNKS,
+    MANIFEST,
+    TOKEN_COUNTS,
+    TOKENIZER,
+    Chunk,
+    Manifest,
+    Shard,
+    TokenizerInfo,
+    read_manifest,
+)
+from megabert.data.sample_format import decode_text, decode_tokens, read_npy, read_sample
+from megabert.data.tokenizer import TOKENIZER_CONFIG, find_tokenizer
 
 
 @dataclass(frozen=True)
 class Options:
     folder: str
     """folder with a manifest.json"""
+    workers: int = os.cpu_count() or 1
+    """processes"""
+
+    def __post_init__(self):
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}, expected at least 1.")
 
 
-def problems_of_chunk(data: bytes, chunk: Chunk, manifest: Manifest, where: str) -> Iterator[str]:
-    """data: the chunk's bytes. Yields what is wrong with it."""
+@dataclass
+class Findings:
+    """What is wrong with one shard, and how often each id occurs in it."""
+
+    problems: list[str] = field(default_factory=list)
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def check_chunk(data: bytes, chunk: Chunk, vocab_size: int | None, where: str) -> tuple[list[str], np.ndarray]:
+    """data: the chunk's bytes; vocab_size: None for text. Returns what is wrong with it, and its ids."""
+    nothing = np.zeros(0, np.int64)
+    if len(data) != chunk.size:
+        return [f"{where}: {len(data)} bytes are there, the manifest says {chunk.size}: cut short"], nothing
+    problems = []
+    if zlib.crc32(data) != chunk.crc32:
+        problems.append(f"{where}: its checksum is {zlib.crc32(data):08x}, the manifest says {chunk.crc32:08x}")
     try:
         sample = read_sample(data, where)
-        if manifest.tokenizer is None:
-            texts = decode_text(sample, where)
+        if vocab_size is None:
+            ids, texts = nothing, decode_text(sample, where)
             found = len(texts), sum(map(len, texts))
         else:
-            tokens, lengths = decode_tokens(sample, where)
-            found = len(lengths), len(tokens)
-            if len(tokens) and tokens.max() >= manifest.tokenizer.vocab_size:
-                yield f"{where}: holds id {tokens.max()}, but the vocabulary has {manifest.tokenizer.vocab_size}"
+            ids, lengths = decode_tokens(sample, where)
+            found = len(lengths), len(ids)
+            if (lengths < 0).any():
+                problems.append(f"{where}: has a document of {lengths.min()} tokens")
+            if len(ids) and ids.max() >= vocab_size:
+                problems.append(f"{where}: holds id {ids.max()}, but the vocabulary has {vocab_size}")
+    except ValueError as mistake:
+        return [*problems, str(mistake)], nothing
+    if found != (chunk.documents, chunk.tokens):
+        said = f"{chunk.documents} of {chunk.tokens}"
+        problems.append(f"{where}: {found[0]} documents of {found[1]} tokens, the manifest says {said}")
+    return problems, ids
+
+
+def check_shard(path: Path, shard: Shard, vocab_size: int | None) -> tuple[str, Findings]:
+    """Returns the shard's name and what is wrong with it. One chunk is in memory at a time."""
+    found = Findings(ids=np.zeros(vocab_size or 0, np.int64))
+    if not path.is_file():
+        found.problems.append(f"{path}: missing")
+        return shard.name, found
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != shard.bytes:
+            found.problems.append(f"{path}: {size} bytes, the manifest says {shard.bytes}")
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            found.problems.append(f"{path}: its hash is not the manifest's")
+        for number in range(len(shard.chunks)):
+            chunk = shard.chunk(number)
+            data = os.pread(file.fileno(), chunk.size, chunk.offset)
+            problems, ids = check_chunk(data, chunk, vocab_size, f"{path} chunk {number} (byte {chunk.offset})")
+            found.problems += problems
+            if not problems and vocab_size is not None:
+                found.ids += np.bincount(ids, minlength=vocab_size)
+    pieces, tokens = shard.chunks[:, 2:4].sum(axis=0).tolist()
+    if tokens != shard.tokens:
+        found.problems.append(f"{path}: its chunks have {tokens} tokens, the manifest says {shard.tokens}")
+    if pieces < shard.documents:  # a long document is several pieces
+        found.problems.append(f"{path}: its chunks have {pieces} documents, the manifest says {shard.documents}")
+    return shard.name, found
+
+
+def check_files(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield what lies in the folder but should not, and what is not as the manifest says beside the shards."""
+    listed = {shard.name for part in manifest.splits.values() for shard in part}
+    ours = {MANIFEST, CHUNKS, PICTURE} | ({TOKENIZER, TOKENIZER_CONFIG, TOKEN_COUNTS} if manifest.tokenizer else set())
+    for path in sorted(folder.iterdir()):
+        if path.name == ".work":
+            yield f"{path}: an interrupted write_shards.py left this. Run it again, or remove it"
+        elif path.name not in listed | ours:
+            kind = "shard" if SHARD.fullmatch(path.name) else "file"
+            yield f"{path}: a {kind} that the manifest does not list"
+    for name in sorted(ours):
+        if not (folder / name).is_file():
+            yield f"{folder / name}: missing"
+    for name in ("documents", "tokens"):
+        total = sum(getattr(shard, name) for part in manifest.splits.values() for shard in part)
+        if manifest.statistics.get(name) != total:
+            said = manifest.statistics.get(name)
+            yield f"{folder / MANIFEST}: its statistics say {said} {name}, its shards have {total}"
+
+
+def check_tokenizer(folder: Path, expected: TokenizerInfo) -> Iterator[str]:
+    try:
+        path, found = find_tokenizer(folder)
     except ValueError as mistake:
         yield str(mistake)
         return
-    if found != (chunk.documents, chunk.tokens):
-        yield f"{where}: {found[0]} documents of {found[1]} tokens, the manifest says {chunk.documents} of {chunk.tokens}"
+    if found.fingerprint != expected.fingerprint:
+        yield f"{path}: its fingerprint is {found.fingerprint[:12]}, the manifest says {expected.fingerprint[:12]}"
+    elif found != expected:
+        yield f"{folder / MANIFEST}: its vocabulary and special tokens are not those of {TOKENIZER}"
 
 
-def problems_of_shard(path: Path, shard: Shard, manifest: Manifest) -> Iterator[str]:
-    """Yields what is wrong with one shard; chunks are looked at only where the hash says that something is."""
-    if not path.is_file():
-        yield f"{path}: missing"
+def check_token_counts(path: Path, expected: np.ndarray) -> Iterator[str]:
+    try:
+        found = read_npy(path.read_bytes(), str(path))
+    except ValueError as mistake:
+        yield str(mistake)
         return
-    data = path.read_bytes()
-    if len(data) != shard.bytes:
-        yield f"{path}: {len(data)} bytes, the manifest says {shard.bytes}"
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        yield f"{path}: its hash is not the manifest's"
-    for number in range(len(shard.chunks)):
-        chunk = shard.chunk(number)
-        where = f"{path} chunk {number} (byte {chunk.offset})"
-        yield from problems_of_chunk(data[chunk.offset : chunk.offset + chunk.size], chunk, manifest, where)
-    documents, tokens = shard.chunks[:, 2:4].sum(axis=0).tolist()
-    if manifest.tokenizer and tokens != shard.tokens:
-        yield f"{path}: its chunks have {tokens} tokens, the manifest says {shard.tokens} ({documents} documents)"
+    if found.shape != expected.shape or (found != expected).any():
+        where = f" of id {(found != expected).argmax()}" if found.shape == expected.shape else ""
+        yield f"{path}: not the counts{where} that the training shards have"
+
+
+def check(folder: Path, manifest: Manifest, workers: int) -> list[str]:
+    """Look at everything. Returns what is wrong."""
+    vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else None
+    shards = [shard for part in manifest.splits.values() for shard in part]
+    found: dict[str, Findings] = {}
+    progress = Progress("checking", len(shards), "shard")
+
+    def collect(result: tuple[str, Findings] | None) -> None:
+        found.update([result] if result else [])
+        progress.show(len(found))
+
+    with Workers(min(workers, len(shards) or 1)) as pool:
+        pool.run(check_shard, ((folder / shard.name, shard, vocab_size) for shard in shards), collect)
+    progress.close()
+    problems = [problem for shard in shards for problem in found[shard.name].problems]
+    problems += check_files(folder, manifest)
+    if manifest.tokenizer is not None and (folder / TOKENIZER).is_file():
+        problems += check_tokenizer(folder, manifest.tokenizer)
+    if manifest.tokenizer is not None and (folder / TOKEN_COUNTS).is_file() and not problems:
+        train = [found[shard.name].ids for shard in manifest.splits["train"]]
+        problems += check_token_counts(folder / TOKEN_COUNTS, np.sum(train, axis=0))
+    return problems
 
 
 def main(argv: list[str] | None = None) -> int:
     options = flags.read_flags(Options, "check_shards.py", __doc__ or "", argv)
     folder = Path(options.folder)
-    manifest = read_manifest(folder)
-    shards = [shard for part in manifest.splits.values() for shard in part]
-    found = 0
-    for shard in tqdm(shards, unit="shard", disable=None):
-        for problem in problems_of_shard(folder / shard.name, shard, manifest):
-            print(problem)
-            found += 1
-    print(f"{folder}: {len(shards)} shards, {manifest.statistics['documents']:,} documents, {found} problems")
-    return 1 if found else 0
+    if not (folder / MANIFEST).is_file():
+        print(f"{folder / MANIFEST}: no such file; expected a folder of shards.", file=sys.stderr)
+        return 2
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as mistake:
+        print(mistake)
+        return 1
+    problems = check(folder, manifest, options.workers)
+    for problem in problems:
+        print(problem)
+    count = sum(map(len, manifest.splits.values()))
+    print(f"{folder}: {count} shards, {manifest.statistics.get('documents')} documents, {len(problems)} problems")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""Train a sentencepiece tokenizer on a corpus, with BERT's special tokens, and write it as transformers reads it.
+"""Learn a tokenizer from a corpus, or take an existing one, and write it as transformers reads it.
 
-python data_prep/train_tokenizer.py --source data/quickstart/text --out data/quickstart/tokenizer
+    python data_prep/train_tokenizer.py --source data/quickstart/text --out data/quickstart/tokenizer
+    python data_prep/train_tokenizer.py --existing bert-base-uncased/vocab.txt --out data/bert/tokenizer
+
+All have BERT's five special tokens. One that comes from sentencepiece is compared with it on the corpus, and the lines
+to which the two give different ids are counted.
 """
 
 import hashlib
 import io
+import itertools
 import json
 import random
 import sys
@@ -14,53 +19,103 @@ from pathlib import Path
 from typing import Literal
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, processors, trainers
 
+from data_prep.existing_tokenizer import LONGEST_WORD, Existing, as_bert_does, load
+from data_prep.from_sentencepiece import as_tokenizer, differences, own_symbols
 from data_prep.sources import ReadOptions, list_units, read_unit, stamps
 from megabert import flags
 from megabert.data.manifest import TOKENIZER, write_atomically
 from megabert.data.sample_format import SPECIAL_TOKENS
+from megabert.data.tokenizer import TOKENIZER_CONFIG, read_tokenizer
 
-META = "\u2581"  # sentencepiece's mark for a space
+SAMPLED_UNITS = 16  # a sample is taken from at least so many places of the corpus, if it has them
+COMPARED_LINES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     source: str = "docstrings"
-    """text: docstrings, a folder of text shards, or .txt and .jsonl files"""
+    """text, as for write_shards.py: docstrings, a file or folder, text shards, hf:OWNER/NAME"""
     out: str = "data/quickstart/tokenizer"
-    """folder to write tokenizer.json, tokenizer_config.json and tokenizer.model to"""
+    """folder to write tokenizer.json and tokenizer_config.json to (from sentencepiece: tokenizer.model too)"""
+    existing: str | None = None
+    """take this instead of learning: vocab.txt, a sentencepiece .model, tokenizer.json, or a Hugging Face folder"""
     vocab_size: int = 8192
     """pieces, special tokens included"""
-    model: Literal["unigram", "bpe"] = "unigram"
-    """sentencepiece's model"""
+    model: Literal["unigram", "bpe", "wordpiece"] = "unigram"
+    """sentencepiece's unigram or bpe, or BERT's wordpiece"""
     lowercase: bool = True
-    """fold case, as bert-base-uncased does"""
+    """fold case, as bert-base-uncased does; also of an existing vocab.txt"""
     sample_bytes: int = 10_000_000
     """text to learn from, bytes; more takes longer and changes little"""
     text_key: str = "text"
-    """the field of a .jsonl line that holds the text"""
+    """the field (.jsonl) or column (.parquet, hf:) that holds the text"""
+    blank_lines: bool = False
+    """whether a blank line separates documents of a .txt; otherwise each file is one document"""
+    dataset_config: str | None = None
+    """configuration of a data set hf:OWNER/NAME, such as en"""
+    dataset_split: str = "train"
+    """split of a data set hf:OWNER/NAME"""
     seed: int = 0
     """seed of the sample"""
 
+    def __post_init__(self):
+        if self.vocab_size <= len(SPECIAL_TOKENS):
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}, expected more than the {len(SPECIAL_TOKENS)} special tokens."
+            )
+
+    @property
+    def read(self) -> ReadOptions:
+        return ReadOptions(self.text_key, self.blank_lines, self.dataset_config, self.dataset_split)
+
 
 def sample_lines(options: Options) -> Iterator[str]:
-    """Yield lines of whole units in random order, until sample_bytes are read."""
-    units = list_units(options.source)
+    """Yield lines of units in random order, until sample_bytes are read. Large units give a part only."""
+    units = list_units(options.source, options.read)
     random.Random(options.seed).shuffle(units)
     read = 0
-    for unit in units:
-        for document in read_unit(unit, ReadOptions(options.text_key)):
+    for number, unit in enumerate(units):
+        share = (options.sample_bytes - read) / max(1, min(SAMPLED_UNITS, len(units)) - number)
+        enough = read + share
+        for document in read_unit(unit, options.read):
             for line in document.splitlines():
                 if line := line.strip():
-                    read += len(line.encode())
+                    read += len(line.encode("utf-8", "replace"))
                     yield line
+            if read >= enough:
+                break
         if read >= options.sample_bytes:
             return
 
 
-def train(options: Options) -> bytes:
+def train(options: Options) -> Existing:
+    """Learn a tokenizer. Raises ValueError if the corpus is too small."""
+    if options.model == "wordpiece":
+        return Existing(train_wordpiece(options))
+    model = train_sentencepiece(options)
+    return Existing(as_tokenizer(model), model)
+
+
+def train_wordpiece(options: Options) -> Tokenizer:
+    unknown = SPECIAL_TOKENS["unk"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token=unknown, max_input_chars_per_word=LONGEST_WORD))
+    as_bert_does(tokenizer, options.lowercase)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=options.vocab_size,
+        min_frequency=2,
+        limit_alphabet=1000,  # as BERT's: rarer characters are [UNK]
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample_lines(options), trainer)
+    if tokenizer.get_vocab_size() <= len(SPECIAL_TOKENS):
+        raise ValueError(f"{options.source}: has no text to learn from. Use more text.")
+    return tokenizer
+
+
+def train_sentencepiece(options: Options) -> bytes:
     """Train sentencepiece. Returns its model file's bytes. Raises ValueError if the corpus is too small."""
     model = io.BytesIO()
     try:
@@ -90,24 +145,8 @@ def train(options: Options) -> bytes:
     return model.getvalue()
 
 
-def as_tokenizer(sentencepiece_model: bytes) -> Tokenizer:
-    """Rebuild a sentencepiece model as a fast tokenizer that gives the same ids, and adds [CLS] and [SEP]."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model)  # pyrefly: ignore[missing-attribute]
-    scores = [(piece.piece, piece.score) for piece in proto.pieces]
-    if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
-        tokenizer = Tokenizer(models.Unigram(scores, unk_id=proto.trainer_spec.unk_id, byte_fallback=False))
-    else:
-        ids = {piece: number for number, (piece, _) in enumerate(scores)}
-        tokenizer = Tokenizer(models.BPE(ids, _merges(ids), unk_token=SPECIAL_TOKENS["unk"], fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap),
-            normalizers.Replace(Regex(" {2,}"), " "),
-            normalizers.Strip(),
-        ]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=META, prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace(replacement=META, prepend_scheme="always")
+def finish(tokenizer: Tokenizer) -> None:
+    """Add what is missing of BERT's special tokens, wrap a text in [CLS] and [SEP], and neither cut nor pad."""
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     cls, sep = (SPECIAL_TOKENS[name] for name in ("cls", "sep"))
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -115,16 +154,9 @@ def as_tokenizer(sentencepiece_model: bytes) -> Tokenizer:
         pair=f"{cls} $A {sep} $B:1 {sep}:1",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
     )
-    return tokenizer
-
-
-def _merges(ids: dict[str, int]) -> list[tuple[str, str]]:
-    """The merges of a BPE vocabulary: each piece from every pair of pieces it can be made of, best first."""
-    merges = []
-    for piece, rank in ids.items():
-        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        merges += [(rank, ids[a], ids[b], a, b) for a, b in halves if a in ids and b in ids]
-    return [(a, b) for *_, a, b in sorted(merges)]
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = False
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -134,24 +166,51 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"{name}_token": token for name, token in SPECIAL_TOKENS.items()}
     config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-    write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=1).encode())
+    write_atomically(folder / TOKENIZER_CONFIG, json.dumps(config, indent=1).encode())
+
+
+def compare(options: Options, sentencepiece_model: bytes) -> str:
+    """Encode lines of the corpus with tokenizer.json and with sentencepiece. Returns sentences about it."""
+    tokenizer = read_tokenizer(Path(options.out, TOKENIZER))
+    lines = list(itertools.islice(sample_lines(options), COMPARED_LINES))
+    found = differences(tokenizer, sentencepiece_model, lines)
+    said = f"{len(found)} of {len(lines):,} lines of the corpus differ from sentencepiece's own ids"
+    said += f", such as {found[0][:80]!r}" if found else ""
+    symbols = differences(tokenizer, sentencepiece_model, own_symbols(sentencepiece_model))
+    said += f"; user-defined symbols that do: {' '.join(symbols)}" if symbols else ""
+    return said + (". See data_prep/README.md" if found or symbols else "")
+
+
+def what_is_asked(options: Options) -> str:
+    """A hash of the request and of what it is to be made of."""
+    made_of: list[object] = [options]
+    if options.existing:
+        path = Path(options.existing)
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        made_of += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    else:
+        made_of += stamps(list_units(options.source, options.read))
+    return hashlib.sha256(repr(made_of).encode()).hexdigest()
 
 
 def main(argv: list[str] | None = None) -> None:
     options = flags.read_flags(Options, "train_tokenizer.py", __doc__ or "", argv)
     folder = Path(options.out)
-    request = hashlib.sha256(repr((options, stamps(list_units(options.source)))).encode()).hexdigest()
+    request = what_is_asked(options)
     marker = folder / "request"
     if (folder / TOKENIZER).is_file() and marker.is_file() and marker.read_text() == request:
-        print(f"{folder / TOKENIZER}: already trained on this, reused")
+        print(f"{folder / TOKENIZER}: already made of this, reused")
         return
+    tokenizer, model = load(Path(options.existing), options.lowercase) if options.existing else train(options)
     marker.unlink(missing_ok=True)  # whatever is there now is not what was asked for
-    model = train(options)
-    tokenizer = as_tokenizer(model)
+    finish(tokenizer)
     write_tokenizer(tokenizer, folder)
-    write_atomically(folder / "tokenizer.model", model)
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+    print(f"{folder / TOKENIZER}: {tokenizer.get_vocab_size()} pieces ({options.existing or options.model})")
+    if model is not None:
+        write_atomically(folder / "tokenizer.model", model)
+        print(compare(options, model))
     write_atomically(marker, request.encode())
-    print(f"{folder / TOKENIZER}: {tokenizer.get_vocab_size()} pieces ({options.model})")
 
 
 if __name__ == "__main__":

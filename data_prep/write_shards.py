@@ -3,35 +3,31 @@
     python data_prep/write_shards.py --source docstrings --min-chars 200 --out data/quickstart/text
     python data_prep/write_shards.py --source data/quickstart/text --tokenizer data/quickstart/tokenizer --out data/quickstart/tokens
 
-Two passes, both on all cores. First each unit of the source becomes a run: its documents, tokenized, sorted by a hash of
-their text. Then each shard collects its range of hashes from all runs, so that documents are shuffled globally, copies of
-one text meet in one shard, and the held-out part is chosen by the text alone. A run or a shard counts when it is renamed
-into place: killed at any moment, the same command goes on and ends with the same bytes.
+Two passes, both on all cores. First the source becomes runs: its documents, tokenized, sorted by a hash of their text.
+Then each shard collects its range of hashes from all runs, so that documents are shuffled globally, copies of one text
+meet in one shard, and the held-out part is chosen by the text alone. A run or a shard counts when it is renamed into
+place: killed at any moment, the same command goes on and ends with the same bytes.
 """
 
 import hashlib
 import json
-import multiprocessing
 import os
-import shutil
 import sys
-import tarfile
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from data_prep.sources import ReadOptions, Unit, list_units, read_unit, stamps
+from data_prep import folder, length_statistics, runs, shard_writing
+from data_prep.sources import ReadOptions, Unit, list_units, stamps
+from data_prep.sources.unit import UNIT_BYTES, is_full
+from data_prep.workers import Progress, Workers
 from megabert import flags
 from megabert.data.manifest import (
     MANIFEST,
     TOKEN_COUNTS,
     TOKENIZER,
-    Chunk,
     Manifest,
     Shard,
     TokenizerInfo,
@@ -39,42 +35,39 @@ from megabert.data.manifest import (
     write_atomically,
     write_manifest,
 )
-from megabert.data.sample_format import (
-    MAX_CHUNK_TOKENS,
-    SPECIAL_TOKENS,
-    TokenChunk,
-    encode_text,
-    encode_tokens,
-    token_dtype,
-    write_sample,
-)
-from megabert.data.shards import MIN_SPLITS
-from megabert.data.tokenizer import TOKENIZER_CONFIG, encode, find_tokenizer, read_tokenizer
+from megabert.data.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS, encode_npy, token_dtype
+from megabert.data.tokenizer import TOKENIZER_CONFIG, find_tokenizer
 
-HASH_BYTES = 16  # blake2b; the first half decides held-out or not, the second the shard
-LONGEST_COUNTED = 65_535  # documents longer than this share the last bin of the length histogram
+# A source is dealt out in about this many tasks, each at most TASK_BYTES: enough to keep every core busy to the end.
+# What is dealt out must not depend on --workers.
+TASKS = 256
+TASK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     source: str = "docstrings"
-    """docstrings, a folder of our text shards, a file, or a folder of .txt and .jsonl[.gz|.zst] files"""
+    """docstrings, a folder of our text shards, a file or folder of .txt, .jsonl[.gz|.zst] and .parquet, hf:OWNER/NAME"""
     out: str = "data/quickstart/text"
     """folder to write shards and manifest.json to"""
     tokenizer: str | None = None
     """tokenizer.json, or a folder with one: write token shards; without it, text shards"""
     text_key: str = "text"
-    """the field of a .jsonl line that holds the text"""
+    """the field (.jsonl) or column (.parquet, hf:) that holds the text"""
     blank_lines: bool = False
     """whether a blank line separates documents of a .txt; otherwise each file is one document"""
+    dataset_config: str | None = None
+    """configuration of a data set hf:OWNER/NAME, such as en"""
+    dataset_split: str = "train"
+    """split of a data set hf:OWNER/NAME"""
     min_chars: int = 1
     """shorter documents are left out, characters"""
     deduplicate: bool = True
     """whether exact copies of a document are left out"""
     heldout: float = 0.0
     """share of the documents to hold out for evaluation, chosen by a hash of their text"""
-    min_shards: int = MIN_SPLITS
-    """fewest training shards"""
+    min_shards: int = 24
+    """fewest training shards; 24 are enough to deal to 8 ranks"""
     shard_mb: int = 64
     """size of a shard, at most about this many MB"""
     chunk_tokens: int = MAX_CHUNK_TOKENS
@@ -92,176 +85,131 @@ class Options:
         if min(self.min_shards, self.shard_mb, self.workers) < 1:
             raise ValueError("min_shards, shard_mb and workers are at least 1.")
 
+    @property
+    def read(self) -> ReadOptions:
+        return ReadOptions(self.text_key, self.blank_lines, self.dataset_config, self.dataset_split)
 
-@dataclass(frozen=True)
-class Job:
-    """What every worker needs to know. num_shards: per part, once it is known."""
+
+class Wanted(NamedTuple):
+    """What is asked for. request: a hash of all of it; whatever differs gives other shards."""
 
     options: Options
-    tokenizer_path: str | None
-    dtype: np.dtype
-    num_units: int
-    num_shards: dict[str, int]
+    units: list[Unit]
+    tokenizer_path: Path | None
+    tokenizer: TokenizerInfo | None
+    request: str
 
     @property
-    def work(self) -> Path:
-        return Path(self.options.out, ".work")
+    def job(self) -> runs.Job:
+        o = self.options
+        dtype = token_dtype(self.tokenizer.vocab_size) if self.tokenizer else np.dtype(np.uint8)
+        path = str(self.tokenizer_path) if self.tokenizer_path else None
+        return runs.Job(Path(o.out), path, dtype, o.read, o.min_chars, o.heldout, o.deduplicate, o.chunk_tokens, o.seed)
 
 
-class Run:
-    """One unit's documents on disk, sorted by hash: payload (tokens or UTF-8 bytes), lengths, hashes (n, 2) uint64."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def write(self, payloads: list[np.ndarray], hashes: np.ndarray, dtype: np.dtype) -> None:
-        temporary = self.folder.with_name(self.folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        order = np.lexsort((hashes[:, 0], hashes[:, 1]))
-        np.save(temporary / "hashes.npy", hashes[order])
-        np.save(temporary / "lengths.npy", np.array([len(payloads[i]) for i in order], dtype=np.int64))
-        np.save(temporary / "payload.npy", np.concatenate([np.empty(0, dtype), *(payloads[i] for i in order)]))
-        os.rename(temporary, self.folder)
-
-    def read(self, low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The documents with low <= shard hash < high: (payload, lengths, hashes)."""
-        hashes = np.load(self.folder / "hashes.npy", mmap_mode="r")
-        a = int(np.searchsorted(hashes[:, 1], np.uint64(low)))
-        b = len(hashes) if high > np.iinfo(np.uint64).max else int(np.searchsorted(hashes[:, 1], np.uint64(high)))
-        lengths = np.load(self.folder / "lengths.npy")
-        ends = lengths.cumsum()
-        begin, end = (int(ends[i - 1]) if i else 0 for i in (a, b))
-        payload = np.load(self.folder / "payload.npy", mmap_mode="r")[begin:end]
-        return np.array(payload), lengths[a:b], np.array(hashes[a:b])
-
-    def totals(self) -> tuple[int, int]:
-        """(documents, payload elements)"""
-        lengths = np.load(self.folder / "lengths.npy", mmap_mode="r")
-        return len(lengths), int(lengths.sum())
+def understand(options: Options) -> Wanted:
+    """Look at source and tokenizer. Raises ValueError for one that cannot be read."""
+    path, tokenizer = find_tokenizer(options.tokenizer) if options.tokenizer else (None, None)
+    out = Path(options.out)
+    if (out / MANIFEST).is_file() and Path(options.source).resolve() == out.resolve():
+        raise ValueError(
+            f"{out}: is --source and --out; its shards would be replaced while they are read. Choose another --out."
+        )
+    units = list_units(options.source, options.read)
+    asked = {name: value for name, value in vars(options).items() if name not in ("out", "workers")}
+    request = hashlib.sha256(repr((asked, tokenizer, stamps(units))).encode()).hexdigest()
+    return Wanted(options, units, path, tokenizer, request)
 
 
-def text_hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES).digest()
+def deal(units: list[Unit]) -> list[list[Unit]]:
+    """Group units, in their order, into tasks."""
+    most = min(TASK_BYTES, max(UNIT_BYTES, sum(unit.size for unit in units) // TASKS))
+    tasks: list[list[Unit]] = []
+    size = most
+    for unit in units:
+        cost = most if unit.kind == "hub" else unit.size  # the hub does not say how large a shard is
+        if size + cost > most:
+            tasks.append([])
+            size = 0
+        tasks[-1].append(unit)
+        size += cost
+    return tasks
 
 
-def documents(unit: Unit, options: Options) -> Iterator[str]:
-    for text in read_unit(unit, ReadOptions(options.text_key, options.blank_lines)):
-        stripped = text.strip()
-        if len(stripped) >= options.min_chars:
-            yield stripped
+def write_all_runs(job: runs.Job, units: list[Unit], workers: Workers) -> list[runs.Summary]:
+    """The first pass, or what an earlier command left of it."""
+    tasks = deal(units)
+    left = [n for n in range(len(tasks)) if not runs.summary_path(job, n).is_file()]
+    unit = "shard" if units and units[0].kind == "hub" else "B"
+    progress = Progress("reading", sum(u.size for u in units), unit)
+    progress.start_at(sum(u.size for u in units) - sum(u.size for n in left for u in tasks[n]))
+    try:
+        workers.run(runs.write_runs, ((job, n, tasks[n]) for n in left), lambda _: progress.show(*workers.counters[:]))
+    finally:
+        progress.close()
+    return [runs.read_summary(job, n) for n in range(len(tasks))]
 
 
-_tokenizer: Tokenizer | None = None  # one per worker process
+def shard_counts(options: Options, itemsize: int, summaries: list[runs.Summary]) -> dict[str, int]:
+    """How many shards each part gets: enough of them, none larger than asked."""
+    sizes = {part: itemsize * sum(summary.elements[part] for summary in summaries) for part in runs.PARTS}
+    train, heldout = (-(-size // (options.shard_mb << 20)) for size in sizes.values())
+    train = max(options.min_shards, train)
+    # Held-out shards are no smaller than the others, for want of a reason, but a small corpus has one too.
+    return {"train": train} | ({"heldout": max(1, heldout, round(train * options.heldout))} if options.heldout else {})
 
 
-def _start_worker(tokenizer_path: str | None) -> None:
-    global _tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    if tokenizer_path:
-        _tokenizer = read_tokenizer(Path(tokenizer_path))
+def write_all_shards(job: runs.Job, counts: dict[str, int], paths: list[Path], workers: Workers) -> None:
+    """The second pass, or what an earlier command left of it."""
+    every = [(part, number) for part, total in counts.items() for number in range(total)]
+    left = [place for place in every if not shard_writing.report_path(job, *place).is_file()]
+    progress = Progress("writing", len(every), "shard")
+    progress.start_at(len(every) - len(left))
+    written = 0
+
+    def show(result: object) -> None:
+        nonlocal written
+        written += result is not None
+        progress.show(written)
+
+    tasks = ((job, paths, part, number, counts[part]) for part, number in left)
+    try:
+        workers.run(shard_writing.write_shard, tasks, show)
+    finally:
+        progress.close()
 
 
-def write_run(task: tuple[Job, int, Unit]) -> int:
-    """First pass: one unit of the source to one run. Returns the unit's size, for progress."""
-    job, number, unit = task
-    run = Run(job.work / f"run-{number:06d}")
-    if run.folder.is_dir():
-        return unit.size
-    texts = list(documents(unit, job.options))
-    hashes = np.frombuffer(b"".join(map(text_hash, texts)), dtype=np.uint64).reshape(-1, 2)
-    if _tokenizer is None:
-        payloads = [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8) for text in texts]
-    else:
-        payloads = [np.array(ids, dtype=job.dtype) for ids in encode(_tokenizer, texts)]
-    run.write(payloads, hashes, job.dtype)
-    return unit.size
+def collect(wanted: Wanted, counts: dict[str, int], read: int) -> tuple[Manifest, np.ndarray]:
+    """Read all shards' reports into a manifest, and add up how often each token occurs in training."""
+    splits: dict[str, tuple[Shard, ...]] = {}
+    lengths = np.zeros(length_statistics.LONGEST_COUNTED + 1, dtype=np.int64)
+    ids = np.zeros(wanted.tokenizer.vocab_size if wanted.tokenizer else 0, dtype=np.int64)
+    for part, total in counts.items():
+        shards = []
+        for number in range(total):
+            report = shard_writing.read_report(shard_writing.report_path(wanted.job, part, number))
+            shards.append(report.shard)
+            lengths += report.lengths
+            if part == "train":
+                ids[: len(report.ids)] += report.ids
+        splits[part] = tuple(shards)
+    tokens = sum(shard.tokens for shards in splits.values() for shard in shards)
+    unit = "tokens" if wanted.tokenizer else "bytes"
+    statistics = length_statistics.summarize(lengths, tokens, unit, read)
+    kind = "tokens" if wanted.tokenizer else "text"
+    return Manifest(kind, splits, statistics, wanted.tokenizer, wanted.request), ids
 
 
-def write_shard(task: tuple[Job, str, int]) -> tuple[str, int]:
-    """Second pass: one shard from all runs. Leaves the tar, and beside it its manifest entry and counts."""
-    job, part, number = task
-    name = f"{part}-{number:05d}.tar"
-    entry = job.work / f"{name}.npz"
-    if entry.is_file():
-        return part, number
-    total = job.num_shards[part]
-    low, high = ((1 << 64) * i // total for i in (number, number + 1))
-    payloads, lengths, hashes = zip(
-        *(Run(job.work / f"run-{i:06d}").read(low, high) for i in range(job.num_units)), strict=True
-    )
-    payload, lengths, hashes = np.concatenate(payloads), np.concatenate(lengths), np.concatenate(hashes)
-    keep = (hashes[:, 0] < _heldout_below(job.options.heldout)) == (part == "heldout")
-    if job.options.deduplicate:
-        _, first = np.unique(hashes, axis=0, return_index=True)
-        copies = np.ones(len(hashes), dtype=bool)
-        copies[first] = False
-        keep &= ~copies
-    begins = lengths.cumsum() - lengths
-    chosen = np.flatnonzero(keep & (lengths > 0))
-    order = np.random.default_rng([job.options.seed, number, part == "heldout"]).permutation(chosen)
-    chunks, histogram, counts = [], np.zeros(LONGEST_COUNTED + 1, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    temporary = Path(job.options.out, f"{name}.tmp")
-    with open(temporary, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for group in _groups(order, lengths, job.options.chunk_tokens, cut=bool(job.tokenizer_path)):
-            parts = [payload[begins[i] + a : begins[i] + b] for i, a, b in group]
-            sample, chunk = _encode(parts, job.tokenizer_path is None)
-            offset = tar.offset
-            write_sample(tar, f"{part}-{number:05d}-{len(chunks):05d}", sample)
-            chunks.append([offset, tar.offset - offset, len(group), chunk, 0])
-        if job.tokenizer_path:
-            counts = np.bincount(payload[np.repeat(keep, lengths)], minlength=0)
-        histogram += np.bincount(np.minimum(lengths[order], LONGEST_COUNTED), minlength=LONGEST_COUNTED + 1)
-        tar.close()
-        file.flush()
-        os.fsync(file.fileno())
-    data = temporary.read_bytes()
-    chunks = [Chunk(*chunk)._replace(crc32=zlib.crc32(data[chunk[0] : chunk[0] + chunk[1]])) for chunk in chunks]
-    shard = (name, hashlib.sha256(data).hexdigest(), len(data), len(order), int(lengths[order].sum()))
-    os.replace(temporary, Path(job.options.out, name))
-    staged = entry.with_suffix(".tmp.npz")
-    np.savez(
-        staged,
-        shard=json.dumps(shard),
-        chunks=np.array(chunks, dtype=np.int64).reshape(-1, len(Chunk._fields)),
-        histogram=histogram,
-        counts=counts,
-    )
-    os.replace(staged, entry)
-    return part, number
-
-
-def _heldout_below(share: float) -> np.uint64:
-    return np.uint64(share * 2**64)
-
-
-def _groups(order: np.ndarray, lengths: np.ndarray, most: int, cut: bool) -> Iterator[list[tuple[int, int, int]]]:
-    """Deal documents into chunks of at most `most` tokens: lists of (document, start, stop).
-
-    A longer document is cut into several; or, without cut, has a chunk of its own.
-    """
-    group: list[tuple[int, int, int]] = []
-    size = 0
-    for document in order.tolist():
-        length = int(lengths[document])
-        for start in range(0, length, most if cut else length):
-            stop = min(start + most, length) if cut else length
-            if group and size + stop - start > most:
-                yield group
-                group, size = [], 0
-            group.append((document, start, stop))
-            size += stop - start
-    if group:
-        yield group
-
-
-def _encode(parts: list[np.ndarray], text: bool) -> tuple[dict[str, bytes], int]:
-    """One chunk as a sample, and its tokens (characters, for text)."""
-    if text:
-        strings = [part.tobytes().decode("utf-8", "replace") for part in parts]
-        return encode_text(strings), sum(map(len, strings))
-    tokens = np.concatenate(parts)
-    return encode_tokens(TokenChunk(tokens, np.array([len(part) for part in parts], dtype=np.int32))), len(tokens)
+def finish(wanted: Wanted, manifest: Manifest, ids: np.ndarray) -> None:
+    """Write what stands beside the shards, and the manifest last."""
+    out = Path(wanted.options.out)
+    if path := wanted.tokenizer_path:
+        write_atomically(out / TOKENIZER, path.read_bytes())
+        config = path.with_name(TOKENIZER_CONFIG)
+        write_atomically(out / TOKENIZER_CONFIG, config.read_bytes() if config.is_file() else plain_tokenizer_config())
+        write_atomically(out / TOKEN_COUNTS, encode_npy(ids))
+    write_atomically(out / length_statistics.PICTURE, length_statistics.draw(manifest.statistics))
+    write_manifest(out, manifest)
 
 
 def plain_tokenizer_config() -> bytes:
@@ -271,95 +219,55 @@ def plain_tokenizer_config() -> bytes:
     return json.dumps(config, indent=1).encode()
 
 
-def shard_counts(job: Job, heldout_documents: int, elements: int) -> dict[str, int]:
-    """How many shards each part gets: enough of them, none larger than asked."""
-    size = elements * job.dtype.itemsize
-    train = max(job.options.min_shards, -(-size // (job.options.shard_mb << 20)))
-    return {"train": train} | ({"heldout": max(1, round(train * job.options.heldout))} if heldout_documents else {})
-
-
-def collect(job: Job, tokenizer: TokenizerInfo | None, request: str) -> tuple[Manifest, np.ndarray]:
-    """Read all shards' entries into a manifest, and add up how often each token occurs in training."""
-    splits: dict[str, tuple[Shard, ...]] = {}
-    histogram = np.zeros(LONGEST_COUNTED + 1, dtype=np.int64)
-    counts = np.zeros(tokenizer.vocab_size if tokenizer else 0, dtype=np.int64)
-    for part, total in job.num_shards.items():
-        shards = []
-        for number in range(total):
-            with np.load(job.work / f"{part}-{number:05d}.tar.npz") as entry:
-                name, sha256, size, num_documents, tokens = json.loads(str(entry["shard"]))
-                shards.append(Shard(name, sha256, size, num_documents, tokens, entry["chunks"]))
-                histogram += entry["histogram"]
-                if part == "train":
-                    counts[: len(entry["counts"])] += entry["counts"]
-        splits[part] = tuple(shards)
-    below = histogram.cumsum()
-    statistics = {
-        "documents": int(below[-1]),
-        "tokens": sum(shard.tokens for shards in splits.values() for shard in shards),
-        "median_document_tokens": int(np.searchsorted(below, below[-1] / 2)),
-        "documents_of_length_at_most": {str(1 << k): int(below[min(1 << k, LONGEST_COUNTED)]) for k in range(4, 17)},
-    }
-    kind = "tokens" if tokenizer else "text"
-    return Manifest(kind, splits, statistics, tokenizer, request), counts
-
-
-def main(argv: list[str] | None = None) -> None:
-    options = flags.read_flags(Options, "write_shards.py", __doc__ or "", argv)
-    out = Path(options.out)
-    path, tokenizer = find_tokenizer(options.tokenizer) if options.tokenizer else (None, None)
-    units = list_units(options.source)
-    asked = {name: value for name, value in vars(options).items() if name not in ("out", "workers")}
-    request = hashlib.sha256(repr((asked, tokenizer, stamps(units))).encode()).hexdigest()
-    if (out / MANIFEST).is_file():
-        if read_manifest(out).request == request:
-            print(f"{out / MANIFEST}: already written from this, reused")
-            return
-        (out / MANIFEST).unlink()  # from here on the folder is unfinished, and says so by having none
-    dtype = token_dtype(tokenizer.vocab_size) if tokenizer else np.dtype(np.uint8)
-    job = Job(options, str(path) if path else None, dtype, len(units), {})
-    _start_work(job.work, request)
-    with multiprocessing.get_context("forkserver").Pool(options.workers, _start_worker, (job.tokenizer_path,)) as pool:
-        _progress(pool, write_run, [(job, i, unit) for i, unit in enumerate(units)], sum(unit.size for unit in units))
-        totals = [Run(job.work / f"run-{i:06d}").totals() for i in range(len(units))]
-        num_documents, elements = (sum(column) for column in zip(*totals, strict=True))
-        if not num_documents:
+def prepare(wanted: Wanted) -> Manifest:
+    """Both passes. Raises ValueError for a source without documents."""
+    options = wanted.options
+    with folder.work_folder(Path(options.out), wanted.request), Workers(options.workers) as workers:
+        summaries = write_all_runs(wanted.job, wanted.units, workers)
+        read = sum(summary.read for summary in summaries)
+        if not read:
             raise ValueError(
                 f"{options.source}: has no document of at least {options.min_chars} characters; nothing to write."
             )
-        counts = shard_counts(job, int(options.heldout > 0), elements)
-        job = Job(options, job.tokenizer_path, dtype, len(units), counts)
-        tasks = [(job, part, number) for part, total in counts.items() for number in range(total)]
-        for _ in pool.imap_unordered(write_shard, tasks):
-            pass
-    manifest, token_counts = collect(job, tokenizer, request)
-    if path:
-        write_atomically(out / TOKENIZER, path.read_bytes())
-        config = path.with_name(TOKENIZER_CONFIG)
-        write_atomically(out / TOKENIZER_CONFIG, config.read_bytes() if config.is_file() else plain_tokenizer_config())
-        np.save(job.work / TOKEN_COUNTS, token_counts)
-        os.replace(job.work / TOKEN_COUNTS, out / TOKEN_COUNTS)
-    write_manifest(out, manifest)
-    shutil.rmtree(job.work)
+        counts = shard_counts(options, wanted.job.dtype.itemsize, summaries)
+        write_all_shards(wanted.job, counts, runs.run_paths(wanted.job, summaries), workers)
+        manifest, ids = collect(wanted, counts, read)
+        finish(wanted, manifest, ids)
+    return manifest
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = flags.read_flags(Options, "write_shards.py", __doc__ or "", argv)
+    wanted = understand(options)
+    out = Path(options.out)
+    if (out / MANIFEST).is_file() and is_from(wanted.request, out):
+        print(f"{out / MANIFEST}: already written from this, reused")
+        return 0
+    try:
+        manifest = prepare(wanted)
+    except KeyboardInterrupt:
+        print(f"\n{out}: interrupted. The same command goes on from here.", file=sys.stderr)
+        return 130  # what a shell gives for Ctrl-C
+    except OSError as mistake:
+        if not is_full(mistake):
+            raise
+        raise ValueError(
+            f"{out}: no room left for what has to be written ({mistake.strerror}). Free some, or choose another --out; "
+            "the same command goes on from here."
+        ) from mistake
     parts = ", ".join(f"{len(shards)} {part}" for part, shards in manifest.splits.items())
-    unit_name = "tokens" if tokenizer else "characters"
-    size = sum(int(shard.chunks[:, 3].sum()) for shards in manifest.splits.values() for shard in shards)
-    print(f"{out}: {manifest.statistics['documents']:,} documents, {size:,} {unit_name}, shards: {parts}")
+    unit = "tokens" if wanted.tokenizer else "characters"
+    statistics = manifest.statistics
+    print(f"{out}: {statistics['documents']:,} documents, {statistics['tokens']:,} {unit}, shards: {parts}")
+    return 0
 
 
-def _start_work(work: Path, request: str) -> None:
-    """Begin, or go on with, the work of this very request; what another request left is removed."""
-    marker = work / "request"
-    if not (marker.is_file() and marker.read_text() == request):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_atomically(marker, request.encode())
-
-
-def _progress(pool, function, tasks: list, total: int) -> None:
-    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
-        for size in pool.imap_unordered(function, tasks):
-            bar.update(size)
+def is_from(request: str, out: Path) -> bool:
+    """Whether the shards that are there were asked for in the same words."""
+    try:
+        return read_manifest(out).request == request
+    except ValueError:  # of an older format, or damaged: written again
+        return False
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data_prep import train_tokenizer, write_shards
-from data_prep.sources import docstrings
+from data_prep.sources.docstrings import docstrings
 
 # A busy machine must not fail a property that holds.
 hypothesis.settings.register_profile("megabert", deadline=None)

@@ -6,18 +6,17 @@ folder/train-00000.tar ...  heldout-00000.tar ...  tokenizer.json  token_counts.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
-from megabert.data.sample_format import Kind
+from megabert.data.sample_format import SPECIAL_TOKENS, Kind, encode_npy, read_npy
 
 MANIFEST = "manifest.json"
 CHUNKS = "chunks.npy"
@@ -26,7 +25,9 @@ TOKEN_COUNTS = "token_counts.npy"
 FORMAT = 2
 
 # A manifest may come from anywhere, and a name becomes a path: of the folder, or of the cache.
-SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.tar")
+MAX_CHUNK_BYTES = 1 << 30  # of the longest text; a chunk of tokens has less than 2 MB
+MAX_VOCAB_SIZE = 1 << 24  # 60 times the largest there is
 
 
 class Chunk(NamedTuple):
@@ -94,9 +95,8 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write chunks.npy and then manifest.json, which makes the folder complete."""
     shards = [shard for part in manifest.splits.values() for shard in part]
-    buffer = io.BytesIO()
-    np.save(buffer, np.concatenate([np.empty((0, len(Chunk._fields)), np.int64), *(s.chunks for s in shards)]))
-    write_atomically(folder / CHUNKS, buffer.getvalue())
+    index = encode_npy(np.concatenate([np.empty((0, len(Chunk._fields)), np.int64), *(s.chunks for s in shards)]))
+    write_atomically(folder / CHUNKS, index)
     tokenizer = manifest.tokenizer
     raw = {
         "format": FORMAT,
@@ -104,7 +104,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "tokenizer": tokenizer and {name: getattr(tokenizer, name) for name in TokenizerInfo.__dataclass_fields__},
         "statistics": manifest.statistics,
         "request": manifest.request,
-        "chunks_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "chunks_sha256": hashlib.sha256(index).hexdigest(),
         "splits": {name: [_shard_to_json(shard) for shard in part] for name, part in manifest.splits.items()},
     }
     write_atomically(folder / MANIFEST, json.dumps(raw, indent=1).encode() + b"\n")
@@ -126,28 +126,75 @@ def parse_manifest(data: bytes, chunks: bytes, where: str) -> Manifest:
     """Read manifest.json and chunks.npy from their bytes. `where` names the first in errors, all ValueErrors."""
     try:
         raw = json.loads(data)
-    except ValueError as mistake:
+    except (ValueError, RecursionError) as mistake:
         raise ValueError(f"{where}: not valid JSON: {mistake}") from mistake
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else None
         raise ValueError(f"{where}: format {found!r}, expected {FORMAT}. Write the shards again.")
-    if hashlib.sha256(chunks).hexdigest() != raw["chunks_sha256"]:
+    if hashlib.sha256(chunks).hexdigest() != raw.get("chunks_sha256"):
         raise ValueError(f"{where}: {CHUNKS} beside it is not the one it was written with. Fetch or write both again.")
-    index = np.load(io.BytesIO(chunks), allow_pickle=False)
+    index = read_npy(chunks, f"{where}: {CHUNKS}")
+    try:
+        splits = _splits(raw["splits"], index, where)
+        info = raw["tokenizer"]
+        tokenizer = info and TokenizerInfo(**info | {"all_special_ids": tuple(info["all_special_ids"])})
+        manifest = Manifest(raw["kind"], splits, raw["statistics"], tokenizer, raw["request"])
+        wrong = _why_not_plausible(manifest)
+    except (KeyError, TypeError, AttributeError) as mistake:
+        raise ValueError(
+            f"{where}: not as write_shards.py writes it: {mistake!r}. Write the shards again."
+        ) from mistake
+    if wrong:
+        raise ValueError(f"{where}: {wrong}. Write the shards again.")
+    return manifest
+
+
+def _splits(raw: dict, index: np.ndarray, where: str) -> dict[str, tuple[Shard, ...]]:
     splits: dict[str, tuple[Shard, ...]] = {}
     first = 0
-    for name, part in raw["splits"].items():
+    for name, part in raw.items():
         shards = []
-        for shard in part:
-            if not SHARD_NAME.fullmatch(shard["name"]):
-                raise ValueError(f"{where}: {shard['name']!r} is not a shard's name, such as train-00000.tar.")
-            count = shard.pop("num_chunks")
-            shards.append(Shard(chunks=index[first : first + count], **shard))
+        for entry in part:
+            plain = entry.copy()
+            count = plain.pop("num_chunks")
+            if not SHARD_NAME.fullmatch(plain["name"]):
+                raise ValueError(f"{where}: {plain['name']!r} is not a shard's name, such as train-00000.tar.")
+            if type(count) is not int or not 0 <= count <= len(index) - first:
+                raise ValueError(
+                    f"{where}: {plain['name']} has {count!r} chunks, {CHUNKS} has {len(index) - first} left."
+                )
+            shards.append(Shard(chunks=index[first : first + count], **plain))
             first += count
         splits[name] = tuple(shards)
-    info = raw["tokenizer"]
-    tokenizer = info and TokenizerInfo(all_special_ids=tuple(info.pop("all_special_ids")), **info)
-    return Manifest(raw["kind"], splits, raw["statistics"], tokenizer, raw["request"])
+    return splits
+
+
+def _why_not_plausible(manifest: Manifest) -> str | None:
+    """What would make a reader fetch, allocate or index what cannot be there."""
+    info = manifest.tokenizer
+    if manifest.kind not in get_args(Kind) or (manifest.kind == "tokens") != (info is not None):
+        return (
+            f"kind {manifest.kind!r} with {'a' if info else 'no'} tokenizer, expected tokens with one or text without"
+        )
+    if info is not None:
+        if type(info.vocab_size) is not int or not 0 < info.vocab_size <= MAX_VOCAB_SIZE:
+            return f"a vocabulary of {info.vocab_size}, expected 1 to {MAX_VOCAB_SIZE}"
+        special = (*info.special_ids.values(), *info.all_special_ids)
+        if info.special_ids.keys() != SPECIAL_TOKENS.keys():
+            return f"the special tokens {', '.join(info.special_ids)}, expected {', '.join(SPECIAL_TOKENS)}"
+        if not all(type(number) is int and 0 <= number < info.vocab_size for number in special):
+            return f"a special id beyond its vocabulary of {info.vocab_size}"
+    for shard in (shard for part in manifest.splits.values() for shard in part):
+        if not all(type(count) is int and count >= 0 for count in (shard.bytes, shard.documents, shard.tokens)):
+            return f"{shard.name} with {shard.bytes!r} bytes, {shard.documents!r} documents, {shard.tokens!r} tokens"
+        if shard.chunks.dtype != np.int64 or shard.chunks.shape[1:] != (len(Chunk._fields),):
+            return f"{CHUNKS} holds {shard.chunks.dtype} of shape {shard.chunks.shape}, expected int64 in {len(Chunk._fields)} columns"
+        offsets, sizes = shard.chunks[:, 0], shard.chunks[:, 1]
+        if (shard.chunks < 0).any() or (sizes > MAX_CHUNK_BYTES).any() or (offsets > shard.bytes - sizes).any():
+            return (
+                f"{shard.name} has a chunk outside its {shard.bytes} bytes, or of more than {MAX_CHUNK_BYTES >> 20} MB"
+            )
+    return None
 
 
 def _shard_to_json(shard: Shard) -> dict:

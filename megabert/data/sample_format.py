@@ -10,6 +10,8 @@ costs more than the document. There are two kinds:
 
 import io
 import json
+import math
+import re
 import tarfile
 from typing import Literal, NamedTuple
 
@@ -28,6 +30,13 @@ SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"
 # and a loader worker holds only a few.
 MAX_CHUNK_TOKENS = 131_072
 
+# What numpy.save writes for little-endian numbers in one or two dimensions, and nothing else that a header may say.
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(?P<dtype><[uif][248]|\|[ui]1)', 'fortran_order': False, "
+    rb"'shape': \((?P<shape>\d{1,18},|\d{1,18}, \d{1,18})\), \} *\n",
+    re.DOTALL,
+)
+
 
 class TokenChunk(NamedTuple):
     """tokens: (total,) uint16 or uint32; lengths: (documents,) int32 that sum to total."""
@@ -42,7 +51,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def encode_tokens(chunk: TokenChunk) -> dict[str, bytes]:
-    return {TOKENS_KEY: _npy(chunk.tokens), LENGTHS_KEY: _npy(chunk.lengths.astype(np.int32))}
+    return {TOKENS_KEY: encode_npy(chunk.tokens), LENGTHS_KEY: encode_npy(chunk.lengths.astype(np.int32))}
 
 
 def decode_tokens(sample: dict[str, bytes], where: str) -> TokenChunk:
@@ -89,28 +98,51 @@ def write_sample(tar: tarfile.TarFile, key: str, sample: dict[str, bytes]) -> No
 
 
 def read_sample(data: bytes, where: str) -> dict[str, bytes]:
-    """Read one sample from the bytes of its tar members. Names never become paths. Raises ValueError if damaged."""
+    """Read one sample from the bytes of its tar members. Raises ValueError if damaged, or not as write_sample writes.
+
+    A name never becomes a path, and nothing larger than `data` is ever allocated: links, devices, sparse files and long
+    headers, which tar knows too, are refused.
+    """
     sample: dict[str, bytes] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                if file is not None:
-                    sample[member.name.partition(".")[2]] = file.read()
-    except tarfile.TarError as mistake:
-        raise ValueError(f"{where}: damaged: {mistake}. Check the shard with data_prep/check_shards.py.") from mistake
+    offset = 0
+    while offset < len(data):
+        header = data[offset : offset + tarfile.BLOCKSIZE]
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as mistake:
+            raise _damaged(where, f"no tar header at its byte {offset} ({mistake})") from mistake
+        begin = offset + tarfile.BLOCKSIZE
+        if member.type != tarfile.REGTYPE or not 0 <= member.size <= len(data) - begin:
+            raise _damaged(where, f"member {member.name!r} is of type {member.type!r} and {member.size} bytes")
+        sample[member.name.partition(".")[2]] = data[begin : begin + member.size]
+        offset = begin + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return sample
 
 
-def _npy(array: np.ndarray) -> bytes:
+def _damaged(where: str, what: str) -> ValueError:
+    return ValueError(
+        f"{where}: damaged: {what}, expected plain members that fill the chunk. "
+        "Check the shard with data_prep/check_shards.py."
+    )
+
+
+def encode_npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
 def read_npy(data: bytes, where: str) -> np.ndarray:
-    """Read a plain array. Raises ValueError for anything else, pickles above all."""
-    try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as mistake:
-        raise ValueError(f"{where}: not a plain .npy array: {mistake}") from mistake
+    """Read a plain array of one or two dimensions. Raises ValueError for anything else, pickles above all.
+
+    numpy's own reader evaluates the header, and allocates what it promises before looking whether it is there.
+    """
+    match = NPY_HEADER.match(data)
+    if match is None:
+        raise ValueError(f"{where}: not a plain .npy array as numpy.save writes it. Write it again.")
+    dtype = np.dtype(match["dtype"].decode())
+    shape = tuple(int(number) for number in match["shape"].split(b",") if number.strip())
+    begin = 10 + int.from_bytes(data[8:10], "little")
+    if math.prod(shape) * dtype.itemsize != len(data) - begin:
+        raise ValueError(f"{where}: {len(data) - begin} bytes, expected {dtype} of shape {shape}. Write it again.")
+    return np.frombuffer(data, dtype, offset=begin).reshape(shape).copy()

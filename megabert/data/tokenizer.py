@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from megabert.data.manifest import TOKENIZER, TokenizerInfo
@@ -44,9 +46,14 @@ def read_tokenizer(file: Path) -> Tokenizer:
     Raises ValueError if it is not one.
     """
     try:
-        json.loads(file.read_bytes())
+        raw = json.loads(file.read_bytes())
     except ValueError as mistake:
         raise ValueError(f"{file}: not valid JSON: {mistake}") from mistake
+    if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or "added_tokens" not in raw:
+        raise ValueError(
+            f"{file}: not a tokenizer of the tokenizers library: it has no model and added tokens. "
+            "Make one with data_prep/train_tokenizer.py --existing."
+        )
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -57,3 +64,10 @@ def read_tokenizer(file: Path) -> Tokenizer:
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of each text, without special tokens."""
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def encode_flat(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of all texts end to end, without special tokens, and how many each has (int64)."""
+    ids = encode(tokenizer, texts)
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum())), lengths

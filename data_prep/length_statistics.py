@@ -1,0 +1,71 @@
+"""How long the documents are: as JSON for the manifest, and as a picture."""
+
+import io
+from typing import Any
+
+import numpy as np
+
+LONGEST_COUNTED = 65_535  # documents longer than this share the last bin
+BINS_PER_OCTAVE = 4
+PICTURE = "statistics.png"
+CAPS = (128, 512, 1024)  # usual values of max_seq_len
+
+
+def summarize(lengths: np.ndarray, total: int, unit: str, read: int) -> dict[str, Any]:
+    """Statistics of `lengths[n]` documents of n tokens, of `total` tokens.
+
+    unit: what a length counts; read: documents before copies and texts that came to nothing were dropped.
+    """
+    below = lengths.cumsum()
+    documents = int(below[-1])
+    sizes = np.arange(len(lengths))
+    tokens = lengths * sizes
+    tokens[-1] += total - int(tokens.sum()) if unit == "tokens" else 0  # those beyond the last bin
+    edges = np.unique(np.round(2.0 ** (np.arange(16 * BINS_PER_OCTAVE + 1) / BINS_PER_OCTAVE)).astype(int))
+    edges = np.minimum(edges, LONGEST_COUNTED)
+    bins = np.searchsorted(edges, sizes, side="right") - 1
+    bins[0] = 0
+    by_bin = [
+        np.bincount(bins, weights=weights, minlength=len(edges)).astype(int).tolist() for weights in (lengths, tokens)
+    ]
+    return {
+        "documents": documents,
+        "tokens": total,
+        "dropped_documents": read - documents,
+        "length_unit": unit,
+        "median_document_tokens": int(np.searchsorted(below, documents / 2)),
+        "mean_document_tokens": round(float(tokens.sum()) / max(1, documents), 1),
+        "documents_of_length_at_most": {str(1 << k): int(below[min(1 << k, LONGEST_COUNTED)]) for k in range(4, 17)},
+        "length_histogram": {"from": edges.tolist(), "documents": by_bin[0], "tokens": by_bin[1]},
+    }
+
+
+def draw(statistics: dict[str, Any]) -> bytes:
+    """The histogram as a PNG: how many documents have a length, and how many of all tokens lie in these.
+
+    At usual values of max_seq_len: the share of documents, and of tokens, that are in longer documents.
+    """
+    from matplotlib.figure import Figure
+
+    histogram, unit = statistics["length_histogram"], statistics["length_unit"]
+    edges = np.array([*histogram["from"], 2 * histogram["from"][-1]])
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True)
+    for axes, name, color in ((upper, "documents", "tab:blue"), (lower, "tokens", "tab:orange")):
+        counts = np.array(histogram[name])
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=color)
+        axes.set_ylabel("documents" if name == "documents" else f"{unit} in them")
+        for cap in CAPS if unit == "tokens" else ():
+            axes.axvline(cap, color="gray", linestyle=":")
+            share = counts[edges[:-1] >= cap].sum() / max(1, counts.sum())
+            axes.annotate(
+                f" {share:.0%}\n >{cap}", (cap, 0.98), xycoords=("data", "axes fraction"), va="top", fontsize=7
+            )
+    lower.set_xscale("log", base=2)
+    lower.xaxis.set_major_formatter("{x:,.0f}")
+    lower.set_xlim(1, 2 * edges[:-1][np.array(histogram["documents"]) > 0].max(initial=1))
+    lower.set_xlabel(f"length of a document, {unit}")
+    upper.set_title(f"{statistics['documents']:,} documents, median {statistics['median_document_tokens']} {unit}")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=100, metadata={"Software": None})  # the same bytes again
+    return image.getvalue()

@@ -1,0 +1,78 @@
+"""The docstrings of installed Python packages: real English that needs no download."""
+
+import ast
+import importlib.metadata
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from data_prep.sources.unit import UNIT_BYTES, ReadOptions, Unit
+
+
+def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
+    for path in unit.paths:
+        yield from docstrings(Path(path))
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    """Yield the docstrings of one Python file, in order. Files that this Python cannot parse yield nothing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's code
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    stack: list[ast.AST] = [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+        # Only statements can hold definitions: the rest of the tree, which is most of it, is never visited.
+        for block in ("handlers", "orelse", "finalbody", "body"):
+            stack.extend(reversed([child for child in getattr(node, block, ()) if hasattr(child, "body")]))
+
+
+def required_distributions(root: str) -> list[importlib.metadata.Distribution]:
+    """Find an installed distribution and all that it requires, however indirectly, by name."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    queue = [root]
+    while queue:
+        name = queue.pop()
+        key = re.sub(r"[-_.]+", "-", name).lower()
+        if key in found:
+            continue
+        try:
+            found[key] = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an extra, or another platform's requirement
+        for line in found[key].requires or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                queue.append(requirement.name)
+    return [found[key] for key in sorted(found)]
+
+
+def list_units() -> list[Unit]:
+    """The Python files of megabert's dependencies: the same whatever else is installed beside them."""
+    files: dict[str, Path] = {}
+    for distribution in required_distributions("megabert"):
+        for file in distribution.files or ():
+            if file.suffix == ".py" and ".." not in file.parts:
+                files[str(file)] = Path(str(distribution.locate_file(file)))
+    units: list[Unit] = []
+    group: list[str] = []
+    size = 0
+    for name in sorted(files):
+        if not files[name].is_file():
+            continue
+        group.append(str(files[name]))
+        size += files[name].stat().st_size
+        if size >= UNIT_BYTES // 2:  # parsing is slower than reading
+            units.append(Unit("docstrings", tuple(group), 0, 0, size))
+            group, size = [], 0
+    return [*units, Unit("docstrings", tuple(group), 0, 0, size)] if group else units

@@ -1,0 +1,166 @@
+"""From text to shards: exact, resumable, the same bytes on every run."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from data_prep import runs, write_shards
+from megabert.data.manifest import read_manifest
+from megabert.data.sample_format import decode_text, read_sample
+from megabert.data.shards import MIN_SPLITS, open_source
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+def document_texts(folder: Path, parts: list[str] | None = None) -> list[str]:
+    manifest = read_manifest(folder)
+    texts = []
+    for part in parts or manifest.splits:
+        for shard in manifest.splits[part]:
+            data = (folder / shard.name).read_bytes()
+            for offset, size, *_ in shard.chunks.tolist():
+                texts += decode_text(read_sample(data[offset : offset + size], shard.name), shard.name)
+    return texts
+
+
+def test_text_shards_hold_each_document_once_and_can_be_tokenized(tmp_path, corpus):
+    doubled = tmp_path / "doubled.jsonl"
+    doubled.write_text(corpus.jsonl.read_text() * 2)
+    write_shards.main([f"--source={doubled}", f"--out={tmp_path / 'text'}", "--min_chars=100"])
+    assert sorted(document_texts(tmp_path / "text")) == sorted(text for text in corpus.texts if len(text) >= 100)
+    write_shards.main(
+        [f"--source={tmp_path / 'text'}", f"--out={tmp_path / 'tokens'}", f"--tokenizer={corpus.tokenizer}"]
+    )
+    assert open_source(str(tmp_path / "tokens")).manifest.statistics["documents"] == len(
+        document_texts(tmp_path / "text")
+    )
+
+
+def test_token_shards_hold_exactly_the_tokenized_documents(corpus):
+    """Every document once, in either part; held out by its text; ids as the tokenizer gives them, without specials."""
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    expected = {tuple(tokenizer.encode(text, add_special_tokens=False).ids): text for text in corpus.texts}
+    manifest = read_manifest(corpus.tokens)
+    found: dict[str, list[tuple[int, ...]]] = {"train": [], "heldout": []}
+    for part, documents in found.items():
+        source = open_source(str(corpus.tokens), part)
+        for number, shard in enumerate(source.shards):
+            for chunk in range(len(shard.chunks)):
+                tokens, lengths = source.read_chunk(number, chunk)
+                documents += [tuple(piece.tolist()) for piece in np.split(tokens, lengths.cumsum()[:-1])]
+    whole = [document for document in found["train"] + found["heldout"] if document in expected]
+    # A document of more than chunk_tokens is cut into several; all others are whole.
+    assert len(whole) >= len(corpus.texts) - 20
+    held = {expected[document] for document in found["heldout"] if document in expected}
+    below = runs.heldout_below(0.1)
+    for text in corpus.texts:
+        first = np.frombuffer(runs.text_hash(text.encode()), dtype=np.uint64)[0]
+        if tuple(tokenizer.encode(text, add_special_tokens=False).ids) in set(whole):
+            assert (text in held) == (first < below)
+    assert 0.03 < len(held) / len(corpus.texts) < 0.2
+    assert (
+        sum(map(len, found["train"] + found["heldout"]))
+        == manifest.statistics["tokens"]
+        == sum(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in corpus.texts)
+    )
+    counts = np.load(corpus.tokens / "token_counts.npy")
+    flat = np.concatenate([np.array(document) for document in found["train"]])
+    assert np.array_equal(counts, np.bincount(flat, minlength=len(counts)))
+    assert len(manifest.splits["train"]) >= 24
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_bytes_whatever_the_number_of_workers(tmp_path, corpus, workers):
+    out = tmp_path / "again"
+    common = [f"--source={corpus.jsonl}", f"--tokenizer={corpus.tokenizer}", "--heldout=0.1", "--chunk_tokens=2048"]
+    write_shards.main([*common, f"--out={out}", f"--workers={workers}"])
+    assert hashes(out) == hashes(corpus.tokens)
+
+
+def test_what_is_finished_is_reused_and_what_changed_is_not(tmp_path, corpus, capsys):
+    source = tmp_path / "corpus.jsonl"
+    source.write_text(corpus.jsonl.read_text())
+    command = [f"--source={source}", f"--out={tmp_path / 'out'}"]
+    write_shards.main(command)
+    first = hashes(tmp_path / "out")
+    write_shards.main(command)
+    assert "already written from this, reused" in capsys.readouterr().out
+    source.write_text(json.dumps({"text": "one more document"}) + "\n" + source.read_text())
+    write_shards.main(command)
+    assert hashes(tmp_path / "out") != first
+
+
+def test_a_long_text_is_never_cut(tmp_path):
+    """A cut at a byte would split characters, and the halves could land on both sides of the held-out split."""
+    text = "\u00e9" * 300
+    (tmp_path / "a.txt").write_text(text)
+    write_shards.main([f"--source={tmp_path / 'a.txt'}", f"--out={tmp_path / 'out'}", "--chunk_tokens=101"])
+    assert document_texts(tmp_path / "out") == [text]
+
+
+def test_a_bare_tokenizer_json_is_enough(tmp_path, corpus):
+    (tmp_path / "tokenizer.json").write_text((corpus.tokenizer / "tokenizer.json").read_text())
+    command = [f"--source={corpus.jsonl}", f"--out={tmp_path / 'out'}", f"--tokenizer={tmp_path / 'tokenizer.json'}"]
+    write_shards.main(command)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token == "[MASK]"
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("  \n ")
+    with pytest.raises(ValueError, match="has no document of at least 1 characters; nothing to write"):
+        write_shards.main([f"--source={tmp_path}", f"--out={tmp_path / 'out'}"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--heldout=1.5", "heldout is 1.5, expected a share in [0, 1)"),
+        ("--chunk_tokens=0", "chunk_tokens is 0, expected 1 to 131072"),
+        ("--workers=0", "at least 1"),
+        ("--sorce=x", "unknown setting --sorce. Did you mean --source?"),
+    ],
+)
+def test_wrong_flags_are_one_line(capsys, flag, message):
+    with pytest.raises(SystemExit) as exit_info:
+        write_shards.main([flag])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_text_lands_in_the_same_part_of_every_corpus(tmp_path, corpus):
+    """Trained on one corpus and evaluated on another, nothing has been seen."""
+    shared, parts = set(corpus.texts[:300]), {}
+    for name, texts in (("a", corpus.texts[:400]), ("b", corpus.texts[:300][::-1] + corpus.texts[400:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f" {text}\n"}) + "\n" for text in texts))
+        write_shards.main(
+            [f"--source={tmp_path / name}.jsonl", f"--out={tmp_path / name}", "--heldout=0.3", f"--seed={len(texts)}"]
+        )
+        manifest = read_manifest(tmp_path / name)
+        parts[name] = {part: set(document_texts(tmp_path / name, [part])) & shared for part in manifest.splits}
+    assert parts["a"] == parts["b"]
+    assert min(len(texts) for texts in parts["a"].values()) > 50
+    assert not parts["a"]["train"] & parts["a"]["heldout"]
+
+
+def test_statistics_are_in_the_manifest_and_in_a_picture(corpus):
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer / "tokenizer.json"))
+    lengths = [len(tokenizer.encode(text, add_special_tokens=False).ids) for text in corpus.texts]
+    statistics = read_manifest(corpus.tokens).statistics
+    assert statistics["documents"] == len(lengths)
+    assert statistics["median_document_tokens"] == sorted(lengths)[(len(lengths) - 1) // 2]
+    assert statistics["documents_of_length_at_most"]["64"] == sum(n <= 64 for n in lengths)
+    assert (corpus.tokens / "statistics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_enough_shards_to_deal_to_every_rank():
+    assert write_shards.Options().min_shards == MIN_SPLITS
