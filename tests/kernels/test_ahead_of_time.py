@@ -1,0 +1,57 @@
+"""The machine code of the Triton kernels, for three generations of GPUs that are not here.
+
+No spilled registers, shared memory within the limit, 16-byte loads and stores, tensor cores where there are products.
+The launches are those of MosaicBERT-Base and BERT-Large, in every precision that training can ask for.
+"""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.triton
+
+CAPABILITIES = [80, 90, 100]  # A100, H100, B200
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def launches_of(call):
+    from tests.kernels.aot import recorded
+
+    with recorded() as launches:
+        call()
+    assert launches
+    return launches
+
+
+def assert_good_code(launches, capability, tensor_cores=()):
+    """tensor_cores: the names of kernels that multiply matrices."""
+    from tests.kernels.aot import SHARED_LIMIT, TENSOR_CORES, compile_for
+
+    for launch in launches:
+        code = compile_for(launch, capability)
+        assert code.spills == 0, f"{launch.name}: {code.spills} bytes spilled, {code.registers} registers"
+        assert code.shared <= SHARED_LIMIT[capability], f"{launch.name}: {code.shared} bytes of shared memory"
+        loads = r"(ld\.global\S*\.v4|cp\.async\S* \[[^]]*\], \[[^]]*\], 0x10)"
+        assert code.count(loads), f"{launch.name}: no 16-byte load"
+        assert code.count(r"st\.global\S*\.v4"), f"{launch.name}: no 16-byte store"
+        if launch.name in tensor_cores:
+            assert code.count(TENSOR_CORES[capability]), f"{launch.name}: no {TENSOR_CORES[capability]}"
+
+
+def leaf(*shape, dtype=BF16):
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_geglu(capability, dropout_p, dtype):
+    from megabert.kernels.geglu import geglu
+
+    launches = launches_of(lambda: geglu(leaf(16, 2 * 3072, dtype=dtype), dropout_p).sum().backward())
+    assert [launch.name for launch in launches] == ["geglu.forward_kernel", "geglu.backward_kernel"]
+    assert_good_code(launches, capability)
