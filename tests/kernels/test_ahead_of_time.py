@@ -55,3 +55,30 @@ def test_geglu(capability, dropout_p, dtype):
     launches = launches_of(lambda: geglu(leaf(16, 2 * 3072, dtype=dtype), dropout_p).sum().backward())
     assert [launch.name for launch in launches] == ["geglu.forward_kernel", "geglu.backward_kernel"]
     assert_good_code(launches, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("width", [768, 1024, 4096])
+@pytest.mark.parametrize("residual_dtype", [BF16, FP32])
+def test_add_layer_norm(capability, dropout_p, width, residual_dtype):
+    from megabert.kernels.add_layer_norm import add_layer_norm
+
+    x, residual = leaf(16, width), leaf(16, width, dtype=residual_dtype)
+    weight, bias = leaf(width, dtype=FP32), leaf(width, dtype=FP32)
+
+    def call():
+        options = {"eps": 1e-12, "dropout_p": dropout_p, "low_precision": True}
+        add_layer_norm(x, residual, weight, bias, **options).sum().backward()
+
+    assert_good_code(launches_of(call), capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_layer_norm_alone(capability):
+    from megabert.kernels.add_layer_norm import layer_norm
+
+    def call():
+        layer_norm(leaf(16, 768), leaf(768, dtype=FP32), leaf(768, dtype=FP32), 1e-12, True).sum().backward()
+
+    assert_good_code(launches_of(call), capability)
