@@ -172,5 +172,5 @@ def masked_cross_entropy(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
-    loss_sum, num_correct = MaskedCrossEntropy.apply(hidden, weight, bias, labels, z_loss, gradient, dtype)
+    loss_sum, num_correct = MaskedCrossEntropy.apply(hidden, weight, bias, labels.contiguous(), z_loss, gradient, dtype)
     return MaskedLoss(loss_sum, num_correct, (labels != IGNORE_INDEX).sum())

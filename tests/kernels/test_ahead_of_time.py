@@ -93,3 +93,23 @@ def test_cross_entropy(capability, gradient, dtype):
     logits, labels = torch.zeros(16, 30_528, dtype=dtype), torch.zeros(16, dtype=torch.int64)
     launches = launches_of(lambda: loss_in_place(logits, labels, 0.0, gradient))
     assert_good_code(launches, capability, stores=gradient)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("num_tables", [2, 3])
+def test_embed_layer_norm(capability, dropout_p, num_tables):
+    from megabert.kernels.embed_layer_norm import embed_layer_norm
+
+    ids = [torch.zeros(64, dtype=torch.int64)] * num_tables
+    tables = [leaf(32, 768, dtype=FP32) for _ in ids]
+    weight, bias = leaf(768, dtype=FP32), leaf(768, dtype=FP32)
+
+    def call():
+        options = {"eps": 1e-12, "dropout_p": dropout_p, "low_precision": True}
+        with torch.autocast("cpu", BF16):
+            embed_layer_norm(ids, tables, weight, bias, **options).sum().backward()
+
+    launches = launches_of(call)
+    assert len(launches) == 2 + 2 * num_tables
+    assert_good_code(launches, capability)
