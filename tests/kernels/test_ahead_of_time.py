@@ -13,9 +13,15 @@ CAPABILITIES = [80, 90, 100]  # A100, H100, B200
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("triton")
+
+
 @pytest.fixture(autouse=True)
-def fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def fresh_cache(folder, monkeypatch):
+    """What an earlier run compiled proves nothing."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
 
 
 def launches_of(call):
@@ -113,3 +119,22 @@ def test_embed_layer_norm(capability, dropout_p, num_tables):
     launches = launches_of(call)
     assert len(launches) == 2 + 2 * num_tables
     assert_good_code(launches, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("head_dim", "dropout_p"), [(16, 0.1), (32, 0.1), (64, 0.0), (64, 0.1), (128, 0.0), (128, 0.1)]
+)
+@pytest.mark.parametrize("max_seqlen", [128, 512])
+def test_attention(capability, dropout_p, head_dim, max_seqlen):
+    from megabert.kernels.attention import plan_triton
+    from megabert.model.attention import alibi_slopes
+    from megabert.model.padding import Sequences
+
+    sequences = Sequences(torch.tensor([0, 40, 64], dtype=torch.int32), max_seqlen)
+    attend = plan_triton(sequences, alibi_slopes(12), head_dim)
+    launches = launches_of(lambda: attend(leaf(64, 3, 12, head_dim), dropout_p).sum().backward())
+    short = ["attention.short_kernel"] if max_seqlen == 128 and head_dim <= 64 else []
+    backward = short or ["attention.query_kernel", "attention.key_kernel"]
+    assert [launch.name for launch in launches] == ["attention.forward_kernel", *backward]
+    assert_good_code(launches, capability, tensor_cores=[launch.name for launch in launches])
