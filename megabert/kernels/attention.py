@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megabert.kernels import HEAD_DIMS
 from megabert.kernels.dropout import GROUP, draw_seed, keep_scale, threshold, tile_factor
 from megabert.kernels.layer_norm import accumulator, accumulator_dtype
 from megabert.model.attention import Attend
 from megabert.model.padding import Sequences
 
 LOG2E = tl.constexpr(1.4426950408889634)  # the hardware's exponential is 2^x
-HEAD_DIMS = (16, 32, 64, 128)
 SHORT = 128  # documents up to this length fit one program's registers, for heads of up to 64
 
 

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megabert.kernels import MAX_WIDTH
+
 # Programs of a backward pass: each adds up its share of the weights' gradient. A constant, so that the order of the
 # sum, and with it every bit, is the same on all GPUs; two for each of an A100's 108 multiprocessors, rounded up.
 PARTIALS = 256
-MAX_WIDTH = 8192
 
 
 @triton.jit
