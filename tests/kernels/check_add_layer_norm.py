@@ -4,7 +4,8 @@ import torch
 from megabert.kernels import add_layer_norm as kernels
 from megabert.model import ops
 from tests.kernels import interpreter
-from tests.kernels.interpreter import assert_as_good, assert_gradients, counted
+from tests.kernels.interpreter import counted
+from tests.kernels.yardstick import assert_as_good, assert_gradients
 
 interpreter.install()
 

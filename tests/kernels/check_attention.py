@@ -10,7 +10,8 @@ from megabert.kernels.dropout import threshold, tile_factor
 from megabert.model.attention import alibi_slopes, plan_eager
 from megabert.model.padding import Sequences
 from tests.kernels import interpreter
-from tests.kernels.interpreter import assert_as_good, assert_gradients, counted, results
+from tests.kernels.interpreter import counted
+from tests.kernels.yardstick import assert_as_good, assert_gradients, results
 
 interpreter.install()
 

@@ -6,7 +6,8 @@ from torch.utils._pytree import tree_leaves
 from megabert.kernels import cross_entropy as kernels
 from megabert.model import ops
 from tests.kernels import interpreter
-from tests.kernels.interpreter import assert_as_good, assert_gradients, counted
+from tests.kernels.interpreter import counted
+from tests.kernels.yardstick import assert_as_good, assert_gradients
 
 interpreter.install()
 

@@ -11,7 +11,7 @@ from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM, MegaBertForSequenceClassification
 from megabert.model.ops import IGNORE_INDEX
 from tests.kernels import interpreter
-from tests.kernels.interpreter import error
+from tests.kernels.yardstick import error
 
 interpreter.install()
 
@@ -82,11 +82,11 @@ def test_errs_no_more_than_twice_as_much_under_autocast(kind):
     exact, _, exact_gradients = trained(copy.deepcopy(model).double(), torch_ops(), inputs)
     loss, _, gradients = trained(model, triton_ops(), inputs, autocast=True)
     plain, _, plain_gradients = trained(model, torch_ops(), inputs, autocast=True)
-    assert error(loss, exact) <= 2 * error(plain, exact) + 1e-3
+    assert error(loss, exact) <= 2 * error(plain, exact) + 5e-4
     for name, gradient in gradients.items():
         assert gradient.dtype == plain_gradients[name].dtype == torch.float32
         # The kernels' error and PyTorch's are two draws from one distribution: a floor keeps a lucky draw from failing.
-        allowed = 2 * error(plain_gradients[name], exact_gradients[name]) + 0.02
+        allowed = 2 * error(plain_gradients[name], exact_gradients[name]) + 0.005
         assert error(gradient, exact_gradients[name]) <= allowed, name
 
 

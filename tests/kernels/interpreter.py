@@ -1,4 +1,4 @@
-"""Run Triton's kernels on a CPU, exactly: its interpreter with bf16 put right, its traffic counted, and a yardstick.
+"""Run Triton's kernels on a CPU, exactly: its interpreter with bf16 put right, with its traffic counted.
 
 The interpreter is chosen by TRITON_INTERPRET=1 when a kernel is defined, so tests that use it run in processes of their
 own: test_kernels.py starts them. Triton 3.7.1's interpreter truncates where a GPU rounds to nearest even, and multiplies
@@ -7,17 +7,13 @@ has done so itself.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import triton.language as tl
-from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-# What a sum of a few hundred terms in fp32 may differ by, relative to the largest result.
-FP32_TOLERANCE = 2e-6
 
 stock_cast = InterpreterBuilder.cast_impl
 stock_dot = InterpreterBuilder.create_dot
@@ -95,46 +91,3 @@ def counted() -> Iterator[Traffic]:
         yield traffic
     finally:
         InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
-
-
-def results(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """What function makes of the inputs, then its gradient for each."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out = function(*leaves)
-    out.backward(upstream.to(out.dtype))
-    return [out.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
-
-
-def error(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    if not wanted.numel():
-        return 0.0
-    return ((got.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
-
-
-def assert_as_good(
-    kernel: Callable[..., Tensor],
-    specification: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    autocast: bool = False,
-) -> None:
-    """Hold a kernel to the specification in fp64: it may err twice as much as the specification in its own precision.
-
-    autocast: run both under bf16 autocast. The kernel's results must have the types that the specification's have.
-    """
-    context = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-    with context:
-        upstream = torch.randn_like(specification(*inputs))
-        plain = results(specification, inputs, upstream)
-        got = results(kernel, inputs, upstream)
-    wanted = results(specification, [x.double() for x in inputs], upstream.double())
-    for index, (ours, theirs, exact) in enumerate(zip(got, plain, wanted, strict=True)):
-        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), f"result {index}"
-        allowed = 2 * error(theirs, exact) + FP32_TOLERANCE
-        assert error(ours, exact) <= allowed, f"result {index}: {error(ours, exact)} above {allowed}"
-
-
-def assert_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-    """The backward kernel is the derivative of the forward kernel, in fp64."""
-    leaves = [x.double().requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
