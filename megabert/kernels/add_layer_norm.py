@@ -6,8 +6,8 @@ what reading a stored sum would. With x, r, y bytes an element of each:
     forward   T * (E * (x + r + y) + 8)              and weight and bias, 8E for each row, from the cache
     backward  T * (E * (y + x + r + dx + dr) + 8)    and 12E for each of min(T, 256) programs: weight, and both sums
 without a residual r and dr are 0; dx and dr are one matrix, written once, where dropout is 0 and their types are equal.
-With dropout a seed, 8 bytes for each row. PyTorch without fusion
-moves 7.5 matrices forward (dropout and its mask 2.5, sum 3, LayerNorm 2) where this moves 3.
+With dropout a seed, 8 bytes for each row. PyTorch without fusion moves 7.5 matrices forward (dropout and its mask 2.5,
+sum 3, LayerNorm 2) where this moves 3.
 """
 
 import torch
