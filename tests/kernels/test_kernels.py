@@ -20,5 +20,5 @@ CHECKS = sorted(path.stem.removeprefix("check_") for path in FOLDER.glob("check_
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_the_interpreter(name):
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", f"tests/kernels/check_{name}.py"]
-    done = run_command(command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    done = run_command(command, timeout_s=900, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.code == 0, done.output
