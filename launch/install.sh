@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv with the package in it, at the versions of constraints.txt; reused while those and setup.py stay the same.
-# Argument: extras to install too, such as dev.
+# Argument: extras to install too, such as dev or dev,kernels.
 #
 # Where there is no NVIDIA GPU it asks for torch's CPU build, which is gigabytes smaller. That build is not on PyPI: set
 # TORCH_INDEX_URL to PyTorch's CPU index if pip does not find it. Without it the plain torch is installed, which also works.

@@ -40,6 +40,8 @@ TINY = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needs = {"gpu": 1, "multi_gpu": 2}
     for item in items:
+        if item.get_closest_marker("triton") and find_spec("triton") is None:
+            item.add_marker(pytest.mark.skip(reason="needs Triton: bash launch/install.sh dev,kernels"))
         for mark, count in needs.items():
             if item.get_closest_marker(mark) and torch.cuda.device_count() < count:
                 item.add_marker(

@@ -4,7 +4,7 @@
 #     bash tests/run.sh -k stream   only pytest, with these arguments
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash launch/install.sh dev
+bash launch/install.sh dev,kernels
 source .venv/bin/activate
 export DS_ACCELERATOR=cpu TOKENIZERS_PARALLELISM=false
 if [ $# -eq 0 ]; then

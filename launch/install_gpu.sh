@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# On a machine with an NVIDIA GPU and its compiler: install all that makes it faster, prove the kernels there, time them.
+#     bash launch/install_gpu.sh            all of it: half an hour or more, nearly all of it compiling
+#     bash launch/install_gpu.sh --no-apex  without apex, whose AdamW PyTorch's own replaces
+#
+# The last thing that it prints is the table of megabert/kernels/README.md. Not run on a GPU yet.
+# Needs nvcc of the CUDA release that torch was built with. MAX_JOBS bounds the compilers that run at once (default 4: each
+# takes gigabytes).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+flash_attn=2.8.3.post2 # the newest with alibi_slopes and a deterministic backward; FlashAttention 3 and 4 have no ALiBi
+apex=6424da3           # of github.com/NVIDIA/apex; PyPI's apex is an unrelated package
+export MAX_JOBS=${MAX_JOBS:-4}
+
+fail() { echo "install_gpu: $1" >&2; exit 1; }
+[ "$#" -eq 0 ] || [ "$1" = --no-apex ] || fail "unknown argument $1; the only one is --no-apex."
+[ -e /dev/nvidiactl ] || fail "no NVIDIA GPU here (/dev/nvidiactl is missing). On a CPU: bash launch/install.sh"
+command -v nvcc >/dev/null || fail "no nvcc. Install the CUDA toolkit of the release that torch uses, and add it to PATH."
+
+bash launch/install.sh dev,kernels
+python=.venv/bin/python
+pip() { "$python" -m pip --disable-pip-version-check "$@"; }
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    fail ".venv has a torch that sees no GPU. Remove .venv and run this again; TORCH_INDEX_URL names another index."
+
+echo "--- flash-attn $flash_attn"
+pip install -q ninja packaging wheel setuptools
+pip install --no-build-isolation "flash-attn==$flash_attn"
+
+if [ "${1:-}" != --no-apex ]; then
+    echo "--- apex $apex"
+    mkdir -p build
+    [ -d build/apex ] || git clone -q https://github.com/NVIDIA/apex build/apex
+    git -C build/apex checkout -q "$apex"
+    APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ./build/apex
+    "$python" -c 'import torch, amp_C'
+fi
+
+echo "--- tests on the GPU"
+"$python" -m pytest -m gpu -q
+echo "--- benchmark: paste this into megabert/kernels/README.md"
+"$python" tests/benchmarks/bench_kernels.py --json build/bench_kernels.json

@@ -1,0 +1,172 @@
+"""LayerNorm(dropout(x) + residual), the end of each half of a post-LN block, without a sum or a mask in memory.
+
+x, residual, y: (T, E), each in its own precision: bf16 + bf16 -> bf16 is the low-precision LayerNorm, bf16 + fp32 -> fp32
+the fp32 residual stream. The sum lives in registers, in fp32; backward makes it again from x and residual, which costs
+what reading a stored sum would. With x, r, y bytes an element of each:
+    forward   T * (E * (x + r + y) + 8)              and weight and bias, 8E for each row, from the cache
+    backward  T * (E * (y + x + r + dx + dr) + 8)    and 12E for each of min(T, 256) programs: weight, and both sums
+without a residual r and dr are 0; dx and dr are one matrix, written once, where dropout is 0 and their types are equal.
+With dropout a seed, 8 bytes for each row. PyTorch without fusion moves 7.5 matrices forward (dropout and its mask 2.5,
+sum 3, LayerNorm 2) where this moves 3.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megabert.kernels.dropout import draw_seed, keep_scale, row_factor, threshold
+from megabert.kernels.layer_norm import (
+    PARTIALS,
+    accumulator_dtype,
+    row_constants,
+    row_gradient,
+    row_statistics,
+    stream_dtype,
+)
+
+
+@triton.jit
+def forward_kernel(
+    X, RESIDUAL, WEIGHT, BIAS, Y, MEAN, RSTD, SEED, E, eps, below, scale,
+    DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < E
+    place = row.to(tl.int64) * E + column
+    z = tl.load(X + place, mask=inside, other=0.0).to(ACC)
+    z *= row_factor(SEED, row, 0, below, scale, DROPOUT, BLOCK)
+    if RESIDUAL is not None:
+        z += tl.load(RESIDUAL + place, mask=inside, other=0.0).to(ACC)
+    mean, rstd = row_statistics(z, inside, E, eps)
+    tl.store(MEAN + row, mean)
+    tl.store(RSTD + row, rstd)
+    weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(ACC)
+    bias = tl.load(BIAS + column, mask=inside, other=0.0).to(ACC)
+    tl.store(Y + place, ((z - mean) * rstd * weight + bias).to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    DY, X, RESIDUAL, WEIGHT, MEAN, RSTD, DX, DRESIDUAL, DWEIGHT, DBIAS, SEED, T, E, below, scale,
+    DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < E
+    weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(ACC)
+    dweight = tl.zeros((BLOCK,), ACC)
+    dbias = tl.zeros((BLOCK,), ACC)
+    for row in range(program, T, tl.num_programs(0)):
+        place = tl.cast(row, tl.int64) * E + column
+        factor = row_factor(SEED, row, 0, below, scale, DROPOUT, BLOCK)
+        z = tl.load(X + place, mask=inside, other=0.0).to(ACC) * factor
+        if RESIDUAL is not None:
+            z += tl.load(RESIDUAL + place, mask=inside, other=0.0).to(ACC)
+        dy = tl.load(DY + place, mask=inside, other=0.0).to(ACC)
+        rstd = tl.load(RSTD + row)
+        normed = tl.where(inside, (z - tl.load(MEAN + row)) * rstd, 0.0)
+        dweight += dy * normed
+        dbias += dy
+        dz = row_gradient(dy, normed, weight, rstd, E)
+        if DRESIDUAL is not None:
+            tl.store(DRESIDUAL + place, dz.to(DRESIDUAL.dtype.element_ty), mask=inside)
+        tl.store(DX + place, (dz * factor).to(DX.dtype.element_ty), mask=inside)
+    tl.store(DWEIGHT + program * E + column, dweight, mask=inside)
+    tl.store(DBIAS + program * E + column, dbias, mask=inside)
+
+
+@torch.library.custom_op("megabert::add_layer_norm", mutates_args=())
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, seed: Tensor | None,
+    eps: float, dropout_p: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns y (T, E) in dtype, and each row's mean and 1 / standard deviation, (T,)."""
+    y, mean, rstd = _outputs(x, dtype)
+    if x.numel():
+        width = x.shape[1]
+        forward_kernel[(x.shape[0],)](
+            x, residual, weight, bias, y, mean, rstd, seed, width, eps, threshold(dropout_p), keep_scale(dropout_p),
+            **row_constants(width, dropout_p, x),
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+@torch.library.custom_op("megabert::add_layer_norm_backward", mutates_args=())
+def backward(
+    dy: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor,
+    seed: Tensor | None, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns dx, dresidual (empty where it is dx, or there is none), and the sums for weight and bias, (programs, E)."""
+    dx, dresidual, dweight, dbias = _gradients(x, residual, dropout_p)
+    if x.numel():
+        tokens, width = x.shape
+        backward_kernel[(dweight.shape[0],)](
+            dy, x, residual, weight, mean, rstd, dx, dresidual if dresidual.numel() else None, dweight, dbias, seed,
+            tokens, width, threshold(dropout_p), keep_scale(dropout_p), **row_constants(width, dropout_p, x),
+        )  # fmt: skip
+    return dx, dresidual, dweight, dbias
+
+
+def _outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty(x.shape[0], dtype=accumulator_dtype(x))
+    return x.new_empty(x.shape, dtype=dtype), mean, torch.empty_like(mean)
+
+
+def _gradients(x: Tensor, residual: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = x.new_empty((min(x.shape[0], PARTIALS), x.shape[1]), dtype=accumulator_dtype(x))
+    if residual is None or (dropout_p == 0 and residual.dtype == x.dtype):
+        dresidual = x.new_empty(0)
+    else:
+        dresidual = torch.empty_like(residual)
+    return torch.empty_like(x), dresidual, sums, torch.empty_like(sums)
+
+
+@forward.register_fake
+def _(x, residual, weight, bias, seed, eps, dropout_p, dtype):
+    return _outputs(x, dtype)
+
+
+@backward.register_fake
+def _(dy, x, residual, weight, mean, rstd, seed, dropout_p):
+    return _gradients(x, residual, dropout_p)
+
+
+class AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, seed: Tensor | None,
+        eps: float, dropout_p: float, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        y, mean, rstd = forward(x, residual, weight, bias, seed, eps, dropout_p, dtype)
+        ctx.save_for_backward(x, residual, weight, mean, rstd, seed)
+        ctx.dropout_p = dropout_p
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[override]
+        x, residual, weight, mean, rstd, seed = ctx.saved_tensors
+        dx, dresidual, dweight, dbias = backward(dy.contiguous(), x, residual, weight, mean, rstd, seed, ctx.dropout_p)
+        if residual is None:
+            dresidual = None
+        elif not dresidual.numel():
+            dresidual = dx
+        sums = (dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype))
+        return dx, dresidual, *sums, None, None, None, None
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dropout_p: float, low_precision: bool
+) -> Tensor:
+    """model/ops.py's add_layer_norm. x, residual: (T, E) -> (T, E)."""
+    dtype = stream_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type, low_precision)
+    seed = draw_seed(x, dropout_p)
+    return AddLayerNorm.apply(x.contiguous(), residual.contiguous(), weight, bias, seed, eps, dropout_p, dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, low_precision: bool) -> Tensor:
+    """model/ops.py's layer_norm: the same kernels without a residual. x: (..., E)."""
+    dtype = stream_dtype(x.dtype, x.device.type, low_precision)
+    rows = x.reshape(-1, x.shape[-1])
+    return AddLayerNorm.apply(rows, None, weight, bias, None, eps, 0.0, dtype).view(x.shape)

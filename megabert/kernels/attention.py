@@ -1,0 +1,383 @@
+"""Attention within documents, both ways, with ALiBi from its slopes: no bias, scores or weights in memory.
+
+Forward is FlashAttention-2's (https://arxiv.org/abs/2307.08691): softmax in one sweep over the keys. Backward computes
+the weights again from the saved log-sum-exp, and every gradient is written once by the program that owns it: no atomics,
+the same bits in every run. Documents of up to 128 tokens take one program for all three gradients (5 products); longer
+ones one sweep for dq and one for dk and dv (7 products). Attention dropout is Philox's, drawn again where it is needed.
+
+qkv: (T, 3, H, D), out: (T, H, D), D of 16, 32, 64 or 128; cu_seqlens as in model/padding.py; ALiBi as in
+model/attention.py. Let s be the bytes of a number, and N(L) = ceil(L / rows), K(L) = ceil(L / columns) a document's tiles
+(tile_of says how large). A document of L tokens moves, for each head:
+    forward   L * (2D * s + 4) + N(L) * L * 2D * s      q and out, lse; then k and v for every tile
+    backward  L * (8D * s + 4)                          up to 128 tokens: qkv, out, dout, lse; dqkv
+    backward  L * (8D * s + 8) + N(L) * L * 2D * s + K(L) * L * (2D * s + 8)    beyond: k and v, then q, dout, lse and
+                                                        delta for every tile, mostly from the cache
+and a few bytes for each tile to find its place. An explicit bias and weights would move L * L * s several times.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megabert.kernels import HEAD_DIMS
+from megabert.kernels.dropout import GROUP, draw_seed, keep_scale, threshold, tile_factor
+from megabert.kernels.layer_norm import accumulator, accumulator_dtype
+from megabert.model.attention import Attend
+from megabert.model.padding import Sequences
+
+LOG2E = tl.constexpr(1.4426950408889634)  # the hardware's exponential is 2^x
+SHORT = 128  # documents up to this length fit one program's registers, for heads of up to 64
+
+
+@triton.jit
+def document_of(TILES, CU, KEYS, tile):
+    """Which tile this is: its document's first token and length, how many keys it has, and the tile's first row."""
+    document = tl.load(TILES + 2 * tile)
+    start = tl.load(CU + document)
+    length = tl.load(CU + document + 1) - start
+    if KEYS is not None:
+        keys = tl.maximum(tl.load(KEYS + document), 1)  # a softmax over nothing would be NaN
+    else:
+        keys = length
+    return start, length, keys, tl.load(TILES + 2 * tile + 1)
+
+
+@triton.jit
+def scores(q, k, rows, columns, SLOPES, head, scale, ACC: tl.constexpr):
+    """Base-2 exponents of the weights, (R, C): q k^T / sqrt(D) - slope * |i - j|."""
+    s = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision="ieee") * (scale * LOG2E)
+    if SLOPES is not None:
+        slope = tl.load(SLOPES + head).to(ACC) * LOG2E
+        s -= slope * tl.abs(rows[:, None] - columns[None, :])
+    return s
+
+
+@triton.jit
+def forward_kernel(
+    QKV, OUT, LSE, TILES, CU, KEYS, SLOPES, SEED, T, scale, below, kept,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DROPOUT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    start, length, keys, first = document_of(TILES, CU, KEYS, tl.program_id(0))
+    if first >= length:
+        return
+    rows = first + tl.arange(0, ROWS)
+    dims = tl.arange(0, D)
+    query = QKV + start.to(tl.int64) * (3 * H * D) + head * D
+    q = tl.load(query + rows[:, None] * (3 * H * D) + dims[None, :], mask=rows[:, None] < length, other=0.0)
+    top = tl.full((ROWS,), float("-inf"), ACC)
+    mass = tl.zeros((ROWS,), ACC)
+    total = tl.zeros((ROWS, D), ACC)
+    for block in range(0, keys, COLUMNS):
+        columns = block + tl.arange(0, COLUMNS)
+        there = columns[:, None] < keys
+        key = query + H * D + columns[:, None] * (3 * H * D) + dims[None, :]
+        k = tl.load(key, mask=there, other=0.0)
+        v = tl.load(key + H * D, mask=there, other=0.0)
+        s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
+        s = tl.where(columns[None, :] < keys, s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1))
+        shrink = tl.exp2(top - higher)
+        weights = tl.exp2(s - higher[:, None])
+        mass = mass * shrink + tl.sum(weights, 1)
+        if DROPOUT:
+            weights *= tile_factor(tl.load(SEED), start + rows, block // GROUP, head, below, kept, COLUMNS)
+        total *= shrink[:, None]
+        total = tl.dot(weights.to(v.dtype), v, total, out_dtype=ACC, input_precision="ieee")
+        top = higher
+    inside = rows < length
+    tl.store(LSE + head * T + start + rows, top + tl.log2(mass), mask=inside)
+    out = OUT + start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
+    tl.store(out, (total / mass[:, None]).to(OUT.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def query_kernel(
+    QKV, OUT, DOUT, LSE, DELTA, DQKV, TILES, CU, KEYS, SLOPES, SEED, T, scale, below, kept,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DROPOUT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries; and each row's delta = sum(out * dout), which the sweep over queries needs too."""
+    head = tl.program_id(1)
+    start, length, keys, first = document_of(TILES, CU, KEYS, tl.program_id(0))
+    if first >= length:
+        return
+    rows = first + tl.arange(0, ROWS)
+    dims = tl.arange(0, D)
+    inside = rows[:, None] < length
+    at = start.to(tl.int64) * (3 * H * D) + head * D
+    query = rows[:, None] * (3 * H * D) + dims[None, :]
+    q = tl.load(QKV + at + query, mask=inside, other=0.0)
+    mixed = start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
+    dout = tl.load(DOUT + mixed, mask=inside, other=0.0)
+    delta = tl.sum(tl.load(OUT + mixed, mask=inside, other=0.0).to(ACC) * dout.to(ACC), 1)
+    by_row = head * T + start + rows
+    tl.store(DELTA + by_row, delta, mask=rows < length)
+    lse = tl.load(LSE + by_row, mask=rows < length, other=0.0)
+    dq = tl.zeros((ROWS, D), ACC)
+    for block in range(0, keys, COLUMNS):
+        columns = block + tl.arange(0, COLUMNS)
+        there = columns[:, None] < keys
+        key = QKV + at + H * D + columns[:, None] * (3 * H * D) + dims[None, :]
+        k = tl.load(key, mask=there, other=0.0)
+        v = tl.load(key + H * D, mask=there, other=0.0)
+        s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
+        weights = tl.where(columns[None, :] < keys, tl.exp2(s - lse[:, None]), 0.0)
+        dweights = tl.dot(dout, tl.trans(v), out_dtype=ACC, input_precision="ieee")
+        if DROPOUT:
+            dweights *= tile_factor(tl.load(SEED), start + rows, block // GROUP, head, below, kept, COLUMNS)
+        ds = weights * (dweights - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, out_dtype=ACC, input_precision="ieee")
+    tl.store(DQKV + at + query, (dq * scale).to(DQKV.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def key_kernel(
+    QKV, DOUT, LSE, DELTA, DQKV, TILES, CU, KEYS, SLOPES, SEED, T, scale, below, kept,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DROPOUT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of COLUMNS keys."""
+    head = tl.program_id(1)
+    start, length, keys, first = document_of(TILES, CU, KEYS, tl.program_id(0))
+    if first >= length:
+        return
+    columns = first + tl.arange(0, COLUMNS)
+    dims = tl.arange(0, D)
+    at = start.to(tl.int64) * (3 * H * D) + head * D
+    key = H * D + columns[:, None] * (3 * H * D) + dims[None, :]
+    there = columns[:, None] < keys
+    k = tl.load(QKV + at + key, mask=there, other=0.0)
+    v = tl.load(QKV + at + key + H * D, mask=there, other=0.0)
+    dk = tl.zeros((COLUMNS, D), ACC)
+    dv = tl.zeros((COLUMNS, D), ACC)
+    for block in range(0, length, ROWS):
+        rows = block + tl.arange(0, ROWS)
+        inside = rows[:, None] < length
+        q = tl.load(QKV + at + rows[:, None] * (3 * H * D) + dims[None, :], mask=inside, other=0.0)
+        mixed = start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
+        dout = tl.load(DOUT + mixed, mask=inside, other=0.0)
+        by_row = head * T + start + rows
+        lse = tl.load(LSE + by_row, mask=rows < length, other=0.0)
+        delta = tl.load(DELTA + by_row, mask=rows < length, other=0.0)
+        s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
+        weights = tl.where(inside & (columns[None, :] < keys), tl.exp2(s - lse[:, None]), 0.0)
+        dweights = tl.dot(dout, tl.trans(v), out_dtype=ACC, input_precision="ieee")
+        if DROPOUT:
+            factor = tile_factor(tl.load(SEED), start + rows, first // GROUP, head, below, kept, COLUMNS)
+            dropped = weights * factor
+            dweights *= factor
+        else:
+            dropped = weights
+        dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, dv, out_dtype=ACC, input_precision="ieee")
+        ds = weights * (dweights - delta[:, None])
+        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, out_dtype=ACC, input_precision="ieee")
+    inside = columns[:, None] < length  # padding in rows is nobody's key: its gradient is 0
+    tl.store(DQKV + at + key, (dk * scale).to(DQKV.dtype.element_ty), mask=inside)
+    tl.store(DQKV + at + key + H * D, dv.to(DQKV.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def short_kernel(
+    QKV, OUT, DOUT, LSE, DQKV, CU, KEYS, SLOPES, SEED, T, scale, below, kept,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DROPOUT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dv of a whole document of at most ROWS tokens, keys by COLUMNS."""
+    document, head = tl.program_id(0), tl.program_id(1)
+    start = tl.load(CU + document)
+    length = tl.load(CU + document + 1) - start
+    if length == 0:
+        return
+    if KEYS is not None:
+        keys = tl.maximum(tl.load(KEYS + document), 1)
+    else:
+        keys = length
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, D)
+    inside = rows[:, None] < length
+    at = start.to(tl.int64) * (3 * H * D) + head * D
+    query = rows[:, None] * (3 * H * D) + dims[None, :]
+    q = tl.load(QKV + at + query, mask=inside, other=0.0)
+    mixed = start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
+    dout = tl.load(DOUT + mixed, mask=inside, other=0.0)
+    delta = tl.sum(tl.load(OUT + mixed, mask=inside, other=0.0).to(ACC) * dout.to(ACC), 1)
+    lse = tl.load(LSE + head * T + start + rows, mask=rows < length, other=0.0)
+    dq = tl.zeros((ROWS, D), ACC)
+    for block in range(0, length, COLUMNS):
+        columns = block + tl.arange(0, COLUMNS)
+        key = H * D + columns[:, None] * (3 * H * D) + dims[None, :]
+        k = tl.load(QKV + at + key, mask=columns[:, None] < keys, other=0.0)
+        v = tl.load(QKV + at + key + H * D, mask=columns[:, None] < keys, other=0.0)
+        s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
+        weights = tl.where(inside & (columns[None, :] < keys), tl.exp2(s - lse[:, None]), 0.0)
+        dweights = tl.dot(dout, tl.trans(v), out_dtype=ACC, input_precision="ieee")
+        if DROPOUT:
+            factor = tile_factor(tl.load(SEED), start + rows, block // GROUP, head, below, kept, COLUMNS)
+            dropped = weights * factor
+            dweights *= factor
+        else:
+            dropped = weights
+        dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, out_dtype=ACC, input_precision="ieee")
+        ds = (weights * (dweights - delta[:, None])).to(q.dtype)
+        dk = tl.dot(tl.trans(ds), q, out_dtype=ACC, input_precision="ieee")
+        dq = tl.dot(ds, k, dq, out_dtype=ACC, input_precision="ieee")
+        tl.store(DQKV + at + key, (dk * scale).to(DQKV.dtype.element_ty), mask=columns[:, None] < length)
+        tl.store(DQKV + at + key + H * D, dv.to(DQKV.dtype.element_ty), mask=columns[:, None] < length)
+    tl.store(DQKV + at + query, (dq * scale).to(DQKV.dtype.element_ty), mask=inside)
+
+
+class Tile(NamedTuple):
+    """How a kernel cuts its work: what one program holds, by which strides it sweeps, and with how many warps."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def tile_of(kernel: str, head_dim: int, dropout: bool) -> Tile:
+    """The largest tiles that spill no register on sm_80, sm_90a and sm_100a, as the compiler says. Not tuned for time."""
+    wide = head_dim > 64
+    if kernel == "forward":
+        return Tile(128, 32 if wide and dropout else 64, 8, 1 if dropout and not wide else 2)
+    if kernel == "query":
+        return Tile(128, 32 if wide else 64, 8, 2)
+    if kernel == "short":
+        return Tile(SHORT, 32 if dropout else 64, 8, 1)
+    assert kernel == "key", kernel
+    if head_dim <= 32:
+        return Tile(64, 64, 4, 1)
+    if not dropout:
+        return Tile(64, 64, 8, 2)
+    return Tile(32, 64, 8, 2) if wide else Tile(64, 32, 4, 1)
+
+
+def tiles_of(cu_seqlens: Tensor, num_tokens: int, rows: int) -> Tensor:
+    """Cut every document into tiles of `rows`, without asking the device for a length: (tiles, 2) int32.
+
+    Each is (document, first row); some lie behind their document's end, and their programs do nothing. A document gets
+    one tile for each multiple of `rows` among its tokens' places, and one more: never too few.
+    Lengths [3, 2], rows 2 -> (0, 0), (0, 2), (1, 0), (1, 2).
+    """
+    device, num_documents = cu_seqlens.device, cu_seqlens.shape[0] - 1
+    first = cu_seqlens.long() // rows + torch.arange(num_documents + 1, device=device)
+    tile = torch.arange(num_tokens // rows + num_documents, device=device)
+    document = torch.searchsorted(first, tile, right=True) - 1
+    return torch.stack([document, (tile - first[document]) * rows], dim=1).int()
+
+
+def _constants(kernel: str, qkv: Tensor, dropout_p: float) -> dict[str, Any]:
+    _, _, heads, size = qkv.shape
+    tile = tile_of(kernel, size, dropout_p > 0)
+    shape = {"H": heads, "D": size, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return shape | {"DROPOUT": dropout_p > 0, "ACC": accumulator(qkv)} | options
+
+
+def _numbers(qkv: Tensor, dropout_p: float) -> tuple[int, float, int, float]:
+    """T, the scores' scale, and dropout's threshold and scale."""
+    return qkv.shape[0], qkv.shape[3] ** -0.5, threshold(dropout_p), keep_scale(dropout_p)
+
+
+@torch.library.custom_op("megabert::attention", mutates_args=())
+def forward(
+    qkv: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None, slopes: Tensor | None, seed: Tensor | None,
+    row_tiles: Tensor, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns out (T, H, D) and each row's log-sum-exp in base 2, (H, T)."""
+    out, lse = _outputs(qkv)
+    if qkv.numel():
+        forward_kernel[(row_tiles.shape[0], qkv.shape[2])](
+            qkv, out, lse, row_tiles, cu_seqlens, num_keys, slopes, seed, *_numbers(qkv, dropout_p),
+            **_constants("forward", qkv, dropout_p),
+        )  # fmt: skip
+    return out, lse
+
+
+@torch.library.custom_op("megabert::attention_backward", mutates_args=())
+def backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None,
+    slopes: Tensor | None, seed: Tensor | None, row_tiles: Tensor, key_tiles: Tensor | None, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """Returns dqkv (T, 3, H, D). key_tiles None: no document is longer than SHORT, and each is one program's."""
+    dqkv = torch.empty_like(qkv)
+    if not qkv.numel():
+        return dqkv
+    heads = qkv.shape[2]
+    shared = (cu_seqlens, num_keys, slopes, seed, *_numbers(qkv, dropout_p))
+    if key_tiles is None:
+        grid = (cu_seqlens.shape[0] - 1, heads)
+        short_kernel[grid](qkv, out, dout, lse, dqkv, *shared, **_constants("short", qkv, dropout_p))
+        return dqkv
+    delta = torch.empty_like(lse)
+    query_kernel[(row_tiles.shape[0], heads)](
+        qkv, out, dout, lse, delta, dqkv, row_tiles, *shared, **_constants("query", qkv, dropout_p)
+    )
+    key_kernel[(key_tiles.shape[0], heads)](
+        qkv, dout, lse, delta, dqkv, key_tiles, *shared, **_constants("key", qkv, dropout_p)
+    )
+    return dqkv
+
+
+def _outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, _, heads, size = qkv.shape
+    return qkv.new_empty(tokens, heads, size), qkv.new_empty((heads, tokens), dtype=accumulator_dtype(qkv))
+
+
+@forward.register_fake
+def _(qkv, cu_seqlens, num_keys, slopes, seed, row_tiles, dropout_p):
+    return _outputs(qkv)
+
+
+@backward.register_fake
+def _(dout, qkv, out, lse, cu_seqlens, num_keys, slopes, seed, row_tiles, key_tiles, dropout_p):
+    return torch.empty_like(qkv)
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, qkv: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None, slopes: Tensor | None, seed: Tensor | None,
+        row_tiles: Tensor, key_tiles: Tensor | None, dropout_p: float,
+    ) -> Tensor:  # fmt: skip
+        out, lse = forward(qkv, cu_seqlens, num_keys, slopes, seed, row_tiles, dropout_p)
+        ctx.save_for_backward(qkv, out, lse, cu_seqlens, num_keys, slopes, seed, row_tiles, key_tiles)
+        ctx.dropout_p = dropout_p
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):  # type: ignore[override]
+        dqkv = backward(dout.contiguous(), *ctx.saved_tensors, ctx.dropout_p)
+        return dqkv, None, None, None, None, None, None, None
+
+
+def plan_triton(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Attend:
+    """A planner as model/attention.py has them: the tiles are cut once for all layers, and nothing waits for the device."""
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"heads of {head_dim}: the Triton attention computes {HEAD_DIMS}. Use run.ops torch.")
+    cu_seqlens, longest, num_keys = sequences
+    cu_seqlens = cu_seqlens.contiguous()
+    short = longest <= SHORT and head_dim <= 64
+
+    cut: dict[int, Tensor] = {}  # by rows; not functools.cache, which torch.compile cannot trace
+
+    def tiles(num_tokens: int, rows: int) -> Tensor:
+        if rows not in cut:
+            cut[rows] = tiles_of(cu_seqlens, num_tokens, rows)
+        return cut[rows]
+
+    def attend(qkv: Tensor, dropout_p: float) -> Tensor:
+        dropout = dropout_p > 0
+        row_tiles = tiles(qkv.shape[0], tile_of("forward", head_dim, dropout).rows)
+        key_tiles = None if short else tiles(qkv.shape[0], tile_of("key", head_dim, dropout).columns)
+        seed = draw_seed(qkv, dropout_p)
+        return Attention.apply(
+            qkv.contiguous(), cu_seqlens, num_keys, slopes, seed, row_tiles, key_tiles, dropout_p
+        )  # (T, H, D)
+
+    return attend

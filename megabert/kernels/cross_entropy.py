@@ -1,0 +1,176 @@
+"""The masked tokens' loss, its gradient and the hits, without a (T, V) matrix, nor an (M, V) one in fp32.
+
+hidden (M, E) meets the vocabulary (V, E) in chunks of rows. Each chunk's logits, in the precision of the product, are
+overwritten by their own gradient in one kernel: softmax - onehot needs only the row's log-sum-exp. So the three products
+of a chunk are done while it is there, forward leaves the gradients of hidden, weight and bias, and backward scales them.
+The z-loss is z * lse^2 per row (https://arxiv.org/abs/2204.02311, section 5), kept out by z = 0.
+
+Bytes that the kernel moves, with s bytes a logit and l a label, for each row:
+    3V * s + s + l + 12 (reads V twice, the second time mostly from the cache, and the label's; writes V, lse, loss, hit)
+    V * s + s + l + 12  without a gradient
+    V * s + l + 12      where the label asks for nothing: zeros are written (only l + 12 without a gradient)
+PyTorch without fusion keeps three (M, V) matrices, two of them in fp32.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megabert.kernels.layer_norm import accumulator, accumulator_dtype
+from megabert.model.ops import IGNORE_INDEX, MaskedLoss
+
+BLOCK = 4096  # columns at a time: sixteen for each of 256 threads, two 16-byte loads of bf16
+IGNORED = tl.constexpr(IGNORE_INDEX)
+MAX_LOGITS = 1 << 26  # of a chunk: 128 MiB in bf16, 2,198 rows of BERT's vocabulary
+ROWS_MULTIPLE = 128  # rows of a chunk, so that the products tile
+
+
+@triton.jit
+def loss_kernel(
+    LOGITS, LABELS, LSE, LOSS, CORRECT, V, z_loss, GRADIENT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    logits = LOGITS + row.to(tl.int64) * V
+    label = tl.load(LABELS + row)
+    if label == IGNORED:
+        tl.store(LSE + row, 0.0)
+        tl.store(LOSS + row, 0.0)
+        tl.store(CORRECT + row, 0)
+        if GRADIENT:
+            for first in range(0, V, BLOCK):
+                column = first + tl.arange(0, BLOCK)
+                tl.store(logits + column, tl.zeros((BLOCK,), LOGITS.dtype.element_ty), mask=column < V)
+    else:
+        # Each lane keeps the highest logit it has seen and its own sum; they meet once, after the row.
+        highest = tl.full((BLOCK,), float("-inf"), ACC)
+        total = tl.zeros((BLOCK,), ACC)
+        for first in range(0, V, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            x = tl.load(logits + column, mask=column < V, other=float("-inf")).to(ACC)
+            ratio = tl.exp(tl.minimum(x, highest) - tl.maximum(x, highest))
+            grown = tl.where(x > highest, total * ratio + 1.0, total + ratio)
+            total = tl.where(x == float("-inf"), total, grown)  # before the first logit the ratio is NaN
+            highest = tl.maximum(highest, x)
+        top = tl.max(highest, 0)
+        mass = tl.sum(total * tl.exp(highest - top), 0)
+        lse = top + tl.log(mass)
+        hit = tl.load(logits + label).to(ACC)
+        tl.store(LSE + row, lse)
+        tl.store(LOSS + row, lse - hit + z_loss * lse * lse)
+        tl.store(CORRECT + row, (hit == top).to(tl.int32))
+        if GRADIENT:
+            tl.debug_barrier()  # the label's logit is read before another thread overwrites it
+            share = (1.0 + 2.0 * z_loss * lse) / mass
+            for first in range(0, V, BLOCK):
+                column = first + tl.arange(0, BLOCK)
+                x = tl.load(logits + column, mask=column < V, other=float("-inf")).to(ACC)
+                slope = tl.exp(x - top) * share - tl.where(column == label, 1.0, 0.0)
+                tl.store(logits + column, slope.to(LOGITS.dtype.element_ty), mask=column < V)
+
+
+@torch.library.custom_op("megabert::cross_entropy_", mutates_args=("logits",))
+def loss_in_place(logits: Tensor, labels: Tensor, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Overwrite logits (M, V) by the gradient of the summed loss, if asked. Returns lse, loss and hit (0 or 1) of each row."""
+    lse, loss, correct = _per_row(logits)
+    if logits.numel():
+        constants: dict[str, Any] = {"GRADIENT": gradient, "ACC": accumulator(logits), "BLOCK": BLOCK, "num_warps": 8}
+        loss_kernel[(logits.shape[0],)](logits, labels, lse, loss, correct, logits.shape[1], z_loss, **constants)
+    return lse, loss, correct
+
+
+@loss_in_place.register_fake
+def _(logits, labels, z_loss, gradient):
+    return _per_row(logits)
+
+
+def _per_row(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    lse = logits.new_empty(logits.shape[0], dtype=accumulator_dtype(logits))
+    return lse, torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int32)
+
+
+def chunk_rows(num_rows: int, vocab_size: int) -> int:
+    """Rows of a chunk: equal chunks, as few as MAX_LOGITS allows. 2,458 rows of 30,528 logits -> 1,280 (and 1,178)."""
+    most = max(1, MAX_LOGITS // vocab_size)
+    num_rows = max(1, num_rows)
+    rows = -(-num_rows // -(-num_rows // most))
+    return min(most, -(-rows // ROWS_MULTIPLE) * ROWS_MULTIPLE)
+
+
+def in_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: float, gradient: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the summed loss, the hits, and the gradients of hidden, weight and bias (empty if not asked for).
+
+    dtype: what the products are computed in.
+    """
+    loss_sum, num_correct, dhidden, dweight, dbias = _sums(hidden, weight, bias, gradient)
+    narrow, narrow_weight, narrow_bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
+    size = chunk_rows(hidden.shape[0], weight.shape[0])
+    for start in range(0, hidden.shape[0], size):
+        chunk = slice(start, start + size)
+        logits = torch.addmm(narrow_bias, narrow[chunk], narrow_weight.t())  # (rows, V)
+        _, loss, correct = loss_in_place(logits, labels[chunk], z_loss, gradient)
+        loss_sum += loss.sum()
+        num_correct += correct.sum()
+        if gradient:
+            dhidden[chunk] = torch.mm(logits, narrow_weight)
+            dweight += torch.mm(logits.t(), narrow[chunk])
+            dbias += logits.sum(0, dtype=dbias.dtype)
+    return loss_sum, num_correct, dhidden, dweight, dbias
+
+
+forward = torch.library.custom_op("megabert::masked_cross_entropy", in_chunks, mutates_args=())
+
+
+@forward.register_fake
+def _(hidden, weight, bias, labels, z_loss, gradient, dtype):
+    return _sums(hidden, weight, bias, gradient)
+
+
+def _sums(
+    hidden: Tensor, weight: Tensor, bias: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for the results, sums in fp32 (fp64 for fp64)."""
+    wide = accumulator_dtype(hidden, weight)
+    loss_sum = hidden.new_zeros((), dtype=wide)
+    num_correct = hidden.new_zeros((), dtype=torch.int64)
+    if not gradient:
+        nothing = [hidden.new_empty(0, dtype=dtype) for dtype in (hidden.dtype, wide, wide)]
+        return loss_sum, num_correct, nothing[0], nothing[1], nothing[2]
+    dweight, dbias = (x.new_zeros(x.shape, dtype=wide) for x in (weight, bias))
+    return loss_sum, num_correct, torch.empty_like(hidden), dweight, dbias
+
+
+class MaskedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: float, gradient: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        loss_sum, num_correct, *gradients = forward(hidden, weight, bias, labels, z_loss, gradient, dtype)
+        ctx.save_for_backward(*gradients)
+        ctx.types = (hidden.dtype, weight.dtype, bias.dtype)
+        ctx.mark_non_differentiable(num_correct)
+        return loss_sum, num_correct
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, _: Tensor):  # type: ignore[override]
+        scaled = [(x * grad_loss).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)]
+        return *scaled, None, None, None, None
+
+
+def masked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: float = 0.0
+) -> MaskedLoss:
+    """model/ops.py's masked_cross_entropy, and z_loss times each row's squared log-sum-exp added to its loss.
+
+    hidden: (M, E); weight: (V, E); bias: (V,); labels: (M,).
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
+    loss_sum, num_correct = MaskedCrossEntropy.apply(hidden, weight, bias, labels.contiguous(), z_loss, gradient, dtype)
+    return MaskedLoss(loss_sum, num_correct, (labels != IGNORE_INDEX).sum())

@@ -1,0 +1,284 @@
+"""dropout(LayerNorm(sum of embeddings)), and a gradient of the tables that is the same in every run.
+
+ids: one (T,) for each of up to three tables (rows, E): words, types and, for BERT, positions. The sum lives in registers;
+backward makes it again from the tables. A table's gradient adds the rows of dz in the order of their sorted ids, in
+chunks of about sqrt(T) tokens: a run of one id inside a chunk goes straight to the table, the parts of a run that
+crosses chunks (all types, [CLS], [MASK]) are added in order afterwards. No atomics.
+
+With k tables, and t, i, y bytes for a number of a table, an id, and y and dz:
+    forward   T * (E * (k * t + y) + k * i + 8)         and weight and bias, 8E for each row, from the cache
+    backward  T * (E * (k * t + 2y) + k * i + 8)        and 12E for each of min(T, 256) programs
+    scatter, for each table   T * E * y + rows * E * t  and (8 + i) for each token and 256 columns: its place and id
+with dropout a seed, 8 bytes for each row, and where runs cross chunks 8E for each crossing.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megabert.kernels.dropout import draw_seed, keep_scale, row_factor, threshold
+from megabert.kernels.layer_norm import (
+    PARTIALS,
+    accumulator,
+    accumulator_dtype,
+    row_constants,
+    row_gradient,
+    row_statistics,
+    stream_dtype,
+)
+
+MAX_TABLES = 3
+SCATTER_BLOCK = 256  # columns of a scattering program: eight for each thread of one warp
+
+
+@triton.jit
+def sum_of_rows(IDS0, IDS1, IDS2, TABLE0, TABLE1, TABLE2, token, column, inside, E, ACC: tl.constexpr):
+    """One token's embeddings, added up: (BLOCK,)."""
+    z = tl.load(TABLE0 + tl.load(IDS0 + token).to(tl.int64) * E + column, mask=inside, other=0.0).to(ACC)
+    if IDS1 is not None:
+        z += tl.load(TABLE1 + tl.load(IDS1 + token).to(tl.int64) * E + column, mask=inside, other=0.0).to(ACC)
+    if IDS2 is not None:
+        z += tl.load(TABLE2 + tl.load(IDS2 + token).to(tl.int64) * E + column, mask=inside, other=0.0).to(ACC)
+    return z
+
+
+@triton.jit
+def forward_kernel(
+    IDS0, IDS1, IDS2, TABLE0, TABLE1, TABLE2, WEIGHT, BIAS, Y, MEAN, RSTD, SEED, E, eps, below, scale,
+    DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < E
+    z = sum_of_rows(IDS0, IDS1, IDS2, TABLE0, TABLE1, TABLE2, token, column, inside, E, ACC)
+    mean, rstd = row_statistics(z, inside, E, eps)
+    tl.store(MEAN + token, mean)
+    tl.store(RSTD + token, rstd)
+    weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(ACC)
+    bias = tl.load(BIAS + column, mask=inside, other=0.0).to(ACC)
+    y = ((z - mean) * rstd * weight + bias) * row_factor(SEED, token, 0, below, scale, DROPOUT, BLOCK)
+    tl.store(Y + token.to(tl.int64) * E + column, y.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    DY, IDS0, IDS1, IDS2, TABLE0, TABLE1, TABLE2, WEIGHT, MEAN, RSTD, DZ, DWEIGHT, DBIAS, SEED, T, E, below, scale,
+    DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < E
+    weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(ACC)
+    dweight = tl.zeros((BLOCK,), ACC)
+    dbias = tl.zeros((BLOCK,), ACC)
+    for token in range(program, T, tl.num_programs(0)):
+        place = tl.cast(token, tl.int64) * E + column
+        z = sum_of_rows(IDS0, IDS1, IDS2, TABLE0, TABLE1, TABLE2, token, column, inside, E, ACC)
+        rstd = tl.load(RSTD + token)
+        normed = tl.where(inside, (z - tl.load(MEAN + token)) * rstd, 0.0)
+        dy = tl.load(DY + place, mask=inside, other=0.0).to(ACC)
+        dy *= row_factor(SEED, token, 0, below, scale, DROPOUT, BLOCK)
+        dweight += dy * normed
+        dbias += dy
+        dz = row_gradient(dy, normed, weight, rstd, E)
+        tl.store(DZ + place, dz.to(DZ.dtype.element_ty), mask=inside)
+    tl.store(DWEIGHT + program * E + column, dweight, mask=inside)
+    tl.store(DBIAS + program * E + column, dbias, mask=inside)
+
+
+@triton.jit
+def scatter_kernel(
+    DZ, IDS, ORDER, DTABLE, LEADING, TRAILING, T, E, chunk_tokens, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Add the rows of one chunk of the sorted ids, run by run.
+
+    LEADING (chunks, E): the sum of a run that began in an earlier chunk; TRAILING: of one that began here and goes on.
+    """
+    chunk = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < E
+    begin = chunk * chunk_tokens
+    end = tl.minimum(begin + chunk_tokens, T)
+    current = tl.load(IDS + begin).to(tl.int64)
+    began_before = tl.load(IDS + begin - 1, mask=begin > 0, other=-1).to(tl.int64) == current
+    total = tl.zeros((BLOCK,), ACC)
+    for place in range(begin, end):
+        index = tl.load(IDS + place).to(tl.int64)
+        if index != current:
+            run = total.to(DTABLE.dtype.element_ty)
+            tl.store(DTABLE + current * E + column, run, mask=inside & ~began_before)
+            tl.store(LEADING + chunk * E + column, total, mask=inside & began_before)
+            total = tl.zeros((BLOCK,), ACC)
+            current = index
+            began_before = index < 0  # a new run begins here: false
+        total += tl.load(DZ + tl.load(ORDER + place) * E + column, mask=inside, other=0.0).to(ACC)
+    goes_on = tl.load(IDS + end, mask=end < T, other=-1).to(tl.int64) == current
+    run = total.to(DTABLE.dtype.element_ty)
+    tl.store(LEADING + chunk * E + column, total, mask=inside & began_before)
+    tl.store(TRAILING + chunk * E + column, total, mask=inside & ~began_before & goes_on)
+    tl.store(DTABLE + current * E + column, run, mask=inside & ~began_before & ~goes_on)
+
+
+@triton.jit
+def carry_kernel(IDS, DTABLE, LEADING, TRAILING, T, E, chunk_tokens, BLOCK: tl.constexpr):
+    """Add up the parts of the run that begins in this chunk and crosses its end, if there is one."""
+    chunk = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < E
+    begin = chunk * chunk_tokens
+    following = begin + chunk_tokens  # where the next chunk begins
+    index = tl.load(IDS + following - 1, mask=following < T, other=-1).to(tl.int64)
+    before = tl.load(IDS + begin - 1, mask=begin > 0, other=-1).to(tl.int64)
+    after = tl.load(IDS + following, mask=following < T, other=-2).to(tl.int64)
+    mine = inside & (after == index) & (before != index)
+    total = tl.load(TRAILING + chunk * E + column, mask=mine, other=0.0)
+    goes_on = (after == index) & (before != index)
+    while goes_on:
+        chunk += 1
+        following += chunk_tokens
+        total += tl.load(LEADING + chunk * E + column, mask=inside, other=0.0)
+        goes_on = tl.load(IDS + following, mask=following < T, other=-2).to(tl.int64) == index
+    tl.store(DTABLE + index * E + column, total.to(DTABLE.dtype.element_ty), mask=mine)
+
+
+def _three(tensors: list[Tensor]) -> tuple[Any, Any, Any]:
+    first, second, third = [*tensors, None, None][:MAX_TABLES]
+    return first, second, third
+
+
+@torch.library.custom_op("megabert::embed_layer_norm", mutates_args=())
+def forward(
+    ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, seed: Tensor | None,
+    eps: float, dropout_p: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns y (T, E) in dtype, and each row's mean and 1 / standard deviation, (T,)."""
+    y, mean, rstd = _outputs(ids, tables, dtype)
+    if y.numel():
+        tokens, width = y.shape
+        forward_kernel[(tokens,)](
+            *_three(ids), *_three(tables), weight, bias, y, mean, rstd, seed, width, eps, threshold(dropout_p),
+            keep_scale(dropout_p), **row_constants(width, dropout_p, *tables),
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+@torch.library.custom_op("megabert::embed_layer_norm_backward", mutates_args=())
+def backward(
+    dy: Tensor, ids: list[Tensor], tables: list[Tensor], weight: Tensor, mean: Tensor, rstd: Tensor,
+    seed: Tensor | None, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns the gradient of the sum of embeddings (T, E), and the sums for weight and bias, (programs, E)."""
+    dz, dweight, dbias = _gradients(dy, tables)
+    if dz.numel():
+        tokens, width = dz.shape
+        backward_kernel[(dweight.shape[0],)](
+            dy, *_three(ids), *_three(tables), weight, mean, rstd, dz, dweight, dbias, seed, tokens, width,
+            threshold(dropout_p), keep_scale(dropout_p), **row_constants(width, dropout_p, *tables),
+        )  # fmt: skip
+    return dz, dweight, dbias
+
+
+def chunk_size(num_tokens: int) -> int:
+    """Tokens of a chunk, a power of two near the root of T: as many steps in a chunk as there can be crossings of one id."""
+    return 1 << (max(1, num_tokens).bit_length() // 2)
+
+
+@torch.library.custom_op("megabert::scatter_rows", mutates_args=())
+def scatter_rows(dz: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    """Add each row of dz (T, E) to row ids[t] of a zero table like `table`, always in the same order."""
+    dtable = torch.zeros_like(table)
+    if dz.numel():
+        tokens, width = dz.shape
+        size = chunk_size(tokens)
+        chunks = -(-tokens // size)
+        sorted_ids, order = torch.sort(ids, stable=True)
+        parts = dz.new_empty((2, chunks, width), dtype=accumulator_dtype(dz, table))
+        grid = (chunks, -(-width // SCATTER_BLOCK))
+        constants: dict[str, Any] = {"BLOCK": SCATTER_BLOCK, "num_warps": 1}
+        scatter_kernel[grid](
+            dz,
+            sorted_ids,
+            order,
+            dtable,
+            parts[0],
+            parts[1],
+            tokens,
+            width,
+            size,
+            ACC=accumulator(dz, table),
+            **constants,
+        )
+        if chunks > 1:
+            carry_kernel[grid](sorted_ids, dtable, parts[0], parts[1], tokens, width, size, **constants)
+    return dtable
+
+
+def _outputs(ids: list[Tensor], tables: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = ids[0].shape[0]
+    mean = tables[0].new_empty(tokens, dtype=accumulator_dtype(*tables))
+    return tables[0].new_empty((tokens, tables[0].shape[1]), dtype=dtype), mean, torch.empty_like(mean)
+
+
+def _gradients(dy: Tensor, tables: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    sums = dy.new_empty((min(dy.shape[0], PARTIALS), dy.shape[1]), dtype=accumulator_dtype(*tables))
+    return torch.empty_like(dy), sums, torch.empty_like(sums)
+
+
+@forward.register_fake
+def _(ids, tables, weight, bias, seed, eps, dropout_p, dtype):
+    return _outputs(ids, tables, dtype)
+
+
+@backward.register_fake
+def _(dy, ids, tables, weight, mean, rstd, seed, dropout_p):
+    return _gradients(dy, tables)
+
+
+@scatter_rows.register_fake
+def _(dz, ids, table):
+    return torch.zeros_like(table)
+
+
+class EmbedLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, dropout_p: float, dtype: torch.dtype,
+        *ids_and_tables: Tensor,
+    ) -> Tensor:  # fmt: skip
+        half = len(ids_and_tables) // 2
+        ids, tables = list(ids_and_tables[:half]), list(ids_and_tables[half:])
+        y, mean, rstd = forward(ids, tables, weight, bias, seed, eps, dropout_p, dtype)
+        ctx.save_for_backward(weight, mean, rstd, seed, *ids, *tables)
+        ctx.dropout_p = dropout_p
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[override]
+        weight, mean, rstd, seed, *rest = ctx.saved_tensors
+        ids, tables = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        dz, dweight, dbias = backward(dy.contiguous(), ids, tables, weight, mean, rstd, seed, ctx.dropout_p)
+        dtables = [scatter_rows(dz, index, table) for index, table in zip(ids, tables, strict=True)]
+        sums = (dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype))
+        return *sums, None, None, None, None, *[None] * len(ids), *dtables
+
+
+def embed_layer_norm(
+    ids: list[Tensor],
+    tables: list[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    dropout_p: float,
+    low_precision: bool,
+) -> Tensor:
+    """model/ops.py's embed_layer_norm. ids: (T,) integers for each of the tables (rows, E). Returns (T, E)."""
+    if not 0 < len(tables) == len(ids) <= MAX_TABLES:
+        raise ValueError(f"got {len(ids)} ids for {len(tables)} tables, expected one for each of 1 to {MAX_TABLES}.")
+    dtype = stream_dtype(tables[0].dtype, tables[0].device.type, low_precision)
+    seed = draw_seed(tables[0], dropout_p)
+    flat = [index.contiguous() for index in ids]
+    return EmbedLayerNorm.apply(weight, bias, seed, eps, dropout_p, dtype, *flat, *tables)

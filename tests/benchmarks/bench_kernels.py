@@ -1,0 +1,188 @@
+"""Time each kernel against PyTorch, eager and compiled, and print bytes moved per second. Without a GPU: what paper says.
+
+    python tests/benchmarks/bench_kernels.py [--quick] [--json FILE]
+
+Shapes are MosaicBERT-Base's on 8,192 tokens, 30 % of them masked; documents of 128 tokens, then of 512. Each figure is
+forward and backward together, the median of many runs, in bf16 autocast. --quick times fewer runs.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+TOKENS, MASKED, HIDDEN, WIDTH, VOCAB, HEADS, LAYERS = 8192, 2458, 768, 3072, 30_528, 12, 12
+HEAD_DIM = HIDDEN // HEADS
+DROPOUT = 0.1
+
+# Peak bf16 FLOP/s and bytes/s, from NVIDIA's data sheets; of the bytes 85 % and of the products 65 % are taken to be
+# reachable. These two shares are assumptions.
+GPUS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12)}  # A100-80GB, H100 SXM
+REACHABLE_BYTES, REACHABLE_FLOPS = 0.85, 0.65
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What an operation must do, forward and backward: bytes by the kernels' docstrings, and FLOPs of its products."""
+
+    moved_bytes: float
+    flops: float = 0.0
+
+
+def attention_work(length: int) -> Work:
+    rows, columns = -(-length // 128), -(-length // 64)
+    again = rows * 2 * HEAD_DIM * 2
+    backward = 8 * HEAD_DIM * 2 + 4
+    if length > 128:
+        backward += 4 + again + columns * (2 * HEAD_DIM * 2 + 8)
+    products = 2 + (5 if length <= 128 else 7)
+    return Work(
+        moved_bytes=TOKENS * HEADS * (2 * HEAD_DIM * 2 + 4 + again + backward),
+        flops=products * 2 * TOKENS * length * HIDDEN,
+    )
+
+
+WORK = {
+    "geglu": Work(moved_bytes=TOKENS * 8 * WIDTH * 2),
+    "add_layer_norm": Work(moved_bytes=TOKENS * (HIDDEN * (3 + 5) * 2 + 16)),
+    "embed_layer_norm": Work(
+        moved_bytes=TOKENS * (HIDDEN * (2 * 4 + 2 + 2 * 4 + 2 * 2 + 2 * 2) + 80) + VOCAB * HIDDEN * 4
+    ),
+    "masked_cross_entropy": Work(moved_bytes=MASKED * 3 * VOCAB * 2, flops=3 * 2 * MASKED * HIDDEN * VOCAB),
+    "attention_128": attention_work(128),
+    "attention_512": attention_work(512),
+}
+
+
+def bound_s(work: Work, gpu: str) -> float:
+    """The least time, if everything reachable is reached and nothing overlaps; what is read again counts as memory."""
+    flops, bandwidth = GPUS[gpu]
+    return work.moved_bytes / (bandwidth * REACHABLE_BYTES) + work.flops / (flops * REACHABLE_FLOPS)
+
+
+def model_bound(gpu: str, elements: int) -> float:
+    """Tokens/s of a training step, if each layer moves `elements` numbers of bf16 per hidden unit beside its products."""
+    flops, bandwidth = GPUS[gpu]
+    layer = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * WIDTH) + 4 * 128 * HIDDEN
+    forward = LAYERS * layer + MASKED / TOKENS * 2 * (HIDDEN * HIDDEN + HIDDEN * VOCAB)
+    moved = LAYERS * elements * HIDDEN * 2
+    return 1 / (3 * forward / (flops * REACHABLE_FLOPS) + moved / (bandwidth * REACHABLE_BYTES))
+
+
+def predict() -> dict[str, float]:
+    print("No GPU here. What follows is arithmetic on paper, a prediction that no GPU has confirmed.\n")
+    print("| operation, forward + backward | MB | GFLOP | " + " | ".join(f"{gpu}, us" for gpu in GPUS) + " |")
+    print("|---|---|---|" + "---|" * len(GPUS))
+    figures = {}
+    for name, work in WORK.items():
+        times = {gpu: bound_s(work, gpu) * 1e6 for gpu in GPUS}
+        figures |= {f"paper_{name}_{gpu.lower()}_us": time for gpu, time in times.items()}
+        cells = " | ".join(f"{time:.0f}" for time in times.values())
+        print(f"| {name} | {work.moved_bytes / 1e6:.1f} | {work.flops / 1e9:.1f} | {cells} |")
+    # Numbers moved per hidden unit and layer: counted operation by operation, eager; by the docstrings, fused.
+    print("\n| MosaicBERT-Base, S = 128, tokens/s on paper | " + " | ".join(GPUS) + " |\n|---|" + "---|" * len(GPUS))
+    for label, elements in (("operation by operation", 147), ("fused", 49)):
+        bounds = {gpu: model_bound(gpu, elements) for gpu in GPUS}
+        key = label.split()[0]
+        figures |= {f"paper_{key}_{gpu.lower()}_tokens_per_s": x for gpu, x in bounds.items()}
+        print(f"| {label} | " + " | ".join(f"{x / 1000:,.0f}k" for x in bounds.values()) + " |")
+    return figures
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
+
+
+def contenders() -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
+    """operation -> implementation -> a call that gives a scalar to differentiate."""
+    from megabert.kernels.resolve import look_at, torch_ops, triton_ops
+    from megabert.model.attention import PLANNERS, alibi_slopes
+    from megabert.model.padding import Sequences
+
+    x, residual, gated = leaf(TOKENS, HIDDEN), leaf(TOKENS, HIDDEN), leaf(TOKENS, 2 * WIDTH)
+    weight, bias = leaf(HIDDEN, dtype=torch.float32), leaf(HIDDEN, dtype=torch.float32)
+    ids = [torch.randint(VOCAB, (TOKENS,), device="cuda"), torch.zeros(TOKENS, device="cuda", dtype=torch.long)]
+    tables = [leaf(VOCAB, HIDDEN, dtype=torch.float32), leaf(2, HIDDEN, dtype=torch.float32)]
+    hidden, decoder_bias = leaf(MASKED, HIDDEN), leaf(VOCAB, dtype=torch.float32)
+    labels = torch.randint(VOCAB, (MASKED,), device="cuda")
+    options = {"eps": 1e-12, "dropout_p": DROPOUT, "low_precision": True}
+
+    def calls(ops) -> dict[str, Callable[[], torch.Tensor]]:
+        return {
+            "geglu": lambda: ops.geglu(gated, DROPOUT).sum(),
+            "add_layer_norm": lambda: ops.add_layer_norm(x, residual, weight, bias, **options).sum(),
+            "embed_layer_norm": lambda: ops.embed_layer_norm(ids, tables, weight, bias, **options).sum(),
+            "masked_cross_entropy": lambda: ops.masked_cross_entropy(hidden, tables[0], decoder_bias, labels).loss_sum,
+        }
+
+    plain = calls(torch_ops())
+    found = {name: {"Triton": call, "eager": plain[name]} for name, call in calls(triton_ops()).items()}
+    for name, call in plain.items():
+        found[name]["compiled"] = torch.compile(call)
+    planners = {"Triton": triton_ops().attention, "eager": PLANNERS["sdpa"]}
+    if not look_at(torch.device("cuda")).lacks("flash_attn"):
+        planners["flash-attn"] = PLANNERS["flash_attention_2"]
+    qkv, slopes = leaf(TOKENS, 3, HEADS, HEAD_DIM), alibi_slopes(HEADS).cuda()
+    for length in (128, 512):
+        sequences = Sequences(torch.arange(0, TOKENS + 1, length, device="cuda", dtype=torch.int32), length)
+        found[f"attention_{length}"] = {
+            name: (lambda planner=planner, s=sequences: planner(s, slopes, HEAD_DIM)(qkv, 0.0).sum())
+            for name, planner in planners.items()
+            if planner is not None
+        }
+    return found
+
+
+def time_s(call: Callable[[], torch.Tensor], repeats: int) -> float:
+    """Median time of forward and backward, with a cold L2 cache as inside a model."""
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    times = []
+    for repeat in range(repeats + 5):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = call()
+        loss.backward()
+        end.record()
+        torch.cuda.synchronize()
+        if repeat >= 5:
+            times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)
+
+
+def measure(repeats: int) -> dict[str, float]:
+    print(f"{torch.cuda.get_device_name()}: forward + backward, median of {repeats}\n")
+    print(
+        "| operation | implementation | us | GB/s of the paper's bytes | times as fast as eager |\n|---|---|---|---|---|"
+    )
+    figures = {}
+    for operation, implementations in contenders().items():
+        times = {name: time_s(call, repeats) for name, call in implementations.items()}
+        for name, seconds in times.items():
+            figures[f"{operation}_{name.lower().replace('-', '_')}_us"] = seconds * 1e6
+            rate = WORK[operation].moved_bytes / seconds / 1e9
+            print(f"| {operation} | {name} | {seconds * 1e6:.0f} | {rate:.0f} | {times['eager'] / seconds:.2f} |")
+        figures[f"{operation}_vs_eager"] = times["eager"] / times["Triton"]
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    arguments = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    figures = measure(10 if arguments.quick else 50) if gpu else predict()
+    if arguments.json:
+        machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, no GPU: paper only"
+        arguments.json.write_text(json.dumps({"figures": figures, "machine": machine}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

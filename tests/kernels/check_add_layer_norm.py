@@ -1,0 +1,136 @@
+import pytest
+import torch
+
+from megabert.kernels import add_layer_norm as kernels
+from megabert.model import ops
+from tests.kernels import interpreter
+from tests.kernels.interpreter import counted
+from tests.kernels.yardstick import assert_as_good, assert_gradients
+
+interpreter.install()
+
+EPS = 1e-12
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def inputs(tokens, width, x_dtype=FP32, residual_dtype=FP32):
+    x, residual = torch.randn(tokens, width).to(x_dtype), torch.randn(tokens, width).to(residual_dtype)
+    return [x, residual, 1 + torch.randn(width) / 4, torch.randn(width)]
+
+
+def call(module, dropout_p=0.0, low_precision=True):
+    def function(x, residual, weight, bias):
+        if dropout_p:
+            torch.manual_seed(5)
+        options = {"eps": EPS, "dropout_p": dropout_p, "low_precision": low_precision}
+        return module.add_layer_norm(x, residual, weight, bias, **options)
+
+    return function
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (1, 16), (7, 20), (3, 768), (300, 8)])
+def test_equals_the_specification(tokens, width):
+    assert_as_good(call(kernels), call(ops), inputs(tokens, width))
+
+
+@pytest.mark.parametrize("low_precision", [True, False])
+@pytest.mark.parametrize("residual_dtype", [BF16, FP32])
+def test_equals_it_under_autocast(low_precision, residual_dtype):
+    """The low-precision stream and the fp32 stream, and the first layer's mixture of both."""
+    arguments = inputs(9, 96, BF16, residual_dtype)
+    assert_as_good(call(kernels, 0.0, low_precision), call(ops, 0.0, low_precision), arguments, autocast=True)
+
+
+def test_equals_it_in_pure_bf16():
+    arguments = [x.bfloat16() for x in inputs(9, 96)]
+    assert_as_good(call(kernels), call(ops), arguments)
+
+
+@pytest.mark.parametrize("low_precision", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_layer_norm_alone_equals_the_specification(low_precision, autocast, dtype):
+    x, _, weight, bias = inputs(6, 40, dtype)
+    if not autocast:
+        weight, bias = weight.to(dtype), bias.to(dtype)
+
+    def norm(module):
+        return lambda x, weight, bias: module.layer_norm(x, weight, bias, EPS, low_precision)
+
+    assert_as_good(norm(kernels), norm(ops), [x, weight, bias], autocast)
+    rows = x.view(2, 3, 40)
+    assert torch.equal(norm(kernels)(rows, weight, bias), norm(kernels)(x, weight, bias).view(2, 3, 40))
+
+
+def test_a_large_mean_costs_no_digits():
+    x, residual, weight, bias = inputs(4, 64)
+    assert_as_good(call(kernels), call(ops), [x + 1000, residual, weight, bias])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradients(dropout_p):
+    assert_gradients(call(kernels, dropout_p), inputs(5, 40))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_dropout_is_on_x_alone(dtype):
+    x, residual, weight, bias = inputs(8, 64, dtype, dtype)
+    ones = torch.ones_like(weight)
+    only_x = call(kernels, 0.25)(torch.ones_like(x), torch.zeros_like(x), ones, 0 * ones)
+    mask = only_x > 0  # a kept 1 lies above its row's mean, a dropped one below
+    assert 0.6 < mask.double().mean() < 0.9
+
+    def specification(x, residual, weight, bias):
+        return call(ops)(x * mask / 0.75, residual, weight, bias)
+
+    assert_as_good(call(kernels, 0.25), specification, [x, residual, weight.to(dtype), bias.to(dtype)])
+
+
+def test_no_tokens():
+    leaves = [x.requires_grad_() for x in inputs(0, 16)]
+    call(kernels, 0.1)(*leaves).sum().backward()
+    assert [tuple(x.grad.shape) for x in leaves] == [(0, 16), (0, 16), (16,), (16,)]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("residual_dtype", [BF16, FP32])
+@pytest.mark.parametrize("tokens", [3, 270])
+def test_moves_the_bytes_on_paper(dropout_p, residual_dtype, tokens):
+    width, x_size, r_size = 24, 2, residual_dtype.itemsize
+    y_size = r_size
+    leaves = [x.requires_grad_() for x in inputs(tokens, width, BF16, residual_dtype)]
+    seed = 8 if dropout_p else 0
+    with counted() as forward:
+        y = call(kernels, dropout_p)(*leaves)
+    assert forward.loaded == tokens * (width * (x_size + r_size) + 8 * width + seed)
+    assert forward.stored == tokens * (width * y_size + 8)
+    with counted() as backward:
+        y.backward(torch.ones_like(y))
+    programs = min(tokens, 256)
+    apart = dropout_p > 0 or x_size != r_size
+    assert backward.loaded == tokens * (width * (y_size + x_size + r_size) + 8 + seed) + programs * 4 * width
+    assert backward.stored == tokens * width * (x_size + apart * r_size) + programs * 8 * width
+
+
+def test_saves_no_sum_and_no_mask():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        call(kernels, 0.1)(*[x.requires_grad_() for x in inputs(5, 32)])
+    assert sorted(x.numel() for x in saved) == [1, 5, 5, 32, 5 * 32, 5 * 32]
+
+
+def test_too_wide_is_refused():
+    with pytest.raises(ValueError, match="hidden_size is 20000, the LayerNorm kernels take at most .* run.ops torch"):
+        call(kernels)(*inputs(1, 20_000))
+
+
+def test_compiles_whole():
+    x, residual, weight, bias = inputs(4, 32)
+    tests = {"test_utils": ("test_schema", "test_faketensor")}
+    mean = torch.zeros(4)
+    for other in (None, residual, residual.bfloat16()):
+        assert torch.library.opcheck(kernels.forward, (x, other, weight, bias, None, EPS, 0.0, FP32), **tests)
+        arguments = (x, x, other, weight, mean, mean + 1, None, 0.0)
+        assert torch.library.opcheck(kernels.backward, arguments, **tests)
+    compiled = torch.compile(call(kernels), fullgraph=True, backend="aot_eager")
+    assert_as_good(compiled, call(ops), [x, residual, weight, bias])

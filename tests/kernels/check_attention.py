@@ -1,0 +1,246 @@
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from megabert.kernels import attention as kernels
+from megabert.kernels.dropout import threshold, tile_factor
+from megabert.model.attention import alibi_slopes, plan_eager
+from megabert.model.padding import Sequences
+from tests.kernels import interpreter
+from tests.kernels.interpreter import counted
+from tests.kernels.yardstick import assert_as_good, assert_gradients, results
+
+interpreter.install()
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def packed(lengths):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return Sequences(cu_seqlens, max(lengths))
+
+
+def qkv_for(sequences, heads, size, dtype=FP32):
+    return torch.randn(int(sequences.cu_seqlens[-1]), 3, heads, size).to(dtype)
+
+
+def plain(sequences, slopes, size):
+    """The specification, in the precision of what it is given."""
+    return lambda qkv: plan_eager(sequences, None if slopes is None else slopes.to(qkv.dtype), size)(qkv, 0.0)
+
+
+def ours(sequences, slopes, size, dropout_p=0.0):
+    def function(qkv):
+        if dropout_p:
+            torch.manual_seed(5)
+        return kernels.plan_triton(sequences, slopes, size)(qkv, dropout_p)
+
+    return function
+
+
+CASES = {
+    "one token": [1],
+    "short": [37, 128, 1, 90],
+    "empty documents": [0, 5, 0, 0, 17, 0],
+    "filled up": [20, 9, 0, 0, 0, 0],
+    "long": [300],
+    "long and short": [130, 1, 0, 257],
+}
+
+
+@pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_equals_the_specification(lengths, dtype):
+    sequences = packed(lengths)
+    slopes = alibi_slopes(2)
+    assert_as_good(ours(sequences, slopes, 64), plain(sequences, slopes, 64), [qkv_for(sequences, 2, 64, dtype)])
+
+
+@pytest.mark.parametrize("size", kernels.HEAD_DIMS)
+@pytest.mark.parametrize("lengths", [[70, 3], [131, 40]], ids=["short", "long"])
+def test_equals_it_for_every_head_size(size, lengths):
+    sequences, slopes = packed(lengths), alibi_slopes(3)
+    assert_as_good(ours(sequences, slopes, size), plain(sequences, slopes, size), [qkv_for(sequences, 3, size, BF16)])
+
+
+def test_is_the_specification_in_fp64():
+    sequences, slopes = packed([20, 140]), alibi_slopes(2)
+    qkv = qkv_for(sequences, 2, 64, torch.float64)
+    assert (ours(sequences, slopes, 64)(qkv) - plain(sequences, slopes, 64)(qkv)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("lengths", [[40, 7], [140]], ids=["short", "long"])
+def test_equals_it_without_alibi(lengths):
+    sequences = packed(lengths)
+    assert_as_good(ours(sequences, None, 32), plain(sequences, None, 32), [qkv_for(sequences, 2, 32)])
+
+
+@pytest.mark.parametrize("length", [33, 150], ids=["short", "long"])
+def test_padded_rows_attend_to_no_padding(length):
+    """Rows of one length, of which some slots are padding: computed, but keys of nobody."""
+    rows = packed([length, length])._replace(num_keys=torch.tensor([length, 11], dtype=torch.int32))
+    slopes = alibi_slopes(2)
+    assert_as_good(ours(rows, slopes, 32), plain(rows, slopes, 32), [qkv_for(rows, 2, 32)])
+    dqkv = results(ours(rows, slopes, 32), [qkv_for(rows, 2, 32)], torch.randn(2 * length, 2, 32))[1]
+    assert not dqkv[length + 11 :, 1:].any()
+
+
+def test_a_row_of_padding_alone_gives_numbers():
+    rows = packed([8, 8])._replace(num_keys=torch.tensor([8, 0], dtype=torch.int32))
+    assert all(x.isfinite().all() for x in results(ours(rows, None, 32), [qkv_for(rows, 2, 32)], torch.ones(16, 2, 32)))
+
+
+def test_large_scores_do_not_overflow():
+    sequences, slopes = packed([50]), alibi_slopes(2)
+    qkv = qkv_for(sequences, 2, 32)
+    qkv[:, :2] *= 8
+    assert_as_good(ours(sequences, slopes, 32), plain(sequences, slopes, 32), [qkv])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("lengths", [[5, 0, 3], [129]], ids=["short", "long"])
+def test_gradients(dropout_p, lengths):
+    sequences = packed(lengths)
+    assert_gradients(ours(sequences, alibi_slopes(2), 16, dropout_p), [qkv_for(sequences, 2, 16)])
+
+
+@triton.jit
+def write_mask(OUT, SEED, start, length, head, below, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    keep = tile_factor(tl.load(SEED), start + place, 0, head, below, 1.0, SIZE)
+    tl.store(
+        OUT + place[:, None] * length + place[None, :], keep, mask=(place[:, None] < length) & (place[None, :] < length)
+    )
+
+
+@pytest.mark.parametrize("lengths", [[20, 37], [140, 6]], ids=["short", "long"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_dropout_is_on_the_weights(lengths, dtype):
+    """Against the specification with the same masks put in by hand, each a function of (seed, row, key, head) alone."""
+    dropout_p, heads, size = 0.25, 2, 32
+    sequences, slopes = packed(lengths), alibi_slopes(heads)
+    torch.manual_seed(5)
+    seed = torch.randint(2**63 - 1, (1,))
+    masks, bounds = {}, sequences.cu_seqlens.tolist()
+    for document, length in enumerate(lengths):
+        masks[document] = torch.zeros(heads, length, length)
+        for head in range(heads):
+            write_mask[(1,)](
+                masks[document][head], seed, bounds[document], length, head, threshold(dropout_p), SIZE=256
+            )
+    assert 0.7 < torch.cat([mask.flatten() for mask in masks.values()]).mean() < 0.8
+
+    def masked(qkv):
+        outputs = []
+        for document, part in enumerate(qkv.split(lengths)):
+            query, key, value = part.permute(1, 2, 0, 3)
+            place = torch.arange(len(part))
+            bias = -slopes[:, None, None] * (place[:, None] - place[None, :]).abs()
+            weights = torch.softmax(query @ key.transpose(1, 2) / math.sqrt(size) + bias.to(qkv.dtype), dim=-1)
+            weights = weights * masks[document].to(qkv.dtype) / (1 - dropout_p)
+            outputs.append((weights @ value).transpose(0, 1))
+        return torch.cat(outputs)
+
+    assert_as_good(ours(sequences, slopes, size, dropout_p), masked, [qkv_for(sequences, heads, size, dtype)])
+
+
+def test_documents_do_not_see_each_other():
+    lengths = [40, 150, 9]
+    sequences, slopes = packed(lengths), alibi_slopes(2)
+    qkv = qkv_for(sequences, 2, 32)
+    together = ours(sequences, slopes, 32)(qkv)
+    for part, length, mine in zip(qkv.split(lengths), lengths, together.split(lengths), strict=True):
+        assert torch.equal(ours(packed([length]), slopes, 32)(part), mine)
+
+
+def test_every_row_is_in_one_tile():
+    for lengths in ([1], [0, 0], [3, 2], [0, 64, 1, 0, 130, 63, 65], [5] * 40):
+        for rows in (2, 64, 128):
+            sequences = packed(lengths)
+            tokens = sum(lengths)
+            tiles = kernels.tiles_of(sequences.cu_seqlens, tokens, rows)
+            assert len(tiles) == tokens // rows + len(lengths)
+            inside = [(document, first) for document, first in tiles.tolist() if first < lengths[document]]
+            assert inside == [(document, first) for document, n in enumerate(lengths) for first in range(0, n, rows)]
+    assert kernels.tiles_of(packed([3, 2]).cu_seqlens, 5, 2).tolist() == [[0, 0], [0, 2], [1, 0], [1, 2]]
+
+
+def test_no_tokens():
+    qkv = torch.randn(0, 3, 2, 32, requires_grad=True)
+    ours(packed([0]), alibi_slopes(2), 32)(qkv).sum().backward()
+    assert qkv.grad.shape == qkv.shape
+
+
+def test_an_unknown_head_size_is_refused():
+    with pytest.raises(ValueError, match="heads of 48: the Triton attention computes .* run.ops torch"):
+        kernels.plan_triton(packed([3]), None, 48)
+
+
+def blocks(length, size):
+    return -(-length // size)
+
+
+@pytest.mark.parametrize("lengths", [[100, 0, 28], [130, 20]], ids=["short", "long"])
+def test_moves_the_bytes_on_paper(lengths):
+    heads, size, s = 2, 64, 2
+    sequences, slopes = packed(lengths), alibi_slopes(heads)
+    qkv = qkv_for(sequences, heads, size, BF16).requires_grad_()
+    tokens, short = sum(lengths), max(lengths) <= kernels.SHORT
+    row, key = kernels.tile_of("forward", size, False), kernels.tile_of("key", size, False)
+    query = kernels.tile_of("query", size, False)
+    tiles = len(kernels.tiles_of(sequences.cu_seqlens, tokens, row.rows))
+    key_tiles = len(kernels.tiles_of(sequences.cu_seqlens, tokens, key.columns))
+
+    def swept(outer, inner):
+        """Tokens swept over for all tiles, and how often a slope is read."""
+        return (
+            sum(blocks(n, outer) * n for n in lengths),
+            4 * sum(blocks(n, outer) * blocks(n, inner) for n in lengths),
+        )
+
+    with counted() as forward:
+        out = ours(sequences, slopes, size)(qkv)
+    again, slope_reads = swept(row.rows, row.columns)
+    assert forward.total == heads * (
+        tokens * (2 * size * s + 4) + again * 2 * size * s + 16 * tiles + slope_reads
+    )  # fmt: skip
+    with counted() as backward:
+        out.backward(torch.ones_like(out))
+    if short:
+        step = kernels.tile_of("short", size, False).columns
+        slope_reads = 4 * sum(blocks(n, step) for n in lengths)
+        assert backward.total == heads * (tokens * (8 * size * s + 4) + 8 * len(lengths) + slope_reads)
+    else:
+        again, slope_reads = swept(query.rows, query.columns)
+        again_keys, more_reads = swept(key.columns, key.rows)
+        assert backward.total == heads * (
+            tokens * (8 * size * s + 8) + again * 2 * size * s + again_keys * (2 * size * s + 8)
+            + 16 * (tiles + key_tiles) + slope_reads + more_reads
+        )  # fmt: skip
+
+
+def test_memory_grows_with_tokens():
+    saved = []
+    sequences = packed([150, 20])
+    qkv = qkv_for(sequences, 2, 32).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        ours(sequences, alibi_slopes(2), 32, 0.1)(qkv)
+    assert sum(x.numel() for x in saved) < 170 * (4 * 2 * 32 + 2) + 64
+
+
+@pytest.mark.parametrize("lengths", [[20, 7], [140]], ids=["short", "long"])
+def test_compiles_whole(lengths):
+    tests = {"test_utils": ("test_schema", "test_faketensor")}
+    sequences, slopes = packed(lengths), alibi_slopes(2)
+    qkv = qkv_for(sequences, 2, 32)
+    tiles = kernels.tiles_of(sequences.cu_seqlens, len(qkv), 128)
+    key_tiles = None if max(lengths) <= 128 else kernels.tiles_of(sequences.cu_seqlens, len(qkv), 64)
+    shared = (sequences.cu_seqlens, None, slopes, None, tiles)
+    assert torch.library.opcheck(kernels.forward, (qkv, *shared, 0.0), **tests)
+    out, lse = kernels.forward(qkv, *shared, 0.0)
+    assert torch.library.opcheck(kernels.backward, (out, qkv, out, lse, *shared, key_tiles, 0.0), **tests)
+    compiled = torch.compile(ours(sequences, slopes, 32), fullgraph=True, backend="aot_eager")
+    assert_as_good(compiled, plain(sequences, slopes, 32), [qkv])

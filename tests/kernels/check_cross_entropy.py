@@ -1,0 +1,166 @@
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megabert.kernels import cross_entropy as kernels
+from megabert.model import ops
+from tests.kernels import interpreter
+from tests.kernels.interpreter import counted
+from tests.kernels.yardstick import assert_as_good, assert_gradients
+
+interpreter.install()
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def inputs(rows, width, vocab, dtype=FP32):
+    hidden = torch.randn(rows, width).to(dtype)
+    return [hidden, torch.randn(vocab, width) / width**0.5, torch.randn(vocab) / 4]
+
+
+def some_labels(rows, vocab):
+    labels = torch.randint(vocab, (rows,))
+    labels[1::3] = ops.IGNORE_INDEX
+    return labels
+
+
+def loss_of(module, labels, *more):
+    return lambda hidden, weight, bias: module.masked_cross_entropy(hidden, weight, bias, labels, *more).loss_sum
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 2), (7, 50), (5, 4097), (4, 9000)])
+@pytest.mark.parametrize("label_type", [torch.int32, torch.int64])
+def test_equals_the_specification(rows, vocab, label_type):
+    labels = some_labels(rows, vocab).to(label_type)
+    assert_as_good(loss_of(kernels, labels), loss_of(ops, labels), inputs(rows, 24, vocab))
+
+
+def test_equals_it_under_autocast():
+    labels = some_labels(9, 300)
+    assert_as_good(loss_of(kernels, labels), loss_of(ops, labels), inputs(9, 32, 300, BF16), autocast=True)
+
+
+def test_equals_it_in_pure_bf16():
+    labels = some_labels(9, 300)
+    arguments = [x.bfloat16() for x in inputs(9, 32, 300)]
+    assert_as_good(loss_of(kernels, labels), loss_of(ops, labels), arguments)
+
+
+def test_equals_it_in_chunks(monkeypatch):
+    """Of 10 rows 4, 4 and 2."""
+    monkeypatch.setattr(kernels, "MAX_LOGITS", 300 * 4)
+    monkeypatch.setattr(kernels, "ROWS_MULTIPLE", 1)
+    labels = some_labels(10, 300)
+    assert kernels.chunk_rows(10, 300) == 4
+    for dtype, autocast in ((FP32, False), (BF16, True)):
+        assert_as_good(loss_of(kernels, labels), loss_of(ops, labels), inputs(10, 32, 300, dtype), autocast)
+
+
+def test_chunks_are_few_equal_and_within_the_limit():
+    assert kernels.chunk_rows(2458, 30_528) == 1280
+    assert kernels.chunk_rows(3, 30_528) == 128
+    assert kernels.chunk_rows(0, 30_528) == 128
+    for rows in (1, 1000, 2198, 2199, 50_000):
+        assert kernels.chunk_rows(rows, 30_528) * 30_528 <= kernels.MAX_LOGITS
+
+
+def test_huge_logits_do_not_overflow():
+    hidden, weight, bias = inputs(4, 16, 60)
+    labels = some_labels(4, 60)
+    assert_as_good(loss_of(kernels, labels), loss_of(ops, labels), [hidden * 1000, weight, bias])
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_gradients(z_loss):
+    labels = some_labels(5, 30)
+    assert_gradients(loss_of(kernels, labels, z_loss), inputs(5, 8, 30))
+
+
+def test_z_loss_is_the_squared_log_sum_exp():
+    hidden, weight, bias = (x.double() for x in inputs(6, 8, 40))
+    labels = some_labels(6, 40)
+    lse = torch.logsumexp(hidden @ weight.T + bias, dim=-1)[labels != ops.IGNORE_INDEX]
+    extra = loss_of(kernels, labels, 0.5)(hidden, weight, bias) - loss_of(kernels, labels)(hidden, weight, bias)
+    torch.testing.assert_close(extra, 0.5 * (lse**2).sum())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_counts_hits_as_the_specification_does(autocast):
+    """A tie with the highest is a hit; bf16 logits tie often."""
+    hidden, weight, bias = inputs(40, 8, 12)
+    weight[3], bias[3] = weight[5], bias[5]
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        labels = torch.nn.functional.linear(hidden, weight, bias).argmax(-1)
+        labels[labels == 3] = 5
+        labels[::4] = 0
+        labels[1::4] = ops.IGNORE_INDEX
+        ours, theirs = (module.masked_cross_entropy(hidden, weight, bias, labels) for module in (kernels, ops))
+    assert (ours.num_correct, ours.num_targets) == (theirs.num_correct, theirs.num_targets)
+    assert ours.num_targets == 30
+    assert 20 <= ours.num_correct < 30
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_moves_the_bytes_on_paper(gradient, dtype):
+    rows, vocab = 6, 5000
+    labels = some_labels(rows, vocab)
+    used, size = 4, dtype.itemsize
+    with counted() as traffic:
+        kernels.loss_in_place(torch.randn(rows, vocab).to(dtype), labels, 0.0, gradient)
+    assert traffic.loaded == used * ((1 + gradient) * vocab * size + size) + rows * 8
+    assert traffic.stored == rows * (gradient * vocab * size + 12)
+
+
+class Largest(TorchDispatchMode):
+    """Remember the largest tensor of each dtype that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.elements[x.dtype] = max(self.elements.get(x.dtype, 0), x.numel())
+        return out
+
+
+def test_no_fp32_logits_and_no_more_than_a_chunk(monkeypatch):
+    rows, width, vocab = 48, 16, 200
+    monkeypatch.setattr(kernels, "MAX_LOGITS", 16 * vocab)
+    monkeypatch.setattr(kernels, "ROWS_MULTIPLE", 1)
+    with Largest() as largest:
+        kernels.in_chunks(*inputs(rows, width, vocab, BF16), some_labels(rows, vocab), 0.0, True, BF16)
+    assert largest.elements[FP32] == vocab * width  # the weight and its gradient
+    assert largest.elements[BF16] == 16 * vocab  # one chunk's logits
+
+
+def test_without_gradients_none_are_computed():
+    hidden, weight, bias = inputs(4, 8, 30)
+    weight.requires_grad_()
+    with torch.no_grad(), counted() as traffic:
+        kernels.masked_cross_entropy(hidden, weight, bias, torch.arange(4))
+    assert traffic.stored == 4 * 12
+
+
+def test_no_rows_and_only_ignored_rows():
+    for labels in (torch.zeros(0, dtype=torch.long), torch.full((3,), ops.IGNORE_INDEX)):
+        leaves = [x.requires_grad_() for x in inputs(len(labels), 8, 30)]
+        loss = kernels.masked_cross_entropy(*leaves, labels)
+        loss.loss_sum.backward()
+        assert (loss.loss_sum, loss.num_correct, loss.num_targets) == (0, 0, 0)
+        assert all(not x.grad.any() for x in leaves)
+
+
+def test_compiles_whole():
+    tests = {"test_utils": ("test_schema", "test_faketensor")}
+    hidden, weight, bias = inputs(6, 8, 30)
+    labels = some_labels(6, 30)
+    for gradient in (True, False):
+        assert torch.library.opcheck(kernels.forward, (hidden, weight, bias, labels, 0.0, gradient, FP32), **tests)
+    assert torch.library.opcheck(kernels.loss_in_place, (torch.randn(6, 30), labels, 0.0, True), **tests)
+    compiled = torch.compile(loss_of(kernels, labels), fullgraph=True, backend="aot_eager")
+    assert_as_good(compiled, loss_of(ops, labels), [hidden, weight, bias])

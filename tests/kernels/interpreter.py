@@ -1,0 +1,93 @@
+"""Run Triton's kernels on a CPU, exactly: its interpreter with bf16 put right, with its traffic counted.
+
+The interpreter is chosen by TRITON_INTERPRET=1 when a kernel is defined, so tests that use it run in processes of their
+own: test_kernels.py starts them. Triton 3.7.1's interpreter truncates where a GPU rounds to nearest even, and multiplies
+the bits of bf16 matrices as if they were integers; install() corrects both, and check_interpreter.py notices when Triton
+has done so itself.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+stock_cast = InterpreterBuilder.cast_impl
+stock_dot = InterpreterBuilder.create_dot
+
+
+def round_to_bf16(x: np.ndarray) -> np.ndarray:
+    """fp32 to the 16 bits of bf16, to nearest even, as GPUs do."""
+    return torch.from_numpy(np.array(x, dtype=np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+def widen_bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def cast(self, source, target):
+    types = (source.dtype.scalar, target.scalar)
+    if types == (tl.float32, tl.bfloat16):
+        return TensorHandle(round_to_bf16(source.data), tl.bfloat16)
+    if types == (tl.bfloat16, tl.float32):
+        return TensorHandle(widen_bf16(source.data), tl.float32)
+    return stock_cast(self, source, target)
+
+
+def dot(self, a, b, accumulator, *rest):
+    wide = [
+        TensorHandle(widen_bf16(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
+    ]  # fmt: skip
+    return stock_dot(self, *wide, accumulator, *rest)
+
+
+def install() -> None:
+    """Correct the interpreter for this process."""
+    InterpreterBuilder.cast_impl = cast
+    InterpreterBuilder.create_dot = dot
+
+
+@contextlib.contextmanager
+def stock() -> Iterator[None]:
+    """The interpreter as Triton ships it."""
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = stock_cast, stock_dot
+    try:
+        yield
+    finally:
+        install()
+
+
+@dataclass
+class Traffic:
+    """Bytes that kernels moved: every lane of a load or a store that its mask lets through."""
+
+    loaded: int = 0
+    stored: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.loaded + self.stored
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Traffic]:
+    traffic = Traffic()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counted_load(self, pointers, mask, *rest):
+        result = load(self, pointers, mask, *rest)
+        traffic.loaded += int(np.count_nonzero(mask.data)) * result.data.dtype.itemsize
+        return result
+
+    def counted_store(self, pointers, value, mask, *rest):
+        traffic.stored += int(np.count_nonzero(mask.data)) * value.data.dtype.itemsize
+        return store(self, pointers, value, mask, *rest)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
+    try:
+        yield traffic
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store

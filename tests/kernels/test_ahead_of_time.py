@@ -1,0 +1,140 @@
+"""The machine code of the Triton kernels, for three generations of GPUs that are not here.
+
+No spilled registers, shared memory within the limit, 16-byte loads and stores, tensor cores where there are products.
+The launches are those of MosaicBERT-Base and BERT-Large, in every precision that training can ask for.
+"""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.triton
+
+CAPABILITIES = [80, 90, 100]  # A100, H100, B200
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(folder, monkeypatch):
+    """What an earlier run compiled proves nothing."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+
+
+def launches_of(call):
+    from tests.kernels.aot import recorded
+
+    with recorded() as launches:
+        call()
+    assert launches
+    return launches
+
+
+def assert_good_code(launches, capability, tensor_cores=(), stores=True):
+    """tensor_cores: the names of kernels that multiply matrices. stores: whether they write rows."""
+    from tests.kernels.aot import SHARED_LIMIT, TENSOR_CORES, compile_for
+
+    for launch in launches:
+        code = compile_for(launch, capability)
+        assert code.spills == 0, f"{launch.name}: {code.spills} bytes spilled, {code.registers} registers"
+        assert code.shared <= SHARED_LIMIT[capability], f"{launch.name}: {code.shared} bytes of shared memory"
+        loads = r"(ld\.global\S*\.v4|cp\.async\S* \[[^]]*\], \[[^]]*\], 0x10)"
+        assert code.count(loads), f"{launch.name}: no 16-byte load"
+        assert not stores or code.count(r"st\.global\S*\.v4"), f"{launch.name}: no 16-byte store"
+        if launch.name in tensor_cores:
+            assert code.count(TENSOR_CORES[capability]), f"{launch.name}: no {TENSOR_CORES[capability]}"
+
+
+def leaf(*shape, dtype=BF16):
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_geglu(capability, dropout_p, dtype):
+    from megabert.kernels.geglu import geglu
+
+    launches = launches_of(lambda: geglu(leaf(16, 2 * 3072, dtype=dtype), dropout_p).sum().backward())
+    assert [launch.name for launch in launches] == ["geglu.forward_kernel", "geglu.backward_kernel"]
+    assert_good_code(launches, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("width", [768, 1024, 4096])
+@pytest.mark.parametrize("residual_dtype", [BF16, FP32])
+def test_add_layer_norm(capability, dropout_p, width, residual_dtype):
+    from megabert.kernels.add_layer_norm import add_layer_norm
+
+    x, residual = leaf(16, width), leaf(16, width, dtype=residual_dtype)
+    weight, bias = leaf(width, dtype=FP32), leaf(width, dtype=FP32)
+
+    def call():
+        options = {"eps": 1e-12, "dropout_p": dropout_p, "low_precision": True}
+        add_layer_norm(x, residual, weight, bias, **options).sum().backward()
+
+    assert_good_code(launches_of(call), capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_layer_norm_alone(capability):
+    from megabert.kernels.add_layer_norm import layer_norm
+
+    def call():
+        layer_norm(leaf(16, 768), leaf(768, dtype=FP32), leaf(768, dtype=FP32), 1e-12, True).sum().backward()
+
+    assert_good_code(launches_of(call), capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_cross_entropy(capability, gradient, dtype):
+    from megabert.kernels.cross_entropy import loss_in_place
+
+    logits, labels = torch.zeros(16, 30_528, dtype=dtype), torch.zeros(16, dtype=torch.int64)
+    launches = launches_of(lambda: loss_in_place(logits, labels, 0.0, gradient))
+    assert_good_code(launches, capability, stores=gradient)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("num_tables", [2, 3])
+def test_embed_layer_norm(capability, dropout_p, num_tables):
+    from megabert.kernels.embed_layer_norm import embed_layer_norm
+
+    ids = [torch.zeros(64, dtype=torch.int64)] * num_tables
+    tables = [leaf(32, 768, dtype=FP32) for _ in ids]
+    weight, bias = leaf(768, dtype=FP32), leaf(768, dtype=FP32)
+
+    def call():
+        options = {"eps": 1e-12, "dropout_p": dropout_p, "low_precision": True}
+        with torch.autocast("cpu", BF16):
+            embed_layer_norm(ids, tables, weight, bias, **options).sum().backward()
+
+    launches = launches_of(call)
+    assert len(launches) == 2 + 2 * num_tables
+    assert_good_code(launches, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("head_dim", "dropout_p"), [(16, 0.1), (32, 0.1), (64, 0.0), (64, 0.1), (128, 0.0), (128, 0.1)]
+)
+@pytest.mark.parametrize("max_seqlen", [128, 512])
+def test_attention(capability, dropout_p, head_dim, max_seqlen):
+    from megabert.kernels.attention import plan_triton
+    from megabert.model.attention import alibi_slopes
+    from megabert.model.padding import Sequences
+
+    sequences = Sequences(torch.tensor([0, 40, 64], dtype=torch.int32), max_seqlen)
+    attend = plan_triton(sequences, alibi_slopes(12), head_dim)
+    launches = launches_of(lambda: attend(leaf(64, 3, 12, head_dim), dropout_p).sum().backward())
+    short = ["attention.short_kernel"] if max_seqlen == 128 and head_dim <= 64 else []
+    backward = short or ["attention.query_kernel", "attention.key_kernel"]
+    assert [launch.name for launch in launches] == ["attention.forward_kernel", *backward]
+    assert_good_code(launches, capability, tensor_cores=[launch.name for launch in launches])

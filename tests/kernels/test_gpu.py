@@ -1,0 +1,171 @@
+"""The kernels on a real GPU: the same comparisons at training's sizes, the same bits twice, and faster than eager.
+
+Skipped, saying so, where there is no GPU. `python tests/benchmarks/bench_kernels.py` prints the times.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from megabert.kernels.resolve import resolve, torch_ops
+from megabert.model.attention import PLANNERS, alibi_slopes, plan_eager
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.layers import set_ops
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.model.padding import Sequences
+from tests.kernels.yardstick import assert_as_good, error, results
+
+pytestmark = [pytest.mark.gpu, pytest.mark.triton]
+
+needs_flash = pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs flash-attn: bash launch/install_gpu.sh")
+
+BF16 = torch.bfloat16
+TOKENS, MASKED, HIDDEN, WIDTH, VOCAB = 4096, 1000, 768, 3072, 30_528
+
+
+@pytest.fixture
+def cuda():
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def ops():
+    from megabert.kernels.resolve import triton_ops
+
+    return triton_ops()
+
+
+def drawn(*shape, dtype=torch.float32):
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def weight_and_bias():
+    return [1 + drawn(HIDDEN) / 4, drawn(HIDDEN)]
+
+
+def call(ops, name, *fixed, **options):
+    return lambda *inputs: getattr(ops, name)(*fixed, *inputs, **options)
+
+
+def test_geglu(ops):
+    assert_as_good(
+        lambda x: ops.geglu(x, 0.0), lambda x: torch_ops().geglu(x, 0.0), [drawn(TOKENS, 2 * WIDTH, dtype=BF16)]
+    )
+
+
+@pytest.mark.parametrize("low_precision", [True, False])
+def test_add_layer_norm(ops, low_precision):
+    options = {"eps": 1e-12, "dropout_p": 0.0, "low_precision": low_precision}
+    inputs = [drawn(TOKENS, HIDDEN, dtype=BF16), drawn(TOKENS, HIDDEN, dtype=BF16), *weight_and_bias()]
+    mine, plain = (call(x, "add_layer_norm", **options) for x in (ops, torch_ops()))
+    assert_as_good(mine, plain, inputs, autocast=True)
+
+
+def test_embed_layer_norm(ops):
+    options = {"eps": 1e-12, "dropout_p": 0.0, "low_precision": True}
+    ids = [torch.randint(rows, (TOKENS,), device="cuda") for rows in (VOCAB, 2)]
+
+    def embed(module):
+        return lambda words, types, *norm: module.embed_layer_norm(ids, [words, types], *norm, **options)
+
+    inputs = [drawn(VOCAB, HIDDEN), drawn(2, HIDDEN), *weight_and_bias()]
+    assert_as_good(embed(ops), embed(torch_ops()), inputs, autocast=True)
+
+
+def test_masked_cross_entropy(ops):
+    labels = torch.randint(VOCAB, (MASKED,), device="cuda")
+    labels[::7] = -100
+
+    def loss(module):
+        return lambda *inputs: module.masked_cross_entropy(*inputs, labels).loss_sum
+
+    inputs = [drawn(MASKED, HIDDEN, dtype=BF16), drawn(VOCAB, HIDDEN) / 30, drawn(VOCAB) / 4]
+    assert_as_good(loss(ops), loss(torch_ops()), inputs, autocast=True)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+@pytest.mark.parametrize("lengths", [[128, 37, 0, 1, 90], [512, 0, 1, 300, 77]], ids=["short", "long"])
+@pytest.mark.parametrize("planner", ["Triton", pytest.param("flash-attn", marks=needs_flash)])
+def test_attention(ops, size, lengths, planner):
+    plan = ops.attention if planner == "Triton" else PLANNERS["flash_attention_2"]
+    sequences = Sequences(torch.tensor([0, *lengths], device="cuda").cumsum(0, dtype=torch.int32), max(lengths))
+    slopes = alibi_slopes(4).cuda()
+
+    def plain(qkv):
+        return plan_eager(sequences, slopes.to(qkv.dtype), size)(qkv, 0.0)
+
+    assert_as_good(
+        lambda qkv: plan(sequences, slopes, size)(qkv, 0.0), plain, [drawn(sum(lengths), 3, 4, size, dtype=BF16)]
+    )
+
+
+def test_dropout_repeats_and_differs(ops):
+    x = drawn(TOKENS, 2 * WIDTH, dtype=BF16)
+    torch.manual_seed(1)
+    first, other = ops.geglu(x, 0.1), ops.geglu(x, 0.1)
+    torch.manual_seed(1)
+    assert torch.equal(ops.geglu(x, 0.1), first)
+    assert not torch.equal(first, other)
+    assert abs((first == 0).double().mean().item() - 0.1) < 0.001
+
+
+def test_gradients_are_the_same_bits_twice(ops):
+    sequences = Sequences(torch.tensor([0, 300, 812, 813, 1300], device="cuda", dtype=torch.int32), 512)
+    attend = ops.attention(sequences, alibi_slopes(12).cuda(), 64)
+    qkv, upstream = drawn(1300, 3, 12, 64, dtype=BF16), drawn(1300, 12, 64, dtype=BF16)
+    once, twice = (results(lambda x: attend(x, 0.0), [qkv], upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+    ids = [torch.randint(50, (TOKENS,), device="cuda")]
+    options = {"eps": 1e-12, "dropout_p": 0.0, "low_precision": True}
+    inputs, upstream = [drawn(VOCAB, HIDDEN), *weight_and_bias()], drawn(TOKENS, HIDDEN)
+
+    def embed(table, weight, bias):
+        return ops.embed_layer_norm(ids, [table], weight, bias, **options)
+
+    once, twice = (results(embed, inputs, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpoint_every", [0, 1])
+def test_a_model_trains_the_same(cuda, compiled, checkpoint_every):
+    """Five steps of AdamW under bf16 autocast: with what resolve() picks, and with plain PyTorch."""
+    losses = {}
+    for name in ("auto", "torch"):
+        torch.manual_seed(0)
+        config = MegaBertConfig(num_hidden_layers=2, hidden_dropout_prob=0.0, vocab_size=1024)
+        model = MegaBertForMaskedLM(config).cuda().train()
+        model.bert.encoder.checkpoint_every = checkpoint_every
+        set_ops(model, resolve(name, cuda, config, bf16=True))
+        run = torch.compile(model) if compiled and name == "auto" else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        batch = {
+            "input_ids": torch.randint(1024, (512,), device="cuda"),
+            "position_ids": torch.arange(128, device="cuda").repeat(4),
+            "cu_seqlens": torch.tensor([0, 128, 256, 384, 512, 512], device="cuda", dtype=torch.int32),
+            "max_seqlen": 128,
+            "masked_positions": torch.arange(0, 512, 4, device="cuda"),
+            "masked_labels": torch.randint(1024, (128,), device="cuda"),
+        }
+        losses[name] = []
+        for _ in range(5):
+            with torch.autocast("cuda", BF16):
+                loss = run(**batch).loss_sum / 128
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[name].append(loss.detach())
+    assert error(torch.stack(losses["auto"]), torch.stack(losses["torch"]).double()) < 0.01
+    assert losses["auto"][-1] < losses["auto"][0]
+
+
+@pytest.mark.parametrize(
+    "operation",
+    ["geglu", "add_layer_norm", "embed_layer_norm", "masked_cross_entropy", "attention_128", "attention_512"],
+)
+def test_faster_than_eager(operation):
+    from tests.benchmarks.bench_kernels import contenders, time_s
+
+    times = {name: time_s(call, 10) for name, call in contenders()[operation].items() if name in ("Triton", "eager")}
+    assert times["Triton"] < times["eager"], times

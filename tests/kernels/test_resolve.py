@@ -1,0 +1,215 @@
+"""Every branch of the choice, on machines that are not here."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megabert.kernels import resolve as resolving
+from megabert.kernels.resolve import Machine, choose_adamw, look_at, resolve, why_not_flash, why_not_triton
+from megabert.model.attention import PLANNERS
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.ops import TORCH_OPS, Ops
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+A100 = Machine(device_type="cuda", capability=(8, 0), installed={"flash_attn": "2.8.3", "triton": "3.7.1"})
+LAPTOP = Machine(device_type="cpu", installed={})
+CONFIG = MegaBertConfig()
+
+
+def without(machine, *modules):
+    return dataclasses.replace(machine, installed={k: v for k, v in machine.installed.items() if k not in modules})
+
+
+def having(machine, **versions):
+    return dataclasses.replace(machine, installed=dict(machine.installed) | versions)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Names instead of Triton's kernels, so that this runs where Triton is not installed."""
+    ops = Ops(*(f"Triton {name}" for name in Ops._fields))
+    monkeypatch.setattr(resolving, "triton_ops", lambda: ops)
+    return ops
+
+
+def resolve_aloud(caplog, name, machine, config=CONFIG, bf16=True):
+    caplog.clear()
+    caplog.set_level("INFO")
+    ops = resolve(name, CUDA, config, bf16, machine)
+    assert len(caplog.messages) == 1, "one line per run"
+    return ops, caplog.messages[0]
+
+
+def test_everything_there(stand_in, caplog):
+    for name in ("auto", "fused"):
+        ops, line = resolve_aloud(caplog, name, A100)
+        assert ops == stand_in._replace(attention=PLANNERS["flash_attention_2"])
+        assert line == (
+            "ops: attention from flash-attn; layer_norm, geglu, add_layer_norm, embed_layer_norm, "
+            f"masked_cross_entropy from Triton (run.ops {name})"
+        )
+
+
+def test_without_flash_attn_attention_is_tritons(stand_in, caplog):
+    for name in ("auto", "fused"):
+        ops, line = resolve_aloud(caplog, name, without(A100, "flash_attn"))
+        assert ops == stand_in
+        assert line == (
+            "ops: all from Triton (flash-attn is not installed (pip install flash-attn --no-build-isolation))"
+        )
+
+
+def test_without_triton_the_rest_is_plain(caplog):
+    ops, line = resolve_aloud(caplog, "auto", without(A100, "triton"))
+    assert ops == TORCH_OPS._replace(attention=PLANNERS["flash_attention_2"])
+    assert line.startswith("ops: attention from flash-attn; layer_norm, geglu,")
+    assert "from PyTorch (Triton is not installed (pip install -e '.[kernels]'))" in line
+
+
+def test_with_nothing_all_is_plain(caplog):
+    ops, line = resolve_aloud(caplog, "auto", without(A100, "triton", "flash_attn"))
+    assert ops == TORCH_OPS._replace(attention=PLANNERS["sdpa"])
+    assert line.startswith("ops: all from PyTorch (flash-attn is not installed")
+    assert line.count("Triton is not installed") == 1
+
+
+def test_torch_is_plain_wherever_it_runs(caplog):
+    for machine in (A100, LAPTOP):
+        ops, line = resolve_aloud(caplog, "torch", machine)
+        assert ops == TORCH_OPS._replace(attention=PLANNERS["sdpa"])
+        assert line == "ops: all from PyTorch (run.ops torch)"
+
+
+def test_a_cpu_has_its_own_way_in(monkeypatch, caplog):
+    mine = TORCH_OPS._replace(geglu=abs)
+    monkeypatch.setattr(resolving, "cpu_ops", lambda config, bf16: mine)
+    ops, line = resolve_aloud(caplog, "auto", LAPTOP)
+    assert ops == mine
+    assert line == (
+        "ops: all from PyTorch (flash-attn needs a CUDA device, this is cpu; Triton needs a CUDA device, this is cpu)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        (LAPTOP, "run.ops is fused, but flash-attn needs a CUDA device, this is cpu; Triton needs a CUDA device"),
+        (without(A100, "triton"), "run.ops is fused, but Triton is not installed .*use run.ops auto"),
+        (without(A100, "triton", "flash_attn"), "flash-attn is not installed .*; Triton is not installed"),
+        (dataclasses.replace(A100, capability=(7, 5)), "flash-attn needs compute capability 8.0, this is 7.5; Triton"),
+    ],
+)
+def test_an_explicit_wish_that_cannot_be_met_fails(machine, said):
+    with pytest.raises(ValueError, match=said):
+        resolve("fused", CUDA, CONFIG, True, machine)
+
+
+@pytest.mark.parametrize(
+    ("machine", "config", "bf16", "reason"),
+    [
+        (A100, CONFIG, True, None),
+        (LAPTOP, CONFIG, True, "flash-attn needs a CUDA device, this is cpu"),
+        (without(A100, "flash_attn"), CONFIG, True, "flash-attn is not installed"),
+        (having(A100, flash_attn="2.3.6"), CONFIG, True, "flash-attn 2.3.6 is older than 2.4"),
+        (A100, MegaBertConfig(padding="padded"), True, "model.padding padded computes its padding"),
+        (A100, CONFIG, False, "flash-attn computes in bf16, and torch_autocast is off"),
+        (dataclasses.replace(A100, capability=(7, 0)), CONFIG, True, "flash-attn needs compute capability 8.0"),
+    ],
+)
+def test_what_keeps_flash_attn(machine, config, bf16, reason):
+    got = why_not_flash(CUDA, config, bf16, machine)
+    assert got == reason or (reason and got.startswith(reason))
+
+
+@pytest.mark.parametrize(
+    ("operation", "machine", "config", "bf16", "reason"),
+    [
+        ("attention", A100, CONFIG, True, None),
+        ("attention", A100, MegaBertConfig(padding="padded"), True, None),
+        ("geglu", A100, CONFIG, False, None),
+        ("geglu", LAPTOP, CONFIG, True, "Triton needs a CUDA device, this is cpu"),
+        ("geglu", without(A100, "triton"), CONFIG, True, "Triton is not installed"),
+        ("geglu", having(A100, triton="3.4.0"), CONFIG, True, "Triton 3.4.0 is older than 3.7"),
+        ("geglu", dataclasses.replace(A100, capability=(7, 0)), CONFIG, True, "Triton needs compute capability 8.0"),
+        ("layer_norm", A100, MegaBertConfig(hidden_size=12_288), True, "Triton's LayerNorm takes rows of 8192"),
+        ("geglu", A100, MegaBertConfig(hidden_size=12_288), True, None),
+        ("attention", A100, MegaBertConfig(hidden_size=576), True, "Triton's attention takes heads of 16, 32, 64, 128"),
+        ("attention", A100, CONFIG, False, "Triton's attention computes in bf16, and torch_autocast is off"),
+    ],
+)
+def test_what_keeps_triton(operation, machine, config, bf16, reason):
+    got = why_not_triton(operation, config, bf16, machine)
+    assert got == reason or (reason and got.startswith(reason))
+
+
+def test_a_laptop_looks_like_one():
+    assert look_at(CPU) == LAPTOP
+
+
+def test_installed_modules_are_found_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(resolving, "_found", lambda module: module in ("flash_attn", "amp_C"))
+    monkeypatch.setattr(resolving.metadata, "version", lambda name: {"flash-attn": "2.8.3"}[name])
+    assert look_at(CUDA) == Machine(
+        device_type="cuda", capability=(9, 0), installed={"flash_attn": "2.8.3", "amp_C": ""}
+    )
+
+
+def test_found_says_what_can_be_imported():
+    assert resolving._found("torch.nn")
+    assert not resolving._found("amp_C_that_nobody_built")
+    assert not resolving._found("no_such_package.module")
+
+
+class Adam(torch.optim.AdamW):
+    """Takes what apex's and DeepSpeed's FusedAdam take."""
+
+    def __init__(self, params, adam_w_mode, **settings):
+        assert adam_w_mode
+        super().__init__(params, **settings)
+
+
+@pytest.mark.parametrize(
+    ("machine", "offloaded", "said", "kind"),
+    [
+        (LAPTOP, False, "AdamW from PyTorch (the others need a CUDA device, this is cpu)", torch.optim.AdamW),
+        (having(A100, amp_C=""), True, "AdamW from PyTorch (the others need their state on the GPU", torch.optim.AdamW),
+        (having(A100, amp_C=""), False, "AdamW from apex", Adam),
+        (
+            having(A100, **{"deepspeed.ops.adam.fused_adam_op": ""}),
+            False,
+            "AdamW from DeepSpeed (apex is not built: bash launch/install_gpu.sh)",
+            Adam,
+        ),
+        (A100, False, "AdamW from PyTorch (apex is not built: bash launch/install_gpu.sh; Deep", torch.optim.AdamW),
+    ],
+)
+def test_the_optimizer_and_its_reason(machine, offloaded, said, kind, monkeypatch):
+    import types
+
+    import deepspeed.ops.adam
+
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", types.SimpleNamespace(FusedAdam=Adam))
+    monkeypatch.setattr(deepspeed.ops.adam, "FusedAdam", Adam)
+    make, reason = choose_adamw(CUDA, offloaded, machine)
+    assert reason.startswith(said)
+    optimizer = make([torch.nn.Parameter(torch.zeros(2))], lr=0.1, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
+    assert type(optimizer) is kind
+    assert optimizer.defaults["eps"] == 1e-6
+
+
+def test_megabert_works_where_triton_is_not_installed():
+    """And where it is, no kernel is imported before it is chosen."""
+    program = (
+        "import sys; sys.modules['triton'] = None;"  # an import of it raises ImportError
+        "import torch, megabert.training.engine;"
+        "from megabert.kernels.resolve import resolve; from megabert.model.modeling_megabert import MegaBertConfig;"
+        "resolve('auto', torch.device('cpu'), MegaBertConfig(), True);"
+        "print([name for name in sys.modules if name.startswith('megabert.kernels.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["['megabert.kernels.resolve']"], done.stderr
