@@ -38,7 +38,7 @@ def prepare_quickstart_corpus(recipe: Recipe) -> None:
             raise ValueError(f"preparing {recipe.data.train} failed with exit code {done.returncode}; see above.")
 
 
-def main() -> None:
+def main() -> int:
     parser = RecipeParser("launch/pretrain.py", __doc__ or "")
     parser.add_argument(
         "--ds_config",
@@ -52,7 +52,7 @@ def main() -> None:
         from megabert.training.schedules import plot_schedule
 
         plot_schedule(recipe, Path(options.plot_schedule))
-        return
+        return 0
     ds_config = read_ds_config(options.ds_config)
     prepare_quickstart_corpus(recipe)
     os.environ.setdefault(
@@ -62,7 +62,7 @@ def main() -> None:
     # Imported here: flags and ds_config are checked before torch and DeepSpeed take their seconds to load.
     from megabert.training.loop import pretrain
 
-    pretrain(recipe, ds_config, options.ds_config)
+    return pretrain(recipe, ds_config, options.ds_config)
 
 
 if __name__ == "__main__":

@@ -277,6 +277,10 @@ class RunConfig:
     """checkpoints to keep, the latest ones"""
     resume: str = "auto"
     """auto: go on from the newest checkpoint of output_dir, if any; none: start anew; or a checkpoint's folder"""
+    max_norm_ratio: float = 10.0
+    """skip an update whose gradient norm is this many times the median of the last 128; 0: only if it is not finite"""
+    rollback_after: int = 5
+    """skipped updates in a row after which to go back to the last checkpoint and on past those batches; 0: never"""
     ops: Literal["auto", "torch", "fused"] = "auto"
     """kernels: the fastest that work here, plain PyTorch, or the fused ones or nothing"""
 
@@ -287,6 +291,10 @@ class RunConfig:
             )
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"run.seed is {self.seed}, expected a number from 0 to 2^63 - 1.")
+        if self.max_norm_ratio < 0 or self.rollback_after < 0:
+            raise ValueError(
+                f"run.max_norm_ratio is {self.max_norm_ratio} and run.rollback_after {self.rollback_after}, expected 0 or more."
+            )
         positive = ("log_every_steps", "eval_every_steps", "save_every_steps", "keep_checkpoints", "eval_tokens")
         for name in ("max_steps", "max_tokens", *positive):
             if (value := getattr(self, name)) is not None and value < 1:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 FREE_TO_CHANGE = {
     "data.train", "data.heldout", "data.tokenizer", "data.num_workers", "data.on_bad_shard", "data.cache_dir", "data.cache_gb", "run.output_dir", "run.log_every_steps", "run.eval_every_steps",
     "run.eval_tokens", "run.save_every_steps", "run.keep_checkpoints", "run.resume", "run.ops",
+    "run.max_norm_ratio", "run.rollback_after",
 }  # fmt: skip
 
 
@@ -92,8 +94,7 @@ def set_aside_after(folder: Path, step: int) -> None:
     """
     later = [tag for tag in layout.list_tags(folder) if layout.step_of(tag) > step]
     if later:
-        aside = folder / f"set-aside-{time.strftime('%Y%m%d-%H%M%S')}"
-        aside.mkdir()
+        aside = Path(tempfile.mkdtemp(prefix=f"set-aside-{time.strftime('%Y%m%d-%H%M%S')}-", dir=folder))
         for tag in later:
             os.rename(folder / tag, aside / tag)
         log.warning("checkpoints of later steps are set aside in %s: %s", aside, ", ".join(later))
@@ -113,16 +114,26 @@ def find(recipe: Recipe, folder: Path) -> Path | None:
         if problem := _check_together(named):
             raise ValueError(f"{named}: cannot resume from it: {problem}. Name another one, or use run.resume auto.")
         return named
-    tags = layout.list_tags(folder)
-    for tag in tags:
+    found = newest(folder)
+    if found is None and (tags := layout.list_tags(folder)):
+        raise ValueError(
+            f"{folder}: none of its {len(tags)} checkpoints is whole. Remove them to start anew, or use run.resume none."
+        )
+    return found
+
+
+def newest(folder: Path, up_to: int | None = None) -> Path | None:
+    """The newest checkpoint that is whole, of step `up_to` at most; every rank calls this.
+
+    Damaged ones are named and passed over.
+    """
+    for tag in layout.list_tags(folder):
+        if up_to is not None and layout.step_of(tag) > up_to:
+            continue
         problem = _check_together(folder / tag)
         if problem is None:
             return folder / tag
         log.warning("checkpoint %s is damaged and passed over: %s", tag, problem)
-    if tags:
-        raise ValueError(
-            f"{folder}: none of its {len(tags)} checkpoints is whole. Remove them to start anew, or use run.resume none."
-        )
     return None
 
 

@@ -70,6 +70,7 @@ def fill(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_grad_norm,
     }
+    stage = raw.get("zero_optimization", {}).get("stage", 0)
     for key, value in ours.items():
         if raw.get(key, "auto") not in ("auto", value):
             raise ValueError(
@@ -81,7 +82,14 @@ def fill(
     if autocast.get("enabled") == "auto":
         autocast["enabled"] = fast_bf16
     filled["torch_autocast"] = autocast
-    stage = filled.get("zero_optimization", {}).get("stage", 0)
+    if stage == 0:
+        filled["gradient_clipping"] = (
+            0.0  # training/guard.py clips: DeepSpeed would, but does not say what the norm was
+        )
+    if not filled.get("zero_optimization", {}).get("compute_grad_norm", True):
+        raise ValueError(
+            f"{path}: compute_grad_norm false hides the gradient's norm, which the guard reads. Remove it."
+        )
     if stage == 0 and filled.get("bf16", {}).get("enabled"):
         raise ValueError(
             f"{path}: bf16.enabled at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed 0.19.8. "

@@ -20,6 +20,7 @@ from megabert.kernels.resolve import resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.training.guard import Verdict, hold_back
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,11 @@ def start_process() -> tuple[int, int]:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     return deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+
+
+def launched_by_deepspeed() -> bool:
+    """Whether the deepspeed launcher started this process, which ends with it."""
+    return "CROSS_RANK" in os.environ
 
 
 def _free_port() -> int:
@@ -116,11 +122,23 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-def build_engine(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+def build_engine(
+    model: nn.Module, recipe: Recipe, ds_config: dict[str, Any], verdict: Verdict
+) -> deepspeed.DeepSpeedEngine:
     """Wrap the model for training under the filled ds_config. Its learning rate is set before every step."""
     config = recipe.optimizer
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )
+    hold_back(optimizer, verdict.allowed)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return engine
+
+
+def attach_guard(engine: deepspeed.DeepSpeedEngine, verdict: Verdict) -> None:
+    """Tell the guard where the gradient's norm is: ZeRO computes it; at stage 0 it is the guard who clips."""
+    if engine.zero_optimization_stage() == 0:
+        verdict.parameters = list(engine.parameters())
+    else:
+        optimizer: Any = engine.optimizer
+        verdict.norm_of_zero = lambda: optimizer._global_grad_norm

@@ -1,89 +1,48 @@
 """The training loop: the story of a run."""
 
+import gc
 import json
-import logging
-import os
-import platform
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import yaml
+import torch.distributed
 
 from megabert.checkpoint_format import State, read_state
-from megabert.config import Recipe, batches_per_step, total_steps
+from megabert.config import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.manifest import write_atomically
-from megabert.data.schedule import Plan
-from megabert.data.shards import Corpus, stream_count
-from megabert.data.stream import DROPOUT, BatchStream, Position, open_loader, philox
-from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.data.stream import DROPOUT, Position, philox
 from megabert.training import checkpoint
-from megabert.training.checkpoint import Course
-from megabert.training.ds_config import fill
-from megabert.training.engine import build_engine, build_model, has_fast_bf16, start_process, training_device
-from megabert.training.evaluate import Evaluation, evaluate, unigram_loss
-from megabert.training.feed import open_corpora, open_held_out, plan_of, share_of, stream_config
-from megabert.training.metrics import Meter, Reporter
+from megabert.training.engine import start_process
+from megabert.training.evaluate import evaluate
+from megabert.training.interrupts import REQUEUE
+from megabert.training.prepare import prepare, rebuild, write_run_json
+from megabert.training.run import Run
 from megabert.training.schedules import lr_factor
 
-log = logging.getLogger(__name__)
-
 RESULT = "result.json"
-
-
-@dataclass
-class Run:
-    """All that a training run holds. step: optimizer steps done; index: the next bin; positions: of this rank's streams."""
-
-    recipe: Recipe
-    model: MegaBertForMaskedLM
-    engine: deepspeed.DeepSpeedEngine
-    batches: Iterator[tuple[PackedBatch, int, Position]]
-    held_out: list[PackedBatch]
-    ds_config: dict[str, Any]
-    corpus: Corpus
-    rank: int
-    world_size: int
-    plan: Plan
-    step_batches: int
-    num_streams: int
-    total_steps: int
-    reporter: Reporter | None
-    meter: Meter
-    unigram: float
-    positions: dict[int, Position]
-    step: int = 0
-    index: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    lr: float = 0.0
-    evaluation: Evaluation | None = None
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.recipe.run.output_dir)
+SKIPPED = "skipped.jsonl"  # one line per update that the guard refused
+MOST_ROLLBACKS = 3  # to one checkpoint: what fails a fourth time is not the data
 
 
 def train(run: Run) -> None:
-    """Train to the end of the recipe."""
+    """Train to the end of the recipe, or until told to stop."""
     every = run.recipe.run
-    while run.step < run.total_steps:
+    while run.step < run.total_steps and run.stopped is None:
         set_learning_rate(run)
-        take_step(run, next_batches(run))
-        run.step += 1
-        run.meter.steps += 1
-        last = run.step == run.total_steps
+        batches, before = next_batches(run)
+        sums = take_step(run, batches)
+        settle(run, batches, before, sums)
+        if every.rollback_after and run.guard.in_a_row >= every.rollback_after:
+            roll_back(run)
+            continue
+        last = run.step == run.total_steps or run.stopped is not None
         saving = run.step % every.save_every_steps == 0 or last
         if run.step % every.log_every_steps == 0 or saving:
             report(run)  # before a save too: nothing that is counted is left out of the checkpoint
-        if run.step % every.eval_every_steps == 0 or last:
+        if run.step % every.eval_every_steps == 0 or run.step == run.total_steps:
             check_held_out(run)
         if saving:
             save(run)
@@ -97,9 +56,26 @@ def set_learning_rate(run: Run) -> None:
         group["lr"] = run.lr
 
 
-def take_step(run: Run, batches: list[PackedBatch]) -> None:
-    """Forward and backward of every micro-batch, and one update of the weights."""
+def next_batches(run: Run) -> tuple[list[PackedBatch], dict[int, Position]]:
+    """This rank's micro-batches of the next step, and where their streams were before."""
+    began = time.perf_counter()
+    batches, before = [], {}
+    step_batches = run.plan.at(run.index).step_batches
+    for _ in range(step_batches // run.world_size):
+        batch, stream, position = next(run.batches)
+        before.setdefault(stream, run.positions.get(stream, Position()))
+        run.positions[stream] = position
+        batches.append(batch)
+    run.index += step_batches
+    run.meter.waited += time.perf_counter() - began
+    return batches, before
+
+
+def take_step(run: Run, batches: list[PackedBatch]) -> torch.Tensor:
+    """Forward and backward of every micro-batch, and one update. Returns this rank's sums as in MaskedLoss, (3,) fp64."""
     num_masked = global_count(sum(batch.num_masked for batch in batches), run.engine.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=run.engine.device)
+    run.verdict.reset()
     for batch in batches:
         seed_dropout(run.recipe.run.seed, batch.index)
         # Said each time: in a batch warm-up, DeepSpeed's own count of micro-batches is another.
@@ -109,21 +85,8 @@ def take_step(run: Run, batches: list[PackedBatch]) -> None:
         loss = output.loss_sum * (run.world_size / num_masked)
         run.engine.backward(loss, scale_wrt_gas=False)
         run.engine.step()
-        run.meter.add(output, batch.num_tokens, run.recipe.data.micro_batch_tokens)
-
-
-def next_batches(run: Run) -> list[PackedBatch]:
-    """This rank's micro-batches of the next step."""
-    began = time.perf_counter()
-    batches = []
-    step_batches = run.plan.at(run.index).step_batches
-    for _ in range(step_batches // run.world_size):
-        batch, stream, position = next(run.batches)
-        run.positions[stream] = position
-        batches.append(batch)
-    run.index += step_batches
-    run.meter.waited += time.perf_counter() - began
-    return batches
+        sums += torch.stack([part.detach().double() for part in output])
+    return sums
 
 
 def global_count(value: int, device: torch.device) -> torch.Tensor:
@@ -138,33 +101,101 @@ def seed_dropout(seed: int, index: int) -> None:
     torch.manual_seed(int(philox(seed, DROPOUT, index).integers(1 << 63)))
 
 
+def settle(run: Run, batches: list[PackedBatch], before: dict[int, Position], sums: torch.Tensor) -> None:
+    """Agree with all ranks on what the step was, and whether to go on: one all-reduce, one read of the host."""
+    told = float(run.interrupts.reason is not None)
+    mine = [sum(batch.num_tokens for batch in batches), len(batches) * run.recipe.data.micro_batch_tokens, told]
+    packed = torch.cat([sums, torch.tensor(mine, dtype=torch.float64, device=run.engine.device)])
+    deepspeed.comm.all_reduce(packed)
+    *counted, stopping = packed.tolist()  # synchronises
+    run.step += 1
+    if stopping:
+        run.stopped = run.interrupts.reason or "another rank was told to stop"
+    if run.verdict.settle():
+        run.meter.add(counted)
+    else:
+        note_skipped(run, before, counted[0] / max(1.0, counted[2]))
+
+
+def note_skipped(run: Run, before: dict[int, Position], loss: float) -> None:
+    """Say that an update was not made, and write down which bins were behind it and where they come from."""
+    parts: list[Any] = [None] * run.world_size
+    torch.distributed.all_gather_object(parts, {stream: position.to_json() for stream, position in before.items()})
+    last = run.index
+    first = last - run.plan.at(last - 1).step_batches
+    run.say(
+        f"step {run.step}: update skipped, gradient norm {run.verdict.norm:.3g}, loss {loss:.3f}, bins {first} to {last - 1}"
+    )
+    if run.reporter is not None:
+        positions = {stream: position for part in parts for stream, position in part.items()}
+        facts = {"step": run.step, "bins": [first, last], "norm": repr(run.verdict.norm), "loss": repr(loss)}
+        with open(run.output_dir / SKIPPED, "a") as file:
+            file.write(json.dumps(facts | {"positions": positions}) + "\n")
+
+
+def roll_back(run: Run) -> None:
+    """Go back to the newest checkpoint before the refused updates, and on past the bins that led there.
+
+    Raises ValueError if there is none, or if going back to it has not helped.
+    """
+    refused = run.guard.in_a_row
+    if run.engine.zero_optimization_stage() == 3:
+        raise ValueError(
+            f"{refused} updates in a row were refused, and DeepSpeed 0.19.8 cannot load a checkpoint into a stage-3 engine that "
+            "has trained. Start again from an earlier checkpoint with run.resume, or use ZeRO stage 2."
+        )
+    path = checkpoint.newest(run.checkpoints, up_to=run.step - refused)
+    if path is None:
+        raise ValueError(
+            f"{refused} updates in a row were refused, and {run.checkpoints} has no checkpoint to go back to."
+        )
+    state = read_state(path)
+    if sum(first == state.next_index for first, _ in run.left_behind) >= MOST_ROLLBACKS:
+        raise ValueError(
+            f"{refused} updates in a row were refused, for the {MOST_ROLLBACKS + 1}th time after {path}: not the data's fault. "
+            "Lower optimizer.lr, or look at skipped.jsonl."
+        )
+    rebuild(run, path)
+    positions = checkpoint.read_positions(path)
+    run.left_behind.append((state.next_index, run.index))
+    del run.batches  # and with it its workers
+    gc.collect()
+    run.batches = run.feed.open(positions, run.index)
+    run.positions = run.feed.mine(positions)
+    skipped = run.guard.skipped
+    run.guard.restore(state.guard | {"skipped": skipped, "in_a_row": 0})
+    run.step = state.step
+    if run.reporter is not None:
+        checkpoint.set_aside_after(run.checkpoints, run.step)
+    run.say(f"rolled back to {path} after {refused} refused updates; going on at bin {run.index}")
+
+
 def report(run: Run) -> None:
-    """Write one line of the log. Waits for the device."""
+    """Write one line of the log."""
     meter = run.meter
-    skipped = sum(position.skipped for position in run.positions.values())
-    counts = torch.tensor([meter.tokens, meter.slots, skipped], dtype=torch.float64, device=run.engine.device)
-    sums = torch.cat([meter.sums, counts])
-    deepspeed.comm.all_reduce(sums)
-    loss_sum, num_correct, num_targets, tokens, slots, skipped = sums.tolist()  # synchronises
+    skipped = torch.tensor(
+        float(sum(position.skipped for position in run.positions.values())), device=run.engine.device
+    )
+    deepspeed.comm.all_reduce(skipped)
     seconds = meter.seconds()
-    run.tokens += int(tokens)
+    run.tokens += int(meter.tokens)
     run.seconds += seconds
-    norm = run.engine.get_global_grad_norm()
     values = {
-        "loss": loss_sum / num_targets,
-        "masked_accuracy": num_correct / num_targets,
+        "loss": meter.loss_sum / max(1.0, meter.num_targets),
+        "masked_accuracy": meter.num_correct / max(1.0, meter.num_targets),
         "lr": run.lr,
-        "masked_share": num_targets / tokens,
-        "grad_norm": float("nan") if norm is None else float(norm),
+        "masked_share": meter.num_targets / max(1.0, meter.tokens),
+        "grad_norm": run.verdict.norm,
+        "skipped_updates": run.guard.skipped,
         "tokens": run.tokens,
         "seconds": run.seconds,
-        "tokens_per_s": tokens / seconds,
+        "tokens_per_s": meter.tokens / seconds,
         "seconds_per_step": seconds / max(1, meter.steps),
-        "fill": tokens / slots,
+        "fill": meter.tokens / max(1.0, meter.slots),
         "loader_wait": meter.waited / seconds,
-        "skipped_chunks": skipped,
+        "skipped_chunks": float(skipped),
     }
-    if run.reporter is not None:
+    if run.reporter is not None and meter.steps:
         run.reporter.log(run.step, values)
     meter.reset()
 
@@ -192,27 +223,27 @@ def save(run: Run) -> None:
         tokens=run.tokens,
         seconds=run.seconds,
         world_size=run.world_size,
-        num_streams=run.num_streams,
+        num_streams=run.feed.config.num_streams,
         step_batches=run.step_batches,
         total_steps=run.total_steps,
         corpus=run.corpus.fingerprint,
         recipe=run.recipe.to_dict(),
         ds_config=run.ds_config,
         model=run.model.config.to_dict(),
+        guard=run.guard.to_json(),
+        left_behind=run.left_behind,
     )
-    folder = run.output_dir / "checkpoints"
-    path = checkpoint.save(
-        run.engine, folder, state, run.positions, run.corpus.sources[0], run.recipe.run.keep_checkpoints
-    )
-    if run.reporter is not None:
-        run.reporter.say(f"step {run.step}: saved {path}")
+    keep = run.recipe.run.keep_checkpoints
+    path = checkpoint.save(run.engine, run.checkpoints, state, run.positions, run.corpus.sources[0], keep)
+    run.say(f"step {run.step}: saved {path}")
     run.meter.paused += time.perf_counter() - began
 
 
-def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str) -> None:
+def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str) -> int:
     """Run a recipe from its start, or from its last checkpoint, to its end. Every rank calls this.
 
-    Raises ValueError for what the user can mend: the corpus, the recipe, the ds_config, the checkpoint.
+    Returns the exit code: 0 at the end, REQUEUE where it was told to stop, and saved. Raises ValueError for what the user
+    can mend: the corpus, the recipe, the ds_config, the checkpoint.
     """
     rank, world_size = start_process()
     run = prepare(recipe, raw_ds_config, ds_config_path, rank, world_size)
@@ -220,108 +251,22 @@ def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str)
         write_run_json(run)
     try:
         train(run)
+        if run.stopped is not None:
+            run.say(f"stopped at step {run.step} of {run.total_steps}: {run.stopped}; saved, the same command goes on")
     finally:
         if run.reporter is not None:
             run.reporter.close()
-    finish(run)
-
-
-def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, rank: int, world_size: int) -> Run:
-    """Open the data, build the model, and restore the newest checkpoint if there is one."""
-    corpus, held = open_corpora(recipe)
-    device = training_device()
-    step_batches = batches_per_step(recipe, world_size)
-    steps = total_steps(recipe, step_batches)
-    stage = raw_ds_config.get("zero_optimization", {}).get("stage", 0)
-    folder = Path(recipe.run.output_dir, "checkpoints")
-    found = checkpoint.find(recipe, folder)
-    state = read_state(found) if found else None
-    if found and state:
-        now = Course(corpus.fingerprint, stage, world_size, step_batches, steps)
-        checkpoint.check_same_run(found, state, recipe, now)
-    ds_config = fill(
-        raw_ds_config,
-        ds_config_path,
-        accumulation=step_batches // world_size,
-        max_grad_norm=recipe.optimizer.max_grad_norm,
-        world_size=world_size,
-        fast_bf16=has_fast_bf16(device),
-    )
-    num_streams = state.num_streams if state else stream_count(corpus.num_splits, recipe.data.max_streams)
-    plan = plan_of(recipe, step_batches, steps)
-    config = stream_config(recipe, corpus, plan, steps, num_streams)
-    positions = checkpoint.read_positions(found) if found else {}
-    first = state.next_index if state else 0
-    dataset = BatchStream(corpus, config, rank=rank, world_size=world_size, positions=positions, first_index=first)
-    # Before the model: the workers are small copies of this process, and have batches ready when it is built.
-    batches = iter(open_loader(dataset, recipe.data.num_workers, pin_memory=device.type != "cpu"))
-    every_held_out = open_held_out(recipe, held, config)
-    model = build_model(recipe, corpus.tokenizer, device, ds_config["torch_autocast"]["enabled"])
-    engine = build_engine(model, recipe, ds_config)
-    if found:
-        checkpoint.load(engine, found)
-    run = Run(
-        recipe=recipe,
-        model=model,
-        engine=engine,
-        batches=batches,
-        held_out=share_of(every_held_out, recipe, corpus, config, rank, world_size),
-        ds_config=ds_config,
-        corpus=corpus,
-        rank=rank,
-        world_size=world_size,
-        plan=plan,
-        step_batches=step_batches,
-        num_streams=num_streams,
-        total_steps=steps,
-        reporter=Reporter(Path(recipe.run.output_dir), steps, state.step if state else 0) if rank == 0 else None,
-        meter=Meter(engine.device),
-        unigram=unigram_loss(corpus, every_held_out),
-        positions={stream: position for stream, position in positions.items() if stream % world_size == rank},
-    )
-    if state:
-        run.step, run.index, run.tokens, run.seconds = state.step, state.next_index, state.tokens, state.seconds
-    if run.reporter is not None:
-        describe(run, found)
-        checkpoint.set_aside_after(folder, run.step)
-    return run
-
-
-def describe(run: Run, found: Path | None) -> None:
-    """Say what is about to happen, with every setting as resolved."""
-    assert run.reporter is not None, "rank 0 speaks"
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())
-    precision = "bf16 autocast" if run.ds_config["torch_autocast"]["enabled"] else "fp32"
-    settings = yaml.safe_dump(run.recipe.to_dict(), sort_keys=False).rstrip()
-    run.reporter.say(f"recipe:\n{settings}\nds_config: {json.dumps(run.ds_config)}")
-    run.reporter.say(
-        f"{parameters:,} parameters, {precision} on {run.world_size} x {run.engine.device.type}, "
-        f"ZeRO {run.engine.zero_optimization_stage()}; {run.corpus.tokens:,} tokens in {run.num_streams} streams; "
-        f"{run.total_steps} steps of {run.step_batches} x {run.recipe.data.micro_batch_tokens} token slots"
-    )
-    if found:
-        run.reporter.say(f"resumed from {found}: step {run.step} of {run.total_steps}")
-
-
-def write_run_json(run: Run) -> None:
-    """Write down enough to repeat the run."""
-    facts = {
-        "command": sys.argv,
-        "recipe": run.recipe.to_dict(),
-        "ds_config": run.ds_config,
-        "world_size": run.world_size,
-        "corpus": {"name": run.corpus.name, "fingerprint": run.corpus.fingerprint},
-        "versions": {name: version(name) for name in ("megabert", "torch", "deepspeed", "transformers", "numpy")},
-        "machine": {"node": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count()},
-    }
-    write_atomically(run.output_dir / "run.json", json.dumps(facts, indent=1).encode())
+    if run.stopped is None:
+        finish(run)
+    leave(run)
+    return 0 if run.stopped is None else REQUEUE
 
 
 def finish(run: Run) -> None:
-    """Leave the run's figures beside its checkpoints, and the process group together."""
+    """Leave the run's figures beside its checkpoints."""
     if run.evaluation is None:  # a finished run, started again
         run.evaluation = evaluate(run.engine, run.held_out)
-    if run.rank == 0:
+    if run.reporter is not None:
         result = {
             "steps": run.step,
             "tokens": run.tokens,
@@ -332,5 +277,10 @@ def finish(run: Run) -> None:
             "masked_accuracy": run.evaluation.accuracy,
         }
         write_atomically(run.output_dir / RESULT, json.dumps(result, indent=1).encode())
+
+
+def leave(run: Run) -> None:
+    """End the process group together: a rank that leaves early makes the others fail."""
+    del run.batches
     deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -20,31 +19,29 @@ METRICS = "metrics.jsonl"
 
 
 class Meter:
-    """Adds up what happens between two lines of the log. Every rank has one; it keeps time and counts."""
+    """Adds up what happens between two lines of the log, over all ranks but for the times, which are this one's."""
 
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss_sum, num_correct, num_targets
-        self.tokens = 0
-        self.slots = 0
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss_sum = self.num_correct = self.num_targets = self.tokens = self.slots = 0.0
         self.steps = 0
-        self.waited = 0.0
-        self.paused = 0.0
+        self.waited = self.paused = 0.0
         self.started = time.perf_counter()
 
-    def add(self, output: tuple[torch.Tensor, ...], tokens: int, slots: int) -> None:
-        """One micro-batch. Stays on the device: nothing waits for it here."""
-        self.sums += torch.stack([part.detach().double() for part in output])
+    def add(self, counted: list[float]) -> None:
+        """One step: loss_sum, num_correct, num_targets, tokens, slots."""
+        loss_sum, num_correct, num_targets, tokens, slots = counted
+        self.loss_sum += loss_sum
+        self.num_correct += num_correct
+        self.num_targets += num_targets
         self.tokens += tokens
         self.slots += slots
+        self.steps += 1
 
     def seconds(self) -> float:
         return time.perf_counter() - self.started - self.paused
-
-    def reset(self) -> None:
-        self.sums.zero_()
-        self.tokens = self.slots = self.steps = 0
-        self.waited = self.paused = 0.0
-        self.started = time.perf_counter()
 
 
 class Reporter:

@@ -24,6 +24,8 @@ STATE = State(
     recipe=RECIPE.to_dict(),
     ds_config={"zero_optimization": {"stage": 2}},
     model={},
+    guard={},
+    left_behind=[],
 )
 
 

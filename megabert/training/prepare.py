@@ -1,0 +1,148 @@
+"""Everything before the first step: data, model, engine, and what a checkpoint says."""
+
+import gc
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import yaml
+
+from megabert.checkpoint_format import read_state
+from megabert.config import Recipe, batches_per_step, total_steps
+from megabert.data.manifest import write_atomically
+from megabert.data.shards import Corpus, stream_count
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.training import checkpoint
+from megabert.training.checkpoint import Course
+from megabert.training.ds_config import fill
+from megabert.training.engine import (
+    attach_guard,
+    build_engine,
+    build_model,
+    has_fast_bf16,
+    launched_by_deepspeed,
+    training_device,
+)
+from megabert.training.evaluate import unigram_loss
+from megabert.training.feed import open_corpora, open_held_out, plan_of, share_of, stream_config
+from megabert.training.guard import Guard, Verdict
+from megabert.training.interrupts import Interrupts
+from megabert.training.metrics import Meter, Reporter
+from megabert.training.run import Feed, Run
+
+
+def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, rank: int, world_size: int) -> Run:
+    """Open the data, build the model, and restore the newest checkpoint if there is one."""
+    interrupts = Interrupts()
+    interrupts.listen()
+    if launched_by_deepspeed():
+        interrupts.watch_launcher()
+    corpus, held = open_corpora(recipe)
+    device = training_device()
+    step_batches = batches_per_step(recipe, world_size)
+    steps = total_steps(recipe, step_batches)
+    folder = Path(recipe.run.output_dir, "checkpoints")
+    found = checkpoint.find(recipe, folder)
+    state = read_state(found) if found else None
+    if found and state:
+        stage = raw_ds_config.get("zero_optimization", {}).get("stage", 0)
+        checkpoint.check_same_run(
+            found, state, recipe, Course(corpus.fingerprint, stage, world_size, step_batches, steps)
+        )
+    ds_config = fill(
+        raw_ds_config,
+        ds_config_path,
+        accumulation=step_batches // world_size,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        world_size=world_size,
+        fast_bf16=has_fast_bf16(device),
+    )
+    plan = plan_of(recipe, step_batches, steps)
+    num_streams = state.num_streams if state else stream_count(corpus.num_splits, recipe.data.max_streams)
+    config = stream_config(recipe, corpus, plan, steps, num_streams)
+    positions = checkpoint.read_positions(found) if found else {}
+    feed = Feed(corpus, config, rank, world_size, recipe.data.num_workers, pin_memory=device.type != "cpu")
+    # Before the model: the workers are small copies of this process, and have batches ready when it is built.
+    batches = feed.open(positions, state.next_index if state else 0)
+    every_held_out = open_held_out(recipe, held, config)
+    verdict = Verdict(Guard(recipe.run.max_norm_ratio), recipe.optimizer.max_grad_norm)
+    model, engine = build(recipe, corpus, ds_config, verdict, found)
+    run = Run(
+        recipe=recipe,
+        model=model,
+        engine=engine,
+        ds_config=ds_config,
+        feed=feed,
+        batches=batches,
+        held_out=share_of(every_held_out, recipe, corpus, config, rank, world_size),
+        step_batches=step_batches,
+        total_steps=steps,
+        unigram=unigram_loss(corpus, every_held_out),
+        meter=Meter(),
+        verdict=verdict,
+        interrupts=interrupts,
+        reporter=Reporter(Path(recipe.run.output_dir), steps, state.step if state else 0) if rank == 0 else None,
+        positions=feed.mine(positions),
+    )
+    if state:
+        run.step, run.index, run.tokens, run.seconds = state.step, state.next_index, state.tokens, state.seconds
+        run.left_behind = [tuple(part) for part in state.left_behind]
+        run.guard.restore(state.guard)
+    if run.reporter is not None:
+        describe(run, found)
+        checkpoint.set_aside_after(folder, run.step)
+    return run
+
+
+def build(
+    recipe: Recipe, corpus: Corpus, ds_config: dict[str, Any], verdict: Verdict, found: Path | None
+) -> tuple[MegaBertForMaskedLM, deepspeed.DeepSpeedEngine]:
+    """The model and its engine, at its start or as a checkpoint has it."""
+    model = build_model(recipe, corpus.tokenizer, training_device(), ds_config["torch_autocast"]["enabled"])
+    engine = build_engine(model, recipe, ds_config, verdict)
+    if found:
+        checkpoint.load(engine, found)
+    attach_guard(engine, verdict)
+    return model, engine
+
+
+def rebuild(run: Run, path: Path) -> None:
+    """Replace the engine by one as a checkpoint has it."""
+    run.engine.destroy()
+    del run.engine, run.model
+    gc.collect()
+    run.model, run.engine = build(run.recipe, run.corpus, run.ds_config, run.verdict, path)
+
+
+def describe(run: Run, found: Path | None) -> None:
+    """Say what is about to happen, with every setting as resolved."""
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())
+    precision = "bf16 autocast" if run.ds_config["torch_autocast"]["enabled"] else "fp32"
+    settings = yaml.safe_dump(run.recipe.to_dict(), sort_keys=False).rstrip()
+    run.say(f"recipe:\n{settings}\nds_config: {json.dumps(run.ds_config)}")
+    run.say(
+        f"{parameters:,} parameters, {precision} on {run.world_size} x {run.engine.device.type}, "
+        f"ZeRO {run.engine.zero_optimization_stage()}; {run.corpus.tokens:,} tokens in {run.feed.config.num_streams} streams; "
+        f"{run.total_steps} steps of {run.step_batches} x {run.recipe.data.micro_batch_tokens} token slots"
+    )
+    if found:
+        run.say(f"resumed from {found}: step {run.step} of {run.total_steps}")
+
+
+def write_run_json(run: Run) -> None:
+    """Write down enough to repeat the run."""
+    facts = {
+        "command": sys.argv,
+        "recipe": run.recipe.to_dict(),
+        "ds_config": run.ds_config,
+        "world_size": run.world_size,
+        "corpus": {"name": run.corpus.name, "fingerprint": run.corpus.fingerprint},
+        "versions": {name: version(name) for name in ("megabert", "torch", "deepspeed", "transformers", "numpy")},
+        "machine": {"node": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count()},
+    }
+    write_atomically(run.output_dir / "run.json", json.dumps(facts, indent=1).encode())

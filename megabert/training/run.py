@@ -1,0 +1,105 @@
+"""All that a training run holds."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+
+from megabert.config import Recipe
+from megabert.data.batch import PackedBatch
+from megabert.data.schedule import Plan
+from megabert.data.shards import Corpus
+from megabert.data.stream import BatchStream, Position, StreamConfig, open_loader
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.training.evaluate import Evaluation
+from megabert.training.guard import Guard, Verdict
+from megabert.training.interrupts import Interrupts
+from megabert.training.metrics import Meter, Reporter
+
+Batches = Iterator[tuple[PackedBatch, int, Position]]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where the run's batches come from. rank, world_size: of this process; pin_memory: for a device that copies."""
+
+    corpus: Corpus
+    config: StreamConfig
+    rank: int
+    world_size: int
+    num_workers: int
+    pin_memory: bool
+
+    def open(self, positions: dict[int, Position], first_index: int) -> Batches:
+        """This rank's batches from first_index on, its streams from these positions."""
+        options = {"rank": self.rank, "world_size": self.world_size, "first_index": first_index}
+        dataset = BatchStream(self.corpus, self.config, positions=positions, **options)
+        return iter(open_loader(dataset, self.num_workers, self.pin_memory))
+
+    def mine(self, positions: dict[int, Position]) -> dict[int, Position]:
+        """Those of this rank's streams."""
+        return {stream: position for stream, position in positions.items() if stream % self.world_size == self.rank}
+
+
+@dataclass
+class Run:
+    """step: optimizer steps done; index: the next bin; positions: of this rank's streams; held_out: this rank's bins.
+
+    step_batches: micro-batches of a full step over all ranks. unigram: nats per token of guessing by frequency.
+    left_behind: ranges of bins that rollbacks skipped. reporter: rank 0's, None elsewhere.
+    """
+
+    recipe: Recipe
+    model: MegaBertForMaskedLM
+    engine: deepspeed.DeepSpeedEngine
+    ds_config: dict[str, Any]
+    feed: Feed
+    batches: Batches
+    held_out: list[PackedBatch]
+    step_batches: int
+    total_steps: int
+    unigram: float
+    meter: Meter
+    verdict: Verdict
+    interrupts: Interrupts
+    reporter: Reporter | None
+    positions: dict[int, Position]
+    step: int = 0
+    index: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+    evaluation: Evaluation | None = None
+    left_behind: list[tuple[int, int]] = field(default_factory=list)
+    stopped: str | None = None
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.recipe.run.output_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+    @property
+    def corpus(self) -> Corpus:
+        return self.feed.corpus
+
+    @property
+    def plan(self) -> Plan:
+        return self.feed.config.plan
+
+    @property
+    def world_size(self) -> int:
+        return self.feed.world_size
+
+    @property
+    def guard(self) -> Guard:
+        return self.verdict.guard
+
+    def say(self, message: str) -> None:
+        """A line in the log, once for all ranks."""
+        if self.reporter is not None:
+            self.reporter.say(message)

@@ -1,0 +1,34 @@
+"""launch/pretrain.py with an accident: the loss of some bins is multiplied by a factor, as a bad batch would.
+
+INJECT='{"bins": [6, 7], "factor": "nan"}' python tests/training/inject.py ...
+"""
+
+import json
+import os
+import runpy
+from pathlib import Path
+
+from megabert.data.batch import PackedBatch
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
+
+ACCIDENT = json.loads(os.environ["INJECT"])
+current = -1
+inputs, loss = PackedBatch.model_inputs, MegaBertForMaskedLM.masked_loss
+
+
+def model_inputs(batch: PackedBatch, device):
+    global current
+    current = batch.index
+    return inputs(batch, device)
+
+
+def masked_loss(model, *args, **options):
+    output = loss(model, *args, **options)
+    if model.training and current in ACCIDENT["bins"]:
+        output = output._replace(loss_sum=output.loss_sum * float(ACCIDENT["factor"]))
+    return output
+
+
+PackedBatch.model_inputs = model_inputs
+MegaBertForMaskedLM.masked_loss = masked_loss
+runpy.run_path(str(Path(__file__).parents[2] / "launch/pretrain.py"), run_name="__main__")
