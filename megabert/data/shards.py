@@ -25,7 +25,7 @@ from megabert.data.manifest import (
 )
 from megabert.data.sample_format import TokenChunk, decode_text, decode_tokens, read_npy, read_sample, token_dtype
 from megabert.data.storage import CacheOptions, Expected, Storage, WrongContentError, open_storage
-from megabert.data.tokenizer import encode, find_tokenizer, read_tokenizer
+from megabert.data.tokenizer import encode_flat, find_tokenizer, read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -126,14 +126,8 @@ class Source:
                     f"{where}: holds id {decoded.tokens.max()}, but the vocabulary has {self.tokenizer.vocab_size}."
                 )
             return decoded
-        ids = encode(self.encoder, decode_text(sample, where))
-        lengths = np.fromiter(map(len, ids), np.int32, len(ids))
-        tokens = np.empty(lengths.sum(), token_dtype(self.tokenizer.vocab_size))
-        end = 0
-        for document in ids:
-            begin, end = end, end + len(document)
-            tokens[begin:end] = document
-        return TokenChunk(tokens, lengths)
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        return TokenChunk(*encode_flat(self.encoder, decode_text(sample, where), dtype))
 
     @cached_property
     def encoder(self) -> Tokenizer:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import peers
+import preparing
 import psutil
 import torch
 from corpus import VOCAB, write_token_shards
@@ -236,6 +237,8 @@ def main() -> None:
             figures[f"fill_{cap}"] = fill(corpus, cap)
         print("tokenizing while training", flush=True)
         figures["on_the_fly_vs_bare_tokenizer"] = on_the_fly(folder, rounds, seconds)
+        print("preparing shards", flush=True)
+        figures |= preparing.measure(arguments.quick)
     for name, value in figures.items():
         print(f"{name:32} {value:,.4g}")
     write(figures, arguments.json)
