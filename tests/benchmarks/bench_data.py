@@ -114,11 +114,10 @@ def framed(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return [np.concatenate([[2], tokens[a : a + n], [3]]).astype(np.int64) for a, n in parts]
 
 
-def on_the_fly(folder: Path, rounds: int, seconds: float) -> float:
+def on_the_fly(jsonl: Path, tokenizer: Path, folder: Path, rounds: int, seconds: float) -> float:
     """Text shards through one worker, against the bare tokenizer on the same text and one core."""
-    text, tokenizer = folder / "text", folder / "tokenizer"
-    write_shards.main(["--source=docstrings", "--min_chars=200", f"--out={text}"])
-    train_tokenizer.main([f"--source={text}", f"--out={tokenizer}", "--sample_bytes=3000000"])
+    text = folder / "text"
+    write_shards.main([f"--source={jsonl}", f"--out={text}"])
     corpus = open_corpus([(str(text), 1.0)], tokenizer=str(tokenizer))
     source = corpus.sources[0]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -236,9 +235,12 @@ def main() -> None:
         for cap in (128, 512, 1024):
             figures[f"fill_{cap}"] = fill(corpus, cap)
         print("tokenizing while training", flush=True)
-        figures["on_the_fly_vs_bare_tokenizer"] = on_the_fly(folder, rounds, seconds)
+        jsonl, tokenizer = folder / "corpus.jsonl", folder / "tokenizer"
+        preparing.write_corpus(jsonl, preparing.QUICK_BYTES if arguments.quick else preparing.FULL_BYTES)
+        train_tokenizer.main([f"--source={jsonl}", f"--out={tokenizer}", "--sample_bytes=3000000"])
+        figures["on_the_fly_vs_bare_tokenizer"] = on_the_fly(jsonl, tokenizer, folder, rounds, seconds)
         print("preparing shards", flush=True)
-        figures |= preparing.measure(arguments.quick)
+        figures |= preparing.measure(jsonl, tokenizer, folder, arguments.quick)
     for name, value in figures.items():
         print(f"{name:32} {value:,.4g}")
     write(figures, arguments.json)

@@ -10,16 +10,14 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from data_prep import train_tokenizer
 from data_prep.sources import ReadOptions, list_units, read_unit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FULL_BYTES, QUICK_BYTES = 96_000_000, 8_000_000
-FULL_RUNS, QUICK_RUNS = 3, 1
+ROUNDS = 3
 
 # Given a corpus and a tokenizer: seconds that encode_batch_fast takes for all texts, some MB at a time.
 BARE = """
@@ -75,22 +73,17 @@ def time_write_shards(corpus: Path, tokenizer: Path, out: Path) -> float:
     return time.perf_counter() - begin
 
 
-def measure(quick: bool) -> dict[str, float]:
-    """The median of per-round ratios. Quick: little text, once, and the seconds of starting up are taken off."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        corpus, tokenizer, out = folder / "corpus.jsonl", folder / "tokenizer", folder / "tokens"
-        size = write_corpus(corpus, QUICK_BYTES if quick else FULL_BYTES) / 1e6
-        train_tokenizer.main([f"--source={corpus}", f"--out={tokenizer}", "--sample_bytes=3000000"])
-        start_up = 0.0
-        if quick:
-            write_corpus(folder / "little.jsonl", 20_000)
-            start_up = time_write_shards(folder / "little.jsonl", tokenizer, out)
-            print(f"  {start_up:.1f} s of starting up are not counted here; without --quick they are")
-        bare, whole = [], []
-        for _ in range(QUICK_RUNS if quick else FULL_RUNS):
-            bare.append(time_bare(corpus, tokenizer))
-            whole.append(time_write_shards(corpus, tokenizer, out) - start_up)
+def measure(corpus: Path, tokenizer: Path, scratch: Path, quick: bool) -> dict[str, float]:
+    """The median of per-round ratios. Quick: for so little text, the seconds of starting up are taken off."""
+    size, out, little = corpus.stat().st_size / 1e6, scratch / "tokens-again", scratch / "little.jsonl"
+    write_corpus(little, 20_000)
+    bare, whole = [], []
+    for _ in range(ROUNDS):
+        bare.append(time_bare(corpus, tokenizer))
+        start_up = time_write_shards(little, tokenizer, out) if quick else 0.0
+        whole.append(time_write_shards(corpus, tokenizer, out) - start_up)
+    if quick:
+        print(f"  {start_up:.1f} s of starting up are not counted here; without --quick they are")
     rates = (size / statistics.median(times) for times in (whole, bare))
     print("  write_shards {:.2f} MB/s, the bare tokenizer {:.2f} MB/s, on all cores".format(*rates))
     return {"write_shards_vs_bare_tokenizer": statistics.median(b / w for b, w in zip(bare, whole, strict=True))}
