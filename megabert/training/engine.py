@@ -71,6 +71,11 @@ def training_device() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
+def device_name(device: torch.device) -> str:
+    """As torch calls the card, or cpu."""
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 natively. On a CPU that does not, bf16 is several times slower than fp32."""
     if device.type == "cpu":

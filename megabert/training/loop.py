@@ -17,6 +17,7 @@ from megabert.data.stream import DROPOUT, Position, philox
 from megabert.training import checkpoint
 from megabert.training.engine import start_process
 from megabert.training.evaluate import evaluate
+from megabert.training.flops import step_flops
 from megabert.training.interrupts import REQUEUE
 from megabert.training.prepare import prepare, rebuild, write_run_json
 from megabert.training.run import Run
@@ -104,7 +105,8 @@ def seed_dropout(seed: int, index: int) -> None:
 def settle(run: Run, batches: list[PackedBatch], before: dict[int, Position], sums: torch.Tensor) -> None:
     """Agree with all ranks on what the step was, and whether to go on: one all-reduce, one read of the host."""
     told = float(run.interrupts.reason is not None)
-    mine = [sum(batch.num_tokens for batch in batches), len(batches) * run.recipe.data.micro_batch_tokens, told]
+    tokens, slots = sum(batch.num_tokens for batch in batches), len(batches) * run.recipe.data.micro_batch_tokens
+    mine = [tokens, slots, sum(batch.sum_squared_lengths for batch in batches), told]
     packed = torch.cat([sums, torch.tensor(mine, dtype=torch.float64, device=run.engine.device)])
     deepspeed.comm.all_reduce(packed)
     *counted, stopping = packed.tolist()  # synchronises
@@ -193,11 +195,21 @@ def report(run: Run) -> None:
         "seconds_per_step": seconds / max(1, meter.steps),
         "fill": meter.tokens / max(1.0, meter.slots),
         "loader_wait": meter.waited / seconds,
+        **model_flops(run, seconds),
         "skipped_chunks": float(skipped),
     }
     if run.reporter is not None and meter.steps:
         run.reporter.log(run.step, values)
     meter.reset()
+
+
+def model_flops(run: Run, seconds: float) -> dict[str, float]:
+    """MFU: the rate of needed FLOPs over what all ranks' devices could do. Nothing where that is not known."""
+    if run.peak is None:
+        return {}
+    meter = run.meter
+    needed = step_flops(run.model.config, meter.tokens, meter.num_targets, meter.squared_lengths)
+    return {"mfu": needed / (seconds * run.peak * run.world_size)}
 
 
 def check_held_out(run: Run) -> None:

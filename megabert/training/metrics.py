@@ -1,8 +1,15 @@
 """What a run reports: one line for people, TensorBoard for curves, metrics.jsonl for programs. Rank 0 only.
 
-tokens_per_s   real tokens of all ranks per second, specials counted, filler not, evaluation and saving left out
-fill           real tokens / token slots
-loader_wait    share of the step's time that this rank waited for data
+loss             nats per masked token, mean over all since the last line; masked_accuracy: share predicted exactly
+lr, grad_norm    of the last step; the norm before clipping
+masked_share     masked tokens / real tokens
+tokens, seconds  since the start of the run, over all restarts
+tokens_per_s     real tokens of all ranks per second, specials counted, filler not, evaluation and saving left out
+mfu              needed FLOPs per second / the devices' peak (flops.py); on a CPU a peak measured at the start
+fill             real tokens / token slots
+loader_wait      share of the step's time that rank 0 waited for data
+skipped_updates  refused by the guard since the start of the run
+skipped_chunks   damaged and left out since the start of the run
 """
 
 import json
@@ -25,19 +32,20 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.loss_sum = self.num_correct = self.num_targets = self.tokens = self.slots = 0.0
+        self.loss_sum = self.num_correct = self.num_targets = self.tokens = self.slots = self.squared_lengths = 0.0
         self.steps = 0
         self.waited = self.paused = 0.0
         self.started = time.perf_counter()
 
     def add(self, counted: list[float]) -> None:
-        """One step: loss_sum, num_correct, num_targets, tokens, slots."""
-        loss_sum, num_correct, num_targets, tokens, slots = counted
+        """One step: loss_sum, num_correct, num_targets, tokens, slots, sum of squared lengths."""
+        loss_sum, num_correct, num_targets, tokens, slots, squared_lengths = counted
         self.loss_sum += loss_sum
         self.num_correct += num_correct
         self.num_targets += num_targets
         self.tokens += tokens
         self.slots += slots
+        self.squared_lengths += squared_lengths
         self.steps += 1
 
     def seconds(self) -> float:

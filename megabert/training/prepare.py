@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import yaml
 
 from megabert.checkpoint_format import read_state
@@ -24,12 +25,14 @@ from megabert.training.engine import (
     attach_guard,
     build_engine,
     build_model,
+    device_name,
     has_fast_bf16,
     launched_by_deepspeed,
     training_device,
 )
 from megabert.training.evaluate import unigram_loss
 from megabert.training.feed import open_corpora, open_held_out, plan_of, share_of, stream_config
+from megabert.training.flops import peak_flops
 from megabert.training.guard import Guard, Verdict
 from megabert.training.interrupts import Interrupts
 from megabert.training.metrics import Meter, Reporter
@@ -70,6 +73,7 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     # Before the model: the workers are small copies of this process, and have batches ready when it is built.
     batches = feed.open(positions, state.next_index if state else 0)
     every_held_out = open_held_out(recipe, held, config)
+    bf16 = ds_config["torch_autocast"]["enabled"]
     verdict = Verdict(Guard(recipe.run.max_norm_ratio), recipe.optimizer.max_grad_norm)
     model, engine = build(recipe, corpus, ds_config, verdict, found)
     run = Run(
@@ -83,6 +87,7 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         step_batches=step_batches,
         total_steps=steps,
         unigram=unigram_loss(corpus, every_held_out),
+        peak=peak_flops(device, device_name(device), model.config, torch.bfloat16 if bf16 else torch.float32),
         meter=Meter(),
         verdict=verdict,
         interrupts=interrupts,

@@ -48,7 +48,7 @@ class Run:
     """step: optimizer steps done; index: the next bin; positions: of this rank's streams; held_out: this rank's bins.
 
     step_batches: micro-batches of a full step over all ranks. unigram: nats per token of guessing by frequency.
-    left_behind: ranges of bins that rollbacks skipped. reporter: rank 0's, None elsewhere.
+    peak: FLOP/s of this rank's device, where known. left_behind: ranges of bins that rollbacks skipped. reporter: rank 0's, None elsewhere.
     """
 
     recipe: Recipe
@@ -61,6 +61,7 @@ class Run:
     step_batches: int
     total_steps: int
     unigram: float
+    peak: float | None
     meter: Meter
     verdict: Verdict
     interrupts: Interrupts
