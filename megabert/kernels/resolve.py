@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from megabert.kernels.cpu import cpu_ops
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.ops import TORCH_OPS, Ops
@@ -33,6 +34,10 @@ def resolve(name: Literal["auto", "torch", "fused"], device: torch.device, confi
 
     auto: the fastest that can run. torch: plain PyTorch. fused: the fused ones; raises ValueError if they cannot run.
     """
+    if name == "auto" and device.type == "cpu":
+        ops, said = cpu_ops(config, bf16)
+        log.info("ops: %s", said)
+        return ops
     missing = None if name == "torch" else why_not_flash(device, config, bf16)
     if name == "fused" and missing:
         raise ValueError(f"run.ops is fused, but {missing}. Fix that, or use run.ops auto.")
