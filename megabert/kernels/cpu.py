@@ -8,7 +8,6 @@ Compiling needs a C++ compiler and takes half a minute once per machine (inducto
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -311,6 +310,11 @@ def _workspace(size: int, dtype: torch.dtype) -> Tensor:
     if dtype not in _workspaces or len(_workspaces[dtype]) < size:
         _workspaces[dtype] = torch.empty(size, dtype=dtype)
     return _workspaces[dtype][:size]
+
+
+def free_workspaces() -> None:
+    """Give the scratch memory back; the next loss allocates it again."""
+    _workspaces.clear()
 
 
 def _loss_and_gradients(
