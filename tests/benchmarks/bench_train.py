@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ from contenders import ROWS, VOCAB, Contender, Row, hf_bert, hf_modernbert, need
 from megabert.kernels import cpu
 
 QUICK_ROWS = ("mini_128", "mini_512", "small_512")
-ROUNDS = {"mini_128": 9, "mini_512": 7, "small_512": 5, "base_128": 3}
-QUICK_ROUNDS = {"mini_128": 3, "mini_512": 2, "small_512": 1}
+MOST_ROUNDS = 15
+SECONDS = 60.0  # a row starts no round after this; it has at least three rounds
+QUICK_SECONDS = 3.0  # and at least one with --quick
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -61,7 +63,10 @@ def resident_mb(field: str) -> float:
 
 
 def peak_mb(contender: Contender, batches: list[dict]) -> float:
-    """Weights and optimizer state, plus how far one step raises the resident memory: gradients, activations, scratch."""
+    """Weights and optimizer state, plus how far one step raises the resident memory: gradients, activations, scratch.
+
+    The step may be the first, which allocates the optimizer's state.
+    """
     states = contender.optimizer.state.values()
     held = [*contender.model.parameters(), *(value for state in states for value in state.values())]
     held_mb = sum(tensor.numel() * tensor.element_size() for tensor in held) / 2**20
@@ -83,25 +88,41 @@ def contenders_of(name: str, row: Row) -> list[Contender]:
     return chosen
 
 
-def run_row(name: str, rounds: int) -> tuple[dict[str, float], list[str]]:
+class Rounds(NamedTuple):
+    """What each contender did in each round; gemms: the best product's rate in each."""
+
+    tokens_per_s: list[list[float]]
+    mfu: list[list[float]]
+    gemms: list[float]
+
+
+def take_turns(row: Row, contenders: list[Contender], rng: np.random.Generator, least: int, limit_s: float) -> Rounds:
+    rounds = Rounds([[] for _ in contenders], [[] for _ in contenders], [])
+    began = time.perf_counter()
+    for number in range(MOST_ROUNDS):
+        if number >= least and time.perf_counter() - began > limit_s:
+            break
+        rounds.gemms.append(gemm_gflops(row))
+        for index, contender in enumerate(contenders):
+            batches, lengths = contender.draw(rng)
+            taken = seconds(lambda contender=contender, batches=batches: contender.step(batches))
+            rounds.tokens_per_s[index].append(sum(lengths) / taken)
+            needed = needed_flops(row, lengths, contender.ffn_matrices)
+            rounds.mfu[index].append(needed / taken / 1e9 / rounds.gemms[-1])
+    return rounds
+
+
+def run_row(name: str, quick: bool) -> tuple[dict[str, float], list[str]]:
     """Figures and lines of the table."""
     row = ROWS[name]
     contenders = contenders_of(name, row)
     rng = np.random.default_rng(17)
     for contender in contenders:
-        contender.step(contender.draw(rng)[0])  # the first step compiles, and allocates the optimizer's state
+        if contender.compiles:
+            contender.step(contender.draw(rng)[0])
     peaks = [peak_mb(contender, contender.draw(rng)[0]) for contender in contenders]
-    speeds: list[list[float]] = [[] for _ in contenders]
-    shares: list[list[float]] = [[] for _ in contenders]
-    gemms = []
-    for _ in range(rounds):
-        gemms.append(gemm_gflops(row))
-        for index, contender in enumerate(contenders):
-            batches, lengths = contender.draw(rng)
-            taken = seconds(lambda contender=contender, batches=batches: contender.step(batches))
-            speeds[index].append(sum(lengths) / taken)
-            needed = needed_flops(row, lengths, contender.ffn_matrices)
-            shares[index].append(needed / taken / 1e9 / gemms[-1])
+    rounds = take_turns(row, contenders, rng, least=1 if quick else 3, limit_s=QUICK_SECONDS if quick else SECONDS)
+    speeds, shares, gemms = rounds
     ratios = [statistics.median(a / b for a, b in zip(speeds[0], other, strict=True)) for other in speeds]
     figures = {
         f"{name}_vs_hf_bert": ratios[1],
@@ -146,8 +167,7 @@ def main() -> None:
     print("| size | contender | real tokens/s | mosaicbert is faster by | MFU | peak MB |\n|---|---|---|---|---|---|")
     figures: dict[str, float] = {}
     for name in names:
-        rounds = QUICK_ROUNDS.get(name, ROUNDS[name]) if options.quick else ROUNDS[name]
-        found, lines = run_row(name, rounds)
+        found, lines = run_row(name, options.quick)
         peak = max(found.pop("gemm_peak_gflops"), figures.get("gemm_peak_gflops", 0.0))
         figures |= found | {"gemm_peak_gflops": peak}
         print("\n".join(lines), flush=True)

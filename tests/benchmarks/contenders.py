@@ -52,6 +52,7 @@ class Contender(NamedTuple):
     compute_loss: Callable[[dict], Tensor]
     draw: Callable[[np.random.Generator], tuple[list[dict], list[int]]]
     ffn_matrices: int  # 3 for a gated FFN, 2 for BERT's
+    compiles: bool = False  # its first step calls a compiler
 
     def step(self, batches: list[dict]) -> None:
         """One optimizer step."""
@@ -129,7 +130,8 @@ def ours(name: str, row: Row, checkpoint_every: int = 0) -> Contender:
         output = model(**inputs)
         return output.loss_sum / output.num_targets
 
-    return _contender(name, model, compute_loss, lambda rng: draw_packed(rng, row), gated=not classic)
+    contender = _contender(name, model, compute_loss, lambda rng: draw_packed(rng, row), gated=not classic)
+    return contender._replace(compiles=True)
 
 
 def hf_bert(row: Row) -> Contender:

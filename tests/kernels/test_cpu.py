@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megabert.kernels import cpu
-from megabert.model import ops
+from megabert.model import attention, ops
 from megabert.model.attention import PLANNERS, alibi_slopes
 from megabert.model.layers import set_ops
 from megabert.model.padding import Sequences
@@ -151,10 +151,15 @@ def test_no_target_and_no_row():
     assert not weight.grad.any()
 
 
+@pytest.mark.parametrize("kept", [12, 5])
+@pytest.mark.parametrize("alibi", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_by_length_errs_at_most_twice_as_much_as_plain(dtype):
+def test_attention_by_length_errs_at_most_twice_as_much_as_plain(monkeypatch, dtype, alibi, kept):
+    """Documents no longer than `kept` keep their weights; the others compute them again, four queries at a time."""
+    monkeypatch.setattr(attention, "LONGEST_KEPT", kept)
+    monkeypatch.setattr(attention, "QUERY_ROWS", 4)
     bounds = torch.tensor([0, *LENGTHS, 0]).cumsum(0).int()
-    plan = (Sequences(bounds, 12), alibi_slopes(4), 16)
+    plan = (Sequences(bounds, 12), alibi_slopes(4) if alibi else None, 16)
     qkv = normal(int(bounds[-1]), 3, 4, 16)
     exact = results(lambda x: PLANNERS["eager"](*plan)(x, 0.0), [qkv])
     plain, fast = (

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from megabert.convert.published import from_published, to_published
+from megabert.model.attention import LONGEST_KEPT
 from megabert.model.modeling_megabert import MegaBertForMaskedLM, MegaBertForSequenceClassification
 from tests.model import reference
 from tests.model.small import SMALL, documents, packed, padded, small_model
@@ -197,6 +198,7 @@ def test_the_last_layer_and_the_head_compute_masked_rows_only():
 def test_a_model_trained_at_128_runs_at_2048():
     """ALiBi has no longest document; what a forward pass keeps grows with the tokens."""
     model = small_model().float()
+    assert LONGEST_KEPT < 2048
 
     def kept_bytes(lengths: tuple[int, ...]) -> int:
         seen: dict[int, int] = {}
@@ -216,3 +218,4 @@ def test_a_model_trained_at_128_runs_at_2048():
     one, two, four = (kept_bytes((2048,) * n) for n in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.01)
     assert two < 2 * one
+    assert kept_bytes((4096,)) == pytest.approx(two, rel=0.01)  # nor does it matter how long the documents are
