@@ -8,6 +8,7 @@ from torch import Tensor
 from megabert.kernels import cpu
 from megabert.model import attention, ops
 from megabert.model.attention import PLANNERS, alibi_slopes
+from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.padding import Sequences
 from tests.model.small import LENGTHS, documents, packed, small_model
@@ -146,7 +147,7 @@ def test_pieces_of_logits_change_nothing(monkeypatch):
 def test_no_target_and_no_row():
     hidden, weight, bias = (x.requires_grad_() for x in CASES["masked_cross_entropy"][1]())
     loss = cpu.masked_cross_entropy(hidden, weight, bias, torch.full((7,), -100))
-    assert (float(loss.loss_sum), int(loss.num_correct), int(loss.num_targets)) == (0, 0, 0)
+    assert (float(loss.loss_sum.detach()), int(loss.num_correct), int(loss.num_targets)) == (0, 0, 0)
     loss.loss_sum.backward()
     assert not weight.grad.any()
 
@@ -184,11 +185,20 @@ def test_a_whole_model_computes_the_same():
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_without_a_compiler_it_says_so(monkeypatch):
+def test_plain_operations_and_their_reason(monkeypatch):
+    """Without a compiler, and where compiling gains nothing."""
+    plain = ops.TORCH_OPS._replace(attention=PLANNERS["sdpa"])
+    without, with_dropout = (MegaBertConfig(hidden_dropout_prob=p) for p in (0.0, 0.1))
+    chosen, said = cpu.cpu_ops(without, bf16=False)
+    assert chosen == plain
+    assert said.endswith("(in fp32 without dropout fusing them gains nothing)")
+    for config, bf16 in ((without, True), (with_dropout, False)):
+        assert cpu.cpu_ops(config, bf16)[0].geglu is cpu.geglu
+
     def none():
         raise cpu.exc.InvalidCxxCompiler
 
     monkeypatch.setattr(cpu.cpp_builder, "get_cpp_compiler", none)
-    chosen, said = cpu.cpu_ops(small_model().config, bf16=False)
-    assert chosen == ops.TORCH_OPS._replace(attention=PLANNERS["sdpa"])
-    assert said.endswith("torch.compile finds no C++ compiler (install g++, or set CXX)")
+    chosen, said = cpu.cpu_ops(with_dropout, bf16=True)
+    assert chosen == plain
+    assert said.endswith("(torch.compile finds no C++ compiler (install g++, or set CXX))")
