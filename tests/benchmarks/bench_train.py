@@ -4,19 +4,24 @@
 
 In one process the contenders take one optimizer step each in turn, and between the rounds the machine's best bf16
 matrix product of the model's own shapes is timed: what else the machine does, it does to all. Printed are medians of
-per-round ratios. Tokens are real tokens, never padding. Allocator and threads are torch's defaults, the same for all.
+per-round ratios. Tokens are real tokens, never padding. Allocator and threads are torch's defaults, the same for all,
+but that idle threads sleep instead of spinning (OMP_WAIT_POLICY): where another process wants the cores, a spinning
+thread keeps the one that it waits for from running, and steps take ten times as long.
 MFU is the rate of needed FLOPs (contenders.needed_flops) over that of the best product.
 """
 
 import argparse
 import ctypes
 import json
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads its OpenMP
 
 import numpy as np
 import torch
