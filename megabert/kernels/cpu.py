@@ -11,6 +11,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor import cpp_builder, exc
@@ -19,7 +20,8 @@ from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.ops import IGNORE_INDEX, TORCH_OPS, MaskedLoss, Ops, upcast
 
-# Shapes may vary from call to call without compiling again; a fallback to eager would be a silent slow run.
+# Shapes may vary from call to call, and from model to model, without compiling again, but not those of an nn.Parameter:
+# parameters are passed detached. A fallback to eager would be a silent slow run: fullgraph makes it an error.
 compiled = functools.partial(torch.compile, dynamic=True, fullgraph=True)
 
 # Logits made and turned into gradients at once, in bytes: few enough to stay in the cache, enough for a fast product.
@@ -170,13 +172,14 @@ class AddNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.dropout = draw_dropout(dropout_p)
         ctx.dtypes = x.dtype, residual.dtype
-        out, *kept = _add_norm_forward(x, residual, weight, bias, eps, ctx.dropout, dtype)
+        out, *kept = _add_norm_forward(x, residual, weight.detach(), bias.detach(), eps, ctx.dropout, dtype)
         ctx.save_for_backward(*kept, weight)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        to_x, to_residual, *rest = _add_norm_backward(grad, *ctx.saved_tensors, ctx.dropout, ctx.dtypes[0])
+        *kept, weight = ctx.saved_tensors
+        to_x, to_residual, *rest = _add_norm_backward(grad, *kept, weight.detach(), ctx.dropout, ctx.dtypes[0])
         return to_x, to_residual.to(ctx.dtypes[1]), *rest, None, None, None
 
 
@@ -235,13 +238,15 @@ class EmbedNorm(torch.autograd.Function):
         ctx.rows = [len(table) for table in tables]
         ctx.ids = ids
         dtype = residual_dtype(tables[0], low_precision)
-        out, *kept = _embed_forward(ids, list(tables), weight, bias, eps, ctx.dropout, dtype)
+        detached = [table.detach() for table in tables]
+        out, *kept = _embed_forward(ids, detached, weight.detach(), bias.detach(), eps, ctx.dropout, dtype)
         ctx.save_for_backward(*kept, weight)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        to_total, *rest = _embed_backward(grad, *ctx.saved_tensors, ctx.dropout)
+        *kept, weight = ctx.saved_tensors
+        to_total, *rest = _embed_backward(grad, *kept, weight.detach(), ctx.dropout)
         to_tables = [
             torch.ops.aten.embedding_dense_backward(to_total, index, rows, -1, False)
             for index, rows in zip(ctx.ids, ctx.rows, strict=True)
@@ -293,7 +298,7 @@ class MaskedCrossEntropy(torch.autograd.Function):
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
         with torch.autocast("cpu", enabled=False):
             loss, num_correct, *grads = _loss_and_gradients(
-                hidden.to(dtype), weight.to(dtype), bias, labels, any(ctx.needs_input_grad)
+                hidden.to(dtype), weight.to(dtype), bias.detach(), labels, any(ctx.needs_input_grad)
             )
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(num_correct)
@@ -371,4 +376,7 @@ def cpu_ops(config: MegaBertConfig, bf16: bool) -> tuple[Ops, str]:
         return TORCH_OPS._replace(
             attention=attention
         ), f"attention by document length, the rest plain PyTorch ({reason})"
+    # Dropout or none, dtypes, and shapes that happen to be equal: each combination compiles once. At torch's limit of 8 a
+    # long-lived process would stop with an error.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return CPU_OPS._replace(attention=attention), "attention by document length, the rest fused by torch.compile"

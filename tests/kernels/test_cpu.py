@@ -10,6 +10,7 @@ from megabert.model import attention, ops
 from megabert.model.attention import PLANNERS, alibi_slopes
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.model.padding import Sequences
 from tests.model.small import LENGTHS, documents, packed, small_model
 
@@ -183,6 +184,29 @@ def test_a_whole_model_computes_the_same():
         output.loss_sum.backward()
     for (name, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_models_of_any_width_share_what_was_compiled():
+    """Forward and backward of a second and a third width, with parameters, compile nothing."""
+
+    def step(width: int, tokens: int) -> int:
+        config = MegaBertConfig(
+            vocab_size=50 + width,
+            hidden_size=width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=3 * width,
+        )
+        model = MegaBertForMaskedLM(config)
+        set_ops(model, cpu.CPU_OPS)
+        ids = torch.arange(tokens) % 50
+        rows = torch.arange(tokens // 3)
+        bounds = torch.tensor([0, 5, tokens], dtype=torch.int32)
+        model.masked_loss(ids, ids, bounds, tokens, rows, rows).loss_sum.backward()
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    first = step(32, 90)
+    assert step(48, 104) == step(64, 125) == first
 
 
 def test_plain_operations_and_their_reason(monkeypatch):
