@@ -34,6 +34,7 @@ TINY = [
     "--data.num_workers=0",
     "--run.eval_tokens=768",
     "--run.log_every_steps=1",
+    "--run.ops=torch",
 ]
 
 

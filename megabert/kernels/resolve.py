@@ -15,6 +15,7 @@ import torch
 from packaging.version import Version
 
 from megabert.kernels import HEAD_DIMS, MAX_WIDTH
+from megabert.kernels.cpu import cpu_ops
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.ops import TORCH_OPS, Ops
@@ -126,11 +127,6 @@ def torch_ops() -> Ops:
     return TORCH_OPS._replace(attention=PLANNERS["sdpa"])
 
 
-def cpu_ops(config: MegaBertConfig, bf16: bool) -> Ops:
-    """What is fastest on a CPU."""
-    return torch_ops()
-
-
 def resolve(
     name: Literal["auto", "torch", "fused"],
     device: torch.device,
@@ -144,7 +140,11 @@ def resolve(
     bf16: whether torch_autocast is on. machine: what is there, if not what look_at finds.
     """
     machine = machine or look_at(device)
-    plain = cpu_ops(config, bf16) if name == "auto" and machine.device_type == "cpu" else torch_ops()
+    if name == "auto" and machine.device_type == "cpu":
+        ops, said = cpu_ops(config, bf16)
+        log.info("ops: %s", said)
+        return ops
+    plain = torch_ops()
     chosen, reasons = {}, {}
     for operation in Ops._fields:
         why_not: dict[str, str | None] = {}

@@ -4,6 +4,7 @@ Weights come as our state dict; shapes are (S, E) for one document.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,11 +29,19 @@ def gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def logits(weights: dict[str, Tensor], ids: Tensor, num_layers: int, num_heads: int, eps: float = 1e-12) -> Tensor:
-    """(S, V) for one document."""
+def logits(
+    weights: dict[str, Tensor],
+    ids: Tensor,
+    num_layers: int,
+    num_heads: int,
+    eps: float = 1e-12,
+    drop: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """(S, V) for one document. drop: called at each place of dropout, in order."""
     w = weights
     x = w["bert.embeddings.word_embeddings.weight"][ids] + w["bert.embeddings.token_type_embeddings.weight"][0]
     x = norm(x, w["bert.embeddings.norm.weight"], w["bert.embeddings.norm.bias"], eps)
+    x = drop(x)
     length, width = x.shape
     size = width // num_heads
     for layer in range(num_layers):
@@ -49,9 +58,9 @@ def logits(weights: dict[str, Tensor], ids: Tensor, num_layers: int, num_heads: 
                 shares = torch.exp(scores - scores.max())
                 mixed[i, part] = (shares / shares.sum()) @ value[:, part]
         attended = mixed @ w[p + "attention.out.weight"].T + w[p + "attention.out.bias"]
-        x = norm(attended + x, w[p + "attention_norm.weight"], w[p + "attention_norm.bias"], eps)
+        x = norm(drop(attended) + x, w[p + "attention_norm.weight"], w[p + "attention_norm.bias"], eps)
         gate, up = (x @ w[p + "mlp.up.weight"].T).chunk(2, dim=-1)
-        down = (gelu(gate) * up) @ w[p + "mlp.down.weight"].T + w[p + "mlp.down.bias"]
+        down = drop(gelu(gate) * up) @ w[p + "mlp.down.weight"].T + w[p + "mlp.down.bias"]
         x = norm(down + x, w[p + "mlp_norm.weight"], w[p + "mlp_norm.bias"], eps)
     x = gelu(x @ w["transform.dense.weight"].T + w["transform.dense.bias"])
     x = norm(x, w["transform.norm.weight"], w["transform.norm.bias"], eps)

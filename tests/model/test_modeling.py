@@ -1,9 +1,5 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
 
 from megabert.model.attention import alibi_slopes
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -15,48 +11,8 @@ from megabert.model.modeling_megabert import (
     MegaBertModel,
 )
 from megabert.model.ops import MaskedLoss
-
-spec = importlib.util.spec_from_file_location("reference", Path(__file__).with_name("reference.py"))
-assert spec is not None
-assert spec.loader is not None
-reference = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reference)
-
-SMALL = {
-    "vocab_size": 60,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "hidden_dropout_prob": 0.0,
-}
-LENGTHS = (1, 7, 12, 7, 2)
-
-
-def small_model(cls=MegaBertForMaskedLM, **changes):
-    """A model in fp64 whose every parameter, biases too, is random."""
-    model = cls(MegaBertConfig(**(SMALL | changes))).double()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
-    return model
-
-
-def documents(lengths=LENGTHS) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randint(5, SMALL["vocab_size"], (length,), generator=generator) for length in lengths]
-
-
-def packed(parts: list[torch.Tensor]) -> dict:
-    bounds = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0).int()
-    return {"input_ids": torch.cat(parts), "cu_seqlens": bounds, "max_seqlen": max(map(len, parts))}
-
-
-def padded(parts: list[torch.Tensor]) -> dict:
-    rows = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
-    return {"input_ids": rows, "attention_mask": mask}
+from tests.model import reference
+from tests.model.small import SMALL, documents, packed, padded, small_model
 
 
 @pytest.mark.parametrize(
@@ -152,84 +108,6 @@ def test_masked_rows_give_the_loss_and_gradients_of_all_rows():
     assert int(got.num_targets) == 4
     for (name, a), b in zip(sparse.named_parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-10, msg=name)
-
-
-def hf_bert(model: MegaBertForMaskedLM) -> BertForMaskedLM:
-    """transformers' BERT with our weights."""
-    config = BertConfig(
-        vocab_size=SMALL["vocab_size"],
-        hidden_size=SMALL["hidden_size"],
-        num_hidden_layers=SMALL["num_hidden_layers"],
-        num_attention_heads=SMALL["num_attention_heads"],
-        intermediate_size=SMALL["intermediate_size"],
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    theirs = BertForMaskedLM(config).double()
-    ours = model.state_dict()
-    names = {
-        "bert.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
-        "bert.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
-        "bert.embeddings.token_type_embeddings.weight": "bert.embeddings.token_type_embeddings.weight",
-        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-        "cls.predictions.decoder.bias": "decoder.bias",
-        "cls.predictions.bias": "decoder.bias",
-    }
-    pairs = {
-        "bert.embeddings.LayerNorm": "bert.embeddings.norm",
-        "cls.predictions.transform.dense": "transform.dense",
-        "cls.predictions.transform.LayerNorm": "transform.norm",
-    }
-    for layer in range(SMALL["num_hidden_layers"]):
-        a, b = f"bert.encoder.layer.{layer}.", f"bert.encoder.layers.{layer}."
-        pairs |= {
-            a + "attention.output.dense": b + "attention.out",
-            a + "attention.output.LayerNorm": b + "attention_norm",
-            a + "intermediate.dense": b + "mlp.up",
-            a + "output.dense": b + "mlp.down",
-            a + "output.LayerNorm": b + "mlp_norm",
-        }
-    for a, b in pairs.items():
-        names |= {f"{a}.{kind}": f"{b}.{kind}" for kind in ("weight", "bias")}
-    state = {name: ours[source] for name, source in names.items()}
-    for layer in range(SMALL["num_hidden_layers"]):
-        for kind in ("weight", "bias"):
-            parts = ours[f"bert.encoder.layers.{layer}.attention.qkv.{kind}"].chunk(3)
-            for name, part in zip(("query", "key", "value"), parts, strict=True):
-                state[f"bert.encoder.layer.{layer}.attention.self.{name}.{kind}"] = part
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all("position_ids" in name for name in missing)
-    return theirs
-
-
-@pytest.mark.parametrize("padding", ["unpadded", "padded"])
-def test_bert_equals_transformers_bert(padding):
-    """Logits, loss and every gradient, on a padded batch (fp64)."""
-    ours = small_model(position="learned", ffn="gelu", padding=padding)
-    theirs = hf_bert(ours)
-    inputs = padded(documents())
-    labels = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
-    got, expected = ours(**inputs, labels=labels), theirs(**inputs, labels=labels)
-    real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(got.logits[real], expected.logits[real], rtol=0, atol=1e-10)
-    torch.testing.assert_close(got.loss, expected.loss, rtol=0, atol=1e-10)
-    got.loss.backward()
-    expected.loss.backward()
-    grads = dict(theirs.named_parameters())
-    for layer in range(2):
-        name = f"bert.encoder.layer.{layer}.attention.self."
-        stacked = torch.cat([grads[f"{name}{part}.weight"].grad for part in ("query", "key", "value")])
-        mine = ours.bert.encoder.layers[layer].attention.qkv.weight.grad
-        torch.testing.assert_close(mine, stacked, rtol=0, atol=1e-10)
-    for name, other in (
-        ("bert.embeddings.word_embeddings.weight", "bert.embeddings.word_embeddings.weight"),
-        ("bert.embeddings.position_embeddings.weight", "bert.embeddings.position_embeddings.weight"),
-        ("bert.encoder.layers.0.mlp.up.weight", "bert.encoder.layer.0.intermediate.dense.weight"),
-        ("bert.encoder.layers.1.mlp_norm.bias", "bert.encoder.layer.1.output.LayerNorm.bias"),
-        ("decoder.bias", "cls.predictions.bias"),
-    ):
-        torch.testing.assert_close(dict(ours.named_parameters())[name].grad, grads[other].grad, rtol=0, atol=1e-10)
 
 
 def test_every_head_runs_on_padded_rows():

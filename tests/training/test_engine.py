@@ -6,7 +6,9 @@ import torch
 from megabert.config import Recipe, RunConfig
 from megabert.data.shards import open_source
 from megabert.kernels.resolve import resolve, why_not_flash
+from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.ops import TORCH_OPS
 from megabert.training.engine import build_model, parameter_groups
 
 
@@ -36,7 +38,10 @@ def test_the_vocabulary_is_rounded_up(corpus):
 def test_ops_are_resolved_aloud(caplog):
     caplog.set_level("INFO")
     assert resolve("auto", torch.device("cpu"), MegaBertConfig(), bf16=False).attention is not None
-    assert "flash-attn needs a CUDA device, this is cpu" in caplog.text
+    assert "ops: attention by document length, the rest fused by torch.compile" in caplog.text
+    assert resolve("torch", torch.device("cpu"), MegaBertConfig(), bf16=False) == TORCH_OPS._replace(
+        attention=PLANNERS["sdpa"]
+    )
     with pytest.raises(ValueError, match="run.ops is fused, but flash-attn needs a CUDA device"):
         resolve("fused", torch.device("cpu"), MegaBertConfig(), bf16=True)
 

@@ -1,0 +1,132 @@
+"""The weights' names in other stacks: the published MosaicBERT checkpoints, and transformers' BERT.
+
+One table says which of their tensors make one of ours. Reading and writing follow it, bitwise: nothing is computed, only
+renamed, and for BERT split or joined. A state dict with an unknown or a missing name is refused, and so is one whose
+decoder is not tied to its word embeddings, which our model could not hold.
+
+MosaicBERT: https://huggingface.co/mosaicml/mosaic-bert-base, bert_layers.py. BERT: transformers' BertForMaskedLM.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Entry(NamedTuple):
+    """One tensor of ours. theirs: those that make it, stacked along the first dimension; copies: where it appears again."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    copies: tuple[str, ...] = ()
+
+
+# Modules by their names; the parameters below each are weight and bias, unless said.
+SHARED = {
+    "bert.embeddings.norm": "bert.embeddings.LayerNorm",
+    "transform.dense": "cls.predictions.transform.dense",
+    "transform.norm": "cls.predictions.transform.LayerNorm",
+}
+SHARED_LAYER = {
+    "attention.out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+}
+MOSAICBERT_LAYER = SHARED_LAYER | {
+    "attention.qkv": "attention.self.Wqkv",
+    "mlp.down": "mlp.wo",
+    "mlp_norm": "mlp.layernorm",
+}
+BERT_LAYER = SHARED_LAYER | {
+    "mlp.up": "intermediate.dense",
+    "mlp.down": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+}
+PARTS = ("weight", "bias")
+WORDS = "bert.embeddings.word_embeddings.weight"
+DECODER = "cls.predictions.decoder"
+
+
+def mosaicbert_table(num_layers: int) -> list[Entry]:
+    """The published MosaicBERT: fused Wqkv, gated_layers without a bias, no position embedding."""
+    table = _outside_layers([f"{DECODER}.bias"])
+    for layer in range(num_layers):
+        ours, theirs = f"bert.encoder.layers.{layer}.", f"bert.encoder.layer.{layer}."
+        table += _modules({ours + a: theirs + b for a, b in MOSAICBERT_LAYER.items()})
+        table.append(Entry(ours + "mlp.up.weight", (theirs + "mlp.gated_layers.weight",)))
+    return table
+
+
+def bert_table(num_layers: int) -> list[Entry]:
+    """transformers' BertForMaskedLM: query, key and value apart, learned positions, the decoder's bias twice."""
+    table = _outside_layers(["cls.predictions.bias", f"{DECODER}.bias"])
+    positions = "bert.embeddings.position_embeddings.weight"
+    table.append(Entry(positions, (positions,)))
+    for layer in range(num_layers):
+        ours, theirs = f"bert.encoder.layers.{layer}.", f"bert.encoder.layer.{layer}."
+        table += _modules({ours + a: theirs + b for a, b in BERT_LAYER.items()})
+        for part in PARTS:
+            names = tuple(f"{theirs}attention.self.{name}.{part}" for name in ("query", "key", "value"))
+            table.append(Entry(f"{ours}attention.qkv.{part}", names))
+    return table
+
+
+def _outside_layers(decoder_bias: list[str]) -> list[Entry]:
+    types = "bert.embeddings.token_type_embeddings.weight"
+    return [
+        Entry(WORDS, (WORDS,), (f"{DECODER}.weight",)),
+        Entry(types, (types,)),
+        Entry("decoder.bias", (decoder_bias[0],), tuple(decoder_bias[1:])),
+        *_modules(SHARED),
+    ]
+
+
+def _modules(names: Mapping[str, str]) -> list[Entry]:
+    return [Entry(f"{ours}.{part}", (f"{theirs}.{part}",)) for ours, theirs in names.items() for part in PARTS]
+
+
+TABLES = {"mosaicbert": mosaicbert_table, "bert": bert_table}
+
+
+def from_published(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Our MegaBertForMaskedLM's state dict from theirs. kind: "mosaicbert" or "bert".
+
+    Raises ValueError for a name that is unknown or missing, or a tied tensor that is not.
+    """
+    table = TABLES[kind](_num_layers(state, "layer"))
+    wanted = {name for entry in table for name in entry.theirs}
+    copies = {name for entry in table for name in entry.copies}
+    _check_names(state, wanted, copies, kind)
+    ours = {}
+    for entry in table:
+        parts = [state[name] for name in entry.theirs]
+        ours[entry.ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        for copy in entry.copies:
+            if copy in state and not torch.equal(state[copy], ours[entry.ours]):
+                raise ValueError(f"{copy} differs from {entry.theirs[0]}, but this model ties them.")
+    return ours | {"decoder.weight": ours[WORDS]}
+
+
+def to_published(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Their state dict from our MegaBertForMaskedLM's, which may leave its tied decoder.weight out."""
+    table = TABLES[kind](_num_layers(state, "layers"))
+    _check_names(state, {entry.ours for entry in table}, {"decoder.weight"}, f"megabert as {kind}")
+    theirs = {}
+    for entry in table:
+        parts = state[entry.ours].chunk(len(entry.theirs))
+        theirs |= dict(zip(entry.theirs, parts, strict=True))
+        theirs |= dict.fromkeys(entry.copies, state[entry.ours])
+    return theirs
+
+
+def _num_layers(state: Mapping[str, Tensor], word: str) -> int:
+    numbers = [int(found[1]) for name in state if (found := re.match(rf"bert\.encoder\.{word}\.(\d+)\.", name))]
+    return max(numbers, default=-1) + 1
+
+
+def _check_names(state: Mapping[str, Tensor], wanted: set[str], allowed: set[str], kind: str) -> None:
+    for problem, names in (("unknown", state.keys() - wanted - allowed), ("missing", wanted - state.keys())):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            raise ValueError(f"this state dict is not a {kind} masked language model: {len(names)} {problem}: {first}")

@@ -1,0 +1,187 @@
+"""Training speed on a CPU, side by side: our MosaicBERT and BERT, transformers' BERT and ModernBERT.
+
+    python tests/benchmarks/bench_train.py [--quick] [--only ROW] [--json FILE]
+
+In one process the contenders take one optimizer step each in turn, and between the rounds the machine's best bf16
+matrix product of the model's own shapes is timed: what else the machine does, it does to all. Printed are medians of
+per-round ratios. Tokens are real tokens, never padding. Allocator and threads are torch's defaults, the same for all,
+but that idle threads sleep instead of spinning (OMP_WAIT_POLICY): where another process wants the cores, a spinning
+thread keeps the one that it waits for from running, and steps take ten times as long.
+MFU is the rate of needed FLOPs (contenders.needed_flops) over that of the best product.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads its OpenMP
+
+import numpy as np
+import torch
+from contenders import ROWS, VOCAB, Contender, Row, hf_bert, hf_modernbert, needed_flops, ours
+
+from megabert.kernels import cpu
+
+QUICK_ROWS = ("mini_128", "mini_512", "small_512")
+MOST_ROUNDS = 15
+SECONDS = 40.0  # a row starts no round after this; it has at least three rounds
+QUICK_SECONDS = 3.0  # and at least one with --quick
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def gemm_gflops(row: Row) -> float:
+    """The best rate of the model's bf16 matrix products: forward, and both gradients, of each of its shapes."""
+    masked = round(0.3 * row.tokens)
+    wide, narrow = 2 * row.ffn, row.ffn
+    shapes = [(row.tokens, row.hidden, 3 * row.hidden), (row.tokens, row.hidden, row.hidden)]
+    shapes += [(row.tokens, row.hidden, wide), (row.tokens, narrow, row.hidden), (masked, row.hidden, VOCAB)]
+    best = 0.0
+    for tokens, width, out in shapes:
+        x, weight, grad, result = (
+            torch.ones(shape, dtype=torch.bfloat16)
+            for shape in ((tokens, width), (out, width), (tokens, out), (tokens, out))
+        )
+        to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
+        products = [(x, weight.t(), result), (grad, weight, to_x), (grad.t(), x, to_weight)]
+        for a, b, into in products:
+            taken = min(seconds(lambda a=a, b=b, into=into: torch.mm(a, b, out=into)) for _ in range(3))
+            best = max(best, 2 * tokens * width * out / taken / 1e9)
+    return best
+
+
+def resident_mb(field: str) -> float:
+    """VmRSS or VmHWM of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"/proc/self/status has no {field}")
+
+
+def peak_mb(contender: Contender, batches: list[dict]) -> float:
+    """Weights and optimizer state, plus how far one step raises the resident memory: gradients, activations, scratch.
+
+    The step may be the first, which allocates the optimizer's state.
+    """
+    states = contender.optimizer.state.values()
+    held = [*contender.model.parameters(), *(value for state in states for value in state.values())]
+    held_mb = sum(tensor.numel() * tensor.element_size() for tensor in held) / 2**20
+    cpu.free_workspaces()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = resident_mb("VmRSS")
+    contender.step(batches)
+    return held_mb + resident_mb("VmHWM") - before
+
+
+def contenders_of(name: str, row: Row, quick: bool) -> list[Contender]:
+    """Ours first. Activation checkpointing (left out of --quick) and our BERT are shown at one size each."""
+    chosen = [ours("mosaicbert", row), hf_bert(row), hf_modernbert(row)]
+    if name == "base_128":
+        chosen.append(ours("bert", row))
+    if name == "mini_128" and not quick:
+        chosen.append(ours("mosaicbert, every layer recomputed", row, checkpoint_every=1))
+    return chosen
+
+
+class Rounds(NamedTuple):
+    """What each contender did in each round; gemms: the best product's rate in each."""
+
+    tokens_per_s: list[list[float]]
+    mfu: list[list[float]]
+    gemms: list[float]
+
+
+def take_turns(row: Row, contenders: list[Contender], rng: np.random.Generator, least: int, limit_s: float) -> Rounds:
+    rounds = Rounds([[] for _ in contenders], [[] for _ in contenders], [])
+    began = time.perf_counter()
+    for number in range(MOST_ROUNDS):
+        if number >= least and time.perf_counter() - began > limit_s:
+            break
+        rounds.gemms.append(gemm_gflops(row))
+        for index, contender in enumerate(contenders):
+            batches, lengths = contender.draw(rng)
+            taken = seconds(lambda contender=contender, batches=batches: contender.step(batches))
+            rounds.tokens_per_s[index].append(sum(lengths) / taken)
+            needed = needed_flops(row, lengths, contender.ffn_matrices)
+            rounds.mfu[index].append(needed / taken / 1e9 / rounds.gemms[-1])
+    return rounds
+
+
+def run_row(name: str, quick: bool) -> tuple[dict[str, float], list[str]]:
+    """Figures and lines of the table."""
+    row = ROWS[name]
+    contenders = contenders_of(name, row, quick)
+    rng = np.random.default_rng(17)
+    for contender in contenders:
+        if contender.compiles:
+            contender.step(contender.draw(rng)[0])
+    peaks = [peak_mb(contender, contender.draw(rng)[0]) for contender in contenders]
+    rounds = take_turns(row, contenders, rng, least=1 if quick else 3, limit_s=QUICK_SECONDS if quick else SECONDS)
+    speeds, shares, gemms = rounds
+    ratios = [statistics.median(a / b for a, b in zip(speeds[0], other, strict=True)) for other in speeds]
+    figures = {
+        f"{name}_vs_hf_bert": ratios[1],
+        f"{name}_vs_hf_modernbert": ratios[2],
+        f"{name}_mfu": statistics.median(shares[0]),
+        f"{name}_tokens_per_s": statistics.median(speeds[0]),
+        f"{name}_peak_mb": peaks[0],
+        "gemm_peak_gflops": statistics.median(gemms),
+    }
+    if name == "base_128":
+        figures[f"{name}_bert_vs_hf_bert"] = statistics.median(a / b for a, b in zip(speeds[3], speeds[1], strict=True))
+    lines = [
+        f"| {name if index == 0 else ''} | {contender.name} | {statistics.median(speeds[index]):,.0f} | "
+        f"{'' if index == 0 else f'{ratios[index]:.2f}'} | {100 * statistics.median(shares[index]):.0f} % | {peaks[index]:,.0f} |"
+        for index, contender in enumerate(contenders)
+    ]
+    return figures, lines
+
+
+def machine() -> str:
+    models = {
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    }
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{', '.join(sorted(models)) or platform.processor()}, {capability}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds, without base_128: under 50 s on two cores")
+    parser.add_argument("--only", choices=ROWS, help="one row")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    names = [options.only] if options.only else QUICK_ROWS if options.quick else list(ROWS)
+    torch.manual_seed(17)
+    print(machine(), flush=True)
+    print("| size | contender | real tokens/s | mosaicbert is faster by | MFU | peak MB |\n|---|---|---|---|---|---|")
+    figures: dict[str, float] = {}
+    for name in names:
+        found, lines = run_row(name, options.quick)
+        peak = max(found.pop("gemm_peak_gflops"), figures.get("gemm_peak_gflops", 0.0))
+        figures |= found | {"gemm_peak_gflops": peak}
+        print("\n".join(lines), flush=True)
+    print(f"\nbest bf16 matrix product: {figures['gemm_peak_gflops']:,.0f} GFLOP/s")
+    if options.json:
+        options.json.write_text(json.dumps({"figures": figures, "machine": machine()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

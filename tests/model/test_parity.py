@@ -1,0 +1,221 @@
+"""BERT equals transformers' BERT, and MosaicBERT the paper's equations: logits, loss, every gradient, dropout's places."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+from megabert.convert.published import from_published, to_published
+from megabert.model.attention import LONGEST_KEPT
+from megabert.model.modeling_megabert import MegaBertForMaskedLM, MegaBertForSequenceClassification
+from tests.model import reference
+from tests.model.small import SMALL, documents, packed, padded, small_model
+
+BERT = {"position": "learned", "ffn": "gelu"}
+TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+
+
+def hf_config(**changes) -> BertConfig:
+    shape = SMALL | {"attention_probs_dropout_prob": 0.0, "num_labels": 3} | changes
+    return BertConfig(**shape)
+
+
+def hf_bert(ours: MegaBertForMaskedLM, config: BertConfig) -> BertForMaskedLM:
+    """transformers' BERT with our weights."""
+    theirs = BertForMaskedLM(config).to(ours.decoder.bias.dtype)
+    theirs.load_state_dict(to_published(ours.state_dict(), "bert"))
+    return theirs
+
+
+def assert_same_gradients(ours, theirs, tolerance: float) -> None:
+    """Every gradient of a masked language model, theirs brought to our names."""
+    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    expected = from_published(grads, "bert")
+    got = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    assert got.keys() == expected.keys() - {"decoder.weight"}
+    for name, grad in got.items():
+        torch.testing.assert_close(
+            grad, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("padding", ["unpadded", "padded"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["fp64", "fp32"])
+def test_bert_equals_transformers_masked_language_model(padding, attention, dtype, tolerance):
+    if padding == "padded" and attention == "sdpa" and dtype == torch.float32:
+        tolerance *= 2  # PyTorch's fused attention sums in another order than its plain one
+    ours = small_model(padding=padding, **BERT).to(dtype)
+    ours.config._attn_implementation = attention
+    theirs = hf_bert(ours, hf_config())
+    inputs = padded(documents())
+    real = inputs["attention_mask"].bool()
+    labels = torch.where(real, inputs["input_ids"], -100)
+    got, expected = ours(**inputs, labels=labels), theirs(**inputs, labels=labels)
+    torch.testing.assert_close(got.logits[real], expected.logits[real], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=tolerance, atol=tolerance)
+    got.loss.backward()
+    expected.loss.backward()
+    assert_same_gradients(ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["fp64", "fp32"])
+def test_bert_equals_transformers_classifier(dtype, tolerance):
+    """The encoder, the pooler and the classifier: logits, loss and every gradient."""
+    ours = small_model(MegaBertForSequenceClassification, num_labels=3, classifier_dropout=0.0, **BERT).to(dtype)
+    theirs = BertForSequenceClassification(hf_config()).to(dtype)
+    head = {name: tensor for name, tensor in small_model(**BERT).state_dict().items() if not name.startswith("bert.")}
+    whole = {name: tensor for name, tensor in ours.state_dict().items() if "pooler" not in name} | head
+    whole = {name: tensor for name, tensor in whole.items() if not name.startswith("classifier")}
+    encoder = to_published(whole, "bert")
+    rest = {name: tensor for name, tensor in ours.state_dict().items() if "pooler" in name or "classifier" in name}
+    theirs.load_state_dict({name: tensor for name, tensor in encoder.items() if name.startswith("bert.")} | rest)
+    inputs, labels = padded(documents()), torch.tensor([0, 2, 1, 1, 0])
+    got, expected = ours(**inputs, labels=labels), theirs(**inputs, labels=labels)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=tolerance, atol=tolerance)
+    got.loss.backward()
+    expected.loss.backward()
+    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    unused = {name: torch.zeros_like(tensor) for name, tensor in encoder.items() if name.startswith("cls.")}
+    own = {name: grads.pop(name) for name in rest}
+    renamed = (
+        from_published(grads | {name: unused[name] for name in unused if "decoder.weight" not in name}, "bert") | own
+    )
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, renamed[name], rtol=tolerance, atol=tolerance)
+
+
+class Masks:
+    """Stands in for F.dropout: its n-th call drops by the n-th mask, whatever the shape says about batches."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x, p=0.5, training=True, inplace=False):
+        if not training or p == 0:
+            return x
+        self.calls += 1
+        kept = torch.rand(x.numel(), generator=torch.Generator().manual_seed(self.calls)) >= p
+        return x * kept.view(x.shape) / (1 - p)
+
+
+def test_bert_drops_where_transformers_bert_drops(monkeypatch):
+    """The same masks, injected in the order of the calls, give the same loss and gradients."""
+    rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
+    ours = small_model(**BERT, **rates).train()
+    ours.config._attn_implementation = "eager"
+    theirs = hf_bert(ours, hf_config(**rates, attn_implementation="eager")).train()
+    ids = documents((9,))[0][None]
+    outputs = []
+    for model in (ours, theirs):
+        masks = Masks()
+        monkeypatch.setattr(F, "dropout", masks)
+        outputs.append(model(ids, labels=ids))
+        assert masks.calls == 1 + 3 * SMALL["num_hidden_layers"]
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=0, atol=1e-10)
+    for output in outputs:
+        output.loss.backward()
+    assert_same_gradients(ours, theirs, 1e-10)
+
+
+# Slopes are fp32 by ALiBi's own code: exact for powers of two, rounded by 2^-25 for the odd heads of 12.
+SLOPES_TOLERANCE = {3: 1e-10, 4: 1e-10, 8: 1e-10, 12: 2e-9}
+
+
+@pytest.mark.parametrize("num_heads", [3, 4, 12])
+def test_mosaicbert_drops_where_the_paper_drops(monkeypatch, num_heads):
+    """After the embeddings' LayerNorm, after attention's output, on the gated product; nowhere else."""
+    model = small_model(num_attention_heads=num_heads, hidden_dropout_prob=0.3).train()
+    part = documents((9,))[0]
+    monkeypatch.setattr(F, "dropout", ours := Masks())
+    with torch.no_grad():
+        got = model(**packed([part])).logits
+        masks = Masks()
+        expected = reference.logits(dict(model.state_dict()), part, 2, num_heads, drop=lambda x: masks(x, 0.3))
+    assert ours.calls == masks.calls == 1 + 2 * SMALL["num_hidden_layers"]
+    torch.testing.assert_close(got, expected, rtol=0, atol=SLOPES_TOLERANCE[num_heads])
+
+
+def test_biases_are_where_mosaicbert_has_them():
+    model = small_model()
+    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    layer = {"attention.qkv", "attention.out", "attention_norm", "mlp.down", "mlp_norm"}  # mlp.up has none
+    expected = {f"bert.encoder.layers.{i}.{name}.bias" for i in range(SMALL["num_hidden_layers"]) for name in layer}
+    assert biases == expected | {
+        "bert.embeddings.norm.bias",
+        "transform.dense.bias",
+        "transform.norm.bias",
+        "decoder.bias",
+    }
+
+
+@pytest.mark.parametrize("num_heads", [4, 8, 12])
+def test_every_gradient_of_mosaicbert_is_that_of_the_papers_equations(num_heads):
+    model = small_model(num_attention_heads=num_heads)
+    part = documents((9,))[0]
+    labels = part.flip(0)
+    F.cross_entropy(model(**packed([part])).logits, labels).backward()
+    weights = {name: tensor.clone().requires_grad_() for name, tensor in model.state_dict().items()}
+    F.cross_entropy(reference.logits(weights, part, 2, num_heads), labels).backward()
+    for name, parameter in model.named_parameters():
+        expected = weights[name].grad
+        torch.testing.assert_close(
+            parameter.grad, expected, rtol=0, atol=SLOPES_TOLERANCE[num_heads], msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("padding", ["unpadded", "padded"])
+def test_the_padded_baseline_computes_its_padding(padding):
+    """Counted in multiply-adds of the linear layers: real tokens, or documents times the longest."""
+    model = small_model(padding=padding)
+    parts = documents()
+    tokens = {"unpadded": sum(map(len, parts)), "padded": len(parts) * max(map(len, parts))}[padding]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**packed(parts))
+    products = counter.get_flop_counts()["Global"]
+    linear = sum(flops for operation, flops in products.items() if operation.__name__ in ("mm", "addmm"))
+    width, ffn = SMALL["hidden_size"], SMALL["intermediate_size"]
+    in_layers = SMALL["num_hidden_layers"] * (4 * width**2 + 3 * width * ffn) * tokens
+    in_head = (width**2 + width * SMALL["vocab_size"]) * sum(map(len, parts))
+    assert linear == 2 * (in_layers + in_head)
+
+
+def test_the_last_layer_and_the_head_compute_masked_rows_only():
+    model, inputs = small_model(), packed(documents())
+    rows = torch.tensor([0, 3, 9, 20], dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.masked_loss(**inputs, position_ids=torch.zeros(0), masked_positions=rows, masked_labels=rows)
+    products = counter.get_flop_counts()["Global"]
+    linear = sum(flops for operation, flops in products.items() if operation.__name__ in ("mm", "addmm"))
+    tokens, width, ffn = len(inputs["input_ids"]), SMALL["hidden_size"], SMALL["intermediate_size"]
+    behind = width**2 + 3 * width * ffn  # attention's output, the FFN
+    every = 2 * 3 * width**2 + behind  # two layers' query, key and value; all of the first layer
+    assert linear == 2 * (tokens * every + len(rows) * (behind + width**2 + width * SMALL["vocab_size"]))
+
+
+def test_a_model_trained_at_128_runs_at_2048():
+    """ALiBi has no longest document; what a forward pass keeps grows with the tokens."""
+    model = small_model().float()
+    assert LONGEST_KEPT < 2048
+
+    def kept_bytes(lengths: tuple[int, ...]) -> int:
+        seen: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        alive = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            alive.append(model(**packed(documents(lengths))).logits.sum())
+        assert alive[0].isfinite()
+        return sum(seen.values())
+
+    kept_bytes((128,) * 4)
+    one, two, four = (kept_bytes((2048,) * n) for n in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.01)
+    assert two < 2 * one
+    assert kept_bytes((4096,)) == pytest.approx(two, rel=0.01)  # nor does it matter how long the documents are
