@@ -30,7 +30,8 @@ class State:
     """step: optimizer steps done; next_index: the first bin not yet used; recipe: as plain containers.
 
     step_batches: micro-batches of one step over all ranks; total_steps: of the whole run.
-    tokens: real tokens seen; seconds: training time so far; ds_config: as DeepSpeed got it. guard: what it remembers;
+    tokens: real tokens seen; seconds: training time so far; ds_config: as DeepSpeed got it. adamw: whose it was;
+    guard: what it remembers;
     left_behind: [first, last) bins that rollbacks went past.
     """
 
@@ -46,6 +47,7 @@ class State:
     recipe: dict[str, Any]
     ds_config: dict[str, Any]
     model: dict[str, Any]
+    adamw: str
     guard: dict[str, Any]
     left_behind: list[tuple[int, int]]
 

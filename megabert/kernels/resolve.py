@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from packaging.version import Version
@@ -178,10 +178,18 @@ def _account(chosen: Mapping[str, str], reasons: Mapping[str, list[str]], name: 
     return f"ops: {'; '.join(parts)} ({'; '.join(why) or f'run.ops {name}'})"
 
 
+class AdamW(NamedTuple):
+    """make: a constructor taking (params, lr=, betas=, eps=, weight_decay=); source: whose; reason: why not a faster one."""
+
+    make: Callable[..., torch.optim.Optimizer]
+    source: str
+    reason: str
+
+
 def choose_adamw(
-    device: torch.device, offloaded: bool, machine: Machine | None = None
-) -> tuple[Callable[..., torch.optim.Optimizer], str]:
-    """Choose AdamW's implementation: a constructor taking (params, lr=, betas=, eps=, weight_decay=), and where it is from.
+    name: Literal["auto", "torch", "fused"], device: torch.device, offloaded: bool, machine: Machine | None = None
+) -> AdamW:
+    """Choose AdamW's implementation, by run.ops.
 
     apex's, then DeepSpeed's, where their extension is built; else PyTorch's own fused one, which also runs on a CPU.
     offloaded: the optimizer's state lives in the CPU's memory. apex and DeepSpeed count steps for each group, PyTorch for
@@ -202,15 +210,19 @@ def choose_adamw(
 
         return FusedAdam(params, adam_w_mode=True, **settings)
 
+    if name == "torch":
+        return AdamW(from_torch, "PyTorch", "run.ops torch")
     if machine.device_type != "cuda":
-        return from_torch, f"AdamW from PyTorch (the others need a CUDA device, this is {machine.device_type})"
+        return AdamW(from_torch, "PyTorch", f"the others need a CUDA device, this is {machine.device_type}")
     if offloaded:
-        return from_torch, "AdamW from PyTorch (the others need their state on the GPU, it is offloaded)"
+        return AdamW(from_torch, "PyTorch", "the others need their state on the GPU, it is offloaded")
     if not machine.lacks("amp_C"):
-        return from_apex, "AdamW from apex"
+        return AdamW(from_apex, "apex", f"run.ops {name}")
     if not machine.lacks("deepspeed.ops.adam.fused_adam_op"):
-        return from_deepspeed, "AdamW from DeepSpeed (apex is not built: bash launch/install_gpu.sh)"
-    return from_torch, (
-        "AdamW from PyTorch (apex is not built: bash launch/install_gpu.sh; "
-        "DeepSpeed's is not built: DS_BUILD_FUSED_ADAM=1 pip install deepspeed)"
+        return AdamW(from_deepspeed, "DeepSpeed", "apex is not built: bash launch/install_gpu.sh")
+    return AdamW(
+        from_torch,
+        "PyTorch",
+        "apex is not built: bash launch/install_gpu.sh; "
+        "DeepSpeed's is not built: DS_BUILD_FUSED_ADAM=1 pip install deepspeed",
     )

@@ -138,13 +138,14 @@ def newest(folder: Path, up_to: int | None = None) -> Path | None:
 
 
 class Course(NamedTuple):
-    """What a run's course depends on beside its recipe. corpus: its fingerprint; stage: ZeRO's."""
+    """What a run's course depends on beside its recipe. corpus: its fingerprint; stage: ZeRO's; adamw: whose."""
 
     corpus: str
     stage: int
     world_size: int
     step_batches: int
     total_steps: int
+    adamw: str
 
 
 def check_same_run(path: Path, state: State, recipe: Recipe, now: Course) -> None:
@@ -167,6 +168,11 @@ def check_same_run(path: Path, state: State, recipe: Recipe, now: Course) -> Non
         raise ValueError(
             f"{path}: a step was {state.step_batches} micro-batches and the run {state.total_steps} steps; now they are "
             f"{now.step_batches} and {now.total_steps}. Use as many ranks as before, or set data.global_batch_tokens to a number."
+        )
+    if state.adamw != now.adamw:
+        raise ValueError(
+            f"{path}: was written with AdamW from {state.adamw}, this is {now.adamw}'s, whose state is another. "
+            "Install what was there, or use run.ops torch for both."
         )
     if state.zero_stage != now.stage:
         raise ValueError(

@@ -15,7 +15,7 @@ from megabert.data.batch import PackedBatch
 from megabert.data.manifest import write_atomically
 from megabert.data.stream import DROPOUT, Position, philox
 from megabert.training import checkpoint
-from megabert.training.engine import start_process
+from megabert.training.engine import choose, start_process
 from megabert.training.evaluate import evaluate
 from megabert.training.flops import step_flops
 from megabert.training.interrupts import REQUEUE
@@ -242,6 +242,7 @@ def save(run: Run) -> None:
         recipe=run.recipe.to_dict(),
         ds_config=run.ds_config,
         model=run.model.config.to_dict(),
+        adamw=choose(run.recipe, run.ds_config).source,
         guard=run.guard.to_json(),
         left_behind=run.left_behind,
     )

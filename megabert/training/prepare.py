@@ -25,6 +25,7 @@ from megabert.training.engine import (
     attach_guard,
     build_engine,
     build_model,
+    choose,
     device_name,
     has_fast_bf16,
     launched_by_deepspeed,
@@ -54,9 +55,9 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     state = read_state(found) if found else None
     if found and state:
         stage = raw_ds_config.get("zero_optimization", {}).get("stage", 0)
-        checkpoint.check_same_run(
-            found, state, recipe, Course(corpus.fingerprint, stage, world_size, step_batches, steps)
-        )
+        adamw = choose(recipe, raw_ds_config).source
+        now = Course(corpus.fingerprint, stage, world_size, step_batches, steps, adamw)
+        checkpoint.check_same_run(found, state, recipe, now)
     ds_config = fill(
         raw_ds_config,
         ds_config_path,
@@ -135,6 +136,8 @@ def describe(run: Run, found: Path | None) -> None:
         f"ZeRO {run.engine.zero_optimization_stage()}; {run.corpus.tokens:,} tokens in {run.feed.config.num_streams} streams; "
         f"{run.total_steps} steps of {run.step_batches} x {run.recipe.data.micro_batch_tokens} token slots"
     )
+    adamw = choose(run.recipe, run.ds_config)
+    run.say(f"AdamW from {adamw.source} ({adamw.reason})")
     if found:
         run.say(f"resumed from {found}: step {run.step} of {run.total_steps}")
 

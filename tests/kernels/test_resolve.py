@@ -85,12 +85,10 @@ def test_torch_is_plain_wherever_it_runs(caplog):
 
 def test_a_cpu_has_its_own_way_in(monkeypatch, caplog):
     mine = TORCH_OPS._replace(geglu=abs)
-    monkeypatch.setattr(resolving, "cpu_ops", lambda config, bf16: mine)
+    monkeypatch.setattr(resolving, "cpu_ops", lambda config, bf16: (mine, "what was chosen (why)"))
     ops, line = resolve_aloud(caplog, "auto", LAPTOP)
     assert ops == mine
-    assert line == (
-        "ops: all from PyTorch (flash-attn needs a CUDA device, this is cpu; Triton needs a CUDA device, this is cpu)"
-    )
+    assert line == "ops: what was chosen (why)"
 
 
 @pytest.mark.parametrize(
@@ -175,16 +173,16 @@ class Adam(torch.optim.AdamW):
 @pytest.mark.parametrize(
     ("machine", "offloaded", "said", "kind"),
     [
-        (LAPTOP, False, "AdamW from PyTorch (the others need a CUDA device, this is cpu)", torch.optim.AdamW),
-        (having(A100, amp_C=""), True, "AdamW from PyTorch (the others need their state on the GPU", torch.optim.AdamW),
-        (having(A100, amp_C=""), False, "AdamW from apex", Adam),
+        (LAPTOP, False, "PyTorch (the others need a CUDA device, this is cpu)", torch.optim.AdamW),
+        (having(A100, amp_C=""), True, "PyTorch (the others need their state on the GPU", torch.optim.AdamW),
+        (having(A100, amp_C=""), False, "apex (run.ops auto)", Adam),
         (
             having(A100, **{"deepspeed.ops.adam.fused_adam_op": ""}),
             False,
-            "AdamW from DeepSpeed (apex is not built: bash launch/install_gpu.sh)",
+            "DeepSpeed (apex is not built: bash launch/install_gpu.sh)",
             Adam,
         ),
-        (A100, False, "AdamW from PyTorch (apex is not built: bash launch/install_gpu.sh; Deep", torch.optim.AdamW),
+        (A100, False, "PyTorch (apex is not built: bash launch/install_gpu.sh; Deep", torch.optim.AdamW),
     ],
 )
 def test_the_optimizer_and_its_reason(machine, offloaded, said, kind, monkeypatch):
@@ -195,9 +193,12 @@ def test_the_optimizer_and_its_reason(machine, offloaded, said, kind, monkeypatc
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", types.SimpleNamespace(FusedAdam=Adam))
     monkeypatch.setattr(deepspeed.ops.adam, "FusedAdam", Adam)
-    make, reason = choose_adamw(CUDA, offloaded, machine)
-    assert reason.startswith(said)
-    optimizer = make([torch.nn.Parameter(torch.zeros(2))], lr=0.1, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
+    chosen = choose_adamw("auto", CUDA, offloaded, machine)
+    assert f"{chosen.source} ({chosen.reason})".startswith(said)
+    assert choose_adamw("torch", CUDA, offloaded, machine).source == "PyTorch"
+    optimizer = chosen.make(
+        [torch.nn.Parameter(torch.zeros(2))], lr=0.1, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01
+    )
     assert type(optimizer) is kind
     assert optimizer.defaults["eps"] == 1e-6
 
@@ -212,4 +213,4 @@ def test_megabert_works_where_triton_is_not_installed():
         "print([name for name in sys.modules if name.startswith('megabert.kernels.')])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1:] == ["['megabert.kernels.resolve']"], done.stderr
+    assert done.stdout.splitlines()[-1:] == ["['megabert.kernels.cpu', 'megabert.kernels.resolve']"], done.stderr

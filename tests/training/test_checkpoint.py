@@ -24,13 +24,21 @@ STATE = State(
     recipe=RECIPE.to_dict(),
     ds_config={"zero_optimization": {"stage": 2}},
     model={},
+    adamw="PyTorch",
     guard={},
     left_behind=[],
 )
 
 
 def check(recipe: Recipe = RECIPE, state: State = STATE, **changes):
-    now = {"corpus": "c" * 64, "stage": 2, "world_size": 2, "step_batches": 4, "total_steps": 10} | changes
+    now = {
+        "corpus": "c" * 64,
+        "stage": 2,
+        "world_size": 2,
+        "step_batches": 4,
+        "total_steps": 10,
+        "adamw": "PyTorch",
+    } | changes
     check_same_run(layout.Path("step-00000004"), state, recipe, Course(**now))
 
 
@@ -54,6 +62,11 @@ def test_another_corpus_stage_or_number_of_ranks_is_refused():
         check(stage=3)
     with pytest.raises(ValueError, match="written by 2 ranks at ZeRO stage 2, these are 4"):
         check(world_size=4)
+
+
+def test_another_implementation_of_the_optimizer_is_refused():
+    with pytest.raises(ValueError, match="was written with AdamW from PyTorch, this is apex's"):
+        check(adamw="apex")
 
 
 def test_another_batch_or_length_is_refused():
