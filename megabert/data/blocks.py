@@ -86,8 +86,9 @@ class Block:
         self.num_waiting = len(self.taken)
 
     def mark(self, taken: np.ndarray) -> None:
-        """Say which of the first pieces are in bins already."""
-        self.taken[: len(taken)] = taken
+        """Say which pieces are in bins already; of a chunk that was whole then and is damaged now, nothing is left."""
+        if len(self.taken):
+            self.taken[: len(taken)] = taken
         self.num_waiting = len(self.taken) - int(np.count_nonzero(self.taken))
 
     def take(self, first: int, last: int) -> np.ndarray:

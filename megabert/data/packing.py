@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 SPECIALS_PER_PIECE = 2  # [CLS] and [SEP]
+CROWDED = 8  # bins' worth of places waiting in a window of at most four bins' worth of tokens
 
 
 class Pieces(NamedTuple):
@@ -48,6 +49,11 @@ def choose(lengths: np.ndarray, capacity: int, max_pieces: int, max_seq_len: int
     ends = lengths.cumsum()
     number = np.arange(1, len(lengths) + 1)
     allowed = number - (-(capacity - ends) // max_seq_len) <= max_pieces
+    if (
+        len(lengths) > CROWDED * max_pieces
+    ):  # the places run out, not the tokens: only what came first, or short ones pile up
+        fit = allowed & (ends <= capacity)
+        return np.arange(max(1, int(np.flatnonzero(fit)[-1]) + 1 if fit.any() else 1))
     # Leave between one and two longest pieces free, so that the end can be filled with the two that fit it best.
     head = int(np.searchsorted(ends, capacity - max_seq_len, side="right"))
     head = min(head, int(allowed.argmin()) if not allowed.all() else len(lengths))

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -76,8 +77,20 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """A name for exactly these shards in this order: sha256 over every one's hash."""
-        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+        """A name for exactly these tokens in this order: sha256 over every shard's hash, and for text the tokenizer's."""
+        parts = [shard.sha256 for shard in self.shards]
+        if self.tokenizer_path is not None:
+            parts.append(self.tokenizer.fingerprint)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(len(shard.chunks) for shard in self.shards)
+
+    @cached_property
+    def known_damaged(self) -> set[tuple[int, int]]:
+        """(shard, chunk) that this process has said something about."""
+        return set()
 
     @cached_property
     def splits(self) -> list[Split]:
@@ -95,8 +108,11 @@ class Source:
         place = entry.chunk(chunk)
         url = self.storage.url(entry.name)
         where = f"{url} chunk {chunk} (byte {place.offset})"
+        expected = Expected(entry.bytes, entry.sha256)
         try:
-            data = self.storage.read(entry.name, place.offset, place.size, Expected(entry.bytes, entry.sha256))
+            data = self.storage.read(entry.name, place.offset, place.size, expected)
+            if zlib.crc32(data) != place.crc32 and self.storage.forget(entry.name, expected):  # rotten in the cache
+                data = self.storage.read(entry.name, place.offset, place.size, expected)
         except FileNotFoundError as missing:
             raise DamagedShardError(f"{where}: the shard is missing. Fetch or write it again.") from missing
         except WrongContentError as mistake:
@@ -152,13 +168,25 @@ class Source:
         """(vocab_size,) how often each id occurs in the training shards (text: in a sample of these)."""
         size = self.tokenizer.vocab_size
         if self.tokenizer_path is None:
-            raw = self.storage.read_whole(TOKEN_COUNTS)
-            return read_npy(raw, self.storage.url(TOKEN_COUNTS))
+            url = self.storage.url(TOKEN_COUNTS)
+            counts = read_npy(self.storage.read_whole(TOKEN_COUNTS), url)
+            if counts.shape != (size,) or counts.dtype.kind not in "iu" or counts.min() < 0:
+                raise ValueError(
+                    f"{url}: {counts.dtype} of shape {counts.shape}, expected {size} counts. Write the shards again."
+                )
+            return counts
         return sum((np.bincount(chunk.tokens, minlength=size) for chunk in self._sample()), np.zeros(size, np.int64))
 
     def _sample(self) -> list[TokenChunk]:
+        """Some chunks from all over. Damaged ones are left out: reading them for training says so."""
         chunks = [(number, chunk) for number, shard in enumerate(self.shards) for chunk in range(len(shard.chunks))]
-        return [self.read_chunk(*chunks[i]) for i in range(0, len(chunks), -(-len(chunks) // SAMPLED_CHUNKS))]
+        found = []
+        for i in range(0, len(chunks), -(-len(chunks) // SAMPLED_CHUNKS)):
+            with suppress(DamagedShardError):
+                found.append(self.read_chunk(*chunks[i]))
+        if not found:
+            raise DamagedShardError(f"{self.folder}: none of {SAMPLED_CHUNKS} chunks from all over it can be read.")
+        return found
 
     def read_tokenizer_file(self) -> bytes:
         """The tokenizer.json that the ids belong to. Raises ValueError if it is not the one they were written with."""
@@ -297,13 +325,15 @@ def open_source(
 
 def fetch_manifest(storage: Storage) -> Manifest:
     """Read the manifest beside the shards. Raises ValueError if there is none or it is not ours."""
-    try:
-        data, chunks = storage.read_whole(MANIFEST), storage.read_whole(CHUNKS)
-    except (FileNotFoundError, NotADirectoryError) as missing:
-        raise ValueError(
-            f"{storage.url(MANIFEST)}: no such file. Write shards there with data_prep/write_shards.py."
-        ) from missing
-    return parse_manifest(data, chunks, storage.url(MANIFEST))
+    found = []
+    for name in (MANIFEST, CHUNKS):
+        try:
+            found.append(storage.read_whole(name))
+        except (FileNotFoundError, NotADirectoryError) as missing:
+            raise ValueError(
+                f"{storage.url(name)}: no such file. Write shards there with data_prep/write_shards.py."
+            ) from missing
+    return parse_manifest(found[0], found[1], storage.url(MANIFEST))
 
 
 def _sizes_that_differ(storage: Storage, shards: tuple[Shard, ...]) -> list[str]:

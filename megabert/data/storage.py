@@ -8,7 +8,9 @@ A storage hands out bytes by file name and knows nothing of what they mean. Netw
 the URL; what does not depend on the network, such as a file that is not there, fails at once.
 """
 
+import errno
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -20,7 +22,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -34,6 +35,11 @@ T = TypeVar("T")
 # Seconds between tries: half a minute in all, longer than a load balancer or a restarted server needs.
 BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0)
 PIPE_BUFFER = 1 << 20
+THREADS = 16  # of a process, for all that it reads ahead: a store answers no faster to more
+MOST_EVICTIONS = 100  # in a row, between fetching a shard and opening it: a cache that is too small by far
+STALLED_S = 60.0  # without a byte from a server
+# A disk that is full or closed to us does not mend itself while we wait.
+NOT_THE_NETWORK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 TAR_NAME = re.compile(r"[^/\s'\"=]+\.tar\b")
 
@@ -59,7 +65,8 @@ class WrongContentError(Exception):
 class Storage(Protocol):
     """read: bytes [offset, offset + size) of a file, fewer where it ends; read_whole: a small file.
 
-    read_ahead: how many reads are worth having under way at once.
+    read_ahead: how many reads are worth having under way at once. forget: drop a copy that turned out to be damaged; whether
+    there was one, so that reading again makes sense.
     """
 
     @property
@@ -68,6 +75,7 @@ class Storage(Protocol):
     def read_whole(self, name: str) -> bytes: ...
     def size(self, name: str) -> int | None: ...
     def prefetch(self, name: str, expected: Expected) -> None: ...
+    def forget(self, name: str, expected: Expected) -> bool: ...
     def url(self, name: str) -> str: ...
 
 
@@ -95,6 +103,10 @@ class Local:
     def prefetch(self, name: str, expected: Expected) -> None:
         """Nothing to do: the kernel reads ahead."""
 
+    def forget(self, name: str, expected: Expected) -> bool:
+        """These are the files themselves."""
+        return False
+
     def url(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
@@ -107,17 +119,34 @@ class Fetched:
         self._cache = ShardCache(cache.folder.expanduser(), cache.max_bytes)
 
     def read(self, name: str, offset: int, size: int, fetch: Callable[[Path], None], expected: Expected) -> bytes:
-        path = self._cache.get(f"{self._key}-{name}", fetch, expected)
-        with open(path, "rb") as file:
-            return os.pread(file.fileno(), size, offset)
+        for _ in range(MOST_EVICTIONS):
+            path = self._cache.get(self._key_of(name, expected), fetch, expected)
+            try:
+                with open(path, "rb") as file:
+                    return os.pread(file.fileno(), size, offset)
+            except FileNotFoundError:  # another process made room between the two
+                continue
+        raise ValueError(f"{self._cache.folder}: too small for the shards that are read at once. Raise data.cache_gb.")
 
     def prefetch(self, name: str, fetch: Callable[[Path], None], expected: Expected) -> None:
         """Fetch a file in the background. An error is not lost: read() meets it again."""
-        self._threads.submit(self._cache.get, f"{self._key}-{name}", fetch, expected)
+        threads(os.getpid()).submit(self._cache.get, self._key_of(name, expected), fetch, expected)
 
-    @cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(2, thread_name_prefix="prefetch")
+    def forget(self, name: str, expected: Expected) -> bool:
+        path = self._cache.folder / self._key_of(name, expected)
+        there = path.exists()
+        path.unlink(missing_ok=True)
+        return there
+
+    def _key_of(self, name: str, expected: Expected) -> str:
+        """Of the source and the content: shards written anew are other files."""
+        return f"{self._key}-{expected.sha256[:16]}-{name}"
+
+
+@functools.cache
+def threads(process: int) -> ThreadPoolExecutor:
+    """The threads of one process that read ahead: those of a parent do not survive a fork."""
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="read-ahead")
 
 
 class Remote:
@@ -152,6 +181,9 @@ class Remote:
     def prefetch(self, name: str, expected: Expected) -> None:
         if not self._knows_ranges:
             self._fetched.prefetch(name, lambda path: self._fetch(name, path), expected)
+
+    def forget(self, name: str, expected: Expected) -> bool:
+        return self._fetched.forget(name, expected)
 
     def url(self, name: str) -> str:
         return f"{self.folder}/{name}"
@@ -192,6 +224,9 @@ class Piped:
     def prefetch(self, name: str, expected: Expected) -> None:
         self._fetched.prefetch(name, lambda path: self._fetch(name, path), expected)
 
+    def forget(self, name: str, expected: Expected) -> bool:
+        return self._fetched.forget(name, expected)
+
     def url(self, name: str) -> str:
         return self.command.replace("{name}", name)
 
@@ -212,19 +247,39 @@ class ShardCache:
         self.max_bytes = max_bytes
 
     def get(self, name: str, fetch: Callable[[Path], None], expected: Expected) -> Path:
-        """Find a file, fetching it if it is not here. Raises WrongContentError if what arrives is not as expected."""
+        """Find a file, fetching it if it is not here.
+
+        Raises WrongContentError if what arrives is not as expected, ValueError if the cache cannot be written.
+        """
         path = self.folder / name
         if self._is_here(path, expected.bytes):
             return path
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / f"{name}.lock"):
-            if not self._is_here(path, expected.bytes):  # else another process was faster
-                self._make_room(expected.bytes)
-                arriving = self.folder / f"{name}.part"
-                fetch(arriving)
-                _check_arrived(arriving, expected)
-                os.replace(arriving, path)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder / f"{name}.lock"):
+                if not self._is_here(path, expected.bytes):  # else another process was faster
+                    self._fetch(path, fetch, expected)
+        except OSError as mistake:
+            if mistake.errno in NOT_THE_NETWORK or not self.folder.is_dir():
+                raise ValueError(
+                    f"{self.folder}: cannot keep shards there: {mistake.strerror}. Name another folder with data.cache_dir, or "
+                    "keep less with data.cache_gb."
+                ) from mistake
+            raise
         return path
+
+    def _fetch(self, path: Path, fetch: Callable[[Path], None], expected: Expected) -> None:
+        arriving = path.with_name(f"{path.name}.part")
+        try:
+            with _locked(self.folder / "room.lock"):  # one process at a time counts, and takes its place
+                self._make_room(expected.bytes)
+                with open(arriving, "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, max(1, expected.bytes))
+            fetch(arriving)
+            _check_arrived(arriving, expected)
+            os.replace(arriving, path)
+        finally:
+            arriving.unlink(missing_ok=True)
 
     @staticmethod
     def _is_here(path: Path, size: int) -> bool:
@@ -233,13 +288,15 @@ class ShardCache:
             if here:
                 os.utime(path)  # read just now
             return here
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def _make_room(self, needed: int) -> None:
-        held = sorted((entry for entry in os.scandir(self.folder) if entry.name.endswith(".tar")), key=_read_at)
+        held = sorted(
+            (entry for entry in os.scandir(self.folder) if entry.name.endswith((".tar", ".part"))), key=_read_at
+        )
         total = sum(_size(entry) for entry in held)
-        for entry in held:
+        for entry in (entry for entry in held if entry.name.endswith(".tar")):
             if total + needed <= self.max_bytes:
                 return
             total -= _size(entry)
@@ -264,7 +321,6 @@ def _check_arrived(path: Path, expected: Expected) -> None:
     with open(path, "rb") as file:
         found = Expected(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
     if found != expected:
-        path.unlink()
         raise WrongContentError(
             f"{found.bytes} bytes arrived with another hash than the manifest's, for {expected.bytes}"
         )
@@ -281,19 +337,25 @@ def _locked(path: Path) -> Iterator[None]:
 def retrying(action: Callable[[], T], url: str) -> T:
     """Run an action that needs the network, again after a pause where it fails. Raises OSError with the URL at last.
 
-    What another try cannot mend (no such file, no permission, not installed) is raised at once.
+    What another try cannot mend (no such file, no permission, a full disk, not installed) is raised at once.
     """
+    began = time.monotonic()
     for pause in (*BACK_OFF, None):
         try:
             return action()
-        except (FileNotFoundError, PermissionError):
+        except FileNotFoundError:
             raise
         except network_errors() as mistake:
+            if getattr(mistake, "errno", None) in NOT_THE_NETWORK:
+                raise
+            status = getattr(mistake, "status", 0)
+            said = f"HTTP {status} {getattr(mistake, 'message', '')}" if status else repr(mistake)
+            if 400 <= status < 500 and status not in (408, 429):  # not a timeout, not too many requests
+                raise OSError(f"{url}: {said}") from mistake
             if pause is None:
-                raise OSError(
-                    f"{url}: failed {len(BACK_OFF) + 1} times over {sum(BACK_OFF):.0f} s: {mistake!r}"
-                ) from mistake
-            log.warning("%s: %r; trying again in %.0f s", url, mistake, pause)
+                seconds = time.monotonic() - began
+                raise OSError(f"{url}: failed {len(BACK_OFF) + 1} times over {seconds:.0f} s: {said}") from mistake
+            log.warning("%s: %s; trying again in %.0f s", url, said, pause)
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
 
@@ -321,8 +383,15 @@ def network_errors() -> tuple[type[BaseException], ...]:
 
 def file_system(url: str) -> Any:
     """fsspec's file system for a URL. Raises ValueError naming the package that is missing for it."""
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        import aiohttp
+
+        # A long download is no error; a silent server is.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED_S, sock_read=STALLED_S)
+        options["client_kwargs"] = {"timeout": timeout}
     try:
-        return fsspec.core.url_to_fs(url, skip_instance_cache=True)[0]
+        return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)[0]
     except (ImportError, ValueError) as mistake:
         raise ValueError(f"{url}: fsspec cannot open it: {mistake}") from mistake
 
@@ -332,6 +401,8 @@ def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str]
 
     Raises ValueError for a location that names shards of several folders, or a pipe that names none.
     """
+    if scheme := URL.match(location):
+        location = scheme[0].lower() + location[scheme.end() :]
     if location.startswith("pipe:"):
         return _open_pipe(location, cache)
     names = None
@@ -346,7 +417,7 @@ def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str]
         folder = folder.removeprefix("file://")
     elif URL.match(location):
         return Remote(folder, cache), names
-    return Local(folder), names
+    return Local(os.path.expanduser(folder)), names
 
 
 def _open_pipe(location: str, cache: CacheOptions) -> tuple[Storage, list[str]]:

@@ -10,6 +10,7 @@ The stages of one stream, each a generator over the one before:
     splits -> chunks -> pieces, of every source (window.py) -> bins -> batches
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,12 @@ from megabert.data.schedule import Length, MaskingRate, Plan, make_plan
 from megabert.data.shards import Corpus
 from megabert.data.window import LanePosition, StreamOf, Window
 
-LOOK_AHEAD_BINS = 4  # pieces wait in a window of at most this many bins' tokens
+log = logging.getLogger(__name__)
+
+# Pieces wait in a window of the next bin's tokens and this many longest pieces more, at most LOOK_AHEAD_BINS bins in all:
+# enough to choose from that bins of 16 longest pieces are 99.5 % full, and little to hold where bins are long.
+LOOK_AHEAD_PIECES = 64
+LOOK_AHEAD_BINS = 4
 PREFETCHED = 4  # batches that each loader worker has ready
 
 # What a random number is for: one part of the counter-based generator's key, the bin's index is the other.
@@ -75,12 +81,12 @@ class StreamConfig:
 
     def __post_init__(self):
         for stage in self.plan.stages:
-            least = -(-self.bin_tokens // stage.max_seq_len) + 1
+            least = -(-2 * self.bin_tokens // stage.max_seq_len)  # filler may need half of them
             most = self.max_documents[stage.max_seq_len]
             if most < least:
                 raise ValueError(
                     f"data.max_documents is {most}, expected at least {least}: "
-                    f"{self.bin_tokens} tokens in pieces of at most {stage.max_seq_len}, and one more."
+                    f"twice the {self.bin_tokens} tokens in pieces of {stage.max_seq_len}."
                 )
 
     def shapes(self, max_seq_len: int) -> Shapes:
@@ -130,9 +136,10 @@ def open_stream(
 
 def next_bin(window: Window, config: StreamConfig) -> Bin | None:
     """Choose the next bin of a window, from as much as may wait."""
-    look_ahead = LOOK_AHEAD_BINS * config.bin_tokens
+    longest = window.cutting.max_seq_len
+    look_ahead = config.bin_tokens + min((LOOK_AHEAD_BINS - 1) * config.bin_tokens, LOOK_AHEAD_PIECES * longest)
     window.fill(look_ahead)
-    return window.next_bin(config.bin_tokens, config.max_documents[window.cutting.max_seq_len], look_ahead)
+    return window.next_bin(config.bin_tokens, config.max_documents[longest], look_ahead)
 
 
 def finish(
@@ -203,7 +210,10 @@ def worker_count(wanted: int, streams_per_rank: int) -> int:
 
 def open_loader(dataset: BatchStream, num_workers: int, pin_memory: bool = False) -> DataLoader:
     """Pack and mask in worker processes; the training process only receives. Batches keep their order."""
-    workers = worker_count(num_workers, dataset.config.num_streams // dataset.world_size)
+    streams = dataset.config.num_streams // dataset.world_size
+    workers = worker_count(num_workers, streams)
+    if workers != num_workers:
+        log.info("data.num_workers: %d, because %d do not divide this rank's %d streams", workers, num_workers, streams)
     return DataLoader(
         dataset,
         batch_size=None,

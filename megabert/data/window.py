@@ -4,9 +4,9 @@ A source's part in a stream is a *lane*: its splits n, n + N, ... one after the 
 by (tokens of their source that came before) / weight, so that every stretch of the line holds the sources by weight.
 """
 
+import os
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from typing import Any, NamedTuple
@@ -15,10 +15,11 @@ import numpy as np
 import webdataset
 
 from megabert.data.batch import Bin
-from megabert.data.blocks import Bits, Block, Cutting, Past, Place, intervals_left, make_block
-from megabert.data.packing import choose, cut
+from megabert.data.blocks import Bits, Block, Cutting, Past, Place, make_block
+from megabert.data.packing import choose
 from megabert.data.sample_format import TokenChunk
 from megabert.data.shards import Corpus, DamagedShardError, Source, SplitOrder, log
+from megabert.data.storage import threads
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,17 @@ class LanePosition:
     """Where one source stands in one stream.
 
     entry, chunk: the oldest chunk that is held. used_tokens: tokens of this lane before it. taken: a bit per piece from
-    there to the last one loaded, set where it is in a bin. past: the same at the end of earlier phases, with their
-    max_seq_len. damaged: the held chunks that could not be read; skipped: how many there were so far.
+    there to the last one loaded, set where it is in a bin; pieces: how many each held chunk has. past: the same at the end of
+    earlier phases, as (max_seq_len, pieces, taken), with None for the pieces of a chunk that came later. damaged: the held
+    chunks that could not be read; skipped: how many there were so far.
     """
 
     entry: int = 0
     chunk: int = 0
     used_tokens: int = 0
+    pieces: tuple[int, ...] = ()
     taken: Bits = Bits(0, b"")  # noqa: RUF009 (immutable)
-    past: tuple[tuple[int, Bits], ...] = ()
+    past: tuple[tuple[int, tuple[int | None, ...], Bits], ...] = ()
     damaged: tuple[Place, ...] = ()
     skipped: int = 0
 
@@ -43,25 +46,32 @@ class LanePosition:
             "entry": self.entry,
             "chunk": self.chunk,
             "used_tokens": self.used_tokens,
+            "pieces": list(self.pieces),
             "taken": self.taken.to_json(),
-            "past": [[max_seq_len, bits.to_json()] for max_seq_len, bits in self.past],
+            "past": [[max_seq_len, list(pieces), bits.to_json()] for max_seq_len, pieces, bits in self.past],
             "damaged": [list(place) for place in self.damaged],
             "skipped": self.skipped,
         }
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "LanePosition":
-        past = tuple((max_seq_len, Bits.from_json(bits)) for max_seq_len, bits in raw["past"])
-        damaged = tuple(Place(*place) for place in raw["damaged"])
-        taken = Bits.from_json(raw["taken"])
-        return cls(raw["entry"], raw["chunk"], raw["used_tokens"], taken, past, damaged, raw["skipped"])
+        return cls(
+            entry=raw["entry"],
+            chunk=raw["chunk"],
+            used_tokens=raw["used_tokens"],
+            pieces=tuple(raw["pieces"]),
+            taken=Bits.from_json(raw["taken"]),
+            past=tuple((length, tuple(pieces), Bits.from_json(bits)) for length, pieces, bits in raw["past"]),
+            damaged=tuple(Place(*place) for place in raw["damaged"]),
+            skipped=raw["skipped"],
+        )
 
     def after(self, max_seq_len: int) -> "LanePosition":
         """The same place at the beginning of a phase, after one of max_seq_len. Phases that no held chunk was in go."""
-        past = (*self.past, (max_seq_len, self.taken))
-        while past and not past[0][1].count:
+        past = (*self.past, (max_seq_len, self.pieces, self.taken))
+        while past and all(count is None for count in past[0][1]):
             past = past[1:]
-        return replace(self, taken=Bits(0, b""), past=past)
+        return replace(self, pieces=(0,) * len(self.pieces), taken=Bits(0, b""), past=past)
 
 
 class StreamOf(NamedTuple):
@@ -108,31 +118,45 @@ def read_chunks(
 ) -> Iterator[tuple[Place, TokenChunk | None]]:
     """Third stage: every chunk's tokens, None for one that is damaged, if on_bad_shard allows that.
 
-    skip: chunks known to be damaged, which stay so whatever is there now.
+    skip: chunks known to be damaged, which stay so whatever is there now. Raises DamagedShardError when as many in a row are
+    damaged as the source has.
     """
 
-    def read(ref: ChunkRef) -> tuple[Place, TokenChunk | None]:
+    def read(ref: ChunkRef) -> TokenChunk | None:
         if ref.place in skip:
-            return ref.place, None
+            return None
         try:
-            return ref.place, source.read_chunk(ref.shard, ref.number)
+            return source.read_chunk(ref.shard, ref.number)
         except DamagedShardError as damage:
             if on_bad_shard != "skip":
                 raise
-            log.warning("skipped: %s", damage)
-            return ref.place, None
+            if (ref.shard, ref.number) not in source.known_damaged:
+                source.known_damaged.add((ref.shard, ref.number))
+                log.warning("skipped: %s", damage)
+            return None
 
-    if not source.storage.read_ahead:
-        yield from map(read, refs)
+    in_a_row = 0
+    for ref, data in _ahead(refs, read, source.storage.read_ahead):
+        in_a_row = in_a_row + 1 if data is None else 0
+        if in_a_row > source.num_chunks:
+            raise DamagedShardError(f"{source.folder}: none of its {source.num_chunks} chunks can be read.")
+        yield ref.place, data
+
+
+def _ahead(
+    refs: Iterator[ChunkRef], read: Callable[[ChunkRef], TokenChunk | None], depth: int
+) -> Iterator[tuple[ChunkRef, TokenChunk | None]]:
+    """Read in order, `depth` chunks before they are wanted."""
+    if not depth:
+        yield from ((ref, read(ref)) for ref in refs)
         return
-    with ThreadPoolExecutor(source.storage.read_ahead, thread_name_prefix="read-ahead") as threads:
-        under_way: deque = deque()
-        for ref in refs:
-            under_way.append(threads.submit(read, ref))
-            if len(under_way) > source.storage.read_ahead:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+    under_way: deque = deque()
+    for ref in refs:
+        under_way.append((ref, threads(os.getpid()).submit(read, ref)))
+        if len(under_way) > depth:
+            done, future = under_way.popleft()
+            yield done, future.result()
+    yield from ((done, future.result()) for done, future in under_way)
 
 
 class Lane:
@@ -140,7 +164,10 @@ class Lane:
 
     def __init__(self, corpus: Corpus, number: int, stream: StreamOf, cutting: Cutting, position: LanePosition):
         source = corpus.sources[number]
+        self.number = number
         self.weight = corpus.weights[number]
+        # Staggered over the streams by a document's length: else all would begin with one of even the rarest source.
+        self._offset = (stream.number + 0.5) / stream.num_streams * source.median_document_tokens
         self.blocks: deque[Block] = deque()
         self.used_tokens = position.used_tokens  # before the next chunk to come
         self.skipped = position.skipped - len(position.damaged)
@@ -159,38 +186,27 @@ class Lane:
 
     def _restore(self, position: LanePosition) -> None:
         """Load what was held, with every piece that is in a bin already marked."""
-        taken = position.taken.values()
-        past = [(max_seq_len, bits.values()) for max_seq_len, bits in position.past]
-        damaged = set(position.damaged)
-        while len(taken) or damaged or any(len(bits) for _, bits in past):
-            block = self._load(past)
+        taken = Rows(position.pieces, position.taken.values())
+        past = [(max_seq_len, Rows(pieces, bits.values())) for max_seq_len, pieces, bits in position.past]
+        for _ in position.pieces:
+            mine = [None if (row := rows.next()) is None else Past(length, row) for length, rows in past]
+            block = self._load(mine)
             assert block is not None, "a position refers to chunks that were there"
-            block.mark(taken[: len(block.taken)])
-            taken = taken[len(block.taken) :]
-            damaged.discard(Place(block.entry, block.chunk))
+            row = taken.next()
+            assert row is not None, "every held chunk says what of it is taken"
+            block.mark(row)
 
     def load(self) -> Block | None:
         """Read the next chunk, or None at the end."""
-        return self._load([(max_seq_len, np.empty(0, dtype=bool)) for max_seq_len, _ in self._start.past])
+        return self._load([None] * len(self._start.past))
 
-    def _load(self, past: list[tuple[int, np.ndarray]]) -> Block | None:
-        """past: what was taken of all chunks from this one on; what belongs to this one is cut off the front."""
+    def _load(self, past: list[Past | None]) -> Block | None:
+        """past: what was taken of this chunk when earlier phases ended."""
         if (read := next(self._chunks, None)) is None:
             self.ended = True
             return None
         place, data = read
-        mine: list[Past | None] = []
-        for number, (max_seq_len, bits) in enumerate(past):
-            if not len(bits):
-                mine.append(None)
-                continue
-            cutting = self._cutting._replace(max_seq_len=max_seq_len)
-            size = 0
-            if data is not None:
-                size = len(cut(intervals_left(data.lengths, cutting, mine)[0].size, *cutting).size)
-            mine.append(Past(max_seq_len, bits[:size]))
-            past[number] = (max_seq_len, bits[size:])
-        block = make_block(place, self.used_tokens, data, self._cutting, self._tokenizer, mine)
+        block = make_block(place, self.used_tokens, data, self._cutting, self._tokenizer, past)
         self.blocks.append(block)
         self.used_tokens += block.used_tokens
         self.skipped += block.damaged
@@ -199,7 +215,11 @@ class Lane:
     @property
     def horizon(self) -> float:
         """Up to here in the line, this lane's pieces are loaded."""
-        return np.inf if self.ended else self.used_tokens / self.weight
+        return np.inf if self.ended else float(self.time(self.used_tokens))
+
+    def time(self, tokens: Any) -> Any:
+        """The place in the line of a piece with so many tokens of its lane before it."""
+        return (tokens + self._offset) / self.weight
 
     def release(self) -> list[Block]:
         """Let go of leading blocks that have no piece left; one always stays, to say where the lane is."""
@@ -213,18 +233,38 @@ class Lane:
             return self._start
         oldest = self.blocks[0]
         past = []
-        for number, (max_seq_len, _) in enumerate(self._start.past):
-            parts = [phase.taken for block in self.blocks if (phase := block.past[number]) is not None]
-            past.append((max_seq_len, Bits.of(np.concatenate([np.empty(0, dtype=bool), *parts]))))
+        for number, (max_seq_len, _, _) in enumerate(self._start.past):
+            rows = [None if (phase := block.past[number]) is None else phase.taken for block in self.blocks]
+            past.append((max_seq_len, tuple(None if row is None else len(row) for row in rows), _joined(rows)))
         return LanePosition(
             entry=oldest.entry,
             chunk=oldest.chunk,
             used_tokens=oldest.before,
-            taken=Bits.of(np.concatenate([block.taken for block in self.blocks])),
+            pieces=tuple(len(block.taken) for block in self.blocks),
+            taken=_joined([block.taken for block in self.blocks]),
             past=tuple(past),
             damaged=tuple(Place(block.entry, block.chunk) for block in self.blocks if block.damaged),
             skipped=self.skipped,
         )
+
+
+class Rows:
+    """Booleans of several chunks end to end, given back chunk by chunk."""
+
+    def __init__(self, sizes: Sequence[int | None], values: np.ndarray):
+        self._sizes = iter(sizes)
+        self._values = values
+
+    def next(self) -> np.ndarray | None:
+        """The next chunk's, or None if it has none."""
+        if (size := next(self._sizes)) is None:
+            return None
+        row, self._values = self._values[:size], self._values[size:]
+        return row
+
+
+def _joined(rows: Sequence[np.ndarray | None]) -> Bits:
+    return Bits.of(np.concatenate([np.empty(0, dtype=bool), *(row for row in rows if row is not None)]))
 
 
 class Window:
@@ -238,11 +278,12 @@ class Window:
         self._corpus, self._stream = corpus, stream
         self._blocks: dict[int, Block] = {}
         self._next_key = count()
-        # Of every waiting piece, in line: the key of its block, its number there, its length, its place in the line.
+        # Of every waiting piece, in line: the key of its block, its number there, its length, its place in the line, its lane.
         self._block = np.empty(0, dtype=np.int64)
         self._piece = np.empty(0, dtype=np.int64)
         self._length = np.empty(0, dtype=np.int64)
         self._time = np.empty(0, dtype=np.float64)
+        self._lane = np.empty(0, dtype=np.int64)
         self._ready = 0  # so many of them have all before them loaded
         for lane in self.lanes:
             for block in lane.blocks:
@@ -301,17 +342,19 @@ class Window:
         self._block = np.concatenate([self._block, np.full(len(waiting), key)])
         self._piece = np.concatenate([self._piece, waiting])
         self._length = np.concatenate([self._length, block.lengths[waiting]])
-        self._time = np.concatenate([self._time, (block.before + block.arrival[waiting]) / lane.weight])
+        self._time = np.concatenate([self._time, lane.time(block.before + block.arrival[waiting])])
+        self._lane = np.concatenate([self._lane, np.full(len(waiting), lane.number)])
 
     def _line_up(self) -> None:
         if len(self.lanes) == 1:
             self._ready = len(self._length)
             return
-        self._keep(np.argsort(self._time, kind="stable"))
+        # By lane where times are equal: a resumed stream loads in another order, and must line up the same.
+        self._keep(np.lexsort((self._lane, self._time)))
         self._ready = int(np.searchsorted(self._time, min(lane.horizon for lane in self.lanes)))
 
     def _keep(self, which: np.ndarray) -> None:
-        for name in ("_block", "_piece", "_length", "_time"):
+        for name in ("_block", "_piece", "_length", "_time", "_lane"):
             setattr(self, name, getattr(self, name)[which])
 
     def _release(self) -> None:

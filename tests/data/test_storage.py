@@ -1,11 +1,14 @@
 """Shards from anywhere: byte ranges, servers that know none, commands, a bounded cache, and a network that breaks."""
 
+import errno
 import functools
 import hashlib
 import http.server
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +22,11 @@ from megabert.data.storage import CacheOptions, Expected, ShardCache, WrongConte
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """A folder over HTTP. Byte ranges only if `ranges`; the first `failures` requests of a shard end in a 503."""
+    """A folder over HTTP. Byte ranges only if `ranges`; the first `failures` requests of a shard end in `status`."""
 
     ranges = True
     failures = 0
+    status = 503
     requests: list[str]
 
     def do_GET(self):
@@ -30,7 +34,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         cls = type(self)
         if self.path.endswith(".tar") and cls.failures:
             cls.failures -= 1
-            self.send_error(503)
+            self.send_error(self.status)
             return
         path = Path(self.translate_path(self.path))
         if not path.is_file():
@@ -203,6 +207,67 @@ def test_the_cache_is_bounded_and_lets_the_oldest_go(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["0.tar", "2.tar"]
     assert get("1.tar").read_bytes() == data["1.tar"]
     assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= 2500
+
+
+def test_a_cache_too_small_for_all_that_read_it_is_slow_and_right(corpus, cache):
+    """Two shards' room for four processes that read 24: each chunk is right, and the bound holds."""
+    source = open_source(str(corpus.tokens))
+    largest = max(shard.bytes for shard in source.shards)
+    small = CacheOptions(cache.folder, 2 * largest)
+    command = f"pipe:cat {corpus.tokens}/train-{{00000..00023}}.tar"
+    program = (
+        "import sys, random; from pathlib import Path; from megabert.data.shards import open_source\n"
+        "from megabert.data.storage import CacheOptions\n"
+        "source = open_source(sys.argv[1], cache=CacheOptions(Path(sys.argv[2]), int(sys.argv[3])))\n"
+        "random.seed(int(sys.argv[4]))\n"
+        "for _ in range(60): assert len(source.read_chunk(random.randrange(24), 0).tokens)\n"
+    )
+    arguments = [command, str(small.folder), str(small.max_bytes)]
+    started = [subprocess.Popen([sys.executable, "-c", program, *arguments, str(seed)]) for seed in range(4)]
+    assert [process.wait(60) for process in started] == [0] * 4
+    assert sum(path.stat().st_size for path in small.folder.glob("*.tar")) <= small.max_bytes
+    assert not list(small.folder.glob("*.part"))
+
+
+def test_shards_written_anew_are_not_read_from_the_old_copy(folder, cache):
+    command = f"pipe:cat {folder}/train-{{00000..00023}}.tar"
+    first = open_source(command, cache=cache)
+    first.read_chunk(0, 0)
+    [kept] = cache.folder.glob("*.tar")
+    data = bytearray(kept.read_bytes())
+    data[1000] ^= 1
+    kept.write_bytes(bytes(data))  # rotten in the cache, of the right size: fetched again
+    assert (first.read_chunk(0, 0).tokens == open_source(str(folder)).read_chunk(0, 0).tokens).all()
+    shard = first.shards[0]
+    assert kept.name.endswith(f"{shard.sha256[:16]}-{shard.name}")
+
+
+@pytest.mark.parametrize("broken", ["read_only", "file"])
+def test_a_cache_that_cannot_be_written_is_named(corpus, tmp_path, broken):
+    (tmp_path / "file").write_text("in the way")
+    place = Path("/proc/nowhere") if broken == "read_only" else tmp_path / "file" / "cache"
+    source = open_source(f"pipe:cat {corpus.tokens}/train-{{00000..00023}}.tar", cache=CacheOptions(place, 1 << 30))
+    with pytest.raises(ValueError, match=r"cannot keep shards there.*data\.cache_dir"):
+        source.read_chunk(0, 0)
+
+
+def test_a_full_disk_is_not_the_network():
+    tries = []
+
+    def full():
+        tries.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        retrying(full, "here")
+    assert len(tries) == 1
+
+
+def test_a_server_that_refuses_is_not_asked_again(corpus, serve, cache, caplog):
+    url, _ = serve(corpus.tokens, failures=10**6, status=403)
+    with pytest.raises(OSError, match=rf"{url}/train-00000\.tar: HTTP 403"):
+        open_source(url, cache=cache).read_chunk(0, 0)
+    assert "trying again" not in caplog.text
 
 
 def test_processes_fetch_a_shard_once(tmp_path):

@@ -1,6 +1,8 @@
 """Text shards, tokenized while training: the same path, and the same tokens as tokenizing first."""
 
 import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -43,6 +45,14 @@ def test_its_statistics_come_from_a_sample(corpus, text):
     assert text.tokenizer == tokens.tokenizer
     assert text.sources[0].read_tokenizer_file() == (corpus.tokenizer / "tokenizer.json").read_bytes()
     assert text.sources[0].read_beside("tokenizer_config.json") is not None
+
+
+def test_another_tokenizer_is_another_corpus(corpus, text, tmp_path):
+    other = shutil.copytree(corpus.tokenizer, tmp_path / "other")
+    raw = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(raw | {"version": "1.0"}, indent=2))
+    again = open_corpus([(text.sources[0].folder, 1.0)], tokenizer=str(other))
+    assert again.fingerprint != text.fingerprint
 
 
 @pytest.mark.parametrize("workers", [0, 2])
