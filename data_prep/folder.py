@@ -49,6 +49,15 @@ def work_folder(out: Path, request: str) -> Iterator[Path]:
         shutil.rmtree(work)
 
 
+def sweep(out: Path) -> None:
+    """Remove the work of a command that was killed between its manifest and its end."""
+    work = out / ".work"
+    if work.is_dir():
+        with open(work / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            shutil.rmtree(work)
+
+
 def _clear(out: Path, work: Path) -> None:
     """Remove an earlier request's results. The manifest goes first: from here on the folder is unfinished."""
     for path in [*(out / name for name in (MANIFEST, CHUNKS, TOKEN_COUNTS, PICTURE)), *_shards(out), work / "request"]:

@@ -27,6 +27,7 @@ PARTS = ("train", "heldout")
 # Of token ids: some 250 MB of text. 100 GB make 400 runs, so that a shard is put together of 400 pieces of 160 kB, long
 # enough for any disk. It is also most of what a worker holds in memory.
 RUN_BYTES = 128 << 20
+RUN_DOCUMENTS = 500_000  # and documents, each of which costs some 100 bytes while a run is collected
 BATCH_BYTES = 1 << 20  # text that is tokenized at once: enough to be worth a call, little to hold
 GATHERED = 4096  # documents that are brought into order in memory at once
 
@@ -75,7 +76,8 @@ def as_unicode(text: str) -> tuple[str, bytes]:
 
 
 def text_hash(raw: bytes) -> bytes:
-    return hashlib.blake2b(raw, digest_size=HASH_BYTES).digest()
+    """Of the text as its author saw it: line ends are no difference."""
+    return hashlib.blake2b(raw.replace(b"\r\n", b"\n"), digest_size=HASH_BYTES).digest()
 
 
 class Run:
@@ -126,7 +128,8 @@ class RunWriter:
 
     def add(self, payload: np.ndarray, lengths: np.ndarray, hashes: list[bytes]) -> None:
         """Add documents: payload end to end."""
-        if self._used and self._used + len(payload) > len(self._buffer):
+        full = self._used + len(payload) > len(self._buffer) or len(self._hashes) + len(hashes) > RUN_DOCUMENTS
+        if self._hashes and full:
             self._flush()
         if len(payload) > len(self._buffer):
             self._buffer = np.empty(len(payload), self._job.dtype)

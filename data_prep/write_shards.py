@@ -76,6 +76,8 @@ class Options:
     """processes"""
     seed: int = 0
     """seed of the order within shards"""
+    replace: bool = False
+    """whether finished shards in out that were asked for in other words may be replaced"""
 
     def __post_init__(self):
         if not 0 <= self.heldout < 1:
@@ -116,7 +118,7 @@ def understand(options: Options) -> Wanted:
             f"{out}: is --source and --out; its shards would be replaced while they are read. Choose another --out."
         )
     units = list_units(options.source, options.read)
-    asked = {name: value for name, value in vars(options).items() if name not in ("out", "workers")}
+    asked = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "replace")}
     request = hashlib.sha256(repr((asked, tokenizer, stamps(units))).encode()).hexdigest()
     return Wanted(options, units, path, tokenizer, request)
 
@@ -241,8 +243,14 @@ def main(argv: list[str] | None = None) -> int:
     wanted = understand(options)
     out = Path(options.out)
     if (out / MANIFEST).is_file() and is_from(wanted.request, out):
+        folder.sweep(out)
         print(f"{out / MANIFEST}: already written from this, reused")
         return 0
+    if (out / MANIFEST).is_file() and not options.replace:
+        raise ValueError(
+            f"{out}: holds finished shards of another source, tokenizer or other settings. Choose another --out, or pass "
+            "--replace true."
+        )
     try:
         manifest = prepare(wanted)
     except KeyboardInterrupt:

@@ -52,16 +52,22 @@ def read_flags(options: type[T], prog: str, description: str, argv: list[str] | 
 
 
 def run(main: Callable[[], int | None], prog: str) -> NoReturn:
-    """Run a command. A user's mistake (ValueError) or a file in the way (OSError) is one line on stderr and exit 1."""
+    """Run a command. A user's mistake (ValueError) or a file in the way (OSError) is one line on stderr and exit 1.
+
+    Ctrl-C is one too, with the exit code that a shell gives it.
+    """
     try:
         sys.exit(main() or 0)
     except (ValueError, OSError) as mistake:
         # A loader worker's error comes wrapped in its trace; its last line is the error itself.
         message = str(mistake)
         if "Original Traceback" in message:
-            message = message.strip().splitlines()[-1].removeprefix("ValueError: ")
+            message = re.sub(r"^[\w.]*Error: ", "", message.strip().splitlines()[-1])
         sys.stderr.write(f"{prog}: {message}\n")
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: interrupted\n")
+        sys.exit(130)
 
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:

@@ -31,7 +31,7 @@ def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as mistake:
+        except (ValueError, RecursionError) as mistake:
             raise ValueError(f"{path} at {place}: not valid JSON: {mistake}") from mistake
         if not isinstance(row, dict) or key not in row:
             raise no_field(f"{path} at {place}", key, list(row) if isinstance(row, dict) else [])

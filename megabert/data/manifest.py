@@ -184,6 +184,17 @@ def _why_not_plausible(manifest: Manifest) -> str | None:
             return f"the special tokens {', '.join(info.special_ids)}, expected {', '.join(SPECIAL_TOKENS)}"
         if not all(type(number) is int and 0 <= number < info.vocab_size for number in special):
             return f"a special id beyond its vocabulary of {info.vocab_size}"
+        if len(set(info.special_ids.values())) < len(SPECIAL_TOKENS) or set(info.special_ids.values()) - set(
+            info.all_special_ids
+        ):
+            return "special tokens that share an id, or are not among all_special_ids"
+        if not isinstance(info.fingerprint, str):
+            return f"a fingerprint {info.fingerprint!r}"
+        median = isinstance(manifest.statistics, dict) and manifest.statistics.get("median_document_tokens")
+        if type(median) is not int or median < 0:
+            return "no median_document_tokens among its statistics"
+    if not isinstance(manifest.statistics, dict):
+        return "statistics that are no table"
     for shard in (shard for part in manifest.splits.values() for shard in part):
         if not all(type(count) is int and count >= 0 for count in (shard.bytes, shard.documents, shard.tokens)):
             return f"{shard.name} with {shard.bytes!r} bytes, {shard.documents!r} documents, {shard.tokens!r} tokens"

@@ -65,7 +65,8 @@ def decode_tokens(sample: dict[str, bytes], where: str) -> TokenChunk:
             f"{where}.{TOKENS_KEY}: holds {tokens.dtype} of shape {tokens.shape}, expected flat uint16 or uint32. "
             "Write it again with data_prep/write_shards.py."
         )
-    if lengths.dtype != np.int32 or lengths.ndim != 1 or lengths.sum(dtype=np.int64) != len(tokens):
+    negative = lengths.size > 0 and lengths.dtype.kind == "i" and lengths.min() < 0
+    if lengths.dtype != np.int32 or lengths.ndim != 1 or lengths.sum(dtype=np.int64) != len(tokens) or negative:
         raise ValueError(
             f"{where}.{LENGTHS_KEY}: {lengths.dtype} lengths sum to {lengths.sum(dtype=np.int64)}, expected int32 that "
             f"sum to the chunk's {len(tokens)} tokens. Write it again with data_prep/write_shards.py."
@@ -83,9 +84,12 @@ def decode_text(sample: dict[str, bytes], where: str) -> list[str]:
     if TEXT_KEY not in sample:
         raise ValueError(f"{where}: has {sorted(sample)}, expected a member .{TEXT_KEY}. Is this a text shard?")
     try:
-        return [json.loads(line)["text"] for line in sample[TEXT_KEY].splitlines()]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as mistake:
+        texts = [json.loads(line)["text"] for line in sample[TEXT_KEY].splitlines()]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as mistake:
         raise ValueError(f"{where}.{TEXT_KEY}: not one {{'text': ...}} per line: {mistake!r}") from mistake
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{where}.{TEXT_KEY}: holds a text that is no string.")
+    return texts
 
 
 def write_sample(tar: tarfile.TarFile, key: str, sample: dict[str, bytes]) -> None:

@@ -54,7 +54,10 @@ def read_tokenizer(file: Path) -> Tokenizer:
             f"{file}: not a tokenizer of the tokenizers library: it has no model and added tokens. "
             "Make one with data_prep/train_tokenizer.py --existing."
         )
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as mistake:
+        raise ValueError(f"{file}: the tokenizers library cannot read it: {mistake}") from mistake
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True

@@ -29,7 +29,9 @@ INDEX = np.array([[0, 1024, 2, 9, 77], [1024, 1024, 1, 5, 78]])
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("manifest")
     shards = (Shard("train-00000.tar", "f" * 64, 3072, 3, 14, INDEX),)
-    write_manifest(folder, Manifest("tokens", {"train": shards}, {"documents": 3}, INFO, "asked"))
+    write_manifest(
+        folder, Manifest("tokens", {"train": shards}, {"documents": 3, "median_document_tokens": 4}, INFO, "asked")
+    )
     return folder
 
 
@@ -46,7 +48,11 @@ def test_what_is_written_is_read(folder):
     assert found.tokenizer == INFO
     assert found.splits["train"][0].name == "train-00000.tar"
     assert np.array_equal(found.splits["train"][0].chunks, INDEX)
-    assert (found.kind, found.request, found.statistics) == ("tokens", "asked", {"documents": 3})
+    assert (found.kind, found.request, found.statistics) == (
+        "tokens",
+        "asked",
+        {"documents": 3, "median_document_tokens": 4},
+    )
 
 
 def shard(raw):
@@ -70,6 +76,11 @@ def shard(raw):
         (lambda raw: shard(raw).pop("sha256"), "not as write_shards.py writes it"),
         (lambda raw: raw.update(splits=[1]), "not as write_shards.py writes it"),
         (lambda raw: raw.pop("statistics"), "not as write_shards.py writes it: KeyError"),
+        (lambda raw: raw.update(statistics=[]), "no median_document_tokens among its statistics"),
+        (lambda raw: raw.update(statistics={}), "no median_document_tokens among its statistics"),
+        (lambda raw: raw["tokenizer"].update(fingerprint=5), "a fingerprint 5"),
+        (lambda raw: raw["tokenizer"].update(all_special_ids=[]), "not among all_special_ids"),
+        (lambda raw: raw["tokenizer"]["special_ids"].update(mask=0), "special tokens that share an id"),
         (lambda raw: raw.update(kind="pickle"), "kind 'pickle' with a tokenizer"),
         (lambda raw: raw.update(tokenizer=None), "kind 'tokens' with no tokenizer"),
         (lambda raw: raw["tokenizer"].update(vocab_size=10**12), "a vocabulary of 1000000000000, expected 1 to"),

@@ -161,8 +161,22 @@ def test_shards_of_someone_else_are_left_alone(corpus, tmp_path):
 
 def test_what_another_request_left_is_gone(corpus, tmp_path):
     write_shards.main([f"--source={corpus.jsonl}", f"--out={tmp_path}", "--min_shards=30", "--heldout=0.1"])
-    write_shards.main([f"--source={corpus.jsonl}", f"--out={tmp_path}", "--min_shards=3"])
+    other = [f"--source={corpus.jsonl}", f"--out={tmp_path}", "--min_shards=3"]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"holds finished shards of another source.*--replace true"):
+        write_shards.main(other)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    write_shards.main([*other, "--replace=true"])
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == [f"train-0000{i}.tar" for i in range(3)]
     with pytest.raises(ValueError, match="is --source and --out"):
         write_shards.main([f"--source={tmp_path}", f"--out={tmp_path}"])
     assert (tmp_path / "manifest.json").is_file()
+
+
+def test_killed_after_the_manifest_the_same_command_sweeps_up(corpus, tmp_path, capsys):
+    command = [f"--source={corpus.jsonl}", f"--out={tmp_path}"]
+    write_shards.main(command)
+    (tmp_path / ".work" / "runs").mkdir(parents=True)
+    write_shards.main(command)
+    assert "already written from this, reused" in capsys.readouterr().out
+    assert not (tmp_path / ".work").exists()

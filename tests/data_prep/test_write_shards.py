@@ -96,8 +96,19 @@ def test_what_is_finished_is_reused_and_what_changed_is_not(tmp_path, corpus, ca
     write_shards.main(command)
     assert "already written from this, reused" in capsys.readouterr().out
     source.write_text(json.dumps({"text": "one more document"}) + "\n" + source.read_text())
-    write_shards.main(command)
+    write_shards.main([*command, "--replace=true"])
     assert hashes(tmp_path / "out") != first
+
+
+def test_line_ends_are_no_other_text(tmp_path):
+    """A document and its twin with CRLF are one text: on one side of the held-out split, and once."""
+    documents = [f"first line {n}\nsecond line" for n in range(300)]
+    twins = [document.replace("\n", "\r\n") for document in documents]
+    source = tmp_path / "corpus.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents + twins))
+    write_shards.main([f"--source={source}", f"--out={tmp_path / 'out'}", "--heldout=0.3"])
+    texts = [text.replace("\r\n", "\n") for text in document_texts(tmp_path / "out")]
+    assert sorted(texts) == sorted(documents)
 
 
 def test_a_long_text_is_never_cut(tmp_path):
