@@ -86,10 +86,12 @@ def peak_mb(contender: Contender, batches: list[dict]) -> float:
 
 
 def contenders_of(name: str, row: Row, quick: bool) -> list[Contender]:
-    """Ours first. Activation checkpointing (left out of --quick) and our BERT are shown at one size each."""
+    """Ours first, then those that figures compare it with. Activation checkpointing and our BERT are shown at one size each."""
     chosen = [ours("mosaicbert", row), hf_bert(row), hf_modernbert(row)]
     if name == "base_128":
         chosen.append(ours("bert", row))
+    if not quick:
+        chosen.append(hf_bert(row, attention_dropout=0.0))
     if name == "mini_128" and not quick:
         chosen.append(ours("mosaicbert, every layer recomputed", row, checkpoint_every=1))
     return chosen

@@ -1,10 +1,10 @@
 """The contenders of bench_train.py: what each is, and how it takes one optimizer step on real tokens.
 
-All get the same layers, width, heads and FFN, bf16 autocast, torch's fused AdamW, 30 % masking, dropout 0.1 on hidden
-states and 0 on attention weights (with it, transformers' attention would fall back from its fused kernel).
+All get the same layers, width, heads and FFN, bf16 autocast, torch's fused AdamW, 30 % masking, and the dropout that each
+comes with: 0.1 on hidden states, and BERT 0.1 on attention weights too (with it, PyTorch's attention on a CPU is not its fused
+kernel: without it, hf_bert is shown as well), ModernBERT none.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from megabert.kernels.resolve import resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.training.flops import step_flops
 
 VOCAB = 30_528
 MASKED = 0.3
@@ -113,7 +114,7 @@ def _contender(name: str, model: nn.Module, compute_loss: Callable, draw: Callab
 
 def ours(name: str, row: Row, checkpoint_every: int = 0) -> Contender:
     """mosaicbert, or with name "bert" the classic one, in our stack, with the operations that `auto` picks."""
-    classic = {"position": "learned", "ffn": "gelu"} if name == "bert" else {}
+    classic = {"position": "learned", "ffn": "gelu", "attention_probs_dropout_prob": 0.1} if name == "bert" else {}
     config = MegaBertConfig(
         vocab_size=VOCAB,
         hidden_size=row.hidden,
@@ -134,19 +135,24 @@ def ours(name: str, row: Row, checkpoint_every: int = 0) -> Contender:
     return contender._replace(compiles=True)
 
 
-def hf_bert(row: Row) -> Contender:
+def hf_bert(row: Row, attention_dropout: float = 0.1) -> Contender:
+    """As BertConfig comes; or without dropout on the attention weights, which leaves it its faster kernel."""
     config = BertConfig(
         vocab_size=VOCAB,
         hidden_size=row.hidden,
         num_hidden_layers=row.layers,
         num_attention_heads=row.heads,
         intermediate_size=row.ffn,
-        attention_probs_dropout_prob=0.0,
+        attention_probs_dropout_prob=attention_dropout,
         attn_implementation="sdpa",
     )
     model = BertForMaskedLM(config)
     return _contender(
-        "hf_bert", model, lambda inputs: model(**inputs).loss, lambda rng: draw_padded(rng, row), gated=False
+        "hf_bert" if attention_dropout else "hf_bert, no attention dropout",
+        model,
+        lambda inputs: model(**inputs).loss,
+        lambda rng: draw_padded(rng, row),
+        gated=False,
     )
 
 
@@ -172,16 +178,14 @@ def hf_modernbert(row: Row) -> Contender:
 
 
 def needed_flops(row: Row, lengths: list[int], ffn_matrices: int) -> float:
-    """Multiply-adds (as 2) of forward and backward that a step needs; whatever else a contender computes is its loss.
-
-    Real tokens only; from the last layer's output projection on, masked tokens only; attention within documents;
-    matrix products only; the backward pass is twice the forward, without recomputation.
-    """
+    """FLOPs of a step, as megabert.training.flops counts them; whatever else a contender computes is its loss."""
+    config = MegaBertConfig(
+        vocab_size=VOCAB,
+        hidden_size=row.hidden,
+        num_hidden_layers=row.layers,
+        num_attention_heads=row.heads,
+        intermediate_size=row.ffn,
+        ffn="geglu" if ffn_matrices == 3 else "gelu",
+    )
     tokens = sum(lengths)
-    masked = round(MASKED * tokens)
-    qkv = 3 * row.hidden**2
-    rest = row.hidden**2 + ffn_matrices * row.hidden * row.ffn
-    products = tokens * (row.layers * qkv + (row.layers - 1) * rest)
-    products += masked * (rest + row.hidden**2 + row.hidden * VOCAB)
-    products += row.layers * 2 * row.hidden * sum(length**2 for length in lengths)
-    return 3 * 2 * math.fsum([products])
+    return step_flops(config, tokens, round(MASKED * tokens), sum(length**2 for length in lengths))
