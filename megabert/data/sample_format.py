@@ -110,17 +110,31 @@ def read_sample(data: bytes, where: str) -> dict[str, bytes]:
     sample: dict[str, bytes] = {}
     offset = 0
     while offset < len(data):
-        header = data[offset : offset + tarfile.BLOCKSIZE]
         try:
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as mistake:
+            name, kind, size = _read_header(data[offset : offset + tarfile.BLOCKSIZE])
+        except ValueError as mistake:
             raise _damaged(where, f"no tar header at its byte {offset} ({mistake})") from mistake
         begin = offset + tarfile.BLOCKSIZE
-        if member.type != tarfile.REGTYPE or not 0 <= member.size <= len(data) - begin:
-            raise _damaged(where, f"member {member.name!r} is of type {member.type!r} and {member.size} bytes")
-        sample[member.name.partition(".")[2]] = data[begin : begin + member.size]
-        offset = begin + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if kind != tarfile.REGTYPE or not 0 <= size <= len(data) - begin:
+            raise _damaged(where, f"member {name!r} is of type {kind!r} and {size} bytes")
+        sample[name.partition(".")[2]] = data[begin : begin + size]
+        offset = begin + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return sample
+
+
+def _read_header(header: bytes) -> tuple[str, bytes, int]:
+    """(name, type, bytes) of a member, from the plain USTAR header that write_sample writes (POSIX.1-1988, ustar).
+
+    Raises ValueError for anything else. tarfile's own parser reads all of tar, and takes four times as long: with small chunks
+    that is a third of a stream's time.
+    """
+    if len(header) != tarfile.BLOCKSIZE or header[257:262] != b"ustar" or header[345:346] != b"\0":
+        raise ValueError("not ustar")
+    said = int(header[148:156].strip(b" \0"), 8)
+    if said != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        raise ValueError("bad checksum")
+    name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    return name, header[156:157], int(header[124:136].strip(b" \0"), 8)
 
 
 def _damaged(where: str, what: str) -> ValueError:

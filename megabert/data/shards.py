@@ -83,7 +83,7 @@ class Source:
             parts.append(self.tokenizer.fingerprint)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    @property
+    @cached_property
     def num_chunks(self) -> int:
         return sum(len(shard.chunks) for shard in self.shards)
 

@@ -57,7 +57,7 @@ def test_a_name_is_never_a_path(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 1 << 20, 1 << 62])
 def test_a_size_beyond_the_chunk_is_refused(size):
-    with pytest.raises(ValueError, match=f"and {size} bytes, expected plain members that fill the chunk"):
+    with pytest.raises(ValueError, match="damaged: .*expected plain members that fill the chunk"):
         read_sample(member_bytes(size=size), "here")
 
 
