@@ -58,12 +58,17 @@ def test_a_missing_ds_config_is_named(tmp_path):
 
 
 def test_the_recipes_values_are_filled_in():
-    filled = fill({"train_batch_size": "auto"}, "ds.json", **FILLED)
+    filled = fill({"train_batch_size": "auto", "zero_optimization": {"stage": 2}}, "ds.json", **FILLED)
     assert filled["train_batch_size"] == 8
     assert filled["gradient_accumulation_steps"] == 2
     assert filled["gradient_clipping"] == 1.0
     assert filled["train_micro_batch_size_per_gpu"] == 1
     assert filled["torch_autocast"] == {"enabled": False}
+
+
+def test_at_stage_0_the_guard_clips():
+    """DeepSpeed would too, and not say what the norm was."""
+    assert fill({}, "ds.json", **FILLED)["gradient_clipping"] == 0.0
 
 
 @pytest.mark.parametrize("fast_bf16", [True, False])
@@ -77,6 +82,10 @@ def test_autocast_auto_asks_the_device(fast_bf16):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
+        (
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+            "compute_grad_norm false hides the gradient's norm",
+        ),
         ({"train_batch_size": 7}, r"sets train_batch_size to 7, but the recipe makes it 8 \(data.global_batch_tokens"),
         ({"gradient_clipping": 0.5}, r"to 0.5, but the recipe makes it 1.0 \(optimizer.max_grad_norm\)"),
         ({"optimizer": {"type": "Adam"}}, "sets 'optimizer', which MegaBERT takes from the recipe's optimizer section"),
