@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from megabert.data.cache import CacheOptions, Expected, WrongContentError
 from megabert.data.manifest import (
     CHUNKS,
     MANIFEST,
@@ -25,7 +26,7 @@ from megabert.data.manifest import (
     parse_manifest,
 )
 from megabert.data.sample_format import TokenChunk, decode_text, decode_tokens, read_npy, read_sample, token_dtype
-from megabert.data.storage import CacheOptions, Expected, Storage, WrongContentError, open_storage
+from megabert.data.storage import Storage, open_storage
 from megabert.data.tokenizer import encode_flat, find_tokenizer, read_tokenizer
 
 log = logging.getLogger(__name__)

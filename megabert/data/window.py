@@ -16,10 +16,10 @@ import webdataset
 
 from megabert.data.batch import Bin
 from megabert.data.blocks import Bits, Block, Cutting, Past, Place, make_block
+from megabert.data.cache import threads
 from megabert.data.packing import choose
 from megabert.data.sample_format import TokenChunk
 from megabert.data.shards import Corpus, DamagedShardError, Source, SplitOrder, log
-from megabert.data.storage import threads
 
 
 @dataclass(frozen=True)

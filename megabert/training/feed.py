@@ -4,10 +4,10 @@ from pathlib import Path
 
 from megabert.config import Recipe
 from megabert.data.batch import PackedBatch
+from megabert.data.cache import CacheOptions
 from megabert.data.masking import masked_count
 from megabert.data.schedule import Length, MaskingRate, Plan, make_plan
 from megabert.data.shards import Corpus, check_same_tokenizer, open_corpus
-from megabert.data.storage import CacheOptions
 from megabert.data.stream import StreamConfig, default_max_documents, filler_batch, held_out_batches
 
 

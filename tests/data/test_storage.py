@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from megabert.data import storage
+from megabert.data.cache import CacheOptions, Expected, ShardCache, WrongContentError
 from megabert.data.manifest import MANIFEST
 from megabert.data.shards import DamagedShardError, open_source
-from megabert.data.storage import CacheOptions, Expected, ShardCache, WrongContentError, open_storage, retrying
+from megabert.data.storage import open_storage, retrying
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -217,7 +218,7 @@ def test_a_cache_too_small_for_all_that_read_it_is_slow_and_right(corpus, cache)
     command = f"pipe:cat {corpus.tokens}/train-{{00000..00023}}.tar"
     program = (
         "import sys, random; from pathlib import Path; from megabert.data.shards import open_source\n"
-        "from megabert.data.storage import CacheOptions\n"
+        "from megabert.data.cache import CacheOptions\n"
         "source = open_source(sys.argv[1], cache=CacheOptions(Path(sys.argv[2]), int(sys.argv[3])))\n"
         "random.seed(int(sys.argv[4]))\n"
         "for _ in range(60): assert len(source.read_chunk(random.randrange(24), 0).tokens)\n"
