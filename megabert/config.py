@@ -218,16 +218,21 @@ class MaskingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: Literal["adamw", "muon", "lamb", "stable_adamw"] = "adamw"
+    """muon: for the encoder's matrices, AdamW for the rest; lamb and stable_adamw: at ZeRO stage 0 only"""
     lr: float = 5e-4
     """peak learning rate"""
+    muon_lr: float = 0.02
+    """the same for what Muon steps"""
     betas: tuple[float, float] = (0.9, 0.98)
-    """decay rates of AdamW's two moments"""
+    """decay rates of Adam's two moments"""
     eps: float = 1e-6
-    """added to AdamW's denominator"""
+    """added to Adam's denominator"""
     weight_decay: float = 0.01
-    """torch's convention: each step multiplies weights by 1 - lr * weight_decay"""
+    """torch's convention: each step multiplies weights by 1 - lr * weight_decay. Composer's, which MosaicBERT's 1e-5 is in,
+    divides lr by its peak: weight_decay here is that / lr"""
     decay_norms_and_biases: bool = False
     """whether biases and LayerNorm weights decay too"""
     max_grad_norm: float = 1.0
@@ -249,8 +254,9 @@ class OptimizerConfig:
             raise ValueError(
                 f"optimizer.warmup {self.warmup} and optimizer.decay {self.decay} are more than the whole run together."
             )
-        if self.lr <= 0:
-            raise ValueError(f"optimizer.lr is {self.lr}, expected more than 0.")
+        for name in ("lr", "muon_lr"):
+            if (value := getattr(self, name)) <= 0:
+                raise ValueError(f"optimizer.{name} is {value}, expected more than 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,7 +178,7 @@ def _account(chosen: Mapping[str, str], reasons: Mapping[str, list[str]], name: 
     return f"ops: {'; '.join(parts)} ({'; '.join(why) or f'run.ops {name}'})"
 
 
-class AdamW(NamedTuple):
+class Implementation(NamedTuple):
     """make: a constructor taking (params, lr=, betas=, eps=, weight_decay=); source: whose; reason: why not a faster one."""
 
     make: Callable[..., torch.optim.Optimizer]
@@ -188,7 +188,7 @@ class AdamW(NamedTuple):
 
 def choose_adamw(
     name: Literal["auto", "torch", "fused"], device: torch.device, offloaded: bool, machine: Machine | None = None
-) -> AdamW:
+) -> Implementation:
     """Choose AdamW's implementation, by run.ops.
 
     apex's, then DeepSpeed's, where their extension is built; else PyTorch's own fused one, which also runs on a CPU.
@@ -211,16 +211,16 @@ def choose_adamw(
         return FusedAdam(params, adam_w_mode=True, **settings)
 
     if name == "torch":
-        return AdamW(from_torch, "PyTorch", "run.ops torch")
+        return Implementation(from_torch, "PyTorch", "run.ops torch")
     if machine.device_type != "cuda":
-        return AdamW(from_torch, "PyTorch", f"the others need a CUDA device, this is {machine.device_type}")
+        return Implementation(from_torch, "PyTorch", f"the others need a CUDA device, this is {machine.device_type}")
     if offloaded:
-        return AdamW(from_torch, "PyTorch", "the others need their state on the GPU, it is offloaded")
+        return Implementation(from_torch, "PyTorch", "the others need their state on the GPU, it is offloaded")
     if not machine.lacks("amp_C"):
-        return AdamW(from_apex, "apex", f"run.ops {name}")
+        return Implementation(from_apex, "apex", f"run.ops {name}")
     if not machine.lacks("deepspeed.ops.adam.fused_adam_op"):
-        return AdamW(from_deepspeed, "DeepSpeed", "apex is not built: bash launch/install_gpu.sh")
-    return AdamW(
+        return Implementation(from_deepspeed, "DeepSpeed", "apex is not built: bash launch/install_gpu.sh")
+    return Implementation(
         from_torch,
         "PyTorch",
         "apex is not built: bash launch/install_gpu.sh; "

@@ -14,12 +14,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from megabert.config import ModelConfig, OptimizerConfig, Recipe
+from megabert.config import ModelConfig, Recipe
 from megabert.data.manifest import TokenizerInfo
-from megabert.kernels.resolve import AdamW, choose_adamw, resolve
+from megabert.kernels.resolve import Implementation, resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.training import optimizers
 from megabert.training.guard import Verdict, hold_back
 
 log = logging.getLogger(__name__)
@@ -114,19 +115,6 @@ def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, 
     return model
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Two groups: with and without weight decay. Every parameter lands in exactly one."""
-    decays: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in model.parameters():
-        decays[config.decay_norms_and_biases or parameter.dim() > 1].append(parameter)
-    assert sum(map(len, decays.values())) == len(list(model.parameters())), "each parameter is in one group"
-    groups = [
-        {"params": decays[True], "weight_decay": config.weight_decay},
-        {"params": decays[False], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 def build_engine(
     model: nn.Module, recipe: Recipe, ds_config: dict[str, Any], verdict: Verdict
 ) -> deepspeed.DeepSpeedEngine:
@@ -134,17 +122,16 @@ def build_engine(
     config = recipe.optimizer
     # On a CPU PyTorch's is as fast as DeepSpeed's CPUAdam (6 ms for 12 M parameters), which takes 44 s to compile first.
     optimizer = choose(recipe, ds_config).make(
-        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0
+        optimizers.parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0
     )
     hold_back(optimizer, verdict.allowed)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return engine
 
 
-def choose(recipe: Recipe, ds_config: dict[str, Any]) -> AdamW:
-    """AdamW for this device."""
-    offloaded = "offload_optimizer" in ds_config.get("zero_optimization", {})
-    return choose_adamw(recipe.run.ops, training_device(), offloaded)
+def choose(recipe: Recipe, ds_config: dict[str, Any]) -> Implementation:
+    """The recipe's optimizer for this device. Raises ValueError for one that would be wrong under this ds_config."""
+    return optimizers.choose(recipe, ds_config, training_device())
 
 
 def attach_guard(engine: deepspeed.DeepSpeedEngine, verdict: Verdict) -> None:

@@ -19,6 +19,7 @@ from megabert.training.engine import choose, start_process
 from megabert.training.evaluate import evaluate
 from megabert.training.flops import step_flops
 from megabert.training.interrupts import REQUEUE
+from megabert.training.optimizers import peak_lr
 from megabert.training.prepare import prepare, rebuild, write_run_json
 from megabert.training.run import Run
 from megabert.training.schedules import lr_factor
@@ -51,10 +52,12 @@ def train(run: Run) -> None:
 
 def set_learning_rate(run: Run) -> None:
     """A function of the step alone, so that no scheduler has a state of its own to lose."""
-    run.lr = run.recipe.optimizer.lr * lr_factor(run.step, run.total_steps, run.recipe.optimizer)
+    config = run.recipe.optimizer
+    factor = lr_factor(run.step, run.total_steps, config)
+    run.lr = config.lr * factor
     assert run.engine.optimizer is not None, "an engine for training has one"
     for group in run.engine.optimizer.param_groups:
-        group["lr"] = run.lr
+        group["lr"] = peak_lr(group, config) * factor
 
 
 def next_batches(run: Run) -> tuple[list[PackedBatch], dict[int, Position]]:

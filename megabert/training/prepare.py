@@ -136,8 +136,8 @@ def describe(run: Run, found: Path | None) -> None:
         f"ZeRO {run.engine.zero_optimization_stage()}; {run.corpus.tokens:,} tokens in {run.feed.config.num_streams} streams; "
         f"{run.total_steps} steps of {run.step_batches} x {run.recipe.data.micro_batch_tokens} token slots"
     )
-    adamw = choose(run.recipe, run.ds_config)
-    run.say(f"AdamW from {adamw.source} ({adamw.reason})")
+    chosen = choose(run.recipe, run.ds_config)
+    run.say(f"optimizer: {run.recipe.optimizer.name} from {chosen.source} ({chosen.reason})")
     if found:
         run.say(f"resumed from {found}: step {run.step} of {run.total_steps}")
 
