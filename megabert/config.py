@@ -289,6 +289,8 @@ class RunConfig:
     """skipped updates in a row after which to go back to the last checkpoint and on past those batches; 0: never"""
     ops: Literal["auto", "torch", "fused"] = "auto"
     """kernels: the fastest that work here, plain PyTorch, or the fused ones or nothing"""
+    compile: bool = False
+    """torch.compile the whole model around its kernels; on a GPU, below ZeRO 3"""
 
     def __post_init__(self):
         if self.max_steps is not None and self.max_tokens is not None:

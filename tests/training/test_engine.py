@@ -9,7 +9,7 @@ from megabert.kernels.resolve import resolve, why_not_flash
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.ops import TORCH_OPS
-from megabert.training.engine import build_model
+from megabert.training.engine import build_model, why_not_compile
 
 
 def test_the_vocabulary_is_rounded_up(corpus):
@@ -36,3 +36,11 @@ def test_flash_attention_is_left_to_models_it_can_compute():
     assert (
         why_not_flash(torch.device("cpu"), MegaBertConfig(), bf16=True) == "flash-attn needs a CUDA device, this is cpu"
     )
+
+
+def test_the_whole_model_is_compiled_on_a_gpu_below_stage_3_only():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert "run.ops auto compiles each operation already" in str(why_not_compile(cpu, {}))
+    assert "Use ZeRO 2" in str(why_not_compile(cuda, {"zero_optimization": {"stage": 3}}))
+    for stage in range(3):
+        assert why_not_compile(cuda, {"zero_optimization": {"stage": stage}}) is None

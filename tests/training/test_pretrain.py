@@ -119,6 +119,10 @@ def test_a_ds_config_that_contradicts_the_recipe(corpus, tmp_path):
     assert "sets gradient_clipping to 5.0, but the recipe makes it 1.0" in output
 
 
+def test_compiling_the_whole_model_on_a_cpu(corpus, tmp_path):
+    assert "run.compile true on a CPU" in mistake(corpus, tmp_path, STEPS, "--run.compile=true")
+
+
 def test_a_checkpoint_that_is_not_there(corpus, tmp_path):
     assert "no checkpoint here" in mistake(corpus, tmp_path, STEPS, f"--run.resume={tmp_path / 'none'}")
 
