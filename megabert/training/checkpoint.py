@@ -190,6 +190,9 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise ValueError(f"{path}: DeepSpeed found nothing to load there.")
+    # At stage 3 DeepSpeed 0.19.8 leaves its small parameters gathered, where the first backward expects them partitioned and
+    # ends with "The size of tensor a (0) must match". At other stages this does nothing.
+    engine.empty_partition_cache()
 
 
 def read_positions(path: Path) -> dict[int, Position]:

@@ -141,11 +141,6 @@ def roll_back(run: Run) -> None:
     Raises ValueError if there is none, or if going back to it has not helped.
     """
     refused = run.guard.in_a_row
-    if run.engine.zero_optimization_stage() == 3:
-        raise ValueError(
-            f"{refused} updates in a row were refused, and DeepSpeed 0.19.8 cannot load a checkpoint into a stage-3 engine that "
-            "has trained. Start again from an earlier checkpoint with run.resume, or use ZeRO stage 2."
-        )
     path = checkpoint.newest(run.checkpoints, up_to=run.step - refused)
     if path is None:
         raise ValueError(
