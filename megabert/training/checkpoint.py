@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
-import torch.distributed
 
 from megabert import checkpoint_format as layout
 from megabert.checkpoint_format import State
@@ -23,6 +22,8 @@ from megabert.data.manifest import TOKENIZER, write_atomically
 from megabert.data.shards import Source
 from megabert.data.stream import Position
 from megabert.data.tokenizer import TOKENIZER_CONFIG
+from megabert.training import universal
+from megabert.training.ranks import gather
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ FREE_TO_CHANGE = {
     "run.eval_tokens", "run.save_every_steps", "run.keep_checkpoints", "run.resume", "run.ops",
     "run.max_norm_ratio", "run.rollback_after",
 }  # fmt: skip
+SAME_SHARDS = {1, 2}  # the ZeRO stages whose optimizer state is cut alike: one may go on where the other stopped
 
 
 def save(
@@ -55,7 +57,7 @@ def save(
         temporary.mkdir(parents=True)
     deepspeed.comm.barrier()
     engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)  # ends in a barrier
-    merged = _gather({stream: position.to_json() for stream, position in positions.items()})
+    merged = gather({stream: position.to_json() for stream, position in positions.items()})
     if rank == 0:
         _write_json(temporary / layout.STREAMS, {stream: merged[stream] for stream in sorted(merged)})
         _write_json(temporary / layout.STATE, vars(state))
@@ -64,7 +66,7 @@ def save(
             (temporary / TOKENIZER_CONFIG).write_bytes(config)
     deepspeed.comm.barrier()
     mine = layout.files_of(temporary)[rank::world_size]
-    hashes = _gather({name: layout.hash_and_sync(temporary / name) for name in mine})
+    hashes = gather({name: layout.hash_and_sync(temporary / name) for name in mine})
     if rank == 0:
         _write_json(temporary / layout.MANIFEST, {name: hashes[name] for name in sorted(hashes)})
         layout.hash_and_sync(temporary / layout.MANIFEST)
@@ -174,25 +176,32 @@ def check_same_run(path: Path, state: State, recipe: Recipe, now: Course) -> Non
             f"{path}: was written with AdamW from {state.adamw}, this is {now.adamw}'s, whose state is another. "
             "Install what was there, or use run.ops torch for both."
         )
-    if state.zero_stage != now.stage:
+    if state.zero_stage != now.stage and not {state.zero_stage, now.stage} <= SAME_SHARDS:
         raise ValueError(
-            f"{path}: was written at ZeRO stage {state.zero_stage}, this is stage {now.stage}. Use that stage."
-        )
-    if state.world_size != now.world_size and now.stage > 0:
-        raise ValueError(
-            f"{path}: was written by {state.world_size} ranks at ZeRO stage {now.stage}, these are {now.world_size}. "
-            f"Use {state.world_size} ranks."
+            f"{path}: was written at ZeRO stage {state.zero_stage}, this is stage {now.stage}, whose optimizer state is cut "
+            f"otherwise (only 1 and 2 may follow each other). Use stage {state.zero_stage}; or export the weights with "
+            "launch/convert_to_hf.py and train on from them with a fresh optimizer."
         )
 
 
 def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
-    """Restore the engine from a checkpoint. Raises ValueError if DeepSpeed cannot."""
-    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
-    if loaded is None:
-        raise ValueError(f"{path}: DeepSpeed found nothing to load there.")
+    """Restore the engine from a checkpoint; every rank calls this. Raises ValueError if DeepSpeed cannot."""
+    if engine.load_universal_checkpoint():
+        with universal.converted(path) as universal_path:
+            settings = universal.settings_of(engine)
+            _load(engine, universal_path)
+            universal.repair_groups(engine, settings)
+    else:
+        _load(engine, path)
     # At stage 3 DeepSpeed 0.19.8 leaves its small parameters gathered, where the first backward expects them partitioned and
     # ends with "The size of tensor a (0) must match". At other stages this does nothing.
     engine.empty_partition_cache()
+
+
+def _load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise ValueError(f"{path}: DeepSpeed found nothing to load there.")
 
 
 def read_positions(path: Path) -> dict[int, Position]:
@@ -209,15 +218,8 @@ def _check_together(path: Path) -> str | None:
         problem = layout.check_files(path, names[rank::world_size])
     except ValueError as mistake:
         problem = str(mistake)
-    problems = _gather({} if problem is None else {rank: problem})
+    problems = gather({} if problem is None else {rank: problem})
     return problems[min(problems)] if problems else None
-
-
-def _gather(mine: dict) -> dict:
-    """Merge every rank's dict."""
-    parts: list[Any] = [None] * deepspeed.comm.get_world_size()
-    torch.distributed.all_gather_object(parts, mine)
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -18,7 +18,7 @@ from megabert.config import Recipe, batches_per_step, total_steps
 from megabert.data.manifest import write_atomically
 from megabert.data.shards import Corpus, stream_count
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training import checkpoint
+from megabert.training import checkpoint, universal
 from megabert.training.checkpoint import Course
 from megabert.training.ds_config import fill
 from megabert.training.engine import (
@@ -110,7 +110,9 @@ def build(
 ) -> tuple[MegaBertForMaskedLM, deepspeed.DeepSpeedEngine]:
     """The model and its engine, at its start or as a checkpoint has it."""
     model = build_model(recipe, corpus.tokenizer, training_device(), ds_config["torch_autocast"]["enabled"])
-    engine = build_engine(model, recipe, ds_config, verdict)
+    stage, world_size = ds_config.get("zero_optimization", {}).get("stage", 0), deepspeed.comm.get_world_size()
+    convert = found is not None and universal.is_needed(read_state(found), stage, world_size)
+    engine = build_engine(model, recipe, universal.ds_config_for(ds_config) if convert else ds_config, verdict)
     if found:
         checkpoint.load(engine, found)
     attach_guard(engine, verdict)
