@@ -8,7 +8,8 @@ import pytest
 from megabert import checkpoint_format as layout
 from megabert.checkpoint_format import State
 from megabert.config import Recipe, RunConfig
-from megabert.training.checkpoint import Course, check_same_run, set_aside_after
+from megabert.training.checkpoint import Course, check_same_run
+from megabert.training.saving import set_aside_after
 
 RECIPE = Recipe(run=RunConfig(max_steps=10))
 STATE = State(
