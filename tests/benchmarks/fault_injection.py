@@ -355,7 +355,7 @@ def main() -> int:
     of_fault: Counter[str] = Counter()
     for number in range(1, rounds + 1):
         [fault] = rng.choices(FAULTS, WEIGHTS)
-        ranks = 1 if options.quick else 2 if "launcher" in fault else rng.choice((1, 1, 2))
+        ranks = 1 if options.quick else 2 if "launcher" in fault else rng.choice((1, 1, 1, 2))
         run = Round(base / f"round-{number}", tokens, ds_config, fault, ranks, rng)
         began = time.monotonic()
         try:
