@@ -32,7 +32,7 @@ class State:
     step_batches: micro-batches of one step over all ranks; total_steps: of the whole run.
     tokens: real tokens seen; seconds: training time so far; ds_config: as DeepSpeed got it. adamw: whose it was;
     guard: what it remembers;
-    left_behind: [first, last) bins that rollbacks went past.
+    left_behind: [first, last) bins that rollbacks went past. heldout_loss: nats per masked token, if measured at this step.
     """
 
     step: int
@@ -50,6 +50,7 @@ class State:
     adamw: str
     guard: dict[str, Any]
     left_behind: list[tuple[int, int]]
+    heldout_loss: float | None = None
 
     @property
     def zero_stage(self) -> int:
@@ -123,6 +124,11 @@ def files_of(folder: Path) -> list[str]:
 
 def read_state(folder: Path) -> State:
     return State(**json.loads((folder / STATE).read_text()))
+
+
+def heldout_losses(folder: Path) -> dict[str, float | None]:
+    """Tag -> held-out loss, if it was measured, of every checkpoint of a run."""
+    return {tag: json.loads((folder / tag / STATE).read_text()).get("heldout_loss") for tag in list_tags(folder)}
 
 
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:

@@ -281,6 +281,12 @@ class RunConfig:
     """steps between two checkpoints; one more comes at the end"""
     keep_checkpoints: int = 2
     """checkpoints to keep, the latest ones"""
+    keep_every_steps: int = 0
+    """and every checkpoint of a multiple of so many steps; 0: none"""
+    keep_best: bool = False
+    """and the one of the lowest held-out loss, which is then measured before every save"""
+    async_save: bool = True
+    """write checkpoints while training goes on, from a copy of the state in host memory"""
     resume: str = "auto"
     """auto: go on from the newest checkpoint of output_dir, if any; none: start anew; or a checkpoint's folder"""
     max_norm_ratio: float = 10.0
@@ -299,6 +305,11 @@ class RunConfig:
             )
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"run.seed is {self.seed}, expected a number from 0 to 2^63 - 1.")
+        if self.keep_every_steps < 0 or self.keep_every_steps % self.save_every_steps:
+            raise ValueError(
+                f"run.keep_every_steps is {self.keep_every_steps}, expected a multiple of run.save_every_steps "
+                f"({self.save_every_steps}), or 0."
+            )
         if self.max_norm_ratio < 0 or self.rollback_after < 0:
             raise ValueError(
                 f"run.max_norm_ratio is {self.max_norm_ratio} and run.rollback_after {self.rollback_after}, expected 0 or more."

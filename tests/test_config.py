@@ -72,6 +72,10 @@ def test_the_saved_recipe_reads_back(tmp_path):
         (["--model.pad_vocab_to_multiple_of=0"], "model.pad_vocab_to_multiple_of is 0, expected at least 1"),
         (["--run.seed=-1"], "run.seed is -1"),
         (["--run.keep_checkpoints=0"], "run.keep_checkpoints is 0, expected at least 1"),
+        (
+            ["--run.save_every_steps=4", "--run.keep_every_steps=6"],
+            "expected a multiple of run.save_every_steps (4), or 0",
+        ),
         (["--recipe=bert-base", "--data.max_seq_len=1024"], "has only model.max_position_embeddings = 512 positions"),
         (["--run.log_every_steps=0"], "run.log_every_steps is 0, expected at least 1"),
     ],

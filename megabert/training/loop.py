@@ -22,6 +22,7 @@ from megabert.training.interrupts import REQUEUE
 from megabert.training.optimizers import peak_lr
 from megabert.training.prepare import prepare, rebuild, write_run_json
 from megabert.training.run import Run
+from megabert.training.saving import set_aside_after
 from megabert.training.schedules import lr_factor
 
 RESULT = "result.json"
@@ -44,10 +45,11 @@ def train(run: Run) -> None:
         saving = run.step % every.save_every_steps == 0 or last
         if run.step % every.log_every_steps == 0 or saving:
             report(run)  # before a save too: nothing that is counted is left out of the checkpoint
-        if run.step % every.eval_every_steps == 0 or run.step == run.total_steps:
+        if run.step % every.eval_every_steps == 0 or run.step == run.total_steps or (saving and every.keep_best):
             check_held_out(run)
         if saving:
             save(run)
+    run.saver.wait()
 
 
 def set_learning_rate(run: Run) -> None:
@@ -107,13 +109,15 @@ def seed_dropout(seed: int, index: int) -> None:
 
 def settle(run: Run, batches: list[PackedBatch], before: dict[int, Position], sums: torch.Tensor) -> None:
     """Agree with all ranks on what the step was, and whether to go on: one all-reduce, one read of the host."""
-    told = float(run.interrupts.reason is not None)
+    told, failed = float(run.interrupts.reason is not None), float(run.saver.problem is not None)
     tokens, slots = sum(batch.num_tokens for batch in batches), len(batches) * run.recipe.data.micro_batch_tokens
-    mine = [tokens, slots, sum(batch.sum_squared_lengths for batch in batches), told]
+    mine = [tokens, slots, sum(batch.sum_squared_lengths for batch in batches), told, failed]
     packed = torch.cat([sums, torch.tensor(mine, dtype=torch.float64, device=run.engine.device)])
     deepspeed.comm.all_reduce(packed)
-    *counted, stopping = packed.tolist()  # synchronises
+    *counted, stopping, failing = packed.tolist()  # synchronises
     run.step += 1
+    if failing:
+        run.saver.wait()  # raises on every rank
     if stopping:
         run.stopped = run.interrupts.reason or "another rank was told to stop"
     if run.verdict.settle():
@@ -144,11 +148,7 @@ def roll_back(run: Run) -> None:
     Raises ValueError if there is none, or if going back to it has not helped.
     """
     refused = run.guard.in_a_row
-    if run.engine.zero_optimization_stage() == 3:
-        raise ValueError(
-            f"{refused} updates in a row were refused, and DeepSpeed 0.19.8 cannot load a checkpoint into a stage-3 engine that "
-            "has trained. Start again from an earlier checkpoint with run.resume, or use ZeRO stage 2."
-        )
+    run.saver.wait()
     path = checkpoint.newest(run.checkpoints, up_to=run.step - refused)
     if path is None:
         raise ValueError(
@@ -171,7 +171,7 @@ def roll_back(run: Run) -> None:
     run.guard.restore(state.guard | {"skipped": skipped, "in_a_row": 0})
     run.step = state.step
     if run.reporter is not None:
-        checkpoint.set_aside_after(run.checkpoints, run.step)
+        set_aside_after(run.checkpoints, run.step)
     run.say(f"rolled back to {path} after {refused} refused updates; going on at bin {run.index}")
 
 
@@ -218,7 +218,7 @@ def model_flops(run: Run, seconds: float) -> dict[str, float]:
 def check_held_out(run: Run) -> None:
     """Evaluate, and say how far below the unigram bar the loss is."""
     began = time.perf_counter()
-    run.evaluation = evaluate(run.engine, run.held_out)
+    run.evaluation, run.evaluated = evaluate(run.engine, run.held_out), run.step
     if run.reporter is not None:
         loss, accuracy, masked = run.evaluation
         run.reporter.record(run.step, {"heldout_loss": loss, "heldout_accuracy": accuracy, "tokens": run.tokens})
@@ -230,7 +230,7 @@ def check_held_out(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint."""
+    """Begin to write a checkpoint; with run.async_save it is there some steps later."""
     began = time.perf_counter()
     state = State(
         step=run.step,
@@ -247,11 +247,10 @@ def save(run: Run) -> None:
         model=run.model.config.to_dict(),
         adamw=choose(run.recipe, run.ds_config).source,
         guard=run.guard.to_json(),
-        left_behind=run.left_behind,
+        left_behind=list(run.left_behind),
+        heldout_loss=run.evaluation.loss if run.evaluation and run.evaluated == run.step else None,
     )
-    keep = run.recipe.run.keep_checkpoints
-    path = checkpoint.save(run.engine, run.checkpoints, state, run.positions, run.corpus.sources[0], keep)
-    run.say(f"step {run.step}: saved {path}")
+    run.saver.save(run.engine, state, run.positions, run.corpus.sources[0])
     run.meter.paused += time.perf_counter() - began
 
 

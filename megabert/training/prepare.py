@@ -18,7 +18,7 @@ from megabert.config import Recipe, batches_per_step, total_steps
 from megabert.data.manifest import write_atomically
 from megabert.data.shards import Corpus, stream_count
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training import checkpoint
+from megabert.training import checkpoint, universal
 from megabert.training.checkpoint import Course
 from megabert.training.ds_config import fill
 from megabert.training.engine import (
@@ -37,7 +37,9 @@ from megabert.training.flops import peak_flops
 from megabert.training.guard import Guard, Verdict
 from megabert.training.interrupts import Interrupts
 from megabert.training.metrics import Meter, Reporter
+from megabert.training.retention import Retention
 from megabert.training.run import Feed, Run
+from megabert.training.saving import Saver, check_room, set_aside_after
 
 
 def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, rank: int, world_size: int) -> Run:
@@ -77,6 +79,10 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     bf16 = ds_config["torch_autocast"]["enabled"]
     verdict = Verdict(Guard(recipe.run.max_norm_ratio), recipe.optimizer.max_grad_norm)
     model, engine = build(recipe, corpus, ds_config, verdict, found)
+    retention = Retention(recipe.run.keep_checkpoints, recipe.run.keep_every_steps, recipe.run.keep_best)
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    check_room(folder, parameters, engine.zero_optimization_stage(), retention)
+    reporter = Reporter(Path(recipe.run.output_dir), steps, state.step if state else 0) if rank == 0 else None
     run = Run(
         recipe=recipe,
         model=model,
@@ -92,7 +98,8 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         meter=Meter(),
         verdict=verdict,
         interrupts=interrupts,
-        reporter=Reporter(Path(recipe.run.output_dir), steps, state.step if state else 0) if rank == 0 else None,
+        reporter=reporter,
+        saver=Saver(folder, retention, recipe.run.async_save, reporter.say if reporter else _say_nothing),
         positions=feed.mine(positions),
     )
     if state:
@@ -101,8 +108,12 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         run.guard.restore(state.guard)
     if run.reporter is not None:
         describe(run, found)
-        checkpoint.set_aside_after(folder, run.step)
+        set_aside_after(folder, run.step)
     return run
+
+
+def _say_nothing(_: str) -> None:
+    """What ranks without a reporter say."""
 
 
 def build(
@@ -110,7 +121,9 @@ def build(
 ) -> tuple[MegaBertForMaskedLM, deepspeed.DeepSpeedEngine]:
     """The model and its engine, at its start or as a checkpoint has it."""
     model = build_model(recipe, corpus.tokenizer, training_device(), ds_config["torch_autocast"]["enabled"])
-    engine = build_engine(model, recipe, ds_config, verdict)
+    stage, world_size = ds_config.get("zero_optimization", {}).get("stage", 0), deepspeed.comm.get_world_size()
+    convert = found is not None and universal.is_needed(read_state(found), stage, world_size)
+    engine = build_engine(model, recipe, universal.ds_config_for(ds_config) if convert else ds_config, verdict)
     if found:
         checkpoint.load(engine, found)
     attach_guard(engine, verdict)

@@ -17,6 +17,7 @@ from megabert.training.evaluate import Evaluation
 from megabert.training.guard import Guard, Verdict
 from megabert.training.interrupts import Interrupts
 from megabert.training.metrics import Meter, Reporter
+from megabert.training.saving import Saver
 
 Batches = Iterator[tuple[PackedBatch, int, Position]]
 
@@ -49,6 +50,7 @@ class Run:
 
     step_batches: micro-batches of a full step over all ranks. unigram: nats per token of guessing by frequency.
     peak: FLOP/s of this rank's device, where known. left_behind: ranges of bins that rollbacks skipped. reporter: rank 0's, None elsewhere.
+    evaluation, evaluated: the last one, and its step.
     """
 
     recipe: Recipe
@@ -66,6 +68,7 @@ class Run:
     verdict: Verdict
     interrupts: Interrupts
     reporter: Reporter | None
+    saver: Saver
     positions: dict[int, Position]
     step: int = 0
     index: int = 0
@@ -73,6 +76,7 @@ class Run:
     seconds: float = 0.0
     lr: float = 0.0
     evaluation: Evaluation | None = None
+    evaluated: int = -1
     left_behind: list[tuple[int, int]] = field(default_factory=list)
     stopped: str | None = None
 

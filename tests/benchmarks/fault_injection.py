@@ -1,0 +1,395 @@
+"""Whether a pretraining run survives: it is killed, its disk filled, its checkpoints damaged, and then started again.
+
+    python tests/benchmarks/fault_injection.py --rounds 100 --seed 1 [--quick] [--json FILE]
+
+Every round is a small real run on 1 rank, or on 2 through the deepspeed launcher, with one fault at a random moment; a
+large share strikes while a checkpoint is written. Started again with the same command until it is done, it must end with
+the weights, bit for bit, of a run that nothing happened to. Figures:
+identical       rounds that did
+lost_samples    bins that the surviving course of the run missed, or trained twice: a witness notes every step's
+Full disks and read-only folders are a tmpfs where one may be mounted (root), else a limit on the size of files (ulimit -f)
+and a folder without write permission. Fails if a round is not identical or loses a bin.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from report import write
+
+from data_prep import train_tokenizer, write_shards
+from megabert import checkpoint_format as layout
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS, SAVE_EVERY, STEP_BINS = 20, 4, 2
+RECIPE = [
+    "--model.num_hidden_layers=2", "--model.hidden_size=32", "--model.num_attention_heads=2",
+    "--model.intermediate_size=48", "--data.max_seq_len=32", "--data.micro_batch_tokens=256",
+    f"--data.global_batch_tokens={256 * STEP_BINS}", "--data.num_workers=0", "--run.eval_tokens=512",
+    "--run.log_every_steps=1", "--run.ops=torch", f"--run.max_steps={STEPS}", f"--run.save_every_steps={SAVE_EVERY}",
+]  # fmt: skip
+PATIENCE_S = 120.0  # for a start to come as far as the fault wants it
+KILLS = ("kill rank", "kill rank in saving", "kill launcher", "kill launcher in saving")
+FAULTS = (*KILLS, "damaged checkpoint", "full disk", "read-only folder")
+WEIGHTS = (2, 4, 1, 2, 3, 2, 2)
+MOUNTS = os.geteuid() == 0
+
+
+class Started(NamedTuple):
+    process: subprocess.Popen
+    log: Path
+
+
+class Round:
+    """One run, its fault, and its further starts. folder: its own; ds_config, tokens: what it trains with."""
+
+    def __init__(self, folder: Path, tokens: Path, ds_config: Path, fault: str, ranks: int, rng: random.Random):
+        self.folder, self.tokens, self.ds_config = folder, tokens, ds_config
+        self.fault, self.ranks, self.rng = fault, ranks, rng
+        self.checkpoints = folder / "run/checkpoints"
+        self.starts = 0
+        self.moment = ""
+        self.checkpoints.mkdir(parents=True)
+
+    def start(self, max_file_bytes: int | None = None) -> Started:
+        """The user's command, its output in a file."""
+        env = os.environ | {
+            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WITNESS": str(self.folder / f"{self.starts}"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }  # fmt: skip
+        launcher = [sys.executable]
+        if self.ranks > 1:
+            launcher = ["deepspeed", "--num_gpus", str(self.ranks), "--master_port", str(free_port())]
+        command = [*launcher, "tests/training/witness.py", f"--ds_config={self.ds_config}"]
+        command += [f"--data.train={self.tokens}", f"--run.output_dir={self.folder / 'run'}", *RECIPE]
+        log = self.folder / f"log-{self.starts}.txt"
+        self.starts += 1
+        with open(log, "w") as file:
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        if max_file_bytes is not None:  # at once, so that its children have it too
+            psutil.Process(process.pid).rlimit(psutil.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+        return Started(process, log)
+
+    def wait_for(self, started: Started, condition: Callable[[], bool]) -> None:
+        """Return when the condition holds or the run has ended."""
+        until = time.monotonic() + PATIENCE_S
+        while not condition() and started.process.poll() is None:
+            if time.monotonic() > until:
+                raise RuntimeError(f"{started.log}: nothing for {PATIENCE_S:.0f} s")
+            time.sleep(0.0005)
+
+    def wait_for_step(self, started: Started, step: int) -> None:
+        """Until the last line of any witness is of this step, and a random moment longer."""
+        self.wait_for(started, lambda: steps_begun(self.folder, self.starts - 1) >= step)
+        time.sleep(self.rng.uniform(0, 0.06))
+
+    def wait_for_save(self, started: Started, step: int) -> None:
+        """Until the checkpoint of this step is being written, and a random moment longer."""
+        temporary = self.checkpoints / f"{layout.TEMPORARY}{layout.tag_of(step)}"
+        self.wait_for(started, temporary.exists)
+        time.sleep(self.rng.uniform(0, 0.04))
+
+    def strike(self) -> None:
+        """Start the run and let the fault happen; returns when every process of it has ended."""
+        if self.fault in KILLS:
+            self.kill()
+        elif self.fault == "damaged checkpoint":
+            self.damage()
+        elif self.fault == "full disk":
+            self.fill_disk()
+        else:
+            self.forbid_writing()
+
+    def kill(self, least: int = 1) -> None:
+        """kill -9 of a rank, or of one of the launcher's two processes."""
+        started = self.start()
+        if "saving" in self.fault:
+            step = self.rng.randrange(SAVE_EVERY, STEPS + 1, SAVE_EVERY)
+            self.wait_for_save(started, step)
+        else:
+            step = self.rng.randint(least, STEPS)
+            self.wait_for_step(started, step)
+        ranks, launchers = family(started.process)
+        victim = self.rng.choice(launchers if "launcher" in self.fault and launchers else ranks) if ranks else None
+        if victim is not None and victim.is_running():
+            victim.kill()
+        self.moment = f"step {step}"
+        end_of([*ranks, *launchers], started)
+
+    def damage(self) -> None:
+        """A bit flipped, an end cut off or a file gone, in the newest of two checkpoints or more."""
+        self.kill(least=3 * SAVE_EVERY)
+        tag = layout.list_tags(self.checkpoints)[0]
+        file = self.checkpoints / tag / self.rng.choice(layout.files_of(self.checkpoints / tag))
+        data = bytearray(file.read_bytes())
+        how = self.rng.choice(("bit", "end", "file"))
+        if how == "bit":
+            data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
+        file.write_bytes(data[: self.rng.randrange(len(data))] if how == "end" else data)
+        if how == "file":
+            file.unlink()
+        self.moment += f", a {how} of {file.name} of {tag}"
+
+    def fill_disk(self) -> None:
+        """Room for one or two checkpoints, or all of it taken while one is written."""
+        if not MOUNTS:
+            self.expect_refusal(self.start(max_file_bytes=300_000))  # less than a shard of the optimizer's state
+            self.moment = "files limited to 300 kB"
+            return
+        size = int(CHECKPOINT_BYTES * self.rng.uniform(1.0, 2.9))
+        filled = self.rng.random() < 0.5
+        self.mount(f"size={16 * CHECKPOINT_BYTES if filled else size}")
+        started = self.start()
+        if filled:
+            step = self.rng.randrange(SAVE_EVERY, STEPS + 1, SAVE_EVERY)
+            self.wait_for_save(started, step)
+            fill(self.checkpoints / "filler")
+            self.moment = f"filled while step {step} was written"
+        else:
+            self.moment = f"{size:,} bytes"
+        self.expect_refusal(started, may_end=filled)
+        (self.checkpoints / "filler").unlink(missing_ok=True)
+        self.remount(f"size={16 * CHECKPOINT_BYTES}")
+
+    def forbid_writing(self) -> None:
+        """From a random step on; root may write what permissions forbid, but not on a file system mounted read-only."""
+        if MOUNTS:
+            self.mount(f"size={16 * CHECKPOINT_BYTES}")
+        started = self.start()
+        step = self.rng.randint(1, STEPS - SAVE_EVERY)
+        self.wait_for_step(started, step)
+        for _ in range(1000):  # a mount that a checkpoint is being written to is busy
+            if self.remount("ro") == 0:
+                break
+            time.sleep(0.001)
+        self.moment = f"step {step}"
+        self.expect_refusal(started, may_end=True)
+        self.remount("rw")
+
+    def mount(self, options: str) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.checkpoints)], check=True)
+
+    def remount(self, options: str) -> int:
+        if not MOUNTS:
+            self.checkpoints.chmod(0o555 if options == "ro" else 0o755)
+            return 0
+        command = ["mount", "-o", f"remount,{options}", str(self.checkpoints)]
+        return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode
+
+    def expect_refusal(self, started: Started, may_end: bool = False) -> None:
+        """The run must end by itself, with a message that names the checkpoints' folder. may_end: or have been done by then."""
+        ranks, launchers = family(started.process)
+        code = started.process.wait(PATIENCE_S)
+        end_of([*ranks, *launchers], started)
+        told = any(
+            "could not be written" in line and str(self.checkpoints) in line
+            for line in started.log.open(errors="replace")
+        )
+        if not (code != 0 and told) and not (may_end and code == 0):
+            raise RuntimeError(
+                f"{started.log}: exit code {code}, and {'a' if told else 'no'} message about the checkpoint"
+            )
+        self.moment += ", refused" if code else ", after the last save"
+
+    def finish(self) -> None:
+        """Start the run again with the same command, until it is done."""
+        for _ in range(3):
+            started = self.start()
+            code = started.process.wait(PATIENCE_S)
+            if code == 0:
+                break
+        else:
+            raise RuntimeError(f"{started.log}: not done after three more starts, exit code {code}")
+        if self.fault == "damaged checkpoint" and "is damaged and passed over" not in started.log.read_text():
+            raise RuntimeError(f"{started.log}: the damage was not noticed")
+
+    def weights(self) -> str:
+        """A hash of the final weights."""
+        from megabert.convert.checkpoint import read_checkpoint
+
+        weights, _, state = read_checkpoint(self.folder / "run")
+        assert state.step == STEPS, f"the last checkpoint is of step {state.step}"
+        digest = hashlib.sha256()
+        for name in sorted(weights):
+            digest.update(name.encode() + weights[name].numpy().tobytes())
+        return digest.hexdigest()
+
+    def lost_samples(self) -> int:
+        """Bins missing from the surviving course of the run, or in it twice. A later start replaces what it did again."""
+        course: dict[int, list[int]] = {}
+        for start in range(self.starts):
+            mine: dict[int, list[int]] = {}
+            for path in self.folder.glob(f"{start}-*.jsonl"):
+                for line in path.read_text().split("\n")[:-1]:
+                    step = json.loads(line)
+                    mine.setdefault(step["step"], []).extend(step["bins"])
+            if mine:
+                course = {step: bins for step, bins in course.items() if step < min(mine)} | mine
+        trained = Counter(index for bins in course.values() for index in bins)
+        return sum(abs(trained[index] - 1) for index in {*trained, *range(STEPS * STEP_BINS)})
+
+    def close(self) -> None:
+        if MOUNTS and os.path.ismount(self.checkpoints):
+            subprocess.run(["umount", str(self.checkpoints)], check=True)
+
+
+CHECKPOINT_BYTES = 0  # set once an undisturbed run has written one
+
+
+def steps_begun(folder: Path, start: int) -> int:
+    """The step of the last whole line of any rank's witness."""
+    last = 0
+    for path in folder.glob(f"{start}-*.jsonl"):
+        lines = path.read_text().split("\n")[:-1]
+        last = max(last, json.loads(lines[-1])["step"] if lines else 0)
+    return last
+
+
+def family(process: subprocess.Popen) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """The run's ranks, and its launcher's processes."""
+    try:
+        top = psutil.Process(process.pid)
+        everyone = [top, *top.children(recursive=True)]
+        words = {member: member.cmdline() for member in everyone}
+    except psutil.NoSuchProcess:
+        return [], []
+    if "tests/training/witness.py" in words[top][:3]:
+        return [top], []
+    ranks = [member for member in everyone if any(word.startswith("--local_rank=") for word in words[member])]
+    ranks = [member for member in ranks if "deepspeed.launcher.launch" not in words[member]]
+    return ranks, [member for member in everyone if member not in ranks]
+
+
+def end_of(processes: list[psutil.Process], started: Started) -> None:
+    """Wait until none of them is left: two runs must not write to one folder."""
+    started.process.wait(PATIENCE_S)
+    _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S)
+    for process in alive:
+        process.kill()
+    if alive:
+        raise RuntimeError(f"{started.log}: processes were left after {PATIENCE_S:.0f} s: {alive}")
+
+
+def fill(path: Path) -> None:
+    """Take all room that is left."""
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(65_536)):
+                pass
+        except OSError:
+            pass
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def write_corpus(folder: Path) -> Path:
+    """Token shards of made-up sentences."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(400)]
+    texts = [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(600)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source, tokenizer, tokens = (folder / name for name in ("corpus.jsonl", "tokenizer", "tokens"))
+    train_tokenizer.main([f"--source={source}", f"--out={tokenizer}", "--vocab_size=400"])
+    write_shards.main(
+        [f"--source={source}", f"--tokenizer={tokenizer}", f"--out={tokens}", "--heldout=0.1", "--chunk_tokens=2048"]
+    )
+    return tokens
+
+
+def undisturbed(base: Path, tokens: Path, ds_config: Path, ranks: int) -> str:
+    """The weights' hash of a run that nothing happens to; more ranks add gradients in another order."""
+    global CHECKPOINT_BYTES
+    run = Round(base / f"undisturbed-{ranks}", tokens, ds_config, "none", ranks, random.Random(0))
+    run.finish()
+    assert run.lost_samples() == 0, "the undisturbed run's own bins"
+    newest = run.checkpoints / layout.list_tags(run.checkpoints)[0]
+    CHECKPOINT_BYTES = max(CHECKPOINT_BYTES, sum(path.stat().st_size for path in newest.iterdir()))
+    return run.weights()
+
+
+def plan(seed: int, rounds: int) -> Iterator[tuple[str, int, random.Random]]:
+    """Of each round its fault, its number of ranks, and the source of its moments."""
+    rng = random.Random(seed)
+    for _ in range(rounds):
+        [fault] = rng.choices(FAULTS, WEIGHTS)
+        yield fault, 2 if "launcher" in fault else rng.choice((1, 1, 1, 2)), random.Random(rng.random())
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="one round: within 50 s on two cores")
+    parser.add_argument("--json", type=Path, help="file to write {figures, machine} to")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = read_arguments()
+    base = Path(tempfile.mkdtemp(prefix="fault-injection-"))
+    config = json.loads((REPOSITORY / "ds_configs/zero2.json").read_text())
+    config["torch_autocast"]["enabled"] = False
+    ds_config = base / "zero2.json"
+    ds_config.write_text(json.dumps(config))
+    tokens = write_corpus(base)
+    expected: dict[int, str] = {}
+    print(
+        f"full disks and read-only folders by {'a tmpfs' if MOUNTS else 'ulimit -f and permissions: not root'}",
+        flush=True,
+    )
+    identical = lost = 0
+    of_fault: Counter[str] = Counter()
+    for number, (fault, ranks, rng) in enumerate(plan(options.seed, 1 if options.quick else options.rounds), 1):
+        if ranks not in expected:
+            expected[ranks] = undisturbed(base, tokens, ds_config, ranks)
+        run = Round(base / f"round-{number}", tokens, ds_config, fault, ranks, rng)
+        began = time.monotonic()
+        try:
+            run.strike()
+            run.finish()
+            same, missed = run.weights() == expected[ranks], run.lost_samples()
+        except (RuntimeError, ValueError, subprocess.TimeoutExpired) as mistake:
+            print(mistake, flush=True)
+            same, missed = False, 0
+        finally:
+            run.close()
+        identical, lost = identical + same, lost + missed
+        of_fault[fault] += 1
+        print(
+            f"round {number}: {ranks} rank{'s' if ranks > 1 else ''}, {fault} ({run.moment}), {run.starts} starts, "
+            f"{time.monotonic() - began:.0f} s: {'identical' if same else 'NOT IDENTICAL'}, {missed} bins lost",
+            flush=True,
+        )
+        if same and not missed:
+            shutil.rmtree(run.folder)
+    print(", ".join(f"{count} x {fault}" for fault, count in of_fault.most_common()))
+    rounds = of_fault.total()
+    print(f"{rounds} rounds, {identical} identical, {lost} samples lost")
+    write({"rounds": rounds, "identical": identical, "lost_samples": lost}, options.json)
+    good = identical == rounds and lost == 0
+    if good:
+        shutil.rmtree(base)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Several pretraining runs, one after the other, in one process per rank: torch and DeepSpeed load once, not every time.
+
+Imported by tests for `run_many`, which starts this file as every rank with the runs' flags as JSON in RUNS.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import REPOSITORY, TINY, Corpus, Finished, free_port
+
+
+def flags_of(corpus: Corpus, out: Path, ds_config: Path, *more: str) -> list[str]:
+    """What a run of the tiny recipe is started with."""
+    return [f"--ds_config={ds_config}", f"--data.train={corpus.tokens}", f"--run.output_dir={out}", *TINY, *more]
+
+
+def run_many(
+    runs: list[list[str]], ranks: int = 1, timeout_s: float = 300, max_file_bytes: dict[int, int] | None = None
+) -> Finished:
+    """Make these runs on so many ranks. Returns the first exit code that is not 0, and all output, rank after rank.
+
+    max_file_bytes: of a rank that may write no longer files, as if its disk were full.
+    """
+    port = str(free_port())
+    processes = []
+    for rank in range(ranks):
+        env = os.environ | {
+            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RUNS": json.dumps(runs), "PYTHONPATH": str(REPOSITORY),
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port, "MAX_FILE_BYTES": str((max_file_bytes or {}).get(rank, resource.RLIM_INFINITY)),
+        }  # fmt: skip
+        command = [sys.executable, __file__]
+        processes.append(
+            subprocess.Popen(
+                command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    try:
+        output = "".join(process.communicate(timeout=timeout_s)[0] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    return Finished(next((process.returncode for process in processes if process.returncode), 0), output)
+
+
+def main() -> None:
+    import deepspeed
+
+    from megabert.recipe import RecipeParser
+    from megabert.training import loop
+    from megabert.training.ds_config import read_ds_config
+
+    limit = int(os.environ["MAX_FILE_BYTES"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    loop.leave = lambda run: deepspeed.comm.barrier()  # the process group is for the next run too
+    parser = RecipeParser("many_runs.py")
+    parser.add_argument("--ds_config")
+    code = 0
+    for flags in json.loads(os.environ["RUNS"]):
+        recipe, options = parser.read(flags)
+        try:
+            code = loop.pretrain(recipe, read_ds_config(options.ds_config), options.ds_config)
+        except ValueError as mistake:
+            sys.stderr.write(f"pretrain: {mistake}\n")
+            code = 1
+        if code:
+            break
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as launch/pretrain.py does
+
+
+if __name__ == "__main__":
+    main()

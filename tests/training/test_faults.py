@@ -1,0 +1,17 @@
+"""Killed, out of disk, damaged: started again, a run ends as if nothing had happened. The rounds are fault_injection.py's."""
+
+import json
+import sys
+
+import pytest
+
+from tests.conftest import run_command
+
+
+@pytest.mark.parametrize(("rounds", "seed"), [(3, 434), pytest.param(25, 1, marks=pytest.mark.nightly)])
+def test_a_run_survives(tmp_path, rounds, seed):
+    figures = tmp_path / "figures.json"
+    flags = [f"--rounds={rounds}", f"--seed={seed}", f"--json={figures}"]
+    done = run_command([sys.executable, "tests/benchmarks/fault_injection.py", *flags], timeout_s=60 + 60 * rounds)
+    assert done.code == 0, done.output
+    assert json.loads(figures.read_text())["figures"] == {"rounds": rounds, "identical": rounds, "lost_samples": 0}
