@@ -33,6 +33,7 @@ class State:
     tokens: real tokens seen; seconds: training time so far; ds_config: as DeepSpeed got it. adamw: whose it was;
     guard: what it remembers;
     left_behind: [first, last) bins that rollbacks went past. heldout_loss: nats per masked token, if measured at this step.
+    used: wall-clock seconds so far.
     """
 
     step: int
@@ -51,6 +52,7 @@ class State:
     guard: dict[str, Any]
     left_behind: list[tuple[int, int]]
     heldout_loss: float | None = None
+    used: float = 0.0
 
     @property
     def zero_stage(self) -> int:

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+LENGTHS = ("max_steps", "max_tokens", "max_hours")  # of a run, one of them
+ENDLESS = 1 << 40  # steps, more than any run has
 CHECKPOINTING = re.compile(r"none|every_layer|every_(\d+)")
 
 
@@ -266,9 +268,12 @@ class RunConfig:
     output_dir: str = "runs/default"
     """folder for checkpoints, TensorBoard and run.json"""
     max_steps: int | None = None
-    """length of the run, optimizer steps; give this or max_tokens"""
+    """length of the run, optimizer steps; give this, max_tokens or max_hours"""
     max_tokens: int | None = None
     """length of the run, token slots"""
+    max_hours: float | None = None
+    """length of the run, hours of wall-clock time from the start of the command, over all restarts; the learning rate follows
+    the clock and has decayed when they are over. The last evaluation and checkpoint come after. Also --max-hours"""
     seed: int = 17
     """seed of the weights, the data order, the masks and the dropout"""
     log_every_steps: int = 10
@@ -299,10 +304,13 @@ class RunConfig:
     """torch.compile the whole model around its kernels; on a GPU, below ZeRO 3"""
 
     def __post_init__(self):
-        if self.max_steps is not None and self.max_tokens is not None:
+        given = {name: value for name in LENGTHS if (value := getattr(self, name)) is not None}
+        if len(given) > 1:
             raise ValueError(
-                f"run.max_steps is {self.max_steps} and run.max_tokens {self.max_tokens}, expected only one of them."
+                f"run has {' and '.join(f'{n} {v}' for n, v in given.items())}, expected only one of them."
             )
+        if self.max_hours is not None and not 0 < self.max_hours < math.inf:
+            raise ValueError(f"run.max_hours is {self.max_hours}, expected more than 0.")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"run.seed is {self.seed}, expected a number from 0 to 2^63 - 1.")
         if self.keep_every_steps < 0 or self.keep_every_steps % self.save_every_steps:
@@ -331,8 +339,17 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        if self.run.max_steps is None and self.run.max_tokens is None:
-            raise ValueError("the recipe does not say how long to train: set run.max_steps or run.max_tokens.")
+        if all(getattr(self.run, length) is None for length in LENGTHS):
+            raise ValueError(
+                "the recipe does not say how long to train: set run.max_steps, run.max_tokens or run.max_hours."
+            )
+        data = self.data
+        if self.run.max_hours and (data.batch_warmup or len(data.lengths) > 1 or self.masking.schedule != "constant"):
+            raise ValueError(
+                "with run.max_hours nobody knows how many batches there will be, so their size, length and masking cannot "
+                "change over the run: set data.batch_warmup 0, one data.max_seq_len and masking.schedule constant; or "
+                "run.max_steps instead."
+            )
         if self.model.position == "learned" and self.data.longest > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.max_seq_len is {self.data.longest}, but model.position learned has only "
@@ -361,10 +378,11 @@ def batches_per_step(recipe: Recipe, world_size: int) -> int:
 
 
 def total_steps(recipe: Recipe, step_batches: int) -> int:
-    """Give the optimizer steps of the whole run, at least 1."""
+    """Give the optimizer steps of the whole run, at least 1; ENDLESS where it is the clock that ends it."""
     if recipe.run.max_steps is not None:
         return recipe.run.max_steps
-    assert recipe.run.max_tokens is not None, "RunConfig has one or the other"
+    if recipe.run.max_tokens is None:
+        return ENDLESS
     return max(1, recipe.run.max_tokens // (step_batches * recipe.data.micro_batch_tokens))
 
 

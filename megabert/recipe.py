@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from importlib import resources
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megabert.config import Recipe
+from megabert.config import LENGTHS, Recipe
 from megabert.flags import Parser, nearest, with_underscores
 
 
@@ -43,13 +44,16 @@ class RecipeParser(Parser):
     def read(self, argv: list[str] | None = None) -> tuple[Recipe, Any]:
         """Parse flags and the recipe they name. Returns the recipe and the other flags. Exits with 2 on mistakes."""
         argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+        argv = [re.sub("^--max_hours(?==|$)", "--run.max_hours", word) for word in argv]
         name = _value_of("--recipe", argv) or self.get_defaults()["recipe"]
         try:
             path = recipe_path(name)
             settings = _flatten(read_yaml(path, self.known_keys()))
-            for flag, other in (("max_steps", "max_tokens"), ("max_tokens", "max_steps")):
-                if _value_of(f"--run.{flag}", argv):  # a flag for one length replaces the recipe's other
-                    settings.pop(f"run.{other}", None)
+            if any(
+                _value_of(f"--run.{length}", argv) for length in LENGTHS
+            ):  # replaces the recipe's own, in what unit ever
+                for length in LENGTHS:
+                    settings.pop(f"run.{length}", None)
             # Once as flags, so that the recipe's values are checked as the user's are; then as defaults, which --help shows.
             flags = [
                 f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()

@@ -33,7 +33,7 @@ MOST_ROLLBACKS = 3  # to one checkpoint: what fails a fourth time is not the dat
 def train(run: Run) -> None:
     """Train to the end of the recipe, or until told to stop."""
     every = run.recipe.run
-    while run.step < run.total_steps and run.stopped is None:
+    while not run.is_finished and run.stopped is None:
         set_learning_rate(run)
         batches, before = next_batches(run)
         sums = take_step(run, batches)
@@ -41,11 +41,11 @@ def train(run: Run) -> None:
         if every.rollback_after and run.guard.in_a_row >= every.rollback_after:
             roll_back(run)
             continue
-        last = run.step == run.total_steps or run.stopped is not None
+        last = run.is_finished or run.stopped is not None
         saving = run.step % every.save_every_steps == 0 or last
         if run.step % every.log_every_steps == 0 or saving:
             report(run)  # before a save too: nothing that is counted is left out of the checkpoint
-        if run.step % every.eval_every_steps == 0 or run.step == run.total_steps or (saving and every.keep_best):
+        if run.step % every.eval_every_steps == 0 or run.is_finished or (saving and every.keep_best):
             check_held_out(run)
         if saving:
             save(run)
@@ -53,9 +53,10 @@ def train(run: Run) -> None:
 
 
 def set_learning_rate(run: Run) -> None:
-    """A function of the step alone, so that no scheduler has a state of its own to lose."""
+    """A function of the step alone, or of the share of the hours, so that no scheduler has a state of its own to lose."""
     config = run.recipe.optimizer
-    factor = lr_factor(run.step, run.total_steps, config)
+    step = run.step if run.clock.budget is None else int(run.clock.share * run.total_steps)
+    factor = lr_factor(step, run.total_steps, config)
     run.lr = config.lr * factor
     assert run.engine.optimizer is not None, "an engine for training has one"
     for group in run.engine.optimizer.param_groups:
@@ -111,11 +112,13 @@ def settle(run: Run, batches: list[PackedBatch], before: dict[int, Position], su
     """Agree with all ranks on what the step was, and whether to go on: one all-reduce, one read of the host."""
     told, failed = float(run.interrupts.reason is not None), float(run.saver.problem is not None)
     tokens, slots = sum(batch.num_tokens for batch in batches), len(batches) * run.recipe.data.micro_batch_tokens
-    mine = [tokens, slots, sum(batch.sum_squared_lengths for batch in batches), told, failed]
+    used = run.clock.now() if run.feed.rank == 0 else 0.0
+    mine = [tokens, slots, sum(batch.sum_squared_lengths for batch in batches), told, failed, used]
     packed = torch.cat([sums, torch.tensor(mine, dtype=torch.float64, device=run.engine.device)])
     deepspeed.comm.all_reduce(packed)
-    *counted, stopping, failing = packed.tolist()  # synchronises
+    *counted, stopping, failing, used = packed.tolist()  # synchronises
     run.step += 1
+    run.clock.agree(used)
     if failing:
         run.saver.wait()  # raises on every rank
     if stopping:
@@ -202,6 +205,9 @@ def report(run: Run) -> None:
         "skipped_chunks": float(skipped),
     }
     if run.reporter is not None and meter.steps:
+        if run.clock.budget is not None:
+            left = max(0.0, run.clock.budget - run.clock.used)
+            run.reporter.expect(run.step + round(left / values["seconds_per_step"]))
         run.reporter.log(run.step, values)
     meter.reset()
 
@@ -248,6 +254,7 @@ def save(run: Run) -> None:
         adamw=choose(run.recipe, run.ds_config).source,
         guard=run.guard.to_json(),
         left_behind=list(run.left_behind),
+        used=run.clock.used,
         heldout_loss=run.evaluation.loss if run.evaluation and run.evaluated == run.step else None,
     )
     run.saver.save(run.engine, state, run.positions, run.corpus.sources[0])
@@ -267,7 +274,7 @@ def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str)
     try:
         train(run)
         if run.stopped is not None:
-            run.say(f"stopped at step {run.step} of {run.total_steps}: {run.stopped}; saved, the same command goes on")
+            run.say(f"stopped at step {run.step}: {run.stopped}; saved, the same command goes on")
     finally:
         if run.reporter is not None:
             run.reporter.close()

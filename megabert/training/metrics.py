@@ -66,6 +66,12 @@ class Reporter:
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, desc="pretraining")
 
+    def expect(self, total_steps: int) -> None:
+        """Say how many steps there will probably be, where the clock ends the run."""
+        self.total = total_steps
+        if self.bar is not None:
+            self.bar.total = total_steps
+
     def log(self, step: int, values: dict[str, float]) -> None:
         """One point of every curve, and one line."""
         self.record(step, values)

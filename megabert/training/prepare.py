@@ -20,6 +20,7 @@ from megabert.data.shards import Corpus, stream_count
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training import checkpoint, universal
 from megabert.training.checkpoint import Course
+from megabert.training.clock import Clock
 from megabert.training.ds_config import fill
 from megabert.training.engine import (
     attach_guard,
@@ -44,6 +45,8 @@ from megabert.training.saving import Saver, check_room, set_aside_after
 
 def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, rank: int, world_size: int) -> Run:
     """Open the data, build the model, and restore the newest checkpoint if there is one."""
+    hours = recipe.run.max_hours
+    clock = Clock(None if hours is None else 3600 * hours)
     interrupts = Interrupts()
     interrupts.listen()
     if launched_by_deepspeed():
@@ -100,9 +103,11 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         interrupts=interrupts,
         reporter=reporter,
         saver=Saver(folder, retention, recipe.run.async_save, reporter.say if reporter else _say_nothing),
+        clock=clock,
         positions=feed.mine(positions),
     )
     if state:
+        run.clock.go_on_from(state.used)
         run.step, run.index, run.tokens, run.seconds = state.step, state.next_index, state.tokens, state.seconds
         run.left_behind = [tuple(part) for part in state.left_behind]
         run.guard.restore(state.guard)
@@ -142,17 +147,24 @@ def describe(run: Run, found: Path | None) -> None:
     """Say what is about to happen, with every setting as resolved."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())
     precision = "bf16 autocast" if run.ds_config["torch_autocast"]["enabled"] else "fp32"
+    hours = run.recipe.run.max_hours
+    length = f"{run.total_steps} steps" if hours is None else f"{hours} hours of steps"
     settings = yaml.safe_dump(run.recipe.to_dict(), sort_keys=False).rstrip()
     run.say(f"recipe:\n{settings}\nds_config: {json.dumps(run.ds_config)}")
     run.say(
         f"{parameters:,} parameters, {precision} on {run.world_size} x {run.engine.device.type}, "
         f"ZeRO {run.engine.zero_optimization_stage()}; {run.corpus.tokens:,} tokens in {run.feed.config.num_streams} streams; "
-        f"{run.total_steps} steps of {run.step_batches} x {run.recipe.data.micro_batch_tokens} token slots"
+        f"{length} of {run.step_batches} x {run.recipe.data.micro_batch_tokens} token slots"
     )
     chosen = choose(run.recipe, run.ds_config)
     run.say(f"optimizer: {run.recipe.optimizer.name} from {chosen.source} ({chosen.reason})")
     if found:
-        run.say(f"resumed from {found}: step {run.step} of {run.total_steps}")
+        done = (
+            f"step {run.step} of {run.total_steps}"
+            if hours is None
+            else f"step {run.step}, {run.clock.used / 3600:.2f} hours"
+        )
+        run.say(f"resumed from {found}: {done}")
 
 
 def write_run_json(run: Run) -> None:

@@ -13,6 +13,7 @@ from megabert.data.schedule import Plan
 from megabert.data.shards import Corpus
 from megabert.data.stream import BatchStream, Position, StreamConfig, open_loader
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.training.clock import Clock
 from megabert.training.evaluate import Evaluation
 from megabert.training.guard import Guard, Verdict
 from megabert.training.interrupts import Interrupts
@@ -69,6 +70,7 @@ class Run:
     interrupts: Interrupts
     reporter: Reporter | None
     saver: Saver
+    clock: Clock
     positions: dict[int, Position]
     step: int = 0
     index: int = 0
@@ -79,6 +81,10 @@ class Run:
     evaluated: int = -1
     left_behind: list[tuple[int, int]] = field(default_factory=list)
     stopped: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step >= self.total_steps or self.clock.is_over
 
     @property
     def output_dir(self) -> Path:

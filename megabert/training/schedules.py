@@ -41,6 +41,8 @@ def plot_schedule(recipe: Recipe, out: Path) -> None:
     masking = masking_rate(recipe, plan, total)
     steps = np.unique(np.linspace(0, total - 1, DRAWN_POINTS).round().astype(int))
     bins = [plan.bins_before(step) for step in steps.tolist()]
+    hours = recipe.run.max_hours
+    places = steps if hours is None else steps * (hours / total)
     curves = {
         "learning rate": [recipe.optimizer.lr * lr_factor(step, total, recipe.optimizer) for step in steps.tolist()],
         "masked share": [masking.at(index) for index in bins],
@@ -49,9 +51,9 @@ def plot_schedule(recipe: Recipe, out: Path) -> None:
     }
     figure = Figure(figsize=(8, 9), layout="constrained")
     for axes, (name, values) in zip(figure.subplots(len(curves), sharex=True), curves.items(), strict=True):
-        axes.plot(steps, values, drawstyle="default" if name == "learning rate" else "steps-post")
+        axes.plot(places, values, drawstyle="default" if name == "learning rate" else "steps-post")
         axes.set_ylabel(name)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    axes.set_xlabel(f"optimizer steps, of {total:,}")
+    axes.set_xlabel(f"optimizer steps, of {total:,}" if hours is None else f"hours, of {hours}")
     figure.savefig(out, dpi=120)
