@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import PLANNERS, Attend, alibi_slopes
+from .alibi import alibi_slopes
+from .attention import PLANNERS, Attend
 from .configuration_megabert import MegaBertConfig
 from .ops import TORCH_OPS, MaskedLoss, Ops
 from .padding import Sequences, as_rows, row_slots

@@ -101,7 +101,8 @@ def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def contenders() -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
     """operation -> implementation -> a call that gives a scalar to differentiate."""
     from megabert.kernels.resolve import look_at, torch_ops, triton_ops
-    from megabert.model.attention import PLANNERS, alibi_slopes
+    from megabert.model.alibi import alibi_slopes
+    from megabert.model.attention import PLANNERS
     from megabert.model.padding import Sequences
 
     x, residual, gated = leaf(TOKENS, HIDDEN), leaf(TOKENS, HIDDEN), leaf(TOKENS, 2 * WIDTH)

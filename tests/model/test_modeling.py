@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megabert.model.attention import alibi_slopes
+from megabert.model.alibi import alibi_slopes
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import (
     MegaBertForMaskedLM,

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from megabert.convert.published import from_published, to_published
-from megabert.model.attention import LONGEST_KEPT
+from megabert.model.buckets import LONGEST_KEPT
 from megabert.model.modeling_megabert import MegaBertForMaskedLM, MegaBertForSequenceClassification
 from tests.model import reference
 from tests.model.small import SMALL, documents, packed, padded, small_model
