@@ -8,6 +8,7 @@ Compiling needs a C++ compiler and takes half a minute once per machine (inducto
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from megabert.model.ops import IGNORE_INDEX, TORCH_OPS, MaskedLoss, Ops, upcast
 compiled = functools.partial(torch.compile, dynamic=True, fullgraph=True)
 
 # Logits made and turned into gradients at once, in bytes: few enough to stay in the cache, enough for a fast product.
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 12 << 20
 
 # Gradients of logits kept at once, in bytes, by bytes per element. Beyond it the gradient of the weight is a sum.
 KEPT_BYTES = {2: 256 << 20, 4: 32 << 20, 8: 64 << 20}
@@ -84,17 +85,16 @@ def _geglu_forward(gate: Tensor, value: Tensor, dropout: Dropout | None) -> Tens
     return drop(F.gelu(upcast(gate)) * upcast(value), dropout).to(gate.dtype)
 
 
-@compiled
-def _geglu_gate_gradient(grad: Tensor, gate: Tensor, value: Tensor, dropout: Dropout | None, out: Tensor) -> None:
+@functools.partial(compiled, options={"realize_opcount_threshold": 1000})  # else the halves share fp32 scratch memory
+def _geglu_backward(
+    grad: Tensor, gate: Tensor, value: Tensor, dropout: Dropout | None, to_gate: Tensor, to_value: Tensor
+) -> None:
     gate = upcast(gate)
+    grad = drop(upcast(grad), dropout)
     normal = 0.5 * (1 + torch.erf(gate * 0.7071067811865476))
     slope = normal + gate * torch.exp(-0.5 * gate * gate) * 0.3989422804014327  # 1 / sqrt(2 pi)
-    out.copy_(drop(upcast(grad), dropout) * upcast(value) * slope)
-
-
-@compiled
-def _geglu_value_gradient(grad: Tensor, gate: Tensor, dropout: Dropout | None, out: Tensor) -> None:
-    out.copy_(drop(upcast(grad), dropout) * F.gelu(upcast(gate)))
+    to_gate.copy_(grad * upcast(value) * slope)
+    to_value.copy_(grad * gate * normal)
 
 
 class Geglu(torch.autograd.Function):
@@ -107,11 +107,8 @@ class Geglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        gate, value = x.chunk(2, dim=-1)
         out = torch.empty_like(x)
-        to_gate, to_value = out.chunk(2, dim=-1)  # one kernel each: one for both would go through fp32 scratch memory
-        _geglu_gate_gradient(grad, gate, value, ctx.dropout, to_gate)
-        _geglu_value_gradient(grad, gate, ctx.dropout, to_value)
+        _geglu_backward(grad, *x.chunk(2, dim=-1), ctx.dropout, *out.chunk(2, dim=-1))
         return out, None
 
 
@@ -268,8 +265,11 @@ def embed_layer_norm(
 
 
 @compiled
-def _logits_to_gradients(logits: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits (C, V), still without their bias (V,), in place, into the gradient of their summed loss. Returns that loss and the number right."""
+def _logits_to_gradients(logits: Tensor, bias: Tensor, labels: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the gradient of the summed loss of logits (C, V), still without their bias (V,). Returns that loss and the number right.
+
+    out: (C, V), which may be the logits.
+    """
     wide = upcast(logits) + bias
     used = labels != IGNORE_INDEX
     target = labels.clamp(min=0)[:, None]
@@ -280,7 +280,7 @@ def _logits_to_gradients(logits: Tensor, bias: Tensor, labels: Tensor) -> tuple[
     loss = ((total.log() + highest - hit)[:, 0] * used).sum()
     num_correct = ((hit == highest)[:, 0] & used).sum()
     column = torch.arange(logits.shape[1], device=logits.device)
-    logits.copy_((exponents / total - torch.where(column == target, 1.0, 0.0)) * used[:, None])
+    out.copy_((exponents / total - torch.where(column == target, 1.0, 0.0)) * used[:, None])
     return loss, num_correct
 
 
@@ -322,6 +322,17 @@ def free_workspaces() -> None:
     _workspaces.clear()
 
 
+def _scorer(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of some hidden (C, E) and scratch (C, V), to logits (C, V), which may be in the scratch.
+
+    For bf16, oneDNN brings the weight (V, E) into its own layout once, best for `rows` rows, not at every product.
+    """
+    if weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return lambda hidden, scratch: torch.mm(hidden, weight.t(), out=scratch)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda hidden, scratch: torch.ops.mkldnn._linear_pointwise(hidden, packed, None, "none", [], "")
+
+
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: bool
 ) -> tuple[Tensor, ...]:
@@ -329,15 +340,15 @@ def _loss_and_gradients(
     row_bytes = len(weight) * hidden.element_size()
     most = min(len(hidden), max(1, KEPT_BYTES[hidden.element_size()] // row_bytes))
     rows = max(1, PIECE_BYTES // row_bytes)
+    score = _scorer(weight, rows)
     sums, grads = [], []
     kept = _workspace(max(1, most) * len(weight), hidden.dtype).view(-1, len(weight))  # (most, V)
     for part, wants in zip(hidden.split(max(1, most)), labels.split(max(1, most)), strict=True):
-        logits = kept[: len(part)]
-        for piece, some, their in zip(logits.split(rows), part.split(rows), wants.split(rows), strict=True):
-            torch.mm(some, weight.t(), out=piece)
-            sums.append(_logits_to_gradients(piece, bias, their))
+        grad = kept[: len(part)]
+        for piece, some, their in zip(grad.split(rows), part.split(rows), wants.split(rows), strict=True):
+            sums.append(_logits_to_gradients(score(some, piece), bias, their, piece))
         if wanted:
-            grads.append((logits @ weight, logits.t() @ part, logits.sum(dim=0)))
+            grads.append((grad @ weight, grad.t() @ part, grad.sum(dim=0)))
     loss, num_correct = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
     if not wanted:
         return loss, num_correct

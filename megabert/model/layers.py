@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import PLANNERS, Attend, alibi_slopes
+from .alibi import alibi_slopes
+from .attention import PLANNERS, Attend
 from .configuration_megabert import MegaBertConfig
 from .ops import TORCH_OPS, MaskedLoss, Ops
 from .padding import Sequences, as_rows, row_slots
@@ -164,7 +165,7 @@ class Encoder(Module):
         """
         if self.config.padding == "padded":
             return self._forward_padded(hidden, sequences, rows, every_layer)
-        attend = self._plan(sequences, hidden.device)
+        attend = self._plan(sequences, hidden)
         last = len(self.layers) - 1
         states = []
         for index, layer in enumerate(self.layers):
@@ -175,10 +176,11 @@ class Encoder(Module):
             hidden = hidden.index_select(0, rows)
         return hidden, states if every_layer else []
 
-    def _plan(self, sequences: Sequences, device: torch.device) -> Attend:
+    def _plan(self, sequences: Sequences, hidden: Tensor) -> Attend:
         slopes = None
-        if self.config.position == "alibi":
-            slopes = alibi_slopes(self.config.num_attention_heads).to(device)
+        if self.config.position == "alibi":  # in fp32, as kernels want them, but in a model of fp64
+            dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+            slopes = alibi_slopes(self.config.num_attention_heads, dtype).to(hidden.device)
         planner = self.ops.attention or PLANNERS[self.config._attn_implementation or "sdpa"]
         return planner(sequences, slopes, self.config.head_dim)
 
@@ -195,7 +197,7 @@ class Encoder(Module):
         slots = row_slots(sequences)
         num_slots = (len(padded.cu_seqlens) - 1) * padded.max_seqlen
         hidden = hidden.new_zeros((num_slots, hidden.shape[-1])).index_copy(0, slots, hidden)
-        attend = self._plan(padded, hidden.device)
+        attend = self._plan(padded, hidden)
         states = []
         for index, layer in enumerate(self.layers):
             states.append(hidden.index_select(0, slots))

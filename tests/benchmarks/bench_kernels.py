@@ -6,14 +6,11 @@ Shapes are MosaicBERT-Base's on 8,192 tokens, 30 % of them masked; documents of 
 forward and backward together, the median of many runs, in bf16 autocast. --quick times fewer runs.
 """
 
-import argparse
-import json
-import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+import report
 import torch
 
 TOKENS, MASKED, HIDDEN, WIDTH, VOCAB, HEADS, LAYERS = 8192, 2458, 768, 3072, 30_528, 12, 12
@@ -101,7 +98,8 @@ def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def contenders() -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
     """operation -> implementation -> a call that gives a scalar to differentiate."""
     from megabert.kernels.resolve import look_at, torch_ops, triton_ops
-    from megabert.model.attention import PLANNERS, alibi_slopes
+    from megabert.model.alibi import alibi_slopes
+    from megabert.model.attention import PLANNERS
     from megabert.model.padding import Sequences
 
     x, residual, gated = leaf(TOKENS, HIDDEN), leaf(TOKENS, HIDDEN), leaf(TOKENS, 2 * WIDTH)
@@ -173,15 +171,10 @@ def measure(repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    arguments = parser.parse_args()
+    arguments = report.read_arguments(__doc__ or "")
     gpu = torch.cuda.is_available()
     figures = measure(10 if arguments.quick else 50) if gpu else predict()
-    if arguments.json:
-        machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, no GPU: paper only"
-        arguments.json.write_text(json.dumps({"figures": figures, "machine": machine}, indent=2))
+    report.write(figures, arguments.json, gpu=torch.cuda.get_device_name() if gpu else "none: paper only")
 
 
 if __name__ == "__main__":

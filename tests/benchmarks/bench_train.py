@@ -12,9 +12,7 @@ MFU is the rate of needed FLOPs (contenders.needed_flops) over that of the best 
 
 import argparse
 import ctypes
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads its OpenMP
 
 import numpy as np
+import report
 import torch
 from contenders import ROWS, VOCAB, Contender, Row, hf_bert, hf_modernbert, needed_flops, ours
 
@@ -151,17 +150,12 @@ def run_row(name: str, quick: bool) -> tuple[dict[str, float], list[str]]:
     return figures, lines
 
 
-def machine() -> str:
-    models = {
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
+def torch_facts() -> dict[str, object]:
+    return {
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }
-    capability = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"{', '.join(sorted(models)) or platform.processor()}, {capability}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}"
-    )
 
 
 def main() -> None:
@@ -172,7 +166,7 @@ def main() -> None:
     options = parser.parse_args()
     names = [options.only] if options.only else QUICK_ROWS if options.quick else list(ROWS)
     torch.manual_seed(17)
-    print(machine(), flush=True)
+    print(", ".join(f"{name} {value}" for name, value in (report.machine() | torch_facts()).items()), flush=True)
     print("| size | contender | real tokens/s | mosaicbert is faster by | MFU | peak MB |\n|---|---|---|---|---|---|")
     figures: dict[str, float] = {}
     for name in names:
@@ -181,8 +175,7 @@ def main() -> None:
         figures |= found | {"gemm_peak_gflops": peak}
         print("\n".join(lines), flush=True)
     print(f"\nbest bf16 matrix product: {figures['gemm_peak_gflops']:,.0f} GFLOP/s")
-    if options.json:
-        options.json.write_text(json.dumps({"figures": figures, "machine": machine()}, indent=1))
+    report.write(figures, options.json, **torch_facts())
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def machine() -> dict[str, object]:
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
 
 
-def write(figures: dict[str, float], path: Path | None) -> None:
-    """Keep the figures in a file, if one was asked for."""
+def write(figures: dict[str, float], path: Path | None, **more: object) -> None:
+    """Keep the figures in a file, if one was asked for. more: said of the machine, too."""
     if path is not None:
-        path.write_text(json.dumps({"figures": figures, "machine": machine()}, indent=1) + "\n")
+        path.write_text(json.dumps({"figures": figures, "machine": machine() | more}, indent=1) + "\n")

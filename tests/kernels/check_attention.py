@@ -7,7 +7,8 @@ import triton.language as tl
 
 from megabert.kernels import attention as kernels
 from megabert.kernels.dropout import threshold, tile_factor
-from megabert.model.attention import alibi_slopes, plan_eager
+from megabert.model.alibi import alibi_slopes
+from megabert.model.attention import plan_eager
 from megabert.model.padding import Sequences
 from tests.kernels import interpreter
 from tests.kernels.interpreter import counted

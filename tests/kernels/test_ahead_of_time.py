@@ -128,7 +128,7 @@ def test_embed_layer_norm(capability, dropout_p, num_tables):
 @pytest.mark.parametrize("max_seqlen", [128, 512])
 def test_attention(capability, dropout_p, head_dim, max_seqlen):
     from megabert.kernels.attention import plan_triton
-    from megabert.model.attention import alibi_slopes
+    from megabert.model.alibi import alibi_slopes
     from megabert.model.padding import Sequences
 
     sequences = Sequences(torch.tensor([0, 40, 64], dtype=torch.int32), max_seqlen)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from megabert.kernels import cpu
-from megabert.model import attention, ops
-from megabert.model.attention import PLANNERS, alibi_slopes
+from megabert.model import buckets, ops
+from megabert.model.alibi import alibi_slopes
+from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
@@ -158,8 +159,8 @@ def test_no_target_and_no_row():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_by_length_errs_at_most_twice_as_much_as_plain(monkeypatch, dtype, alibi, kept):
     """Documents no longer than `kept` keep their weights; the others compute them again, four queries at a time."""
-    monkeypatch.setattr(attention, "LONGEST_KEPT", kept)
-    monkeypatch.setattr(attention, "QUERY_ROWS", 4)
+    monkeypatch.setattr(buckets, "LONGEST_KEPT", kept)
+    monkeypatch.setattr(buckets, "QUERY_ROWS", 4)
     bounds = torch.tensor([0, *LENGTHS, 0]).cumsum(0).int()
     plan = (Sequences(bounds, 12), alibi_slopes(4) if alibi else None, 16)
     qkv = normal(int(bounds[-1]), 3, 4, 16)

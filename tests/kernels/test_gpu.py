@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megabert.kernels.resolve import resolve, torch_ops
-from megabert.model.attention import PLANNERS, alibi_slopes, plan_eager
+from megabert.model.alibi import alibi_slopes
+from megabert.model.attention import PLANNERS, plan_eager
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM

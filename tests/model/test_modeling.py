@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megabert.model.attention import alibi_slopes
+from megabert.model.alibi import alibi_slopes
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import (
     MegaBertForMaskedLM,
@@ -47,9 +47,9 @@ def test_alibi_slopes(num_heads):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("num_heads", [3, 4])
+@pytest.mark.parametrize("num_heads", [3, 4, 8, 12, 16])
 def test_mosaicbert_equals_the_papers_equations(attention, num_heads):
-    model = small_model(num_attention_heads=num_heads).eval()
+    model = small_model(hidden_size=48, num_attention_heads=num_heads).eval()
     model.config._attn_implementation = attention
     parts = documents()
     with torch.no_grad():
@@ -173,6 +173,20 @@ def test_residual_stream_dtype_under_autocast(low_precision):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         states = model(**packed(documents()), output_hidden_states=True).hidden_states
     assert {state.dtype for state in states} == {torch.bfloat16 if low_precision else torch.float32}
+
+
+def test_low_precision_layer_norm_costs_precision():
+    """Both err within bf16's rounding; the residual stream in fp32 errs less."""
+    exact = small_model()
+    inputs = packed(documents())
+    with torch.no_grad():
+        expected = exact(**inputs).logits
+        errors = {}
+        for dtype in ("bfloat16", "float32"):
+            model = small_model(layer_norm_dtype=dtype).float()
+            with torch.autocast("cpu", torch.bfloat16):
+                errors[dtype] = float((model(**inputs).logits - expected).norm() / expected.norm())
+    assert 0 < errors["float32"] < errors["bfloat16"] < 0.05
 
 
 def test_dropout_only_while_training():

@@ -7,11 +7,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from megabert.convert.published import from_published, to_published
-from megabert.model.attention import LONGEST_KEPT
+from megabert.model.buckets import LONGEST_KEPT
 from megabert.model.modeling_megabert import MegaBertForMaskedLM, MegaBertForSequenceClassification
 from tests.model import reference
 from tests.model.small import SMALL, documents, packed, padded, small_model
 
+WIDE = {"hidden_size": 48}  # takes 3, 4, 8, 12 and 16 heads
 BERT = {"position": "learned", "ffn": "gelu"}
 TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 
@@ -120,14 +121,10 @@ def test_bert_drops_where_transformers_bert_drops(monkeypatch):
     assert_same_gradients(ours, theirs, 1e-10)
 
 
-# Slopes are fp32 by ALiBi's own code: exact for powers of two, rounded by 2^-25 for the odd heads of 12.
-SLOPES_TOLERANCE = {3: 1e-10, 4: 1e-10, 8: 1e-10, 12: 2e-9}
-
-
-@pytest.mark.parametrize("num_heads", [3, 4, 12])
+@pytest.mark.parametrize("num_heads", [3, 4, 8, 12, 16])
 def test_mosaicbert_drops_where_the_paper_drops(monkeypatch, num_heads):
     """After the embeddings' LayerNorm, after attention's output, on the gated product; nowhere else."""
-    model = small_model(num_attention_heads=num_heads, hidden_dropout_prob=0.3).train()
+    model = small_model(**WIDE, num_attention_heads=num_heads, hidden_dropout_prob=0.3).train()
     part = documents((9,))[0]
     monkeypatch.setattr(F, "dropout", ours := Masks())
     with torch.no_grad():
@@ -135,7 +132,7 @@ def test_mosaicbert_drops_where_the_paper_drops(monkeypatch, num_heads):
         masks = Masks()
         expected = reference.logits(dict(model.state_dict()), part, 2, num_heads, drop=lambda x: masks(x, 0.3))
     assert ours.calls == masks.calls == 1 + 2 * SMALL["num_hidden_layers"]
-    torch.testing.assert_close(got, expected, rtol=0, atol=SLOPES_TOLERANCE[num_heads])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
 def test_biases_are_where_mosaicbert_has_them():
@@ -151,9 +148,9 @@ def test_biases_are_where_mosaicbert_has_them():
     }
 
 
-@pytest.mark.parametrize("num_heads", [4, 8, 12])
+@pytest.mark.parametrize("num_heads", [3, 4, 8, 12, 16])
 def test_every_gradient_of_mosaicbert_is_that_of_the_papers_equations(num_heads):
-    model = small_model(num_attention_heads=num_heads)
+    model = small_model(**WIDE, num_attention_heads=num_heads)
     part = documents((9,))[0]
     labels = part.flip(0)
     F.cross_entropy(model(**packed([part])).logits, labels).backward()
@@ -161,9 +158,7 @@ def test_every_gradient_of_mosaicbert_is_that_of_the_papers_equations(num_heads)
     F.cross_entropy(reference.logits(weights, part, 2, num_heads), labels).backward()
     for name, parameter in model.named_parameters():
         expected = weights[name].grad
-        torch.testing.assert_close(
-            parameter.grad, expected, rtol=0, atol=SLOPES_TOLERANCE[num_heads], msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("padding", ["unpadded", "padded"])

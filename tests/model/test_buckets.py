@@ -1,0 +1,54 @@
+"""How documents share buckets on a CPU. What attention in them gives is tested with the model and in tests/kernels/test_cpu.py."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megabert.model import buckets
+from megabert.model.buckets import exact_buckets, head_major, near_buckets, token_slots
+
+LENGTHS = st.lists(st.integers(0, 700), max_size=40)
+HEADS = st.sampled_from([1, 4, 12])
+
+
+@given(lengths=LENGTHS, heads=HEADS)
+def test_every_document_has_one_bucket_that_holds_it(lengths, heads):
+    for made in (exact_buckets(lengths, heads), near_buckets(lengths, heads)):
+        documents = [document for bucket in made for document in bucket.documents]
+        assert sorted(documents) == [document for document, length in enumerate(lengths) if length]
+        for documents, length in made:
+            assert all(lengths[document] <= length for document in documents)
+            assert len(documents) == 1 or heads * len(documents) * length**2 <= buckets.MAX_SCORES
+
+
+@given(lengths=LENGTHS, heads=HEADS)
+def test_empty_slots_are_bounded(lengths, heads):
+    """Beyond rounding up a document that is alone, they cost less than another bucket; long documents have none."""
+    for documents, length in exact_buckets(lengths, heads):
+        assert {lengths[document] for document in documents} == {length}
+    for documents, length in near_buckets(lengths, heads):
+        wasted = heads * sum(length**2 - lengths[document] ** 2 for document in documents)
+        alike = len({lengths[document] for document in documents}) == 1
+        assert alike or wasted <= buckets.MAX_WASTED
+        assert length - lengths[documents[0]] < buckets.ROUND_TO
+        assert length <= buckets.LONGEST_KEPT or (alike and length == lengths[documents[0]])
+
+
+def test_equal_documents_are_split_where_their_scores_would_be_too_many(monkeypatch):
+    monkeypatch.setattr(buckets, "MAX_SCORES", 2 * 3 * 16**2)
+    assert [len(bucket.documents) for bucket in near_buckets([16] * 5, heads=3)] == [2, 2, 1]
+
+
+@given(lengths=LENGTHS, heads=HEADS)
+def test_every_token_has_one_slot_and_every_empty_slot_a_token_of_its_document(lengths, heads):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    made = near_buckets(lengths, heads)
+    tokens, empty = token_slots(bounds, made)
+    assert sorted(tokens[~empty].tolist()) == list(range(sum(lengths)))
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+    slots = [document for documents, length in made for document in documents for _ in range(length)]
+    assert owner[tokens].tolist() == slots
+    layout = head_major(bounds, made, 2)
+    assert torch.equal(layout.out[layout.out_inverse], torch.arange(2 * sum(lengths)))
+    assert torch.equal(layout.qkv[layout.qkv_inverse], torch.arange(6 * sum(lengths)))
+    assert len(layout.empty) == 2 * int(empty.sum())
