@@ -26,7 +26,7 @@ from megabert.training.guard import Verdict, hold_back
 log = logging.getLogger(__name__)
 
 # A rank waits this long for the others: while rank 0 prepares the quickstart's corpus, nothing moves for a minute or two.
-# A rank that dies is noticed at once all the same, by its closed connection.
+# A rank that dies is noticed at once all the same (roll_call.py).
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -49,6 +49,7 @@ def start_process() -> tuple[int, int]:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    training_device()  # what NCCL sends objects from
     return deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
 
 

@@ -21,6 +21,7 @@ from megabert.training.flops import step_flops
 from megabert.training.interrupts import REQUEUE
 from megabert.training.optimizers import peak_lr
 from megabert.training.prepare import prepare, rebuild, write_run_json
+from megabert.training.roll_call import RollCall
 from megabert.training.run import Run
 from megabert.training.saving import set_aside_after
 from megabert.training.schedules import lr_factor
@@ -268,7 +269,13 @@ def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str)
     can mend: the corpus, the recipe, the ds_config, the checkpoint.
     """
     rank, world_size = start_process()
-    run = prepare(recipe, raw_ds_config, ds_config_path, rank, world_size)
+    with RollCall(rank, world_size):
+        run = prepare(recipe, raw_ds_config, ds_config_path, rank, world_size)
+        return carry_out(run)
+
+
+def carry_out(run: Run) -> int:
+    """Train what is prepared, and leave the results. Returns the exit code."""
     if run.reporter is not None:
         write_run_json(run)
     try:

@@ -41,6 +41,7 @@ from megabert.training.metrics import Meter, Reporter
 from megabert.training.retention import Retention
 from megabert.training.run import Feed, Run
 from megabert.training.saving import Saver, check_room, set_aside_after
+from megabert.training.together import check_shared, from_rank_0
 
 
 def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, rank: int, world_size: int) -> Run:
@@ -51,7 +52,8 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     interrupts.listen()
     if launched_by_deepspeed():
         interrupts.watch_launcher()
-    corpus, held = open_corpora(recipe)
+    check_shared(Path(recipe.run.output_dir, "checkpoints"), rank, world_size)
+    corpus, held = from_rank_0(lambda: open_corpora(recipe), rank, world_size)
     device = training_device()
     step_batches = batches_per_step(recipe, world_size)
     steps = total_steps(recipe, step_batches)

@@ -18,8 +18,8 @@ from tests.conftest import REPOSITORY, Corpus, ds_config_in, pretrain_command, r
 STEPS = "--run.max_steps=400"
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+def start(command: list[str], **environment: str) -> subprocess.Popen:
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,

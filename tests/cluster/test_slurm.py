@@ -1,0 +1,136 @@
+"""launch/slurm/pretrain.sbatch on a real SLURM of two nodes, all on this machine: bash tests/cluster/slurm.sh."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from megabert.convert.checkpoint import read_checkpoint
+from megabert.training.metrics import read_metrics
+from tests.conftest import REPOSITORY, TINY, Corpus, run_ranks
+
+pytestmark = pytest.mark.slurm
+
+SETTINGS = ["--run.max_steps=200", "--run.save_every_steps=10", "--run.eval_every_steps=200"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """Two idle nodes; the environment for SLURM's commands."""
+    folder = tmp_path_factory.mktemp("slurm")
+    script = ["bash", str(REPOSITORY / "tests/cluster/slurm.sh")]
+    try:
+        subprocess.run([*script, "up", str(folder)], check=True, timeout=60)
+        # The nodes' names lead nowhere: they are all this machine.
+        yield os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
+    finally:
+        subprocess.run([*script, "down", str(folder)], check=True, timeout=60)
+
+
+class Job:
+    """A job, and what SLURM says of it."""
+
+    def __init__(self, cluster: dict[str, str], log: Path, *arguments: str, **variables: str):
+        self.env, self.log = cluster | variables, log
+        nodes = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0"]
+        script = str(REPOSITORY / "launch/slurm/pretrain.sbatch")
+        self.id = self.tell("sbatch", "--parsable", *nodes, f"--output={log}", script, *arguments).strip()
+
+    def tell(self, *command: str) -> str:
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=self.env, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def facts(self) -> dict[str, str]:
+        return dict(
+            word.split("=", 1) for word in self.tell("scontrol", "show", "-o", "job", self.id).split() if "=" in word
+        )
+
+    def wait_for(self, what: str, condition: Callable[[dict[str, str]], bool], seconds: float = 120) -> dict[str, str]:
+        """The facts once the condition holds of them. A requeued job, which SLURM holds back for two minutes, is started."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            facts = self.facts()
+            if condition(facts):
+                return facts
+            assert facts["JobState"] not in ("FAILED", "CANCELLED", "TIMEOUT"), f"{facts}\n{self.log.read_text()}"
+            if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+                time.sleep(2)  # in the second of the old attempt's end, the nodes take the new one for the old
+                self.tell("scontrol", "update", f"jobid={self.id}", "starttime=now")
+            time.sleep(0.2)
+        raise AssertionError(f"{what} never came: {facts['JobState']}\n{self.log.read_text()}")
+
+    def rank(self, number: int) -> psutil.Process:
+        """A rank's process."""
+        for process in psutil.process_iter():
+            try:
+                variables = process.environ()
+                if (variables.get("SLURM_JOB_ID"), variables.get("SLURM_PROCID")) == (self.id, str(number)):
+                    if "launch/pretrain.py" in process.cmdline():
+                        return process
+            except psutil.Error:
+                continue
+        raise AssertionError(f"no process of rank {number}")
+
+
+def test_warned_killed_and_preempted_a_job_ends_bitwise_as_if_undisturbed(corpus: Corpus, tmp_path, cluster):
+    """Three times: SLURM's warning before its end, a rank that is killed, and a preemption."""
+    out, log = tmp_path / "disturbed", tmp_path / "job.log"
+    variables = {"RECIPE": "quickstart", "DATA": str(corpus.tokens), "OUT": str(out), "VENV": sys.prefix}
+    job = Job(cluster, log, *TINY, *SETTINGS, **variables)
+
+    def steps(least: int) -> Callable[[dict[str, str]], bool]:
+        return lambda facts: (
+            facts["JobState"] == "RUNNING"
+            and any(record["step"] >= least for record in read_metrics(out / "metrics.jsonl"))
+        )
+
+    try:
+        job.wait_for("step 15", steps(15))
+        job.tell("scancel", "--signal=USR1", job.id)
+        job.wait_for("the first requeue", lambda facts: facts["Restarts"] == "1")
+        reached = read_metrics(out / "metrics.jsonl")[-1]["step"]
+        job.wait_for("more steps", steps(reached + 15))
+        job.rank(1).kill()
+        job.wait_for("the second requeue", lambda facts: facts["Restarts"] == "2")
+        reached = read_metrics(out / "metrics.jsonl")[-1]["step"]
+        job.wait_for("more steps", steps(reached + 15))
+        job.tell("scontrol", "requeue", job.id)
+        job.wait_for("the third requeue", lambda facts: facts["Restarts"] == "3")
+        facts = job.wait_for("the end", lambda facts: facts["JobState"] == "COMPLETED")
+    finally:
+        subprocess.run(["scancel", job.id], env=cluster, check=False, stderr=subprocess.DEVNULL)
+    assert facts["ExitCode"] == "0:0"
+    said = log.read_text()
+    assert "stopped and saved: queueing again" in said
+    assert "crash 1 since checkpoint step-" in said
+    assert "attempt 4 of job" in said
+    logs = {path.name: path.read_text() for path in (out / "logs").glob("*.log")}
+    assert sorted(logs) == [f"{job.id}-rank0.log", f"{job.id}-rank1.log"]
+    assert "rank 1 on" in logs[f"{job.id}-rank0.log"]
+    assert "resumed from" in logs[f"{job.id}-rank0.log"]
+    assert "SIGUSR1 arrived; saved" in logs[f"{job.id}-rank0.log"]
+    done = run_ranks(corpus, tmp_path / "whole", *SETTINGS, ranks=2)
+    assert done.code == 0, done.output
+    first, second = (read_checkpoint(folder)[0] for folder in (tmp_path / "whole", out))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_mistake_is_not_tried_again(corpus: Corpus, tmp_path, cluster):
+    variables = {"RECIPE": "quickstart", "DATA": str(tmp_path / "none"), "OUT": str(tmp_path), "VENV": sys.prefix}
+    job = Job(cluster, tmp_path / "job.log", *TINY, **variables)
+    ended: dict[str, str] = {}
+    until = time.monotonic() + 60
+    while ended.get("JobState") not in ("FAILED", "COMPLETED") and time.monotonic() < until:
+        time.sleep(0.2)
+        ended = job.facts()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0")
+    assert "manifest.json: no such file" in (tmp_path / "logs" / f"{job.id}-rank0.log").read_text()

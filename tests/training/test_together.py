@@ -1,0 +1,72 @@
+"""Work done once for all ranks. Folders that machines do not share: tests/cluster/test_hostfile.py, where there are machines."""
+
+import pickle
+
+import pytest
+
+from megabert.data.cache import CacheOptions
+from megabert.data.shards import open_corpus
+from megabert.data.storage import open_storage
+from megabert.training.together import check_shared, from_rank_0
+from tests.conftest import Corpus, run_ranks
+
+
+def test_alone_nothing_is_asked(tmp_path):
+    assert from_rank_0(lambda: 3, 0, 1) == 3
+    check_shared(tmp_path / "none", 0, 1)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_corpus_can_be_sent_to_another_rank(corpus: Corpus):
+    whole = open_corpus([(str(corpus.tokens), 1.0)])
+    there = pickle.loads(pickle.dumps(whole))
+    assert there.fingerprint == whole.fingerprint
+    assert (there.sources[0].read_chunk(0, 0).tokens == whole.sources[0].read_chunk(0, 0).tokens).all()
+
+
+@pytest.mark.parametrize("location", ["https://nowhere.invalid/c4", "pipe:cat /data/train-{000..009}.tar"])
+def test_a_storage_can_be_sent_to_another_rank(location, tmp_path):
+    storage, _ = open_storage(location, CacheOptions(tmp_path))
+    assert pickle.loads(pickle.dumps(storage)).url("train-000.tar") == storage.url("train-000.tar")
+
+
+def test_only_rank_0_lists_and_checks_the_shards(corpus: Corpus, tmp_path):
+    """strace would tell, but is not everywhere: ranks run with a Python that counts what os.stat is asked."""
+    counting = tmp_path / "counting"
+    counting.mkdir()
+    (counting / "sitecustomize.py").write_text(COUNTING)
+    env = {"PYTHONPATH": str(counting), "COUNTED": str(tmp_path)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        done = run_ranks(corpus, tmp_path / "out", "--run.max_steps=1", ranks=2)
+    assert done.code == 0, done.output
+    asked = {rank: (tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)}
+    shards = sum(path.suffix == ".tar" for path in corpus.tokens.iterdir())
+    assert len(asked[0]) == shards
+    assert asked[1] == []
+
+
+COUNTING = """
+import os
+stat, asked = os.stat, []
+def counting(path, *rest, **more):
+    if str(path).endswith(".tar"):
+        asked.append(str(path))
+    return stat(path, *rest, **more)
+os.stat = counting
+leave = os._exit
+def leave_and_tell(code):
+    if os.environ.get("RANK"):
+        open(f"{os.environ['COUNTED']}/rank{os.environ['RANK']}", "w").write("\\n".join(asked))
+    leave(code)
+os._exit = leave_and_tell
+"""
+
+
+def test_a_mistake_of_rank_0_is_raised_on_every_rank(corpus: Corpus, tmp_path):
+    """Else the others would wait for what never comes."""
+    done = run_ranks(corpus, tmp_path, "--data.train=/nowhere", "--run.max_steps=1", ranks=2)
+    assert done.code == 1
+    assert "/nowhere/manifest.json: no such file" in done.output
+    assert "Traceback" not in done.output
