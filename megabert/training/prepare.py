@@ -35,6 +35,7 @@ from megabert.training.evaluate import unigram_loss
 from megabert.training.feed import open_corpora, open_held_out, plan_of, share_of, stream_config
 from megabert.training.flops import peak_flops
 from megabert.training.guard import Guard, Verdict
+from megabert.training.initial_weights import load_initial_weights
 from megabert.training.interrupts import Interrupts
 from megabert.training.metrics import Meter, Reporter
 from megabert.training.run import Feed, Run
@@ -110,6 +111,8 @@ def build(
 ) -> tuple[MegaBertForMaskedLM, deepspeed.DeepSpeedEngine]:
     """The model and its engine, at its start or as a checkpoint has it."""
     model = build_model(recipe, corpus.tokenizer, training_device(), ds_config["torch_autocast"]["enabled"])
+    if recipe.model.init_from and not found:
+        load_initial_weights(model, Path(recipe.model.init_from), corpus.sources[0])
     engine = build_engine(model, recipe, ds_config, verdict)
     if found:
         checkpoint.load(engine, found)
