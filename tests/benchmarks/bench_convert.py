@@ -94,10 +94,12 @@ def main() -> None:
         sample = folder / "sample.jsonl"
         sample.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:4000]))
         train_tokenizer.main([f"--source={sample}", f"--out={folder / 'tokenizer'}", "--vocab_size=4000"])
-        print("\n| | seconds | peak GB |\n|---|---|---|")
+        print(
+            f"\n{time.perf_counter() - began:.0f} s to make texts and tokenizer\n\n| | seconds | peak GB |\n|---|---|---|"
+        )
+        run([*STEPS, "checkpoints", str(folder), str(folder / "tokenizer")])
         for scale in ("base", "large"):
             paths = {part: str(folder / f"{scale}-{part}") for part in ("run", "hf", "ours", "published", "back")}
-            run([*STEPS, "checkpoint", scale, paths["run"], str(folder / "tokenizer")])
             exported = run([*STEPS, "export", paths["run"], paths["hf"]])
             show(f"export {scale}", exported)
             figures |= {f"export_seconds_{scale}": exported["seconds"], f"export_peak_gb_{scale}": exported["peak_gb"]}
@@ -112,7 +114,7 @@ def main() -> None:
             show(f"import {scale}, published layout", run([*STEPS, "import", paths["published"], paths["back"]]))
             subprocess.run(["rm", "-r", paths["published"], paths["back"]], check=True)
         encode = [sys.executable, "-P", str(Path(__file__).with_name("encode_texts.py")), str(folder / "base-hf")]
-        size, rounds = (16, 2) if options.quick else (32, 12)
+        size, rounds = (8, 2) if options.quick else (32, 12)
         speed = run([*encode, str(folder / "texts.json"), str(size), str(rounds)])
     figures["encode_vs_hf_bert"] = speed["ratio"]
     lengths = (

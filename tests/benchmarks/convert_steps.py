@@ -1,6 +1,6 @@
 """What bench_convert.py measures, one step per process: python -m tests.benchmarks.convert_steps STEP ARGUMENTS, from the root.
 
-checkpoint SIZE RUN TOKENIZER   write a checkpoint as two ranks at ZeRO 3 leave it
+checkpoints OUT TOKENIZER       write one of each size to OUT/SIZE-run, as two ranks at ZeRO 3 leave it
 export RUN OUT                  launch/convert_to_hf.py
 import FOLDER OUT               launch/convert_from_hf.py
 publish FOLDER OUT              a folder of ours as the published MosaicBERT is: one pickle
@@ -30,7 +30,7 @@ SIZES = {
 }
 
 
-def checkpoint(size: str, run: str, tokenizer: str) -> None:
+def checkpoint(size: str, run: Path, tokenizer: Path) -> None:
     with torch.device("meta"):
         model = MegaBertForMaskedLM(MegaBertConfig(**SIZES[size]))
     model.to_empty(device="cpu").tie_weights()
@@ -41,26 +41,26 @@ def checkpoint(size: str, run: str, tokenizer: str) -> None:
             parameter.copy_(some.repeat(repeats)[: parameter.numel()].view_as(parameter))
             if name.endswith("norm.weight"):
                 parameter.add_(1)
-    write_checkpoint(Path(run), model, Path(tokenizer), stage=3, world_size=2)
+    write_checkpoint(run, model, tokenizer, stage=3, world_size=2)
 
 
-def publish(folder: str, out: str) -> None:
-    Path(out).mkdir()
-    state = to_published(load_file(Path(folder, "model.safetensors")), "mosaicbert")
-    torch.save(state, Path(out, "pytorch_model.bin"))
-    config = json.loads(Path(folder, "config.json").read_text()) | {"model_type": "bert", "hidden_act": "gelu"}
-    Path(out, "config.json").write_text(json.dumps(config))
-    Path(out, "tokenizer.json").write_bytes(Path(folder, "tokenizer.json").read_bytes())
+def publish(folder: Path, out: Path) -> None:
+    out.mkdir()
+    torch.save(to_published(load_file(folder / "model.safetensors"), "mosaicbert"), out / "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "bert", "hidden_act": "gelu"}
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
 
 
 def main() -> None:
     step, *arguments = sys.argv[1:]
-    first, second = (Path(argument) for argument in arguments[:2])
+    first, second = map(Path, arguments)
     began = time.perf_counter()
-    if step == "checkpoint":
-        checkpoint(*arguments)
+    if step == "checkpoints":
+        for size in SIZES:
+            checkpoint(size, first / f"{size}-run", second)
     elif step == "publish":
-        publish(*arguments)
+        publish(first, second)
     elif step == "export":
         export(first, second)
     else:

@@ -62,13 +62,13 @@ def partition(tensors: list[Tensor], stage: int, rank: int, world_size: int) -> 
     """A rank's share of a parameter group, 1-D."""
     if stage == 3:  # of every parameter a piece
         return torch.cat([_share(tensor.flatten(), rank, world_size, 1) for tensor in tensors])
-    return _share(torch.cat([tensor.flatten() for tensor in tensors]), rank, world_size, 2)
+    return _share(torch.cat([tensor.flatten() for tensor in tensors]), rank, world_size, 2).clone()
 
 
 def _share(flat: Tensor, rank: int, world_size: int, multiple: int) -> Tensor:
     size = -(-len(flat) // (world_size * multiple)) * multiple
-    padded = torch.nn.functional.pad(flat, (0, size * world_size - len(flat)))
-    return padded[rank * size : (rank + 1) * size].clone()
+    share = flat[rank * size : (rank + 1) * size]
+    return torch.nn.functional.pad(share, (0, size - len(share))) if len(share) < size else share
 
 
 def write_state(folder: Path, model: MegaBertForMaskedLM, step: int, stage: int, world_size: int) -> None:
@@ -82,5 +82,6 @@ def write_state(folder: Path, model: MegaBertForMaskedLM, step: int, stage: int,
         model={name: config[name] for name in kept}, adamw="PyTorch", guard={}, left_behind=[],
     )  # fmt: skip
     (folder / layout.STATE).write_text(json.dumps(vars(state)))
-    files = {name: layout.hash_and_sync(folder / name) for name in layout.files_of(folder)}
+    paths = {name: folder / name for name in layout.files_of(folder)}
+    files = {name: (path.stat().st_size, layout.file_hash(path)) for name, path in paths.items()}
     (folder / layout.MANIFEST).write_text(json.dumps(files))
