@@ -11,6 +11,9 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megabert/__init__.py").rea
 # For data_prep alone: .parquet files, and data sets of the Hugging Face hub.
 PREP = ["datasets>=3", "pyarrow>=16"]
 
+# For convert_to_hf.py --onnx alone.
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+
 setup(
     name="megabert",
     version=VERSION,
@@ -49,6 +52,7 @@ setup(
         "cuda": ["flash-attn>=2.4"],
         "kernels": ["triton==3.7.1"],
         "prep": PREP,
-        "dev": ["hypothesis", "psutil", "pyrefly", "pytest", "ruff", *PREP],
+        "onnx": ONNX,
+        "dev": ["hypothesis", "psutil", "pyrefly", "pytest", "ruff", *PREP, *ONNX],
     },
 )

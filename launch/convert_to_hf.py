@@ -1,8 +1,11 @@
 """Export a training checkpoint to a Hugging Face folder, and check that it loads there and gives the same logits.
 
 python launch/convert_to_hf.py runs/quickstart runs/quickstart/hf
+python launch/convert_to_hf.py runs/quickstart runs/quickstart/hf --onnx --average 3
+python launch/convert_to_hf.py --verify-only runs/quickstart/hf
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +18,43 @@ class Options:
     """a run's folder (its newest checkpoint), or one checkpoints/step-... folder"""
     out: str
     """folder to write"""
+    average: int = 1
+    """export the mean of the weights of this many checkpoints, that one and those before it"""
+    onnx: bool = False
+    """write onnx/model.onnx too, and check it with onnxruntime; needs the extra [onnx]"""
+    max_shard_size: str = "5GB"
+    """weights larger than this become several files"""
+
+
+@dataclass(frozen=True)
+class Verify:
+    verify_only: str = ""
+    """a folder that this command wrote: check it again, write nothing. Runs the folder's own modelling code"""
 
 
 def main() -> None:
-    options = flags.read_flags(Options, "launch/convert_to_hf.py", __doc__ or "")
-    from megabert.convert.to_hf import export  # after the flags: torch and DeepSpeed take seconds to load
+    prog, doc = "launch/convert_to_hf.py", __doc__ or ""
+    if any(flags.with_underscores(word).startswith("--verify_only") for word in sys.argv[1:]):
+        folder = flags.read_flags(Verify, prog, doc).verify_only
+        from megabert.convert.gate import verify  # after the flags: torch takes seconds to load
 
-    measured = export(Path(options.checkpoint), Path(options.out))
+        report(folder, verify(Path(folder)))
+        return
+    argv = ["--onnx=true" if word == "--onnx" else word for word in sys.argv[1:]]  # it needs no value
+    options = flags.read_flags(Options, prog, doc, argv)
+    from megabert.convert.to_hf import Wish, export
+
+    wish = Wish(options.average, options.onnx, options.max_shard_size)
+    report(options.out, export(Path(options.checkpoint), Path(options.out), wish))
+
+
+def report(folder: str, measured: dict) -> None:
     print(
-        f"{options.out}: loads in transformers {measured['transformers']} without megabert, "
+        f"{folder}: loads in transformers {measured['transformers']} without megabert, "
         f"logits differ by at most {measured['max_difference']:.1e}"
     )
+    if "onnx_max_difference" in measured:
+        print(f"{folder}/onnx/model.onnx: its logits differ by at most {measured['onnx_max_difference']:.1e}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ class ModelConfig:
     """embedding rows are the tokenizer's vocabulary rounded up to a multiple of this"""
     initializer_range: float = 0.02
     """standard deviation of the initial weights"""
+    init_from: str | None = None
+    """begin with the weights of this folder, which launch/convert_from_hf.py wrote; a resumed run has its own"""
     gradient_checkpointing: str = "none"
     """recompute activations in the backward pass: none, every_layer or every_K (every K-th layer)"""
 

@@ -1,95 +1,69 @@
 """Export a checkpoint to a folder that transformers loads, and prove that it does.
 
-The folder carries its own modelling code (a copy of megabert/model), so that it loads with trust_remote_code=True where
-megabert is not installed. After writing, a fresh process that cannot import megabert loads it and must reproduce the
-checkpoint's logits; otherwise the folder is removed.
+BERT becomes transformers' own BertForMaskedLM. Anything else becomes a folder with its modelling code in it (a copy of
+megabert/model), which loads with trust_remote_code=True where megabert is not installed. gate.py then has a fresh process without
+megabert load the folder and reproduce the checkpoint's logits; otherwise the folder is removed.
 """
 
 import hashlib
-import json
 import shutil
-import subprocess
-import sys
-import tempfile
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import BertConfig
 
 from megabert.checkpoint_format import MANIFEST, State, find_checkpoint
+from megabert.convert import gate
 from megabert.convert.checkpoint import read_checkpoint
-from megabert.data.manifest import TOKENIZER
+from megabert.convert.hf_folder import MODEL_CODE, copy_tokenizer, write_config, write_weights
+from megabert.convert.model_card import model_card, read_numbers
+from megabert.convert.published import to_published
+from megabert.convert.to_onnx import check_installed, write_onnx
 from megabert.model.configuration_megabert import MegaBertConfig
-from megabert.model.modeling_megabert import MegaBertForMaskedLM
-
-RECEIPT = "export.json"  # which checkpoint an exported folder is, and what the gate measured
-MODEL_CODE = Path(__file__).parents[1] / "model"
-AUTO_CLASSES = {
-    "AutoConfig": "configuration_megabert.MegaBertConfig",
-    "AutoModel": "modeling_megabert.MegaBertModel",
-    "AutoModelForMaskedLM": "modeling_megabert.MegaBertForMaskedLM",
-    "AutoModelForSequenceClassification": "modeling_megabert.MegaBertForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_megabert.MegaBertForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_megabert.MegaBertForQuestionAnswering",
-}
-TOLERANCE = 1e-5  # fp32 logits, absolute: the same operations in another process
-
-# Real sentences of three lengths; what they say does not matter, that they are text does.
-GATE_TEXTS = (
-    "Return a new array of given shape and type, filled with zeros.",
-    "The optimizer's learning rate.",
-    "If the file does not exist, an error is raised; otherwise its contents are read line by line, decoded as UTF-8, and "
-    "passed to the function, which must not modify them. Lines that begin with a number sign are comments.",
-)
-
-# Runs in a process of its own: sys.modules["megabert"] = None makes every import of megabert fail.
-GATE = """
-import sys
-sys.modules["megabert"] = None
-import json, numpy as np, torch, transformers
-transformers.logging.set_verbosity_error()
-folder, expected, tolerance = sys.argv[1], np.load(sys.argv[2]), float(sys.argv[3])
-model, info = transformers.AutoModelForMaskedLM.from_pretrained(
-    folder, trust_remote_code=True, output_loading_info=True, dtype=torch.float32)
-wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-if wrong:
-    sys.exit(f"weights do not match the model: {wrong}")
-with torch.no_grad():
-    logits = model.eval()(torch.from_numpy(expected["input_ids"]), torch.from_numpy(expected["attention_mask"])).logits
-real = expected["attention_mask"].astype(bool)
-difference = float(np.abs(logits.numpy() - expected["logits"])[real].max())
-if not difference <= tolerance:
-    sys.exit(f"logits differ by {difference:.3g}, more than {tolerance:.0e}")
-print(json.dumps({"max_difference": difference, "transformers": transformers.__version__}))
-"""
 
 
-def export(checkpoint: Path, out: Path) -> dict:
+@dataclass(frozen=True)
+class Wish:
+    """average: take the mean of this many checkpoints; onnx: write onnx/model.onnx too; max_shard_size: of a weights file."""
+
+    average: int = 1
+    onnx: bool = False
+    max_shard_size: str = "5GB"
+
+
+def export(checkpoint: Path, out: Path, wish: Wish = Wish()) -> dict[str, Any]:
     """Export a checkpoint; returns what the gate measured. An export of this very checkpoint is reused.
 
     Raises ValueError if there is no whole checkpoint, if `out` holds something else, or if the gate fails, in which case
     nothing is left at `out`.
     """
-    fingerprint = export_fingerprint(checkpoint)
-    if (done := _read_receipt(out)) and done["checkpoint"] == fingerprint:
+    fingerprint = export_fingerprint(checkpoint, wish)
+    if (done := gate.read_receipt(out)) and done["checkpoint"] == fingerprint:
         return done["measured"]
-    weights, config, state = read_checkpoint(checkpoint)
-    if out.exists() and any(out.iterdir()) and not (out / RECEIPT).is_file():
+    if out.exists() and any(out.iterdir()) and not (out / gate.RECEIPT).is_file():
         raise ValueError(f"{out}: is not empty and not an export of ours; choose another folder.")
+    if wish.onnx:
+        check_installed()
+    weights, config, state = read_checkpoint(checkpoint, wish.average)
     staged = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
-        write_folder(staged, weights, config, state, checkpoint)
-        measured = gate(staged, weights, config)
-        receipt = {"checkpoint": fingerprint, "measured": measured}
-        (staged / RECEIPT).write_text(json.dumps(receipt, indent=1))
+        parameters = write_folder(staged, weights, config, state, find_checkpoint(checkpoint), wish)
+        gate.write_receipt(staged, fingerprint, parameters)
+        del weights, parameters  # the gate's process holds them once more
+        measured = gate.check(staged, str(out))
     except BaseException:
         shutil.rmtree(staged)
         raise
+    _put_in_place(staged, out)
+    return measured
+
+
+def _put_in_place(staged: Path, out: Path) -> None:
     if out.exists():
         before = out.with_name(f".tmp-old-{out.name}")
         shutil.rmtree(before, ignore_errors=True)
@@ -98,80 +72,50 @@ def export(checkpoint: Path, out: Path) -> dict:
         shutil.rmtree(before)
     else:
         staged.rename(out)
-    return measured
 
 
-def export_fingerprint(checkpoint: Path) -> str:
-    """Name the checkpoint and the modelling code that an export is made of."""
-    files = [find_checkpoint(checkpoint) / MANIFEST, *sorted(MODEL_CODE.glob("*.py")), Path(__file__)]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def export_fingerprint(checkpoint: Path, wish: Wish) -> str:
+    """Name the checkpoint, the code and the wishes that an export is made of."""
+    code = [*sorted(MODEL_CODE.glob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
+    files = [find_checkpoint(checkpoint) / MANIFEST, *code]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files) + repr(wish).encode()).hexdigest()
 
 
-def _read_receipt(out: Path) -> dict | None:
-    path = out / RECEIPT
-    return json.loads(path.read_text()) if path.is_file() else None
+def is_native(config: MegaBertConfig) -> bool:
+    """Whether transformers' own BERT computes this architecture."""
+    return config.position == "learned" and config.ffn == "gelu"
 
 
-def write_folder(out: Path, weights: dict[str, Tensor], config: MegaBertConfig, state: State, checkpoint: Path) -> None:
-    """Write weights, config, modelling code, tokenizer and model card."""
-    config.architectures = ["MegaBertForMaskedLM"]
-    config.auto_map = AUTO_CLASSES
-    config.save_pretrained(out)
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    for file in sorted(MODEL_CODE.glob("*.py")):
-        if file.name != "__init__.py":
-            shutil.copyfile(file, out / file.name)
-    folder = find_checkpoint(checkpoint)
-    shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["model_max_length"] = state.max_seq_len
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
-    (out / "README.md").write_text(model_card(config, state))
+def bert_config(config: MegaBertConfig) -> BertConfig:
+    """The same architecture in transformers' words."""
+    same = (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size",
+        "max_position_embeddings", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
+        "initializer_range", "pad_token_id",
+    )  # fmt: skip
+    settings = {name: getattr(config, name) for name in same}
+    return BertConfig(hidden_act="gelu", architectures=["BertForMaskedLM"], **settings)
 
 
-def gate(folder: Path, weights: dict[str, Tensor], config: MegaBertConfig) -> dict:
-    """Compare the folder, loaded without megabert, with the checkpoint. Raises ValueError if they differ."""
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-    tokenizer.enable_padding(pad_id=config.pad_token_id)
-    tokenizer.enable_truncation(config.max_position_embeddings)
-    encodings = tokenizer.encode_batch(list(GATE_TEXTS))
-    input_ids = torch.tensor([encoding.ids for encoding in encodings])
-    attention_mask = torch.tensor([encoding.attention_mask for encoding in encodings])
-    model = MegaBertForMaskedLM(config)
-    names = {name for name, _ in model.named_parameters()}
-    if names != weights.keys():
-        raise ValueError(f"the checkpoint's parameters are not the model's: {sorted(names ^ weights.keys())}.")
-    model.load_state_dict(weights, strict=False)
-    with torch.no_grad():
-        logits = model.eval()(input_ids, attention_mask).logits
-    with tempfile.TemporaryDirectory() as scratch:
-        expected = Path(scratch, "expected.npz")
-        np.savez(expected, input_ids=input_ids, attention_mask=attention_mask, logits=logits)
-        command = [sys.executable, "-c", GATE, str(folder.resolve()), str(expected), str(TOLERANCE)]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-        raise ValueError(f"the exported folder failed its check and was removed: {reason}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def model_card(config: MegaBertConfig, state: State) -> str:
-    """What the model is and how it was trained, from the run's own numbers."""
-    size = f"{config.num_hidden_layers} layers x {config.hidden_size}, {config.num_attention_heads} heads"
-    return f"""---
-library_name: transformers
-pipeline_tag: fill-mask
-tags: [megabert, {config.position}, {config.ffn}]
----
-# A {"MosaicBERT" if config.position == "alibi" else "BERT"}-style encoder ({size})
-
-Trained with MegaBERT for {state.step:,} steps on {state.tokens:,} tokens (seed {state.recipe["run"]["seed"]}), pieces of at
-most {state.max_seq_len} tokens, {state.recipe["masking"]["mlm_probability"]:.0%} masking.
-
-```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
-model = AutoModelForMaskedLM.from_pretrained("this folder", trust_remote_code=True)
-```
-"""
+def write_folder(
+    out: Path, weights: dict[str, Tensor], config: MegaBertConfig, state: State, checkpoint: Path, wish: Wish
+) -> dict[str, Tensor]:
+    """Write everything but the receipt. Returns the weights by the names that they have in the folder."""
+    copy_tokenizer(checkpoint, out, state.max_seq_len)
+    config = deepcopy(config)
+    config.padding = "unpadded"  # which changes no output, only what it costs
+    model = gate.build(weights, config)
+    gate.record(model, out)
+    if wish.onnx:
+        write_onnx(model, out)
+    if is_native(config):
+        weights = to_published(weights, "bert", copies=False)
+        bert_config(config).save_pretrained(out)
+    else:
+        write_config(out, config)
+    write_weights(out, weights, wish.max_shard_size)
+    numbers = read_numbers(checkpoint.parents[1], state.step)
+    num_parameters = sum(tensor.numel() for tensor in weights.values())
+    card = model_card(config, state, numbers, num_parameters, is_native(config), wish.average)
+    (out / "README.md").write_text(card)
+    return weights

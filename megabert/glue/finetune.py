@@ -1,6 +1,7 @@
 """Fine-tune a classifier on packed examples: no padding here either."""
 
 import hashlib
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,8 @@ def build_classifier(
     """The exported encoder with a new head; or with pretrained False the same architecture from random weights."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json; expected a folder written by launch/convert_to_hf.py.")
+    if (kind := json.loads((folder / "config.json").read_text()).get("model_type")) != MegaBertConfig.model_type:
+        raise ValueError(f"{folder}: is a {kind} model. Make it one of ours with launch/convert_from_hf.py.")
     settings = MegaBertConfig.from_pretrained(
         folder,
         num_labels=task.num_labels,

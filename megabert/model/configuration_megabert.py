@@ -22,6 +22,7 @@ class MegaBertConfig(PretrainedConfig):
     """
 
     model_type = "megabert"
+    _auto_class = "AutoConfig"  # save_pretrained() puts this code beside what it saves
 
     def __init__(
         self,

@@ -154,6 +154,9 @@ class Encoder(Module):
         super().__init__(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.checkpoint_every = 0  # recompute every k-th layer's activations in the backward pass; 0: none
+        # The same for transformers' callers: gradient_checkpointing_enable() sets these two on whatever module has the first.
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = checkpoint
 
     def forward(
         self, hidden: Tensor, sequences: Sequences, rows: Tensor | None = None, every_layer: bool = False
@@ -187,6 +190,8 @@ class Encoder(Module):
     def _run(self, index: int, layer: nn.Module, hidden: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
         if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
             return checkpoint(layer, hidden, attend, rows, use_reentrant=False)  # type: ignore[return-value]
+        if self.training and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(layer, hidden, attend, rows)  # type: ignore[return-value]
         return layer(hidden, attend, rows)
 
     def _forward_padded(

@@ -19,6 +19,8 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
+# Every file of the folder is imported here directly: transformers 4 copies only those of an exported folder to its cache.
+from .attention import PLANNERS
 from .configuration_megabert import MegaBertConfig
 from .layers import Decoder, Embeddings, Encoder, MlmTransform, Norm, Pooler
 from .ops import IGNORE_INDEX, MaskedLoss, upcast
@@ -90,10 +92,12 @@ def read_tokens(
 
 
 class MegaBertPreTrainedModel(PreTrainedModel):
+    """_auto_class, in the classes below: save_pretrained() puts this code beside the weights that it saves."""
+
     config: MegaBertConfig  # pyrefly: ignore[bad-override-mutable-attribute]
     config_class = MegaBertConfig
     base_model_prefix = "bert"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -112,8 +116,12 @@ class MegaBertPreTrainedModel(PreTrainedModel):
 class MegaBertModel(MegaBertPreTrainedModel):
     """Embeddings and encoder, and optionally the pooler."""
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: MegaBertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
+        if (name := config._attn_implementation or "sdpa") not in PLANNERS:
+            raise ValueError(f"attn_implementation is {name!r}, expected one of {', '.join(PLANNERS)}.")
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.pooler = Pooler(config) if add_pooling_layer else None
@@ -163,6 +171,7 @@ class MegaBertModel(MegaBertPreTrainedModel):
 
 class MegaBertForMaskedLM(MegaBertPreTrainedModel):
     _tied_weights_keys = {"decoder.weight": "bert.embeddings.word_embeddings.weight"}  # noqa: RUF012
+    _auto_class = "AutoModelForMaskedLM"
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
@@ -232,6 +241,8 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
 class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
     """One label per document; with num_labels 1 a regression."""
 
+    _auto_class = "AutoModelForSequenceClassification"
+
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels or 2  # transformers' default
@@ -274,6 +285,8 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
 
 
 class MegaBertForTokenClassification(MegaBertPreTrainedModel):
+    _auto_class = "AutoModelForTokenClassification"
+
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels or 2  # transformers' default
@@ -310,6 +323,8 @@ class MegaBertForTokenClassification(MegaBertPreTrainedModel):
 
 
 class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
+    _auto_class = "AutoModelForQuestionAnswering"
+
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.bert = MegaBertModel(config, add_pooling_layer=False)

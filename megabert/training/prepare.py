@@ -36,6 +36,7 @@ from megabert.training.evaluate import unigram_loss
 from megabert.training.feed import open_corpora, open_held_out, plan_of, share_of, stream_config
 from megabert.training.flops import peak_flops
 from megabert.training.guard import Guard, Verdict
+from megabert.training.initial_weights import load_initial_weights
 from megabert.training.interrupts import Interrupts
 from megabert.training.metrics import Meter, Reporter
 from megabert.training.retention import Retention
@@ -128,6 +129,8 @@ def build(
 ) -> tuple[MegaBertForMaskedLM, deepspeed.DeepSpeedEngine]:
     """The model and its engine, at its start or as a checkpoint has it."""
     model = build_model(recipe, corpus.tokenizer, training_device(), ds_config["torch_autocast"]["enabled"])
+    if recipe.model.init_from and not found:
+        load_initial_weights(model, Path(recipe.model.init_from), corpus.sources[0])
     stage, world_size = ds_config.get("zero_optimization", {}).get("stage", 0), deepspeed.comm.get_world_size()
     convert = found is not None and universal.is_needed(read_state(found), stage, world_size)
     engine = build_engine(model, recipe, universal.ds_config_for(ds_config) if convert else ds_config, verdict)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig
 
 from megabert.glue import movie_sentiment
 from megabert.glue.baselines import tfidf
@@ -100,6 +101,12 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path):
         build_classifier(tmp_path, TASK, FinetuneConfig(), pretrained=True)
     with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):
         load_tokenizer(tmp_path, 32)
+
+
+def test_transformers_own_bert_is_refused_with_the_way_out(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a bert model. Make it one of ours with launch/convert_from_hf.py"):
+        build_classifier(tmp_path, TASK, FinetuneConfig(), pretrained=True)
 
 
 def test_an_export_without_its_encoder_is_refused(tmp_path):

@@ -1,0 +1,107 @@
+"""The README.md of an exported folder: what the model is, how it was trained, and how to use it, from the run's own numbers."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from megabert.checkpoint_format import State
+from megabert.model.configuration_megabert import MegaBertConfig
+
+
+class Numbers(NamedTuple):
+    """Of the checkpoint's step or the last before it; None where the run did not write them. In nats per masked token."""
+
+    loss: float | None
+    heldout_loss: float | None
+    heldout_accuracy: float | None
+    unigram_loss: float | None
+
+
+def read_numbers(run: Path, step: int) -> Numbers:
+    """From a run's metrics.jsonl and result.json, where it has them."""
+    last: dict[str, float] = {}
+    metrics, result = run / "metrics.jsonl", run / "result.json"
+    for line in metrics.read_text().splitlines() if metrics.is_file() else []:
+        record = json.loads(line)
+        if record["step"] <= step:
+            last |= record
+    if result.is_file():
+        last["unigram_loss"] = json.loads(result.read_text())["unigram_loss"]
+    return Numbers(*(last.get(name) for name in Numbers._fields))
+
+
+def model_card(
+    config: MegaBertConfig, state: State, numbers: Numbers, num_parameters: int, native: bool, average: int
+) -> str:
+    """native: loads as transformers' own BERT; average: of how many checkpoints the weights are the mean."""
+    name = "MosaicBERT" if config.position == "alibi" else "BERT"
+    trust = "" if native else ", trust_remote_code=True"
+    rows = _rows(config, state, numbers, num_parameters, average)
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    recipe = yaml.safe_dump(state.recipe, sort_keys=False).rstrip()
+    ours = "" if native else "Where `megabert` is installed, `import megabert` makes `trust_remote_code` needless.\n"
+    return f"""---
+library_name: transformers
+pipeline_tag: fill-mask
+tags: [megabert, {config.position}, {config.ffn}]
+---
+# A {name} encoder, {config.num_hidden_layers} layers x {config.hidden_size}
+
+Trained with MegaBERT on masked language modelling.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("this folder"{trust})
+model = AutoModelForMaskedLM.from_pretrained("this folder"{trust})
+```
+
+{ours}Also AutoModel, and AutoModelForSequenceClassification, -TokenClassification, -QuestionAnswering, whose heads are to be trained.
+
+## Recipe
+
+```yaml
+{recipe}
+```
+"""
+
+
+def _rows(
+    config: MegaBertConfig, state: State, numbers: Numbers, num_parameters: int, average: int
+) -> list[tuple[str, Any]]:
+    masking = state.recipe["masking"]
+    rows: list[tuple[str, Any]] = [
+        ("parameters", f"{num_parameters:,}"),
+        ("attention heads, MLP width", f"{config.num_attention_heads}, {config.intermediate_size}"),
+        ("positions, MLP", f"{config.position}, {config.ffn}"),
+        ("vocabulary", f"{config.vocab_size:,} rows"),
+        ("data", f"{_data(state)} (sha256 of its manifest {state.corpus[:12]})"),
+        ("tokens seen", f"{state.tokens:,}"),
+        ("steps", f"{state.step:,} of {state.total_steps:,}"),
+        ("longest piece of a text", f"{state.max_seq_len} tokens"),
+        ("masking", f"{masking['mlm_probability']:.0%}"),
+        ("seed", state.recipe["run"]["seed"]),
+        ("training time", f"{state.seconds:,.0f} s on {state.world_size} ranks"),
+        ("training loss", _nats(numbers.loss)),
+        ("held-out loss", _nats(numbers.heldout_loss)),
+        ("held-out loss of guessing by frequency", _nats(numbers.unigram_loss)),
+        ("held-out masked tokens predicted", numbers.heldout_accuracy and f"{numbers.heldout_accuracy:.1%}"),
+    ]
+    if average > 1:
+        rows.append(("weights", f"the mean of {average} checkpoints, the last of them of this step"))
+    return [(name, value) for name, value in rows if value is not None]
+
+
+def _data(state: State) -> str:
+    train = state.recipe["data"]["train"]
+    return train if isinstance(train, str) else ", ".join(f"{part['shards']} x {part['weight']}" for part in train)
+
+
+def _nats(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f} nats per masked token"

@@ -1,0 +1,74 @@
+"""What bench_convert.py measures, one step per process: python -m tests.benchmarks.convert_steps STEP ARGUMENTS, from the root.
+
+checkpoints OUT TOKENIZER       write one of each size to OUT/SIZE-run, as two ranks at ZeRO 3 leave it
+export RUN OUT                  launch/convert_to_hf.py
+import FOLDER OUT               launch/convert_from_hf.py
+publish FOLDER OUT              a folder of ours as the published MosaicBERT is: one pickle
+Prints one line of JSON: the step's own seconds, without Python's and torch's start, and getrusage's peak of the process and of its
+largest child.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from megabert.convert.from_hf import convert
+from megabert.convert.published import to_published
+from megabert.convert.to_hf import export
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from tests.convert.checkpoints import write_checkpoint
+
+SIZES = {
+    "base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+    "large": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096},
+}
+
+
+def checkpoint(size: str, run: Path, tokenizer: Path) -> None:
+    with torch.device("meta"):
+        model = MegaBertForMaskedLM(MegaBertConfig(**SIZES[size]))
+    model.to_empty(device="cpu").tie_weights()
+    some = torch.randn(1 << 20) * 0.02  # repeated: drawing 435 million numbers takes longer than writing them
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            repeats = -(-parameter.numel() // len(some))
+            parameter.copy_(some.repeat(repeats)[: parameter.numel()].view_as(parameter))
+            if name.endswith("norm.weight"):
+                parameter.add_(1)
+    write_checkpoint(run, model, tokenizer, stage=3, world_size=2)
+
+
+def publish(folder: Path, out: Path) -> None:
+    out.mkdir()
+    torch.save(to_published(load_file(folder / "model.safetensors"), "mosaicbert"), out / "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "bert", "hidden_act": "gelu"}
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+
+
+def main() -> None:
+    step, *arguments = sys.argv[1:]
+    first, second = map(Path, arguments)
+    began = time.perf_counter()
+    if step == "checkpoints":
+        for size in SIZES:
+            checkpoint(size, first / f"{size}-run", second)
+    elif step == "publish":
+        publish(first, second)
+    elif step == "export":
+        export(first, second)
+    else:
+        convert(first, second)
+    seconds = time.perf_counter() - began
+    peaks = [resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    sys.stdout.write(json.dumps({"seconds": seconds, "own_gb": peaks[0], "child_gb": peaks[1]}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Use exported folders under several versions of transformers, each in an environment of its own without megabert.
+#     bash tests/convert/check_transformers_versions.sh                  4.50.3, 4.57.6 and the version of constraints.txt
+#     bash tests/convert/check_transformers_versions.sh 4.53.3 5.0.0     these
+# Takes some minutes the first time: it installs transformers, accelerate (for Trainer) and sentence-transformers. torch is not
+# installed again but linked from .venv. ENVIRONMENTS names the folder to keep them in.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+versions=("$@")
+[ $# -gt 0 ] || versions=(4.50.3 4.57.6 "$(sed -n 's/^transformers==//p' constraints.txt)")
+environments=${ENVIRONMENTS:-build/transformers-versions}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+.venv/bin/python -m tests.convert.write_exports "$scratch"
+site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+for version in "${versions[@]}"; do
+    environment=$environments/$version
+    if [ ! -e "$environment/complete" ]; then
+        rm -rf "$environment"
+        python3 -m venv "$environment"
+        own=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        ln -s "$site"/torch "$site"/torchgen "$site"/functorch "$site"/torch-*.dist-info "$own"
+        "$environment/bin/pip" install -q --disable-pip-version-check "transformers==$version" accelerate sentence-transformers
+        touch "$environment/complete"
+    fi
+    for folder in mosaicbert bert; do
+        mkdir -p "$scratch/$version-$folder"
+        HF_MODULES_CACHE="$scratch/modules-$version" "$environment/bin/python" -P tests/convert/hf_user.py \
+            "$scratch/$folder" "$scratch/$version-$folder" --all > "$scratch/log" 2>&1 || { cat "$scratch/log"; exit 1; }
+        tail -1 "$scratch/log"
+    done
+done

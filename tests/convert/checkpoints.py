@@ -1,0 +1,87 @@
+"""Checkpoints without training: DeepSpeed's files, as 0.19.8 writes them at any stage and world size, around any model.
+
+That they are such files is tested against DeepSpeed's own reader.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megabert import checkpoint_format as layout
+from megabert.config import Recipe, RunConfig
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
+
+TIED = "decoder.weight"
+
+
+def write_checkpoint(
+    run: Path,
+    model: MegaBertForMaskedLM,
+    tokenizer: Path,
+    *,
+    step: int = 2,
+    stage: int = 2,
+    world_size: int = 1,
+    half: bool = False,
+) -> Path:
+    """Write one checkpoint of a run; half: the module in bf16, as bf16.enabled has it. Returns its folder."""
+    folder = run / "checkpoints" / layout.tag_of(step)
+    folder.mkdir(parents=True)
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    named = {name: tensor for name, tensor in weights.items() if name != TIED}
+    groups = [[name for name in named if (named[name].dim() > 1) == decays] for decays in (True, False)]
+    facts: dict[str, Any] = {
+        "buffer_names": [],
+        "param_shapes": [{name: named[name].shape for name in group} for group in groups],
+        "shared_params": {TIED: "bert.embeddings.word_embeddings.weight"},
+        "frozen_param_shapes": {},
+        "frozen_param_fragments": {},
+        "ds_version": "0.19.8",
+    }
+    module = {name: tensor.bfloat16() if half else tensor for name, tensor in weights.items()}
+    for rank in range(world_size if stage == 3 else 1):
+        name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+        held = {name: tensor.new_empty(0) for name, tensor in module.items()} if stage == 3 else module
+        torch.save({"module": held, **facts}, folder / name)
+    for rank in range(world_size if stage else 0):
+        parts = [partition([named[name] for name in group], stage, rank, world_size) for group in groups]
+        key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        state = {"zero_stage": stage, "partition_count": world_size, key: parts}
+        prefix = "bf16_" if half else ""
+        torch.save({"optimizer_state_dict": state}, folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    for path in (tokenizer / "tokenizer.json", tokenizer / "tokenizer_config.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    write_state(folder, model, step, stage, world_size)
+    return folder
+
+
+def partition(tensors: list[Tensor], stage: int, rank: int, world_size: int) -> Tensor:
+    """A rank's share of a parameter group, 1-D."""
+    if stage == 3:  # of every parameter a piece
+        return torch.cat([_share(tensor.flatten(), rank, world_size, 1) for tensor in tensors])
+    return _share(torch.cat([tensor.flatten() for tensor in tensors]), rank, world_size, 2).clone()
+
+
+def _share(flat: Tensor, rank: int, world_size: int, multiple: int) -> Tensor:
+    size = -(-len(flat) // (world_size * multiple)) * multiple
+    share = flat[rank * size : (rank + 1) * size]
+    return torch.nn.functional.pad(share, (0, size - len(share))) if len(share) < size else share
+
+
+def write_state(folder: Path, model: MegaBertForMaskedLM, step: int, stage: int, world_size: int) -> None:
+    config = model.config.to_dict()
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    kept = (*sizes, "max_position_embeddings", "position", "ffn", "layer_norm_dtype", "pad_token_id", "padding")
+    recipe = Recipe(run=RunConfig(max_steps=step))
+    state = layout.State(
+        step=step, next_index=step, tokens=1000 * step, seconds=1.0, world_size=world_size, num_streams=1, step_batches=1,
+        total_steps=step, corpus="0" * 64, recipe=recipe.to_dict(), ds_config={"zero_optimization": {"stage": stage}},
+        model={name: config[name] for name in kept}, adamw="PyTorch", guard={}, left_behind=[],
+    )  # fmt: skip
+    (folder / layout.STATE).write_text(json.dumps(vars(state)))
+    paths = {name: folder / name for name in layout.files_of(folder)}
+    files = {name: (path.stat().st_size, layout.file_hash(path)) for name, path in paths.items()}
+    (folder / layout.MANIFEST).write_text(json.dumps(files))

@@ -1,0 +1,174 @@
+"""Use an exported folder in every way that a transformers user does. Run as a program, also under other versions:
+
+python tests/convert/hf_user.py FOLDER SCRATCH [--with-megabert] [--all]
+
+Without --with-megabert it cannot import megabert and loads with trust_remote_code. --all also runs what needs accelerate (Trainer)
+and sentence-transformers. Prints one line of JSON; an assertion that fails is the error.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TEXTS = ["a tensor of zeros", "Returns the learning rate of each parameter group, as a list of floats."]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--with-megabert", action="store_true")
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args()
+    load: dict[str, Any] = {}
+    if options.with_megabert:
+        import megabert
+
+        heavy = {"torch", "transformers", "numpy"} & sys.modules.keys()
+        assert not heavy, f"{megabert} imports {heavy}"
+    else:
+        sys.modules["megabert"] = None  # type: ignore[assignment]
+        load = {"trust_remote_code": True}
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    done = {"transformers": transformers.__version__}
+    done["classes"] = every_auto_class(options.folder, load)
+    every_attention(options.folder, load)
+    done["pipelines"] = every_pipeline(options.folder, load)
+    recomputed_gradients_are_the_same(options.folder, load)
+    saved_again_it_is_the_same(options.folder, options.scratch / "again", load)
+    if options.all:
+        done["loss"] = trainer(options.folder, options.scratch, load)
+        done["sentence_transformers"] = sentence_transformers(options.folder, load)
+    sys.stdout.write(json.dumps(done) + "\n")
+
+
+def tokenize(folder: Path, load: dict):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, **load)(TEXTS, return_tensors="pt", padding=True)
+
+
+def every_auto_class(folder: Path, load: dict) -> list[str]:
+    import transformers
+
+    names = []
+    for head in ("", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
+        model = getattr(transformers, f"AutoModel{head}").from_pretrained(folder, **load).eval()
+        output = model(**tokenize(folder, load))
+        assert all(value.isfinite().all() for value in output.values()), head
+        assert type(model).__module__.startswith("megabert.") == (not load and "MegaBert" in type(model).__name__)
+        names.append(type(model).__name__)
+    return names
+
+
+def every_attention(folder: Path, load: dict) -> None:
+    """eager and sdpa agree; flash_attention_2 is passed on, and says what it lacks where it cannot run."""
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    inputs, logits = tokenize(folder, load), []
+    for name in ("eager", "sdpa"):
+        model = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation=name, **load).eval()
+        assert model.config._attn_implementation == name
+        with torch.no_grad():
+            logits.append(model(**inputs).logits[inputs["attention_mask"].bool()])
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    try:
+        AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="flash_attention_2", **load)
+    except (ImportError, ValueError) as mistake:
+        lacking = str(mistake)
+    else:
+        lacking = "flash"
+        assert torch.cuda.is_available(), "flash-attn without a GPU"
+    assert "flash" in lacking.lower(), lacking
+
+
+def every_pipeline(folder: Path, load: dict) -> list[int]:
+    from transformers import pipeline
+
+    filled = pipeline("fill-mask", model=str(folder), **load)("the [MASK] of the module")
+    label = pipeline("text-classification", model=str(folder), **load)(TEXTS[0])
+    features = pipeline("feature-extraction", model=str(folder), **load)(TEXTS[0])
+    return [len(filled), len(label), len(features[0])]
+
+
+def recomputed_gradients_are_the_same(folder: Path, load: dict) -> None:
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    model = AutoModelForMaskedLM.from_pretrained(folder, **load).train()
+    inputs = tokenize(folder, load)
+    gradients, calls = [], 0
+
+    def count(*_) -> None:
+        nonlocal calls
+        calls += 1
+
+    ours = "MegaBert" in type(model).__name__  # whether transformers' own BERT recomputes is transformers' business
+    if ours:
+        model.bert.encoder.layers[0].register_forward_pre_hook(count)
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            assert model.is_gradient_checkpointing
+        calls = 0
+        model.zero_grad()
+        torch.manual_seed(0)  # dropout
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        assert calls == ours * (1 + recompute)
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+
+
+def saved_again_it_is_the_same(folder: Path, again: Path, load: dict) -> None:
+    import torch
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    model = AutoModelForMaskedLM.from_pretrained(folder, **load).eval()
+    model.save_pretrained(again)
+    AutoTokenizer.from_pretrained(folder, **load).save_pretrained(again)
+    reloaded = AutoModelForMaskedLM.from_pretrained(again, **load).eval()
+    with torch.no_grad():
+        assert torch.equal(model(**tokenize(folder, load)).logits, reloaded(**tokenize(again, load)).logits)
+
+
+def trainer(folder: Path, scratch: Path, load: dict) -> float:
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, **load)
+    examples = [{**tokenizer(TEXTS[i % 2]), "labels": i % 2} for i in range(8)]
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, **load)
+    settings = TrainingArguments(
+        str(scratch / "trainer"), max_steps=30, learning_rate=1e-3, per_device_train_batch_size=4, report_to=[],
+        save_strategy="no", use_cpu=True, gradient_checkpointing=True, disable_tqdm=True,
+    )  # fmt: skip
+    training = Trainer(model, settings, DataCollatorWithPadding(tokenizer), examples, examples)
+    before = training.evaluate()["eval_loss"]
+    training.train()
+    after = training.evaluate()["eval_loss"]
+    assert after < before, (before, after)
+    return after
+
+
+def sentence_transformers(folder: Path, load: dict) -> str:
+    import sentence_transformers as library
+
+    vectors = library.SentenceTransformer(str(folder), device="cpu", **load).encode(TEXTS)
+    assert vectors.shape[0] == 2
+    assert (vectors[0] != vectors[1]).any()
+    return library.__version__
+
+
+if __name__ == "__main__":
+    main()

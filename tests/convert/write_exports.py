@@ -1,0 +1,29 @@
+"""Export a small MosaicBERT and a small BERT, for check_transformers_versions.sh: python -m tests.convert.write_exports OUT."""
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from data_prep import train_tokenizer
+from data_prep.sources.docstrings import docstrings
+from megabert.convert.to_hf import export
+from tests.convert.checkpoints import write_checkpoint
+from tests.convert.small import BERT, small_model
+
+
+def main(out: Path) -> None:
+    spec = find_spec("torch.optim")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.py"))
+    texts = out / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for file in files for text in docstrings(file)))
+    train_tokenizer.main([f"--source={texts}", f"--out={out / 'tokenizer'}", "--vocab_size=800"])
+    for name, changes in (("mosaicbert", {}), ("bert", BERT)):
+        write_checkpoint(out / "runs" / name, small_model(**changes), out / "tokenizer")
+        export(out / "runs" / name, out / name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
