@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megabert.model.attention import alibi_slopes
+from megabert.model.alibi import alibi_slopes
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
 FILE = "onnx/model.onnx"  # where Hugging Face's tools look for one
