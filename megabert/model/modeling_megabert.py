@@ -20,7 +20,9 @@ from transformers.modeling_outputs import (
 )
 
 # Every file of the folder is imported here directly: transformers 4 copies only those of an exported folder to its cache.
+from .alibi import alibi_slopes  # noqa: F401
 from .attention import PLANNERS
+from .buckets import plan_buckets  # noqa: F401
 from .configuration_megabert import MegaBertConfig
 from .layers import Decoder, Embeddings, Encoder, MlmTransform, Norm, Pooler
 from .ops import IGNORE_INDEX, MaskedLoss, upcast
