@@ -1,13 +1,16 @@
-"""Token shards of documents as long as web text's, for measuring: what the ids are does not matter to a loader."""
+"""Token shards to measure with: documents as long as web text's, or sentences with a tokenizer that a run can train on."""
 
 import hashlib
 import io
+import json
+import random
 import tarfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from data_prep import train_tokenizer, write_shards
 from megabert.data.manifest import TOKEN_COUNTS, Manifest, Shard, TokenizerInfo, write_manifest
 from megabert.data.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS, TokenChunk, encode_tokens, write_sample
 
@@ -46,3 +49,17 @@ def write_token_shards(folder: Path, num_shards: int, shard_tokens: int) -> None
     tokenizer = TokenizerInfo("0" * 64, VOCAB, special_ids, tuple(special_ids.values()))
     statistics = {"documents": sum(shard.documents for shard in shards), "median_document_tokens": round(np.exp(MEAN))}
     write_manifest(folder, Manifest("tokens", {"train": tuple(shards)}, statistics, tokenizer))
+
+
+def write_text_shards(folder: Path) -> Path:
+    """Made-up sentences through data_prep, with a tokenizer and a held-out part: what a run can train on. Returns the shards."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(400)]
+    texts = [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(600)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source, tokenizer, tokens = (folder / name for name in ("corpus.jsonl", "tokenizer", "tokens"))
+    train_tokenizer.main([f"--source={source}", f"--out={tokenizer}", "--vocab_size=400"])
+    write_shards.main(
+        [f"--source={source}", f"--tokenizer={tokenizer}", f"--out={tokens}", "--heldout=0.1", "--chunk_tokens=2048"]
+    )
+    return tokens

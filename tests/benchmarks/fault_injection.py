@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from corpus import write_text_shards
 from report import write
 
-from data_prep import train_tokenizer, write_shards
 from megabert import checkpoint_format as layout
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -301,20 +301,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def write_corpus(folder: Path) -> Path:
-    """Token shards of made-up sentences."""
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(400)]
-    texts = [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(600)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    source, tokenizer, tokens = (folder / name for name in ("corpus.jsonl", "tokenizer", "tokens"))
-    train_tokenizer.main([f"--source={source}", f"--out={tokenizer}", "--vocab_size=400"])
-    write_shards.main(
-        [f"--source={source}", f"--tokenizer={tokenizer}", f"--out={tokens}", "--heldout=0.1", "--chunk_tokens=2048"]
-    )
-    return tokens
-
-
 def undisturbed(base: Path, tokens: Path, ds_config: Path, ranks: int) -> str:
     """The weights' hash of a run that nothing happens to; more ranks add gradients in another order."""
     global CHECKPOINT_BYTES
@@ -350,7 +336,7 @@ def main() -> int:
     config["torch_autocast"]["enabled"] = False
     ds_config = base / "zero2.json"
     ds_config.write_text(json.dumps(config))
-    tokens = write_corpus(base)
+    tokens = write_text_shards(base)
     expected: dict[int, str] = {}
     print(
         f"full disks and read-only folders by {'a tmpfs' if MOUNTS else 'ulimit -f and permissions: not root'}",

@@ -1,0 +1,105 @@
+"""What checkpoints cost a run: step time with a save every 100 steps over none.
+
+    python tests/benchmarks/bench_saving.py [--quick] [--json FILE]
+
+In one process, a window of steps without a save and one that begins with a save take turns, with the run's own loop, model,
+optimizer and ZeRO stage 2; the difference is what a save costs, the slower steps while it is written included. If it is
+still being written at the window's end, that is waited for and counted. Written to the temporary folder's disk.
+save_overhead is of the default, run.async_save; save_overhead_sync of a run that waits. --quick: mini only, else small too.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as bench_train.py, and why
+
+from corpus import write_text_shards
+from report import read_arguments, write
+
+from megabert.recipe import RecipeParser
+from megabert.training import loop
+from megabert.training.ds_config import read_ds_config
+from megabert.training.engine import start_process
+from megabert.training.prepare import prepare
+from megabert.training.run import Run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EVERY = 100  # steps between two saves
+SIZES = {  # layers, hidden size, heads, MLP width; steps of a window, which must be longer than a save
+    "mini": (4, 256, 4, 1024, 8),
+    "small": (6, 512, 8, 2048, 5),
+}
+ROUNDS = 3
+
+
+def open_run(size: str, tokens: Path, out: Path) -> Run:
+    """A run as launch/pretrain.py prepares it, of bins of 4,096 tokens and a vocabulary of 30,528."""
+    layers, hidden, heads, width, _ = SIZES[size]
+    parser = RecipeParser("bench_saving.py")
+    flags = {
+        "model.num_hidden_layers": layers, "model.hidden_size": hidden, "model.num_attention_heads": heads,
+        "model.intermediate_size": width, "model.pad_vocab_to_multiple_of": 30_528, "data.max_seq_len": 512,
+        "data.micro_batch_tokens": 4096, "data.global_batch_tokens": 4096, "data.train": tokens, "run.output_dir": out,
+        "run.max_steps": 10_000, "run.eval_tokens": 4096,
+    }  # fmt: skip
+    recipe, _ = parser.read([f"--{key}={value}" for key, value in flags.items()])
+    path = REPOSITORY / "ds_configs/zero2.json"
+    return prepare(recipe, read_ds_config(path), str(path), *start_process())
+
+
+def window(run: Run, steps: int, save: bool) -> float:
+    """Seconds of so many steps, and of a save at their beginning."""
+    began = time.perf_counter()
+    if save:
+        loop.save(run)
+    for _ in range(steps):
+        loop.set_learning_rate(run)
+        batches, before = loop.next_batches(run)
+        loop.settle(run, batches, before, loop.take_step(run, batches))
+    run.saver.wait()
+    return time.perf_counter() - began
+
+
+def overhead(run: Run, steps: int, overlap: bool) -> tuple[float, float, float]:
+    """Returns the seconds of a step, those that a save adds, and their share of EVERY steps: medians of ROUNDS."""
+    run.saver.overlap = overlap
+    plain, extra = [], []
+    for _ in range(ROUNDS):
+        plain.append(window(run, steps, save=False))
+        extra.append(window(run, steps, save=True) - plain[-1])
+    step, added = statistics.median(plain) / steps, statistics.median(extra)
+    return step, added, added / (EVERY * step)
+
+
+def main() -> None:
+    options = read_arguments(__doc__ or "")
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        tokens = write_text_shards(base)
+        for size in ["mini"] if options.quick else list(SIZES):
+            run = open_run(size, tokens, base / size)
+            steps = SIZES[size][-1]
+            window(run, 3, save=False)  # before the first step there are no moments to save
+            window(run, 1, save=True)
+            files = next(path for path in run.checkpoints.glob("step-*")).iterdir()
+            mb = sum(path.stat().st_size for path in files) / 1e6
+            for overlap, name in ((True, ""), (False, "_sync")):
+                step, added, share = overhead(run, steps, overlap)
+                figures |= {f"save_overhead{name}": share, f"save_s{name}": added}
+                print(
+                    f"{size}, {mb:,.0f} MB, {'while training goes on' if overlap else 'while it waits'}: a step takes {step:.2f} s, "
+                    f"a save adds {added:.2f} s: {share:.1%} of {EVERY} steps",
+                    flush=True,
+                )
+            run.reporter and run.reporter.close()
+            del run
+    write(figures, options.json)
+
+
+if __name__ == "__main__":
+    main()
