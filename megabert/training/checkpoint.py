@@ -103,8 +103,8 @@ def check_same_run(path: Path, state: State, recipe: Recipe, now: Course) -> Non
     if state.zero_stage != now.stage and not {state.zero_stage, now.stage} <= SAME_SHARDS:
         raise ValueError(
             f"{path}: was written at ZeRO stage {state.zero_stage}, this is stage {now.stage}, whose optimizer state is cut "
-            f"otherwise (only 1 and 2 may follow each other). Use stage {state.zero_stage}; or export the weights with "
-            "launch/convert_to_hf.py and train on from them with a fresh optimizer."
+            f"otherwise (only 1 and 2 may follow each other). Use stage {state.zero_stage}; or begin a new run on its weights, with a fresh "
+            "optimizer: launch/convert_to_hf.py, launch/convert_from_hf.py for a bert recipe, then model.init_from."
         )
 
 
