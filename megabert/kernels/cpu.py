@@ -8,6 +8,7 @@ Compiling needs a C++ compiler and takes half a minute once per machine (inducto
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,8 +32,15 @@ PIECE_BYTES = 12 << 20
 # Gradients of logits kept at once, in bytes, by bytes per element. Beyond it the gradient of the weight is a sum.
 KEPT_BYTES = {2: 256 << 20, 4: 32 << 20, 8: 64 << 20}
 
-# Where those gradients are kept, by dtype: allocated anew, they would cost a page fault per 4 kB at every step.
-_workspaces: dict[torch.dtype, Tensor] = {}
+
+class Scratch(threading.local):
+    """Where a thread keeps those gradients, by dtype: allocated anew, they would cost a page fault per 4 kB at every step."""
+
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, Tensor] = {}
+
+
+_scratch = Scratch()
 
 
 def why_not_compiled() -> str | None:
@@ -60,6 +68,8 @@ def draw_dropout(probability: float) -> Dropout | None:
     if probability == 0:
         return None
     seed = torch.randint(-(1 << 31), 1 << 31, (), dtype=torch.int32)
+    if probability == 1:
+        return Dropout(seed, (1 << 31) - 1, 0.0)
     return Dropout(seed, round(probability * (1 << 32)) - (1 << 31), 1 / (1 - probability))
 
 
@@ -229,11 +239,13 @@ class EmbedNorm(torch.autograd.Function):
         eps: float,
         dropout_p: float,
         low_precision: bool,
+        padding_idx: int | None,
         *tables: Tensor,
     ) -> Tensor:
         ctx.dropout = draw_dropout(dropout_p)
         ctx.rows = [len(table) for table in tables]
         ctx.ids = ids
+        ctx.frozen = [-1 if padding_idx is None else padding_idx] + [-1] * (len(tables) - 1)
         dtype = residual_dtype(tables[0], low_precision)
         detached = [table.detach() for table in tables]
         out, *kept = _embed_forward(ids, detached, weight.detach(), bias.detach(), eps, ctx.dropout, dtype)
@@ -245,10 +257,10 @@ class EmbedNorm(torch.autograd.Function):
         *kept, weight = ctx.saved_tensors
         to_total, *rest = _embed_backward(grad, *kept, weight.detach(), ctx.dropout)
         to_tables = [
-            torch.ops.aten.embedding_dense_backward(to_total, index, rows, -1, False)
-            for index, rows in zip(ctx.ids, ctx.rows, strict=True)
+            torch.ops.aten.embedding_dense_backward(to_total, index, rows, frozen, False)
+            for index, rows, frozen in zip(ctx.ids, ctx.rows, ctx.frozen, strict=True)
         ]
-        return None, *rest, None, None, None, *to_tables
+        return None, *rest, None, None, None, None, *to_tables
 
 
 def embed_layer_norm(
@@ -260,8 +272,20 @@ def embed_layer_norm(
     eps: float,
     dropout_p: float,
     low_precision: bool,
+    padding_idx: int | None = None,
 ) -> Tensor:
-    return EmbedNorm.apply(ids, weight, bias, eps, dropout_p, low_precision, *tables)
+    for index, table in zip(ids, tables, strict=True):
+        _check(index, len(table), "an id")
+    return EmbedNorm.apply(ids, weight, bias, eps, dropout_p, low_precision, padding_idx, *tables)
+
+
+def _check(index: Tensor, rows: int, what: str) -> None:
+    """Raise IndexError for a number beyond the rows: compiled code would end the process, or take a negative one for another."""
+    if not index.numel():
+        return
+    least, most = (int(end) for end in index.aminmax())
+    if least < 0 or most >= rows:
+        raise IndexError(f"{what} is {least if least < 0 else most}, expected 0 to {rows - 1}.")
 
 
 @compiled
@@ -312,14 +336,16 @@ class MaskedCrossEntropy(torch.autograd.Function):
 
 def _workspace(size: int, dtype: torch.dtype) -> Tensor:
     """At least as many elements as were asked for before, of which the first `size`."""
-    if dtype not in _workspaces or len(_workspaces[dtype]) < size:
-        _workspaces[dtype] = torch.empty(size, dtype=dtype)
-    return _workspaces[dtype][:size]
+    workspaces = _scratch.by_dtype
+    if dtype not in workspaces or len(workspaces[dtype]) < size:
+        with torch.inference_mode(False):  # one made in inference mode could not be written to in training
+            workspaces[dtype] = torch.empty(size, dtype=dtype)
+    return workspaces[dtype][:size]
 
 
 def free_workspaces() -> None:
-    """Give the scratch memory back; the next loss allocates it again."""
-    _workspaces.clear()
+    """Give this thread's scratch memory back; the next loss allocates it again."""
+    _scratch.by_dtype.clear()
 
 
 def _scorer(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -357,6 +383,7 @@ def _loss_and_gradients(
 
 
 def masked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> MaskedLoss:
+    _check(labels[labels != IGNORE_INDEX], len(weight), "a label")
     loss_sum, num_correct = MaskedCrossEntropy.apply(hidden, weight, bias, labels.long())
     return MaskedLoss(loss_sum, num_correct, (labels != IGNORE_INDEX).sum())
 

@@ -246,13 +246,13 @@ class EmbedLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx, weight: Tensor, bias: Tensor, seed: Tensor | None, eps: float, dropout_p: float, dtype: torch.dtype,
-        *ids_and_tables: Tensor,
+        padding_idx: int | None, *ids_and_tables: Tensor,
     ) -> Tensor:  # fmt: skip
         half = len(ids_and_tables) // 2
         ids, tables = list(ids_and_tables[:half]), list(ids_and_tables[half:])
         y, mean, rstd = forward(ids, tables, weight, bias, seed, eps, dropout_p, dtype)
         ctx.save_for_backward(weight, mean, rstd, seed, *ids, *tables)
-        ctx.dropout_p = dropout_p
+        ctx.dropout_p, ctx.padding_idx = dropout_p, padding_idx
         return y
 
     @staticmethod
@@ -261,8 +261,10 @@ class EmbedLayerNorm(torch.autograd.Function):
         ids, tables = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         dz, dweight, dbias = backward(dy.contiguous(), ids, tables, weight, mean, rstd, seed, ctx.dropout_p)
         dtables = [scatter_rows(dz, index, table) for index, table in zip(ids, tables, strict=True)]
+        if ctx.padding_idx is not None:
+            dtables[0][ctx.padding_idx] = 0
         sums = (dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype))
-        return *sums, None, None, None, None, *[None] * len(ids), *dtables
+        return *sums, None, None, None, None, None, *[None] * len(ids), *dtables
 
 
 def embed_layer_norm(
@@ -274,6 +276,7 @@ def embed_layer_norm(
     eps: float,
     dropout_p: float,
     low_precision: bool,
+    padding_idx: int | None = None,
 ) -> Tensor:
     """model/ops.py's embed_layer_norm. ids: (T,) integers for each of the tables (rows, E). Returns (T, E)."""
     if not 0 < len(tables) == len(ids) <= MAX_TABLES:
@@ -281,4 +284,4 @@ def embed_layer_norm(
     dtype = stream_dtype(tables[0].dtype, tables[0].device.type, low_precision)
     seed = draw_seed(tables[0], dropout_p)
     flat = [index.contiguous() for index in ids]
-    return EmbedLayerNorm.apply(weight, bias, seed, eps, dropout_p, dtype, *flat, *tables)
+    return EmbedLayerNorm.apply(weight, bias, seed, eps, dropout_p, dtype, padding_idx, *flat, *tables)

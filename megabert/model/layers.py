@@ -45,8 +45,7 @@ class Norm(Module):
 class Embeddings(Module):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
-        # No padding_idx: filler is masked out of the loss and of attention, so its row gets no gradient anyway.
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         if config.position == "learned":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -70,6 +69,7 @@ class Embeddings(Module):
             eps=self.config.layer_norm_eps,
             dropout_p=self.dropout_p(self.config.hidden_dropout_prob),
             low_precision=self.low_precision,
+            padding_idx=self.word_embeddings.padding_idx,
         )
 
 

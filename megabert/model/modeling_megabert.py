@@ -106,9 +106,11 @@ class MegaBertPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block", "Embeddings"]  # noqa: RUF012 (transformers reads it as a class attribute)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """BERT's: weights from N(0, initializer_range), biases 0, LayerNorm 1 and 0."""
+        """BERT's: weights from N(0, initializer_range), the row of [PAD] and biases 0, LayerNorm 1 and 0."""
         if isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
             nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
         if isinstance(module, Norm):
             nn.init.ones_(module.weight)
         if isinstance(module, (nn.Linear, Decoder, Norm)) and module.bias is not None:

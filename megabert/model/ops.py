@@ -77,12 +77,14 @@ def embed_layer_norm(
     eps: float,
     dropout_p: float,
     low_precision: bool,
+    padding_idx: int | None = None,
 ) -> Tensor:
     """dropout(LayerNorm(sum of embeddings)).
 
-    ids: (T,) integers each, one per table; tables: (rows, E). Returns (T, E).
+    ids: (T,) integers each, one per table; tables: (rows, E). padding_idx: the row of the first table that gets no gradient
+    from here. Returns (T, E). Raises IndexError for an id that a table has no row for (on a GPU: a device-side assertion).
     """
-    x = F.embedding(ids[0], tables[0])
+    x = F.embedding(ids[0], tables[0], padding_idx)
     for index, table in zip(ids[1:], tables[1:], strict=True):
         x = x + F.embedding(index, table)
     return F.dropout(layer_norm(x, weight, bias, eps, low_precision), dropout_p, training=dropout_p > 0)

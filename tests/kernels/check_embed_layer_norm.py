@@ -22,12 +22,12 @@ def some_ids(tokens, tables=2, dtype=torch.int64):
     return [torch.randint(rows, (tokens,), dtype=dtype) for rows in ROWS[:tables]]
 
 
-def call(module, ids, dropout_p=0.0, low_precision=True):
+def call(module, ids, dropout_p=0.0, low_precision=True, padding_idx=None):
     def function(*arguments):
         *tables, weight, bias = arguments
         if dropout_p:
             torch.manual_seed(5)
-        options = {"eps": EPS, "dropout_p": dropout_p, "low_precision": low_precision}
+        options = {"eps": EPS, "dropout_p": dropout_p, "low_precision": low_precision, "padding_idx": padding_idx}
         return module.embed_layer_norm(ids, tables, weight, bias, **options)
 
     return function
@@ -38,6 +38,12 @@ def call(module, ids, dropout_p=0.0, low_precision=True):
 def test_equals_the_specification(tokens, width, tables):
     ids = some_ids(tokens, tables)
     assert_as_good(call(kernels, ids), call(ops, ids), inputs(width, tables))
+
+
+def test_the_row_of_padding_gets_no_gradient():
+    ids = some_ids(300)
+    assert (ids[0] == 3).any()
+    assert_as_good(call(kernels, ids, padding_idx=3), call(ops, ids, padding_idx=3), inputs(24))
 
 
 @pytest.mark.parametrize("low_precision", [True, False])

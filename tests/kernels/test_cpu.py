@@ -1,5 +1,7 @@
 """The CPU's fused operations against the specification in model/ops.py."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,18 @@ def test_equals_the_specification(name, dtype, tolerance):
     inputs = [x.to(dtype) for x in make()]
     for got, expected in zip(results(build(cpu, 0), inputs), results(build(ops, 0), inputs), strict=True):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_row_of_padding_gets_no_gradient():
+    inputs = CASES["embed_layer_norm"][1]()
+
+    def call(use):
+        return lambda a, b, *x: use.embed_layer_norm([ids(9), ids(2)], [a, b], *x, dropout_p=0.0, padding_idx=5, **NORM)
+
+    got, expected = results(call(cpu), inputs), results(call(ops), inputs)
+    assert not got[1][5].any()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -152,6 +166,45 @@ def test_no_target_and_no_row():
     assert (float(loss.loss_sum.detach()), int(loss.num_correct), int(loss.num_targets)) == (0, 0, 0)
     loss.loss_sum.backward()
     assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("wrong", [-1, 9])
+def test_an_id_or_a_label_that_is_no_row_is_an_error(wrong):
+    table, norm = normal(9, 10), [normal(10), normal(10)]
+    with pytest.raises(IndexError, match=f"an id is {wrong}, expected 0 to 8"):
+        cpu.embed_layer_norm([torch.tensor([3, wrong])], [table], *norm, dropout_p=0.0, **NORM)
+    with pytest.raises(IndexError, match=f"a label is {wrong}, expected 0 to 8"):
+        cpu.masked_cross_entropy(normal(2, 10), table, normal(9), torch.tensor([-100, wrong]))
+
+
+def test_what_was_allocated_in_inference_mode_serves_training():
+    build, make = CASES["masked_cross_entropy"]
+    inputs = make()
+    cpu.free_workspaces()
+    expected = results(build(cpu, 0), inputs)
+    cpu.free_workspaces()
+    with torch.inference_mode():
+        build(cpu, 0)(*inputs)
+    for got, other in zip(results(build(cpu, 0), inputs), expected, strict=True):
+        assert torch.equal(got, other)
+
+
+def test_threads_do_not_share_scratch_memory():
+    build, _ = CASES["masked_cross_entropy"]
+    torch.manual_seed(0)
+    inputs = [[normal(7, 10), normal(9, 10), normal(9)] for _ in range(3)]
+    expected = [results(build(cpu, 0), part) for part in inputs]
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(20):
+            for found, alone in zip(
+                threads.map(lambda part: results(build(cpu, 0), part), inputs), expected, strict=True
+            ):
+                for a, b in zip(found, alone, strict=True):
+                    assert torch.equal(a, b)
+
+
+def test_all_can_be_dropped():
+    assert not cpu.geglu(normal(7, 22), 1.0).any()
 
 
 @pytest.mark.parametrize("kept", [12, 5])

@@ -61,6 +61,27 @@ def test_bert_equals_transformers_masked_language_model(padding, attention, dtyp
     assert_same_gradients(ours, theirs, tolerance)
 
 
+@pytest.mark.parametrize("where", ["right", "left", "holes"])
+@pytest.mark.parametrize("padding", ["unpadded", "padded"])
+def test_bert_equals_transformers_wherever_the_padding_is_and_with_pad_among_the_tokens(where, padding):
+    """Every id may stand anywhere, that of [PAD] too, whose row transformers gives no gradient from the embeddings."""
+    ours = small_model(padding=padding, **BERT)
+    theirs = hf_bert(ours, hf_config())
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 4, (4, 9), generator=generator)
+    place = torch.arange(9)
+    length = torch.tensor([9, 1, 5, 8])[:, None]
+    real = {"right": place < length, "left": place >= 9 - length, "holes": (place * 4) % 9 < length}[where]
+    assert (ids[real] == ours.config.pad_token_id).any()
+    inputs = {"input_ids": ids, "attention_mask": real.long(), "token_type_ids": torch.randint(0, 2, (4, 9))}
+    labels = torch.where(real, ids, -100)
+    got, expected = ours(**inputs, labels=labels), theirs(**inputs, labels=labels)
+    torch.testing.assert_close(got.logits[real], expected.logits[real], rtol=0, atol=1e-10)
+    got.loss.backward()
+    expected.loss.backward()
+    assert_same_gradients(ours, theirs, 1e-10)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["fp64", "fp32"])
 def test_bert_equals_transformers_classifier(dtype, tolerance):
     """The encoder, the pooler and the classifier: logits, loss and every gradient."""
