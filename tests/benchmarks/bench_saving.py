@@ -36,17 +36,21 @@ SIZES = {  # layers, hidden size, heads, MLP width; steps of a window, which mus
 ROUNDS = 3
 
 
-def open_run(size: str, tokens: Path, out: Path) -> Run:
-    """A run as launch/pretrain.py prepares it, of bins of 4,096 tokens and a vocabulary of 30,528."""
+def run_flags(size: str, tokens: Path, out: Path) -> dict[str, object]:
+    """Settings of a run on bins of 4,096 tokens, with a vocabulary of 30,528."""
     layers, hidden, heads, width, _ = SIZES[size]
-    parser = RecipeParser("bench_saving.py")
-    flags = {
+    return {
         "model.num_hidden_layers": layers, "model.hidden_size": hidden, "model.num_attention_heads": heads,
         "model.intermediate_size": width, "model.pad_vocab_to_multiple_of": 30_528, "data.max_seq_len": 512,
         "data.micro_batch_tokens": 4096, "data.global_batch_tokens": 4096, "data.train": tokens, "run.output_dir": out,
         "run.max_steps": 10_000, "run.eval_tokens": 4096,
     }  # fmt: skip
-    recipe, _ = parser.read([f"--{key}={value}" for key, value in flags.items()])
+
+
+def open_run(size: str, tokens: Path, out: Path) -> Run:
+    """A run as launch/pretrain.py prepares it."""
+    flags = run_flags(size, tokens, out)
+    recipe, _ = RecipeParser("bench_saving.py").read([f"--{key}={value}" for key, value in flags.items()])
     path = REPOSITORY / "ds_configs/zero2.json"
     return prepare(recipe, read_ds_config(path), str(path), *start_process())
 

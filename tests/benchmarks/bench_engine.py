@@ -1,0 +1,178 @@
+"""What the engine costs: beside forward, backward and optimizer, on two ranks, and until the first step.
+
+    python tests/benchmarks/bench_engine.py [--quick] [--json FILE]
+
+overhead: in one process, steps of a run as launch/pretrain.py makes them (loader, loop, metrics, DeepSpeed at ZeRO 2)
+take turns with steps of a bare PyTorch loop: the same model class with its own weights, the same kinds of batches made
+ahead, bf16 autocast, fused AdamW, gradient clipping. Median of per-round ratios, minus 1.
+two_rank_efficiency: tokens per second of two ranks with one thread each, half of every batch each, over those of one
+rank with two threads: two commands, the median step of each.
+first_step_s: from the command to the end of its first step, with compiled operations from the cache; first_step_cold_s
+with an empty one.
+save_overhead: as bench_saving.py says.
+The size is 6 layers of 512, 8 heads, bins of 4,096 tokens cut at 512; with --quick 4 layers of 256.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as bench_train.py, and why
+
+import torch
+from bench_saving import SIZES, open_run, overhead, run_flags, window
+from corpus import write_text_shards
+from report import read_arguments, write
+
+from megabert.data.batch import PackedBatch
+from megabert.training import loop
+from megabert.training.engine import build_model
+from megabert.training.metrics import read_metrics
+from megabert.training.optimizers import parameter_groups
+from megabert.training.run import Run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Of the commands: not what the run in this process says of its rank and its port.
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+ROUNDS = 25
+QUICK_ROUNDS = 9
+SPEED_STEPS = 12  # of a command whose speed is measured; the first WARM of them are not
+WARM = 4
+
+
+class Bare:
+    """A training loop that a user would write: no loader, no ranks, no metrics."""
+
+    def __init__(self, run: Run):
+        recipe = run.recipe
+        self.bf16 = run.ds_config["torch_autocast"]["enabled"]
+        self.model = build_model(recipe, run.corpus.tokenizer, torch.device("cpu"), self.bf16).train()
+        groups = parameter_groups(self.model, recipe.optimizer)
+        settings = {"lr": recipe.optimizer.lr, "betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps}
+        self.optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+        self.max_norm = recipe.optimizer.max_grad_norm
+
+    def step(self, batch: PackedBatch) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            output = self.model(**batch.model_inputs(torch.device("cpu")))
+        (output.loss_sum / output.num_targets).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def engine_step(run: Run) -> None:
+    """One turn of training/loop.py's train(), which logs every step here."""
+    loop.set_learning_rate(run)
+    batches, before = loop.next_batches(run)
+    loop.settle(run, batches, before, loop.take_step(run, batches))
+    loop.report(run)
+
+
+def seconds(work: Any, *arguments: Any) -> float:
+    began = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - began
+
+
+def measure_overhead(run: Run, rounds: int) -> tuple[float, float, float]:
+    """Returns the share, and the seconds of a step of the engine and of the bare loop: medians."""
+    bare = Bare(run)
+    ahead = [batch for batch, _, _ in (next(run.batches) for _ in range(rounds + 1))]
+    run.index += len(ahead)
+    bare.step(ahead.pop())
+    engine_step(run)
+    ours, theirs = [], []
+    for batch in ahead:
+        ours.append(seconds(engine_step, run))
+        theirs.append(seconds(bare.step, batch))
+    share = statistics.median(a / b for a, b in zip(ours, theirs, strict=True)) - 1
+    return share, statistics.median(ours), statistics.median(theirs)
+
+
+def command_of(size: str, tokens: Path, out: Path, ranks: int, *more: str) -> list[str]:
+    launcher = (
+        [sys.executable] if ranks == 1 else [str(Path(sys.executable).parent / "deepspeed"), f"--num_gpus={ranks}"]
+    )
+    flags = [f"--{key}={value}" for key, value in run_flags(size, tokens, out).items()]
+    return [*launcher, "launch/pretrain.py", *flags, "--run.log_every_steps=1", *more]
+
+
+def call(command: list[str], **environment: str) -> None:
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+
+
+def tokens_per_s(size: str, tokens: Path, out: Path, ranks: int) -> float:
+    """The median step of a command on so many ranks, with one thread each where there are several."""
+    more = ["--data.global_batch_tokens=8192", f"--run.max_steps={SPEED_STEPS}"]
+    threads = os.environ.get("OMP_NUM_THREADS", "2") if ranks == 1 else "1"
+    call(command_of(size, tokens, out, ranks, *more), OMP_NUM_THREADS=threads)
+    speeds = [point["tokens_per_s"] for point in read_metrics(out / "metrics.jsonl") if "tokens_per_s" in point]
+    return statistics.median(speeds[WARM:])
+
+
+def first_step_s(size: str, tokens: Path, out: Path, **environment: str) -> float:
+    """Seconds from the command to the first line of its metrics.jsonl."""
+    command = command_of(size, tokens, out, 1, "--run.max_steps=100000")
+    began = time.perf_counter()
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=ENVIRONMENT | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while not read_metrics(out / "metrics.jsonl"):
+            if process.poll() is not None:
+                raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+            time.sleep(0.05)
+        taken = time.perf_counter() - began
+        process.kill()
+    return taken
+
+
+def main() -> None:
+    options = read_arguments(__doc__ or "")
+    size = "mini" if options.quick else "small"
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        tokens = write_text_shards(base)
+        run = open_run(size, tokens, base / "run")
+        share, ours, theirs = measure_overhead(run, QUICK_ROUNDS if options.quick else ROUNDS)
+        print(
+            f"{size}: a step takes {1e3 * ours:.0f} ms, a bare loop's {1e3 * theirs:.0f} ms: overhead {share:+.1%}",
+            flush=True,
+        )
+        figures = {"overhead": share}
+        steps = SIZES[size][-1]
+        window(run, 1, save=True)
+        _, added, figures["save_overhead"] = overhead(run, steps, overlap=True)
+        print(f"a checkpoint adds {added:.2f} s: {figures['save_overhead']:.1%} of 100 steps", flush=True)
+        assert run.reporter is not None, "this is rank 0"
+        run.reporter.close()
+        del run
+        one, two = (tokens_per_s(size, tokens, base / f"{ranks}-ranks", ranks) for ranks in (1, 2))
+        figures["two_rank_efficiency"] = two / one
+        print(f"one rank {one:,.0f} tokens/s, two ranks {two:,.0f}: {two / one:.0%}", flush=True)
+        figures["first_step_s"] = first_step_s(size, tokens, base / "warm")
+        print(f"first step {figures['first_step_s']:.1f} s after the command", flush=True)
+        if not options.quick:
+            cache = base / "empty"
+            figures["first_step_cold_s"] = first_step_s(size, tokens, base / "cold", TORCHINDUCTOR_CACHE_DIR=str(cache))
+            print(f"and {figures['first_step_cold_s']:.1f} s where nothing was compiled before", flush=True)
+    write(figures, options.json)
+
+
+if __name__ == "__main__":
+    main()
