@@ -296,6 +296,8 @@ class RunConfig:
     """write checkpoints while training goes on, from a copy of the state in host memory"""
     resume: str = "auto"
     """auto: go on from the newest checkpoint of output_dir, if any; none: start anew; or a checkpoint's folder"""
+    trackers: list[Literal["tensorboard", "csv", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
+    """where curves go beside metrics.jsonl; wandb wants to be installed"""
     max_norm_ratio: float = 10.0
     """skip an update whose gradient norm is this many times the median of the last 128; 0: only if it is not finite"""
     rollback_after: int = 5

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 FREE_TO_CHANGE = {
     "data.train", "data.heldout", "data.tokenizer", "data.num_workers", "data.on_bad_shard", "data.cache_dir", "data.cache_gb", "run.output_dir", "run.log_every_steps", "run.eval_every_steps",
     "run.eval_tokens", "run.save_every_steps", "run.keep_checkpoints", "run.keep_every_steps", "run.keep_best",
-    "run.async_save", "run.resume", "run.ops",
+    "run.async_save", "run.trackers", "run.resume", "run.ops",
     "run.max_norm_ratio", "run.rollback_after",
 }  # fmt: skip
 SAME_SHARDS = {1, 2}  # the ZeRO stages whose optimizer state is cut alike: one may go on where the other stopped

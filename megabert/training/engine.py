@@ -5,6 +5,7 @@ The only file beside kernels/resolve.py that asks what device this is.
 
 import logging
 import os
+import resource
 import socket
 from datetime import timedelta
 from typing import Any
@@ -76,6 +77,13 @@ def training_device() -> torch.device:
 def device_name(device: torch.device) -> str:
     """As torch calls the card, or cpu."""
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes, the most that this process has used so far: of the device, as its allocator says; on a CPU resident memory."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return get_accelerator().max_memory_allocated()
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from megabert.data.batch import PackedBatch
 from megabert.data.manifest import write_atomically
 from megabert.data.stream import DROPOUT, Position, philox
 from megabert.training import checkpoint
-from megabert.training.engine import choose, start_process
+from megabert.training.engine import choose, peak_memory, start_process
 from megabert.training.evaluate import evaluate
 from megabert.training.flops import step_flops
 from megabert.training.interrupts import REQUEUE
@@ -66,16 +66,15 @@ def set_learning_rate(run: Run) -> None:
 
 def next_batches(run: Run) -> tuple[list[PackedBatch], dict[int, Position]]:
     """This rank's micro-batches of the next step, and where their streams were before."""
-    began = time.perf_counter()
     batches, before = [], {}
     step_batches = run.plan.at(run.index).step_batches
-    for _ in range(step_batches // run.world_size):
-        batch, stream, position = next(run.batches)
-        before.setdefault(stream, run.positions.get(stream, Position()))
-        run.positions[stream] = position
-        batches.append(batch)
+    with run.meter.watch.time("data"):
+        for _ in range(step_batches // run.world_size):
+            batch, stream, position = next(run.batches)
+            before.setdefault(stream, run.positions.get(stream, Position()))
+            run.positions[stream] = position
+            batches.append(batch)
     run.index += step_batches
-    run.meter.waited += time.perf_counter() - began
     return batches, before
 
 
@@ -84,15 +83,19 @@ def take_step(run: Run, batches: list[PackedBatch]) -> torch.Tensor:
     num_masked = global_count(sum(batch.num_masked for batch in batches), run.engine.device)
     sums = torch.zeros(3, dtype=torch.float64, device=run.engine.device)
     run.verdict.reset()
+    watch = run.meter.watch
     for batch in batches:
         seed_dropout(run.recipe.run.seed, batch.index)
         # Said each time: in a batch warm-up, DeepSpeed's own count of micro-batches is another.
         run.engine.set_gradient_accumulation_boundary(batch is batches[-1])
-        output = run.engine(**batch.model_inputs(run.engine.device))
-        # The mean over all masked tokens of the global batch: DeepSpeed averages over ranks, so undo that.
-        loss = output.loss_sum * (run.world_size / num_masked)
-        run.engine.backward(loss, scale_wrt_gas=False)
-        run.engine.step()
+        with watch.time("forward"):
+            output = run.engine(**batch.model_inputs(run.engine.device))
+            # The mean over all masked tokens of the global batch: DeepSpeed averages over ranks, so undo that.
+            loss = output.loss_sum * (run.world_size / num_masked)
+        with watch.time("backward"):
+            run.engine.backward(loss, scale_wrt_gas=False)
+        with watch.time("optimizer"):
+            run.engine.step()
         sums += torch.stack([part.detach().double() for part in output])
     return sums
 
@@ -116,7 +119,8 @@ def settle(run: Run, batches: list[PackedBatch], before: dict[int, Position], su
     used = run.clock.now() if run.feed.rank == 0 else 0.0
     mine = [tokens, slots, sum(batch.sum_squared_lengths for batch in batches), told, failed, used]
     packed = torch.cat([sums, torch.tensor(mine, dtype=torch.float64, device=run.engine.device)])
-    deepspeed.comm.all_reduce(packed)
+    with run.meter.watch.time("agree"):
+        deepspeed.comm.all_reduce(packed)
     *counted, stopping, failing, used = packed.tolist()  # synchronises
     run.step += 1
     run.clock.agree(used)
@@ -189,6 +193,7 @@ def report(run: Run) -> None:
     seconds = meter.seconds()
     run.tokens += int(meter.tokens)
     run.seconds += seconds
+    parts, steps = meter.watch.read(), max(1, meter.steps)
     values = {
         "loss": meter.loss_sum / max(1.0, meter.num_targets),
         "masked_accuracy": meter.num_correct / max(1.0, meter.num_targets),
@@ -199,9 +204,12 @@ def report(run: Run) -> None:
         "tokens": run.tokens,
         "seconds": run.seconds,
         "tokens_per_s": meter.tokens / seconds,
-        "seconds_per_step": seconds / max(1, meter.steps),
+        "tokens_per_s_per_rank": meter.tokens / seconds / run.world_size,
+        "seconds_per_step": seconds / steps,
         "fill": meter.tokens / max(1.0, meter.slots),
-        "loader_wait": meter.waited / seconds,
+        "loader_wait": parts["data"] / seconds,
+        **{f"time/{part}": spent / steps for part, spent in parts.items()},
+        "memory_gb": peak_memory(run.engine.device) / 1e9,
         **model_flops(run, seconds),
         "skipped_chunks": float(skipped),
     }

@@ -8,6 +8,10 @@ tokens_per_s     real tokens of all ranks per second, specials counted, filler n
 mfu              needed FLOPs per second / the devices' peak (flops.py); on a CPU a peak measured at the start
 fill             real tokens / token slots
 loader_wait      share of the step's time that rank 0 waited for data
+time/...         seconds per step on rank 0: data (waiting for batches), forward, backward (ZeRO's reduction of gradients in it),
+                 optimizer (ZeRO's gathering of weights in it), agree (the all-reduce at a step's end: waiting for the others)
+tokens_per_s_per_rank  tokens_per_s / ranks
+memory_gb        most that rank 0 has used so far: of the device; on a CPU resident memory
 skipped_updates  refused by the guard since the start of the run
 skipped_chunks   damaged and left out since the start of the run
 """
@@ -19,8 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from megabert.training.stopwatch import Stopwatch
+from megabert.training.trackers import Tracker
 
 METRICS = "metrics.jsonl"
 
@@ -29,12 +35,14 @@ class Meter:
     """Adds up what happens between two lines of the log, over all ranks but for the times, which are this one's."""
 
     def __init__(self) -> None:
+        self.watch = Stopwatch()
         self.reset()
 
     def reset(self) -> None:
         self.loss_sum = self.num_correct = self.num_targets = self.tokens = self.slots = self.squared_lengths = 0.0
         self.steps = 0
-        self.waited = self.paused = 0.0
+        self.paused = 0.0
+        self.watch.reset()
         self.started = time.perf_counter()
 
     def add(self, counted: list[float]) -> None:
@@ -53,15 +61,15 @@ class Meter:
 
 
 class Reporter:
-    """Rank 0's voice: a progress bar on a terminal, plain lines elsewhere, and two files."""
+    """Rank 0's voice: a progress bar on a terminal, plain lines elsewhere (a log file, SLURM), metrics.jsonl, and trackers."""
 
-    def __init__(self, folder: Path, total_steps: int, step: int):
+    def __init__(self, folder: Path, total_steps: int, step: int, trackers: list[Tracker]):
         folder.mkdir(parents=True, exist_ok=True)
         self.total = total_steps
         self.path = folder / METRICS
         _forget_after(self.path, step)
         self.file = open(self.path, "a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        self.trackers = trackers
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, desc="pretraining")
@@ -91,13 +99,14 @@ class Reporter:
             print(message, flush=True)
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.record(step, values)
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
 
     def close(self) -> None:
-        self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
         self.file.close()
         if self.bar is not None:
             self.bar.close()

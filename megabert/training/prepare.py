@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,7 @@ from megabert.config import Recipe, batches_per_step, total_steps
 from megabert.data.manifest import write_atomically
 from megabert.data.shards import Corpus, stream_count
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training import checkpoint, universal
+from megabert.training import checkpoint, trackers, universal
 from megabert.training.checkpoint import Course
 from megabert.training.clock import Clock
 from megabert.training.ds_config import fill
@@ -43,10 +45,13 @@ from megabert.training.retention import Retention
 from megabert.training.run import Feed, Run
 from megabert.training.saving import Saver, check_room, set_aside_after
 from megabert.training.together import check_shared, from_rank_0
+from megabert.training.trackers import open_trackers
 
 
 def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, rank: int, world_size: int) -> Run:
     """Open the data, build the model, and restore the newest checkpoint if there is one."""
+    if problem := trackers.why_not(recipe.run.trackers):
+        raise ValueError(problem)
     hours = recipe.run.max_hours
     clock = Clock(None if hours is None else 3600 * hours)
     interrupts = Interrupts()
@@ -88,7 +93,7 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     retention = Retention(recipe.run.keep_checkpoints, recipe.run.keep_every_steps, recipe.run.keep_best)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     check_room(folder, parameters, engine.zero_optimization_stage(), retention)
-    reporter = Reporter(Path(recipe.run.output_dir), steps, state.step if state else 0) if rank == 0 else None
+    reporter = open_reporter(recipe, steps, state.step if state else 0) if rank == 0 else None
     run = Run(
         recipe=recipe,
         model=model,
@@ -118,6 +123,13 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         describe(run, found)
         set_aside_after(folder, run.step)
     return run
+
+
+def open_reporter(recipe: Recipe, steps: int, step: int) -> Reporter:
+    """Rank 0's, with the recipe's trackers. step: that the run goes on from."""
+    folder = Path(recipe.run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Reporter(folder, steps, step, open_trackers(recipe.run.trackers, folder, step, recipe.to_dict()))
 
 
 def _say_nothing(_: str) -> None:
@@ -181,6 +193,26 @@ def write_run_json(run: Run) -> None:
         "world_size": run.world_size,
         "corpus": {"name": run.corpus.name, "fingerprint": run.corpus.fingerprint},
         "versions": {name: version(name) for name in ("megabert", "torch", "deepspeed", "transformers", "numpy")},
-        "machine": {"node": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count()},
+        "git": git_state(),
+        "machine": {
+            "node": platform.node(),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "device": device_name(run.engine.device),
+        },
     }
     write_atomically(run.output_dir / "run.json", json.dumps(facts, indent=1).encode())
+
+
+def git_state() -> dict[str, object] | None:
+    """The commit that this code is of, and whether files differ from it; None where it is not run from a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists() or shutil.which("git") is None:
+        return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "changed": bool(git("status", "--porcelain"))} if commit else None

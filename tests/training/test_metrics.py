@@ -2,12 +2,13 @@ import json
 import sys
 
 from megabert.training.metrics import METRICS, Reporter, read_metrics
+from megabert.training.trackers import TensorBoard
 
 VALUES = {"loss": 2.5, "lr": 1e-3, "tokens_per_s": 1234.0, "seconds_per_step": 3600.0}
 
 
 def test_lines_in_a_log_file(tmp_path, capsys):
-    reporter = Reporter(tmp_path, total_steps=10, step=0)
+    reporter = Reporter(tmp_path, total_steps=10, step=0, trackers=[TensorBoard(tmp_path, 0)])
     reporter.log(4, VALUES)
     reporter.say("hello")
     reporter.close()
@@ -21,7 +22,7 @@ def test_lines_in_a_log_file(tmp_path, capsys):
 
 def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    reporter = Reporter(tmp_path, total_steps=10, step=2)
+    reporter = Reporter(tmp_path, total_steps=10, step=2, trackers=[])
     reporter.log(4, VALUES)
     reporter.say("hello")
     reporter.close()
@@ -34,6 +35,6 @@ def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
 def test_a_resumed_run_forgets_what_it_will_do_again(tmp_path):
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
     (tmp_path / METRICS).write_text("\n".join(lines) + '\n{"step": 4, "lo')
-    Reporter(tmp_path, total_steps=10, step=2).close()
+    Reporter(tmp_path, total_steps=10, step=2, trackers=[]).close()
     assert [record["step"] for record in read_metrics(tmp_path / METRICS)] == [1, 2]
     assert read_metrics(tmp_path / "none") == []

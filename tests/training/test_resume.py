@@ -8,6 +8,7 @@ import torch
 
 from megabert import checkpoint_format as layout
 from megabert.config import OptimizerConfig
+from megabert.convert.checkpoint import read_checkpoint
 from megabert.training.metrics import read_metrics
 from tests.conftest import Corpus, ds_config_in
 from tests.training.many_runs import flags_of, run_many
@@ -45,8 +46,8 @@ def assert_same_end(first: Path, second: Path) -> None:
     assert tensors > 10
 
 
-def losses_of(out: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
+def losses_of(out: Path, key: str = "loss") -> list[float]:
+    return [record[key] for record in read_metrics(out / "metrics.jsonl") if key in record]
 
 
 def checkpoint_of(out: Path, step: int = STOPPED) -> Path:
@@ -106,9 +107,33 @@ def test_a_run_goes_on_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path):
             stayed, moved = (losses_of(tmp_path / out) for out in (stage, f"{stage}-{ranks}"))
             assert len(stayed) == STEPS
             assert moved == pytest.approx(stayed[STOPPED:], rel=1e-6)
+            stayed, moved = (losses_of(tmp_path / out, "heldout_loss")[-1] for out in (stage, f"{stage}-{ranks}"))
+            assert moved == pytest.approx(stayed, rel=1e-6)  # evaluation, too, is the same on 1, 2 and 3 ranks
             assert not list((tmp_path / stage / "checkpoints").glob(".tmp-*"))
             for file in checkpoint_of(tmp_path / f"{stage}-{ranks}", STEPS).glob("zero_pp*optim_states.pt"):
                 assert_groups_are_right(torch.load(file, weights_only=False)["optimizer_state_dict"])
+
+
+def test_ranks_and_accumulation_give_one_curve_for_twenty_steps(corpus: Corpus, tmp_path):
+    """1 rank x 8 micro-batches, 2 x 4 and 4 x 2, with dropout: losses to 1e-6, weights to 1e-4, but for the keys' biases.
+
+    The same number added to every key's score leaves softmax as it is, so a key's bias has no gradient but rounding, which
+    Adam blows up to steps of its full size.
+    """
+    config = ds_config_in("zero2", tmp_path, bf16=False)
+    settings = ["--data.global_batch_tokens=2048", "--run.max_steps=20"]
+    for ranks in (1, 2, 4):
+        done = run_many([flags_of(corpus, tmp_path / str(ranks), config, *settings)], ranks)
+        assert done.code == 0, done.output
+    expected = read_checkpoint(tmp_path / "1")[0]
+    for ranks in ("2", "4"):
+        assert losses_of(tmp_path / ranks) == pytest.approx(losses_of(tmp_path / "1"), rel=1e-6)
+        for name, weight in read_checkpoint(tmp_path / ranks)[0].items():
+            other = expected[name]
+            if name.endswith("attention.qkv.bias"):
+                size = len(weight) // 3
+                weight, other = (torch.cat([part[:size], part[2 * size :]]) for part in (weight, other))
+            torch.testing.assert_close(weight, other, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def assert_groups_are_right(state: dict[str, Any]) -> None:
