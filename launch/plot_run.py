@@ -3,24 +3,16 @@
 python launch/plot_run.py runs/mosaicbert-base runs/bert-base --out runs.png
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from megabert import flags
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to draw."""
-
-    runs: list[str]
-    """folders of runs"""
-    out: str = "runs.png"
-    """picture to write"""
-
-
 def main() -> None:
-    options = flags.read_flags(Options, "launch/plot_run.py", __doc__ or "")
+    parser = flags.Parser("launch/plot_run.py", __doc__ or "")
+    parser.add_argument("runs", nargs="+", help="folders of runs, as run.output_dir")
+    parser.add_argument("--out", default="runs.png", help="picture to write")
+    options = parser.parse_args()
     # Imported here: flags are checked before these take their seconds to load.
     from megabert.training.pictures import plot_runs
 

@@ -79,6 +79,11 @@ def device_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
+def device_event() -> Any:
+    """The accelerator's class of events, or None for a CPU."""
+    return get_accelerator().Event
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes, the most that this process has used so far: of the device, as its allocator says; on a CPU resident memory."""
     if device.type == "cpu":

@@ -34,8 +34,9 @@ METRICS = "metrics.jsonl"
 class Meter:
     """Adds up what happens between two lines of the log, over all ranks but for the times, which are this one's."""
 
-    def __init__(self) -> None:
-        self.watch = Stopwatch()
+    def __init__(self, event: Any) -> None:
+        """event: as Stopwatch's."""
+        self.watch = Stopwatch(event)
         self.reset()
 
     def reset(self) -> None:

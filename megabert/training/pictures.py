@@ -16,8 +16,6 @@ def plot_runs(folders: list[Path], out: Path) -> None:
 
     Dots are the held-out loss, at the time of the line of the log before it. Raises ValueError for a folder without metrics.
     """
-    if not folders:
-        raise ValueError("no run to draw: name the folders of some.")
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for number, folder in enumerate(folders):

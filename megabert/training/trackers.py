@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,14 +67,14 @@ class WandB:
         self.run.finish()
 
 
-def why_not(names: list[str]) -> str | None:
+def why_not(names: Sequence[str]) -> str | None:
     """Say what is missing for these trackers, or None."""
     if "wandb" in names and importlib.util.find_spec("wandb") is None:
         return "run.trackers has wandb, which is not installed. Run pip install wandb, or leave it out."
     return None
 
 
-def open_trackers(names: list[str], folder: Path, step: int, recipe: dict[str, Any]) -> list[Tracker]:
+def open_trackers(names: Sequence[str], folder: Path, step: int, recipe: dict[str, Any]) -> list[Tracker]:
     """Those that the recipe names. step: that the run goes on from; later points are dropped where the tracker can."""
     make = {
         "tensorboard": lambda: TensorBoard(folder, step),

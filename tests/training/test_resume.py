@@ -129,11 +129,11 @@ def test_ranks_and_accumulation_give_one_curve_for_twenty_steps(corpus: Corpus, 
     for ranks in ("2", "4"):
         assert losses_of(tmp_path / ranks) == pytest.approx(losses_of(tmp_path / "1"), rel=1e-6)
         for name, weight in read_checkpoint(tmp_path / ranks)[0].items():
-            other = expected[name]
+            pair = [weight, expected[name]]
             if name.endswith("attention.qkv.bias"):
                 size = len(weight) // 3
-                weight, other = (torch.cat([part[:size], part[2 * size :]]) for part in (weight, other))
-            torch.testing.assert_close(weight, other, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+                pair = [torch.cat([part[:size], part[2 * size :]]) for part in pair]
+            torch.testing.assert_close(*pair, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def assert_groups_are_right(state: dict[str, Any]) -> None:
