@@ -44,7 +44,9 @@ class Options:
 
     def __post_init__(self):
         if not self.checkpoint:
-            raise ValueError("--checkpoint is missing: a pretraining run, an exported folder, or a Hugging Face folder.")
+            raise ValueError(
+                "--checkpoint is missing: a pretraining run, an exported folder, or a Hugging Face folder."
+            )
 
 
 SWITCHES = ("--allow_no_mnli", "--baselines", "--submission")  # these need no value

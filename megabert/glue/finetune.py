@@ -212,9 +212,7 @@ def finetune(
 
 
 @torch.no_grad()
-def predict(
-    model: MegaBertForSequenceClassification, encoded: Encoded, settings: Settings, place: Place
-) -> np.ndarray:
+def predict(model: MegaBertForSequenceClassification, encoded: Encoded, settings: Settings, place: Place) -> np.ndarray:
     """(n,) the number of each example's label; or for a regression the value."""
     model.eval()
     device = place.device

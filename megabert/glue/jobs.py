@@ -98,7 +98,9 @@ def plan_jobs(tasks: list[Task], protocol: Protocol, baselines: bool, submission
                     bare = {"from_mnli": False, "keep_encoder": False, "unlabelled": ()}
                     jobs.append(dataclasses.replace(job, contender=RANDOM_INIT, **bare))
         if baselines:
-            job = Job(task=task, settings=plan.candidates[0], candidate=0, seed=0, contender=TFIDF, counting=plan.metrics)
+            job = Job(
+                task=task, settings=plan.candidates[0], candidate=0, seed=0, contender=TFIDF, counting=plan.metrics
+            )
             jobs.append(job)
     return jobs
 
@@ -233,7 +235,8 @@ def work(job: Job, context: Context, slot: Slot, start: Path, request: dict[str,
     torch.set_num_threads(slot.threads)
     result = run_job(job, context, slot, start)
     write_atomically(
-        context.jobs / f"{job.name}.json", json.dumps({"request": request, "status": "done", **result}, indent=1).encode()
+        context.jobs / f"{job.name}.json",
+        json.dumps({"request": request, "status": "done", **result}, indent=1).encode(),
     )
 
 
@@ -254,7 +257,10 @@ def run_job(job: Job, context: Context, slot: Slot, start: Path) -> dict[str, An
         place = Place(slot.device, context.ops)
         model = build_model(start, task, settings, place, job.seed, job.contender == PRETRAINED)
         two_types = model.config.type_vocab_size > 1
-        limit = min(settings.max_seq_len, model.config.max_position_embeddings if model.config.position == "learned" else 1 << 30)
+        limit = min(
+            settings.max_seq_len,
+            model.config.max_position_embeddings if model.config.position == "learned" else 1 << 30,
+        )
         tokenizer = load_tokenizer(start, limit)
         trained = finetune(model, encode(train, tokenizer, two_types), settings, place, job.seed)
         speed = {**trained._asdict(), "examples_per_s": trained.examples / trained.seconds}
@@ -264,7 +270,9 @@ def run_job(job: Job, context: Context, slot: Slot, start: Path) -> dict[str, An
 
         predictions = {suffix: label(examples) for suffix, examples in devs.items()}
         if job.unlabelled:
-            sets = {f"{name}/{split}": label(read_split(GLUE[name], context.data, split)) for name, split in job.unlabelled}
+            sets = {
+                f"{name}/{split}": label(read_split(GLUE[name], context.data, split)) for name, split in job.unlabelled
+            }
             np.savez_compressed(context.jobs / f"{job.name}.npz", **sets)
         if job.keep_encoder:
             save_encoder(model, start, context.jobs / job.name)

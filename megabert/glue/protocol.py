@@ -112,9 +112,7 @@ def read_protocol(name: str) -> Protocol:
         path = Path(name)
     else:
         known = protocol_names()
-        raise ValueError(
-            f"protocol {name!r} is neither a file nor one of {', '.join(known)}.{nearest(name, known)}"
-        )
+        raise ValueError(f"protocol {name!r} is neither a file nor one of {', '.join(known)}.{nearest(name, known)}")
     try:
         raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as mistake:
@@ -133,7 +131,9 @@ def _check_keys(path: Path, where: str, raw: Any, known: set[str]) -> None:
         raise ValueError(f"{path}: {where or 'the file'} is {raw!r}, expected keys and values.")
     for key in raw:
         if key not in known:
-            raise ValueError(f"{path}: unknown key {where}{'.' if where else ''}{key}.{nearest(str(key), sorted(known))}")
+            raise ValueError(
+                f"{path}: unknown key {where}{'.' if where else ''}{key}.{nearest(str(key), sorted(known))}"
+            )
 
 
 def _plan(path: Path, where: str, general: dict[str, Any], own: dict[str, Any]) -> Plan:
@@ -189,7 +189,9 @@ def _value(path: Path, where: str, wanted: Any, value: Any) -> Any:
             raise ValueError(f"{path}: {where} is {value!r}, expected a number.") from mistake
     if wanted in (int, bool):
         if type(value) is not wanted:
-            raise ValueError(f"{path}: {where} is {value!r}, expected {'true or false' if wanted is bool else 'a whole number'}.")
+            raise ValueError(
+                f"{path}: {where} is {value!r}, expected {'true or false' if wanted is bool else 'a whole number'}."
+            )
         return value
     if value not in wanted.__args__:
         raise ValueError(f"{path}: {where} is {value!r}, expected {' or '.join(wanted.__args__)}.")

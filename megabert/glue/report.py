@@ -34,13 +34,16 @@ def summarize(jobs: list[Job], results: dict[str, dict[str, Any]]) -> dict[str, 
 
 def _summarize_one(jobs: list[Job], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     candidates = {
-        number: [job for job in jobs if job.candidate == number] for number in dict.fromkeys(job.candidate for job in jobs)
+        number: [job for job in jobs if job.candidate == number]
+        for number in dict.fromkeys(job.candidate for job in jobs)
     }
     done = {
         number: [results[job.name] for job in some if results.get(job.name, {}).get("status") == "done"]
         for number, some in candidates.items()
     }
-    failed = {job.name: result["error"] for job in jobs if (result := results.get(job.name)) and result["status"] == "failed"}
+    failed = {
+        job.name: result["error"] for job in jobs if (result := results.get(job.name)) and result["status"] == "failed"
+    }
     missing = [job.name for job in jobs if job.name not in results]
     finished = {number: some for number, some in done.items() if some}
     outcome: dict[str, Any] = {"mean": None, "std": None, "n": 0, "scores": [], "metrics": {}, "seconds": 0.0}
@@ -122,10 +125,14 @@ def as_markdown(results: dict[str, Any], tasks: list[Task]) -> str:
                 notes.append(f"- {task}: the best of {part['candidates']} candidates, by this very score")
             if part["counting"]:
                 notes.append(f"- {task}, {TITLES[contender]}: the score is {' and '.join(part['counting'])} alone")
-    lines.append(f"| **average** | {TITLES[PRETRAINED]} | {_number(results['average'])} | | | {results['average_of']} | | | |")
+    lines.append(
+        f"| **average** | {TITLES[PRETRAINED]} | {_number(results['average'])} | | | {results['average_of']} | | | |"
+    )
     if results["without_mnli_start"]:
         named = ", ".join(results["without_mnli_start"])
-        notes.append(f"- NOT the protocol: {named} started from the checkpoint, not from MNLI's encoder (--allow-no-mnli)")
+        notes.append(
+            f"- NOT the protocol: {named} started from the checkpoint, not from MNLI's encoder (--allow-no-mnli)"
+        )
     lines += ["", "Scores are times 100; std is over seeds; examples: training / scored.", *notes]
     return "\n".join(lines) + "\n"
 

@@ -64,10 +64,14 @@ def run(request: Request) -> int:
     print(f"\n{table}")
     if request.submission:
         lacking = write_submission(jobs, runner.results, context)
-        print(f"{out}/submission.zip" + (f": lacks {', '.join(lacking)}, which the server wants too" if lacking else ""))
+        print(
+            f"{out}/submission.zip" + (f": lacks {', '.join(lacking)}, which the server wants too" if lacking else "")
+        )
     failed = [name for name, result in runner.results.items() if result["status"] == "failed"]
     if failed:
-        print(f"{len(failed)} of {len(jobs)} jobs failed; the same command runs these again. Logs: {context.jobs}/NAME.log")
+        print(
+            f"{len(failed)} of {len(jobs)} jobs failed; the same command runs these again. Logs: {context.jobs}/NAME.log"
+        )
     return 1 if failed else 0
 
 

@@ -1,7 +1,6 @@
 """The test sets' labels in the files that GLUE's server takes (https://gluebenchmark.com/submit), and the zip of them."""
 
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -143,9 +143,13 @@ def compare_scores(ours: Ours, theirs: Theirs, train: Examples, dev: Examples, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a BERT")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions, two seeds of one small task: within 50 s")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repetitions, two seeds of one small task: within 50 s"
+    )
     parser.add_argument("--json", type=Path, help="file to write {figures, machine} to")
-    parser.add_argument("--task", nargs="+", default=["movie-sentiment", "movie-rating"], help="tasks to compare scores on")
+    parser.add_argument(
+        "--task", nargs="+", default=["movie-sentiment", "movie-rating"], help="tasks to compare scores on"
+    )
     parser.add_argument("--data", type=Path, default=Path("data/glue"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--train", type=int, default=1000, help="training examples of the comparison of scores")

@@ -132,7 +132,11 @@ def test_a_task_of_the_users_own(tmp_path):
         ("labels", "lables", "unknown key 'lables'. Did you mean labels?"),
         ("[bad, good]", "[yes, no]", "quote it"),
         ("[bad, good]", "[bad]", "expected two or more different names"),
-        ("[accuracy, f1]", "[pearson]", "metric 'pearson' does not fit 2 labels: expected some of accuracy, f1, matthews"),
+        (
+            "[accuracy, f1]",
+            "[pearson]",
+            "metric 'pearson' does not fit 2 labels: expected some of accuracy, f1, matthews",
+        ),
         ("labels: [bad, good]\n", "", "metric 'accuracy' does not fit a regression"),
         ("[text]", "[a, b, c]", "texts has 3 columns"),
         ("name: own", "name: cola", "is a GLUE task's"),

@@ -63,7 +63,9 @@ def fetch(folder: Path) -> Path:
 def write(folder: Path) -> None:
     """Write movie-sentiment/ and movie-rating/, train.tsv and dev.tsv in each, into `folder`."""
     rated = list(read(fetch(folder)))
-    write_splits(folder / "movie-rating", ("sentence",), [Row((text,), repr(rating), held) for text, rating, held in rated])
+    write_splits(
+        folder / "movie-rating", ("sentence",), [Row((text,), repr(rating), held) for text, rating, held in rated]
+    )
     clear = [
         Row((text,), "positive" if rating > 0 else "negative", held)
         for text, rating, held in rated
