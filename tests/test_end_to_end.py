@@ -138,3 +138,20 @@ def test_fine_tuning_and_the_summary(exported, undisturbed):
     assert summary.keys() == SUMMARY
     assert summary["total_seconds"] == 13.0
     assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_score_against_cost(undisturbed, tmp_path):
+    """Straight from ZeRO checkpoints."""
+    assert run_command([sys.executable, "launch/fetch_tasks.py"]).code == 0
+    protocol = tmp_path / "tiny.yaml"
+    protocol.write_text("settings: {lr: 1.0e-3, epochs: 1, batch_size: 32, max_seq_len: 32, max_train_examples: 64}\n")
+    command = [sys.executable, "launch/pareto.py", f"--runs={undisturbed}", f"--protocol={protocol}", "--ops=torch"]
+    command += ["--task-file=megabert/glue/labelled/movie-sentiment.yaml", f"--out={tmp_path}", "--dollars-per-gpu-hour=2"]
+    done = run_command(command)
+    assert done.code == 0, done.output
+    points = json.loads((tmp_path / "pareto.json").read_text())
+    assert points[-1]["step"] == STEPS
+    assert points[-1]["dollars"] == pytest.approx(2 * points[-1]["hours"])
+    assert points[-1]["tokens"] == read_metrics(undisturbed / "metrics.jsonl")[-1]["tokens"]
+    assert any(point["on_front"] for point in points)
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")

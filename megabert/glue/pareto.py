@@ -1,5 +1,6 @@
 """Score against what it cost: the checkpoints of several runs, one line per run, the Pareto front marked."""
 
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def cost_of(run: Path, step: int) -> tuple[float, float]:
         record = json.loads(line)
         if "seconds" in record and record["step"] > known[-1][0]:
             known.append((record["step"], record["seconds"], record["tokens"]))
-    for before, after in zip(known, known[1:], strict=False):
+    for before, after in itertools.pairwise(known):
         if before[0] <= step <= after[0]:
             share = (step - before[0]) / (after[0] - before[0])
             return before[1] + share * (after[1] - before[1]), before[2] + share * (after[2] - before[2])

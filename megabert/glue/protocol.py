@@ -181,7 +181,7 @@ def _settings(path: Path, where: str, values: dict[str, Any]) -> Settings:
 def _value(path: Path, where: str, wanted: Any, value: Any) -> Any:
     """A number is a number, with or without a point; YAML reads 5e-5 as a text."""
     if wanted in (float, float | None):
-        if value is None and wanted != float:
+        if value is None and wanted is not float:
             return None
         try:
             return float("" if isinstance(value, bool) else value)

@@ -192,8 +192,7 @@ def _read_parquet(task: Task, path: Path, wanted: list[str]) -> Rows:
         if names is not None:
             if label not in range(len(names)):
                 raise ValueError(f"{place}, column {task.label}: is {label}, expected 0 to {len(names) - 1}.")
-            label = names[label]
-        yield place, tuple(words), label
+        yield place, tuple(words), label if names is None else names[label]
 
 
 def _label_names(task: Task, path: Path, metadata: dict[bytes, bytes]) -> list[str]:
