@@ -119,14 +119,18 @@ def test_the_export_works_where_megabert_is_not_importable(exported, tmp_path):
 
 
 def test_fine_tuning_and_the_summary(exported, undisturbed):
-    """The real task, on the tiny model: the whole path, not a good score."""
+    """The real task, on the tiny model and a part of the data: the whole path, not a good score."""
     out = undisturbed / "finetune"
+    protocol = undisturbed / "tiny.yaml"
+    protocol.write_text(
+        "settings: {lr: 1.0e-3, epochs: 1, batch_size: 32, max_seq_len: 32, pooling: mean, max_train_examples: 500}\n"
+    )
     assert run_command([sys.executable, "launch/fetch_tasks.py"]).code == 0
     command = [sys.executable, "launch/finetune_glue.py", f"--checkpoint={exported}", f"--out={out}", "--baselines"]
-    command += ["--task-file=megabert/glue/labelled/movie-sentiment.yaml", "--protocol=quickstart", "--ops=torch"]
+    command += ["--task-file=megabert/glue/labelled/movie-sentiment.yaml", f"--protocol={protocol}", "--ops=torch"]
     done = run_command(command)
     assert done.code == 0, done.output
-    assert "7,954 / 2,118" in done.output
+    assert "500 / 2,118" in done.output
     assert all(row in done.output for row in ("fine-tuned, pretrained", "from random weights", "TF-IDF"))
     assert "accuracy 0." not in run_command(command).output, "every job's result is reused"
     (undisturbed / "times.tsv").write_text("pretraining\t10.5\nexport\t2.5\n")
@@ -146,7 +150,11 @@ def test_the_picture_of_score_against_cost(undisturbed, tmp_path):
     protocol = tmp_path / "tiny.yaml"
     protocol.write_text("settings: {lr: 1.0e-3, epochs: 1, batch_size: 32, max_seq_len: 32, max_train_examples: 64}\n")
     command = [sys.executable, "launch/pareto.py", f"--runs={undisturbed}", f"--protocol={protocol}", "--ops=torch"]
-    command += ["--task-file=megabert/glue/labelled/movie-sentiment.yaml", f"--out={tmp_path}", "--dollars-per-gpu-hour=2"]
+    command += [
+        "--task-file=megabert/glue/labelled/movie-sentiment.yaml",
+        f"--out={tmp_path}",
+        "--dollars-per-gpu-hour=2",
+    ]
     done = run_command(command)
     assert done.code == 0, done.output
     points = json.loads((tmp_path / "pareto.json").read_text())

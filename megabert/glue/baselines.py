@@ -1,6 +1,7 @@
 """The floor that a fine-tuned encoder should beat: TF-IDF of words and pairs of words, under a linear model."""
 
 import time
+from typing import Any
 
 import numpy as np
 from scipy.sparse import hstack
@@ -22,10 +23,10 @@ def predict_tfidf(
     vectorizer.fit(train.first + (train.second or []))
 
     def features(examples: Examples):
-        first = vectorizer.transform(examples.first)
+        first: Any = vectorizer.transform(examples.first)
         if examples.second is None:
             return first
-        second = vectorizer.transform(examples.second)
+        second: Any = vectorizer.transform(examples.second)
         return hstack([abs(first - second), first.multiply(second)]).tocsr()
 
     model = Ridge(alpha=1.0) if is_regression else LogisticRegression(C=10, max_iter=1000)

@@ -68,11 +68,11 @@ def load_tokenizer(folder: Path, max_seq_len: int) -> Tokenizer:
 
 def encode(examples: Examples, tokenizer: Tokenizer, two_types: bool) -> Encoded:
     """two_types: whether the model tells a pair's texts apart by their type."""
-    pairs = examples.second is not None
-    texts: Any = list(zip(examples.first, examples.second, strict=True)) if pairs else examples.first
+    second = examples.second
+    texts: Any = examples.first if second is None else list(zip(examples.first, second, strict=True))
     encodings = tokenizer.encode_batch_fast(texts)
     labels = None if examples.labels is None else torch.tensor(examples.labels)
-    types = [encoding.type_ids for encoding in encodings] if pairs and two_types else None
+    types = [encoding.type_ids for encoding in encodings] if second is not None and two_types else None
     return Encoded([encoding.ids for encoding in encodings], types, labels)
 
 
@@ -128,7 +128,8 @@ def build_model(
         if settings.rescale_embeddings:
             rescale_embeddings(model)
     set_ops(model, resolve(place.ops, place.device, config, uses_bf16(settings, place.device)))
-    return model.to(place.device)
+    torch.nn.Module.to(model, place.device)
+    return model
 
 
 def uses_bf16(settings: Settings, device: torch.device) -> bool:

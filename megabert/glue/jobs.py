@@ -270,7 +270,7 @@ def run_job(job: Job, context: Context, slot: Slot, start: Path) -> dict[str, An
 
         predictions = {suffix: label(examples) for suffix, examples in devs.items()}
         if job.unlabelled:
-            sets = {
+            sets: dict[str, Any] = {
                 f"{name}/{split}": label(read_split(GLUE[name], context.data, split)) for name, split in job.unlabelled
             }
             np.savez_compressed(context.jobs / f"{job.name}.npz", **sets)

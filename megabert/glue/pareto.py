@@ -1,5 +1,6 @@
 """Score against what it cost: the checkpoints of several runs, one line per run, the Pareto front marked."""
 
+import dataclasses
 import itertools
 import json
 from dataclasses import asdict, dataclass
@@ -71,7 +72,7 @@ def mark_front(points: list[Point]) -> list[Point]:
         if points[number].score > best:
             best = points[number].score
             marked.add(number)
-    return [Point(**asdict(point) | {"on_front": number in marked}) for number, point in enumerate(points)]
+    return [dataclasses.replace(point, on_front=number in marked) for number, point in enumerate(points)]
 
 
 def draw(points: list[Point], title: str, out: Path) -> None:
