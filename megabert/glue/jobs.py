@@ -168,7 +168,7 @@ class Runner:
             done = [(result["score"], other.name) for result, other in ended if result and result["status"] == "done"]
             if done:
                 start = self.context.jobs / max(done)[1]
-                sha256 = fingerprint(start)
+                sha256 = self.results[start.name]["encoder"]
             else:
                 sha256 = "none"
         request = {
@@ -276,6 +276,7 @@ def run_job(job: Job, context: Context, slot: Slot, start: Path) -> dict[str, An
             np.savez_compressed(context.jobs / f"{job.name}.npz", **sets)
         if job.keep_encoder:
             save_encoder(model, start, context.jobs / job.name)
+            speed["encoder"] = fingerprint(context.jobs / job.name)
     scores = score_all(task, predictions, devs)
     sizes = {"train_examples": len(train.first), "dev_examples": sum(len(examples.first) for examples in devs.values())}
     counting = [value for name, value in scores.items() if not job.counting or name.split()[0] in job.counting]

@@ -141,8 +141,7 @@ KEYS = ("name", "texts", "label", "labels", "metrics", "train", "dev", "test")
 def choose_tasks(names: str) -> list[Task]:
     """all, or GLUE tasks by name with commas between. Raises ValueError for an unknown one."""
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    if chosen == ["all"]:
-        chosen = list(EIGHT)
+    chosen = [one for name in chosen for one in (EIGHT if name == "all" else (name,))]
     for name in chosen:
         if name not in GLUE:
             raise ValueError(f"--tasks {name}: expected all, or some of {', '.join(GLUE)}.{nearest(name, list(GLUE))}")

@@ -152,5 +152,6 @@ def test_a_wrong_task_file_is_refused(tmp_path, old, new, message):
 
 def test_tasks_are_chosen_by_name():
     assert [task.name for task in choose_tasks("all")] == ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
+    assert [task.name for task in choose_tasks("all,wnli,rte,ax")][8:] == ["wnli", "ax"]
     with pytest.raises(ValueError, match="Did you mean stsb"):
         choose_tasks("cola,sts-b")
