@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 bash launch/install.sh dev,kernels
 source .venv/bin/activate
 export DS_ACCELERATOR=cpu TOKENIZERS_PARALLELISM=false
+export OMP_WAIT_POLICY=PASSIVE   # tests start more processes than there are cores: a thread that spins keeps another from running
 if [ $# -eq 0 ]; then
     ruff format --check .
     ruff check .

@@ -3,7 +3,7 @@
 import gc
 import json
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -130,6 +130,7 @@ def settle(run: Run, batches: list[PackedBatch], before: dict[int, Position], su
         run.stopped = run.interrupts.reason or "another rank was told to stop"
     if run.verdict.settle():
         run.meter.add(counted)
+        run.meter.own_tokens += tokens
     else:
         note_skipped(run, before, counted[0] / max(1.0, counted[2]))
 
@@ -186,14 +187,11 @@ def roll_back(run: Run) -> None:
 def report(run: Run) -> None:
     """Write one line of the log."""
     meter = run.meter
-    skipped = torch.tensor(
-        float(sum(position.skipped for position in run.positions.values())), device=run.engine.device
-    )
-    deepspeed.comm.all_reduce(skipped)
     seconds = meter.seconds()
     run.tokens += int(meter.tokens)
     run.seconds += seconds
     parts, steps = meter.watch.read(), max(1, meter.steps)
+    ranks = of_every_rank(run, parts)
     values = {
         "loss": meter.loss_sum / max(1.0, meter.num_targets),
         "masked_accuracy": meter.num_correct / max(1.0, meter.num_targets),
@@ -205,13 +203,15 @@ def report(run: Run) -> None:
         "seconds": run.seconds,
         "tokens_per_s": meter.tokens / seconds,
         "tokens_per_s_per_rank": meter.tokens / seconds / run.world_size,
+        "slowest_rank": ranks.speeds.min().item(),
+        "fastest_rank": ranks.speeds.max().item(),
         "seconds_per_step": seconds / steps,
         "fill": meter.tokens / max(1.0, meter.slots),
         "loader_wait": parts["data"] / seconds,
         **{f"time/{part}": spent / steps for part, spent in parts.items()},
         "memory_gb": peak_memory(run.engine.device) / 1e9,
         **model_flops(run, seconds),
-        "skipped_chunks": float(skipped),
+        "skipped_chunks": ranks.skipped,
     }
     if run.reporter is not None and meter.steps:
         if run.clock.budget is not None:
@@ -219,6 +219,23 @@ def report(run: Run) -> None:
             run.reporter.expect(run.step + round(left / values["seconds_per_step"]))
         run.reporter.log(run.step, values)
     meter.reset()
+
+
+class Ranks(NamedTuple):
+    """speeds: of each rank alone, real tokens per second of loading and forward, (ranks,); skipped: chunks, of all ranks."""
+
+    speeds: torch.Tensor
+    skipped: float
+
+
+def of_every_rank(run: Run, parts: dict[str, float]) -> Ranks:
+    """What each rank says of itself. In the other parts of a step all take as long as the slowest, whom they wait for."""
+    own = max(parts["data"] + parts["forward"], 1e-9)  # nothing was done where nothing is counted
+    skipped = float(sum(position.skipped for position in run.positions.values()))
+    table = torch.zeros(run.world_size, 2, dtype=torch.float64, device=run.engine.device)
+    table[run.feed.rank] = torch.tensor([run.meter.own_tokens / own, skipped], dtype=torch.float64)
+    deepspeed.comm.all_reduce(table)
+    return Ranks(table[:, 0], table[:, 1].sum().item())
 
 
 def model_flops(run: Run, seconds: float) -> dict[str, float]:

@@ -11,6 +11,8 @@ loader_wait      share of the step's time that rank 0 waited for data
 time/...         seconds per step on rank 0: data (waiting for batches), forward, backward (ZeRO's reduction of gradients in it),
                  optimizer (ZeRO's gathering of weights in it), agree (the all-reduce at a step's end: waiting for the others)
 tokens_per_s_per_rank  tokens_per_s / ranks
+slowest_rank, fastest_rank  real tokens per second of a rank alone, of loading and forward, which wait for no other (at ZeRO 3
+                 forward does: it fetches weights)
 memory_gb        most that rank 0 has used so far: of the device; on a CPU resident memory
 skipped_updates  refused by the guard since the start of the run
 skipped_chunks   damaged and left out since the start of the run
@@ -32,7 +34,7 @@ METRICS = "metrics.jsonl"
 
 
 class Meter:
-    """Adds up what happens between two lines of the log, over all ranks but for the times, which are this one's."""
+    """Adds up what happens between two lines of the log, over all ranks but for own_tokens and the times, which are this one's."""
 
     def __init__(self, event: Any) -> None:
         """event: as Stopwatch's."""
@@ -41,7 +43,7 @@ class Meter:
 
     def reset(self) -> None:
         self.loss_sum = self.num_correct = self.num_targets = self.tokens = self.slots = self.squared_lengths = 0.0
-        self.steps = 0
+        self.steps = self.own_tokens = 0
         self.paused = 0.0
         self.watch.reset()
         self.started = time.perf_counter()

@@ -6,7 +6,7 @@ overhead: in one process, steps of a run as launch/pretrain.py makes them (loade
 take turns with steps of a bare PyTorch loop: the same model class with its own weights, the same kinds of batches made
 ahead, bf16 autocast, fused AdamW, gradient clipping. Median of per-round ratios, minus 1.
 two_rank_efficiency: tokens per second of two ranks with one thread each, half of every batch each, over those of one
-rank with two threads: two commands, the median step of each.
+rank with two threads: commands in turn, the median step of each, and of their ratios the median.
 first_step_s: from the command to the end of its first step, with compiled operations from the cache; first_step_cold_s
 with an empty one.
 save_overhead: as bench_saving.py says.
@@ -42,6 +42,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 ROUNDS = 25
 QUICK_ROUNDS = 9
+PAIRS = 3  # of commands on one and on two ranks; one with --quick
 SPEED_STEPS = 12  # of a command whose speed is measured; the first WARM of them are not
 WARM = 4
 
@@ -89,9 +90,10 @@ def measure_overhead(run: Run, rounds: int) -> tuple[float, float, float]:
     bare.step(ahead.pop())
     engine_step(run)
     ours, theirs = [], []
-    for batch in ahead:
-        ours.append(seconds(engine_step, run))
-        theirs.append(seconds(bare.step, batch))
+    for number, batch in enumerate(ahead):
+        turns = [(ours, engine_step, run), (theirs, bare.step, batch)]
+        for taken, work, argument in turns if number % 2 else turns[::-1]:
+            taken.append(seconds(work, argument))
     share = statistics.median(a / b for a, b in zip(ours, theirs, strict=True)) - 1
     return share, statistics.median(ours), statistics.median(theirs)
 
@@ -162,9 +164,16 @@ def main() -> None:
         assert run.reporter is not None, "this is rank 0"
         run.reporter.close()
         del run
-        one, two = (tokens_per_s(size, tokens, base / f"{ranks}-ranks", ranks) for ranks in (1, 2))
-        figures["two_rank_efficiency"] = two / one
-        print(f"one rank {one:,.0f} tokens/s, two ranks {two:,.0f}: {two / one:.0%}", flush=True)
+        pairs = [
+            [tokens_per_s(size, tokens, base / f"{ranks}-ranks-{number}", ranks) for ranks in (1, 2)]
+            for number in range(1 if options.quick else PAIRS)
+        ]
+        one, two = (statistics.median(speeds) for speeds in zip(*pairs, strict=True))
+        figures["two_rank_efficiency"] = statistics.median(both / alone for alone, both in pairs)
+        print(
+            f"one rank {one:,.0f} tokens/s, two ranks {two:,.0f}: {figures['two_rank_efficiency']:.0%}",
+            flush=True,
+        )
         figures["first_step_s"] = first_step_s(size, tokens, base / "warm")
         print(f"first step {figures['first_step_s']:.1f} s after the command", flush=True)
         if not options.quick:

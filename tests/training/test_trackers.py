@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megabert.training import trackers
 from megabert.training.stopwatch import PARTS, Stopwatch
 from megabert.training.trackers import CSV, open_trackers, why_not
-from tests.conftest import pretrain_command, run_command
+from tests.conftest import REPOSITORY, pretrain_command, run_command, run_ranks
 
 
 def rows(folder) -> list[list[str]]:
@@ -108,6 +108,27 @@ def test_the_stopwatch_reads_a_devices_own_clock():
     assert watch.read()["forward"] == pytest.approx(3 * 2e-3)
     assert watch.read()["forward"] == pytest.approx(3 * 2e-3)  # not twice
     assert 0 < watch.read()["data"] < 1e-3
+
+
+SLOW_FORWARD = """
+import os, time
+if os.environ.get("RANK") == "1":
+    from megabert.model.modeling_megabert import MegaBertForMaskedLM as Model
+    forward = Model.forward
+    Model.forward = lambda *rest, **more: (time.sleep(0.3), forward(*rest, **more))[1]
+"""
+
+
+def test_a_run_says_how_much_slower_a_rank_is_than_the_others(corpus, tmp_path, monkeypatch):
+    """The slow one would need 0.3 s for its 256 token slots. Together they take as long as it does."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_FORWARD)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
+    done = run_ranks(corpus, tmp_path / "out", "--run.max_steps=3", ranks=2)
+    assert done.code == 0, done.output
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    point = [json.loads(line) for line in lines if "slowest_rank" in line][-1]
+    assert 0 < point["slowest_rank"] < 256 / 0.3 < point["fastest_rank"]
+    assert point["time/forward"] < 0.3 < point["seconds_per_step"]  # rank 0's own
 
 
 def test_a_run_says_where_its_time_goes_and_two_are_drawn(corpus, tmp_path):
