@@ -18,8 +18,9 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_unknown_arguments_are_refused():
-    done = run_command(["bash", "launch/install_gpu.sh", "--all"])
-    assert (done.code, done.output) == (1, "install_gpu: unknown argument --all; the only one is --no-apex.\n")
+    for arguments in (["--all"], ["--no-apex", "--all"]):
+        done = run_command(["bash", "launch/install_gpu.sh", *arguments])
+        assert (done.code, done.output) == (1, "install_gpu: unknown argument --all; the only one is --no-apex.\n")
 
 
 def test_the_script_is_whole():
