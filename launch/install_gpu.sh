@@ -3,17 +3,20 @@
 #     bash launch/install_gpu.sh            all of it: half an hour or more, nearly all of it compiling
 #     bash launch/install_gpu.sh --no-apex  without apex, whose AdamW PyTorch's own replaces
 #
-# The last thing that it prints is the table of megabert/kernels/README.md. Not run on a GPU yet.
+# The last things that it prints are the table of megabert/kernels/README.md and training speed beside transformers' models.
+# Not run on a GPU yet.
 # Needs nvcc of the CUDA release that torch was built with. MAX_JOBS bounds the compilers that run at once (default 4: each
 # takes gigabytes).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 flash_attn=2.8.3.post2 # the newest with alibi_slopes and a deterministic backward; FlashAttention 3 and 4 have no ALiBi
-apex=6424da3           # of github.com/NVIDIA/apex; PyPI's apex is an unrelated package
+apex=6424da3 # of github.com/NVIDIA/apex; PyPI's apex is an unrelated package
 export MAX_JOBS=${MAX_JOBS:-4}
 
 fail() { echo "install_gpu: $1" >&2; exit 1; }
-[ "$#" -eq 0 ] || [ "$1" = --no-apex ] || fail "unknown argument $1; the only one is --no-apex."
+for argument; do
+    [ "$argument" = --no-apex ] || fail "unknown argument $argument; the only one is --no-apex."
+done
 [ -e /dev/nvidiactl ] || fail "no NVIDIA GPU here (/dev/nvidiactl is missing). On a CPU: bash launch/install.sh"
 command -v nvcc >/dev/null || fail "no nvcc. Install the CUDA toolkit of the release that torch uses, and add it to PATH."
 
@@ -31,7 +34,8 @@ if [ "${1:-}" != --no-apex ]; then
     echo "--- apex $apex"
     mkdir -p build
     [ -d build/apex ] || git clone -q https://github.com/NVIDIA/apex build/apex
-    git -C build/apex checkout -q "$apex"
+    git -C build/apex checkout -q "$apex" # which fails should seven digits mean two commits one day
+    git -C build/apex rev-parse HEAD
     APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ./build/apex
     "$python" -c 'import torch, amp_C'
 fi
@@ -40,3 +44,5 @@ echo "--- tests on the GPU"
 "$python" -m pytest -m gpu -q
 echo "--- benchmark: paste this into megabert/kernels/README.md"
 "$python" tests/benchmarks/bench_kernels.py --json build/bench_kernels.json
+echo "--- benchmark: training"
+"$python" tests/benchmarks/bench_train.py --json build/bench_train.json

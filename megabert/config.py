@@ -47,6 +47,8 @@ class ModelConfig:
     """embedding rows are the tokenizer's vocabulary rounded up to a multiple of this"""
     initializer_range: float = 0.02
     """standard deviation of the initial weights"""
+    z_loss: float = 0.0
+    """adds this times log(sum of exp of logits)^2 to each masked token's training loss, which keeps logits small; 1e-4 is usual"""
     init_from: str | None = None
     """begin with the weights of this folder, which launch/convert_from_hf.py wrote; a resumed run has its own"""
     gradient_checkpointing: str = "none"

@@ -289,7 +289,9 @@ def _check(index: Tensor, rows: int, what: str) -> None:
 
 
 @compiled
-def _logits_to_gradients(logits: Tensor, bias: Tensor, labels: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def _logits_to_gradients(
+    logits: Tensor, bias: Tensor, labels: Tensor, z_loss: Tensor | None, out: Tensor
+) -> tuple[Tensor, Tensor]:
     """Write the gradient of the summed loss of logits (C, V), still without their bias (V,). Returns that loss and the number right.
 
     out: (C, V), which may be the logits.
@@ -301,10 +303,14 @@ def _logits_to_gradients(logits: Tensor, bias: Tensor, labels: Tensor, out: Tens
     exponents = torch.exp(wide - highest)
     total = exponents.sum(dim=-1, keepdim=True)
     hit = wide.gather(1, target)
-    loss = ((total.log() + highest - hit)[:, 0] * used).sum()
+    log_sum = total.log() + highest
+    loss, share = log_sum - hit, 1 / total
+    if z_loss is not None:
+        loss, share = loss + z_loss * log_sum * log_sum, share * (1 + 2 * z_loss * log_sum)
+    loss = (loss[:, 0] * used).sum()
     num_correct = ((hit == highest)[:, 0] & used).sum()
     column = torch.arange(logits.shape[1], device=logits.device)
-    out.copy_((exponents / total - torch.where(column == target, 1.0, 0.0)) * used[:, None])
+    out.copy_((exponents * share - torch.where(column == target, 1.0, 0.0)) * used[:, None])
     return loss, num_correct
 
 
@@ -317,12 +323,14 @@ class MaskedCrossEntropy(torch.autograd.Function):
     """The summed loss; its gradients are made on the way forward, where each piece of logits is still in the cache."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: Tensor | None, gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
         with torch.autocast("cpu", enabled=False):
             loss, num_correct, *grads = _loss_and_gradients(
-                hidden.to(dtype), weight.to(dtype), bias.detach(), labels, any(ctx.needs_input_grad)
+                hidden.to(dtype), weight.to(dtype), bias.detach(), labels, z_loss, gradient
             )
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(num_correct)
@@ -331,7 +339,7 @@ class MaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(_scaled(grad, grad_loss, dtype) for grad, dtype in grads), None
+        return *(_scaled(grad, grad_loss, dtype) for grad, dtype in grads), None, None, None
 
 
 def _workspace(size: int, dtype: torch.dtype) -> Tensor:
@@ -348,19 +356,24 @@ def free_workspaces() -> None:
     _scratch.by_dtype.clear()
 
 
+def has_bf16_products() -> bool:
+    """Whether oneDNN multiplies bf16 matrices on this CPU."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _scorer(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
     """A function of some hidden (C, E) and scratch (C, V), to logits (C, V), which may be in the scratch.
 
     For bf16, oneDNN brings the weight (V, E) into its own layout once, best for `rows` rows, not at every product.
     """
-    if weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if weight.dtype != torch.bfloat16 or not has_bf16_products():
         return lambda hidden, scratch: torch.mm(hidden, weight.t(), out=scratch)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda hidden, scratch: torch.ops.mkldnn._linear_pointwise(hidden, packed, None, "none", [], "")
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: Tensor | None, wanted: bool
 ) -> tuple[Tensor, ...]:
     """The summed loss, the number right, and where wanted the gradients of hidden, weight and bias."""
     row_bytes = len(weight) * hidden.element_size()
@@ -372,7 +385,7 @@ def _loss_and_gradients(
     for part, wants in zip(hidden.split(max(1, most)), labels.split(max(1, most)), strict=True):
         grad = kept[: len(part)]
         for piece, some, their in zip(grad.split(rows), part.split(rows), wants.split(rows), strict=True):
-            sums.append(_logits_to_gradients(score(some, piece), bias, their, piece))
+            sums.append(_logits_to_gradients(score(some, piece), bias, their, z_loss, piece))
         if wanted:
             grads.append((grad @ weight, grad.t() @ part, grad.sum(dim=0)))
     loss, num_correct = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
@@ -382,9 +395,13 @@ def _loss_and_gradients(
     return loss, num_correct, torch.cat(to_hidden), sum(to_weight[1:], to_weight[0]), sum(to_bias[1:], to_bias[0])
 
 
-def masked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> MaskedLoss:
+def masked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: float = 0.0
+) -> MaskedLoss:
     _check(labels[labels != IGNORE_INDEX], len(weight), "a label")
-    loss_sum, num_correct = MaskedCrossEntropy.apply(hidden, weight, bias, labels.long())
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
+    factor = torch.tensor(z_loss, dtype=torch.float64) if z_loss else None  # a tensor, so that no value is compiled in
+    loss_sum, num_correct = MaskedCrossEntropy.apply(hidden, weight, bias, labels.long(), factor, gradient)
     return MaskedLoss(loss_sum, num_correct, (labels != IGNORE_INDEX).sum())
 
 
@@ -410,11 +427,11 @@ def why_not_fused(config: MegaBertConfig, bf16: bool) -> str | None:
 def cpu_ops(config: MegaBertConfig, bf16: bool) -> tuple[Ops, str]:
     """The fastest operations for a CPU, and what to say about them."""
     attention = PLANNERS["sdpa"]
+    where = "over padded rows" if config.padding == "padded" else "by document length"
     if reason := why_not_fused(config, bf16):
-        return TORCH_OPS._replace(
-            attention=attention
-        ), f"attention by document length, the rest plain PyTorch ({reason})"
+        return TORCH_OPS._replace(attention=attention), f"attention {where}, the rest plain PyTorch ({reason})"
     # Dropout or none, dtypes, and shapes that happen to be equal: each combination compiles once. At torch's limit of 8 a
     # long-lived process would stop with an error.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return CPU_OPS._replace(attention=attention), "attention by document length, the rest fused by torch.compile"
+    said = f"attention {where}; geglu, add_layer_norm, embed_layer_norm, masked_cross_entropy fused by torch.compile"
+    return CPU_OPS._replace(attention=attention), f"{said}; layer_norm plain PyTorch (one row in a hundred passes it)"

@@ -35,9 +35,9 @@ def loss_kernel(
     row = tl.program_id(0)
     logits = LOGITS + row.to(tl.int64) * V
     label = tl.load(LABELS + row)
-    if label == IGNORED:
+    if (label < 0) | (label >= V):  # IGNORE_INDEX, or a mistake
         tl.store(LSE + row, 0.0)
-        tl.store(LOSS + row, 0.0)
+        tl.store(LOSS + row, tl.where(label == IGNORED, 0.0, float("nan")))
         tl.store(CORRECT + row, 0)
         if GRADIENT:
             for first in range(0, V, BLOCK):

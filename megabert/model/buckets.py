@@ -198,7 +198,8 @@ def plan_buckets(cu_seqlens: Tensor, slopes: Tensor | None, head_dim: int) -> Ca
 
     def attend(qkv: Tensor) -> Tensor:
         heads = qkv.shape[2]
-        return BucketAttention.apply(qkv, layout_for(heads)[1], scorer_for(heads, qkv.dtype))
+        gradient = torch.is_grad_enabled() and qkv.requires_grad
+        return BucketAttention.apply(qkv, layout_for(heads)[1], scorer_for(heads, qkv.dtype), gradient)
 
     return attend
 
@@ -211,8 +212,8 @@ class BucketAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, layout: HeadMajor, scorer: Scorer) -> Tensor:  # type: ignore[override]
-        """qkv: (T, 3, H, D). Returns (T, H, D)."""
+    def forward(ctx, qkv: Tensor, layout: HeadMajor, scorer: Scorer, gradient: bool) -> Tensor:  # type: ignore[override]
+        """qkv: (T, 3, H, D); gradient: whether a backward pass will follow. Returns (T, H, D)."""
         num_tokens, _, heads, size = qkv.shape
         blocks = qkv.view(-1, size).index_select(0, layout.qkv)
         out = qkv.new_empty(len(layout.out), size)
@@ -222,7 +223,8 @@ class BucketAttention(torch.autograd.Function):
                 weights = scorer.weigh(query[:, rows], key, bucket, rows)
                 if length <= LONGEST_KEPT:
                     torch.bmm(weights, value, out=mixed)
-                    kept.append(weights)
+                    if gradient:
+                        kept.append(weights)
                 else:
                     mixed[:, rows] = torch.bmm(weights, value)
         ctx.save_for_backward(blocks, *kept)
@@ -230,7 +232,7 @@ class BucketAttention(torch.autograd.Function):
         return out.index_select(0, layout.out_inverse).view(num_tokens, heads, size)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         blocks, *kept = ctx.saved_tensors
         num_tokens, heads, size = grad.shape
         layout, scale = ctx.layout, ctx.scorer.scale
@@ -245,7 +247,7 @@ class BucketAttention(torch.autograd.Function):
                 _differentiate(parts, over, next(weights), scale, into)
             else:
                 _differentiate_again(parts, over, ctx.scorer, bucket, into)
-        return result.index_select(0, layout.qkv_inverse).view(num_tokens, 3, heads, size), None, None
+        return result.index_select(0, layout.qkv_inverse).view(num_tokens, 3, heads, size), None, None, None
 
 
 def _differentiate(

@@ -19,6 +19,7 @@ class MegaBertConfig(PretrainedConfig):
     padding: "unpadded" computes real tokens only; "padded" computes every document's padding too.
     classifier_pooling: what a sequence classifier sees: the first token, as BERT, or the mean of all tokens.
     classifier_dropout: None means hidden_dropout_prob.
+    z_loss: in training, this times the square of each masked token's log-sum-exp is added to its loss.
     """
 
     model_type = "megabert"
@@ -42,6 +43,7 @@ class MegaBertConfig(PretrainedConfig):
         classifier_dropout: float | None = None,
         classifier_pooling: str = "cls",
         initializer_range: float = 0.02,
+        z_loss: float = 0.0,
         padding: str = "unpadded",
         pad_token_id: int = 0,
         tie_word_embeddings: bool = True,
@@ -77,6 +79,7 @@ class MegaBertConfig(PretrainedConfig):
         self.classifier_dropout = classifier_dropout
         self.classifier_pooling = classifier_pooling
         self.initializer_range = initializer_range
+        self.z_loss = z_loss
         self.padding = padding
         kwargs |= {"pad_token_id": pad_token_id, "tie_word_embeddings": tie_word_embeddings}
         super().__init__(**kwargs)

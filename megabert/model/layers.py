@@ -13,7 +13,7 @@ from .alibi import alibi_slopes
 from .attention import PLANNERS, Attend
 from .configuration_megabert import MegaBertConfig
 from .ops import TORCH_OPS, MaskedLoss, Ops
-from .padding import Sequences, as_rows, row_slots
+from .padding import Sequences, as_rows, row_slots, spread
 
 
 class Module(nn.Module):
@@ -201,7 +201,7 @@ class Encoder(Module):
         padded = as_rows(sequences)
         slots = row_slots(sequences)
         num_slots = (len(padded.cu_seqlens) - 1) * padded.max_seqlen
-        hidden = hidden.new_zeros((num_slots, hidden.shape[-1])).index_copy(0, slots, hidden)
+        hidden = spread(hidden, slots, num_slots)
         attend = self._plan(padded, hidden)
         states = []
         for index, layer in enumerate(self.layers):
@@ -237,7 +237,8 @@ class Decoder(Module):
         """hidden (M, E) -> logits (M, V), or with labels (M,) the loss without keeping the logits."""
         if labels is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        return self.ops.masked_cross_entropy(hidden, self.weight, self.bias, labels)
+        z_loss = self.config.z_loss if self.training else 0.0
+        return self.ops.masked_cross_entropy(hidden, self.weight, self.bias, labels, z_loss)
 
 
 class Pooler(Module):

@@ -26,7 +26,7 @@ from .buckets import plan_buckets  # noqa: F401
 from .configuration_megabert import MegaBertConfig
 from .layers import Decoder, Embeddings, Encoder, MlmTransform, Norm, Pooler
 from .ops import IGNORE_INDEX, MaskedLoss, upcast
-from .padding import Sequences, repad, unpad
+from .padding import Sequences, first_tokens, repad, spread, unpad
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read_tokens(
     """Bring either kind of call to (T,) tokens. Raises ValueError for ids that are not (T,) or (B, S)."""
     if cu_seqlens is not None:
         if max_seqlen is None:
-            max_seqlen = int(cu_seqlens.diff().max())
+            max_seqlen = max(cu_seqlens.diff().tolist(), default=0)
         if position_ids is None:
             position_ids = positions_within(cu_seqlens, len(input_ids))
         return Tokens(input_ids, position_ids, token_type_ids, Sequences(cu_seqlens, max_seqlen))
@@ -146,9 +146,10 @@ class MegaBertModel(MegaBertPreTrainedModel):
         return self.encoder(hidden, tokens.sequences, rows, every_layer)
 
     def pool(self, hidden: Tensor, sequences: Sequences) -> Tensor:
-        """The pooled first token of each document, (B, E). hidden: (T, E)."""
+        """The pooled first token of each document, (B, E); an empty one's hidden state is 0. hidden: (T, E)."""
         assert self.pooler is not None, "this model was built without a pooler"
-        return self.pooler(hidden.index_select(0, sequences.cu_seqlens[:-1].long()))
+        documents, first = first_tokens(sequences)
+        return self.pooler(spread(hidden.index_select(0, first), documents, len(sequences.cu_seqlens) - 1))
 
     def forward(
         self,
@@ -243,7 +244,7 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
 
 
 class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
-    """One label per document; with num_labels 1 a regression."""
+    """One label per document, an empty one too, whose hidden state is 0; with num_labels 1 a regression."""
 
     _auto_class = "AutoModelForSequenceClassification"
 
@@ -272,12 +273,13 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
         tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen)
         every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
         mean = self.config.classifier_pooling == "mean"
-        first = tokens.sequences.cu_seqlens[:-1].long()
+        documents, first = first_tokens(tokens.sequences)
         hidden, states = self.bert.encode(tokens, rows=None if mean or every_layer else first, every_layer=every_layer)
         if mean:
             hidden = mean_of_documents(hidden, tokens.sequences.cu_seqlens)
-        elif every_layer:
-            hidden = hidden.index_select(0, first)
+        else:
+            hidden = hidden.index_select(0, first) if every_layer else hidden
+            hidden = spread(hidden, documents, len(tokens.sequences.cu_seqlens) - 1)
         assert self.bert.pooler is not None, "a classifier has a pooler"
         logits = self.classifier(self.dropout(self.bert.pooler(hidden)))  # (B, num_labels)
         output = SequenceClassifierOutput(

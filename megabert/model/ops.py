@@ -94,37 +94,42 @@ class SummedCrossEntropy(torch.autograd.Function):
     """The summed loss, its gradient made in place of the logits: one (M, V) matrix where autograd keeps three."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx, logits: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """logits: (M, V) fp32 or fp64, overwritten; labels: (M,) int64. Returns the loss and the number predicted right."""
         used = labels != IGNORE_INDEX
-        target = labels.clamp(min=0)[:, None]
+        target = torch.where(used, labels, 0)[:, None]
         highest = logits.amax(dim=-1, keepdim=True)
         hit = logits.gather(1, target)
         num_correct = ((hit == highest)[:, 0] & used).sum()
         exponents = logits.sub_(highest).exp_()
         total = exponents.sum(dim=-1, keepdim=True)
-        loss = ((total.log() + highest - hit)[:, 0] * used).sum()
-        ctx.save_for_backward(exponents, total, target, used)
+        log_sum = total.log() + highest
+        loss = ((log_sum - hit + z_loss * log_sum.square())[:, 0] * used).sum()
+        ctx.save_for_backward(exponents, (1 + 2 * z_loss * log_sum) / total, target, used)
         ctx.mark_non_differentiable(num_correct)
         return loss, num_correct
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        exponents, total, target, used = ctx.saved_tensors
+    def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        exponents, share, target, used = ctx.saved_tensors
         scale = (grad_loss * used)[:, None]
-        grad = exponents.mul_(scale / total)
-        return grad.scatter_add_(1, target, -scale.to(grad.dtype)), None
+        grad = exponents.mul_(scale * share)
+        return grad.scatter_add_(1, target, -scale.to(grad.dtype)), None, None
 
 
-def masked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> MaskedLoss:
+def masked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: float = 0.0
+) -> MaskedLoss:
     """Score hidden (M, E) against the vocabulary (V, E), bias (V,), with labels (M,); softmax in fp32.
 
-    A row counts as correct if no token scores higher than its label.
+    A row counts as correct if no token scores higher than its label. z_loss times the square of each row's log-sum-exp is
+    added to its loss (https://arxiv.org/abs/2204.02311, section 5). Raises RuntimeError or IndexError for a label that is
+    neither IGNORE_INDEX nor a row of the vocabulary (on a GPU: a device-side assertion, or with Triton a loss of NaN).
     """
     logits = upcast(
         F.linear(hidden, weight, bias)
     )  # (M, V), which the loss may overwrite: linear's backward needs none
-    loss_sum, num_correct = SummedCrossEntropy.apply(logits, labels.long())
+    loss_sum, num_correct = SummedCrossEntropy.apply(logits, labels.long(), z_loss)
     return MaskedLoss(loss_sum, num_correct, (labels != IGNORE_INDEX).sum())
 
 

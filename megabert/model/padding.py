@@ -42,11 +42,20 @@ def unpad(attention_mask: Tensor) -> Unpadded:
     return Unpadded(mask.flatten().nonzero().flatten(), Sequences(cu_seqlens, mask.shape[1]))
 
 
+def first_tokens(sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """The documents that are not empty, and the first token of each: (M,) int64 both, M <= B."""
+    documents = sequences.cu_seqlens.diff().nonzero().flatten()
+    return documents, sequences.cu_seqlens[documents].long()
+
+
+def spread(values: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Place (N, ...) at `indices` of (size, ...), zeros elsewhere: the inverse of indexing with them."""
+    return values.new_zeros((size, *values.shape[1:])).index_copy(0, indices, values)
+
+
 def repad(values: Tensor, indices: Tensor, batch_size: int, length: int) -> Tensor:
-    """Spread (T, ...) over (B, S, ...), zeros at padding: the inverse of indexing with `indices`."""
-    rows = values.new_zeros((batch_size * length, *values.shape[1:]))
-    rows = rows.index_copy(0, indices, values)
-    return rows.view(batch_size, length, *values.shape[1:])
+    """Spread (T, ...) over (B, S, ...), zeros at padding."""
+    return spread(values, indices, batch_size * length).view(batch_size, length, *values.shape[1:])
 
 
 def row_slots(sequences: Sequences) -> Tensor:

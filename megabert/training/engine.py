@@ -132,6 +132,7 @@ def model_config(config: ModelConfig, tokenizer: TokenizerInfo) -> MegaBertConfi
         hidden_dropout_prob=config.hidden_dropout,
         attention_probs_dropout_prob=config.attention_dropout,
         initializer_range=config.initializer_range,
+        z_loss=config.z_loss,
         padding=config.padding,
     )
 

@@ -18,6 +18,7 @@ skipped_updates  refused by the guard since the start of the run
 skipped_chunks   damaged and left out since the start of the run
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -102,15 +103,21 @@ class Reporter:
             print(message, flush=True)
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        for tracker in self.trackers:
-            tracker.record(step, values)
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        try:
+            for tracker in self.trackers:
+                tracker.record(step, values)
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as mistake:
+            raise ValueError(
+                f"{self.path.parent}: the metrics of step {step} cannot be written there: {mistake}. Mend that; the same command "
+                "goes on from the last checkpoint."
+            ) from mistake
 
     def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()
-        self.file.close()
+        for one in (*self.trackers, self.file):
+            with contextlib.suppress(OSError):  # what could not be written has been said by record()
+                one.close()
         if self.bar is not None:
             self.bar.close()
 

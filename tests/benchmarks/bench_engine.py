@@ -7,7 +7,7 @@ take turns with steps of a bare PyTorch loop: the same model class with its own 
 ahead, bf16 autocast, fused AdamW, gradient clipping. Median of per-round ratios, minus 1.
 two_rank_efficiency: tokens per second of two ranks with one thread each, half of every batch each, over those of one
 rank with two threads: commands in turn, the median step of each, and of their ratios the median.
-first_step_s: from the command to the end of its first step, with compiled operations from the cache; first_step_cold_s
+first_step_s: from the command on one rank to the end of its first step, of 8,192 tokens, with compiled operations from the cache; first_step_cold_s
 with an empty one.
 save_overhead: as bench_saving.py says.
 The size is 6 layers of 512, 8 heads, bins of 4,096 tokens cut at 512; with --quick 4 layers of 256.
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as bench_train.py, and why
@@ -41,10 +41,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Of the commands: not what the run in this process says of its rank and its port.
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 ROUNDS = 25
-QUICK_ROUNDS = 9
+QUICK_ROUNDS = 7
 PAIRS = 3  # of commands on one and on two ranks; one with --quick
-SPEED_STEPS = 12  # of a command whose speed is measured; the first WARM of them are not
-WARM = 4
+SPEED_STEPS = 12  # of a command whose speed is measured, and with --quick; the first WARM of them are not
+QUICK_SPEED_STEPS = 7
+WARM = 3
 
 
 class Bare:
@@ -106,42 +107,30 @@ def command_of(size: str, tokens: Path, out: Path, ranks: int, *more: str) -> li
     return [*launcher, "launch/pretrain.py", *flags, "--run.log_every_steps=1", *more]
 
 
-def call(command: list[str], **environment: str) -> None:
-    done = subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env=ENVIRONMENT | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+class Command(NamedTuple):
+    """tokens_per_s: of the median step; first_step_s: from the command to its first step."""
+
+    tokens_per_s: float
+    first_step_s: float
 
 
-def tokens_per_s(size: str, tokens: Path, out: Path, ranks: int) -> float:
-    """The median step of a command on so many ranks, with one thread each where there are several."""
-    more = ["--data.global_batch_tokens=8192", f"--run.max_steps={SPEED_STEPS}"]
-    threads = os.environ.get("OMP_NUM_THREADS", "2") if ranks == 1 else "1"
-    call(command_of(size, tokens, out, ranks, *more), OMP_NUM_THREADS=threads)
-    speeds = [point["tokens_per_s"] for point in read_metrics(out / "metrics.jsonl") if "tokens_per_s" in point]
-    return statistics.median(speeds[WARM:])
-
-
-def first_step_s(size: str, tokens: Path, out: Path, **environment: str) -> float:
-    """Seconds from the command to the first line of its metrics.jsonl."""
-    command = command_of(size, tokens, out, 1, "--run.max_steps=100000")
-    began = time.perf_counter()
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, env=ENVIRONMENT | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        while not read_metrics(out / "metrics.jsonl"):
-            if process.poll() is not None:
-                raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+def time_command(size: str, tokens: Path, out: Path, ranks: int, steps: int, **environment: str) -> Command:
+    """Train for some steps of 8,192 tokens on so many ranks, with one thread each where there are several."""
+    command = command_of(size, tokens, out, ranks, "--data.global_batch_tokens=8192", f"--run.max_steps={steps}")
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "2") if ranks == 1 else "1"
+    first = None
+    with open(out.with_suffix(".log"), "w+") as said:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT | environment, stdout=said, stderr=said)
+        while process.poll() is None:
             time.sleep(0.05)
-        taken = time.perf_counter() - began
-        process.kill()
-    return taken
+            if first is None and read_metrics(out / "metrics.jsonl"):
+                first = time.perf_counter() - began
+        said.seek(0)
+        if process.returncode or first is None:
+            raise SystemExit(f"{' '.join(command)} failed:\n{said.read()}")
+    speeds = [point["tokens_per_s"] for point in read_metrics(out / "metrics.jsonl") if "tokens_per_s" in point]
+    return Command(statistics.median(speeds[WARM:]), first)
 
 
 def main() -> None:
@@ -157,28 +146,33 @@ def main() -> None:
             flush=True,
         )
         figures = {"overhead": share}
-        steps = SIZES[size][-1]
+        steps = SIZES[size][-1] // (2 if options.quick else 1)
         window(run, 1, save=True)
         _, added, figures["save_overhead"] = overhead(run, steps, overlap=True)
         print(f"a checkpoint adds {added:.2f} s: {figures['save_overhead']:.1%} of 100 steps", flush=True)
         assert run.reporter is not None, "this is rank 0"
         run.reporter.close()
         del run
+        steps = QUICK_SPEED_STEPS if options.quick else SPEED_STEPS
         pairs = [
-            [tokens_per_s(size, tokens, base / f"{ranks}-ranks-{number}", ranks) for ranks in (1, 2)]
+            [time_command(size, tokens, base / f"{ranks}-ranks-{number}", ranks, steps) for ranks in (1, 2)]
             for number in range(1 if options.quick else PAIRS)
         ]
-        one, two = (statistics.median(speeds) for speeds in zip(*pairs, strict=True))
-        figures["two_rank_efficiency"] = statistics.median(both / alone for alone, both in pairs)
+        one, two = (
+            statistics.median(command.tokens_per_s for command in commands) for commands in zip(*pairs, strict=True)
+        )
+        figures["two_rank_efficiency"] = statistics.median(
+            both.tokens_per_s / alone.tokens_per_s for alone, both in pairs
+        )
         print(
             f"one rank {one:,.0f} tokens/s, two ranks {two:,.0f}: {figures['two_rank_efficiency']:.0%}",
             flush=True,
         )
-        figures["first_step_s"] = first_step_s(size, tokens, base / "warm")
+        figures["first_step_s"] = statistics.median(alone.first_step_s for alone, _ in pairs)
         print(f"first step {figures['first_step_s']:.1f} s after the command", flush=True)
         if not options.quick:
-            cache = base / "empty"
-            figures["first_step_cold_s"] = first_step_s(size, tokens, base / "cold", TORCHINDUCTOR_CACHE_DIR=str(cache))
+            empty = {"TORCHINDUCTOR_CACHE_DIR": str(base / "empty")}
+            figures["first_step_cold_s"] = time_command(size, tokens, base / "cold", 1, WARM + 1, **empty).first_step_s
             print(f"and {figures['first_step_cold_s']:.1f} s where nothing was compiled before", flush=True)
     write(figures, options.json)
 

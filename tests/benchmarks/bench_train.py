@@ -1,4 +1,4 @@
-"""Training speed on a CPU, side by side: our MosaicBERT and BERT, transformers' BERT and ModernBERT.
+"""Training speed on a CPU, or on a GPU where there is one (not run on one), side by side: our MosaicBERT and BERT, transformers' BERT and ModernBERT.
 
     python tests/benchmarks/bench_train.py [--quick] [--only ROW] [--json FILE]
 
@@ -7,6 +7,7 @@ matrix product of the model's own shapes is timed: what else the machine does, i
 per-round ratios. Tokens are real tokens, never padding. Allocator and threads are torch's defaults, the same for all,
 but that idle threads sleep instead of spinning (OMP_WAIT_POLICY): where another process wants the cores, a spinning
 thread keeps the one that it waits for from running, and steps take ten times as long.
+On a GPU batches are eight times as large, and peak memory is what its allocator has handed out.
 MFU is the rate of needed FLOPs (contenders.needed_flops) over that of the best product.
 """
 
@@ -24,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads its
 import numpy as np
 import report
 import torch
-from contenders import ROWS, VOCAB, Contender, Row, hf_bert, hf_modernbert, needed_flops, ours
+from contenders import DEVICE, ROWS, VOCAB, Contender, Row, hf_bert, hf_modernbert, needed_flops, ours
 
 from megabert.kernels import cpu
 
@@ -34,9 +35,16 @@ SECONDS = 40.0  # a row starts no round after this; it has at least three rounds
 QUICK_SECONDS = 3.0  # and at least one with --quick
 
 
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def seconds(work: Callable[[], object]) -> float:
+    wait()
     began = time.perf_counter()
     work()
+    wait()
     return time.perf_counter() - began
 
 
@@ -49,7 +57,7 @@ def gemm_gflops(row: Row) -> float:
     best = 0.0
     for tokens, width, out in shapes:
         x, weight, grad, result = (
-            torch.ones(shape, dtype=torch.bfloat16)
+            torch.ones(shape, dtype=torch.bfloat16, device=DEVICE)
             for shape in ((tokens, width), (out, width), (tokens, out), (tokens, out))
         )
         to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
@@ -68,20 +76,30 @@ def resident_mb(field: str) -> float:
     raise ValueError(f"/proc/self/status has no {field}")
 
 
+def held_mb(contender: Contender) -> float:
+    """Weights and optimizer state."""
+    states = contender.optimizer.state.values()
+    held = [*contender.model.parameters(), *(value for state in states for value in state.values())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held) / 2**20
+
+
 def peak_mb(contender: Contender, batches: list[dict]) -> float:
-    """Weights and optimizer state, plus how far one step raises the resident memory: gradients, activations, scratch.
+    """What is held, plus how far one step raises the memory in use: gradients, activations, scratch.
 
     The step may be the first, which allocates the optimizer's state.
     """
-    states = contender.optimizer.state.values()
-    held = [*contender.model.parameters(), *(value for state in states for value in state.values())]
-    held_mb = sum(tensor.numel() * tensor.element_size() for tensor in held) / 2**20
+    held = held_mb(contender)
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contender.step(batches)
+        return held + (torch.cuda.max_memory_allocated() - before) / 2**20
     cpu.free_workspaces()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = resident_mb("VmRSS")
     contender.step(batches)
-    return held_mb + resident_mb("VmHWM") - before
+    return held + resident_mb("VmHWM") - before
 
 
 def contenders_of(name: str, row: Row, quick: bool) -> list[Contender]:
@@ -126,7 +144,7 @@ def run_row(name: str, quick: bool) -> tuple[dict[str, float], list[str]]:
     contenders = contenders_of(name, row, quick)
     rng = np.random.default_rng(17)
     for contender in contenders:
-        if contender.compiles:
+        if contender.compiles or DEVICE.type == "cuda":
             contender.step(contender.draw(rng)[0])
     peaks = [peak_mb(contender, contender.draw(rng)[0]) for contender in contenders]
     rounds = take_turns(row, contenders, rng, least=1 if quick else 3, limit_s=QUICK_SECONDS if quick else SECONDS)
@@ -152,6 +170,7 @@ def run_row(name: str, quick: bool) -> tuple[dict[str, float], list[str]]:
 
 def torch_facts() -> dict[str, object]:
     return {
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -19,6 +19,8 @@ from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.flops import step_flops
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU_TIMES = 8  # as many tokens and rows at once as below, on a GPU, which a few thousand tokens don't fill
 VOCAB = 30_528
 MASKED = 0.3
 LOWEST_ID = 1000  # below are BERT's special and unused ids
@@ -44,6 +46,10 @@ ROWS = {
 }
 
 
+if DEVICE.type == "cuda":
+    ROWS = {name: row._replace(tokens=GPU_TIMES * row.tokens, rows=GPU_TIMES * row.rows) for name, row in ROWS.items()}
+
+
 class Contender(NamedTuple):
     """compute_loss(inputs) is the mean over masked tokens; draw(rng) gives a step's batches and its documents' lengths."""
 
@@ -57,8 +63,9 @@ class Contender(NamedTuple):
 
     def step(self, batches: list[dict]) -> None:
         """One optimizer step."""
-        for inputs in batches:
-            with torch.autocast("cpu", torch.bfloat16):
+        for batch in batches:
+            inputs = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in batch.items()}
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 loss = self.compute_loss(inputs)
             (loss / len(batches)).backward()
         self.optimizer.step()
@@ -108,6 +115,7 @@ def draw_padded(rng: np.random.Generator, row: Row) -> tuple[list[dict], list[in
 
 
 def _contender(name: str, model: nn.Module, compute_loss: Callable, draw: Callable, gated: bool) -> Contender:
+    model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
     return Contender(name, model.train(), optimizer, compute_loss, draw, 3 if gated else 2)
 
@@ -124,7 +132,7 @@ def ours(name: str, row: Row, checkpoint_every: int = 0) -> Contender:
         **classic,
     )
     model = MegaBertForMaskedLM(config)
-    set_ops(model, resolve("auto", torch.device("cpu"), config, bf16=True))
+    set_ops(model, resolve("auto", DEVICE, config, bf16=True))
     model.bert.encoder.checkpoint_every = checkpoint_every
 
     def compute_loss(inputs: dict) -> Tensor:

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import random
+import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -52,7 +54,15 @@ def write_token_shards(folder: Path, num_shards: int, shard_tokens: int) -> None
 
 
 def write_text_shards(folder: Path) -> Path:
-    """Made-up sentences through data_prep, with a tokenizer and a held-out part: what a run can train on. Returns the shards."""
+    """Made-up sentences through data_prep, with a tokenizer and a held-out part: what a run can train on. Returns the shards.
+
+    In a process of its own: data_prep's workers import what the program that starts them imports.
+    """
+    subprocess.run([sys.executable, __file__, str(folder)], check=True)
+    return folder / "tokens"
+
+
+def _write_text_shards(folder: Path) -> None:
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(400)]
     texts = [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(600)]
@@ -62,4 +72,7 @@ def write_text_shards(folder: Path) -> Path:
     write_shards.main(
         [f"--source={source}", f"--tokenizer={tokenizer}", f"--out={tokens}", "--heldout=0.1", "--chunk_tokens=2048"]
     )
-    return tokens
+
+
+if __name__ == "__main__":
+    _write_text_shards(Path(sys.argv[1]))

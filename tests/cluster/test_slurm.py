@@ -1,6 +1,7 @@
 """launch/slurm/pretrain.sbatch on a real SLURM of two nodes, all on this machine: bash tests/cluster/slurm.sh."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -118,6 +119,13 @@ def test_warned_killed_and_preempted_a_job_ends_bitwise_as_if_undisturbed(corpus
     assert "rank 1 on" in logs[f"{job.id}-rank0.log"]
     assert "resumed from" in logs[f"{job.id}-rank0.log"]
     assert "SIGUSR1 arrived; saved" in logs[f"{job.id}-rank0.log"]
+    progress = r"step \d+/200  loss \d+\.\d{3}  lr \d\.\d\de-\d\d  [\d,]+ tokens/s  left \d+:\d\d:\d\d"
+    lines = [
+        line for line in logs[f"{job.id}-rank0.log"].split("\n") if line.startswith("step ") and "tokens/s" in line
+    ]
+    assert len(lines) > 50
+    assert all(re.fullmatch(progress, line) for line in lines)  # whole lines, no terminal's control characters
+    assert "tokens/s" not in logs[f"{job.id}-rank1.log"]
     done = run_ranks(corpus, tmp_path / "whole", *SETTINGS, ranks=2)
     assert done.code == 0, done.output
     first, second = (read_checkpoint(folder)[0] for folder in (tmp_path / "whole", out))

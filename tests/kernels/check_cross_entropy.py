@@ -146,6 +146,14 @@ def test_without_gradients_none_are_computed():
     assert traffic.stored == 4 * 12
 
 
+@pytest.mark.parametrize("wrong", [-1, 30])
+def test_a_label_that_is_no_row_makes_the_loss_nan(wrong):
+    """The training's guard then skips the step."""
+    labels = torch.tensor([4, wrong, 5])
+    loss = kernels.masked_cross_entropy(*inputs(3, 8, 30), labels)
+    assert loss.loss_sum.isnan()
+
+
 def test_no_rows_and_only_ignored_rows():
     for labels in (torch.zeros(0, dtype=torch.long), torch.full((3,), ops.IGNORE_INDEX)):
         leaves = [x.requires_grad_() for x in inputs(len(labels), 8, 30)]

@@ -21,6 +21,13 @@ NORM = {"eps": 1e-12, "low_precision": True}
 LABELS = torch.tensor([3, 0, -100, 8, 8, -100, 1])
 
 
+@pytest.fixture(autouse=True)
+def many_kinds_of_inputs():
+    """As cpu_ops() allows them."""
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+
+
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
@@ -42,6 +49,10 @@ CASES = {
     ),
     "masked_cross_entropy": (
         lambda use, p: lambda *x: use.masked_cross_entropy(*x, LABELS).loss_sum,
+        lambda: [normal(7, 10), normal(9, 10), normal(9)],
+    ),
+    "z_loss": (
+        lambda use, p: lambda *x: use.masked_cross_entropy(*x, LABELS, 0.3).loss_sum,
         lambda: [normal(7, 10), normal(9, 10), normal(9)],
     ),
 }
@@ -99,9 +110,10 @@ def test_in_bf16_errs_at_most_twice_as_much_as_plain_bf16(name):
         "add_layer_norm": [(7, 256), (7, 256), (256,), (256,)],
         "embed_layer_norm": [(9, 256), (2, 256), (256,), (256,)],
         "masked_cross_entropy": [(7, 256), (900, 256), (900,)],
+        "z_loss": [(7, 256), (900, 256), (900,)],
     }[name]
-    inputs = [torch.randn(shape) * (0.1 if name == "masked_cross_entropy" else 1) for shape in shapes]
-    if name in ("geglu", "masked_cross_entropy"):
+    inputs = [torch.randn(shape) * (1 if "norm" in name or name == "geglu" else 0.1) for shape in shapes]
+    if "norm" not in name:
         inputs[0] = inputs[0].bfloat16()
     exact = results(build(ops, 0), [x.double() for x in inputs])
     fused, plain = (results(build(use, 0), inputs, autocast=True) for use in (cpu, ops))
@@ -160,12 +172,36 @@ def test_pieces_of_logits_change_nothing(monkeypatch):
     assert [int(x) for x in counted[1:]] == [int(x) for x in ops.masked_cross_entropy(*inputs, LABELS)[1:]]
 
 
-def test_no_target_and_no_row():
-    hidden, weight, bias = (x.requires_grad_() for x in CASES["masked_cross_entropy"][1]())
-    loss = cpu.masked_cross_entropy(hidden, weight, bias, torch.full((7,), -100))
+@pytest.mark.parametrize("rows", [7, 0])
+@pytest.mark.parametrize("use", [cpu, ops])
+def test_no_target_and_no_row(use, rows):
+    hidden, weight, bias = CASES["masked_cross_entropy"][1]()
+    leaves = [x.requires_grad_() for x in (hidden[:rows], weight, bias)]
+    loss = use.masked_cross_entropy(*leaves, torch.full((rows,), -100))
     assert (float(loss.loss_sum.detach()), int(loss.num_correct), int(loss.num_targets)) == (0, 0, 0)
     loss.loss_sum.backward()
-    assert not weight.grad.any()
+    assert not any(x.grad.any() for x in leaves)
+
+
+def test_without_gradients_none_are_computed(monkeypatch):
+    """Of a loss whose parameters could have some; attention then keeps no weights either."""
+    leaves = [x.requires_grad_() for x in CASES["masked_cross_entropy"][1]()]
+    asked = []
+    compute = cpu._loss_and_gradients
+    monkeypatch.setattr(cpu, "_loss_and_gradients", lambda *x: asked.append(x[-1]) or compute(*x))
+    with torch.no_grad():
+        got = cpu.masked_cross_entropy(*leaves, LABELS)
+    assert torch.equal(got.loss_sum, cpu.masked_cross_entropy(*leaves, LABELS).loss_sum)
+    assert asked == [False, True]
+
+
+def test_a_cpu_without_bf16_products_computes_the_same(monkeypatch):
+    inputs = [x.bfloat16() for x in CASES["masked_cross_entropy"][1]()]
+    build, _ = CASES["masked_cross_entropy"]
+    expected = results(build(ops, 0), inputs)
+    monkeypatch.setattr(cpu, "has_bf16_products", lambda: False)
+    for got, other in zip(results(build(cpu, 0), inputs), expected, strict=True):
+        torch.testing.assert_close(got, other, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("wrong", [-1, 9])
@@ -173,8 +209,11 @@ def test_an_id_or_a_label_that_is_no_row_is_an_error(wrong):
     table, norm = normal(9, 10), [normal(10), normal(10)]
     with pytest.raises(IndexError, match=f"an id is {wrong}, expected 0 to 8"):
         cpu.embed_layer_norm([torch.tensor([3, wrong])], [table], *norm, dropout_p=0.0, **NORM)
+    labels = torch.tensor([-100, wrong])
     with pytest.raises(IndexError, match=f"a label is {wrong}, expected 0 to 8"):
-        cpu.masked_cross_entropy(normal(2, 10), table, normal(9), torch.tensor([-100, wrong]))
+        cpu.masked_cross_entropy(normal(2, 10), table, normal(9), labels)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        ops.masked_cross_entropy(normal(2, 10), table, normal(9), labels)
 
 
 def test_what_was_allocated_in_inference_mode_serves_training():
@@ -190,6 +229,7 @@ def test_what_was_allocated_in_inference_mode_serves_training():
 
 
 def test_threads_do_not_share_scratch_memory():
+    torch._dynamo.reset()  # other threads do not see the limit set above
     build, _ = CASES["masked_cross_entropy"]
     torch.manual_seed(0)
     inputs = [[normal(7, 10), normal(9, 10), normal(9)] for _ in range(3)]
@@ -261,6 +301,10 @@ def test_models_of_any_width_share_what_was_compiled():
 
     first = step(32, 90)
     assert step(48, 104) == step(64, 125) == first
+
+
+def test_says_where_attention_computes_padding():
+    assert "attention over padded rows;" in cpu.cpu_ops(MegaBertConfig(padding="padded"), bf16=True)[1]
 
 
 def test_plain_operations_and_their_reason(monkeypatch):

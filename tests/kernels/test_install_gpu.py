@@ -18,8 +18,9 @@ def test_without_a_gpu_it_says_so():
 
 
 def test_unknown_arguments_are_refused():
-    done = run_command(["bash", "launch/install_gpu.sh", "--all"])
-    assert (done.code, done.output) == (1, "install_gpu: unknown argument --all; the only one is --no-apex.\n")
+    for arguments in (["--all"], ["--no-apex", "--all"]):
+        done = run_command(["bash", "launch/install_gpu.sh", *arguments])
+        assert (done.code, done.output) == (1, "install_gpu: unknown argument --all; the only one is --no-apex.\n")
 
 
 def test_the_script_is_whole():
@@ -31,8 +32,9 @@ def test_paper_is_in_the_readme_as_it_is_printed():
     done = run_command(["python", "tests/benchmarks/bench_kernels.py", "--quick"])
     if torch.cuda.device_count() == 0:
         assert "a prediction that no GPU has confirmed" in done.output
-        page = (REPOSITORY / "megabert/kernels/README.md").read_text()
+        page, front = ((REPOSITORY / path).read_text() for path in ("megabert/kernels/README.md", "README.md"))
         rows = [line for line in done.output.splitlines() if line.startswith("|")]
         assert len(rows) == 12
         assert all(row in page for row in rows if not row.startswith("|---"))
+        assert all(row in front for row in rows[-2:])
     assert done.code == 0, done.output

@@ -89,6 +89,30 @@ def test_empty_documents_are_legal():
             torch.testing.assert_close(model(**longer).logits, model(**inputs).logits, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("every_layer", [False, True])
+def test_an_empty_document_is_pooled_as_a_hidden_state_of_zeros(pooling, every_layer):
+    """Before the others, among them and behind them; as padded rows, too, and where there are no others."""
+    model = small_model(MegaBertForSequenceClassification, classifier_pooling=pooling, num_labels=3).eval()
+    bounds = torch.tensor([0, 0, 4, 4, 9, 9], dtype=torch.int32)
+    ids = torch.arange(5, 14)
+    rows, mask = torch.zeros(5, 6, dtype=torch.long), torch.zeros(5, 6, dtype=torch.long)
+    for row, part in ((1, ids[:4]), (3, ids[4:])):
+        rows[row, : len(part)], mask[row, : len(part)] = part, 1
+    with torch.no_grad():
+        nothing = model.classifier(model.bert.pooler(torch.zeros(1, SMALL["hidden_size"], dtype=torch.float64)))
+        alone = [model(part[None]).logits for part in (ids[:4], ids[4:])]
+        expected = torch.cat([nothing, alone[0], nothing, alone[1], nothing])
+        more = {"output_hidden_states": every_layer}
+        for got in (model(ids, cu_seqlens=bounds, **more), model(rows, attention_mask=mask, **more)):
+            torch.testing.assert_close(got.logits, expected, rtol=0, atol=1e-12)
+        only = model(rows, attention_mask=mask * 0, **more).logits
+        torch.testing.assert_close(only, nothing.expand(5, -1), rtol=0, atol=1e-12)
+        pooled = model.bert(rows, attention_mask=mask).pooler_output
+        assert torch.equal(pooled[0], pooled[2])
+        assert torch.equal(pooled[0], model.bert.pooler(torch.zeros_like(pooled[0])))
+
+
 def test_masked_rows_give_the_loss_and_gradients_of_all_rows():
     """Computing the last layer and the head on masked tokens only changes nothing."""
     inputs = packed(documents())

@@ -23,7 +23,7 @@ def test_the_vocabulary_is_rounded_up(corpus):
 def test_ops_are_resolved_aloud(caplog):
     caplog.set_level("INFO")
     assert resolve("auto", torch.device("cpu"), MegaBertConfig(), bf16=False).attention is not None
-    assert "ops: attention by document length, the rest fused by torch.compile" in caplog.text
+    assert "ops: attention by document length; geglu, add_layer_norm" in caplog.text
     assert resolve("torch", torch.device("cpu"), MegaBertConfig(), bf16=False) == TORCH_OPS._replace(
         attention=PLANNERS["sdpa"]
     )

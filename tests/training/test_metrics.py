@@ -1,6 +1,8 @@
 import json
 import sys
 
+import pytest
+
 from megabert.training.metrics import METRICS, Reporter, read_metrics
 from megabert.training.trackers import TensorBoard
 
@@ -38,3 +40,14 @@ def test_a_resumed_run_forgets_what_it_will_do_again(tmp_path):
     Reporter(tmp_path, total_steps=10, step=2, trackers=[]).close()
     assert [record["step"] for record in read_metrics(tmp_path / METRICS)] == [1, 2]
     assert read_metrics(tmp_path / "none") == []
+
+
+def test_a_full_disk_is_named_with_its_folder(tmp_path):
+    reporter = Reporter(tmp_path, total_steps=10, step=0, trackers=[])
+    reporter.file.close()
+    reporter.file = open("/dev/full", "w")
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path}: the metrics of step 3 cannot be written there: .*No space left"
+    ):
+        reporter.record(3, {"loss": 1.0})
+    reporter.close()
