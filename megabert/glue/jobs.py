@@ -249,7 +249,10 @@ def run_job(job: Job, context: Context, slot: Slot, start: Path) -> dict[str, An
     """Train and score in this process."""
     task, settings = job.task, job.settings
     train = part_of(read_split(task, context.data, "train"), settings.max_train_examples)
-    devs = {suffix: read_split(task, context.data, split) for suffix, split in task.dev.items()}
+    devs = {
+        suffix: part_of(read_split(task, context.data, split), settings.max_dev_examples)
+        for suffix, split in task.dev.items()
+    }
     if job.contender == TFIDF:
         predictions, seconds = predict_tfidf(train, devs, task.is_regression)
         speed: dict[str, Any] = {"seconds": seconds}

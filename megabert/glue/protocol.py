@@ -52,12 +52,15 @@ class Settings:
     """auto: bf16 where the device is fast at it"""
     max_train_examples: int = 0
     """train on a random part of so many examples, the same for every seed; 0: on all"""
+    max_dev_examples: int = 0
+    """the same for what is scored"""
 
     def __post_init__(self):
         bounds = {
             "lr": (1e-12, None), "epochs": (1, None), "batch_size": (1, None), "weight_decay": (0, None), "max_seq_len": (8, None),
             "warmup": (0, 1), "beta1": (0, 1), "beta2": (0, 1), "eps": (0, None), "max_grad_norm": (0, None), "dropout": (0, 1),
             "attention_dropout": (0, 1), "max_train_examples": (0, None),
+            "max_dev_examples": (0, None),
         }  # fmt: skip
         for name, (low, high) in bounds.items():
             value = getattr(self, name)

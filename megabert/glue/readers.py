@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from megabert.glue.tasks import Examples, Task, Tsv
+from megabert.glue.tasks import GLUE, Examples, Task, Tsv
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,15 @@ def locate(data: str, tasks: list[Task]) -> Path:
         raise ValueError(
             f"--data {data}: no such folder, and the hub gave no data set of this name ({type(mistake).__name__})."
         ) from mistake
+
+
+def check_data(tasks: list[Task], folder: Path, submission: bool) -> None:
+    """Read everything once before anything is trained. Raises ValueError naming file, line and column."""
+    for task in tasks:
+        splits = [*(["train"] if task.dev else []), *task.dev.values()]
+        splits += task.test.values() if submission and task.name in GLUE else []
+        for split in splits:
+            read_split(task, folder, split)
 
 
 def read_split(task: Task, folder: Path, split: str) -> Examples:

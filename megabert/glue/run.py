@@ -11,11 +11,11 @@ import torch
 from megabert.data.manifest import write_atomically
 from megabert.glue.jobs import Context, Job, Runner, Slot, plan_jobs
 from megabert.glue.protocol import MNLI, Protocol, read_protocol
-from megabert.glue.readers import locate, read_split
+from megabert.glue.readers import check_data, locate
 from megabert.glue.report import as_markdown, as_results, draw, summarize
 from megabert.glue.starting import prepare
 from megabert.glue.submission import write_submission
-from megabert.glue.tasks import GLUE, Task, choose_tasks, read_task
+from megabert.glue.tasks import Task, choose_tasks, read_task
 from megabert.kernels.resolve import local_devices
 
 
@@ -97,15 +97,6 @@ def lacking_mnli(tasks: list[Task], protocol: Protocol, allowed: bool) -> list[s
             "scores would be far lower (RTE by some 20 points). Add mnli, or say --allow-no-mnli; the table will then say so."
         )
     return lacking
-
-
-def check_data(tasks: list[Task], folder: Path, submission: bool) -> None:
-    """Read everything once before anything is trained. Raises ValueError naming file, line and column."""
-    for task in tasks:
-        splits = [*(["train"] if task.dev else []), *task.dev.values()]
-        splits += task.test.values() if submission and task.name in GLUE else []
-        for split in splits:
-            read_split(task, folder, split)
 
 
 def read_shard(shard: str) -> tuple[int, int]:
