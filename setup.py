@@ -23,7 +23,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megabert*", "data_prep*"]),
-    package_data={"megabert": ["recipes/*.yaml"]},
+    package_data={"megabert": ["recipes/*.yaml", "glue/protocols/*.yaml", "glue/labelled/*.yaml"]},
     install_requires=[
         "braceexpand",
         "deepspeed>=0.19.8,<0.20",
@@ -38,6 +38,7 @@ setup(
         "pyyaml",
         "safetensors",
         "scikit-learn",
+        "scipy",
         "sentencepiece",
         "tensorboard",
         "tokenizers>=0.21",

@@ -1,11 +1,15 @@
-"""Fine-tune an exported encoder on a labelled task, beside the same model from random weights and TF-IDF. On the CPU.
+"""Fine-tune a checkpoint on GLUE, or on tasks of your own, and print the table. On all GPUs, or on the CPU.
 
-python launch/finetune_glue.py runs/quickstart/hf --out runs/quickstart/finetune
+python launch/finetune_glue.py --checkpoint runs/mosaicbert-base --tasks all --data glue_dir --out runs/glue
+python launch/finetune_glue.py --checkpoint bert-base-uncased/ --tasks mnli,rte --protocol modernbert --submission
+python launch/finetune_glue.py --checkpoint mosaicbert-base-hf --task-file my-task.yaml --data my-data --protocol quick --baselines
+
+Interrupted, the same command goes on where it was; jobs that are done are reused. megabert/glue/README.md has the rest.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+import dataclasses
+import sys
+from dataclasses import dataclass
 from typing import Literal
 
 from megabert import flags
@@ -13,54 +17,47 @@ from megabert import flags
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: str
-    """a folder written by launch/convert_to_hf.py"""
-    out: str = "runs/finetune"
-    """folder to write results.json and results.md to"""
-    task: Literal["movie-sentiment"] = "movie-sentiment"
-    """which labelled task; its data is fetched if it is missing"""
+    checkpoint: str = ""
+    """a pretraining run or one of its checkpoints, an exported folder, or any BERT-like Hugging Face folder"""
+    tasks: str = ""
+    """all (GLUE's eight), or names: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,wnli,ax; the default is all without a --task-file"""
+    task_file: str = ""
+    """tasks of your own: YAML files, with commas between"""
     data: str = "data/glue"
-    """folder for the task's data"""
-    epochs: int = 3
-    """passes over the training examples"""
-    batch_size: int = 32
-    """examples per step"""
-    lr: float = 5e-5
-    """peak learning rate"""
-    pooling: Literal["cls", "mean"] = "cls"
-    """what the classifier sees: the first token, or the mean of all, which suits encoders trained only briefly"""
-    rescale_embeddings: bool = False
-    """bring pretrained embeddings back to their initial norm, which changes no output, so that they learn as fast"""
-    seeds: list[int] = field(default_factory=lambda: [19])
-    """one fine-tuning each; the table shows means"""
+    """folder with the tasks' data, in GLUE's TSV layout or the hub's parquet layout; or a hub data set, nyu-mll/glue"""
+    out: str = "runs/glue"
+    """folder for results.json, results.md, results.png, and each job's result and log"""
+    protocol: str = "mosaicbert"
+    """mosaicbert, modernbert, quick, quickstart, or a YAML file"""
+    allow_no_mnli: bool = False
+    """fine-tune RTE, MRPC and STS-B from the checkpoint itself where mnli is not among the tasks"""
+    baselines: bool = False
+    """show the same architecture from random weights, and TF-IDF, too"""
+    submission: bool = False
+    """label the test sets, and write the zip that GLUE's server takes"""
+    workers: int = 0
+    """jobs at a time; 0: one per GPU, or one per CPU core"""
+    shard: str = ""
+    """run only part I of N of the jobs, as I/N: for a SLURM array (launch/slurm/finetune_glue.sbatch)"""
+    ops: Literal["auto", "torch", "fused"] = "auto"
+    """the model's operations, as run.ops in pretraining"""
 
     def __post_init__(self):
-        if not self.seeds or min(self.epochs, self.batch_size) < 1:
-            raise ValueError("--seeds names at least one seed; --epochs and --batch-size are at least 1.")
+        if not self.checkpoint:
+            raise ValueError(
+                "--checkpoint is missing: a pretraining run, an exported folder, or a Hugging Face folder."
+            )
 
 
-def main() -> None:
-    options = flags.read_flags(Options, "launch/finetune_glue.py", __doc__ or "")
-    from megabert.data.manifest import write_atomically
-    from megabert.glue import movie_sentiment  # after the flags: torch takes seconds to load
-    from megabert.glue.finetune import model_fingerprint
-    from megabert.glue.report import compare, markdown
+SWITCHES = ("--allow_no_mnli", "--baselines", "--submission")  # these need no value
 
-    out = Path(options.out)
-    request = {"options": asdict(options), "model": model_fingerprint(Path(options.checkpoint))}
-    if (out / "results.json").is_file() and json.loads((out / "results.json").read_text())["request"] == request:
-        print(f"{out}: already scored, reused\n\n{(out / 'results.md').read_text()}")
-        return
-    train, test = movie_sentiment.read(movie_sentiment.fetch(Path(options.data)))
-    settings = {
-        name: getattr(options, name) for name in ("epochs", "batch_size", "lr", "pooling", "rescale_embeddings")
-    }
-    results = compare(Path(options.checkpoint), movie_sentiment.TASK, train, test, settings, options.seeds)
-    out.mkdir(parents=True, exist_ok=True)
-    table = markdown(movie_sentiment.TASK, results, len(train.texts), len(test.texts))
-    write_atomically(out / "results.md", table.encode())
-    write_atomically(out / "results.json", json.dumps({"request": request, "results": results}, indent=1).encode())
-    print(table)
+
+def main() -> int:
+    argv = [f"{word}=true" if flags.with_underscores(word) in SWITCHES else word for word in sys.argv[1:]]
+    options = flags.read_flags(Options, "launch/finetune_glue.py", __doc__ or "", argv)
+    from megabert.glue.run import Request, run  # after the flags: torch takes seconds to load
+
+    return run(Request(**dataclasses.asdict(options)))
 
 
 if __name__ == "__main__":

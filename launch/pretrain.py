@@ -7,9 +7,7 @@ deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --recipe mosaicbe
 import logging
 import os
 import subprocess
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 from megabert import flags
 from megabert.config import Recipe
@@ -20,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def rank_from_environment() -> int:
-    """This process's rank, as the deepspeed launcher, torchrun or srun says it."""
+    """As the deepspeed launcher, torchrun or srun says it."""
     names = ("RANK", "SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else ("RANK",)
     return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
@@ -67,17 +65,6 @@ def main() -> int:
     return pretrain(recipe, ds_config, options.ds_config)
 
 
-def leave(code: int) -> NoReturn:
-    """End this process without Python's own end, which Gloo's threads can outlive and then abort: a finished run, or one
-    that has said what is wrong, would exit with -6. Seen once in twenty runs of ZeRO 3 on two ranks."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    try:
-        flags.run(main, "launch/pretrain.py")
-    except SystemExit as end:
-        leave(int(end.code or 0))
+    # Gloo's threads can outlive Python's own end and abort: a finished run would exit with -6.
+    flags.run_and_leave(main, "launch/pretrain.py")

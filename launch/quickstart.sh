@@ -28,9 +28,11 @@ stage "pretraining" \
     deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json
 stage "export to Hugging Face" \
     python launch/convert_to_hf.py $run $run/hf
+stage "fine-tuning data" \
+    python launch/fetch_tasks.py
 stage "fine-tuning" \
-    python launch/finetune_glue.py $run/hf --out $run/finetune \
-    --epochs 2 --lr 2.5e-4 --pooling mean --rescale-embeddings true # an encoder this small and fresh learns fast
+    python launch/finetune_glue.py --checkpoint $run/hf --task-file megabert/glue/labelled/movie-sentiment.yaml \
+    --protocol quickstart --baselines --out $run/finetune
 echo "--- summary"
 python launch/summarize_quickstart.py
 cat <<TEXT

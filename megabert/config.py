@@ -335,6 +335,28 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Fine-tuning the run's own checkpoints on a small task, on the CPU beside the training, to see what they are worth."""
+
+    task: str | None = None
+    """one of GLUE's tasks, or a YAML file as of launch/finetune_glue.py; null: no probe"""
+    data: str = "data/glue"
+    """folder with the task's data, as of launch/finetune_glue.py"""
+    protocol: str = "quick"
+    """as of launch/finetune_glue.py; its first candidate and first seed"""
+    every_steps: int = 10_000
+    """optimizer steps between two probes, a multiple of run.save_every_steps: they start from checkpoints"""
+    max_examples: int = 1000
+    """examples to train on, and to score"""
+
+    def __post_init__(self):
+        if min(self.every_steps, self.max_examples) < 1:
+            raise ValueError(
+                f"probe.every_steps is {self.every_steps} and probe.max_examples {self.max_examples}, expected at least 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that a run's result depends on, beside the corpus and the ds_config's precision."""
 
@@ -343,8 +365,14 @@ class Recipe:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self):
+        if self.probe.task is not None and self.probe.every_steps % self.run.save_every_steps:
+            raise ValueError(
+                f"probe.every_steps is {self.probe.every_steps}, expected a multiple of run.save_every_steps "
+                f"({self.run.save_every_steps}): a probe starts from a checkpoint."
+            )
         if all(getattr(self.run, length) is None for length in LENGTHS):
             raise ValueError(
                 "the recipe does not say how long to train: set run.max_steps, run.max_tokens or run.max_hours."

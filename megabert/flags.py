@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -68,6 +70,17 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         sys.exit(130)
+
+
+def run_and_leave(main: Callable[[], int | None], prog: str) -> NoReturn:
+    """As run(), but without Python's own end, which other threads can outlive; what is printed and logged is written."""
+    try:
+        run(main, prog)
+    except SystemExit as end:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))
 
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:

@@ -25,7 +25,14 @@ ALLOWED = {
         "megabert.kernels",
         "megabert.model",
     },
-    "megabert.glue": {"megabert.convert", "megabert.data", "megabert.flags", "megabert.kernels", "megabert.model"},
+    "megabert.glue": {
+        "megabert.checkpoint_format",
+        "megabert.convert",
+        "megabert.data",
+        "megabert.flags",
+        "megabert.kernels",
+        "megabert.model",
+    },
     "megabert.convert": {"megabert.checkpoint_format", "megabert.data", "megabert.flags", "megabert.model"},
     "data_prep": {"megabert.data", "megabert.flags"},
     "launch": {

@@ -119,14 +119,20 @@ def test_the_export_works_where_megabert_is_not_importable(exported, tmp_path):
 
 
 def test_fine_tuning_and_the_summary(exported, undisturbed):
-    """The real task, on the tiny model: the whole path, not a good score."""
+    """The real task, on the tiny model and a part of the data: the whole path, not a good score."""
     out = undisturbed / "finetune"
-    command = [sys.executable, "launch/finetune_glue.py", str(exported), f"--out={out}", "--epochs=1"]
+    protocol = undisturbed / "tiny.yaml"
+    protocol.write_text(
+        "settings: {lr: 1.0e-3, epochs: 1, batch_size: 32, max_seq_len: 32, pooling: mean, max_train_examples: 500}\n"
+    )
+    assert run_command([sys.executable, "launch/fetch_tasks.py"]).code == 0
+    command = [sys.executable, "launch/finetune_glue.py", f"--checkpoint={exported}", f"--out={out}", "--baselines"]
+    command += ["--task-file=megabert/glue/labelled/movie-sentiment.yaml", f"--protocol={protocol}", "--ops=torch"]
     done = run_command(command)
     assert done.code == 0, done.output
-    assert "7,954 training and 2,118 test examples" in done.output
+    assert "500 / 2,118" in done.output
     assert all(row in done.output for row in ("fine-tuned, pretrained", "from random weights", "TF-IDF"))
-    assert "already scored, reused" in run_command(command).output
+    assert "accuracy 0." not in run_command(command).output, "every job's result is reused"
     (undisturbed / "times.tsv").write_text("pretraining\t10.5\nexport\t2.5\n")
     command = [sys.executable, "launch/summarize_quickstart.py", f"--run={undisturbed}"]
     done = run_command([*command, f"--times={undisturbed / 'times.tsv'}"])
@@ -136,3 +142,24 @@ def test_fine_tuning_and_the_summary(exported, undisturbed):
     assert summary.keys() == SUMMARY
     assert summary["total_seconds"] == 13.0
     assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_score_against_cost(undisturbed, tmp_path):
+    """Straight from ZeRO checkpoints."""
+    assert run_command([sys.executable, "launch/fetch_tasks.py"]).code == 0
+    protocol = tmp_path / "tiny.yaml"
+    protocol.write_text("settings: {lr: 1.0e-3, epochs: 1, batch_size: 32, max_seq_len: 32, max_train_examples: 64}\n")
+    command = [sys.executable, "launch/pareto.py", f"--runs={undisturbed}", f"--protocol={protocol}", "--ops=torch"]
+    command += [
+        "--task-file=megabert/glue/labelled/movie-sentiment.yaml",
+        f"--out={tmp_path}",
+        "--dollars-per-gpu-hour=2",
+    ]
+    done = run_command(command)
+    assert done.code == 0, done.output
+    points = json.loads((tmp_path / "pareto.json").read_text())
+    assert points[-1]["step"] == STEPS
+    assert points[-1]["dollars"] == pytest.approx(2 * points[-1]["hours"])
+    assert points[-1]["tokens"] == read_metrics(undisturbed / "metrics.jsonl")[-1]["tokens"]
+    assert any(point["on_front"] for point in points)
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")

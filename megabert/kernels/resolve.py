@@ -62,6 +62,19 @@ def _found(module: str) -> bool:
     return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
 
 
+def local_devices() -> list[torch.device]:
+    """Every CUDA device of this machine, or its CPU."""
+    count = torch.cuda.device_count()
+    return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether a CPU or CUDA device multiplies bf16 natively."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+
+
 def why_not_flash(
     device: torch.device, config: MegaBertConfig, bf16: bool, machine: Machine | None = None
 ) -> str | None:

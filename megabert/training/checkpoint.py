@@ -22,6 +22,7 @@ FREE_TO_CHANGE = {
     "run.eval_tokens", "run.save_every_steps", "run.keep_checkpoints", "run.keep_every_steps", "run.keep_best",
     "run.async_save", "run.trackers", "run.resume", "run.ops",
     "run.max_norm_ratio", "run.rollback_after",
+    "probe.task", "probe.data", "probe.protocol", "probe.every_steps", "probe.max_examples",
 }  # fmt: skip
 SAME_SHARDS = {1, 2}  # the ZeRO stages whose optimizer state is cut alike: one may go on where the other stopped
 

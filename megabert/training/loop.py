@@ -50,7 +50,11 @@ def train(run: Run) -> None:
             check_held_out(run)
         if saving:
             save(run)
+        if run.prober is not None:
+            run.prober.look()
     run.saver.wait()
+    if run.prober is not None and run.is_finished:
+        run.prober.finish()
 
 
 def set_learning_rate(run: Run) -> None:
@@ -181,6 +185,8 @@ def roll_back(run: Run) -> None:
     run.step = state.step
     if run.reporter is not None:
         set_aside_after(run.checkpoints, run.step)
+    if run.prober is not None:
+        run.prober.forget_after(run.step)
     run.say(f"rolled back to {path} after {refused} refused updates; going on at bin {run.index}")
 
 
@@ -284,6 +290,8 @@ def save(run: Run) -> None:
         heldout_loss=run.evaluation.loss if run.evaluation and run.evaluated == run.step else None,
     )
     run.saver.save(run.engine, state, run.positions, run.corpus.sources[0])
+    if run.prober is not None:
+        run.prober.saved(run.step)
     run.meter.paused += time.perf_counter() - began
 
 
@@ -308,6 +316,8 @@ def carry_out(run: Run) -> int:
         if run.stopped is not None:
             run.say(f"stopped at step {run.step}: {run.stopped}; saved, the same command goes on")
     finally:
+        if run.prober is not None:
+            run.prober.stop()
         if run.reporter is not None:
             run.reporter.close()
     if run.stopped is None:

@@ -20,7 +20,7 @@ from megabert.config import Recipe, batches_per_step, total_steps
 from megabert.data.manifest import write_atomically
 from megabert.data.shards import Corpus, stream_count
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training import checkpoint, trackers, universal
+from megabert.training import checkpoint, probe, trackers, universal
 from megabert.training.checkpoint import Course
 from megabert.training.clock import Clock
 from megabert.training.ds_config import fill
@@ -61,6 +61,7 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         interrupts.watch_launcher()
     check_shared(Path(recipe.run.output_dir, "checkpoints"), rank, world_size)
     corpus, held = from_rank_0(lambda: open_corpora(recipe), rank, world_size)
+    from_rank_0(lambda: probe.check(recipe.probe), rank, world_size)
     device = training_device()
     step_batches = batches_per_step(recipe, world_size)
     steps = total_steps(recipe, step_batches)
@@ -123,6 +124,9 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     if run.reporter is not None:
         describe(run, found)
         set_aside_after(folder, run.step)
+        if recipe.probe.task is not None:
+            ops = "torch" if recipe.run.ops == "torch" else "auto"  # none is fused on a CPU
+            run.prober = probe.Prober(recipe.probe, ops, run.output_dir, run.reporter, run.step)
     return run
 
 

@@ -18,6 +18,7 @@ from megabert.training.evaluate import Evaluation
 from megabert.training.guard import Guard, Verdict
 from megabert.training.interrupts import Interrupts
 from megabert.training.metrics import Meter, Reporter
+from megabert.training.probe import Prober
 from megabert.training.saving import Saver
 
 Batches = Iterator[tuple[PackedBatch, int, Position]]
@@ -50,7 +51,8 @@ class Run:
     """step: optimizer steps done; index: the next bin; positions: of this rank's streams; held_out: this rank's bins.
 
     step_batches: micro-batches of a full step over all ranks. unigram: nats per token of guessing by frequency.
-    peak: FLOP/s of this rank's device, where known. left_behind: ranges of bins that rollbacks skipped. reporter: rank 0's, None elsewhere.
+    peak: FLOP/s of this rank's device, where known. left_behind: ranges of bins that rollbacks skipped. reporter: rank 0's, None elsewhere;
+    prober: rank 0's, where the recipe asks for one.
     evaluation, evaluated: the last one, and its step.
     """
 
@@ -77,6 +79,7 @@ class Run:
     tokens: int = 0
     seconds: float = 0.0
     lr: float = 0.0
+    prober: Prober | None = None
     evaluation: Evaluation | None = None
     evaluated: int = -1
     left_behind: list[tuple[int, int]] = field(default_factory=list)

@@ -68,8 +68,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Collect the figures of one quickstart from what its stages wrote. Seconds are wall-clock, starting up included."""
     result = json.loads((run / "result.json").read_text())
-    scores = json.loads((finetune_dir / "results.json").read_text())["results"]
-    means = {name: sum(part["scores"]) / len(part["scores"]) for name, part in scores.items()}
+    contenders = json.loads((finetune_dir / "results.json").read_text())["tasks"]["movie-sentiment"]
+    means = {name: part["mean"] for name, part in contenders.items()}
     return {
         "unigram_loss": result["unigram_loss"],
         "heldout_loss": result["heldout_loss"],

@@ -57,11 +57,16 @@ class WandB:
     def __init__(self, folder: Path, recipe: dict[str, Any]):
         import wandb  # pyrefly: ignore[missing-import] # an optional import: only where it was asked for
 
+        self.latest = 0
         name = folder.resolve().name
         self.run = wandb.init(id=name, name=name, resume="allow", dir=str(folder), config=recipe)
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=step)
+        """wandb drops what comes late, as the probe of an earlier step: that goes to the current one, and says of which it is."""
+        if step < self.latest:
+            values = values | {f"{name}/step": step for name in values if name.startswith("probe/")}
+        self.latest = max(self.latest, step)
+        self.run.log(values, step=self.latest)
 
     def close(self) -> None:
         self.run.finish()

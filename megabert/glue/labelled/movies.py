@@ -1,7 +1,8 @@
-"""movie-sentiment: 10,072 movie-review snippets, positive or negative, from the source distribution of vaderSentiment 3.3.2.
+"""movie-sentiment and movie-rating: 10,605 movie-review snippets, from the source distribution of vaderSentiment 3.3.2.
 
-Each snippet has the mean rating of human raters, -4 to 4; those within 0.5 of neutral are left out. It resembles SST-2 and
-is not SST-2. The data is Hutto and Gilbert's (ICWSM 2014); it is fetched from the package at run time, never kept here.
+Each has the mean rating of human raters, -4 to 4: that is movie-rating. For movie-sentiment, positive or negative, those within 0.5
+of neutral are left out, which leaves 10,072. They resemble SST-2 and STS-B's regression, and are neither. The data is Hutto and
+Gilbert's (ICWSM 2014); it is fetched from the package at run time, never kept here.
 """
 
 import hashlib
@@ -11,9 +12,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from megabert.glue.tasks import Examples, Task
+from megabert.glue.labelled.files import Row, write_splits
 
 PACKAGE = "vaderSentiment==3.3.2"
 SDIST = "vaderSentiment-3.3.2.tar.gz"
@@ -22,8 +24,6 @@ INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 NEUTRAL = 0.5  # ratings nearer to 0 than this have no label
 TEST_SHARE = 0.2  # there is no official split: a hash of the id decides
-
-TASK = Task(name="movie-sentiment", num_labels=2, metric="accuracy")
 
 
 def fetch(folder: Path) -> Path:
@@ -60,8 +60,22 @@ def fetch(folder: Path) -> Path:
     return path
 
 
-def read(path: Path) -> tuple[Examples, Examples]:
-    """Read (train, test) from the source distribution."""
+def write(folder: Path) -> None:
+    """Write movie-sentiment/ and movie-rating/, train.tsv and dev.tsv in each, into `folder`."""
+    rated = list(read(fetch(folder)))
+    write_splits(
+        folder / "movie-rating", ("sentence",), [Row((text,), repr(rating), held) for text, rating, held in rated]
+    )
+    clear = [
+        Row((text,), "positive" if rating > 0 else "negative", held)
+        for text, rating, held in rated
+        if abs(rating) >= NEUTRAL
+    ]
+    write_splits(folder / "movie-sentiment", ("sentence",), clear)
+
+
+def read(path: Path) -> Iterator[tuple[str, float, bool]]:
+    """Read (text, rating, whether it is held out for scoring) from the source distribution."""
     with tarfile.open(path) as outer:
         inner = outer.extractfile(INNER)
         assert inner is not None, "the pinned file has this member"
@@ -69,13 +83,6 @@ def read(path: Path) -> tuple[Examples, Examples]:
             file = tar.extractfile(FILE)
             assert file is not None, "and this one in it"
             lines = file.read().decode("utf-8", "replace").splitlines()
-    parts = {True: ([], []), False: ([], [])}
     for line in lines:
         number, rating, text = line.split("\t", 2)
-        if abs(float(rating)) < NEUTRAL:
-            continue
-        in_test = hashlib.sha256(number.encode()).digest()[0] < 256 * TEST_SHARE
-        texts, labels = parts[in_test]
-        texts.append(text.strip())
-        labels.append(int(float(rating) > 0))
-    return Examples(*parts[False]), Examples(*parts[True])
+        yield text.strip(), float(rating), hashlib.sha256(number.encode()).digest()[0] < 256 * TEST_SHARE

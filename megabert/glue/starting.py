@@ -1,0 +1,93 @@
+"""Where fine-tuning starts: any checkpoint that our model can hold, brought into one folder of ours."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import save_file
+
+from megabert.checkpoint_format import file_hash, find_checkpoint
+from megabert.convert.checkpoint import read_checkpoint
+from megabert.convert.from_hf import convert
+from megabert.convert.hf_folder import CONFIG, SAFETENSORS, copy_tokenizer, write_config, write_weights
+from megabert.data.manifest import TOKENIZER, write_atomically
+from megabert.model.modeling_megabert import MegaBertForSequenceClassification
+
+ORIGIN = "origin.json"
+
+
+class Start(NamedTuple):
+    """folder: config.json, weights and tokenizer.json; sha256: of the weights and the config."""
+
+    folder: Path
+    sha256: str
+
+
+def prepare(checkpoint: Path, out: Path) -> Start:
+    """Bring a training checkpoint, an export, or a BERT-like Hugging Face folder into `out`; reused if it is there.
+
+    Raises ValueError if `checkpoint` is none of these, or has no tokenizer.
+    """
+    source = checkpoint if (checkpoint / CONFIG).is_file() else _newest(checkpoint)
+    origin = {str(path.relative_to(source)): [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(source)}
+    record = {"source": str(source.resolve()), "files": origin}
+    if not (out / ORIGIN).is_file() or json.loads((out / ORIGIN).read_text()) != record:
+        staged = out.with_name(f".tmp-{out.name}")
+        for folder in (staged, out):
+            if folder.exists():
+                shutil.rmtree(folder)
+        if (source / CONFIG).is_file():
+            convert(source, staged)
+        else:
+            _write_checkpoint(source, staged)
+        if not (staged / TOKENIZER).is_file():
+            raise ValueError(f"{checkpoint}: has no tokenizer.json and no vocab.txt.")
+        write_atomically(staged / ORIGIN, json.dumps(record, indent=1).encode())
+        staged.rename(out)
+    return Start(out, fingerprint(out))
+
+
+def _newest(checkpoint: Path) -> Path:
+    try:
+        return find_checkpoint(checkpoint)
+    except ValueError as mistake:
+        raise ValueError(
+            f"{checkpoint}: neither a checkpoint (a run's folder, or one of its checkpoints/step-... folders) nor a Hugging Face "
+            "folder (config.json and weights)."
+        ) from mistake
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def _write_checkpoint(source: Path, out: Path) -> None:
+    weights, config, state = read_checkpoint(source)
+    out.mkdir(parents=True)
+    config.padding = "unpadded"  # which changes no output, only what it costs
+    write_config(out, config)
+    write_weights(out, weights, "5GB")
+    copy_tokenizer(source, out, state.max_seq_len)
+
+
+def fingerprint(folder: Path) -> str:
+    """One hash of a folder's config and weights."""
+    names = [CONFIG, *sorted(path.name for path in folder.glob("*.safetensors"))]
+    if len(names) == 1:
+        raise ValueError(f"{folder}: has no weights.")
+    return hashlib.sha256("".join(file_hash(folder / name) for name in names).encode()).hexdigest()
+
+
+def save_encoder(model: MegaBertForSequenceClassification, start: Path, out: Path) -> None:
+    """Keep a fine-tuned encoder with its pooler, and without its classifier, for another task to start from."""
+    staged = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file({name: tensor for name, tensor in weights.items() if name.startswith("bert.")}, staged / SAFETENSORS)
+    for name in (CONFIG, TOKENIZER):
+        shutil.copyfile(start / name, staged / name)
+    shutil.rmtree(out, ignore_errors=True)
+    staged.rename(out)
