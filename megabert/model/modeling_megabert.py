@@ -28,6 +28,13 @@ from .layers import Decoder, Embeddings, Encoder, MlmTransform, Norm, Pooler
 from .ops import IGNORE_INDEX, MaskedLoss, upcast
 from .padding import Sequences, first_tokens, repad, spread, unpad
 
+NOT_HERE = {
+    "output_attentions": "there are none to give, no attention matrix is ever whole",
+    "inputs_embeds": "pass input_ids, embeddings are looked up and normalised in one operation",
+    "head_mask": "no head can be masked, attention is one operation over all of them",
+    "encoder_hidden_states": "this is an encoder, without cross-attention",
+}
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -100,6 +107,9 @@ class MegaBertPreTrainedModel(PreTrainedModel):
     config_class = MegaBertConfig
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
+    # Else transformers' Trainer takes **kwargs to mean that the loss is divided by its num_items_in_batch, and with gradient
+    # accumulation makes gradients as many times too large as there are micro-batches.
+    accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -153,7 +163,7 @@ class MegaBertModel(MegaBertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -161,9 +171,11 @@ class MegaBertModel(MegaBertPreTrainedModel):
         max_seqlen: int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple:
-        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen)
+        tokens = read_tokens(
+            _checked(input_ids, kwargs), attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen
+        )
         every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
         hidden, states = self.encode(tokens, every_layer=every_layer)
         output = BaseModelOutputWithPooling(
@@ -211,7 +223,7 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -222,13 +234,15 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
         masked_labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MaskedLMOutput | MaskedLoss | tuple:
         """transformers' masked language model; with masked_positions and the rest of a PackedBatch, masked_loss()."""
         if masked_positions is not None:
-            batch: Any = (position_ids, cu_seqlens, max_seqlen, masked_positions, masked_labels)
-            return self.masked_loss(input_ids, *batch)
-        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen)
+            batch: Any = (input_ids, position_ids, cu_seqlens, max_seqlen, masked_positions, masked_labels)
+            return self.masked_loss(*batch)
+        tokens = read_tokens(
+            _checked(input_ids, kwargs), attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen
+        )
         every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
         hidden, states = self.bert.encode(tokens, every_layer=every_layer)
         logits = self.decoder(self.transform(hidden))  # (T, V)
@@ -258,7 +272,7 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -267,10 +281,12 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
         max_seqlen: int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple:
         """labels: (B,) integers, floats for a regression, or (B, num_labels) for several at once."""
-        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen)
+        tokens = read_tokens(
+            _checked(input_ids, kwargs), attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen
+        )
         every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
         mean = self.config.classifier_pooling == "mean"
         documents, first = first_tokens(tokens.sequences)
@@ -303,17 +319,17 @@ class MegaBertForTokenClassification(MegaBertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> TokenClassifierOutput | tuple:
         """labels: (B, S), IGNORE_INDEX where none."""
-        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, None, None)
+        tokens = read_tokens(_checked(input_ids, kwargs), attention_mask, token_type_ids, position_ids, None, None)
         every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
         hidden, states = self.bert.encode(tokens, every_layer=every_layer)
         logits = self.classifier(self.dropout(hidden))  # (T, num_labels)
@@ -339,7 +355,7 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -347,10 +363,10 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
         end_positions: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> QuestionAnsweringModelOutput | tuple:
-        """start_positions, end_positions: (B,) slots; those outside the row are ignored, as in BERT."""
-        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, None, None)
+        """start_positions, end_positions: (B,) or (B, 1) slots; those outside the row are ignored, as in BERT."""
+        tokens = read_tokens(_checked(input_ids, kwargs), attention_mask, token_type_ids, position_ids, None, None)
         every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
         hidden, states = self.bert.encode(tokens, every_layer=every_layer)
         start, end = tokens.spread(self.qa_outputs(hidden)).unbind(dim=-1)  # (B, S) each
@@ -358,7 +374,7 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             length = start.shape[1]
             losses = [
-                F.cross_entropy(upcast(scores), place.clamp(0, length), ignore_index=length)
+                F.cross_entropy(upcast(scores), place.view(-1).clamp(0, length), ignore_index=length)
                 for scores, place in ((start, start_positions), (end, end_positions))
             ]
             loss = (losses[0] + losses[1]) / 2
@@ -394,6 +410,17 @@ def _classification_loss(logits: Tensor, labels: Tensor, config: MegaBertConfig)
     if kind.startswith("single"):
         return F.cross_entropy(upcast(logits), labels.view(-1).long())
     return F.binary_cross_entropy_with_logits(upcast(logits), labels.to(upcast(logits).dtype))
+
+
+def _checked(input_ids: Tensor | None, more: dict[str, Any]) -> Tensor:
+    """The ids. Raises ValueError for what transformers' BERT can and this model cannot; whatever else comes is ignored, as there."""
+    for name, why in NOT_HERE.items():
+        given = more.get(name)
+        if given is not None and given is not False:
+            raise ValueError(f"{name}: {why}.")
+    if input_ids is None:
+        raise ValueError("input_ids is missing.")
+    return input_ids
 
 
 def _wanted(asked: bool | None, default: bool | None) -> bool:

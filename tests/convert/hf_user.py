@@ -138,6 +138,7 @@ def saved_again_it_is_the_same(folder: Path, again: Path, load: dict) -> None:
 
 
 def trainer(folder: Path, scratch: Path, load: dict) -> float:
+    import torch
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -158,6 +159,21 @@ def trainer(folder: Path, scratch: Path, load: dict) -> float:
     training.train()
     after = training.evaluate()["eval_loss"]
     assert after < before, (before, after)
+
+    def gradient_norm(batch: int, batches: int) -> float:
+        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, **off, **load)
+        settings = TrainingArguments(
+            str(scratch / "trainer"), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=batches,
+            report_to=[], save_strategy="no", use_cpu=True, logging_steps=1, disable_tqdm=True,
+        )  # fmt: skip
+        training = Trainer(model, settings, DataCollatorWithPadding(tokenizer), examples)
+        training.train()
+        return next(line["grad_norm"] for line in training.state.log_history if "grad_norm" in line)
+
+    whole, parts = gradient_norm(8, 1), gradient_norm(2, 4)
+    assert abs(whole - parts) < 1e-3 * whole, (whole, parts)
     return after
 
 

@@ -113,6 +113,23 @@ def test_an_empty_document_is_pooled_as_a_hidden_state_of_zeros(pooling, every_l
         assert torch.equal(pooled[0], model.bert.pooler(torch.zeros_like(pooled[0])))
 
 
+@pytest.mark.parametrize(
+    "wish", [{"output_attentions": True}, {"inputs_embeds": torch.zeros(1, 4, 24)}, {"head_mask": torch.ones(3)}, {}]
+)
+@pytest.mark.parametrize("cls", [MegaBertModel, MegaBertForMaskedLM, MegaBertForQuestionAnswering])
+def test_what_the_model_cannot_give_is_refused_and_not_ignored(cls, wish):
+    with pytest.raises(ValueError, match=next(iter(wish), "input_ids is missing")):
+        small_model(cls)(**wish)
+    small_model(cls)(torch.ones(1, 4, dtype=torch.long), output_attentions=False, num_items_in_batch=3)
+
+
+def test_answers_may_be_a_column():
+    model = small_model(MegaBertForQuestionAnswering).eval()
+    ids, start, end = torch.arange(5, 17).view(2, 6), torch.tensor([1, 9]), torch.tensor([3, 2])
+    flat = model(ids, start_positions=start, end_positions=end).loss
+    assert torch.equal(model(ids, start_positions=start[:, None], end_positions=end[:, None]).loss, flat)
+
+
 def test_masked_rows_give_the_loss_and_gradients_of_all_rows():
     """Computing the last layer and the head on masked tokens only changes nothing."""
     inputs = packed(documents())
