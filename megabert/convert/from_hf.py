@@ -16,6 +16,7 @@ from megabert.convert.checkpoint import TIED
 from megabert.convert.hf_folder import (
     CONFIG,
     LARGEST,
+    VOCAB,
     copy_tokenizer,
     read_config,
     read_tokenizer_of,
@@ -26,6 +27,7 @@ from megabert.convert.hf_folder import (
 from megabert.convert.imported import Imported
 from megabert.convert.published import SAME, WORDS, num_layers, translate
 from megabert.convert.resize import resize_positions, resize_vocabulary
+from megabert.data.manifest import TOKENIZER
 from megabert.model.configuration_megabert import MegaBertConfig
 
 # What transformers' BERT can be that ours cannot: the value that ours has, which is also the one when it is not said.
@@ -54,6 +56,7 @@ def convert(source: Path, out: Path, change: Change = Change()) -> Imported:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty; choose another folder.")
     model = read(source, change.seed)
+    check_tokenizer(source, model.config.vocab_size)
     tokenizer_folder = source
     if change.tokenizer is not None:
         old = read_tokenizer_of(source)
@@ -102,8 +105,19 @@ def read(source: Path, seed: int = 17) -> Imported:
         config = _config_of_bert(source, raw, kind)
     check_shapes(source, weights, config, missing)  # before anything of the config's size is allocated
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+    if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None):
+        raise ValueError(f"{source}: {broken} has values that are not finite: the weights are damaged.")
     weights |= _initialize(missing, config, seed)
     return Imported(config, weights, missing, left_out)
+
+
+def check_tokenizer(source: Path, rows: int) -> None:
+    """Raises ValueError if the folder's tokenizer, should it have one, makes ids that the model has no row for."""
+    if not any((source / name).is_file() for name in (TOKENIZER, VOCAB)):
+        return
+    highest = max(read_tokenizer_of(source).get_vocab(with_added_tokens=True).values(), default=0)
+    if highest >= rows:
+        raise ValueError(f"{source}: its tokenizer has the id {highest}, its model only {rows} rows.")
 
 
 def check_shapes(source: Path, weights: dict[str, Tensor], config: MegaBertConfig, missing: list[str]) -> None:
@@ -170,10 +184,17 @@ def _config_of_bert(source: Path, raw: dict[str, Any], kind: str) -> MegaBertCon
             "initializer_range", "pad_token_id", "id2label", "label2id", "problem_type")  # fmt: skip
     settings = {name: raw[name] for name in same if raw.get(name) is not None}
     if isinstance(labels := settings.get("id2label"), dict):
+        if not all(number.isdecimal() for number in labels):
+            raise ValueError(f"{source / CONFIG}: id2label has the keys {', '.join(labels)}, expected numbers.")
         settings["id2label"] = {int(number): label for number, label in labels.items()}
     if kind == "mosaicbert":
-        return MegaBertConfig(position="alibi", ffn="geglu", layer_norm_dtype="bfloat16", **settings)
-    return MegaBertConfig(position="learned", ffn="gelu", layer_norm_dtype="float32", **settings)
+        settings |= {"position": "alibi", "ffn": "geglu", "layer_norm_dtype": "bfloat16"}
+    else:
+        settings |= {"position": "learned", "ffn": "gelu", "layer_norm_dtype": "float32"}
+    try:
+        return MegaBertConfig(**settings)
+    except ValueError as mistake:
+        raise ValueError(f"{source / CONFIG}: {mistake}") from mistake
 
 
 def _head_names() -> list[str]:

@@ -102,6 +102,10 @@ def _from_vocab(folder: Path) -> Tokenizer:
     settings = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
     pieces = _inside(folder, VOCAB).read_text(encoding="utf-8").splitlines()
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    if lacking := [piece for piece in ("[CLS]", "[SEP]") if piece not in vocabulary]:
+        raise ValueError(
+            f"{folder / VOCAB}: has no {' and no '.join(lacking)}; expected a BERT vocabulary, a piece per line."
+        )
     lowercase = bool(settings.get("do_lower_case", True))
     tokenizer: Any = BertWordPieceTokenizer(vocabulary, lowercase=lowercase)
     return tokenizer._tokenizer

@@ -45,7 +45,7 @@ class MegaBertConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         z_loss: float = 0.0,
         padding: str = "unpadded",
-        pad_token_id: int = 0,
+        pad_token_id: int | None = 0,
         tie_word_embeddings: bool = True,
         **kwargs,
     ):
@@ -62,6 +62,21 @@ class MegaBertConfig(PretrainedConfig):
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"model config: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}."
+            )
+        shares = {
+            "hidden_dropout_prob": hidden_dropout_prob,
+            "attention_probs_dropout_prob": attention_probs_dropout_prob,
+        }
+        if classifier_dropout is not None:
+            shares["classifier_dropout"] = classifier_dropout
+        for name, share in shares.items():
+            if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+                raise ValueError(f"model config: {name} is {share!r}, expected a number from 0 to 1.")
+        if not isinstance(layer_norm_eps, float) or not 0 < layer_norm_eps < 1:
+            raise ValueError(f"model config: layer_norm_eps is {layer_norm_eps!r}, expected a number between 0 and 1.")
+        if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
+            raise ValueError(
+                f"model config: pad_token_id is {pad_token_id}, expected one of the {vocab_size} rows of the vocabulary."
             )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
