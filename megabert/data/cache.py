@@ -1,6 +1,7 @@
 """Whole shards on the local disk: for what cannot be read in part.
 
-One folder serves all processes of a machine, goes by content, and holds no more than it may, whoever else fills it.
+One folder serves all processes of a machine, goes by content, and holds no more than it may, whoever else fills it; while more
+arrive at once than there is room for, as much more.
 """
 
 import errno
@@ -117,6 +118,8 @@ class ShardCache:
             os.replace(arriving, path)
         finally:
             arriving.unlink(missing_ok=True)
+        with _locked(self.folder / "room.lock"):
+            self._make_room(0, (".tar",))  # where more arrived at once than there is room for
 
     @staticmethod
     def _is_here(path: Path, size: int) -> bool:
@@ -128,10 +131,8 @@ class ShardCache:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def _make_room(self, needed: int) -> None:
-        held = sorted(
-            (entry for entry in os.scandir(self.folder) if entry.name.endswith((".tar", ".part"))), key=_read_at
-        )
+    def _make_room(self, needed: int, counted: tuple[str, ...] = (".tar", ".part")) -> None:
+        held = sorted((entry for entry in os.scandir(self.folder) if entry.name.endswith(counted)), key=_read_at)
         total = sum(_size(entry) for entry in held)
         for entry in (entry for entry in held if entry.name.endswith(".tar")):
             if total + needed <= self.max_bytes:
