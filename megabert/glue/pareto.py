@@ -45,8 +45,11 @@ def cost_of(run: Path, step: int) -> tuple[float, float]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file: not a pretraining run.")
     known = [(0, 0.0, 0.0)]
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # what a kill cut short
+            continue
         if "seconds" in record and record["step"] > known[-1][0]:
             known.append((record["step"], record["seconds"], record["tokens"]))
     for before, after in itertools.pairwise(known):

@@ -50,6 +50,15 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     for key in raw:
         if key not in KNOWN_KEYS:
             raise ValueError(f"{path}: DeepSpeed knows no top-level key {key!r}.{nearest(key, sorted(KNOWN_KEYS))}")
+    zero = raw.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise ValueError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3.")
+    for key in ("offload_optimizer", "offload_param"):
+        if (device := (zero.get(key) or {}).get("device", "cpu")) not in ("cpu", "none"):
+            raise ValueError(
+                f"{path}: zero_optimization.{key}.device is {device!r}; this stack offloads to the cpu only."
+            )
     return raw
 
 

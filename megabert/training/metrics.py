@@ -123,11 +123,16 @@ class Reporter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The records of a metrics.jsonl; what is none, as a line that a kill or a power failure left behind, is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    records = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
+    return records
 
 
 def _forget_after(path: Path, step: int) -> None:

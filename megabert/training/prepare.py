@@ -45,7 +45,7 @@ from megabert.training.metrics import Meter, Reporter
 from megabert.training.retention import Retention
 from megabert.training.run import Feed, Run
 from megabert.training.saving import Saver, check_room, set_aside_after
-from megabert.training.together import check_shared, from_rank_0
+from megabert.training.together import check_shared, claim, from_rank_0
 from megabert.training.trackers import open_trackers
 
 
@@ -60,6 +60,7 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     if launched_by_deepspeed():
         interrupts.watch_launcher()
     check_shared(Path(recipe.run.output_dir, "checkpoints"), rank, world_size)
+    claim(Path(recipe.run.output_dir), rank, world_size)
     corpus, held = from_rank_0(lambda: open_corpora(recipe), rank, world_size)
     from_rank_0(lambda: probe.check(recipe.probe), rank, world_size)
     device = training_device()

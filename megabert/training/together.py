@@ -1,16 +1,25 @@
-"""What ranks do once for all of them, and what they must see alike before the first step."""
+"""What ranks do once for all of them, and what they must see alike, and have for themselves, before the first step."""
 
+import fcntl
+import json
+import logging
 import os
 import secrets
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch.distributed
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+CLAIM = "running.lock"  # of an output folder; says who trains there
+LEAVES_S = 60.0  # a run whose launcher was killed saves and ends within 45 s
+_claims: list[TextIO] = []  # open to the end of the process: a claim ends when its file is closed
 
 APPEARS_S = 10.0  # a network file system's clients may look at what they remember of a folder for a few seconds
 
@@ -63,3 +72,48 @@ def _leave_mark(folder: Path) -> str:
     name = f".seen-by-all-{secrets.token_hex(8)}"
     (folder / name).touch()
     return name
+
+
+def claim(folder: Path, rank: int, world_size: int) -> None:
+    """Have an output folder for this run alone, until its process ends, however it does; every rank calls this.
+
+    Raises ValueError if another run of this machine is still there after LEAVES_S. One of another machine is only warned of:
+    on a network file system a dead machine's lock may outlive it.
+    """
+    from_rank_0(lambda: _claim(folder), rank, world_size)
+
+
+def _claim(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / CLAIM, "a+")
+    except OSError:
+        return  # nothing can be written there, which saving.py explains
+    until = time.monotonic() + LEAVES_S
+    while not (ours := _lock(file)) and time.monotonic() < until:
+        time.sleep(0.2)
+    file.seek(0)
+    said = file.read()
+    if not ours:
+        holder = json.loads(said) if said.startswith("{") else {"host": "another process", "pid": "?"}
+        file.close()
+        where = f"{folder}: process {holder['pid']} on {holder['host']} is training there"
+        if holder["host"] == socket.gethostname():
+            raise ValueError(f"{where}. End that, or choose another run.output_dir.")
+        log.warning("%s, or was until its machine died; going on", where)
+        return
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+    file.flush()
+    _claims.append(file)
+
+
+def _lock(file: TextIO) -> bool:
+    """Whether the file is this process's now. True, too, where the file system has no locks."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True

@@ -43,6 +43,13 @@ def test_deepspeed_reads_every_key_that_we_call_known():
         ),
         ('{"steps_per_print": 1, "steps_per_print": 2}', "the key 'steps_per_print' stands twice"),
         ("{", "not valid JSON"),
+        ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage is 7, expected 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": "two"}}', "zero_optimization.stage is 'two', expected"),
+        ('{"zero_optimization": true}', "zero_optimization.stage is True, expected"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
+            "offload_param.device is 'nvme'; this stack offloads to the cpu only",
+        ),
     ],
 )
 def test_a_wrong_ds_config_is_refused(tmp_path, text, message):

@@ -51,3 +51,9 @@ def test_a_full_disk_is_named_with_its_folder(tmp_path):
     ):
         reporter.record(3, {"loss": 1.0})
     reporter.close()
+
+
+def test_what_is_no_record_is_left_out(tmp_path):
+    """A power failure may leave zeros, a kill half a line before the next run's first."""
+    (tmp_path / METRICS).write_bytes(b'{"step": 1}\n\0\0\0\n{"step": 2, "los{"step": 3}\n\xff\n[4]\n{"step": 5}\n{"st')
+    assert read_metrics(tmp_path / METRICS) == [{"step": 1}, {"step": 5}]

@@ -1,13 +1,18 @@
 """Work done once for all ranks. Folders that machines do not share: tests/cluster/test_hostfile.py, where there are machines."""
 
+import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 
 from megabert.data.cache import CacheOptions
 from megabert.data.shards import open_corpus
 from megabert.data.storage import open_storage
-from megabert.training.together import check_shared, from_rank_0
+from megabert.training import together
+from megabert.training.together import CLAIM, check_shared, claim, from_rank_0
 from tests.conftest import Corpus, run_ranks
 
 
@@ -28,6 +33,37 @@ def test_a_corpus_can_be_sent_to_another_rank(corpus: Corpus):
 def test_a_storage_can_be_sent_to_another_rank(location, tmp_path):
     storage, _ = open_storage(location, CacheOptions(tmp_path))
     assert pickle.loads(pickle.dumps(storage)).url("train-000.tar") == storage.url("train-000.tar")
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has claimed tmp_path."""
+    program = "import sys, time; from pathlib import Path; from megabert.training.together import claim\n"
+    program += "claim(Path(sys.argv[1]), 0, 1); print('mine', flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "mine\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_folder_belongs_to_one_run_until_its_process_ends_however_it_does(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr(together, "LEAVES_S", 0.5)
+    with pytest.raises(ValueError, match=f"process {holder.pid} on .* is training there. End that, or choose another"):
+        claim(tmp_path, 0, 1)
+    claim(tmp_path / "other", 0, 1)
+    holder.kill()
+    holder.wait()
+    claim(tmp_path, 0, 1)
+    assert json.loads((tmp_path / CLAIM).read_text())["pid"] == os.getpid()
+
+
+def test_a_run_of_a_machine_that_may_be_dead_is_warned_of(holder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(together, "LEAVES_S", 0.5)
+    (tmp_path / CLAIM).write_text('{"host": "node-7", "pid": 12}')
+    claim(tmp_path, 0, 1)
+    assert "process 12 on node-7 is training there, or was until its machine died; going on" in caplog.text
 
 
 def test_only_rank_0_lists_and_checks_the_shards(corpus: Corpus, tmp_path):
