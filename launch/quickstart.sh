@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 bash launch/install.sh
 source .venv/bin/activate
 export TOKENIZERS_PARALLELISM=false
+# On a machine with other work a thread that spins while it waits keeps the one that it waits for from running: ten times slower.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 [ -e /dev/nvidiactl ] || export DS_ACCELERATOR=cpu
 run=runs/quickstart
 mkdir -p $run
