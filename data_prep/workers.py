@@ -7,8 +7,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end; the threads that are started meanwhile never see it, as is right."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Workers:
     """Processes that take tasks. Use as a context; leaving it with an exception ends them at once."""
 
@@ -84,7 +95,8 @@ class Workers:
             while True:
                 # Enough to be busy: all at once would be memory for nothing.
                 while len(waiting) < 2 * self._count and (task := next(rest, None)) is not None:
-                    waiting.add(self._pool.submit(function, *task))
+                    with _uninterrupted():  # by Ctrl-C: a worker that is just being started would outlive the command
+                        waiting.add(self._pool.submit(function, *task))
                 if not waiting:
                     return
                 done, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)

@@ -9,6 +9,7 @@ checkpoints/step-00000250/              complete, or not there at all
     MANIFEST.json                       size and sha256 of every file above
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -77,7 +78,7 @@ def list_tags(folder: Path) -> list[str]:
     """The complete checkpoints of a run, newest first."""
     if not folder.is_dir():
         return []
-    tags = (item.name for item in folder.iterdir() if TAG.fullmatch(item.name))
+    tags = (item.name for item in folder.iterdir() if TAG.fullmatch(item.name) and item.is_dir())
     return sorted(tags, key=step_of, reverse=True)
 
 
@@ -125,12 +126,20 @@ def files_of(folder: Path) -> list[str]:
 
 
 def read_state(folder: Path) -> State:
-    return State(**json.loads((folder / STATE).read_text()))
+    """Raises ValueError for one that is damaged, or of another version."""
+    try:
+        return State(**json.loads((folder / STATE).read_text()))
+    except (ValueError, TypeError) as mistake:
+        raise ValueError(f"{folder / STATE}: damaged, or written by another version: {mistake}") from mistake
 
 
 def heldout_losses(folder: Path) -> dict[str, float | None]:
-    """Tag -> held-out loss, if it was measured, of every checkpoint of a run."""
-    return {tag: json.loads((folder / tag / STATE).read_text()).get("heldout_loss") for tag in list_tags(folder)}
+    """Tag -> held-out loss, if it was measured and can be read, of every checkpoint of a run."""
+    losses: dict[str, float | None] = dict.fromkeys(list_tags(folder))
+    for tag in losses:
+        with contextlib.suppress(OSError, ValueError):  # a damaged one must not keep newer ones from being saved
+            losses[tag] = read_state(folder / tag).heldout_loss
+    return losses
 
 
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
@@ -141,7 +150,13 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         raise ValueError(f"{folder}: has no {MANIFEST}: not a complete checkpoint.") from missing
     except json.JSONDecodeError as mistake:
         raise ValueError(f"{folder / MANIFEST}: damaged: {mistake}") from mistake
-    return {name: (size, digest) for name, (size, digest) in raw.items()}
+    try:
+        found = {str(name): (int(size), str(digest)) for name, (size, digest) in raw.items()}
+    except (AttributeError, TypeError, ValueError) as mistake:
+        raise ValueError(f"{folder / MANIFEST}: damaged: it does not list files.") from mistake
+    if STATE not in found or not any(name.endswith(".pt") for name in found):
+        raise ValueError(f"{folder / MANIFEST}: damaged: it does not list a whole checkpoint.")
+    return found
 
 
 def check_files(folder: Path, names: list[str] | None = None) -> str | None:

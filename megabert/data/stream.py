@@ -12,6 +12,7 @@ The stages of one stream, each a generator over the one before:
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -233,6 +234,9 @@ def _start_worker(_: int) -> None:
     """One thread each: the workers are the parallelism, and the other cores have a model to train."""
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # What tells a whole process group to stop is for the rank, which still needs batches to finish its step; a worker ends with it.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def held_out_batches(corpus: Corpus, config: StreamConfig, mlm_probability: float, max_bins: int) -> list[PackedBatch]:

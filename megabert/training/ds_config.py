@@ -91,6 +91,11 @@ def fill(
     if autocast.get("enabled") == "auto":
         autocast["enabled"] = fast_bf16
     filled["torch_autocast"] = autocast
+    if autocast.get("enabled") and autocast.get("dtype", "bfloat16") != "bfloat16":
+        raise ValueError(
+            f"{path}: torch_autocast.dtype is {autocast['dtype']!r}, expected bfloat16: fp16's loss scaling would reach the guard's and "
+            "the clipping's norm."
+        )
     if stage == 0:
         filled["gradient_clipping"] = (
             0.0  # training/guard.py clips: DeepSpeed would, but does not say what the norm was

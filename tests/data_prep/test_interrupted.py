@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(command, tmp_path, co
 
     for pattern, count in (
         ("request", 1),
-        ("runs/*.tmp", 1),
+        ("runs/*", 1),
         ("runs/*.json", 1),
         ("shards/*.npz", 1),
         ("shards/*.npz", 10),
@@ -92,11 +93,17 @@ def test_workers_of_a_killed_command_end_with_it(command, tmp_path):
 
 
 def test_ctrl_c_is_clean(command, tmp_path, corpus):
-    process = start(command)
-    wait_for(process, tmp_path / "out" / ".work", "runs/*.tmp", 1)  # early: the rest takes a tenth of a second
-    workers = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    output, errors = process.communicate(timeout=20)
+    for _ in range(5):
+        process = start(command)
+        wait_for(process, tmp_path / "out" / ".work", "runs/*", 1)  # early: the rest takes a tenth of a second
+        os.killpg(process.pid, signal.SIGSTOP)  # else, on a busy machine, it is done before it is looked at
+        workers = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(process.pid, signal.SIGCONT)
+        output, errors = process.communicate(timeout=20)
+        if process.returncode:
+            break
+        shutil.rmtree(tmp_path / "out")  # it was done nevertheless
     assert process.returncode == 130
     assert (output, errors) == ("", f"\n{tmp_path / 'out'}: interrupted. The same command goes on from here.\n")
     assert psutil.wait_procs(workers, timeout=10)[1] == []

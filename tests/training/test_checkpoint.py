@@ -98,10 +98,11 @@ def test_stage_0_continues_on_any_number_of_ranks():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A complete checkpoint of two files."""
+    """A complete checkpoint of three files."""
     folder = tmp_path / "checkpoints" / layout.tag_of(4)
     folder.mkdir(parents=True)
     (folder / layout.STATE).write_text(json.dumps(vars(STATE)))
+    (folder / layout.STREAMS).write_text("{}")
     (folder / "weights.pt").write_bytes(b"weights")
     hashes = {name: layout.hash_and_sync(folder / name) for name in layout.files_of(folder)}
     (folder / layout.MANIFEST).write_text(json.dumps(hashes))
@@ -137,6 +138,24 @@ def test_damage_is_named(folder):
     (folder / layout.MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"has no MANIFEST\.json: not a complete checkpoint"):
         layout.check_files(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"state.json": 3}', '{"state.json": [1, "x"]}'])
+def test_a_manifest_that_lists_no_whole_checkpoint_is_damage(folder, text):
+    (folder / layout.MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match=r"MANIFEST.json: damaged: it does not list"):
+        layout.read_manifest(folder)
+
+
+def test_a_state_of_another_version_is_said_and_a_damaged_one_keeps_no_other_from_being_judged(folder):
+    path = folder / layout.STATE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"novelty": 1}))
+    with pytest.raises(ValueError, match=r"state.json: damaged, or written by another version: .*novelty"):
+        layout.read_state(folder)
+    path.write_text("{")
+    (folder.parent / layout.tag_of(99)).touch()
+    assert layout.list_tags(folder.parent) == [folder.name]
+    assert layout.heldout_losses(folder.parent) == {folder.name: None}
 
 
 def test_no_checkpoint_is_named(tmp_path):

@@ -99,6 +99,10 @@ def test_autocast_auto_asks_the_device(fast_bf16):
         ({"scheduler": {"type": "WarmupLR"}}, "sets 'scheduler'"),
         ({"bf16": {"enabled": True}}, "bf16.enabled at ZeRO stage 0 takes a wrong first Adam step"),
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+            "torch_autocast.dtype is 'float16', expected bfloat16",
+        ),
     ],
 )
 def test_a_ds_config_that_contradicts_the_recipe_is_refused(raw, message):

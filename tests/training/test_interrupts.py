@@ -40,11 +40,18 @@ def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
     raise AssertionError(f"step {step} never came: {process.communicate()[0]}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_asks_to_be_requeued(corpus: Corpus, tmp_path, number):
-    process = start(pretrain_command(corpus, tmp_path, STEPS))
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGTERM, 2), (signal.SIGUSR1, 2)]
+)
+def test_a_signal_saves_and_asks_to_be_requeued(corpus: Corpus, tmp_path, number, workers):
+    """To the rank, or with loader workers to all processes of the group, as SLURM and terminals do."""
+    process = start(pretrain_command(corpus, tmp_path, STEPS, f"--data.num_workers={workers}"))
     wait_for_step(process, tmp_path, 5)
-    process.send_signal(number)
+    if workers:
+        assert len(psutil.Process(process.pid).children()) == workers
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == REQUEUE, output
     assert f"{number.name} arrived; saved, the same command goes on" in output
