@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,28 +12,11 @@ from megabert.glue.jobs import Context, Job, Runner, Slot, plan_jobs
 from megabert.glue.protocol import MNLI, Protocol, read_protocol
 from megabert.glue.readers import check_data, locate
 from megabert.glue.report import as_markdown, as_results, draw, summarize
+from megabert.glue.request import Request
 from megabert.glue.starting import prepare
 from megabert.glue.submission import write_submission
 from megabert.glue.tasks import Task, choose_tasks, read_task
 from megabert.kernels.resolve import local_devices
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """As launch/finetune_glue.py's options."""
-
-    checkpoint: str
-    tasks: str = ""
-    task_file: str = ""
-    data: str = "data/glue"
-    out: str = "runs/glue"
-    protocol: str = "mosaicbert"
-    allow_no_mnli: bool = False
-    baselines: bool = False
-    submission: bool = False
-    workers: int = 0
-    shard: str = ""
-    ops: str = "auto"
 
 
 def run(request: Request) -> int:
