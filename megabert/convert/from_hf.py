@@ -4,7 +4,6 @@ Reads transformers' BERT with any head or none, the published MosaicBERT, and ou
 never computed, unless a change of length or vocabulary is asked for; what is left over is refused or named.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from megabert.convert.hf_folder import (
     read_config,
     read_tokenizer_of,
     read_weights,
+    staged,
     write_config,
     write_weights,
 )
@@ -65,20 +65,14 @@ def convert(source: Path, out: Path, change: Change = Change()) -> Imported:
         tokenizer_folder = Path(change.tokenizer)
     if change.max_length is not None:
         model = resize_positions(model, change.max_length)
-    staged = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        write_config(staged, model.config)
-        write_weights(staged, model.weights, "5GB")
-        copy_tokenizer(tokenizer_folder, staged, model.config.max_position_embeddings)
-        (staged / "README.md").write_text(_card(source, model))
-    except BaseException:
-        shutil.rmtree(staged)
-        raise
-    if out.exists():
-        out.rmdir()
-    staged.rename(out)
+    with staged(out) as folder:
+        write_config(folder, model.config)
+        write_weights(folder, model.weights, "5GB")
+        copy_tokenizer(tokenizer_folder, folder, model.config.max_position_embeddings)
+        (folder / "README.md").write_text(_card(source, model))
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
     return model
 
 

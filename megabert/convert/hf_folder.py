@@ -6,6 +6,8 @@ Reading executes nothing, allocates nothing that the files do not hold, and open
 import json
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -50,6 +52,18 @@ LARGEST = {
     "max_position_embeddings": 10_000_000,
     "type_vocab_size": 100_000,
 }
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` to write to, for the caller to rename; what is still there at the end is removed."""
+    folder = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_config(folder: Path, config: MegaBertConfig) -> None:

@@ -18,7 +18,7 @@ from transformers import BertConfig
 from megabert.checkpoint_format import MANIFEST, State, find_checkpoint
 from megabert.convert import gate
 from megabert.convert.checkpoint import read_checkpoint
-from megabert.convert.hf_folder import MODEL_CODE, copy_tokenizer, write_config, write_weights
+from megabert.convert.hf_folder import MODEL_CODE, copy_tokenizer, staged, write_config, write_weights
 from megabert.convert.model_card import model_card, read_numbers
 from megabert.convert.published import to_published
 from megabert.convert.to_onnx import check_installed, write_onnx
@@ -48,30 +48,24 @@ def export(checkpoint: Path, out: Path, wish: Wish = Wish()) -> dict[str, Any]:
     if wish.onnx:
         check_installed()
     weights, config, state = read_checkpoint(checkpoint, wish.average)
-    staged = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        parameters = write_folder(staged, weights, config, state, find_checkpoint(checkpoint), wish)
-        gate.write_receipt(staged, fingerprint, parameters)
+    with staged(out) as folder:
+        parameters = write_folder(folder, weights, config, state, find_checkpoint(checkpoint), wish)
+        gate.write_receipt(folder, fingerprint, parameters)
         del weights, parameters  # the gate's process holds them once more
-        measured = gate.check(staged, str(out))
-    except BaseException:
-        shutil.rmtree(staged)
-        raise
-    _put_in_place(staged, out)
+        measured = gate.check(folder, str(out))
+        _put_in_place(folder, out)
     return measured
 
 
-def _put_in_place(staged: Path, out: Path) -> None:
+def _put_in_place(folder: Path, out: Path) -> None:
     if out.exists():
         before = out.with_name(f".tmp-old-{out.name}")
         shutil.rmtree(before, ignore_errors=True)
         out.rename(before)
-        staged.rename(out)
+        folder.rename(out)
         shutil.rmtree(before)
     else:
-        staged.rename(out)
+        folder.rename(out)
 
 
 def export_fingerprint(checkpoint: Path, wish: Wish) -> str:

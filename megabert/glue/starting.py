@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from megabert.checkpoint_format import file_hash, find_checkpoint
 from megabert.convert.checkpoint import read_checkpoint
 from megabert.convert.from_hf import convert
-from megabert.convert.hf_folder import CONFIG, SAFETENSORS, copy_tokenizer, write_config, write_weights
+from megabert.convert.hf_folder import CONFIG, SAFETENSORS, copy_tokenizer, staged, write_config, write_weights
 from megabert.data.manifest import TOKENIZER, write_atomically
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification
 
@@ -34,18 +34,20 @@ def prepare(checkpoint: Path, out: Path) -> Start:
     origin = {str(path.relative_to(source)): [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(source)}
     record = {"source": str(source.resolve()), "files": origin}
     if not (out / ORIGIN).is_file() or json.loads((out / ORIGIN).read_text()) != record:
-        staged = out.with_name(f".tmp-{out.name}")
-        for folder in (staged, out):
-            if folder.exists():
-                shutil.rmtree(folder)
-        if (source / CONFIG).is_file():
-            convert(source, staged)
-        else:
-            _write_checkpoint(source, staged)
-        if not (staged / TOKENIZER).is_file():
-            raise ValueError(f"{checkpoint}: has no tokenizer.json and no vocab.txt.")
-        write_atomically(staged / ORIGIN, json.dumps(record, indent=1).encode())
-        staged.rename(out)
+        if source.resolve() == out.resolve():
+            raise ValueError(
+                f"{checkpoint}: is where the start of this command's jobs is written. Choose another --out."
+            )
+        with staged(out) as folder:
+            if (source / CONFIG).is_file():
+                convert(source, folder)
+            else:
+                _write_checkpoint(source, folder)
+            if not (folder / TOKENIZER).is_file():
+                raise ValueError(f"{checkpoint}: has no tokenizer.json and no vocab.txt.")
+            write_atomically(folder / ORIGIN, json.dumps(record, indent=1).encode())
+            shutil.rmtree(out, ignore_errors=True)
+            folder.rename(out)
     return Start(out, fingerprint(out))
 
 
@@ -65,7 +67,6 @@ def _files(folder: Path) -> list[Path]:
 
 def _write_checkpoint(source: Path, out: Path) -> None:
     weights, config, state = read_checkpoint(source)
-    out.mkdir(parents=True)
     config.padding = "unpadded"  # which changes no output, only what it costs
     write_config(out, config)
     write_weights(out, weights, "5GB")
@@ -82,12 +83,10 @@ def fingerprint(folder: Path) -> str:
 
 def save_encoder(model: MegaBertForSequenceClassification, start: Path, out: Path) -> None:
     """Keep a fine-tuned encoder with its pooler, and without its classifier, for another task to start from."""
-    staged = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file({name: tensor for name, tensor in weights.items() if name.startswith("bert.")}, staged / SAFETENSORS)
-    for name in (CONFIG, TOKENIZER):
-        shutil.copyfile(start / name, staged / name)
-    shutil.rmtree(out, ignore_errors=True)
-    staged.rename(out)
+    with staged(out) as folder:
+        save_file({name: tensor for name, tensor in weights.items() if name.startswith("bert.")}, folder / SAFETENSORS)
+        for name in (CONFIG, TOKENIZER):
+            shutil.copyfile(start / name, folder / name)
+        shutil.rmtree(out, ignore_errors=True)
+        folder.rename(out)

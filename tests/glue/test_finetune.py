@@ -1,6 +1,7 @@
 """One fine-tuning: packing, learning, the schedule, what is loaded and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -175,6 +176,13 @@ def test_the_start_is_reused_and_made_anew_for_other_weights(bert, tmp_path):
     weights = load_file(bert / "model.safetensors")
     save_file({name: tensor * 2 for name, tensor in weights.items()}, other / "model.safetensors")
     assert prepare(other, tmp_path / "start").sha256 != first.sha256
+
+
+def test_a_checkpoint_where_the_start_is_written_is_refused_and_stays(bert, tmp_path):
+    shutil.copytree(bert, tmp_path / "start")
+    with pytest.raises(ValueError, match="is where the start of this command's jobs is written. Choose another --out"):
+        prepare(tmp_path / "start", tmp_path / "start")
+    assert (tmp_path / "start" / "vocab.txt").is_file()
 
 
 def test_what_is_no_start_is_refused(bert, tmp_path):
