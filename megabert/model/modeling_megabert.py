@@ -288,13 +288,12 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
             _checked(input_ids, kwargs), attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen
         )
         every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
-        mean = self.config.classifier_pooling == "mean"
-        documents, first = first_tokens(tokens.sequences)
-        hidden, states = self.bert.encode(tokens, rows=None if mean or every_layer else first, every_layer=every_layer)
-        if mean:
+        if self.config.classifier_pooling == "mean":
+            hidden, states = self.bert.encode(tokens, every_layer=every_layer)
             hidden = mean_of_documents(hidden, tokens.sequences.cu_seqlens)
         else:
-            hidden = hidden.index_select(0, first) if every_layer else hidden
+            documents, first = first_tokens(tokens.sequences)
+            hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
             hidden = spread(hidden, documents, len(tokens.sequences.cu_seqlens) - 1)
         assert self.bert.pooler is not None, "a classifier has a pooler"
         logits = self.classifier(self.dropout(self.bert.pooler(hidden)))  # (B, num_labels)

@@ -15,7 +15,7 @@ import deepspeed
 import torch
 import yaml
 
-from megabert.checkpoint_format import read_state
+from megabert.checkpoint_format import State, read_state
 from megabert.config import Recipe, batches_per_step, total_steps
 from megabert.data.manifest import write_atomically
 from megabert.data.shards import Corpus, stream_count
@@ -67,13 +67,8 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     step_batches = batches_per_step(recipe, world_size)
     steps = total_steps(recipe, step_batches)
     folder = Path(recipe.run.output_dir, "checkpoints")
-    found = checkpoint.find(recipe, folder)
-    state = read_state(found) if found else None
-    if found and state:
-        stage = raw_ds_config.get("zero_optimization", {}).get("stage", 0)
-        adamw = choose(recipe, raw_ds_config).source
-        now = Course(corpus.fingerprint, stage, world_size, step_batches, steps, adamw)
-        checkpoint.check_same_run(found, state, recipe, now)
+    stage, adamw = raw_ds_config.get("zero_optimization", {}).get("stage", 0), choose(recipe, raw_ds_config).source
+    found, state = last_checkpoint(recipe, Course(corpus.fingerprint, stage, world_size, step_batches, steps, adamw))
     ds_config = fill(
         raw_ds_config,
         ds_config_path,
@@ -118,17 +113,38 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         positions=feed.mine(positions),
     )
     if state:
-        run.clock.go_on_from(state.used)
-        run.step, run.index, run.tokens, run.seconds = state.step, state.next_index, state.tokens, state.seconds
-        run.left_behind = [tuple(part) for part in state.left_behind]
-        run.guard.restore(state.guard)
+        restore(run, state)
     if run.reporter is not None:
         describe(run, found)
         set_aside_after(folder, run.step)
-        if recipe.probe.task is not None:
-            ops = "torch" if recipe.run.ops == "torch" else "auto"  # none is fused on a CPU
-            run.prober = probe.Prober(recipe.probe, ops, run.output_dir, run.reporter, run.step)
+        run.prober = open_prober(recipe, run.reporter, run.step)
     return run
+
+
+def last_checkpoint(recipe: Recipe, now: Course) -> tuple[Path | None, State | None]:
+    """What the run goes on from, if anything. Raises ValueError if that is another run's."""
+    found = checkpoint.find(recipe, Path(recipe.run.output_dir, "checkpoints"))
+    if found is None:
+        return None, None
+    state = read_state(found)
+    checkpoint.check_same_run(found, state, recipe, now)
+    return found, state
+
+
+def restore(run: Run, state: State) -> None:
+    """The counters and the guard, as a checkpoint has them."""
+    run.clock.go_on_from(state.used)
+    run.step, run.index, run.tokens, run.seconds = state.step, state.next_index, state.tokens, state.seconds
+    run.left_behind = [tuple(part) for part in state.left_behind]
+    run.guard.restore(state.guard)
+
+
+def open_prober(recipe: Recipe, reporter: Reporter, step: int) -> probe.Prober | None:
+    """Rank 0's, where the recipe asks for one."""
+    if recipe.probe.task is None:
+        return None
+    ops = "torch" if recipe.run.ops == "torch" else "auto"  # none is fused on a CPU
+    return probe.Prober(recipe.probe, ops, Path(recipe.run.output_dir), reporter, step)
 
 
 def open_reporter(recipe: Recipe, steps: int, step: int) -> Reporter:
