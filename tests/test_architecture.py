@@ -14,6 +14,7 @@ ALLOWED = {
     "megabert.config": set(),
     "megabert.recipe": {"megabert.config", "megabert.flags"},
     "megabert.checkpoint_format": set(),
+    "megabert.metrics_format": set(),
     "megabert.data": set(),
     "megabert.model": set(),
     "megabert.kernels": {"megabert.model"},
@@ -23,6 +24,7 @@ ALLOWED = {
         "megabert.data",
         "megabert.flags",
         "megabert.kernels",
+        "megabert.metrics_format",
         "megabert.model",
     },
     "megabert.glue": {
@@ -31,9 +33,16 @@ ALLOWED = {
         "megabert.data",
         "megabert.flags",
         "megabert.kernels",
+        "megabert.metrics_format",
         "megabert.model",
     },
-    "megabert.convert": {"megabert.checkpoint_format", "megabert.data", "megabert.flags", "megabert.model"},
+    "megabert.convert": {
+        "megabert.checkpoint_format",
+        "megabert.data",
+        "megabert.flags",
+        "megabert.metrics_format",
+        "megabert.model",
+    },
     "data_prep": {"megabert.data", "megabert.flags"},
     "launch": {
         "data_prep",

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from megabert.checkpoint_format import State
+from megabert.metrics_format import METRICS, read_metrics
 from megabert.model.configuration_megabert import MegaBertConfig
 
 
@@ -22,9 +23,8 @@ class Numbers(NamedTuple):
 def read_numbers(run: Path, step: int) -> Numbers:
     """From a run's metrics.jsonl and result.json, where it has them."""
     last: dict[str, float] = {}
-    metrics, result = run / "metrics.jsonl", run / "result.json"
-    for line in metrics.read_text().splitlines() if metrics.is_file() else []:
-        record = json.loads(line)
+    result = run / "result.json"
+    for record in read_metrics(run / METRICS):
         if record["step"] <= step:
             last |= record
     if result.is_file():

@@ -40,6 +40,7 @@ def export(checkpoint: Path, out: Path, wish: Wish = Wish()) -> dict[str, Any]:
     Raises ValueError if there is no whole checkpoint, if `out` holds something else, or if the gate fails, in which case
     nothing is left at `out`.
     """
+    checkpoint = checkpoint.resolve()  # its run, whose numbers are read, may be above the folder that we are called in
     fingerprint = export_fingerprint(checkpoint, wish)
     if (done := gate.read_receipt(out)) and done["checkpoint"] == fingerprint:
         return done["measured"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megabert.checkpoint_format import list_tags, read_state, step_of
+from megabert.metrics_format import METRICS, read_metrics
 
-METRICS = "metrics.jsonl"  # of a run, as training/metrics.py writes it
 AXES = {"hours": "wall-clock hours of training", "tokens": "real tokens", "dollars": "dollars"}
 
 
@@ -45,11 +44,7 @@ def cost_of(run: Path, step: int) -> tuple[float, float]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file: not a pretraining run.")
     known = [(0, 0.0, 0.0)]
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # what a kill cut short
-            continue
+    for record in read_metrics(path):
         if "seconds" in record and record["step"] > known[-1][0]:
             known.append((record["step"], record["seconds"], record["tokens"]))
     for before, after in itertools.pairwise(known):

@@ -15,7 +15,7 @@ from megabert.glue.report import as_markdown, as_results, draw, summarize
 from megabert.glue.request import Request
 from megabert.glue.starting import prepare
 from megabert.glue.submission import write_submission
-from megabert.glue.tasks import Task, choose_tasks, read_task
+from megabert.glue.tasks import GLUE, Task, choose_tasks, read_task
 from megabert.kernels.resolve import local_devices
 
 
@@ -61,6 +61,8 @@ def chosen_tasks(request: Request) -> list[Task]:
     """GLUE's by name, and the user's own by file. Raises ValueError for two of one name."""
     own = [read_task(Path(name.strip())) for name in request.task_file.split(",") if name.strip()]
     tasks = choose_tasks(request.tasks or ("" if own else "all")) + own
+    if not tasks:
+        raise ValueError(f"--tasks {request.tasks}: names no task; expected all, or some of {', '.join(GLUE)}.")
     if "ax" in (names := [task.name for task in tasks]) and not (MNLI in names and request.submission):
         raise ValueError("--tasks ax: it has only a test set, which MNLI's model labels. Add mnli, and --submission.")
     if twice := {name for name in names if names.count(name) > 1}:

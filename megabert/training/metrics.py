@@ -28,10 +28,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megabert.metrics_format import METRICS, read_metrics
 from megabert.training.stopwatch import Stopwatch
 from megabert.training.trackers import Tracker
-
-METRICS = "metrics.jsonl"
 
 
 class Meter:
@@ -120,19 +119,6 @@ class Reporter:
                 one.close()
         if self.bar is not None:
             self.bar.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; what is none, as a line that a kill or a power failure left behind, is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
-                records.append(record)
-    return records
 
 
 def _forget_after(path: Path, step: int) -> None:

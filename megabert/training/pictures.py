@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megabert.training.metrics import METRICS, read_metrics
+from megabert.metrics_format import METRICS, read_metrics
 
 MILLION, HOUR = 1e6, 3600.0
 

@@ -17,7 +17,8 @@ import torch
 
 from megabert.checkpoint_format import step_of, tag_of
 from megabert.config import ProbeConfig
-from megabert.training.metrics import METRICS, Reporter, read_metrics
+from megabert.metrics_format import METRICS, read_metrics
+from megabert.training.metrics import Reporter
 
 MODULE = "megabert.glue.probe"  # by name: training knows nothing of fine-tuning
 # What would make the process take itself for a rank, or use the GPU.

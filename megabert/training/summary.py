@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from megabert.training.metrics import METRICS, read_metrics
+from megabert.metrics_format import METRICS, read_metrics
 
 SENTENCES = (
     "Returns a new [MASK] with the same shape and type as the given array.",

@@ -70,6 +70,14 @@ def test_the_model_card_has_the_runs_numbers(run, exported):
     assert "trust_remote_code=True" in card
 
 
+def test_a_checkpoint_is_found_from_within_its_folder_while_its_run_is_writing(run, exported, tmp_path, monkeypatch):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    monkeypatch.chdir(run / "checkpoints")
+    to_hf.export(Path("."), tmp_path / "hf")
+    assert (tmp_path / "hf/README.md").read_text() == (exported / "README.md").read_text()
+
+
 def test_bert_becomes_transformers_own(bert):
     run, folder = bert
     model = AutoModelForMaskedLM.from_pretrained(folder)

@@ -240,3 +240,8 @@ def test_the_pareto_front_and_costs_from_the_runs_log(tmp_path):
         pareto.checkpoints_of(tmp_path)
     with pytest.raises(ValueError, match="not a pretraining run"):
         pareto.cost_of(tmp_path / "nothing", 1)
+
+
+def test_no_task_is_a_mistake(request_for):
+    with pytest.raises(ValueError, match="--tasks ,: names no task; expected all, or some of cola"):
+        run(request_for(tasks=","))
