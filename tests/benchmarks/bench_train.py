@@ -179,7 +179,7 @@ def torch_facts() -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds, without base_128: under 50 s on two cores")
+    parser.add_argument("--quick", action="store_true", help="few rounds, without base_128: some 80 s on two cores")
     parser.add_argument("--only", choices=ROWS, help="one row")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
