@@ -34,7 +34,7 @@ class State:
     tokens: real tokens seen; seconds: training time so far; ds_config: as DeepSpeed got it. adamw: whose it was;
     guard: what it remembers;
     left_behind: [first, last) bins that rollbacks went past. heldout_loss: nats per masked token, if measured at this step.
-    used: wall-clock seconds so far.
+    used: wall-clock seconds so far; slowest: as training/clock.py estimates the next step.
     """
 
     step: int
@@ -54,6 +54,7 @@ class State:
     left_behind: list[tuple[int, int]]
     heldout_loss: float | None = None
     used: float = 0.0
+    slowest: float = 0.0
 
     @property
     def zero_stage(self) -> int:

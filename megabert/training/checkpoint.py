@@ -12,6 +12,7 @@ from megabert.checkpoint_format import State
 from megabert.config import Recipe
 from megabert.data.stream import Position
 from megabert.training import universal
+from megabert.training.ds_config import numerics_of
 from megabert.training.ranks import gather
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,10 @@ def newest(folder: Path, up_to: int | None = None) -> Path | None:
 
 
 class Course(NamedTuple):
-    """What a run's course depends on beside its recipe. corpus: its fingerprint; stage: ZeRO's; adamw: whose."""
+    """What a run's course depends on beside its recipe.
+
+    corpus: its fingerprint; stage: ZeRO's; adamw: whose; numerics: ds_config.py's.
+    """
 
     corpus: str
     stage: int
@@ -73,6 +77,7 @@ class Course(NamedTuple):
     step_batches: int
     total_steps: int
     adamw: str
+    numerics: dict[str, Any]
 
 
 def check_same_run(path: Path, state: State, recipe: Recipe, now: Course) -> None:
@@ -100,6 +105,22 @@ def check_same_run(path: Path, state: State, recipe: Recipe, now: Course) -> Non
         raise ValueError(
             f"{path}: was written with AdamW from {state.adamw}, this is {now.adamw}'s, whose state is another. "
             "Install what was there, or use run.ops torch for both."
+        )
+    before = numerics_of(state.ds_config)
+    if changed := sorted(
+        key for key in before.keys() | now.numerics.keys() if before.get(key) != now.numerics.get(key)
+    ):
+        changes = "; ".join(
+            f"{key} was {before.get(key, 'off')} and is {now.numerics.get(key, 'off')}" for key in changed
+        )
+        raise ValueError(
+            f"{path}: was computed otherwise: {changes}. Restore that in the ds_config (torch_autocast.enabled auto asks the "
+            "device: say true or false), or begin a new run on its weights with model.init_from."
+        )
+    if recipe.optimizer.name == "muon" and now.stage > 0 and state.world_size != now.world_size:
+        raise ValueError(
+            f"{path}: was written by {state.world_size} ranks, these are {now.world_size}: above ZeRO 0 the state of Muon cannot be "
+            f"cut anew. Use {state.world_size} ranks, or ZeRO 0 from the start."
         )
     if state.zero_stage != now.stage and not {state.zero_stage, now.stage} <= SAME_SHARDS:
         raise ValueError(
@@ -141,7 +162,7 @@ def _check_together(path: Path) -> str | None:
     try:
         names = sorted(layout.read_manifest(path))
         problem = layout.check_files(path, names[rank::world_size])
-    except ValueError as mistake:
+    except (ValueError, OSError) as mistake:  # a file system that fails, or forbids
         problem = str(mistake)
     problems = gather({} if problem is None else {rank: problem})
     return problems[min(problems)] if problems else None

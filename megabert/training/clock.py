@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Clock:
-    """budget: seconds, or None; used: those used so far, over all restarts, as all ranks agreed after the last step.
+    """budget: seconds, or None; used: those used so far, over all restarts, as all ranks agreed after the last step;
+    slowest: seconds that the next step may take.
 
     Counts from when it is made, evaluation and saving included: the budget is what a cluster bills.
     """
@@ -17,9 +18,10 @@ class Clock:
     began: float = field(default_factory=time.monotonic)
     before: float = 0.0
 
-    def go_on_from(self, used: float) -> None:
-        """Count on from a checkpoint's."""
+    def go_on_from(self, used: float, slowest: float) -> None:
+        """Count on from a checkpoint's: what was over there still is."""
         self.before = self.used = used
+        self.slowest = slowest
 
     def now(self) -> float:
         """Seconds used, as this rank's clock says."""

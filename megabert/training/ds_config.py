@@ -36,9 +36,48 @@ REFUSED = {
     "scheduler": "the recipe's optimizer.warmup and optimizer.final_lr",
 }
 
+# What DeepSpeed reads there is an object; for anything else it has a traceback or, worse, its defaults.
+SECTIONS = frozenset(
+    """
+    activation_checkpointing aio bf16 checkpoint comms_logger compile csv_monitor data_efficiency data_types datastates_ckpt
+    flops_profiler fp16 hybrid_engine pipeline tensor_parallel tensorboard torch_autocast wandb weight_quantization zero_optimization
+    """.split()
+)
+
+# What would have no effect here, or one that nobody has looked at; refused unless it is off.
+NOT_HERE = {
+    "activation_checkpointing": "nothing here reads it. Set model.checkpoint_every in the recipe",
+    "data_efficiency": "the recipe's data section owns batches, lengths and their schedules",
+    "datastates_ckpt": "checkpoints are written by megabert/training/saving.py, which run.async_save rules",
+    "expert_parallel": "MegaBERT has no experts",
+    "hybrid_engine": "it is for generation",
+    "pipeline": "MegaBERT trains data-parallel. Use ZeRO 3 for a model that does not fit",
+    "tensor_parallel": "MegaBERT trains data-parallel. Use ZeRO 3 for a model that does not fit",
+    "weight_quantization": "weights are trained as they are",
+}
+ZERO_NOT_HERE = {  # the values that are off
+    "mics_shard_size": (-1,),
+    "mics_hierarchical_params_gather": (False,),
+    "zero_hpz_partition_size": (1,),
+    "zero_quantized_weights": (False,),
+    "zero_quantized_gradients": (False,),
+    "zero_quantized_nontrainable_weights": (False,),
+}
+
+# Of a ds_config, what the arithmetic depends on.
+NUMERICS = (
+    "bf16",
+    "communication_data_type",
+    "data_types",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "prescale_gradients",
+    "torch_autocast",
+)
+
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
-    """Read a ds_config. Raises ValueError for a file that is missing, not JSON, or sets a key that nothing reads."""
+    """Read a ds_config. Raises ValueError for a file that is missing, not JSON, or asks for what nothing would do."""
     try:
         raw = json.loads(Path(path).read_text(), object_pairs_hook=_without_duplicates)
     except FileNotFoundError as missing:
@@ -47,19 +86,58 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         ) from missing
     except json.JSONDecodeError as mistake:
         raise ValueError(f"{path}: not valid JSON: {mistake}") from mistake
-    for key in raw:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: holds {json.dumps(raw)[:40]}, expected an object.")
+    for key, value in raw.items():
         if key not in KNOWN_KEYS:
             raise ValueError(f"{path}: DeepSpeed knows no top-level key {key!r}.{nearest(key, sorted(KNOWN_KEYS))}")
-    zero = raw.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        if key in SECTIONS and not isinstance(value, dict):
+            raise ValueError(f'{path}: {key} is {json.dumps(value)[:40]}, expected an object, as {{"enabled": true}}.')
+        if key in NOT_HERE and _is_on(value):
+            raise ValueError(f"{path}: {key} is not supported: {NOT_HERE[key]}.")
+    _check_zero(raw.get("zero_optimization", {}), path)
+    autocast = raw.get("torch_autocast", {}).get("enabled", False)
+    if autocast not in (True, False, "auto") or isinstance(autocast, int) != isinstance(autocast, bool):
+        raise ValueError(f'{path}: torch_autocast.enabled is {autocast!r}, expected true, false or "auto".')
+    if raw.get("checkpoint", {}).get("load_universal"):
+        raise ValueError(f"{path}: checkpoint.load_universal is set by MegaBERT where it is needed. Remove it.")
+    return raw
+
+
+def _check_zero(zero: dict[str, Any], path: str | Path) -> None:
+    stage = zero.get("stage", 0)
+    if not isinstance(stage, int) or isinstance(stage, bool) or stage not in range(4):
         raise ValueError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3.")
     for key in ("offload_optimizer", "offload_param"):
-        if (device := (zero.get(key) or {}).get("device", "cpu")) not in ("cpu", "none"):
+        part = zero.get(key) or {}
+        if not isinstance(part, dict):
+            raise ValueError(f"{path}: zero_optimization.{key} is {part!r}, expected an object.")
+        if (device := part.get("device", "cpu")) not in ("cpu", "none"):
             raise ValueError(
                 f"{path}: zero_optimization.{key}.device is {device!r}; this stack offloads to the cpu only."
             )
-    return raw
+    for key, off in ZERO_NOT_HERE.items():
+        if zero.get(key, off[0]) not in off:
+            raise ValueError(
+                f"{path}: zero_optimization.{key} is not supported: checkpoints and the guard know ZeRO's own shards only."
+            )
+
+
+def _is_on(section: Any) -> bool:
+    """Whether a section asks for anything."""
+    if isinstance(section, dict):
+        return section.get("enabled", True) is not False and any(_is_on(value) for value in section.values())
+    return bool(section)
+
+
+def numerics_of(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """What a filled ds_config says of the arithmetic, without what is off: a run goes on bitwise only under the same."""
+    off = (None, False, 1.0, "none")
+    return {
+        key: value
+        for key in NUMERICS
+        if (value := ds_config.get(key)) not in off and (not isinstance(value, dict) or _is_on(value))
+    }
 
 
 def fill(
@@ -87,7 +165,7 @@ def fill(
                 "Remove it from the ds_config, or change the recipe."
             )
     filled: dict[str, Any] = {key: value for key, value in raw.items() if key not in REFUSED} | ours
-    autocast = dict(filled.get("torch_autocast", {"enabled": False}))
+    autocast = {"enabled": False} | filled.get("torch_autocast", {})
     if autocast.get("enabled") == "auto":
         autocast["enabled"] = fast_bf16
     filled["torch_autocast"] = autocast

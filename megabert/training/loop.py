@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -95,7 +96,9 @@ def take_step(run: Run, batches: list[PackedBatch]) -> torch.Tensor:
         with watch.time("forward"):
             output = run.engine(**batch.model_inputs(run.engine.device))
             # The mean over all masked tokens of the global batch: DeepSpeed averages over ranks, so undo that.
-            loss = output.loss_sum * (run.world_size / num_masked)
+            scale = run.world_size / num_masked
+            # A loss that is not finite may have gradients that are: times NaN, the guard refuses them on every rank.
+            loss = output.loss_sum * torch.where(output.loss_sum.isfinite(), scale, math.nan)
         with watch.time("backward"):
             run.engine.backward(loss, scale_wrt_gas=False)
         with watch.time("optimizer"):
@@ -287,6 +290,7 @@ def save(run: Run) -> None:
         guard=run.guard.to_json(),
         left_behind=list(run.left_behind),
         used=run.clock.used,
+        slowest=run.clock.slowest,
         heldout_loss=run.evaluation.loss if run.evaluation and run.evaluated == run.step else None,
     )
     run.saver.save(run.engine, state, run.positions, run.corpus.sources[0])
@@ -327,7 +331,11 @@ def carry_out(run: Run) -> int:
 
 
 def finish(run: Run) -> None:
-    """Leave the run's figures beside its checkpoints."""
+    """Leave the run's figures beside its checkpoints. Raises ValueError, on all ranks, if no update was ever made."""
+    if not run.guard.norms:
+        raise ValueError(
+            f"all {run.step} updates were refused, see {SKIPPED} in {run.output_dir}: the weights are still the first ones."
+        )
     if run.evaluation is None:  # a finished run, started again
         run.evaluation = evaluate(run.engine, run.held_out)
     if run.reporter is not None:
@@ -339,6 +347,7 @@ def finish(run: Run) -> None:
             "unigram_loss": run.unigram,
             "heldout_loss": run.evaluation.loss,
             "masked_accuracy": run.evaluation.accuracy,
+            "skipped_updates": run.guard.skipped,
         }
         write_atomically(run.output_dir / RESULT, json.dumps(result, indent=1).encode())
 

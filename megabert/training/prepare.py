@@ -23,7 +23,7 @@ from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training import checkpoint, probe, trackers, universal
 from megabert.training.checkpoint import Course
 from megabert.training.clock import Clock
-from megabert.training.ds_config import fill
+from megabert.training.ds_config import fill, numerics_of
 from megabert.training.engine import (
     attach_guard,
     build_engine,
@@ -66,9 +66,6 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
     device = training_device()
     step_batches = batches_per_step(recipe, world_size)
     steps = total_steps(recipe, step_batches)
-    folder = Path(recipe.run.output_dir, "checkpoints")
-    stage, adamw = raw_ds_config.get("zero_optimization", {}).get("stage", 0), choose(recipe, raw_ds_config).source
-    found, state = last_checkpoint(recipe, Course(corpus.fingerprint, stage, world_size, step_batches, steps, adamw))
     ds_config = fill(
         raw_ds_config,
         ds_config_path,
@@ -77,6 +74,11 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, 
         world_size=world_size,
         fast_bf16=has_fast_bf16(device),
     )
+    folder = Path(recipe.run.output_dir, "checkpoints")
+    stage, adamw = raw_ds_config.get("zero_optimization", {}).get("stage", 0), choose(recipe, raw_ds_config).source
+    numerics = numerics_of(ds_config)
+    course = Course(corpus.fingerprint, stage, world_size, step_batches, steps, adamw, numerics)
+    found, state = last_checkpoint(recipe, course)
     plan = plan_of(recipe, step_batches, steps)
     num_streams = state.num_streams if state else stream_count(corpus.num_splits, recipe.data.max_streams)
     config = stream_config(recipe, corpus, plan, steps, num_streams)
@@ -133,7 +135,7 @@ def last_checkpoint(recipe: Recipe, now: Course) -> tuple[Path | None, State | N
 
 def restore(run: Run, state: State) -> None:
     """The counters and the guard, as a checkpoint has them."""
-    run.clock.go_on_from(state.used)
+    run.clock.go_on_from(state.used, state.slowest)
     run.step, run.index, run.tokens, run.seconds = state.step, state.next_index, state.tokens, state.seconds
     run.left_behind = [tuple(part) for part in state.left_behind]
     run.guard.restore(state.guard)

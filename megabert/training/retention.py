@@ -14,13 +14,18 @@ class Retention:
     every_steps: int = 0
     best: bool = False
 
-    def expendable(self, heldout_loss: Mapping[str, float | None]) -> list[str]:
+    def expendable(self, heldout_loss: Mapping[str, float | None], good: int | None = None) -> list[str]:
         """The tags to delete, newest first. heldout_loss: of each tag, None where it was not measured.
+
+        good: the step of the last update that was made, if some after it were refused: a rollback wants the newest
+        checkpoint up to there.
 
         Retention(last=1, best=True) on step 10: 3.0, step 20: 2.0, step 30: 2.5 -> step 10.
         """
         tags = sorted(heldout_loss, key=step_of, reverse=True)
         kept = set(tags[: self.last])
+        if good is not None:
+            kept |= set([tag for tag in tags if step_of(tag) <= good][:1])
         if self.every_steps:
             kept |= {tag for tag in tags if step_of(tag) % self.every_steps == 0}
         if self.best and (measured := {tag: loss for tag, loss in heldout_loss.items() if loss is not None}):

@@ -105,7 +105,7 @@ class Saver:
             self._agreed(lambda: self._begin(temporary, needed))
             hashes = self._agreed(lambda: _write_files(temporary, job))
             positions = self._agreed(lambda: {stream: part.to_json() for stream, part in job.positions.items()})
-            self._agreed(lambda: self._publish(temporary, _merge(hashes), _merge(positions)))
+            self._agreed(lambda: self._publish(temporary, job.state, _merge(hashes), _merge(positions)))
             if self.rank == 0:
                 self.say(f"step {job.state.step}: saved {self.folder / tag}")
         except OSError as mistake:
@@ -131,12 +131,14 @@ class Saver:
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(f"{layout.TEMPORARY}*"):
-                shutil.rmtree(leftover)
+                _discard(leftover)
             temporary.mkdir()
             if needed > shutil.disk_usage(temporary).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
 
-    def _publish(self, temporary: Path, hashes: dict[str, tuple[int, str]], positions: dict[int, Any]) -> None:
+    def _publish(
+        self, temporary: Path, state: State, hashes: dict[str, tuple[int, str]], positions: dict[int, Any]
+    ) -> None:
         if self.rank != 0:
             return
         streams, manifest = temporary / layout.STREAMS, temporary / layout.MANIFEST
@@ -151,7 +153,8 @@ class Saver:
         os.rename(temporary, final)
         write_atomically(self.folder / layout.LATEST, final.name.encode())
         layout.sync_folder(self.folder)
-        for tag in self.retention.expendable(layout.heldout_losses(self.folder)):
+        good = state.step - state.guard["in_a_row"]
+        for tag in self.retention.expendable(layout.heldout_losses(self.folder), good):
             remove(self.folder / tag)
 
     def _explain(self, tag: str, mistake: OSError, needed: int) -> str:
@@ -167,6 +170,14 @@ def remove(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(f"{layout.TEMPORARY}old-{checkpoint.name}")
     os.rename(checkpoint, doomed)
     shutil.rmtree(doomed)
+
+
+def _discard(leftover: Path) -> None:
+    """Delete what is in the way: a folder, a file or a link."""
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover)
+    else:
+        leftover.unlink()
 
 
 def set_aside_after(folder: Path, step: int) -> None:

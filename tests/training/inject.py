@@ -1,6 +1,6 @@
-"""launch/pretrain.py with an accident: the loss of some bins is multiplied by a factor, as a bad batch would.
+"""launch/pretrain.py with an accident: the loss of some bins is multiplied by a factor, as a bad batch would, or added to.
 
-INJECT='{"bins": [6, 7], "factor": "nan"}' python tests/training/inject.py ...
+INJECT='{"bins": [6, 7], "factor": "nan", "added": 0}' python tests/training/inject.py ...
 """
 
 import json
@@ -25,7 +25,8 @@ def model_inputs(batch: PackedBatch, device):
 def masked_loss(model, *args, **options):
     output = loss(model, *args, **options)
     if model.training and current in ACCIDENT["bins"]:
-        output = output._replace(loss_sum=output.loss_sum * float(ACCIDENT["factor"]))
+        loss_sum = output.loss_sum * float(ACCIDENT["factor"]) + float(ACCIDENT["added"])
+        output = output._replace(loss_sum=loss_sum)
     return output
 
 

@@ -7,8 +7,9 @@ import pytest
 
 from megabert import checkpoint_format as layout
 from megabert.checkpoint_format import State
-from megabert.config import Recipe, RunConfig
+from megabert.config import OptimizerConfig, Recipe, RunConfig
 from megabert.training.checkpoint import Course, check_same_run
+from megabert.training.guard import Guard
 from megabert.training.saving import set_aside_after
 
 RECIPE = Recipe(run=RunConfig(max_steps=10))
@@ -26,7 +27,7 @@ STATE = State(
     ds_config={"zero_optimization": {"stage": 2}},
     model={},
     adamw="PyTorch",
-    guard={},
+    guard=Guard(0.0).to_json(),
     left_behind=[],
 )
 
@@ -39,6 +40,7 @@ def check(recipe: Recipe = RECIPE, state: State = STATE, **changes):
         "step_batches": 4,
         "total_steps": 10,
         "adamw": "PyTorch",
+        "numerics": {},
     } | changes
     check_same_run(layout.Path("step-00000004"), state, recipe, Course(**now))
 
@@ -94,6 +96,32 @@ def test_checkpoints_of_another_course_are_set_aside(tmp_path):
 def test_stage_0_continues_on_any_number_of_ranks():
     state = dataclasses.replace(STATE, ds_config={"zero_optimization": {"stage": 0}})
     check(state=state, stage=0, world_size=8)
+
+
+BF16 = {"enabled": True, "dtype": "bfloat16"}
+
+
+def test_another_precision_is_refused():
+    zero = {"zero_optimization": {"stage": 2}}
+    check(
+        state=dataclasses.replace(STATE, ds_config=zero | {"torch_autocast": {"enabled": False}, "steps_per_print": 1})
+    )
+    check(
+        state=dataclasses.replace(STATE, ds_config=zero | {"torch_autocast": BF16}), numerics={"torch_autocast": BF16}
+    )
+    with pytest.raises(ValueError, match=r"torch_autocast was off and is {'enabled': True.*say true or false"):
+        check(numerics={"torch_autocast": BF16})
+    state = dataclasses.replace(STATE, ds_config=zero | {"communication_data_type": "bf16"})
+    with pytest.raises(ValueError, match="communication_data_type was bf16 and is off"):
+        check(state=state)
+
+
+def test_muon_above_stage_0_stays_on_as_many_ranks():
+    recipe = Recipe(run=RunConfig(max_steps=10), optimizer=OptimizerConfig(name="muon", max_grad_norm=0.0))
+    state = dataclasses.replace(STATE, recipe=recipe.to_dict())
+    check(recipe, state)
+    with pytest.raises(ValueError, match="written by 2 ranks, these are 4: above ZeRO 0 the state of Muon"):
+        check(recipe, state, world_size=4)
 
 
 @pytest.fixture

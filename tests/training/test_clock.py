@@ -16,7 +16,7 @@ from tests.training.test_interrupts import start, wait_for_step
 
 def test_the_clock_ends_before_a_step_that_would_be_late():
     clock = Clock(budget=60.0)
-    clock.go_on_from(20.0)
+    clock.go_on_from(20.0, slowest=5.0)
     assert 20.0 <= clock.now() < 21.0
     for used in (30.0, 40.0):
         clock.agree(used)
@@ -24,6 +24,9 @@ def test_the_clock_ends_before_a_step_that_would_be_late():
     assert not clock.is_over
     clock.agree(53.0)
     assert clock.is_over  # 7 s left, and the last step took 13
+    again = Clock(budget=60.0)
+    again.go_on_from(clock.used, clock.slowest)
+    assert again.is_over  # started again, a finished run makes no step more
     assert not Clock(budget=None, used=1e9).is_over
 
 
@@ -80,3 +83,4 @@ def test_a_run_of_some_seconds_ends_on_time_with_its_decay_done(corpus, tmp_path
     assert 0.5 * SECONDS < state.used <= SECONDS + 1
     assert state.step == points[-1]["step"] == json.loads((tmp_path / "result.json").read_text())["steps"]
     assert rates[-1] < 0.1 * max(rates)
+    assert state.used + state.slowest > SECONDS

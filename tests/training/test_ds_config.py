@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megabert.training.ds_config import KNOWN_KEYS, fill, read_ds_config
+from megabert.training.ds_config import KNOWN_KEYS, fill, numerics_of, read_ds_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 FILLED = {"accumulation": 2, "max_grad_norm": 1.0, "world_size": 4, "fast_bf16": True}
@@ -45,7 +45,23 @@ def test_deepspeed_reads_every_key_that_we_call_known():
         ("{", "not valid JSON"),
         ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage is 7, expected 0, 1, 2 or 3"),
         ('{"zero_optimization": {"stage": "two"}}', "zero_optimization.stage is 'two', expected"),
-        ('{"zero_optimization": true}', "zero_optimization.stage is True, expected"),
+        ('{"zero_optimization": true}', "zero_optimization is true, expected an object"),
+        ('{"zero_optimization": {"stage": true}}', "zero_optimization.stage is True, expected"),
+        ('{"zero_optimization": {"stage": 2.0}}', "zero_optimization.stage is 2.0, expected"),
+        ('{"zero_optimization": {"stage": [2]}}', r"zero_optimization.stage is \[2\], expected"),
+        ('{"zero_optimization": null}', "zero_optimization is null, expected an object"),
+        ('{"zero_optimization": {"offload_optimizer": "cpu"}}', "offload_optimizer is 'cpu', expected an object"),
+        ('{"zero_optimization": {"mics_shard_size": 2}}', "mics_shard_size is not supported"),
+        ('{"zero_optimization": {"zero_quantized_weights": true}}', "zero_quantized_weights is not supported"),
+        ("[]", r"holds \[\], expected an object"),
+        ('{"torch_autocast": true}', "torch_autocast is true, expected an object"),
+        ('{"torch_autocast": {"enabled": 1}}', "torch_autocast.enabled is 1, expected true, false or"),
+        ('{"fp16": true}', "fp16 is true, expected an object"),
+        ('{"bf16": "auto"}', 'bf16 is "auto", expected an object'),
+        ('{"activation_checkpointing": {"cpu_checkpointing": true}}', "Set model.checkpoint_every in the recipe"),
+        ('{"data_efficiency": {"enabled": true}}', "data_efficiency is not supported: the recipe's data section"),
+        ('{"tensor_parallel": {"autotp_size": 2}}', "trains data-parallel"),
+        ('{"checkpoint": {"load_universal": true}}', "load_universal is set by MegaBERT"),
         (
             '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
             "offload_param.device is 'nvme'; this stack offloads to the cpu only",
@@ -57,6 +73,35 @@ def test_a_wrong_ds_config_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_ds_config(path)
+
+
+def test_what_is_off_is_not_refused(tmp_path):
+    path = tmp_path / "ds.json"
+    raw = {
+        "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
+        "data_efficiency": {"enabled": False, "seed": 1234},
+        "zero_optimization": {
+            "stage": 2,
+            "mics_shard_size": -1,
+            "zero_quantized_weights": False,
+            "offload_param": None,
+        },
+    }
+    path.write_text(json.dumps(raw))
+    assert read_ds_config(path) == raw
+
+
+def test_the_numerics_are_what_is_not_off():
+    assert numerics_of(fill({"torch_autocast": {"dtype": "bfloat16"}, "prescale_gradients": False}, "", **FILLED)) == {}
+    raw = {
+        "torch_autocast": {"enabled": "auto"},
+        "data_types": {"grad_accum_dtype": "bf16"},
+        "bf16": {"enabled": False},
+    }
+    assert numerics_of(fill(raw, "", **FILLED)) == {
+        "torch_autocast": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "bf16"},
+    }
 
 
 def test_a_missing_ds_config_is_named(tmp_path):

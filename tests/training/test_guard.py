@@ -66,12 +66,19 @@ def test_an_optimizer_is_held_back_and_clipped_at_stage_0():
 
 
 def run_with(
-    corpus: Corpus, out: Path, bins: list[int], factor: str, *more: str, stage: str = "zero2", ranks: int = 1
+    corpus: Corpus,
+    out: Path,
+    bins: list[int],
+    factor: str,
+    *more: str,
+    stage: str = "zero2",
+    ranks: int = 1,
+    added: str = "0",
 ) -> Finished:
     out.mkdir(exist_ok=True)
     command = pretrain_command(corpus, out, *more, ds_config=ds_config_in(stage, out, bf16=False), ranks=ranks)
     command[command.index("launch/pretrain.py")] = "tests/training/inject.py"
-    return run_command(command, INJECT=json.dumps({"bins": bins, "factor": factor}))
+    return run_command(command, INJECT=json.dumps({"bins": bins, "factor": factor, "added": added}))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +102,28 @@ def test_nan_never_reaches_the_weights(corpus: Corpus, tmp_path, stage, ranks):
     [skipped] = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert (skipped["step"], skipped["bins"], skipped["loss"]) == (3, [4, 6], "nan")
     assert set(skipped["positions"]) == {"4", "5"}  # of both ranks
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2"])
+def test_a_loss_that_is_not_finite_is_refused_where_its_gradient_is(corpus: Corpus, tmp_path, stage):
+    done = run_with(corpus, tmp_path, [5], "1", "--run.max_steps=4", stage=stage, added="inf")
+    assert done.code == 0, done.output
+    assert "step 3: update skipped, gradient norm nan, loss inf" in done.output
+
+
+def test_a_run_without_any_update_does_not_end_well(corpus: Corpus, tmp_path):
+    done = run_with(corpus, tmp_path, [*range(9)], "nan", "--run.max_steps=2", "--run.rollback_after=0", stage="zero0")
+    assert done.code == 1
+    assert "all 2 updates were refused, see skipped.jsonl" in done.output
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_rollback_finds_its_checkpoint_though_one_is_kept_and_each_step_saved(corpus: Corpus, tmp_path):
+    settings = ["--run.max_steps=6", "--run.save_every_steps=1", "--run.rollback_after=3", "--run.keep_checkpoints=1"]
+    done = run_with(corpus, tmp_path, [4, 5, 6, 7, 8, 9], "nan", *settings, stage="zero0")
+    assert done.code == 0, done.output
+    assert "step-00000002 after 3 refused updates; going on at bin 10" in done.output
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000006"]
 
 
 def test_a_spike_is_refused_once_the_usual_norm_is_known(corpus: Corpus, tmp_path):

@@ -47,6 +47,12 @@ def test_the_best_stays_even_where_not_all_were_measured():
     assert Retention(last=1, best=True).expendable(dict.fromkeys(tags(10, 20))) == tags(10)
 
 
+def test_what_a_rollback_would_go_back_to_stays():
+    assert Retention(last=1).expendable(dict.fromkeys(tags(1, 2, 3, 4)), good=2) == tags(3, 1)
+    assert Retention(last=1).expendable(dict.fromkeys(tags(3, 4)), good=2) == tags(3)
+    assert Retention(last=2).expendable(dict.fromkeys(tags(1, 2, 3)), good=3) == tags(1)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def alone():
     """This process is the only rank."""
@@ -96,7 +102,10 @@ def written(request, tmp_path, corpus) -> Written:
     return Written(tmp_path / "checkpoints", corpus, overlap=request.param)
 
 
-def test_a_checkpoint_is_whole_and_old_ones_go(written):
+def test_a_checkpoint_is_whole_and_old_ones_go(written, tmp_path):
+    written.folder.mkdir()
+    (written.folder / ".tmp-left-over").touch()
+    (written.folder / ".tmp-link").symlink_to(tmp_path)
     for step in (1, 2, 3):
         written.engine.weight.fill_(step)
         written.save(step)
