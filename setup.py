@@ -35,6 +35,7 @@ setup(
         "numpy>=2",
         "packaging",
         "protobuf",
+        "psutil",
         "pyyaml",
         "safetensors",
         "scikit-learn",
@@ -54,6 +55,6 @@ setup(
         "kernels": ["triton==3.7.1"],
         "prep": PREP,
         "onnx": ONNX,
-        "dev": ["hypothesis", "psutil", "pyrefly", "pytest", "ruff", *PREP, *ONNX],
+        "dev": ["hypothesis", "pyrefly", "pytest", "ruff", *PREP, *ONNX],
     },
 )

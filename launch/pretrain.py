@@ -13,6 +13,7 @@ from megabert import flags
 from megabert.config import Recipe
 from megabert.recipe import RecipeParser
 from megabert.training.ds_config import read_ds_config
+from megabert.training.interrupts import Interrupts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -39,6 +40,8 @@ def prepare_quickstart_corpus(recipe: Recipe) -> None:
 
 
 def main() -> int:
+    interrupts = Interrupts()
+    interrupts.watch_launcher()
     parser = RecipeParser("launch/pretrain.py", __doc__ or "")
     parser.add_argument(
         "--ds_config",
@@ -62,7 +65,7 @@ def main() -> int:
     # Imported here: flags and ds_config are checked before torch and DeepSpeed take their seconds to load.
     from megabert.training.loop import pretrain
 
-    return pretrain(recipe, ds_config, options.ds_config)
+    return pretrain(recipe, ds_config, options.ds_config, interrupts)
 
 
 if __name__ == "__main__":

@@ -70,11 +70,6 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def launched_by_deepspeed() -> bool:
-    """Whether the deepspeed launcher started this process, which ends with it."""
-    return "CROSS_RANK" in os.environ
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

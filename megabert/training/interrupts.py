@@ -3,12 +3,15 @@
 A signal only raises a flag; the loop reads it once per step, together with all other ranks, saves, and ends with REQUEUE.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 import time
 from types import FrameType
+
+import psutil
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +20,7 @@ SIGNALS = (
     signal.SIGTERM,
     signal.SIGUSR1,
 )  # SLURM sends the first before it kills, and the second when asked (--signal)
+COMMANDS = ("deepspeed", "ds", "deepspeed.launcher.runner")
 POLL_S = 1.0
 GRACE_S = 45.0  # to finish a step and save, once the launcher is gone; then whoever holds the port ends
 
@@ -36,14 +40,35 @@ class Interrupts:
         self.reason = self.reason or f"{signal.Signals(number).name} arrived"
 
     def watch_launcher(self) -> None:
-        """Notice that the process which started this one is gone. A run without a launcher may outlive its shell."""
-        launcher = os.getppid()
+        """Where the deepspeed launcher started this process, notice that it is gone, or the `deepspeed` command above it.
+
+        Call it first of all: a launcher that was killed before is not missed. A run without one may outlive its shell.
+        """
+        if "CROSS_RANK" not in os.environ:  # which the launcher sets
+            return
+        launcher = psutil.Process(os.getppid())
         threading.Thread(target=self._watch, args=(launcher,), name="launcher-watch", daemon=True).start()
 
-    def _watch(self, launcher: int) -> None:
-        while os.getppid() == launcher:
-            time.sleep(POLL_S)
-        self.reason = self.reason or "the launcher is gone"
-        log.warning("the launcher is gone: saving, and ending within %.0f s", GRACE_S)
+    def _watch(self, launcher: psutil.Process) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = _command_above(launcher)
+            while os.getppid() == launcher.pid:
+                if command is not None and launcher.ppid() != command:
+                    # It passes no signal on: told to end, it leaves its launcher and the ranks behind.
+                    command = None
+                    self._stop("the deepspeed command is gone")
+                time.sleep(POLL_S)
+        self._stop("the launcher is gone")
         time.sleep(GRACE_S)
         os._exit(1)  # a rank that waits for dead peers can't be interrupted otherwise, and would hold the port for ever
+
+    def _stop(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        log.warning("%s: saving, and ending", reason)
+
+
+def _command_above(launcher: psutil.Process) -> int | None:
+    """The process of the `deepspeed` command; None where something else started the launcher, as ssh, which may go."""
+    parent = launcher.parent()
+    named = parent is not None and any(os.path.basename(word) in COMMANDS for word in parent.cmdline())
+    return parent.pid if parent is not None and named else None

@@ -19,7 +19,7 @@ from megabert.training import checkpoint
 from megabert.training.engine import choose, peak_memory, start_process
 from megabert.training.evaluate import evaluate
 from megabert.training.flops import step_flops
-from megabert.training.interrupts import REQUEUE
+from megabert.training.interrupts import REQUEUE, Interrupts
 from megabert.training.optimizers import peak_lr
 from megabert.training.prepare import prepare, rebuild, write_run_json
 from megabert.training.roll_call import RollCall
@@ -299,15 +299,16 @@ def save(run: Run) -> None:
     run.meter.paused += time.perf_counter() - began
 
 
-def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str) -> int:
+def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, interrupts: Interrupts) -> int:
     """Run a recipe from its start, or from its last checkpoint, to its end. Every rank calls this.
 
+    interrupts: this process's; SIGTERM and SIGUSR1 belong to it from now on.
     Returns the exit code: 0 at the end, REQUEUE where it was told to stop, and saved. Raises ValueError for what the user
     can mend: the corpus, the recipe, the ds_config, the checkpoint.
     """
     rank, world_size = start_process()
     with RollCall(rank, world_size):
-        run = prepare(recipe, raw_ds_config, ds_config_path, rank, world_size)
+        run = prepare(recipe, raw_ds_config, ds_config_path, rank, world_size, interrupts)
         return carry_out(run)
 
 

@@ -32,7 +32,6 @@ from megabert.training.engine import (
     device_event,
     device_name,
     has_fast_bf16,
-    launched_by_deepspeed,
     training_device,
 )
 from megabert.training.evaluate import unigram_loss
@@ -49,16 +48,20 @@ from megabert.training.together import check_shared, claim, from_rank_0
 from megabert.training.trackers import open_trackers
 
 
-def prepare(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, rank: int, world_size: int) -> Run:
+def prepare(
+    recipe: Recipe,
+    raw_ds_config: dict[str, Any],
+    ds_config_path: str,
+    rank: int,
+    world_size: int,
+    interrupts: Interrupts,
+) -> Run:
     """Open the data, build the model, and restore the newest checkpoint if there is one."""
     if problem := trackers.why_not(recipe.run.trackers):
         raise ValueError(problem)
     hours = recipe.run.max_hours
     clock = Clock(None if hours is None else 3600 * hours)
-    interrupts = Interrupts()
     interrupts.listen()
-    if launched_by_deepspeed():
-        interrupts.watch_launcher()
     check_shared(Path(recipe.run.output_dir, "checkpoints"), rank, world_size)
     claim(Path(recipe.run.output_dir), rank, world_size)
     corpus, held = from_rank_0(lambda: open_corpora(recipe), rank, world_size)

@@ -24,6 +24,7 @@ from megabert.recipe import RecipeParser
 from megabert.training import loop
 from megabert.training.ds_config import read_ds_config
 from megabert.training.engine import start_process
+from megabert.training.interrupts import Interrupts
 from megabert.training.prepare import prepare
 from megabert.training.run import Run
 
@@ -52,7 +53,7 @@ def open_run(size: str, tokens: Path, out: Path) -> Run:
     flags = run_flags(size, tokens, out)
     recipe, _ = RecipeParser("bench_saving.py").read([f"--{key}={value}" for key, value in flags.items()])
     path = REPOSITORY / "ds_configs/zero2.json"
-    return prepare(recipe, read_ds_config(path), str(path), *start_process())
+    return prepare(recipe, read_ds_config(path), str(path), *start_process(), Interrupts())
 
 
 def window(run: Run, steps: int, save: bool) -> float:

@@ -89,21 +89,50 @@ def test_one_rank_is_told_and_both_stop(corpus: Corpus, tmp_path):
     assert list((tmp_path / "checkpoints").glob("step-*"))
 
 
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    launchers = [child for child in everyone if child.ppid() == process.pid]
+    return [child for child in everyone if child.ppid() in {launcher.pid for launcher in launchers}]
+
+
 def test_ranks_end_when_their_launcher_is_killed(corpus: Corpus, tmp_path):
     """kill -9 of the launcher: the ranks notice, save, and leave nothing behind that holds the port."""
     process = start(pretrain_command(corpus, tmp_path, STEPS, ranks=2))
     wait_for_step(process, tmp_path, 3)
-    everyone = psutil.Process(process.pid).children(recursive=True)
-    ranks = [
-        p
-        for p in everyone
-        if any("--local_rank=" in word for word in p.cmdline()) and "pretrain.py" in " ".join(p.cmdline())
-    ]
-    for parent in [process.pid, *(p.pid for p in everyone if p not in ranks)]:
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    for parent in {process.pid, *(rank.ppid() for rank in ranks)}:
         os.kill(parent, signal.SIGKILL)
     process.wait()
     _, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive
+    assert list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_ranks_end_when_their_launcher_is_killed_while_they_start(corpus: Corpus, tmp_path):
+    process = start(pretrain_command(corpus, tmp_path, "--run.max_steps=1000000", ranks=2))
+    until = time.monotonic() + 60
+    while len(ranks := ranks_of(process)) < 2 or any("pretrain.py" not in str(rank.cmdline()) for rank in ranks):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    time.sleep(0.5)  # Python is there, and torch is not yet
+    for parent in {process.pid, *(rank.ppid() for rank in ranks)}:
+        os.kill(parent, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=90)
+    assert not alive
+
+
+def test_the_deepspeed_command_alone_is_told_to_end(corpus: Corpus, tmp_path):
+    """It passes nothing on: the ranks see that it is gone, save, and end their launcher."""
+    process = start(pretrain_command(corpus, tmp_path, "--run.max_steps=1000000", ranks=2))
+    wait_for_step(process, tmp_path, 3)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    output, _ = process.communicate(timeout=90)
+    _, alive = psutil.wait_procs(everyone, timeout=60)
+    assert not alive
+    assert "the deepspeed command is gone; saved, the same command goes on" in output
     assert list((tmp_path / "checkpoints").glob("step-*"))
 
 
