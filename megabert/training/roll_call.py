@@ -4,6 +4,7 @@ Gloo and NCCL wait for a dead peer until their timeout, or fail naming an addres
 connections of a process that dies, and its keepalive probes miss a host that does. Rank 0 passes on who it was, and all end.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -43,7 +44,7 @@ class RollCall:
         self.thread = threading.Thread(target=self._watch, name="roll-call", daemon=True)
         if world_size == 1:
             return
-        server = socket.create_server(("", 0), backlog=world_size) if rank == 0 else None
+        server = _listen(world_size) if rank == 0 else None
         told: list[Any] = [server and (server.getsockname()[1], secrets.token_hex(16), self.host)]
         torch.distributed.broadcast_object_list(told)
         port, token, host = told[0]
@@ -65,24 +66,36 @@ class RollCall:
         self.thread.start()
 
     def _accept(self, server: socket.socket, token: str, world_size: int) -> None:
+        """Hear everyone who connects at once: a stranger who says nothing, as a port scanner, keeps no rank waiting."""
         until = time.monotonic() + MEET_S
+        waiting = selectors.DefaultSelector()
+        waiting.register(server, selectors.EVENT_READ, None)
+        server.settimeout(LINE_S)
         while len(self.lines) < world_size - 1:
-            server.settimeout(max(0.1, until - time.monotonic()))
-            try:
-                connection, _ = server.accept()
-            except TimeoutError as late:
+            ready = waiting.select(max(0.0, until - time.monotonic()))
+            if not ready or time.monotonic() > until:
                 missing = sorted(set(range(1, world_size)) - self.lines.keys())
                 raise ValueError(
                     f"ranks {missing} did not reach rank 0 on {self.host}, port {server.getsockname()[1]}, within {MEET_S:.0f} s. "
                     "Let all ports be open between the nodes."
-                ) from late
-            line = _Line(connection, "")
-            hello = _parse(line.hear())
-            if hello.get("token") != token:  # a stranger
-                line.close()
-                continue
-            line.host = hello["host"]
-            self.lines[hello["rank"]] = line
+                )
+            for key, _ in ready:
+                if key.data is None:
+                    if accepted := _try(server.accept):  # None if it has gone again
+                        line = _Line(accepted[0], "")
+                        waiting.register(line.connection, selectors.EVENT_READ, line)
+                    continue
+                line = key.data
+                waiting.unregister(line.connection)
+                hello = _parse(line.hear())
+                if hello.get("token") == token:
+                    line.host = hello["host"]
+                    self.lines[hello["rank"]] = line
+                else:
+                    line.close()
+        for key in list(waiting.get_map().values()):
+            if key.data is not None:
+                key.data.close()
 
     def __enter__(self) -> "RollCall":
         return self
@@ -135,6 +148,14 @@ class RollCall:
             line.close()
 
 
+def _listen(backlog: int) -> socket.socket:
+    """On any port, of IPv6 and IPv4 where the machine has both."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):  # IPv6 may be built in and switched off
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
+    return socket.create_server(("", 0), backlog=backlog)
+
+
 class _Line:
     """A connection on which each side says one line. host: the other side's."""
 
@@ -151,7 +172,7 @@ class _Line:
 
     def hear(self) -> str:
         """The other side's next line, empty where the connection is lost."""
-        return (_try(self.received.readline) or b"").decode(errors="replace").strip()
+        return (_try(lambda: self.received.readline(LONGEST_LINE)) or b"").decode(errors="replace").strip()
 
     def close(self) -> None:
         self.received.close()
@@ -169,6 +190,6 @@ def _try(action: Callable[[], Any]) -> Any:
 def _parse(hello: str) -> dict[str, Any]:
     try:
         said = json.loads(hello)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return {}
     return said if isinstance(said, dict) else {}

@@ -1,17 +1,20 @@
 """A rank that dies ends the whole job, which says who it was; nothing is left behind."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from megabert.training.roll_call import DIED, PEER_LOST
+from megabert.training import roll_call
+from megabert.training.roll_call import DIED, PEER_LOST, RollCall
 from tests.conftest import REPOSITORY, Corpus, free_port, pretrain_command
 from tests.training.test_interrupts import start, wait_for_step
 
@@ -80,6 +83,35 @@ def test_ranks_that_fail_together_each_say_so_themselves(tmp_path):
         assert code == 1
         assert f"rank {rank} has a bad shard" in output
         assert "ending rank" not in output
+
+
+def test_strangers_keep_no_rank_waiting(monkeypatch):
+    """A hundred who say nothing, or nonsense, connect before the ranks do; each alone may take a minute."""
+    monkeypatch.setattr(roll_call, "LINE_S", 60.0)
+    call, server = RollCall(0, 1), roll_call._listen(128)
+    port = server.getsockname()[1]
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(97)]
+    for stranger, said in zip(
+        strangers, (b"[" * 1900 + b"\n", b"9" * 1900 + b"\n", b"x" * 5000, b"\xff\n", b"{}\n"), strict=False
+    ):
+        stranger.sendall(said)
+    strangers.pop().close()
+    ranks = [socket.create_connection(("localhost", port)) for _ in range(2)]
+    for rank, connection in enumerate(ranks, start=1):
+        connection.sendall(json.dumps({"token": "secret", "rank": rank, "host": f"node{rank}"}).encode() + b"\n")
+    waiting = threading.Thread(target=call._accept, args=(server, "secret", 3), daemon=True)
+    waiting.start()
+    waiting.join(30)
+    assert {rank: line.host for rank, line in call.lines.items()} == {1: "node1", 2: "node2"}
+    for connection in (*strangers, *ranks, server):
+        connection.close()
+    call._close()
+
+
+def test_ranks_that_stay_away_are_named(monkeypatch):
+    monkeypatch.setattr(roll_call, "MEET_S", 0.2)
+    with roll_call._listen(4) as server, pytest.raises(ValueError, match=r"ranks \[1, 2\] did not reach rank 0"):
+        RollCall(0, 1)._accept(server, "secret", 3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
