@@ -21,12 +21,15 @@ stop() {
 }
 alive() { pgrep -g "$group" > /dev/null; }
 
-crashes=0 before=
+# --run.resume says where the first attempt begins; once this command has written a checkpoint, the others go on from that.
+mkdir -p "$OUT" && touch "$OUT/.started" || true   # where nothing can be written, the ranks say so
+crashes=0 before= resume=()
 while true; do
+    [ ! "$OUT/checkpoints/latest" -nt "$OUT/.started" ] || resume=(--run.resume auto)
     began=$SECONDS
     set -m   # a process group of its own, so that all that belongs to this attempt can be found
     # shellcheck disable=SC2086  # several words
-    deepspeed $DEEPSPEED launch/pretrain.py --run.output_dir "$OUT" "$@" &
+    deepspeed $DEEPSPEED launch/pretrain.py --run.output_dir "$OUT" "$@" "${resume[@]}" &
     group=$!
     set +m
     while true; do   # a trapped signal ends wait early

@@ -154,8 +154,7 @@ def note_skipped(run: Run, before: dict[int, Position], loss: float) -> None:
     if run.reporter is not None:
         positions = {stream: position for part in parts for stream, position in part.items()}
         facts = {"step": run.step, "bins": [first, last], "norm": repr(run.verdict.norm), "loss": repr(loss)}
-        with open(run.output_dir / SKIPPED, "a") as file:
-            file.write(json.dumps(facts | {"positions": positions}) + "\n")
+        run.reporter.add_to(SKIPPED, facts | {"positions": positions})
 
 
 def roll_back(run: Run) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megabert.metrics_format import METRICS, read_metrics
+from megabert.training.appended import Appended
 from megabert.training.stopwatch import Stopwatch
 from megabert.training.trackers import Tracker
 
@@ -71,8 +72,9 @@ class Reporter:
         self.total = total_steps
         self.path = folder / METRICS
         _forget_after(self.path, step)
-        self.file = open(self.path, "a")
+        self.file = Appended(self.path)
         self.trackers = trackers
+        self.problem: OSError | None = None
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, desc="pretraining")
@@ -92,30 +94,47 @@ class Reporter:
             self.bar.n = step
             self.bar.set_postfix_str(line)
         else:
-            print(f"step {step}/{self.total}  {line}  left {eta}", flush=True)
+            _print(f"step {step}/{self.total}  {line}  left {eta}")
 
     def say(self, message: str) -> None:
         """A line of its own, above the bar."""
         if self.bar is not None:
             self.bar.write(message, file=sys.stderr)
         else:
-            print(message, flush=True)
+            _print(message)
 
     def record(self, step: int, values: dict[str, float]) -> None:
+        """One point of every curve. What cannot be written waits for the next, which is said once: training is dearer."""
+        problem = None
+        for write in (*(tracker.record for tracker in self.trackers), self._write):
+            try:
+                write(step, values)
+            except OSError as mistake:
+                problem = mistake
+        if problem is not None and self.problem is None:
+            self.say(
+                f"{self.path.parent}: the metrics of step {step} cannot be written there: {problem}. They wait in memory; make room "
+                "before the next checkpoint."
+            )
+        if problem is None and self.problem is not None:
+            self.say(f"{self.path.parent}: the metrics are written again")
+        self.problem = problem
+
+    def add_to(self, name: str, facts: dict[str, Any]) -> None:
+        """One line of JSON at the end of another file of the run's; said aloud where it cannot be written."""
+        line = json.dumps(facts)
         try:
-            for tracker in self.trackers:
-                tracker.record(step, values)
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-            self.file.flush()
+            with open(self.path.with_name(name), "a") as file:
+                file.write(line + "\n")
         except OSError as mistake:
-            raise ValueError(
-                f"{self.path.parent}: the metrics of step {step} cannot be written there: {mistake}. Mend that; the same command "
-                "goes on from the last checkpoint."
-            ) from mistake
+            self.say(f"{name}: {mistake}; it would have said {line}")
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self.file.add(json.dumps({"step": step, **values}) + "\n")
 
     def close(self) -> None:
         for one in (*self.trackers, self.file):
-            with contextlib.suppress(OSError):  # what could not be written has been said by record()
+            with contextlib.suppress(OSError):  # which has been said by record()
                 one.close()
         if self.bar is not None:
             self.bar.close()
@@ -127,6 +146,11 @@ def _forget_after(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
     os.replace(temporary, path)
+
+
+def _print(line: str) -> None:
+    with contextlib.suppress(OSError):  # a log on a full disk, or a pipe whose reader has gone, ends no run
+        print(line, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -2,31 +2,51 @@
 
 import csv
 import importlib.util
+import io
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megabert.training.appended import Appended
+
 CSV = "metrics.csv"
+AGAIN_S = 60.0
 
 
 class Tracker(Protocol):
-    def record(self, step: int, values: dict[str, float]) -> None: ...
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """May raise OSError, and is then called again with what comes next."""
 
     def close(self) -> None: ...
 
 
 class TensorBoard:
+    """Writes from a thread of its own. Where that has failed, as on a full disk, a new file is begun a minute later."""
+
     def __init__(self, folder: Path, step: int):
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        self.folder = str(folder / "tensorboard")
+        self.board: SummaryWriter | None = SummaryWriter(self.folder, purge_step=step or None)
+        self.problem = OSError()
+        self.again = 0.0
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        if self.board is None and time.monotonic() < self.again:
+            raise self.problem
+        try:
+            self.board = self.board or SummaryWriter(self.folder)
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        except OSError as mistake:
+            self.board, self.problem, self.again = None, mistake, time.monotonic() + AGAIN_S
+            raise
 
     def close(self) -> None:
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
 
 
 class CsvFile:
@@ -38,17 +58,22 @@ class CsvFile:
         if path.is_file():
             with open(path, newline="") as file:
                 kept = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit() and int(row[0]) <= step]
-        self.file = open(path, "w", newline="")
-        self.writer = csv.writer(self.file)
-        self.writer.writerows([("step", "name", "value"), *kept])
-        self.file.flush()
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(_as_csv([("step", "name", "value"), *kept]), newline="")
+        os.replace(temporary, path)
+        self.file = Appended(path)
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        self.writer.writerows((step, name, value) for name, value in values.items())
-        self.file.flush()
+        self.file.add(_as_csv([(step, name, value) for name, value in values.items()]))
 
     def close(self) -> None:
         self.file.close()
+
+
+def _as_csv(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 class WandB:

@@ -83,10 +83,12 @@ class Job:
 
 
 def test_warned_killed_and_preempted_a_job_ends_bitwise_as_if_undisturbed(corpus: Corpus, tmp_path, cluster):
-    """Three times: SLURM's warning before its end, a rank that is killed, and a preemption."""
+    """Three times: SLURM's warning before its end, a rank that is killed, and a preemption. That it shall begin anew is said of
+    the first attempt only.
+    """
     out, log = tmp_path / "disturbed", tmp_path / "job.log"
     variables = {"RECIPE": "quickstart", "DATA": str(corpus.tokens), "OUT": str(out), "VENV": sys.prefix}
-    job = Job(cluster, log, *TINY, *SETTINGS, **variables)
+    job = Job(cluster, log, *TINY, *SETTINGS, "--run.resume=none", **variables)
 
     def steps(least: int) -> Callable[[dict[str, str]], bool]:
         return lambda facts: (

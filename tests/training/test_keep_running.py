@@ -76,15 +76,15 @@ def fake_deepspeed(folder: Path, monkeypatch, script: str) -> None:
     (folder / "launch").mkdir(parents=True)
     shutil.copy(REPOSITORY / "launch/keep_running.sh", folder / "launch")
     (folder / "bin").mkdir()
-    (folder / "bin/deepspeed").write_text(f"#!/usr/bin/env bash\necho start >> {folder}/starts\n{script}\n")
+    (folder / "bin/deepspeed").write_text(f"#!/usr/bin/env bash\necho $@ >> {folder}/starts\n{script}\n")
     (folder / "bin/deepspeed").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
 
 
-def attempts(folder: Path, **variables: str) -> tuple[int, int]:
+def attempts(folder: Path, *flags: str, **variables: str) -> tuple[int, int]:
     """(exit code, number of starts)."""
     env = os.environ | {"OUT": str(folder / "out")} | variables
-    done = subprocess.run(["bash", str(folder / "launch/keep_running.sh")], env=env, check=False, timeout=60)
+    done = subprocess.run(["bash", str(folder / "launch/keep_running.sh"), *flags], env=env, check=False, timeout=60)
     return done.returncode, len((folder / "starts").read_text().splitlines())
 
 
@@ -106,3 +106,16 @@ def test_a_new_checkpoint_starts_the_count_anew_and_a_stop_is_no_crash(tmp_path,
     )
     fake_deepspeed(tmp_path, monkeypatch, script)
     assert attempts(tmp_path, MAX_CRASHES="1") == (0, 6)
+
+
+def test_where_to_begin_is_said_of_the_first_attempt(tmp_path, monkeypatch):
+    """Until there is a checkpoint of this command's own, of all that begin; then the newest is gone on from."""
+    latest = tmp_path / "out/checkpoints/latest"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step-9")  # another run's, that was there before
+    os.utime(latest, (1, 1))
+    script = f"case $(wc -l < {tmp_path}/starts) in 1) exit 86;; 2) echo step-2 > {latest}; exit 85;; esac"
+    fake_deepspeed(tmp_path, monkeypatch, script)
+    assert attempts(tmp_path, "--run.resume", "none") == (0, 3)
+    begins = [line.split("--run.resume")[1:] for line in (tmp_path / "starts").read_text().splitlines()]
+    assert begins == [[" none"], [" none"], [" none ", " auto"]]

@@ -1,3 +1,5 @@
+import contextlib
+import errno
 import json
 import sys
 
@@ -42,15 +44,64 @@ def test_a_resumed_run_forgets_what_it_will_do_again(tmp_path):
     assert read_metrics(tmp_path / "none") == []
 
 
-def test_a_full_disk_is_named_with_its_folder(tmp_path):
+class Disk:
+    """A file that has room for so many bytes, and its last write may be cut short."""
+
+    def __init__(self, room: int):
+        self.room, self.content, self.closed = room, b"", False
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = data[: self.room]
+        self.room -= len(taken)
+        self.content += taken
+        return len(taken)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_on_a_full_disk_training_goes_on_and_no_metric_is_lost(tmp_path, capsys):
     reporter = Reporter(tmp_path, total_steps=10, step=0, trackers=[])
     reporter.file.close()
-    reporter.file = open("/dev/full", "w")
-    with pytest.raises(
-        ValueError, match=f"^{tmp_path}: the metrics of step 3 cannot be written there: .*No space left"
-    ):
-        reporter.record(3, {"loss": 1.0})
+    disk = Disk(room=30)
+    reporter.file.file = disk  # type: ignore[assignment]
+    for step in range(1, 500):
+        reporter.record(step, {"loss": 1.0})
+    disk.room = 1_000_000
+    reporter.record(500, {"loss": 1.0})
     reporter.close()
+    assert disk.closed
+    assert [json.loads(line)["step"] for line in disk.content.splitlines()] == list(range(1, 501))
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{tmp_path}: the metrics of step 2 cannot be written there: [Errno 28] No space left")
+    assert last == f"{tmp_path}: the metrics are written again"
+
+
+def test_tensorboard_begins_a_new_file_after_a_full_disk(tmp_path, monkeypatch):
+    board = TensorBoard(tmp_path, 0)
+    board.record(1, {"loss": 1.0})
+    monkeypatch.setattr(board.board, "add_scalar", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    for step in (2, 3):
+        with pytest.raises(OSError, match="full"):
+            board.record(step, {"loss": 2.0})
+    board.again = 0.0
+    board.record(4, {"loss": 3.0})
+    board.close()
+    assert len(list((tmp_path / "tensorboard").glob("events*"))) == 2
+
+
+def test_a_log_whose_reader_has_gone_ends_no_run(tmp_path, monkeypatch):
+    reporter = Reporter(tmp_path, total_steps=10, step=0, trackers=[])
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        reporter.log(4, VALUES)
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    reporter.close()
+    assert read_metrics(tmp_path / METRICS) == [{"step": 4, **VALUES}]
 
 
 def test_what_is_no_record_is_left_out(tmp_path):
