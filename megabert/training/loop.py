@@ -21,9 +21,10 @@ from megabert.training.evaluate import evaluate
 from megabert.training.flops import step_flops
 from megabert.training.interrupts import REQUEUE, Interrupts
 from megabert.training.optimizers import peak_lr
-from megabert.training.prepare import prepare, rebuild, write_run_json
+from megabert.training.prepare import prepare, rebuild
 from megabert.training.roll_call import RollCall
 from megabert.training.run import Run
+from megabert.training.run_json import write_run_json
 from megabert.training.saving import set_aside_after
 from megabert.training.schedules import lr_factor
 
@@ -314,7 +315,7 @@ def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str,
 def carry_out(run: Run) -> int:
     """Train what is prepared, and leave the results. Returns the exit code."""
     if run.reporter is not None:
-        write_run_json(run)
+        write_run_json(run, resumed=run.step > 0)
     try:
         train(run)
         if run.stopped is not None:

@@ -2,12 +2,6 @@
 
 import gc
 import json
-import os
-import platform
-import shutil
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +11,6 @@ import yaml
 
 from megabert.checkpoint_format import State, read_state
 from megabert.config import Recipe, batches_per_step, total_steps
-from megabert.data.manifest import write_atomically
 from megabert.data.shards import Corpus, stream_count
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training import checkpoint, probe, trackers, universal
@@ -104,6 +97,7 @@ def prepare(
         ds_config=ds_config,
         feed=feed,
         batches=batches,
+        held_corpus=held,
         held_out=share_of(every_held_out, recipe, corpus, config, rank, world_size),
         step_batches=step_batches,
         total_steps=steps,
@@ -209,37 +203,3 @@ def describe(run: Run, found: Path | None) -> None:
             else f"step {run.step}, {run.clock.used / 3600:.2f} hours"
         )
         run.say(f"resumed from {found}: {done}")
-
-
-def write_run_json(run: Run) -> None:
-    """Write down enough to repeat the run."""
-    facts = {
-        "command": sys.argv,
-        "recipe": run.recipe.to_dict(),
-        "ds_config": run.ds_config,
-        "world_size": run.world_size,
-        "corpus": {"name": run.corpus.name, "fingerprint": run.corpus.fingerprint},
-        "versions": {name: version(name) for name in ("megabert", "torch", "deepspeed", "transformers", "numpy")},
-        "git": git_state(),
-        "machine": {
-            "node": platform.node(),
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "device": device_name(run.engine.device),
-        },
-    }
-    write_atomically(run.output_dir / "run.json", json.dumps(facts, indent=1).encode())
-
-
-def git_state() -> dict[str, object] | None:
-    """The commit that this code is of, and whether files differ from it; None where it is not run from a checkout."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists() or shutil.which("git") is None:
-        return None
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    return {"commit": commit, "changed": bool(git("status", "--porcelain"))} if commit else None

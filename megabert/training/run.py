@@ -62,6 +62,7 @@ class Run:
     ds_config: dict[str, Any]
     feed: Feed
     batches: Batches
+    held_corpus: Corpus
     held_out: list[PackedBatch]
     step_batches: int
     total_steps: int

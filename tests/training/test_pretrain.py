@@ -85,15 +85,24 @@ def test_a_run_leaves_what_it_promises(reference):
     assert 0 < result["unigram_loss"] < 10
     run = json.loads((reference / "run.json").read_text())
     assert {"recipe", "ds_config", "versions", "machine", "corpus"} <= run.keys()
+    assert {"python", "torch", "tokenizers"} <= run["versions"].keys()
+    assert (run["machine"]["threads"], run["first_step"], run["earlier"]) == (torch.get_num_threads(), 0, [])
+    assert len(run["heldout"]["fingerprint"]) == 64
+    assert run["heldout"]["fingerprint"] != run["corpus"]["fingerprint"]
+    assert run["environment"]["DS_ACCELERATOR"] == "cpu"
     assert list((reference / "tensorboard").glob("events*"))
     assert (reference / "checkpoints" / "latest").read_text() == "step-00000004"
 
 
 def test_a_finished_run_started_again_trains_no_more(corpus, tmp_path, reference):
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
-    done = run_command(pretrain_command(corpus, tmp_path, STEPS, ds_config="zero0"))
+    config = ds_config_in("zero0", tmp_path, bf16=False)
+    done = run_command(pretrain_command(corpus, tmp_path, STEPS, ds_config=config))
     assert done.code == 0, done.output
     assert "step 4 of 4" in done.output
+    first, second = (json.loads((folder / "run.json").read_text()) for folder in (reference, tmp_path))
+    del first["earlier"]
+    assert (second["first_step"], second["earlier"]) == (4, [first])
     assert losses(tmp_path) == losses(reference)
 
 
