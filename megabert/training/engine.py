@@ -23,6 +23,7 @@ from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training import optimizers
+from megabert.training.gloo import gather_in_place
 from megabert.training.guard import Verdict, hold_back
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def start_process() -> tuple[int, int]:
     deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     if training_device().type == "cpu":  # asked on a GPU too: it sets the device that NCCL sends objects from
         keep_freed_memory()
+        gather_in_place()
     return deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
 
 
