@@ -59,37 +59,16 @@ def prepare(
     claim(Path(recipe.run.output_dir), rank, world_size)
     corpus, held = from_rank_0(lambda: open_corpora(recipe), rank, world_size)
     from_rank_0(lambda: probe.check(recipe.probe), rank, world_size)
-    device = training_device()
-    step_batches = batches_per_step(recipe, world_size)
-    steps = total_steps(recipe, step_batches)
-    ds_config = fill(
-        raw_ds_config,
-        ds_config_path,
-        accumulation=step_batches // world_size,
-        max_grad_norm=recipe.optimizer.max_grad_norm,
-        world_size=world_size,
-        fast_bf16=has_fast_bf16(device),
-    )
-    folder = Path(recipe.run.output_dir, "checkpoints")
-    stage, adamw = raw_ds_config.get("zero_optimization", {}).get("stage", 0), choose(recipe, raw_ds_config).source
-    numerics = numerics_of(ds_config)
-    course = Course(corpus.fingerprint, stage, world_size, step_batches, steps, adamw, numerics)
+    ds_config, course = set_course(recipe, raw_ds_config, ds_config_path, corpus, world_size)
     found, state = last_checkpoint(recipe, course)
-    plan = plan_of(recipe, step_batches, steps)
-    num_streams = state.num_streams if state else stream_count(corpus.num_splits, recipe.data.max_streams)
-    config = stream_config(recipe, corpus, plan, steps, num_streams)
     positions = checkpoint.read_positions(found) if found else {}
-    feed = Feed(corpus, config, rank, world_size, recipe.data.num_workers, pin_memory=device.type != "cpu")
+    feed = make_feed(recipe, corpus, course, state, rank)
     # Before the model: the workers are small copies of this process, and have batches ready when it is built.
     batches = feed.open(positions, state.next_index if state else 0)
-    every_held_out = open_held_out(recipe, held, config)
-    bf16 = ds_config["torch_autocast"]["enabled"]
+    held_out = open_held_out(recipe, held, feed.config)
     verdict = Verdict(Guard(recipe.run.max_norm_ratio), recipe.optimizer.max_grad_norm)
     model, engine = build(recipe, corpus, ds_config, verdict, found)
-    retention = Retention(recipe.run.keep_checkpoints, recipe.run.keep_every_steps, recipe.run.keep_best)
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    check_room(folder, parameters, engine.zero_optimization_stage(), retention)
-    reporter = open_reporter(recipe, steps, state.step if state else 0) if rank == 0 else None
+    reporter = open_reporter(recipe, course.total_steps, state.step if state else 0) if rank == 0 else None
     run = Run(
         recipe=recipe,
         model=model,
@@ -98,16 +77,16 @@ def prepare(
         feed=feed,
         batches=batches,
         held_corpus=held,
-        held_out=share_of(every_held_out, recipe, corpus, config, rank, world_size),
-        step_batches=step_batches,
-        total_steps=steps,
-        unigram=unigram_loss(corpus, every_held_out),
-        peak=peak_flops(device, device_name(device), model.config, torch.bfloat16 if bf16 else torch.float32),
+        held_out=share_of(held_out, recipe, corpus, feed.config, rank, world_size),
+        step_batches=course.step_batches,
+        total_steps=course.total_steps,
+        unigram=unigram_loss(corpus, held_out),
+        peak=peak_of(model, ds_config),
         meter=Meter(device_event()),
         verdict=verdict,
         interrupts=interrupts,
         reporter=reporter,
-        saver=Saver(folder, retention, recipe.run.async_save, reporter.say if reporter else _say_nothing),
+        saver=open_saver(recipe, model, engine.zero_optimization_stage(), reporter),
         clock=clock,
         positions=feed.mine(positions),
     )
@@ -115,9 +94,63 @@ def prepare(
         restore(run, state)
     if run.reporter is not None:
         describe(run, found)
-        set_aside_after(folder, run.step)
+        set_aside_after(run.checkpoints, run.step)
         run.prober = open_prober(recipe, run.reporter, run.step)
     return run
+
+
+def set_course(
+    recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, corpus: Corpus, world_size: int
+) -> tuple[dict[str, Any], Course]:
+    """The ds_config that DeepSpeed gets, and what must be the same wherever the run goes on."""
+    step_batches = batches_per_step(recipe, world_size)
+    ds_config = fill(
+        raw_ds_config,
+        ds_config_path,
+        accumulation=step_batches // world_size,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        world_size=world_size,
+        fast_bf16=has_fast_bf16(training_device()),
+    )
+    course = Course(
+        corpus=corpus.fingerprint,
+        stage=ds_config.get("zero_optimization", {}).get("stage", 0),
+        world_size=world_size,
+        step_batches=step_batches,
+        total_steps=total_steps(recipe, step_batches),
+        adamw=choose(recipe, ds_config).source,
+        numerics=numerics_of(ds_config),
+    )
+    return ds_config, course
+
+
+def make_feed(recipe: Recipe, corpus: Corpus, course: Course, state: State | None, rank: int) -> Feed:
+    """Where this rank's batches come from. state: of the checkpoint that the run goes on from."""
+    plan = plan_of(recipe, course.step_batches, course.total_steps)
+    num_streams = state.num_streams if state else stream_count(corpus.num_splits, recipe.data.max_streams)
+    config = stream_config(recipe, corpus, plan, course.total_steps, num_streams)
+    pin_memory = training_device().type != "cpu"
+    return Feed(corpus, config, rank, course.world_size, recipe.data.num_workers, pin_memory)
+
+
+def peak_of(model: MegaBertForMaskedLM, ds_config: dict[str, Any]) -> float | None:
+    """FLOP/s of this rank's device in the precision of the run, where known."""
+    device = training_device()
+    precision = torch.bfloat16 if ds_config["torch_autocast"]["enabled"] else torch.float32
+    return peak_flops(device, device_name(device), model.config, precision)
+
+
+def open_saver(recipe: Recipe, model: MegaBertForMaskedLM, stage: int, reporter: Reporter | None) -> Saver:
+    """This rank's, once there is room for what it will write."""
+    settings, folder = recipe.run, Path(recipe.run.output_dir, "checkpoints")
+    retention = Retention(settings.keep_checkpoints, settings.keep_every_steps, settings.keep_best)
+    check_room(folder, num_parameters(model), stage, retention)
+    return Saver(folder, retention, settings.async_save, reporter.say if reporter else _say_nothing)
+
+
+def num_parameters(model: MegaBertForMaskedLM) -> int:
+    """Of the whole model, also where ZeRO 3 has cut it to pieces."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
 def last_checkpoint(recipe: Recipe, now: Course) -> tuple[Path | None, State | None]:
@@ -183,14 +216,13 @@ def rebuild(run: Run, path: Path) -> None:
 
 def describe(run: Run, found: Path | None) -> None:
     """Say what is about to happen, with every setting as resolved."""
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())
     precision = "bf16 autocast" if run.ds_config["torch_autocast"]["enabled"] else "fp32"
     hours = run.recipe.run.max_hours
     length = f"{run.total_steps} steps" if hours is None else f"{hours} hours of steps"
     settings = yaml.safe_dump(run.recipe.to_dict(), sort_keys=False).rstrip()
     run.say(f"recipe:\n{settings}\nds_config: {json.dumps(run.ds_config)}")
     run.say(
-        f"{parameters:,} parameters, {precision} on {run.world_size} x {run.engine.device.type}, "
+        f"{num_parameters(run.model):,} parameters, {precision} on {run.world_size} x {run.engine.device.type}, "
         f"ZeRO {run.engine.zero_optimization_stage()}; {run.corpus.tokens:,} tokens in {run.feed.config.num_streams} streams; "
         f"{length} of {run.step_batches} x {run.recipe.data.micro_batch_tokens} token slots"
     )
