@@ -297,7 +297,7 @@ class RunConfig:
     async_save: bool = True
     """write checkpoints while training goes on, from a copy of the state in host memory"""
     resume: str = "auto"
-    """auto: go on from the newest checkpoint of output_dir, if any; none: start anew; or a checkpoint's folder"""
+    """auto: go on from the newest checkpoint of output_dir, if any; none: start anew; or a checkpoint's folder. Also --resume"""
     trackers: list[Literal["tensorboard", "csv", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
     """where curves go beside metrics.jsonl; wandb wants to be installed"""
     max_norm_ratio: float = 10.0

@@ -44,7 +44,7 @@ class RecipeParser(Parser):
     def read(self, argv: list[str] | None = None) -> tuple[Recipe, Any]:
         """Parse flags and the recipe they name. Returns the recipe and the other flags. Exits with 2 on mistakes."""
         argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-        argv = [re.sub("^--max_hours(?==|$)", "--run.max_hours", word) for word in argv]
+        argv = [re.sub("^--(max_hours|resume)(?==|$)", r"--run.\1", word) for word in argv]
         name = _value_of("--recipe", argv) or self.get_defaults()["recipe"]
         try:
             path = recipe_path(name)

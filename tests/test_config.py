@@ -38,6 +38,11 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     assert recipe.model.num_hidden_layers == ModelConfig().num_hidden_layers
 
 
+@pytest.mark.parametrize("flags", [["--resume", "none"], ["--resume=none"], ["--run.resume=none"]])
+def test_resume_has_a_short_name(flags):
+    assert read(*flags).run.resume == "none"
+
+
 def test_a_flag_for_one_length_replaces_the_recipes_other():
     recipe = read("--run.max-steps", "7")
     assert (recipe.run.max_steps, recipe.run.max_tokens) == (7, None)
