@@ -99,6 +99,14 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     autocast = raw.get("torch_autocast", {}).get("enabled", False)
     if autocast not in (True, False, "auto") or isinstance(autocast, int) != isinstance(autocast, bool):
         raise ValueError(f'{path}: torch_autocast.enabled is {autocast!r}, expected true, false or "auto".')
+    modules = raw.get("torch_autocast", {}).get("lower_precision_safe_modules", [])
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise ValueError(
+            f"{path}: torch_autocast.lower_precision_safe_modules is {modules!r}, expected a list of names."
+        )
+    every = raw.get("steps_per_print")
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise ValueError(f"{path}: steps_per_print is {every!r}, expected a number of steps, or null.")
     if raw.get("checkpoint", {}).get("load_universal"):
         raise ValueError(f"{path}: checkpoint.load_universal is set by MegaBERT where it is needed. Remove it.")
     return raw
@@ -116,6 +124,8 @@ def _check_zero(zero: dict[str, Any], path: str | Path) -> None:
             raise ValueError(
                 f"{path}: zero_optimization.{key}.device is {device!r}; this stack offloads to the cpu only."
             )
+        if key == "offload_param" and stage < 3 and part.get("device", "none") != "none":
+            raise ValueError(f"{path}: zero_optimization.offload_param does nothing below stage 3.")
     for key, off in ZERO_NOT_HERE.items():
         if zero.get(key, off[0]) not in off:
             raise ValueError(
