@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import socket
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -40,6 +41,8 @@ def start_process() -> tuple[int, int]:
 
     Understands the deepspeed launcher, torchrun and srun; alone, a process is rank 0 of 1.
     """
+    # DeepSpeed 0.19.8 calls collectives by names that PyTorch is about to change: nothing for a user to do.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # DeepSpeed would compile this operation, which training does not use, for over a minute at every first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
