@@ -30,13 +30,17 @@ class PaddedRows(nn.Module):
         self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask: (B, S) int64. Returns logits (B, S, V)."""
+        """input_ids, attention_mask: (B, S) int64, nonzero at real tokens. Returns logits (B, S, V)."""
         config = self.model.config
         rows, length = input_ids.shape
-        place = torch.arange(length, device=input_ids.device)
-        bias = (1 - attention_mask[:, None, None, :]).to(torch.float32) * torch.finfo(torch.float32).min  # (B, 1, 1, S)
+        real = attention_mask != 0
+        lowest = torch.tensor(torch.finfo(torch.float32).min, device=input_ids.device)
+        bias = torch.where(real[:, None, None, :], torch.zeros_like(lowest), lowest)  # (B, 1, 1, S)
         if self.slopes is not None:
-            bias = bias - self.slopes[:, None, None] * (place[:, None] - place).abs()  # (B, H, S, S)
+            place = real.long().cumsum(dim=1)  # distances count real tokens: the model has no others
+            bias = (
+                bias - self.slopes[:, None, None] * (place[:, None, :, None] - place[:, None, None, :]).abs()
+            )  # (B, H, S, S)
             bias = bias.clamp(min=torch.finfo(torch.float32).min)
 
         def attend(qkv: Tensor, dropout_p: float) -> Tensor:
@@ -44,7 +48,7 @@ class PaddedRows(nn.Module):
             scores = query @ key.transpose(-1, -2) * config.head_dim**-0.5 + bias
             return (torch.softmax(scores, dim=-1) @ value).transpose(1, 2).reshape(qkv.shape[0], *qkv.shape[2:])
 
-        positions = place.expand(rows, length).flatten()
+        positions = torch.arange(length, device=input_ids.device).expand(rows, length).flatten()
         hidden = self.model.bert.embeddings(input_ids.flatten(), None, positions)
         for layer in self.model.bert.encoder.layers:
             hidden = layer(hidden, attend)
