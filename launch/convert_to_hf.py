@@ -49,6 +49,8 @@ def main() -> None:
 
 
 def report(folder: str, measured: dict) -> None:
+    if measured.get("reused"):
+        print(f"{folder}: an export of this checkpoint is there, and its files are as they were checked then")
     print(
         f"{folder}: loads in transformers {measured['transformers']} without megabert, "
         f"logits differ by at most {measured['max_difference']:.1e}"
