@@ -1,6 +1,6 @@
 """Use an exported folder in every way that a transformers user does. Run as a program, also under other versions:
 
-python tests/convert/hf_user.py FOLDER SCRATCH [--with-megabert] [--all]
+python tests/convert/hf_user.py FOLDER --scratch SCRATCH [--with-megabert] [--all]
 
 Without --with-megabert it cannot import megabert and loads with trust_remote_code. --all also runs what needs accelerate (Trainer)
 and sentence-transformers. Prints one line of JSON; an assertion that fails is the error.
@@ -18,7 +18,7 @@ TEXTS = ["a tensor of zeros", "Returns the learning rate of each parameter group
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--with-megabert", action="store_true")
     parser.add_argument("--all", action="store_true")
     options = parser.parse_args()

@@ -68,7 +68,7 @@ def test_bert_becomes_transformers_own(bert):
 @pytest.mark.parametrize("how", [[], ["--with-megabert"]], ids=["trust_remote_code", "megabert"])
 def test_a_user_of_transformers_can_do_everything(exported, tmp_path, how):
     """check_transformers_versions.sh does this and more with several versions, and with transformers' own BERT."""
-    command = [sys.executable, "tests/convert/hf_user.py", str(exported), str(tmp_path), *how]
+    command = [sys.executable, "tests/convert/hf_user.py", str(exported), "--scratch", str(tmp_path), *how]
     done = run_command(command, HF_MODULES_CACHE=str(tmp_path / "modules"), PYTHONPATH=str(REPOSITORY))
     assert done.code == 0, done.output
     facts = json.loads(done.output.strip().splitlines()[-1])
