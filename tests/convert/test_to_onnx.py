@@ -8,6 +8,12 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from megabert.convert import to_onnx
+from megabert.model.modeling_megabert import (
+    MegaBertForQuestionAnswering,
+    MegaBertForSequenceClassification,
+    MegaBertForTokenClassification,
+    MegaBertModel,
+)
 from tests.conftest import run_command
 from tests.convert.checkpoints import write_checkpoint
 from tests.convert.small import BERT, small_model
@@ -74,6 +80,32 @@ def test_every_mask_means_the_same_to_both(tmp_path, changes):
         assert torch.equal(expected, ones), name
         real = mask != 0
         torch.testing.assert_close(torch.from_numpy(got)[real], expected[real], rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes"),
+    [
+        (MegaBertModel, {}),
+        (MegaBertForSequenceClassification, BERT),
+        (MegaBertForSequenceClassification, {"classifier_pooling": "mean"}),
+        (MegaBertForTokenClassification, {"padding": "padded"}),
+        (MegaBertForQuestionAnswering, {}),
+    ],
+)
+def test_the_graph_of_every_head_gives_the_same(cls, changes):
+    model = small_model(cls=cls, **changes).eval()
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    example = torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
+    shapes = {"input_ids": sizes, "attention_mask": sizes}
+    graph = torch.export.export(model, example, dynamic_shapes=shapes).module()
+    for shape in ((1, 1), (3, 40)):
+        ids, mask = torch.randint(5, 800, shape), (torch.rand(shape) < 0.6).long()
+        mask[:, 0] = 1
+        with torch.no_grad():
+            got, expected = graph(ids, mask), model(ids, mask)
+        for name, value in expected.items():
+            real = mask != 0 if value.shape[:2] == shape else slice(None)  # what a graph says at padding means nothing
+            torch.testing.assert_close(got[name][real], value[real], rtol=0, atol=1e-5, msg=name)
 
 
 def test_onnx_without_its_packages_is_one_line(monkeypatch):
