@@ -65,7 +65,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         size = config.get(name, 1)
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= largest:
             raise ValueError(f"{path}: {name} is {size!r}, expected a number from 1 to {largest:,}.")
-    labels, numbers = config.get("id2label") or {}, config.get("label2id") or {}
+    labels, numbers = ({} if config.get(name) is None else config[name] for name in ("id2label", "label2id"))
     if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
         raise ValueError(f"{path}: id2label is {labels!r}, expected an object from numbers to labels.")
     if wrong := [number for number in labels if not number.isdecimal()]:

@@ -124,7 +124,7 @@ def _added_tokens(folder: Path, settings: dict[str, Any]) -> list[tuple[int | No
         legacy = read_json(inside(folder, ADDED)) if (folder / ADDED).is_file() else {}
         names = {token.content for token in whole} | set(SPECIAL_TOKENS.values())
         listed = {
-            number: {"content": content, "special": content in names, "normalized": content not in names}
+            str(number): {"content": content, "special": content in names, "normalized": content not in names}
             for content, number in legacy.items()
         }
     if not isinstance(listed, dict) or not all(str(number).isdecimal() for number in listed):

@@ -72,6 +72,7 @@ def test_absurd_wishes_fail_before_anything_is_allocated(corpus, ours, tmp_path,
     [
         ({"num_labels": 10**9}, "num_labels is 1000000000, expected a number from 1 to 100,000"),
         ({"id2label": ["a", "b"]}, r"id2label is \['a', 'b'\], expected an object"),
+        ({"id2label": []}, r"id2label is \[\], expected an object"),
         ({"id2label": {"0": 1}}, "id2label is {'0': 1}, expected an object from numbers to labels"),
         ({"label2id": {"a": "0"}}, "label2id is {'a': '0'}, expected an object from labels to numbers"),
         ({"problem_type": 7}, "problem_type is 7, expected one of regression"),

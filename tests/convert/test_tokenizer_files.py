@@ -33,7 +33,7 @@ def write_vocab(folder: Path, settings: dict | None = None, **files: dict) -> Pa
 NEW, OTHER = len(PIECES), len(PIECES) + 1
 SETTINGS = {
     "nothing said": {},
-    "cased": {"settings": {"do_lower_case": False}},
+    "cased": {"settings": {"do_lower_case": False, "tokenizer_class": "BertTokenizer"}},
     "accents kept": {"settings": {"do_lower_case": True, "strip_accents": False}},
     "accents stripped, case kept": {"settings": {"do_lower_case": False, "strip_accents": True}},
     "words of Chinese": {"settings": {"tokenize_chinese_chars": False}},
@@ -41,6 +41,7 @@ SETTINGS = {
     "added_tokens_decoder": {
         "settings": {
             "do_lower_case": False,
+            "tokenizer_class": "BertTokenizerFast",
             "added_tokens_decoder": {
                 str(PIECES.index("[MASK]")): {"content": "[MASK]", "special": True},
                 str(NEW): {"content": "<new>", "special": False, "normalized": False, "lstrip": True, "rstrip": False},
@@ -75,6 +76,7 @@ def test_a_vocabulary_makes_the_ids_of_transformers(tmp_path, how):
     ("files", "message"),
     [
         ({"settings": {"do_lower_case": "no"}}, "do_lower_case is 'no', expected true or false"),
+        ({"added_tokens": {"<new>": [NEW]}}, "is not a list of tokens with their numbers"),
         ({"added_tokens": {"<new>": NEW + 5}}, f"'<new>' has the id {NEW + 5}, but vocab.txt makes it {NEW}"),
         ({"settings": {"added_tokens_decoder": {"x": "<new>"}}}, "is not a list of tokens with their numbers"),
         ({"settings": {"added_tokens_decoder": {NEW: {"content": 7}}}}, "is not a token of a tokenizer"),
