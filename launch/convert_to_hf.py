@@ -3,11 +3,13 @@
 python launch/convert_to_hf.py runs/quickstart runs/quickstart/hf
 python launch/convert_to_hf.py runs/quickstart runs/quickstart/hf --onnx --average 3
 python launch/convert_to_hf.py --verify-only runs/quickstart/hf
+python launch/convert_to_hf.py runs/mosaicbert-base mosaicbert-base-published --layout published
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megabert import flags
 
@@ -24,6 +26,12 @@ class Options:
     """write onnx/model.onnx too, and check it with onnxruntime; needs the extra [onnx]"""
     max_shard_size: str = "5GB"
     """weights larger than this become several files"""
+    layout: Literal["hf", "published"] = "hf"
+    """published: that of mosaicml/mosaic-bert-base, for its own code; of a MosaicBERT's checkpoint, or a folder of ours"""
+
+    def __post_init__(self):
+        if self.layout == "published" and (self.onnx or self.max_shard_size != "5GB"):
+            raise ValueError("--layout published is one pickle: --onnx and --max-shard-size are not for it.")
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,13 @@ def main() -> None:
         return
     argv = ["--onnx=true" if word == "--onnx" else word for word in sys.argv[1:]]  # it needs no value
     options = flags.read_flags(Options, prog, doc, argv)
+    if options.layout == "published":
+        from megabert.convert.publish import publish
+
+        written = publish(Path(options.checkpoint), Path(options.out), options.average)
+        print(f"{options.out}: {written.num_tensors} tensors of the published MosaicBERT, read back bit for bit")
+        print(f"initialized, for the source lacks them: {', '.join(written.initialized) or 'none'}")
+        return
     from megabert.convert.to_hf import Wish, export
 
     wish = Wish(options.average, options.onnx, options.max_shard_size)
@@ -49,6 +64,8 @@ def main() -> None:
 
 
 def report(folder: str, measured: dict) -> None:
+    if measured.get("reused"):
+        print(f"{folder}: an export of this checkpoint is there, and its files are as they were checked then")
     print(
         f"{folder}: loads in transformers {measured['transformers']} without megabert, "
         f"logits differ by at most {measured['max_difference']:.1e}"

@@ -16,9 +16,17 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from megabert import checkpoint_format as layout
 from megabert.checkpoint_format import State
+from megabert.convert.reading import UNREADABLE
+from megabert.data.manifest import TOKENIZER
 from megabert.model.configuration_megabert import MegaBertConfig
 
 TIED = "decoder.weight"  # the word embeddings again
+# What of a recipe makes two trainings different, and what of it says only where things are, or how they are read.
+DECISIVE = ("model", "data", "masking", "optimizer")
+WHEREABOUTS = {
+    f"recipe.data.{name}"
+    for name in ("train", "heldout", "tokenizer", "num_workers", "on_bad_shard", "cache_dir", "cache_gb")
+}
 OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
@@ -35,15 +43,14 @@ def read_checkpoint(path: Path, average: int = 1) -> tuple[dict[str, Tensor], Me
     path: a checkpoint, or a run's folder for its newest. average: how many checkpoints, that one and those before it, to take
     the mean of. The weights may be views of the file: not to be written to. Raises ValueError if one is damaged or not there.
     """
-    folder = layout.find_checkpoint(path)
-    folders = _last(folder, average)
+    folder, *others = averaged(path, average)
     state = layout.read_state(folder)
+    for other in others:
+        _check_same_run(folder, other)
     weights = _read_whole(folder)
     if average > 1:
         weights = {name: tensor.clone() for name, tensor in weights.items()}
-        for other in folders[1:]:
-            if (model := layout.read_state(other).model) != state.model:
-                raise ValueError(f"{other}: cannot be averaged with {folder}: its model is {model}, not {state.model}.")
+        for other in others:
             for name, tensor in _read_whole(other).items():
                 weights[name] += tensor
         for tensor in weights.values():
@@ -51,8 +58,9 @@ def read_checkpoint(path: Path, average: int = 1) -> tuple[dict[str, Tensor], Me
     return weights, MegaBertConfig(**state.model), state
 
 
-def _last(folder: Path, count: int) -> list[Path]:
-    """A checkpoint and the count - 1 before it."""
+def averaged(path: Path, count: int) -> list[Path]:
+    """A checkpoint, or a run's newest, and the count - 1 before it. Raises ValueError if there are not so many."""
+    folder = layout.find_checkpoint(path)
     if count < 1:
         raise ValueError(f"cannot average {count} checkpoints, expected at least 1.")
     if count == 1:
@@ -65,6 +73,27 @@ def _last(folder: Path, count: int) -> list[Path]:
             "Training keeps as many as run.keep_checkpoints says."
         )
     return found[:count]
+
+
+def _check_same_run(folder: Path, other: Path) -> None:
+    """Raises ValueError if the weights of two checkpoints are not of one run: their mean would be nobody's."""
+    first, second = _course(folder), _course(other)
+    for name in sorted(first.keys() | second.keys()):
+        if first.get(name) != second.get(name):
+            raise ValueError(
+                f"{other}: cannot be averaged with {folder}: its {name} is {second.get(name)!r}, not {first.get(name)!r}."
+            )
+
+
+def _course(folder: Path) -> dict[str, Any]:
+    """What one run's checkpoints have in common, by name."""
+    state = layout.read_state(folder)
+    course = {"corpus": state.corpus, "tokenizer": layout.read_manifest(folder).get(TOKENIZER, (0, "none"))[1]}
+    course["seed"] = state.recipe.get("run", {}).get("seed")
+    course |= {f"model.{name}": value for name, value in state.model.items()}
+    for part in DECISIVE:
+        course |= {f"recipe.{part}.{name}": value for name, value in state.recipe.get(part, {}).items()}
+    return {name: value for name, value in course.items() if name not in WHEREABOUTS}
 
 
 def _read_whole(folder: Path) -> dict[str, Tensor]:
@@ -171,8 +200,14 @@ def load_inert(path: Path) -> dict[str, Any]:
     """Load a .pt file of DeepSpeed's, mapped. Raises ValueError if it names anything but torch's and DeepSpeed's data."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
-    named = get_unsafe_globals_in_checkpoint(path)
+    try:
+        named = get_unsafe_globals_in_checkpoint(path)
+    except UNREADABLE as mistake:
+        raise ValueError(f"{path}: damaged: {mistake}") from mistake
     if foreign := [name for name in named if not name.startswith("deepspeed.")]:
         raise ValueError(f"{path}: asks for {', '.join(sorted(foreign))}, which no checkpoint of ours does; not read.")
     with safe_globals([(_Nothing, name) for name in named]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except UNREADABLE as mistake:
+            raise ValueError(f"{path}: damaged: {mistake}") from mistake

@@ -5,6 +5,7 @@ never computed, unless a change of length or vocabulary is asked for; what is le
 """
 
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,13 @@ import torch
 from torch import Tensor
 
 from megabert.convert.checkpoint import TIED
-from megabert.convert.hf_folder import (
-    CONFIG,
-    LARGEST,
-    VOCAB,
-    copy_tokenizer,
-    read_config,
-    read_tokenizer_of,
-    read_weights,
-    staged,
-    write_config,
-    write_weights,
-)
+from megabert.convert.hf_folder import write_config, write_weights
 from megabert.convert.imported import Imported
-from megabert.convert.published import SAME, WORDS, num_layers, translate
+from megabert.convert.published import WORDS, num_layers, translate
+from megabert.convert.reading import CONFIG, LARGEST, read_config, read_weights
 from megabert.convert.resize import resize_positions, resize_vocabulary
+from megabert.convert.staging import put_in_place, staged
+from megabert.convert.tokenizer_files import VOCAB, copy_tokenizer, read_tokenizer_of
 from megabert.data.manifest import TOKENIZER
 from megabert.model.configuration_megabert import MegaBertConfig
 
@@ -47,33 +40,46 @@ class Change:
     pad_vocab_to_multiple_of: int = 64
     seed: int = 17
 
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"the seed is {self.seed}, expected a number from 0 to 2^63 - 1.")
+
 
 def convert(source: Path, out: Path, change: Change = Change()) -> Imported:
     """Read `source`, change what is asked for, and write a folder of ours.
 
     Raises ValueError if `source` is not a model that ours can hold exactly, or if `out` is not empty.
     """
-    if out.exists() and any(out.iterdir()):
+    out = out.resolve()  # a link may be there
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is not empty; choose another folder.")
+    model = read_changed(source, change)
+    with staged(out) as folder:
+        write(folder, source, model, change)
+        put_in_place(folder, out)
+    return model
+
+
+def read_changed(source: Path, change: Change = Change()) -> Imported:
+    """Read `source` and change what is asked for. Raises ValueError if it is not a model that ours can hold exactly."""
     model = read(source, change.seed)
     check_tokenizer(source, model.config.vocab_size)
-    tokenizer_folder = source
     if change.tokenizer is not None:
         old = read_tokenizer_of(source)
         new = read_tokenizer_of(Path(change.tokenizer))
         model = resize_vocabulary(model, old, new, change.pad_vocab_to_multiple_of, change.seed)
-        tokenizer_folder = Path(change.tokenizer)
     if change.max_length is not None:
         model = resize_positions(model, change.max_length)
-    with staged(out) as folder:
-        write_config(folder, model.config)
-        write_weights(folder, model.weights, "5GB")
-        copy_tokenizer(tokenizer_folder, folder, model.config.max_position_embeddings)
-        (folder / "README.md").write_text(_card(source, model))
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
     return model
+
+
+def write(folder: Path, source: Path, model: Imported, change: Change = Change()) -> None:
+    """A folder of ours, of what was read from `source`."""
+    write_config(folder, model.config)
+    write_weights(folder, model.weights, "5GB")
+    tokenizer = source if change.tokenizer is None else Path(change.tokenizer)
+    copy_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
+    (folder / "README.md").write_text(_card(source, model))
 
 
 def read(source: Path, seed: int = 17) -> Imported:
@@ -89,7 +95,7 @@ def read(source: Path, seed: int = 17) -> Imported:
     kind = _kind(source, raw, weights)
     left_out: list[str] = []
     if kind == "megabert":
-        config = _our_config(raw)
+        config = _our_config(source, raw)
         weights = _our_names(weights)
         missing = [name for name in _head_names() if name not in weights]
         if len(missing) != len(_head_names()):
@@ -120,14 +126,27 @@ def check_shapes(source: Path, weights: dict[str, Tensor], config: MegaBertConfi
     if found != config.num_hidden_layers:
         raise ValueError(f"{source}: its weights have {found} layers, its {CONFIG} says {config.num_hidden_layers}.")
     expected = expected_shapes(config)
-    for name, shape in expected.items():
-        if name not in weights and name not in missing:
-            raise ValueError(f"{source}: lacks {name}, expected with shape {shape}.")
-        if name in weights and tuple(weights[name].shape) != shape:
-            raise ValueError(f"{source}: {name} is {tuple(weights[name].shape)}, its {CONFIG} says {shape}.")
-    extra = sorted(name for name in weights.keys() - expected.keys() if not name.startswith(SAME))
-    if extra:
+    heads = _shapes_of_heads(config)
+    begun = {name.rpartition(".")[0] for name in weights}
+    wanted = [name for name in expected if name not in missing]
+    wanted += [name for name in heads if name.rpartition(".")[0] in begun]
+    expected |= heads
+    for name in wanted:
+        if name not in weights:
+            raise ValueError(f"{source}: lacks {name}, expected with shape {expected[name]}.")
+        if tuple(weights[name].shape) != expected[name]:
+            raise ValueError(f"{source}: {name} is {tuple(weights[name].shape)}, its {CONFIG} says {expected[name]}.")
+    if extra := sorted(weights.keys() - expected.keys()):
         raise ValueError(f"{source}: {len(extra)} tensors have no place in the model: {', '.join(extra[:3])}.")
+
+
+def _shapes_of_heads(config: MegaBertConfig) -> dict[str, tuple[int, ...]]:
+    """Of what a folder may have beside the masked language model."""
+    width = config.hidden_size
+    assert config.num_labels is not None, "transformers counts id2label"
+    heads = {"bert.pooler.dense": width, "classifier": config.num_labels, "qa_outputs": 2}
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, width) for name, rows in heads.items()}
+    return shapes | {f"{name}.bias": (rows,) for name, rows in heads.items()}
 
 
 def expected_shapes(config: MegaBertConfig) -> dict[str, tuple[int, ...]]:
@@ -149,11 +168,31 @@ def _kind(source: Path, raw: dict[str, Any], weights: dict[str, Tensor]) -> str:
     return "mosaicbert" if any(".Wqkv." in name for name in weights) else "bert"
 
 
-def _our_config(raw: dict[str, Any]) -> MegaBertConfig:
-    settings = {
-        name: value for name, value in raw.items() if name not in ("auto_map", "architectures", "_name_or_path")
-    }
-    return MegaBertConfig.from_dict(settings)
+def _our_config(source: Path, raw: dict[str, Any]) -> MegaBertConfig:
+    """What the config says of the model; of code, classes and files it may name nothing here."""
+    if raw.get("tie_word_embeddings", True) is not True:
+        raise ValueError(
+            f"{source / CONFIG}: tie_word_embeddings is {raw['tie_word_embeddings']!r}; this model ties them."
+        )
+    known = {*signature(MegaBertConfig.__init__).parameters} - {"self", "kwargs"}
+    return _build_config(source, {name: value for name, value in raw.items() if name in known} | _labels(raw))
+
+
+def _labels(raw: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of its classifier."""
+    settings = {name: raw[name] for name in ("label2id", "problem_type") if raw.get(name) is not None}
+    if raw.get("id2label") is not None:
+        settings["id2label"] = {int(number): label for number, label in raw["id2label"].items()}
+    elif "num_labels" in raw:
+        settings["num_labels"] = raw["num_labels"]
+    return settings
+
+
+def _build_config(source: Path, settings: dict[str, Any]) -> MegaBertConfig:
+    try:
+        return MegaBertConfig(**settings)
+    except ValueError as mistake:
+        raise ValueError(f"{source / CONFIG}: {mistake}") from mistake
 
 
 def _our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -174,21 +213,14 @@ def _config_of_bert(source: Path, raw: dict[str, Any], kind: str) -> MegaBertCon
         raise ValueError(f"{source / CONFIG}: position_embedding_type is {how!r}; this model has absolute ones only.")
     if missing := [name for name in SIZES if name not in raw]:
         raise ValueError(f"{source / CONFIG}: does not say {', '.join(missing)}.")
-    same = (*LARGEST, "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
-            "initializer_range", "pad_token_id", "id2label", "label2id", "problem_type")  # fmt: skip
-    settings = {name: raw[name] for name in same if raw.get(name) is not None}
-    if isinstance(labels := settings.get("id2label"), dict):
-        if not all(number.isdecimal() for number in labels):
-            raise ValueError(f"{source / CONFIG}: id2label has the keys {', '.join(labels)}, expected numbers.")
-        settings["id2label"] = {int(number): label for number, label in labels.items()}
+    same = (*LARGEST.keys() - {"num_labels"}, "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob",
+            "classifier_dropout", "initializer_range", "pad_token_id")  # fmt: skip
+    settings = {name: raw[name] for name in same if raw.get(name) is not None} | _labels(raw)
     if kind == "mosaicbert":
         settings |= {"position": "alibi", "ffn": "geglu", "layer_norm_dtype": "bfloat16"}
     else:
         settings |= {"position": "learned", "ffn": "gelu", "layer_norm_dtype": "float32"}
-    try:
-        return MegaBertConfig(**settings)
-    except ValueError as mistake:
-        raise ValueError(f"{source / CONFIG}: {mistake}") from mistake
+    return _build_config(source, settings)
 
 
 def _head_names() -> list[str]:

@@ -1,7 +1,8 @@
-"""The gate: an exported folder must give the checkpoint's logits in a process that has no megabert.
+"""The gate: an exported folder must give the checkpoint's ids and logits in a process that has no megabert.
 
-An export records, beside the weights, what it must reproduce: gate.safetensors holds token ids of real text and the checkpoint's
-logits there; export.json the sha256 of every parameter and of every file. So it can be repeated anywhere, later.
+An export records, beside the weights, what it must reproduce: gate.safetensors holds the token ids of real text, by the
+checkpoint's tokenizer, and the checkpoint's logits there; export.json the texts, and the sha256 of every parameter and of every
+file. So it can be repeated anywhere, later.
 """
 
 import hashlib
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from megabert.checkpoint_format import file_hash, files_of
-from megabert.convert.hf_folder import check_code_stays_inside, read_json
+from megabert.convert.hf_folder import save_tensors
+from megabert.convert.reading import check_code_stays_inside, read_json
 from megabert.data.manifest import TOKENIZER
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
@@ -32,12 +33,14 @@ TOLERANCE = 1e-5  # fp32 logits, of the largest one where that is above 1
 ONNX_TOLERANCE = 1e-4  # onnxruntime's kernels are others
 FREE_TO_EDIT = {RECEIPT, "README.md"}
 
-# Real sentences of three lengths; what they say does not matter, that they are text does.
+# Real sentences of several lengths; what they say does not matter, that they are text does, and that tokenizers differ on them:
+# cases, accents, other scripts, numbers, spaces, the mask.
 TEXTS = (
     "Return a new array of given shape and type, filled with zeros.",
     "The optimizer's learning rate.",
     "If the file does not exist, an error is raised; otherwise its contents are read line by line, decoded as UTF-8, and "
     "passed to the function, which must not modify them. Lines that begin with a number sign are comments.",
+    "The [MASK] of M\u00fcnchen is na\u00efve:  3.14 \u2264 \u03c0? \u6771\u4eac, don't_stop\u2028(e-mail) \U0001f600!",
 )
 
 
@@ -56,9 +59,9 @@ def build(weights: dict[str, Tensor], config: MegaBertConfig) -> MegaBertForMask
     return model.eval().requires_grad_(False)
 
 
-def record(model: MegaBertForMaskedLM, folder: Path) -> None:
-    """Write down what the folder must reproduce: the logits of real text, by the folder's own tokenizer."""
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+def record(model: MegaBertForMaskedLM, folder: Path, checkpoint: Path) -> None:
+    """Write down what the folder must reproduce: the ids of real text by the checkpoint's tokenizer, and the logits there."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER))
     tokenizer.enable_padding(pad_id=model.config.pad_token_id)
     tokenizer.enable_truncation(model.config.max_position_embeddings)
     encodings = tokenizer.encode_batch(list(TEXTS))
@@ -67,16 +70,18 @@ def record(model: MegaBertForMaskedLM, folder: Path) -> None:
     with torch.no_grad():
         logits = model(input_ids, attention_mask).logits[attention_mask.bool()]  # (T, V)
     tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "logits": logits.contiguous()}
-    save_file(tensors, folder / RECORDED)
+    save_tensors(tensors, folder / RECORDED)
     shutil.copymode(folder / TOKENIZER, folder / RECORDED)
 
 
-def write_receipt(folder: Path, checkpoint: str, parameters: dict[str, Tensor]) -> None:
-    """checkpoint: the fingerprint of what was exported; parameters: as they were written, by their names in the folder."""
+def write_receipt(folder: Path, checkpoint: str, max_length: int, parameters: dict[str, Tensor]) -> None:
+    """checkpoint: the fingerprint of what was exported; max_length: where texts are cut; parameters: by their names there."""
     receipt = {
         "checkpoint": checkpoint,
         "tolerance": TOLERANCE,
         "onnx_tolerance": ONNX_TOLERANCE,
+        "texts": TEXTS,
+        "max_length": max_length,
         "files": {name: file_hash(folder / name) for name in files_of(folder) if name not in FREE_TO_EDIT},
         "parameters": {name: hashlib.sha256(tensor.numpy().data).hexdigest() for name, tensor in parameters.items()},
     }
@@ -95,8 +100,35 @@ def check(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_receipt(folder: Path) -> dict[str, Any] | None:
-    """What an export of ours says about itself, or None."""
-    return read_json(folder / RECEIPT) if (folder / RECEIPT).is_file() else None
+    """What an export of ours says about itself, or None; other programs have an export.json too."""
+    if not (folder / RECEIPT).is_file():
+        return None
+    try:
+        receipt = read_json(folder / RECEIPT)
+    except ValueError:
+        return None
+    hashes = [receipt.get("files"), receipt.get("parameters")]
+    ours = all(isinstance(part, dict) and all(isinstance(digest, str) for digest in part.values()) for part in hashes)
+    return receipt if ours and isinstance(receipt.get("checkpoint"), str) else None
+
+
+def added_files(folder: Path, receipt: dict[str, Any]) -> list[str]:
+    """What is in the folder, and the export did not write."""
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    return sorted(files - receipt["files"].keys() - FREE_TO_EDIT)
+
+
+def difference(folder: Path, receipt: dict[str, Any]) -> str | None:
+    """Compare every file's hash. Returns what is wrong with the first that is not as it was exported, or None."""
+    for name, digest in receipt["files"].items():
+        if not (folder / name).is_file():
+            return f"{folder / name}: is missing; it was exported"
+        if file_hash(folder / name) != digest:
+            return f"{folder / name}: was changed since it was exported"
+    # A download's own notes, such as .cache/huggingface and .gitattributes, which nothing loads.
+    if added := [name for name in added_files(folder, receipt) if not name.startswith(".")]:
+        return f"{folder / added[0]}: was added since it was exported"
+    return None
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -104,15 +136,14 @@ def verify(folder: Path) -> dict[str, Any]:
     receipt = read_receipt(folder)
     if receipt is None or not (folder / RECORDED).is_file():
         raise ValueError(
-            f"{folder}: has no {RECEIPT} and {RECORDED}, so there is nothing to compare with. Only folders that "
+            f"{folder}: has no {RECEIPT} and {RECORDED} of ours, so there is nothing to compare with. Only folders that "
             "launch/convert_to_hf.py wrote can be verified."
         )
+    if "texts" not in receipt:
+        raise ValueError(f"{folder}: was exported by an older version, which recorded less. Export it again.")
     check_code_stays_inside(folder)
-    for name, digest in receipt["files"].items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: is missing; it was exported.")
-        if file_hash(folder / name) != digest:
-            raise ValueError(f"{folder / name}: was changed since it was exported.")
+    if problem := difference(folder, receipt):
+        raise ValueError(f"{problem}.")
     try:
         return run(folder)
     except ValueError as mistake:

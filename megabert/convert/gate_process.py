@@ -31,6 +31,7 @@ def main(folder: Path) -> dict:
     if wrong := {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}:
         sys.exit(f"weights do not match the model: {wrong}")
     check_parameters(model, receipt["parameters"])
+    check_tokenizer(folder, receipt, recorded)
     inputs = recorded["input_ids"], recorded["attention_mask"]
     with torch.no_grad():
         logits = model.eval()(*inputs).logits
@@ -56,6 +57,20 @@ def check_parameters(model: torch.nn.Module, expected: dict[str, str]) -> None:
     places = {state[name].data_ptr() for name in expected}
     if extra := sorted(name for name, tensor in state.items() if tensor.data_ptr() not in places):
         sys.exit(f"the model has {len(extra)} parameters that the checkpoint has not: {extra[0]}")
+
+
+def check_tokenizer(folder: Path, receipt: dict, recorded: dict[str, Tensor]) -> None:
+    """As a user loads it, it makes the recorded ids of the recorded texts."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    assert tokenizer is not None, "the folder has a tokenizer.json"
+    length = receipt["max_length"]
+    made = tokenizer(receipt["texts"], padding=True, truncation=True, max_length=length, return_tensors="pt")
+    for name in ("input_ids", "attention_mask"):
+        if made[name].shape != recorded[name].shape:
+            got, expected = tuple(made[name].shape), tuple(recorded[name].shape)
+            sys.exit(f"the tokenizer makes {name} of shape {got} of the texts, the checkpoint's {expected}")
+        if len(wrong := (made[name] != recorded[name]).any(dim=1).nonzero()):
+            sys.exit(f"the tokenizer makes other {name} than the checkpoint's of {receipt['texts'][wrong[0]]!r}")
 
 
 def compare(logits: Tensor, recorded: dict[str, Tensor], tolerance: float, what: str) -> float:

@@ -1,12 +1,14 @@
 """The README.md of an exported folder: what the model is, how it was trained, and how to use it, from the run's own numbers."""
 
-import json
+import contextlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from megabert.checkpoint_format import State
+from megabert.convert.reading import read_json
 from megabert.metrics_format import METRICS, read_metrics
 from megabert.model.configuration_megabert import MegaBertConfig
 
@@ -22,14 +24,33 @@ class Numbers(NamedTuple):
 
 def read_numbers(run: Path, step: int) -> Numbers:
     """From a run's metrics.jsonl and result.json, where it has them."""
-    last: dict[str, float] = {}
+    last: dict[str, Any] = {}
     result = run / "result.json"
     for record in read_metrics(run / METRICS):
         if record["step"] <= step:
             last |= record
-    if result.is_file():
-        last["unigram_loss"] = json.loads(result.read_text())["unigram_loss"]
-    return Numbers(*(last.get(name) for name in Numbers._fields))
+    with contextlib.suppress(ValueError):  # one that was never finished tells nothing
+        last |= {"unigram_loss": read_json(result).get("unigram_loss")}
+    return Numbers(*(last[name] if isinstance(last.get(name), (int, float)) else None for name in Numbers._fields))
+
+
+# A URL: its scheme, who asks for it with which password, its host and path, and what is asked, which may be a signature.
+URL = re.compile(r"([a-zA-Z][\w+.-]*)://(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
+
+
+def public(value: Any) -> Any:
+    """A recipe's value as anybody may read it: no passwords, no signed queries, no commands, of paths on this machine the name."""
+    if isinstance(value, dict):
+        return {name: public(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [public(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith("pipe:"):
+        return "pipe:..."
+    if value.startswith(("/", "~", "file:")):
+        return Path(value).name
+    return URL.sub(r"\1://\2", value)
 
 
 def model_card(
@@ -40,7 +61,7 @@ def model_card(
     trust = "" if native else ", trust_remote_code=True"
     rows = _rows(config, state, numbers, num_parameters, average)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    recipe = yaml.safe_dump(state.recipe, sort_keys=False).rstrip()
+    recipe = yaml.safe_dump(public(state.recipe), sort_keys=False).rstrip()
     ours = "" if native else "Where `megabert` is installed, `import megabert` makes `trust_remote_code` needless.\n"
     return f"""---
 library_name: transformers
@@ -99,7 +120,7 @@ def _rows(
 
 
 def _data(state: State) -> str:
-    train = state.recipe["data"]["train"]
+    train = public(state.recipe["data"]["train"])
     return train if isinstance(train, str) else ", ".join(f"{part['shards']} x {part['weight']}" for part in train)
 
 

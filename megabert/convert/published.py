@@ -173,9 +173,16 @@ def to_published(state: Mapping[str, Tensor], kind: str, copies: bool = True) ->
 
 
 def num_layers(state: Mapping[str, Tensor], word: str) -> int:
-    """How many layers the names tell of. word: what comes before their number, "layer" in theirs, "layers" in ours."""
-    numbers = [int(found[1]) for name in state if (found := re.match(rf"bert\.encoder\.{word}\.(\d+)\.", name))]
-    return max(numbers, default=-1) + 1
+    """How many layers the names tell of. word: what comes before their number, "layer" in theirs, "layers" in ours.
+
+    Raises ValueError if some before the last are missing: however high its number, memory is needed for those there are.
+    """
+    numbers = {found[1] for name in state if (found := re.match(rf"bert\.encoder\.{word}\.([0-9]+)\.", name))}
+    for number in range(len(numbers)):
+        if str(number) not in numbers:
+            highest = max(numbers, key=lambda digits: (len(digits), digits))
+            raise ValueError(f"this state dict has tensors of layer {highest[:20]}, but none of layer {number}.")
+    return len(numbers)
 
 
 def _check_names(state: Mapping[str, Tensor], wanted: set[str], allowed: set[str], kind: str) -> None:

@@ -10,9 +10,11 @@ from tokenizers import Tokenizer
 
 from megabert.convert.imported import Imported
 from megabert.convert.published import WORDS
+from megabert.convert.reading import LARGEST
 
 POSITIONS = "bert.embeddings.position_embeddings.weight"
 BIAS = "decoder.bias"
+LARGEST_TABLE = 2**31  # numbers, 8 GiB: 250,000 pieces are the largest vocabularies, 8192 the widest encoders
 
 # One role, by the names that tokenizers give it.
 SPECIAL = {name: role for role in ("pad", "unk", "cls", "sep", "mask") for name in (f"[{role.upper()}]", f"<{role}>")}
@@ -33,6 +35,7 @@ def resize_positions(model: Imported, max_length: int) -> Imported:
     if max_length < 3:
         raise ValueError(f"the maximum length is {max_length}, expected at least 3: [CLS], one token, [SEP].")
     config, weights = deepcopy(model.config), dict(model.weights)
+    _check_size("the maximum length", max_length, "max_position_embeddings", config.hidden_size)
     config.max_position_embeddings = max_length
     if config.position == "learned":
         table = weights[POSITIONS]
@@ -53,6 +56,7 @@ def resize_vocabulary(model: Imported, old: Tokenizer, new: Tokenizer, multiple:
     theirs = _meanings(old, len(words))
     pieces = new.get_vocab(with_added_tokens=True)
     rows = -(-(max(pieces.values()) + 1) // multiple) * multiple
+    _check_size("the vocabulary, rounded up,", rows, "vocab_size", words.shape[1])
     generator = torch.Generator().manual_seed(seed)
     table = torch.empty(rows, words.shape[1]).normal_(0, config.initializer_range, generator=generator)
     biases = torch.full((rows,), float(bias.min()))  # filler is never to be predicted
@@ -70,6 +74,13 @@ def resize_vocabulary(model: Imported, old: Tokenizer, new: Tokenizer, multiple:
     config.pad_token_id = config.pad_token_id if pad is None else pad
     said = f"{counts['shared']:,} pieces kept, {counts['composed']:,} the mean of old pieces, {counts['new']:,} new"
     return model._replace(config=config, weights=weights, vocabulary=said)
+
+
+def _check_size(what: str, rows: int, name: str, width: int) -> None:
+    """Raises ValueError, before anything of that size is allocated, for one that is absurd."""
+    most = min(LARGEST[name], LARGEST_TABLE // width)
+    if rows > most:
+        raise ValueError(f"{what} is {rows:,}, expected at most {most:,} at width {width}.")
 
 
 Meaning = tuple[

@@ -6,7 +6,6 @@ megabert load the folder and reproduce the checkpoint's logits; otherwise the fo
 """
 
 import hashlib
-import shutil
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,13 @@ from transformers import BertConfig
 
 from megabert.checkpoint_format import MANIFEST, State, find_checkpoint
 from megabert.convert import gate
-from megabert.convert.checkpoint import read_checkpoint
-from megabert.convert.hf_folder import MODEL_CODE, copy_tokenizer, staged, write_config, write_weights
+from megabert.convert.checkpoint import averaged, read_checkpoint
+from megabert.convert.hf_folder import MODEL_CODE, check_shard_size, write_config, write_weights
 from megabert.convert.model_card import model_card, read_numbers
 from megabert.convert.published import to_published
+from megabert.convert.staging import put_in_place, staged
 from megabert.convert.to_onnx import check_installed, write_onnx
+from megabert.convert.tokenizer_files import copy_tokenizer
 from megabert.model.configuration_megabert import MegaBertConfig
 
 
@@ -33,46 +34,51 @@ class Wish:
     onnx: bool = False
     max_shard_size: str = "5GB"
 
+    def __post_init__(self):
+        check_shard_size(self.max_shard_size)
+
 
 def export(checkpoint: Path, out: Path, wish: Wish = Wish()) -> dict[str, Any]:
-    """Export a checkpoint; returns what the gate measured. An export of this very checkpoint is reused.
+    """Export a checkpoint; returns what the gate measured. An export of this very checkpoint, every file unchanged, is reused.
 
     Raises ValueError if there is no whole checkpoint, if `out` holds something else, or if the gate fails, in which case
     nothing is left at `out`.
     """
     checkpoint = checkpoint.resolve()  # its run, whose numbers are read, may be above the folder that we are called in
+    name, out = str(out), out.resolve()  # a link to a folder may be there
     fingerprint = export_fingerprint(checkpoint, wish)
-    if (done := gate.read_receipt(out)) and done["checkpoint"] == fingerprint:
-        return done["measured"]
-    if out.exists() and any(out.iterdir()) and not (out / gate.RECEIPT).is_file():
-        raise ValueError(f"{out}: is not empty and not an export of ours; choose another folder.")
+    receipt = gate.read_receipt(out)
+    if receipt and receipt["checkpoint"] == fingerprint and "measured" in receipt and not gate.difference(out, receipt):
+        return receipt["measured"] | {"reused": True}
+    check_replaceable(out, receipt)
     if wish.onnx:
         check_installed()
     weights, config, state = read_checkpoint(checkpoint, wish.average)
     with staged(out) as folder:
         parameters = write_folder(folder, weights, config, state, find_checkpoint(checkpoint), wish)
-        gate.write_receipt(folder, fingerprint, parameters)
+        gate.write_receipt(folder, fingerprint, config.max_position_embeddings, parameters)
         del weights, parameters  # the gate's process holds them once more
-        measured = gate.check(folder, str(out))
-        _put_in_place(folder, out)
+        measured = gate.check(folder, name)
+        put_in_place(folder, out)
     return measured
 
 
-def _put_in_place(folder: Path, out: Path) -> None:
-    if out.exists():
-        before = out.with_name(f".tmp-old-{out.name}")
-        shutil.rmtree(before, ignore_errors=True)
-        out.rename(before)
-        folder.rename(out)
-        shutil.rmtree(before)
-    else:
-        folder.rename(out)
+def check_replaceable(out: Path, receipt: dict[str, Any] | None) -> None:
+    """Raises ValueError if there is more at `out` than an export of ours. receipt: the export's, if there is one."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if receipt is None:
+        raise ValueError(f"{out}: is not empty and not an export of ours; choose another folder.")
+    if added := gate.added_files(out, receipt):
+        raise ValueError(
+            f"{out / added[0]}: was added to the export that is there, and would be lost. Choose another folder, or remove it."
+        )
 
 
 def export_fingerprint(checkpoint: Path, wish: Wish) -> str:
-    """Name the checkpoint, the code and the wishes that an export is made of."""
+    """Name the checkpoints, the code and the wishes that an export is made of."""
     code = [*sorted(MODEL_CODE.glob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
-    files = [find_checkpoint(checkpoint) / MANIFEST, *code]
+    files = [*(folder / MANIFEST for folder in averaged(checkpoint, wish.average)), *code]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files) + repr(wish).encode()).hexdigest()
 
 
@@ -100,7 +106,7 @@ def write_folder(
     config = deepcopy(config)
     config.padding = "unpadded"  # which changes no output, only what it costs
     model = gate.build(weights, config)
-    gate.record(model, out)
+    gate.record(model, out, checkpoint)
     if wish.onnx:
         write_onnx(model, out)
     if is_native(config):

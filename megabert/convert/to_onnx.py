@@ -1,7 +1,7 @@
 """Write a masked language model as ONNX: padded rows in, padded logits out, any batch and any length.
 
-The model itself computes on tokens without padding, whose number depends on the data, which no graph can say. So the graph is
-that of the same layers on all B * S slots, with padded keys masked; logits at padding mean nothing.
+The model computes on tokens without padding, whose number depends on the data, which no graph can say. So what torch.export
+sees of it computes all B * S slots (padding.unpad_in_place), with padded keys masked; logits at padding mean nothing.
 """
 
 import logging
@@ -10,45 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from megabert.model.alibi import alibi_slopes
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
 FILE = "onnx/model.onnx"  # where Hugging Face's tools look for one
 OPSET = 18  # the oldest that torch's exporter writes without converting
-
-
-class PaddedRows(nn.Module):
-    """The model on (B, S) rows, in operations that a graph can hold."""
-
-    def __init__(self, model: MegaBertForMaskedLM):
-        super().__init__()
-        self.model = model
-        config = model.config
-        slopes = alibi_slopes(config.num_attention_heads) if config.position == "alibi" else None
-        self.register_buffer("slopes", slopes, persistent=False)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask: (B, S) int64. Returns logits (B, S, V)."""
-        config = self.model.config
-        rows, length = input_ids.shape
-        place = torch.arange(length, device=input_ids.device)
-        bias = (1 - attention_mask[:, None, None, :]).to(torch.float32) * torch.finfo(torch.float32).min  # (B, 1, 1, S)
-        if self.slopes is not None:
-            bias = bias - self.slopes[:, None, None] * (place[:, None] - place).abs()  # (B, H, S, S)
-            bias = bias.clamp(min=torch.finfo(torch.float32).min)
-
-        def attend(qkv: Tensor, dropout_p: float) -> Tensor:
-            query, key, value = qkv.view(rows, length, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)  # (B, H, S, D) each
-            scores = query @ key.transpose(-1, -2) * config.head_dim**-0.5 + bias
-            return (torch.softmax(scores, dim=-1) @ value).transpose(1, 2).reshape(qkv.shape[0], *qkv.shape[2:])
-
-        positions = place.expand(rows, length).flatten()
-        hidden = self.model.bert.embeddings(input_ids.flatten(), None, positions)
-        for layer in self.model.bert.encoder.layers:
-            hidden = layer(hidden, attend)
-        return self.model.decoder(self.model.transform(hidden)).view(rows, length, -1)
 
 
 def check_installed() -> None:
@@ -70,11 +36,11 @@ def write_onnx(model: MegaBertForMaskedLM, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            PaddedRows(model).eval(),
+            model.eval(),
             example,
             input_names=["input_ids", "attention_mask"],
             output_names=["logits"],
-            dynamic_shapes=(sizes, sizes),
+            dynamic_shapes={"input_ids": sizes, "attention_mask": sizes},
             opset_version=OPSET,
             dynamo=True,
             verbose=False,

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 
-from megabert.convert.hf_folder import read_tokenizer_of, read_weights
+from megabert.convert.reading import read_weights
+from megabert.convert.tokenizer_files import read_tokenizer_of
 from megabert.data.sample_format import SPECIAL_TOKENS
 from megabert.glue.protocol import Settings
 from megabert.glue.tasks import Examples, Task

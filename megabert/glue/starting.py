@@ -10,8 +10,11 @@ from safetensors.torch import save_file
 
 from megabert.checkpoint_format import file_hash, find_checkpoint
 from megabert.convert.checkpoint import read_checkpoint
-from megabert.convert.from_hf import convert
-from megabert.convert.hf_folder import CONFIG, SAFETENSORS, copy_tokenizer, staged, write_config, write_weights
+from megabert.convert.from_hf import read_changed, write
+from megabert.convert.hf_folder import write_config, write_weights
+from megabert.convert.reading import CONFIG, SAFETENSORS
+from megabert.convert.staging import staged
+from megabert.convert.tokenizer_files import copy_tokenizer
 from megabert.data.manifest import TOKENIZER, write_atomically
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification
 
@@ -40,7 +43,7 @@ def prepare(checkpoint: Path, out: Path) -> Start:
             )
         with staged(out) as folder:
             if (source / CONFIG).is_file():
-                convert(source, folder)
+                write(folder, source, read_changed(source))
             else:
                 _write_checkpoint(source, folder)
             if not (folder / TOKENIZER).is_file():

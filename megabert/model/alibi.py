@@ -1,17 +1,16 @@
 """ALiBi (https://arxiv.org/abs/2108.12409) in its symmetric form: -slope_h * |i - j| added to the scaled score."""
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
 
-@functools.cache
 def alibi_slopes(num_heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Give the slopes (H,): 2^(-8/n), 2^(-16/n), ... for n a power of two.
 
-    Otherwise those of the power of two below, then every other one of the power above, as the paper's authors do.
+    Otherwise those of the power of two below, then every other one of the power above, as the paper's authors do. Not kept:
+    what torch.export makes of them is of no use to anybody else.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]

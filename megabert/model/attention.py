@@ -96,7 +96,7 @@ def _plan_rows(sequences: Sequences, slopes: Tensor | None) -> Attend:
 
     @functools.cache
     def mask_for(dtype: torch.dtype) -> Tensor:
-        mask = torch.zeros((len(hidden), 1, 1, length), dtype=dtype, device=hidden.device)
+        mask = torch.zeros((hidden.shape[0], 1, 1, length), dtype=dtype, device=hidden.device)
         mask = mask.masked_fill(hidden[:, None, None, :], torch.finfo(dtype).min)
         return mask if slopes is None else mask + alibi_bias(slopes, length, dtype)
 

@@ -74,6 +74,11 @@ class MegaBertConfig(PretrainedConfig):
                 raise ValueError(f"model config: {name} is {share!r}, expected a number from 0 to 1.")
         if not isinstance(layer_norm_eps, float) or not 0 < layer_norm_eps < 1:
             raise ValueError(f"model config: layer_norm_eps is {layer_norm_eps!r}, expected a number between 0 and 1.")
+        for name, number in {"initializer_range": initializer_range, "z_loss": z_loss}.items():
+            if not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
+                raise ValueError(f"model config: {name} is {number!r}, expected a number from 0.")
+        if pad_token_id is not None and not isinstance(pad_token_id, int):
+            raise ValueError(f"model config: pad_token_id is {pad_token_id!r}, expected a number.")
         if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
             raise ValueError(
                 f"model config: pad_token_id is {pad_token_id}, expected one of the {vocab_size} rows of the vocabulary."

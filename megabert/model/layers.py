@@ -166,7 +166,7 @@ class Encoder(Module):
         rows: (M,) tokens wanted at the end; None means all. Returns the last hidden states, (M, E) or (T, E),
         and, with every_layer, the (T, E) before each layer and at the end.
         """
-        if self.config.padding == "padded":
+        if self.config.padding == "padded" and sequences.num_keys is None:
             return self._forward_padded(hidden, sequences, rows, every_layer)
         attend = self._plan(sequences, hidden)
         last = len(self.layers) - 1

@@ -26,7 +26,7 @@ from .buckets import plan_buckets  # noqa: F401
 from .configuration_megabert import MegaBertConfig
 from .layers import Decoder, Embeddings, Encoder, MlmTransform, Norm, Pooler
 from .ops import IGNORE_INDEX, MaskedLoss, upcast
-from .padding import Sequences, first_tokens, repad, spread, unpad
+from .padding import Sequences, first_tokens, repad, spread, unpad, unpad_in_place
 
 NOT_HERE = {
     "output_attentions": "there are none to give, no attention matrix is ever whole",
@@ -87,17 +87,16 @@ def read_tokens(
         )
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    indices, sequences = unpad(attention_mask)
+    indices, sequences = (unpad_in_place if torch.compiler.is_exporting() else unpad)(attention_mask)
 
-    def flatten(ids: Tensor | None) -> Tensor | None:
-        return None if ids is None else ids.expand_as(input_ids).flatten()[indices]
+    def flatten(ids: Tensor) -> Tensor:
+        return ids.expand_as(input_ids).flatten()[indices]
 
-    positions = flatten(position_ids)
-    if positions is None:  # BERT counts slots, not tokens: a row padded on the left starts later
-        positions = indices % input_ids.shape[1]
-    flat_ids = input_ids.flatten()[indices]
+    if position_ids is None:  # BERT counts slots, not tokens: a row padded on the left starts later
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+    types = None if token_type_ids is None else flatten(token_type_ids)
     shape = (input_ids.shape[0], input_ids.shape[1])
-    return Tokens(flat_ids, positions, flatten(token_type_ids), sequences, indices, shape)
+    return Tokens(flatten(input_ids), flatten(position_ids), types, sequences, indices, shape)
 
 
 class MegaBertPreTrainedModel(PreTrainedModel):
@@ -159,7 +158,7 @@ class MegaBertModel(MegaBertPreTrainedModel):
         """The pooled first token of each document, (B, E); an empty one's hidden state is 0. hidden: (T, E)."""
         assert self.pooler is not None, "this model was built without a pooler"
         documents, first = first_tokens(sequences)
-        return self.pooler(spread(hidden.index_select(0, first), documents, len(sequences.cu_seqlens) - 1))
+        return self.pooler(spread(hidden.index_select(0, first), documents, sequences.cu_seqlens.shape[0] - 1))
 
     def forward(
         self,
@@ -290,11 +289,11 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
         every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
         if self.config.classifier_pooling == "mean":
             hidden, states = self.bert.encode(tokens, every_layer=every_layer)
-            hidden = mean_of_documents(hidden, tokens.sequences.cu_seqlens)
+            hidden = mean_of_documents(hidden, tokens.sequences)
         else:
             documents, first = first_tokens(tokens.sequences)
             hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
-            hidden = spread(hidden, documents, len(tokens.sequences.cu_seqlens) - 1)
+            hidden = spread(hidden, documents, tokens.sequences.cu_seqlens.shape[0] - 1)
         assert self.bert.pooler is not None, "a classifier has a pooler"
         logits = self.classifier(self.dropout(self.bert.pooler(hidden)))  # (B, num_labels)
         output = SequenceClassifierOutput(
@@ -386,9 +385,13 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
         return _as_asked(output, return_dict, self.config)
 
 
-def mean_of_documents(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+def mean_of_documents(hidden: Tensor, sequences: Sequences) -> Tensor:
     """Average (T, E) over each document: (B, E), in fp32 where hidden is half precision; an empty document gives 0."""
-    lengths = cu_seqlens.diff().long()
+    if sequences.num_keys is not None:
+        rows = upcast(hidden).view(-1, sequences.max_seqlen, hidden.shape[1])  # (B, S, E)
+        real = torch.arange(sequences.max_seqlen, device=hidden.device) < sequences.num_keys[:, None]
+        return (rows * real[:, :, None]).sum(dim=1) / sequences.num_keys.clamp(min=1)[:, None]
+    lengths = sequences.cu_seqlens.diff().long()
     document = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
     sums = upcast(hidden.new_zeros(len(lengths), hidden.shape[1])).index_add(0, document, upcast(hidden))
     return sums / lengths.clamp(min=1)[:, None]

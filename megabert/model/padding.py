@@ -42,8 +42,27 @@ def unpad(attention_mask: Tensor) -> Unpadded:
     return Unpadded(mask.flatten().nonzero().flatten(), Sequences(cu_seqlens, mask.shape[1]))
 
 
+def unpad_in_place(attention_mask: Tensor) -> Unpadded:
+    """As unpad(), in shapes that do not depend on the mask, as torch.export's graphs need: T is B * S, padding is computed.
+
+    Each row is a document of S slots, its real tokens first, in their order, so that num_keys tells them from its padding.
+    """
+    mask = attention_mask != 0
+    num_rows, length = mask.shape
+    num_keys = mask.sum(dim=1, dtype=torch.int32)
+    slot = torch.where(mask, mask.long().cumsum(1), num_keys[:, None] + (~mask).long().cumsum(1)) - 1  # (B, S)
+    row = torch.arange(num_rows + 1, device=mask.device) * length
+    place = row[:-1, None] + torch.arange(length, device=mask.device)
+    indices = torch.zeros_like(place).scatter(1, slot, place).flatten()  # (B * S,)
+    return Unpadded(indices, Sequences(row.int(), length, num_keys))
+
+
 def first_tokens(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """The documents that are not empty, and the first token of each: (M,) int64 both, M <= B."""
+    """The documents that are not empty, and the first token of each: (M,) int64 both, M <= B. Padded rows are never empty."""
+    if sequences.num_keys is not None:
+        return torch.arange(sequences.num_keys.shape[0], device=sequences.num_keys.device), sequences.cu_seqlens[
+            :-1
+        ].long()
     documents = sequences.cu_seqlens.diff().nonzero().flatten()
     return documents, sequences.cu_seqlens[documents].long()
 

@@ -3,7 +3,7 @@
 checkpoints OUT TOKENIZER       write one of each size to OUT/SIZE-run, as two ranks at ZeRO 3 leave it
 export RUN OUT                  launch/convert_to_hf.py
 import FOLDER OUT               launch/convert_from_hf.py
-publish FOLDER OUT              a folder of ours as the published MosaicBERT is: one pickle
+publish FOLDER OUT              launch/convert_to_hf.py --layout published
 Prints one line of JSON: the step's own seconds, without Python's and torch's start, and getrusage's peak of the process and of its
 largest child.
 """
@@ -15,10 +15,9 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from megabert.convert.from_hf import convert
-from megabert.convert.published import to_published
+from megabert.convert.publish import publish
 from megabert.convert.to_hf import export
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
@@ -42,14 +41,6 @@ def checkpoint(size: str, run: Path, tokenizer: Path) -> None:
             if name.endswith("norm.weight"):
                 parameter.add_(1)
     write_checkpoint(run, model, tokenizer, stage=3, world_size=2)
-
-
-def publish(folder: Path, out: Path) -> None:
-    out.mkdir()
-    torch.save(to_published(load_file(folder / "model.safetensors"), "mosaicbert"), out / "pytorch_model.bin")
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "bert", "hidden_act": "gelu"}
-    (out / "config.json").write_text(json.dumps(config))
-    (out / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Use exported folders under several versions of transformers, each in an environment of its own without megabert.
+# Repeat the gate, and use exported folders in every way, under several versions of transformers, each in an environment of its
+# own without megabert.
 #     bash tests/convert/check_transformers_versions.sh                  4.50.3, 4.57.6 and the version of constraints.txt
 #     bash tests/convert/check_transformers_versions.sh 4.53.3 5.0.0     these
 # Takes some minutes the first time: it installs transformers, accelerate (for Trainer) and sentence-transformers. torch is not
@@ -26,8 +27,11 @@ for version in "${versions[@]}"; do
     fi
     for folder in mosaicbert bert; do
         mkdir -p "$scratch/$version-$folder"
-        HF_MODULES_CACHE="$scratch/modules-$version" "$environment/bin/python" -P tests/convert/hf_user.py \
-            "$scratch/$folder" "$scratch/$version-$folder" --all > "$scratch/log" 2>&1 || { cat "$scratch/log"; exit 1; }
-        tail -1 "$scratch/log"
+        for program in megabert/convert/gate_process.py "tests/convert/hf_user.py --all --scratch=$scratch/$version-$folder"; do
+            # shellcheck disable=SC2086  # a program and its arguments
+            HF_MODULES_CACHE="$scratch/modules-$version" "$environment/bin/python" -P $program "$scratch/$folder" \
+                > "$scratch/log" 2>&1 || { cat "$scratch/log"; exit 1; }
+            tail -1 "$scratch/log"
+        done
     done
 done

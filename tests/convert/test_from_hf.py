@@ -172,7 +172,7 @@ def test_pretraining_continues_from_the_folder(corpus, tmp_path):
         ({"layer_norm_eps": "tiny"}, "config.json: model config: layer_norm_eps is 'tiny', expected a number"),
         ({"hidden_dropout_prob": 7}, "hidden_dropout_prob is 7, expected a number from 0 to 1"),
         ({"pad_token_id": 832}, "pad_token_id is 832, expected one of the 832 rows"),
-        ({"id2label": {"yes": 1}}, "id2label has the keys yes, expected numbers"),
+        ({"id2label": {"yes": "1"}}, "id2label has the keys yes, expected numbers"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2', expected 'bert' or 'megabert'"),
     ],
 )
@@ -242,11 +242,11 @@ def test_a_link_cannot_lead_out_of_the_folder_but_the_hubs_cache_is_made_of_link
 
 def test_weights_that_are_not_finite_and_tokenizers_that_do_not_fit_are_refused(tmp_path):
     published_mosaicbert(tmp_path / "in")
-    (tmp_path / "in" / "vocab.txt").write_text("".join(f"piece{number}\n" for number in range(898)))
-    with pytest.raises(ValueError, match=r"vocab.txt: has no \[CLS\] and no \[SEP\]"):
+    (tmp_path / "in" / "vocab.txt").write_text("".join(f"piece{number}\n" for number in range(897)))
+    with pytest.raises(ValueError, match=r"vocab.txt: has no \[CLS\] and no \[SEP\] and no \[UNK\]"):
         convert(tmp_path / "in", tmp_path / "out")
     with open(tmp_path / "in" / "vocab.txt", "a") as file:
-        file.write("[CLS]\n[SEP]\n")
+        file.write("[UNK]\n[CLS]\n[SEP]\n")
     with pytest.raises(ValueError, match="its tokenizer has the id 899, its model only 832 rows"):
         convert(tmp_path / "in", tmp_path / "out")
     path = tmp_path / "in" / "pytorch_model.bin"
