@@ -1,7 +1,5 @@
 """What ranks do once for all of them, and what they must see alike, and have for themselves, before the first step."""
 
-import fcntl
-import json
 import logging
 import os
 import secrets
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import torch.distributed
+
+from megabert.claims import Taken, take
 
 T = TypeVar("T")
 
@@ -86,34 +86,11 @@ def claim(folder: Path, rank: int, world_size: int) -> None:
 def _claim(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / CLAIM, "a+")
+        _claims.append(take(folder / CLAIM, LEAVES_S))
     except OSError:
         return  # nothing can be written there, which saving.py explains
-    until = time.monotonic() + LEAVES_S
-    while not (ours := _lock(file)) and time.monotonic() < until:
-        time.sleep(0.2)
-    file.seek(0)
-    said = file.read()
-    if not ours:
-        holder = json.loads(said) if said.startswith("{") else {"host": "another process", "pid": "?"}
-        file.close()
-        where = f"{folder}: process {holder['pid']} on {holder['host']} is training there"
-        if holder["host"] == socket.gethostname():
-            raise ValueError(f"{where}. End that, or choose another run.output_dir.")
+    except Taken as taken:
+        where = f"{folder}: process {taken.pid} on {taken.host} is training there"
+        if taken.is_here:
+            raise ValueError(f"{where}. End that, or choose another run.output_dir.") from taken
         log.warning("%s, or was until its machine died; going on", where)
-        return
-    file.truncate(0)
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
-    file.flush()
-    _claims.append(file)
-
-
-def _lock(file: TextIO) -> bool:
-    """Whether the file is this process's now. True, too, where the file system has no locks."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        return True
-    return True
