@@ -17,9 +17,12 @@ import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from megabert.glue.tasks import GLUE, Examples, Task, Tsv
+from megabert.glue.tasks import Examples, Task, Tsv
 
 log = logging.getLogger(__name__)
+
+# Rows of QQP that may be broken: a few of GLUE's own 364 thousand are. More than this is a mistake of another kind.
+BROKEN_SHARE, FEW_BROKEN = 0.001, 3
 
 
 def locate(data: str, tasks: list[Task]) -> Path:
@@ -44,7 +47,7 @@ def check_data(tasks: list[Task], folder: Path, submission: bool) -> None:
     """Read everything once before anything is trained. Raises ValueError naming file, line and column."""
     for task in tasks:
         splits = [*(["train"] if task.dev else []), *task.dev.values()]
-        splits += task.test.values() if submission and task.name in GLUE else []
+        splits += task.test.values() if submission else []
         for split in splits:
             read_split(task, folder, split)
 
@@ -74,6 +77,7 @@ def files_of(task: Task, folder: Path, split: str) -> list[Path]:
         return [path]
     parquet = sorted((folder / task.name).glob(f"{split}-*.parquet"))
     if parquet:
+        _check_parts(parquet)
         return parquet
     layout = task.tsv[split]
     for name in (task.folder, task.name):
@@ -82,6 +86,17 @@ def files_of(task: Task, folder: Path, split: str) -> list[Path]:
     raise ValueError(
         f"{folder}: has neither {task.folder}/{layout.file} (GLUE's layout) nor {task.name}/{split}-*.parquet (the hub's)."
     )
+
+
+def _check_parts(files: list[Path]) -> None:
+    """Raise ValueError unless train-00000-of-00003.parquet and the like are all there: one is named that is not."""
+    parts = {path.name: match for path in files if (match := re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.parquet", path.name))}
+    for split, _, count in sorted({match.groups() for match in parts.values()}):
+        for number in range(int(count)):
+            if (name := f"{split}-{number:05}-of-{count}.parquet") not in parts:
+                raise ValueError(f"{files[0].parent / name}: no such file; the set has {count.lstrip('0')} of them.")
+    if len({match[3] for match in parts.values()}) > 1 or (parts and len(parts) < len(files)):
+        raise ValueError(f"{files[0].parent}: {files[0].name} and {files[-1].name} are not parts of one set.")
 
 
 def file_hashes(task: Task, folder: Path, splits: list[str]) -> dict[str, str]:
@@ -118,29 +133,46 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_tsv(task: Task, path: Path, split: str) -> Rows:
-    """One of GLUE's files: no quoting, columns by place."""
+    """One of GLUE's files: no quoting; columns by the names in the first line, or where it has none those of its layout."""
     layout: Tsv = task.tsv[split]
-    names = dict(zip(layout.texts, task.texts, strict=True))
-    if layout.label is not None:
-        names[layout.label] = task.label
-    width, skipped = 0, 0
-    for number, line in _lines(path):
-        cells = line.split("\t")
-        if layout.header and number == 1:
-            width = len(cells)
+    lines = _lines(path)
+    header = list(layout.columns) or next(lines, (1, ""))[1].split("\t")
+    texts = [_column(path, header, name) for name in layout.texts]
+    label = None if layout.label is None else _column(path, header, layout.label)
+    total, broken = 0, 0
+    for number, line in lines:
+        cells, total = line.split("\t"), total + 1
+        if len(cells) != len(header) and layout.has_broken_rows:
+            broken += 1
             continue
-        place = f"{path}, line {number}"
-        needed = max([width if layout.label == -1 else 0, *(column + 1 for column in names)])
-        if len(cells) < needed:
-            if layout.skip_short and layout.label is not None:
-                skipped += 1
-                continue
-            lacking = next((name for column, name in sorted(names.items()) if column >= len(cells)), task.label)
-            raise ValueError(f"{place}: has {len(cells)} columns, expected {needed}: {lacking} is missing.")
-        label = None if layout.label is None else cells[layout.label]
-        yield place, tuple(cells[column] for column in layout.texts), label
-    if skipped:
-        log.info("%s: left out %d rows that end early", path, skipped)
+        _check_width(f"{path}, line {number}", header, cells)
+        yield (
+            f"{path}, line {number}",
+            tuple(cells[column] for column in texts),
+            None if label is None else cells[label],
+        )
+    if broken > max(FEW_BROKEN, BROKEN_SHARE * total):
+        raise ValueError(
+            f"{path}: {broken:,} of its {total:,} rows do not have {len(header)} columns; only a few may be broken."
+        )
+    if broken:
+        log.info("%s: left out %d rows that do not have %d columns", path, broken, len(header))
+
+
+def _column(path: Path, header: list[str], name: str) -> int:
+    """Where a column is. Raises ValueError unless it is there once."""
+    if header.count(name) != 1:
+        what = "has two columns" if name in header else "has no column"
+        raise ValueError(f"{path}, line 1: {what} {name}, only {', '.join(header).strip() or 'nothing'}.")
+    return header.index(name)
+
+
+def _check_width(place: str, header: list[str], cells: list[str]) -> None:
+    """Raise ValueError unless a row has the header's columns; empty ones at its end do no harm."""
+    if len(cells) < len(header):
+        raise ValueError(f"{place}: has {len(cells)} columns, expected {len(header)}: {header[len(cells)]} is missing.")
+    if any(cells[len(header) :]):
+        raise ValueError(f"{place}: has {len(cells)} columns, expected {len(header)}: a tab or comma too many.")
 
 
 def _read_named(task: Task, files: list[Path], split: str) -> Rows:
@@ -157,22 +189,24 @@ def _read_named(task: Task, files: list[Path], split: str) -> Rows:
 
 def _read_delimited(task: Task, path: Path, wanted: list[str]) -> Rows:
     """.csv with quotes as usual, .tsv without; the first line has the names."""
-    if path.suffix == ".csv":
-        reader = csv.reader(line + "\n" for _, line in _lines(path))
-    else:
-        reader = csv.reader((line for _, line in _lines(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
-    header = next(reader, [])
-    for name in wanted:
-        if name not in header:
-            raise ValueError(f"{path}, line 1: has no column {name}, only {', '.join(header) or 'nothing'}.")
-    columns = [header.index(name) for name in wanted]
-    for cells in reader:
-        place = f"{path}, line {reader.line_num}"
-        if len(cells) != len(header):
-            lacking = f": {header[len(cells)]} is missing" if len(cells) < len(header) else ""
-            raise ValueError(f"{place}: has {len(cells)} columns, expected {len(header)}{lacking}.")
+    rows = _csv_rows(path) if path.suffix == ".csv" else ((number, line.split("\t")) for number, line in _lines(path))
+    _, header = next(rows, (1, []))
+    columns = [_column(path, header, name) for name in wanted]
+    for number, cells in rows:
+        place = f"{path}, line {number}"
+        _check_width(place, header, cells)
         values = [cells[column] for column in columns]
         yield place, tuple(values[: len(task.texts)]), values[-1] if task.label in wanted else None
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows and the lines that they end at. Raises ValueError for what the csv module cannot read."""
+    reader = csv.reader((line + "\n" for _, line in _lines(path)), strict=True)
+    try:
+        for cells in reader:
+            yield reader.line_num, cells
+    except csv.Error as mistake:
+        raise ValueError(f"{path}, line {reader.line_num}: {mistake}; is a quote not closed?") from mistake
 
 
 def _read_parquet(task: Task, path: Path, wanted: list[str]) -> Rows:
@@ -187,7 +221,7 @@ def _read_parquet(task: Task, path: Path, wanted: list[str]) -> Rows:
             if name not in schema.names:
                 raise ValueError(f"{path}: has no column {name}, only {', '.join(schema.names)}.")
         table = pyarrow.parquet.read_table(path, columns=wanted)
-    except pyarrow.ArrowInvalid as mistake:
+    except (pyarrow.ArrowException, OSError) as mistake:
         raise ValueError(f"{path}: not a parquet file that can be read: {mistake}") from mistake
     texts = [table[name].to_pylist() for name in task.texts]
     labels = table[task.label].to_pylist() if task.label in wanted else [None] * len(table)
@@ -209,8 +243,7 @@ def _label_names(task: Task, path: Path, metadata: dict[bytes, bytes]) -> list[s
 
     Raises ValueError if neither does, unless the names are the numbers.
     """
-    info = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})
-    names = info.get("features", {}).get(task.label, {}).get("names")
+    names = _names_in_metadata(task, metadata.get(b"huggingface", b"{}"))
     if names is None:
         names = _names_in_readme(task, path.parents[1] / "README.md")
     if names is None and all(name.isdigit() for name in task.labels):
@@ -225,18 +258,41 @@ def _label_names(task: Task, path: Path, metadata: dict[bytes, bytes]) -> list[s
     return names
 
 
+def _names_in_metadata(task: Task, text: bytes) -> list[str] | None:
+    """Names of labels in what the datasets library writes into a parquet file."""
+    try:
+        found = _inside(json.loads(text), "info", "features", task.label, "names")
+    except ValueError:  # another writer's
+        return None
+    return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else None
+
+
 def _names_in_readme(task: Task, path: Path) -> list[str] | None:
     """Names of labels in the YAML at the top of a hub data set's README."""
-    if not path.is_file() or not (match := re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8"), re.DOTALL)):
+    if not path.is_file():
         return None
-    infos = (yaml.safe_load(match[1]) or {}).get("dataset_info", [])
+    match = re.match(rb"---\r?\n(.*?)\n---", path.read_bytes(), re.DOTALL)
+    try:
+        infos = _inside(yaml.safe_load(match[1]), "dataset_info") if match else None
+    except yaml.YAMLError as mistake:
+        raise ValueError(f"{path}: what its first lines say is not valid YAML: {mistake}") from mistake
     for info in infos if isinstance(infos, list) else [infos]:
-        if info.get("config_name") == task.name:
-            for feature in info.get("features", []):
-                if feature["name"] == task.label and isinstance(feature["dtype"], dict):
-                    names = feature["dtype"]["class_label"]["names"]
-                    return [names[key] for key in sorted(names, key=int)]
+        features = _inside(info, "features")
+        if _inside(info, "config_name") == task.name and isinstance(features, list):
+            for feature in features:
+                names = _inside(feature, "dtype", "class_label", "names")
+                if _inside(feature, "name") == task.label and isinstance(names, dict):
+                    numbers = {str(number): str(name) for number, name in names.items()}
+                    if sorted(numbers) == sorted(map(str, range(len(numbers)))):
+                        return [numbers[str(number)] for number in range(len(numbers))]
     return None
+
+
+def _inside(value: Any, *keys: str) -> Any:
+    """What is under these keys, one in the other; None if anything is not there, or is no object."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _label(task: Task, value: Any, place: str) -> int | float:

@@ -1,6 +1,7 @@
 """What a fine-tuning task is: text columns, labels by name, metrics, files. GLUE's, and those of a user's YAML file."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,14 +24,15 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Tsv:
-    """Where one file of GLUE's own layout has what, counting columns from 0; -1 is the last."""
+    """One file of GLUE's own layout: the names of its columns with the texts and the label."""
 
     file: str
-    texts: tuple[int, ...]
-    label: int | None = None
-    header: bool = True
-    skip_short: bool = False
-    """QQP has a few rows that end early; every reader of it leaves them out"""
+    texts: tuple[str, ...]
+    label: str | None = None
+    columns: tuple[str, ...] = ()
+    """all of its columns, where the file does not name them in its first line"""
+    has_broken_rows: bool = False
+    """a few of QQP's are cut by line breaks (https://github.com/nyu-mll/GLUE-baselines/issues/5); every reader leaves them out"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,64 +74,69 @@ def _tsv(train: Tsv, test: Tsv) -> dict[str, Tsv]:
     return {"train": train, "validation": dataclasses.replace(train, file="dev.tsv"), "test": test}
 
 
-def _plain(texts: tuple[int, ...], label: int, test: tuple[int, ...], skip_short: bool = False) -> dict[str, Tsv]:
+def _plain(*texts: str, label: str, has_broken_rows: bool = False) -> dict[str, Tsv]:
     return _tsv(
-        Tsv(file="train.tsv", texts=texts, label=label, skip_short=skip_short), Tsv(file="test.tsv", texts=test)
+        Tsv(file="train.tsv", texts=texts, label=label, has_broken_rows=has_broken_rows),
+        Tsv(file="test.tsv", texts=texts),
     )
 
 
 ENTAILMENT = ("entailment", "not_entailment")
 INFERENCE = ("entailment", "neutral", "contradiction")
 SIDES = ("matched", "mismatched")
-_MNLI = Tsv(file="train.tsv", texts=(8, 9), label=-1)
+PAIR = ("sentence1", "sentence2")
+_MNLI = Tsv(file="train.tsv", texts=PAIR, label="gold_label")
 
-# Columns of the TSV files as in transformers v4's data/processors/glue.py; names and order of labels as nyu-mll/glue has them.
+# Columns of the TSV files as in huggingface/datasets 2.x's datasets/glue/glue.py and transformers v4's data/processors/glue.py; names
+# and order of labels as nyu-mll/glue has them.
 GLUE = {
     task.name: task
     for task in (
         Task(
             name="cola", texts=("sentence",), labels=("unacceptable", "acceptable"), metrics=("matthews",), folder="CoLA",
-            tsv=_tsv(Tsv(file="train.tsv", texts=(3,), label=1, header=False), Tsv(file="test.tsv", texts=(1,))), numbered=True,
+            tsv=_tsv(
+                Tsv(file="train.tsv", texts=("sentence",), label="label", columns=("source", "label", "star", "sentence")),
+                Tsv(file="test.tsv", texts=("sentence",)),
+            ),
+            numbered=True,
         ),
         Task(
             name="sst2", texts=("sentence",), labels=("negative", "positive"), metrics=("accuracy",), folder="SST-2",
-            tsv=_plain((0,), 1, (1,)), numbered=True,
+            tsv=_plain("sentence", label="label"), numbered=True,
         ),
         Task(
-            name="mrpc", texts=("sentence1", "sentence2"), labels=("not_equivalent", "equivalent"), metrics=("accuracy", "f1"),
-            folder="MRPC", tsv=_plain((3, 4), 0, (3, 4)), numbered=True,
+            name="mrpc", texts=PAIR, labels=("not_equivalent", "equivalent"), metrics=("accuracy", "f1"), folder="MRPC",
+            tsv=_plain("#1 String", "#2 String", label="Quality"), numbered=True,
         ),
         Task(
-            name="stsb", texts=("sentence1", "sentence2"), metrics=("pearson", "spearman"), folder="STS-B",
-            tsv=_plain((7, 8), -1, (7, 8)),
+            name="stsb", texts=PAIR, metrics=("pearson", "spearman"), folder="STS-B", tsv=_plain(*PAIR, label="score"),
         ),
         Task(
             name="qqp", texts=("question1", "question2"), labels=("not_duplicate", "duplicate"), metrics=("accuracy", "f1"),
-            folder="QQP", tsv=_plain((3, 4), 5, (1, 2), skip_short=True), numbered=True,
+            folder="QQP", tsv=_plain("question1", "question2", label="is_duplicate", has_broken_rows=True), numbered=True,
         ),
         Task(
             name="mnli", texts=("premise", "hypothesis"), labels=INFERENCE, metrics=("accuracy",), folder="MNLI",
             dev={side: f"validation_{side}" for side in SIDES}, test={side: f"test_{side}" for side in SIDES},
             tsv={"train": _MNLI}
             | {f"validation_{side}": dataclasses.replace(_MNLI, file=f"dev_{side}.tsv") for side in SIDES}
-            | {f"test_{side}": Tsv(file=f"test_{side}.tsv", texts=(8, 9)) for side in SIDES},
+            | {f"test_{side}": Tsv(file=f"test_{side}.tsv", texts=PAIR) for side in SIDES},
         ),
         Task(
             name="qnli", texts=("question", "sentence"), labels=ENTAILMENT, metrics=("accuracy",), folder="QNLI",
-            tsv=_plain((1, 2), -1, (1, 2)),
+            tsv=_plain("question", "sentence", label="label"),
         ),
         Task(
-            name="rte", texts=("sentence1", "sentence2"), labels=ENTAILMENT, metrics=("accuracy",), folder="RTE",
-            tsv=_plain((1, 2), -1, (1, 2)),
+            name="rte", texts=PAIR, labels=ENTAILMENT, metrics=("accuracy",), folder="RTE", tsv=_plain(*PAIR, label="label"),
         ),
         Task(
-            name="wnli", texts=("sentence1", "sentence2"), labels=("not_entailment", "entailment"), metrics=("accuracy",),
-            folder="WNLI", tsv=_plain((1, 2), -1, (1, 2)), numbered=True,
+            name="wnli", texts=PAIR, labels=("not_entailment", "entailment"), metrics=("accuracy",), folder="WNLI",
+            tsv=_plain(*PAIR, label="label"), numbered=True,
         ),
         # Only a test set, which MNLI's model labels.
         Task(
             name="ax", texts=("premise", "hypothesis"), labels=INFERENCE, metrics=("matthews",), folder="diagnostic", dev={},
-            tsv={"test": Tsv(file="diagnostic.tsv", texts=(1, 2))},
+            tsv={"test": Tsv(file="diagnostic.tsv", texts=PAIR)},
         ),
     )
 }  # fmt: skip
@@ -139,8 +146,10 @@ KEYS = ("name", "texts", "label", "labels", "metrics", "train", "dev", "test")
 
 
 def choose_tasks(names: str) -> list[Task]:
-    """all, or GLUE tasks by name with commas between. Raises ValueError for an unknown one."""
+    """all, or GLUE tasks by name with commas between. Raises ValueError for an unknown one, and for commas alone."""
     chosen = [name.strip() for name in names.split(",") if name.strip()]
+    if names and not chosen:
+        raise ValueError(f"--tasks {names}: names no task; expected all, or some of {', '.join(GLUE)}.")
     chosen = [one for name in chosen for one in (EIGHT if name == "all" else (name,))]
     for name in chosen:
         if name not in GLUE:
@@ -151,7 +160,7 @@ def choose_tasks(names: str) -> list[Task]:
 def read_task(path: Path) -> Task:
     """Read a task of the user's from YAML. Raises ValueError naming the file and the key that is wrong."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_bytes())
     except FileNotFoundError as missing:
         raise ValueError(f"--task-file {path}: no such file.") from missing
     except yaml.YAMLError as mistake:
@@ -171,14 +180,31 @@ def read_task(path: Path) -> Task:
     if len(labels) == 1 or len(set(labels)) != len(labels):
         raise ValueError(f"{path}: labels {', '.join(labels)}: expected two or more different names, or none at all.")
     _check_metrics(path, metrics, labels)
-    if raw["name"] in GLUE:
-        raise ValueError(f"{path}: name {raw['name']} is a GLUE task's; choose another.")
     splits = {"train": "train", "dev": "validation", "test": "test"}
-    files = {split: str(raw[key]) for key, split in splits.items() if key in raw}
+    name, label = _name(path, raw["name"]), _text(path, "label", raw.get("label", "label"))
+    if label in texts:
+        raise ValueError(f"{path}: label is {label}, which is one of the texts.")
+    files = {split: _text(path, key, raw[key]) for key, split in splits.items() if key in raw}
     return Task(
-        name=str(raw["name"]), texts=texts, label=str(raw.get("label", "label")), labels=labels, metrics=metrics, files=files,
+        name=name, texts=texts, label=label, labels=labels, metrics=metrics, files=files,
         test={"": "test"} if "test" in files else {},
     )  # fmt: skip
+
+
+def _name(path: Path, value: Any) -> str:
+    """A task's name: it becomes a part of files' names."""
+    name = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise ValueError(f"{path}: name is {value!r}, expected letters, digits and . _ - alone, and no . at the start.")
+    if name in GLUE:
+        raise ValueError(f"{path}: name {name} is a GLUE task's; choose another.")
+    return name
+
+
+def _text(path: Path, key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{path}: {key} is {value!r}, expected a text.")
+    return value
 
 
 def _names(path: Path, raw: dict[str, Any], key: str) -> tuple[str, ...]:

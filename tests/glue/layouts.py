@@ -8,23 +8,43 @@ import pyarrow.parquet
 
 from megabert.glue.tasks import GLUE, Task
 
-# Columns of each file as GLUE's archive has them; {t} marks a text, {y} the label, anything else stands as it is.
+# Columns of each file as GLUE's archive has them, and the header above them; {t} marks a text, {y} the label, {i} the row.
+INFERENCE = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
+MNLI_ROW = "{i}\tp\tid\tg\tb\tb\tp\tp\t{t}\t{t}"
 TSV = {
-    "cola": {"train": "gj04\t{y}\t\t{t}", "test": "{i}\t{t}"},
-    "sst2": {"train": "{t}\t{y}", "test": "{i}\t{t}"},
-    "mrpc": {"train": "{y}\t1\t2\t{t}\t{t}", "test": "{i}\t1\t2\t{t}\t{t}"},
-    "stsb": {"train": "{i}\tg\tf\t2012\t1\ts\ts\t{t}\t{t}\t{y}", "test": "{i}\tg\tf\t2012\t1\ts\ts\t{t}\t{t}"},
-    "qqp": {"train": "{i}\t1\t2\t{t}\t{t}\t{y}", "test": "{i}\t{t}\t{t}"},
-    "mnli": {
-        "train": "{i}\tp\tid\tg\tb\tb\tp\tp\t{t}\t{t}\tentailment\t{y}",
-        "validation": "{i}\tp\tid\tg\tb\tb\tp\tp\t{t}\t{t}\tl1\tl2\tl3\tl4\tl5\t{y}",
-        "test": "{i}\tp\tid\tg\tb\tb\tp\tp\t{t}\t{t}",
+    "cola": {"train": ("", "gj04\t{y}\t\t{t}"), "test": ("index sentence", "{i}\t{t}")},
+    "sst2": {"train": ("sentence label", "{t}\t{y}"), "test": ("index sentence", "{i}\t{t}")},
+    "mrpc": {
+        "train": ("Quality #1_ID #2_ID #1_String #2_String", "{y}\t1\t2\t{t}\t{t}"),
+        "test": ("index #1_ID #2_ID #1_String #2_String", "{i}\t1\t2\t{t}\t{t}"),
     },
-    "qnli": {"train": "{i}\t{t}\t{t}\t{y}", "test": "{i}\t{t}\t{t}"},
-    "rte": {"train": "{i}\t{t}\t{t}\t{y}", "test": "{i}\t{t}\t{t}"},
-    "wnli": {"train": "{i}\t{t}\t{t}\t{y}", "test": "{i}\t{t}\t{t}"},
-    "ax": {"test": "{i}\t{t}\t{t}"},
-}
+    "stsb": {
+        "train": (
+            "index genre filename year old_index source1 source2 sentence1 sentence2 score",
+            "{i}\tg\tf\t2012\t1\ts\ts\t{t}\t{t}\t{y}",
+        ),
+        "test": (
+            "index genre filename year old_index source1 source2 sentence1 sentence2",
+            "{i}\tg\tf\t2012\t1\ts\ts\t{t}\t{t}",
+        ),
+    },
+    "qqp": {
+        "train": ("id qid1 qid2 question1 question2 is_duplicate", "{i}\t1\t2\t{t}\t{t}\t{y}"),
+        "test": ("id question1 question2", "{i}\t{t}\t{t}"),
+    },
+    "mnli": {
+        "train": (f"{INFERENCE} sentence1 sentence2 label1 gold_label", MNLI_ROW + "\tentailment\t{y}"),
+        "validation": (
+            f"{INFERENCE} sentence1 sentence2 label1 label2 label3 label4 label5 gold_label",
+            MNLI_ROW + "\tl1\tl2\tl3\tl4\tl5\t{y}",
+        ),
+        "test": (f"{INFERENCE} sentence1 sentence2", MNLI_ROW),
+    },
+    "qnli": {"train": ("index question sentence label", "{i}\t{t}\t{t}\t{y}"), "test": ("index question sentence", "{i}\t{t}\t{t}")},
+    "rte": {"train": ("index sentence1 sentence2 label", "{i}\t{t}\t{t}\t{y}"), "test": ("index sentence1 sentence2", "{i}\t{t}\t{t}")},
+    "wnli": {"train": ("index sentence1 sentence2 label", "{i}\t{t}\t{t}\t{y}"), "test": ("index sentence1 sentence2", "{i}\t{t}\t{t}")},
+    "ax": {"test": ("index sentence1 sentence2", "{i}\t{t}\t{t}")},
+}  # fmt: skip
 # A text with what breaks other readers: a quote that never ends, a carriage return, letters beyond ASCII.
 WORDS = ('the "cat sat', "on l\u00e0 mat,", "and 'so on")
 
@@ -49,8 +69,10 @@ def write_tsv(folder: Path, count: int = 12) -> Path:
         task = GLUE[name]
         for split in splits(task):
             layout = task.tsv[split]
-            line = formats.get(split.split("_")[0], formats.get("test" if split.startswith("test") else "train", ""))
-            lines = ["\t".join(f"column{i}" for i in range(line.count("\t") + 1))] if layout.header else []
+            header, line = formats.get(split.split("_")[0]) or formats["test" if split.startswith("test") else "train"]
+            lines = ["\t".join(name.replace("_", " ") if "#" in name else name for name in header.split())][
+                : bool(header)
+            ]
             for number in range(count):
                 filled = line
                 for side in range(len(task.texts)):

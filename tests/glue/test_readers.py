@@ -48,6 +48,10 @@ def edit(path, old: str, new: str) -> None:
         ("RTE/train.tsv", "\tentailment\n", "\t0\n", r"line 2, column label: is '0', expected entailment, not_entailment\."),
         ("CoLA/train.tsv", "gj04\t1", "gj04\t2", r"CoLA/train\.tsv, line 2, column label: is '2'.*or 0 to 1"),
         ("STS-B/train.tsv", "\t0.8\n", "\tnan\n", r"STS-B/train\.tsv, line 3, column label: is 'nan', expected a number"),
+        ("RTE/train.tsv", "sentence1\tsentence2", "sentence2\tsentence3", r"RTE/train\.tsv, line 1: has no column sentence1, only index, "),
+        ("RTE/train.tsv", "index", "label", r"RTE/train\.tsv, line 1: has two columns label"),
+        ("RTE/train.tsv", "on l", "on\tl", r"RTE/train\.tsv, line 3: has 5 columns, expected 4: a tab or comma too many"),
+        ("MRPC/train.tsv", "Quality", "quality", r"MRPC/train\.tsv, line 1: has no column Quality, only quality, #1 ID"),
     ],
 )  # fmt: skip
 def test_a_malformed_line_is_named(tmp_path, file, old, new, message):
@@ -58,7 +62,38 @@ def test_a_malformed_line_is_named(tmp_path, file, old, new, message):
         read_split(task, tmp_path, "train")
 
 
-def test_a_short_row_of_qqp_is_left_out_and_of_its_test_set_refused(tmp_path):
+def test_columns_of_glues_files_go_by_their_names(tmp_path):
+    write_tsv(tmp_path)
+    path = tmp_path / "RTE/train.tsv"
+    before = read_split(GLUE["rte"], tmp_path, "train")
+    path.write_text("".join("\t".join(reversed(line.split("\t"))) + "\n" for line in path.read_text().splitlines()))
+    assert read_split(GLUE["rte"], tmp_path, "train") == before
+
+
+def test_many_broken_rows_of_qqp_are_refused(tmp_path):
+    write_tsv(tmp_path, count=4)
+    path = tmp_path / "QQP/train.tsv"
+    path.write_text(path.read_text() + "7\t1\t2\tonly a\n" * 4)
+    with pytest.raises(ValueError, match=r"QQP/train\.tsv: 4 of its 8 rows do not have 6 columns"):
+        read_split(GLUE["qqp"], tmp_path, "train")
+
+
+def test_a_missing_part_of_a_parquet_set_is_named(tmp_path):
+    write_parquet(tmp_path)
+    first = tmp_path / "rte/train-00000-of-00001.parquet"
+    content = first.read_bytes()
+    first.rename(tmp_path / "rte/train-00000-of-00003.parquet")
+    (tmp_path / "rte/train-00001-of-00003.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rte/train-00002-of-00003\.parquet: no such file; the set has 3 of them"):
+        read_split(GLUE["rte"], tmp_path, "train")
+    (tmp_path / "rte/train-00002-of-00003.parquet").write_bytes(content)
+    assert len(read_split(GLUE["rte"], tmp_path, "train").first) == 36
+    first.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet and .* are not parts of one set"):
+        read_split(GLUE["rte"], tmp_path, "train")
+
+
+def test_a_broken_row_of_qqp_is_left_out_and_of_its_test_set_refused(tmp_path):
     write_tsv(tmp_path)
     edit(tmp_path / "QQP/train.tsv", "\t1\n", "\n")
     assert len(read_split(GLUE["qqp"], tmp_path, "train").first) == 11
@@ -81,6 +116,9 @@ def test_what_is_missing_or_no_text_is_named(tmp_path):
     (tmp_path / "sst2/train-0.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match="not a parquet file that can be read"):
         read_split(GLUE["sst2"], tmp_path, "train")
+    (tmp_path / "sst2/train-0.parquet").write_bytes(b"PAR1" + b"\0" * 40)
+    with pytest.raises(ValueError, match=r"sst2/train-0\.parquet: not a parquet file that can be read"):
+        read_split(GLUE["sst2"], tmp_path, "train")
     with pytest.raises(ValueError, match="no such folder; expected one, or a hub data set such as nyu-mll/glue"):
         locate(str(tmp_path / "nothing"), [])
 
@@ -94,6 +132,21 @@ def test_numbers_without_names_are_refused_unless_the_readme_names_them(tmp_path
     table = pyarrow.table({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0, 1]})
     pyarrow.parquet.write_table(table, folder / "train-0.parquet")
     with pytest.raises(ValueError, match="so that their order is unknown"):
+        read_split(task, tmp_path, "train")
+    for odd in (
+        b"---\ndataset_info: 7\n---\n",
+        b"---\ndataset_info:\n- config_name: rte\n  features: [x]\n---\n",
+        b"---\n- 1\n---\n",
+    ):
+        (tmp_path / "README.md").write_bytes(odd)
+        with pytest.raises(ValueError, match="so that their order is unknown"):
+            read_split(task, tmp_path, "train")
+    for odd in (b"[", b'{"info": 3}', b'{"info": {"features": {"label": {"names": 5}}}}'):
+        pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": odd}), folder / "train-0.parquet")
+        with pytest.raises(ValueError, match="so that their order is unknown"):
+            read_split(task, tmp_path, "train")
+    (tmp_path / "README.md").write_bytes(b"---\ndataset_info: [\n---\n")
+    with pytest.raises(ValueError, match=r"README\.md: what its first lines say is not valid YAML"):
         read_split(task, tmp_path, "train")
     names = "names:\n          '0': not_entailment\n          '1': entailment"
     info = f"dataset_info:\n- config_name: rte\n  features:\n  - name: label\n    dtype:\n      class_label:\n        {names}"
@@ -124,6 +177,14 @@ def test_a_task_of_the_users_own(tmp_path):
     (tmp_path / "own.tsv").write_text("words\tlabel\nonly\tgood\n")
     with pytest.raises(ValueError, match=r"own\.tsv, line 1: has no column text, only words, label"):
         read_split(task, tmp_path, "validation")
+    (tmp_path / "own.csv").write_text("label,text\ngood,one\rbad,two\n", newline="")
+    with pytest.raises(ValueError, match=r"own\.csv, line 2: new-line character seen in unquoted field"):
+        read_split(task, tmp_path, "train")
+    (tmp_path / "own.csv").write_text('label,text\ngood,"' + "long " * 30_000 + '"\n')
+    with pytest.raises(ValueError, match=r"own\.csv, line 2: field larger than field limit.*is a quote not closed"):
+        read_split(task, tmp_path, "train")
+    (tmp_path / "own.tsv").write_text("text\tlabel\n" + "long " * 30_000 + "\tgood\n")
+    assert len(read_split(task, tmp_path, "validation").first[0]) == 150_000
 
 
 @pytest.mark.parametrize(
@@ -141,12 +202,18 @@ def test_a_task_of_the_users_own(tmp_path):
         ("[text]", "[a, b, c]", "texts has 3 columns"),
         ("name: own", "name: cola", "is a GLUE task's"),
         ("train: own.csv\n", "", "lacks train"),
+        ("train: own.csv", "train: [own.csv]", r"train is \['own.csv'\], expected a text"),
+        ("name: own", "name: [a]", r"name is \['a'\], expected letters, digits"),
+        ("name: own", "name: ../../own", "name is '../../own', expected letters, digits"),
+        ("name: own", "name: ..", "name is '..', expected letters, digits"),
+        ("name: own", "name: own\nlabel: text", "label is text, which is one of the texts"),
+        ("name: own", "name: own\nlabel: 3", "label is 3, expected a text"),
         (OWN, "[", "not valid YAML"),
     ],
 )
 def test_a_wrong_task_file_is_refused(tmp_path, old, new, message):
     (tmp_path / "own.yaml").write_text(OWN.replace(old, new))
-    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+    with pytest.raises(ValueError, match=message.replace("labels?", r"labels\?")):
         read_task(tmp_path / "own.yaml")
 
 
@@ -155,3 +222,5 @@ def test_tasks_are_chosen_by_name():
     assert [task.name for task in choose_tasks("all,wnli,rte,ax")][8:] == ["wnli", "ax"]
     with pytest.raises(ValueError, match="Did you mean stsb"):
         choose_tasks("cola,sts-b")
+    with pytest.raises(ValueError, match="--tasks ,: names no task; expected all, or some of cola"):
+        choose_tasks(",")
