@@ -50,7 +50,7 @@ def main() -> None:
         threading.Thread(target=_end_with_starter, daemon=True).start()
     task = the_task(options.task)
     data = locate(options.data, [task])
-    plan = read_protocol(options.protocol).plan(task)
+    plan = read_protocol(options.protocol, [task]).plan(task)
     check_data([task], data, submission=False)
     if not options.check:
         os.nice(10)  # whatever else the machine does goes first

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from megabert.flags import nearest
-from megabert.glue.tasks import METRICS, Task
+from megabert.glue.tasks import GLUE, METRICS, Task
 
 MNLI = "mnli"
 CHECKPOINT = "checkpoint"
@@ -56,17 +57,18 @@ class Settings:
     """the same for what is scored"""
 
     def __post_init__(self):
-        bounds = {
-            "lr": (1e-12, None), "epochs": (1, None), "batch_size": (1, None), "weight_decay": (0, None), "max_seq_len": (8, None),
-            "warmup": (0, 1), "beta1": (0, 1), "beta2": (0, 1), "eps": (0, None), "max_grad_norm": (0, None), "dropout": (0, 1),
-            "attention_dropout": (0, 1), "max_train_examples": (0, None),
-            "max_dev_examples": (0, None),
+        at_least = {
+            "lr": 1e-12, "epochs": 1, "batch_size": 1, "weight_decay": 0, "max_seq_len": 8, "eps": 1e-30, "max_grad_norm": 0,
+            "max_train_examples": 0, "max_dev_examples": 0,
         }  # fmt: skip
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value is not None and (value < low or (high is not None and value > high)):
-                wanted = f"at least {low}" if high is None else f"{low} to {high}"
-                raise ValueError(f"{name} is {value}, expected {wanted}")
+        for name, low in at_least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
+        for name in ("beta1", "beta2", "dropout", "attention_dropout"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}, expected 0 or more, and less than 1")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is {self.warmup}, expected 0 to 1")
 
     @property
     def torch_decay(self) -> float:
@@ -107,8 +109,11 @@ def protocol_names() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def read_protocol(name: str) -> Protocol:
-    """One of ours by name, or a YAML file. Raises ValueError naming the file and the key that is wrong."""
+def read_protocol(name: str, chosen: list[Task]) -> Protocol:
+    """One of ours by name, or a YAML file. chosen: the tasks to be done; it may name these and GLUE's.
+
+    Raises ValueError naming the file and the key that is wrong.
+    """
     if name in protocol_names():
         path = Path(str(resources.files("megabert.glue") / "protocols" / f"{name}.yaml"))
     elif Path(name).is_file():
@@ -117,14 +122,23 @@ def read_protocol(name: str) -> Protocol:
         known = protocol_names()
         raise ValueError(f"protocol {name!r} is neither a file nor one of {', '.join(known)}.{nearest(name, known)}")
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as mistake:
         raise ValueError(f"{path}: not valid YAML: {mistake}") from mistake
     known = {"about", "settings", "seeds", "sweep", "tasks"}
     _check_keys(path, "", raw, known)
     general = {key: raw[key] for key in ("settings", "seeds", "sweep") if key in raw}
-    tasks = raw.get("tasks", {})
-    plans = {task: _plan(path, f"tasks.{task}", general, own or {}) for task, own in tasks.items()}
+    tasks = GLUE | {task.name: task for task in chosen}
+    plans = {}
+    if "tasks" in raw:
+        _check_keys(path, "tasks", raw["tasks"], set(tasks))
+        plans = {task: _plan(path, f"tasks.{task}", general, own) for task, own in raw["tasks"].items()}
+    for task, plan in plans.items():
+        if unfit := [metric for metric in plan.metrics if metric not in tasks[task].metrics]:
+            known = ", ".join(tasks[task].metrics)
+            raise ValueError(f"{path}: tasks.{task}.metrics has {unfit[0]}, expected some of {known}.")
+    if MNLI in plans and plans[MNLI].start == MNLI:
+        raise ValueError(f"{path}: tasks.{MNLI}.start is {MNLI}: it cannot start from itself.")
     about = " ".join(str(raw.get("about", "")).split())
     return Protocol(name=path.stem, about=about, plans=plans, other=_plan(path, "settings", general, {}))
 
@@ -144,26 +158,37 @@ def _plan(path: Path, where: str, general: dict[str, Any], own: dict[str, Any]) 
     fields = {field.name for field in dataclasses.fields(Settings)}
     _check_keys(path, where, own, fields | {"seeds", "start", "sweep", "metrics"})
     _check_keys(path, "settings", general.get("settings", {}), fields)
-    sweep = general.get("sweep", {}) | own.get("sweep", {})
-    _check_keys(path, f"{where}.sweep", sweep, fields)
+    sweeps = [general.get("sweep", {}), own.get("sweep", {})]
+    for one in sweeps:
+        _check_keys(path, f"{where}.sweep", one, fields)
+    sweep = sweeps[0] | sweeps[1]
     settings = general.get("settings", {}) | {key: value for key, value in own.items() if key in fields}
     seeds = own.get("seeds", general.get("seeds", [19]))
     start = own.get("start", CHECKPOINT)
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise ValueError(f"{path}: {where}.seeds is {seeds!r}, expected a list of numbers.")
+    _check_seeds(path, f"{where}.seeds", seeds)
     if start not in (CHECKPOINT, MNLI):
         raise ValueError(f"{path}: {where}.start is {start!r}, expected {CHECKPOINT} or {MNLI}.")
     metrics = own.get("metrics", [])
-    if not isinstance(metrics, list) or not set(metrics) <= set(METRICS):
+    if not isinstance(metrics, list) or not all(isinstance(one, str) and one in METRICS for one in metrics):
         raise ValueError(f"{path}: {where}.metrics is {metrics!r}, expected some of {', '.join(METRICS)}.")
     names, values = list(sweep), list(sweep.values())
-    if not all(isinstance(choices, list) and choices for choices in values):
-        raise ValueError(f"{path}: {where}.sweep: expected a list of values for each of {', '.join(names)}.")
+    for name, choices in sweep.items():
+        if not isinstance(choices, list) or not choices:
+            raise ValueError(f"{path}: {where}.sweep.{name} is {choices!r}, expected a list of values.")
     candidates = tuple(
         _settings(path, where, settings | dict(zip(names, chosen, strict=True)))
         for chosen in itertools.product(*values)
     )
+    if len(set(candidates)) < len(candidates):
+        raise ValueError(f"{path}: {where}.sweep: has a value twice.")
     return Plan(candidates=candidates, seeds=tuple(seeds), start=start, metrics=tuple(metrics))
+
+
+def _check_seeds(path: Path, where: str, seeds: Any) -> None:
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds):
+        raise ValueError(f"{path}: {where} is {seeds!r}, expected a list of whole numbers from 0 on.")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{path}: {where} is {seeds!r}, which has a seed twice.")
 
 
 def _settings(path: Path, where: str, values: dict[str, Any]) -> Settings:
@@ -187,15 +212,18 @@ def _value(path: Path, where: str, wanted: Any, value: Any) -> Any:
         if value is None and wanted is not float:
             return None
         try:
-            return float("" if isinstance(value, bool) else value)
-        except (TypeError, ValueError) as mistake:
-            raise ValueError(f"{path}: {where} is {value!r}, expected a number.") from mistake
+            number = float("" if isinstance(value, bool) else value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{path}: {where} is {value!r}, expected a number.")
+        return number
     if wanted in (int, bool):
         if type(value) is not wanted:
             raise ValueError(
                 f"{path}: {where} is {value!r}, expected {'true or false' if wanted is bool else 'a whole number'}."
             )
         return value
-    if value not in wanted.__args__:
+    if not isinstance(value, str) or value not in wanted.__args__:
         raise ValueError(f"{path}: {where} is {value!r}, expected {' or '.join(wanted.__args__)}.")
     return value
