@@ -36,7 +36,7 @@ def take(path: Path, wait_s: float = 0.0, shared: bool = False) -> TextIO:
             said = file.read()
             file.close()
             holder = _read(said)
-            raise Taken(path, holder.get("host", "another process"), holder.get("pid", "?"))
+            raise Taken(path, str(holder.get("host", "another process")), holder.get("pid", "?"))
         time.sleep(0.2)
     file.truncate(0)  # of those that share it the last one is named
     file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 
@@ -12,17 +12,20 @@ from megabert.checkpoint_format import file_hash, find_checkpoint
 from megabert.convert.checkpoint import read_checkpoint
 from megabert.convert.from_hf import read_changed, write
 from megabert.convert.hf_folder import write_config, write_weights
-from megabert.convert.reading import CONFIG, SAFETENSORS
+from megabert.convert.reading import CONFIG, SAFETENSORS, read_weights
 from megabert.convert.staging import staged
 from megabert.convert.tokenizer_files import copy_tokenizer
 from megabert.data.manifest import TOKENIZER, write_atomically
+from megabert.glue.finetune import Place, build_model
+from megabert.glue.protocol import Settings
+from megabert.glue.tasks import Task
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification
 
 ORIGIN = "origin.json"
 
 
 class Start(NamedTuple):
-    """folder: config.json, weights and tokenizer.json; sha256: of the weights and the config."""
+    """folder: config.json, weights and tokenizer.json; sha256: of these three."""
 
     folder: Path
     sha256: str
@@ -36,22 +39,34 @@ def prepare(checkpoint: Path, out: Path) -> Start:
     source = checkpoint if (checkpoint / CONFIG).is_file() else _newest(checkpoint)
     origin = {str(path.relative_to(source)): [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(source)}
     record = {"source": str(source.resolve()), "files": origin}
-    if not (out / ORIGIN).is_file() or json.loads((out / ORIGIN).read_text()) != record:
-        if source.resolve() == out.resolve():
-            raise ValueError(
-                f"{checkpoint}: is where the start of this command's jobs is written. Choose another --out."
-            )
-        with staged(out) as folder:
-            if (source / CONFIG).is_file():
-                write(folder, source, read_changed(source))
-            else:
-                _write_checkpoint(source, folder)
-            if not (folder / TOKENIZER).is_file():
-                raise ValueError(f"{checkpoint}: has no tokenizer.json and no vocab.txt.")
-            write_atomically(folder / ORIGIN, json.dumps(record, indent=1).encode())
-            shutil.rmtree(out, ignore_errors=True)
-            folder.rename(out)
-    return Start(out, fingerprint(out))
+    if (start := _there(out, record)) is not None:
+        return start
+    if source.resolve() == out.resolve():
+        raise ValueError(f"{checkpoint}: is where the start of this command's jobs is written. Choose another --out.")
+    if out.exists() and not (out / ORIGIN).is_file():
+        raise ValueError(f"{out}: is in the way of the start of this command's jobs. Choose another --out, or move it.")
+    with staged(out) as folder:
+        if (source / CONFIG).is_file():
+            write(folder, source, read_changed(source))
+        else:
+            _write_checkpoint(source, folder)
+        if not (folder / TOKENIZER).is_file():
+            raise ValueError(f"{checkpoint}: has no tokenizer.json and no vocab.txt.")
+        sha256 = fingerprint(folder)
+        write_atomically(folder / ORIGIN, json.dumps(record | {"sha256": sha256}, indent=1).encode())
+        shutil.rmtree(out, ignore_errors=True)
+        folder.rename(out)
+    return Start(out, sha256)
+
+
+def _there(out: Path, record: dict[str, Any]) -> Start | None:
+    """What an earlier command brought there, if it is of the same files and whole."""
+    try:
+        found = json.loads((out / ORIGIN).read_bytes())
+        sha256 = fingerprint(out)
+    except (OSError, ValueError):  # not there, or only a part of it
+        return None
+    return Start(out, sha256) if found == record | {"sha256": sha256} else None
 
 
 def _newest(checkpoint: Path) -> Path:
@@ -77,19 +92,30 @@ def _write_checkpoint(source: Path, out: Path) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """One hash of a folder's config and weights."""
-    names = [CONFIG, *sorted(path.name for path in folder.glob("*.safetensors"))]
-    if len(names) == 1:
+    """One hash of a folder's config, tokenizer and weights. Raises ValueError without weights, OSError without one of the others."""
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not weights:
         raise ValueError(f"{folder}: has no weights.")
-    return hashlib.sha256("".join(file_hash(folder / name) for name in names).encode()).hexdigest()
+    hashes = [file_hash(folder / name) for name in (CONFIG, TOKENIZER, *weights)]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def save_encoder(model: MegaBertForSequenceClassification, start: Path, out: Path) -> None:
-    """Keep a fine-tuned encoder with its pooler, and without its classifier, for another task to start from."""
+def save_model(model: MegaBertForSequenceClassification, start: Path, out: Path) -> None:
+    """Keep a fine-tuned model, its classifier too: another task starts from it without that, and it can label more."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with staged(out) as folder:
-        save_file({name: tensor for name, tensor in weights.items() if name.startswith("bert.")}, folder / SAFETENSORS)
+        save_file(weights, folder / SAFETENSORS)
         for name in (CONFIG, TOKENIZER):
             shutil.copyfile(start / name, folder / name)
         shutil.rmtree(out, ignore_errors=True)
         folder.rename(out)
+
+
+def load_model(folder: Path, task: Task, settings: Settings, place: Place) -> MegaBertForSequenceClassification:
+    """A model that save_model kept, as it was. Raises ValueError if anything of it is missing."""
+    model = build_model(folder, task, settings, place, seed=0)
+    try:
+        model.load_state_dict(read_weights(folder))
+    except RuntimeError as mistake:
+        raise ValueError(f"{folder}: its weights are not those of a model for {task.name}: {mistake}") from mistake
+    return model

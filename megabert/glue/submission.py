@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from megabert.glue.jobs import PRETRAINED, Context, Job
-from megabert.glue.tasks import GLUE, Task
+from megabert.data.manifest import write_atomically
+from megabert.glue.jobs import Context, Job
+from megabert.glue.runner import best_jobs
+from megabert.glue.tasks import Task
 
 # (task, split) -> the server's name of the file.
 FILES = {
@@ -17,38 +19,34 @@ SCORE_RANGE = (0.0, 5.0)  # STS-B's
 
 
 def write_submission(jobs: list[Job], results: dict[str, dict[str, Any]], context: Context) -> list[str]:
-    """Write OUT/submission/*.tsv and OUT/submission.zip, from each task's best job. Returns the files that are lacking.
+    """Write each task's labels of its test sets, from its best job. Returns the server's files that are lacking.
 
-    The server takes a zip only if it has all eleven.
+    GLUE's go to OUT/submission/ and into OUT/submission.zip, which the server takes only if it has all eleven; those of the
+    user's own tasks to OUT/predictions/.
     """
-    folder = context.out / "submission"
-    folder.mkdir(exist_ok=True)
+    for_server, own = context.out / "submission", context.out / "predictions"
     written = []
-    for task in dict.fromkeys(job.task.name for job in jobs):
-        done = [
-            job
-            for job in jobs
-            if job.task.name == task
-            and job.contender == PRETRAINED
-            and job.unlabelled
-            and results.get(job.name, {}).get("status") == "done"
-        ]
-        if done:
-            best = max(done, key=lambda job: results[job.name]["score"])
-            with np.load(context.jobs / f"{best.name}.npz") as sets:
-                for key in sets.files:
-                    (folder / f"{FILES[key]}.tsv").write_text(as_tsv(GLUE[key.split("/")[0]], sets[key]))
-                    written.append(FILES[key])
+    for job in best_jobs(jobs, results):
+        with np.load(context.jobs / f"{job.name}.npz") as sets:
+            for task, split in job.unlabelled:
+                name, labels = f"{task.name}/{split}", sets[f"{task.name}/{split}"]
+                path = for_server / f"{FILES[name]}.tsv" if name in FILES else own / f"{task.name}.tsv"
+                path.parent.mkdir(exist_ok=True)
+                write_atomically(path, as_tsv(task, labels).encode())
+                written += [FILES[name]] if name in FILES else []
+    if not written:
+        return []
     with zipfile.ZipFile(context.out / "submission.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(written):
-            archive.write(folder / f"{name}.tsv", f"{name}.tsv")
+            archive.write(for_server / f"{name}.tsv", f"{name}.tsv")
     return [name for name in FILES.values() if name not in written]
 
 
 def as_tsv(task: Task, predictions: np.ndarray) -> str:
     """index and prediction: names of labels where the data has names, else numbers."""
     if task.is_regression:
-        values = [f"{value:.3f}" for value in np.clip(predictions, *SCORE_RANGE)]
+        limits = SCORE_RANGE if task.name == "stsb" else (-np.inf, np.inf)
+        values = [f"{value:.3f}" for value in np.clip(predictions, *limits)]
     else:
         values = [str(number) if task.numbered else task.labels[number] for number in predictions]
     lines = [f"{index}\t{value}" for index, value in enumerate(values)]

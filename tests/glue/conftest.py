@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from megabert.glue.request import Request
 from tests.glue.layouts import write_tsv
 
 WORDS = [
@@ -41,3 +42,22 @@ def bert(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def glue(tmp_path_factory) -> Path:
     return write_tsv(tmp_path_factory.mktemp("glue"))
+
+
+PROTOCOL = """
+seeds: [1, 2]
+settings: {lr: 1.0e-3, epochs: 1, batch_size: 8, max_seq_len: 32}
+tasks:
+  mnli: {seeds: [1]}
+  rte: {start: mnli}
+  stsb: {start: mnli, seeds: [1], metrics: [spearman]}
+  cola: {seeds: [1], sweep: {lr: [1.0e-4, 1.0e-3]}}
+"""
+
+
+@pytest.fixture
+def request_for(bert, glue, tmp_path):
+    """A Request on the small model; its protocol is a file to edit."""
+    (tmp_path / "tiny.yaml").write_text(PROTOCOL)
+    same = {"checkpoint": str(bert), "data": str(glue), "protocol": str(tmp_path / "tiny.yaml"), "ops": "torch"}
+    return lambda **more: Request(**(same | {"out": str(tmp_path / "out")} | more))

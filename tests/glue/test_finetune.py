@@ -24,7 +24,7 @@ from megabert.glue.finetune import (
     rescale_embeddings,
 )
 from megabert.glue.protocol import Settings
-from megabert.glue.starting import prepare, save_encoder
+from megabert.glue.starting import load_model, prepare, save_model
 from megabert.glue.tasks import GLUE, Examples, Task
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification, mean_of_documents
@@ -194,18 +194,44 @@ def test_what_is_no_start_is_refused(bert, tmp_path):
         prepare(tmp_path, tmp_path / "start")
 
 
-def test_an_encoder_kept_for_another_task_has_no_head_and_lacks_nothing(bert, tmp_path):
+def test_a_kept_model_is_a_start_without_its_head_and_labels_as_before(bert, tmp_path):
     start = prepare(bert, tmp_path / "start").folder
     model = build_model(start, GLUE["mnli"], SETTINGS, CPU, 0)
-    save_encoder(model, start, tmp_path / "kept")
+    save_model(model, start, tmp_path / "kept")
     again = build_model(tmp_path / "kept", GLUE["rte"], SETTINGS, CPU, 1)
     assert all(torch.equal(a, b) for a, b in zip(model.bert.parameters(), again.bert.parameters(), strict=True))
     assert again.classifier.out_features == 2
+    same = load_model(tmp_path / "kept", GLUE["mnli"], SETTINGS, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    with pytest.raises(ValueError, match="its weights are not those of a model for rte"):
+        load_model(tmp_path / "kept", GLUE["rte"], SETTINGS, CPU)
     weights = load_file(tmp_path / "kept/model.safetensors")
     del weights["bert.embeddings.norm.bias"]
     save_file(weights, tmp_path / "kept/model.safetensors")
     with pytest.raises(ValueError, match=r"lacks 1 of the encoder's parameters.*such as bert\.embeddings\.norm\.bias"):
         build_model(tmp_path / "kept", GLUE["rte"], SETTINGS, CPU, 1)
+
+
+def test_a_start_with_another_vocabulary_is_another_and_a_damaged_one_is_made_again(bert, tmp_path):
+    first = prepare(bert, tmp_path / "start")
+    other = shutil.copytree(bert, tmp_path / "other")
+    words = (other / "vocab.txt").read_text()
+    (other / "vocab.txt").write_text(words.replace("cat\nsat\n", "sat\ncat\n"))
+    assert prepare(other, tmp_path / "second").sha256 != first.sha256
+    for name in ("model.safetensors", "tokenizer.json", "origin.json"):
+        (first.folder / name).write_bytes(b"{")
+        assert prepare(bert, tmp_path / "start") == first
+        assert (first.folder / name).stat().st_size > 1
+    (first.folder / "tokenizer.json").unlink()
+    assert prepare(bert, tmp_path / "start") == first
+
+
+def test_a_folder_of_something_else_is_not_overwritten(bert, tmp_path):
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start/thesis.txt").write_text("three years")
+    with pytest.raises(ValueError, match="start: is in the way of the start of this command's jobs"):
+        prepare(bert, tmp_path / "start")
+    assert (tmp_path / "start/thesis.txt").read_text() == "three years"
 
 
 def test_a_tokenizer_without_cls_is_refused(bert, tmp_path):

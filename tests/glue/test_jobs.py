@@ -11,31 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from megabert.glue import jobs, pareto
+from megabert.glue import pareto
+from megabert.glue.jobs import Context, Job
+from megabert.glue.protocol import Settings
 from megabert.glue.report import average
-from megabert.glue.run import Request, read_shard, run, slots
+from megabert.glue.run import read_shard, run, slots
+from megabert.glue.runner import Runner
+from megabert.glue.starting import Start
 from megabert.glue.submission import FILES, as_tsv
 from megabert.glue.tasks import GLUE
 from tests.conftest import REPOSITORY
+from tests.glue.conftest import PROTOCOL
 from tests.glue.layouts import write_tsv
-
-PROTOCOL = """
-seeds: [1, 2]
-settings: {lr: 1.0e-3, epochs: 1, batch_size: 8, max_seq_len: 32}
-tasks:
-  mnli: {seeds: [1]}
-  rte: {start: mnli}
-  stsb: {start: mnli, seeds: [1], metrics: [spearman]}
-  cola: {seeds: [1], sweep: {lr: [1.0e-4, 1.0e-3]}}
-"""
-
-
-@pytest.fixture
-def request_for(bert, glue, tmp_path):
-    """A Request on the small model; its protocol is a file to edit."""
-    (tmp_path / "tiny.yaml").write_text(PROTOCOL)
-    same = {"checkpoint": str(bert), "data": str(glue), "protocol": str(tmp_path / "tiny.yaml"), "ops": "torch"}
-    return lambda **more: Request(**(same | {"out": str(tmp_path / "out")} | more))
 
 
 def results_of(tmp_path: Path) -> dict:
@@ -139,13 +126,13 @@ def test_malformed_data_stops_everything_before_any_training(request_for, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_job_that_is_killed_says_so(request_for, tmp_path, bert, glue):
-    start = jobs.Start(bert, "0")
-    context = jobs.Context(out=tmp_path, data=glue, start=start, ops="torch")
-    job = jobs.Job(task=GLUE["rte"], settings=None, candidate=0, seed=1)  # type: ignore[arg-type]
-    runner = jobs.Runner([job], context, lambda line: None)
-    runner._collect(job, -signal.SIGKILL)
-    assert runner.results[job.name] == {"status": "failed", "error": "killed by SIGKILL"}
+def test_a_job_that_is_killed_or_leaves_no_log_says_so(tmp_path, bert, glue):
+    context = Context(out=tmp_path, data=glue, start=Start(bert, "0"), ops="torch")
+    job = Job(task=GLUE["rte"], settings=Settings(lr=1.0, epochs=1, batch_size=1), candidate=0, seed=1)
+    runner = Runner([job], context, lambda line: None)
+    for code, reason in ((-signal.SIGKILL, "killed by SIGKILL"), (3, "exit code 3")):
+        runner._collect(job, code)
+        assert runner.results[job.name] == {"status": "failed", "error": reason}
 
 
 def test_killed_and_repeated_it_goes_on(request_for, tmp_path):
