@@ -34,25 +34,33 @@ class Options:
     """as in launch/finetune_glue.py"""
 
     def __post_init__(self):
-        if not self.runs:
+        if not self.folders:
             raise ValueError("--runs is missing: output folders of pretraining runs, with commas between.")
+        if not 0 <= self.dollars_per_gpu_hour < float("inf"):
+            raise ValueError(f"--dollars-per-gpu-hour is {self.dollars_per_gpu_hour}, expected 0 or more.")
+
+    @property
+    def folders(self) -> list[Path]:
+        return [Path(name.strip()) for name in self.runs.split(",") if name.strip()]
 
 
 def main() -> int:
     options = flags.read_flags(Options, "launch/pareto.py", __doc__ or "")
     from megabert.glue import pareto  # after the flags: torch takes seconds to load
-    from megabert.glue.run import Request, run
+    from megabert.glue.run import Request, chosen_tasks, run
 
     out, points = Path(options.out), []
     same = {name: getattr(options, name) for name in ("tasks", "task_file", "data", "protocol", "allow_no_mnli", "ops")}
-    for folder in map(Path, options.runs.split(",")):
-        for checkpoint in pareto.checkpoints_of(folder):
-            place = out / folder.name / checkpoint.name
-            if run(Request(checkpoint=str(checkpoint), out=str(place), **same)):
-                raise ValueError(f"{checkpoint}: a fine-tuning failed, so that its score would be of something else.")
-            score = json.loads((place / "results.json").read_text())["average"]
-            points.append(pareto.measure(folder, checkpoint, score, options.dollars_per_gpu_hour))
-    points = pareto.mark_front(points)
+    if {task.name for task in chosen_tasks(Request(checkpoint="any", **same))} == {"wnli"}:
+        raise ValueError("--tasks wnli: it counts in no average. Add another.")
+    runs = pareto.name_runs(options.folders)
+    checkpoints = [(name, checkpoint) for name, folder in runs.items() for checkpoint in pareto.checkpoints_of(folder)]
+    for name, checkpoint in checkpoints:
+        place = out / name / checkpoint.name
+        if run(Request(checkpoint=str(checkpoint), out=str(place), **same)):
+            raise ValueError(f"{checkpoint}: a fine-tuning failed, so that its score would be of something else.")
+        points.append(pareto.measure(name, checkpoint, place / "results.json", options.dollars_per_gpu_hour))
+    points = pareto.mark_fronts(points)
     pareto.draw(points, f"protocol {options.protocol}", out / "pareto.png")
     (out / "pareto.md").write_text(pareto.as_markdown(points))
     (out / "pareto.json").write_text(json.dumps(pareto.as_records(points), indent=1) + "\n")

@@ -1,22 +1,22 @@
 """Score against what it cost: the checkpoints of several runs, one line per run, the Pareto front marked."""
 
 import dataclasses
-import itertools
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from megabert.checkpoint_format import list_tags, read_state, step_of
-from megabert.metrics_format import METRICS, read_metrics
+from megabert.checkpoint_format import list_tags, read_state
 
-AXES = {"hours": "wall-clock hours of training", "tokens": "real tokens", "dollars": "dollars"}
+AXES = {"hours": "wall-clock hours", "tokens": "real tokens", "dollars": "dollars"}
+FEWEST = 3  # points that make a line: by default a run keeps its last two checkpoints
 
 
 @dataclass(frozen=True)
 class Point:
-    """One checkpoint of one run. score: of 1; dollars: None without a price. on_front: no other is better and as cheap in hours."""
+    """One checkpoint of one run. score: of 1; dollars: None without a price; fronts: the costs at which no other is as cheap and better."""
 
     run: str
     step: int
@@ -24,66 +24,77 @@ class Point:
     hours: float
     tokens: float
     dollars: float | None
-    on_front: bool = False
+    fronts: tuple[str, ...] = ()
+
+
+def name_runs(folders: list[Path]) -> dict[str, Path]:
+    """Runs by the shortest ends of their paths that differ: runs/a/base, runs/b/base -> a/base, b/base.
+
+    Raises ValueError if a folder is there twice.
+    """
+    paths = [folder.resolve() for folder in folders]
+    if twice := [folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1]:
+        raise ValueError(f"--runs: {twice[0]} is there twice.")
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-length:]).lstrip("/") for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(names, folders, strict=True))
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """A run's checkpoints, oldest first. Raises ValueError if it has none."""
+    """A run's checkpoints, oldest first. Raises ValueError if it has none, or if one does not say what it cost."""
     tags = list_tags(run / "checkpoints")
     if not tags:
-        raise ValueError(f"{run}: has no checkpoints/step-...; training keeps as many as run.keep_checkpoints says.")
-    return [run / "checkpoints" / tag for tag in reversed(tags)]
+        raise ValueError(f"{run}: has no checkpoints/step-...; expected the output folder of a pretraining run.")
+    found = [run / "checkpoints" / tag for tag in reversed(tags)]
+    for checkpoint in found:
+        if read_state(checkpoint).used <= 0:
+            raise ValueError(f"{checkpoint}: does not say how long the run had taken; an older version wrote it.")
+    return found
 
 
-def cost_of(run: Path, step: int) -> tuple[float, float]:
-    """(seconds, tokens) that the run's own log had counted at a step, restarts included.
+def measure(run: str, checkpoint: Path, results: Path, dollars_per_gpu_hour: float) -> Point:
+    """One point: a checkpoint's cost by its own record, restarts, evaluation and saving included, and the average in a results.json.
 
-    Between two lines of the log in proportion. Raises ValueError if the log does not reach the step.
+    Dollars are of as many devices as wrote the checkpoint. Raises ValueError if there is no average.
     """
-    path = run / METRICS
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file: not a pretraining run.")
-    known = [(0, 0.0, 0.0)]
-    for record in read_metrics(path):
-        if "seconds" in record and record["step"] > known[-1][0]:
-            known.append((record["step"], record["seconds"], record["tokens"]))
-    for before, after in itertools.pairwise(known):
-        if before[0] <= step <= after[0]:
-            share = (step - before[0]) / (after[0] - before[0])
-            return before[1] + share * (after[1] - before[1]), before[2] + share * (after[2] - before[2])
-    raise ValueError(f"{path}: ends at step {known[-1][0]}, before the checkpoint of step {step}.")
+    found = json.loads(results.read_text())
+    if found["average"] is None:
+        raise ValueError(f"{results}: has no average ({found['average_of']}).")
+    state = read_state(checkpoint)
+    hours = state.used / 3600
+    price = hours * state.world_size * dollars_per_gpu_hour if dollars_per_gpu_hour else None
+    return Point(run, state.step, found["average"], hours, state.tokens, price)
 
 
-def measure(run: Path, checkpoint: Path, score: float, dollars_per_gpu_hour: float) -> Point:
-    """One point from a checkpoint and its score."""
-    step = step_of(checkpoint.name)
-    seconds, tokens = cost_of(run, step)
-    hours = seconds / 3600
-    price = hours * read_state(checkpoint).world_size * dollars_per_gpu_hour if dollars_per_gpu_hour else None
-    return Point(run.name, step, score, hours, tokens, price)
+def mark_fronts(points: list[Point]) -> list[Point]:
+    """Mark, for each cost, the points that no other beats at the same or less of it."""
+    marked: list[list[str]] = [[] for _ in points]
+    for cost in costs_known(points):
+        best = float("-inf")
+        for number in sorted(range(len(points)), key=lambda n: (getattr(points[n], cost), -points[n].score)):
+            if points[number].score > best:
+                best = points[number].score
+                marked[number].append(cost)
+    return [dataclasses.replace(point, fronts=tuple(costs)) for point, costs in zip(points, marked, strict=True)]
 
 
-def mark_front(points: list[Point]) -> list[Point]:
-    """Mark the points that no other beats at the same or less time: in order of hours, each better than all before."""
-    best, marked = float("-inf"), set()
-    for number in sorted(range(len(points)), key=lambda number: (points[number].hours, -points[number].score)):
-        if points[number].score > best:
-            best = points[number].score
-            marked.add(number)
-    return [dataclasses.replace(point, on_front=number in marked) for number, point in enumerate(points)]
+def costs_known(points: list[Point]) -> list[str]:
+    return [cost for cost in AXES if all(getattr(point, cost) is not None for point in points)]
 
 
 def draw(points: list[Point], title: str, out: Path) -> None:
-    """A panel per cost, a line per run; the front's points are ringed."""
-    axes_used = [name for name in AXES if all(getattr(point, name) is not None for point in points)]
-    figure = Figure(figsize=(5.5 * len(axes_used), 4.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(axes_used), squeeze=False)[0], axes_used, strict=True):
+    """A panel per cost, a line per run; the points on that cost's front are ringed."""
+    costs = costs_known(points)
+    figure = Figure(figsize=(5.5 * len(costs), 4.5), layout="constrained")
+    for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
         for run in dict.fromkeys(point.run for point in points):
-            mine = [(getattr(point, name), 100 * point.score) for point in points if point.run == run]
+            mine = [(getattr(point, cost), 100 * point.score) for point in points if point.run == run]
             axes.plot(*zip(*mine, strict=True), marker="o", label=run)
-        front = sorted((getattr(point, name), 100 * point.score) for point in points if point.on_front)
-        axes.plot(*zip(*front, strict=True), "o", ms=12, mfc="none", color="black", label="Pareto front in hours")
-        axes.set_xlabel(AXES[name])
+        front = sorted((getattr(point, cost), 100 * point.score) for point in points if cost in point.fronts)
+        axes.plot(*zip(*front, strict=True), "o", ms=12, mfc="none", color="black", label="Pareto front")
+        axes.set_xlabel(AXES[cost])
         axes.set_ylabel("score x 100")
         axes.grid(alpha=0.3)
     axes.legend()
@@ -92,14 +103,21 @@ def draw(points: list[Point], title: str, out: Path) -> None:
 
 
 def as_markdown(points: list[Point]) -> str:
-    lines = ["| run | step | score | hours | tokens | dollars | front |", "|---|---|---|---|---|---|---|"]
+    """A table; then a line for each run of which too few checkpoints are kept."""
+    lines = ["| run | step | score | hours | tokens | dollars | on the front in |", "|---|---|---|---|---|---|---|"]
     for point in points:
         dollars = "-" if point.dollars is None else f"{point.dollars:.2f}"
         lines.append(
             f"| {point.run} | {point.step:,} | {100 * point.score:.2f} | {point.hours:.3f} | {point.tokens:,.0f} | {dollars} | "
-            f"{'yes' if point.on_front else ''} |"
+            f"{', '.join(point.fronts)} |"
         )
-    return "\n".join(lines) + "\n"
+    counts = {point.run: sum(other.run == point.run for other in points) for point in points}
+    few = [
+        f"{run}: only {count} checkpoint{'s' * (count > 1)}; train with run.keep_every_steps to keep more."
+        for run, count in counts.items()
+        if count < FEWEST
+    ]
+    return "\n".join([*lines, *([""] if few else []), *few]) + "\n"
 
 
 def as_records(points: list[Point]) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """A BERT of transformers that takes milliseconds, and the made-up data."""
 
+import multiprocessing
+import multiprocessing.forkserver
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,13 @@ WORDS = [
 ]
 WORDS += [str(number) for number in range(12)] + ["##s", '"', ",", "'"]
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def jobs_have_torch() -> None:
+    """Jobs fork from a server that has imported torch, as in the command, and not from one that other tests have started without."""
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    multiprocessing.set_forkserver_preload(["megabert.glue.runner"])
 
 
 @pytest.fixture(scope="session")

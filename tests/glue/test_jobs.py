@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from megabert.glue import pareto
 from megabert.glue.jobs import Context, Job
 from megabert.glue.protocol import Settings
 from megabert.glue.report import average
@@ -203,30 +202,6 @@ def test_the_average_is_of_the_eight_and_says_when_it_is_not():
     assert average(eight | {"wnli": {"pretrained": part | {"mean": 0.0}}}) == (0.5, "mean of GLUE's eight")
     assert average({"rte": {"pretrained": part}}) == (0.5, "mean of rte only")
     assert average({}) == (None, "mean of nothing")
-
-
-def test_the_pareto_front_and_costs_from_the_runs_log(tmp_path):
-    point = pareto.Point("a", 1, 0.5, 1.0, 10.0, None)
-    points = [point, pareto.Point("a", 2, 0.6, 2.0, 20.0, None), pareto.Point("b", 1, 0.55, 3.0, 9.0, None)]
-    marked = pareto.mark_front(points)
-    assert [point.on_front for point in marked] == [True, True, False]
-    assert "| b | 1 | 55.00 | 3.000 | 9 | - |  |" in pareto.as_markdown(marked)
-    pareto.draw(marked, "test", tmp_path / "pareto.png")
-    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    lines = [
-        {"step": 10, "seconds": 5.0, "tokens": 100},
-        {"step": 12, "heldout_loss": 1},
-        {"step": 20, "seconds": 15.0, "tokens": 300},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert pareto.cost_of(tmp_path, 10) == (5.0, 100)
-    assert pareto.cost_of(tmp_path, 15) == (10.0, 200.0)
-    with pytest.raises(ValueError, match="ends at step 20, before the checkpoint of step 21"):
-        pareto.cost_of(tmp_path, 21)
-    with pytest.raises(ValueError, match="has no checkpoints/step-"):
-        pareto.checkpoints_of(tmp_path)
-    with pytest.raises(ValueError, match="not a pretraining run"):
-        pareto.cost_of(tmp_path / "nothing", 1)
 
 
 def test_no_task_is_a_mistake(request_for):
