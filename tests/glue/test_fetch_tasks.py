@@ -2,11 +2,15 @@
 
 import io
 import runpy
+import sys
 import tarfile
+import types
+from collections import Counter
 
+import numpy as np
 import pytest
 
-from megabert.glue.labelled import movies, same_sense
+from megabert.glue.labelled import movies, same_sense, verses
 from megabert.glue.readers import read_split
 from megabert.glue.tasks import read_task
 from tests.conftest import REPOSITORY
@@ -95,3 +99,92 @@ def test_same_sense_has_as_many_of_each_label_per_word(snippets, tmp_path, launc
     rivers = [("river" in one or "walked" in one) == ("river" in two or "walked" in two) for one, two, _ in lines]
     assert rivers == [label == "same" for label in labels]
     assert all(text.startswith("bank: ") for line in lines for text in line[:2])
+
+
+NAMES = "Adam Boaz Caleb Daniel Esther Felix Gideon Hannah Isaac Jonah Kish Laban".split()
+OLD_WORDS, NEW_WORDS = (
+    ("spake unto", "went forth with", "begat"),
+    ("talked to", "left together with", "became the father of"),
+)
+
+
+def translated(chapter: int, verbs: tuple[str, ...]) -> list[str]:
+    """Twelve verses; of each two or three words are those of the other translation."""
+    return [f"{NAMES[i]} {verbs[(i + chapter) % 3]} {NAMES[(i * 5 + chapter) % 12]} " for i in range(12)]
+
+
+class Bible:
+    """As pysword gives one: a book of forty chapters."""
+
+    def __init__(self, verbs: tuple[str, ...]):
+        self.verbs = verbs
+        self._decompressed_text = str
+
+    def get_structure(self):
+        book = types.SimpleNamespace(name="Genesis", osis_name="Gen", num_chapters=40)
+        return types.SimpleNamespace(get_books=lambda: {"ot": [book]})
+
+    def get_iter(self, books: list[str], chapters: list[int]) -> list[str]:
+        more = [""] if chapters == [7] and self.verbs == NEW_WORDS else []  # numbered otherwise
+        return translated(chapters[0], self.verbs) + more
+
+
+class Modules:
+    """As pysword.modules.SwordModules."""
+
+    def __init__(self, folder: str):
+        assert folder.endswith("sword")
+
+    def parse_modules(self) -> None:
+        pass
+
+    def get_bible_from_module(self, name: str) -> Bible:
+        return Bible(OLD_WORDS if name == verses.OLD else NEW_WORDS)
+
+
+def test_verses_are_paired_so_that_their_words_alone_say_nothing(snippets, tmp_path, launch, monkeypatch):
+    sword = tmp_path / "sword"
+    monkeypatch.setitem(sys.modules, "pysword.modules", None)
+    code, mistake = launch(f"--out={snippets}", f"--sword={sword}")
+    assert (code, mistake) == (1, "launch/fetch_tasks.py: verse-paraphrase needs pysword: pip install pysword==0.2.8\n")
+    monkeypatch.setitem(sys.modules, "pysword.modules", types.SimpleNamespace(SwordModules=Modules))
+    code, mistake = launch(f"--out={snippets}", f"--sword={sword}")
+    assert code == 1
+    assert f"mods.d/{verses.OLD}.conf: no such file" in mistake
+    (sword / "mods.d").mkdir(parents=True)
+    for name in (verses.OLD, verses.NEW):
+        (sword / f"mods.d/{name}.conf").touch()
+    assert launch(f"--out={snippets}", f"--sword={sword}") == (0, "")
+    task = read_task(LABELLED / "verse-paraphrase.yaml")
+    train, dev = (read_split(task, snippets, split) for split in ("train", "validation"))
+    assert train.second is not None
+    assert dev.second is not None
+    old = {
+        verse.strip(): (chapter, i)
+        for chapter in range(1, 41)
+        for i, verse in enumerate(translated(chapter, OLD_WORDS))
+    }
+    texts = [*zip(train.first, train.second, strict=True), *zip(dev.first, dev.second, strict=True)]
+    labels = [*(train.labels or []), *(dev.labels or [])]
+    assert sum(labels) * 2 == len(labels) > 20
+    for (first, second), label in zip(texts, labels, strict=True):
+        chapter, number = old[first]
+        assert (second == translated(chapter, NEW_WORDS)[number].strip()) == (label == 1)
+    found = list(verses.pairs(list(verses.chapters(sword))))
+    assert {pair.chapter for pair in found} == {f"Gen {number}" for number in range(1, 41) if number != 7}
+    chosen = verses.balance(found)
+    assert len(chosen) == len(labels)
+    means = [np.mean([pair.similarity for pair in chosen if pair.label == label]) for label in ("same", "different")]
+    assert abs(means[0] - means[1]) < verses.STEP
+
+
+def test_no_step_of_similarity_has_more_of_one_label():
+    pairs = [verses.Pair(f"old {i}", f"new {i}", "same", 0.2 + i / 1000, "Gen 1") for i in range(300)]
+    pairs += [verses.Pair(f"old {i}", f"other {i}", "different", 0.3 + i / 1000, "Gen 1") for i in range(300)]
+    chosen = verses.balance(pairs)
+    steps = [(int((pair.similarity - verses.LEAST) / verses.STEP), pair.label) for pair in chosen]
+    assert len(chosen) > 380, "both have 200 between 0.3 and 0.5"
+    assert Counter(step for step, label in steps if label == "same") == Counter(
+        step for step, label in steps if label == "different"
+    )
+    assert chosen == verses.balance(reversed(pairs))
