@@ -43,7 +43,7 @@ def copy_tokenizer(source: Path, folder: Path, max_length: int) -> None:
     if source.is_file() or (source / TOKENIZER).is_file():
         _copy_without_limits(source if source.is_file() else inside(source, TOKENIZER), folder / TOKENIZER)
     elif (source / VOCAB).is_file():
-        _from_vocab(source).save(str(folder / TOKENIZER))
+        (folder / TOKENIZER).write_text(_from_vocab(source).to_str(), encoding="utf-8")
     named = source.is_dir() or source.name == TOKENIZER  # a tokenizer_config.json is of the tokenizer.json beside it
     settings = {name: value for name, value in (_settings(beside) if named else {}).items() if name in SETTINGS}
     if "Token" not in (name := str(settings.get("tokenizer_class"))) or not hasattr(transformers, name):
