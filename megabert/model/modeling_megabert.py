@@ -289,7 +289,7 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
         every_layer = _wanted(output_hidden_states, self.config.output_hidden_states)
         if self.config.classifier_pooling == "mean":
             hidden, states = self.bert.encode(tokens, every_layer=every_layer)
-            hidden = mean_of_documents(hidden, tokens.sequences)
+            hidden = mean_of_documents(hidden, tokens.sequences.cu_seqlens, tokens.sequences.num_keys)
         else:
             documents, first = first_tokens(tokens.sequences)
             hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
@@ -385,13 +385,16 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
         return _as_asked(output, return_dict, self.config)
 
 
-def mean_of_documents(hidden: Tensor, sequences: Sequences) -> Tensor:
-    """Average (T, E) over each document: (B, E), in fp32 where hidden is half precision; an empty document gives 0."""
-    if sequences.num_keys is not None:
-        rows = upcast(hidden).view(-1, sequences.max_seqlen, hidden.shape[1])  # (B, S, E)
-        real = torch.arange(sequences.max_seqlen, device=hidden.device) < sequences.num_keys[:, None]
-        return (rows * real[:, :, None]).sum(dim=1) / sequences.num_keys.clamp(min=1)[:, None]
-    lengths = sequences.cu_seqlens.diff().long()
+def mean_of_documents(hidden: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None = None) -> Tensor:
+    """Average (T, E) over each document: (B, E), in fp32 where hidden is half precision; an empty document gives 0.
+
+    num_keys: as in Sequences, (B,), where all documents occupy as many slots.
+    """
+    if num_keys is not None:
+        rows = upcast(hidden).view(num_keys.shape[0], -1, hidden.shape[1])  # (B, S, E)
+        real = torch.arange(rows.shape[1], device=hidden.device) < num_keys[:, None]
+        return (rows * real[:, :, None]).sum(dim=1) / num_keys.clamp(min=1)[:, None]
+    lengths = cu_seqlens.diff().long()
     document = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
     sums = upcast(hidden.new_zeros(len(lengths), hidden.shape[1])).index_add(0, document, upcast(hidden))
     return sums / lengths.clamp(min=1)[:, None]
