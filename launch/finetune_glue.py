@@ -4,7 +4,8 @@ python launch/finetune_glue.py --checkpoint runs/mosaicbert-base --tasks all --d
 python launch/finetune_glue.py --checkpoint bert-base-uncased/ --tasks mnli,rte --protocol modernbert --submission
 python launch/finetune_glue.py --checkpoint mosaicbert-base-hf --task-file my-task.yaml --data my-data --protocol quick --baselines
 
-Interrupted, the same command goes on where it was; jobs that are done are reused. megabert/glue/README.md has the rest.
+Interrupted, the same command goes on where it was; jobs that are done are reused. Ends with 0 if every job is done, with 1 if one failed or
+something cannot work. megabert/glue/README.md has the rest.
 """
 
 import sys

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from megabert.flags import nearest
-from megabert.glue.tasks import GLUE, METRICS, Task
+from megabert.glue.tasks import GLUE, METRICS, Task, one_line
 
 MNLI = "mnli"
 CHECKPOINT = "checkpoint"
@@ -124,7 +124,7 @@ def read_protocol(name: str, chosen: list[Task]) -> Protocol:
     try:
         raw = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as mistake:
-        raise ValueError(f"{path}: not valid YAML: {mistake}") from mistake
+        raise ValueError(f"{path}: not valid YAML: {one_line(mistake)}") from mistake
     known = {"about", "settings", "seeds", "sweep", "tasks"}
     _check_keys(path, "", raw, known)
     general = {key: raw[key] for key in ("settings", "seeds", "sweep") if key in raw}

@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from megabert.glue.tasks import Examples, Task, Tsv
+from megabert.glue.tasks import Examples, Task, Tsv, one_line
 
 log = logging.getLogger(__name__)
 
@@ -218,13 +218,14 @@ def _read_parquet(task: Task, path: Path, wanted: list[str]) -> Rows:
     try:
         schema = pyarrow.parquet.read_schema(path)
         for name in wanted:
-            if name not in schema.names:
-                raise ValueError(f"{path}: has no column {name}, only {', '.join(schema.names)}.")
+            if (count := schema.names.count(name)) != 1:
+                columns = f"{count} columns" if count else "no column"
+                raise ValueError(f"{path}: has {columns} {name}, only {', '.join(schema.names)}.")
         table = pyarrow.parquet.read_table(path, columns=wanted)
-    except (pyarrow.ArrowException, OSError) as mistake:
-        raise ValueError(f"{path}: not a parquet file that can be read: {mistake}") from mistake
-    texts = [table[name].to_pylist() for name in task.texts]
-    labels = table[task.label].to_pylist() if task.label in wanted else [None] * len(table)
+        texts = [table[name].to_pylist() for name in task.texts]
+        labels = table[task.label].to_pylist() if task.label in wanted else [None] * len(table)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as mistake:
+        raise ValueError(f"{path}: not a parquet file that can be read: {one_line(mistake)}") from mistake
     integers = task.label in wanted and pyarrow.types.is_integer(schema.field(task.label).type)
     names = _label_names(task, path, schema.metadata or {}) if integers and task.labels else None
     for row, (*words, label) in enumerate(zip(*texts, labels, strict=True)):
@@ -275,7 +276,7 @@ def _names_in_readme(task: Task, path: Path) -> list[str] | None:
     try:
         infos = _inside(yaml.safe_load(match[1]), "dataset_info") if match else None
     except yaml.YAMLError as mistake:
-        raise ValueError(f"{path}: what its first lines say is not valid YAML: {mistake}") from mistake
+        raise ValueError(f"{path}: what its first lines say is not valid YAML: {one_line(mistake)}") from mistake
     for info in infos if isinstance(infos, list) else [infos]:
         features = _inside(info, "features")
         if _inside(info, "config_name") == task.name and isinstance(features, list):

@@ -145,6 +145,10 @@ EIGHT = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 KEYS = ("name", "texts", "label", "labels", "metrics", "train", "dev", "test")
 
 
+def one_line(mistake: Exception) -> str:
+    return " ".join(str(mistake).split())
+
+
 def choose_tasks(names: str) -> list[Task]:
     """all, or GLUE tasks by name with commas between. Raises ValueError for an unknown one, and for commas alone."""
     chosen = [name.strip() for name in names.split(",") if name.strip()]
@@ -164,7 +168,7 @@ def read_task(path: Path) -> Task:
     except FileNotFoundError as missing:
         raise ValueError(f"--task-file {path}: no such file.") from missing
     except yaml.YAMLError as mistake:
-        raise ValueError(f"{path}: not valid YAML: {mistake}") from mistake
+        raise ValueError(f"{path}: not valid YAML: {one_line(mistake)}") from mistake
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected keys {', '.join(KEYS)}.")
     for key in raw:

@@ -91,8 +91,9 @@ GOOD = "seeds: [1]\nsettings: {lr: 5e-5, epochs: 1, batch_size: 8}\ntasks:\n  rt
 )
 def test_a_wrong_protocol_is_refused(tmp_path, old, new, message):
     (tmp_path / "own.yaml").write_text(GOOD.replace(old, new))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as mistake:
         read_protocol(str(tmp_path / "own.yaml"), [])
+    assert "\n" not in str(mistake.value)
     with pytest.raises(ValueError, match="neither a file nor one of .* Did you mean mosaicbert"):
         read_protocol("mosaicbrt", [])
 

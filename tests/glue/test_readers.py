@@ -159,6 +159,14 @@ def test_numbers_without_names_are_refused_unless_the_readme_names_them(tmp_path
     pyarrow.parquet.write_table(table.drop(["sentence2"]), folder / "train-0.parquet")
     with pytest.raises(ValueError, match="has no column sentence2, only sentence1, label"):
         read_split(task, tmp_path, "train")
+    twice = pyarrow.Table.from_arrays([table["label"], *table.columns], ["label", *table.column_names])
+    pyarrow.parquet.write_table(twice, folder / "train-0.parquet")
+    with pytest.raises(ValueError, match="has 2 columns label, only label, sentence1, sentence2, label"):
+        read_split(task, tmp_path, "train")
+    latin = pyarrow.array([b"caf\xe9", b"b"]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(table.set_column(0, "sentence1", latin), folder / "train-0.parquet")
+    with pytest.raises(ValueError, match=r"train-0\.parquet: not a parquet file that can be read: 'utf-8' codec"):
+        read_split(task, tmp_path, "train")
 
 
 OWN = "name: own\ntexts: [text]\nlabels: [bad, good]\nmetrics: [accuracy, f1]\ntrain: own.csv\ndev: own.tsv\n"

@@ -1,11 +1,17 @@
-"""launch/slurm/finetune_glue.sbatch as each part of an array runs it, with a Python that only says what it was asked for."""
+"""launch/slurm/finetune_glue.sbatch as each part of an array runs it, with a Python that only says what it was asked for.
+
+And on a real SLURM of two nodes on this machine, as tests/cluster/test_slurm.py makes it: pytest -m slurm.
+"""
 
 import os
 import subprocess
+import sys
+import time
 
 import pytest
 
-from megabert.glue.run import read_shard
+from megabert.glue.run import read_shard, run
+from tests.cluster.test_slurm import cluster as cluster
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "launch/slurm/finetune_glue.sbatch"
@@ -56,3 +62,36 @@ def test_some_parts_again_and_parts_that_do_not_begin_at_0(part):
         wrong = part(number, count)
         assert wrong.returncode == 2
         assert f"part {number} of {count}: parts are counted from 0: --array=0-{count - 1}, or PARTS=N" in wrong.stderr
+
+
+@pytest.mark.slurm
+@pytest.mark.nightly
+def test_an_array_and_one_after_it_do_every_job_once(request_for, tmp_path, cluster):
+    request = request_for(tasks="rte,mnli,sst2")
+    (tmp_path / "out").mkdir()
+    env = cluster | {
+        "CHECKPOINT": request.checkpoint, "DATA": request.data, "OUT": request.out, "PROTOCOL": request.protocol, "VENV": sys.prefix,
+    }  # fmt: skip
+
+    def tell(*command: str) -> str:
+        return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True).stdout
+
+    def submit(*more: str) -> str:
+        flags = ["--array=0-1", "--cpus-per-task=1", "--gpus-per-node=0", f"--output={tmp_path}/%A-%a.log", *more]
+        return tell("sbatch", "--parsable", *flags, str(SCRIPT), "--tasks=rte,mnli,sst2", "--ops=torch").strip()
+
+    first = submit()
+    second = submit(f"--dependency=afterany:{first}")
+    until = time.monotonic() + 240
+    while tell("squeue", "--noheader") and time.monotonic() < until:
+        time.sleep(0.5)
+    logs = {path.stem: path.read_text() for path in tmp_path.glob("*.log")}
+    assert sorted(logs) == sorted(f"{array}-{part}" for array in (first, second) for part in (0, 1))
+    names = ["mnli-pretrained-c0-s1", *(f"{task}-pretrained-c0-s{seed}" for task in ("rte", "sst2") for seed in (1, 2))]
+    done = [line.split(":")[0] for log in logs.values() for line in log.split("\n") if ": accuracy" in line]
+    assert sorted(done) == names, "each once, whichever part it fell to"
+    assert all("failed" not in log for log in logs.values())
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/jobs").glob("*.json")}
+    assert run(request) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/jobs").glob("*.json")} == before
+    assert "| rte | fine-tuned, pretrained |" in (tmp_path / "out/results.md").read_text()

@@ -2,7 +2,7 @@
 
 Both are in the public domain; pysword reads them as Debian's packages sword-text-kjv and sword-text-web have them. A negative is, of the
 other verses of the chapter, the one whose words are most alike. Which pairs count is so chosen that positives and negatives have as many
-of each similarity of words: that alone says nothing, and what is left is the meaning. Built like this it is no MRPC.
+of each similarity of words, so that a threshold on that is no better than chance; which words differ still tells. It is no MRPC.
 """
 
 import functools
