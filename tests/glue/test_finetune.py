@@ -28,7 +28,6 @@ from megabert.glue.starting import load_model, prepare, save_model
 from megabert.glue.tasks import GLUE, Examples, Task
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification, mean_of_documents
-from megabert.model.padding import Sequences
 
 CPU = Place(torch.device("cpu"), "torch")
 SETTINGS = Settings(lr=5e-3, epochs=4, batch_size=32, dropout=0.0, attention_dropout=0.0, precision="fp32")
@@ -140,10 +139,9 @@ def test_rescaling_embeddings_changes_no_output(position):
 
 def test_the_mean_of_documents():
     hidden = torch.tensor([[1.0], [3.0], [5.0]])
-    sequences = Sequences(torch.tensor([0, 2, 2, 3]), 2)
-    assert mean_of_documents(hidden, sequences).flatten().tolist() == [2.0, 0.0, 5.0]
-    rows = Sequences(torch.tensor([0, 3]), 3, num_keys=torch.tensor([2]))  # the last slot is padding
-    assert mean_of_documents(hidden, rows).flatten().tolist() == [2.0]
+    assert mean_of_documents(hidden, torch.tensor([0, 2, 2, 3])).flatten().tolist() == [2.0, 0.0, 5.0]
+    rows = torch.tensor([0, 3])  # one of three slots, of which the last is padding
+    assert mean_of_documents(hidden, rows, num_keys=torch.tensor([2])).flatten().tolist() == [2.0]
 
 
 def test_a_loss_that_explodes_stops():
