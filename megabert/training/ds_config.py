@@ -64,16 +64,16 @@ ZERO_NOT_HERE = {  # the values that are off
     "zero_quantized_nontrainable_weights": (False,),
 }
 
-# Of a ds_config, what the arithmetic depends on.
-NUMERICS = (
-    "bf16",
-    "communication_data_type",
-    "data_types",
-    "gradient_allreduce_op",
-    "gradient_predivide_factor",
-    "prescale_gradients",
-    "torch_autocast",
-)
+# Of a ds_config, what the arithmetic depends on, and the value that changes nothing.
+NUMERICS: dict[str, Any] = {
+    "bf16": None,
+    "communication_data_type": None,
+    "data_types": None,
+    "gradient_allreduce_op": None,
+    "gradient_predivide_factor": 1.0,
+    "prescale_gradients": False,
+    "torch_autocast": None,
+}
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
@@ -142,12 +142,8 @@ def _is_on(section: Any) -> bool:
 
 def numerics_of(ds_config: dict[str, Any]) -> dict[str, Any]:
     """What a filled ds_config says of the arithmetic, without what is off: a run goes on bitwise only under the same."""
-    off = (None, False, 1.0, "none")
-    return {
-        key: value
-        for key in NUMERICS
-        if (value := ds_config.get(key)) not in off and (not isinstance(value, dict) or _is_on(value))
-    }
+    found = {key: (ds_config.get(key), plain) for key, plain in NUMERICS.items()}
+    return {key: value for key, (value, plain) in found.items() if _is_on(value) and value != plain}
 
 
 def fill(

@@ -107,6 +107,12 @@ def test_the_numerics_are_what_is_not_off():
     }
 
 
+@pytest.mark.parametrize("raw", [{"prescale_gradients": True}, {"gradient_predivide_factor": 2.0}])
+def test_how_gradients_are_scaled_is_a_part_of_the_numerics(raw):
+    assert numerics_of(fill(raw, "", **FILLED)) == raw
+    assert numerics_of(fill({"gradient_predivide_factor": 1.0}, "", **FILLED)) == {}
+
+
 def test_a_missing_ds_config_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such ds_config"):
         read_ds_config(tmp_path / "none.json")
