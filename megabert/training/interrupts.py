@@ -46,13 +46,13 @@ class Interrupts:
         """
         if "CROSS_RANK" not in os.environ:  # which the launcher sets
             return
-        launcher = psutil.Process(os.getppid())
-        threading.Thread(target=self._watch, args=(launcher,), name="launcher-watch", daemon=True).start()
+        threading.Thread(target=self._watch, args=(os.getppid(),), name="launcher-watch", daemon=True).start()
 
-    def _watch(self, launcher: psutil.Process) -> None:
+    def _watch(self, started_by: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(started_by)
             command = _command_above(launcher)
-            while os.getppid() == launcher.pid:
+            while os.getppid() == started_by:
                 if command is not None and launcher.ppid() != command:
                     # It passes no signal on: told to end, it leaves its launcher and the ranks behind.
                     command = None
@@ -70,5 +70,8 @@ class Interrupts:
 def _command_above(launcher: psutil.Process) -> int | None:
     """The process of the `deepspeed` command; None where something else started the launcher, as ssh, which may go."""
     parent = launcher.parent()
-    named = parent is not None and any(os.path.basename(word) in COMMANDS for word in parent.cmdline())
+    try:
+        named = parent is not None and any(os.path.basename(word) in COMMANDS for word in parent.cmdline())
+    except psutil.Error:  # it has just ended, or is somebody else's
+        return None
     return parent.pid if parent is not None and named else None
