@@ -8,6 +8,7 @@ Interrupted, the same command goes on where it was.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megabert import flags
 
@@ -30,7 +31,7 @@ class Options:
     """folder for pareto.png, pareto.md, pareto.json and a folder per checkpoint"""
     dollars_per_gpu_hour: float = 0.0
     """price of one device for one hour; 0: no dollars"""
-    ops: str = "auto"
+    ops: Literal["auto", "torch", "fused"] = "auto"
     """as in launch/finetune_glue.py"""
 
     def __post_init__(self):

@@ -56,7 +56,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
         )
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as mistake:
+    except Exception as mistake:  # the library raises no class of its own
         raise ValueError(f"{file}: the tokenizers library cannot read it: {mistake}") from mistake
     tokenizer.no_padding()
     tokenizer.no_truncation()
