@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megabert.convert.from_hf import Change, convert
 from megabert.data.shards import open_source
@@ -45,7 +46,9 @@ def test_another_folder_shape_or_vocabulary_is_refused(corpus, start, tmp_path):
 def test_the_same_vocabulary_in_other_bytes_will_do(corpus, start):
     text = (start / "tokenizer.json").read_text()
     (start / "tokenizer.json").write_text(text + "\n")
-    load_initial_weights(small_model(seed=1), start, open_source(str(corpus.tokens)))
+    model = small_model(seed=1)
+    load_initial_weights(model, start, open_source(str(corpus.tokens)))
+    assert all(torch.equal(tensor, small_model().state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_resized_vocabulary_fits_the_corpus(corpus, start, tmp_path):
@@ -54,4 +57,7 @@ def test_a_resized_vocabulary_fits_the_corpus(corpus, start, tmp_path):
     (tmp_path / "other" / "tokenizer.json").write_bytes((corpus.tokenizer / "tokenizer.json").read_bytes())
     change = Change(tokenizer=str(corpus.tokenizer), pad_vocab_to_multiple_of=64)
     convert(tmp_path / "other", tmp_path / "resized", change)
-    load_initial_weights(small_model(seed=1), tmp_path / "resized", open_source(str(corpus.tokens)))
+    model = small_model(seed=1)
+    load_initial_weights(model, tmp_path / "resized", open_source(str(corpus.tokens)))
+    resized = load_file(tmp_path / "resized" / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in resized.items())
