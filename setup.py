@@ -23,7 +23,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megabert*", "data_prep*"]),
-    package_data={"megabert": ["recipes/*.yaml", "glue/protocols/*.yaml", "glue/labelled/*.yaml"]},
+    package_data={"megabert": ["recipes/*.yaml", "finetune/protocols/*.yaml"], "data_prep": ["tasks/*.yaml"]},
     install_requires=[
         "braceexpand",
         "deepspeed>=0.19.8,<0.20",

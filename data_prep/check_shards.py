@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.folder import SHARD
-from data_prep.length_statistics import PICTURE
 from data_prep.workers import Progress, Workers
-from megabert import flags
-from megabert.data.manifest import (
+from data_prep.writing.length_statistics import PICTURE
+from megabert.config import cli
+from megabert.data.shards.manifest import (
     CHUNKS,
     MANIFEST,
     TOKEN_COUNTS,
@@ -31,8 +31,8 @@ from megabert.data.manifest import (
     TokenizerInfo,
     read_manifest,
 )
-from megabert.data.sample_format import decode_text, decode_tokens, read_npy, read_sample
-from megabert.data.tokenizer import TOKENIZER_CONFIG, find_tokenizer
+from megabert.data.shards.sample_format import decode_text, decode_tokens, read_npy, read_sample
+from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def check(folder: Path, manifest: Manifest, workers: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = flags.read_flags(Options, "check_shards.py", __doc__ or "", argv)
+    options = cli.read_flags(Options, "check_shards.py", __doc__ or "", argv)
     folder = Path(options.folder)
     if not (folder / MANIFEST).is_file():
         print(f"{folder / MANIFEST}: no such file; expected a folder of shards.", file=sys.stderr)
@@ -197,4 +197,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    flags.run(main, sys.argv[0])
+    cli.run(main, sys.argv[0])

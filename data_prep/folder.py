@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.length_statistics import PICTURE
-from megabert.data.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS, write_atomically
+from data_prep.writing.length_statistics import PICTURE
+from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS, write_atomically
 
 SHARD = re.compile(r"(train|heldout)-\d{5}\.tar")
 

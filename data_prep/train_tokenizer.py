@@ -21,13 +21,13 @@ from typing import Literal
 import sentencepiece
 from tokenizers import Tokenizer, models, processors, trainers
 
-from data_prep.existing_tokenizer import LONGEST_WORD, Existing, as_bert_does, load
-from data_prep.from_sentencepiece import as_tokenizer, differences, own_symbols
 from data_prep.sources import ReadOptions, list_units, read_unit, stamps
-from megabert import flags
-from megabert.data.manifest import TOKENIZER, write_atomically
-from megabert.data.sample_format import SPECIAL_TOKENS
-from megabert.data.tokenizer import TOKENIZER_CONFIG, read_tokenizer
+from data_prep.tokenizer.existing import LONGEST_WORD, Existing, as_bert_does, load
+from data_prep.tokenizer.from_sentencepiece import as_tokenizer, differences, own_symbols
+from megabert.config import cli
+from megabert.data.shards.manifest import TOKENIZER, write_atomically
+from megabert.data.shards.sample_format import SPECIAL_TOKENS
+from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, read_tokenizer
 
 SAMPLED_UNITS = 16  # a sample is taken from at least so many places of the corpus, if it has them
 COMPARED_LINES = 10_000
@@ -194,7 +194,7 @@ def what_is_asked(options: Options) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = flags.read_flags(Options, "train_tokenizer.py", __doc__ or "", argv)
+    options = cli.read_flags(Options, "train_tokenizer.py", __doc__ or "", argv)
     folder = Path(options.out)
     request = what_is_asked(options)
     marker = folder / "request"
@@ -214,4 +214,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main, sys.argv[0])
+    cli.run(main, sys.argv[0])

@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from megabert.data.tokenizer import read_tokenizer
+from megabert.data.shards.tokenizer import read_tokenizer
 
 LOG_EVERY_S = 30.0  # a log keeps every line; a terminal shows one that moves
 

@@ -19,12 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep import folder, length_statistics, runs, shard_writing
+from data_prep import folder
 from data_prep.sources import ReadOptions, Unit, list_units, stamps
-from data_prep.sources.unit import UNIT_BYTES, is_full
+from data_prep.sources.base import UNIT_BYTES, is_full
 from data_prep.workers import Progress, Workers
-from megabert import flags
-from megabert.data.manifest import (
+from data_prep.writing import length_statistics, shard_writer, sorted_runs
+from megabert.config import cli
+from megabert.data.shards.manifest import (
     MANIFEST,
     TOKEN_COUNTS,
     TOKENIZER,
@@ -35,8 +36,8 @@ from megabert.data.manifest import (
     write_atomically,
     write_manifest,
 )
-from megabert.data.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS, encode_npy, token_dtype
-from megabert.data.tokenizer import TOKENIZER_CONFIG, find_tokenizer
+from megabert.data.shards.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS, encode_npy, token_dtype
+from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, find_tokenizer
 
 # A source is dealt out in about this many tasks, each at most TASK_BYTES: enough to keep every core busy to the end.
 # What is dealt out must not depend on --workers.
@@ -102,11 +103,13 @@ class Wanted(NamedTuple):
     request: str
 
     @property
-    def job(self) -> runs.Job:
+    def job(self) -> sorted_runs.Job:
         o = self.options
         dtype = token_dtype(self.tokenizer.vocab_size) if self.tokenizer else np.dtype(np.uint8)
         path = str(self.tokenizer_path) if self.tokenizer_path else None
-        return runs.Job(Path(o.out), path, dtype, o.read, o.min_chars, o.heldout, o.deduplicate, o.chunk_tokens, o.seed)
+        return sorted_runs.Job(
+            Path(o.out), path, dtype, o.read, o.min_chars, o.heldout, o.deduplicate, o.chunk_tokens, o.seed
+        )
 
 
 def understand(options: Options) -> Wanted:
@@ -138,33 +141,35 @@ def deal(units: list[Unit]) -> list[list[Unit]]:
     return tasks
 
 
-def write_all_runs(job: runs.Job, units: list[Unit], workers: Workers) -> list[runs.Summary]:
+def write_all_runs(job: sorted_runs.Job, units: list[Unit], workers: Workers) -> list[sorted_runs.Summary]:
     """The first pass, or what an earlier command left of it."""
     tasks = deal(units)
-    left = [n for n in range(len(tasks)) if not runs.summary_path(job, n).is_file()]
+    left = [n for n in range(len(tasks)) if not sorted_runs.summary_path(job, n).is_file()]
     unit = "shard" if units and units[0].kind == "hub" else "B"
     progress = Progress("reading", sum(u.size for u in units), unit)
     progress.start_at(sum(u.size for u in units) - sum(u.size for n in left for u in tasks[n]))
     try:
-        workers.run(runs.write_runs, ((job, n, tasks[n]) for n in left), lambda _: progress.show(*workers.counters[:]))
+        workers.run(
+            sorted_runs.write_runs, ((job, n, tasks[n]) for n in left), lambda _: progress.show(*workers.counters[:])
+        )
     finally:
         progress.close()
-    return [runs.read_summary(job, n) for n in range(len(tasks))]
+    return [sorted_runs.read_summary(job, n) for n in range(len(tasks))]
 
 
-def shard_counts(options: Options, itemsize: int, summaries: list[runs.Summary]) -> dict[str, int]:
+def shard_counts(options: Options, itemsize: int, summaries: list[sorted_runs.Summary]) -> dict[str, int]:
     """How many shards each part gets: enough of them, none larger than asked."""
-    sizes = {part: itemsize * sum(summary.elements[part] for summary in summaries) for part in runs.PARTS}
+    sizes = {part: itemsize * sum(summary.elements[part] for summary in summaries) for part in sorted_runs.PARTS}
     train, heldout = (-(-size // (options.shard_mb << 20)) for size in sizes.values())
     train = max(options.min_shards, train)
     # Held-out shards are no smaller than the others, for want of a reason, but a small corpus has one too.
     return {"train": train} | ({"heldout": max(1, heldout, round(train * options.heldout))} if options.heldout else {})
 
 
-def write_all_shards(job: runs.Job, counts: dict[str, int], paths: list[Path], workers: Workers) -> None:
+def write_all_shards(job: sorted_runs.Job, counts: dict[str, int], paths: list[Path], workers: Workers) -> None:
     """The second pass, or what an earlier command left of it."""
     every = [(part, number) for part, total in counts.items() for number in range(total)]
-    left = [place for place in every if not shard_writing.report_path(job, *place).is_file()]
+    left = [place for place in every if not shard_writer.report_path(job, *place).is_file()]
     progress = Progress("writing", len(every), "shard")
     progress.start_at(len(every) - len(left))
     written = 0
@@ -176,7 +181,7 @@ def write_all_shards(job: runs.Job, counts: dict[str, int], paths: list[Path], w
 
     tasks = ((job, paths, part, number, counts[part]) for part, number in left)
     try:
-        workers.run(shard_writing.write_shard, tasks, show)
+        workers.run(shard_writer.write_shard, tasks, show)
     finally:
         progress.close()
 
@@ -189,7 +194,7 @@ def collect(wanted: Wanted, counts: dict[str, int], read: int) -> tuple[Manifest
     for part, total in counts.items():
         shards = []
         for number in range(total):
-            report = shard_writing.read_report(shard_writing.report_path(wanted.job, part, number))
+            report = shard_writer.read_report(shard_writer.report_path(wanted.job, part, number))
             shards.append(report.shard)
             lengths += report.lengths
             if part == "train":
@@ -232,14 +237,14 @@ def prepare(wanted: Wanted) -> Manifest:
                 f"{options.source}: has no document of at least {options.min_chars} characters; nothing to write."
             )
         counts = shard_counts(options, wanted.job.dtype.itemsize, summaries)
-        write_all_shards(wanted.job, counts, runs.run_paths(wanted.job, summaries), workers)
+        write_all_shards(wanted.job, counts, sorted_runs.run_paths(wanted.job, summaries), workers)
         manifest, ids = collect(wanted, counts, read)
         finish(wanted, manifest, ids)
     return manifest
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = flags.read_flags(Options, "write_shards.py", __doc__ or "", argv)
+    options = cli.read_flags(Options, "write_shards.py", __doc__ or "", argv)
     wanted = understand(options)
     out = Path(options.out)
     if (out / MANIFEST).is_file() and is_from(wanted.request, out):
@@ -279,4 +284,4 @@ def is_from(request: str, out: Path) -> bool:
 
 
 if __name__ == "__main__":
-    flags.run(main, sys.argv[0])
+    cli.run(main, sys.argv[0])

@@ -8,7 +8,7 @@ python launch/convert_from_hf.py bert-base-uncased/ longer --max-length 1024 --t
 from dataclasses import dataclass
 from pathlib import Path
 
-from megabert import flags
+from megabert.config import cli
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Options:
 
 
 def main() -> None:
-    options = flags.read_flags(Options, "launch/convert_from_hf.py", __doc__ or "")
+    options = cli.read_flags(Options, "launch/convert_from_hf.py", __doc__ or "")
     from megabert.convert.from_hf import Change, convert  # after the flags: torch takes seconds to load
 
     change = Change(options.max_length, options.tokenizer, options.pad_vocab_to_multiple_of, options.seed)
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main, "launch/convert_from_hf.py")
+    cli.run(main, "launch/convert_from_hf.py")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megabert import flags
+from megabert.config import cli
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class Verify:
 
 def main() -> None:
     prog, doc = "launch/convert_to_hf.py", __doc__ or ""
-    if any(flags.with_underscores(word).startswith("--verify_only") for word in sys.argv[1:]):
-        folder = flags.read_flags(Verify, prog, doc).verify_only
-        from megabert.convert.gate import verify  # after the flags: torch takes seconds to load
+    if any(cli.with_underscores(word).startswith("--verify_only") for word in sys.argv[1:]):
+        folder = cli.read_flags(Verify, prog, doc).verify_only
+        from megabert.convert.check.export_check import verify  # after the flags: torch takes seconds to load
 
         report(folder, verify(Path(folder)))
         return
     argv = ["--onnx=true" if word == "--onnx" else word for word in sys.argv[1:]]  # it needs no value
-    options = flags.read_flags(Options, prog, doc, argv)
+    options = cli.read_flags(Options, prog, doc, argv)
     if options.layout == "published":
-        from megabert.convert.publish import publish
+        from megabert.convert.to_mosaicbert import publish
 
         written = publish(Path(options.checkpoint), Path(options.out), options.average)
         print(f"{options.out}: {written.num_tensors} tensors of the published MosaicBERT, read back bit for bit")
@@ -75,4 +75,4 @@ def report(folder: str, measured: dict) -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main, "launch/convert_to_hf.py")
+    cli.run(main, "launch/convert_to_hf.py")

@@ -5,24 +5,24 @@ python launch/finetune_glue.py --checkpoint bert-base-uncased/ --tasks mnli,rte 
 python launch/finetune_glue.py --checkpoint mosaicbert-base-hf --task-file my-task.yaml --data my-data --protocol quick --baselines
 
 Interrupted, the same command goes on where it was; jobs that are done are reused. Ends with 0 if every job is done, with 1 if one failed or
-something cannot work. megabert/glue/README.md has the rest.
+something cannot work. megabert/finetune/README.md has the rest.
 """
 
 import sys
 
-from megabert import flags
-from megabert.glue.request import Request
+from megabert.config import cli
+from megabert.finetune.options import Request
 
 SWITCHES = ("--allow_no_mnli", "--baselines", "--submission")  # these need no value
 
 
 def main() -> int:
-    argv = [f"{word}=true" if flags.with_underscores(word) in SWITCHES else word for word in sys.argv[1:]]
-    request = flags.read_flags(Request, "launch/finetune_glue.py", __doc__ or "", argv)
-    from megabert.glue.run import run  # after the flags: torch takes seconds to load
+    argv = [f"{word}=true" if cli.with_underscores(word) in SWITCHES else word for word in sys.argv[1:]]
+    request = cli.read_flags(Request, "launch/finetune_glue.py", __doc__ or "", argv)
+    from megabert.finetune.main import run  # after the flags: torch takes seconds to load
 
     return run(request)
 
 
 if __name__ == "__main__":
-    flags.run(main, "launch/finetune_glue.py")
+    cli.run(main, "launch/finetune_glue.py")

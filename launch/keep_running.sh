@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:?folder of the run, as run.output_dir}
 DEEPSPEED=${DEEPSPEED:-}
 MAX_CRASHES=${MAX_CRASHES:-3}   # start again so often after crashes without a new checkpoint between them
-GRACE_S=60                      # ranks whose launcher is gone save and end within 45 s (megabert/training/interrupts.py)
+GRACE_S=60                      # ranks whose launcher is gone save and end within 45 s (megabert/training/distributed/signals.py)
 [ ! -f .venv/bin/activate ] || source .venv/bin/activate
 
 stopping=

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megabert import flags
+from megabert.config import cli
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Options:
 
 
 def main() -> int:
-    options = flags.read_flags(Options, "launch/pareto.py", __doc__ or "")
-    from megabert.glue import pareto  # after the flags: torch takes seconds to load
-    from megabert.glue.run import Request, chosen_tasks, run
+    options = cli.read_flags(Options, "launch/pareto.py", __doc__ or "")
+    from megabert.finetune.main import Request, chosen_tasks, run
+    from megabert.finetune.results import pareto  # after the flags: torch takes seconds to load
 
     out, points = Path(options.out), []
     same = {name: getattr(options, name) for name in ("tasks", "task_file", "data", "protocol", "allow_no_mnli", "ops")}
@@ -70,4 +70,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    flags.run(main, "launch/pareto.py")
+    cli.run(main, "launch/pareto.py")

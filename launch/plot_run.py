@@ -5,20 +5,20 @@ python launch/plot_run.py runs/mosaicbert-base runs/bert-base --out runs.png
 
 from pathlib import Path
 
-from megabert import flags
+from megabert.config import cli
 
 
 def main() -> None:
-    parser = flags.Parser("launch/plot_run.py", __doc__ or "")
+    parser = cli.Parser("launch/plot_run.py", __doc__ or "")
     parser.add_argument("runs", nargs="+", help="folders of runs, as run.output_dir")
     parser.add_argument("--out", default="runs.png", help="picture to write")
     options = parser.parse_args()
     # Imported here: flags are checked before these take their seconds to load.
-    from megabert.training.pictures import plot_runs
+    from megabert.plots.run_curves import plot_runs
 
     plot_runs([Path(run) for run in options.runs], Path(options.out))
     print(options.out)
 
 
 if __name__ == "__main__":
-    flags.run(main, "launch/plot_run.py")
+    cli.run(main, "launch/plot_run.py")

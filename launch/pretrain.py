@@ -9,11 +9,11 @@ import os
 import subprocess
 from pathlib import Path
 
-from megabert import flags
-from megabert.config import Recipe
-from megabert.recipe import RecipeParser
-from megabert.training.ds_config import read_ds_config
-from megabert.training.interrupts import Interrupts
+from megabert.config import cli
+from megabert.config.ds_config import read_ds_config
+from megabert.config.parser import RecipeParser
+from megabert.config.recipe import Recipe
+from megabert.training.distributed.signals import Interrupts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -34,7 +34,7 @@ def prepare_quickstart_corpus(recipe: Recipe) -> None:
         )
     if rank_from_environment() == 0:
         print(f"{recipe.data.train} is missing: preparing the quickstart's corpus, a minute or two", flush=True)
-        done = subprocess.run(["bash", str(REPOSITORY / "launch" / "prepare_quickstart.sh")], check=False)
+        done = subprocess.run(["bash", str(REPOSITORY / "launch/quickstart/prepare.sh")], check=False)
         if done.returncode:
             raise ValueError(f"preparing {recipe.data.train} failed with exit code {done.returncode}; see above.")
 
@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher; not for you")
     recipe, options = parser.read()
     if options.plot_schedule:
-        from megabert.training.schedules import plot_schedule
+        from megabert.training.optim.lr_schedule import plot_schedule
 
         plot_schedule(recipe, Path(options.plot_schedule))
         return 0
@@ -70,4 +70,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     # Gloo's threads can outlive Python's own end and abort: a finished run would exit with -6.
-    flags.run_and_leave(main, "launch/pretrain.py")
+    cli.run_and_leave(main, "launch/pretrain.py")

@@ -23,20 +23,20 @@ stage() {
     return $code
 }
 
-stage "corpus: docstrings of the installed packages" bash launch/prepare_quickstart.sh text
-stage "tokenizer" bash launch/prepare_quickstart.sh tokenizer
-stage "token shards" bash launch/prepare_quickstart.sh tokens
+stage "corpus: docstrings of the installed packages" bash launch/quickstart/prepare.sh text
+stage "tokenizer" bash launch/quickstart/prepare.sh tokenizer
+stage "token shards" bash launch/quickstart/prepare.sh tokens
 stage "pretraining" \
     deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json
 stage "export to Hugging Face" \
     python launch/convert_to_hf.py $run $run/hf
 stage "fine-tuning data" \
-    python launch/fetch_tasks.py
+    python data_prep/fetch_tasks.py
 stage "fine-tuning" \
-    python launch/finetune_glue.py --checkpoint $run/hf --task-file megabert/glue/labelled/movie-sentiment.yaml \
+    python launch/finetune_glue.py --checkpoint $run/hf --task-file data_prep/tasks/movie-sentiment.yaml \
     --protocol quickstart --baselines --out $run/finetune
 echo "--- summary"
-python launch/summarize_quickstart.py
+python launch/quickstart/summarize.py
 cat <<TEXT
 
 Next: the paper's model, on your corpus:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megabert.convert.checkpoint import read_checkpoint
-from megabert.training.metrics import read_metrics
+from megabert.convert.zero import read_checkpoint
+from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import REPOSITORY, pretrain_command, run_command
 
 STEPS = 20
@@ -125,16 +125,16 @@ def test_fine_tuning_and_the_summary(exported, undisturbed):
     protocol.write_text(
         "settings: {lr: 1.0e-3, epochs: 1, batch_size: 32, max_seq_len: 32, pooling: mean, max_train_examples: 500}\n"
     )
-    assert run_command([sys.executable, "launch/fetch_tasks.py"]).code == 0
+    assert run_command([sys.executable, "data_prep/fetch_tasks.py"]).code == 0
     command = [sys.executable, "launch/finetune_glue.py", f"--checkpoint={exported}", f"--out={out}", "--baselines"]
-    command += ["--task-file=megabert/glue/labelled/movie-sentiment.yaml", f"--protocol={protocol}", "--ops=torch"]
+    command += ["--task-file=data_prep/tasks/movie-sentiment.yaml", f"--protocol={protocol}", "--ops=torch"]
     done = run_command(command)
     assert done.code == 0, done.output
     assert "500 / 2,118" in done.output
     assert all(row in done.output for row in ("fine-tuned, pretrained", "from random weights", "TF-IDF"))
     assert "accuracy 0." not in run_command(command).output, "every job's result is reused"
     (undisturbed / "times.tsv").write_text("pretraining\t10.5\nexport\t2.5\n")
-    command = [sys.executable, "launch/summarize_quickstart.py", f"--run={undisturbed}"]
+    command = [sys.executable, "launch/quickstart/summarize.py", f"--run={undisturbed}"]
     done = run_command([*command, f"--times={undisturbed / 'times.tsv'}"])
     assert done.code == 0, done.output
     assert "held-out loss" in done.output
@@ -146,12 +146,12 @@ def test_fine_tuning_and_the_summary(exported, undisturbed):
 
 def test_the_picture_of_score_against_cost(undisturbed, tmp_path):
     """Straight from ZeRO checkpoints."""
-    assert run_command([sys.executable, "launch/fetch_tasks.py"]).code == 0
+    assert run_command([sys.executable, "data_prep/fetch_tasks.py"]).code == 0
     protocol = tmp_path / "tiny.yaml"
     protocol.write_text("settings: {lr: 1.0e-3, epochs: 1, batch_size: 32, max_seq_len: 32, max_train_examples: 64}\n")
     command = [sys.executable, "launch/pareto.py", f"--runs={undisturbed}", f"--protocol={protocol}", "--ops=torch"]
     command += [
-        "--task-file=megabert/glue/labelled/movie-sentiment.yaml",
+        "--task-file=data_prep/tasks/movie-sentiment.yaml",
         f"--out={tmp_path}",
         "--dollars-per-gpu-hour=2",
     ]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_prep.sources import docstrings, hub, jsonl, parquet, text_shards, txt
-from data_prep.sources.unit import ReadOptions, Unit
-from megabert.data.manifest import MANIFEST
+from data_prep.sources.base import ReadOptions, Unit
+from megabert.data.shards.manifest import MANIFEST
 
 READERS: dict[str, Callable[[Unit, ReadOptions], Iterator[str]]] = {
     "docstrings": docstrings.read,

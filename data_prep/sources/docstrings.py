@@ -9,7 +9,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from data_prep.sources.unit import UNIT_BYTES, ReadOptions, Unit
+from data_prep.sources.base import UNIT_BYTES, ReadOptions, Unit
 
 
 def read(unit: Unit, options: ReadOptions) -> Iterator[str]:

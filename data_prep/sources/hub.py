@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.unit import ReadOptions, Unit, missing_extra, no_field, not_text
+from data_prep.sources.base import ReadOptions, Unit, missing_extra, no_field, not_text
 
 PREFIX = "hf:"
 

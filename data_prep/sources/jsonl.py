@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import zstandard
 
-from data_prep.sources.unit import ReadOptions, Unit, bounded_lines, byte_ranges, no_field, not_text
+from data_prep.sources.base import ReadOptions, Unit, bounded_lines, byte_ranges, no_field, not_text
 
 READ_BYTES = 1 << 20
 PACKED_BYTES = 1 << 14  # what it unpacks to is held in memory: of text some 100 kB

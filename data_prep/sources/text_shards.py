@@ -4,9 +4,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.sources.unit import ReadOptions, Unit
-from megabert.data.manifest import read_manifest
-from megabert.data.sample_format import decode_text, read_sample
+from data_prep.sources.base import ReadOptions, Unit
+from megabert.data.shards.manifest import read_manifest
+from megabert.data.shards.sample_format import decode_text, read_sample
 
 
 def list_units(folder: Path) -> list[Unit]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.sources.unit import MAX_DOCUMENT_BYTES, ReadOptions, Unit, bounded_lines, byte_ranges
+from data_prep.sources.base import MAX_DOCUMENT_BYTES, ReadOptions, Unit, bounded_lines, byte_ranges
 
 
 def list_units(path: Path, options: ReadOptions) -> list[Unit]:

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megabert.convert.checkpoint import TIED
-from megabert.convert.hf_folder import write_config, write_weights
-from megabert.convert.imported import Imported
-from megabert.convert.published import WORDS, num_layers, translate
-from megabert.convert.reading import CONFIG, LARGEST, read_config, read_weights
-from megabert.convert.resize import resize_positions, resize_vocabulary
-from megabert.convert.staging import put_in_place, staged
-from megabert.convert.tokenizer_files import VOCAB, copy_tokenizer, read_tokenizer_of
-from megabert.data.manifest import TOKENIZER
+from megabert.convert.hf.folder import write_config, write_weights
+from megabert.convert.hf.imported import Imported
+from megabert.convert.hf.reading import CONFIG, LARGEST, read_config, read_weights
+from megabert.convert.hf.resize import resize_positions, resize_vocabulary
+from megabert.convert.hf.tokenizer import VOCAB, copy_tokenizer, read_tokenizer_of
+from megabert.convert.weight_names import WORDS, num_layers, translate
+from megabert.convert.zero import TIED
+from megabert.data.shards.manifest import TOKENIZER
+from megabert.files.staging import put_in_place, staged
 from megabert.model.configuration_megabert import MegaBertConfig
 
 # What transformers' BERT can be that ours cannot: the value that ours has, which is also the one when it is not said.

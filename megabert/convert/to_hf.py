@@ -1,7 +1,7 @@
 """Export a checkpoint to a folder that transformers loads, and prove that it does.
 
 BERT becomes transformers' own BertForMaskedLM. Anything else becomes a folder with its modelling code in it (a copy of
-megabert/model), which loads with trust_remote_code=True where megabert is not installed. gate.py then has a fresh process without
+megabert/model), which loads with trust_remote_code=True where megabert is not installed. export_check.py then has a fresh process without
 megabert load the folder and reproduce the checkpoint's logits; otherwise the folder is removed.
 """
 
@@ -14,15 +14,15 @@ from typing import Any
 from torch import Tensor
 from transformers import BertConfig
 
-from megabert.checkpoint_format import MANIFEST, State, find_checkpoint
-from megabert.convert import gate
-from megabert.convert.checkpoint import averaged, read_checkpoint
-from megabert.convert.hf_folder import MODEL_CODE, check_shard_size, write_config, write_weights
-from megabert.convert.model_card import model_card, read_numbers
-from megabert.convert.published import to_published
-from megabert.convert.staging import put_in_place, staged
+from megabert.convert.check import export_check
+from megabert.convert.hf.folder import MODEL_CODE, check_shard_size, write_config, write_weights
+from megabert.convert.hf.model_card import model_card, read_numbers
+from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.to_onnx import check_installed, write_onnx
-from megabert.convert.tokenizer_files import copy_tokenizer
+from megabert.convert.weight_names import to_published
+from megabert.convert.zero import averaged, read_checkpoint
+from megabert.files.checkpoint_format import MANIFEST, State, find_checkpoint
+from megabert.files.staging import put_in_place, staged
 from megabert.model.configuration_megabert import MegaBertConfig
 
 
@@ -47,8 +47,13 @@ def export(checkpoint: Path, out: Path, wish: Wish = Wish()) -> dict[str, Any]:
     checkpoint = checkpoint.resolve()  # its run, whose numbers are read, may be above the folder that we are called in
     name, out = str(out), out.resolve()  # a link to a folder may be there
     fingerprint = export_fingerprint(checkpoint, wish)
-    receipt = gate.read_receipt(out)
-    if receipt and receipt["checkpoint"] == fingerprint and "measured" in receipt and not gate.difference(out, receipt):
+    receipt = export_check.read_receipt(out)
+    if (
+        receipt
+        and receipt["checkpoint"] == fingerprint
+        and "measured" in receipt
+        and not export_check.difference(out, receipt)
+    ):
         return receipt["measured"] | {"reused": True}
     check_replaceable(out, receipt)
     if wish.onnx:
@@ -56,9 +61,9 @@ def export(checkpoint: Path, out: Path, wish: Wish = Wish()) -> dict[str, Any]:
     weights, config, state = read_checkpoint(checkpoint, wish.average)
     with staged(out) as folder:
         parameters = write_folder(folder, weights, config, state, find_checkpoint(checkpoint), wish)
-        gate.write_receipt(folder, fingerprint, config.max_position_embeddings, parameters)
+        export_check.write_receipt(folder, fingerprint, config.max_position_embeddings, parameters)
         del weights, parameters  # the gate's process holds them once more
-        measured = gate.check(folder, name)
+        measured = export_check.check(folder, name)
         put_in_place(folder, out)
     return measured
 
@@ -69,7 +74,7 @@ def check_replaceable(out: Path, receipt: dict[str, Any] | None) -> None:
         return
     if receipt is None:
         raise ValueError(f"{out}: is not empty and not an export of ours; choose another folder.")
-    if added := gate.added_files(out, receipt):
+    if added := export_check.added_files(out, receipt):
         raise ValueError(
             f"{out / added[0]}: was added to the export that is there, and would be lost. Choose another folder, or remove it."
         )
@@ -77,7 +82,7 @@ def check_replaceable(out: Path, receipt: dict[str, Any] | None) -> None:
 
 def export_fingerprint(checkpoint: Path, wish: Wish) -> str:
     """Name the checkpoints, the code and the wishes that an export is made of."""
-    code = [*sorted(MODEL_CODE.glob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
+    code = [*sorted(MODEL_CODE.glob("*.py")), *sorted(Path(__file__).parent.rglob("*.py"))]
     files = [*(folder / MANIFEST for folder in averaged(checkpoint, wish.average)), *code]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files) + repr(wish).encode()).hexdigest()
 
@@ -105,8 +110,8 @@ def write_folder(
     copy_tokenizer(checkpoint, out, state.max_seq_len)
     config = deepcopy(config)
     config.padding = "unpadded"  # which changes no output, only what it costs
-    model = gate.build(weights, config)
-    gate.record(model, out, checkpoint)
+    model = export_check.build(weights, config)
+    export_check.record(model, out, checkpoint)
     if wish.onnx:
         write_onnx(model, out)
     if is_native(config):

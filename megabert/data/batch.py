@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from megabert.data.manifest import TokenizerInfo
 from megabert.data.masking import mask
 from megabert.data.packing import filler_lengths
+from megabert.data.shards.manifest import TokenizerInfo
 
 ALIGNMENT = 64  # elements, 256 bytes: every part of the buffer begins where the widest loads want it
 IGNORE_INDEX = -100  # a label that asks for nothing

@@ -23,13 +23,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megabert.data.batch import Bin, PackedBatch, Shapes, lay_out
-from megabert.data.blocks import Cutting
-from megabert.data.manifest import TokenizerInfo
+from megabert.data.chunk_pieces import Cutting
 from megabert.data.masking import masked_count
 from megabert.data.packing import SPECIALS_PER_PIECE
+from megabert.data.packing_buffer import LanePosition, StreamOf, Window
 from megabert.data.schedule import Length, MaskingRate, Plan, make_plan
-from megabert.data.shards import Corpus
-from megabert.data.window import LanePosition, StreamOf, Window
+from megabert.data.shards.manifest import TokenizerInfo
+from megabert.data.shards.source import Corpus
 
 log = logging.getLogger(__name__)
 

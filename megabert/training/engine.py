@@ -17,15 +17,15 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from megabert.config import ModelConfig, Recipe
-from megabert.data.manifest import TokenizerInfo
+from megabert.config.recipe import ModelConfig, Recipe
+from megabert.data.shards.manifest import TokenizerInfo
 from megabert.kernels.resolve import Implementation, resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training import optimizers
-from megabert.training.gloo import gather_in_place
-from megabert.training.guard import Verdict, hold_back
+from megabert.training.distributed.gloo import gather_in_place
+from megabert.training.optim import optimizers
+from megabert.training.optim.guard import Verdict, hold_back
 
 log = logging.getLogger(__name__)
 

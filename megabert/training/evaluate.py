@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from megabert.data.batch import PackedBatch
-from megabert.data.shards import Corpus
+from megabert.data.shards.source import Corpus
 
 
 class Evaluation(NamedTuple):

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from megabert.config import Recipe
+from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
-from megabert.data.cache import CacheOptions
 from megabert.data.masking import masked_count
 from megabert.data.schedule import Length, MaskingRate, Plan, make_plan
-from megabert.data.shards import Corpus, check_same_tokenizer, open_corpus
+from megabert.data.shards.cache import CacheOptions
+from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus
 from megabert.data.stream import StreamConfig, default_max_documents, filler_batch, held_out_batches
 
 

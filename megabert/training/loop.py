@@ -10,23 +10,23 @@ import deepspeed
 import torch
 import torch.distributed
 
-from megabert.checkpoint_format import State, read_state
-from megabert.config import Recipe
+from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
-from megabert.data.manifest import write_atomically
+from megabert.data.shards.manifest import write_atomically
 from megabert.data.stream import DROPOUT, Position, philox
-from megabert.training import checkpoint
+from megabert.files.checkpoint_format import State, read_state
+from megabert.training.build import prepare, rebuild
+from megabert.training.checkpointing import resume
+from megabert.training.checkpointing.writer import set_aside_after
+from megabert.training.distributed.signals import REQUEUE, Interrupts
+from megabert.training.distributed.watchdog import RollCall
 from megabert.training.engine import choose, peak_memory, start_process
 from megabert.training.evaluate import evaluate
-from megabert.training.flops import step_flops
-from megabert.training.interrupts import REQUEUE, Interrupts
-from megabert.training.optimizers import peak_lr
-from megabert.training.prepare import prepare, rebuild
-from megabert.training.roll_call import RollCall
+from megabert.training.optim.lr_schedule import lr_factor
+from megabert.training.optim.optimizers import peak_lr
+from megabert.training.provenance import write_run_json
 from megabert.training.run import Run
-from megabert.training.run_json import write_run_json
-from megabert.training.saving import set_aside_after
-from megabert.training.schedules import lr_factor
+from megabert.training.telemetry.flops import step_flops
 
 RESULT = "result.json"
 SKIPPED = "skipped.jsonl"  # one line per update that the guard refused
@@ -165,7 +165,7 @@ def roll_back(run: Run) -> None:
     """
     refused = run.guard.in_a_row
     run.saver.wait()
-    path = checkpoint.newest(run.checkpoints, up_to=run.step - refused)
+    path = resume.newest(run.checkpoints, up_to=run.step - refused)
     if path is None:
         raise ValueError(
             f"{refused} updates in a row were refused, and {run.checkpoints} has no checkpoint to go back to."
@@ -177,7 +177,7 @@ def roll_back(run: Run) -> None:
             "Lower optimizer.lr, or look at skipped.jsonl."
         )
     rebuild(run, path)
-    positions = checkpoint.read_positions(path)
+    positions = resume.read_positions(path)
     run.left_behind.append((state.next_index, run.index))
     del run.batches  # and with it its workers
     gc.collect()

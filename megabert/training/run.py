@@ -7,19 +7,19 @@ from typing import Any
 
 import deepspeed
 
-from megabert.config import Recipe
+from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.schedule import Plan
-from megabert.data.shards import Corpus
+from megabert.data.shards.source import Corpus
 from megabert.data.stream import BatchStream, Position, StreamConfig, open_loader
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training.clock import Clock
+from megabert.training.checkpointing.writer import Saver
+from megabert.training.distributed.signals import Interrupts
 from megabert.training.evaluate import Evaluation
-from megabert.training.guard import Guard, Verdict
-from megabert.training.interrupts import Interrupts
-from megabert.training.metrics import Meter, Reporter
-from megabert.training.probe import Prober
-from megabert.training.saving import Saver
+from megabert.training.optim.guard import Guard, Verdict
+from megabert.training.telemetry.clock import Clock
+from megabert.training.telemetry.probe import Prober
+from megabert.training.telemetry.reporter import Meter, Reporter
 
 Batches = Iterator[tuple[PackedBatch, int, Position]]
 

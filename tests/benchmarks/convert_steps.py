@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from megabert.convert.from_hf import convert
-from megabert.convert.publish import publish
 from megabert.convert.to_hf import export
+from megabert.convert.to_mosaicbert import publish
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from tests.convert.checkpoints import write_checkpoint

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import train_tokenizer, write_shards
-from megabert.data.manifest import TOKEN_COUNTS, Manifest, Shard, TokenizerInfo, write_manifest
-from megabert.data.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS, TokenChunk, encode_tokens, write_sample
+from megabert.data.shards.manifest import TOKEN_COUNTS, Manifest, Shard, TokenizerInfo, write_manifest
+from megabert.data.shards.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS, TokenChunk, encode_tokens, write_sample
 
 VOCAB = 30_522
 MEAN, SIGMA = 5.5, 1.0  # of the logarithm of a document's tokens

@@ -31,7 +31,7 @@ import psutil
 from corpus import write_text_shards
 from report import write
 
-from megabert import checkpoint_format as layout
+from megabert.files import checkpoint_format as layout
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY, STEP_BINS = 20, 4, 2
@@ -220,7 +220,7 @@ class Round:
 
     def weights(self) -> str:
         """A hash of the final weights."""
-        from megabert.convert.checkpoint import read_checkpoint
+        from megabert.convert.zero import read_checkpoint
 
         weights, _, state = read_checkpoint(self.folder / "run")
         assert state.step == STEPS, f"the last checkpoint is of step {state.step}"

@@ -10,10 +10,10 @@ import psutil
 import pytest
 import torch
 
-from megabert.convert.checkpoint import read_checkpoint
-from megabert.training.roll_call import DIED
+from megabert.convert.zero import read_checkpoint
+from megabert.training.distributed.watchdog import DIED
 from tests.conftest import REPOSITORY, Corpus, free_port, pretrain_command, run_ranks
-from tests.training.test_interrupts import start, wait_for_step
+from tests.training.distributed.test_signals import start, wait_for_step
 
 pytestmark = pytest.mark.namespaces
 

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 
-from megabert.convert.checkpoint import read_checkpoint
-from megabert.training.metrics import read_metrics
+from megabert.convert.zero import read_checkpoint
+from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import REPOSITORY, TINY, Corpus, run_ranks
 
 pytestmark = pytest.mark.slurm

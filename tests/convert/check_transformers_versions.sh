@@ -27,7 +27,7 @@ for version in "${versions[@]}"; do
     fi
     for folder in mosaicbert bert; do
         mkdir -p "$scratch/$version-$folder"
-        for program in megabert/convert/gate_process.py "tests/convert/hf_user.py --all --scratch=$scratch/$version-$folder"; do
+        for program in megabert/convert/check/subprocess_check.py "tests/convert/hf_user.py --all --scratch=$scratch/$version-$folder"; do
             # shellcheck disable=SC2086  # a program and its arguments
             HF_MODULES_CACHE="$scratch/modules-$version" "$environment/bin/python" -P $program "$scratch/$folder" \
                 > "$scratch/log" 2>&1 || { cat "$scratch/log"; exit 1; }

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megabert import checkpoint_format as layout
-from megabert.config import Recipe, RunConfig
+from megabert.config.recipe import Recipe, RunConfig
+from megabert.files import checkpoint_format as layout
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
 TIED = "decoder.weight"

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from megabert.convert.from_hf import Change, convert, read
-from megabert.convert.published import to_published, translate
+from megabert.convert.weight_names import to_published, translate
 from megabert.model.modeling_megabert import (
     MegaBertForMaskedLM,
     MegaBertForQuestionAnswering,
@@ -27,7 +27,7 @@ from megabert.model.modeling_megabert import (
 )
 from tests.conftest import pretrain_command, run_command
 from tests.convert.small import SHAPE, small_model
-from tests.convert.test_checkpoint import Evil
+from tests.convert.test_zero import Evil
 
 HEAD = [
     "decoder.bias",
@@ -146,7 +146,7 @@ def test_pretraining_continues_from_the_folder(corpus, tmp_path):
     settings = [f"--model.init_from={tmp_path / 'start'}", "--run.max_steps=1", "--optimizer.lr=1e-30"]
     done = run_command(pretrain_command(corpus, tmp_path / "run", *settings))
     assert done.code == 0, done.output
-    from megabert.convert.checkpoint import read_checkpoint
+    from megabert.convert.zero import read_checkpoint
 
     weights, _, _ = read_checkpoint(tmp_path / "run")
     start = load_file(tmp_path / "start" / "model.safetensors")

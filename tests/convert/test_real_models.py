@@ -11,7 +11,7 @@ import torch
 from transformers import BertModel
 
 from megabert.convert.from_hf import Change, convert
-from megabert.convert.tokenizer_files import read_tokenizer_of
+from megabert.convert.hf.tokenizer import read_tokenizer_of
 from megabert.model.modeling_megabert import MegaBertModel
 from tests.conftest import run_command
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from megabert.convert.checkpoint import load_inert
 from megabert.convert.from_hf import Change, convert, read
-from megabert.convert.hf_folder import check_shard_size, write_config, write_weights
-from megabert.convert.published import num_layers, to_published, translate
-from megabert.convert.reading import read_weights
+from megabert.convert.hf.folder import check_shard_size, write_config, write_weights
+from megabert.convert.hf.reading import read_weights
+from megabert.convert.weight_names import num_layers, to_published, translate
+from megabert.convert.zero import load_inert
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from tests.conftest import REPOSITORY, run_command
 from tests.convert.small import BERT, SHAPE, small_model

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, BertForMaskedLM
 
-from megabert.convert import from_hf, gate, to_hf
-from megabert.convert.checkpoint import read_checkpoint
+from megabert.convert import from_hf, to_hf
+from megabert.convert.check import export_check
+from megabert.convert.zero import read_checkpoint
 from megabert.model.attention import PLANNERS
 from tests.conftest import REPOSITORY, run_command
 from tests.convert.small import small_model
@@ -24,7 +25,7 @@ def test_every_parameter_is_exported_and_the_gate_passes(run, exported):
     before = (exported / "model.safetensors").stat().st_mtime_ns
     measured = to_hf.export(run, exported)
     assert (exported / "model.safetensors").stat().st_mtime_ns == before, "it was written again"
-    assert measured["max_difference"] <= gate.TOLERANCE
+    assert measured["max_difference"] <= export_check.TOLERANCE
     weights, config, _ = read_checkpoint(run)
     tensors = load_file(exported / "model.safetensors")
     assert weights.keys() == tensors.keys()

@@ -6,12 +6,12 @@ from itertools import pairwise
 import numpy as np
 
 from megabert.data.batch import PackedBatch
-from megabert.data.cache import Expected
-from megabert.data.manifest import Manifest, Shard, TokenizerInfo
 from megabert.data.masking import masked_count
-from megabert.data.sample_format import TokenChunk
 from megabert.data.schedule import Length, MaskingRate, make_plan
-from megabert.data.shards import Corpus, DamagedShardError, Source
+from megabert.data.shards.cache import Expected
+from megabert.data.shards.manifest import Manifest, Shard, TokenizerInfo
+from megabert.data.shards.sample_format import TokenChunk
+from megabert.data.shards.source import Corpus, DamagedShardError, Source
 from megabert.data.stream import StreamConfig, default_max_documents
 
 SPECIALS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megabert.data.packing import SPECIALS_PER_PIECE
 from megabert.data.schedule import Length
-from megabert.data.shards import Corpus, DamagedShardError, SplitOrder, stream_count
+from megabert.data.shards.source import Corpus, DamagedShardError, SplitOrder, stream_count
 from megabert.data.stream import (
     BatchStream,
     Position,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep import check_shards, write_shards
-from megabert.data.manifest import read_manifest, write_manifest
+from megabert.data.shards.manifest import read_manifest, write_manifest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -48,7 +48,7 @@ def test_every_format_yields_its_documents(tmp_path):
 
 
 def test_byte_ranges_of_a_jsonl_cover_every_line_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.sources.unit.UNIT_BYTES", 100)
+    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", 100)
     path = tmp_path / "a.jsonl"
     texts = ["x" * (i * 7 % 150) for i in range(60)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -89,7 +89,7 @@ def paragraphs(text: str) -> list[str]:
     st.integers(1, 90),
 )
 def test_byte_ranges_of_a_txt_cover_every_paragraph_once(tmp_path, monkeypatch, lines, unit_bytes):
-    monkeypatch.setattr("data_prep.sources.unit.UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", unit_bytes)
     path = tmp_path / "a.txt"
     path.write_text("\n".join(lines))
     assert [text.strip() for text in read_all(str(path), blank_lines=True)] == paragraphs("\n".join(lines))
@@ -98,7 +98,7 @@ def test_byte_ranges_of_a_txt_cover_every_paragraph_once(tmp_path, monkeypatch, 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=20), st.integers(1, 90))
 def test_byte_ranges_of_a_jsonl_cover_every_line_once_wherever_they_fall(tmp_path, monkeypatch, texts, unit_bytes):
-    monkeypatch.setattr("data_prep.sources.unit.UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", unit_bytes)
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     assert read_all(str(path)) == texts

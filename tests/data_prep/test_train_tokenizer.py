@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_prep import train_tokenizer
-from megabert.data.tokenizer import find_tokenizer
+from megabert.data.shards.tokenizer import find_tokenizer
 
 
 def test_a_tokenizer_without_berts_tokens_is_refused(tmp_path, corpus):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from data_prep import workers
-from data_prep.sources.unit import Unit
+from data_prep.sources.base import Unit
 from data_prep.workers import Progress, Workers
 from data_prep.write_shards import TASK_BYTES, deal
 

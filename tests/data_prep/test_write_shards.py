@@ -9,10 +9,11 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from data_prep import runs, write_shards
-from megabert.data.manifest import read_manifest
-from megabert.data.sample_format import decode_text, read_sample
-from megabert.data.shards import MIN_SPLITS, open_source
+from data_prep import write_shards
+from data_prep.writing import sorted_runs
+from megabert.data.shards.manifest import read_manifest
+from megabert.data.shards.sample_format import decode_text, read_sample
+from megabert.data.shards.source import MIN_SPLITS, open_source
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -62,9 +63,9 @@ def test_token_shards_hold_exactly_the_tokenized_documents(corpus):
     # A document of more than chunk_tokens is cut into several; all others are whole.
     assert len(whole) >= len(corpus.texts) - 20
     held = {expected[document] for document in found["heldout"] if document in expected}
-    below = runs.heldout_below(0.1)
+    below = sorted_runs.heldout_below(0.1)
     for text in corpus.texts:
-        first = np.frombuffer(runs.text_hash(text.encode()), dtype=np.uint64)[0]
+        first = np.frombuffer(sorted_runs.text_hash(text.encode()), dtype=np.uint64)[0]
         if tuple(tokenizer.encode(text, add_special_tokens=False).ids) in set(whole):
             assert (text in held) == (first < below)
     assert 0.03 < len(held) / len(corpus.texts) < 0.2

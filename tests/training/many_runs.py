@@ -50,10 +50,10 @@ def run_many(
 def main() -> None:
     import deepspeed
 
-    from megabert.recipe import RecipeParser
+    from megabert.config.ds_config import read_ds_config
+    from megabert.config.parser import RecipeParser
     from megabert.training import loop
-    from megabert.training.ds_config import read_ds_config
-    from megabert.training.interrupts import Interrupts
+    from megabert.training.distributed.signals import Interrupts
 
     limit = int(os.environ["MAX_FILE_BYTES"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

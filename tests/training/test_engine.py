@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from megabert.config import Recipe, RunConfig
-from megabert.data.shards import open_source
+from megabert.config.recipe import Recipe, RunConfig
+from megabert.data.shards.source import open_source
 from megabert.kernels.resolve import resolve, why_not_flash
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig

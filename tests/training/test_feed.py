@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from data_prep import write_shards
-from megabert.checkpoint_format import read_state
-from megabert.config import DataConfig, LengthPhase
-from megabert.convert.checkpoint import read_checkpoint
-from megabert.recipe import RecipeParser
+from megabert.config.parser import RecipeParser
+from megabert.config.recipe import DataConfig, LengthPhase
+from megabert.convert.zero import read_checkpoint
+from megabert.files.checkpoint_format import read_state
 from megabert.training.feed import plan_of
-from megabert.training.metrics import read_metrics
+from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import TINY, Corpus, pretrain_command, run_command
 
 
@@ -141,8 +141,8 @@ def test_one_position_table_serves_every_phase():
 
 START = """
 import sys, time
-from megabert.data.shards import open_corpus
-from megabert.data.storage import Local
+from megabert.data.shards.source import open_corpus
+from megabert.data.shards.storage import Local
 print(Local(sys.argv[1]).size("manifest.json") > 0, "torch" in sys.modules)
 """
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megabert.training.engine import has_fast_bf16
-from megabert.training.metrics import read_metrics
+from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import REPOSITORY, Corpus, ds_config_in, pretrain_command, run_command
 
 STEPS = "--run.max_steps=4"

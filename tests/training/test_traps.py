@@ -25,16 +25,16 @@ def found() -> dict[str, Any]:
 # What DeepSpeed does, and the name of what goes round it.
 TRAPS = {
     "shm_comm_by_default": (True, "training/engine.py start_process: else a minute of compiling at every first start"),
-    "bf16_at_stage_0": (1, "training/ds_config.py fill refuses it: Adam has counted a step that was none"),
-    "nan_at_stage_0": (True, "training/guard.py hold_back"),
-    "nan_at_stage_2": (False, "nothing: ZeRO skips the step, and training/guard.py counts it"),
-    "norm_at_stage_0": (False, "training/guard.py Verdict clips itself there"),
-    "mistyped_stage": (0, "training/ds_config.py KNOWN_KEYS: trained at stage 0 without a word"),
+    "bf16_at_stage_0": (1, "config/ds_config.py fill refuses it: Adam has counted a step that was none"),
+    "nan_at_stage_0": (True, "training/optim/guard.py hold_back"),
+    "nan_at_stage_2": (False, "nothing: ZeRO skips the step, and training/optim/guard.py counts it"),
+    "norm_at_stage_0": (False, "training/optim/guard.py Verdict clips itself there"),
+    "mistyped_stage": (0, "config/ds_config.py KNOWN_KEYS: trained at stage 0 without a word"),
     "autocast_reduces_in": ("torch.bfloat16", "ds_configs: lower_precision_safe_modules []"),
-    "monitored": (["Train_Samples_lr.csv"], "training/metrics.py: no loss, no norm"),
+    "monitored": (["Train_Samples_lr.csv"], "training/telemetry/reporter.py: no loss, no norm"),
     "flipped_bit_loads": (True, "checkpoint_format.py: every file has its hash in a manifest"),
-    "client_state_overwrites": (99, "training/checkpoint.py keeps its own state in a file of its own"),
-    "nothing_to_load": (True, "training/checkpoint.py load: only what find found is loaded"),
+    "client_state_overwrites": (99, "training/checkpointing/resume.py keeps its own state in a file of its own"),
+    "nothing_to_load": (True, "training/checkpointing/resume.py load: only what find found is loaded"),
 }
 
 

@@ -1,0 +1,23 @@
+"""Labelled examples as the TSV files that a task file names."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from megabert.data.shards.manifest import write_atomically
+
+
+class Row(NamedTuple):
+    """held_out: for dev.tsv."""
+
+    texts: tuple[str, ...]
+    label: str
+    held_out: bool
+
+
+def write_splits(folder: Path, columns: tuple[str, ...], rows: list[Row]) -> None:
+    """Write train.tsv and dev.tsv, in the order of the rows. A tab or a line break in a text becomes a space."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, held_out in (("train.tsv", False), ("dev.tsv", True)):
+        chosen = [row for row in rows if row.held_out == held_out]
+        lines = ["\t".join((*(" ".join(text.split()) for text in row.texts), row.label)) for row in chosen]
+        write_atomically(folder / name, "\n".join(["\t".join((*columns, "label")), *lines, ""]).encode())

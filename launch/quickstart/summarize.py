@@ -1,0 +1,43 @@
+"""Show what the quickstart did, and write it to summary.json and loss.png."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabert.config import cli
+
+
+@dataclass(frozen=True)
+class Options:
+    run: str = "runs/quickstart"
+    """folder of the pretraining run"""
+    times: str = "runs/quickstart/times.tsv"
+    """stage and seconds of every stage that ran, one per line"""
+
+
+def main() -> None:
+    options = cli.read_flags(Options, "launch/quickstart/summarize.py", __doc__ or "")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    from megabert.plots.quickstart_summary import (
+        as_text,
+        fill_masks,
+        plot_loss,
+        summarize,
+    )  # after the flags: torch is slow to load
+
+    run = Path(options.run)
+    lines = [line.split("\t") for line in Path(options.times).read_text().splitlines()]
+    pretraining = sum(float(seconds) for stage, seconds in lines if stage == "pretraining")
+    total = sum(float(seconds) for _, seconds in lines)
+    summary = summarize(run, run / "hf", run / "finetune", pretraining, total)
+    plot_loss(run, summary["unigram_loss"], run / "loss.png")
+    masks = fill_masks(run / "hf")
+    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(as_text(summary, run, masks))
+
+
+if __name__ == "__main__":
+    cli.run(main, "launch/quickstart/summarize.py")

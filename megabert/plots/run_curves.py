@@ -1,0 +1,60 @@
+"""Pictures of runs, from their metrics.jsonl."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megabert.files.metrics_format import METRICS, read_metrics
+
+MILLION, HOUR = 1e6, 3600.0
+
+
+def plot_runs(folders: list[Path], out: Path) -> None:
+    """Loss above, real tokens per second below; against million tokens on the left, hours of training on the right.
+
+    Dots are the held-out loss, at the time of the line of the log before it. Raises ValueError for a folder without metrics.
+    """
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    for number, folder in enumerate(folders):
+        _draw(axes, read_points(folder), folder.resolve().name, f"C{number % 10}")
+    axes[0, 0].set_ylabel("loss, nats per masked token")
+    axes[1, 0].set_ylabel("real tokens / s")
+    axes[1, 0].set_xlabel("million tokens")
+    axes[1, 1].set_xlabel("hours of training")
+    for panel in axes.flat:
+        panel.grid(alpha=0.3)
+    for panel in axes[1]:
+        panel.set_ylim(bottom=0)
+    axes[0, 0].legend()
+    figure.savefig(out, dpi=120)
+
+
+def read_points(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run. Raises ValueError if there are none."""
+    points = read_metrics(folder / METRICS)
+    if not any("loss" in point for point in points):
+        raise ValueError(f"{folder}: has no {METRICS} with a line of a run; expected its run.output_dir.")
+    return points
+
+
+def _draw(axes: Any, points: list[dict[str, Any]], name: str, colour: str) -> None:
+    logged = [point for point in points if "loss" in point]
+    for column, (key, unit) in enumerate((("tokens", MILLION), ("seconds", HOUR))):
+        places = [point[key] / unit for point in logged]
+        loss, speed = axes[0, column], axes[1, column]
+        loss.plot(places, [point["loss"] for point in logged], color=colour, alpha=0.6, linewidth=1, label=name)
+        speed.plot(places, [point["tokens_per_s"] for point in logged], color=colour, linewidth=1)
+        _draw_held_out(loss, points, key, unit, colour)
+
+
+def _draw_held_out(panel: Axes, points: list[dict[str, Any]], key: str, unit: float, colour: str) -> None:
+    place, places, losses = 0.0, [], []
+    for point in points:
+        place = point.get(key, place)
+        if "heldout_loss" in point:
+            places.append(place / unit)
+            losses.append(point["heldout_loss"])
+    panel.plot(places, losses, "o", color=colour, markersize=4)

@@ -1,0 +1,63 @@
+"""The model card: the run's numbers, and nothing that is nobody's business."""
+
+import json
+
+import pytest
+
+from megabert.convert.hf.model_card import Numbers, model_card, public, read_numbers
+from megabert.files import checkpoint_format as layout
+from tests.convert.checkpoints import write_checkpoint
+from tests.convert.small import small_model
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("https://user:p%40ss@host:8080/c4/train-{00000..01023}.tar", "https://host:8080/c4/train-{00000..01023}.tar"),
+        ("https://user:p@ss@host/x.tar", "https://host/x.tar"),
+        ("https://token@host/x.tar?sig=abc#frag", "https://host/x.tar"),
+        ("s3://bucket/x.tar?X-Amz-Signature=abc&X-Amz-Credential=def", "s3://bucket/x.tar"),
+        ("https://host/path@v2/x.tar", "https://host/path@v2/x.tar"),
+        ("pipe:curl -H 'Authorization: secret' https://host/x.tar", "pipe:..."),
+        ("/home/someone/data/shards", "shards"),
+        ("/data/train-{00..11}.tar", "train-{00..11}.tar"),
+        ("~/data/shards/", "shards"),
+        ("file:///home/someone/x.tar", "x.tar"),
+        ("data/shards", "data/shards"),
+        (["/home/a", {"shards": "https://u:p@h/x", "weight": 2}], ["a", {"shards": "https://h/x", "weight": 2}]),
+        (None, None),
+        (0.5, 0.5),
+    ],
+)
+def test_the_public_form_of_a_setting(written, read):
+    assert public(written) == read
+
+
+def test_a_card_names_no_secret_and_no_folder_of_the_machine(corpus, tmp_path):
+    model = small_model()
+    folder = write_checkpoint(tmp_path, model, corpus.tokenizer)
+    raw = json.loads((folder / "state.json").read_text())
+    secret = "https://user:hunter2@host/x-{0..9}.tar?sig=topsecret"
+    raw["recipe"]["data"] |= {
+        "train": [{"shards": secret, "weight": 1}, {"shards": "/home/someone/x"}],
+        "heldout": secret,
+    }
+    raw["recipe"]["data"]["train"][1]["weight"] = 2
+    raw["recipe"]["run"]["output_dir"] = "/home/someone/runs/best"
+    (folder / "state.json").write_text(json.dumps(raw))
+    card = model_card(model.config, layout.read_state(folder), Numbers(1.0, None, None, None), 7, False, 1)
+    assert "https://host/x-{0..9}.tar x 1, x x 2" in card
+    assert "output_dir: best" in card
+    for private in ("hunter2", "topsecret", "user", "/home", "someone"):
+        assert private not in card.replace("users", ""), private
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"unigram_loss": "low"}', '{"unigram_loss": null}'])
+def test_a_result_that_does_not_say_is_no_number(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "heldout_loss": "x"}\n')
+    assert read_numbers(tmp_path, 1) == Numbers(2.5, None, None, None)
+    (tmp_path / "result.json").write_text('{"unigram_loss": 6.5}')
+    assert read_numbers(tmp_path, 1).unigram_loss == 6.5
+    (tmp_path / "result.json").unlink()
+    assert read_numbers(tmp_path, 1).unigram_loss is None

@@ -1,0 +1,162 @@
+"""Weights out of DeepSpeed's files, whatever stage and world size, bit for bit and without running anything in them."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+from megabert.convert.zero import read_checkpoint
+from megabert.files import checkpoint_format as layout
+from tests.convert.checkpoints import TIED, write_checkpoint, write_state
+from tests.convert.small import small_model
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "half"),
+    [
+        (0, 1, False),
+        (1, 2, False),
+        (1, 2, True),
+        (2, 1, True),
+        (2, 3, True),
+        (3, 1, False),
+        (3, 2, True),
+        (3, 7, False),
+    ],
+)
+def test_every_stage_and_world_size_gives_the_same_bits(corpus, tmp_path, stage, world_size, half):
+    model = small_model()
+    folder = write_checkpoint(tmp_path, model, corpus.tokenizer, stage=stage, world_size=world_size, half=half)
+    weights, config, state = read_checkpoint(tmp_path)
+    assert config.to_dict() == model.config.to_dict()
+    assert state.zero_stage == stage
+    assert weights.keys() == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(weights[name], parameter), name
+    if stage:
+        with contextlib.redirect_stdout(io.StringIO()):
+            theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        assert theirs.keys() - {TIED} == weights.keys()
+        assert all(torch.equal(theirs[name], weights[name]) for name in weights)
+
+
+def test_a_missing_rank_is_an_error(corpus, tmp_path):
+    folder = write_checkpoint(tmp_path, small_model(), corpus.tokenizer, stage=3, world_size=3)
+    (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(ValueError, match=r"rank_1_mp_rank_00_optim_states.pt is missing"):
+        read_checkpoint(tmp_path)
+    rewrite(folder, 3)
+    with pytest.raises(ValueError, match=r"optimizer states of ranks \[0, 2\]: some are missing"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_missing_last_rank_is_an_error(corpus, tmp_path):
+    folder = write_checkpoint(tmp_path, small_model(), corpus.tokenizer, stage=3, world_size=3)
+    (folder / "zero_pp_rank_2_mp_rank_00_optim_states.pt").unlink()
+    rewrite(folder, 3)
+    with pytest.raises(ValueError, match="has the optimizer states of 2 ranks, but 3 wrote it"):
+        read_checkpoint(tmp_path)
+
+
+def test_another_models_partitions_are_an_error(corpus, tmp_path):
+    for stage, half in ((3, False), (2, True)):
+        folder = write_checkpoint(
+            tmp_path / f"{stage}", small_model(), corpus.tokenizer, stage=stage, world_size=1, half=half
+        )
+        other = write_checkpoint(
+            tmp_path / f"other-{stage}", small_model(num_hidden_layers=1), corpus.tokenizer, stage=stage, half=half
+        )
+        name = f"{'bf16_' if half else ''}zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        (folder / name).write_bytes((other / name).read_bytes())
+        rewrite(folder, stage)
+        with pytest.raises(ValueError, match="its parameters need .* numbers of each rank or group, and it has"):
+            read_checkpoint(folder)
+
+
+def rewrite(folder, stage: int) -> None:
+    """Make the manifest fit the files that are there."""
+    (folder / layout.MANIFEST).unlink()
+    (folder / layout.STATE).unlink()
+    write_state(folder, small_model(), 2, stage, 3)
+
+
+class Evil:
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (self.witness,)
+
+
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+def test_a_pickle_in_a_checkpoint_is_never_executed(corpus, tmp_path, name):
+    """Its manifest is right: whoever writes the file can write that too."""
+    folder = write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer, half=True)
+    witness = tmp_path / "witness"
+    loaded = torch.load(folder / name, weights_only=True)
+    torch.save(loaded | {"lr_scheduler": Evil(str(witness))}, folder / name)
+    rewrite(folder, 2)
+    with pytest.raises(ValueError, match=f"{name}: asks for posix.mkdir, which no checkpoint of ours does; not read"):
+        read_checkpoint(tmp_path / "run")
+    assert not witness.exists()
+    pickle.loads(pickle.dumps(Evil(str(witness))))
+    assert witness.exists(), "the test's own pickle does nothing"
+
+
+def test_averaging_is_the_mean_of_the_last_checkpoints(corpus, tmp_path):
+    models = [small_model(seed) for seed in range(4)]
+    for step, model in enumerate(models, start=1):
+        write_checkpoint(tmp_path, model, corpus.tokenizer, step=step, stage=3 if step % 2 else 2, world_size=2)
+    weights, _, state = read_checkpoint(tmp_path, average=3)
+    assert state.step == 4
+    for name, tensor in weights.items():
+        mean = torch.stack([model.get_parameter(name).detach() for model in models[1:]]).double().mean(dim=0)
+        torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=1e-7)
+    older = read_checkpoint(tmp_path / "checkpoints" / layout.tag_of(2), average=2)[0]
+    torch.testing.assert_close(older["decoder.bias"], (models[0].decoder.bias + models[1].decoder.bias).detach() / 2)
+    with pytest.raises(ValueError, match="has 4 checkpoints up to step-00000004, cannot average 5"):
+        read_checkpoint(tmp_path, average=5)
+    with pytest.raises(ValueError, match="cannot average 0 checkpoints"):
+        read_checkpoint(tmp_path, average=0)
+    write_checkpoint(tmp_path, small_model(num_hidden_layers=1), corpus.tokenizer, step=5)
+    with pytest.raises(ValueError, match="cannot be averaged with .*: its model.num_hidden_layers is 2, not 1"):
+        read_checkpoint(tmp_path, average=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpus": "1" * 64}, "its corpus is '0000"),
+        ({"recipe": {"optimizer": {"lr": 7.0}}}, "its recipe.optimizer.lr is "),
+        ({"recipe": {"masking": {"mlm_probability": 0.9}}}, "its recipe.masking.mlm_probability is "),
+        ({"recipe": {"run": {"seed": 3}}}, "its seed is 17, not 3"),
+        ({"tokenizer.json": " "}, "its tokenizer is '"),
+        ({"recipe": {"data": {"train": "/moved"}, "run": {"output_dir": "/moved", "log_every_steps": 3}}}, None),
+    ],
+)
+def test_only_checkpoints_of_one_run_are_averaged(corpus, tmp_path, changes, message):
+    for step in (1, 2):
+        folder = write_checkpoint(tmp_path, small_model(step), corpus.tokenizer, step=step)
+    if "tokenizer.json" in changes:
+        with open(folder / "tokenizer.json", "a") as file:
+            file.write(changes["tokenizer.json"])
+    raw = json.loads((folder / layout.STATE).read_text())
+    for part, settings in changes.get("recipe", {}).items():
+        raw["recipe"][part] |= settings
+    raw["corpus"] = changes.get("corpus", raw["corpus"])
+    (folder / layout.STATE).write_text(json.dumps(raw))
+    (folder / layout.MANIFEST).unlink()
+    files = {
+        name: ((folder / name).stat().st_size, layout.file_hash(folder / name)) for name in layout.files_of(folder)
+    }
+    (folder / layout.MANIFEST).write_text(json.dumps(files))
+    if message is None:
+        read_checkpoint(tmp_path, average=2)
+    else:
+        with pytest.raises(ValueError, match=f"cannot be averaged with .*: {message}"):
+            read_checkpoint(tmp_path, average=2)

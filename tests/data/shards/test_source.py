@@ -1,0 +1,299 @@
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKENIZER, read_manifest
+from megabert.data.shards.source import DamagedShardError, check_same_tokenizer, open_corpus, open_source, sample_format
+
+
+@pytest.fixture
+def folder(corpus, tmp_path):
+    """A copy of the token shards to damage."""
+    return shutil.copytree(corpus.tokens, tmp_path / "tokens")
+
+
+def test_plain_webdataset_reads_our_shards(corpus):
+    source = open_source(str(corpus.tokens))
+    path = corpus.tokens / source.shards[0].name
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    tokens = [np.load(io.BytesIO(sample["tokens.npy"])) for sample in samples]
+    lengths = [np.load(io.BytesIO(sample["lengths.npy"])) for sample in samples]
+    assert sum(map(len, tokens)) == source.shards[0].tokens
+    assert sum(map(len, lengths)) == source.shards[0].documents
+
+
+def test_chunks_read_by_byte_range_equal_the_whole_shard(corpus):
+    source = open_source(str(corpus.tokens))
+    samples = webdataset.WebDataset(str(corpus.tokens / source.shards[0].name), shardshuffle=False)
+    for number, sample in enumerate(samples):
+        whole = np.load(io.BytesIO(sample["tokens.npy"]))
+        assert np.array_equal(source.read_chunk(0, number).tokens, whole)
+
+
+def test_splits_cover_every_chunk_once(corpus):
+    source = open_source(str(corpus.tokens))
+    few = dataclasses.replace(source, shards=source.shards[:3])
+    for part in (source, few):
+        splits = part.splits
+        covered = [(s.shard, chunk) for s in splits for chunk in range(s.first, s.last)]
+        assert covered == [(i, c) for i, shard in enumerate(part.shards) for c in range(len(shard.chunks))]
+        assert all(s.last > s.first for s in splits)
+
+
+def test_brace_notation_names_shards_of_one_manifest(corpus):
+    source = open_source(f"{corpus.tokens}/train-{{00000..00003}}.tar")
+    assert [shard.name for shard in source.shards] == [f"train-{i:05d}.tar" for i in range(4)]
+    with pytest.raises(ValueError, match=r"train-99999\.tar is not among the manifest's \d+ train shards"):
+        open_source(f"{corpus.tokens}/train-99999.tar")
+    with pytest.raises(ValueError, match="spans the folders"):
+        open_source(f"{corpus.tokens}/{{a,b}}/train-00000.tar")
+
+
+def test_a_missing_manifest_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"manifest\.json: no such file.*write_shards\.py"):
+        open_source(str(tmp_path))
+
+
+def test_a_missing_shard_is_named(folder):
+    (folder / "train-00002.tar").unlink()
+    with pytest.raises(ValueError, match=r"train-00002\.tar: the manifest lists this shard, but it is missing"):
+        open_source(str(folder))
+
+
+def test_a_truncated_shard_is_named(folder):
+    path = folder / "train-00001.tar"
+    path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(ValueError, match=r"train-00001\.tar: \d+ bytes, but the manifest says \d+"):
+        open_source(str(folder))
+
+
+def test_a_shard_that_vanishes_or_shrinks_while_training_is_named(folder):
+    source = open_source(str(folder))
+    path = folder / source.shards[0].name
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"chunk 0 \(byte 0\): 1000 bytes, expected \d+: the shard is truncated"):
+        source.read_chunk(0, 0)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"train-00000\.tar chunk 0 \(byte 0\): the shard is missing"):
+        source.read_chunk(0, 0)
+
+
+def test_damaged_tar_headers_are_named(folder):
+    source = open_source(str(folder))
+    path = folder / source.shards[0].name
+    data = bytearray(path.read_bytes())
+    data[0:100] = b"\xff" * 100
+    path.write_bytes(bytes(data))
+    with pytest.raises(DamagedShardError, match=r"train-00000\.tar chunk 0 \(byte 0\): its checksum is not"):
+        source.read_chunk(0, 0)
+
+
+def test_one_flipped_bit_in_a_token_is_named(folder):
+    """The id stays in range and the tar whole: only the checksum can tell."""
+    source = open_source(str(folder))
+    path = folder / source.shards[0].name
+    place = source.shards[0].chunk(1)
+    data = bytearray(path.read_bytes())
+    data[place.offset + 1024] ^= 1
+    path.write_bytes(bytes(data))
+    source.read_chunk(0, 0)
+    with pytest.raises(DamagedShardError, match=rf"train-00000\.tar chunk 1 \(byte {place.offset}\): its checksum"):
+        source.read_chunk(0, 1)
+
+
+def rewritten(folder, change) -> Path:
+    """The folder with its first chunk's sample changed and all checksums right: what only looking inside can tell."""
+    source = open_source(str(folder))
+    shard = source.shards[0]
+    path, place = folder / shard.name, shard.chunk(0)
+    data = path.read_bytes()
+    sample = sample_format.read_sample(data[: place.size], "x")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        sample_format.write_sample(tar, "train-00000-00000", change(sample))
+        size = tar.offset
+    chunk = buffer.getvalue()[:size]
+    path.write_bytes(chunk + data[place.size :])
+    index = np.load(folder / CHUNKS)
+    index[0, 1], index[0, 4] = size, zlib.crc32(chunk)
+    index[1 : len(shard.chunks), 0] += size - place.size
+    np.save(folder / CHUNKS, index)
+    raw = json.loads((folder / MANIFEST).read_text())
+    raw["chunks_sha256"] = hashlib.sha256((folder / CHUNKS).read_bytes()).hexdigest()
+    raw["splits"]["train"][0]["bytes"] = len(path.read_bytes())
+    (folder / MANIFEST).write_text(json.dumps(raw))
+    return folder
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(folder):
+    def change(sample):
+        tokens, lengths = sample_format.decode_tokens(sample, "x")
+        tokens[5] = 800
+        return sample_format.encode_tokens(sample_format.TokenChunk(tokens, lengths))
+
+    source = open_source(str(rewritten(folder, change)))
+    with pytest.raises(DamagedShardError, match="holds id 800, but the vocabulary has 800"):
+        source.read_chunk(0, 0)
+
+
+def test_documents_that_are_not_the_manifests_are_refused(folder):
+    def change(sample):
+        tokens, lengths = sample_format.decode_tokens(sample, "x")
+        lengths = np.concatenate([lengths[:-2], [lengths[-2:].sum()]]).astype(np.int32)
+        return sample_format.encode_tokens(sample_format.TokenChunk(tokens, lengths))
+
+    source = open_source(str(rewritten(folder, change)))
+    with pytest.raises(DamagedShardError, match=r"\d+ documents, but the manifest says \d+"):
+        source.read_chunk(0, 0)
+
+
+def test_a_shard_without_tokens_is_refused(folder):
+    source = open_source(str(rewritten(folder, lambda sample: {"jsonl": b"{}\n"})))
+    with pytest.raises(DamagedShardError, match=r"expected a member \.tokens\.npy"):
+        source.read_chunk(0, 0)
+
+
+def test_missing_shards_are_only_logged_where_that_is_allowed(folder, caplog):
+    (folder / "train-00002.tar").unlink()
+    source = open_source(str(folder), on_bad_shard="skip")
+    assert "train-00002.tar: the manifest lists this shard, but it is missing" in caplog.text
+    assert len(source.shards) == 24
+
+
+def test_an_index_of_another_manifest_is_refused(folder):
+    index = np.load(folder / CHUNKS)
+    np.save(folder / CHUNKS, index[:-1])
+    with pytest.raises(ValueError, match=r"chunks\.npy beside it is not the one it was written with"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../train-00000.tar", "/etc/passwd", "a/b.tar", ".tar", "x.tar/../y.tar", ""])
+def test_a_shards_name_never_leaves_the_folder(folder, name):
+    raw = json.loads((folder / MANIFEST).read_text())
+    raw["splits"]["train"][0]["name"] = name
+    (folder / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="is not a shard's name"):
+        open_source(str(folder))
+
+
+def test_a_mixture_speaks_with_one_voice(corpus, folder):
+    alone = open_corpus([(str(corpus.tokens), 3.0)])
+    assert alone.weights == (1.0,)
+    both = open_corpus([(str(corpus.tokens), 3.0), (str(folder), 1.0)])
+    assert both.weights == (0.75, 0.25)
+    assert both.tokens == 2 * alone.tokens
+    assert both.fingerprint not in (alone.fingerprint, open_corpus([(str(corpus.tokens), 1.0)] * 2).fingerprint)
+    assert np.allclose(both.token_shares, alone.token_shares)
+    assert alone.token_shares.sum() == pytest.approx(1.0)
+    raw = json.loads((folder / MANIFEST).read_text())
+    raw["tokenizer"]["fingerprint"] = "f" * 64
+    (folder / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="written with tokenizer ffffffffffff, but"):
+        open_corpus([(str(corpus.tokens), 3.0), (str(folder), 1.0)])
+
+
+def test_a_part_without_documents_is_refused(folder):
+    raw = json.loads((folder / MANIFEST).read_text())
+    raw["splits"]["train"] = []
+    (folder / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="the train part has no documents. Write the shards again from a corpus"):
+        open_source(str(folder))
+
+
+def test_a_manifest_of_another_format_or_no_json_is_refused(folder):
+    (folder / MANIFEST).write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="format 99, expected 2"):
+        read_manifest(folder)
+    (folder / MANIFEST).write_text("[]")
+    with pytest.raises(ValueError, match="format None, expected 2"):
+        read_manifest(folder)
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        read_manifest(folder)
+
+
+def test_shards_of_another_tokenizer_are_refused(corpus, folder):
+    source = open_source(str(corpus.tokens))
+    raw = json.loads((folder / MANIFEST).read_text())
+    raw["tokenizer"]["fingerprint"] = "f" * 64
+    (folder / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="written with tokenizer ffffffffffff, but .* with"):
+        check_same_tokenizer(source, open_source(str(folder), "heldout"))
+    with pytest.raises(ValueError, match=r"its fingerprint is .*, but the shards were written with ffffffffffff"):
+        open_source(str(folder)).read_tokenizer_file()
+    (folder / TOKENIZER).unlink()
+    with pytest.raises(ValueError, match="no such file; it belongs beside the shards"):
+        open_source(str(folder)).read_tokenizer_file()
+
+
+def test_text_wants_a_tokenizer(corpus, folder):
+    raw = json.loads((folder / MANIFEST).read_text()) | {"kind": "text", "tokenizer": None}
+    (folder / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"holds text, expected tokens\. Name a tokenizer with data\.tokenizer"):
+        open_source(str(folder))
+    with pytest.raises(ValueError, match="no such tokenizer"):
+        open_source(str(folder), tokenizer=str(folder / "nowhere"))
+
+
+def test_samples_survive_encoding():
+    chunk = sample_format.TokenChunk(np.arange(7, dtype=np.uint16), np.array([3, 0, 4], dtype=np.int32))
+    decoded = sample_format.decode_tokens(sample_format.encode_tokens(chunk), "here")
+    assert all(np.array_equal(a, b) for a, b in zip(chunk, decoded, strict=True))
+    documents = ["plain", "two\nlines", "\u2028 \U0001f600 \x00", ""]
+    assert sample_format.decode_text(sample_format.encode_text(documents), "here") == documents
+    assert sample_format.token_dtype(65_536) == np.uint16
+    assert sample_format.token_dtype(65_537) == np.uint32
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"jsonl": b""}, r"expected a member \.tokens\.npy"),
+        ({"tokens.npy": b"garbage", "lengths.npy": b""}, "not a plain .npy array"),
+    ],
+)
+def test_wrong_token_samples_are_refused(sample, message):
+    with pytest.raises(ValueError, match=message):
+        sample_format.decode_tokens(sample, "shard.tar chunk 3")
+
+
+def test_wrong_arrays_are_refused():
+    good = sample_format.TokenChunk(np.arange(7, dtype=np.uint16), np.array([7], dtype=np.int32))
+    floats = sample_format.encode_tokens(good._replace(tokens=np.zeros(7)))
+    with pytest.raises(ValueError, match=r"holds float64 of shape \(7,\), expected flat uint16 or uint32"):
+        sample_format.decode_tokens(floats, "x")
+    short = sample_format.encode_tokens(good._replace(lengths=np.array([6], dtype=np.int32)))
+    with pytest.raises(ValueError, match="lengths sum to 6, expected int32 that sum to the chunk's 7 tokens"):
+        sample_format.decode_tokens(short, "x")
+
+
+def test_pickles_are_never_loaded():
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"an": "object"}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="not a plain .npy array"):
+        sample_format.decode_tokens({"tokens.npy": buffer.getvalue(), "lengths.npy": b""}, "x")
+
+
+def test_wrong_text_samples_are_refused():
+    for sample, message in (({"tokens.npy": b""}, "expected a member .jsonl"), ({"jsonl": b'{"a": 1}\n'}, "not one")):
+        with pytest.raises(ValueError, match=message):
+            sample_format.decode_text(sample, "x")
+
+
+def test_member_names_never_become_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        sample_format.write_sample(tar, "../../etc/escape", {"jsonl": b""})
+        chunk = buffer.getvalue()[: tar.offset]
+    assert sample_format.read_sample(chunk, "x")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,193 @@
+"""data_prep/fetch_tasks.py without a network: small made-up files in the places of the real ones."""
+
+import io
+import runpy
+import sys
+import tarfile
+import types
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data_prep.tasks import movies, same_sense, verses
+from megabert.finetune.tasks.readers import read_split
+from megabert.finetune.tasks.task import read_task
+from tests.conftest import REPOSITORY
+
+LABELLED = REPOSITORY / "data_prep/tasks"
+
+
+@pytest.fixture
+def launch(monkeypatch, capsys):
+    """The command in this process: exit code and stderr."""
+
+    def run(*flags: str) -> tuple[int | str | None, str]:
+        monkeypatch.setattr("sys.argv", ["data_prep/fetch_tasks.py", *flags])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(REPOSITORY / "data_prep/fetch_tasks.py"), run_name="__main__")
+        return end.value.code, capsys.readouterr().err
+
+    return run
+
+
+def packed(name: str, content: bytes) -> bytes:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    return archive.getvalue()
+
+
+@pytest.fixture
+def snippets(tmp_path, monkeypatch):
+    """The movies' source distribution, with 60 snippets."""
+    lines = [f"{i}_{i}\t{(i % 9 - 4) * 0.9}\tsnippet {i}  of a\tfilm " for i in range(60)]
+    content = packed(movies.INNER, packed(movies.FILE, "\r\n".join(lines).encode()))
+    (tmp_path / movies.SDIST).write_bytes(content)
+    monkeypatch.setattr(movies, "SHA256", movies.hashlib.sha256(content).hexdigest())
+    return tmp_path
+
+
+def test_movies_become_two_tasks_that_their_files_describe(snippets, launch):
+    assert launch(f"--out={snippets}") == (0, "")
+    for name, count in (("movie-sentiment", 53), ("movie-rating", 60)):
+        task = read_task(LABELLED / f"{name}.yaml")
+        train, dev = (read_split(task, snippets, split) for split in ("train", "validation"))
+        assert len(train.first) + len(dev.first) == count
+        assert not set(train.first) & set(dev.first)
+    assert "snippet 8 of a film" in train.first + dev.first
+    assert max(train.labels or []) == pytest.approx(3.6)
+
+
+def test_what_cannot_be_fetched_or_is_another_file_is_one_line(tmp_path, launch, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    code, mistake = launch(f"--out={tmp_path}")
+    assert (code, mistake.count("\n")) == (1, 1)
+    assert "vaderSentiment==3.3.2: pip could not fetch it" in mistake
+    assert mistake.strip().endswith(f"Put {movies.SDIST} into {tmp_path}.")
+    (tmp_path / movies.SDIST).write_bytes(b"something else")
+    code, mistake = launch(f"--out={tmp_path}")
+    assert (code, mistake.count("\n")) == (1, 1)
+    assert f"expected {movies.SHA256}. Remove it, and fetch it again" in mistake
+
+
+BANK = """\
+  1 This is the licence.
+00000001 14 n 01 bank 0 000 | sloping land; "they walked along the bank"; "he sat on the bank of the river"
+00000002 14 n 01 bank 0 000 | an institution; "he put money in the bank"; "that bank lends"
+"""
+
+
+def test_same_sense_has_as_many_of_each_label_per_word(snippets, tmp_path, launch):
+    wordnet = tmp_path / "wordnet"
+    wordnet.mkdir()
+    code, mistake = launch(f"--out={snippets}", f"--wordnet={wordnet}")
+    assert code == 1
+    assert "data.noun: no such file; expected WordNet's data files" in mistake
+    for name in same_sense.FILES:
+        (wordnet / name).write_text(BANK if name == "data.noun" else "  1 This is the licence.\n")
+    assert launch(f"--out={snippets}", f"--wordnet={wordnet}") == (0, "")
+    lines = [
+        line.split("\t")
+        for name in ("train", "dev")
+        for line in (snippets / f"same-sense/{name}.tsv").read_text().splitlines()[1:]
+    ]
+    labels = [label for _, _, label in lines]
+    assert labels.count("same") == labels.count("different") == 2
+    rivers = [("river" in one or "walked" in one) == ("river" in two or "walked" in two) for one, two, _ in lines]
+    assert rivers == [label == "same" for label in labels]
+    assert all(text.startswith("bank: ") for line in lines for text in line[:2])
+
+
+NAMES = "Adam Boaz Caleb Daniel Esther Felix Gideon Hannah Isaac Jonah Kish Laban".split()
+OLD_WORDS, NEW_WORDS = (
+    ("spake unto", "went forth with", "begat"),
+    ("talked to", "left together with", "became the father of"),
+)
+
+
+def translated(chapter: int, verbs: tuple[str, ...]) -> list[str]:
+    """Twelve verses; of each two or three words are those of the other translation."""
+    return [f"{NAMES[i]} {verbs[(i + chapter) % 3]} {NAMES[(i * 5 + chapter) % 12]} " for i in range(12)]
+
+
+class Bible:
+    """As pysword gives one: a book of forty chapters."""
+
+    def __init__(self, verbs: tuple[str, ...]):
+        self.verbs = verbs
+        self._decompressed_text = str
+
+    def get_structure(self):
+        book = types.SimpleNamespace(name="Genesis", osis_name="Gen", num_chapters=40)
+        return types.SimpleNamespace(get_books=lambda: {"ot": [book]})
+
+    def get_iter(self, books: list[str], chapters: list[int]) -> list[str]:
+        more = [""] if chapters == [7] and self.verbs == NEW_WORDS else []  # numbered otherwise
+        return translated(chapters[0], self.verbs) + more
+
+
+class Modules:
+    """As pysword.modules.SwordModules."""
+
+    def __init__(self, folder: str):
+        assert folder.endswith("sword")
+
+    def parse_modules(self) -> None:
+        pass
+
+    def get_bible_from_module(self, name: str) -> Bible:
+        return Bible(OLD_WORDS if name == verses.OLD else NEW_WORDS)
+
+
+def test_verses_are_paired_so_that_their_words_alone_say_nothing(snippets, tmp_path, launch, monkeypatch):
+    sword = tmp_path / "sword"
+    monkeypatch.setitem(sys.modules, "pysword.modules", None)
+    code, mistake = launch(f"--out={snippets}", f"--sword={sword}")
+    assert (code, mistake) == (
+        1,
+        "data_prep/fetch_tasks.py: verse-paraphrase needs pysword: pip install pysword==0.2.8\n",
+    )
+    monkeypatch.setitem(sys.modules, "pysword.modules", types.SimpleNamespace(SwordModules=Modules))
+    code, mistake = launch(f"--out={snippets}", f"--sword={sword}")
+    assert code == 1
+    assert f"mods.d/{verses.OLD}.conf: no such file" in mistake
+    (sword / "mods.d").mkdir(parents=True)
+    for name in (verses.OLD, verses.NEW):
+        (sword / f"mods.d/{name}.conf").touch()
+    assert launch(f"--out={snippets}", f"--sword={sword}") == (0, "")
+    task = read_task(LABELLED / "verse-paraphrase.yaml")
+    train, dev = (read_split(task, snippets, split) for split in ("train", "validation"))
+    assert train.second is not None
+    assert dev.second is not None
+    old = {
+        verse.strip(): (chapter, i)
+        for chapter in range(1, 41)
+        for i, verse in enumerate(translated(chapter, OLD_WORDS))
+    }
+    texts = [*zip(train.first, train.second, strict=True), *zip(dev.first, dev.second, strict=True)]
+    labels = [*(train.labels or []), *(dev.labels or [])]
+    assert sum(labels) * 2 == len(labels) > 20
+    for (first, second), label in zip(texts, labels, strict=True):
+        chapter, number = old[first]
+        assert (second == translated(chapter, NEW_WORDS)[number].strip()) == (label == 1)
+    found = list(verses.pairs(list(verses.chapters(sword))))
+    assert {pair.chapter for pair in found} == {f"Gen {number}" for number in range(1, 41) if number != 7}
+    chosen = verses.balance(found)
+    assert len(chosen) == len(labels)
+    means = [np.mean([pair.similarity for pair in chosen if pair.label == label]) for label in ("same", "different")]
+    assert abs(means[0] - means[1]) < verses.STEP
+
+
+def test_no_step_of_similarity_has_more_of_one_label():
+    pairs = [verses.Pair(f"old {i}", f"new {i}", "same", 0.2 + i / 1000, "Gen 1") for i in range(300)]
+    pairs += [verses.Pair(f"old {i}", f"other {i}", "different", 0.3 + i / 1000, "Gen 1") for i in range(300)]
+    chosen = verses.balance(pairs)
+    steps = [(int((pair.similarity - verses.LEAST) / verses.STEP), pair.label) for pair in chosen]
+    assert len(chosen) > 380, "both have 200 between 0.3 and 0.5"
+    assert Counter(step for step, label in steps if label == "same") == Counter(
+        step for step, label in steps if label == "different"
+    )
+    assert chosen == verses.balance(reversed(pairs))

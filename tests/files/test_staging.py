@@ -1,0 +1,109 @@
+"""A folder is there whole or not at all, whoever is killed meanwhile and however many write to one place."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megabert.files.staging import put_in_place, staged
+from tests.conftest import REPOSITORY
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from megabert.files.staging import staged
+with staged(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("written")
+    print(folder.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def start(out: Path) -> tuple[subprocess.Popen, str]:
+    """A process that is in the middle of writing, and the name of its folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(out)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_a_signal_leaves_nothing(tmp_path, number, code):
+    process, name = start(tmp_path / "out")
+    assert (tmp_path / name / "half").is_file()
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_left_is_removed_by_the_next_and_what_is_being_written_is_not(tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / ".tmp-out-of-somebody").mkdir()
+    alive, being_written = start(out)
+    killed, left = start(out)
+    other, left_of_another = start(tmp_path / "out-2")
+    for process in (killed, other):
+        process.kill()
+        process.communicate(timeout=60)
+    assert len({being_written, left, left_of_another}) == 3
+    with staged(out) as folder:
+        assert not (tmp_path / left).exists()
+        assert (tmp_path / being_written / "half").is_file()
+        (folder / "mine").write_text("")
+        put_in_place(folder, out)
+    alive.terminate()
+    alive.communicate(timeout=60)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".tmp-out-of-somebody", left_of_another}
+
+
+def test_several_at_once_write_whole_folders_and_leave_nothing(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from megabert.files.staging import put_in_place, staged
+for _ in range(100):
+    with staged(Path(sys.argv[1])) as folder:
+        for name in "ab":
+            (folder / name).write_text(sys.argv[2])
+        put_in_place(folder, Path(sys.argv[1]))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    writers = [subprocess.Popen([*command, text], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for text in "123"]
+    for writer in writers:
+        error = writer.communicate(timeout=120)[1]
+        assert writer.returncode == 0, error
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
+    assert (tmp_path / "out" / "a").read_text() == (tmp_path / "out" / "b").read_text()
+
+
+def test_an_error_leaves_nothing_and_a_name_may_have_any_sign(tmp_path):
+    out = tmp_path / "[x] *?"
+
+    def fail() -> None:
+        with staged(out) as folder:
+            assert folder.parent == tmp_path
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with staged(out) as folder:
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,106 @@
+"""launch/pareto.py on the checkpoints of two runs of a model that takes milliseconds."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from megabert.files.checkpoint_format import MANIFEST, STATE, file_hash
+from megabert.finetune.results import pareto
+from megabert.finetune.results.pareto import Point
+from tests.conftest import REPOSITORY, Corpus
+from tests.convert.checkpoints import write_checkpoint
+from tests.convert.small import small_model
+
+
+def test_each_cost_has_its_own_front(tmp_path):
+    points = [
+        Point("a", 1, 0.5, 1.0, 10.0, 8.0),
+        Point("a", 2, 0.6, 2.0, 20.0, 16.0),
+        Point("b", 1, 0.55, 3.0, 9.0, 3.0),
+        Point("b", 2, 0.6, 4.0, 20.0, 4.0),
+    ]
+    marked = pareto.mark_fronts(points)
+    assert [point.fronts for point in marked] == [("hours",), ("hours", "tokens"), ("tokens", "dollars"), ("dollars",)]
+    assert "| b | 1 | 55.00 | 3.000 | 9 | 3.00 | tokens, dollars |" in pareto.as_markdown(marked)
+    assert "a: only 2 checkpoints; train with run.keep_every_steps to keep more" in pareto.as_markdown(marked)
+    more = [Point("a", 3, 0.0, 9.0, 9.0, 9.0), Point("b", 3, 0.0, 9.0, 9.0, 9.0)]
+    assert "only" not in pareto.as_markdown([*marked, *more])
+    pareto.draw(marked, "test", tmp_path / "pareto.png")
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [tmp_path / name for name in ("a/base", "b/base", "b/small")]
+    assert pareto.name_runs(folders) == dict(zip(["a/base", "b/base", "b/small"], folders, strict=True))
+    assert list(pareto.name_runs(folders[1:])) == ["base", "small"]
+    with pytest.raises(ValueError, match="base is there twice"):
+        pareto.name_runs([folders[0], tmp_path / "b/../a/base"])
+
+
+def run_of(out: Path, corpus: Corpus, seed: int, used: dict[int, float], world_size: int = 1) -> Path:
+    """A run's folder with a checkpoint per step, and what each says that it took. used: step -> seconds."""
+    for step, seconds in used.items():
+        folder = write_checkpoint(out, small_model(seed), corpus.tokenizer, step=step, world_size=world_size)
+        state = json.loads((folder / STATE).read_text())
+        (folder / STATE).write_text(json.dumps(state | {"used": seconds}))
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest[STATE] = ((folder / STATE).stat().st_size, file_hash(folder / STATE))
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+    return out
+
+
+@pytest.fixture
+def launch(glue, tmp_path, monkeypatch, capsys):
+    """The command in this process: exit code, stdout, stderr."""
+    (tmp_path / "tiny.yaml").write_text("settings: {lr: 1.0e-3, epochs: 1, batch_size: 8, max_seq_len: 32}\n")
+    same = [f"--data={glue}", f"--protocol={tmp_path / 'tiny.yaml'}", "--ops=torch", f"--out={tmp_path / 'pareto'}"]
+
+    def run(*flags: str) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr("sys.argv", ["launch/pareto.py", *flags, *same])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(REPOSITORY / "launch/pareto.py"), run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_figure_of_two_runs(corpus, tmp_path, launch):
+    one = run_of(tmp_path / "one/base", corpus, 0, {1: 3600.0, 2: 7200.0, 3: 10_800.0})
+    other = run_of(tmp_path / "other/base", corpus, 1, {2: 1800.0}, world_size=2)
+    code, said, mistakes = launch(f"--runs={one},{other}", "--tasks=sst2,rte", "--dollars-per-gpu-hour=2.5")
+    assert code == 0, mistakes
+    points = json.loads((tmp_path / "pareto/pareto.json").read_text())
+    assert [(point["run"], point["step"], point["hours"], point["tokens"], point["dollars"]) for point in points] == [
+        ("one/base", 1, 1.0, 1000, 2.5),
+        ("one/base", 2, 2.0, 2000, 5.0),
+        ("one/base", 3, 3.0, 3000, 7.5),
+        ("other/base", 2, 0.5, 2000, 2.5),
+    ]
+    for point in points:
+        results = json.loads((tmp_path / "pareto" / point["run"] / f"step-{point['step']:08}/results.json").read_text())
+        assert point["score"] == results["average"]
+    assert any("hours" in point["fronts"] for point in points)
+    assert "other/base: only 1 checkpoint; train with run.keep_every_steps" in said
+    assert "one/base: only" not in said
+    assert (tmp_path / "pareto/pareto.md").read_text() in said
+    assert (tmp_path / "pareto/pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_has_no_score_or_no_cost_is_refused_before_any_training(corpus, tmp_path, launch):
+    run = run_of(tmp_path / "run", corpus, 0, {1: 0.0})
+    for more, message in (
+        (["--tasks=wnli"], "--tasks wnli: it counts in no average"),
+        (["--tasks=sst2"], "step-00000001: does not say how long the run had taken"),
+        (["--tasks=sst2", "--dollars-per-gpu-hour=-1"], "--dollars-per-gpu-hour is -1.0, expected 0 or more"),
+    ):
+        code, _, mistake = launch(f"--runs={run}", *more)
+        assert (code, mistake.count("\n")) == (2 if "dollars" in message else 1, 1), mistake
+        assert message in mistake
+    with pytest.raises(ValueError, match="has no checkpoints/step-"):
+        pareto.checkpoints_of(tmp_path)
+    (tmp_path / "results.json").write_text('{"average": null, "average_of": "mean of nothing"}')
+    with pytest.raises(ValueError, match="has no average .mean of nothing."):
+        pareto.measure("run", run / "checkpoints/step-00000001", tmp_path / "results.json", 0.0)
+    assert not (tmp_path / "pareto").exists()

@@ -1,0 +1,197 @@
+"""The same command again: what it reuses, what it does anew, what it repairs; and two commands at the same time."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megabert.finetune.main import run
+from tests.finetune.conftest import PROTOCOL
+from tests.finetune.layouts import write_tsv
+
+
+def results_of_jobs(out: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((out / "jobs").glob("*.json"))}
+
+
+def changed(before: dict[str, dict], out: Path) -> list[str]:
+    """Jobs whose result is another: at least its seconds are."""
+    after = results_of_jobs(out)
+    return [name for name in after if before.get(name) != after[name]]
+
+
+def labels_in(archive: Path) -> dict[str, str]:
+    with zipfile.ZipFile(archive) as files:
+        return {name: files.read(name).decode() for name in files.namelist()}
+
+
+def test_a_changed_test_set_is_labelled_anew_by_the_best_job_alone(request_for, tmp_path):
+    data, out = write_tsv(tmp_path / "data"), tmp_path / "out"
+    request = request_for(tasks="cola", submission=True, data=str(data))
+    assert run(request) == 0
+    before, labels = results_of_jobs(out), labels_in(out / "submission.zip")
+    with open(data / "CoLA/test.tsv", "a") as file:
+        file.write("12\tthe cat sat on the mat\n")
+    assert run(request) == 0
+    best = max(before, key=lambda name: before[name]["score"])
+    assert changed(before, out) == [best]
+    after = labels_in(out / "submission.zip")
+    assert (after["CoLA.tsv"].count("\n"), labels["CoLA.tsv"].count("\n")) == (14, 13)
+    before = results_of_jobs(out)
+    assert run(request) == 0
+    assert changed(before, out) == []
+
+
+def test_labels_asked_for_later_are_those_that_would_have_been(request_for, tmp_path):
+    """MNLI's come from the model that it kept; of RTE's two jobs the best trains again."""
+    assert run(request_for(tasks="mnli,rte", submission=True, out=str(tmp_path / "at_once"))) == 0
+    out = tmp_path / "out"
+    assert run(request_for(tasks="mnli,rte")) == 0
+    before = results_of_jobs(out)
+    assert run(request_for(tasks="mnli,rte,ax", submission=True)) == 0
+    scores = {name: result["score"] for name, result in before.items() if name.startswith("rte")}
+    assert changed(before, out) == ["mnli-pretrained-c0-s1", max(scores, key=lambda name: scores[name])]
+    mnli = "mnli-pretrained-c0-s1"
+    assert results_of_jobs(out)[mnli]["seconds"] == before[mnli]["seconds"], "it was not trained again"
+    labels, at_once = labels_in(out / "submission.zip"), labels_in(tmp_path / "at_once/submission.zip")
+    assert labels.pop("AX.tsv")
+    assert labels == at_once
+    before = results_of_jobs(out)
+    assert run(request_for(tasks="mnli,rte")) == 0
+    assert changed(before, out) == []
+
+
+def test_a_task_added_later_starts_from_the_model_that_mnli_kept(request_for, tmp_path):
+    assert run(request_for(tasks="mnli")) == 0
+    before = results_of_jobs(tmp_path / "out")
+    assert run(request_for(tasks="rte,mnli")) == 0
+    names = [f"rte-pretrained-c0-s{seed}" for seed in (1, 2)]
+    assert changed(before, tmp_path / "out") == names
+    rte = results_of_jobs(tmp_path / "out")[names[0]]
+    assert rte["request"]["start"] == before["mnli-pretrained-c0-s1"]["model"]
+
+
+@pytest.mark.parametrize("left", [b"", b'{"status": "do', b"[]", b'{"status": "done"}', None])
+def test_a_result_that_is_not_whole_is_made_again(request_for, tmp_path, left):
+    (tmp_path / "tiny.yaml").write_text(PROTOCOL)
+    assert run(request_for(tasks="sst2")) == 0
+    before, path = results_of_jobs(tmp_path / "out"), tmp_path / "out/jobs/sst2-pretrained-c0-s2.json"
+    if left is None:
+        path.unlink()
+    else:
+        path.write_bytes(left)
+    assert run(request_for(tasks="sst2")) == 0
+    assert changed(before, tmp_path / "out") == ["sst2-pretrained-c0-s2"]
+
+
+def test_what_a_job_left_and_is_lost_or_damaged_is_made_again(request_for, tmp_path):
+    request, out = request_for(tasks="mnli,rte", submission=True), tmp_path / "out"
+    assert run(request) == 0
+    labels = labels_in(out / "submission.zip")
+    mnli = out / "jobs/mnli-pretrained-c0-s1"
+    for path in out.glob("jobs/*.npz"):
+        path.write_bytes(path.read_bytes()[:-9])
+    assert run(request) == 0
+    assert labels_in(out / "submission.zip") == labels
+    for path in out.glob("jobs/*.npz"):
+        path.unlink()
+    assert run(request) == 0
+    assert labels_in(out / "submission.zip") == labels
+    before = results_of_jobs(out)
+    (mnli / "model.safetensors").write_bytes((mnli / "model.safetensors").read_bytes()[:-4])
+    assert run(request) == 0
+    assert changed(before, out) == [mnli.name], "and it is bit for bit the model from which RTE started"
+    shutil.rmtree(mnli)
+    assert run(request) == 0
+    assert labels_in(out / "submission.zip") == labels
+
+
+OWN = "name: own\ntexts: [text]\nlabels: [bad, good]\nmetrics: [accuracy]\ntrain: own.tsv\ndev: own.tsv\n"
+
+
+def test_the_test_set_of_a_task_of_the_users_own_is_labelled(request_for, tmp_path):
+    (tmp_path / "own.tsv").write_text("text\tlabel\n" + "the cat sat\tgood\nso bad\tbad\n" * 8)
+    (tmp_path / "test.tsv").write_text("text\ngood cat\nbad mat\nso good\n")
+    (tmp_path / "own.yaml").write_text(OWN)
+    own = {"task_file": str(tmp_path / "own.yaml"), "data": str(tmp_path), "submission": True}
+    with pytest.raises(ValueError, match="--submission: none of these tasks has a test set"):
+        run(request_for(**own))
+    (tmp_path / "own.yaml").write_text(OWN + "test: missing.tsv\n")
+    with pytest.raises(ValueError, match=r"missing\.tsv: no such file"):
+        run(request_for(**own))
+    (tmp_path / "own.yaml").write_text(OWN + "test: test.tsv\n")
+    assert run(request_for(**own)) == 0
+    lines = (tmp_path / "out/predictions/own.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    assert [line.split("\t")[0] for line in lines[1:]] == ["0", "1", "2"]
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"bad", "good"}
+    assert not (tmp_path / "out/submission.zip").exists()
+
+
+@contextmanager
+def held(path: Path, shared: bool = False) -> Iterator[int]:
+    """The number of another process that has a claim."""
+    program = "import sys, time; from pathlib import Path; from megabert.files.lock import take\n"
+    program += f"file = take(Path(sys.argv[1]), shared={shared}); print('mine', flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "mine\n"
+        yield process.pid
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_two_commands_on_one_folder_are_refused_and_parts_of_an_array_are_not(request_for, tmp_path, monkeypatch):
+    monkeypatch.setattr("megabert.finetune.main.LEAVES_S", 0.3)
+    out = tmp_path / "out"
+    out.mkdir()
+    with held(out / "glue.lock") as pid:
+        for shard in ("", "0/2"):
+            with pytest.raises(
+                ValueError, match=f"out: process {pid} on .* is fine-tuning there. Wait for it, end it, or"
+            ):
+                run(request_for(tasks="sst2", shard=shard))
+        assert not (out / "jobs").exists()
+    with held(out / "glue.lock", shared=True), pytest.raises(ValueError, match="is fine-tuning there"):
+        run(request_for(tasks="sst2"))
+    with held(out / "glue.lock", shared=True):
+        assert run(request_for(tasks="sst2", shard="0/2")) == 0
+    with held(out / "start-1.lock"), pytest.raises(ValueError, match="is fine-tuning there"):
+        run(request_for(tasks="sst2", shard="1/2"))
+    (out / "glue.lock").write_text('{"host": "node-7", "pid": 12}')
+    assert run(request_for(tasks="sst2")) == 0, "a claim that nobody has is none"
+
+
+def test_a_job_that_another_command_is_running_is_left_to_that(request_for, tmp_path, capsys):
+    name = "sst2-pretrained-c0-s1"
+    (tmp_path / "out/jobs").mkdir(parents=True)
+    with held(tmp_path / f"out/jobs/{name}.lock"):
+        assert run(request_for(tasks="sst2", shard="0/2")) == 0
+        said = capsys.readouterr().out
+        assert f"{name}: another command is running it" in said
+        assert "1 left (it waits for MNLI, or another command has it)" in said
+        assert run(request_for(tasks="sst2")) == 1
+        assert f"not run yet: {name}" in (tmp_path / "out/results.md").read_text()
+    assert run(request_for(tasks="sst2")) == 0
+
+
+def test_what_no_job_could_use_is_refused_before_the_first(request_for, tmp_path, bert):
+    with pytest.raises(ValueError, match="run.ops is fused, but"):
+        run(request_for(tasks="sst2", ops="fused"))
+    other = shutil.copytree(bert, tmp_path / "other")
+    tokens = json.loads((tmp_path / "out/start/tokenizer.json").read_text())
+    tokens["model"]["vocab"] = {f"{word}x": number for word, number in tokens["model"]["vocab"].items()}
+    tokens["added_tokens"] = []
+    tokens["post_processor"] = None
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(ValueError, match=r"its tokenizer has no \[CLS\]"):
+        run(request_for(tasks="sst2", checkpoint=str(other)))
+    assert not (tmp_path / "out/jobs").exists()

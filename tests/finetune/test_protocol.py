@@ -1,0 +1,106 @@
+import pytest
+
+from megabert.finetune.protocol import protocol_names, read_protocol
+from megabert.finetune.tasks.task import EIGHT, GLUE, Task
+
+# lr, weight decay per step at the peak learning rate, epochs, batch, number of seeds, start: as MosaicBERT's code has them.
+MOSAICBERT = {
+    "mnli": (5e-5, 5e-6, 3, 48, 1, "checkpoint"),
+    "qnli": (1e-5, 1e-6, 10, 16, 1, "checkpoint"),
+    "qqp": (3e-5, 3e-6, 5, 16, 1, "checkpoint"),
+    "sst2": (3e-5, 3e-6, 3, 16, 3, "checkpoint"),
+    "cola": (5e-5, 5e-6, 10, 32, 4, "checkpoint"),
+    "mrpc": (8e-5, 8e-6, 10, 32, 5, "mnli"),
+    "rte": (1e-5, 1e-5, 3, 16, 5, "mnli"),
+    "stsb": (3e-5, 3e-6, 10, 32, 5, "mnli"),
+}
+
+
+@pytest.mark.parametrize("name", MOSAICBERT)
+def test_mosaicberts_protocol_is_the_papers(name):
+    plan = read_protocol("mosaicbert", []).plan(GLUE[name])
+    (settings,) = plan.candidates
+    lr, decay, epochs, batch, seeds, start = MOSAICBERT[name]
+    assert (settings.lr, settings.epochs, settings.batch_size, plan.start) == (lr, epochs, batch, start)
+    assert settings.lr * settings.torch_decay == pytest.approx(decay)
+    assert plan.seeds == (19, 8364, 717, 10536, 90166)[:seeds]
+    assert (settings.betas, settings.eps, settings.max_seq_len, settings.warmup) == ((0.9, 0.98), 1e-6, 256, 0.06)
+    assert settings.decay_norms_and_biases
+    assert settings.max_grad_norm == 0
+    assert (settings.precision, plan.metrics) == (("fp32", ("spearman",)) if name == "stsb" else ("auto", ()))
+
+
+def test_modernberts_sweep():
+    for name in EIGHT:
+        plan = read_protocol("modernbert", []).plan(GLUE[name])
+        assert len(plan.candidates) == 4 * 4 * 3
+        assert {s.lr for s in plan.candidates} == {1e-5, 3e-5, 5e-5, 8e-5}
+        assert {round(s.lr * s.torch_decay, 9) for s in plan.candidates} == {1e-6, 5e-6, 8e-6, 1e-5}
+        assert {s.epochs for s in plan.candidates} == ({1, 2, 3} if name in ("sst2", "mnli", "rte") else {2, 5, 10})
+        assert plan.start == ("mnli" if name in ("rte", "mrpc", "stsb") else "checkpoint")
+
+
+def test_every_protocol_of_ours_is_read():
+    assert {"mosaicbert", "modernbert", "quick", "quickstart"} == set(protocol_names())
+    for name in protocol_names():
+        protocol = read_protocol(name, [])
+        assert protocol.about
+        assert protocol.other.candidates
+
+
+GOOD = "seeds: [1]\nsettings: {lr: 5e-5, epochs: 1, batch_size: 8}\ntasks:\n  rte: {start: mnli}\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lr:", "learning_rate:", "unknown key settings.learning_rate"),
+        ("5e-5", "fast", "lr is 'fast', expected a number"),
+        ("epochs: 1", "epochs: 1.5", "epochs is 1.5, expected a whole number"),
+        ("epochs: 1", "epochs: 0", "epochs is 0, expected at least 1"),
+        ("epochs: 1", "warmup: 2, epochs: 1", "warmup is 2.0, expected 0 to 1"),
+        ("lr: 5e-5, ", "", "does not say lr"),
+        ("start: mnli", "start: squad", "start is 'squad', expected checkpoint or mnli"),
+        ("start: mnli", "pooling: max", "pooling is 'max', expected cls or mean"),
+        ("start: mnli", "sweep: {lr: 1}", "tasks.rte.sweep.lr is 1, expected a list of values"),
+        ("start: mnli", "metrics: [bleu]", "metrics is \\['bleu'\\]"),
+        ("[1]", "[]", "seeds is \\[\\], expected a list of whole numbers"),
+        ("[1]", "[-1]", "seeds is \\[-1\\], expected a list of whole numbers from 0 on"),
+        ("[1]", "[true]", "seeds is \\[True\\], expected a list of whole numbers"),
+        ("[1]", "[1, 2, 1]", "which has a seed twice"),
+        ("5e-5", ".nan", "lr is nan, expected a number"),
+        ("5e-5", "1e999", "lr is '1e999', expected a number"),
+        ("epochs: 1", "beta1: 1, epochs: 1", "beta1 is 1.0, expected 0 or more, and less than 1"),
+        ("epochs: 1", "dropout: 1, epochs: 1", "dropout is 1.0, expected 0 or more, and less than 1"),
+        ("epochs: 1", "eps: 0, epochs: 1", "eps is 0.0, expected at least 1e-30"),
+        ("start: mnli", "pooling: [cls]", "pooling is \\['cls'\\], expected cls or mean"),
+        ("start: mnli", "sweep:", "tasks.rte.sweep is None, expected keys and values"),
+        ("start: mnli", "sweep: {lr: [5e-5, 5e-5]}", "tasks.rte.sweep: has a value twice"),
+        ("start: mnli", "metrics: [[x]]", "metrics is \\[\\['x'\\]\\], expected some of"),
+        ("start: mnli", "metrics: [spearman]", "tasks.rte.metrics has spearman, expected some of accuracy"),
+        ("rte:", "mnli:", "tasks.mnli.start is mnli: it cannot start from itself"),
+        ("rte:", "ret:", "unknown key tasks.ret. Did you mean rte"),
+        ("  rte: {start: mnli}\n", "", "tasks is None, expected keys and values"),
+        ("  rte: {start: mnli}\n", "- rte\n", "tasks is \\['rte'\\], expected keys and values"),
+        ("{start: mnli}", "", "tasks.rte is None, expected keys and values"),
+        ("settings: {lr: 5e-5, epochs: 1, batch_size: 8}", "settings:", "settings is None, expected keys and values"),
+        ("seeds", "seed", "unknown key seed. Did you mean seeds"),
+        (GOOD, "[", "not valid YAML"),
+        (GOOD, "text", "expected keys and values"),
+    ],
+)
+def test_a_wrong_protocol_is_refused(tmp_path, old, new, message):
+    (tmp_path / "own.yaml").write_text(GOOD.replace(old, new))
+    with pytest.raises(ValueError, match=message) as mistake:
+        read_protocol(str(tmp_path / "own.yaml"), [])
+    assert "\n" not in str(mistake.value)
+    with pytest.raises(ValueError, match="neither a file nor one of .* Did you mean mosaicbert"):
+        read_protocol("mosaicbrt", [])
+
+
+def test_a_protocol_may_name_the_tasks_that_are_chosen(tmp_path):
+    (tmp_path / "own.yaml").write_text(GOOD.replace("rte: {start: mnli}", "own: {metrics: [f1]}"))
+    own = Task(name="own", texts=("text",), labels=("a", "b"), metrics=("accuracy", "f1"))
+    assert read_protocol(str(tmp_path / "own.yaml"), [own]).plan(own).metrics == ("f1",)
+    with pytest.raises(ValueError, match="unknown key tasks.own"):
+        read_protocol(str(tmp_path / "own.yaml"), [])

@@ -1,0 +1,256 @@
+"""One fine-tuning: packing, learning, the schedule, what is loaded and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification
+
+from megabert.finetune.base_model import load_model, prepare, save_model
+from megabert.finetune.protocol import Settings
+from megabert.finetune.tasks.task import GLUE, Examples, Task
+from megabert.finetune.training import (
+    Encoded,
+    Place,
+    build_model,
+    cut_into_bins,
+    encode,
+    finetune,
+    learning_rate_share,
+    load_tokenizer,
+    pack,
+    parameter_groups,
+    predict,
+    rescale_embeddings,
+)
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.modeling_megabert import MegaBertForSequenceClassification, mean_of_documents
+
+CPU = Place(torch.device("cpu"), "torch")
+SETTINGS = Settings(lr=5e-3, epochs=4, batch_size=32, dropout=0.0, attention_dropout=0.0, precision="fp32")
+TINY = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def toy(count: int, seed: int, regression: bool = False) -> Encoded:
+    """Label 1 where token 7 occurs, or its count: learnable in seconds by a model that works."""
+    rng = np.random.default_rng(seed)
+    ids, labels = [], []
+    for _ in range(count):
+        words = rng.integers(10, 30, rng.integers(3, 9))
+        label = int(rng.integers(2))
+        if label:
+            words[int(rng.integers(len(words)))] = 7
+        ids.append([2, *words.tolist(), 3])
+        labels.append(float(label) if regression else label)
+    return Encoded(ids, None, torch.tensor(labels))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_fine_tuning_learns(pooling):
+    torch.manual_seed(0)
+    model = MegaBertForSequenceClassification(
+        MegaBertConfig(**TINY, hidden_dropout_prob=0.0, classifier_pooling=pooling)
+    )
+    trained = finetune(model, toy(600, 0), SETTINGS, CPU, seed=19)
+    assert trained.examples == 2400
+    test = toy(200, 1)
+    assert (predict(model, test, SETTINGS, CPU) == test.labels.numpy()).mean() > 0.95
+
+
+def test_a_regression_learns():
+    torch.manual_seed(0)
+    model = MegaBertForSequenceClassification(MegaBertConfig(**TINY, hidden_dropout_prob=0.0, num_labels=1))
+    finetune(model, toy(600, 0, regression=True), SETTINGS, CPU, seed=19)
+    test = toy(200, 1, regression=True)
+    assert np.corrcoef(predict(model, test, SETTINGS, CPU), test.labels.numpy())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("most_tokens", [1, 40, 1 << 20])
+def test_the_bins_do_not_change_the_step(most_tokens, monkeypatch):
+    """However a step's examples are cut, the loss is their mean."""
+    ends = []
+    for tokens in (1 << 20, most_tokens):
+        monkeypatch.setitem(__import__("megabert.finetune.training", fromlist=["x"]).BIN_TOKENS, "cpu", tokens)
+        torch.manual_seed(0)
+        model = MegaBertForSequenceClassification(MegaBertConfig(**TINY, hidden_dropout_prob=0.0, num_labels=2))
+        finetune(model.double(), toy(80, 0), SETTINGS, CPU, seed=19)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-9)
+
+
+def test_cutting_into_bins():
+    encoded = Encoded([[1] * n for n in (3, 2, 4, 9, 1)], None, None)
+    assert [part.tolist() for part in cut_into_bins(encoded, np.arange(5), 5)] == [[0, 1], [2], [3], [4]]
+
+
+def test_packing_a_pair():
+    encoded = Encoded([[2, 9, 3], [2, 3], [2, 8, 3, 8, 3]], [[0] * 3, [0] * 2, [0, 0, 0, 1, 1]], None)
+    inputs = pack(encoded, np.array([2, 0]), CPU.device)
+    assert inputs["input_ids"].tolist() == [2, 8, 3, 8, 3, 2, 9, 3]
+    assert inputs["token_type_ids"].tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+    assert inputs["cu_seqlens"].tolist() == [0, 5, 8]
+    assert inputs["max_seqlen"] == 5
+
+
+def test_a_text_is_encoded_as_in_transformers_and_cut(bert):
+    tokenizer = load_tokenizer(bert, 8)
+    pairs = encode(Examples(["the cat sat on the mat"], ["good cats"], [1]), tokenizer, True)
+    words = ["[CLS]", "the", "cat", "sat", "[SEP]", "good", "cat", "[SEP]"]
+    assert [tokenizer.id_to_token(i) for i in pairs.ids[0]][:5] == words[:5]
+    assert len(pairs.ids[0]) == 8
+    assert pairs.types == [[0] * 5 + [1] * 3]
+    assert encode(Examples(["good"], None, None), tokenizer, True).types is None
+
+
+def test_the_schedule_warms_up_and_ends_near_zero():
+    shares = [learning_rate_share(step, 100, 6) for step in range(100)]
+    assert shares[5] == shares[6] == 1.0
+    assert shares[0] == pytest.approx(1 / 6)
+    assert shares[-1] == pytest.approx(1 / 94)
+    assert shares[6:] == sorted(shares[6:], reverse=True)
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_what_decays(everything):
+    settings = Settings(
+        lr=2e-5, weight_decay=1e-6, decoupled_decay=True, epochs=1, batch_size=1, decay_norms_and_biases=everything
+    )
+    groups = parameter_groups(MegaBertForSequenceClassification(MegaBertConfig(**TINY)), settings)
+    assert [group["weight_decay"] for group in groups] == pytest.approx([0.05] if everything else [0.05, 0.0])
+    assert everything or all(p.dim() > 1 for p in groups[0]["params"])
+
+
+@pytest.mark.parametrize("position", ["alibi", "learned"])
+def test_rescaling_embeddings_changes_no_output(position):
+    config = MegaBertConfig(**TINY, position=position)
+    model = MegaBertForSequenceClassification(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+        inputs = pack(toy(20, 0), np.arange(20), CPU.device)
+        before = model(**inputs).logits
+        rescale_embeddings(model)
+        torch.testing.assert_close(model(**inputs).logits, before, rtol=0, atol=1e-6)
+    assert model.bert.embeddings.word_embeddings.weight.std().item() == pytest.approx(config.initializer_range)
+
+
+def test_the_mean_of_documents():
+    hidden = torch.tensor([[1.0], [3.0], [5.0]])
+    assert mean_of_documents(hidden, torch.tensor([0, 2, 2, 3])).flatten().tolist() == [2.0, 0.0, 5.0]
+    rows = torch.tensor([0, 3])  # one of three slots, of which the last is padding
+    assert mean_of_documents(hidden, rows, num_keys=torch.tensor([2])).flatten().tolist() == [2.0]
+
+
+def test_a_loss_that_explodes_stops():
+    model = MegaBertForSequenceClassification(MegaBertConfig(**TINY))
+    with pytest.raises(ValueError, match="the loss was not finite in epoch 1 of 1. Lower lr"):
+        finetune(model, toy(200, 0), Settings(lr=1e30, epochs=1, batch_size=8, precision="fp32"), CPU, 0)
+
+
+def test_a_classifier_of_transformers_starts_from_the_same_encoder(bert, tmp_path):
+    """Pairs through our packed model and through BertForSequenceClassification, with the same head."""
+    start = prepare(bert, tmp_path / "start")
+    model = build_model(start.folder, GLUE["mnli"], SETTINGS, CPU, 0).eval()
+    theirs = BertForSequenceClassification.from_pretrained(bert, num_labels=3).eval()
+    theirs.classifier.load_state_dict(model.classifier.state_dict())
+    encoded = encode(
+        Examples(["the cat sat", "bad"], ["on the mat", "so good"], [0, 1]), load_tokenizer(bert, 64), True
+    )
+    with torch.no_grad():
+        ours = model(**pack(encoded, np.arange(2), CPU.device)).logits
+        for number in range(2):
+            inputs = (torch.tensor([encoded.ids[number]]), None, torch.tensor([encoded.types[number]]))
+            torch.testing.assert_close(theirs(*inputs).logits[0], ours[number], rtol=0, atol=1e-5)
+
+
+def test_the_start_is_reused_and_made_anew_for_other_weights(bert, tmp_path):
+    first = prepare(bert, tmp_path / "start")
+    stamp = (first.folder / "model.safetensors").stat().st_mtime_ns
+    assert prepare(bert, tmp_path / "start") == first
+    assert (first.folder / "model.safetensors").stat().st_mtime_ns == stamp
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("config.json", "vocab.txt"):
+        (other / name).write_bytes((bert / name).read_bytes())
+    weights = load_file(bert / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, other / "model.safetensors")
+    assert prepare(other, tmp_path / "start").sha256 != first.sha256
+
+
+def test_a_checkpoint_where_the_start_is_written_is_refused_and_stays(bert, tmp_path):
+    shutil.copytree(bert, tmp_path / "start")
+    with pytest.raises(ValueError, match="is where the start of this command's jobs is written. Choose another --out"):
+        prepare(tmp_path / "start", tmp_path / "start")
+    assert (tmp_path / "start" / "vocab.txt").is_file()
+
+
+def test_what_is_no_start_is_refused(bert, tmp_path):
+    with pytest.raises(ValueError, match="neither a checkpoint .* nor a Hugging Face folder"):
+        prepare(tmp_path, tmp_path / "start")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((bert / name).read_bytes())
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json and no vocab\.txt"):
+        prepare(tmp_path, tmp_path / "start")
+
+
+def test_a_kept_model_is_a_start_without_its_head_and_labels_as_before(bert, tmp_path):
+    start = prepare(bert, tmp_path / "start").folder
+    model = build_model(start, GLUE["mnli"], SETTINGS, CPU, 0)
+    save_model(model, start, tmp_path / "kept")
+    again = build_model(tmp_path / "kept", GLUE["rte"], SETTINGS, CPU, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.bert.parameters(), again.bert.parameters(), strict=True))
+    assert again.classifier.out_features == 2
+    same = load_model(tmp_path / "kept", GLUE["mnli"], SETTINGS, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    with pytest.raises(ValueError, match="its weights are not those of a model for rte"):
+        load_model(tmp_path / "kept", GLUE["rte"], SETTINGS, CPU)
+    weights = load_file(tmp_path / "kept/model.safetensors")
+    del weights["bert.embeddings.norm.bias"]
+    save_file(weights, tmp_path / "kept/model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks 1 of the encoder's parameters.*such as bert\.embeddings\.norm\.bias"):
+        build_model(tmp_path / "kept", GLUE["rte"], SETTINGS, CPU, 1)
+
+
+def test_a_start_with_another_vocabulary_is_another_and_a_damaged_one_is_made_again(bert, tmp_path):
+    first = prepare(bert, tmp_path / "start")
+    other = shutil.copytree(bert, tmp_path / "other")
+    words = (other / "vocab.txt").read_text()
+    (other / "vocab.txt").write_text(words.replace("cat\nsat\n", "sat\ncat\n"))
+    assert prepare(other, tmp_path / "second").sha256 != first.sha256
+    for name in ("model.safetensors", "tokenizer.json", "origin.json"):
+        (first.folder / name).write_bytes(b"{")
+        assert prepare(bert, tmp_path / "start") == first
+        assert (first.folder / name).stat().st_size > 1
+    (first.folder / "tokenizer.json").unlink()
+    assert prepare(bert, tmp_path / "start") == first
+
+
+def test_a_folder_of_something_else_is_not_overwritten(bert, tmp_path):
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start/thesis.txt").write_text("three years")
+    with pytest.raises(ValueError, match="start: is in the way of the start of this command's jobs"):
+        prepare(bert, tmp_path / "start")
+    assert (tmp_path / "start/thesis.txt").read_text() == "three years"
+
+
+def test_a_tokenizer_without_cls_is_refused(bert, tmp_path):
+    raw = json.loads((prepare(bert, tmp_path / "start").folder / "tokenizer.json").read_text())
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != "[CLS]"]
+    del raw["model"]["vocab"]["[CLS]"]
+    raw["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"its tokenizer has no \[CLS\]"):
+        load_tokenizer(tmp_path, 8)
+
+
+def test_random_weights_are_not_the_pretrained_ones(bert, tmp_path):
+    start = prepare(bert, tmp_path / "start").folder
+    task = Task(name="own", texts=("text",), metrics=("pearson",))
+    pretrained, fresh = (build_model(start, task, SETTINGS, CPU, 1, kind) for kind in (True, False))
+    name = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(pretrained.state_dict()[name], load_file(start / "model.safetensors")[name])
+    assert not torch.equal(fresh.state_dict()[name], pretrained.state_dict()[name])
+    assert fresh.classifier.out_features == 1

@@ -1,0 +1,121 @@
+"""launch/keep_running.sh starts again after crashes, without two runs in one folder, and gives up on what cannot run."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from megabert.convert.zero import read_checkpoint
+from megabert.training.telemetry.reporter import read_metrics
+from tests.conftest import REPOSITORY, Corpus, free_port, pretrain_command, run_ranks
+
+SETTINGS = ["--run.max_steps=60", "--run.save_every_steps=5", "--run.eval_every_steps=60"]
+
+
+def keep_running(corpus: Corpus, out: Path, log: Path, *more: str) -> subprocess.Popen:
+    flags = [flag for flag in pretrain_command(corpus, out, *more)[2:] if not flag.startswith("--run.output_dir")]
+    variables = {"OUT": str(out), "DEEPSPEED": f"--num_gpus 2 --master_port {free_port()}"}
+    fixed = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with open(log, "w") as file:
+        command = ["bash", "launch/keep_running.sh", *flags]
+        return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | fixed | variables, stdout=file, stderr=file)
+
+
+def wait_for(what: str, condition, log: Path, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"{what} never came\n{log.read_text()}"
+        time.sleep(0.05)
+
+
+def alive(process: psutil.Process) -> bool:
+    """A zombie is not: some containers have no init that would collect the orphans."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def last_step(out: Path) -> int:
+    records = read_metrics(out / "metrics.jsonl")
+    return records[-1]["step"] if records else 0
+
+
+def test_a_killed_rank_and_a_killed_launcher_end_bitwise_as_if_undisturbed(corpus: Corpus, tmp_path):
+    out, log = tmp_path / "disturbed", tmp_path / "log"
+    process = keep_running(corpus, out, log, *SETTINGS)
+    try:
+        for accident in ("rank", "launcher"):
+            reached = last_step(out)
+            wait_for("more steps", lambda reached=reached: last_step(out) >= reached + 6, log)
+            [deepspeed] = psutil.Process(process.pid).children()
+            [launcher] = deepspeed.children()
+            victim = launcher if accident == "launcher" else launcher.children()[1]
+            everyone = psutil.Process(process.pid).children(recursive=True)
+            os.kill(victim.pid, signal.SIGKILL)
+            wait_for("their end", lambda everyone=everyone: not any(map(alive, everyone)), log)
+        assert process.wait(120) == 0, log.read_text()
+    finally:
+        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            child.kill()
+        process.kill()
+    assert log.read_text().count("starting again from checkpoint step-") == 2
+    done = run_ranks(corpus, tmp_path / "whole", *SETTINGS, ranks=2)
+    assert done.code == 0, done.output
+    first, second = (read_checkpoint(folder)[0] for folder in (tmp_path / "whole", out))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def fake_deepspeed(folder: Path, monkeypatch, script: str) -> None:
+    """A repository of its own with another command in deepspeed's place."""
+    (folder / "launch").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "launch/keep_running.sh", folder / "launch")
+    (folder / "bin").mkdir()
+    (folder / "bin/deepspeed").write_text(f"#!/usr/bin/env bash\necho $@ >> {folder}/starts\n{script}\n")
+    (folder / "bin/deepspeed").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+
+def attempts(folder: Path, *flags: str, **variables: str) -> tuple[int, int]:
+    """(exit code, number of starts)."""
+    env = os.environ | {"OUT": str(folder / "out")} | variables
+    done = subprocess.run(["bash", str(folder / "launch/keep_running.sh"), *flags], env=env, check=False, timeout=60)
+    return done.returncode, len((folder / "starts").read_text().splitlines())
+
+
+def test_it_gives_up_after_crashes_that_lead_nowhere(tmp_path, monkeypatch):
+    fake_deepspeed(tmp_path, monkeypatch, "exit 137")
+    assert attempts(tmp_path, MAX_CRASHES="2") == (137, 3)
+
+
+def test_a_mistake_is_not_tried_again(tmp_path, monkeypatch):
+    fake_deepspeed(tmp_path, monkeypatch, "exit 1")
+    assert attempts(tmp_path) == (1, 1)
+
+
+def test_a_new_checkpoint_starts_the_count_anew_and_a_stop_is_no_crash(tmp_path, monkeypatch):
+    (tmp_path / "out/checkpoints").mkdir(parents=True)
+    latest = tmp_path / "out/checkpoints/latest"
+    script = (
+        f"case $(wc -l < {tmp_path}/starts) in 1) exit 86;; 2) echo step-2 > {latest}; exit 86;; [345]) exit 85;; esac"
+    )
+    fake_deepspeed(tmp_path, monkeypatch, script)
+    assert attempts(tmp_path, MAX_CRASHES="1") == (0, 6)
+
+
+def test_where_to_begin_is_said_of_the_first_attempt(tmp_path, monkeypatch):
+    """Until there is a checkpoint of this command's own, of all that begin; then the newest is gone on from."""
+    latest = tmp_path / "out/checkpoints/latest"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("step-9")  # another run's, that was there before
+    os.utime(latest, (1, 1))
+    script = f"case $(wc -l < {tmp_path}/starts) in 1) exit 86;; 2) echo step-2 > {latest}; exit 85;; esac"
+    fake_deepspeed(tmp_path, monkeypatch, script)
+    assert attempts(tmp_path, "--run.resume", "none") == (0, 3)
+    begins = [line.split("--run.resume")[1:] for line in (tmp_path / "starts").read_text().splitlines()]
+    assert begins == [[" none"], [" none"], [" none ", " auto"]]

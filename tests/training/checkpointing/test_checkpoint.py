@@ -1,0 +1,191 @@
+"""What needs no training to be tested: which checkpoint is whose, and whether it is whole."""
+
+import dataclasses
+import json
+
+import pytest
+
+from megabert.config.recipe import OptimizerConfig, Recipe, RunConfig
+from megabert.files import checkpoint_format as layout
+from megabert.files.checkpoint_format import State
+from megabert.training.checkpointing.resume import Course, check_same_run
+from megabert.training.checkpointing.writer import set_aside_after
+from megabert.training.optim.guard import Guard
+
+RECIPE = Recipe(run=RunConfig(max_steps=10))
+STATE = State(
+    step=4,
+    next_index=8,
+    tokens=1000,
+    seconds=1.0,
+    world_size=2,
+    num_streams=24,
+    step_batches=4,
+    total_steps=10,
+    corpus="c" * 64,
+    recipe=RECIPE.to_dict(),
+    ds_config={"zero_optimization": {"stage": 2}},
+    model={},
+    adamw="PyTorch",
+    guard=Guard(0.0).to_json(),
+    left_behind=[],
+)
+
+
+def check(recipe: Recipe = RECIPE, state: State = STATE, **changes):
+    now = {
+        "corpus": "c" * 64,
+        "stage": 2,
+        "world_size": 2,
+        "step_batches": 4,
+        "total_steps": 10,
+        "adamw": "PyTorch",
+        "numerics": {},
+    } | changes
+    check_same_run(layout.Path("step-00000004"), state, recipe, Course(**now))
+
+
+def test_the_same_run_is_accepted_wherever_it_reports():
+    check()
+    check(dataclasses.replace(RECIPE, run=RunConfig(max_steps=10, log_every_steps=3, output_dir="elsewhere")))
+
+
+def test_another_recipe_is_refused_with_every_key_that_differs():
+    other = dataclasses.replace(
+        RECIPE, optimizer=dataclasses.replace(RECIPE.optimizer, lr=0.5), run=RunConfig(max_steps=10, seed=3)
+    )
+    with pytest.raises(ValueError, match=r"optimizer\.lr was 0\.0005 and is 0\.5; run\.seed was 17 and is 3"):
+        check(other)
+
+
+def test_another_corpus_or_stage_is_refused():
+    with pytest.raises(ValueError, match="trained on corpus cccccccccccc, but data.train is dddddddddddd"):
+        check(corpus="d" * 64)
+    with pytest.raises(
+        ValueError, match="written at ZeRO stage 2, this is stage 3, .* with a fresh optimizer: .* model.init_from"
+    ):
+        check(stage=3)
+    with pytest.raises(ValueError, match="written at ZeRO stage 2, this is stage 0"):
+        check(stage=0)
+
+
+def test_stage_2_continues_at_stage_1_and_on_any_number_of_ranks():
+    check(stage=1)
+    check(world_size=4)
+
+
+def test_another_implementation_of_the_optimizer_is_refused():
+    with pytest.raises(ValueError, match="was written with AdamW from PyTorch, this is apex's"):
+        check(adamw="apex")
+
+
+def test_another_batch_or_length_is_refused():
+    with pytest.raises(ValueError, match="a step was 4 micro-batches and the run 10 steps; now they are 8 and 5"):
+        check(step_batches=8, total_steps=5)
+
+
+def test_checkpoints_of_another_course_are_set_aside(tmp_path):
+    for step in (3, 9, 12):
+        (tmp_path / layout.tag_of(step)).mkdir()
+    set_aside_after(tmp_path, 5)
+    assert layout.list_tags(tmp_path) == [layout.tag_of(3)]
+    [aside] = tmp_path.glob("set-aside-*")
+    assert sorted(path.name for path in aside.iterdir()) == [layout.tag_of(9), layout.tag_of(12)]
+
+
+def test_stage_0_continues_on_any_number_of_ranks():
+    state = dataclasses.replace(STATE, ds_config={"zero_optimization": {"stage": 0}})
+    check(state=state, stage=0, world_size=8)
+
+
+BF16 = {"enabled": True, "dtype": "bfloat16"}
+
+
+def test_another_precision_is_refused():
+    zero = {"zero_optimization": {"stage": 2}}
+    check(
+        state=dataclasses.replace(STATE, ds_config=zero | {"torch_autocast": {"enabled": False}, "steps_per_print": 1})
+    )
+    check(
+        state=dataclasses.replace(STATE, ds_config=zero | {"torch_autocast": BF16}), numerics={"torch_autocast": BF16}
+    )
+    with pytest.raises(ValueError, match=r"torch_autocast was off and is {'enabled': True.*say true or false"):
+        check(numerics={"torch_autocast": BF16})
+    state = dataclasses.replace(STATE, ds_config=zero | {"communication_data_type": "bf16"})
+    with pytest.raises(ValueError, match="communication_data_type was bf16 and is off"):
+        check(state=state)
+
+
+def test_muon_above_stage_0_stays_on_as_many_ranks():
+    recipe = Recipe(run=RunConfig(max_steps=10), optimizer=OptimizerConfig(name="muon", max_grad_norm=0.0))
+    state = dataclasses.replace(STATE, recipe=recipe.to_dict())
+    check(recipe, state)
+    with pytest.raises(ValueError, match="written by 2 ranks, these are 4: above ZeRO 0 the state of Muon"):
+        check(recipe, state, world_size=4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A complete checkpoint of three files."""
+    folder = tmp_path / "checkpoints" / layout.tag_of(4)
+    folder.mkdir(parents=True)
+    (folder / layout.STATE).write_text(json.dumps(vars(STATE)))
+    (folder / layout.STREAMS).write_text("{}")
+    (folder / "weights.pt").write_bytes(b"weights")
+    hashes = {name: layout.hash_and_sync(folder / name) for name in layout.files_of(folder)}
+    (folder / layout.MANIFEST).write_text(json.dumps(hashes))
+    return folder
+
+
+def test_a_whole_checkpoint_is_found_and_read(folder):
+    assert layout.check_files(folder) is None
+    for path in (folder, folder.parent, folder.parent.parent):
+        assert layout.find_checkpoint(path) == folder
+    assert layout.read_state(folder) == STATE
+    assert STATE.zero_stage == 2
+
+
+def test_the_newest_by_number_is_found(folder):
+    newer = folder.parent / layout.tag_of(100_000_000)
+    folder.rename(newer)
+    (folder.parent / layout.tag_of(7)).mkdir()
+    (folder.parent / ".tmp-step-00000099").mkdir()
+    assert layout.list_tags(folder.parent) == [newer.name, layout.tag_of(7)]
+
+
+def test_damage_is_named(folder):
+    (folder / "weights.pt").write_bytes(b"weightz")
+    assert "weights.pt is damaged" in str(layout.check_files(folder))
+    (folder / "weights.pt").write_bytes(b"short")
+    assert "weights.pt has 5 bytes, expected 7" in str(layout.check_files(folder))
+    (folder / "weights.pt").unlink()
+    assert "weights.pt is missing" in str(layout.check_files(folder))
+    (folder / layout.MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match=r"MANIFEST\.json: damaged"):
+        layout.check_files(folder)
+    (folder / layout.MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"has no MANIFEST\.json: not a complete checkpoint"):
+        layout.check_files(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"state.json": 3}', '{"state.json": [1, "x"]}'])
+def test_a_manifest_that_lists_no_whole_checkpoint_is_damage(folder, text):
+    (folder / layout.MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match=r"MANIFEST.json: damaged: it does not list"):
+        layout.read_manifest(folder)
+
+
+def test_a_state_of_another_version_is_said_and_a_damaged_one_keeps_no_other_from_being_judged(folder):
+    path = folder / layout.STATE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"novelty": 1}))
+    with pytest.raises(ValueError, match=r"state.json: damaged, or written by another version: .*novelty"):
+        layout.read_state(folder)
+    path.write_text("{")
+    (folder.parent / layout.tag_of(99)).touch()
+    assert layout.list_tags(folder.parent) == [folder.name]
+    assert layout.heldout_losses(folder.parent) == {folder.name: None}
+
+
+def test_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint here"):
+        layout.find_checkpoint(tmp_path)

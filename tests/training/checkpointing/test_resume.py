@@ -1,0 +1,143 @@
+"""A run that stopped and went on is bitwise the run that never stopped: weights and optimizer, at every ZeRO stage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megabert.config.recipe import OptimizerConfig
+from megabert.convert.zero import read_checkpoint
+from megabert.files import checkpoint_format as layout
+from megabert.training.telemetry.reporter import read_metrics
+from tests.conftest import Corpus, ds_config_in
+from tests.training.many_runs import flags_of, run_many
+
+STEPS, STOPPED = 4, 2
+PLAIN, SAVING = f"--run.max_steps={STEPS}", f"--run.save_every_steps={STOPPED}"
+
+
+def differences(first: Any, second: Any, where: str = "") -> list[str]:
+    """Where two checkpoints' contents are not the same, bit for bit."""
+    if isinstance(first, dict):
+        if first.keys() != second.keys():
+            return [f"{where}: {first.keys() ^ second.keys()}"]
+        return [found for key in first for found in differences(first[key], second[key], f"{where}/{key}")]
+    if isinstance(first, (list, tuple)):
+        if len(first) != len(second):
+            return [f"{where}: {len(first)} and {len(second)} items"]
+        pairs = enumerate(zip(first, second, strict=True))
+        return [found for i, (a, b) in pairs for found in differences(a, b, f"{where}/{i}")]
+    if isinstance(first, torch.Tensor):
+        return [] if first.dtype == second.dtype and torch.equal(first, second) else [where]
+    return []
+
+
+def assert_same_end(first: Path, second: Path) -> None:
+    """Both runs' last checkpoints hold the same weights and optimizer state."""
+    ends = [checkpoint_of(out, STEPS) for out in (first, second)]
+    files = [sorted(path.name for path in end.glob("*.pt")) for end in ends]
+    assert files[0] == files[1]
+    tensors = 0
+    for name in files[0]:
+        states = [torch.load(end / name, weights_only=False) for end in ends]
+        assert not differences(*states, where=name)
+        tensors += sum(isinstance(value, torch.Tensor) for value in states[0].get("module", {}).values())
+    assert tensors > 10
+
+
+def losses_of(out: Path, key: str = "loss") -> list[float]:
+    return [record[key] for record in read_metrics(out / "metrics.jsonl") if key in record]
+
+
+def checkpoint_of(out: Path, step: int = STOPPED) -> Path:
+    return out / "checkpoints" / layout.tag_of(step)
+
+
+@pytest.mark.parametrize(
+    ("stages", "ranks"), [(["zero0", "zero1", "zero2", "zero2_offload", "zero3"], 1), (["zero1", "zero2", "zero3"], 2)]
+)
+def test_a_resumed_run_ends_bitwise_the_same(corpus: Corpus, tmp_path, stages, ranks):
+    """In fp32 and bf16. One process makes all runs; test_interrupts.py and fault_injection.py start anew."""
+    folders, runs = [], []
+    for stage in stages:
+        for bf16 in (False, True):
+            folder = tmp_path / f"{stage}-{bf16}"
+            folder.mkdir()
+            config = ds_config_in(stage, folder, bf16)
+            folders.append(folder)
+            runs.append(flags_of(corpus, folder / "whole", config, PLAIN, SAVING))
+            resume = f"--run.resume={checkpoint_of(folder / 'whole')}"
+            runs.append(flags_of(corpus, folder / "resumed", config, PLAIN, resume))
+    whole, other = tmp_path / "zero1-False/whole", tmp_path / "zero2-False/zero2-fp32.json"  # 2 follows 1
+    runs.append(flags_of(corpus, tmp_path / "other", other, PLAIN, f"--run.resume={checkpoint_of(whole)}"))
+    done = run_many(runs, ranks)
+    assert done.code == 0, done.output
+    assert done.output.count(f"resumed from {tmp_path}") == len(folders) + 1
+    for folder in folders:
+        assert_same_end(folder / "whole", folder / "resumed")
+    if ranks == 1:  # on more, stages 1 and 2 add gradients in another order
+        assert_same_end(whole, tmp_path / "other")
+
+
+def test_a_run_saved_on_its_way_ends_bitwise_the_same(corpus: Corpus, tmp_path):
+    """Stage 3, where saving partitions the weights anew."""
+    config = ds_config_in("zero3", tmp_path, bf16=False)
+    runs = [flags_of(corpus, tmp_path / out, config, PLAIN, *more) for out, more in (("a", []), ("b", [SAVING]))]
+    done = run_many(runs)
+    assert done.code == 0, done.output
+    assert_same_end(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_run_goes_on_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path):
+    """The same data, masks and dropout: the losses of the run that stayed, to rounding. Stages 1 and 2 follow each other."""
+    batch = "--data.global_batch_tokens=1536"
+    configs = {stage: ds_config_in(stage, tmp_path, bf16=False) for stage in ("zero0", "zero1", "zero2", "zero3")}
+    follows = {"zero0": "zero0", "zero1": "zero2", "zero2": "zero1", "zero3": "zero3"}
+    done = run_many([flags_of(corpus, tmp_path / stage, configs[stage], PLAIN, SAVING, batch) for stage in configs], 2)
+    assert done.code == 0, done.output
+    for ranks in (1, 3):
+        runs = []
+        for stage, other in follows.items():
+            resume = f"--run.resume={checkpoint_of(tmp_path / stage)}"
+            runs.append(flags_of(corpus, tmp_path / f"{stage}-{ranks}", configs[other], PLAIN, batch, resume))
+        done = run_many(runs, ranks)
+        assert done.code == 0, done.output
+        for stage in follows:
+            stayed, moved = (losses_of(tmp_path / out) for out in (stage, f"{stage}-{ranks}"))
+            assert len(stayed) == STEPS
+            assert moved == pytest.approx(stayed[STOPPED:], rel=1e-6)
+            stayed, moved = (losses_of(tmp_path / out, "heldout_loss")[-1] for out in (stage, f"{stage}-{ranks}"))
+            assert moved == pytest.approx(stayed, rel=1e-6)  # evaluation, too, is the same on 1, 2 and 3 ranks
+            assert not list((tmp_path / stage / "checkpoints").glob(".tmp-*"))
+            for file in checkpoint_of(tmp_path / f"{stage}-{ranks}", STEPS).glob("zero_pp*optim_states.pt"):
+                assert_groups_are_right(torch.load(file, weights_only=False)["optimizer_state_dict"])
+
+
+def test_ranks_and_accumulation_give_one_curve_for_twenty_steps(corpus: Corpus, tmp_path):
+    """1 rank x 8 micro-batches, 2 x 4 and 4 x 2, with dropout: losses to 1e-6, weights to 1e-4, but for the keys' biases.
+
+    The same number added to every key's score leaves softmax as it is, so a key's bias has no gradient but rounding, which
+    Adam blows up to steps of its full size.
+    """
+    config = ds_config_in("zero2", tmp_path, bf16=False)
+    settings = ["--data.global_batch_tokens=2048", "--run.max_steps=20"]
+    for ranks in (1, 2, 4):
+        done = run_many([flags_of(corpus, tmp_path / str(ranks), config, *settings)], ranks)
+        assert done.code == 0, done.output
+    expected = read_checkpoint(tmp_path / "1")[0]
+    for ranks in ("2", "4"):
+        assert losses_of(tmp_path / ranks) == pytest.approx(losses_of(tmp_path / "1"), rel=1e-6)
+        for name, weight in read_checkpoint(tmp_path / ranks)[0].items():
+            pair = [weight, expected[name]]
+            if name.endswith("attention.qkv.bias"):
+                size = len(weight) // 3
+                pair = [torch.cat([part[:size], part[2 * size :]]) for part in pair]
+            torch.testing.assert_close(*pair, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_groups_are_right(state: dict[str, Any]) -> None:
+    """Weight decay for matrices alone, and as many Adam steps as the run has."""
+    adam = state.get("base_optimizer_state") or state["optimizer_state_dict"]
+    assert [group["weight_decay"] for group in adam["param_groups"]] == [OptimizerConfig().weight_decay, 0.0]
+    assert [float(of["step"]) for of in adam["state"].values()] == [STEPS, STEPS]

@@ -1,0 +1,275 @@
+"""A checkpoint is there or it is not, whatever goes wrong in writing it; and which ones stay, and which one is resumed from."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+
+from megabert.config.recipe import Recipe, RunConfig
+from megabert.data.shards.source import open_source
+from megabert.data.stream import Position
+from megabert.files import checkpoint_format as layout
+from megabert.files.checkpoint_format import State
+from megabert.training.checkpointing import resume, universal, writer
+from megabert.training.checkpointing.retention import Retention
+from megabert.training.checkpointing.writer import Saver, check_room
+from megabert.training.engine import start_process
+from megabert.training.telemetry.reporter import read_metrics
+from tests.conftest import Corpus, ds_config_in
+from tests.training.checkpointing.test_checkpoint import STATE
+from tests.training.many_runs import flags_of, run_many
+
+
+def tags(*steps: int) -> list[str]:
+    return [layout.tag_of(step) for step in steps]
+
+
+def test_the_last_ones_stay():
+    losses = dict.fromkeys(tags(10, 20, 30))
+    assert Retention(last=2).expendable(losses) == tags(10)
+    assert Retention(last=9).expendable(losses) == []
+
+
+def test_every_nth_stays():
+    assert Retention(last=1, every_steps=20).expendable(dict.fromkeys(tags(10, 20, 30, 40, 50))) == tags(30, 10)
+
+
+def test_the_best_stays_even_where_not_all_were_measured():
+    losses = dict(zip(tags(10, 20, 30, 40), (3.0, 2.0, None, 2.5), strict=True))
+    assert Retention(last=1, best=True).expendable(losses) == tags(30, 10)
+    assert Retention(last=1, best=True).expendable(dict.fromkeys(tags(10, 20))) == tags(10)
+
+
+def test_what_a_rollback_would_go_back_to_stays():
+    assert Retention(last=1).expendable(dict.fromkeys(tags(1, 2, 3, 4)), good=2) == tags(3, 1)
+    assert Retention(last=1).expendable(dict.fromkeys(tags(3, 4)), good=2) == tags(3)
+    assert Retention(last=2).expendable(dict.fromkeys(tags(1, 2, 3)), good=3) == tags(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """This process is the only rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.delenv(name, raising=False)
+        start_process()
+        yield
+        deepspeed.comm.destroy_process_group()
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+
+
+class Engine:
+    """As much of DeepSpeed's as saving needs."""
+
+    checkpoint_engine = None
+
+    def __init__(self) -> None:
+        self.weight = torch.zeros(1000)
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        assert self.checkpoint_engine is not None
+        assert not save_latest
+        state = {"module": {"weight": self.weight, "tied": self.weight}, "more": [(self.weight,), "text"]}
+        self.checkpoint_engine.save(state, f"{folder}/{tag}/mp_rank_00_model_states.pt")
+
+
+class Written:
+    """A Saver, and what it takes to use it."""
+
+    def __init__(self, folder: Path, corpus: Corpus, overlap: bool = True, last: int = 2):
+        self.said: list[str] = []
+        self.saver = Saver(folder, Retention(last), overlap, self.said.append)
+        self.engine, self.source, self.folder = Engine(), open_source(str(corpus.tokens)), folder
+
+    def save(self, step: int) -> None:
+        state = State(**vars(STATE) | {"step": step})
+        self.saver.save(self.engine, state, {0: Position()}, self.source)  # type: ignore[arg-type]
+
+    def present(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+@pytest.fixture(params=[True, False], ids=["async", "sync"])
+def written(request, tmp_path, corpus) -> Written:
+    return Written(tmp_path / "checkpoints", corpus, overlap=request.param)
+
+
+def test_a_checkpoint_is_whole_and_old_ones_go(written, tmp_path):
+    written.folder.mkdir()
+    (written.folder / ".tmp-left-over").touch()
+    (written.folder / ".tmp-link").symlink_to(tmp_path)
+    for step in (1, 2, 3):
+        written.engine.weight.fill_(step)
+        written.save(step)
+    written.saver.wait()
+    assert written.present() == ["latest", *tags(2, 3)]
+    newest = written.folder / tags(3)[0]
+    assert (written.folder / "latest").read_text() == newest.name
+    assert layout.check_files(newest) is None
+    assert set(layout.read_manifest(newest)) >= {"state.json", "streams.json", "tokenizer.json"}
+    state = torch.load(newest / "mp_rank_00_model_states.pt")
+    assert state["module"]["weight"][0] == 3
+    assert state["module"]["weight"].data_ptr() == state["module"]["tied"].data_ptr()
+    assert written.said[-1] == f"step 3: saved {newest}"
+
+
+def test_training_goes_on_while_the_state_as_it_was_is_written(tmp_path, corpus, monkeypatch):
+    written = Written(tmp_path, corpus)
+    free, save = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *arguments: free.wait(10) and save(*arguments))
+    written.engine.weight.fill_(1)
+    written.save(1)
+    written.engine.weight.fill_(2)
+    assert layout.list_tags(tmp_path) == []
+    free.set()
+    written.saver.wait()
+    assert torch.load(tmp_path / tags(1)[0] / "mp_rank_00_model_states.pt")["module"]["weight"].eq(1).all()
+
+
+def failing(kind: str, patch: pytest.MonkeyPatch) -> str:
+    """Make a part of saving fail. Returns what the message must say."""
+
+    def fail(mistake: BaseException):
+        def raise_it(*_, **__):
+            raise mistake
+
+        return raise_it
+
+    full, read_only = (OSError(code, os.strerror(code), "/mnt/x") for code in (errno.ENOSPC, errno.EROFS))
+    if kind == "known to be too small":
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 50, 50))
+        return "No space left on device: .*It needs 0 MB; 0 MB are free"
+    if kind == "full in a weights file":
+        patch.setattr(torch, "save", fail(RuntimeError("PytorchStreamWriter failed writing file")))
+        return "PytorchStreamWriter failed writing file: '.*mp_rank_00_model_states.pt'"
+    if kind == "full in a small file":
+        patch.setattr(Path, "write_bytes", fail(full))
+        return "No space left on device: '/mnt/x'"
+    if kind == "read-only":
+        patch.setattr(Path, "mkdir", fail(read_only))
+        return "Read-only file system: '/mnt/x'"
+    if kind == "read-only at the end":
+        patch.setattr(os, "rename", fail(read_only))
+        return "Read-only file system: '/mnt/x'"
+    patch.setattr(writer, "_host_copy", lambda item, _: item)
+    patch.setattr(torch, "save", fail(TypeError("cannot pickle")))
+    return "the last checkpoint was not finished"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "known to be too small",
+        "full in a weights file",
+        "full in a small file",
+        "read-only",
+        "read-only at the end",
+        "bug",
+    ],
+)
+def test_what_fails_is_named_and_earlier_checkpoints_stay(tmp_path, corpus, monkeypatch, kind):
+    written = Written(tmp_path, corpus, last=1)
+    written.save(1)
+    written.saver.wait()
+    with monkeypatch.context() as patch:
+        message = failing(kind, patch)
+        written.save(2)
+        with pytest.raises(ValueError, match=message):
+            written.saver.wait()
+    if kind != "bug":
+        assert written.present() == ["latest", *tags(1)]
+        assert written.saver.problem is not None
+        assert f"checkpoint {tags(2)[0]} could not be written" in written.saver.problem
+    assert layout.check_files(tmp_path / tags(1)[0]) is None
+    with pytest.raises(ValueError, match=message):
+        written.save(3)  # a run does not go on without its checkpoints
+
+
+def test_one_rank_with_a_full_disk_ends_all_with_the_same_message(corpus, tmp_path):
+    """Files of rank 1 may have 100 kB: its part of the optimizer's state has more."""
+    config = ds_config_in("zero2", tmp_path, bf16=False)
+    flags = flags_of(corpus, tmp_path / "run", config, "--run.max_steps=9", "--run.save_every_steps=2")
+    done = run_many([flags], ranks=2, max_file_bytes={1: 100_000})
+    assert done.code == 1, done.output
+    said = [line for line in done.output.splitlines() if line.startswith("pretrain: checkpoint step-00000002")]
+    assert len(said) == 2, done.output
+    assert "zero_pp_rank_1_mp_rank_00_optim_states.pt" in said[0]
+    assert "Earlier checkpoints are untouched" in said[0]
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/run: no checkpoint can be written here: .*Not a directory"):
+        check_room(tmp_path / "file/run", 1000, 2, Retention(2))
+
+
+def test_checkpoints_that_will_not_fit_are_announced(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 50, 4_000_000))
+    check_room(tmp_path, 100_000, 0, Retention(2))  # 3 x 1.2 MB
+    assert not caplog.text
+    check_room(tmp_path, 100_000, 2, Retention(2))  # 3 x 1.6 MB
+    assert "3 more checkpoints of 2 MB will not fit, 4 MB are free" in caplog.text
+
+
+def resumed_from(wish: str, folder: Path) -> Path | None:
+    return resume.find(Recipe(run=RunConfig(max_steps=10, resume=wish)), folder)
+
+
+def test_resuming_takes_the_newest_whole_one_or_the_named_one(tmp_path, corpus, caplog):
+    assert resumed_from("auto", tmp_path) is None
+    written = Written(tmp_path, corpus, overlap=False)
+    for step in (1, 2):
+        written.save(step)
+    old, new = (tmp_path / tag for tag in tags(1, 2))
+    assert resumed_from("auto", tmp_path) == new
+    assert resumed_from("none", tmp_path) is None
+    assert resumed_from(str(old), tmp_path) == old
+    data = bytearray((new / "mp_rank_00_model_states.pt").read_bytes())
+    data[1500] ^= 1  # loads without a word
+    (new / "mp_rank_00_model_states.pt").write_bytes(data)
+    assert resumed_from("auto", tmp_path) == old
+    assert f"checkpoint {new.name} is damaged and passed over: {new}/mp_rank_00_model_states.pt" in caplog.text
+    with pytest.raises(ValueError, match=f"{new}: cannot resume from it: .* is damaged"):
+        resumed_from(str(new), tmp_path)
+    (old / layout.STATE).write_text("{}")
+    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole"):
+        resumed_from("auto", tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_converted_is_named(tmp_path, corpus):
+    written = Written(tmp_path, corpus, overlap=False)
+    written.save(1)
+    with (
+        pytest.raises(ValueError, match="step-00000001: cannot be converted for this number of ranks"),
+        universal.converted(tmp_path / tags(1)[0]),
+    ):
+        pass
+    assert written.present() == ["latest", *tags(1)]
+
+
+def test_a_run_keeps_the_best_and_every_nth(corpus, tmp_path):
+    config = ds_config_in("zero2", tmp_path, bf16=False)
+    settings = ["--run.max_steps=4", "--run.save_every_steps=1", "--run.keep_checkpoints=1", "--run.async_save=false"]
+    # So high a learning rate that the first step is the best.
+    more = ["--run.keep_every_steps=3", "--run.keep_best=true", "--optimizer.lr=0.5", "--optimizer.schedule=constant"]
+    done = run_many([flags_of(corpus, tmp_path / "run", config, *settings, *more)])
+    assert done.code == 0, done.output
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    losses = {record["step"]: record["heldout_loss"] for record in records if "heldout_loss" in record}
+    best = min(losses, key=lambda step: losses[step])
+    assert sorted(losses) == [1, 2, 3, 4]
+    assert best not in (3, 4)
+    kept = tmp_path / "run/checkpoints"
+    assert layout.list_tags(kept) == tags(*sorted({best, 3, 4}, reverse=True))
+    assert json.loads((kept / tags(best)[0] / layout.STATE).read_text())["heldout_loss"] == losses[best]

@@ -1,0 +1,129 @@
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megabert.config.parser import RecipeParser
+from megabert.config.recipe import OptimizerConfig
+from megabert.data.schedule import MaskingRate
+from megabert.training.feed import masking_rate, plan_of
+from megabert.training.optim.lr_schedule import lr_factor, plot_schedule
+from megabert.training.telemetry.reporter import read_metrics
+from tests.conftest import TINY, pretrain_command, run_command
+
+BATCH_WARMUP = ["--data.global_batch_tokens=1024", "--data.batch_warmup=0.5", "--data.batch_warmup_from=512"]
+
+
+def factors(schedule: str, *steps: int, total: int = 1000, **changes) -> list[float]:
+    config = OptimizerConfig(schedule=schedule, **changes)  # pyrefly: ignore[bad-argument-type]
+    return [lr_factor(step, total, config) for step in steps]
+
+
+def test_the_learning_rate_is_the_papers():
+    """6 % warm-up, then linear to 2 % of the peak, over 70,000 steps."""
+    found = factors("linear", 0, 4199, 4200, 37_100, 70_000, total=70_000)
+    assert found == pytest.approx([1 / 4200, 1.0, 1.0, 0.51, 0.02])
+    assert lr_factor(0, 1, dataclasses.replace(OptimizerConfig(), warmup=0.0)) == 1.0
+
+
+def test_the_other_schedules_at_points_computed_by_hand():
+    assert factors("cosine", 60, 530, 1000) == pytest.approx([1.0, 0.51, 0.02])
+    # Decays over the last 100 steps: a quarter of them done is half of the way down.
+    assert factors("wsd", 60, 900, 925, 1000) == pytest.approx([1.0, 1.0, 0.02 + 0.98 * 0.5, 0.02])
+    assert factors("constant", 0, 60, 1000) == pytest.approx([1 / 60, 1.0, 1.0])
+
+
+@given(
+    st.sampled_from(["linear", "cosine", "wsd", "constant"]),
+    st.integers(1, 300),
+    st.floats(0, 0.5),
+    st.floats(0.01, 0.5),
+    st.floats(0, 1),
+)
+def test_every_schedule_rises_then_falls_to_its_end(schedule, total, warmup, decay, final_lr):
+    config = OptimizerConfig(schedule=schedule, warmup=warmup, decay=decay, final_lr=final_lr)
+    curve = np.array([lr_factor(step, total, config) for step in range(total + 1)])
+    peak = round(warmup * total)
+    assert ((curve > 0) | (final_lr == 0)).all()
+    assert (curve <= 1 + 1e-12).all()
+    assert (np.diff(curve[:peak]) > 0).all()
+    assert (np.diff(curve[peak:]) <= 1e-12).all()
+    if total > peak and schedule != "constant":
+        assert curve[-1] == pytest.approx(final_lr)
+
+
+def test_the_masking_rate_goes_where_it_should():
+    linear, cosine = MaskingRate(0.3, 0.15, 100), MaskingRate(0.3, 0.15, 100, "cosine")
+    assert [linear.at(i) for i in (0, 50, 100, 500)] == pytest.approx([0.3, 0.225, 0.15, 0.15])
+    assert [cosine.at(i) for i in (0, 25, 50, 100)] == pytest.approx([0.3, 0.3 - 0.15 * 0.1464466, 0.225, 0.15])
+    assert MaskingRate.constant(0.2).at(10**9) == 0.2
+    assert linear.highest == 0.3
+
+
+def test_the_masking_rate_counts_bins_of_a_batch_warm_up():
+    recipe = RecipeParser("p", "").read([*TINY, "--run.max_steps=10", "--masking.schedule=linear", *BATCH_WARMUP])[0]
+    plan = plan_of(recipe, 4, 10)
+    rate = masking_rate(recipe, plan, 10)
+    assert [(stage.first_step, stage.step_batches) for stage in plan.stages] == [(0, 2), (2, 4)]
+    assert rate.over == 2 * 2 + 8 * 4
+    assert rate.at(rate.over) == 0.15
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--data.batch_warmup=0.5"], "expected both or neither"),
+        ([*BATCH_WARMUP, "--data.batch_warmup_from=768"], "expected a multiple of data.micro_batch_tokens"),
+        (["--optimizer.schedule=wsd", "--optimizer.warmup=0.95"], "more than the whole run together"),
+        (["--optimizer.schedule=square"], "square"),
+        (["--masking.final_mlm_probability=1.5"], "expected a number in (0, 1)"),
+    ],
+)
+def test_schedules_that_cannot_be(capsys, settings, message):
+    with pytest.raises(SystemExit):
+        RecipeParser("p", "").read([*TINY, "--run.max_steps=10", *settings])
+    assert message in capsys.readouterr().err
+
+
+def test_every_schedule_is_drawn(tmp_path):
+    out = tmp_path / "schedule.png"
+    command = [
+        sys.executable,
+        "launch/pretrain.py",
+        *TINY,
+        "--run.max_steps=50",
+        *BATCH_WARMUP,
+        "--optimizer.schedule=wsd",
+    ]
+    done = run_command([*command, f"--plot-schedule={out}", "--masking.schedule=cosine"])
+    assert done.code == 0, done.output
+    assert out.read_bytes().startswith(b"\x89PNG")
+    recipe = RecipeParser("p", "").read(["--recipe=mosaicbert-base"])[0]
+    plot_schedule(recipe, tmp_path / "paper.png")
+    assert (tmp_path / "paper.png").stat().st_size > 10_000
+
+
+def test_a_batch_warm_up_with_fewer_masks_each_step_resumes_bitwise(corpus, tmp_path):
+    """Steps of 2 micro-batches, then 4; masks from 30 to 15 %; WSD. Stopped inside the warm-up, and after."""
+    settings = [*BATCH_WARMUP, "--masking.schedule=linear", "--optimizer.schedule=wsd", "--optimizer.decay=0.5"]
+    settings += ["--run.max_steps=8", "--run.save_every_steps=1", "--run.keep_checkpoints=9"]
+    whole = tmp_path / "whole"
+    done = run_command(pretrain_command(corpus, whole, *settings))
+    assert done.code == 0, done.output
+    records = [record for record in read_metrics(whole / "metrics.jsonl") if "loss" in record]
+    steps = np.diff([0, *(record["tokens"] for record in records)])
+    assert steps[1] < 0.6 * steps[2]
+    shares = [record["masked_share"] for record in records]
+    assert shares == sorted(shares, reverse=True)
+    assert records[-1]["lr"] < 0.7 * records[3]["lr"]
+    for step in (1, 3):
+        out = tmp_path / f"from-{step}"
+        (out / "checkpoints").mkdir(parents=True)
+        (whole / "checkpoints" / f"step-{step:08d}").rename(out / "checkpoints" / f"step-{step:08d}")
+        done = run_command(pretrain_command(corpus, out, *settings))
+        assert done.code == 0, done.output
+        again = [record["loss"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
+        assert again == [record["loss"] for record in records][step:]

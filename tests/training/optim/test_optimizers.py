@@ -1,0 +1,227 @@
+"""Which group each parameter is in, what LAMB, StableAdamW and weight decay do, and Muon at every stage."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megabert.config.parser import RecipeParser
+from megabert.config.recipe import OptimizerConfig
+from megabert.convert.zero import read_checkpoint
+from megabert.training.optim.lr_schedule import lr_factor
+from megabert.training.optim.optimizers import (
+    Lamb,
+    StableAdamW,
+    make_muon,
+    muon_matrices,
+    parameter_groups,
+    peak_lr,
+    why_not,
+)
+from megabert.training.telemetry.reporter import read_metrics
+from tests.conftest import Corpus, ds_config_in, pretrain_command, run_command
+from tests.model.small import small_model
+
+SETTINGS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.01}
+
+
+def names_of(group: dict, model: torch.nn.Module) -> set[str]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter] for parameter in group["params"]}
+
+
+def test_every_parameter_lands_in_one_group():
+    model = small_model()
+    decaying, rest = parameter_groups(model, OptimizerConfig(weight_decay=0.3))
+    assert (decaying["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    assert all(p.dim() > 1 for p in decaying["params"])
+    assert all(p.dim() == 1 for p in rest["params"])
+    (whole,) = parameter_groups(model, OptimizerConfig(decay_norms_and_biases=True))
+    assert names_of(whole, model) == names_of(decaying, model) | names_of(rest, model)
+    assert len(whole["params"]) == len(list(model.parameters()))
+
+
+def test_muon_has_the_matrices_of_the_encoder_and_no_other():
+    model = small_model()
+    muon, decaying, rest = parameter_groups(model, OptimizerConfig(name="muon"))
+    layer = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
+    expected = {f"bert.encoder.layers.{i}.{name}.weight" for i in range(2) for name in layer}
+    assert names_of(muon, model) == expected
+    assert muon_matrices(model) == set(muon["params"])
+    embeddings = {f"bert.embeddings.{name}_embeddings.weight" for name in ("word", "token_type")}
+    assert names_of(decaying, model) == embeddings | {"transform.dense.weight"}
+    assert not any(p.dim() > 1 for p in rest["params"])
+
+
+def gradients(steps: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(4, 3, generator=generator, dtype=torch.float64) * 10.0**i for i in range(steps)]
+
+
+def stepped(make: type, weight: torch.Tensor, steps: int, **settings) -> torch.Tensor:
+    parameter = torch.nn.Parameter(weight.clone())
+    optimizer = make([{"params": [parameter]}], **(SETTINGS | settings))
+    for grad in gradients(steps):
+        parameter.grad = grad
+        optimizer.step()
+    return parameter.detach()
+
+
+@pytest.mark.parametrize("decay", [0.01, 0.0])
+def test_lamb_is_the_papers(decay):
+    weight = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+    first, second = SETTINGS["betas"]
+    expected, m, v = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
+    for t, grad in enumerate(gradients(3), start=1):
+        m, v = first * m + (1 - first) * grad, second * v + (1 - second) * grad**2
+        update = (m / (1 - first**t)) / ((v / (1 - second**t)) ** 0.5 + SETTINGS["eps"]) + decay * expected
+        ratio = (expected**2).sum() ** 0.5 / (update**2).sum() ** 0.5 if decay else 1.0
+        expected = expected - SETTINGS["lr"] * ratio * update
+    torch.testing.assert_close(stepped(Lamb, weight, 3, weight_decay=decay), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_lamb_starts_from_zero_weights():
+    assert stepped(Lamb, torch.zeros(4, 3, dtype=torch.float64), 1).abs().max() > 0.01
+
+
+def test_stable_adamw_is_the_papers():
+    weight = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+    expected, m, v = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
+    shortened = 0
+    for t, grad in enumerate(gradients(3), start=1):
+        first, second = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in SETTINGS["betas"])
+        m, v = first * m + (1 - first) * grad, second * v + (1 - second) * grad**2
+        rms = float((grad**2 / v.clamp(min=SETTINGS["eps"] ** 2)).mean() ** 0.5)
+        shortened += rms > 1.001
+        lr = SETTINGS["lr"] / max(1.0, rms)
+        expected = expected - lr * SETTINGS["weight_decay"] * expected - lr * m / (v**0.5 + SETTINGS["eps"])
+    assert shortened
+    torch.testing.assert_close(stepped(StableAdamW, weight, 3), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_closure_is_called_with_gradients():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = StableAdamW([{"params": [parameter]}], **SETTINGS)
+
+    def closure() -> float:
+        loss = parameter.square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    assert optimizer.step(closure) == 3.0
+    assert bool((parameter < 1).all())
+
+
+@pytest.mark.parametrize("name", ["mosaicbert-base", "mosaicbert-large"])
+def test_weight_decay_is_composers(name):
+    """With no gradient, each step multiplies weights by 1 - (lr / lr_0) * 1e-5, over the recipe's own schedule."""
+    recipe, _ = RecipeParser().read([f"--recipe={name}"])
+    config, total = recipe.optimizer, 2000
+    parameter = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+    groups = [{"params": [parameter], "weight_decay": config.weight_decay}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    expected = 1.0
+    for step in range(total):
+        lr = config.lr * lr_factor(step, total, config)
+        optimizer.param_groups[0]["lr"] = lr
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        expected *= 1 - lr / config.lr * 1e-5
+    assert 0.98 < expected < 0.995
+    assert parameter.detach().tolist() == pytest.approx([expected] * 5, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "zero", "message"),
+    [
+        ({"name": "lamb"}, {"stage": 1}, "optimizer.name lamb needs whole weight matrices, ZeRO 1 gives it pieces"),
+        ({"name": "stable_adamw"}, {"stage": 3}, "optimizer.name stable_adamw needs whole weight matrices, ZeRO 3"),
+        ({"name": "muon"}, {"stage": 2}, r"max_grad_norm is 1.0, but ZeRO clips Muon's updates"),
+        ({"name": "muon", "max_grad_norm": 0.0}, {"stage": 3}, "zero_optimization.reduce_scatter false"),
+        (
+            {"name": "muon", "max_grad_norm": 0.0},
+            {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            "Remove zero_optimization.offload_optimizer",
+        ),
+    ],
+)
+def test_what_would_be_silently_wrong_is_refused(changes, zero, message):
+    assert message in str(why_not(OptimizerConfig(**changes), {"zero_optimization": zero}))
+
+
+def test_what_is_right_is_not_refused():
+    for stage in range(3):
+        zero = {"zero_optimization": {"stage": stage}}
+        assert why_not(OptimizerConfig(name="muon", max_grad_norm=0.0), zero) is None
+        assert why_not(OptimizerConfig(), zero) is None
+    assert why_not(OptimizerConfig(name="lamb"), {}) is None
+
+
+def train(corpus: Corpus, out: Path, stage: int, *more: str, ranks: int = 1) -> list[float]:
+    """The losses of a run."""
+    out.mkdir()
+    ds_config = ds_config_in(f"zero{stage}", out, bf16=False)
+    if stage == 3:
+        config = json.loads(ds_config.read_text())
+        config["zero_optimization"]["reduce_scatter"] = False
+        ds_config.write_text(json.dumps(config))
+    done = run_command(pretrain_command(corpus, out, *more, ds_config=ds_config, ranks=ranks))
+    assert done.code == 0, done.output
+    return [record["loss"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
+
+
+def matrices(out: Path, step: int) -> torch.Tensor:
+    """What Muon steps, in one vector."""
+    weights = read_checkpoint(out / "checkpoints" / f"step-{step:08d}")[0]
+    parts = [weight.flatten() for name, weight in sorted(weights.items()) if ".layers." in name and weight.dim() == 2]
+    return torch.cat(parts)
+
+
+def test_muon_makes_one_step_at_every_stage_and_resumes(corpus, tmp_path):
+    """Newton-Schulz computes in bf16, where another order of sums shows; a resumed run repeats its own order."""
+    muon = ["--optimizer.name=muon", "--optimizer.max_grad_norm=0", "--run.max_steps=4", "--run.save_every_steps=2"]
+    two = train(corpus, tmp_path / "2", 2, *muon)
+    assert train(corpus, tmp_path / "3", 3, *muon, ranks=2) == pytest.approx(two, rel=1e-3)
+    change = matrices(tmp_path / "2", 4) - matrices(tmp_path / "2", 2)
+    # An orthogonal step of 32 x 32 moves each number by lr / sqrt(32); the last two steps are at 60 and 30 % of the peak.
+    assert change.square().mean().sqrt() == pytest.approx(0.9 * 0.02 * 32**-0.5, rel=0.5)
+    apart = matrices(tmp_path / "3", 4) - matrices(tmp_path / "2", 4)
+    assert apart.norm() < 0.05 * change.norm()
+    middle = tmp_path / "2" / "checkpoints" / "step-00000002"
+    assert train(corpus, tmp_path / "again", 2, *muon, f"--run.resume={middle}") == two[2:]
+    assert torch.equal(matrices(tmp_path / "again", 4), matrices(tmp_path / "2", 4))
+
+
+def test_muon_orthogonalises_at_stage_0_and_leaves_the_rest_to_adamw():
+    """Newton-Schulz brings singular values to about 1, the longer side's root over the shorter's taller matrices more."""
+    model = small_model().float()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    config = OptimizerConfig(name="muon", muon_lr=0.02, lr=1e-3, weight_decay=0.0)
+    optimizer = make_muon(parameter_groups(model, config), lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = peak_lr(group, config)
+    generator = torch.Generator().manual_seed(4)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    muon = muon_matrices(model)
+    for name, parameter in model.named_parameters():
+        change = parameter.detach() - before[name]
+        if parameter in muon:
+            values = torch.linalg.svdvals(change) / (0.02 * max(1.0, change.shape[0] / change.shape[1]) ** 0.5)
+            assert 0.5 < values.min(), name
+            assert values.max() < 1.4, name
+        else:
+            assert change.abs().median() == pytest.approx(1e-3, rel=0.02), name  # Adam's first step
+
+
+@pytest.mark.parametrize("name", ["lamb", "stable_adamw"])
+def test_optimizers_of_whole_matrices_train_at_stage_0(corpus, tmp_path, name):
+    more = [f"--optimizer.name={name}", "--optimizer.lr=1e-2", "--run.max_steps=12"]
+    curve = train(corpus, tmp_path / name, 0, *more)
+    assert curve[-1] < curve[0] - 0.05
+    done = run_command(pretrain_command(corpus, tmp_path / "refused", *more, ds_config="zero2"))
+    assert done.code == 1
+    assert f"optimizer.name {name} needs whole weight matrices" in done.output
+    assert "Traceback" not in done.output

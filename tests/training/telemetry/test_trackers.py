@@ -1,0 +1,155 @@
+"""TensorBoard, CSV, Weights & Biases, the stopwatch, and the picture of several runs."""
+
+import csv
+import json
+import sys
+import types
+
+import pytest
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megabert.training.telemetry import trackers
+from megabert.training.telemetry.timers import PARTS, Stopwatch
+from megabert.training.telemetry.trackers import CSV, open_trackers, why_not
+from tests.conftest import REPOSITORY, pretrain_command, run_command, run_ranks
+
+
+def rows(folder) -> list[list[str]]:
+    with open(folder / CSV, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_csv_has_a_line_for_each_number_and_forgets_what_will_be_done_again(tmp_path):
+    (tracker,) = open_trackers(["csv"], tmp_path, 0, {})
+    for step in (1, 2, 3):
+        tracker.record(step, {"loss": step / 2, "time/data": 0.25})
+    tracker.close()
+    with open(tmp_path / CSV, "a") as file:
+        file.write("4,lo")  # cut short by a kill
+    (tracker,) = open_trackers(["csv"], tmp_path, 2, {})
+    tracker.record(3, {"loss": 9.0})
+    tracker.close()
+    assert rows(tmp_path) == [
+        ["step", "name", "value"],
+        ["1", "loss", "0.5"],
+        ["1", "time/data", "0.25"],
+        ["2", "loss", "1.0"],
+        ["2", "time/data", "0.25"],
+        ["3", "loss", "9.0"],
+    ]
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    (tracker,) = open_trackers(["tensorboard"], tmp_path, 0, {})
+    tracker.record(5, {"loss": 0.5})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(5, 0.5)]
+
+
+def test_wandb_goes_on_with_the_run_of_its_folder(tmp_path, monkeypatch):
+    """A stand-in: the real one wants an account."""
+    told = []
+    run = types.SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: told.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    folder = tmp_path / "my-run"
+    folder.mkdir()
+    (tracker,) = open_trackers(["wandb"], folder, 7, {"model": {}})
+    tracker.record(8, {"loss": 1.0})
+    tracker.close()
+    options = {"id": "my-run", "name": "my-run", "resume": "allow", "dir": str(folder), "config": {"model": {}}}
+    assert told == [options, (8, {"loss": 1.0}), "end"]
+
+
+def test_wandb_that_is_not_installed_is_said_at_the_start(monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    assert "pip install wandb" in str(why_not(["tensorboard", "wandb"]))
+    assert why_not(["tensorboard", "csv"]) is None
+
+
+class FakeEvent:
+    """A device whose clock moves on by 2 ms whenever an event is placed."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.now += 2.0
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, later: "FakeEvent") -> float:
+        return later.at - self.at
+
+
+def test_the_stopwatch_adds_up_by_part():
+    watch = Stopwatch(None)
+    for _ in range(2):
+        with watch.time("forward"):
+            sum(range(100_000))
+    assert watch.read()["forward"] > 0
+    assert watch.read()["backward"] == 0
+    watch.reset()
+    assert watch.read() == dict.fromkeys(PARTS, 0.0)
+
+
+def test_the_stopwatch_reads_a_devices_own_clock():
+    watch = Stopwatch(FakeEvent)
+    for _ in range(3):
+        with watch.time("forward"):
+            pass
+    with watch.time("data"):
+        pass
+    assert watch.read()["forward"] == pytest.approx(3 * 2e-3)
+    assert watch.read()["forward"] == pytest.approx(3 * 2e-3)  # not twice
+    assert 0 < watch.read()["data"] < 1e-3
+
+
+SLOW_FORWARD = """
+import os, time
+if os.environ.get("RANK") == "1":
+    from megabert.model.modeling_megabert import MegaBertForMaskedLM as Model
+    forward = Model.forward
+    Model.forward = lambda *rest, **more: (time.sleep(0.3), forward(*rest, **more))[1]
+"""
+
+
+def test_a_run_says_how_much_slower_a_rank_is_than_the_others(corpus, tmp_path, monkeypatch):
+    """The slow one would need 0.3 s for its 256 token slots. Together they take as long as it does."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_FORWARD)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
+    done = run_ranks(corpus, tmp_path / "out", "--run.max_steps=3", ranks=2)
+    assert done.code == 0, done.output
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    point = [json.loads(line) for line in lines if "slowest_rank" in line][-1]
+    assert 0 < point["slowest_rank"] < 256 / 0.3 < point["fastest_rank"]
+    assert point["time/forward"] < 0.3 < point["seconds_per_step"]  # rank 0's own
+
+
+def test_a_run_says_where_its_time_goes_and_two_are_drawn(corpus, tmp_path):
+    command = pretrain_command(corpus, tmp_path / "one", "--run.max_steps=3", '--run.trackers=["csv"]')
+    done = run_command(command)
+    assert done.code == 0, done.output
+    lines = (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
+    point = [json.loads(line) for line in lines if "tokens_per_s" in line][-1]
+    parts = sum(point[f"time/{part}"] for part in PARTS)
+    assert 0.5 * point["seconds_per_step"] < parts <= point["seconds_per_step"]
+    assert 0.1 < point["memory_gb"] < 10
+    assert point["tokens_per_s_per_rank"] == point["tokens_per_s"]
+    assert ["3", "loss", str(point["loss"])] in rows(tmp_path / "one")
+    assert not (tmp_path / "one" / "tensorboard").exists()
+    facts = json.loads((tmp_path / "one" / "run.json").read_text())
+    assert facts["git"] is None or len(facts["git"]["commit"]) == 40
+    assert facts["machine"]["device"] == "cpu"
+    out = tmp_path / "runs.png"
+    plot = [sys.executable, "launch/plot_run.py", str(tmp_path / "one"), str(tmp_path / "one"), f"--out={out}"]
+    assert run_command(plot) == (0, f"{out}\n")
+    assert imread(out).std() > 0.05
+    missing = run_command([sys.executable, "launch/plot_run.py", str(tmp_path)])
+    assert missing.code == 1
+    assert f"{tmp_path}: has no metrics.jsonl with a line of a run" in missing.output
