@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.writing.length_statistics import PICTURE
-from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS, write_atomically
+from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS
+from megabert.files.atomic import write_atomically
 
 SHARD = re.compile(r"(train|heldout)-\d{5}\.tar")
 

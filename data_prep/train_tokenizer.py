@@ -25,9 +25,10 @@ from data_prep.sources import ReadOptions, list_units, read_unit, stamps
 from data_prep.tokenizer.existing import LONGEST_WORD, Existing, as_bert_does, load
 from data_prep.tokenizer.from_sentencepiece import as_tokenizer, differences, own_symbols
 from megabert.config import cli
-from megabert.data.shards.manifest import TOKENIZER, write_atomically
+from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, read_tokenizer
+from megabert.files.atomic import write_atomically
 
 SAMPLED_UNITS = 16  # a sample is taken from at least so many places of the corpus, if it has them
 COMPARED_LINES = 10_000

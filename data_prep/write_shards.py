@@ -33,11 +33,11 @@ from megabert.data.shards.manifest import (
     Shard,
     TokenizerInfo,
     read_manifest,
-    write_atomically,
     write_manifest,
 )
 from megabert.data.shards.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS, encode_npy, token_dtype
 from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, find_tokenizer
+from megabert.files.atomic import write_atomically
 
 # A source is dealt out in about this many tasks, each at most TASK_BYTES: enough to keep every core busy to the end.
 # What is dealt out must not depend on --workers.

@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher; not for you")
     recipe, options = parser.read()
     if options.plot_schedule:
-        from megabert.training.optim.lr_schedule import plot_schedule
+        from megabert.plots.schedule import plot_schedule
 
         plot_schedule(recipe, Path(options.plot_schedule))
         return 0

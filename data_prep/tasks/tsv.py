@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from megabert.data.shards.manifest import write_atomically
+from megabert.files.atomic import write_atomically
 
 
 class Row(NamedTuple):

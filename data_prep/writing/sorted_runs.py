@@ -18,8 +18,8 @@ import numpy as np
 
 from data_prep import workers
 from data_prep.sources import ReadOptions, Unit, read_unit
-from megabert.data.shards.manifest import write_atomically
 from megabert.data.shards.tokenizer import encode_flat
+from megabert.files.atomic import write_atomically
 
 HASH_BYTES = 16  # blake2b; the first half decides held-out or not, the second the shard
 PARTS = ("train", "heldout")

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from megabert.convert.hf.folder import write_config, write_weights
-from megabert.convert.hf.imported import Imported
 from megabert.convert.hf.reading import CONFIG, LARGEST, read_config, read_weights
-from megabert.convert.hf.resize import resize_positions, resize_vocabulary
+from megabert.convert.hf.resize import Imported, resize_positions, resize_vocabulary
 from megabert.convert.hf.tokenizer import VOCAB, copy_tokenizer, read_tokenizer_of
 from megabert.convert.weight_names import WORDS, num_layers, translate
 from megabert.convert.zero import TIED
 from megabert.data.shards.manifest import TOKENIZER
-from megabert.files.staging import put_in_place, staged
+from megabert.files.atomic import replace_folder, staged_folder
 from megabert.model.configuration_megabert import MegaBertConfig
 
 # What transformers' BERT can be that ours cannot: the value that ours has, which is also the one when it is not said.
@@ -54,9 +53,9 @@ def convert(source: Path, out: Path, change: Change = Change()) -> Imported:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is not empty; choose another folder.")
     model = read_changed(source, change)
-    with staged(out) as folder:
+    with staged_folder(out) as folder:
         write(folder, source, model, change)
-        put_in_place(folder, out)
+        replace_folder(folder, out)
     return model
 
 

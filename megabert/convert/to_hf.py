@@ -21,8 +21,8 @@ from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.to_onnx import check_installed, write_onnx
 from megabert.convert.weight_names import to_published
 from megabert.convert.zero import averaged, read_checkpoint
+from megabert.files.atomic import replace_folder, staged_folder
 from megabert.files.checkpoint_format import MANIFEST, State, find_checkpoint
-from megabert.files.staging import put_in_place, staged
 from megabert.model.configuration_megabert import MegaBertConfig
 
 
@@ -59,12 +59,12 @@ def export(checkpoint: Path, out: Path, wish: Wish = Wish()) -> dict[str, Any]:
     if wish.onnx:
         check_installed()
     weights, config, state = read_checkpoint(checkpoint, wish.average)
-    with staged(out) as folder:
+    with staged_folder(out) as folder:
         parameters = write_folder(folder, weights, config, state, find_checkpoint(checkpoint), wish)
         export_check.write_receipt(folder, fingerprint, config.max_position_embeddings, parameters)
         del weights, parameters  # the gate's process holds them once more
         measured = export_check.check(folder, name)
-        put_in_place(folder, out)
+        replace_folder(folder, out)
     return measured
 
 

@@ -16,8 +16,8 @@ from megabert.convert.hf.reading import CONFIG, LARGEST, PICKLED
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.weight_names import to_published
 from megabert.convert.zero import read_checkpoint
+from megabert.files.atomic import replace_folder, staged_folder
 from megabert.files.checkpoint_format import find_checkpoint
-from megabert.files.staging import put_in_place, staged
 from megabert.model.configuration_megabert import MegaBertConfig
 
 # https://huggingface.co/mosaicml/mosaic-bert-base, in the hub's notation for code of another repository.
@@ -59,7 +59,7 @@ def publish(source: Path, out: Path, average: int = 1) -> Published:
             f"{source}: is {' and '.join(kind)}, and the published layout holds alibi and geglu only. Leave --layout out."
         )
     theirs = {name: tensor.contiguous() for name, tensor in to_published(model.weights, "mosaicbert").items()}
-    with staged(out) as folder:
+    with staged_folder(out) as folder:
         try:
             torch.save(theirs, folder / PICKLED)
         except RuntimeError as mistake:
@@ -68,7 +68,7 @@ def publish(source: Path, out: Path, average: int = 1) -> Published:
         copy_tokenizer(model.tokenizer, folder, model.max_length)
         (folder / "README.md").write_text(f"# MosaicBERT, as it was published\n\nIts code is that of {CODE}.\n")
         _check(folder, model)
-        put_in_place(folder, out)
+        replace_folder(folder, out)
     return Published(len(theirs), model.initialized)
 
 

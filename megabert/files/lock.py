@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 
-class Taken(Exception):
+class LockHeldError(Exception):
     """Another process has the file. host: its machine, pid: its number there, as it said; another process and ? if it did not."""
 
     def __init__(self, path: Path, host: str, pid: int | str):
@@ -22,10 +22,10 @@ class Taken(Exception):
         return self.host == socket.gethostname()
 
 
-def take(path: Path, wait_s: float = 0.0, shared: bool = False) -> TextIO:
+def acquire(path: Path, wait_s: float = 0.0, shared: bool = False) -> TextIO:
     """Have a file until what is returned is closed, or the process ends, however it does; made if it is not there.
 
-    shared: beside others that share it. Raises Taken if another process still has it after wait_s seconds, and OSError if it
+    shared: beside others that share it. Raises LockHeldError if another process still has it after wait_s seconds, and OSError if it
     cannot be written. Where the file system has no locks, everyone has it.
     """
     file = open(path, "a+")
@@ -36,7 +36,7 @@ def take(path: Path, wait_s: float = 0.0, shared: bool = False) -> TextIO:
             said = file.read()
             file.close()
             holder = _read(said)
-            raise Taken(path, str(holder.get("host", "another process")), holder.get("pid", "?"))
+            raise LockHeldError(path, str(holder.get("host", "another process")), holder.get("pid", "?"))
         time.sleep(0.2)
     file.truncate(0)  # of those that share it the last one is named
     file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")

@@ -13,9 +13,9 @@ from megabert.convert.hf.folder import write_config, write_weights
 from megabert.convert.hf.reading import CONFIG, SAFETENSORS, read_weights
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.zero import read_checkpoint
-from megabert.data.shards.manifest import TOKENIZER, write_atomically
+from megabert.data.shards.manifest import TOKENIZER
+from megabert.files.atomic import staged_folder, write_atomically
 from megabert.files.checkpoint_format import file_hash, find_checkpoint
-from megabert.files.staging import staged
 from megabert.finetune.protocol import Settings
 from megabert.finetune.tasks.task import Task
 from megabert.finetune.training import Place, build_model
@@ -45,7 +45,7 @@ def prepare(checkpoint: Path, out: Path) -> Start:
         raise ValueError(f"{checkpoint}: is where the start of this command's jobs is written. Choose another --out.")
     if out.exists() and not (out / ORIGIN).is_file():
         raise ValueError(f"{out}: is in the way of the start of this command's jobs. Choose another --out, or move it.")
-    with staged(out) as folder:
+    with staged_folder(out) as folder:
         if (source / CONFIG).is_file():
             write(folder, source, read_changed(source))
         else:
@@ -103,7 +103,7 @@ def fingerprint(folder: Path) -> str:
 def save_model(model: MegaBertForSequenceClassification, start: Path, out: Path) -> None:
     """Keep a fine-tuned model, its classifier too: another task starts from it without that, and it can label more."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with staged(out) as folder:
+    with staged_folder(out) as folder:
         save_file(weights, folder / SAFETENSORS)
         for name in (CONFIG, TOKENIZER):
             shutil.copyfile(start / name, folder / name)

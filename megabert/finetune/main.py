@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megabert.data.shards.manifest import write_atomically
-from megabert.files.lock import Taken, take
+from megabert.files.atomic import write_atomically
+from megabert.files.lock import LockHeldError, acquire
 from megabert.finetune.base_model import prepare
 from megabert.finetune.jobs.job import TFIDF, Context, Job, Slot, plan_jobs, tokenizer_for
 from megabert.finetune.jobs.runner import Runner
@@ -63,11 +63,11 @@ def alone(out: Path, part: int | None) -> Iterator[None]:
     """
     claims = []
     try:
-        claims.append(take(out / CLAIM, LEAVES_S, shared=part is not None))
+        claims.append(acquire(out / CLAIM, LEAVES_S, shared=part is not None))
         if part is not None:
-            claims.append(take(out / f"start-{part}.lock", LEAVES_S))
+            claims.append(acquire(out / f"start-{part}.lock", LEAVES_S))
         yield
-    except Taken as taken:
+    except LockHeldError as taken:
         died = "" if taken.is_here else f" If that machine died, remove {taken.path}."
         raise ValueError(
             f"{out}: process {taken.pid} on {taken.host} is fine-tuning there. Wait for it, end it, or choose another --out.{died}"

@@ -17,28 +17,19 @@ from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.checkpointing import resume, universal
 from megabert.training.checkpointing.initial_weights import load_initial_weights
 from megabert.training.checkpointing.resume import Course
-from megabert.training.checkpointing.retention import Retention
-from megabert.training.checkpointing.writer import Saver, check_room, set_aside_after
+from megabert.training.checkpointing.writer import Retention, Saver, check_room, set_aside_after
+from megabert.training.distributed.device import device_event, device_name, has_fast_bf16, training_device
 from megabert.training.distributed.signals import Interrupts
 from megabert.training.distributed.sync import check_shared, claim, from_rank_0
-from megabert.training.engine import (
-    attach_guard,
-    build_engine,
-    build_model,
-    choose,
-    device_event,
-    device_name,
-    has_fast_bf16,
-    training_device,
-)
+from megabert.training.engine import attach_guard, build_engine, build_model, choose
 from megabert.training.evaluate import unigram_loss
-from megabert.training.feed import open_corpora, open_held_out, plan_of, share_of, stream_config
+from megabert.training.feed import Feed, open_corpora, open_held_out, plan_of, share_of, stream_config
 from megabert.training.optim.guard import Guard, Verdict
-from megabert.training.run import Feed, Run
+from megabert.training.run import Run
 from megabert.training.telemetry import probe, trackers
-from megabert.training.telemetry.clock import Clock
 from megabert.training.telemetry.flops import peak_flops
 from megabert.training.telemetry.reporter import Meter, Reporter
+from megabert.training.telemetry.timers import Clock
 from megabert.training.telemetry.trackers import open_trackers
 
 

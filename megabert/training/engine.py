@@ -1,20 +1,10 @@
-"""From a recipe to a DeepSpeed engine: process group, device, model, parameter groups, schedule.
+"""From a recipe to a model and its DeepSpeed engine."""
 
-The only file beside kernels/resolve.py that asks what device this is.
-"""
-
-import ctypes
 import logging
-import os
-import resource
-import socket
-import warnings
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from megabert.config.recipe import ModelConfig, Recipe
@@ -23,95 +13,11 @@ from megabert.kernels.resolve import Implementation, resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training.distributed.gloo import gather_in_place
+from megabert.training.distributed.device import training_device
 from megabert.training.optim import optimizers
 from megabert.training.optim.guard import Verdict, hold_back
 
 log = logging.getLogger(__name__)
-
-# A rank waits this long for the others: while rank 0 prepares the quickstart's corpus, nothing moves for a minute or two.
-# A rank that dies is noticed at once all the same (roll_call.py).
-TIMEOUT = timedelta(minutes=30)
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h; see mallopt(3)
-
-
-def start_process() -> tuple[int, int]:
-    """Join the process group, from whatever launched this process. Returns (rank, world size).
-
-    Understands the deepspeed launcher, torchrun and srun; alone, a process is rank 0 of 1.
-    """
-    # DeepSpeed 0.19.8 calls collectives by names that PyTorch is about to change: nothing for a user to do.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # DeepSpeed would compile this operation, which training does not use, for over a minute at every first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    if "SLURM_STEP_ID" in os.environ:  # inside srun; the batch script's own shell has SLURM_PROCID too
-        for ours, theirs in slurm.items():
-            os.environ.setdefault(ours, os.environ[theirs])
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(_free_port()) if os.environ["WORLD_SIZE"] == "1" else "29500")
-    if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
-    if training_device().type == "cpu":  # asked on a GPU too: it sets the device that NCCL sends objects from
-        keep_freed_memory()
-        gather_in_place()
-    return deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-
-
-def keep_freed_memory() -> None:
-    """Let malloc keep what is freed for the next allocation, as the allocators of GPUs do. Does nothing without glibc.
-
-    By default every large tensor is mapped anew, and each 4 kB of it costs a page fault when they are first written to: a
-    tenth of a step's time. What the process has used once it now holds to its end.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def training_device() -> torch.device:
-    """The accelerator of this rank."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        return torch.device("cpu")
-    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device(accelerator.current_device_name())
-
-
-def device_name(device: torch.device) -> str:
-    """As torch calls the card, or cpu."""
-    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-
-
-def device_event() -> Any:
-    """The accelerator's class of events, or None for a CPU."""
-    return get_accelerator().Event
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes, the most that this process has used so far: of the device, as its allocator says; on a CPU resident memory."""
-    if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return get_accelerator().max_memory_allocated()
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 natively. On a CPU that does not, bf16 is several times slower than fp32."""
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return get_accelerator().is_bf16_supported()
 
 
 def model_config(config: ModelConfig, tokenizer: TokenizerInfo) -> MegaBertConfig:

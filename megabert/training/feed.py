@@ -1,5 +1,7 @@
 """From a recipe to the batches that a run trains and is evaluated on."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from megabert.config.recipe import Recipe
@@ -8,7 +10,39 @@ from megabert.data.masking import masked_count
 from megabert.data.schedule import Length, MaskingRate, Plan, make_plan
 from megabert.data.shards.cache import CacheOptions
 from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus
-from megabert.data.stream import StreamConfig, default_max_documents, filler_batch, held_out_batches
+from megabert.data.stream import (
+    BatchStream,
+    Position,
+    StreamConfig,
+    default_max_documents,
+    filler_batch,
+    held_out_batches,
+    open_loader,
+)
+
+Batches = Iterator[tuple[PackedBatch, int, Position]]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where the run's batches come from. rank, world_size: of this process; pin_memory: for a device that copies."""
+
+    corpus: Corpus
+    config: StreamConfig
+    rank: int
+    world_size: int
+    num_workers: int
+    pin_memory: bool
+
+    def open(self, positions: dict[int, Position], first_index: int) -> Batches:
+        """This rank's batches from first_index on, its streams from these positions."""
+        options = {"rank": self.rank, "world_size": self.world_size, "first_index": first_index}
+        dataset = BatchStream(self.corpus, self.config, positions=positions, **options)
+        return iter(open_loader(dataset, self.num_workers, self.pin_memory))
+
+    def mine(self, positions: dict[int, Position]) -> dict[int, Position]:
+        """Those of this rank's streams."""
+        return {stream: position for stream, position in positions.items() if stream % self.world_size == self.rank}
 
 
 def open_corpora(recipe: Recipe) -> tuple[Corpus, Corpus]:

@@ -12,15 +12,17 @@ import torch.distributed
 
 from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
-from megabert.data.shards.manifest import write_atomically
 from megabert.data.stream import DROPOUT, Position, philox
+from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import State, read_state
 from megabert.training.build import prepare, rebuild
 from megabert.training.checkpointing import resume
 from megabert.training.checkpointing.writer import set_aside_after
+from megabert.training.distributed.device import peak_memory
+from megabert.training.distributed.process import start_process
 from megabert.training.distributed.signals import REQUEUE, Interrupts
 from megabert.training.distributed.watchdog import RollCall
-from megabert.training.engine import choose, peak_memory, start_process
+from megabert.training.engine import choose
 from megabert.training.evaluate import evaluate
 from megabert.training.optim.lr_schedule import lr_factor
 from megabert.training.optim.optimizers import peak_lr

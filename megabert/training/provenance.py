@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from megabert.data.shards.manifest import write_atomically
-from megabert.training.engine import device_name
+from megabert.files.atomic import write_atomically
+from megabert.training.distributed.device import device_name
 from megabert.training.run import Run
 
 RUN_JSON = "run.json"

@@ -1,6 +1,5 @@
 """All that a training run holds."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,39 +10,16 @@ from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.schedule import Plan
 from megabert.data.shards.source import Corpus
-from megabert.data.stream import BatchStream, Position, StreamConfig, open_loader
+from megabert.data.stream import Position
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.checkpointing.writer import Saver
 from megabert.training.distributed.signals import Interrupts
 from megabert.training.evaluate import Evaluation
+from megabert.training.feed import Batches, Feed
 from megabert.training.optim.guard import Guard, Verdict
-from megabert.training.telemetry.clock import Clock
 from megabert.training.telemetry.probe import Prober
 from megabert.training.telemetry.reporter import Meter, Reporter
-
-Batches = Iterator[tuple[PackedBatch, int, Position]]
-
-
-@dataclass(frozen=True)
-class Feed:
-    """Where the run's batches come from. rank, world_size: of this process; pin_memory: for a device that copies."""
-
-    corpus: Corpus
-    config: StreamConfig
-    rank: int
-    world_size: int
-    num_workers: int
-    pin_memory: bool
-
-    def open(self, positions: dict[int, Position], first_index: int) -> Batches:
-        """This rank's batches from first_index on, its streams from these positions."""
-        options = {"rank": self.rank, "world_size": self.world_size, "first_index": first_index}
-        dataset = BatchStream(self.corpus, self.config, positions=positions, **options)
-        return iter(open_loader(dataset, self.num_workers, self.pin_memory))
-
-    def mine(self, positions: dict[int, Position]) -> dict[int, Position]:
-        """Those of this rank's streams."""
-        return {stream: position for stream, position in positions.items() if stream % self.world_size == self.rank}
+from megabert.training.telemetry.timers import Clock
 
 
 @dataclass

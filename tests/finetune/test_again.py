@@ -137,8 +137,8 @@ def test_the_test_set_of_a_task_of_the_users_own_is_labelled(request_for, tmp_pa
 @contextmanager
 def held(path: Path, shared: bool = False) -> Iterator[int]:
     """The number of another process that has a claim."""
-    program = "import sys, time; from pathlib import Path; from megabert.files.lock import take\n"
-    program += f"file = take(Path(sys.argv[1]), shared={shared}); print('mine', flush=True); time.sleep(600)"
+    program = "import sys, time; from pathlib import Path; from megabert.files.lock import acquire\n"
+    program += f"file = acquire(Path(sys.argv[1]), shared={shared}); print('mine', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

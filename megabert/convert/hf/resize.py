@@ -4,13 +4,15 @@ Both keep what was learnt where it still means something, and say what they did 
 """
 
 from copy import deepcopy
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from megabert.convert.hf.imported import Imported
 from megabert.convert.hf.reading import LARGEST
 from megabert.convert.weight_names import WORDS
+from megabert.model.configuration_megabert import MegaBertConfig
 
 POSITIONS = "bert.embeddings.position_embeddings.weight"
 BIAS = "decoder.bias"
@@ -24,6 +26,16 @@ SPECIAL |= {"<s>": "cls", "</s>": "sep"}
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+
+
+class Imported(NamedTuple):
+    """initialized, left_out: parameters that the folder lacks or has in vain, by name. vocabulary: what a resizing did."""
+
+    config: MegaBertConfig
+    weights: dict[str, Tensor]
+    initialized: list[str]
+    left_out: list[str]
+    vocabulary: str | None = None
 
 
 def resize_positions(model: Imported, max_length: int) -> Imported:

@@ -7,7 +7,6 @@ folder/train-00000.tar ...  heldout-00000.tar ...  tokenizer.json  token_counts.
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from megabert.data.shards.sample_format import SPECIAL_TOKENS, Kind, encode_npy, read_npy
+from megabert.files.atomic import write_atomically
 
 MANIFEST = "manifest.json"
 CHUNKS = "chunks.npy"
@@ -211,13 +211,3 @@ def _why_not_plausible(manifest: Manifest) -> str | None:
 def _shard_to_json(shard: Shard) -> dict:
     plain = {name: getattr(shard, name) for name in ("name", "sha256", "bytes", "documents", "tokens")}
     return plain | {"num_chunks": len(shard.chunks)}
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file in one step, on disk before it is visible."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

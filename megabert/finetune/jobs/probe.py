@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from megabert.config import cli
-from megabert.data.shards.manifest import write_atomically
+from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import read_state
 from megabert.finetune.protocol import Plan, read_protocol
 from megabert.finetune.tasks.readers import check_data, locate

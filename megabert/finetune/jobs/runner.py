@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from megabert.data.shards.manifest import write_atomically
+from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import file_hash
-from megabert.files.lock import Taken, take
+from megabert.files.lock import LockHeldError, acquire
 from megabert.finetune.base_model import fingerprint
 from megabert.finetune.jobs.job import PRETRAINED, Context, Job, Slot, label_again, run_job
 from megabert.finetune.tasks.readers import file_hashes
@@ -202,8 +202,8 @@ def last_line(path: Path) -> str:
 def work(job: Job, context: Context, slot: Slot, start: Path, request: dict[str, Any]) -> None:
     """The whole life of a job's process: it ends with 0 after its result is written, and with its starter."""
     try:
-        claim = take(context.jobs / f"{job.name}.lock")
-    except Taken:
+        claim = acquire(context.jobs / f"{job.name}.lock")
+    except LockHeldError:
         sys.exit(BUSY)
     log = os.open(context.jobs / f"{job.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(log, 1)

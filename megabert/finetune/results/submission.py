@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from megabert.data.shards.manifest import write_atomically
+from megabert.files.atomic import write_atomically
 from megabert.finetune.jobs.job import Context, Job
 from megabert.finetune.jobs.runner import best_jobs
 from megabert.finetune.tasks.task import Task

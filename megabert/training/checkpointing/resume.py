@@ -13,7 +13,7 @@ from megabert.data.stream import Position
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
 from megabert.training.checkpointing import universal
-from megabert.training.distributed.ranks import gather
+from megabert.training.distributed.sync import gather
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 
 from megabert.files import checkpoint_format as layout
-from megabert.training.distributed.ranks import gather
+from megabert.training.distributed.sync import gather
 
 FIXED = ("params", "lr")  # of a parameter group: DeepSpeed's own, and what the loop sets before every step
 

@@ -14,7 +14,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,18 +23,45 @@ import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from megabert.data.shards.manifest import TOKENIZER, write_atomically
+from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.source import Source
 from megabert.data.shards.tokenizer import TOKENIZER_CONFIG
 from megabert.data.stream import Position
 from megabert.files import checkpoint_format as layout
-from megabert.files.checkpoint_format import State
-from megabert.training.checkpointing.retention import Retention
-from megabert.training.distributed.ranks import gather
+from megabert.files.atomic import write_atomically
+from megabert.files.checkpoint_format import State, step_of
+from megabert.training.distributed.sync import gather
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """last: how many of the newest; every_steps: all of multiples of so many steps, 0: none; best: the lowest loss."""
+
+    last: int
+    every_steps: int = 0
+    best: bool = False
+
+    def expendable(self, heldout_loss: Mapping[str, float | None], good: int | None = None) -> list[str]:
+        """The tags to delete, newest first. heldout_loss: of each tag, None where it was not measured.
+
+        good: the step of the last update that was made, if some after it were refused: a rollback wants the newest
+        checkpoint up to there.
+
+        Retention(last=1, best=True) on step 10: 3.0, step 20: 2.0, step 30: 2.5 -> step 10.
+        """
+        tags = sorted(heldout_loss, key=step_of, reverse=True)
+        kept = set(tags[: self.last])
+        if good is not None:
+            kept |= set([tag for tag in tags if step_of(tag) <= good][:1])
+        if self.every_steps:
+            kept |= {tag for tag in tags if step_of(tag) % self.every_steps == 0}
+        if self.best and (measured := {tag: loss for tag, loss in heldout_loss.items() if loss is not None}):
+            kept.add(min(measured, key=lambda tag: (measured[tag], step_of(tag))))
+        return [tag for tag in tags if tag not in kept]
 
 
 class Job(NamedTuple):

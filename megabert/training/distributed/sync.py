@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+import deepspeed
 import torch.distributed
 
-from megabert.files.lock import Taken, take
+from megabert.files.lock import LockHeldError, acquire
 
 T = TypeVar("T")
 
@@ -22,6 +23,13 @@ LEAVES_S = 60.0  # a run whose launcher was killed saves and ends within 45 s
 _claims: list[TextIO] = []  # open to the end of the process: a claim ends when its file is closed
 
 APPEARS_S = 10.0  # a network file system's clients may look at what they remember of a folder for a few seconds
+
+
+def gather(mine: dict[Any, Any], group: torch.distributed.ProcessGroup | None = None) -> dict[Any, Any]:
+    """Merge every rank's dict; all ranks of the group call this and get the same."""
+    parts: list[Any] = [None] * deepspeed.comm.get_world_size(group)
+    torch.distributed.all_gather_object(parts, mine, group=group)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def from_rank_0(work: Callable[[], T], rank: int, world_size: int) -> T:
@@ -86,10 +94,10 @@ def claim(folder: Path, rank: int, world_size: int) -> None:
 def _claim(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _claims.append(take(folder / CLAIM, LEAVES_S))
+        _claims.append(acquire(folder / CLAIM, LEAVES_S))
     except OSError:
         return  # nothing can be written there, which saving.py explains
-    except Taken as taken:
+    except LockHeldError as taken:
         where = f"{folder}: process {taken.pid} on {taken.host} is training there"
         if taken.is_here:
             raise ValueError(f"{where}. End that, or choose another run.output_dir.") from taken

@@ -1,15 +1,8 @@
-"""What changes over a run: the learning rate, the masking rate, the batch, the length. And a picture of it."""
+"""The learning rate as a function of the step."""
 
 import math
-from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
-
-from megabert.config.recipe import OptimizerConfig, Recipe, batches_per_step, total_steps
-from megabert.training.feed import masking_rate, plan_of
-
-DRAWN_POINTS = 2000
+from megabert.config.recipe import OptimizerConfig
 
 
 def lr_factor(step: int, total: int, config: OptimizerConfig) -> float:
@@ -31,29 +24,3 @@ def lr_factor(step: int, total: int, config: OptimizerConfig) -> float:
         "constant": 1.0,
     }[config.schedule]
     return config.final_lr + (1 - config.final_lr) * left
-
-
-def plot_schedule(recipe: Recipe, out: Path) -> None:
-    """Draw every schedule of a recipe against its steps. Raises ValueError as a run would, for what cannot be."""
-    step_batches = batches_per_step(recipe, 1)
-    total = total_steps(recipe, step_batches)
-    plan = plan_of(recipe, step_batches, total)
-    masking = masking_rate(recipe, plan, total)
-    steps = np.unique(np.linspace(0, total - 1, DRAWN_POINTS).round().astype(int))
-    bins = [plan.bins_before(step) for step in steps.tolist()]
-    hours = recipe.run.max_hours
-    places = steps if hours is None else steps * (hours / total)
-    curves = {
-        "learning rate": [recipe.optimizer.lr * lr_factor(step, total, recipe.optimizer) for step in steps.tolist()],
-        "masked share": [masking.at(index) for index in bins],
-        "batch, token slots": [plan.at(index).step_batches * recipe.data.micro_batch_tokens for index in bins],
-        "max_seq_len, tokens": [plan.at(index).max_seq_len for index in bins],
-    }
-    figure = Figure(figsize=(8, 9), layout="constrained")
-    for axes, (name, values) in zip(figure.subplots(len(curves), sharex=True), curves.items(), strict=True):
-        axes.plot(places, values, drawstyle="default" if name == "learning rate" else "steps-post")
-        axes.set_ylabel(name)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-    axes.set_xlabel(f"optimizer steps, of {total:,}" if hours is None else f"hours, of {hours}")
-    figure.savefig(out, dpi=120)

@@ -29,9 +29,8 @@ from typing import Any
 from tqdm import tqdm
 
 from megabert.files.metrics_format import METRICS, read_metrics
-from megabert.training.telemetry.appended import Appended
 from megabert.training.telemetry.timers import Stopwatch
-from megabert.training.telemetry.trackers import Tracker
+from megabert.training.telemetry.trackers import Appended, Tracker
 
 
 class Meter:

@@ -11,10 +11,29 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megabert.training.telemetry.appended import Appended
-
 CSV = "metrics.csv"
 AGAIN_S = 60.0
+
+
+class Appended:
+    """What cannot be written waits in memory for the next attempt; a line that was cut short is then made whole."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "ab", buffering=0)  # a buffer would lose what its write() was given and could not keep
+        self.waiting = b""
+
+    def add(self, lines: str) -> None:
+        """Raises OSError if a part of them waits."""
+        self.waiting += lines.encode()
+        while self.waiting:
+            self.waiting = self.waiting[self.file.write(self.waiting) :]
+
+    def close(self) -> None:
+        """Raises OSError if a part is lost."""
+        try:
+            self.add("")
+        finally:
+            self.file.close()
 
 
 class Tracker(Protocol):

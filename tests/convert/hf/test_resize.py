@@ -4,8 +4,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from megabert.convert.hf.imported import Imported
-from megabert.convert.hf.resize import BIAS, resize_vocabulary
+from megabert.convert.hf.resize import BIAS, Imported, resize_vocabulary
 from megabert.convert.weight_names import WORDS
 from tests.convert.small import small_model
 

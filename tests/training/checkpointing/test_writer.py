@@ -18,9 +18,8 @@ from megabert.data.stream import Position
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
 from megabert.training.checkpointing import resume, universal, writer
-from megabert.training.checkpointing.retention import Retention
-from megabert.training.checkpointing.writer import Saver, check_room
-from megabert.training.engine import start_process
+from megabert.training.checkpointing.writer import Retention, Saver, check_room
+from megabert.training.distributed.process import start_process
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import Corpus, ds_config_in
 from tests.training.checkpointing.test_checkpoint import STATE

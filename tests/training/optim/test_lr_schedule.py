@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from megabert.config.parser import RecipeParser
 from megabert.config.recipe import OptimizerConfig
 from megabert.data.schedule import MaskingRate
+from megabert.plots.schedule import plot_schedule
 from megabert.training.feed import masking_rate, plan_of
-from megabert.training.optim.lr_schedule import lr_factor, plot_schedule
+from megabert.training.optim.lr_schedule import lr_factor
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import TINY, pretrain_command, run_command
 

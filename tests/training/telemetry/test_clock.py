@@ -8,8 +8,8 @@ import pytest
 from megabert.config.parser import RecipeParser
 from megabert.files.checkpoint_format import find_checkpoint, read_state
 from megabert.training.distributed.signals import REQUEUE
-from megabert.training.telemetry.clock import Clock
 from megabert.training.telemetry.reporter import read_metrics
+from megabert.training.telemetry.timers import Clock
 from tests.conftest import TINY, pretrain_command, run_command
 from tests.training.distributed.test_signals import start, wait_for_step
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from megabert.files.staging import put_in_place, staged
+from megabert.files.atomic import replace_folder, staged_folder
 from tests.conftest import REPOSITORY
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from megabert.files.staging import staged
-with staged(Path(sys.argv[1])) as folder:
+from megabert.files.atomic import staged_folder
+with staged_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("written")
     print(folder.name, flush=True)
     time.sleep(60)
@@ -55,11 +55,11 @@ def test_what_a_kill_left_is_removed_by_the_next_and_what_is_being_written_is_no
         process.kill()
         process.communicate(timeout=60)
     assert len({being_written, left, left_of_another}) == 3
-    with staged(out) as folder:
+    with staged_folder(out) as folder:
         assert not (tmp_path / left).exists()
         assert (tmp_path / being_written / "half").is_file()
         (folder / "mine").write_text("")
-        put_in_place(folder, out)
+        replace_folder(folder, out)
     alive.terminate()
     alive.communicate(timeout=60)
     assert {path.name for path in tmp_path.iterdir()} == {"out", ".tmp-out-of-somebody", left_of_another}
@@ -69,12 +69,12 @@ def test_several_at_once_write_whole_folders_and_leave_nothing(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from megabert.files.staging import put_in_place, staged
+from megabert.files.atomic import replace_folder, staged_folder
 for _ in range(100):
-    with staged(Path(sys.argv[1])) as folder:
+    with staged_folder(Path(sys.argv[1])) as folder:
         for name in "ab":
             (folder / name).write_text(sys.argv[2])
-        put_in_place(folder, Path(sys.argv[1]))
+        replace_folder(folder, Path(sys.argv[1]))
 """
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     writers = [subprocess.Popen([*command, text], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) for text in "123"]
@@ -90,7 +90,7 @@ def test_an_error_leaves_nothing_and_a_name_may_have_any_sign(tmp_path):
     out = tmp_path / "[x] *?"
 
     def fail() -> None:
-        with staged(out) as folder:
+        with staged_folder(out) as folder:
             assert folder.parent == tmp_path
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
             raise ZeroDivisionError
@@ -99,7 +99,7 @@ def test_an_error_leaves_nothing_and_a_name_may_have_any_sign(tmp_path):
         fail()
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    with staged(out) as folder:
+    with staged_folder(out) as folder:
         assert folder.stat().st_mode & 0o777 == 0o777 & ~_umask()
 
 

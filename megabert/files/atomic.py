@@ -1,4 +1,4 @@
-"""Write a folder whole or not at all: beside its place, under a name of its own, and then renamed."""
+"""Write a file or a folder completely or not at all: under a temporary name beside it, then renamed."""
 
 import contextlib
 import fcntl
@@ -15,8 +15,18 @@ from types import FrameType
 from typing import NoReturn
 
 
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file in one step, on disk before it is visible."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out` to write to, for the caller to rename; what is still there at the end is removed.
 
     Ctrl-C and SIGTERM remove it too. What a kill -9 left there is removed by the next that writes to `out`.
@@ -31,7 +41,7 @@ def staged(out: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def put_in_place(folder: Path, out: Path) -> None:
+def replace_folder(folder: Path, out: Path) -> None:
     """Rename a staged folder to `out`, whatever is there now."""
     before = folder.with_name(f"{folder.name}-old")
     with _only_one(out.parent):
