@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import webdataset
 
+from megabert.data.shards import sample_format
 from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKENIZER, read_manifest
-from megabert.data.shards.source import DamagedShardError, check_same_tokenizer, open_corpus, open_source, sample_format
+from megabert.data.shards.source import DamagedShardError, check_same_tokenizer, open_corpus, open_source
 
 
 @pytest.fixture

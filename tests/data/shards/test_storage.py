@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from megabert.data.shards import storage
 from megabert.data.shards.cache import CacheOptions, Expected, ShardCache, WrongContentError
 from megabert.data.shards.manifest import MANIFEST
-from megabert.data.shards.source import DamagedShardError, open_source, storage
+from megabert.data.shards.source import DamagedShardError, open_source
 from megabert.data.shards.storage import open_storage, retrying
 
 
