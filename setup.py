@@ -28,6 +28,7 @@ setup(
         "braceexpand",
         "deepspeed>=0.19.8,<0.20",
         "docstring-parser",
+        "filelock>=4.2",
         "fsspec[http]",
         "jsonargparse>=4.49",
         "matplotlib",

@@ -140,7 +140,9 @@ def test_launchers_stay_small(path):
 
 def test_nothing_but_two_files_asks_what_device_this_is():
     for name, path in modules().items():
-        if name not in ("megabert.training.distributed.device", "megabert.kernels.resolve") and name.startswith("megabert"):
+        if name not in ("megabert.training.distributed.device", "megabert.kernels.resolve") and name.startswith(
+            "megabert"
+        ):
             text = path.read_text()
             assert "cuda.is_available" not in text, name
             assert "get_accelerator" not in text, name

@@ -10,13 +10,13 @@ checkpoints/step-00000250/              complete, or not there at all
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megabert.files.hashing import file_sha256
 
 LATEST = "latest"
 MANIFEST = "MANIFEST.json"
@@ -98,28 +98,6 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_and_sync(path: Path) -> tuple[int, str]:
-    """Size and hash of a file that is on disk when this returns."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size, digest
-
-
-def sync_folder(folder: Path) -> None:
-    """Put a folder's entries on disk: after this a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def files_of(folder: Path) -> list[str]:
     """Every file of a checkpoint but its manifest, as sorted relative names."""
     files = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -170,6 +148,6 @@ def check_files(folder: Path, names: list[str] | None = None) -> str | None:
             return f"{path} is missing"
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size} bytes, expected {size}"
-        if file_hash(path) != digest:
+        if file_sha256(path) != digest:
             return f"{path} is damaged: its hash is not the one in {MANIFEST}"
     return None

@@ -15,7 +15,8 @@ from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.zero import read_checkpoint
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.files.atomic import staged_folder, write_atomically
-from megabert.files.checkpoint_format import file_hash, find_checkpoint
+from megabert.files.checkpoint_format import find_checkpoint
+from megabert.files.hashing import file_sha256
 from megabert.finetune.protocol import Settings
 from megabert.finetune.tasks.task import Task
 from megabert.finetune.training import Place, build_model
@@ -96,7 +97,7 @@ def fingerprint(folder: Path) -> str:
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"{folder}: has no weights.")
-    hashes = [file_hash(folder / name) for name in (CONFIG, TOKENIZER, *weights)]
+    hashes = [file_sha256(folder / name) for name in (CONFIG, TOKENIZER, *weights)]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

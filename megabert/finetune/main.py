@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megabert.files.atomic import write_atomically
-from megabert.files.lock import LockHeldError, acquire
+from megabert.files.lock import Lock, LockHeldError, acquire, acquire_read_write
 from megabert.finetune.base_model import prepare
 from megabert.finetune.jobs.job import TFIDF, Context, Job, Slot, plan_jobs, tokenizer_for
 from megabert.finetune.jobs.runner import Runner
@@ -61,20 +61,20 @@ def alone(out: Path, part: int | None) -> Iterator[None]:
 
     Raises ValueError if another command is there.
     """
-    claims = []
+    claims: list[Lock] = []
     try:
-        claims.append(acquire(out / CLAIM, LEAVES_S, shared=part is not None))
+        claims.append(acquire_read_write(out / CLAIM, exclusive=part is None, timeout_s=LEAVES_S))
         if part is not None:
             claims.append(acquire(out / f"start-{part}.lock", LEAVES_S))
         yield
     except LockHeldError as taken:
-        died = "" if taken.is_here else f" If that machine died, remove {taken.path}."
+        died = "" if taken.is_local else f" If that machine died, remove {taken.path}."
         raise ValueError(
             f"{out}: process {taken.pid} on {taken.host} is fine-tuning there. Wait for it, end it, or choose another --out.{died}"
         ) from taken
     finally:
         for claim in claims:
-            claim.close()
+            claim.release()
 
 
 def check_start(context: Context, jobs: list[Job], places: list[Slot]) -> None:

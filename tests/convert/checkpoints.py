@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megabert.config.recipe import Recipe, RunConfig
 from megabert.files import checkpoint_format as layout
+from megabert.files import hashing
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
 TIED = "decoder.weight"
@@ -83,5 +84,5 @@ def write_state(folder: Path, model: MegaBertForMaskedLM, step: int, stage: int,
     )  # fmt: skip
     (folder / layout.STATE).write_text(json.dumps(vars(state)))
     paths = {name: folder / name for name in layout.files_of(folder)}
-    files = {name: (path.stat().st_size, layout.file_hash(path)) for name, path in paths.items()}
+    files = {name: (path.stat().st_size, hashing.file_sha256(path)) for name, path in paths.items()}
     (folder / layout.MANIFEST).write_text(json.dumps(files))

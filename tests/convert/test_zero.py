@@ -12,6 +12,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from megabert.convert.zero import read_checkpoint
 from megabert.files import checkpoint_format as layout
+from megabert.files import hashing
 from tests.convert.checkpoints import TIED, write_checkpoint, write_state
 from tests.convert.small import small_model
 
@@ -152,7 +153,7 @@ def test_only_checkpoints_of_one_run_are_averaged(corpus, tmp_path, changes, mes
     (folder / layout.STATE).write_text(json.dumps(raw))
     (folder / layout.MANIFEST).unlink()
     files = {
-        name: ((folder / name).stat().st_size, layout.file_hash(folder / name)) for name in layout.files_of(folder)
+        name: ((folder / name).stat().st_size, hashing.file_sha256(folder / name)) for name in layout.files_of(folder)
     }
     (folder / layout.MANIFEST).write_text(json.dumps(files))
     if message is None:

@@ -135,14 +135,14 @@ def test_the_test_set_of_a_task_of_the_users_own_is_labelled(request_for, tmp_pa
 
 
 @contextmanager
-def held(path: Path, shared: bool = False) -> Iterator[int]:
-    """The number of another process that has a claim."""
-    program = "import sys, time; from pathlib import Path; from megabert.files.lock import acquire\n"
-    program += f"file = acquire(Path(sys.argv[1]), shared={shared}); print('mine', flush=True); time.sleep(600)"
+def held(path: Path, call: str = "acquire_read_write(path, exclusive=True)") -> Iterator[int]:
+    """The id of another process that holds a lock."""
+    program = "import sys, time; from pathlib import Path; from megabert.files.lock import *\n"
+    program += f"path = Path(sys.argv[1]); lock = {call}; print('held', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "mine\n"
+        assert process.stdout.readline() == "held\n"
         yield process.pid
     finally:
         process.kill()
@@ -160,11 +160,14 @@ def test_two_commands_on_one_folder_are_refused_and_parts_of_an_array_are_not(re
             ):
                 run(request_for(tasks="sst2", shard=shard))
         assert not (out / "jobs").exists()
-    with held(out / "glue.lock", shared=True), pytest.raises(ValueError, match="is fine-tuning there"):
+    with (
+        held(out / "glue.lock", "acquire_read_write(path, exclusive=False)"),
+        pytest.raises(ValueError, match="is fine-tuning there"),
+    ):
         run(request_for(tasks="sst2"))
-    with held(out / "glue.lock", shared=True):
+    with held(out / "glue.lock", "acquire_read_write(path, exclusive=False)"):
         assert run(request_for(tasks="sst2", shard="0/2")) == 0
-    with held(out / "start-1.lock"), pytest.raises(ValueError, match="is fine-tuning there"):
+    with held(out / "start-1.lock", "acquire(path)"), pytest.raises(ValueError, match="is fine-tuning there"):
         run(request_for(tasks="sst2", shard="1/2"))
     (out / "glue.lock").write_text('{"host": "node-7", "pid": 12}')
     assert run(request_for(tasks="sst2")) == 0, "a claim that nobody has is none"
@@ -173,7 +176,7 @@ def test_two_commands_on_one_folder_are_refused_and_parts_of_an_array_are_not(re
 def test_a_job_that_another_command_is_running_is_left_to_that(request_for, tmp_path, capsys):
     name = "sst2-pretrained-c0-s1"
     (tmp_path / "out/jobs").mkdir(parents=True)
-    with held(tmp_path / f"out/jobs/{name}.lock"):
+    with held(tmp_path / f"out/jobs/{name}.lock", "acquire(path)"):
         assert run(request_for(tasks="sst2", shard="0/2")) == 0
         said = capsys.readouterr().out
         assert f"{name}: another command is running it" in said

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from megabert.convert.hf.folder import save_tensors
 from megabert.convert.hf.reading import check_code_stays_inside, read_json
 from megabert.data.shards.manifest import TOKENIZER
-from megabert.files.checkpoint_format import file_hash, files_of
+from megabert.files.checkpoint_format import files_of
+from megabert.files.hashing import file_sha256
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
@@ -82,7 +83,7 @@ def write_receipt(folder: Path, checkpoint: str, max_length: int, parameters: di
         "onnx_tolerance": ONNX_TOLERANCE,
         "texts": TEXTS,
         "max_length": max_length,
-        "files": {name: file_hash(folder / name) for name in files_of(folder) if name not in FREE_TO_EDIT},
+        "files": {name: file_sha256(folder / name) for name in files_of(folder) if name not in FREE_TO_EDIT},
         "parameters": {name: hashlib.sha256(tensor.numpy().data).hexdigest() for name, tensor in parameters.items()},
     }
     (folder / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n")
@@ -123,7 +124,7 @@ def difference(folder: Path, receipt: dict[str, Any]) -> str | None:
     for name, digest in receipt["files"].items():
         if not (folder / name).is_file():
             return f"{folder / name}: is missing; it was exported"
-        if file_hash(folder / name) != digest:
+        if file_sha256(folder / name) != digest:
             return f"{folder / name}: was changed since it was exported"
     # A download's own notes, such as .cache/huggingface and .gitattributes, which nothing loads.
     if added := [name for name in added_files(folder, receipt) if not name.startswith(".")]:

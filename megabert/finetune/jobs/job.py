@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from megabert.files.checkpoint_format import file_hash
+from megabert.files.hashing import file_sha256
 from megabert.finetune.base_model import Start, fingerprint, load_model, save_model
 from megabert.finetune.protocol import MNLI, Protocol, Settings
 from megabert.finetune.tasks import metrics
@@ -173,7 +173,7 @@ def write_labels(
         sets[f"{task.name}/{split}"] = predict(model, encoded, job.settings, place)
     path = context.jobs / f"{job.name}.npz"
     np.savez_compressed(path, **sets)
-    return {"labels_sha256": file_hash(path)}
+    return {"labels_sha256": file_sha256(path)}
 
 
 def has_types(model: MegaBertForSequenceClassification) -> bool:

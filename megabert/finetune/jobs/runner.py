@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megabert.files.atomic import write_atomically
-from megabert.files.checkpoint_format import file_hash
+from megabert.files.hashing import file_sha256
 from megabert.files.lock import LockHeldError, acquire
 from megabert.finetune.base_model import fingerprint
 from megabert.finetune.jobs.job import PRETRAINED, Context, Job, Slot, label_again, run_job
@@ -130,7 +130,7 @@ class Runner:
         result, path = self.results[job.name], self.context.jobs / f"{job.name}.npz"
         if result["request"]["labelling"] != self.labelling[job.name] or not path.is_file():
             return False
-        return file_hash(path) == result["labels_sha256"]
+        return file_sha256(path) == result["labels_sha256"]
 
     def _fail_without_start(self, job: Job) -> bool:
         if not job.from_mnli or any(self.results[other.name]["status"] == "done" for other in self._mnli_jobs()):
@@ -225,7 +225,7 @@ def work(job: Job, context: Context, slot: Slot, start: Path, request: dict[str,
         result = run_job(job, context, slot, start)
     result |= {"request": request, "status": "done"}
     write_atomically(context.jobs / f"{job.name}.json", json.dumps(result, indent=1).encode())
-    claim.close()
+    claim.release()
 
 
 def _end_with(starter: Any) -> None:

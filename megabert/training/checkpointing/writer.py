@@ -28,6 +28,7 @@ from megabert.data.shards.source import Source
 from megabert.data.shards.tokenizer import TOKENIZER_CONFIG
 from megabert.data.stream import Position
 from megabert.files import checkpoint_format as layout
+from megabert.files import hashing
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import State, step_of
 from megabert.training.distributed.sync import gather
@@ -171,16 +172,16 @@ class Saver:
             return
         streams, manifest = temporary / layout.STREAMS, temporary / layout.MANIFEST
         streams.write_bytes(_json({stream: positions[stream] for stream in sorted(positions)}))
-        hashes |= {streams.name: layout.hash_and_sync(streams)}
+        hashes |= {streams.name: hashing.hash_and_sync(streams)}
         manifest.write_bytes(_json({name: hashes[name] for name in sorted(hashes)}))
-        layout.hash_and_sync(manifest)
-        layout.sync_folder(temporary)
+        hashing.hash_and_sync(manifest)
+        hashing.sync_folder(temporary)
         final = self.folder / temporary.name.removeprefix(layout.TEMPORARY)
         if final.exists():  # a damaged one of this step, which was passed over
             remove(final)
         os.rename(temporary, final)
         write_atomically(self.folder / layout.LATEST, final.name.encode())
-        layout.sync_folder(self.folder)
+        hashing.sync_folder(self.folder)
         good = state.step - state.guard["in_a_row"]
         for tag in self.retention.expendable(layout.heldout_losses(self.folder), good):
             remove(self.folder / tag)
@@ -302,7 +303,7 @@ def _write_files(folder: Path, job: Job) -> dict[str, tuple[int, str]]:
             raise OSError(errno.EIO, str(mistake).splitlines()[0], str(folder / name)) from mistake
     for name, text in job.texts.items():
         (folder / name).write_bytes(text)
-    return {name: layout.hash_and_sync(folder / name) for name in [*job.files, *job.texts]}
+    return {name: hashing.hash_and_sync(folder / name) for name in [*job.files, *job.texts]}
 
 
 def _bytes_of(item: Any) -> int:

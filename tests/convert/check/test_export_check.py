@@ -99,7 +99,7 @@ def test_verifying_runs_no_code_from_elsewhere(exported, tmp_path):
         config["auto_map"]["AutoModelForMaskedLM"] = entry
         (copy / "config.json").write_text(json.dumps(config))
         receipt = json.loads((copy / "export.json").read_text())
-        receipt["files"]["config.json"] = export_check.file_hash(copy / "config.json")
+        receipt["files"]["config.json"] = export_check.file_sha256(copy / "config.json")
         (copy / "export.json").write_text(json.dumps(receipt))
         with pytest.raises(ValueError, match="expected module.Class of this folder|absent.py: no such file"):
             export_check.verify(copy)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megabert.files.checkpoint_format import MANIFEST, STATE, file_hash
+from megabert.files.checkpoint_format import MANIFEST, STATE
+from megabert.files.hashing import file_sha256
 from megabert.finetune.results import pareto
 from megabert.finetune.results.pareto import Point
 from tests.conftest import REPOSITORY, Corpus
@@ -46,7 +47,7 @@ def run_of(out: Path, corpus: Corpus, seed: int, used: dict[int, float], world_s
         state = json.loads((folder / STATE).read_text())
         (folder / STATE).write_text(json.dumps(state | {"used": seconds}))
         manifest = json.loads((folder / MANIFEST).read_text())
-        manifest[STATE] = ((folder / STATE).stat().st_size, file_hash(folder / STATE))
+        manifest[STATE] = ((folder / STATE).stat().st_size, file_sha256(folder / STATE))
         (folder / MANIFEST).write_text(json.dumps(manifest))
     return out
 
