@@ -42,6 +42,7 @@ setup(
         "scikit-learn",
         "scipy",
         "sentencepiece",
+        "tenacity",
         "tensorboard",
         "tokenizers>=0.21",
         "torch>=2.8",
