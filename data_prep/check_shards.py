@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.folder import SHARD
-from data_prep.workers import Progress, Workers
-from data_prep.writing.length_statistics import PICTURE
+from data_prep.output_folder import WRITTEN_SHARD
+from data_prep.workers import Progress, WorkerPool
+from data_prep.writing.length_statistics import PLOT
 from megabert.config import cli
 from megabert.data.shards.manifest import (
     CHUNKS,
@@ -48,7 +48,7 @@ class Options:
 
 
 @dataclass
-class Findings:
+class ShardFindings:
     """What is wrong with one shard, and how often each id occurs in it."""
 
     problems: list[str] = field(default_factory=list)
@@ -75,17 +75,17 @@ def check_chunk(data: bytes, chunk: Chunk, vocab_size: int | None, where: str) -
                 problems.append(f"{where}: has a document of {lengths.min()} tokens")
             if len(ids) and ids.max() >= vocab_size:
                 problems.append(f"{where}: holds id {ids.max()}, but the vocabulary has {vocab_size}")
-    except ValueError as mistake:
-        return [*problems, str(mistake)], nothing
+    except ValueError as error:
+        return [*problems, str(error)], nothing
     if found != (chunk.documents, chunk.tokens):
         said = f"{chunk.documents} of {chunk.tokens}"
         problems.append(f"{where}: {found[0]} documents of {found[1]} tokens, the manifest says {said}")
     return problems, ids
 
 
-def check_shard(path: Path, shard: Shard, vocab_size: int | None) -> tuple[str, Findings]:
+def check_shard(path: Path, shard: Shard, vocab_size: int | None) -> tuple[str, ShardFindings]:
     """Returns the shard's name and what is wrong with it. One chunk is in memory at a time."""
-    found = Findings(ids=np.zeros(vocab_size or 0, np.int64))
+    found = ShardFindings(ids=np.zeros(vocab_size or 0, np.int64))
     if not path.is_file():
         found.problems.append(f"{path}: missing")
         return shard.name, found
@@ -113,12 +113,12 @@ def check_shard(path: Path, shard: Shard, vocab_size: int | None) -> tuple[str, 
 def check_files(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Yield what lies in the folder but should not, and what is not as the manifest says beside the shards."""
     listed = {shard.name for part in manifest.splits.values() for shard in part}
-    ours = {MANIFEST, CHUNKS, PICTURE} | ({TOKENIZER, TOKENIZER_CONFIG, TOKEN_COUNTS} if manifest.tokenizer else set())
+    ours = {MANIFEST, CHUNKS, PLOT} | ({TOKENIZER, TOKENIZER_CONFIG, TOKEN_COUNTS} if manifest.tokenizer else set())
     for path in sorted(folder.iterdir()):
         if path.name == ".work":
             yield f"{path}: an interrupted write_shards.py left this. Run it again, or remove it"
         elif path.name not in listed | ours:
-            kind = "shard" if SHARD.fullmatch(path.name) else "file"
+            kind = "shard" if WRITTEN_SHARD.fullmatch(path.name) else "file"
             yield f"{path}: a {kind} that the manifest does not list"
     for name in sorted(ours):
         if not (folder / name).is_file():
@@ -133,8 +133,8 @@ def check_files(folder: Path, manifest: Manifest) -> Iterator[str]:
 def check_tokenizer(folder: Path, expected: TokenizerInfo) -> Iterator[str]:
     try:
         path, found = find_tokenizer(folder)
-    except ValueError as mistake:
-        yield str(mistake)
+    except ValueError as error:
+        yield str(error)
         return
     if found.fingerprint != expected.fingerprint:
         yield f"{path}: its fingerprint is {found.fingerprint[:12]}, the manifest says {expected.fingerprint[:12]}"
@@ -145,8 +145,8 @@ def check_tokenizer(folder: Path, expected: TokenizerInfo) -> Iterator[str]:
 def check_token_counts(path: Path, expected: np.ndarray) -> Iterator[str]:
     try:
         found = read_npy(path.read_bytes(), str(path))
-    except ValueError as mistake:
-        yield str(mistake)
+    except ValueError as error:
+        yield str(error)
         return
     if found.shape != expected.shape or (found != expected).any():
         where = f" of id {(found != expected).argmax()}" if found.shape == expected.shape else ""
@@ -157,14 +157,14 @@ def check(folder: Path, manifest: Manifest, workers: int) -> list[str]:
     """Look at everything. Returns what is wrong."""
     vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else None
     shards = [shard for part in manifest.splits.values() for shard in part]
-    found: dict[str, Findings] = {}
+    found: dict[str, ShardFindings] = {}
     progress = Progress("checking", len(shards), "shard")
 
-    def collect(result: tuple[str, Findings] | None) -> None:
+    def collect(result: tuple[str, ShardFindings] | None) -> None:
         found.update([result] if result else [])
         progress.show(len(found))
 
-    with Workers(min(workers, len(shards) or 1)) as pool:
+    with WorkerPool(min(workers, len(shards) or 1)) as pool:
         pool.run(check_shard, ((folder / shard.name, shard, vocab_size) for shard in shards), collect)
     progress.close()
     problems = [problem for shard in shards for problem in found[shard.name].problems]
@@ -185,8 +185,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         manifest = read_manifest(folder)
-    except ValueError as mistake:
-        print(mistake)
+    except ValueError as error:
+        print(error)
         return 1
     problems = check(folder, manifest, options.workers)
     for problem in problems:

@@ -21,16 +21,16 @@ from typing import Literal
 import sentencepiece
 from tokenizers import Tokenizer, models, processors, trainers
 
-from data_prep.sources import ReadOptions, list_units, read_unit, stamps
-from data_prep.tokenizer.existing import LONGEST_WORD, Existing, as_bert_does, load
-from data_prep.tokenizer.from_sentencepiece import as_tokenizer, differences, own_symbols
+from data_prep.sources import ReadOptions, list_input_splits, read_input_split, source_state
+from data_prep.tokenizer.existing import LONGEST_WORD, LoadedTokenizer, load, use_bert_components
+from data_prep.tokenizer.from_sentencepiece import differing_lines, to_fast_tokenizer, user_defined_symbols
 from megabert.config import cli
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, read_tokenizer
 from megabert.files.atomic import write_atomically
 
-SAMPLED_UNITS = 16  # a sample is taken from at least so many places of the corpus, if it has them
+SAMPLED_SPLITS = 16  # a sample is taken from at least so many places of the corpus, if it has them
 COMPARED_LINES = 10_000
 
 
@@ -74,13 +74,13 @@ class Options:
 
 def sample_lines(options: Options) -> Iterator[str]:
     """Yield lines of units in random order, until sample_bytes are read. Large units give a part only."""
-    units = list_units(options.source, options.read)
+    units = list_input_splits(options.source, options.read)
     random.Random(options.seed).shuffle(units)
     read = 0
     for number, unit in enumerate(units):
-        share = (options.sample_bytes - read) / max(1, min(SAMPLED_UNITS, len(units)) - number)
+        share = (options.sample_bytes - read) / max(1, min(SAMPLED_SPLITS, len(units)) - number)
         enough = read + share
-        for document in read_unit(unit, options.read):
+        for document in read_input_split(unit, options.read):
             for line in document.splitlines():
                 if line := line.strip():
                     read += len(line.encode("utf-8", "replace"))
@@ -91,18 +91,18 @@ def sample_lines(options: Options) -> Iterator[str]:
             return
 
 
-def train(options: Options) -> Existing:
+def train(options: Options) -> LoadedTokenizer:
     """Learn a tokenizer. Raises ValueError if the corpus is too small."""
     if options.model == "wordpiece":
-        return Existing(train_wordpiece(options))
+        return LoadedTokenizer(train_wordpiece(options))
     model = train_sentencepiece(options)
-    return Existing(as_tokenizer(model), model)
+    return LoadedTokenizer(to_fast_tokenizer(model), model)
 
 
 def train_wordpiece(options: Options) -> Tokenizer:
     unknown = SPECIAL_TOKENS["unk"]
     tokenizer = Tokenizer(models.WordPiece(unk_token=unknown, max_input_chars_per_word=LONGEST_WORD))
-    as_bert_does(tokenizer, options.lowercase)
+    use_bert_components(tokenizer, options.lowercase)
     trainer = trainers.WordPieceTrainer(
         vocab_size=options.vocab_size,
         min_frequency=2,
@@ -138,11 +138,11 @@ def train_sentencepiece(options: Options) -> bytes:
             control_symbols=[SPECIAL_TOKENS["mask"]],
             minloglevel=2,
         )
-    except RuntimeError as mistake:
+    except RuntimeError as error:
         raise ValueError(
             f"{options.source}: sentencepiece cannot learn {options.vocab_size} pieces from it: "
-            f"{' '.join(str(mistake).split())} Use more text or a smaller --vocab-size."
-        ) from mistake
+            f"{' '.join(str(error).split())} Use more text or a smaller --vocab-size."
+        ) from error
     return model.getvalue()
 
 
@@ -170,19 +170,19 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     write_atomically(folder / TOKENIZER_CONFIG, json.dumps(config, indent=1).encode())
 
 
-def compare(options: Options, sentencepiece_model: bytes) -> str:
+def compare_with_sentencepiece(options: Options, sentencepiece_model: bytes) -> str:
     """Encode lines of the corpus with tokenizer.json and with sentencepiece. Returns sentences about it."""
     tokenizer = read_tokenizer(Path(options.out, TOKENIZER))
     lines = list(itertools.islice(sample_lines(options), COMPARED_LINES))
-    found = differences(tokenizer, sentencepiece_model, lines)
+    found = differing_lines(tokenizer, sentencepiece_model, lines)
     said = f"{len(found)} of {len(lines):,} lines of the corpus differ from sentencepiece's own ids"
     said += f", such as {found[0][:80]!r}" if found else ""
-    symbols = differences(tokenizer, sentencepiece_model, own_symbols(sentencepiece_model))
+    symbols = differing_lines(tokenizer, sentencepiece_model, user_defined_symbols(sentencepiece_model))
     said += f"; user-defined symbols that do: {' '.join(symbols)}" if symbols else ""
     return said + (". See data_prep/README.md" if found or symbols else "")
 
 
-def what_is_asked(options: Options) -> str:
+def request_hash(options: Options) -> str:
     """A hash of the request and of what it is to be made of."""
     made_of: list[object] = [options]
     if options.existing:
@@ -190,14 +190,14 @@ def what_is_asked(options: Options) -> str:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         made_of += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     else:
-        made_of += stamps(list_units(options.source, options.read))
+        made_of += source_state(list_input_splits(options.source, options.read))
     return hashlib.sha256(repr(made_of).encode()).hexdigest()
 
 
 def main(argv: list[str] | None = None) -> None:
     options = cli.read_flags(Options, "train_tokenizer.py", __doc__ or "", argv)
     folder = Path(options.out)
-    request = what_is_asked(options)
+    request = request_hash(options)
     marker = folder / "request"
     if (folder / TOKENIZER).is_file() and marker.is_file() and marker.read_text() == request:
         print(f"{folder / TOKENIZER}: already made of this, reused")
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{folder / TOKENIZER}: {tokenizer.get_vocab_size()} pieces ({options.existing or options.model})")
     if model is not None:
         write_atomically(folder / "tokenizer.model", model)
-        print(compare(options, model))
+        print(compare_with_sentencepiece(options, model))
     write_atomically(marker, request.encode())
 
 

@@ -56,7 +56,7 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def _sigint_blocked() -> Iterator[None]:
     """Ctrl-C waits until the end; the threads that are started meanwhile never see it, as is right."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -65,7 +65,7 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class Workers:
+class WorkerPool:
     """Processes that take tasks. Use as a context; leaving it with an exception ends them at once."""
 
     def __init__(self, count: int):
@@ -75,7 +75,7 @@ class Workers:
         self._others = set(multiprocessing.active_children())
         self._pool = concurrent.futures.ProcessPoolExecutor(count, context, _start_worker, (self.counters,))
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -95,7 +95,7 @@ class Workers:
             while True:
                 # Enough to be busy: all at once would be memory for nothing.
                 while len(waiting) < 2 * self._count and (task := next(rest, None)) is not None:
-                    with _uninterrupted():  # by Ctrl-C: a worker that is just being started would outlive the command
+                    with _sigint_blocked():  # by Ctrl-C: a worker that is just being started would outlive the command
                         waiting.add(self._pool.submit(function, *task))
                 if not waiting:
                     return
@@ -139,14 +139,17 @@ class Progress:
         if self._bar is None and time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()
             left = (self._total - done) * elapsed / max(1, done - self._first)
-            print(f"{self._what}: {self._figures()}, {text + ', ' if text else ''}{_clock(left)} left", file=sys.stderr)
+            print(
+                f"{self._what}: {self._figures()}, {text + ', ' if text else ''}{_format_duration(left)} left",
+                file=sys.stderr,
+            )
 
     def close(self) -> None:
         elapsed = time.monotonic() - self._started
         if self._bar is not None:
             self._bar.close()
         elif elapsed >= LOG_EVERY_S:
-            print(f"{self._what}: {self._figures()} in {_clock(elapsed)}", file=sys.stderr)
+            print(f"{self._what}: {self._figures()} in {_format_duration(elapsed)}", file=sys.stderr)
 
     def _figures(self) -> str:
         if self._bytes:
@@ -154,6 +157,6 @@ class Progress:
         return f"{self._done:,} of {self._total:,} {self._unit}s"
 
 
-def _clock(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep import folder
-from data_prep.sources import ReadOptions, Unit, list_units, stamps
-from data_prep.sources.base import UNIT_BYTES, is_full
-from data_prep.workers import Progress, Workers
+from data_prep import output_folder
+from data_prep.sources import InputSplit, ReadOptions, list_input_splits, source_state
+from data_prep.sources.base import INPUT_SPLIT_BYTES, is_disk_full
+from data_prep.workers import Progress, WorkerPool
 from data_prep.writing import length_statistics, shard_writer, sorted_runs
 from megabert.config import cli
 from megabert.data.shards.manifest import (
@@ -93,26 +93,26 @@ class Options:
         return ReadOptions(self.text_key, self.blank_lines, self.dataset_config, self.dataset_split)
 
 
-class Wanted(NamedTuple):
+class ShardRequest(NamedTuple):
     """What is asked for. request: a hash of all of it; whatever differs gives other shards."""
 
     options: Options
-    units: list[Unit]
+    units: list[InputSplit]
     tokenizer_path: Path | None
     tokenizer: TokenizerInfo | None
     request: str
 
     @property
-    def job(self) -> sorted_runs.Job:
+    def settings(self) -> sorted_runs.WriteSettings:
         o = self.options
         dtype = token_dtype(self.tokenizer.vocab_size) if self.tokenizer else np.dtype(np.uint8)
         path = str(self.tokenizer_path) if self.tokenizer_path else None
-        return sorted_runs.Job(
+        return sorted_runs.WriteSettings(
             Path(o.out), path, dtype, o.read, o.min_chars, o.heldout, o.deduplicate, o.chunk_tokens, o.seed
         )
 
 
-def understand(options: Options) -> Wanted:
+def resolve_request(options: Options) -> ShardRequest:
     """Look at source and tokenizer. Raises ValueError for one that cannot be read."""
     path, tokenizer = find_tokenizer(options.tokenizer) if options.tokenizer else (None, None)
     out = Path(options.out)
@@ -120,16 +120,16 @@ def understand(options: Options) -> Wanted:
         raise ValueError(
             f"{out}: is --source and --out; its shards would be replaced while they are read. Choose another --out."
         )
-    units = list_units(options.source, options.read)
+    units = list_input_splits(options.source, options.read)
     asked = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "replace")}
-    request = hashlib.sha256(repr((asked, tokenizer, stamps(units))).encode()).hexdigest()
-    return Wanted(options, units, path, tokenizer, request)
+    request = hashlib.sha256(repr((asked, tokenizer, source_state(units))).encode()).hexdigest()
+    return ShardRequest(options, units, path, tokenizer, request)
 
 
-def deal(units: list[Unit]) -> list[list[Unit]]:
+def group_into_tasks(units: list[InputSplit]) -> list[list[InputSplit]]:
     """Group units, in their order, into tasks."""
-    most = min(TASK_BYTES, max(UNIT_BYTES, sum(unit.size for unit in units) // TASKS))
-    tasks: list[list[Unit]] = []
+    most = min(TASK_BYTES, max(INPUT_SPLIT_BYTES, sum(unit.size for unit in units) // TASKS))
+    tasks: list[list[InputSplit]] = []
     size = most
     for unit in units:
         cost = most if unit.kind == "hub" else unit.size  # the hub does not say how large a shard is
@@ -141,23 +141,27 @@ def deal(units: list[Unit]) -> list[list[Unit]]:
     return tasks
 
 
-def write_all_runs(job: sorted_runs.Job, units: list[Unit], workers: Workers) -> list[sorted_runs.Summary]:
+def write_all_sorted_runs(
+    settings: sorted_runs.WriteSettings, units: list[InputSplit], workers: WorkerPool
+) -> list[sorted_runs.TaskSummary]:
     """The first pass, or what an earlier command left of it."""
-    tasks = deal(units)
-    left = [n for n in range(len(tasks)) if not sorted_runs.summary_path(job, n).is_file()]
+    tasks = group_into_tasks(units)
+    left = [n for n in range(len(tasks)) if not sorted_runs.summary_path(settings, n).is_file()]
     unit = "shard" if units and units[0].kind == "hub" else "B"
     progress = Progress("reading", sum(u.size for u in units), unit)
     progress.start_at(sum(u.size for u in units) - sum(u.size for n in left for u in tasks[n]))
     try:
         workers.run(
-            sorted_runs.write_runs, ((job, n, tasks[n]) for n in left), lambda _: progress.show(*workers.counters[:])
+            sorted_runs.write_sorted_runs,
+            ((settings, n, tasks[n]) for n in left),
+            lambda _: progress.show(*workers.counters[:]),
         )
     finally:
         progress.close()
-    return [sorted_runs.read_summary(job, n) for n in range(len(tasks))]
+    return [sorted_runs.read_summary(settings, n) for n in range(len(tasks))]
 
 
-def shard_counts(options: Options, itemsize: int, summaries: list[sorted_runs.Summary]) -> dict[str, int]:
+def shard_counts(options: Options, itemsize: int, summaries: list[sorted_runs.TaskSummary]) -> dict[str, int]:
     """How many shards each part gets: enough of them, none larger than asked."""
     sizes = {part: itemsize * sum(summary.elements[part] for summary in summaries) for part in sorted_runs.PARTS}
     train, heldout = (-(-size // (options.shard_mb << 20)) for size in sizes.values())
@@ -166,10 +170,12 @@ def shard_counts(options: Options, itemsize: int, summaries: list[sorted_runs.Su
     return {"train": train} | ({"heldout": max(1, heldout, round(train * options.heldout))} if options.heldout else {})
 
 
-def write_all_shards(job: sorted_runs.Job, counts: dict[str, int], paths: list[Path], workers: Workers) -> None:
+def write_all_shards(
+    settings: sorted_runs.WriteSettings, counts: dict[str, int], paths: list[Path], workers: WorkerPool
+) -> None:
     """The second pass, or what an earlier command left of it."""
     every = [(part, number) for part, total in counts.items() for number in range(total)]
-    left = [place for place in every if not shard_writer.report_path(job, *place).is_file()]
+    left = [place for place in every if not shard_writer.record_path(settings, *place).is_file()]
     progress = Progress("writing", len(every), "shard")
     progress.start_at(len(every) - len(left))
     written = 0
@@ -179,14 +185,14 @@ def write_all_shards(job: sorted_runs.Job, counts: dict[str, int], paths: list[P
         written += result is not None
         progress.show(written)
 
-    tasks = ((job, paths, part, number, counts[part]) for part, number in left)
+    tasks = ((settings, paths, part, number, counts[part]) for part, number in left)
     try:
         workers.run(shard_writer.write_shard, tasks, show)
     finally:
         progress.close()
 
 
-def collect(wanted: Wanted, counts: dict[str, int], read: int) -> tuple[Manifest, np.ndarray]:
+def collect(wanted: ShardRequest, counts: dict[str, int], read: int) -> tuple[Manifest, np.ndarray]:
     """Read all shards' reports into a manifest, and add up how often each token occurs in training."""
     splits: dict[str, tuple[Shard, ...]] = {}
     lengths = np.zeros(length_statistics.LONGEST_COUNTED + 1, dtype=np.int64)
@@ -194,7 +200,7 @@ def collect(wanted: Wanted, counts: dict[str, int], read: int) -> tuple[Manifest
     for part, total in counts.items():
         shards = []
         for number in range(total):
-            report = shard_writer.read_report(shard_writer.report_path(wanted.job, part, number))
+            report = shard_writer.read_record(shard_writer.record_path(wanted.settings, part, number))
             shards.append(report.shard)
             lengths += report.lengths
             if part == "train":
@@ -207,7 +213,7 @@ def collect(wanted: Wanted, counts: dict[str, int], read: int) -> tuple[Manifest
     return Manifest(kind, splits, statistics, wanted.tokenizer, wanted.request), ids
 
 
-def finish(wanted: Wanted, manifest: Manifest, ids: np.ndarray) -> None:
+def finish(wanted: ShardRequest, manifest: Manifest, ids: np.ndarray) -> None:
     """Write what stands beside the shards, and the manifest last."""
     out = Path(wanted.options.out)
     if path := wanted.tokenizer_path:
@@ -215,7 +221,7 @@ def finish(wanted: Wanted, manifest: Manifest, ids: np.ndarray) -> None:
         config = path.with_name(TOKENIZER_CONFIG)
         write_atomically(out / TOKENIZER_CONFIG, config.read_bytes() if config.is_file() else plain_tokenizer_config())
         write_atomically(out / TOKEN_COUNTS, encode_npy(ids))
-    write_atomically(out / length_statistics.PICTURE, length_statistics.draw(manifest.statistics))
+    write_atomically(out / length_statistics.PLOT, length_statistics.draw(manifest.statistics))
     write_manifest(out, manifest)
 
 
@@ -226,18 +232,18 @@ def plain_tokenizer_config() -> bytes:
     return json.dumps(config, indent=1).encode()
 
 
-def prepare(wanted: Wanted) -> Manifest:
+def prepare(wanted: ShardRequest) -> Manifest:
     """Both passes. Raises ValueError for a source without documents."""
     options = wanted.options
-    with folder.work_folder(Path(options.out), wanted.request), Workers(options.workers) as workers:
-        summaries = write_all_runs(wanted.job, wanted.units, workers)
+    with output_folder.locked_work_folder(Path(options.out), wanted.request), WorkerPool(options.workers) as workers:
+        summaries = write_all_sorted_runs(wanted.settings, wanted.units, workers)
         read = sum(summary.read for summary in summaries)
         if not read:
             raise ValueError(
                 f"{options.source}: has no document of at least {options.min_chars} characters; nothing to write."
             )
-        counts = shard_counts(options, wanted.job.dtype.itemsize, summaries)
-        write_all_shards(wanted.job, counts, sorted_runs.run_paths(wanted.job, summaries), workers)
+        counts = shard_counts(options, wanted.settings.dtype.itemsize, summaries)
+        write_all_shards(wanted.settings, counts, sorted_runs.run_paths(wanted.settings, summaries), workers)
         manifest, ids = collect(wanted, counts, read)
         finish(wanted, manifest, ids)
     return manifest
@@ -245,10 +251,10 @@ def prepare(wanted: Wanted) -> Manifest:
 
 def main(argv: list[str] | None = None) -> int:
     options = cli.read_flags(Options, "write_shards.py", __doc__ or "", argv)
-    wanted = understand(options)
+    wanted = resolve_request(options)
     out = Path(options.out)
-    if (out / MANIFEST).is_file() and is_from(wanted.request, out):
-        folder.sweep(out)
+    if (out / MANIFEST).is_file() and matches_request(wanted.request, out):
+        output_folder.remove_finished_work(out)
         print(f"{out / MANIFEST}: already written from this, reused")
         return 0
     if (out / MANIFEST).is_file() and not options.replace:
@@ -261,13 +267,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{out}: interrupted. The same command goes on from here.", file=sys.stderr)
         return 130  # what a shell gives for Ctrl-C
-    except OSError as mistake:
-        if not is_full(mistake):
+    except OSError as error:
+        if not is_disk_full(error):
             raise
         raise ValueError(
-            f"{out}: no room left for what has to be written ({mistake.strerror}). Free some, or choose another --out; "
+            f"{out}: no room left for what has to be written ({error.strerror}). Free some, or choose another --out; "
             "the same command goes on from here."
-        ) from mistake
+        ) from error
     parts = ", ".join(f"{len(shards)} {part}" for part, shards in manifest.splits.items())
     unit = "tokens" if wanted.tokenizer else "characters"
     statistics = manifest.statistics
@@ -275,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def is_from(request: str, out: Path) -> bool:
+def matches_request(request: str, out: Path) -> bool:
     """Whether the shards that are there were asked for in the same words."""
     try:
         return read_manifest(out).request == request

@@ -4,7 +4,9 @@ import errno
 from collections.abc import Iterator
 from typing import IO, Literal, NamedTuple
 
-UNIT_BYTES = 4 << 20  # a second's work for a process: short enough to share out, long enough to be worth a switch
+INPUT_SPLIT_BYTES = (
+    4 << 20
+)  # a second's work for a process: short enough to share out, long enough to be worth a switch
 
 # A document is held in memory whole, and its tokens at some 30 bytes each. A book is 1 MB; more is not one document.
 MAX_DOCUMENT_BYTES = 64 << 20
@@ -12,7 +14,7 @@ MAX_DOCUMENT_BYTES = 64 << 20
 Kind = Literal["docstrings", "hub", "jsonl", "parquet", "text_shards", "txt"]
 
 
-class Unit(NamedTuple):
+class InputSplit(NamedTuple):
     """A part of a source. size: bytes of input, for progress.
 
     paths: files; for a data set of the hub its name, configuration, split and revision.
@@ -38,10 +40,12 @@ class ReadOptions(NamedTuple):
     dataset_split: str = "train"
 
 
-def byte_ranges(path: str, size: int, kind: Kind) -> list[Unit]:
+def byte_ranges(path: str, size: int, kind: Kind) -> list[InputSplit]:
     """Cut a file into units of equal size. What begins in a range belongs to it."""
-    starts = range(0, size, UNIT_BYTES)
-    return [Unit(kind, (path,), a, min(a + UNIT_BYTES, size), min(UNIT_BYTES, size - a)) for a in starts]
+    starts = range(0, size, INPUT_SPLIT_BYTES)
+    return [
+        InputSplit(kind, (path,), a, min(a + INPUT_SPLIT_BYTES, size), min(INPUT_SPLIT_BYTES, size - a)) for a in starts
+    ]
 
 
 def bounded_lines(file: IO[bytes], where: str) -> Iterator[bytes]:
@@ -73,6 +77,6 @@ def not_text(where: str, text_key: str, got: object) -> ValueError:
     return ValueError(f"{where}: field {text_key!r} holds {got}, expected text. Name the right one with --text-key.")
 
 
-def is_full(mistake: OSError) -> bool:
+def is_disk_full(error: OSError) -> bool:
     """Whether a write failed because there is no room for it."""
-    return mistake.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

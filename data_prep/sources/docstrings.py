@@ -9,10 +9,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from data_prep.sources.base import UNIT_BYTES, ReadOptions, Unit
+from data_prep.sources.base import INPUT_SPLIT_BYTES, InputSplit, ReadOptions
 
 
-def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
+def read(unit: InputSplit, options: ReadOptions) -> Iterator[str]:
     for path in unit.paths:
         yield from docstrings(Path(path))
 
@@ -57,14 +57,14 @@ def required_distributions(root: str) -> list[importlib.metadata.Distribution]:
     return [found[key] for key in sorted(found)]
 
 
-def list_units() -> list[Unit]:
+def list_input_splits() -> list[InputSplit]:
     """The Python files of megabert's dependencies: the same whatever else is installed beside them."""
     files: dict[str, Path] = {}
     for distribution in required_distributions("megabert"):
         for file in distribution.files or ():
             if file.suffix == ".py" and ".." not in file.parts:
                 files[str(file)] = Path(str(distribution.locate_file(file)))
-    units: list[Unit] = []
+    units: list[InputSplit] = []
     group: list[str] = []
     size = 0
     for name in sorted(files):
@@ -72,7 +72,7 @@ def list_units() -> list[Unit]:
             continue
         group.append(str(files[name]))
         size += files[name].stat().st_size
-        if size >= UNIT_BYTES // 2:  # parsing is slower than reading
-            units.append(Unit("docstrings", tuple(group), 0, 0, size))
+        if size >= INPUT_SPLIT_BYTES // 2:  # parsing is slower than reading
+            units.append(InputSplit("docstrings", tuple(group), 0, 0, size))
             group, size = [], 0
-    return [*units, Unit("docstrings", tuple(group), 0, 0, size)] if group else units
+    return [*units, InputSplit("docstrings", tuple(group), 0, 0, size)] if group else units

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import ReadOptions, Unit, missing_extra, no_field, not_text
+from data_prep.sources.base import InputSplit, ReadOptions, missing_extra, no_field, not_text
 
 PREFIX = "hf:"
 
 
-def list_units(source: str, options: ReadOptions) -> list[Unit]:
+def list_input_splits(source: str, options: ReadOptions) -> list[InputSplit]:
     """One unit a shard of the data set, which is usually a file.
 
     source: owner/name or a local folder, perhaps followed by :configuration. The revision of today is part of a unit, so
@@ -21,10 +21,10 @@ def list_units(source: str, options: ReadOptions) -> list[Unit]:
         raise ValueError(f"{source}: but --dataset-config is {options.dataset_config}. Give one of the two.")
     key = (name, config or options.dataset_config or "", options.dataset_split, _revision(name))
     number = _open(*key).num_shards
-    return [Unit("hub", key, shard, number, 1) for shard in range(number)]
+    return [InputSplit("hub", key, shard, number, 1) for shard in range(number)]
 
 
-def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
+def read(unit: InputSplit, options: ReadOptions) -> Iterator[str]:
     where = f"{unit.paths[0]} shard {unit.start}"
     for row in _open(*unit.paths).shard(num_shards=unit.stop, index=unit.start):
         if options.text_key not in row:
@@ -53,10 +53,10 @@ def _revision(name: str) -> str:
         raise missing_extra(PREFIX + name, "datasets") from missing
     try:
         return str(huggingface_hub.HfApi().dataset_info(name).sha)
-    except (HfHubHTTPError, HFValidationError, OSError) as mistake:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(
-            f"{PREFIX}{name}: no such data set on the hub, or the hub cannot be reached: {str(mistake).strip()}"
-        ) from mistake
+            f"{PREFIX}{name}: no such data set on the hub, or the hub cannot be reached: {str(error).strip()}"
+        ) from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -67,8 +67,8 @@ def _open(name: str, config: str, split: str, revision: str) -> Any:
         raise missing_extra(PREFIX + name, "datasets") from missing
     try:
         return datasets.load_dataset(name, config or None, split=split, revision=revision or None, streaming=True)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as mistake:
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{PREFIX}{name}: cannot be opened: {' '.join(str(mistake).split())} "
+            f"{PREFIX}{name}: cannot be opened: {' '.join(str(error).split())} "
             "See --dataset-config and --dataset-split."
-        ) from mistake
+        ) from error

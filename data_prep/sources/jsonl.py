@@ -10,29 +10,29 @@ from typing import IO, Any
 
 import zstandard
 
-from data_prep.sources.base import ReadOptions, Unit, bounded_lines, byte_ranges, no_field, not_text
+from data_prep.sources.base import InputSplit, ReadOptions, bounded_lines, byte_ranges, no_field, not_text
 
 READ_BYTES = 1 << 20
 PACKED_BYTES = 1 << 14  # what it unpacks to is held in memory: of text some 100 kB
 
 
-def list_units(path: Path) -> list[Unit]:
+def list_input_splits(path: Path) -> list[InputSplit]:
     """Byte ranges of a plain file. A compressed one can only be read from its beginning: one unit."""
     size = path.stat().st_size
     if path.name.endswith((".gz", ".zst")):
-        return [Unit("jsonl", (str(path),), 0, size, size)]
+        return [InputSplit("jsonl", (str(path),), 0, size, size)]
     return byte_ranges(str(path), size, "jsonl")
 
 
-def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
+def read(unit: InputSplit, options: ReadOptions) -> Iterator[str]:
     path, key = unit.paths[0], options.text_key
     for place, line in _lines(unit):
         if line.isspace():
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as mistake:
-            raise ValueError(f"{path} at {place}: not valid JSON: {mistake}") from mistake
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} at {place}: not valid JSON: {error}") from error
         if not isinstance(row, dict) or key not in row:
             raise no_field(f"{path} at {place}", key, list(row) if isinstance(row, dict) else [])
         if not isinstance(row[key], str):
@@ -40,7 +40,7 @@ def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
         yield row[key]
 
 
-def _lines(unit: Unit) -> Iterator[tuple[str, bytes]]:
+def _lines(unit: InputSplit) -> Iterator[tuple[str, bytes]]:
     """Yield (place, line). A line belongs to the byte range in which it begins."""
     path = unit.paths[0]
     if path.endswith((".gz", ".zst")):
@@ -65,8 +65,8 @@ def _decompressed(path: str) -> Iterator[tuple[str, bytes]]:
             unpacked: Any = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else ZstdFile(raw)
             file = io.BufferedReader(unpacked, READ_BYTES)
             yield from ((f"line {n}", line) for n, line in enumerate(bounded_lines(file, path), 1))
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as mistake:
-        raise ValueError(f"{path}: cut short or not what its name says: {mistake}. Fetch it again.") from mistake
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise ValueError(f"{path}: cut short or not what its name says: {error}. Fetch it again.") from error
 
 
 class ZstdFile(io.RawIOBase):

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import ReadOptions, Unit, missing_extra, no_field, not_text
+from data_prep.sources.base import InputSplit, ReadOptions, missing_extra, no_field, not_text
 
 ROWS_AT_ONCE = 1024  # of some kB each: a few MB in memory
 
 
-def list_units(path: Path, options: ReadOptions) -> list[Unit]:
+def list_input_splits(path: Path, options: ReadOptions) -> list[InputSplit]:
     """One unit a row group. Raises ValueError if there is no such column of text."""
     file = _open(str(path))
     schema = file.schema_arrow
@@ -23,11 +23,11 @@ def list_units(path: Path, options: ReadOptions) -> list[Unit]:
         rows = file.metadata.row_group(group)
         columns = (rows.column(i) for i in range(rows.num_columns))
         size = sum(c.total_compressed_size for c in columns if c.path_in_schema == options.text_key)
-        units.append(Unit("parquet", (str(path),), group, group + 1, size))
+        units.append(InputSplit("parquet", (str(path),), group, group + 1, size))
     return units
 
 
-def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
+def read(unit: InputSplit, options: ReadOptions) -> Iterator[str]:
     file = _open(unit.paths[0])
     groups = range(unit.start, unit.stop)
     for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=[options.text_key], use_threads=False):
@@ -42,5 +42,5 @@ def _open(path: str) -> Any:
         raise missing_extra(path, "pyarrow") from missing
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as mistake:
-        raise ValueError(f"{path}: not a .parquet file: {mistake}. Fetch it again.") from mistake
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a .parquet file: {error}. Fetch it again.") from error

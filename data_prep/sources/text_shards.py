@@ -4,25 +4,25 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.sources.base import ReadOptions, Unit
+from data_prep.sources.base import InputSplit, ReadOptions
 from megabert.data.shards.manifest import read_manifest
 from megabert.data.shards.sample_format import decode_text, read_sample
 
 
-def list_units(folder: Path) -> list[Unit]:
+def list_input_splits(folder: Path) -> list[InputSplit]:
     """One unit a chunk. Raises ValueError for a folder of token shards."""
     manifest = read_manifest(folder)
     if manifest.kind != "text":
         raise ValueError(f"{folder}: holds {manifest.kind} shards, expected text to tokenize.")
     return [
-        Unit("text_shards", (str(folder / shard.name), str(crc32)), offset, offset + size, size)
+        InputSplit("text_shards", (str(folder / shard.name), str(crc32)), offset, offset + size, size)
         for part in sorted(manifest.splits)
         for shard in manifest.splits[part]
         for offset, size, _, _, crc32 in shard.chunks.tolist()
     ]
 
 
-def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
+def read(unit: InputSplit, options: ReadOptions) -> Iterator[str]:
     """Raises ValueError for a chunk that is not as its manifest says."""
     path, crc32 = unit.paths
     with open(path, "rb") as file:

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.sources.base import MAX_DOCUMENT_BYTES, ReadOptions, Unit, bounded_lines, byte_ranges
+from data_prep.sources.base import MAX_DOCUMENT_BYTES, InputSplit, ReadOptions, bounded_lines, byte_ranges
 
 
-def list_units(path: Path, options: ReadOptions) -> list[Unit]:
+def list_input_splits(path: Path, options: ReadOptions) -> list[InputSplit]:
     """Raises ValueError for a file that is too large to be one document."""
     size = path.stat().st_size
     if options.blank_lines:
@@ -16,10 +16,10 @@ def list_units(path: Path, options: ReadOptions) -> list[Unit]:
             f"{path}: {size >> 20} MB would be one document, the most is {MAX_DOCUMENT_BYTES >> 20} MB. Pass "
             "--blank-lines if blank lines separate its documents, or make it a .jsonl with a document a line."
         )
-    return [Unit("txt", (str(path),), 0, size, size)]
+    return [InputSplit("txt", (str(path),), 0, size, size)]
 
 
-def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
+def read(unit: InputSplit, options: ReadOptions) -> Iterator[str]:
     if options.blank_lines:
         for paragraph in _paragraphs(unit):
             yield paragraph.decode("utf-8", "replace")
@@ -27,7 +27,7 @@ def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
         yield Path(unit.paths[0]).read_bytes().decode("utf-8", "replace")
 
 
-def _paragraphs(unit: Unit) -> Iterator[bytes]:
+def _paragraphs(unit: InputSplit) -> Iterator[bytes]:
     """Yield what stands between blank lines. It belongs to the range in which the blank line before it begins."""
     path = unit.paths[0]
     with open(path, "rb") as file:

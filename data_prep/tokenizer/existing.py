@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from data_prep.tokenizer.from_sentencepiece import as_tokenizer
+from data_prep.tokenizer.from_sentencepiece import to_fast_tokenizer
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, read_tokenizer
@@ -15,14 +15,14 @@ VOCAB = "vocab.txt"
 LONGEST_WORD = 100  # characters; BERT's own limit, beyond which a word is [UNK]
 
 
-class Existing(NamedTuple):
+class LoadedTokenizer(NamedTuple):
     """sentencepiece_model: what it was made of, if it was."""
 
     tokenizer: Tokenizer
     sentencepiece_model: bytes | None = None
 
 
-def load(path: Path, lowercase: bool) -> Existing:
+def load(path: Path, lowercase: bool) -> LoadedTokenizer:
     """Load a tokenizer. lowercase: of a vocab.txt, which does not say. Raises ValueError if it cannot be read."""
     if path.is_dir():
         return _load_folder(path, lowercase)
@@ -31,18 +31,18 @@ def load(path: Path, lowercase: bool) -> Existing:
             f"{path}: no such tokenizer; expected a {VOCAB}, a sentencepiece .model, a {TOKENIZER}, or a folder with one."
         )
     if path.suffix == ".txt":
-        return Existing(_from_vocab(path, bert_normalizer(lowercase)))
+        return LoadedTokenizer(_from_vocab(path, bert_normalizer(lowercase)))
     if path.suffix == ".json":
-        return Existing(read_tokenizer(path))
+        return LoadedTokenizer(read_tokenizer(path))
     model = path.read_bytes()
-    return Existing(as_tokenizer(model, str(path)), model)
+    return LoadedTokenizer(to_fast_tokenizer(model, str(path)), model)
 
 
-def _load_folder(folder: Path, lowercase: bool) -> Existing:
+def _load_folder(folder: Path, lowercase: bool) -> LoadedTokenizer:
     if (folder / TOKENIZER).is_file():
-        return Existing(read_tokenizer(folder / TOKENIZER))
+        return LoadedTokenizer(read_tokenizer(folder / TOKENIZER))
     if (folder / VOCAB).is_file():
-        return Existing(_from_vocab(folder / VOCAB, _normalizer_of(folder, lowercase)))
+        return LoadedTokenizer(_from_vocab(folder / VOCAB, _normalizer_from_config(folder, lowercase)))
     if sentencepiece_models := sorted(folder.glob("*.model")):
         return load(sentencepiece_models[0], lowercase)
     from transformers import (
@@ -52,11 +52,11 @@ def _load_folder(folder: Path, lowercase: bool) -> Existing:
     try:
         loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         backend = loaded.backend_tokenizer
-    except (OSError, ValueError, KeyError, AttributeError) as mistake:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{folder}: holds neither {TOKENIZER}, {VOCAB} nor a .model, and transformers cannot load it: {mistake}"
-        ) from mistake
-    return Existing(Tokenizer.from_str(backend.to_str()))
+            f"{folder}: holds neither {TOKENIZER}, {VOCAB} nor a .model, and transformers cannot load it: {error}"
+        ) from error
+    return LoadedTokenizer(Tokenizer.from_str(backend.to_str()))
 
 
 def bert_normalizer(lowercase: bool) -> normalizers.BertNormalizer:
@@ -66,7 +66,7 @@ def bert_normalizer(lowercase: bool) -> normalizers.BertNormalizer:
     )
 
 
-def as_bert_does(tokenizer: Tokenizer, lowercase: bool) -> Tokenizer:
+def use_bert_components(tokenizer: Tokenizer, lowercase: bool) -> Tokenizer:
     """Give a WordPiece tokenizer all but its vocabulary."""
     tokenizer.normalizer = bert_normalizer(lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -74,13 +74,13 @@ def as_bert_does(tokenizer: Tokenizer, lowercase: bool) -> Tokenizer:
     return tokenizer
 
 
-def _normalizer_of(folder: Path, lowercase: bool) -> normalizers.BertNormalizer:
+def _normalizer_from_config(folder: Path, lowercase: bool) -> normalizers.BertNormalizer:
     """As tokenizer_config.json says, where there is one."""
     path = folder / TOKENIZER_CONFIG
     try:
         config = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as mistake:
-        raise ValueError(f"{path}: not valid JSON: {mistake}") from mistake
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
     return normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=config.get("tokenize_chinese_chars", True),
@@ -107,6 +107,6 @@ def _from_vocab(path: Path, normalizer: normalizers.BertNormalizer) -> Tokenizer
             f"{path}: is cased (it has {upper[0]!r}), but text would be lower-cased. Pass --lowercase false."
         )
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=LONGEST_WORD))
-    tokenizer = as_bert_does(tokenizer, normalizer.lowercase)
+    tokenizer = use_bert_components(tokenizer, normalizer.lowercase)
     tokenizer.normalizer = normalizer
     return tokenizer

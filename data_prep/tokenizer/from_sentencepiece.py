@@ -1,6 +1,6 @@
 """A sentencepiece model as a fast tokenizer that gives the same ids, with BERT's special tokens; and the proof.
 
-What cannot be the same is said in README.md, and counted by `differences` on text of the corpus itself.
+What cannot be the same is said in README.md, and counted by `differing_lines` on text of the corpus itself.
 """
 
 import re
@@ -20,7 +20,7 @@ META = "\u2581"  # sentencepiece's mark for a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 # The score of pieces that no text may become: below that of any other way to cut up a document of 64 MB.
-NEVER = -1e12
+UNREACHABLE_SCORE = -1e12
 
 
 class Piece(NamedTuple):
@@ -29,10 +29,10 @@ class Piece(NamedTuple):
     type: int
 
 
-def as_tokenizer(sentencepiece_model: bytes, where: str = "the model") -> Tokenizer:
+def to_fast_tokenizer(sentencepiece_model: bytes, where: str = "the model") -> Tokenizer:
     """Rebuild a sentencepiece model. Raises ValueError for what is not a unigram or BPE model."""
     proto = parse(sentencepiece_model, where)
-    pieces = _with_berts_names(proto)
+    pieces = _rename_special_pieces(proto)
     spec = proto.normalizer_spec
     is_unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
     if is_unigram:
@@ -40,7 +40,11 @@ def as_tokenizer(sentencepiece_model: bytes, where: str = "the model") -> Tokeni
     else:
         tokenizer = Tokenizer(_bpe(pieces, proto.trainer_spec.byte_fallback))
     symbols = [re.escape(piece.text) for piece in pieces if piece.type == USER_DEFINED]
-    by_words = spec.escape_whitespaces and not proto.trainer_spec.treat_whitespace_as_suffix and _keep_to_words(pieces)
+    by_words = (
+        spec.escape_whitespaces
+        and not proto.trainer_spec.treat_whitespace_as_suffix
+        and _no_piece_spans_a_space(pieces)
+    )
     steps = _normalizer(proto, by_words)
     if steps:
         tokenizer.normalizer = normalizers.Sequence(steps)
@@ -63,8 +67,8 @@ def parse(sentencepiece_model: bytes, where: str) -> Any:
     """The model's parts. Raises ValueError if it is none, or is of a type that has no fast tokenizer."""
     try:
         sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(sentencepiece_model)
-    except RuntimeError as mistake:
-        raise ValueError(f"{where}: not a sentencepiece model: {' '.join(str(mistake).split())}") from mistake
+    except RuntimeError as error:
+        raise ValueError(f"{where}: not a sentencepiece model: {' '.join(str(error).split())}") from error
     proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model)  # pyrefly: ignore[missing-attribute]
     kind = proto.trainer_spec.model_type
     if kind not in (proto.trainer_spec.UNIGRAM, proto.trainer_spec.BPE):
@@ -73,7 +77,7 @@ def parse(sentencepiece_model: bytes, where: str) -> Any:
     return proto
 
 
-def _with_berts_names(proto: Any) -> list[Piece]:
+def _rename_special_pieces(proto: Any) -> list[Piece]:
     """The pieces; those that do for [PAD], [UNK], [CLS] and [SEP] what BERT's do are called so, [MASK] by its name.
 
     A control piece's text is no more than its name: sentencepiece never finds it in a text.
@@ -100,7 +104,7 @@ def _unigram(pieces: list[Piece], byte_fallback: bool) -> models.Unigram:
     def score(piece: Piece) -> float:
         if piece.type == USER_DEFINED:
             return len(piece.text.encode()) * best - 0.1
-        return piece.score if piece.type == NORMAL else NEVER
+        return piece.score if piece.type == NORMAL else UNREACHABLE_SCORE
 
     unknown = next(number for number, piece in enumerate(pieces) if piece.type == UNKNOWN)
     return models.Unigram([(piece.text, score(piece)) for piece in pieces], unk_id=unknown, byte_fallback=byte_fallback)
@@ -120,7 +124,7 @@ def _bpe(pieces: list[Piece], byte_fallback: bool) -> models.BPE:
     return models.BPE(ids, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback, ignore_merges=symbols)
 
 
-def _keep_to_words(pieces: list[Piece]) -> bool:
+def _no_piece_spans_a_space(pieces: list[Piece]) -> bool:
     """Whether no piece spans a space, so that words can be cut up one by one, which is faster."""
     texts = [piece.text for piece in pieces if piece.type in (NORMAL, USER_DEFINED)]
     return META in texts and not any(META in text[1:] for text in texts)
@@ -151,7 +155,7 @@ def _normalizer(proto: Any, by_words: bool) -> list[Any]:
     return steps
 
 
-def differences(tokenizer: Tokenizer, sentencepiece_model: bytes, lines: Iterable[str]) -> list[str]:
+def differing_lines(tokenizer: Tokenizer, sentencepiece_model: bytes, lines: Iterable[str]) -> list[str]:
     """The lines to which the two give different ids."""
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(sentencepiece_model)
@@ -160,6 +164,6 @@ def differences(tokenizer: Tokenizer, sentencepiece_model: bytes, lines: Iterabl
     return [line for line, ids, theirs in zip(every, ours, processor.encode(every), strict=True) if ids != theirs]
 
 
-def own_symbols(sentencepiece_model: bytes) -> list[str]:
+def user_defined_symbols(sentencepiece_model: bytes) -> list[str]:
     """The texts that its maker wanted to be one piece each."""
     return [piece.piece for piece in parse(sentencepiece_model, "the model").pieces if piece.type == USER_DEFINED]

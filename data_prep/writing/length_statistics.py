@@ -7,7 +7,7 @@ import numpy as np
 
 LONGEST_COUNTED = 65_535  # documents longer than this share the last bin
 BINS_PER_OCTAVE = 4
-PICTURE = "statistics.png"
+PLOT = "statistics.png"
 CAPS = (128, 512, 1024)  # usual values of max_seq_len
 
 

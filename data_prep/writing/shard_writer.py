@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from data_prep.writing.length_statistics import LONGEST_COUNTED
-from data_prep.writing.sorted_runs import Job, Run, finished, is_first
+from data_prep.writing.sorted_runs import SortedRun, WriteSettings, finished, is_first_copy
 from megabert.data.shards.manifest import Chunk, Shard
 from megabert.data.shards.sample_format import TokenChunk, encode_text, encode_tokens, write_sample
 
@@ -27,7 +27,7 @@ class Documents(NamedTuple):
     lengths: np.ndarray
 
 
-class ShardReport(NamedTuple):
+class ShardRecord(NamedTuple):
     """What a written shard adds to the manifest: its entry, lengths[n] documents of n tokens, ids[i] times id i."""
 
     shard: Shard
@@ -39,54 +39,56 @@ def shard_name(part: str, number: int) -> str:
     return f"{part}-{number:05d}.tar"
 
 
-def report_path(job: Job, part: str, number: int) -> Path:
-    return job.work / "shards" / f"{shard_name(part, number)}.npz"
+def record_path(settings: WriteSettings, part: str, number: int) -> Path:
+    return settings.work / "shards" / f"{shard_name(part, number)}.npz"
 
 
-def write_shard(job: Job, runs: list[Path], part: str, number: int, total: int) -> str:
+def write_shard(settings: WriteSettings, runs: list[Path], part: str, number: int, total: int) -> str:
     """Write shard `number` of `total` into its folder, and then its report, which makes it count. Returns its name."""
-    documents = _collect(job, runs, part, number, total)
-    rng = np.random.default_rng([job.seed, number, part == "heldout"])
+    documents = _collect(settings, runs, part, number, total)
+    rng = np.random.default_rng([settings.seed, number, part == "heldout"])
     order = rng.permutation(
         np.flatnonzero(documents.lengths)
     )  # a text may come to nothing, such as a control character
     name = shard_name(part, number)
-    with finished(job.work / "shards" / name) as temporary, open(temporary, "w+b") as file:
-        chunks = _write_chunks(file, name, documents, order, job)
+    with finished(settings.work / "shards" / name) as temporary, open(temporary, "w+b") as file:
+        chunks = _write_chunks(file, name, documents, order, settings)
         file.flush()
         os.fsync(file.fileno())
         file.seek(0)
         sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
-    os.replace(job.work / "shards" / name, job.out / name)
+    os.replace(settings.work / "shards" / name, settings.out / name)
     shard = Shard(name, sha256, size, len(order), int(chunks[:, 3].sum()), chunks)
     kept = documents.lengths[order]
     lengths = np.bincount(np.minimum(kept, LONGEST_COUNTED), minlength=LONGEST_COUNTED + 1)
-    ids = _count(documents.payload) if job.tokenizer_path else np.zeros(0, np.int64)
-    write_report(report_path(job, part, number), ShardReport(shard, lengths, ids))
+    ids = _count(documents.payload) if settings.tokenizer_path else np.zeros(0, np.int64)
+    write_record(record_path(settings, part, number), ShardRecord(shard, lengths, ids))
     return name
 
 
-def _collect(job: Job, runs: list[Path], part: str, number: int, total: int) -> Documents:
+def _collect(settings: WriteSettings, runs: list[Path], part: str, number: int, total: int) -> Documents:
     """The shard's documents, sorted by hash, each once. One run is open at a time."""
     low, high = ((1 << 64) * i // total for i in (number, number + 1))
-    pieces = [Run(path, job.dtype).read(part, low, high) for path in runs]
+    pieces = [SortedRun(path, settings.dtype).read(part, low, high) for path in runs]
     payload, lengths, hashes = (np.concatenate(column) for column in zip(*pieces, strict=True))
     del pieces
     begins = lengths.cumsum() - lengths
     # Where copies are kept, they are all the same: their order does not matter.
     order = np.lexsort((hashes[:, 0], hashes[:, 1]))
-    if job.deduplicate:
-        order = order[is_first(hashes[order])]
+    if settings.deduplicate:
+        order = order[is_first_copy(hashes[order])]
     spans = zip(begins[order].tolist(), (begins[order] + lengths[order]).tolist(), strict=True)
     return Documents(np.concatenate([payload[:0], *(payload[a:b] for a, b in spans)]), lengths[order])
 
 
-def _write_chunks(file: BinaryIO, name: str, documents: Documents, order: np.ndarray, job: Job) -> np.ndarray:
+def _write_chunks(
+    file: BinaryIO, name: str, documents: Documents, order: np.ndarray, settings: WriteSettings
+) -> np.ndarray:
     """Write the documents in their order. Returns the shard's rows of the index."""
     begins = documents.lengths.cumsum() - documents.lengths
     chunks = []
-    is_text = job.tokenizer_path is None
-    for group in _groups(order, documents.lengths, job.chunk_tokens, cut=not is_text):
+    is_text = settings.tokenizer_path is None
+    for group in _groups(order, documents.lengths, settings.chunk_tokens, cut=not is_text):
         parts = [documents.payload[begins[i] + a : begins[i] + b] for i, a, b in group]
         sample, tokens = _encode(parts, is_text)
         member = io.BytesIO()
@@ -136,7 +138,7 @@ def _count(ids: np.ndarray) -> np.ndarray:
     return counts
 
 
-def write_report(path: Path, report: ShardReport) -> None:
+def write_record(path: Path, report: ShardRecord) -> None:
     plain = {name: getattr(report.shard, name) for name in ("name", "sha256", "bytes", "documents", "tokens")}
     with finished(path) as temporary, open(temporary, "wb") as file:
         np.savez(
@@ -144,7 +146,7 @@ def write_report(path: Path, report: ShardReport) -> None:
         )
 
 
-def read_report(path: Path) -> ShardReport:
+def read_record(path: Path) -> ShardRecord:
     with np.load(path, allow_pickle=False) as entry:
         shard = Shard(chunks=entry["chunks"], **json.loads(str(entry["shard"])))
-        return ShardReport(shard, entry["lengths"], entry["ids"])
+        return ShardRecord(shard, entry["lengths"], entry["ids"])

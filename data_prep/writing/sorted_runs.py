@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep import workers
-from data_prep.sources import ReadOptions, Unit, read_unit
+from data_prep.sources import InputSplit, ReadOptions, read_input_split
 from megabert.data.shards.tokenizer import encode_flat
 from megabert.files.atomic import write_atomically
 
@@ -35,7 +35,7 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
-class Job:
+class WriteSettings:
     """What every worker needs to know. heldout: share; dtype: of the payload, token ids or UTF-8 bytes."""
 
     out: Path
@@ -53,7 +53,7 @@ class Job:
         return self.out / ".work"
 
 
-class Summary(NamedTuple):
+class TaskSummary(NamedTuple):
     """What one task of the first pass left. read: documents before copies are dropped; elements: of kept, per part."""
 
     runs: int
@@ -66,7 +66,7 @@ def heldout_below(share: float) -> int:
     return int(share * 2**64)
 
 
-def as_unicode(text: str) -> tuple[str, bytes]:
+def replace_lone_surrogates(text: str) -> tuple[str, bytes]:
     """A text and its UTF-8. JSON may spell half a surrogate pair, which is no character: U+FFFD stands for it."""
     try:
         return text, text.encode()
@@ -80,7 +80,7 @@ def text_hash(raw: bytes) -> bytes:
     return hashlib.blake2b(raw.replace(b"\r\n", b"\n"), digest_size=HASH_BYTES).digest()
 
 
-class Run:
+class SortedRun:
     """One run on disk: a header, then per part and in the order of `keys`: keys, others, ends; then the payload.
 
     keys: the half of the hash that decides the shard; others: the other half; ends: where each document's payload ends.
@@ -113,13 +113,15 @@ class Run:
         )
 
 
-class RunWriter:
+class SortedRunWriter:
     """Collects documents and writes them as runs `stem`-000.run, -001.run, ... of at most RUN_BYTES."""
 
-    def __init__(self, job: Job, stem: str):
-        self._job = job
+    def __init__(self, settings: WriteSettings, stem: str):
+        self._job = settings
         self._stem = stem
-        self._buffer = np.empty(RUN_BYTES // job.dtype.itemsize, job.dtype)  # pages that are never used cost nothing
+        self._buffer = np.empty(
+            RUN_BYTES // settings.dtype.itemsize, settings.dtype
+        )  # pages that are never used cost nothing
         self._used = 0
         self._lengths: list[np.ndarray] = []
         self._hashes: list[bytes] = []
@@ -138,10 +140,10 @@ class RunWriter:
         self._lengths.append(lengths)
         self._hashes += hashes
 
-    def finish(self) -> Summary:
+    def finish(self) -> TaskSummary:
         if self._hashes:
             self._flush()
-        return Summary(self._runs, self._read, self._elements)
+        return TaskSummary(self._runs, self._read, self._elements)
 
     def _flush(self) -> None:
         lengths = np.concatenate(self._lengths)
@@ -150,11 +152,11 @@ class RunWriter:
         held = is_held_out(hashes, self._job.heldout)
         order = np.lexsort((hashes[:, 0], hashes[:, 1], held))
         if self._job.deduplicate:  # many copies of one text would all meet in one shard, and in its worker's memory
-            order = order[is_first(hashes[order])]
+            order = order[is_first_copy(hashes[order])]
         train = int((~held[order]).sum())
         for part, documents in (("train", order[:train]), ("heldout", order[train:])):
             self._elements[part] += int(lengths[documents].sum())
-        header = np.array([(1, train, len(order) - train, self._buffer.itemsize)], Run.HEADER)
+        header = np.array([(1, train, len(order) - train, self._buffer.itemsize)], SortedRun.HEADER)
         pieces = [header, hashes[order, 1], hashes[order, 0], lengths[order].cumsum()]
         with finished(self._job.work / "runs" / f"{self._stem}-{self._runs:03d}.run") as temporary:
             with open(temporary, "wb") as file:
@@ -186,19 +188,19 @@ def is_held_out(hashes: np.ndarray, share: float) -> np.ndarray:
     return hashes[:, 0] < np.uint64(heldout_below(share))
 
 
-def is_first(hashes: np.ndarray) -> np.ndarray:
+def is_first_copy(hashes: np.ndarray) -> np.ndarray:
     """Which of sorted hashes (n, 2) are not the same as the one before."""
     return np.concatenate([np.ones(min(1, len(hashes)), bool), (hashes[1:] != hashes[:-1]).any(axis=1)])
 
 
-def batches(unit: Unit, job: Job) -> Iterator[tuple[list[str], list[bytes]]]:
+def batches(unit: InputSplit, settings: WriteSettings) -> Iterator[tuple[list[str], list[bytes]]]:
     """Yield a unit's documents, stripped, some at once: as text and as UTF-8."""
     texts: list[str] = []
     raws: list[bytes] = []
     size = 0
-    for document in read_unit(unit, job.read):
-        text, raw = as_unicode(document.strip())
-        if len(text) < job.min_chars:
+    for document in read_input_split(unit, settings.read):
+        text, raw = replace_lone_surrogates(document.strip())
+        if len(text) < settings.min_chars:
             continue
         texts.append(text)
         raws.append(raw)
@@ -210,32 +212,34 @@ def batches(unit: Unit, job: Job) -> Iterator[tuple[list[str], list[bytes]]]:
         yield texts, raws
 
 
-def write_runs(job: Job, number: int, units: list[Unit]) -> None:
+def write_sorted_runs(settings: WriteSettings, number: int, units: list[InputSplit]) -> None:
     """Write the runs of some units, and at last their summary, which makes them count."""
-    writer = RunWriter(job, f"{number:06d}")
+    writer = SortedRunWriter(settings, f"{number:06d}")
     for unit in units:
-        for texts, raws in batches(unit, job):
-            tokenizer = workers.tokenizer(job.tokenizer_path)
+        for texts, raws in batches(unit, settings):
+            tokenizer = workers.tokenizer(settings.tokenizer_path)
             if tokenizer is None:
                 payload = np.frombuffer(b"".join(raws), dtype=np.uint8)
                 lengths = np.fromiter(map(len, raws), np.int64, len(raws))
             else:
-                payload, lengths = encode_flat(tokenizer, texts, job.dtype)
+                payload, lengths = encode_flat(tokenizer, texts, settings.dtype)
             writer.add(payload, lengths, list(map(text_hash, raws)))
             workers.report(text_bytes=sum(map(len, raws)))
         workers.report(input_bytes=unit.size)
-    write_atomically(summary_path(job, number), json.dumps(writer.finish()._asdict()).encode())
+    write_atomically(summary_path(settings, number), json.dumps(writer.finish()._asdict()).encode())
 
 
-def summary_path(job: Job, number: int) -> Path:
-    return job.work / "runs" / f"{number:06d}.json"
+def summary_path(settings: WriteSettings, number: int) -> Path:
+    return settings.work / "runs" / f"{number:06d}.json"
 
 
-def read_summary(job: Job, number: int) -> Summary:
-    return Summary(**json.loads(summary_path(job, number).read_bytes()))
+def read_summary(settings: WriteSettings, number: int) -> TaskSummary:
+    return TaskSummary(**json.loads(summary_path(settings, number).read_bytes()))
 
 
-def run_paths(job: Job, summaries: list[Summary]) -> list[Path]:
+def run_paths(settings: WriteSettings, summaries: list[TaskSummary]) -> list[Path]:
     return [
-        job.work / "runs" / f"{n:06d}-{i:03d}.run" for n, summary in enumerate(summaries) for i in range(summary.runs)
+        settings.work / "runs" / f"{n:06d}-{i:03d}.run"
+        for n, summary in enumerate(summaries)
+        for i in range(summary.runs)
     ]

@@ -63,14 +63,14 @@ def test_movies_become_two_tasks_that_their_files_describe(snippets, launch):
 
 def test_what_cannot_be_fetched_or_is_another_file_is_one_line(tmp_path, launch, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    code, mistake = launch(f"--out={tmp_path}")
-    assert (code, mistake.count("\n")) == (1, 1)
-    assert "vaderSentiment==3.3.2: pip could not fetch it" in mistake
-    assert mistake.strip().endswith(f"Put {movies.SDIST} into {tmp_path}.")
+    code, stderr = launch(f"--out={tmp_path}")
+    assert (code, stderr.count("\n")) == (1, 1)
+    assert "vaderSentiment==3.3.2: pip could not fetch it" in stderr
+    assert stderr.strip().endswith(f"Put {movies.SDIST} into {tmp_path}.")
     (tmp_path / movies.SDIST).write_bytes(b"something else")
-    code, mistake = launch(f"--out={tmp_path}")
-    assert (code, mistake.count("\n")) == (1, 1)
-    assert f"expected {movies.SHA256}. Remove it, and fetch it again" in mistake
+    code, stderr = launch(f"--out={tmp_path}")
+    assert (code, stderr.count("\n")) == (1, 1)
+    assert f"expected {movies.SHA256}. Remove it, and fetch it again" in stderr
 
 
 BANK = """\
@@ -83,9 +83,9 @@ BANK = """\
 def test_same_sense_has_as_many_of_each_label_per_word(snippets, tmp_path, launch):
     wordnet = tmp_path / "wordnet"
     wordnet.mkdir()
-    code, mistake = launch(f"--out={snippets}", f"--wordnet={wordnet}")
+    code, stderr = launch(f"--out={snippets}", f"--wordnet={wordnet}")
     assert code == 1
-    assert "data.noun: no such file; expected WordNet's data files" in mistake
+    assert "data.noun: no such file; expected WordNet's data files" in stderr
     for name in same_sense.FILES:
         (wordnet / name).write_text(BANK if name == "data.noun" else "  1 This is the licence.\n")
     assert launch(f"--out={snippets}", f"--wordnet={wordnet}") == (0, "")
@@ -145,15 +145,15 @@ class Modules:
 def test_verses_are_paired_so_that_their_words_alone_say_nothing(snippets, tmp_path, launch, monkeypatch):
     sword = tmp_path / "sword"
     monkeypatch.setitem(sys.modules, "pysword.modules", None)
-    code, mistake = launch(f"--out={snippets}", f"--sword={sword}")
-    assert (code, mistake) == (
+    code, stderr = launch(f"--out={snippets}", f"--sword={sword}")
+    assert (code, stderr) == (
         1,
         "data_prep/fetch_tasks.py: verse-paraphrase needs pysword: pip install pysword==0.2.8\n",
     )
     monkeypatch.setitem(sys.modules, "pysword.modules", types.SimpleNamespace(SwordModules=Modules))
-    code, mistake = launch(f"--out={snippets}", f"--sword={sword}")
+    code, stderr = launch(f"--out={snippets}", f"--sword={sword}")
     assert code == 1
-    assert f"mods.d/{verses.OLD}.conf: no such file" in mistake
+    assert f"mods.d/{verses.OLD}.conf: no such file" in stderr
     (sword / "mods.d").mkdir(parents=True)
     for name in (verses.OLD, verses.NEW):
         (sword / f"mods.d/{name}.conf").touch()

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from data_prep import write_shards
-from data_prep.workers import Workers
+from data_prep.workers import WorkerPool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -126,7 +126,7 @@ def test_a_worker_that_is_killed_ends_the_command_with_an_error(command, tmp_pat
 
 
 def test_a_worker_that_ends_is_an_error_and_not_a_wait():
-    with pytest.raises(ValueError, match="a worker process died.*with fewer --workers"), Workers(1) as workers:
+    with pytest.raises(ValueError, match="a worker process died.*with fewer --workers"), WorkerPool(1) as workers:
         workers.run(os._exit, [(1,)])
 
 

@@ -11,13 +11,13 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import ReadOptions, list_units, read_unit, stamps
+from data_prep.sources import ReadOptions, list_input_splits, read_input_split, source_state
 from data_prep.sources.docstrings import docstrings
 
 
 def read_all(source: str, **options) -> list[str]:
     read = ReadOptions(**options)
-    return [text for unit in list_units(source, read) for text in read_unit(unit, read)]
+    return [text for unit in list_input_splits(source, read) for text in read_input_split(unit, read)]
 
 
 def test_docstrings_in_order_of_the_file(tmp_path):
@@ -48,11 +48,11 @@ def test_every_format_yields_its_documents(tmp_path):
 
 
 def test_byte_ranges_of_a_jsonl_cover_every_line_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", 100)
+    monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", 100)
     path = tmp_path / "a.jsonl"
     texts = ["x" * (i * 7 % 150) for i in range(60)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    assert len(list_units(str(path), ReadOptions())) > 20
+    assert len(list_input_splits(str(path), ReadOptions())) > 20
     assert read_all(str(path)) == texts
 
 
@@ -71,11 +71,11 @@ def test_a_bad_line_is_named(tmp_path, content, message):
 
 def test_sources_that_are_not_there_are_refused(tmp_path, corpus):
     with pytest.raises(ValueError, match="no such file or folder"):
-        list_units(str(tmp_path / "none"), ReadOptions())
+        list_input_splits(str(tmp_path / "none"), ReadOptions())
     with pytest.raises(ValueError, match="holds no text; expected .txt, .jsonl"):
-        list_units(str(tmp_path), ReadOptions())
+        list_input_splits(str(tmp_path), ReadOptions())
     with pytest.raises(ValueError, match="holds tokens shards, expected text to tokenize"):
-        list_units(str(corpus.tokens), ReadOptions())
+        list_input_splits(str(corpus.tokens), ReadOptions())
 
 
 def paragraphs(text: str) -> list[str]:
@@ -89,7 +89,7 @@ def paragraphs(text: str) -> list[str]:
     st.integers(1, 90),
 )
 def test_byte_ranges_of_a_txt_cover_every_paragraph_once(tmp_path, monkeypatch, lines, unit_bytes):
-    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", unit_bytes)
     path = tmp_path / "a.txt"
     path.write_text("\n".join(lines))
     assert [text.strip() for text in read_all(str(path), blank_lines=True)] == paragraphs("\n".join(lines))
@@ -98,7 +98,7 @@ def test_byte_ranges_of_a_txt_cover_every_paragraph_once(tmp_path, monkeypatch, 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=20), st.integers(1, 90))
 def test_byte_ranges_of_a_jsonl_cover_every_line_once_wherever_they_fall(tmp_path, monkeypatch, texts, unit_bytes):
-    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", unit_bytes)
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     assert read_all(str(path)) == texts
@@ -109,13 +109,13 @@ def test_a_file_too_large_to_be_a_document_is_refused_with_the_remedy(tmp_path, 
     with open(tmp_path / "a.txt", "r+b") as file:
         file.truncate(65 << 20)  # a hole: nothing is on disk
     with pytest.raises(ValueError, match="65 MB would be one document, the most is 64 MB. Pass --blank-lines"):
-        list_units(str(tmp_path / "a.txt"), ReadOptions())
+        list_input_splits(str(tmp_path / "a.txt"), ReadOptions())
     with pytest.raises(ValueError, match="a.txt at byte 0: line 3 from there is longer than 64 MB"):
         read_all(str(tmp_path / "a.txt"), blank_lines=True)
 
 
 def test_lines_without_end_are_refused(tmp_path, monkeypatch):
-    for module in ("unit", "txt"):
+    for module in ("base", "txt"):
         monkeypatch.setattr(f"data_prep.sources.{module}.MAX_DOCUMENT_BYTES", 1000)
     (tmp_path / "a.txt").write_text("a line\n" * 1000)
     with pytest.raises(ValueError, match=r"a\.txt at byte \d+: more than .* without a blank line.*make it a \.jsonl"):
@@ -154,15 +154,15 @@ def write_parquet(path, texts, **columns):
 def test_parquet_is_read_by_row_groups(tmp_path):
     texts = [f"document {i} \u00e9" if i != 7 else None for i in range(35)]
     write_parquet(tmp_path / "a.parquet", texts, number=list(range(35)))
-    assert len(list_units(str(tmp_path), ReadOptions())) == 4
+    assert len(list_input_splits(str(tmp_path), ReadOptions())) == 4
     assert read_all(str(tmp_path)) == [text for text in texts if text is not None]
     with pytest.raises(ValueError, match="has no field 'body', but number, text. Name .* --text-key"):
-        list_units(str(tmp_path), ReadOptions("body"))
+        list_input_splits(str(tmp_path), ReadOptions("body"))
     with pytest.raises(ValueError, match="field 'number' holds int64, expected text"):
-        list_units(str(tmp_path), ReadOptions("number"))
+        list_input_splits(str(tmp_path), ReadOptions("number"))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(ValueError, match=r"b\.parquet: not a \.parquet file"):
-        list_units(str(tmp_path), ReadOptions())
+        list_input_splits(str(tmp_path), ReadOptions())
 
 
 def write_hub_folder(folder):
@@ -180,7 +180,7 @@ def write_hub_folder(folder):
 def test_a_data_set_in_the_hubs_layout_is_streamed_by_its_shards(tmp_path):
     folder = write_hub_folder(tmp_path / "set")
     expected = [f"de {shard} {i}" for shard in range(3) for i in range(4)]
-    assert len(list_units(f"hf:{folder}:de", ReadOptions())) == 3
+    assert len(list_input_splits(f"hf:{folder}:de", ReadOptions())) == 3
     assert read_all(f"hf:{folder}:de") == expected == read_all(f"hf:{folder}", dataset_config="de")
     with pytest.raises(ValueError, match="but --dataset-config is en. Give one of the two"):
         read_all(f"hf:{folder}:de", dataset_config="en")
@@ -188,9 +188,9 @@ def test_a_data_set_in_the_hubs_layout_is_streamed_by_its_shards(tmp_path):
         read_all(f"hf:{folder}:de", dataset_split="test")
     with pytest.raises(ValueError, match="shard 0: has no field 'body', but text"):
         read_all(f"hf:{folder}:de", text_key="body")
-    before = stamps(list_units(f"hf:{folder}:de", ReadOptions()))
+    before = source_state(list_input_splits(f"hf:{folder}:de", ReadOptions()))
     write_parquet(folder / "de" / "train-00000-of-00003.parquet", ["another"])
-    assert stamps(list_units(f"hf:{folder}:de", ReadOptions())) != before
+    assert source_state(list_input_splits(f"hf:{folder}:de", ReadOptions())) != before
 
 
 def test_a_data_set_of_the_hub_is_pinned_to_its_revision(tmp_path, monkeypatch):
@@ -206,10 +206,10 @@ def test_a_data_set_of_the_hub_is_pinned_to_its_revision(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub.HfApi, "dataset_info", lambda self, name: type("Info", (), {"sha": f"sha of {name}"}))
-    units = list_units("allenai/c4", ReadOptions(dataset_config="en"))
+    units = list_input_splits("allenai/c4", ReadOptions(dataset_config="en"))
     assert asked == [(("allenai/c4", "en"), "sha of allenai/c4", {"split": "train", "streaming": True})]
     assert len(units) == 3
-    assert next(read_unit(units[0], ReadOptions())) == "en 0 0"
+    assert next(read_input_split(units[0], ReadOptions())) == "en 0 0"
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
@@ -222,7 +222,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     with pytest.raises(
         ValueError, match="hf:allenai/c4: no such data set on the hub, or the hub cannot be reached: no route"
     ):
-        list_units("allenai/c4", ReadOptions())
+        list_input_splits("allenai/c4", ReadOptions())
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, source, package):
     for name in ("pyarrow", "pyarrow.parquet", "datasets", "huggingface_hub"):
         monkeypatch.setitem(sys.modules, name, None)  # import then fails as if it were not installed
     with pytest.raises(ValueError, match=rf"needs the package {package}. Install it: pip install -e '\.\[prep\]'"):
-        list_units(source, ReadOptions())
+        list_input_splits(source, ReadOptions())
 
 
 def test_what_is_not_used_is_not_imported():

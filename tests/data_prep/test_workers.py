@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from data_prep import workers
-from data_prep.sources.base import Unit
-from data_prep.workers import Progress, Workers
-from data_prep.write_shards import TASK_BYTES, deal
+from data_prep.sources.base import InputSplit
+from data_prep.workers import Progress, WorkerPool
+from data_prep.write_shards import TASK_BYTES, group_into_tasks
 
 
 @pytest.fixture
@@ -53,21 +53,22 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(monkeypatch, capsys):
 
 def test_results_and_errors_come_back():
     results = []
-    with Workers(2) as pool:
+    with WorkerPool(2) as pool:
         pool.run(operator.add, [(n, 1) for n in range(20)], results.append)
     assert sorted(result for result in results if result is not None) == list(range(1, 21))
-    with pytest.raises(ZeroDivisionError), Workers(1) as pool:
+    with pytest.raises(ZeroDivisionError), WorkerPool(1) as pool:
         pool.run(operator.truediv, [(1, 0)])
 
 
 def test_units_are_dealt_out_in_order_and_none_twice():
     units = [
-        Unit("jsonl", (str(n),), 0, size, size) for n, size in enumerate([10, 1 << 20, TASK_BYTES * 2, 5, 1 << 22] * 40)
+        InputSplit("jsonl", (str(n),), 0, size, size)
+        for n, size in enumerate([10, 1 << 20, TASK_BYTES * 2, 5, 1 << 22] * 40)
     ]
-    tasks = deal(units)
+    tasks = group_into_tasks(units)
     assert [unit for task in tasks for unit in task] == units
     assert all(len(task) == 1 or sum(unit.size for unit in task) <= TASK_BYTES for task in tasks)
     assert len(tasks) > 40
-    hub = [Unit("hub", ("a/b", "", "train", ""), n, 9, 1) for n in range(9)]
-    assert [len(task) for task in deal(hub)] == [1] * 9
-    assert deal([]) == []
+    hub = [InputSplit("hub", ("a/b", "", "train", ""), n, 9, 1) for n in range(9)]
+    assert [len(task) for task in group_into_tasks(hub)] == [1] * 9
+    assert group_into_tasks([]) == []

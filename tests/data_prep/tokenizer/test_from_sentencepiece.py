@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.sources.docstrings import docstrings
-from data_prep.tokenizer.from_sentencepiece import as_tokenizer, differences, own_symbols
+from data_prep.tokenizer.from_sentencepiece import differing_lines, to_fast_tokenizer, user_defined_symbols
 from data_prep.train_tokenizer import finish
 from megabert.data.shards.tokenizer import encode
 
@@ -54,14 +54,14 @@ def is_tie(tokenizer, model: bytes, line: str) -> bool:
     sentencepiece adds up in 32 bits and tokenizers in 64, so that another of the two may win by the last bit.
     """
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    if as_tokenizer(model).model.__class__.__name__ == "BPE":
+    if to_fast_tokenizer(model).model.__class__.__name__ == "BPE":
         return False  # merges have an order and no score
     scores = [sum(map(processor.get_score, ids)) for ids in (encode(tokenizer, [line])[0], processor.encode(line))]
     return abs(scores[0] - scores[1]) < 1e-5 * abs(scores[0])
 
 
 def assert_same(tokenizer, model: bytes, lines: list[str]) -> None:
-    different = differences(tokenizer, model, lines)
+    different = differing_lines(tokenizer, model, lines)
     assert [line for line in different if not is_tie(tokenizer, model, line)] == []
     assert len(different) <= len(lines) // 500
 
@@ -97,7 +97,7 @@ def lines(texts) -> list[str]:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_same_ids_whatever_the_settings(lines, model, name):
     found = learn(lines[-3000:], model_type=model, **SETTINGS[name])
-    tokenizer = as_tokenizer(found)
+    tokenizer = to_fast_tokenizer(found)
     finish(tokenizer)
     tokenizer.encode_special_tokens = True
     assert_same(tokenizer, found, [*STRANGE, *lines[-2000:]])
@@ -107,7 +107,7 @@ def test_the_same_ids_whatever_the_settings(lines, model, name):
 def pair(request, lines):
     """A fast tokenizer and the model that it was made of."""
     model = learn(lines, model_type=request.param, vocab_size=2000)
-    tokenizer = as_tokenizer(model)
+    tokenizer = to_fast_tokenizer(model)
     finish(tokenizer)
     tokenizer.encode_special_tokens = True
     return tokenizer, model
@@ -123,7 +123,7 @@ def test_the_same_ids_on_any_composed_text(pair, text):
     """Composed, and marks that no letter has taken up apart: README.md says why."""
     composed = unicodedata.normalize("NFKC", text)
     apart = "".join(c for c in composed if not unicodedata.combining(c) and unicodedata.category(c)[0] != "M")
-    assert [line for line in differences(*pair, [apart]) if not is_tie(*pair, line)] == []
+    assert [line for line in differing_lines(*pair, [apart]) if not is_tie(*pair, line)] == []
 
 
 def test_what_differs_is_what_the_readme_says(lines):
@@ -134,30 +134,30 @@ def test_what_differs_is_what_the_readme_says(lines):
         (folded, ["E\u0301cole", "Vie\u0323\u0302t", "\uff76\uff9e", "\u1100\u1161"]),
         (cased, ["Vie\u0323\u0302t", "\uff76\uff9e", "\u1100\u1161"]),
     ):
-        assert differences(as_tokenizer(model), model, decomposed) == decomposed
+        assert differing_lines(to_fast_tokenizer(model), model, decomposed) == decomposed
         composed = [unicodedata.normalize("NFKC", text) for text in decomposed]
-        assert differences(as_tokenizer(model), model, composed) == []
-    assert differences(as_tokenizer(cased), cased, ["\x01"]) == ["\x01"]
-    assert differences(as_tokenizer(folded), folded, ["\x01"]) == []
+        assert differing_lines(to_fast_tokenizer(model), model, composed) == []
+    assert differing_lines(to_fast_tokenizer(cased), cased, ["\x01"]) == ["\x01"]
+    assert differing_lines(to_fast_tokenizer(folded), folded, ["\x01"]) == []
     upper = learn(lines[:3000], user_defined_symbols=["ZZ"])
-    assert differences(as_tokenizer(upper), upper, own_symbols(upper)) == ["ZZ"]
+    assert differing_lines(to_fast_tokenizer(upper), upper, user_defined_symbols(upper)) == ["ZZ"]
 
 
 def test_what_is_no_such_model_is_refused(lines):
     with pytest.raises(ValueError, match="here: not a sentencepiece model"):
-        as_tokenizer(b"noise", "here")
+        to_fast_tokenizer(b"noise", "here")
     with pytest.raises(ValueError, match="here: a word model, expected unigram or bpe"):
-        as_tokenizer(learn(lines[:500], model_type="word"), "here")
+        to_fast_tokenizer(learn(lines[:500], model_type="word"), "here")
 
 
 def test_pieces_that_do_what_berts_do_get_their_names(lines):
-    tokenizer = as_tokenizer(learn(lines[:2000], **SETTINGS["other names"]))
+    tokenizer = to_fast_tokenizer(learn(lines[:2000], **SETTINGS["other names"]))
     finish(tokenizer)
     names = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
     assert [tokenizer.token_to_id(name) for name in names] == [0, 1, 2, 3, 5]
     assert tokenizer.token_to_id("<ctl>") == 4
     assert tokenizer.encode("a <ctl> b").ids[0] == 1
-    bare = as_tokenizer(learn(lines[:2000], pad_id=-1))
+    bare = to_fast_tokenizer(learn(lines[:2000], pad_id=-1))
     size = bare.get_vocab_size()
     finish(bare)
     assert [bare.token_to_id(name) for name in ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")] == [

@@ -10,14 +10,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_prep.sources import ReadOptions, list_units
+from data_prep.sources import ReadOptions, list_input_splits
 from data_prep.writing import shard_writer, sorted_runs
 from data_prep.writing.length_statistics import draw, summarize
 from megabert.data.shards.sample_format import decode_text, read_sample
 
 
-def make_job(folder, **changes) -> sorted_runs.Job:
-    plain = sorted_runs.Job(
+def make_settings(folder, **changes) -> sorted_runs.WriteSettings:
+    plain = sorted_runs.WriteSettings(
         folder,
         None,
         np.dtype(np.uint8),
@@ -44,14 +44,14 @@ def source(tmp_path):
 
 def both_passes(folder, source, tasks: int, **changes):
     """The bytes of 3 train shards and a held-out one, and the summaries."""
-    job = make_job(folder, **changes)
-    units = list_units(str(source), ReadOptions())
+    settings = make_settings(folder, **changes)
+    units = list_input_splits(str(source), ReadOptions())
     for number in range(tasks):
-        sorted_runs.write_runs(job, number, units[number::tasks])
-    summaries = [sorted_runs.read_summary(job, number) for number in range(tasks)]
-    paths = sorted_runs.run_paths(job, summaries)
+        sorted_runs.write_sorted_runs(settings, number, units[number::tasks])
+    summaries = [sorted_runs.read_summary(settings, number) for number in range(tasks)]
+    paths = sorted_runs.run_paths(settings, summaries)
     names = [
-        shard_writer.write_shard(job, paths, part, i, total)
+        shard_writer.write_shard(settings, paths, part, i, total)
         for part, total in (("train", 3), ("heldout", 1))
         for i in range(total)
     ]
@@ -62,7 +62,7 @@ def both_passes(folder, source, tasks: int, **changes):
 def test_the_same_shards_from_one_run_or_a_hundred(tmp_path, source, monkeypatch, deduplicate):
     one, summaries = both_passes(tmp_path / "one", source, 1, deduplicate=deduplicate)
     assert [(s.runs, s.read) for s in summaries] == [(1, 2500)]
-    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", 40_000)
+    monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", 40_000)
     monkeypatch.setattr(sorted_runs, "BATCH_BYTES", 1000)
     monkeypatch.setattr(sorted_runs, "RUN_BYTES", 5000)
     many, summaries = both_passes(tmp_path / "many", source, 5, deduplicate=deduplicate)
@@ -77,17 +77,17 @@ def test_memory_does_not_grow_with_a_unit(tmp_path, monkeypatch):
     with open(path, "w") as file:
         for i in range(15_000):
             file.write(json.dumps({"text": f"{i} " + "word " * 400}) + "\n")
-    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", 1 << 30)
+    monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", 1 << 30)
     monkeypatch.setattr(sorted_runs, "BATCH_BYTES", 1 << 16)
     monkeypatch.setattr(sorted_runs, "RUN_BYTES", 1 << 20)
-    job = make_job(tmp_path / "out")
-    units = list_units(str(path), ReadOptions())
+    settings = make_settings(tmp_path / "out")
+    units = list_input_splits(str(path), ReadOptions())
     assert len(units) == 1
     tracemalloc.start()
-    sorted_runs.write_runs(job, 0, units)
+    sorted_runs.write_sorted_runs(settings, 0, units)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert sorted_runs.read_summary(job, 0).runs > 25
+    assert sorted_runs.read_summary(settings, 0).runs > 25
     assert peak < 4 << 20
 
 
@@ -102,23 +102,23 @@ def open_files_limit(count: int):
 
 
 def test_a_shard_of_a_thousand_runs_needs_few_open_files(tmp_path, source):
-    job = make_job(tmp_path / "out")
-    sorted_runs.write_runs(job, 0, list_units(str(source), ReadOptions()))
-    paths = sorted_runs.run_paths(job, [sorted_runs.read_summary(job, 0)]) * 1000
+    settings = make_settings(tmp_path / "out")
+    sorted_runs.write_sorted_runs(settings, 0, list_input_splits(str(source), ReadOptions()))
+    paths = sorted_runs.run_paths(settings, [sorted_runs.read_summary(settings, 0)]) * 1000
     with open_files_limit(64):
-        shard_writer.write_shard(job, paths, "train", 0, 50)
+        shard_writer.write_shard(settings, paths, "train", 0, 50)
 
 
 def test_a_range_of_a_run_is_exactly_its_documents(tmp_path, source):
-    job = make_job(tmp_path / "out", deduplicate=False)
-    sorted_runs.write_runs(job, 0, list_units(str(source), ReadOptions()))
-    (path,) = sorted_runs.run_paths(job, [sorted_runs.read_summary(job, 0)])
+    settings = make_settings(tmp_path / "out", deduplicate=False)
+    sorted_runs.write_sorted_runs(settings, 0, list_input_splits(str(source), ReadOptions()))
+    (path,) = sorted_runs.run_paths(settings, [sorted_runs.read_summary(settings, 0)])
     texts = [json.loads(line)["text"].strip() for line in source.read_text().splitlines()]
     half = {text: np.frombuffer(sorted_runs.text_hash(text.encode()), np.uint64) for text in texts}
     bounds = [0, 1, 1 << 62, 3 << 62, (1 << 64) - 1, 1 << 64]
     for part in sorted_runs.PARTS:
         for low, high in pairwise(bounds):
-            payload, lengths, hashes = sorted_runs.Run(path, job.dtype).read(part, low, high)
+            payload, lengths, hashes = sorted_runs.SortedRun(path, settings.dtype).read(part, low, high)
             ends = lengths.cumsum()
             found = [payload[end - n : end].tobytes().decode() for end, n in zip(ends, lengths, strict=True)]
             wanted = [

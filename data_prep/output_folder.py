@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.writing.length_statistics import PICTURE
+from data_prep.writing.length_statistics import PLOT
 from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS
 from megabert.files.atomic import write_atomically
 
-SHARD = re.compile(r"(train|heldout)-\d{5}\.tar")
+WRITTEN_SHARD = re.compile(r"(train|heldout)-\d{5}\.tar")
 
 
 @contextmanager
-def work_folder(out: Path, request: str) -> Iterator[Path]:
+def locked_work_folder(out: Path, request: str) -> Iterator[Path]:
     """Begin, or go on with, the work of this very request in out/.work; it is removed when all is done.
 
     What another request left is removed first. Raises ValueError if another command is at work there, or if shards are
@@ -32,15 +32,15 @@ def work_folder(out: Path, request: str) -> Iterator[Path]:
     with open(work / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as mistake:
-            if mistake.errno not in (errno.EAGAIN, errno.EACCES):
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise ValueError(
                 f"{out}: another write_shards.py is at work there. Wait, or choose another --out."
             ) from None
         marker = work / "request"
         if not (marker.is_file() and marker.read_text() == request):
-            _clear(out, work)
+            _remove_earlier_results(out, work)
             write_atomically(marker, request.encode())
         for temporary in work.rglob("*.tmp"):  # of commands that were killed
             temporary.unlink(missing_ok=True)
@@ -50,7 +50,7 @@ def work_folder(out: Path, request: str) -> Iterator[Path]:
         shutil.rmtree(work)
 
 
-def sweep(out: Path) -> None:
+def remove_finished_work(out: Path) -> None:
     """Remove the work of a command that was killed between its manifest and its end."""
     work = out / ".work"
     if work.is_dir():
@@ -59,13 +59,13 @@ def sweep(out: Path) -> None:
             shutil.rmtree(work)
 
 
-def _clear(out: Path, work: Path) -> None:
+def _remove_earlier_results(out: Path, work: Path) -> None:
     """Remove an earlier request's results. The manifest goes first: from here on the folder is unfinished."""
-    for path in [*(out / name for name in (MANIFEST, CHUNKS, TOKEN_COUNTS, PICTURE)), *_shards(out), work / "request"]:
+    for path in [*(out / name for name in (MANIFEST, CHUNKS, TOKEN_COUNTS, PLOT)), *_shards(out), work / "request"]:
         path.unlink(missing_ok=True)
     for name in ("runs", "shards"):
         shutil.rmtree(work / name, ignore_errors=True)
 
 
 def _shards(out: Path) -> list[Path]:
-    return sorted(path for path in out.glob("*.tar") if SHARD.fullmatch(path.name))
+    return sorted(path for path in out.glob("*.tar") if WRITTEN_SHARD.fullmatch(path.name))
