@@ -1,4 +1,4 @@
-"""The folder that shards are written to: one command at a time, and what is there is finished, or ours to go on with."""
+"""Lock the folder that shards are written to, and keep or remove the unfinished work in it."""
 
 import errno
 import fcntl
@@ -8,25 +8,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_prep.request import belongs_to_request, remove_request, write_request
 from data_prep.writing.length_statistics import PLOT
 from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS
-from megabert.files.atomic import write_atomically
 
 WRITTEN_SHARD = re.compile(r"(train|heldout)-\d{5}\.tar")
+
+# Version of everything in out/.work: request file, sorted runs, task summaries and shard records. Unfinished work of
+# another version is removed and done again. Increase it whenever one of these formats changes.
+WORK_FORMAT = 1
 
 
 @contextmanager
 def locked_work_folder(out: Path, request: str) -> Iterator[Path]:
-    """Begin, or go on with, the work of this very request in out/.work; it is removed when all is done.
+    """Lock out/.work and yield it. Unfinished work of the same request in it is kept, other work is removed.
 
-    What another request left is removed first. Raises ValueError if another command is at work there, or if shards are
-    there that are not ours to replace.
+    The folder is removed when the block ends without an exception. Raises ValueError if another command holds the lock,
+    or if `out` holds shards that write_shards.py did not write.
     """
     work = out / ".work"
-    if not work.exists() and not (out / MANIFEST).exists() and (strangers := _shards(out)):
+    if not work.exists() and not (out / MANIFEST).exists() and (foreign := _list_shards(out)):
         raise ValueError(
-            f"{strangers[0]}: is there, but no manifest of ours, so it will not be replaced. Choose another --out, "
-            "or remove it."
+            f"{foreign[0]}: exists, but its folder has no {MANIFEST}, so it will not be replaced. Choose another "
+            "--out, or remove the file."
         )
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
@@ -36,12 +40,11 @@ def locked_work_folder(out: Path, request: str) -> Iterator[Path]:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise ValueError(
-                f"{out}: another write_shards.py is at work there. Wait, or choose another --out."
+                f"{out}: another write_shards.py is writing there. Wait for it to end, or choose another --out."
             ) from None
-        marker = work / "request"
-        if not (marker.is_file() and marker.read_text() == request):
+        if not belongs_to_request(work, WORK_FORMAT, request):
             _remove_earlier_results(out, work)
-            write_atomically(marker, request.encode())
+            write_request(work, WORK_FORMAT, request)
         for temporary in work.rglob("*.tmp"):  # of commands that were killed
             temporary.unlink(missing_ok=True)
         for name in ("runs", "shards"):
@@ -51,7 +54,7 @@ def locked_work_folder(out: Path, request: str) -> Iterator[Path]:
 
 
 def remove_finished_work(out: Path) -> None:
-    """Remove the work of a command that was killed between its manifest and its end."""
+    """Remove the work folder of a command that was killed after it had written the manifest."""
     work = out / ".work"
     if work.is_dir():
         with open(work / "lock", "w") as lock:
@@ -60,12 +63,13 @@ def remove_finished_work(out: Path) -> None:
 
 
 def _remove_earlier_results(out: Path, work: Path) -> None:
-    """Remove an earlier request's results. The manifest goes first: from here on the folder is unfinished."""
-    for path in [*(out / name for name in (MANIFEST, CHUNKS, TOKEN_COUNTS, PLOT)), *_shards(out), work / "request"]:
+    """Remove the results of an earlier request. The manifest goes first: without it the folder counts as unfinished."""
+    for path in [*(out / name for name in (MANIFEST, CHUNKS, TOKEN_COUNTS, PLOT)), *_list_shards(out)]:
         path.unlink(missing_ok=True)
+    remove_request(work)
     for name in ("runs", "shards"):
         shutil.rmtree(work / name, ignore_errors=True)
 
 
-def _shards(out: Path) -> list[Path]:
+def _list_shards(out: Path) -> list[Path]:
     return sorted(path for path in out.glob("*.tar") if WRITTEN_SHARD.fullmatch(path.name))
