@@ -19,9 +19,9 @@ PREFIX = "hf:"
 def list_input_splits(source: str, options: ReadOptions) -> list[InputSplit]:
     """List one input split per shard of the data set. A shard is usually a file.
 
-    source: owner/name or a local folder, optionally followed by :configuration. An input split names the current
-    revision, so that an interrupted command continues with the same data. Raises ValueError if the data set cannot be
-    opened.
+    source: owner/name or a local folder, optionally followed by :configuration. The input splits name the current
+    revision, so that all of them read the same data, and an interrupted command starts anew if there is another
+    revision. Raises ValueError if the data set cannot be opened.
     """
     name, _, config = source.removeprefix(PREFIX).partition(":")
     if config and options.dataset_config not in (None, config):
