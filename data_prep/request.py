@@ -1,4 +1,4 @@
-"""Record what a command was asked for, so that the same command finds and reuses its results."""
+"""Record the request of a command, so that the same command finds and reuses its results."""
 
 import hashlib
 import json

@@ -52,7 +52,7 @@ def _start_worker(counters: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """Exit when the parent does, so that no worker goes on writing after its command was killed."""
+    """Exit when the parent does, so that no worker writes after its command was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
     parent.join()

@@ -226,7 +226,7 @@ def build_manifest(request: ShardRequest, counts: dict[str, int], read: int) -> 
 
 
 def write_metadata(request: ShardRequest, manifest: Manifest, ids: np.ndarray) -> None:
-    """Write the files beside the shards. The manifest comes last: it makes the folder complete."""
+    """Write all other files of the folder. The manifest comes last, because it makes the folder complete."""
     out = Path(request.options.out)
     if path := request.tokenizer_path:
         write_atomically(out / TOKENIZER, path.read_bytes())

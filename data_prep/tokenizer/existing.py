@@ -111,7 +111,7 @@ def _from_vocab(path: Path, normalizer: normalizers.BertNormalizer) -> Tokenizer
     if upper and normalizer.lowercase:
         raise ValueError(
             f"{path}: is cased (it has {upper[0]!r}), but text would be lower-cased. Pass --lowercase false, or if "
-            f"{TOKENIZER_CONFIG} is beside it, set do_lower_case to false there."
+            f"--existing is a folder with a {TOKENIZER_CONFIG}, set do_lower_case to false in that file."
         )
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=MAX_WORD_CHARS))
     tokenizer = use_bert_components(tokenizer, normalizer.lowercase)

@@ -186,7 +186,7 @@ class SortedRunWriter:
 
 @contextmanager
 def finished(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which becomes it if nothing fails. Every process has its own."""
+    """Yield a temporary path in the same folder, which is renamed to `path` if the block raises nothing."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -70,9 +70,9 @@ def test_a_vocab_file_gives_the_ids_of_bert(wordpiece, corpus, tmp_path, lowerca
     out = convert(path, tmp_path / "out", f"--lowercase={str(lowercase).lower()}")
     bert = BertTokenizerFast.from_pretrained(str(tmp_path), do_lower_case=lowercase)
     assert bert.backend_tokenizer.normalizer.lowercase == lowercase
-    ours = AutoTokenizer.from_pretrained(out)
+    converted = AutoTokenizer.from_pretrained(out)
     for text in [*TEXTS, *corpus.texts]:
-        assert ours(text)["input_ids"] == bert(text)["input_ids"], repr(text[:80])
+        assert converted(text)["input_ids"] == bert(text)["input_ids"], repr(text[:80])
 
 
 @pytest.mark.skipif(
@@ -86,9 +86,9 @@ def test_the_vocabulary_of_bert_gives_the_ids_of_bert(corpus, tmp_path):
     bert = BertTokenizerFast.from_pretrained(str(tmp_path), do_lower_case=True)
     assert len(bert) == 30_522
     for existing in (folder / "vocab.txt", folder):
-        ours = AutoTokenizer.from_pretrained(convert(existing, tmp_path / "out"))
+        converted = AutoTokenizer.from_pretrained(convert(existing, tmp_path / "out"))
         for text in [*TEXTS, *corpus.texts]:
-            assert ours(text)["input_ids"] == bert(text)["input_ids"], repr(text[:80])
+            assert converted(text)["input_ids"] == bert(text)["input_ids"], repr(text[:80])
 
 
 def test_a_cased_vocab_file_is_not_lower_cased(wordpiece, tmp_path):

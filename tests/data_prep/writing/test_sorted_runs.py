@@ -121,13 +121,13 @@ def test_a_range_of_a_sorted_run_holds_exactly_its_documents(tmp_path, source):
             payload, lengths, hashes = sorted_runs.SortedRun(path, settings.dtype).read(part, low, high)
             ends = lengths.cumsum()
             found = [payload[end - n : end].tobytes().decode() for end, n in zip(ends, lengths, strict=True)]
-            wanted = [
+            expected = [
                 t
                 for t in texts
                 if low <= int(half[t][1]) < high
                 and (int(half[t][0]) < sorted_runs.heldout_below(0.2)) == (part == "heldout")
             ]
-            assert sorted(found) == sorted(wanted)
+            assert sorted(found) == sorted(expected)
             assert [tuple(row) for row in hashes] == [tuple(half[text]) for text in found]
 
 
