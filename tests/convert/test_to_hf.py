@@ -16,6 +16,7 @@ from megabert.convert.check.export_record import TOLERANCE
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.model.attention import PLANNERS
 from tests.conftest import REPOSITORY, run_command
+from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
 
 
@@ -112,3 +113,18 @@ def test_a_missing_checkpoint_is_reported_in_one_line(run_launcher, tmp_path):
     assert done.output.startswith("launch/convert_to_hf.py: ")
     assert "no checkpoint here" in done.output
     assert done.output.count("\n") == 1
+
+
+@pytest.mark.usefixtures("skipped_checks")
+def test_max_shard_size_is_obeyed_although_weights_are_views_of_one_partition(corpus, tmp_path):
+    """With ZeRO 2 in half precision, a rank's fp32 weights are one tensor per parameter group."""
+    write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer, stage=2, half=True)
+    to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf", to_hf.ExportOptions(max_shard_size="100KB"))
+    files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    assert len(files) == 2
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
+    assert max(sizes) <= 100_000
+    assert sum(sizes) == index["metadata"]["total_size"]
+    exported = from_hf.read_model(tmp_path / "hf").weights
+    assert all(torch.equal(exported[name], parameter) for name, parameter in small_model().named_parameters())

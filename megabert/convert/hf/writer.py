@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -51,8 +52,12 @@ def write_weights(folder: Path, weights: dict[str, Tensor], max_shard_size: str 
 
     Raises OSError if they cannot be written, for example because the disk is full.
     """
+    # huggingface_hub's save_torch_state_dict() would put all tensors that share a storage into one file. Weights from
+    # ZeRO's partitions are views of a few huge storages, so max_shard_size would have no effect. Meta tensors share
+    # none.
+    shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weights.items()}
     pattern = SAFETENSORS.replace(".safetensors", "{suffix}.safetensors")
-    plan = split_torch_state_dict_into_shards(weights, filename_pattern=pattern, max_shard_size=max_shard_size)
+    plan = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         save_tensors({name: weights[name].contiguous() for name in names}, folder / file)
         shutil.copymode(folder / CONFIG, folder / file)  # safetensors creates files that only their owner can read
