@@ -106,6 +106,5 @@ def write_folder(out: Path, model: TrainedModel, checkpoint: Path, options: Expo
     write_weights(out, weights, options.max_shard_size)
     metrics = read_metrics_at(checkpoint.parents[1], model.state.step)
     num_parameters = sum(tensor.numel() for tensor in weights.values())
-    card = make_model_card(config, model.state, metrics, num_parameters, options.average)
-    (out / "README.md").write_text(card)
+    make_model_card(config, model.state, metrics, num_parameters, options.average).save(out / "README.md")
     return weights

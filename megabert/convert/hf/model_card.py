@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from megabert.convert.hf.config import is_transformers_bert
 from megabert.convert.hf.reader import read_json
@@ -56,8 +57,12 @@ def redact(value: Any) -> Any:
     return URL.sub(r"\1://\2", value)
 
 
-def make_model_card(config: MegaBertConfig, state: State, metrics: Metrics, num_parameters: int, average: int) -> str:
+def make_model_card(
+    config: MegaBertConfig, state: State, metrics: Metrics, num_parameters: int, average: int
+) -> ModelCard:
     """average: number of checkpoints whose mean the weights are."""
+    tags = ["megabert", config.position, config.ffn]
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="fill-mask", tags=tags)
     name = "MosaicBERT" if config.position == "alibi" else "BERT"
     is_bert = is_transformers_bert(config)
     trust = "" if is_bert else ", trust_remote_code=True"
@@ -67,10 +72,8 @@ def make_model_card(config: MegaBertConfig, state: State, metrics: Metrics, num_
     without_trust = (
         "" if is_bert else "Where `megabert` is installed, `import megabert` makes `trust_remote_code` unnecessary.\n"
     )
-    return f"""---
-library_name: transformers
-pipeline_tag: fill-mask
-tags: [megabert, {config.position}, {config.ffn}]
+    return ModelCard(f"""---
+{metadata.to_yaml()}
 ---
 # A {name} encoder, {config.num_hidden_layers} layers x {config.hidden_size}
 
@@ -95,7 +98,7 @@ model = AutoModelForMaskedLM.from_pretrained("this folder"{trust})
 ```yaml
 {recipe}
 ```
-"""
+""")
 
 
 def _make_rows(
