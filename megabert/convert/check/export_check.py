@@ -81,10 +81,7 @@ def verify(folder: Path) -> Measurements:
             f"{folder}: has no {RECORD} by MegaBERT, so there is nothing to compare with. Only folders that "
             "launch/convert_to_hf.py wrote can be verified."
         )
-    if "texts" not in record:
-        raise ValueError(
-            f"{folder}: was exported by an older version of MegaBERT, which recorded less. Export it again."
-        )
+    export_record.check_version(folder, record)
     check_code_stays_inside(folder)
     if problem := export_record.find_change(folder, record):
         raise ValueError(f"{problem}.")

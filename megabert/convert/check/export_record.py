@@ -11,6 +11,7 @@ from megabert.convert.hf.reader import read_json
 from megabert.files.checkpoint_format import file_hash, files_of
 
 RECORD = "export.json"
+FORMAT_VERSION = 1  # of export.json; exports without a version are older
 EDITABLE_FILES = {RECORD, "README.md"}
 
 TOLERANCE = 1e-5  # of fp32 logits, relative to the largest one if that is above 1
@@ -47,6 +48,7 @@ def write_record(folder: Path, checkpoint: str, max_length: int, parameters: dic
     their names in the folder.
     """
     record = {
+        "format_version": FORMAT_VERSION,
         "checkpoint": checkpoint,
         "tolerance": TOLERANCE,
         "onnx_tolerance": ONNX_TOLERANCE,
@@ -74,6 +76,19 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     hashes = [record.get("files"), record.get("parameters")]
     valid = all(isinstance(part, dict) and all(isinstance(digest, str) for digest in part.values()) for part in hashes)
     return record if valid and isinstance(record.get("checkpoint"), str) else None
+
+
+def check_version(folder: Path, record: dict[str, Any]) -> None:
+    """Raises ValueError unless this version of MegaBERT can verify the export."""
+    version = record.get("format_version", 0)
+    if version == FORMAT_VERSION:
+        return
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder}: was exported by a newer version of MegaBERT: {RECORD} has format_version {version}, "
+            f"this version reads {FORMAT_VERSION}. Update MegaBERT."
+        )
+    raise ValueError(f"{folder}: was exported by an older version of MegaBERT, which recorded less. Export it again.")
 
 
 def find_added_files(folder: Path, record: dict[str, Any]) -> list[str]:

@@ -196,13 +196,24 @@ def test_nothing_but_the_models_auto_map_may_name_code(exported, tmp_path, file,
         export_check.verify(copy)
 
 
-def test_an_export_of_an_older_version_is_refused(exported, tmp_path):
-    copy = shutil.copytree(exported, tmp_path / "copy")
-    record = json.loads((copy / "export.json").read_text())
-    del record["texts"]
-    (copy / "export.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="was exported by an older version"):
-        export_check.verify(copy)
+def test_an_export_of_another_format_version_is_refused_but_can_be_replaced(corpus, tmp_path, skipped_checks):
+    write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer)
+    to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    export_json = tmp_path / "hf" / "export.json"
+    record = json.loads(export_json.read_text())
+    assert record["format_version"] == export_record.FORMAT_VERSION == 1
+    edit_json(export_json, format_version=2)
+    with pytest.raises(ValueError, match="by a newer version of MegaBERT: export.json has format_version 2, this .* 1"):
+        export_check.verify(tmp_path / "hf")
+    # Exports from before format_version: the first lacked the texts, too.
+    for lacking in (["format_version"], ["format_version", "texts"]):
+        older = {name: value for name, value in record.items() if name not in lacking}
+        export_json.write_text(json.dumps(older | {"checkpoint": "that of an older version"}))
+        with pytest.raises(ValueError, match="was exported by an older version of MegaBERT, .* Export it again"):
+            export_check.verify(tmp_path / "hf")
+        to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
+        assert json.loads(export_json.read_text())["format_version"] == 1
+    assert len(skipped_checks) == 3
 
 
 def test_a_link_out_of_an_export_is_refused(exported, tmp_path):
