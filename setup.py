@@ -29,6 +29,7 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "docstring-parser",
         "fsspec[http]",
+        "huggingface-hub",
         "jsonargparse>=4.49",
         "matplotlib",
         "ninja",
