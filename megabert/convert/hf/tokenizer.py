@@ -39,15 +39,15 @@ def copy_tokenizer(source: Path, folder: Path, max_length: int) -> None:
     truncation and padding that tokenizer.json specifies are removed.
     """
     files = find_tokenizer_files(source)
+    contents = _read_json_files(files)
     for name in (VOCAB, ADDED_TOKENS, SPECIAL_TOKENS_MAP):
         if name in files:
             shutil.copyfile(files[name], folder / name)
     if TOKENIZER in files:
-        _copy_without_limits(files[TOKENIZER], folder / TOKENIZER)
+        _copy_without_limits(files[TOKENIZER], contents[TOKENIZER], folder / TOKENIZER)
     elif VOCAB in files:
-        (folder / TOKENIZER).write_text(_from_vocab(files).to_str(), encoding="utf-8")
-    settings = _read_optional(files, TOKENIZER_CONFIG)
-    settings = {name: value for name, value in settings.items() if name in COPIED_SETTINGS}
+        (folder / TOKENIZER).write_text(_from_vocab(files[VOCAB], contents).to_str(), encoding="utf-8")
+    settings = {name: value for name, value in contents[TOKENIZER_CONFIG].items() if name in COPIED_SETTINGS}
     if "Token" not in (name := str(settings.get("tokenizer_class"))) or not hasattr(transformers, name):
         settings["tokenizer_class"] = TOKENIZER_CLASS
     if (folder / TOKENIZER).is_file():
@@ -83,7 +83,7 @@ def read_hf_tokenizer(source: Path) -> Tokenizer:
         return read_tokenizer(files[TOKENIZER])
     if VOCAB not in files:
         return read_tokenizer(check_inside(source, TOKENIZER))  # raises: no such file
-    tokenizer = _from_vocab(files)
+    tokenizer = _from_vocab(files[VOCAB], _read_json_files(files))
     tokenizer.encode_special_tokens = True  # as read_tokenizer(): "[MASK]" in a text is text
     return tokenizer
 
@@ -92,34 +92,32 @@ def has_tokenizer(source: Path) -> bool:
     return any((source / name).is_file() for name in (TOKENIZER, VOCAB))
 
 
-def _read_optional(files: dict[str, Path], name: str) -> dict[str, Any]:
-    return read_json(files[name]) if name in files else {}
+def _read_json_files(files: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Map the name of each JSON file to its content, which is empty if there is no such file."""
+    return {name: read_json(files[name]) if name in files else {} for name in FILES if name != VOCAB}
 
 
-def _copy_without_limits(source: Path, copy: Path) -> None:
-    raw = read_json(source)
+def _copy_without_limits(source: Path, raw: dict[str, Any], copy: Path) -> None:
+    """Copy a tokenizer.json, whose content is raw, without its truncation and padding."""
     if raw.get("truncation") is None and raw.get("padding") is None:
         shutil.copyfile(source, copy)
     else:
         copy.write_text(json.dumps(raw | {"truncation": None, "padding": None}, ensure_ascii=False), encoding="utf-8")
 
 
-def _from_vocab(files: dict[str, Path]) -> Tokenizer:
-    """Make BERT's tokenizer from vocab.txt and the settings, as transformers' BertTokenizerFast does."""
-    folder = files[VOCAB].parent
-    settings = _read_optional(files, TOKENIZER_CONFIG)
+def _from_vocab(vocab: Path, contents: dict[str, dict[str, Any]]) -> Tokenizer:
+    """Make BERT's tokenizer from vocab.txt and the JSON files, as transformers' BertTokenizerFast does."""
+    folder, settings = vocab.parent, contents[TOKENIZER_CONFIG]
     if "added_tokens_decoder" not in settings:
-        settings |= _read_optional(files, SPECIAL_TOKENS_MAP)
-    vocabulary = _read_vocab(files[VOCAB])
+        settings = settings | contents[SPECIAL_TOKENS_MAP]
+    vocabulary = _read_vocab(vocab)
     special: Any = {
         f"{role}_token": _parse_token(folder, settings.get(f"{role}_token") or token)
         for role, token in SPECIAL_TOKENS.items()
     }
     required = [special[f"{role}_token"].content for role in ("cls", "sep", "unk")]
     if missing := [token for token in required if token not in vocabulary]:
-        raise ValueError(
-            f"{folder / VOCAB}: has no {' and no '.join(missing)}; expected a BERT vocabulary, a token per line."
-        )
+        raise ValueError(f"{vocab}: has no {' and no '.join(missing)}; expected a BERT vocabulary, a token per line.")
     bert: Any = BertWordPieceTokenizer(
         vocabulary,
         handle_chinese_chars=_parse_flag(folder, settings, "tokenize_chinese_chars", True),
@@ -128,7 +126,7 @@ def _from_vocab(files: dict[str, Path]) -> Tokenizer:
         **special,
     )
     tokenizer: Tokenizer = bert._tokenizer
-    for number, token in _parse_added_tokens(folder, settings, _read_optional(files, ADDED_TOKENS)):
+    for number, token in _parse_added_tokens(folder, settings, contents[ADDED_TOKENS]):
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         if number is not None and (got := tokenizer.token_to_id(token.content)) != number:
             raise ValueError(
