@@ -16,6 +16,7 @@ from transformers import (
     BertModel,
 )
 
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.convert.from_hf import ImportOptions, import_model, read_model
 from megabert.convert.weight_names import from_megabert, to_megabert
 from megabert.model.modeling_megabert import (
@@ -130,8 +131,6 @@ def test_pretraining_continues_from_the_folder(corpus, tmp_path):
     settings = [f"--model.init_from={tmp_path / 'start'}", "--run.max_steps=1", "--optimizer.lr=1e-30"]
     done = run_command(pretrain_command(corpus, tmp_path / "run", *settings))
     assert done.code == 0, done.output
-    from megabert.convert.deepspeed_checkpoint import read_checkpoint
-
     weights, _, _ = read_checkpoint(tmp_path / "run")
     start = load_file(tmp_path / "start" / "model.safetensors")
     assert all(torch.equal(weights[name], start[name]) for name in weights)
