@@ -1,9 +1,4 @@
-"""Read the weights of a training checkpoint, of any ZeRO stage and number of ranks, without DeepSpeed or a GPU.
-
-Files are memory-mapped, so that only the pages with weights are read, never those with optimizer moments. Nothing in
-them is executed: torch's weights-only unpickler reads them, with empty stand-ins for the DeepSpeed classes that they
-name.
-"""
+"""Read the weights of a training checkpoint, of any ZeRO stage and number of ranks, without DeepSpeed or a GPU."""
 
 import re
 from collections.abc import Iterator
@@ -216,7 +211,11 @@ class _DeepSpeedStub:
 
 
 def load_without_executing(path: Path) -> dict[str, Any]:
-    """Memory-map a .pt file by DeepSpeed. Raises ValueError if it names classes that are not torch's or DeepSpeed's."""
+    """Load a .pt file by DeepSpeed with torch's weights-only unpickler and stand-ins for DeepSpeed's classes.
+
+    The file is memory-mapped, so that pages with optimizer moments, which nothing uses, are never read. Raises
+    ValueError if the file names classes that are neither torch's nor DeepSpeed's.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     try:

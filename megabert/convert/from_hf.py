@@ -1,8 +1,4 @@
-"""Convert a Hugging Face folder to a MegaBERT folder, to continue pretraining (model.init_from) or to fine-tune.
-
-Supported are transformers' BERT with any head or none, the published MosaicBERT, and MegaBERT's own folders. Tensors
-are renamed and copied but never computed, unless another length or vocabulary is requested.
-"""
+"""Convert a Hugging Face folder to a MegaBERT folder, to continue pretraining (model.init_from) or to fine-tune."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +40,9 @@ class ImportOptions:
 def import_model(source: Path, out: Path, options: ImportOptions = ImportOptions()) -> ImportedModel:
     """Convert the folder `source` and write the result to `out`.
 
-    Raises ValueError if our model cannot represent `source` exactly, or if `out` is not empty.
+    source: transformers' BERT with any head or none, the published MosaicBERT, or a MegaBERT folder. Tensors are
+    renamed and copied but never computed, unless the options request another length or vocabulary. Raises ValueError if
+    our model cannot represent `source` exactly, or if `out` is not empty.
     """
     out = out.resolve()  # it may be a link
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -1,9 +1,4 @@
-"""Export a training checkpoint to a Hugging Face folder, and check that the folder gives the checkpoint's logits.
-
-A model with BERT's architecture becomes transformers' own BertForMaskedLM. Any other becomes a folder with a copy of
-megabert/model, which loads with trust_remote_code=True where megabert is not installed. A folder that fails the check
-(check/export_check.py) is removed.
-"""
+"""Export a training checkpoint to a Hugging Face folder, and check that the folder gives the checkpoint's logits."""
 
 import hashlib
 from copy import deepcopy
@@ -44,13 +39,15 @@ class ExportOptions:
 def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = ExportOptions()) -> Measurements:
     """Export a checkpoint, or reuse an unchanged export of the same checkpoint. Returns what the export check measured.
 
+    A model with BERT's architecture becomes transformers' own BertForMaskedLM. Any other becomes a folder with a copy
+    of megabert/model, which loads with trust_remote_code=True where megabert is not installed.
+
     checkpoint: its folder, or a run's folder for its newest. Raises ValueError if there is no complete checkpoint, if
     `out` contains anything but an export, or if the check fails, in which case `out` stays as it was.
     """
-    checkpoints = find_checkpoints(
-        checkpoint.resolve(), options.average
-    )  # the run's files are looked up in its parents
-    name, out = str(out), out.resolve()  # it may be a link
+    # Paths are resolved, because the run's files are found from the checkpoint's parents, and `out` may be a link.
+    checkpoints = find_checkpoints(checkpoint.resolve(), options.average)
+    name, out = str(out), out.resolve()
     fingerprint = fingerprint_export(checkpoints, options)
     record = export_record.read_record(out)
     if record and record["checkpoint"] == fingerprint and "measured" in record:

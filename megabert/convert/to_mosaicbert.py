@@ -1,8 +1,4 @@
-"""Export a MosaicBERT in the layout of the published MosaicBERT checkpoints: one pickle of tensors, and a BERT config.
-
-The modelling code is not ours to redistribute, so the config names it at the hub, and no process can load the folder
-here as a check. Instead the folder is read back, and must contain the same bits and the same architecture.
-"""
+"""Export a MosaicBERT in the layout of the published checkpoints: one pickle of tensors, and a BERT config."""
 
 import json
 from pathlib import Path
@@ -84,7 +80,10 @@ def _read_source(source: Path, average: int) -> SourceModel:
 
 
 def _check_reads_back(folder: Path, model: SourceModel) -> None:
-    """Raises ValueError unless the folder reads as the model that was written."""
+    """Raises ValueError unless the folder reads as the model that was written.
+
+    No other process can load the folder as a check, because its modelling code is not ours to redistribute.
+    """
     back = read_model(folder)
     wrong = sorted(back.weights.keys() ^ model.weights.keys()) or [
         name for name, tensor in model.weights.items() if not torch.equal(back.weights[name], tensor)

@@ -1,9 +1,4 @@
-"""Export a masked language model to ONNX: padded token ids in, padded logits out, for any batch size and length.
-
-The model computes only on real tokens, whose number depends on the data and cannot be expressed in a graph.
-torch.export therefore traces a path that computes all B * S positions and masks the padded keys
-(padding.unpad_in_place). Logits at padding are meaningless.
-"""
+"""Export a masked language model to ONNX: padded token ids in, padded logits out, for any batch size and length."""
 
 import logging
 import warnings
@@ -25,7 +20,12 @@ def check_installed() -> None:
 
 
 def write_onnx(model: MegaBertForMaskedLM, folder: Path) -> None:
-    """Write onnx/model.onnx, and model.onnx.data with the weights if they are large."""
+    """Write onnx/model.onnx, and model.onnx.data with the weights if they are large.
+
+    The model computes only on real tokens, whose number depends on the data and cannot be expressed in a graph.
+    torch.export therefore traces a path that computes all B * S positions and masks the padded keys
+    (padding.unpad_in_place). Logits at padding are meaningless.
+    """
     check_installed()
     path = folder / ONNX_MODEL
     path.parent.mkdir()

@@ -1,12 +1,4 @@
-"""Rename weights between MegaBERT, the published MosaicBERT checkpoints, and transformers' BERT.
-
-One table lists which of their tensors make each of ours. Import and export both follow it and change no bits: tensors
-are renamed and, for BERT, split or concatenated. A state dict with an unknown or a missing name is an error, and so is
-one whose decoder is not tied to its word embeddings, which our model cannot represent. Only a complete head may be
-missing.
-
-MosaicBERT: https://huggingface.co/mosaicml/mosaic-bert-base, bert_layers.py. BERT: transformers' BertForMaskedLM.
-"""
+"""Rename weights between MegaBERT, the published MosaicBERT checkpoints, and transformers' BERT."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +11,7 @@ Kind = Literal["mosaicbert", "bert"]
 
 
 class WeightMapping(NamedTuple):
-    """One of our tensors, by name.
+    """One of our tensors, by name. Import and export follow the same table of these, and change no bits.
 
     theirs: their tensors that make it, concatenated along the first dimension; duplicates: their other names for it.
     """
@@ -56,7 +48,10 @@ THEIR_DECODER = "cls.predictions.decoder"
 
 
 def mosaicbert_table(num_layers: int) -> list[WeightMapping]:
-    """The published MosaicBERT: fused Wqkv, gated_layers without a bias, no position embedding."""
+    """The published MosaicBERT: fused Wqkv, gated_layers without a bias, no position embedding.
+
+    Source: https://huggingface.co/mosaicml/mosaic-bert-base, bert_layers.py.
+    """
     table = _outside_layers([f"{THEIR_DECODER}.bias"])
     for layer in range(num_layers):
         ours, theirs = f"bert.encoder.layers.{layer}.", f"bert.encoder.layer.{layer}."

@@ -1,8 +1,4 @@
-"""Check that an exported folder gives the checkpoint's token ids and logits in a process that cannot import megabert.
-
-An export contains what the check needs, so that it can be repeated later on another machine: export.json and, in
-export_check.safetensors, the token ids and the logits of a few texts, computed from the checkpoint.
-"""
+"""Check that an exported folder gives the checkpoint's ids and logits in a process that cannot import megabert."""
 
 import json
 import os
@@ -25,6 +21,7 @@ from megabert.data.shards.manifest import TOKENIZER
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
+# The checkpoint's token ids and logits for a few texts. With export.json, the check can be repeated on any machine.
 EXPECTED_OUTPUTS = "export_check.safetensors"
 SUBPROCESS_SCRIPT = Path(__file__).with_name("subprocess_check.py")
 

@@ -1,8 +1,4 @@
-"""Read Hugging Face folders from untrusted sources.
-
-Nothing in a folder is executed, no memory is allocated for data that the files do not contain, and no file outside the
-folder is opened.
-"""
+"""Read untrusted Hugging Face folders: run no code, open no file outside, allocate no more than the files contain."""
 
 import json
 import zipfile

@@ -1,8 +1,4 @@
-"""Read the tokenizer of a Hugging Face folder, and write it into a MegaBERT folder.
-
-The tokenizer is tokenizer.json or, in older folders, vocab.txt with settings in other files. Only the settings listed
-here are copied, because others, such as auto_map, may name code to run.
-"""
+"""Read the tokenizer of a Hugging Face folder, tokenizer.json or vocab.txt, and write it into a MegaBERT folder."""
 
 import json
 import shutil
@@ -28,6 +24,7 @@ FILES = (TOKENIZER, TOKENIZER_CONFIG, VOCAB, ADDED_TOKENS, SPECIAL_TOKENS_MAP)
 TOKENS = (*(f"{role}_token" for role in SPECIAL_TOKENS), "bos_token", "eos_token", "additional_special_tokens",
           "extra_special_tokens", "added_tokens_decoder")  # fmt: skip
 TOKEN_FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}
+# Other settings of tokenizer_config.json, such as auto_map, are not copied, because they may name code to run.
 COPIED_SETTINGS = ("tokenizer_class", "do_lower_case", "strip_accents", "tokenize_chinese_chars", "padding_side",
                    "clean_up_tokenization_spaces", "truncation_side", "model_input_names", *TOKENS)  # fmt: skip
 
