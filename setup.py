@@ -30,6 +30,7 @@ setup(
         "docstring-parser",
         "filelock>=4.2",
         "fsspec[http]",
+        "huggingface-hub",
         "jsonargparse>=4.49",
         "matplotlib",
         "ninja",

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 
-from megabert.convert.from_hf import read_changed, write
-from megabert.convert.hf.folder import write_config, write_weights
-from megabert.convert.hf.reading import CONFIG, SAFETENSORS, read_weights
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
+from megabert.convert.from_hf import read_and_resize, write_folder
+from megabert.convert.hf.reader import CONFIG, SAFETENSORS, read_weights
 from megabert.convert.hf.tokenizer import copy_tokenizer
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.hf.writer import write_config, write_weights
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.files.atomic import staged_folder, write_atomically
 from megabert.files.checkpoint_format import find_checkpoint
@@ -48,7 +48,7 @@ def prepare(checkpoint: Path, out: Path) -> Start:
         raise ValueError(f"{out}: is in the way of the start of this command's jobs. Choose another --out, or move it.")
     with staged_folder(out) as folder:
         if (source / CONFIG).is_file():
-            write(folder, source, read_changed(source))
+            write_folder(folder, source, read_and_resize(source))
         else:
             _write_checkpoint(source, folder)
         if not (folder / TOKENIZER).is_file():

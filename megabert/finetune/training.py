@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 
-from megabert.convert.hf.reading import read_weights
-from megabert.convert.hf.tokenizer import read_tokenizer_of
+from megabert.convert.hf.reader import read_weights
+from megabert.convert.hf.tokenizer import read_hf_tokenizer
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.finetune.protocol import Settings
 from megabert.finetune.tasks.task import Examples, Task
@@ -53,7 +53,7 @@ def load_tokenizer(folder: Path, max_seq_len: int) -> Tokenizer:
 
     The longer text of a pair loses tokens first. Raises ValueError if there is none, or if it lacks these tokens.
     """
-    tokenizer = read_tokenizer_of(folder)
+    tokenizer = read_hf_tokenizer(folder)
     cls, sep = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
     numbers = {token: tokenizer.token_to_id(token) for token in (cls, sep)}
     for token, number in numbers.items():

@@ -10,7 +10,7 @@ import torch
 from data_prep import write_shards
 from megabert.config.parser import RecipeParser
 from megabert.config.recipe import DataConfig, LengthPhase
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.files.checkpoint_format import read_state
 from megabert.training.feed import plan_of
 from megabert.training.telemetry.reporter import read_metrics

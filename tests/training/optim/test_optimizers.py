@@ -8,7 +8,7 @@ import torch
 
 from megabert.config.parser import RecipeParser
 from megabert.config.recipe import OptimizerConfig
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.optim.lr_schedule import lr_factor
 from megabert.training.optim.optimizers import (
     Lamb,
