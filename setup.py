@@ -37,6 +37,7 @@ setup(
         "packaging",
         "protobuf",
         "psutil",
+        "pydantic>=2.12",
         "pyyaml",
         "safetensors",
         "scikit-learn",
