@@ -1,6 +1,7 @@
 """Read YAML files into plain data and strictly typed dataclasses."""
 
 import dataclasses
+import functools
 import json
 import re
 import types
@@ -75,7 +76,7 @@ def build(kind: type[T], data: dict[str, Any], path: Path, key: str = "") -> T:
     """
     try:
         # As JSON, where pydantic's strict mode takes a list for a tuple.
-        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True, extra="forbid")
+        return _adapter(kind).validate_json(json.dumps(data), strict=True, extra="forbid")
     except ValidationError as error:
         errors = error.errors()
     # Unknown keys first: a misspelt key is also missing.
@@ -108,6 +109,11 @@ def check_keys(path: Path, keys: Iterable[str], known: Iterable[str], key: str =
 def one_line(error: Exception) -> str:
     """Return an error's message without line breaks."""
     return " ".join(str(error).split())
+
+
+@functools.cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
 
 
 def _known_keys(kind: Any, place: list[Any]) -> list[str]:

@@ -36,15 +36,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from megabert.finetune.base_model import prepare
-from megabert.finetune.jobs.job import part_of, score_all
+from megabert.finetune.base_model import prepare_base_model
+from megabert.finetune.jobs.job import random_subset, score_all
 from megabert.finetune.protocol import Settings
 from megabert.finetune.tasks.readers import read_split
 from megabert.finetune.tasks.task import Examples, Task, read_task
-from megabert.finetune.training import Place, build_model, encode, finetune, load_tokenizer, predict, uses_bf16
+from megabert.finetune.training import Backend, build_model, encode, finetune, load_tokenizer, predict, uses_bf16
 
 LABELLED = Path(__file__).parents[2] / "data_prep/tasks"
-CPU = Place(torch.device("cpu"))
+CPU = Backend(torch.device("cpu"))
 SETTINGS = Settings(
     lr=5e-5, weight_decay=0.01, epochs=2, batch_size=32, max_seq_len=128, warmup=0.06, max_grad_norm=1.0,
     decay_norms_and_biases=False, attention_dropout=0.0,
@@ -117,7 +117,7 @@ def measure_speed(ours: Ours, theirs: Theirs, train: Examples, turns: int) -> di
     """Examples per second of each, in turn; the ratio's median is over turns."""
     settings = dataclasses.replace(SETTINGS, epochs=1)
     ours.train(train, settings, 0)  # torch.compile, once
-    theirs.train(part_of(train, settings.batch_size), settings, 0)
+    theirs.train(random_subset(train, settings.batch_size), settings, 0)
     speeds: list[tuple[float, float]] = []
     for turn in range(turns):
         pair = [len(train.first) / side.train(train, settings, turn)[1] for side in (ours, theirs)]
@@ -168,7 +168,7 @@ def main() -> None:
     seeds, names = (3, arguments.task[:1]) if arguments.quick else (arguments.seeds, arguments.task)
     sizes = (64, 100) if arguments.quick else (arguments.train, arguments.dev)
     with tempfile.TemporaryDirectory() as scratch:
-        start = prepare(arguments.model, Path(scratch, "start")).folder
+        start = prepare_base_model(arguments.model, Path(scratch, "start")).folder
         compared, speed = {}, {}
         for name in names:
             task = read_task(LABELLED / f"{name}.yaml")
@@ -176,10 +176,10 @@ def main() -> None:
             train, dev = (read_split(task, arguments.data, split) for split in ("train", "validation"))
             if not speed:
                 steps = QUICK_STEPS if arguments.quick else STEPS
-                some = part_of(train, steps * SETTINGS.batch_size)
+                some = random_subset(train, steps * SETTINGS.batch_size)
                 speed = measure_speed(ours, theirs, some, 2 if arguments.quick else TURNS)
             if seeds > 1:
-                compared[name] = compare_scores(ours, theirs, part_of(train, sizes[0]), part_of(dev, sizes[1]), seeds)
+                compared[name] = compare_scores(ours, theirs, random_subset(train, sizes[0]), random_subset(dev, sizes[1]), seeds)
     figures = dict(speed)
     if compared:
         figures["score_difference_in_standard_errors"] = max(abs(each["standard_errors"]) for each in compared.values())
