@@ -16,7 +16,7 @@ from megabert.config import cli
 @dataclass(frozen=True)
 class Options:
     runs: str = ""
-    """output folders of pretraining runs, with commas between"""
+    """output folders of pretraining runs, separated by commas"""
     tasks: str = ""
     """as in launch/finetune_glue.py"""
     task_file: str = ""
@@ -36,7 +36,7 @@ class Options:
 
     def __post_init__(self):
         if not self.folders:
-            raise ValueError("--runs is missing: output folders of pretraining runs, with commas between.")
+            raise ValueError("--runs is missing: output folders of pretraining runs, separated by commas.")
         if not 0 <= self.dollars_per_gpu_hour < float("inf"):
             raise ValueError(f"--dollars-per-gpu-hour is {self.dollars_per_gpu_hour}, expected 0 or more.")
 

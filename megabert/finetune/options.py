@@ -11,7 +11,7 @@ class FinetuneOptions:
     tasks: str = ""
     """all (GLUE's eight), or some of cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,wnli,ax; default: all without task_file"""
     task_file: str = ""
-    """tasks of your own: YAML files, with commas between"""
+    """tasks of your own: YAML files, separated by commas"""
     data: str = "data/glue"
     """folder with the tasks' data, in GLUE's TSV layout or the hub's parquet layout; or a hub data set, nyu-mll/glue"""
     out: str = "runs/glue"

@@ -102,7 +102,7 @@ class WorkerSlot(NamedTuple):
 def plan_jobs(tasks: list[Task], protocol: Protocol, baselines: bool, submission: bool) -> list[FinetuneJob]:
     """List every job, MNLI's first.
 
-    A task starts from MNLI's encoder if the protocol says so and MNLI is among the tasks.
+    A task starts from MNLI's encoder if the protocol asks for it and MNLI is among the tasks.
     """
     has_mnli = any(task.name == MNLI for task in tasks)
     jobs = []

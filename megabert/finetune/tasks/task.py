@@ -245,7 +245,7 @@ class TaskFile:
 
 
 def glue_tasks(names: str) -> list[Task]:
-    """Return GLUE tasks by name with commas between, or the eight for "all".
+    """Return GLUE tasks by their names, separated by commas, or the eight for "all".
 
     Raises ValueError for an unknown name, and for commas without a name.
     """
