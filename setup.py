@@ -38,6 +38,7 @@ setup(
         "packaging",
         "protobuf",
         "psutil",
+        "pydantic>=2.12",
         "pyyaml",
         "safetensors",
         "scikit-learn",

@@ -30,6 +30,7 @@ ALLOWED = {
         "megabert.files",
         "megabert.kernels",
         "megabert.model",
+        "megabert.plots",
     },
     "megabert.plots": {"megabert.config", "megabert.files", "megabert.training"},
     "data_prep": {"megabert.config", "megabert.data", "megabert.files"},
