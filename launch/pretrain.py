@@ -65,7 +65,7 @@ def main() -> int:
     # Imported here: flags and ds_config are checked before torch and DeepSpeed take their seconds to load.
     from megabert.training.loop import pretrain
 
-    return pretrain(recipe, ds_config, options.ds_config, interrupts)
+    return pretrain(recipe, ds_config, interrupts)
 
 
 if __name__ == "__main__":

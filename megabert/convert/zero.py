@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from megabert.config.recipe import may_change_at_resume
 from megabert.convert.hf.reading import UNREADABLE
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.files import checkpoint_format as layout
@@ -21,12 +22,8 @@ from megabert.files.checkpoint_format import State
 from megabert.model.configuration_megabert import MegaBertConfig
 
 TIED = "decoder.weight"  # the word embeddings again
-# What of a recipe makes two trainings different, and what of it says only where things are, or how they are read.
+# What of a recipe makes two trainings different.
 DECISIVE = ("model", "data", "masking", "optimizer")
-WHEREABOUTS = {
-    f"recipe.data.{name}"
-    for name in ("train", "heldout", "tokenizer", "num_workers", "on_bad_shard", "cache_dir", "cache_gb")
-}
 OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
@@ -92,8 +89,10 @@ def _course(folder: Path) -> dict[str, Any]:
     course["seed"] = state.recipe.get("run", {}).get("seed")
     course |= {f"model.{name}": value for name, value in state.model.items()}
     for part in DECISIVE:
-        course |= {f"recipe.{part}.{name}": value for name, value in state.recipe.get(part, {}).items()}
-    return {name: value for name, value in course.items() if name not in WHEREABOUTS}
+        for name, value in state.recipe.get(part, {}).items():
+            if not may_change_at_resume(f"{part}.{name}"):
+                course[f"recipe.{part}.{name}"] = value
+    return course
 
 
 def _read_whole(folder: Path) -> dict[str, Tensor]:

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from megabert.config.recipe import Recipe, batches_per_step, total_steps
-from megabert.training.feed import masking_rate, plan_of
-from megabert.training.optim.lr_schedule import lr_factor
+from megabert.config.recipe import Recipe
+from megabert.training.schedule import batch_schedule, batches_per_step, lr_factor, masking_rate, total_steps
 
 DRAWN_POINTS = 2000
 
@@ -16,7 +15,7 @@ def plot_schedule(recipe: Recipe, out: Path) -> None:
     """Draw every schedule of a recipe against its steps. Raises ValueError as a run would, for what cannot be."""
     step_batches = batches_per_step(recipe, 1)
     total = total_steps(recipe, step_batches)
-    plan = plan_of(recipe, step_batches, total)
+    plan = batch_schedule(recipe, step_batches, total)
     masking = masking_rate(recipe, plan, total)
     steps = np.unique(np.linspace(0, total - 1, DRAWN_POINTS).round().astype(int))
     bins = [plan.bins_before(step) for step in steps.tolist()]

@@ -1,96 +1,112 @@
-"""All that a training run holds."""
+"""A run: its plan, its training state, and the services that act on them."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import deepspeed
 
-from megabert.config.recipe import Recipe
-from megabert.data.batch import PackedBatch
-from megabert.data.schedule import Plan
-from megabert.data.shards.source import Corpus
 from megabert.data.stream import Position
-from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.files.checkpoint_format import State
 from megabert.training.checkpointing.writer import Saver
 from megabert.training.distributed.signals import Interrupts
-from megabert.training.evaluate import Evaluation
-from megabert.training.feed import Batches, Feed
+from megabert.training.engine import model_of
+from megabert.training.evaluate import Evaluation, HeldOut
+from megabert.training.feed import Feed
 from megabert.training.optim.guard import Guard, Verdict
+from megabert.training.plan import RunPlan
 from megabert.training.telemetry.probe import Prober
 from megabert.training.telemetry.reporter import Meter, Reporter
 from megabert.training.telemetry.timers import Clock
 
 
 @dataclass
-class Run:
-    """step: optimizer steps done; index: the next bin; positions: of this rank's streams; held_out: this rank's bins.
+class TrainState:
+    """What changes while a run trains. A checkpoint saves all of it."""
 
-    step_batches: micro-batches of a full step over all ranks. unigram: nats per token of guessing by frequency.
-    peak: FLOP/s of this rank's device, where known. left_behind: ranges of bins that rollbacks skipped. reporter: rank 0's, None elsewhere;
-    prober: rank 0's, where the recipe asks for one.
-    evaluation, evaluated: the last one, and its step.
-    """
-
-    recipe: Recipe
-    model: MegaBertForMaskedLM
-    engine: deepspeed.DeepSpeedEngine
-    ds_config: dict[str, Any]
-    feed: Feed
-    batches: Batches
-    held_corpus: Corpus
-    held_out: list[PackedBatch]
-    step_batches: int
-    total_steps: int
-    unigram: float
-    peak: float | None
-    meter: Meter
-    verdict: Verdict
-    interrupts: Interrupts
-    reporter: Reporter | None
-    saver: Saver
+    guard: Guard
     clock: Clock
-    positions: dict[int, Position]
     step: int = 0
-    index: int = 0
+    """optimizer steps done"""
+    next_index: int = 0
+    """the first bin not used yet"""
+    positions: dict[int, Position] = field(default_factory=dict)
+    """position of each of this rank's streams"""
     tokens: int = 0
+    """real tokens seen"""
     seconds: float = 0.0
-    lr: float = 0.0
-    prober: Prober | None = None
+    """training time, without evaluation and saving"""
+    rolled_back_bins: list[tuple[int, int]] = field(default_factory=list)
+    """[first, last) ranges of bins that rollbacks skipped"""
     evaluation: Evaluation | None = None
-    evaluated: int = -1
-    left_behind: list[tuple[int, int]] = field(default_factory=list)
-    stopped: str | None = None
+    """the last evaluation of this process"""
+    evaluated_step: int = -1
+
+    def restore(self, saved: State, positions: dict[int, Position]) -> None:
+        """Continue from a checkpoint. positions: of this rank's streams."""
+        self.guard.restore(saved.guard)
+        self.clock.go_on_from(saved.wall_seconds, saved.max_step_seconds)
+        self.step, self.next_index = saved.step, saved.next_index
+        self.positions = positions
+        self.tokens, self.seconds = saved.tokens, saved.seconds
+        self.rolled_back_bins = [(first, last) for first, last in saved.rolled_back_bins]
+
+    def roll_back(self, saved: State, positions: dict[int, Position]) -> None:
+        """Return to a checkpoint, but skip the bins used since then and keep counting their tokens and time."""
+        self.rolled_back_bins.append((saved.next_index, self.next_index))
+        self.guard.restore(saved.guard | {"skipped": self.guard.skipped, "in_a_row": 0})
+        self.step = saved.step
+        self.positions = positions
+
+
+@dataclass
+class Run:
+    """All parts of a run. A rollback replaces the engine; the other services stay."""
+
+    plan: RunPlan
+    state: TrainState
+    feed: Feed
+    held_out: HeldOut
+    engine: deepspeed.DeepSpeedEngine
+    verdict: Verdict
+    saver: Saver
+    interrupts: Interrupts
+    meter: Meter
+    peak_flops: float | None
+    """FLOP/s of this rank's device, if known"""
+    reporter: Reporter | None
+    """only on rank 0"""
+    prober: Prober | None = None
+    """only on rank 0, and only if the recipe has a probe"""
 
     @property
     def is_finished(self) -> bool:
-        return self.step >= self.total_steps or self.clock.is_over
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.recipe.run.output_dir)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.output_dir / "checkpoints"
-
-    @property
-    def corpus(self) -> Corpus:
-        return self.feed.corpus
-
-    @property
-    def plan(self) -> Plan:
-        return self.feed.config.plan
-
-    @property
-    def world_size(self) -> int:
-        return self.feed.world_size
-
-    @property
-    def guard(self) -> Guard:
-        return self.verdict.guard
+        return self.state.step >= self.plan.total_steps or self.state.clock.is_over
 
     def say(self, message: str) -> None:
-        """A line in the log, once for all ranks."""
+        """Print a line of the log, once for all ranks."""
         if self.reporter is not None:
             self.reporter.say(message)
+
+    def to_checkpoint(self) -> State:
+        """The contents of a checkpoint's state.json."""
+        plan, state = self.plan, self.state
+        return State(
+            step=state.step,
+            next_index=state.next_index,
+            tokens=state.tokens,
+            seconds=state.seconds,
+            wall_seconds=state.clock.used,
+            max_step_seconds=state.clock.slowest,
+            world_size=plan.world_size,
+            num_streams=self.feed.config.num_streams,
+            step_batches=plan.step_batches,
+            total_steps=plan.total_steps,
+            corpus=self.feed.corpus.fingerprint,
+            recipe=plan.recipe.to_dict(),
+            ds_config=plan.ds_config.settings,
+            zero_stage=plan.ds_config.zero_stage,
+            model=model_of(self.engine).config.to_dict(),
+            optimizer_source=plan.optimizer.source,
+            guard=state.guard.to_json(),
+            rolled_back_bins=list(state.rolled_back_bins),
+            heldout_loss=state.evaluation.loss if state.evaluation and state.evaluated_step == state.step else None,
+        )

@@ -52,9 +52,9 @@ class Bare:
     """A training loop that a user would write: no loader, no ranks, no metrics."""
 
     def __init__(self, run: Run):
-        recipe = run.recipe
-        self.bf16 = run.ds_config["torch_autocast"]["enabled"]
-        self.model = build_model(recipe, run.corpus.tokenizer, torch.device("cpu"), self.bf16).train()
+        recipe = run.plan.recipe
+        self.bf16 = run.plan.ds_config.bf16
+        self.model = build_model(recipe, run.feed.corpus.tokenizer, torch.device("cpu"), self.bf16).train()
         groups = parameter_groups(self.model, recipe.optimizer)
         settings = {"lr": recipe.optimizer.lr, "betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps}
         self.optimizer = torch.optim.AdamW(groups, fused=True, **settings)
@@ -71,10 +71,10 @@ class Bare:
 
 def engine_step(run: Run) -> None:
     """One turn of training/loop.py's train(), which logs every step here."""
-    loop.set_learning_rate(run)
+    lr = loop.set_learning_rate(run.engine, run.plan, run.state)
     batches, before = loop.next_batches(run)
-    loop.settle(run, batches, before, loop.take_step(run, batches))
-    loop.report(run)
+    loop.sync_step(run, batches, before, loop.take_step(run, batches))
+    loop.report(run, lr)
 
 
 def seconds(work: Any, *arguments: Any) -> float:
@@ -86,8 +86,8 @@ def seconds(work: Any, *arguments: Any) -> float:
 def measure_overhead(run: Run, rounds: int) -> tuple[float, float, float]:
     """Returns the share, and the seconds of a step of the engine and of the bare loop: medians."""
     bare = Bare(run)
-    ahead = [batch for batch, _, _ in (next(run.batches) for _ in range(rounds + 1))]
-    run.index += len(ahead)
+    ahead = [batch for batch, _, _ in (next(run.feed) for _ in range(rounds + 1))]
+    run.state.next_index += len(ahead)
     bare.step(ahead.pop())
     engine_step(run)
     ours, theirs = [], []

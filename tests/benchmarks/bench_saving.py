@@ -23,9 +23,10 @@ from report import read_arguments, write
 from megabert.config.ds_config import read_ds_config
 from megabert.config.parser import RecipeParser
 from megabert.training import loop
-from megabert.training.build import prepare
+from megabert.training.build import build_run
 from megabert.training.distributed.process import start_process
 from megabert.training.distributed.signals import Interrupts
+from megabert.training.plan import make_plan
 from megabert.training.run import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,11 +50,11 @@ def run_flags(size: str, tokens: Path, out: Path) -> dict[str, object]:
 
 
 def open_run(size: str, tokens: Path, out: Path) -> Run:
-    """A run as launch/pretrain.py prepares it."""
+    """A run as launch/pretrain.py builds it."""
     flags = run_flags(size, tokens, out)
     recipe, _ = RecipeParser("bench_saving.py").read([f"--{key}={value}" for key, value in flags.items()])
-    path = REPOSITORY / "ds_configs/zero2.json"
-    return prepare(recipe, read_ds_config(path), str(path), *start_process(), Interrupts())
+    ds_config = read_ds_config(REPOSITORY / "ds_configs/zero2.json")
+    return build_run(make_plan(recipe, ds_config, *start_process()), Interrupts())
 
 
 def window(run: Run, steps: int, save: bool) -> float:
@@ -62,9 +63,9 @@ def window(run: Run, steps: int, save: bool) -> float:
     if save:
         loop.save(run)
     for _ in range(steps):
-        loop.set_learning_rate(run)
+        loop.set_learning_rate(run.engine, run.plan, run.state)
         batches, before = loop.next_batches(run)
-        loop.settle(run, batches, before, loop.take_step(run, batches))
+        loop.sync_step(run, batches, before, loop.take_step(run, batches))
     run.saver.wait()
     return time.perf_counter() - began
 
@@ -91,7 +92,7 @@ def main() -> None:
             steps = SIZES[size][-1]
             window(run, 3, save=False)  # before the first step there are no moments to save
             window(run, 1, save=True)
-            files = next(path for path in run.checkpoints.glob("step-*")).iterdir()
+            files = next(path for path in run.plan.checkpoints.glob("step-*")).iterdir()
             mb = sum(path.stat().st_size for path in files) / 1e6
             for overlap, name in ((True, ""), (False, "_sync")):
                 step, added, share = overhead(run, steps, overlap)

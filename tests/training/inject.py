@@ -1,4 +1,4 @@
-"""launch/pretrain.py with an accident: the loss of some bins is multiplied by a factor, as a bad batch would, or added to.
+"""Run launch/pretrain.py with the loss of some bins multiplied by a factor and increased by a number.
 
 INJECT='{"bins": [6, 7], "factor": "nan", "added": 0}' python tests/training/inject.py ...
 """

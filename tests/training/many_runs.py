@@ -57,14 +57,14 @@ def main() -> None:
 
     limit = int(os.environ["MAX_FILE_BYTES"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    loop.leave = lambda run: deepspeed.comm.barrier()  # the process group is for the next run too
+    loop.shutdown = lambda feed: deepspeed.comm.barrier()  # the process group is for the next run too
     parser = RecipeParser("many_runs.py")
     parser.add_argument("--ds_config")
     code = 0
     for flags in json.loads(os.environ["RUNS"]):
         recipe, options = parser.read(flags)
         try:
-            code = loop.pretrain(recipe, read_ds_config(options.ds_config), options.ds_config, Interrupts())
+            code = loop.pretrain(recipe, read_ds_config(options.ds_config), Interrupts())
         except ValueError as mistake:
             sys.stderr.write(f"pretrain: {mistake}\n")
             code = 1

@@ -1,4 +1,4 @@
-"""launch/pretrain.py that writes down which bins it trains: a line {"step", "bins"} per step and rank.
+"""Run launch/pretrain.py and record which bins it trains: a line {"step", "bins"} per step and rank.
 
 WITNESS=folder/0 python tests/training/witness.py ...    writes folder/0-RANK.jsonl
 """
@@ -17,7 +17,7 @@ take_step = loop.take_step
 
 def seen_step(run, batches):
     with open(f"{os.environ['WITNESS']}-{deepspeed.comm.get_rank()}.jsonl", "a") as file:
-        file.write(json.dumps({"step": run.step + 1, "bins": [batch.index for batch in batches]}) + "\n")
+        file.write(json.dumps({"step": run.state.step + 1, "bins": [batch.index for batch in batches]}) + "\n")
     return take_step(run, batches)
 
 

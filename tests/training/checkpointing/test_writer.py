@@ -12,7 +12,6 @@ import deepspeed
 import pytest
 import torch
 
-from megabert.config.recipe import Recipe, RunConfig
 from megabert.data.shards.source import open_source
 from megabert.data.stream import Position
 from megabert.files import checkpoint_format as layout
@@ -222,7 +221,7 @@ def test_checkpoints_that_will_not_fit_are_announced(tmp_path, monkeypatch, capl
 
 
 def resumed_from(wish: str, folder: Path) -> Path | None:
-    return resume.find(Recipe(run=RunConfig(max_steps=10, resume=wish)), folder)
+    return resume.find(wish, folder)
 
 
 def test_resuming_takes_the_newest_whole_one_or_the_named_one(tmp_path, corpus, caplog):
@@ -238,11 +237,11 @@ def test_resuming_takes_the_newest_whole_one_or_the_named_one(tmp_path, corpus, 
     data[1500] ^= 1  # loads without a word
     (new / "mp_rank_00_model_states.pt").write_bytes(data)
     assert resumed_from("auto", tmp_path) == old
-    assert f"checkpoint {new.name} is damaged and passed over: {new}/mp_rank_00_model_states.pt" in caplog.text
+    assert f"checkpoint {new.name} is damaged and not used: {new}/mp_rank_00_model_states.pt" in caplog.text
     with pytest.raises(ValueError, match=f"{new}: cannot resume from it: .* is damaged"):
         resumed_from(str(new), tmp_path)
     (old / layout.STATE).write_text("{}")
-    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole"):
+    with pytest.raises(ValueError, match="all 2 checkpoints are damaged"):
         resumed_from("auto", tmp_path)
 
 

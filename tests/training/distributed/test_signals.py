@@ -54,7 +54,7 @@ def test_a_signal_saves_and_asks_to_be_requeued(corpus: Corpus, tmp_path, number
         process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == REQUEUE, output
-    assert f"{number.name} arrived; saved, the same command goes on" in output
+    assert f"{number.name} arrived; checkpoint saved, run the same command to resume" in output
     step = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
     assert (tmp_path / "checkpoints/latest").read_text() == f"step-{step:08d}"
     assert not (tmp_path / "result.json").exists()
@@ -84,7 +84,7 @@ def test_one_rank_is_told_and_both_stop(corpus: Corpus, tmp_path):
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
     ranks[0].send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=90)
-    assert "another rank was told to stop; saved" in output
+    assert "another rank was asked to stop; checkpoint saved" in output
     assert process.returncode != 0
     assert list((tmp_path / "checkpoints").glob("step-*"))
 
@@ -132,7 +132,7 @@ def test_the_deepspeed_command_alone_is_told_to_end(corpus: Corpus, tmp_path):
     output, _ = process.communicate(timeout=90)
     _, alive = psutil.wait_procs(everyone, timeout=60)
     assert not alive
-    assert "the deepspeed command is gone; saved, the same command goes on" in output
+    assert "the deepspeed command is gone; checkpoint saved, run the same command to resume" in output
     assert list((tmp_path / "checkpoints").glob("step-*"))
 
 

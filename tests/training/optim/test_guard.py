@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_finite_is_refused_where_its_gradient_is(corpus: Corp
 def test_a_run_without_any_update_does_not_end_well(corpus: Corpus, tmp_path):
     done = run_with(corpus, tmp_path, [*range(9)], "nan", "--run.max_steps=2", "--run.rollback_after=0", stage="zero0")
     assert done.code == 1
-    assert "all 2 updates were refused, see skipped.jsonl" in done.output
+    assert "all 2 updates were skipped, see skipped.jsonl" in done.output
     assert not (tmp_path / "result.json").exists()
 
 
@@ -122,7 +122,7 @@ def test_a_rollback_finds_its_checkpoint_though_one_is_kept_and_each_step_saved(
     settings = ["--run.max_steps=6", "--run.save_every_steps=1", "--run.rollback_after=3", "--run.keep_checkpoints=1"]
     done = run_with(corpus, tmp_path, [4, 5, 6, 7, 8, 9], "nan", *settings, stage="zero0")
     assert done.code == 0, done.output
-    assert "step-00000002 after 3 refused updates; going on at bin 10" in done.output
+    assert "step-00000002 after 3 skipped updates; continuing at bin 10" in done.output
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000006"]
 
 
@@ -144,9 +144,9 @@ def test_after_some_in_a_row_it_goes_back_and_past_them(corpus: Corpus, tmp_path
     done = run_with(corpus, out, [6, 7, 8, 9], "nan", *settings, stage=stage)
     assert done.code == 0, done.output
     assert "rolled back to" in done.output
-    assert "step-00000002 after 2 refused updates; going on at bin 10" in done.output
+    assert "step-00000002 after 2 skipped updates; continuing at bin 10" in done.output
     state = read_state(out / "checkpoints/step-00000006")
-    assert (state.next_index, state.left_behind, state.guard["skipped"]) == (18, [[4, 10]], 2)
+    assert (state.next_index, state.rolled_back_bins, state.guard["skipped"]) == (18, [[4, 10]], 2)
     # The checkpoint of step 4 was written past the rollback: resumed from there, the end is the same.
     again = tmp_path / "again"
     (again / "checkpoints").mkdir(parents=True)
@@ -160,10 +160,10 @@ def test_after_some_in_a_row_it_goes_back_and_past_them(corpus: Corpus, tmp_path
 def test_a_rollback_without_a_checkpoint_or_without_end_is_an_error(corpus: Corpus, tmp_path):
     done = run_with(corpus, tmp_path / "a", list(range(99)), "nan", "--run.max_steps=9", "--run.rollback_after=2")
     assert done.code == 1
-    assert "2 updates in a row were refused" in done.output
-    assert "no checkpoint to go back to" in done.output
+    assert "2 updates in a row were skipped" in done.output
+    assert "no checkpoint to return to" in done.output
     settings = ["--run.max_steps=9", "--run.rollback_after=2", "--run.save_every_steps=1"]
     done = run_with(corpus, tmp_path / "b", list(range(2, 999)), "nan", *settings)
     assert done.code == 1
-    assert "not the data's fault" in done.output
+    assert "the data is not the cause" in done.output
     assert "Traceback" not in done.output
