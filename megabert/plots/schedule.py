@@ -6,17 +6,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megabert.config.recipe import Recipe
-from megabert.training.schedule import batch_schedule, batches_per_step, lr_factor, masking_rate, total_steps
+from megabert.training.schedule import lr_factor, make_schedule
 
 DRAWN_POINTS = 2000
 
 
 def plot_schedule(recipe: Recipe, out: Path) -> None:
     """Draw every schedule of a recipe against its steps. Raises ValueError as a run would, for what cannot be."""
-    step_batches = batches_per_step(recipe, 1)
-    total = total_steps(recipe, step_batches)
-    plan = batch_schedule(recipe, step_batches, total)
-    masking = masking_rate(recipe, plan, total)
+    schedule = make_schedule(recipe, 1)
+    total, plan, masking = schedule.total_steps, schedule.stages, schedule.masking
     steps = np.unique(np.linspace(0, total - 1, DRAWN_POINTS).round().astype(int))
     bins = [plan.bins_before(step) for step in steps.tolist()]
     hours = recipe.run.max_hours

@@ -2,9 +2,9 @@
 
 import torch
 
-from megabert.data.shards.source import stream_count
+from megabert.config.recipe import Recipe
+from megabert.data.shards.source import Corpus, stream_count
 from megabert.training.checkpointing import resume
-from megabert.training.checkpointing.resume import Checkpoint
 from megabert.training.checkpointing.writer import Retention, Saver, check_room, set_aside_after
 from megabert.training.distributed.device import device_event, device_name
 from megabert.training.distributed.signals import Interrupts
@@ -32,11 +32,10 @@ def build_run(plan: RunPlan, interrupts: Interrupts) -> Run:
     interrupts.listen()
     check_shared(plan.checkpoints, rank, world_size)
     claim(plan.output_dir, rank, world_size)
-    corpus, held_out_corpus = from_rank_0(lambda: open_corpora(recipe.data), rank, world_size)
-    from_rank_0(lambda: probe.check(recipe.probe), rank, world_size)
+    corpus, held_out_corpus = from_rank_0(lambda: open_inputs(recipe), rank, world_size)
     checkpoint = resume.find_checkpoint(plan, corpus.fingerprint)
     if checkpoint is not None:
-        state.restore(checkpoint.state, checkpoint.positions_of(plan))
+        state.restore(checkpoint.state, checkpoint.positions)
         num_streams = checkpoint.state.num_streams
     else:
         num_streams = stream_count(corpus.num_splits, recipe.data.max_streams)
@@ -46,6 +45,8 @@ def build_run(plan: RunPlan, interrupts: Interrupts) -> Run:
     held_out = open_held_out(plan, held_out_corpus, corpus, feed.config)
     verdict = Verdict(state.guard, recipe.optimizer.max_grad_norm)
     engine = start_engine(plan, corpus, verdict, checkpoint)
+    model = model_of(engine)
+    size = num_parameters(model)
     reporter = open_reporter(plan, state.step) if rank == 0 else None
     precision = torch.bfloat16 if plan.ds_config.bf16 else torch.float32
     run = Run(
@@ -55,28 +56,36 @@ def build_run(plan: RunPlan, interrupts: Interrupts) -> Run:
         held_out=held_out,
         engine=engine,
         verdict=verdict,
-        saver=open_saver(plan, num_parameters(model_of(engine)), reporter),
+        saver=open_saver(plan, size, reporter),
         interrupts=interrupts,
         meter=Meter(device_event()),
-        peak_flops=peak_flops(plan.device, device_name(plan.device), model_of(engine).config, precision),
+        model_config=model.config,
+        peak_flops=peak_flops(plan.device, device_name(plan.device), model.config, precision),
         reporter=reporter,
     )
     if reporter is not None:
-        start_on_rank_0(run, reporter, checkpoint)
+        for message in start_messages(plan, feed, size, checkpoint):
+            reporter.say(message)
+        write_run_json(plan, corpus, held_out_corpus, state.step)
+        set_aside_after(plan.checkpoints, state.step)
+        run.prober = open_prober(plan, reporter, state.step)
     return run
 
 
-def start_on_rank_0(run: Run, reporter: Reporter, checkpoint: Checkpoint | None) -> None:
-    """Report the start of the run, move later checkpoints away, and start the probe if the recipe has one."""
-    plan, step = run.plan, run.state.step
-    for message in start_messages(plan, run.feed, num_parameters(model_of(run.engine)), checkpoint):
-        reporter.say(message)
-    set_aside_after(plan.checkpoints, step)
-    if plan.recipe.probe.task is not None:
-        # No operation is fused on a CPU, where the probe runs.
-        ops = "torch" if plan.recipe.run.ops == "torch" else "auto"
-        run.prober = probe.Prober(plan.recipe.probe, ops, plan.output_dir, reporter, step)
-    write_run_json(plan, run.feed.corpus, run.held_out.corpus, step)
+def open_inputs(recipe: Recipe) -> tuple[Corpus, Corpus]:
+    """Open the training and the held-out corpus, and check the probe's data. Raises ValueError for unusable ones."""
+    corpora = open_corpora(recipe.data)
+    probe.check(recipe.probe)
+    return corpora
+
+
+def open_prober(plan: RunPlan, reporter: Reporter, step: int) -> probe.Prober | None:
+    """Start the probe if the recipe has one. step: where the run starts or resumes."""
+    if plan.recipe.probe.task is None:
+        return None
+    # No operation is fused on a CPU, where the probe runs.
+    ops = "torch" if plan.recipe.run.ops == "torch" else "auto"
+    return probe.Prober(plan.recipe.probe, ops, plan.output_dir, reporter, step)
 
 
 def open_reporter(plan: RunPlan, step: int) -> Reporter:
@@ -84,7 +93,7 @@ def open_reporter(plan: RunPlan, step: int) -> Reporter:
     folder = plan.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     open_ones = open_trackers(plan.recipe.run.trackers, folder, step, plan.recipe.to_dict())
-    return Reporter(folder, plan.total_steps, step, open_ones)
+    return Reporter(folder, plan.schedule.total_steps, step, open_ones)
 
 
 def open_saver(plan: RunPlan, num_parameters: int, reporter: Reporter | None) -> Saver:

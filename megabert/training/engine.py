@@ -34,16 +34,17 @@ def start_engine(
     engine = build_engine(plan, model, settings, verdict)
     if checkpoint is not None:
         resume.load(engine, checkpoint.path)
-    attach_guard(engine, verdict)
     return engine
 
 
 def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, bf16: bool) -> MegaBertForMaskedLM:
     """Build the model with its initial weights, which depend on the seed only, not on rank or device."""
+    config = model_config(recipe.model, tokenizer)
+    ops = resolve(recipe.run.ops, device, config, bf16)
     torch.manual_seed(recipe.run.seed)
-    model = MegaBertForMaskedLM(model_config(recipe.model, tokenizer))
+    model = MegaBertForMaskedLM(config)
     model.bert.encoder.checkpoint_every = recipe.model.checkpoint_every
-    set_ops(model, resolve(recipe.run.ops, device, model.config, bf16))
+    set_ops(model, ops)
     return model
 
 
@@ -87,16 +88,13 @@ def build_engine(
     if plan.recipe.run.compile:
         # In place, so that the names of the weights stay the same.
         engine.compile(compile_kwargs={"dynamic": True})
-    return engine
-
-
-def attach_guard(engine: deepspeed.DeepSpeedEngine, verdict: Verdict) -> None:
-    """Tell the guard where to find the gradient's norm: at stage 0 it computes it and clips, above ZeRO does."""
-    if engine.zero_optimization_stage() == 0:
+    # At stage 0 the guard computes the gradient's norm and clips; above, ZeRO does.
+    if plan.ds_config.zero_stage == 0:
         verdict.parameters = list(engine.parameters())
     else:
-        optimizer: Any = engine.optimizer
-        verdict.norm_of_zero = lambda: optimizer._global_grad_norm
+        zero_optimizer: Any = engine.optimizer
+        verdict.norm_of_zero = lambda: zero_optimizer._global_grad_norm
+    return engine
 
 
 def model_of(engine: deepspeed.DeepSpeedEngine) -> MegaBertForMaskedLM:

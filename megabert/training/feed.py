@@ -11,7 +11,6 @@ from megabert.data.shards.cache import CacheOptions
 from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus
 from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, open_loader
 from megabert.training.plan import RunPlan
-from megabert.training.schedule import masking_rate
 
 
 class Feed:
@@ -64,8 +63,7 @@ def open_corpora(data: DataConfig) -> tuple[Corpus, Corpus]:
 
 def stream_config(plan: RunPlan, corpus: Corpus, num_streams: int) -> StreamConfig:
     """The shapes of a batch, from the recipe and the corpus."""
-    data = plan.recipe.data
-    masking = masking_rate(plan.recipe, plan.schedule, plan.total_steps)
+    data, masking = plan.recipe.data, plan.schedule.masking
     max_documents = {
         length: default_max_documents(corpus, data.micro_batch_tokens, length)
         if data.max_documents == "auto"
@@ -74,7 +72,7 @@ def stream_config(plan: RunPlan, corpus: Corpus, num_streams: int) -> StreamConf
     }
     return StreamConfig(
         bin_tokens=data.micro_batch_tokens,
-        plan=plan.schedule,
+        plan=plan.schedule.stages,
         max_documents=max_documents,
         max_masked=masked_count(data.micro_batch_tokens, masking.highest),
         masking=masking,

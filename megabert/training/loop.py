@@ -22,7 +22,7 @@ from megabert.training.distributed.device import peak_memory
 from megabert.training.distributed.process import start_process
 from megabert.training.distributed.signals import REQUEUE, Interrupts
 from megabert.training.distributed.watchdog import RollCall
-from megabert.training.engine import model_of, start_engine
+from megabert.training.engine import start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, evaluate
 from megabert.training.feed import Feed
 from megabert.training.optim.optimizers import peak_lr
@@ -69,8 +69,8 @@ def train(run: Run) -> str | None:
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: TrainState) -> float:
     """Set and return the learning rate, a function of the step or the clock alone: no scheduler has state to save."""
     config, clock = plan.recipe.optimizer, state.clock
-    step = state.step if clock.budget is None else int(clock.share * plan.total_steps)
-    factor = lr_factor(step, plan.total_steps, config)
+    step = state.step if clock.budget is None else int(clock.share * plan.schedule.total_steps)
+    factor = lr_factor(step, plan.schedule.total_steps, config)
     assert engine.optimizer is not None, "a training engine has an optimizer"
     for group in engine.optimizer.param_groups:
         group["lr"] = peak_lr(group, config) * factor
@@ -81,7 +81,7 @@ def next_batches(run: Run) -> tuple[list[PackedBatch], dict[int, Position]]:
     """Load this rank's micro-batches of the next step. Also returns the positions of their streams before the step."""
     state = run.state
     batches, before = [], {}
-    step_batches = run.plan.schedule.at(state.next_index).step_batches
+    step_batches = run.plan.schedule.stages.at(state.next_index).step_batches
     with run.meter.watch.time("data"):
         for _ in range(step_batches // run.plan.world_size):
             batch, stream, position = next(run.feed)
@@ -161,7 +161,7 @@ def sync_step(run: Run, batches: list[PackedBatch], before: dict[int, Position],
 def log_skipped_update(run: Run, before: dict[int, Position], loss: float) -> None:
     """Report a skipped update, with its bins and the positions of their streams; every rank calls this."""
     step, last, norm = run.state.step, run.state.next_index, run.verdict.norm
-    first = last - run.plan.schedule.at(last - 1).step_batches
+    first = last - run.plan.schedule.stages.at(last - 1).step_batches
     parts: list[Any] = [None] * run.plan.world_size
     torch.distributed.all_gather_object(parts, {stream: position.to_json() for stream, position in before.items()})
     if run.reporter is not None:
@@ -187,7 +187,7 @@ def roll_back(run: Run) -> None:
             f"{skipped} updates in a row were skipped, and {plan.checkpoints} has no checkpoint to return to. "
             "Lower optimizer.lr or run.save_every_steps."
         )
-    checkpoint = resume.read_checkpoint(path)
+    checkpoint = resume.read_checkpoint(path, plan)
     if sum(first == checkpoint.state.next_index for first, _ in state.rolled_back_bins) >= MAX_ROLLBACKS:
         raise ValueError(
             f"{skipped} updates in a row were skipped, for the {MAX_ROLLBACKS + 1}th time after {path}, so the data is "
@@ -197,7 +197,7 @@ def roll_back(run: Run) -> None:
     del run.engine
     gc.collect()
     run.engine = start_engine(plan, run.feed.corpus, run.verdict, checkpoint)
-    state.roll_back(checkpoint.state, checkpoint.positions_of(plan))
+    state.roll_back(checkpoint.state, checkpoint.positions)
     run.feed.open(state.positions, state.next_index)
     if run.reporter is not None:
         set_aside_after(plan.checkpoints, state.step)
@@ -214,6 +214,10 @@ def report(run: Run, lr: float) -> None:
     state.seconds += seconds
     parts, steps = meter.watch.read(), max(1, meter.steps)
     speeds, skipped_chunks = gather_rank_figures(run, parts["data"] + parts["forward"])
+    mfu = {}
+    if run.peak_flops is not None:
+        needed = step_flops(run.model_config, meter.tokens, meter.num_targets, meter.squared_lengths)
+        mfu = {"mfu": needed / (seconds * run.peak_flops * world_size)}
     values = {
         "loss": meter.loss_sum / max(1.0, meter.num_targets),
         "masked_accuracy": meter.num_correct / max(1.0, meter.num_targets),
@@ -232,7 +236,7 @@ def report(run: Run, lr: float) -> None:
         "loader_wait": parts["data"] / seconds,
         **{f"time/{part}": spent / steps for part, spent in parts.items()},
         "memory_gb": peak_memory(run.engine.device) / 1e9,
-        **model_flops_utilization(run, seconds),
+        **mfu,
         "skipped_chunks": skipped_chunks,
     }
     if run.reporter is not None and meter.steps:
@@ -255,15 +259,6 @@ def gather_rank_figures(run: Run, own_seconds: float) -> tuple[torch.Tensor, flo
     table[run.plan.rank] = torch.tensor([speed, skipped], dtype=torch.float64)
     deepspeed.comm.all_reduce(table)
     return table[:, 0], table[:, 1].sum().item()
-
-
-def model_flops_utilization(run: Run, seconds: float) -> dict[str, float]:
-    """MFU: needed FLOPs per second over the peak of all devices; an empty dict if the peak is unknown."""
-    if run.peak_flops is None:
-        return {}
-    meter = run.meter
-    needed = step_flops(model_of(run.engine).config, meter.tokens, meter.num_targets, meter.squared_lengths)
-    return {"mfu": needed / (seconds * run.peak_flops * run.plan.world_size)}
 
 
 def evaluate_held_out(run: Run) -> None:
@@ -300,7 +295,8 @@ def pretrain(recipe: Recipe, ds_config: DsConfig, interrupts: Interrupts) -> int
     rank, world_size = start_process()
     with RollCall(rank, world_size):
         plan = make_plan(recipe, ds_config, rank, world_size)
-        return run_training(build_run(plan, interrupts))
+        run = build_run(plan, interrupts)
+        return run_training(run)
 
 
 def run_training(run: Run) -> int:

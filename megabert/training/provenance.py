@@ -36,16 +36,16 @@ def start_messages(plan: RunPlan, feed: Feed, num_parameters: int, checkpoint: C
     recipe, ds_config, hours = plan.recipe, plan.ds_config, plan.recipe.run.max_hours
     settings = yaml.safe_dump(recipe.to_dict(), sort_keys=False).rstrip()
     yield f"recipe:\n{settings}\nds_config: {json.dumps(ds_config.settings)}"
-    length = f"{plan.total_steps} steps" if hours is None else f"{hours} hours of steps"
+    length = f"{plan.schedule.total_steps} steps" if hours is None else f"{hours} hours of steps"
     yield (
         f"{num_parameters:,} parameters, {'bf16 autocast' if ds_config.bf16 else 'fp32'} on {plan.world_size} x "
         f"{plan.device.type}, ZeRO {ds_config.zero_stage}; {feed.corpus.tokens:,} tokens in {feed.config.num_streams} "
-        f"streams; {length} of {plan.step_batches} x {recipe.data.micro_batch_tokens} token slots"
+        f"streams; {length} of {plan.schedule.step_batches} x {recipe.data.micro_batch_tokens} token slots"
     )
     yield f"optimizer: {recipe.optimizer.name} from {plan.optimizer.source} ({plan.optimizer.reason})"
     if checkpoint is not None:
         state = checkpoint.state
-        done = f" of {plan.total_steps}" if hours is None else f", {state.wall_seconds / 3600:.2f} hours"
+        done = f" of {plan.schedule.total_steps}" if hours is None else f", {state.wall_seconds / 3600:.2f} hours"
         yield f"resumed from {checkpoint.path}: step {state.step}{done}"
 
 

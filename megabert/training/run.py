@@ -6,9 +6,9 @@ import deepspeed
 
 from megabert.data.stream import Position
 from megabert.files.checkpoint_format import State
+from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.training.checkpointing.writer import Saver
 from megabert.training.distributed.signals import Interrupts
-from megabert.training.engine import model_of
 from megabert.training.evaluate import Evaluation, HeldOut
 from megabert.training.feed import Feed
 from megabert.training.optim.guard import Guard, Verdict
@@ -70,6 +70,7 @@ class Run:
     saver: Saver
     interrupts: Interrupts
     meter: Meter
+    model_config: MegaBertConfig
     peak_flops: float | None
     """FLOP/s of this rank's device, if known"""
     reporter: Reporter | None
@@ -79,7 +80,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return self.state.step >= self.plan.total_steps or self.state.clock.is_over
+        return self.state.step >= self.plan.schedule.total_steps or self.state.clock.is_over
 
     def say(self, message: str) -> None:
         """Print a line of the log, once for all ranks."""
@@ -98,13 +99,13 @@ class Run:
             max_step_seconds=state.clock.slowest,
             world_size=plan.world_size,
             num_streams=self.feed.config.num_streams,
-            step_batches=plan.step_batches,
-            total_steps=plan.total_steps,
+            step_batches=plan.schedule.step_batches,
+            total_steps=plan.schedule.total_steps,
             corpus=self.feed.corpus.fingerprint,
             recipe=plan.recipe.to_dict(),
             ds_config=plan.ds_config.settings,
             zero_stage=plan.ds_config.zero_stage,
-            model=model_of(self.engine).config.to_dict(),
+            model=self.model_config.to_dict(),
             optimizer_source=plan.optimizer.source,
             guard=state.guard.to_json(),
             rolled_back_bins=list(state.rolled_back_bins),

@@ -1,11 +1,41 @@
 """The schedule of a run: its steps, batch sizes, lengths, masking rate and learning rate, computed from the recipe."""
 
+from dataclasses import dataclass
+
 from megabert.config.recipe import OptimizerConfig, Recipe
 from megabert.data.schedule import Length, MaskingRate, Plan, make_plan
 from megabert.optim.lr_schedule import warmup_and_decay
 
 # Total steps of a run whose length is given in hours: more steps than any run makes.
 ENDLESS = 1 << 40
+
+
+@dataclass(frozen=True)
+class RunSchedule:
+    """How a run changes from step to step, except for its learning rate."""
+
+    step_batches: int
+    """micro-batches of a full step over all ranks"""
+    total_steps: int
+    stages: Plan
+    """micro-batches per step and longest piece in each stage of the run"""
+    masking: MaskingRate
+
+
+def make_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
+    """Compute the schedule of a run. Raises ValueError if the ranks cannot share a batch."""
+    step_batches = batches_per_step(recipe, world_size)
+    steps = total_steps(recipe, step_batches)
+    data, masking = recipe.data, recipe.masking
+    first = data.batch_warmup_from and data.batch_warmup_from // data.micro_batch_tokens
+    lengths = [Length(*phase) for phase in data.lengths]
+    stages = make_plan(steps, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
+    if masking.schedule == "constant":
+        rate = MaskingRate.constant(masking.mlm_probability)
+    else:
+        over = stages.bins_before(steps)
+        rate = MaskingRate(masking.mlm_probability, masking.final_mlm_probability, over, masking.schedule)
+    return RunSchedule(step_batches, steps, stages, rate)
 
 
 def batches_per_step(recipe: Recipe, world_size: int) -> int:
@@ -31,23 +61,6 @@ def total_steps(recipe: Recipe, step_batches: int) -> int:
     if recipe.run.max_tokens is None:
         return ENDLESS
     return max(1, recipe.run.max_tokens // (step_batches * recipe.data.micro_batch_tokens))
-
-
-def batch_schedule(recipe: Recipe, step_batches: int, total_steps: int) -> Plan:
-    """The stages of the run: micro-batches per step and the longest piece in each."""
-    data = recipe.data
-    first = data.batch_warmup_from and data.batch_warmup_from // data.micro_batch_tokens
-    lengths = [Length(*phase) for phase in data.lengths]
-    return make_plan(total_steps, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
-
-
-def masking_rate(recipe: Recipe, schedule: Plan, total_steps: int) -> MaskingRate:
-    """The share of masked tokens over the run. schedule: from `batch_schedule`."""
-    masking = recipe.masking
-    if masking.schedule == "constant":
-        return MaskingRate.constant(masking.mlm_probability)
-    over = schedule.bins_before(total_steps)
-    return MaskingRate(masking.mlm_probability, masking.final_mlm_probability, over, masking.schedule)
 
 
 def lr_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:

@@ -8,10 +8,9 @@ import pytest
 from megabert.config.recipe import OptimizerConfig, Recipe, RunConfig
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
-from megabert.training.checkpointing.resume import check_same_run
+from megabert.training.checkpointing.identity import RunIdentity, check_same_run, fixed_settings
 from megabert.training.checkpointing.writer import set_aside_after
 from megabert.training.optim.guard import Guard
-from megabert.training.plan import RunIdentity, fixed_settings
 
 RECIPE = Recipe(run=RunConfig(max_steps=10))
 STATE = State(
@@ -36,12 +35,12 @@ STATE = State(
 )
 
 
-def check(recipe: Recipe = RECIPE, state: State = STATE, **changes):
+def check(recipe: Recipe = RECIPE, state: State = STATE, corpus: str = STATE.corpus, **changes):
     """Resume a run of this recipe from this state; changes: what differs from the run that wrote STATE."""
     current = dataclasses.replace(
         RunIdentity.of_checkpoint(STATE), settings=fixed_settings(recipe.to_dict()), **changes
     )
-    check_same_run(layout.Path("step-00000004"), RunIdentity.of_checkpoint(state), current)
+    check_same_run(layout.Path("step-00000004"), state, current, corpus)
 
 
 def test_settings_without_an_effect_on_training_may_change():
