@@ -6,14 +6,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megabert.config.recipe import Recipe
-from megabert.training.schedule import lr_factor, make_schedule
+from megabert.training.schedule import lr_factor, make_run_schedule
 
 DRAWN_POINTS = 2000
 
 
 def plot_schedule(recipe: Recipe, out: Path) -> None:
     """Draw every schedule of a recipe against its steps. Raises ValueError as a run would, for what cannot be."""
-    schedule = make_schedule(recipe, 1)
+    schedule = make_run_schedule(recipe, 1)
     total, plan, masking = schedule.total_steps, schedule.stages, schedule.masking
     steps = np.unique(np.linspace(0, total - 1, DRAWN_POINTS).round().astype(int))
     bins = [plan.bins_before(step) for step in steps.tolist()]

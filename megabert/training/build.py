@@ -4,7 +4,7 @@ import torch
 
 from megabert.config.recipe import Recipe
 from megabert.data.shards.source import Corpus, stream_count
-from megabert.training.checkpointing import resume
+from megabert.training.checkpointing.resume import find_checkpoint
 from megabert.training.checkpointing.writer import Retention, Saver, check_room, set_aside_after
 from megabert.training.distributed.device import device_event, device_name
 from megabert.training.distributed.signals import Interrupts
@@ -33,16 +33,19 @@ def build_run(plan: RunPlan, interrupts: Interrupts) -> Run:
     check_shared(plan.checkpoints, rank, world_size)
     claim(plan.output_dir, rank, world_size)
     corpus, held_out_corpus = from_rank_0(lambda: open_inputs(recipe), rank, world_size)
-    checkpoint = resume.find_checkpoint(plan, corpus.fingerprint)
+    checkpoint = find_checkpoint(recipe.run.resume, plan.checkpoints, plan.identity, corpus.fingerprint, rank)
     if checkpoint is not None:
         state.restore(checkpoint.state, checkpoint.positions)
         num_streams = checkpoint.state.num_streams
     else:
         num_streams = stream_count(corpus.num_splits, recipe.data.max_streams)
-    feed = Feed(plan, corpus, stream_config(plan, corpus, num_streams))
+    config = stream_config(recipe, plan.schedule, corpus, num_streams)
+    pin_memory = plan.device.type != "cpu"
+    options = {"rank": rank, "world_size": world_size, "num_workers": recipe.data.num_workers}
+    feed = Feed(corpus, config, pin_memory=pin_memory, **options)
     # Before the model: the loader's workers fork from a small process, and have batches ready when the model is built.
     feed.open(state.positions, state.next_index)
-    held_out = open_held_out(plan, held_out_corpus, corpus, feed.config)
+    held_out = open_held_out(recipe, held_out_corpus, corpus, config, rank, world_size)
     verdict = Verdict(state.guard, recipe.optimizer.max_grad_norm)
     engine = start_engine(plan, corpus, verdict, checkpoint)
     model = model_of(engine)
@@ -64,7 +67,7 @@ def build_run(plan: RunPlan, interrupts: Interrupts) -> Run:
         reporter=reporter,
     )
     if reporter is not None:
-        for message in start_messages(plan, feed, size, checkpoint):
+        for message in start_messages(plan, corpus, num_streams, size, checkpoint):
             reporter.say(message)
         write_run_json(plan, corpus, held_out_corpus, state.step)
         set_aside_after(plan.checkpoints, state.step)

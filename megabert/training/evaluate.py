@@ -7,10 +7,10 @@ import deepspeed
 import numpy as np
 import torch
 
+from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.shards.source import Corpus
 from megabert.data.stream import StreamConfig, filler_batch, held_out_batches
-from megabert.training.plan import RunPlan
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,21 @@ class Evaluation(NamedTuple):
     masked: int
 
 
-def open_held_out(plan: RunPlan, corpus: Corpus, training_corpus: Corpus, config: StreamConfig) -> HeldOut:
+def open_held_out(
+    recipe: Recipe, corpus: Corpus, training_corpus: Corpus, config: StreamConfig, rank: int, world_size: int
+) -> HeldOut:
     """Make the bins to evaluate on. config: of the training batches. Raises ValueError if no token is masked."""
-    probability = plan.recipe.masking.eval_mlm_probability
-    max_bins = max(1, plan.recipe.run.eval_tokens // config.bin_tokens)
+    probability = recipe.masking.eval_mlm_probability
+    max_bins = max(1, recipe.run.eval_tokens // config.bin_tokens)
     batches = held_out_batches(corpus, config, probability, max_bins)
     if not sum(batch.num_masked for batch in batches):
         raise ValueError(
             f"{corpus.name}: the held-out part has too few tokens to mask any. Hold out more of the corpus."
         )
     # Every rank gets as many bins as the others: at ZeRO 3 a forward pass needs all ranks.
-    missing = -len(batches) % plan.world_size
+    missing = -len(batches) % world_size
     filler = [filler_batch(corpus.tokenizer, config, probability, len(batches) + i) for i in range(missing)]
-    own = (batches + filler)[plan.rank :: plan.world_size]
+    own = (batches + filler)[rank::world_size]
     return HeldOut(corpus, own, unigram_loss(training_corpus, batches))
 
 

@@ -4,22 +4,35 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 
-from megabert.config.recipe import DataConfig
+from megabert.config.recipe import DataConfig, Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.masking import masked_count
 from megabert.data.shards.cache import CacheOptions
 from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus
 from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, open_loader
-from megabert.training.plan import RunPlan
+from megabert.training.schedule import RunSchedule
 
 
 class Feed:
     """This rank's batches. A rollback opens it again at other positions."""
 
-    def __init__(self, plan: RunPlan, corpus: Corpus, config: StreamConfig):
-        self.plan = plan
+    def __init__(
+        self,
+        corpus: Corpus,
+        config: StreamConfig,
+        *,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        pin_memory: bool,
+    ):
+        """pin_memory: for a device that copies batches from host memory."""
         self.corpus = corpus
         self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
         self.batches: Iterator[tuple[PackedBatch, int, Position]] = iter(())
 
     def open(self, positions: dict[int, Position], first_index: int) -> None:
@@ -28,13 +41,12 @@ class Feed:
         dataset = BatchStream(
             self.corpus,
             self.config,
-            rank=self.plan.rank,
-            world_size=self.plan.world_size,
+            rank=self.rank,
+            world_size=self.world_size,
             positions=positions,
             first_index=first_index,
         )
-        pin_memory = self.plan.device.type != "cpu"
-        self.batches = iter(open_loader(dataset, self.plan.recipe.data.num_workers, pin_memory))
+        self.batches = iter(open_loader(dataset, self.num_workers, self.pin_memory))
 
     def __next__(self) -> tuple[PackedBatch, int, Position]:
         """The next batch, the number of its stream, and the stream's position after it."""
@@ -61,9 +73,9 @@ def open_corpora(data: DataConfig) -> tuple[Corpus, Corpus]:
     return corpus, held_out
 
 
-def stream_config(plan: RunPlan, corpus: Corpus, num_streams: int) -> StreamConfig:
+def stream_config(recipe: Recipe, schedule: RunSchedule, corpus: Corpus, num_streams: int) -> StreamConfig:
     """The shapes of a batch, from the recipe and the corpus."""
-    data, masking = plan.recipe.data, plan.schedule.masking
+    data, masking = recipe.data, schedule.masking
     max_documents = {
         length: default_max_documents(corpus, data.micro_batch_tokens, length)
         if data.max_documents == "auto"
@@ -72,11 +84,11 @@ def stream_config(plan: RunPlan, corpus: Corpus, num_streams: int) -> StreamConf
     }
     return StreamConfig(
         bin_tokens=data.micro_batch_tokens,
-        plan=plan.schedule.stages,
+        plan=schedule.stages,
         max_documents=max_documents,
         max_masked=masked_count(data.micro_batch_tokens, masking.highest),
         masking=masking,
         truncate=data.documents == "truncate",
-        seed=plan.recipe.run.seed,
+        seed=recipe.run.seed,
         num_streams=num_streams,
     )

@@ -8,10 +8,10 @@ import torch
 from megabert.config.ds_config import DsConfig, ResolvedDsConfig
 from megabert.config.recipe import Recipe
 from megabert.kernels.resolve import Implementation
-from megabert.training.checkpointing.identity import RunIdentity, fixed_settings
 from megabert.training.distributed.device import has_fast_bf16, training_device
+from megabert.training.identity import RunIdentity, fixed_settings
 from megabert.training.optim.optimizers import choose_optimizer
-from megabert.training.schedule import RunSchedule, make_schedule
+from megabert.training.schedule import RunSchedule, make_run_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class RunPlan:
 def make_plan(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -> RunPlan:
     """Resolve a run's settings for these ranks and this device. Raises ValueError if they do not fit together."""
     device = training_device()
-    schedule = make_schedule(recipe, world_size)
+    schedule = make_run_schedule(recipe, world_size)
     resolved = ds_config.resolve(
         accumulation=schedule.step_batches // world_size,
         max_grad_norm=recipe.optimizer.max_grad_norm,

@@ -19,19 +19,20 @@ from megabert.data.shards.source import Corpus
 from megabert.files.atomic import write_atomically
 from megabert.training.checkpointing.resume import Checkpoint
 from megabert.training.distributed.device import device_name
-from megabert.training.feed import Feed
 from megabert.training.plan import RunPlan
 
 RUN_JSON = "run.json"
 PACKAGES = """
-    apex deepspeed flash-attn megabert numpy nvidia-cudnn-cu12 nvidia-nccl-cu12 safetensors tokenizers torch transformers
-    triton webdataset
+    apex deepspeed flash-attn megabert numpy nvidia-cudnn-cu12 nvidia-nccl-cu12 safetensors tokenizers torch
+    transformers triton webdataset
 """.split()
 # Environment variables that affect the arithmetic, its speed or the links between ranks. None is secret.
 VARIABLES = ("CUDA_", "DS_", "GLOO_", "KMP_", "MKL_", "NCCL_", "OMP_", "PYTORCH_", "SLURM_JOB_", "TORCH_", "TRITON_")
 
 
-def start_messages(plan: RunPlan, feed: Feed, num_parameters: int, checkpoint: Checkpoint | None) -> Iterator[str]:
+def start_messages(
+    plan: RunPlan, corpus: Corpus, num_streams: int, num_parameters: int, checkpoint: Checkpoint | None
+) -> Iterator[str]:
     """Describe the run before its first step, with every setting as resolved."""
     recipe, ds_config, hours = plan.recipe, plan.ds_config, plan.recipe.run.max_hours
     settings = yaml.safe_dump(recipe.to_dict(), sort_keys=False).rstrip()
@@ -39,7 +40,7 @@ def start_messages(plan: RunPlan, feed: Feed, num_parameters: int, checkpoint: C
     length = f"{plan.schedule.total_steps} steps" if hours is None else f"{hours} hours of steps"
     yield (
         f"{num_parameters:,} parameters, {'bf16 autocast' if ds_config.bf16 else 'fp32'} on {plan.world_size} x "
-        f"{plan.device.type}, ZeRO {ds_config.zero_stage}; {feed.corpus.tokens:,} tokens in {feed.config.num_streams} "
+        f"{plan.device.type}, ZeRO {ds_config.zero_stage}; {corpus.tokens:,} tokens in {num_streams} "
         f"streams; {length} of {plan.schedule.step_batches} x {recipe.data.micro_batch_tokens} token slots"
     )
     yield f"optimizer: {recipe.optimizer.name} from {plan.optimizer.source} ({plan.optimizer.reason})"

@@ -22,7 +22,7 @@ class RunSchedule:
     masking: MaskingRate
 
 
-def make_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
+def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
     """Compute the schedule of a run. Raises ValueError if the ranks cannot share a batch."""
     step_batches = batches_per_step(recipe, world_size)
     steps = total_steps(recipe, step_batches)
@@ -47,8 +47,9 @@ def batches_per_step(recipe: Recipe, world_size: int) -> int:
     if total % world_size:
         raise ValueError(
             f"data.global_batch_tokens {data.global_batch_tokens} is {total} micro-batches of "
-            f"{data.micro_batch_tokens} tokens, which {world_size} ranks cannot share evenly. Choose a data.micro_batch_tokens that gives each "
-            "rank the same number, another number of ranks, or a data.global_batch_tokens that is a multiple of "
+            f"{data.micro_batch_tokens} tokens, which {world_size} ranks cannot share evenly. Choose a "
+            "data.micro_batch_tokens that gives each rank the same number, another number of ranks, or a "
+            "data.global_batch_tokens that is a multiple of "
             f"{world_size} x {data.micro_batch_tokens} = {world_size * data.micro_batch_tokens}."
         )
     return total

@@ -12,7 +12,7 @@ from megabert.config.parser import RecipeParser
 from megabert.config.recipe import OptimizerConfig, Recipe
 from megabert.data.schedule import MaskingRate
 from megabert.plots.schedule import plot_schedule
-from megabert.training.schedule import batches_per_step, lr_factor, make_schedule, total_steps
+from megabert.training.schedule import batches_per_step, lr_factor, make_run_schedule, total_steps
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import TINY, pretrain_command, run_command
 
@@ -71,7 +71,7 @@ def test_the_masking_rate_follows_its_schedule():
 
 def test_the_masking_rate_counts_bins_of_a_batch_warm_up():
     recipe = read(*TINY, "--run.max_steps=10", "--masking.schedule=linear", *BATCH_WARMUP)
-    schedule = make_schedule(recipe, 1)
+    schedule = make_run_schedule(recipe, 1)
     rate = schedule.masking
     assert (schedule.step_batches, schedule.total_steps) == (4, 10)
     assert [(stage.first_step, stage.step_batches) for stage in schedule.stages.stages] == [(0, 2), (2, 4)]
@@ -119,7 +119,7 @@ def test_the_length_of_a_run():
 def test_length_phases_become_stages_of_the_schedule():
     phases = '[{"max_seq_len": 32, "until": 0.9}, {"max_seq_len": 64, "until": 1}]'
     recipe = read(*TINY, "--run.max_steps=10", f"--data.max_seq_len={phases}")
-    stages = make_schedule(recipe, 1).stages.stages
+    stages = make_run_schedule(recipe, 1).stages.stages
     assert [(stage.first_step, stage.max_seq_len) for stage in stages] == [(0, 32), (9, 64)]
     assert recipe.data.longest == 64
     assert read(*TINY).data.lengths == [(32, 1.0)]

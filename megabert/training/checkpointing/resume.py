@@ -12,9 +12,8 @@ from megabert.data.stream import Position
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
 from megabert.training.checkpointing import universal
-from megabert.training.checkpointing.identity import check_same_run
 from megabert.training.distributed.sync import gather
-from megabert.training.plan import RunPlan
+from megabert.training.identity import RunIdentity, check_same_run
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +26,17 @@ class Checkpoint(NamedTuple):
     positions: dict[int, Position]
 
 
-def find_checkpoint(plan: RunPlan, corpus: str) -> Checkpoint | None:
+def find_checkpoint(resume: str, folder: Path, identity: RunIdentity, corpus: str, rank: int) -> Checkpoint | None:
     """Find the checkpoint that this run resumes from, if any; every rank calls this and gets the same one.
 
-    corpus: fingerprint of the training corpus. Raises ValueError if the checkpoint belongs to another run.
+    resume, folder: as for `find`. identity, corpus: of this run, and the fingerprint of its training corpus.
+    Raises ValueError if the checkpoint belongs to another run.
     """
-    path = find(plan.recipe.run.resume, plan.checkpoints)
+    path = find(resume, folder)
     if path is None:
         return None
-    checkpoint = read_checkpoint(path, plan)
-    check_same_run(path, checkpoint.state, plan.identity, corpus)
+    checkpoint = read_checkpoint(path, rank, identity.world_size)
+    check_same_run(path, checkpoint.state, identity, corpus)
     return checkpoint
 
 
@@ -73,10 +73,10 @@ def newest(folder: Path, up_to: int | None = None) -> Path | None:
     return None
 
 
-def read_checkpoint(path: Path, plan: RunPlan) -> Checkpoint:
+def read_checkpoint(path: Path, rank: int, world_size: int) -> Checkpoint:
     """Read a checkpoint's state.json, and the positions in its streams.json that belong to this rank."""
     raw = json.loads((path / layout.STREAMS).read_text())
-    own = {int(stream): raw[stream] for stream in raw if int(stream) % plan.world_size == plan.rank}
+    own = {int(stream): raw[stream] for stream in raw if int(stream) % world_size == rank}
     positions = {stream: Position.from_json(position) for stream, position in own.items()}
     return Checkpoint(path, layout.read_state(path), positions)
 

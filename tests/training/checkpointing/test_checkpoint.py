@@ -8,8 +8,8 @@ import pytest
 from megabert.config.recipe import OptimizerConfig, Recipe, RunConfig
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
-from megabert.training.checkpointing.identity import RunIdentity, check_same_run, fixed_settings
 from megabert.training.checkpointing.writer import set_aside_after
+from megabert.training.identity import RunIdentity, check_same_run, fixed_settings
 from megabert.training.optim.guard import Guard
 
 RECIPE = Recipe(run=RunConfig(max_steps=10))
