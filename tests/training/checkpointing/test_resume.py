@@ -93,7 +93,7 @@ def test_saving_does_not_change_a_run(corpus: Corpus, tmp_path):
 
 
 def test_a_run_resumes_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path):
-    """Data, masks and dropout stay the same, so losses differ by rounding only. Stages 1 and 2 resume from each other."""
+    """Data, masks and dropout stay the same, so losses differ by rounding only. Stages 1 and 2 are interchangeable."""
     batch = "--data.global_batch_tokens=1536"
     configs = {stage: ds_config_in(stage, tmp_path, bf16=False) for stage in ("zero0", "zero1", "zero2", "zero3")}
     follows = {"zero0": "zero0", "zero1": "zero2", "zero2": "zero1", "zero3": "zero3"}
@@ -118,10 +118,10 @@ def test_a_run_resumes_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path):
 
 
 def test_ranks_and_accumulation_give_one_curve_for_twenty_steps(corpus: Corpus, tmp_path):
-    """1 rank x 8 micro-batches, 2 x 4 and 4 x 2, with dropout: equal losses to 1e-6, weights to 1e-4.
+    """1 rank x 8 micro-batches, 2 x 4 and 4 x 2, with dropout: losses equal to 1e-6, weights to 1e-4.
 
-    The biases of the keys are not compared: they add the same number to every score of a query, which softmax ignores, so
-    their gradient is only rounding, which Adam scales up to full steps.
+    The biases of the keys are not compared: they add the same number to every score of a query, which softmax ignores,
+    so their gradient is only rounding, which Adam scales up to full steps.
     """
     config = ds_config_in("zero2", tmp_path, bf16=False)
     settings = ["--data.global_batch_tokens=2048", "--run.max_steps=20"]

@@ -170,7 +170,7 @@ def test_muon_takes_equal_steps_at_every_stage_and_resumes(corpus, tmp_path):
     two = train(corpus, tmp_path / "2", 2, *muon)
     assert train(corpus, tmp_path / "3", 3, *muon, ranks=2) == pytest.approx(two, rel=1e-3)
     change = matrices(tmp_path / "2", 4) - matrices(tmp_path / "2", 2)
-    # An orthogonal step of 32 x 32 moves each number by lr / sqrt(32); the last two steps are at 60 and 30 % of the peak.
+    # An orthogonal step of 32 x 32 moves each number by lr / sqrt(32); the last two steps have 60 and 30 % of the peak.
     assert change.square().mean().sqrt() == pytest.approx(0.9 * 0.02 * 32**-0.5, rel=0.5)
     apart = matrices(tmp_path / "3", 4) - matrices(tmp_path / "2", 4)
     assert apart.norm() < 0.05 * change.norm()
