@@ -1,4 +1,4 @@
-"""The identity of a run: what it must have in common with a checkpoint to resume from it."""
+"""The identity of a run: the properties that it must share with a checkpoint to resume from it."""
 
 from dataclasses import dataclass
 from pathlib import Path

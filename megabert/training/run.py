@@ -20,7 +20,7 @@ from megabert.training.telemetry.timers import Clock
 
 @dataclass
 class TrainState:
-    """What changes while a run trains. A checkpoint saves all of it."""
+    """The values that change while a run trains, all of which a checkpoint saves."""
 
     guard: Guard
     clock: Clock
