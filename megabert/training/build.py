@@ -17,19 +17,20 @@ from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.checkpointing import resume, universal
 from megabert.training.checkpointing.initial_weights import load_initial_weights
 from megabert.training.checkpointing.resume import Course
-from megabert.training.checkpointing.writer import Retention, Saver, check_room, set_aside_after
-from megabert.training.distributed.device import device_event, device_name, has_fast_bf16, training_device
-from megabert.training.distributed.signals import Interrupts
-from megabert.training.distributed.sync import check_shared, claim, from_rank_0
+from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space, set_aside_after
+from megabert.training.deepspeed_compat import num_parameters
+from megabert.training.distributed.device import device_name, event_class, has_fast_bf16, training_device
+from megabert.training.distributed.signals import StopSignals
+from megabert.training.distributed.sync import broadcast_from_rank0, check_shared_folder, lock_output_dir
 from megabert.training.engine import attach_guard, build_engine, build_model, choose
 from megabert.training.evaluate import unigram_loss
 from megabert.training.feed import Feed, open_corpora, open_held_out, plan_of, share_of, stream_config
-from megabert.training.optim.guard import Guard, Verdict
+from megabert.training.optim.guard import Guard, UpdateGate
 from megabert.training.run import Run
 from megabert.training.telemetry import probe, trackers
 from megabert.training.telemetry.flops import peak_flops
 from megabert.training.telemetry.reporter import Meter, Reporter
-from megabert.training.telemetry.timers import Clock
+from megabert.training.telemetry.timers import TimeBudget
 from megabert.training.telemetry.trackers import open_trackers
 
 
@@ -39,18 +40,18 @@ def prepare(
     ds_config_path: str,
     rank: int,
     world_size: int,
-    interrupts: Interrupts,
+    interrupts: StopSignals,
 ) -> Run:
     """Open the data, build the model, and restore the newest checkpoint if there is one."""
-    if problem := trackers.why_not(recipe.run.trackers):
+    if problem := trackers.why_unavailable(recipe.run.trackers):
         raise ValueError(problem)
     hours = recipe.run.max_hours
-    clock = Clock(None if hours is None else 3600 * hours)
-    interrupts.listen()
-    check_shared(Path(recipe.run.output_dir, "checkpoints"), rank, world_size)
-    claim(Path(recipe.run.output_dir), rank, world_size)
-    corpus, held = from_rank_0(lambda: open_corpora(recipe), rank, world_size)
-    from_rank_0(lambda: probe.check(recipe.probe), rank, world_size)
+    clock = TimeBudget(None if hours is None else 3600 * hours)
+    interrupts.install_handlers()
+    check_shared_folder(Path(recipe.run.output_dir, "checkpoints"), rank, world_size)
+    lock_output_dir(Path(recipe.run.output_dir), rank, world_size)
+    corpus, held = broadcast_from_rank0(lambda: open_corpora(recipe), rank, world_size)
+    broadcast_from_rank0(lambda: probe.check_probe(recipe.probe), rank, world_size)
     ds_config, course = set_course(recipe, raw_ds_config, ds_config_path, corpus, world_size)
     found, state = last_checkpoint(recipe, course)
     positions = resume.read_positions(found) if found else {}
@@ -58,7 +59,7 @@ def prepare(
     # Before the model: the workers are small copies of this process, and have batches ready when it is built.
     batches = feed.open(positions, state.next_index if state else 0)
     held_out = open_held_out(recipe, held, feed.config)
-    verdict = Verdict(Guard(recipe.run.max_norm_ratio), recipe.optimizer.max_grad_norm)
+    verdict = UpdateGate(Guard(recipe.run.max_norm_ratio), recipe.optimizer.max_grad_norm)
     model, engine = build(recipe, corpus, ds_config, verdict, found)
     reporter = open_reporter(recipe, course.total_steps, state.step if state else 0) if rank == 0 else None
     run = Run(
@@ -74,7 +75,7 @@ def prepare(
         total_steps=course.total_steps,
         unigram=unigram_loss(corpus, held_out),
         peak=peak_of(model, ds_config),
-        meter=Meter(device_event()),
+        meter=Meter(event_class()),
         verdict=verdict,
         interrupts=interrupts,
         reporter=reporter,
@@ -132,17 +133,12 @@ def peak_of(model: MegaBertForMaskedLM, ds_config: dict[str, Any]) -> float | No
     return peak_flops(device, device_name(device), model.config, precision)
 
 
-def open_saver(recipe: Recipe, model: MegaBertForMaskedLM, stage: int, reporter: Reporter | None) -> Saver:
+def open_saver(recipe: Recipe, model: MegaBertForMaskedLM, stage: int, reporter: Reporter | None) -> CheckpointWriter:
     """This rank's, once there is room for what it will write."""
     settings, folder = recipe.run, Path(recipe.run.output_dir, "checkpoints")
     retention = Retention(settings.keep_checkpoints, settings.keep_every_steps, settings.keep_best)
-    check_room(folder, num_parameters(model), stage, retention)
-    return Saver(folder, retention, settings.async_save, reporter.say if reporter else _say_nothing)
-
-
-def num_parameters(model: MegaBertForMaskedLM) -> int:
-    """Of the whole model, also where ZeRO 3 has cut it to pieces."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    check_disk_space(folder, num_parameters(model), stage, retention)
+    return CheckpointWriter(folder, retention, settings.async_save, reporter.log_line if reporter else _say_nothing)
 
 
 def last_checkpoint(recipe: Recipe, now: Course) -> tuple[Path | None, State | None]:
@@ -157,18 +153,18 @@ def last_checkpoint(recipe: Recipe, now: Course) -> tuple[Path | None, State | N
 
 def restore(run: Run, state: State) -> None:
     """The counters and the guard, as a checkpoint has them."""
-    run.clock.go_on_from(state.used, state.slowest)
+    run.clock.resume(state.used, state.slowest)
     run.step, run.index, run.tokens, run.seconds = state.step, state.next_index, state.tokens, state.seconds
     run.left_behind = [tuple(part) for part in state.left_behind]
     run.guard.restore(state.guard)
 
 
-def open_prober(recipe: Recipe, reporter: Reporter, step: int) -> probe.Prober | None:
+def open_prober(recipe: Recipe, reporter: Reporter, step: int) -> probe.ProbeRunner | None:
     """Rank 0's, where the recipe asks for one."""
     if recipe.probe.task is None:
         return None
     ops = "torch" if recipe.run.ops == "torch" else "auto"  # none is fused on a CPU
-    return probe.Prober(recipe.probe, ops, Path(recipe.run.output_dir), reporter, step)
+    return probe.ProbeRunner(recipe.probe, ops, Path(recipe.run.output_dir), reporter, step)
 
 
 def open_reporter(recipe: Recipe, steps: int, step: int) -> Reporter:
@@ -183,15 +179,15 @@ def _say_nothing(_: str) -> None:
 
 
 def build(
-    recipe: Recipe, corpus: Corpus, ds_config: dict[str, Any], verdict: Verdict, found: Path | None
+    recipe: Recipe, corpus: Corpus, ds_config: dict[str, Any], verdict: UpdateGate, found: Path | None
 ) -> tuple[MegaBertForMaskedLM, deepspeed.DeepSpeedEngine]:
     """The model and its engine, at its start or as a checkpoint has it."""
     model = build_model(recipe, corpus.tokenizer, training_device(), ds_config["torch_autocast"]["enabled"])
     if recipe.model.init_from and not found:
         load_initial_weights(model, Path(recipe.model.init_from), corpus.sources[0])
     stage, world_size = ds_config.get("zero_optimization", {}).get("stage", 0), deepspeed.comm.get_world_size()
-    convert = found is not None and universal.is_needed(read_state(found), stage, world_size)
-    engine = build_engine(model, recipe, universal.ds_config_for(ds_config) if convert else ds_config, verdict)
+    convert = found is not None and universal.needs_conversion(read_state(found), stage, world_size)
+    engine = build_engine(model, recipe, universal.with_universal_loading(ds_config) if convert else ds_config, verdict)
     if found:
         resume.load(engine, found)
     attach_guard(engine, verdict)

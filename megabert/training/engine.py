@@ -13,9 +13,10 @@ from megabert.kernels.resolve import Implementation, resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.training.deepspeed_compat import gate_optimizer_step, zero_norm_reader
 from megabert.training.distributed.device import training_device
 from megabert.training.optim import optimizers
-from megabert.training.optim.guard import Verdict, hold_back
+from megabert.training.optim.guard import UpdateGate
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, 
 
 
 def build_engine(
-    model: nn.Module, recipe: Recipe, ds_config: dict[str, Any], verdict: Verdict
+    model: nn.Module, recipe: Recipe, ds_config: dict[str, Any], verdict: UpdateGate
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap the model for training under the filled ds_config. Its learning rate is set before every step.
 
@@ -66,7 +67,7 @@ def build_engine(
     optimizer = choose(recipe, ds_config).make(
         optimizers.parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0
     )
-    hold_back(optimizer, verdict.allowed)
+    gate_optimizer_step(optimizer, verdict.allows_step)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if recipe.run.compile:
         engine.compile(compile_kwargs={"dynamic": True})  # in place: the names of the weights stay
@@ -90,10 +91,9 @@ def choose(recipe: Recipe, ds_config: dict[str, Any]) -> Implementation:
     return optimizers.choose(recipe, ds_config, training_device())
 
 
-def attach_guard(engine: deepspeed.DeepSpeedEngine, verdict: Verdict) -> None:
+def attach_guard(engine: deepspeed.DeepSpeedEngine, verdict: UpdateGate) -> None:
     """Tell the guard where the gradient's norm is: ZeRO computes it; at stage 0 it is the guard who clips."""
     if engine.zero_optimization_stage() == 0:
-        verdict.parameters = list(engine.parameters())
+        verdict.clipped_parameters = list(engine.parameters())
     else:
-        optimizer: Any = engine.optimizer
-        verdict.norm_of_zero = lambda: optimizer._global_grad_norm
+        verdict.zero_norm = zero_norm_reader(engine)

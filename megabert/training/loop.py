@@ -18,10 +18,10 @@ from megabert.files.checkpoint_format import State, read_state
 from megabert.training.build import prepare, rebuild
 from megabert.training.checkpointing import resume
 from megabert.training.checkpointing.writer import set_aside_after
-from megabert.training.distributed.device import peak_memory
-from megabert.training.distributed.process import start_process
-from megabert.training.distributed.signals import REQUEUE, Interrupts
-from megabert.training.distributed.watchdog import RollCall
+from megabert.training.distributed.device import peak_memory_bytes
+from megabert.training.distributed.process import init_distributed
+from megabert.training.distributed.signals import EXIT_REQUEUE, StopSignals
+from megabert.training.distributed.watchdog import PeerWatchdog
 from megabert.training.engine import choose
 from megabert.training.evaluate import evaluate
 from megabert.training.optim.lr_schedule import lr_factor
@@ -43,7 +43,7 @@ def train(run: Run) -> None:
         batches, before = next_batches(run)
         sums = take_step(run, batches)
         settle(run, batches, before, sums)
-        if every.rollback_after and run.guard.in_a_row >= every.rollback_after:
+        if every.rollback_after and run.guard.skipped_in_a_row >= every.rollback_after:
             roll_back(run)
             continue
         last = run.is_finished or run.stopped is not None
@@ -55,7 +55,7 @@ def train(run: Run) -> None:
         if saving:
             save(run)
         if run.prober is not None:
-            run.prober.look()
+            run.prober.poll()
     run.saver.wait()
     if run.prober is not None and run.is_finished:
         run.prober.finish()
@@ -64,7 +64,7 @@ def train(run: Run) -> None:
 def set_learning_rate(run: Run) -> None:
     """A function of the step alone, or of the share of the hours, so that no scheduler has a state of its own to lose."""
     config = run.recipe.optimizer
-    step = run.step if run.clock.budget is None else int(run.clock.share * run.total_steps)
+    step = run.step if run.clock.limit is None else int(run.clock.fraction_used * run.total_steps)
     factor = lr_factor(step, run.total_steps, config)
     run.lr = config.lr * factor
     assert run.engine.optimizer is not None, "an engine for training has one"
@@ -76,7 +76,7 @@ def next_batches(run: Run) -> tuple[list[PackedBatch], dict[int, Position]]:
     """This rank's micro-batches of the next step, and where their streams were before."""
     batches, before = [], {}
     step_batches = run.plan.at(run.index).step_batches
-    with run.meter.watch.time("data"):
+    with run.meter.timer.time("data"):
         for _ in range(step_batches // run.world_size):
             batch, stream, position = next(run.batches)
             before.setdefault(stream, run.positions.get(stream, Position()))
@@ -90,21 +90,21 @@ def take_step(run: Run, batches: list[PackedBatch]) -> torch.Tensor:
     """Forward and backward of every micro-batch, and one update. Returns this rank's sums as in MaskedLoss, (3,) fp64."""
     num_masked = global_count(sum(batch.num_masked for batch in batches), run.engine.device)
     sums = torch.zeros(3, dtype=torch.float64, device=run.engine.device)
-    run.verdict.reset()
-    watch = run.meter.watch
+    run.verdict.start_step()
+    timer = run.meter.timer
     for batch in batches:
         seed_dropout(run.recipe.run.seed, batch.index)
         # Said each time: in a batch warm-up, DeepSpeed's own count of micro-batches is another.
         run.engine.set_gradient_accumulation_boundary(batch is batches[-1])
-        with watch.time("forward"):
+        with timer.time("forward"):
             output = run.engine(**batch.model_inputs(run.engine.device))
             # The mean over all masked tokens of the global batch: DeepSpeed averages over ranks, so undo that.
             scale = run.world_size / num_masked
             # A loss that is not finite may have gradients that are: times NaN, the guard refuses them on every rank.
             loss = output.loss_sum * torch.where(output.loss_sum.isfinite(), scale, math.nan)
-        with watch.time("backward"):
+        with timer.time("backward"):
             run.engine.backward(loss, scale_wrt_gas=False)
-        with watch.time("optimizer"):
+        with timer.time("optimizer"):
             run.engine.step()
         sums += torch.stack([part.detach().double() for part in output])
     return sums
@@ -126,21 +126,21 @@ def settle(run: Run, batches: list[PackedBatch], before: dict[int, Position], su
     """Agree with all ranks on what the step was, and whether to go on: one all-reduce, one read of the host."""
     told, failed = float(run.interrupts.reason is not None), float(run.saver.problem is not None)
     tokens, slots = sum(batch.num_tokens for batch in batches), len(batches) * run.recipe.data.micro_batch_tokens
-    used = run.clock.now() if run.feed.rank == 0 else 0.0
+    used = run.clock.elapsed() if run.feed.rank == 0 else 0.0
     mine = [tokens, slots, sum(batch.sum_squared_lengths for batch in batches), told, failed, used]
     packed = torch.cat([sums, torch.tensor(mine, dtype=torch.float64, device=run.engine.device)])
-    with run.meter.watch.time("agree"):
+    with run.meter.timer.time("agree"):
         deepspeed.comm.all_reduce(packed)
     *counted, stopping, failing, used = packed.tolist()  # synchronises
     run.step += 1
-    run.clock.agree(used)
+    run.clock.update(used)
     if failing:
         run.saver.wait()  # raises on every rank
     if stopping:
         run.stopped = run.interrupts.reason or "another rank was told to stop"
-    if run.verdict.settle():
-        run.meter.add(counted)
-        run.meter.own_tokens += tokens
+    if run.verdict.finish_step():
+        run.meter.add_step(counted)
+        run.meter.local_tokens += tokens
     else:
         note_skipped(run, before, counted[0] / max(1.0, counted[2]))
 
@@ -157,7 +157,7 @@ def note_skipped(run: Run, before: dict[int, Position], loss: float) -> None:
     if run.reporter is not None:
         positions = {stream: position for part in parts for stream, position in part.items()}
         facts = {"step": run.step, "bins": [first, last], "norm": repr(run.verdict.norm), "loss": repr(loss)}
-        run.reporter.add_to(SKIPPED, facts | {"positions": positions})
+        run.reporter.append_json(SKIPPED, facts | {"positions": positions})
 
 
 def roll_back(run: Run) -> None:
@@ -165,7 +165,7 @@ def roll_back(run: Run) -> None:
 
     Raises ValueError if there is none, or if going back to it has not helped.
     """
-    refused = run.guard.in_a_row
+    refused = run.guard.skipped_in_a_row
     run.saver.wait()
     path = resume.newest(run.checkpoints, up_to=run.step - refused)
     if path is None:
@@ -191,7 +191,7 @@ def roll_back(run: Run) -> None:
     if run.reporter is not None:
         set_aside_after(run.checkpoints, run.step)
     if run.prober is not None:
-        run.prober.forget_after(run.step)
+        run.prober.discard_after(run.step)
     run.say(f"rolled back to {path} after {refused} refused updates; going on at bin {run.index}")
 
 
@@ -201,7 +201,7 @@ def report(run: Run) -> None:
     seconds = meter.seconds()
     run.tokens += int(meter.tokens)
     run.seconds += seconds
-    parts, steps = meter.watch.read(), max(1, meter.steps)
+    parts, steps = meter.timer.totals(), max(1, meter.steps)
     ranks = of_every_rank(run, parts)
     values = {
         "loss": meter.loss_sum / max(1.0, meter.num_targets),
@@ -220,15 +220,15 @@ def report(run: Run) -> None:
         "fill": meter.tokens / max(1.0, meter.slots),
         "loader_wait": parts["data"] / seconds,
         **{f"time/{part}": spent / steps for part, spent in parts.items()},
-        "memory_gb": peak_memory(run.engine.device) / 1e9,
+        "memory_gb": peak_memory_bytes(run.engine.device) / 1e9,
         **model_flops(run, seconds),
         "skipped_chunks": ranks.skipped,
     }
     if run.reporter is not None and meter.steps:
-        if run.clock.budget is not None:
-            left = max(0.0, run.clock.budget - run.clock.used)
-            run.reporter.expect(run.step + round(left / values["seconds_per_step"]))
-        run.reporter.log(run.step, values)
+        if run.clock.limit is not None:
+            left = max(0.0, run.clock.limit - run.clock.used)
+            run.reporter.set_total_steps(run.step + round(left / values["seconds_per_step"]))
+        run.reporter.log_step(run.step, values)
     meter.reset()
 
 
@@ -244,7 +244,7 @@ def of_every_rank(run: Run, parts: dict[str, float]) -> Ranks:
     own = max(parts["data"] + parts["forward"], 1e-9)  # nothing was done where nothing is counted
     skipped = float(sum(position.skipped for position in run.positions.values()))
     table = torch.zeros(run.world_size, 2, dtype=torch.float64, device=run.engine.device)
-    table[run.feed.rank] = torch.tensor([run.meter.own_tokens / own, skipped], dtype=torch.float64)
+    table[run.feed.rank] = torch.tensor([run.meter.local_tokens / own, skipped], dtype=torch.float64)
     deepspeed.comm.all_reduce(table)
     return Ranks(table[:, 0], table[:, 1].sum().item())
 
@@ -264,12 +264,12 @@ def check_held_out(run: Run) -> None:
     run.evaluation, run.evaluated = evaluate(run.engine, run.held_out), run.step
     if run.reporter is not None:
         loss, accuracy, masked = run.evaluation
-        run.reporter.record(run.step, {"heldout_loss": loss, "heldout_accuracy": accuracy, "tokens": run.tokens})
-        run.reporter.say(
+        run.reporter.log_metrics(run.step, {"heldout_loss": loss, "heldout_accuracy": accuracy, "tokens": run.tokens})
+        run.reporter.log_line(
             f"step {run.step}: held-out loss {loss:.3f} (unigram {run.unigram:.3f}, {run.unigram - loss:+.3f} nats better), "
             f"accuracy {accuracy:.3f}, {masked:,} masked tokens"
         )
-    run.meter.paused += time.perf_counter() - began
+    run.meter.excluded_seconds += time.perf_counter() - began
 
 
 def save(run: Run) -> None:
@@ -292,24 +292,24 @@ def save(run: Run) -> None:
         guard=run.guard.to_json(),
         left_behind=list(run.left_behind),
         used=run.clock.used,
-        slowest=run.clock.slowest,
+        slowest=run.clock.max_step,
         heldout_loss=run.evaluation.loss if run.evaluation and run.evaluated == run.step else None,
     )
     run.saver.save(run.engine, state, run.positions, run.corpus.sources[0])
     if run.prober is not None:
-        run.prober.saved(run.step)
-    run.meter.paused += time.perf_counter() - began
+        run.prober.checkpoint_saved(run.step)
+    run.meter.excluded_seconds += time.perf_counter() - began
 
 
-def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, interrupts: Interrupts) -> int:
+def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, interrupts: StopSignals) -> int:
     """Run a recipe from its start, or from its last checkpoint, to its end. Every rank calls this.
 
     interrupts: this process's; SIGTERM and SIGUSR1 belong to it from now on.
-    Returns the exit code: 0 at the end, REQUEUE where it was told to stop, and saved. Raises ValueError for what the user
+    Returns the exit code: 0 at the end, EXIT_REQUEUE where it was told to stop, and saved. Raises ValueError for what the user
     can mend: the corpus, the recipe, the ds_config, the checkpoint.
     """
-    rank, world_size = start_process()
-    with RollCall(rank, world_size):
+    rank, world_size = init_distributed()
+    with PeerWatchdog(rank, world_size):
         run = prepare(recipe, raw_ds_config, ds_config_path, rank, world_size, interrupts)
         return carry_out(run)
 
@@ -330,7 +330,7 @@ def carry_out(run: Run) -> int:
     if run.stopped is None:
         finish(run)
     leave(run)
-    return 0 if run.stopped is None else REQUEUE
+    return 0 if run.stopped is None else EXIT_REQUEUE
 
 
 def finish(run: Run) -> None:

@@ -12,14 +12,14 @@ from megabert.data.schedule import Plan
 from megabert.data.shards.source import Corpus
 from megabert.data.stream import Position
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training.checkpointing.writer import Saver
-from megabert.training.distributed.signals import Interrupts
+from megabert.training.checkpointing.writer import CheckpointWriter
+from megabert.training.distributed.signals import StopSignals
 from megabert.training.evaluate import Evaluation
 from megabert.training.feed import Batches, Feed
-from megabert.training.optim.guard import Guard, Verdict
-from megabert.training.telemetry.probe import Prober
+from megabert.training.optim.guard import Guard, UpdateGate
+from megabert.training.telemetry.probe import ProbeRunner
 from megabert.training.telemetry.reporter import Meter, Reporter
-from megabert.training.telemetry.timers import Clock
+from megabert.training.telemetry.timers import TimeBudget
 
 
 @dataclass
@@ -45,18 +45,18 @@ class Run:
     unigram: float
     peak: float | None
     meter: Meter
-    verdict: Verdict
-    interrupts: Interrupts
+    verdict: UpdateGate
+    interrupts: StopSignals
     reporter: Reporter | None
-    saver: Saver
-    clock: Clock
+    saver: CheckpointWriter
+    clock: TimeBudget
     positions: dict[int, Position]
     step: int = 0
     index: int = 0
     tokens: int = 0
     seconds: float = 0.0
     lr: float = 0.0
-    prober: Prober | None = None
+    prober: ProbeRunner | None = None
     evaluation: Evaluation | None = None
     evaluated: int = -1
     left_behind: list[tuple[int, int]] = field(default_factory=list)
@@ -93,4 +93,4 @@ class Run:
     def say(self, message: str) -> None:
         """A line in the log, once for all ranks."""
         if self.reporter is not None:
-            self.reporter.say(message)
+            self.reporter.log_line(message)

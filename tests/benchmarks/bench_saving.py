@@ -24,8 +24,8 @@ from megabert.config.ds_config import read_ds_config
 from megabert.config.parser import RecipeParser
 from megabert.training import loop
 from megabert.training.build import prepare
-from megabert.training.distributed.process import start_process
-from megabert.training.distributed.signals import Interrupts
+from megabert.training.distributed.process import init_distributed
+from megabert.training.distributed.signals import StopSignals
 from megabert.training.run import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def open_run(size: str, tokens: Path, out: Path) -> Run:
     flags = run_flags(size, tokens, out)
     recipe, _ = RecipeParser("bench_saving.py").read([f"--{key}={value}" for key, value in flags.items()])
     path = REPOSITORY / "ds_configs/zero2.json"
-    return prepare(recipe, read_ds_config(path), str(path), *start_process(), Interrupts())
+    return prepare(recipe, read_ds_config(path), str(path), *init_distributed(), StopSignals())
 
 
 def window(run: Run, steps: int, save: bool) -> float:

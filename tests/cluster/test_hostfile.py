@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megabert.convert.zero import read_checkpoint
-from megabert.training.distributed.watchdog import DIED
+from megabert.training.distributed.watchdog import PEER_DIED
 from tests.conftest import REPOSITORY, Corpus, free_port, pretrain_command, run_ranks
-from tests.training.distributed.test_signals import start, wait_for_step
+from tests.helpers.processes import start, wait_for_step
 
 pytestmark = pytest.mark.namespaces
 
@@ -90,4 +90,4 @@ def test_a_rank_or_a_machine_that_dies_ends_the_job_within_a_minute(corpus: Corp
         subprocess.run(["ip", "link", "set", "mb-veth2", "up"], check=True)
     assert process.returncode not in (0, 1)
     assert not alive
-    assert f"rank 1 on {SECOND} {DIED}; ending rank 0 on {FIRST}" in output
+    assert f"rank 1 on {SECOND} {PEER_DIED}; ending rank 0 on {FIRST}" in output

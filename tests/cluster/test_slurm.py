@@ -120,7 +120,7 @@ def test_warned_killed_and_preempted_a_job_ends_bitwise_as_if_undisturbed(corpus
     assert sorted(logs) == [f"{job.id}-rank0.log", f"{job.id}-rank1.log"]
     assert "rank 1 on" in logs[f"{job.id}-rank0.log"]
     assert "resumed from" in logs[f"{job.id}-rank0.log"]
-    assert "SIGUSR1 arrived; saved" in logs[f"{job.id}-rank0.log"]
+    assert "received SIGUSR1; saved" in logs[f"{job.id}-rank0.log"]
     progress = r"step \d+/200  loss \d+\.\d{3}  lr \d\.\d\de-\d\d  [\d,]+ tokens/s  left \d+:\d\d:\d\d"
     lines = [
         line for line in logs[f"{job.id}-rank0.log"].split("\n") if line.startswith("step ") and "tokens/s" in line

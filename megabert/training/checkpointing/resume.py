@@ -12,8 +12,9 @@ from megabert.config.recipe import Recipe
 from megabert.data.stream import Position
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
+from megabert.training import deepspeed_compat
 from megabert.training.checkpointing import universal
-from megabert.training.distributed.sync import gather
+from megabert.training.distributed.sync import gather_dicts
 
 log = logging.getLogger(__name__)
 
@@ -134,14 +135,12 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
     """Restore the engine from a checkpoint; every rank calls this. Raises ValueError if DeepSpeed cannot."""
     if engine.load_universal_checkpoint():
         with universal.converted(path) as universal_path:
-            settings = universal.settings_of(engine)
+            settings = deepspeed_compat.group_settings(engine)
             _load(engine, universal_path)
-            universal.repair_groups(engine, settings)
+            deepspeed_compat.repair_universal_load(engine, settings)
     else:
         _load(engine, path)
-    # At stage 3 DeepSpeed 0.19.8 leaves its small parameters gathered, where the first backward expects them partitioned and
-    # ends with "The size of tensor a (0) must match". At other stages this does nothing.
-    engine.empty_partition_cache()
+    deepspeed_compat.partition_after_load(engine)
 
 
 def _load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
@@ -164,7 +163,7 @@ def _check_together(path: Path) -> str | None:
         problem = layout.check_files(path, names[rank::world_size])
     except (ValueError, OSError) as mistake:  # a file system that fails, or forbids
         problem = str(mistake)
-    problems = gather({} if problem is None else {rank: problem})
+    problems = gather_dicts({} if problem is None else {rank: problem})
     return problems[min(problems)] if problems else None
 
 

@@ -18,8 +18,8 @@ from megabert.data.stream import Position
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
 from megabert.training.checkpointing import resume, universal, writer
-from megabert.training.checkpointing.writer import Retention, Saver, check_room
-from megabert.training.distributed.process import start_process
+from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space
+from megabert.training.distributed.process import init_distributed
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import Corpus, ds_config_in
 from tests.training.checkpointing.test_checkpoint import STATE
@@ -32,24 +32,24 @@ def tags(*steps: int) -> list[str]:
 
 def test_the_last_ones_stay():
     losses = dict.fromkeys(tags(10, 20, 30))
-    assert Retention(last=2).expendable(losses) == tags(10)
-    assert Retention(last=9).expendable(losses) == []
+    assert Retention(last=2).to_delete(losses) == tags(10)
+    assert Retention(last=9).to_delete(losses) == []
 
 
 def test_every_nth_stays():
-    assert Retention(last=1, every_steps=20).expendable(dict.fromkeys(tags(10, 20, 30, 40, 50))) == tags(30, 10)
+    assert Retention(last=1, every_steps=20).to_delete(dict.fromkeys(tags(10, 20, 30, 40, 50))) == tags(30, 10)
 
 
 def test_the_best_stays_even_where_not_all_were_measured():
     losses = dict(zip(tags(10, 20, 30, 40), (3.0, 2.0, None, 2.5), strict=True))
-    assert Retention(last=1, best=True).expendable(losses) == tags(30, 10)
-    assert Retention(last=1, best=True).expendable(dict.fromkeys(tags(10, 20))) == tags(10)
+    assert Retention(last=1, best=True).to_delete(losses) == tags(30, 10)
+    assert Retention(last=1, best=True).to_delete(dict.fromkeys(tags(10, 20))) == tags(10)
 
 
 def test_what_a_rollback_would_go_back_to_stays():
-    assert Retention(last=1).expendable(dict.fromkeys(tags(1, 2, 3, 4)), good=2) == tags(3, 1)
-    assert Retention(last=1).expendable(dict.fromkeys(tags(3, 4)), good=2) == tags(3)
-    assert Retention(last=2).expendable(dict.fromkeys(tags(1, 2, 3)), good=3) == tags(1)
+    assert Retention(last=1).to_delete(dict.fromkeys(tags(1, 2, 3, 4)), last_good_step=2) == tags(3, 1)
+    assert Retention(last=1).to_delete(dict.fromkeys(tags(3, 4)), last_good_step=2) == tags(3)
+    assert Retention(last=2).to_delete(dict.fromkeys(tags(1, 2, 3)), last_good_step=3) == tags(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +58,7 @@ def alone():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             patch.delenv(name, raising=False)
-        start_process()
+        init_distributed()
         yield
         deepspeed.comm.destroy_process_group()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -81,11 +81,11 @@ class Engine:
 
 
 class Written:
-    """A Saver, and what it takes to use it."""
+    """A CheckpointWriter, and what it takes to use it."""
 
     def __init__(self, folder: Path, corpus: Corpus, overlap: bool = True, last: int = 2):
         self.said: list[str] = []
-        self.saver = Saver(folder, Retention(last), overlap, self.said.append)
+        self.saver = CheckpointWriter(folder, Retention(last), overlap, self.said.append)
         self.engine, self.source, self.folder = Engine(), open_source(str(corpus.tokens)), folder
 
     def save(self, step: int) -> None:
@@ -209,15 +209,15 @@ def test_one_rank_with_a_full_disk_ends_all_with_the_same_message(corpus, tmp_pa
 def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file/run: no checkpoint can be written here: .*Not a directory"):
-        check_room(tmp_path / "file/run", 1000, 2, Retention(2))
+        check_disk_space(tmp_path / "file/run", 1000, 2, Retention(2))
 
 
 def test_checkpoints_that_will_not_fit_are_announced(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 50, 4_000_000))
-    check_room(tmp_path, 100_000, 0, Retention(2))  # 3 x 1.2 MB
+    check_disk_space(tmp_path, 100_000, 0, Retention(2))  # 3 x 1.2 MB
     assert not caplog.text
-    check_room(tmp_path, 100_000, 2, Retention(2))  # 3 x 1.6 MB
+    check_disk_space(tmp_path, 100_000, 2, Retention(2))  # 3 x 1.6 MB
     assert "3 more checkpoints of 2 MB will not fit, 4 MB are free" in caplog.text
 
 

@@ -9,7 +9,8 @@ import torch
 
 from megabert.convert.zero import read_checkpoint
 from megabert.files.checkpoint_format import read_state
-from megabert.training.optim.guard import ENOUGH, Guard, Verdict, hold_back
+from megabert.training.deepspeed_compat import gate_optimizer_step
+from megabert.training.optim.guard import MIN_NORMS, Guard, UpdateGate
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import Corpus, Finished, ds_config_in, pretrain_command, run_command
 
@@ -17,7 +18,7 @@ from tests.conftest import Corpus, Finished, ds_config_in, pretrain_command, run
 def guard_with(norms: list[float], ratio: float = 10.0) -> Guard:
     guard = Guard(ratio)
     for norm in norms:
-        guard.note(norm, applied=True)
+        guard.record(norm, applied=True)
     return guard
 
 
@@ -27,19 +28,19 @@ def test_what_is_not_finite_is_refused_from_the_first_step():
 
 
 def test_a_norm_far_above_the_median_is_refused():
-    guard = guard_with([1.0, 2.0, 3.0] * ENOUGH)
+    guard = guard_with([1.0, 2.0, 3.0] * MIN_NORMS)
     assert guard.allows(20.0)
     assert not guard.allows(20.1)
-    assert guard_with([1.0, 2.0, 3.0] * ENOUGH, ratio=0.0).allows(1e9)
+    assert guard_with([1.0, 2.0, 3.0] * MIN_NORMS, ratio=0.0).allows(1e9)
 
 
 def test_refused_updates_are_counted_and_not_remembered():
-    guard = guard_with([1.0] * ENOUGH)
-    guard.note(math.nan, applied=False)
-    guard.note(99.0, applied=False)
-    assert (guard.skipped, guard.in_a_row, len(guard.norms)) == (2, 2, ENOUGH)
-    guard.note(1.0, applied=True)
-    assert (guard.skipped, guard.in_a_row) == (2, 0)
+    guard = guard_with([1.0] * MIN_NORMS)
+    guard.record(math.nan, applied=False)
+    guard.record(99.0, applied=False)
+    assert (guard.skipped, guard.skipped_in_a_row, len(guard.norms)) == (2, 2, MIN_NORMS)
+    guard.record(1.0, applied=True)
+    assert (guard.skipped, guard.skipped_in_a_row) == (2, 0)
     again = Guard(10.0)
     again.restore(json.loads(json.dumps(guard.to_json())))
     assert again == guard
@@ -48,21 +49,21 @@ def test_refused_updates_are_counted_and_not_remembered():
 def test_an_optimizer_is_held_back_and_clipped_at_stage_0():
     parameter = torch.nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    verdict = Verdict(Guard(10.0), max_grad_norm=1.0)
-    verdict.parameters = [parameter]
-    hold_back(optimizer, verdict.allowed)
+    gate = UpdateGate(Guard(10.0), max_grad_norm=1.0)
+    gate.clipped_parameters = [parameter]
+    gate_optimizer_step(optimizer, gate.allows_step)
     parameter.grad = torch.full((4,), 3.0)
-    verdict.reset()
+    gate.start_step()
     optimizer.step()
-    assert verdict.norm == pytest.approx(6.0)
+    assert gate.norm == pytest.approx(6.0)
     assert parameter.tolist() == pytest.approx([-0.5] * 4, abs=1e-5)
-    assert verdict.settle()
+    assert gate.finish_step()
     parameter.grad = torch.tensor([1.0, math.nan, 0.0, 0.0])
-    verdict.reset()
+    gate.start_step()
     optimizer.step()
     assert parameter.tolist() == pytest.approx([-0.5] * 4, abs=1e-5)
-    assert not verdict.settle()
-    assert verdict.guard.skipped == 1
+    assert not gate.finish_step()
+    assert gate.guard.skipped == 1
 
 
 def run_with(
@@ -127,12 +128,12 @@ def test_a_rollback_finds_its_checkpoint_though_one_is_kept_and_each_step_saved(
 
 
 def test_a_spike_is_refused_once_the_usual_norm_is_known(corpus: Corpus, tmp_path):
-    settings = [f"--run.max_steps={ENOUGH + 4}", "--run.log_every_steps=4", "--optimizer.lr=1e-5"]
-    spike = [2 * ENOUGH + 2, 2 * ENOUGH + 3]
+    settings = [f"--run.max_steps={MIN_NORMS + 4}", "--run.log_every_steps=4", "--optimizer.lr=1e-5"]
+    spike = [2 * MIN_NORMS + 2, 2 * MIN_NORMS + 3]
     done = run_with(corpus, tmp_path, [2, 3, *spike], "1000", *settings, stage="zero0")
     assert done.code == 0, done.output
     assert done.output.count("update skipped") == 1  # at step 2 nobody knew what was usual
-    assert f"step {ENOUGH + 2}: update skipped" in done.output
+    assert f"step {MIN_NORMS + 2}: update skipped" in done.output
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])

@@ -13,7 +13,7 @@ import torch
 from megabert.config.recipe import ProbeConfig
 from megabert.convert.zero import read_checkpoint
 from megabert.training.telemetry import probe
-from megabert.training.telemetry.probe import Prober
+from megabert.training.telemetry.probe import ProbeRunner
 from megabert.training.telemetry.reporter import METRICS, Reporter, read_metrics
 from tests.conftest import REPOSITORY, Corpus, pretrain_command, run_command, run_ranks
 
@@ -97,17 +97,17 @@ class Stand:
 
     def __init__(self, folder, monkeypatch, program: str, step: int = 0):
         program = f"import sys, json, time\nout = sys.argv[2][len('--out='):]\n{program}"
-        monkeypatch.setattr(probe, "command", lambda config, *more: [sys.executable, "-c", program, *more])
+        monkeypatch.setattr(probe, "probe_command", lambda config, *more: [sys.executable, "-c", program, *more])
         self.lines: list[str] = []
         self.reporter = Reporter(folder, 100, step, [])
-        monkeypatch.setattr(self.reporter, "say", self.lines.append)
+        monkeypatch.setattr(self.reporter, "log_line", self.lines.append)
         config = ProbeConfig(task="about", every_steps=10)
-        self.prober = Prober(config, "torch", folder, self.reporter, step)
+        self.prober = ProbeRunner(config, "torch", folder, self.reporter, step)
         self.folder = folder
 
     def save(self, step: int) -> None:
         (self.folder / f"checkpoints/step-{step:08d}").mkdir(parents=True)
-        self.prober.saved(step)
+        self.prober.checkpoint_saved(step)
 
 
 WRITE = "json.dump({'score': 0.75, 'tokens': 123}, open(out, 'w'))"
@@ -127,12 +127,12 @@ def test_a_failure_is_a_line_in_the_log(tmp_path, monkeypatch):
 def test_the_newest_checkpoint_goes_first_and_what_is_undone_is_forgotten(tmp_path, monkeypatch):
     stand = Stand(tmp_path, monkeypatch, "time.sleep(60)")
     stand.save(10)
-    stand.prober.look()
+    stand.prober.poll()
     for step in (20, 30):
         stand.save(step)
-        stand.prober.look()
+        stand.prober.poll()
     assert stand.lines == ["probe of step 20: left out, the one before is not done yet"]
-    stand.prober.forget_after(9)
+    stand.prober.discard_after(9)
     assert stand.lines[-1] == "probe of step 10: stopped with the training"
     assert (stand.prober.running, stand.prober.waiting) == (None, None)
 
@@ -157,7 +157,7 @@ def test_a_resumed_run_logs_what_a_kill_kept_from_the_log(tmp_path, monkeypatch)
 
 def test_the_last_score_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     stand = Stand(tmp_path, monkeypatch, "time.sleep(60)")
-    monkeypatch.setattr(probe, "LONGEST_WAIT_S", 0.5)
+    monkeypatch.setattr(probe, "MAX_WAIT_S", 0.5)
     stand.save(10)
     stand.prober.finish()
     assert stand.lines == ["probe of step 10: stopped with the training"]
