@@ -33,7 +33,7 @@ def test_after_a_signal_a_run_saves_and_asks_to_be_requeued(corpus: Corpus, tmp_
         process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_REQUEUE, output
-    assert f"received {number.name}; saved" in output
+    assert re.search(f"received {number.name}; .*saved", output)
     step = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
     assert (tmp_path / "checkpoints/latest").read_text() == f"step-{step:08d}"
     assert not (tmp_path / "result.json").exists()
@@ -63,7 +63,7 @@ def test_a_signal_to_one_rank_stops_both(corpus: Corpus, tmp_path):
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
     ranks[0].send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=90)
-    assert re.search("another rank .*; saved", output)
+    assert re.search("another rank .*; .*saved", output)
     assert process.returncode != 0
     assert list((tmp_path / "checkpoints").glob("step-*"))
 
@@ -94,7 +94,7 @@ def test_ranks_end_when_their_launcher_is_killed(corpus: Corpus, tmp_path):
 
 
 def test_ranks_end_when_their_launcher_is_killed_during_start_up(corpus: Corpus, tmp_path):
-    """From the moment when the thread that watches the launcher runs: the second thread of a rank, long before torch."""
+    """From the moment when a rank's second thread, which watches the launcher, runs: long before torch is loaded."""
     process = start(pretrain_command(corpus, tmp_path, ENDLESS, ranks=2))
     deadline = time.monotonic() + 60
     while len(ranks := ranks_of(process)) < 2 or any(rank.num_threads() < 2 for rank in ranks):
@@ -115,7 +115,7 @@ def test_after_a_signal_to_the_deepspeed_command_alone_the_ranks_save(corpus: Co
     _, alive = psutil.wait_procs(descendants, timeout=60)
     assert not alive
     assert "the deepspeed command is gone: stopping after a checkpoint" in output
-    assert re.search("(the deepspeed command is gone|another rank .*); saved", output)
+    assert re.search("(the deepspeed command is gone|another rank .*); .*saved", output)
     assert list((tmp_path / "checkpoints").glob("step-*"))
 
 

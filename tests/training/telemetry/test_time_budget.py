@@ -36,13 +36,16 @@ def test_one_slow_step_is_forgotten():
     assert not budget.is_over
 
 
+PHASES = '[{"max_seq_len": 16, "until": 1}, {"max_seq_len": 32, "until": 1}]'
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (["--run.max_hours=0"], "run.max_hours is 0.0, expected more than 0"),
-        (["--run.max_hours=1", "--run.max_steps=5"], "run has max_steps 5 and max_hours 1.0, expected only one of them"),
+        (["--run.max_hours=1", "--run.max_steps=5"], "max_steps 5 and max_hours 1.0, expected only one of them"),
         (["--max-hours=1", "--masking.schedule=linear"], "cannot change over the run"),
-        (["--max_hours", "1", '--data.max_seq_len=[{"max_seq_len": 16, "until": 1}, {"max_seq_len": 32, "until": 1}]'], "until"),
+        (["--max_hours", "1", f"--data.max_seq_len={PHASES}"], "until"),
     ],
 )  # fmt: skip
 def test_impossible_lengths_are_refused(capsys, settings, message):
@@ -74,7 +77,7 @@ TimeBudget.elapsed = elapsed
 
 
 def test_a_run_of_20_seconds_ends_in_time_with_a_decayed_learning_rate(corpus, tmp_path, monkeypatch):
-    """By a clock on which each step takes 0.5 s. Stopped and resumed on two ranks, budget and learning rate continue."""
+    """On a fake clock each step takes 0.5 s. Budget and learning rate continue when it is stopped and resumed."""
     (tmp_path / "sitecustomize.py").write_text(FAKE_CLOCK)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
     out, length = tmp_path / "run", f"--max-hours={SECONDS / 3600}"
