@@ -4,7 +4,6 @@ OUTPUT_DIR/probe/step-00001000.json  the score of a finished probe
 OUTPUT_DIR/probe/step-00001000.log   the output of its process
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from megabert.config.recipe import ProbeConfig
 from megabert.files.checkpoint_format import step_of, tag_of
 from megabert.files.metrics_format import METRICS, read_metrics
+from megabert.files.probe_score import read_score
 from megabert.training.distributed.rank_env import RANK_VARIABLES
 from megabert.training.telemetry.reporter import Reporter
 
@@ -126,7 +126,7 @@ class ProbeRunner:
             )  # fmt: skip
 
     def _log_score(self, step: int) -> None:
-        result = json.loads(self._score_file(step).read_text())
+        result = read_score(self._score_file(step))
         self.reporter.log_metrics(step, {self.metric: result["score"], "tokens": result["tokens"]})
         self.reporter.log_line(f"probe of step {step}: {self.metric.removeprefix('probe/')} {result['score']:.4f}")
 

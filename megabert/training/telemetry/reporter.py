@@ -107,7 +107,7 @@ class Reporter:
         self.error = failed
 
     def append_json(self, name: str, record: dict[str, Any]) -> None:
-        """Append one line of JSON to another file of the run, or print the line if that fails."""
+        """Append one line of JSON to another file of the run, which MegaBERT never reads; print it if that fails."""
         line = json.dumps(record)
         try:
             with open(self.path.with_name(name), "a") as file:
@@ -116,6 +116,7 @@ class Reporter:
             self.log_line(f"{name}: {error}; this line is missing there: {line}")
 
     def _write(self, step: int, values: dict[str, float]) -> None:
+        # No format version: readers use the names they know, and a metric whose meaning changes gets a new name.
         self.file.append(json.dumps({"step": step, **values}) + "\n")
 
     def close(self) -> None:
