@@ -19,13 +19,13 @@ from megabert.training.build import prepare, rebuild
 from megabert.training.checkpointing import resume
 from megabert.training.checkpointing.writer import set_aside_after
 from megabert.training.distributed.device import peak_memory_bytes
-from megabert.training.distributed.process import init_distributed
 from megabert.training.distributed.signals import EXIT_REQUEUE, StopSignals
 from megabert.training.distributed.watchdog import PeerWatchdog
 from megabert.training.engine import choose
 from megabert.training.evaluate import evaluate
 from megabert.training.optim.lr_schedule import lr_factor
 from megabert.training.optim.optimizers import peak_lr
+from megabert.training.process import init_distributed
 from megabert.training.provenance import write_run_json
 from megabert.training.run import Run
 from megabert.training.telemetry.flops import step_flops

@@ -25,8 +25,8 @@ from megabert.config.ds_config import read_ds_config
 from megabert.config.parser import RecipeParser
 from megabert.training import loop
 from megabert.training.build import prepare
-from megabert.training.distributed.process import init_distributed
 from megabert.training.distributed.signals import StopSignals
+from megabert.training.process import init_distributed
 from megabert.training.run import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]

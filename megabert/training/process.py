@@ -13,14 +13,14 @@ from megabert.training.distributed.gloo import ring_all_gather
 from megabert.training.distributed.rank_env import rank_variables
 
 # How long a collective waits for other ranks: while rank 0 prepares the quickstart's corpus, they wait for minutes.
-# The watchdog notices a dead rank at once (watchdog.py).
+# The watchdog notices a dead rank at once (distributed/watchdog.py).
 TIMEOUT = timedelta(minutes=30)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3), from glibc's malloc.h
 
 
 def init_distributed() -> tuple[int, int]:
-    """Join the process group, whatever launched this process (see rank_env.py). Returns (rank, world size)."""
+    """Join the process group under any launcher (see distributed/rank_env.py). Returns (rank, world size)."""
     deepspeed_compat.ignore_deprecated_collectives()
     deepspeed_compat.skip_shm_comm_build()
     os.environ.update(rank_variables())
