@@ -155,7 +155,7 @@ def test_a_resumed_run_logs_scores_that_a_kill_left_unlogged(tmp_path, monkeypat
     (tmp_path / "checkpoints/step-00000030").mkdir()
     again = FakeProbe(tmp_path, monkeypatch, WRITE, step=30)
     assert again.lines == ["probe of step 20: about 0.2000"]
-    again.prober.finish()
+    again.runner.finish()
     assert [(point["step"], point["probe/about"]) for point in read_metrics(tmp_path / METRICS)] == [
         (10, 0.75), (20, 0.2), (30, 0.75),
     ]  # fmt: skip
