@@ -38,7 +38,7 @@ def init_distributed() -> tuple[int, int]:
 def keep_freed_memory() -> None:
     """Let malloc keep freed memory for later allocations, as GPU allocators do. Does nothing without glibc.
 
-    By default malloc maps every large tensor anew, and the first write to each 4 kB page is a page fault: a tenth of
+    By default malloc maps new pages for every large tensor, and the first write to each is a page fault: a tenth of
     the time of a step. The price is that the process never returns memory to the system.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,4 +1,4 @@
-"""Beginning a run with a folder's weights; tests/convert/test_from_hf.py trains from one."""
+"""Loading a folder's weights before a run; tests/convert/test_from_hf.py trains from them."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.convert.small import small_model
 
 @pytest.fixture
 def start(corpus, tmp_path):
-    """A folder of ours with the corpus' tokenizer."""
+    """A MegaBERT folder with the tokenizer of the corpus."""
     small_model().save_pretrained(tmp_path / "in")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "in" / name).write_bytes((corpus.tokenizer / name).read_bytes())
@@ -20,7 +20,7 @@ def start(corpus, tmp_path):
     return tmp_path / "start"
 
 
-def test_the_weights_are_the_folders(corpus, start):
+def test_the_weights_of_the_folder_are_loaded(corpus, start):
     model = small_model(seed=1)
     load_initial_weights(model, start, open_source(str(corpus.tokens)))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), small_model().parameters(), strict=True))
@@ -45,7 +45,7 @@ def test_another_folder_shape_or_vocabulary_is_refused(corpus, start, tmp_path):
         load_initial_weights(small_model(), start, source)
 
 
-def test_the_same_vocabulary_in_other_bytes_will_do(corpus, start):
+def test_the_same_vocabulary_in_other_bytes_is_accepted(corpus, start):
     text = (start / "tokenizer.json").read_text()
     (start / "tokenizer.json").write_text(text + "\n")
     model = small_model(seed=1)
@@ -54,7 +54,7 @@ def test_the_same_vocabulary_in_other_bytes_will_do(corpus, start):
 
 
 def test_a_resized_vocabulary_fits_the_corpus(corpus, start, tmp_path):
-    """What convert_from_hf.py --tokenizer makes of a folder with another vocabulary."""
+    """The folder had another vocabulary and was converted with convert_from_hf.py --tokenizer."""
     small_model(vocab_size=900).save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "tokenizer.json").write_bytes((corpus.tokenizer / "tokenizer.json").read_bytes())
     change = Change(tokenizer=str(corpus.tokenizer), pad_vocab_to_multiple_of=64)
