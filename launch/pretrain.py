@@ -13,15 +13,10 @@ from megabert.config import cli
 from megabert.config.ds_config import read_ds_config
 from megabert.config.parser import RecipeParser
 from megabert.config.recipe import Recipe
-from megabert.training.distributed.signals import Interrupts
+from megabert.training.distributed.rank_env import rank_of_this_process
+from megabert.training.distributed.signals import StopSignals
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-def rank_from_environment() -> int:
-    """As the deepspeed launcher, torchrun or srun says it."""
-    names = ("RANK", "SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else ("RANK",)
-    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
 
 def prepare_quickstart_corpus(recipe: Recipe) -> None:
@@ -32,7 +27,7 @@ def prepare_quickstart_corpus(recipe: Recipe) -> None:
         raise ValueError(
             f"{recipe.data.train} is not here; run from {REPOSITORY} to have the quickstart's corpus prepared."
         )
-    if rank_from_environment() == 0:
+    if rank_of_this_process() == 0:
         print(f"{recipe.data.train} is missing: preparing the quickstart's corpus, a minute or two", flush=True)
         done = subprocess.run(["bash", str(REPOSITORY / "launch/quickstart/prepare.sh")], check=False)
         if done.returncode:
@@ -40,7 +35,7 @@ def prepare_quickstart_corpus(recipe: Recipe) -> None:
 
 
 def main() -> int:
-    interrupts = Interrupts()
+    interrupts = StopSignals()
     interrupts.watch_launcher()
     parser = RecipeParser("launch/pretrain.py", __doc__ or "")
     parser.add_argument(
@@ -61,7 +56,7 @@ def main() -> int:
     os.environ.setdefault(
         "DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
     )  # else DeepSpeed probes and warns
-    logging.basicConfig(level=logging.INFO if rank_from_environment() == 0 else logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if rank_of_this_process() == 0 else logging.WARNING, format="%(message)s")
     # Imported here: flags and ds_config are checked before torch and DeepSpeed take their seconds to load.
     from megabert.training.loop import pretrain
 

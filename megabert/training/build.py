@@ -5,34 +5,35 @@ import torch
 from megabert.config.recipe import Recipe
 from megabert.data.shards.source import Corpus, stream_count
 from megabert.training.checkpointing.resume import find_checkpoint
-from megabert.training.checkpointing.writer import Retention, Saver, check_room, set_aside_after
-from megabert.training.distributed.device import device_event, device_name
-from megabert.training.distributed.signals import Interrupts
-from megabert.training.distributed.sync import check_shared, claim, from_rank_0
-from megabert.training.engine import model_of, num_parameters, start_engine
+from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space, set_aside_after
+from megabert.training.deepspeed_compat import num_parameters
+from megabert.training.distributed.device import device_name, event_class
+from megabert.training.distributed.signals import StopSignals
+from megabert.training.distributed.sync import broadcast_from_rank0, check_shared_folder, lock_output_dir
+from megabert.training.engine import model_of, start_engine
 from megabert.training.evaluate import open_held_out
 from megabert.training.feed import Feed, open_corpora, stream_config
-from megabert.training.optim.guard import Guard, Verdict
+from megabert.training.optim.guard import Guard, UpdateGate
 from megabert.training.plan import RunPlan
 from megabert.training.provenance import start_messages, write_run_json
 from megabert.training.run import Run, TrainState
 from megabert.training.telemetry import probe, trackers
 from megabert.training.telemetry.flops import peak_flops
 from megabert.training.telemetry.reporter import Meter, Reporter
-from megabert.training.telemetry.timers import Clock
+from megabert.training.telemetry.timers import TimeBudget
 from megabert.training.telemetry.trackers import open_trackers
 
 
-def build_run(plan: RunPlan, interrupts: Interrupts) -> Run:
+def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     """Open the data, build the engine and the services, and restore the newest checkpoint if there is one."""
     recipe, rank, world_size = plan.recipe, plan.rank, plan.world_size
-    if problem := trackers.why_not(recipe.run.trackers):
+    if problem := trackers.why_unavailable(recipe.run.trackers):
         raise ValueError(problem)
-    state = TrainState(Guard(recipe.run.max_norm_ratio), Clock(plan.budget_s))
-    interrupts.listen()
-    check_shared(plan.checkpoints, rank, world_size)
-    claim(plan.output_dir, rank, world_size)
-    corpus, held_out_corpus = from_rank_0(lambda: open_inputs(recipe), rank, world_size)
+    state = TrainState(Guard(recipe.run.max_norm_ratio), TimeBudget(plan.budget_s))
+    signals.install_handlers()
+    check_shared_folder(plan.checkpoints, rank, world_size)
+    lock_output_dir(plan.output_dir, rank, world_size)
+    corpus, held_out_corpus = broadcast_from_rank0(lambda: open_inputs(recipe), rank, world_size)
     checkpoint = find_checkpoint(recipe.run.resume, plan.checkpoints, plan.identity, corpus.fingerprint, rank)
     if checkpoint is not None:
         state.restore(checkpoint.state, checkpoint.positions)
@@ -46,8 +47,8 @@ def build_run(plan: RunPlan, interrupts: Interrupts) -> Run:
     # Before the model: the loader's workers fork from a small process, and have batches ready when the model is built.
     feed.open(state.positions, state.next_index)
     held_out = open_held_out(recipe, held_out_corpus, corpus, config, rank, world_size)
-    verdict = Verdict(state.guard, recipe.optimizer.max_grad_norm)
-    engine = start_engine(plan, corpus, verdict, checkpoint)
+    gate = UpdateGate(state.guard, recipe.optimizer.max_grad_norm)
+    engine = start_engine(plan, corpus, gate, checkpoint)
     model = model_of(engine)
     size = num_parameters(model)
     reporter = open_reporter(plan, state.step) if rank == 0 else None
@@ -58,17 +59,17 @@ def build_run(plan: RunPlan, interrupts: Interrupts) -> Run:
         feed=feed,
         held_out=held_out,
         engine=engine,
-        verdict=verdict,
-        saver=open_saver(plan, size, reporter),
-        interrupts=interrupts,
-        meter=Meter(device_event()),
+        gate=gate,
+        writer=open_writer(plan, size, reporter),
+        signals=signals,
+        meter=Meter(event_class()),
         model_config=model.config,
         peak_flops=peak_flops(plan.device, device_name(plan.device), model.config, precision),
         reporter=reporter,
     )
     if reporter is not None:
         for message in start_messages(plan, corpus, num_streams, size, checkpoint):
-            reporter.say(message)
+            reporter.log_line(message)
         write_run_json(plan, corpus, held_out_corpus, state.step)
         set_aside_after(plan.checkpoints, state.step)
         run.prober = open_prober(plan, reporter, state.step)
@@ -78,17 +79,17 @@ def build_run(plan: RunPlan, interrupts: Interrupts) -> Run:
 def open_inputs(recipe: Recipe) -> tuple[Corpus, Corpus]:
     """Open the training and the held-out corpus, and check the probe's data. Raises ValueError for unusable ones."""
     corpora = open_corpora(recipe.data)
-    probe.check(recipe.probe)
+    probe.check_probe(recipe.probe)
     return corpora
 
 
-def open_prober(plan: RunPlan, reporter: Reporter, step: int) -> probe.Prober | None:
+def open_prober(plan: RunPlan, reporter: Reporter, step: int) -> probe.ProbeRunner | None:
     """Start the probe if the recipe has one. step: where the run starts or resumes."""
     if plan.recipe.probe.task is None:
         return None
     # No operation is fused on a CPU, where the probe runs.
     ops = "torch" if plan.recipe.run.ops == "torch" else "auto"
-    return probe.Prober(plan.recipe.probe, ops, plan.output_dir, reporter, step)
+    return probe.ProbeRunner(plan.recipe.probe, ops, plan.output_dir, reporter, step)
 
 
 def open_reporter(plan: RunPlan, step: int) -> Reporter:
@@ -99,12 +100,14 @@ def open_reporter(plan: RunPlan, step: int) -> Reporter:
     return Reporter(folder, plan.schedule.total_steps, step, open_ones)
 
 
-def open_saver(plan: RunPlan, num_parameters: int, reporter: Reporter | None) -> Saver:
+def open_writer(plan: RunPlan, num_parameters: int, reporter: Reporter | None) -> CheckpointWriter:
     """Check the room for checkpoints, and open this rank's writer."""
     settings = plan.recipe.run
     retention = Retention(settings.keep_checkpoints, settings.keep_every_steps, settings.keep_best)
-    check_room(plan.checkpoints, num_parameters, plan.ds_config.zero_stage, retention)
-    return Saver(plan.checkpoints, retention, settings.async_save, reporter.say if reporter else _discard)
+    check_disk_space(plan.checkpoints, num_parameters, plan.ds_config.zero_stage, retention)
+    return CheckpointWriter(
+        plan.checkpoints, retention, settings.async_save, reporter.log_line if reporter else _discard
+    )
 
 
 def _discard(_: str) -> None:

@@ -16,22 +16,25 @@ from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.checkpointing import resume, universal
 from megabert.training.checkpointing.initial_weights import load_initial_weights
 from megabert.training.checkpointing.resume import Checkpoint
-from megabert.training.optim.guard import Verdict, hold_back
+from megabert.training.deepspeed_compat import gate_optimizer_step, zero_norm_reader
+from megabert.training.optim.guard import UpdateGate
 from megabert.training.optim.optimizers import parameter_groups
 from megabert.training.plan import RunPlan
 
 
 def start_engine(
-    plan: RunPlan, corpus: Corpus, verdict: Verdict, checkpoint: Checkpoint | None
+    plan: RunPlan, corpus: Corpus, gate: UpdateGate, checkpoint: Checkpoint | None
 ) -> deepspeed.DeepSpeedEngine:
     """Build the model and its engine, with initial weights or with the state of a checkpoint."""
     model = build_model(plan.recipe, corpus.tokenizer, plan.device, plan.ds_config.bf16)
     if plan.recipe.model.init_from and checkpoint is None:
         load_initial_weights(model, Path(plan.recipe.model.init_from), corpus.sources[0])
     settings = plan.ds_config.settings
-    if checkpoint is not None and universal.is_needed(checkpoint.state, plan.ds_config.zero_stage, plan.world_size):
-        settings = universal.ds_config_for(settings)
-    engine = build_engine(plan, model, settings, verdict)
+    if checkpoint is not None and universal.needs_conversion(
+        checkpoint.state, plan.ds_config.zero_stage, plan.world_size
+    ):
+        settings = universal.with_universal_loading(settings)
+    engine = build_engine(plan, model, settings, gate)
     if checkpoint is not None:
         resume.load(engine, checkpoint.path)
     return engine
@@ -72,7 +75,7 @@ def model_config(config: ModelConfig, tokenizer: TokenizerInfo) -> MegaBertConfi
 
 
 def build_engine(
-    plan: RunPlan, model: MegaBertForMaskedLM, ds_config: dict[str, Any], verdict: Verdict
+    plan: RunPlan, model: MegaBertForMaskedLM, ds_config: dict[str, Any], gate: UpdateGate
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap the model for training. The training loop sets the learning rate before every step.
 
@@ -83,17 +86,16 @@ def build_engine(
     optimizer = plan.optimizer.make(
         parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0
     )
-    hold_back(optimizer, verdict.allowed)
+    gate_optimizer_step(optimizer, gate.allows_step)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if plan.recipe.run.compile:
         # In place, so that the names of the weights stay the same.
         engine.compile(compile_kwargs={"dynamic": True})
     # At stage 0 the guard computes the gradient's norm and clips; above, ZeRO does.
     if plan.ds_config.zero_stage == 0:
-        verdict.parameters = list(engine.parameters())
+        gate.clipped_parameters = list(engine.parameters())
     else:
-        zero_optimizer: Any = engine.optimizer
-        verdict.norm_of_zero = lambda: zero_optimizer._global_grad_norm
+        gate.zero_norm = zero_norm_reader(engine)
     return engine
 
 
@@ -102,8 +104,3 @@ def model_of(engine: deepspeed.DeepSpeedEngine) -> MegaBertForMaskedLM:
     model = engine.module
     assert isinstance(model, MegaBertForMaskedLM), f"the engine holds a {type(model).__name__}"
     return model
-
-
-def num_parameters(model: MegaBertForMaskedLM) -> int:
-    """Parameters of the whole model, also when ZeRO 3 has partitioned them."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())

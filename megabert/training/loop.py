@@ -18,15 +18,15 @@ from megabert.files.atomic import write_atomically
 from megabert.training.build import build_run
 from megabert.training.checkpointing import resume
 from megabert.training.checkpointing.writer import set_aside_after
-from megabert.training.distributed.device import peak_memory
-from megabert.training.distributed.process import start_process
-from megabert.training.distributed.signals import REQUEUE, Interrupts
-from megabert.training.distributed.watchdog import RollCall
+from megabert.training.distributed.device import peak_memory_bytes
+from megabert.training.distributed.signals import EXIT_REQUEUE, StopSignals
+from megabert.training.distributed.watchdog import PeerWatchdog
 from megabert.training.engine import start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, evaluate
 from megabert.training.feed import Feed
 from megabert.training.optim.optimizers import peak_lr
 from megabert.training.plan import RunPlan, make_plan
+from megabert.training.process import init_distributed
 from megabert.training.run import Run, TrainState
 from megabert.training.schedule import lr_factor
 from megabert.training.telemetry.flops import step_flops
@@ -46,7 +46,7 @@ def train(run: Run) -> str | None:
         batches, before = next_batches(run)
         sums = take_step(run, batches)
         stop_reason = sync_step(run, batches, before, sums)
-        if every.rollback_after and state.guard.in_a_row >= every.rollback_after:
+        if every.rollback_after and state.guard.skipped_in_a_row >= every.rollback_after:
             roll_back(run)
             continue
         last = run.is_finished or stop_reason is not None
@@ -59,17 +59,17 @@ def train(run: Run) -> str | None:
         if saving:
             save(run)
         if run.prober is not None:
-            run.prober.look()
-    run.saver.wait()
+            run.prober.poll()
+    run.writer.wait()
     if run.prober is not None and run.is_finished:
         run.prober.finish()
     return stop_reason
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: TrainState) -> float:
-    """Set and return the learning rate, a function of the step or the clock alone: no scheduler has state to save."""
-    config, clock = plan.recipe.optimizer, state.clock
-    step = state.step if clock.budget is None else int(clock.share * plan.schedule.total_steps)
+    """Set and return the learning rate, a function of the step or the time_budget alone: no scheduler has state to save."""
+    config, time_budget = plan.recipe.optimizer, state.time_budget
+    step = state.step if time_budget.limit is None else int(time_budget.fraction_used * plan.schedule.total_steps)
     factor = lr_factor(step, plan.schedule.total_steps, config)
     assert engine.optimizer is not None, "a training engine has an optimizer"
     for group in engine.optimizer.param_groups:
@@ -82,7 +82,7 @@ def next_batches(run: Run) -> tuple[list[PackedBatch], dict[int, Position]]:
     state = run.state
     batches, before = [], {}
     step_batches = run.plan.schedule.stages.at(state.next_index).step_batches
-    with run.meter.watch.time("data"):
+    with run.meter.timer.time("data"):
         for _ in range(step_batches // run.plan.world_size):
             batch, stream, position = next(run.feed)
             before.setdefault(stream, state.positions.get(stream, Position()))
@@ -94,23 +94,23 @@ def next_batches(run: Run) -> tuple[list[PackedBatch], dict[int, Position]]:
 
 def take_step(run: Run, batches: list[PackedBatch]) -> torch.Tensor:
     """Run forward and backward for every micro-batch, then one update. Returns the MaskedLoss sums, (3,) fp64."""
-    engine, watch = run.engine, run.meter.watch
+    engine, timer = run.engine, run.meter.timer
     num_masked = global_count(sum(batch.num_masked for batch in batches), engine.device)
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
-    run.verdict.reset()
+    run.gate.start_step()
     for batch in batches:
         seed_dropout(run.plan.recipe.run.seed, batch.index)
         # Set explicitly, because DeepSpeed's own count of micro-batches is wrong during a batch warm-up.
         engine.set_gradient_accumulation_boundary(batch is batches[-1])
-        with watch.time("forward"):
+        with timer.time("forward"):
             output = engine(**batch.model_inputs(engine.device))
             # The mean over all masked tokens of the global batch; the factor undoes DeepSpeed's average over ranks.
             scale = run.plan.world_size / num_masked
             # A non-finite loss may have finite gradients. Times NaN, the guard refuses them on every rank.
             loss = output.loss_sum * torch.where(output.loss_sum.isfinite(), scale, math.nan)
-        with watch.time("backward"):
+        with timer.time("backward"):
             engine.backward(loss, scale_wrt_gas=False)
-        with watch.time("optimizer"):
+        with timer.time("optimizer"):
             engine.step()
         sums += torch.stack([part.detach().double() for part in output])
     return sums
@@ -135,42 +135,42 @@ def sync_step(run: Run, batches: list[PackedBatch], before: dict[int, Position],
     before: positions of the streams before the step. sums: from `take_step`. Returns the reason to stop early, or None.
     """
     state, meter = run.state, run.meter
-    stop_requested, save_failed = float(run.interrupts.reason is not None), float(run.saver.problem is not None)
+    stop_requested, save_failed = float(run.signals.reason is not None), float(run.writer.problem is not None)
     tokens, slots = sum(batch.num_tokens for batch in batches), len(batches) * run.plan.recipe.data.micro_batch_tokens
-    wall_seconds = state.clock.now() if run.plan.rank == 0 else 0.0
+    wall_seconds = state.time_budget.elapsed() if run.plan.rank == 0 else 0.0
     squared_lengths = sum(batch.sum_squared_lengths for batch in batches)
     own = [tokens, slots, squared_lengths, stop_requested, save_failed, wall_seconds]
     packed = torch.cat([sums, torch.tensor(own, dtype=torch.float64, device=run.engine.device)])
-    with meter.watch.time("agree"):
+    with meter.timer.time("agree"):
         deepspeed.comm.all_reduce(packed)
     *counts, any_stop, any_failure, wall_seconds = packed.tolist()  # waits for the device
     state.step += 1
-    state.clock.agree(wall_seconds)
+    state.time_budget.update(wall_seconds)
     if any_failure:
-        run.saver.wait()  # raises on every rank
-    if run.verdict.settle():
-        meter.add(counts)
-        meter.own_tokens += tokens
+        run.writer.wait()  # raises on every rank
+    if run.gate.finish_step():
+        meter.add_step(counts)
+        meter.local_tokens += tokens
     else:
         log_skipped_update(run, before, counts[0] / max(1.0, counts[2]))
     if not any_stop:
         return None
-    return run.interrupts.reason or "another rank was asked to stop"
+    return run.signals.reason or "another rank was asked to stop"
 
 
 def log_skipped_update(run: Run, before: dict[int, Position], loss: float) -> None:
     """Report a skipped update, with its bins and the positions of their streams; every rank calls this."""
-    step, last, norm = run.state.step, run.state.next_index, run.verdict.norm
+    step, last, norm = run.state.step, run.state.next_index, run.gate.norm
     first = last - run.plan.schedule.stages.at(last - 1).step_batches
     parts: list[Any] = [None] * run.plan.world_size
     torch.distributed.all_gather_object(parts, {stream: position.to_json() for stream, position in before.items()})
     if run.reporter is not None:
-        run.reporter.say(
+        run.reporter.log_line(
             f"step {step}: update skipped, gradient norm {norm:.3g}, loss {loss:.3f}, bins {first} to {last - 1}"
         )
         positions = {stream: position for part in parts for stream, position in part.items()}
         facts = {"step": step, "bins": [first, last], "norm": repr(norm), "loss": repr(loss)}
-        run.reporter.add_to(SKIPPED, facts | {"positions": positions})
+        run.reporter.append_json(SKIPPED, facts | {"positions": positions})
 
 
 def roll_back(run: Run) -> None:
@@ -179,8 +179,8 @@ def roll_back(run: Run) -> None:
     Raises ValueError if there is no checkpoint, or if rollbacks to it have not helped.
     """
     plan, state = run.plan, run.state
-    skipped = state.guard.in_a_row
-    run.saver.wait()
+    skipped = state.guard.skipped_in_a_row
+    run.writer.wait()
     path = resume.newest(plan.checkpoints, up_to=state.step - skipped)
     if path is None:
         raise ValueError(
@@ -196,14 +196,14 @@ def roll_back(run: Run) -> None:
     run.engine.destroy()
     del run.engine
     gc.collect()
-    run.engine = start_engine(plan, run.feed.corpus, run.verdict, checkpoint)
+    run.engine = start_engine(plan, run.feed.corpus, run.gate, checkpoint)
     state.roll_back(checkpoint.state, checkpoint.positions)
     run.feed.open(state.positions, state.next_index)
     if run.reporter is not None:
         set_aside_after(plan.checkpoints, state.step)
     if run.prober is not None:
-        run.prober.forget_after(state.step)
-    run.say(f"rolled back to {path} after {skipped} skipped updates; continuing at bin {state.next_index}")
+        run.prober.discard_after(state.step)
+    run.log_line(f"rolled back to {path} after {skipped} skipped updates; continuing at bin {state.next_index}")
 
 
 def report(run: Run, lr: float) -> None:
@@ -212,7 +212,7 @@ def report(run: Run, lr: float) -> None:
     seconds = meter.seconds()
     state.tokens += int(meter.tokens)
     state.seconds += seconds
-    parts, steps = meter.watch.read(), max(1, meter.steps)
+    parts, steps = meter.timer.totals(), max(1, meter.steps)
     speeds, skipped_chunks = gather_rank_figures(run, parts["data"] + parts["forward"])
     mfu = {}
     if run.peak_flops is not None:
@@ -223,7 +223,7 @@ def report(run: Run, lr: float) -> None:
         "masked_accuracy": meter.num_correct / max(1.0, meter.num_targets),
         "lr": lr,
         "masked_share": meter.num_targets / max(1.0, meter.tokens),
-        "grad_norm": run.verdict.norm,
+        "grad_norm": run.gate.norm,
         "skipped_updates": state.guard.skipped,
         "tokens": state.tokens,
         "seconds": state.seconds,
@@ -235,15 +235,15 @@ def report(run: Run, lr: float) -> None:
         "fill": meter.tokens / max(1.0, meter.slots),
         "loader_wait": parts["data"] / seconds,
         **{f"time/{part}": spent / steps for part, spent in parts.items()},
-        "memory_gb": peak_memory(run.engine.device) / 1e9,
+        "memory_gb": peak_memory_bytes(run.engine.device) / 1e9,
         **mfu,
         "skipped_chunks": skipped_chunks,
     }
     if run.reporter is not None and meter.steps:
-        if state.clock.budget is not None:
-            left = max(0.0, state.clock.budget - state.clock.used)
-            run.reporter.expect(state.step + round(left / values["seconds_per_step"]))
-        run.reporter.log(state.step, values)
+        if state.time_budget.limit is not None:
+            left = max(0.0, state.time_budget.limit - state.time_budget.used)
+            run.reporter.set_total_steps(state.step + round(left / values["seconds_per_step"]))
+        run.reporter.log_step(state.step, values)
     meter.reset()
 
 
@@ -254,7 +254,7 @@ def gather_rank_figures(run: Run, own_seconds: float) -> tuple[torch.Tensor, flo
     """
     skipped = float(sum(position.skipped for position in run.state.positions.values()))
     # own_seconds is 0 if no step was counted.
-    speed = run.meter.own_tokens / max(own_seconds, 1e-9)
+    speed = run.meter.local_tokens / max(own_seconds, 1e-9)
     table = torch.zeros(run.plan.world_size, 2, dtype=torch.float64, device=run.engine.device)
     table[run.plan.rank] = torch.tensor([speed, skipped], dtype=torch.float64)
     deepspeed.comm.all_reduce(table)
@@ -268,34 +268,36 @@ def evaluate_held_out(run: Run) -> None:
     state.evaluation, state.evaluated_step = evaluate(run.engine, run.held_out.batches), state.step
     if run.reporter is not None:
         loss, accuracy, masked = state.evaluation
-        run.reporter.record(state.step, {"heldout_loss": loss, "heldout_accuracy": accuracy, "tokens": state.tokens})
-        run.reporter.say(
+        run.reporter.log_metrics(
+            state.step, {"heldout_loss": loss, "heldout_accuracy": accuracy, "tokens": state.tokens}
+        )
+        run.reporter.log_line(
             f"step {state.step}: held-out loss {loss:.3f} (unigram {unigram:.3f}, {unigram - loss:+.3f} nats better), "
             f"accuracy {accuracy:.3f}, {masked:,} masked tokens"
         )
-    run.meter.paused += time.perf_counter() - began
+    run.meter.excluded_seconds += time.perf_counter() - began
 
 
 def save(run: Run) -> None:
     """Start to write a checkpoint; with run.async_save it is complete some steps later."""
     began = time.perf_counter()
-    run.saver.save(run.engine, run.to_checkpoint(), run.state.positions, run.feed.corpus.sources[0])
+    run.writer.save(run.engine, run.to_checkpoint(), run.state.positions, run.feed.corpus.sources[0])
     if run.prober is not None:
-        run.prober.saved(run.state.step)
-    run.meter.paused += time.perf_counter() - began
+        run.prober.checkpoint_saved(run.state.step)
+    run.meter.excluded_seconds += time.perf_counter() - began
 
 
-def pretrain(recipe: Recipe, ds_config: DsConfig, interrupts: Interrupts) -> int:
+def pretrain(recipe: Recipe, ds_config: DsConfig, signals: StopSignals) -> int:
     """Run a recipe from its start, or from its last checkpoint, to its end. Every rank calls this.
 
-    interrupts: takes over this process's SIGTERM and SIGUSR1. Returns the exit code: 0 at the end, or REQUEUE after a
+    signals: takes over this process's SIGTERM and SIGUSR1. Returns the exit code: 0 at the end, or EXIT_REQUEUE after a
     requested stop, with a checkpoint saved. Raises ValueError for a corpus, recipe, ds_config or checkpoint that the
     user must change.
     """
-    rank, world_size = start_process()
-    with RollCall(rank, world_size):
+    rank, world_size = init_distributed()
+    with PeerWatchdog(rank, world_size):
         plan = make_plan(recipe, ds_config, rank, world_size)
-        run = build_run(plan, interrupts)
+        run = build_run(plan, signals)
         return run_training(run)
 
 
@@ -305,7 +307,9 @@ def run_training(run: Run) -> int:
     try:
         stop_reason = train(run)
         if stop_reason is not None:
-            run.say(f"stopped at step {state.step}: {stop_reason}; checkpoint saved, run the same command to resume")
+            run.log_line(
+                f"stopped at step {state.step}: {stop_reason}; checkpoint saved, run the same command to resume"
+            )
     finally:
         if run.prober is not None:
             run.prober.stop()
@@ -322,7 +326,7 @@ def run_training(run: Run) -> int:
         if run.reporter is not None:
             write_result(run.plan, state, run.held_out, evaluation)
     shutdown(run.feed)
-    return 0 if stop_reason is None else REQUEUE
+    return 0 if stop_reason is None else EXIT_REQUEUE
 
 
 def write_result(plan: RunPlan, state: TrainState, held_out: HeldOut, evaluation: Evaluation) -> None:

@@ -7,15 +7,15 @@ import deepspeed
 from megabert.data.stream import Position
 from megabert.files.checkpoint_format import State
 from megabert.model.configuration_megabert import MegaBertConfig
-from megabert.training.checkpointing.writer import Saver
-from megabert.training.distributed.signals import Interrupts
+from megabert.training.checkpointing.writer import CheckpointWriter
+from megabert.training.distributed.signals import StopSignals
 from megabert.training.evaluate import Evaluation, HeldOut
 from megabert.training.feed import Feed
-from megabert.training.optim.guard import Guard, Verdict
+from megabert.training.optim.guard import Guard, UpdateGate
 from megabert.training.plan import RunPlan
-from megabert.training.telemetry.probe import Prober
+from megabert.training.telemetry.probe import ProbeRunner
 from megabert.training.telemetry.reporter import Meter, Reporter
-from megabert.training.telemetry.timers import Clock
+from megabert.training.telemetry.timers import TimeBudget
 
 
 @dataclass
@@ -23,7 +23,7 @@ class TrainState:
     """The values that change while a run trains, all of which a checkpoint saves."""
 
     guard: Guard
-    clock: Clock
+    time_budget: TimeBudget
     step: int = 0
     """optimizer steps done"""
     next_index: int = 0
@@ -43,7 +43,7 @@ class TrainState:
     def restore(self, saved: State, positions: dict[int, Position]) -> None:
         """Continue from a checkpoint. positions: of this rank's streams."""
         self.guard.restore(saved.guard)
-        self.clock.go_on_from(saved.wall_seconds, saved.max_step_seconds)
+        self.time_budget.resume(saved.wall_seconds, saved.max_step_seconds)
         self.step, self.next_index = saved.step, saved.next_index
         self.positions = positions
         self.tokens, self.seconds = saved.tokens, saved.seconds
@@ -66,26 +66,26 @@ class Run:
     feed: Feed
     held_out: HeldOut
     engine: deepspeed.DeepSpeedEngine
-    verdict: Verdict
-    saver: Saver
-    interrupts: Interrupts
+    gate: UpdateGate
+    writer: CheckpointWriter
+    signals: StopSignals
     meter: Meter
     model_config: MegaBertConfig
     peak_flops: float | None
     """FLOP/s of this rank's device, if known"""
     reporter: Reporter | None
     """only on rank 0"""
-    prober: Prober | None = None
+    prober: ProbeRunner | None = None
     """only on rank 0, and only if the recipe has a probe"""
 
     @property
     def is_finished(self) -> bool:
-        return self.state.step >= self.plan.schedule.total_steps or self.state.clock.is_over
+        return self.state.step >= self.plan.schedule.total_steps or self.state.time_budget.is_over
 
-    def say(self, message: str) -> None:
+    def log_line(self, message: str) -> None:
         """Print a line of the log, once for all ranks."""
         if self.reporter is not None:
-            self.reporter.say(message)
+            self.reporter.log_line(message)
 
     def to_checkpoint(self) -> State:
         """The contents of a checkpoint's state.json."""
@@ -95,8 +95,8 @@ class Run:
             next_index=state.next_index,
             tokens=state.tokens,
             seconds=state.seconds,
-            wall_seconds=state.clock.used,
-            max_step_seconds=state.clock.slowest,
+            wall_seconds=state.time_budget.used,
+            max_step_seconds=state.time_budget.max_step,
             world_size=plan.world_size,
             num_streams=self.feed.config.num_streams,
             step_batches=plan.schedule.step_batches,

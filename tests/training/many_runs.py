@@ -53,7 +53,7 @@ def main() -> None:
     from megabert.config.ds_config import read_ds_config
     from megabert.config.parser import RecipeParser
     from megabert.training import loop
-    from megabert.training.distributed.signals import Interrupts
+    from megabert.training.distributed.signals import StopSignals
 
     limit = int(os.environ["MAX_FILE_BYTES"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -64,7 +64,7 @@ def main() -> None:
     for flags in json.loads(os.environ["RUNS"]):
         recipe, options = parser.read(flags)
         try:
-            code = loop.pretrain(recipe, read_ds_config(options.ds_config), Interrupts())
+            code = loop.pretrain(recipe, read_ds_config(options.ds_config), StopSignals())
         except ValueError as mistake:
             sys.stderr.write(f"pretrain: {mistake}\n")
             code = 1

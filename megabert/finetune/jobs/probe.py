@@ -4,7 +4,6 @@ python -m megabert.finetune.jobs.probe --checkpoint runs/x/checkpoints/step-0000
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import stat
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from megabert.config import cli
-from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import read_state
+from megabert.files.probe_score import write_score
 from megabert.finetune.protocol import Plan, read_protocol
 from megabert.finetune.tasks.readers import check_data, locate
 from megabert.finetune.tasks.task import Task, choose_tasks, read_task
@@ -74,7 +73,7 @@ def score(options: Options, task: Task, data: Path, plan: Plan) -> None:
     slot = Slot(torch.device("cpu"), torch.get_num_threads())
     result = run_job(job, Context(out=out.parent, data=data, start=start, ops=options.ops), slot, start.folder)
     shutil.rmtree(start.folder)
-    write_atomically(out, json.dumps({**result, "task": task.name, "tokens": tokens}, indent=1).encode())
+    write_score(out, {**result, "task": task.name, "tokens": tokens})
 
 
 def the_task(name: str) -> Task:

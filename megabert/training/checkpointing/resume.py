@@ -11,8 +11,9 @@ import deepspeed
 from megabert.data.stream import Position
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
+from megabert.training import deepspeed_compat
 from megabert.training.checkpointing import universal
-from megabert.training.distributed.sync import gather
+from megabert.training.distributed.sync import gather_dicts
 from megabert.training.identity import RunIdentity, check_same_run
 
 log = logging.getLogger(__name__)
@@ -85,15 +86,13 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
     """Load a checkpoint into the engine; every rank calls this. Raises ValueError if DeepSpeed finds none."""
     is_universal = engine.load_universal_checkpoint()
     with universal.converted(path) if is_universal else nullcontext(path) as folder:
-        settings = universal.settings_of(engine) if is_universal else []
+        settings = deepspeed_compat.group_settings(engine) if is_universal else []
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if loaded is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint there.")
         if is_universal:
-            universal.repair_groups(engine, settings)
-    # At stage 3 DeepSpeed 0.19.8 leaves its small parameters gathered, but the first backward expects them partitioned
-    # and fails with "The size of tensor a (0) must match". At other stages this does nothing.
-    engine.empty_partition_cache()
+            deepspeed_compat.repair_universal_load(engine, settings)
+    deepspeed_compat.partition_after_load(engine)
 
 
 def _check_together(path: Path) -> str | None:
@@ -105,5 +104,5 @@ def _check_together(path: Path) -> str | None:
     except (ValueError, OSError) as error:
         # OSError: a file system that fails, or that denies access.
         problem = str(error)
-    problems = gather({} if problem is None else {rank: problem})
+    problems = gather_dicts({} if problem is None else {rank: problem})
     return problems[min(problems)] if problems else None
