@@ -7,7 +7,7 @@ from pathlib import Path
 from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.masking import masked_count
-from megabert.data.schedule import Length, MaskingRate, Plan, make_plan
+from megabert.data.schedule import BatchSchedule, Length, MaskingRate, make_schedule
 from megabert.data.shards.cache import CacheOptions
 from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus
 from megabert.data.stream import (
@@ -61,15 +61,15 @@ def open_corpora(recipe: Recipe) -> tuple[Corpus, Corpus]:
     return corpus, held
 
 
-def plan_of(recipe: Recipe, step_batches: int, total_steps: int) -> Plan:
+def plan_of(recipe: Recipe, step_batches: int, total_steps: int) -> BatchSchedule:
     """The stages of the run: what a step is, and how long pieces may be."""
     data = recipe.data
     first = data.batch_warmup_from and data.batch_warmup_from // data.micro_batch_tokens
     lengths = [Length(*phase) for phase in data.lengths]
-    return make_plan(total_steps, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
+    return make_schedule(total_steps, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
 
 
-def masking_rate(recipe: Recipe, plan: Plan, total_steps: int) -> MaskingRate:
+def masking_rate(recipe: Recipe, plan: BatchSchedule, total_steps: int) -> MaskingRate:
     """The share of masked tokens over the run."""
     masking = recipe.masking
     if masking.schedule == "constant":
@@ -78,7 +78,9 @@ def masking_rate(recipe: Recipe, plan: Plan, total_steps: int) -> MaskingRate:
     return MaskingRate(masking.mlm_probability, masking.final_mlm_probability, over, masking.schedule)
 
 
-def stream_config(recipe: Recipe, corpus: Corpus, plan: Plan, total_steps: int, num_streams: int) -> StreamConfig:
+def stream_config(
+    recipe: Recipe, corpus: Corpus, plan: BatchSchedule, total_steps: int, num_streams: int
+) -> StreamConfig:
     """The shapes of a batch, from the recipe and the corpus."""
     data = recipe.data
     masking = masking_rate(recipe, plan, total_steps)
@@ -90,7 +92,7 @@ def stream_config(recipe: Recipe, corpus: Corpus, plan: Plan, total_steps: int, 
     }
     return StreamConfig(
         bin_tokens=data.micro_batch_tokens,
-        plan=plan,
+        schedule=plan,
         max_documents=most,
         max_masked=masked_count(data.micro_batch_tokens, masking.highest),
         masking=masking,

@@ -8,7 +8,7 @@ import deepspeed
 
 from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
-from megabert.data.schedule import Plan
+from megabert.data.schedule import BatchSchedule
 from megabert.data.shards.source import Corpus
 from megabert.data.stream import Position
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
@@ -79,8 +79,8 @@ class Run:
         return self.feed.corpus
 
     @property
-    def plan(self) -> Plan:
-        return self.feed.config.plan
+    def plan(self) -> BatchSchedule:
+        return self.feed.config.schedule
 
     @property
     def world_size(self) -> int:

@@ -28,7 +28,7 @@ from report import read_arguments, write
 from data_prep import train_tokenizer, write_shards
 from megabert.data.masking import masked_count
 from megabert.data.packing import SPECIALS_PER_PIECE, cut
-from megabert.data.schedule import Length, MaskingRate, make_plan
+from megabert.data.schedule import Length, MaskingRate, make_schedule
 from megabert.data.shards.source import Corpus, open_corpus
 from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, open_loader
 
@@ -41,7 +41,7 @@ HOUR_TOKENS = (
 def config_of(corpus: Corpus, cap: int = CAP, bin_tokens: int = T, num_streams: int = 24) -> StreamConfig:
     return StreamConfig(
         bin_tokens=bin_tokens,
-        plan=make_plan(1_000_000, num_streams, [Length(cap, 1.0)]),
+        schedule=make_schedule(1_000_000, num_streams, [Length(cap, 1.0)]),
         max_documents={cap: default_max_documents(corpus, bin_tokens, cap)},
         max_masked=masked_count(bin_tokens, 0.3),
         masking=MaskingRate.constant(0.3),

@@ -7,8 +7,8 @@ import numpy as np
 
 from megabert.data.batch import PackedBatch
 from megabert.data.masking import masked_count
-from megabert.data.schedule import Length, MaskingRate, make_plan
-from megabert.data.shards.cache import Expected
+from megabert.data.schedule import Length, MaskingRate, make_schedule
+from megabert.data.shards.cache import ExpectedFile
 from megabert.data.shards.manifest import Manifest, Shard, TokenizerInfo
 from megabert.data.shards.sample_format import TokenChunk
 from megabert.data.shards.source import Corpus, DamagedShardError, Source
@@ -23,7 +23,7 @@ class NoStorage:
 
     read_ahead = 0
 
-    def read(self, name: str, offset: int, size: int, expected: Expected) -> bytes:
+    def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
         raise NotImplementedError
 
     def read_whole(self, name: str) -> bytes:
@@ -32,8 +32,11 @@ class NoStorage:
     def size(self, name: str) -> int | None:
         return None
 
-    def prefetch(self, name: str, expected: Expected) -> None:
+    def prefetch(self, name: str, expected: ExpectedFile) -> None:
         pass
+
+    def discard(self, name: str, expected: ExpectedFile) -> bool:
+        return False
 
     def url(self, name: str) -> str:
         return name
@@ -89,7 +92,7 @@ def config_of(
 ) -> StreamConfig:
     """changes: lengths, step_batches, first_batches, warmup, probability, truncate, seed."""
     lengths = changes.get("lengths", [Length(32, 1.0)])
-    plan = make_plan(
+    schedule = make_schedule(
         steps,
         changes.get("step_batches", 8),
         lengths,
@@ -99,7 +102,7 @@ def config_of(
     probability = changes.get("probability", 0.3)
     return StreamConfig(
         bin_tokens=bin_tokens,
-        plan=plan,
+        schedule=schedule,
         max_documents={length: default_max_documents(corpus, bin_tokens, length) for length, _ in lengths},
         max_masked=masked_count(bin_tokens, probability),
         masking=changes.get("masking", MaskingRate.constant(probability)),

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabert.data.masking import choose, mask, masked_count
+from megabert.data.masking import choose_masked, mask, masked_count
 
 MASK_ID = 4
 ORDINARY = np.arange(5, 100, dtype=np.int32)
@@ -43,7 +43,7 @@ def test_every_place_is_as_likely_as_any_other():
     """Over 20,000 draws of 3 of 12 places, each place and each pair of places comes up as often as chance says."""
     rng = np.random.Generator(np.random.Philox(1))
     maskable = np.array([True, False, True] * 6)
-    drawn = np.stack([choose(maskable, 0.25, rng) for _ in range(20_000)])[:, maskable].astype(float)
+    drawn = np.stack([choose_masked(maskable, 0.25, rng) for _ in range(20_000)])[:, maskable].astype(float)
     assert (drawn.sum(axis=1) == 3).all()
     assert np.abs(drawn.mean(axis=0) - 3 / 12).max() < 0.015  # standard error 0.003
     together = drawn.T @ drawn / len(drawn)

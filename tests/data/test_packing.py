@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megabert.data.packing import SPECIALS_PER_PIECE, choose, cut, filler_lengths
+from megabert.data.packing import SPECIALS_PER_PIECE, choose_pieces, cut, filler_lengths
 
 lengths_of_documents = st.lists(st.integers(0, 2000), min_size=1, max_size=50)
 
@@ -35,7 +35,7 @@ def test_choose_fills_without_overflow_and_takes_the_oldest_first(data):
     capacity = max_seq_len * data.draw(st.integers(1, 20))
     max_pieces = data.draw(st.integers(capacity // max_seq_len + 1, 200))
     lengths = np.array(data.draw(st.lists(st.integers(3, max_seq_len), min_size=1, max_size=200)))
-    chosen = choose(lengths, capacity, max_pieces, max_seq_len)
+    chosen = choose_pieces(lengths, capacity, max_pieces, max_seq_len)
     assert len(set(chosen.tolist())) == len(chosen)
     assert chosen[0] == 0 or lengths[0] > capacity
     assert (np.diff(chosen) > 0).all()
@@ -54,7 +54,7 @@ def test_bins_are_full_for_real_lengths():
         filled = []
         for _ in range(200):
             near = int(np.searchsorted(waiting.cumsum(), 4 * capacity))
-            chosen = choose(waiting[:near], capacity, 10_000, max_seq_len)
+            chosen = choose_pieces(waiting[:near], capacity, 10_000, max_seq_len)
             filled.append(waiting[chosen].sum() / capacity)
             waiting = np.delete(waiting, chosen)
         assert np.mean(filled) >= wanted

@@ -68,7 +68,7 @@ def check_batch(batch, config: StreamConfig) -> None:
     lengths = np.diff(cu_seqlens)
     assert (cu_seqlens[0], cu_seqlens[-1]) == (0, config.bin_tokens)
     assert (lengths >= 0).all()
-    assert lengths.max() <= batch.max_seqlen == config.plan.at(batch.index).max_seq_len
+    assert lengths.max() <= batch.max_seqlen == config.schedule.at(batch.index).max_seq_len
     assert batch.input_ids.shape == batch.position_ids.shape == (config.bin_tokens,)
     assert len(cu_seqlens) == config.max_documents[batch.max_seqlen] + 1
     assert np.array_equal(batch.position_ids.numpy(), np.concatenate([np.arange(length) for length in lengths]))
@@ -112,7 +112,7 @@ def test_every_token_appears_exactly_once_per_pass(source, max_seq_len, multiple
         pieces: list[np.ndarray] = []
         for batch, position in open_stream(corpus, config, stream, Position()):
             pieces += pieces_of(batch)
-            if position.lanes[0].entry >= wanted:  # the oldest waiting piece is of a later pass
+            if position.sources[0].entry >= wanted:  # the oldest waiting piece is of a later pass
                 break
         counts = np.bincount(np.concatenate(pieces) - FIRST_ID, minlength=source.tokens)
         order = SplitOrder(len(source.splits), config.seed)
@@ -226,7 +226,7 @@ def test_no_token_is_lost_or_doubled_where_the_length_changes(corpus):
     seen = np.zeros(source.tokens, dtype=int)
     for batch, position in open_stream(corpus, config, 0, Position()):
         np.add.at(seen, np.concatenate(pieces_of(batch)) - FIRST_ID, 1)
-        if position.lanes[0].entry >= len(source.splits):
+        if position.sources[0].entry >= len(source.splits):
             break
     assert seen.min() == 1
     assert (seen > 1).mean() < 0.5
@@ -261,7 +261,7 @@ def test_a_mixture_reads_each_source_whole(mixture):
     seen = np.zeros(sum(s.tokens for s in mixture.sources), dtype=int)
     for batch, position in open_stream(mixture, config, 0, Position()):
         np.add.at(seen, np.concatenate(pieces_of(batch)) - FIRST_ID, 1)
-        if position.lanes[0].entry >= len(source.splits):
+        if position.sources[0].entry >= len(source.splits):
             break
     assert seen[: source.tokens].min() == 1
 
@@ -287,7 +287,7 @@ def test_a_damaged_chunk_stops_the_run_or_is_skipped_and_counted(caplog):
     for done in range(0, 200, 26):
         repaired = corpus_of(source, on_bad_shard="skip")
         positions = positions_after(whole[:done])
-        held = {place for p in positions.values() for place in p.lanes[0].damaged}
+        held = {place for p in positions.values() for place in p.sources[0].damaged}
         rest = rank_batches(skipping, config, 200 - done, positions=positions, first=done)
         assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
         if held:
@@ -336,7 +336,7 @@ def test_a_chunk_damaged_while_the_run_was_down_costs_only_itself():
     config = config_of(corpus, num_streams=1, step_batches=1)
     for done in (3, 8, 21):
         whole = rank_batches(corpus, config, done)
-        place = whole[-1][2].lanes[0]
+        place = whole[-1][2].sources[0]
         split = source.splits[SplitOrder(len(source.splits), config.seed)[place.entry]]
         hurt.damaged = {(split.shard, split.first + place.chunk)}
         positions = positions_after(whole)
@@ -359,7 +359,7 @@ def test_short_documents_do_not_pile_up_where_places_are_few():
     config = StreamConfig(**(vars(config) | {"max_documents": {512: 64}}))
     sizes = [len(json.dumps(position.to_json())) for _, _, position in rank_batches(corpus, config, 400)]
     assert max(sizes) <= 16_384
-    held = [len(position.lanes[0].pieces) for _, _, position in rank_batches(corpus, config, 400)]
+    held = [len(position.sources[0].pieces) for _, _, position in rank_batches(corpus, config, 400)]
     assert max(held) <= 6
 
 

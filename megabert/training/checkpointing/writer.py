@@ -103,7 +103,7 @@ class Saver:
         texts: dict[str, bytes] = {}
         if self.rank == 0:
             texts = {layout.STATE: _json(vars(state)), TOKENIZER: source.read_tokenizer_file()}
-            if (config := source.read_beside(TOKENIZER_CONFIG)) is not None:
+            if (config := source.read_optional(TOKENIZER_CONFIG)) is not None:
                 texts[TOKENIZER_CONFIG] = config
         job = Job(state, _states_of(engine, copy=self.overlap), texts, dict(positions))
         if self.overlap:

@@ -94,7 +94,7 @@ def test_damaged_tar_headers_are_named(folder):
     data = bytearray(path.read_bytes())
     data[0:100] = b"\xff" * 100
     path.write_bytes(bytes(data))
-    with pytest.raises(DamagedShardError, match=r"train-00000\.tar chunk 0 \(byte 0\): its checksum is not"):
+    with pytest.raises(DamagedShardError, match=r"train-00000\.tar chunk 0 \(byte 0\): damaged: its checksum differs"):
         source.read_chunk(0, 0)
 
 
@@ -107,7 +107,9 @@ def test_one_flipped_bit_in_a_token_is_named(folder):
     data[place.offset + 1024] ^= 1
     path.write_bytes(bytes(data))
     source.read_chunk(0, 0)
-    with pytest.raises(DamagedShardError, match=rf"train-00000\.tar chunk 1 \(byte {place.offset}\): its checksum"):
+    with pytest.raises(
+        DamagedShardError, match=rf"train-00000\.tar chunk 1 \(byte {place.offset}\): damaged: its checksum"
+    ):
         source.read_chunk(0, 1)
 
 
@@ -173,7 +175,7 @@ def test_missing_shards_are_only_logged_where_that_is_allowed(folder, caplog):
 def test_an_index_of_another_manifest_is_refused(folder):
     index = np.load(folder / CHUNKS)
     np.save(folder / CHUNKS, index[:-1])
-    with pytest.raises(ValueError, match=r"chunks\.npy beside it is not the one it was written with"):
+    with pytest.raises(ValueError, match=r"belongs to another chunks\.npy than the one next to it"):
         open_source(str(folder))
 
 
@@ -232,7 +234,7 @@ def test_shards_of_another_tokenizer_are_refused(corpus, folder):
     with pytest.raises(ValueError, match=r"its fingerprint is .*, but the shards were written with ffffffffffff"):
         open_source(str(folder)).read_tokenizer_file()
     (folder / TOKENIZER).unlink()
-    with pytest.raises(ValueError, match="no such file; it belongs beside the shards"):
+    with pytest.raises(ValueError, match="no such file, expected next to the shards"):
         open_source(str(folder)).read_tokenizer_file()
 
 

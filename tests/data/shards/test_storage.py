@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megabert.data.shards import storage
-from megabert.data.shards.cache import CacheOptions, Expected, ShardCache, WrongContentError
+from megabert.data.shards.cache import CacheOptions, ExpectedFile, ShardCache, WrongContentError
 from megabert.data.shards.manifest import MANIFEST
 from megabert.data.shards.source import DamagedShardError, open_source
 from megabert.data.shards.storage import open_storage, retrying
@@ -86,7 +86,7 @@ def folder(corpus, tmp_path):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(storage, "BACK_OFF", (0.01, 0.02))
+    monkeypatch.setattr(storage, "BACKOFF_S", (0.01, 0.02))
 
 
 def every_chunk(source) -> list:
@@ -108,7 +108,7 @@ def test_chunks_come_by_byte_range(corpus, serve, cache):
     assert not cache.folder.exists()
     assert source.read_tokenizer_file() == (corpus.tokens / "tokenizer.json").read_bytes()
     assert source.token_counts.sum() == source.tokens
-    assert source.read_beside("nothing.json") is None
+    assert source.read_optional("nothing.json") is None
 
 
 def test_a_server_without_byte_ranges_is_read_whole(corpus, serve, cache, caplog):
@@ -173,7 +173,7 @@ def test_a_pipe_fills_the_cache(corpus, cache):
 def test_a_command_that_fails_is_named(corpus, cache):
     with pytest.raises(OSError, match=r"pipe:cat /nowhere/manifest\.json: failed 3 times"):
         open_source("pipe:cat /nowhere/train-{00000..00001}.tar", cache=cache)
-    with pytest.raises(ValueError, match="names no shard"):
+    with pytest.raises(ValueError, match="contains no shard name"):
         open_source("pipe:cat everything", cache=cache)
     with pytest.raises(ValueError, match="spans several folders"):
         open_source("pipe:cat /{a,b}/train-00000.tar", cache=cache)
@@ -185,7 +185,7 @@ def test_a_command_that_prints_half_a_shard_is_damage(folder, cache):
     half, _ = open_storage(command, cache)
     shard = source.shards[0]
     with pytest.raises(WrongContentError, match="5000 bytes arrived"):
-        half.read(shard.name, 0, 100, Expected(shard.bytes, shard.sha256))
+        half.read(shard.name, 0, 100, ExpectedFile(shard.bytes, shard.sha256))
     assert not list(cache.folder.glob("*.tar"))
 
 
@@ -198,7 +198,7 @@ def test_the_cache_is_bounded_and_lets_the_oldest_go(tmp_path):
     data = {f"{n}.tar": bytes([n]) * 1000 for n in range(4)}
 
     def get(name: str) -> Path:
-        expected = Expected(1000, hashlib.sha256(data[name]).hexdigest())
+        expected = ExpectedFile(1000, hashlib.sha256(data[name]).hexdigest())
         return cache.get(name, lambda path: write(path, data[name]), expected)
 
     for number, name in enumerate(("0.tar", "1.tar")):
@@ -279,7 +279,7 @@ def test_processes_fetch_a_shard_once(tmp_path):
         fetched.append(path)
         write(path, b"x" * 100)
 
-    expected = Expected(100, hashlib.sha256(b"x" * 100).hexdigest())
+    expected = ExpectedFile(100, hashlib.sha256(b"x" * 100).hexdigest())
     with ThreadPoolExecutor(8) as threads:
         paths = set(threads.map(lambda _: cache.get("a.tar", fetch, expected), range(50)))
     assert len(fetched) == len(paths) == 1

@@ -44,7 +44,7 @@ def test_its_statistics_come_from_a_sample(corpus, text):
     assert np.abs(text.token_shares - tokens.token_shares).sum() < 0.5
     assert text.tokenizer == tokens.tokenizer
     assert text.sources[0].read_tokenizer_file() == (corpus.tokenizer / "tokenizer.json").read_bytes()
-    assert text.sources[0].read_beside("tokenizer_config.json") is not None
+    assert text.sources[0].read_optional("tokenizer_config.json") is not None
 
 
 def test_another_tokenizer_is_another_corpus(corpus, text, tmp_path):
