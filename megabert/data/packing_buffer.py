@@ -15,7 +15,6 @@ from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import webdataset
 
 from megabert.data.batch import Bin
 from megabert.data.chunk_pieces import Bits, ChunkId, ChunkPieces, PhaseSnapshot, PieceOptions, cut_chunk
@@ -191,13 +190,9 @@ class SourceCursor:
         self._tokenizer = source.tokenizer
         self._options = options
         self._start = position
-        self._reader = iter(
-            webdataset.DataPipeline(
-                lambda: list_splits(source, stream, source_index, position.entry),
-                lambda splits: list_chunks(splits, source, position.chunk),
-                lambda refs: read_chunks(refs, source, frozenset(position.damaged), corpus.on_bad_shard),
-            )
-        )
+        splits = list_splits(source, stream, source_index, position.entry)
+        refs = list_chunks(splits, source, position.chunk)
+        self._reader = read_chunks(refs, source, frozenset(position.damaged), corpus.on_bad_shard)
         self._restore(position)
 
     def _restore(self, position: SourcePosition) -> None:
