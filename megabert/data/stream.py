@@ -44,6 +44,9 @@ PREFETCHED = 4  # batches that each loader worker has ready
 
 # The purpose of a random number is one part of the key of the counter-based generator; the bin's index is the other.
 MASKING, DROPOUT, HELD_OUT = 1, 2, 3
+# The format of a checkpoint's streams.json: 2 is {"format": 2, "streams": {NUMBER: POSITION}}; 1 had the streams alone.
+POSITIONS_FORMAT = 2
+
 # Evaluation does not use the run's seed, so that held-out losses of different runs are about the same masked tokens.
 EVALUATION_SEED = 0
 
@@ -59,6 +62,7 @@ class Position:
     sources: tuple[SourcePosition, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain containers, whose keys are part of the format of a checkpoint."""
         return {"bins": self.bins, "lanes": [source.to_json() for source in self.sources]}
 
     @classmethod
@@ -69,6 +73,24 @@ class Position:
     def skipped(self) -> int:
         """Damaged chunks that this stream has skipped so far."""
         return sum(source.skipped for source in self.sources)
+
+
+def positions_to_json(positions: Mapping[int, Position]) -> dict[str, Any]:
+    """Return the content of a checkpoint's streams.json. positions: of every stream, by its number."""
+    streams = {str(stream): positions[stream].to_json() for stream in sorted(positions)}
+    return {"format": POSITIONS_FORMAT, "streams": streams}
+
+
+def positions_from_json(raw: dict[str, Any], where: str) -> dict[int, Position]:
+    """Parse a checkpoint's streams.json. Raises ValueError, naming the file by `where`, if a newer megabert wrote it."""
+    found = raw.get("format", 1)
+    if found not in (1, POSITIONS_FORMAT):
+        raise ValueError(
+            f"{where}: format {found!r}, but this version of megabert reads formats up to {POSITIONS_FORMAT}. Upgrade "
+            "megabert to resume from this checkpoint, or name another one with --run.resume FOLDER."
+        )
+    streams = raw if found == 1 else raw["streams"]
+    return {int(stream): Position.from_json(position) for stream, position in streams.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

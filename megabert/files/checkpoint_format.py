@@ -3,7 +3,7 @@
 checkpoints/latest                      the tag of the newest complete checkpoint
 checkpoints/step-00000250/              complete, or not there at all
     mp_rank_00_model_states.pt ...      DeepSpeed's files
-    streams.json                        every data stream's position
+    streams.json                        every data stream's position, with a format version
     state.json                          counters, recipe, tokenizer, how many ranks wrote it
     tokenizer.json  tokenizer_config.json
     MANIFEST.json                       size and sha256 of every file above

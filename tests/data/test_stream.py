@@ -19,6 +19,8 @@ from megabert.data.stream import (
     held_out_batches,
     open_loader,
     open_stream,
+    positions_from_json,
+    positions_to_json,
     worker_count,
 )
 from tests.data.synthetic import (
@@ -361,6 +363,36 @@ def test_short_documents_do_not_pile_up_where_places_are_few():
     assert max(sizes) <= 16_384
     held = [len(position.sources[0].pieces) for _, _, position in rank_batches(corpus, config, 400)]
     assert max(held) <= 6
+
+
+@pytest.fixture(scope="module")
+def positions(mixture) -> dict[int, Position]:
+    """Positions of 8 streams with two sources, after a change of the length."""
+    config = config_of(mixture, steps=20, lengths=[Length(16, 0.5), Length(48, 1.0)])
+    return positions_after(rank_batches(mixture, config, 96))
+
+
+def test_positions_keep_their_format(positions):
+    """These keys are in the checkpoints of every run."""
+    raw = positions_to_json(positions)
+    assert (raw["format"], list(raw["streams"])) == (2, [str(stream) for stream in range(8)])
+    position = raw["streams"]["0"]
+    assert list(position) == ["bins", "lanes"]
+    keys = ["entry", "chunk", "used_tokens", "pieces", "taken", "past", "damaged", "skipped"]
+    assert [list(source) for source in position["lanes"]] == [keys, keys]
+    assert any(source["past"] for source in position["lanes"])
+    assert positions_from_json(json.loads(json.dumps(raw)), "here") == positions
+
+
+def test_positions_without_a_version_are_read(positions):
+    raw = {stream: position.to_json() for stream, position in positions.items()}
+    assert positions_from_json(json.loads(json.dumps(raw)), "here") == positions
+
+
+def test_positions_of_a_newer_version_are_refused():
+    message = "streams.json: format 3, but this version of megabert reads formats up to 2. Upgrade megabert"
+    with pytest.raises(ValueError, match=message):
+        positions_from_json({"format": 3, "streams": {}}, "streams.json")
 
 
 def test_an_epochs_order_is_a_permutation_of_its_own():

@@ -9,7 +9,7 @@ import deepspeed
 
 from megabert.config.ds_config import numerics_of
 from megabert.config.recipe import Recipe
-from megabert.data.stream import Position
+from megabert.data.stream import Position, positions_from_json
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
 from megabert.training.checkpointing import universal
@@ -152,8 +152,8 @@ def _load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
 
 def read_positions(path: Path) -> dict[int, Position]:
     """Every stream's position in a checkpoint."""
-    raw = json.loads((path / layout.STREAMS).read_text())
-    return {int(stream): Position.from_json(position) for stream, position in raw.items()}
+    file = path / layout.STREAMS
+    return positions_from_json(json.loads(file.read_text()), str(file))
 
 
 def _check_together(path: Path) -> str | None:

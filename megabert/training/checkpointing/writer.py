@@ -26,7 +26,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.source import Source
 from megabert.data.shards.tokenizer import TOKENIZER_CONFIG
-from megabert.data.stream import Position
+from megabert.data.stream import Position, positions_to_json
 from megabert.files import checkpoint_format as layout
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import State, step_of
@@ -132,7 +132,7 @@ class Saver:
         try:
             self._agreed(lambda: self._begin(temporary, needed))
             hashes = self._agreed(lambda: _write_files(temporary, job))
-            positions = self._agreed(lambda: {stream: part.to_json() for stream, part in job.positions.items()})
+            positions = self._agreed(lambda: job.positions)
             self._agreed(lambda: self._publish(temporary, job.state, _merge(hashes), _merge(positions)))
             if self.rank == 0:
                 self.say(f"step {job.state.step}: saved {self.folder / tag}")
@@ -165,12 +165,12 @@ class Saver:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
 
     def _publish(
-        self, temporary: Path, state: State, hashes: dict[str, tuple[int, str]], positions: dict[int, Any]
+        self, temporary: Path, state: State, hashes: dict[str, tuple[int, str]], positions: dict[int, Position]
     ) -> None:
         if self.rank != 0:
             return
         streams, manifest = temporary / layout.STREAMS, temporary / layout.MANIFEST
-        streams.write_bytes(_json({stream: positions[stream] for stream in sorted(positions)}))
+        streams.write_bytes(_json(positions_to_json(positions)))
         hashes |= {streams.name: layout.hash_and_sync(streams)}
         manifest.write_bytes(_json({name: hashes[name] for name in sorted(hashes)}))
         layout.hash_and_sync(manifest)
