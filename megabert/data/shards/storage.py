@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import braceexpand
 import fsspec
+from tenacity import Future, RetryError, Retrying, retry_if_exception, stop_after_attempt, wait_chain, wait_fixed
 
 from megabert.data.shards.cache import PERMANENT_ERRORS, CacheOptions, ExpectedFile, WholeFileReader
 
@@ -178,29 +178,54 @@ class CommandStorage:
 
 
 def retrying(action: Callable[[], T], url: str) -> T:
-    """Run an action that needs the network, and repeat it after a pause if it fails. Raises OSError with the URL.
+    """Run an action that needs the network, and repeat it after a pause if it fails.
 
-    Errors that another attempt cannot cure (no such file, no permission, a full disk) are raised at once.
+    Raises OSError with the URL when every attempt failed or a server refuses. Errors that another attempt cannot cure (no
+    such file, no permission, a full disk) are raised as they are, without another attempt.
     """
-    began = time.monotonic()
-    for pause in (*BACKOFF_S, None):
-        try:
-            return action()
-        except FileNotFoundError:
-            raise
-        except network_errors() as error:
-            if getattr(error, "errno", None) in PERMANENT_ERRORS:
-                raise
-            status = getattr(error, "status", 0)
-            reason = f"HTTP {status} {getattr(error, 'message', '')}" if status else repr(error)
-            if 400 <= status < 500 and status not in (408, 429):  # 408: timeout, 429: too many requests
-                raise OSError(f"{url}: {reason}") from error
-            if pause is None:
-                seconds = time.monotonic() - began
-                raise OSError(f"{url}: failed {len(BACKOFF_S) + 1} times over {seconds:.0f} s: {reason}") from error
-            log.warning("%s: %s; trying again in %.0f s", url, reason, pause)
-            time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
+    attempts = Retrying(
+        retry=retry_if_exception(_is_temporary),
+        wait=wait_chain(*(wait_fixed(pause) for pause in BACKOFF_S)),
+        stop=stop_after_attempt(len(BACKOFF_S) + 1),
+        before_sleep=lambda state: log.warning(
+            "%s: %s; trying again in %.0f s", url, _describe(_error_of(state.outcome)), state.upcoming_sleep
+        ),
+    )
+    try:
+        return attempts(action)
+    except RetryError as failed:
+        last, seconds = _error_of(failed.last_attempt), attempts.statistics["delay_since_first_attempt"]
+        raise OSError(f"{url}: failed {len(BACKOFF_S) + 1} times over {seconds:.0f} s: {_describe(last)}") from last
+    except network_errors() as error:
+        if _status_of(error):
+            raise OSError(f"{url}: {_describe(error)}") from error
+        raise
+
+
+def _is_temporary(error: BaseException) -> bool:
+    """Tell whether another attempt may succeed after this error."""
+    if isinstance(error, FileNotFoundError) or not isinstance(error, network_errors()):
+        return False
+    if getattr(error, "errno", None) in PERMANENT_ERRORS:
+        return False
+    status = _status_of(error)
+    return not 400 <= status < 500 or status in (408, 429)  # 408: timeout, 429: too many requests
+
+
+def _error_of(attempt: Future | None) -> BaseException:
+    error = attempt.exception() if attempt else None
+    assert error is not None, "only a failed attempt is repeated"
+    return error
+
+
+def _status_of(error: BaseException) -> int:
+    """Return the HTTP status of an error, 0 if it has none."""
+    return getattr(error, "status", 0)
+
+
+def _describe(error: BaseException) -> str:
+    status = _status_of(error)
+    return f"HTTP {status} {getattr(error, 'message', '')}" if status else repr(error)
 
 
 def open_pipe(url: str) -> Any:
