@@ -1,4 +1,4 @@
-"""A corpus made of numbers, so that a test can say what every token must be: document d holds its own ids, in order."""
+"""Corpora of consecutive numbers: each document contains its own ids in order, so a test can predict every token."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,7 +19,7 @@ FIRST_ID = 5
 
 
 class NoStorage:
-    """Chunks come from memory."""
+    """The storage of a source whose chunks are in memory."""
 
     read_ahead = 0
 
@@ -43,7 +43,7 @@ class NoStorage:
 
 
 class SyntheticSource(Source):
-    """shards: per shard, per chunk, the lengths of its documents. damaged: (shard, chunk) that cannot be read."""
+    """shards: the lengths of the documents of each chunk of each shard. damaged: (shard, chunk) that cannot be read."""
 
     def __init__(
         self, shards: Sequence[Sequence[Sequence[int]]], first_id: int = FIRST_ID, vocab_size: int | None = None
@@ -90,7 +90,7 @@ def corpus_of(*sources: SyntheticSource, weights: Sequence[float] = (1.0,), on_b
 def config_of(
     corpus: Corpus, bin_tokens: int = 128, num_streams: int = 8, steps: int = 1000, **changes
 ) -> StreamConfig:
-    """changes: lengths, step_batches, first_batches, warmup, probability, truncate, seed."""
+    """changes: lengths, step_batches, first_batches, warmup, probability, masking, truncate, seed."""
     lengths = changes.get("lengths", [Length(32, 1.0)])
     schedule = make_schedule(
         steps,
@@ -113,14 +113,14 @@ def config_of(
 
 
 def originals(batch: PackedBatch) -> np.ndarray:
-    """input_ids with the masks taken off again."""
+    """Return input_ids with the masked tokens restored."""
     ids = batch.input_ids.numpy().copy()
     ids[batch.masked_positions[: batch.num_masked].numpy()] = batch.masked_labels[: batch.num_masked].numpy()
     return ids
 
 
 def pieces_of(batch: PackedBatch) -> list[np.ndarray]:
-    """The text of every piece, without specials and filler."""
+    """Return the text of every piece, without specials and filler."""
     ids = originals(batch)
     bounds = batch.cu_seqlens.numpy()
     parts = (ids[a:b] for a, b in pairwise(bounds) if b > a)
@@ -128,7 +128,7 @@ def pieces_of(batch: PackedBatch) -> list[np.ndarray]:
 
 
 def same(first: PackedBatch, second: PackedBatch) -> bool:
-    """Bitwise the same batch."""
+    """Tell whether two batches are bitwise the same."""
     if first.__getstate__().keys() != second.__getstate__().keys():
         return False
     names = first.shapes.parts()

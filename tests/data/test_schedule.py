@@ -1,3 +1,5 @@
+"""The batch schedule: its stages, and which step and length a bin belongs to."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,12 +7,12 @@ from hypothesis import strategies as st
 from megabert.data.schedule import BatchSchedule, Length, Stage, make_schedule
 
 
-def test_a_plain_run_is_one_stage():
+def test_a_run_without_changes_has_one_stage():
     assert make_schedule(100, 8, [Length(128, 1.0)]) == BatchSchedule((Stage(0, 0, 8, 128),))
 
 
 def test_a_length_change_and_a_batch_warm_up_make_stages():
-    """Steps of 2, 4, 6, 8 micro-batches over the first 40 steps; 512 tokens from step 90 on."""
+    """A step has 2, 4, 6, then 8 micro-batches over the first 40 steps; pieces have 512 tokens from step 90 on."""
     schedule = make_schedule(100, 8, [Length(128, 0.9), Length(512, 1.0)], first_batches=2, warmup=0.4)
     assert schedule.stages == (
         Stage(0, 0, 2, 128),
@@ -24,13 +26,13 @@ def test_a_length_change_and_a_batch_warm_up_make_stages():
     assert [schedule.at(index).first_step for index in (0, 19, 20, 599, 600, 10**9)] == [0, 0, 10, 30, 90, 90]
 
 
-def test_a_warm_up_that_does_not_divide_the_batch_is_refused():
+def test_a_batch_warm_up_must_start_at_a_divisor_of_the_batch():
     with pytest.raises(ValueError, match="starts at 3 micro-batches, which do not divide the 8"):
         make_schedule(10, 8, [Length(128, 1.0)], first_batches=3, warmup=0.5)
 
 
 @given(st.integers(1, 500), st.integers(1, 6), st.integers(1, 6), st.floats(0, 1), st.floats(0.01, 0.99))
-def test_steps_follow_each_other_without_a_gap(steps, first, levels, warmup, until):
+def test_stages_follow_each_other_without_a_gap(steps, first, levels, warmup, until):
     lengths = [Length(64, until), Length(128, 1.0)]
     schedule = make_schedule(steps, first * levels, lengths, first_batches=first, warmup=warmup)
     assert schedule.stages[0][:2] == (0, 0)

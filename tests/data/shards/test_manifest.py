@@ -1,4 +1,4 @@
-"""A manifest may come from anywhere: what cannot be true is a ValueError, and nothing else happens."""
+"""Manifests: what is written is read again, and impossible values raise ValueError."""
 
 import contextlib
 import hashlib
@@ -89,14 +89,14 @@ def shard(raw):
         (lambda raw: raw.update(format=1), "format 1, expected 2"),
         (lambda raw: raw.update(chunks_sha256="0"), r"belongs to another chunks\.npy than the one next to it"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_true_is_refused(folder, change, message):
+)
+def test_impossible_values_are_refused(folder, change, message):
     with pytest.raises(ValueError, match=f"here: .*{message}"):
         parse(folder, change)
 
 
 @pytest.mark.parametrize("row", [[-1, 5, 1, 1, 0], [0, 2**62, 1, 1, 0], [2**62, 2**62, 1, 1, 0], [0, 5, -1, 1, 0]])
-def test_an_index_that_points_elsewhere_is_refused(folder, row):
+def test_an_index_that_points_outside_the_shard_is_refused(folder, row):
     file = io.BytesIO()
     np.save(file, np.array([row, INDEX[1]]))
     with pytest.raises(ValueError, match="a chunk outside its 3072 bytes, or of more than 1024 MB"):
@@ -119,30 +119,37 @@ def test_an_index_of_another_shape_or_a_pickle_is_refused(folder):
 
 
 @contextlib.contextmanager
-def refused_by_name():
-    """Whatever goes on inside may raise a ValueError that says where, and nothing else."""
+def may_be_refused():
+    """Allow a ValueError that names the file, and no other error."""
     try:
         yield
-    except ValueError as mistake:
-        if not str(mistake).startswith("here: "):
+    except ValueError as error:
+        if not str(error).startswith("here: "):
             raise
 
 
-PLACES = [("kind",), ("splits",), ("splits", "train"), ("splits", "train", 0), ("tokenizer",), ("statistics",), ("request",),
-          *[("splits", "train", 0, name) for name in ("name", "sha256", "bytes", "documents", "tokens", "num_chunks")],
-          *[("tokenizer", name) for name in ("fingerprint", "vocab_size", "special_ids", "all_special_ids")]]  # fmt: skip
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))  # fmt: skip
+SHARD_KEYS = ("name", "sha256", "bytes", "documents", "tokens", "num_chunks")
+TOKENIZER_KEYS = ("fingerprint", "vocab_size", "special_ids", "all_special_ids")
+PATHS = [
+    *[("kind",), ("splits",), ("splits", "train"), ("splits", "train", 0)],
+    *[("tokenizer",), ("statistics",), ("request",)],
+    *[("splits", "train", 0, key) for key in SHARD_KEYS],
+    *[("tokenizer", key) for key in TOKENIZER_KEYS],
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
 
 
-@given(st.sampled_from(PLACES), JSON)
-def test_any_value_anywhere_is_read_or_refused(folder, place, value):
+@given(st.sampled_from(PATHS), JSON)
+def test_any_json_value_is_accepted_or_refused_with_a_message(folder, path, value):
     def change(raw):
-        for step in place[:-1]:
-            raw = raw[step]
-        raw[place[-1]] = value
+        for key in path[:-1]:
+            raw = raw[key]
+        raw[path[-1]] = value
 
-    with refused_by_name():
+    with may_be_refused():
         parse(folder, change)
 
 
