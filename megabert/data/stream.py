@@ -13,6 +13,7 @@ The stages of a stream are generators, each of which consumes the one before:
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -82,7 +83,7 @@ def positions_to_json(positions: Mapping[int, Position]) -> dict[str, Any]:
 
 
 def positions_from_json(raw: dict[str, Any], where: str) -> dict[int, Position]:
-    """Parse a checkpoint's streams.json. Raises ValueError, naming the file by `where`, if a newer megabert wrote it."""
+    """Parse a checkpoint's streams.json. Raises ValueError, naming it by `where`, if a newer megabert wrote it."""
     found = raw.get("format", 1)
     if found not in (1, POSITIONS_FORMAT):
         raise ValueError(
@@ -265,13 +266,22 @@ def _identity(batch: T) -> T:
 
 
 def _init_worker(_: int) -> None:
-    """Give the worker one thread, because other cores are busy with the model, and let it ignore stop signals."""
+    """Give the worker one thread, because other cores are busy with the model, and let only its parent stop it.
+
+    A stop signal to the whole process group is meant for the rank, which still needs batches to finish its step.
+    """
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # A signal to the whole process group is meant for the rank. It still needs batches to finish its step, and ends its
-    # workers afterwards.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_when_parent_asks, name="sigterm", daemon=True).start()
+
+
+def _exit_when_parent_asks() -> None:
+    """Exit at a SIGTERM from the parent: an exiting process sends it to its workers and waits for them."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def held_out_batches(corpus: Corpus, config: StreamConfig, mlm_probability: float, max_bins: int) -> list[PackedBatch]:

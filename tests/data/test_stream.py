@@ -1,6 +1,7 @@
 """Streams: every token once per pass, the same bins for any number of ranks, and exact resuming."""
 
 import json
+import sys
 from itertools import islice
 
 import numpy as np
@@ -23,6 +24,7 @@ from megabert.data.stream import (
     positions_to_json,
     worker_count,
 )
+from tests.conftest import REPOSITORY, run_command
 from tests.data.synthetic import (
     FIRST_ID,
     SPECIALS,
@@ -457,6 +459,25 @@ def test_max_documents_has_a_minimum(corpus):
     config = config_of(corpus)
     with pytest.raises(ValueError, match="max_documents is 4, expected at least 8"):
         StreamConfig(**(vars(config) | {"max_documents": {32: 4}}))
+
+
+EXITING = """
+from itertools import islice
+from megabert.data.stream import BatchStream, open_loader
+from tests.data.synthetic import SyntheticSource, config_of, corpus_of
+
+if __name__ == "__main__":
+    corpus = corpus_of(SyntheticSource([[[20] * 6] * 3] * 24))
+    dataset = BatchStream(corpus, config_of(corpus), rank=0, world_size=1, positions={}, first_index=0)
+    batches = iter(open_loader(dataset, 2))
+    print(len(list(islice(batches, 3))))
+"""
+
+
+def test_a_process_can_exit_while_its_workers_run():
+    """multiprocessing ends workers by SIGTERM and waits for them, but other SIGTERMs must not end them."""
+    done = run_command([sys.executable, "-c", EXITING], timeout_s=120, PYTHONPATH=str(REPOSITORY))
+    assert (done.code, done.output.strip()) == (0, "3")
 
 
 def test_the_worker_count_is_rounded_down_to_a_divisor():

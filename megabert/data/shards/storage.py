@@ -180,8 +180,8 @@ class CommandStorage:
 def retrying(action: Callable[[], T], url: str) -> T:
     """Run an action that needs the network, and repeat it after a pause if it fails.
 
-    Raises OSError with the URL when every attempt failed or a server refuses. Errors that another attempt cannot cure (no
-    such file, no permission, a full disk) are raised as they are, without another attempt.
+    Raises OSError with the URL when every attempt failed or a server refuses. Errors that another attempt cannot cure
+    (no such file, no permission, a full disk) are raised as they are, without another attempt.
     """
     attempts = Retrying(
         retry=retry_if_exception(_is_temporary),
