@@ -16,13 +16,16 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
 
 import braceexpand
 import fsspec
 from tenacity import Future, RetryError, Retrying, retry_if_exception, stop_after_attempt, wait_chain, wait_fixed
 
 from megabert.data.shards.cache import PERMANENT_ERRORS, CacheOptions, ExpectedFile, WholeFileReader
+
+if TYPE_CHECKING:
+    from webdataset.gopen import Pipe
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +99,11 @@ class RemoteFolder:
         self.folder = folder.rstrip("/")
         self._whole_files = WholeFileReader(self.folder, cache)
         self._has_ranges = True
-        self._system: tuple[int, Any] = (0, None)
+        self._systems: dict[int, fsspec.AbstractFileSystem] = {}
 
     def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
         if self._has_ranges:
-            data = retrying(
-                lambda: self._open().cat_file(self.url(name), start=offset, end=offset + size), self.url(name)
-            )
+            data = self._download(name, start=offset, end=offset + size)
             if len(data) <= size:
                 return data
             log.warning("%s: the server ignores byte ranges; shards are fetched whole", self.folder)
@@ -110,7 +111,7 @@ class RemoteFolder:
         return self._whole_files.read(name, offset, size, lambda path: self._fetch(name, path), expected)
 
     def read_whole(self, name: str) -> bytes:
-        return retrying(lambda: self._open().cat_file(self.url(name)), self.url(name))
+        return self._download(name)
 
     def size(self, name: str) -> int | None:
         """Return None: a size costs one request per shard and rank, and reading reports a missing chunk anyway."""
@@ -126,14 +127,19 @@ class RemoteFolder:
     def url(self, name: str) -> str:
         return f"{self.folder}/{name}"
 
+    def _download(self, name: str, **byte_range: int) -> bytes:
+        data = retrying(lambda: self._open().cat_file(self.url(name), **byte_range), self.url(name))
+        assert isinstance(data, bytes), "files are opened in binary mode"
+        return data
+
     def _fetch(self, name: str, path: Path) -> None:
         retrying(lambda: self._open().get_file(self.url(name), str(path)), self.url(name))
 
-    def _open(self) -> Any:
+    def _open(self) -> fsspec.AbstractFileSystem:
         """Return the file system of this process. Connections do not survive a fork, so each process opens its own."""
-        if self._system[0] != os.getpid():
-            self._system = (os.getpid(), file_system(self.folder))
-        return self._system[1]
+        if os.getpid() not in self._systems:
+            self._systems = {os.getpid(): file_system(self.folder)}
+        return self._systems[os.getpid()]
 
 
 class CommandStorage:
@@ -228,7 +234,7 @@ def _describe(error: BaseException) -> str:
     return f"HTTP {status} {getattr(error, 'message', '')}" if status else repr(error)
 
 
-def open_pipe(url: str) -> Any:
+def open_pipe(url: str) -> "BinaryIO | Pipe":
     """Open pipe:COMMAND with webdataset's opener, whose read() and close() raise OSError if the command failed."""
     import webdataset  # imports torch, which nothing else in this file needs
 
@@ -249,7 +255,7 @@ def network_errors() -> tuple[type[BaseException], ...]:
     return tuple(found)
 
 
-def file_system(url: str) -> Any:
+def file_system(url: str) -> fsspec.AbstractFileSystem:
     """Return fsspec's file system for a URL. Raises ValueError that names the package that is missing for it."""
     options: dict[str, Any] = {}
     if url.startswith(("http://", "https://")):
