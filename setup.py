@@ -41,6 +41,7 @@ setup(
         "scikit-learn",
         "scipy",
         "sentencepiece",
+        "tenacity",
         "tensorboard",
         "tokenizers>=0.21",
         "torch>=2.8",

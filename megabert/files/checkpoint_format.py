@@ -3,12 +3,13 @@
 checkpoints/latest                      the tag of the newest complete checkpoint
 checkpoints/step-00000250/              exists only when complete
     mp_rank_00_model_states.pt ...      DeepSpeed's files
-    streams.json                        position of every data stream
+    streams.json                        position of every data stream, with a format version of its own
     state.json                          State: counters, recipe, ds_config, number of ranks; its format_version
     tokenizer.json  tokenizer_config.json
     MANIFEST.json                       size and sha256 of every file above
 
-format_version of state.json counts changes of the whole folder. 1: files without this key, see `_from_version_1`.
+format_version of state.json counts changes of all files but streams.json. 1: files without this key, see
+`_from_version_1`.
 """
 
 import contextlib

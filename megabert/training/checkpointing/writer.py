@@ -19,7 +19,7 @@ import torch
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.source import Source
 from megabert.data.shards.tokenizer import TOKENIZER_CONFIG
-from megabert.data.stream import Position
+from megabert.data.stream import Position, positions_to_json
 from megabert.files import checkpoint_format as layout
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import State, step_of
@@ -111,7 +111,7 @@ class CheckpointWriter:
         small_files: dict[str, bytes] = {}
         if self.rank == 0:
             small_files = {layout.STATE: _json(vars(state)), TOKENIZER: source.read_tokenizer_file()}
-            if (config := source.read_beside(TOKENIZER_CONFIG)) is not None:
+            if (config := source.read_optional(TOKENIZER_CONFIG)) is not None:
                 small_files[TOKENIZER_CONFIG] = config
         tensor_files = capture_checkpoint(engine, _copy_to_host if self.overlap else None)
         parts = CheckpointParts(state, tensor_files, small_files, dict(positions))
@@ -141,7 +141,7 @@ class CheckpointWriter:
         try:
             self._on_all_ranks(lambda: self._begin(temporary, needed))
             hashes = self._on_all_ranks(lambda: _write_files(temporary, parts))
-            positions = self._on_all_ranks(lambda: {stream: part.to_json() for stream, part in parts.positions.items()})
+            positions = self._on_all_ranks(lambda: parts.positions)
             self._on_all_ranks(lambda: self._publish(temporary, parts.state, _merge(hashes), _merge(positions)))
             if self.rank == 0:
                 self.log_line(f"step {parts.state.step}: saved {self.folder / tag}")
@@ -175,16 +175,16 @@ class CheckpointWriter:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
 
     def _publish(
-        self, temporary: Path, state: State, hashes: dict[str, tuple[int, str]], positions: dict[int, Any]
+        self, temporary: Path, state: State, hashes: dict[str, tuple[int, str]], positions: dict[int, Position]
     ) -> None:
         """On rank 0: write the last two files, rename the folder, and delete the checkpoints that are not kept.
 
-        streams.json and MANIFEST.json carry no format version of their own: state.json's is the whole folder's.
+        MANIFEST.json carries no format version of its own: state.json's counts for it too.
         """
         if self.rank != 0:
             return
         streams, manifest = temporary / layout.STREAMS, temporary / layout.MANIFEST
-        streams.write_bytes(_json({stream: positions[stream] for stream in sorted(positions)}))
+        streams.write_bytes(_json(positions_to_json(positions)))
         hashes |= {streams.name: layout.hash_and_sync(streams)}
         manifest.write_bytes(_json({name: hashes[name] for name in sorted(hashes)}))
         layout.hash_and_sync(manifest)
