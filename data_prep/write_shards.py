@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     if (out / MANIFEST).is_file() and not options.replace:
         raise ValueError(
             f"{out}: holds finished shards of another source, tokenizer or other settings. Choose another --out, or pass "
-            "--replace true."
+            "--replace."
         )
     try:
         manifest = prepare(wanted)

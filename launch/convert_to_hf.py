@@ -42,14 +42,13 @@ class Verify:
 
 def main() -> None:
     prog, doc = "launch/convert_to_hf.py", __doc__ or ""
-    if any(cli.with_underscores(word).startswith("--verify_only") for word in sys.argv[1:]):
+    if any(cli.split_flag(word)[0] == "--verify_only" for word in sys.argv[1:]):
         folder = cli.read_flags(Verify, prog, doc).verify_only
         from megabert.convert.check.export_check import verify  # after the flags: torch takes seconds to load
 
         report(folder, verify(Path(folder)))
         return
-    argv = ["--onnx=true" if word == "--onnx" else word for word in sys.argv[1:]]  # it needs no value
-    options = cli.read_flags(Options, prog, doc, argv)
+    options = cli.read_flags(Options, prog, doc)
     if options.layout == "published":
         from megabert.convert.to_mosaicbert import publish
 

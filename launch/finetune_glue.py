@@ -8,17 +8,12 @@ Interrupted, the same command goes on where it was; jobs that are done are reuse
 something cannot work. megabert/finetune/README.md has the rest.
 """
 
-import sys
-
 from megabert.config import cli
 from megabert.finetune.options import Request
 
-SWITCHES = ("--allow_no_mnli", "--baselines", "--submission")  # these need no value
-
 
 def main() -> int:
-    argv = [f"{word}=true" if cli.with_underscores(word) in SWITCHES else word for word in sys.argv[1:]]
-    request = cli.read_flags(Request, "launch/finetune_glue.py", __doc__ or "", argv)
+    request = cli.read_flags(Request, "launch/finetune_glue.py", __doc__ or "")
     from megabert.finetune.main import run  # after the flags: torch takes seconds to load
 
     return run(request)

@@ -10,6 +10,7 @@ DEEPSPEED=${DEEPSPEED:-}
 MAX_CRASHES=${MAX_CRASHES:-3}   # start again so often after crashes without a new checkpoint between them
 GRACE_S=60                      # ranks whose launcher is gone save and end within 45 s (megabert/training/distributed/signals.py)
 [ ! -f .venv/bin/activate ] || source .venv/bin/activate
+source launch/restart_policy.sh
 
 stopping=
 trap stop TERM INT
@@ -23,13 +24,16 @@ alive() { pgrep -g "$group" > /dev/null; }
 
 # --run.resume says where the first attempt begins; once this command has written a checkpoint, the others go on from that.
 mkdir -p "$OUT" && touch "$OUT/.started" || true   # where nothing can be written, the ranks say so
-crashes=0 before= resume=()
+crashes=0 before= flags=("$@")
 while true; do
-    [ ! "$OUT/checkpoints/latest" -nt "$OUT/.started" ] || resume=(--run.resume auto)
+    if [ "$OUT/checkpoints/latest" -nt "$OUT/.started" ]; then
+        keep_all_but_resume "$@"
+        flags=("${kept[@]}" --run.resume auto)
+    fi
     began=$SECONDS
     set -m   # a process group of its own, so that all that belongs to this attempt can be found
     # shellcheck disable=SC2086  # several words
-    deepspeed $DEEPSPEED launch/pretrain.py --run.output_dir "$OUT" "$@" "${resume[@]}" &
+    deepspeed $DEEPSPEED launch/pretrain.py --run.output_dir "$OUT" "${flags[@]}" &
     group=$!
     set +m
     while true; do   # a trapped signal ends wait early

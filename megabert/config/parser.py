@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import re
-import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megabert.config.cli import Parser, nearest, with_underscores
+from megabert.config.cli import Parser, nearest
 from megabert.config.recipe import LENGTHS, Recipe
 
 
@@ -43,8 +42,8 @@ class RecipeParser(Parser):
 
     def read(self, argv: list[str] | None = None) -> tuple[Recipe, Any]:
         """Parse flags and the recipe they name. Returns the recipe and the other flags. Exits with 2 on mistakes."""
-        argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-        argv = [re.sub("^--(max_hours|resume)(?==|$)", r"--run.\1", word) for word in argv]
+        words = self.normalize(argv)
+        argv = [re.sub("^--(max_hours|resume)(?==|$)", r"--run.\1", word) for word in words]
         name = _value_of("--recipe", argv) or self.get_defaults()["recipe"]
         try:
             path = recipe_path(name)

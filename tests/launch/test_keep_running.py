@@ -74,7 +74,8 @@ def test_a_killed_rank_and_a_killed_launcher_end_bitwise_as_if_undisturbed(corpu
 def fake_deepspeed(folder: Path, monkeypatch, script: str) -> None:
     """A repository of its own with another command in deepspeed's place."""
     (folder / "launch").mkdir(parents=True)
-    shutil.copy(REPOSITORY / "launch/keep_running.sh", folder / "launch")
+    for name in ("keep_running.sh", "restart_policy.sh"):
+        shutil.copy(REPOSITORY / "launch" / name, folder / "launch")
     (folder / "bin").mkdir()
     (folder / "bin/deepspeed").write_text(f"#!/usr/bin/env bash\necho $@ >> {folder}/starts\n{script}\n")
     (folder / "bin/deepspeed").chmod(0o755)
@@ -118,4 +119,4 @@ def test_where_to_begin_is_said_of_the_first_attempt(tmp_path, monkeypatch):
     fake_deepspeed(tmp_path, monkeypatch, script)
     assert attempts(tmp_path, "--run.resume", "none") == (0, 3)
     begins = [line.split("--run.resume")[1:] for line in (tmp_path / "starts").read_text().splitlines()]
-    assert begins == [[" none"], [" none"], [" none ", " auto"]]
+    assert begins == [[" none"], [" none"], [" auto"]]

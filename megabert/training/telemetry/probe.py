@@ -27,7 +27,7 @@ LONGEST_WAIT_S = 1200.0  # for the last score at the end of the run; other ranks
 
 
 def command(config: ProbeConfig, *more: str) -> list[str]:
-    """What fine-tunes once; more: --checkpoint, --out and --ops, or --check=true to look at the task's data only."""
+    """What fine-tunes once; more: --checkpoint, --out and --ops, or --check to look at the task's data only."""
     settings = [f"--{name}={getattr(config, name)}" for name in ("task", "data", "protocol", "max_examples")]
     return [sys.executable, "-m", MODULE, *settings, *more]
 
@@ -43,7 +43,7 @@ def check(config: ProbeConfig) -> None:
     if config.task is None:
         return
     done = subprocess.run(
-        command(config, "--check=true"), env=environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        command(config, "--check"), env=environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL,
         check=False,
     )  # fmt: skip
     if done.returncode:

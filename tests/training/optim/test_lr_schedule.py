@@ -13,7 +13,7 @@ from megabert.plots.schedule import plot_schedule
 from megabert.training.feed import masking_rate, plan_of
 from megabert.training.optim.lr_schedule import lr_factor
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import TINY, pretrain_command, run_command
+from tests.conftest import TINY, last_of_each, pretrain_command, run_command
 
 BATCH_WARMUP = ["--data.global_batch_tokens=1024", "--data.batch_warmup=0.5", "--data.batch_warmup_from=512"]
 
@@ -65,7 +65,8 @@ def test_the_masking_rate_goes_where_it_should():
 
 
 def test_the_masking_rate_counts_bins_of_a_batch_warm_up():
-    recipe = RecipeParser("p", "").read([*TINY, "--run.max_steps=10", "--masking.schedule=linear", *BATCH_WARMUP])[0]
+    flags = last_of_each([*TINY, "--run.max_steps=10", "--masking.schedule=linear", *BATCH_WARMUP])
+    recipe = RecipeParser("p", "").read(flags)[0]
     plan = plan_of(recipe, 4, 10)
     rate = masking_rate(recipe, plan, 10)
     assert [(stage.first_step, stage.step_batches) for stage in plan.stages] == [(0, 2), (2, 4)]
@@ -85,21 +86,15 @@ def test_the_masking_rate_counts_bins_of_a_batch_warm_up():
 )
 def test_schedules_that_cannot_be(capsys, settings, message):
     with pytest.raises(SystemExit):
-        RecipeParser("p", "").read([*TINY, "--run.max_steps=10", *settings])
+        RecipeParser("p", "").read(last_of_each([*TINY, "--run.max_steps=10", *settings]))
     assert message in capsys.readouterr().err
 
 
 def test_every_schedule_is_drawn(tmp_path):
     out = tmp_path / "schedule.png"
-    command = [
-        sys.executable,
-        "launch/pretrain.py",
-        *TINY,
-        "--run.max_steps=50",
-        *BATCH_WARMUP,
-        "--optimizer.schedule=wsd",
-    ]
-    done = run_command([*command, f"--plot-schedule={out}", "--masking.schedule=cosine"])
+    settings = ["--run.max_steps=50", *BATCH_WARMUP, "--optimizer.schedule=wsd", "--masking.schedule=cosine"]
+    flags = last_of_each([*TINY, *settings, f"--plot-schedule={out}"])
+    done = run_command([sys.executable, "launch/pretrain.py", *flags])
     assert done.code == 0, done.output
     assert out.read_bytes().startswith(b"\x89PNG")
     recipe = RecipeParser("p", "").read(["--recipe=mosaicbert-base"])[0]

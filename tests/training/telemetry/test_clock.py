@@ -10,7 +10,7 @@ from megabert.files.checkpoint_format import find_checkpoint, read_state
 from megabert.training.distributed.signals import REQUEUE
 from megabert.training.telemetry.reporter import read_metrics
 from megabert.training.telemetry.timers import Clock
-from tests.conftest import TINY, pretrain_command, run_command
+from tests.conftest import TINY, last_of_each, pretrain_command, run_command
 from tests.training.distributed.test_signals import start, wait_for_step
 
 
@@ -49,7 +49,7 @@ def test_one_slow_step_is_forgotten():
 )  # fmt: skip
 def test_lengths_that_cannot_be(capsys, settings, message):
     with pytest.raises(SystemExit):
-        RecipeParser("p", "").read([*TINY, *settings])
+        RecipeParser("p", "").read(last_of_each([*TINY, *settings]))
     assert message in capsys.readouterr().err
 
 
