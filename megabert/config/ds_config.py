@@ -46,7 +46,7 @@ SECTIONS = frozenset(
 
 # What would have no effect here, or one that nobody has looked at; refused unless it is off.
 NOT_HERE = {
-    "activation_checkpointing": "nothing here reads it. Set model.checkpoint_every in the recipe",
+    "activation_checkpointing": "nothing here reads it. Set model.gradient_checkpointing in the recipe",
     "data_efficiency": "the recipe's data section owns batches, lengths and their schedules",
     "datastates_ckpt": "checkpoints are written by megabert/training/checkpointing/writer.py, which run.async_save rules",
     "expert_parallel": "MegaBERT has no experts",

@@ -61,7 +61,7 @@ def test_deepspeed_reads_every_key_that_we_call_known():
         ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "does nothing below stage 3"),
         ('{"fp16": true}', "fp16 is true, expected an object"),
         ('{"bf16": "auto"}', 'bf16 is "auto", expected an object'),
-        ('{"activation_checkpointing": {"cpu_checkpointing": true}}', "Set model.checkpoint_every in the recipe"),
+        ('{"activation_checkpointing": {"cpu_checkpointing": true}}', "Set model.gradient_checkpointing in the recipe"),
         ('{"data_efficiency": {"enabled": true}}', "data_efficiency is not supported: the recipe's data section"),
         ('{"tensor_parallel": {"autotp_size": 2}}', "trains data-parallel"),
         ('{"checkpoint": {"load_universal": true}}', "load_universal is set by MegaBERT"),
