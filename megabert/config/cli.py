@@ -1,12 +1,13 @@
 """Command-line parsers made from dataclasses: every field is a flag, and every error is one line."""
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
@@ -53,6 +54,17 @@ class Parser(ArgumentParser):
             super().error(message, ex)
         sys.stderr.write(f"{self.prog}: {_explain(message, self.known_keys())}\n")
         sys.exit(2)
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raise a ValueError for a user's error, instead of exiting, as long as the block runs."""
+        self.exit_on_error = False
+        try:
+            yield
+        except argparse.ArgumentError as error:
+            raise ValueError(_explain(error.message, self.known_keys())) from error
+        finally:
+            self.exit_on_error = True
 
     def _switches(self) -> set[str]:
         """Return the flags of type bool, after telling --help that their value is optional."""
