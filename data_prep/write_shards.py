@@ -15,7 +15,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -283,5 +283,9 @@ def is_from(request: str, out: Path) -> bool:
         return False
 
 
+def command(prog: str = "megabert-shards") -> NoReturn:
+    cli.run(main, prog)
+
+
 if __name__ == "__main__":
-    cli.run(main, sys.argv[0])
+    command(sys.argv[0])

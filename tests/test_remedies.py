@@ -76,7 +76,9 @@ class Found(Exception):
 
 def strings_of(path: Path) -> Iterator[Text]:
     """Yield every string of a Python file; a NUL stands for each value of an f-string."""
-    tree = ast.parse(path.read_text())
+    code = path.read_text()
+    installed = re.search(r'prog: str = "(megabert-\w+)"', code)
+    tree = ast.parse(code)
     inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
     for node in ast.walk(tree):
         text = None
@@ -84,6 +86,8 @@ def strings_of(path: Path) -> Iterator[Text]:
             text = "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
             text = node.value
+        if text and installed:
+            text = text.replace("{command}", installed[1]).replace("{zero2}", "zero2")
         if text:
             yield Text(f"{path.relative_to(REPOSITORY)}:{node.lineno}", text)
 
@@ -112,8 +116,9 @@ def module_of(path: Path) -> ModuleType:
 
 
 def parsers_of(path: Path) -> list[argparse.ArgumentParser]:
-    """Return the parsers of a script: run its main() up to the point where it parses, once for each kind of command."""
+    """Return the parsers of a script: run it up to the point where it parses, once for each kind of command."""
     module = module_of(path)
+    start = getattr(module, "command", None) or module.main
     found = []
     for argv in (["command"], ["command", "--verify-only=folder"]):
         with pytest.MonkeyPatch.context() as patch:
@@ -121,7 +126,7 @@ def parsers_of(path: Path) -> list[argparse.ArgumentParser]:
             patch.setattr(Parser, "parse_args", stop)
             patch.setattr(argparse.ArgumentParser, "parse_args", stop)
             with pytest.raises(Found) as caught:
-                module.main()
+                start()
         found.append(caught.value.parser)
     return found
 
@@ -134,8 +139,11 @@ def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
 def parsers() -> dict[str, list[argparse.ArgumentParser]]:
     """Return the parsers of every script, by the script's file name."""
     paths = [path for folder in CODE for path in (REPOSITORY / folder).rglob("*.py")]
-    scripts = [path for path in paths if '__name__ == "__main__"' in (text := path.read_text()) and "cli." in text]
-    return {path.name: parsers_of(path) for path in sorted(scripts)}
+    started = re.compile(r'^if __name__ == "__main__":\n( +#.*\n)* +(cli\.run|command)', re.MULTILINE)
+    scripts = [path for path in paths if started.search(path.read_text())]
+    found = {path.name: parsers_of(path) for path in sorted(scripts)}
+    commands = re.findall(r'"(megabert-\w+)": "([\w.]+)"', (REPOSITORY / "setup.py").read_text())
+    return found | {name: found[f"{module.split('.')[-1]}.py"] for name, module in commands}
 
 
 @cache
@@ -193,11 +201,11 @@ def problems_of_keys(text: str) -> Iterator[str]:
 
 
 def problems_of_commands(text: str) -> Iterator[str]:
-    """Parse the complete commands of a text: lines that begin with python or deepspeed and leave nothing out."""
+    """Parse the complete commands of a text: lines that begin with one and leave nothing out."""
     for line in text.replace("\\\n", " ").splitlines():
         words = re.sub(r"  +# .*", "", line.strip().removeprefix("# ").removeprefix("$ "))
-        match = re.match(r"(?:python|deepspeed) [^|;&`$]*?\b([\w]+\.py)\b([^|;&`$]*)$", words)
-        if not match or match[1] not in parsers() or re.search(r"\.\.\.|\0|[\[\]]", match[2]):
+        match = re.match(r"(?:(?:python|deepspeed) [^|;&`$]*?\b(?=\w+\.py\b))?([\w-]+(?:\.py)?)\b([^|;&`$]*)$", words)
+        if not match or match[1] not in parsers() or not match[2] or re.search(r"\.\.\.|\0|[\[\]]", match[2]):
             continue
         arguments = shlex.split(match[2])
         if not any(accepts(parser, arguments) for parser in parsers()[match[1]]):
