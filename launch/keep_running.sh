@@ -17,7 +17,7 @@ trap stop TERM INT
 stop() {
     stopping=yes
     # Signal the ranks only. The launcher would signal them one after the other, and a save needs all of them; a loader
-    # worker would die. $group is deepspeed, its child is this machine's launcher, and the launcher's children are the ranks.
+    # worker would die. $group is deepspeed, its child is this machine's launcher, whose children are the ranks.
     pkill -TERM -P "$(pgrep -d, -P "$group")" || true
 }
 alive() { pgrep -g "$group" > /dev/null; }

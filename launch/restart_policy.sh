@@ -1,4 +1,4 @@
-# Decides what happens after an attempt to train; launch/keep_running.sh and launch/slurm/pretrain.sbatch source this file.
+# Decides what follows an attempt to train; launch/keep_running.sh and launch/slurm/pretrain.sbatch source this file.
 
 MAX_CRASHES=${MAX_CRASHES:-3}   # restarts after crashes without a new checkpoint between them
 QUICK_S=60                      # an attempt that fails with exit code 1 before this is an error of the user
@@ -24,8 +24,8 @@ decide() {
     fi
 }
 
-# Set `flags` to the user's flags ($3 and on) for the next attempt in the output folder $1. Once a checkpoint is newer than
-# the file $2, which the first attempt touched, the run resumes from it, whatever --run.resume the user gave.
+# Set `flags` to the user's flags ($3 and on) for the next attempt in the output folder $1. Once a checkpoint is newer
+# than the file $2, which the first attempt touched, the run resumes from it, whatever --run.resume the user gave.
 set_flags() {
     local out=$1 started=$2
     shift 2
