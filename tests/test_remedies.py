@@ -35,13 +35,14 @@ FOREIGN = {
     "pip": "no_binary disable_pip_version_check extra_index_url no_build_isolation no_deps target",
     "apt-get": "no_install_recommends",
     "pytest": "durations",
-    "ruff": "check fix select",
+    "ruff": "check fix select force_exclude",
+    "just": "list",
     "hf": "repo_type include local_dir",
     "git": "porcelain",
     "tensorboard": "logdir",
 }
 # The options of shell scripts.
-OWN_ARGUMENTS = {"install_gpu.sh": "no_apex"}
+OWN_ARGUMENTS = {"install_gpu.sh": "no_apex", "run.sh": "lint"}
 # Words for flags in general.
 PLACEHOLDERS = {"flag", "some_flag", "x_y"}
 RECIPE_SECTION = re.compile(r"(?<![\w./-])(model|data|masking|optimizer|run|probe)\.([a-z][a-z0-9_]*)(?![\w(/-]|\.\w)")
@@ -142,8 +143,9 @@ def parsers() -> dict[str, list[argparse.ArgumentParser]]:
     started = re.compile(r'^if __name__ == "__main__":\n( +#.*\n)* +(cli\.run|command)', re.MULTILINE)
     scripts = [path for path in paths if started.search(path.read_text())]
     found = {path.name: parsers_of(path) for path in sorted(scripts)}
-    commands = re.findall(r'"(megabert-\w+)": "([\w.]+)"', (REPOSITORY / "setup.py").read_text())
-    return found | {name: found[f"{module.split('.')[-1]}.py"] for name, module in commands}
+    for name, module in re.findall(r'"(megabert-\w+)": "([\w.]+)"', (REPOSITORY / "setup.py").read_text()):
+        found[name] = found[module] = found[f"{module.split('.')[-1]}.py"]
+    return found
 
 
 @cache
