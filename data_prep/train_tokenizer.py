@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import sentencepiece
 from tokenizers import Tokenizer, models, processors, trainers
@@ -214,5 +214,9 @@ def main(argv: list[str] | None = None) -> None:
     write_atomically(marker, request.encode())
 
 
+def command(prog: str = "megabert-tokenizer") -> NoReturn:
+    cli.run(main, prog)
+
+
 if __name__ == "__main__":
-    cli.run(main, sys.argv[0])
+    command(sys.argv[0])

@@ -15,7 +15,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     if (out / MANIFEST).is_file() and not options.replace:
         raise ValueError(
             f"{out}: holds finished shards of another source, tokenizer or other settings. Choose another --out, or pass "
-            "--replace true."
+            "--replace."
         )
     try:
         manifest = prepare(wanted)
@@ -283,5 +283,9 @@ def is_from(request: str, out: Path) -> bool:
         return False
 
 
+def command(prog: str = "megabert-shards") -> NoReturn:
+    cli.run(main, prog)
+
+
 if __name__ == "__main__":
-    cli.run(main, sys.argv[0])
+    command(sys.argv[0])

@@ -1,8 +1,8 @@
-"""Fine-tune the checkpoints of several runs, and draw score against hours, tokens and dollars: one line per run.
+"""Fine-tune the checkpoints of several runs, and draw score against hours, tokens and dollars, one line per run.
 
-python launch/pareto.py --runs runs/mosaicbert-base,runs/bert-base --data glue_dir --out runs/pareto --dollars-per-gpu-hour 2.5
+python launch/pareto.py --runs runs/mosaicbert-base,runs/bert-base --data glue_dir --dollars-per-gpu-hour 2.5
 
-Interrupted, the same command goes on where it was.
+After an interruption the same command continues.
 """
 
 import json

@@ -97,7 +97,7 @@ def test_what_is_finished_is_reused_and_what_changed_is_not(tmp_path, corpus, ca
     write_shards.main(command)
     assert "already written from this, reused" in capsys.readouterr().out
     source.write_text(json.dumps({"text": "one more document"}) + "\n" + source.read_text())
-    write_shards.main([*command, "--replace=true"])
+    write_shards.main([*command, "--replace"])
     assert hashes(tmp_path / "out") != first
 
 

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import REPOSITORY, TINY, Corpus, Finished, free_port
+from tests.conftest import REPOSITORY, TINY, Corpus, Finished, free_port, last_of_each
 
 
 def flags_of(corpus: Corpus, out: Path, ds_config: Path, *more: str) -> list[str]:
     """What a run of the tiny recipe is started with."""
-    return [f"--ds_config={ds_config}", f"--data.train={corpus.tokens}", f"--run.output_dir={out}", *TINY, *more]
+    flags = [f"--ds_config={ds_config}", f"--data.train={corpus.tokens}", f"--run.output_dir={out}", *TINY, *more]
+    return last_of_each(flags)
 
 
 def run_many(

@@ -13,7 +13,7 @@ from megabert.config.recipe import DataConfig, LengthPhase
 from megabert.convert.zero import read_checkpoint
 from megabert.files.checkpoint_format import read_state
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import TINY, Corpus, pretrain_command, run_command
+from tests.conftest import TINY, Corpus, last_of_each, pretrain_command, run_command
 
 
 def recorded(out: Path, key: str) -> list[float]:
@@ -105,7 +105,7 @@ def test_a_damaged_shard_can_be_skipped_and_is_counted(corpus: Corpus, tmp_path)
 
 
 def recipe_of(*argv: str):
-    return RecipeParser("pretrain", "").read([*TINY, "--run.max_steps=10", *argv])[0]
+    return RecipeParser("pretrain", "").read(last_of_each([*TINY, "--run.max_steps=10", *argv]))[0]
 
 
 @pytest.mark.parametrize(

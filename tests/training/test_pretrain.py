@@ -129,7 +129,7 @@ def test_a_ds_config_that_contradicts_the_recipe(corpus, tmp_path):
 
 
 def test_compiling_the_whole_model_on_a_cpu(corpus, tmp_path):
-    assert "run.compile true on a CPU" in error_of(corpus, tmp_path, STEPS, "--run.compile=true")
+    assert "run.compile true on a CPU" in error_of(corpus, tmp_path, STEPS, "--run.compile")
 
 
 def test_a_missing_checkpoint(corpus, tmp_path):

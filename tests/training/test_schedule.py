@@ -14,7 +14,7 @@ from megabert.data.schedule import MaskingRate
 from megabert.plots.schedule import plot_schedule
 from megabert.training.schedule import batches_per_step, lr_factor, make_run_schedule, total_steps
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import TINY, pretrain_command, run_command
+from tests.conftest import TINY, last_of_each, pretrain_command, run_command
 
 BATCH_WARMUP = ["--data.global_batch_tokens=1024", "--data.batch_warmup=0.5", "--data.batch_warmup_from=512"]
 
@@ -70,7 +70,7 @@ def test_the_masking_rate_follows_its_schedule():
 
 
 def test_the_masking_rate_counts_bins_of_a_batch_warm_up():
-    recipe = read(*TINY, "--run.max_steps=10", "--masking.schedule=linear", *BATCH_WARMUP)
+    recipe = read(*last_of_each([*TINY, "--run.max_steps=10", "--masking.schedule=linear", *BATCH_WARMUP]))
     schedule = make_run_schedule(recipe, 1)
     rate = schedule.masking
     assert (schedule.step_batches, schedule.total_steps) == (4, 10)
@@ -91,7 +91,7 @@ def test_the_masking_rate_counts_bins_of_a_batch_warm_up():
 )
 def test_impossible_schedules_are_refused(capsys, settings, message):
     with pytest.raises(SystemExit):
-        RecipeParser("p", "").read([*TINY, "--run.max_steps=10", *settings])
+        RecipeParser("p", "").read(last_of_each([*TINY, "--run.max_steps=10", *settings]))
     assert message in capsys.readouterr().err
 
 
@@ -118,7 +118,7 @@ def test_the_length_of_a_run():
 
 def test_length_phases_become_stages_of_the_schedule():
     phases = '[{"max_seq_len": 32, "until": 0.9}, {"max_seq_len": 64, "until": 1}]'
-    recipe = read(*TINY, "--run.max_steps=10", f"--data.max_seq_len={phases}")
+    recipe = read(*last_of_each([*TINY, "--run.max_steps=10", f"--data.max_seq_len={phases}"]))
     stages = make_run_schedule(recipe, 1).stages.stages
     assert [(stage.first_step, stage.max_seq_len) for stage in stages] == [(0, 32), (9, 64)]
     assert recipe.data.longest == 64
@@ -127,15 +127,9 @@ def test_length_phases_become_stages_of_the_schedule():
 
 def test_every_schedule_is_drawn(tmp_path):
     out = tmp_path / "schedule.png"
-    command = [
-        sys.executable,
-        "launch/pretrain.py",
-        *TINY,
-        "--run.max_steps=50",
-        *BATCH_WARMUP,
-        "--optimizer.schedule=wsd",
-    ]
-    done = run_command([*command, f"--plot-schedule={out}", "--masking.schedule=cosine"])
+    settings = ["--run.max_steps=50", *BATCH_WARMUP, "--optimizer.schedule=wsd", "--masking.schedule=cosine"]
+    flags = last_of_each([*TINY, *settings, f"--plot-schedule={out}"])
+    done = run_command([sys.executable, "launch/pretrain.py", *flags])
     assert done.code == 0, done.output
     assert out.read_bytes().startswith(b"\x89PNG")
     plot_schedule(read("--recipe=mosaicbert-base"), tmp_path / "paper.png")

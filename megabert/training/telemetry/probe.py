@@ -24,7 +24,7 @@ MAX_WAIT_S = 1200.0  # for the last score at the end of the run; the other ranks
 
 
 def probe_command(config: ProbeConfig, *more: str) -> list[str]:
-    """Return a probe's command. more: --checkpoint, --out and --ops, or --check=true to check the task's data only."""
+    """Return a probe's command. more: --checkpoint, --out and --ops, or --check to check the task's data only."""
     settings = [f"--{name}={getattr(config, name)}" for name in ("task", "data", "protocol", "max_examples")]
     return [sys.executable, "-m", MODULE, *settings, *more]
 
@@ -40,7 +40,7 @@ def check_probe(config: ProbeConfig) -> None:
     if config.task is None:
         return
     done = subprocess.run(
-        probe_command(config, "--check=true"), env=probe_environment(), capture_output=True, text=True,
+        probe_command(config, "--check"), env=probe_environment(), capture_output=True, text=True,
         stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     if done.returncode:

@@ -260,7 +260,7 @@ def test_a_run_keeps_the_best_and_every_nth(corpus, tmp_path):
     config = ds_config_in("zero2", tmp_path, bf16=False)
     settings = ["--run.max_steps=4", "--run.save_every_steps=1", "--run.keep_checkpoints=1", "--run.async_save=false"]
     # The learning rate is so high that the first step is the best.
-    more = ["--run.keep_every_steps=3", "--run.keep_best=true", "--optimizer.lr=0.5", "--optimizer.schedule=constant"]
+    more = ["--run.keep_every_steps=3", "--run.keep_best", "--optimizer.lr=0.5", "--optimizer.schedule=constant"]
     done = run_many([flags_of(corpus, tmp_path / "run", config, *settings, *more)])
     assert done.code == 0, done.output
     records = read_metrics(tmp_path / "run/metrics.jsonl")

@@ -62,7 +62,7 @@ def probes_of(training: subprocess.Popen) -> list[psutil.Process]:
     for child in psutil.Process(training.pid).children():
         with contextlib.suppress(psutil.Error):
             command = child.cmdline()
-            if probe.MODULE in command and "--check=true" not in command:
+            if probe.MODULE in command and "--check" not in command:
                 found.append(child)
     return found
 
