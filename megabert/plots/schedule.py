@@ -5,19 +5,16 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from megabert.config.recipe import Recipe, batches_per_step, total_steps
-from megabert.training.feed import masking_rate, plan_of
-from megabert.training.optim.lr_schedule import lr_factor
+from megabert.config.recipe import Recipe
+from megabert.training.schedule import lr_factor, make_run_schedule
 
 DRAWN_POINTS = 2000
 
 
 def plot_schedule(recipe: Recipe, out: Path) -> None:
     """Plot every schedule of a recipe against its steps. Raises ValueError for schedules that a run would refuse."""
-    step_batches = batches_per_step(recipe, 1)
-    total = total_steps(recipe, step_batches)
-    plan = plan_of(recipe, step_batches, total)
-    masking = masking_rate(recipe, plan, total)
+    schedule = make_run_schedule(recipe, 1)
+    total, plan, masking = schedule.total_steps, schedule.stages, schedule.masking
     steps = np.unique(np.linspace(0, total - 1, DRAWN_POINTS).round().astype(int))
     bins = [plan.bins_before(step) for step in steps.tolist()]
     hours = recipe.run.max_hours

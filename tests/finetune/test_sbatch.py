@@ -63,7 +63,10 @@ def test_some_parts_can_run_again_and_numbers_beyond_the_last_are_refused(part):
     for number, count in ((8, 8), (5, 2)):
         wrong = part(number, count)
         assert wrong.returncode == 2
-        assert f"part {number} of {count}: parts are counted from 0: use --array=0-{count - 1}, or set PARTS=N" in wrong.stderr
+        assert (
+            f"part {number} of {count}: parts are counted from 0: use --array=0-{count - 1}, or set PARTS=N"
+            in wrong.stderr
+        )
 
 
 @pytest.mark.slurm

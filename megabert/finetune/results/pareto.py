@@ -53,7 +53,7 @@ def checkpoints_of(run: Path) -> list[Path]:
         raise ValueError(f"{run}: has no checkpoints/step-...; expected the output folder of a pretraining run.")
     found = [run / "checkpoints" / tag for tag in reversed(tags)]
     for checkpoint in found:
-        if read_state(checkpoint).used <= 0:
+        if read_state(checkpoint).wall_seconds <= 0:
             raise ValueError(f"{checkpoint}: does not record its hours; an older version wrote it.")
     return found
 
@@ -68,7 +68,7 @@ def measure(run: str, checkpoint: Path, results: Path, dollars_per_gpu_hour: flo
     if found["average"] is None:
         raise ValueError(f"{results}: has no average ({found['average_of']}).")
     state = read_state(checkpoint)
-    hours = state.used / 3600
+    hours = state.wall_seconds / 3600
     price = hours * state.world_size * dollars_per_gpu_hour if dollars_per_gpu_hour else None
     return Point(run, state.step, found["average"], hours, state.tokens, price)
 

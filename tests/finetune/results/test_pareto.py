@@ -50,7 +50,7 @@ def run_of(out: Path, corpus: Corpus, seed: int, used: dict[int, float], world_s
     for step, seconds in used.items():
         folder = write_checkpoint(out, small_model(seed), corpus.tokenizer, step=step, world_size=world_size)
         state = json.loads((folder / STATE).read_text())
-        (folder / STATE).write_text(json.dumps(state | {"used": seconds}))
+        (folder / STATE).write_text(json.dumps(state | {"wall_seconds": seconds}))
         manifest = json.loads((folder / MANIFEST).read_text())
         manifest[STATE] = ((folder / STATE).stat().st_size, file_sha256(folder / STATE))
         (folder / MANIFEST).write_text(json.dumps(manifest))
