@@ -9,12 +9,12 @@ from megabert.files.atomic import write_atomically
 FORMAT_VERSION = 1
 
 
-def write_score(path: Path, facts: dict[str, Any]) -> None:
+def write_probe_score(path: Path, facts: dict[str, Any]) -> None:
     """Write the score file. facts: at least "score", 0 to 1, and "tokens", those that the checkpoint was trained on."""
     write_atomically(path, json.dumps({"format_version": FORMAT_VERSION, **facts}, indent=1).encode())
 
 
-def read_score(path: Path) -> dict[str, Any]:
+def read_probe_score(path: Path) -> dict[str, Any]:
     """Read a score file; one without a format version has version 1. Raises ValueError for a newer version."""
     facts = json.loads(path.read_text())
     if (version := facts.get("format_version", 1)) > FORMAT_VERSION:

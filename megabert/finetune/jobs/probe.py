@@ -12,7 +12,7 @@ from typing import Literal
 
 from megabert.config import cli
 from megabert.files.checkpoint_format import read_state
-from megabert.files.probe_score import write_score
+from megabert.files.probe_score import write_probe_score
 from megabert.files.subprocesses import exit_with_parent
 from megabert.finetune.protocol import TaskPlan, read_protocol
 from megabert.finetune.tasks.readers import check_data, locate_data
@@ -73,7 +73,7 @@ def finetune_once(options: Options, task: Task, data: Path, plan: TaskPlan) -> N
     slot = WorkerSlot(torch.device("cpu"), torch.get_num_threads())
     result = run_job(job, context, slot, base.folder)
     shutil.rmtree(base.folder)
-    write_score(out, {**result, "task": task.name, "tokens": tokens})
+    write_probe_score(out, {**result, "task": task.name, "tokens": tokens})
 
 
 def read_probe_task(name: str) -> Task:

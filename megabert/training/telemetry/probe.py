@@ -15,7 +15,7 @@ import torch
 from megabert.config.recipe import ProbeConfig
 from megabert.files.checkpoint_format import step_of, tag_of
 from megabert.files.metrics_format import METRICS, read_metrics
-from megabert.files.probe_score import read_score
+from megabert.files.probe_score import read_probe_score
 from megabert.training.distributed.rank_env import RANK_VARIABLES
 from megabert.training.telemetry.reporter import Reporter
 
@@ -126,7 +126,7 @@ class ProbeRunner:
             )  # fmt: skip
 
     def _log_score(self, step: int) -> None:
-        result = read_score(self._score_file(step))
+        result = read_probe_score(self._score_file(step))
         self.reporter.log_metrics(step, {self.metric: result["score"], "tokens": result["tokens"]})
         self.reporter.log_line(f"probe of step {step}: {self.metric.removeprefix('probe/')} {result['score']:.4f}")
 
