@@ -4,6 +4,7 @@ python -m megabert.finetune.jobs.probe --checkpoint runs/x/checkpoints/step-0000
 """
 
 import dataclasses
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from megabert.config import cli
+from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import read_state
-from megabert.files.probe_score import write_probe_score
 from megabert.files.subprocesses import exit_with_parent
 from megabert.finetune.protocol import TaskPlan, read_protocol
 from megabert.finetune.tasks.readers import check_data, locate_data
@@ -52,10 +53,10 @@ def main() -> None:
     check_data([task], data, submission=False)
     if not options.check:
         os.nice(10)  # everything else on the machine has priority
-        finetune_once(options, task, data, plan)
+        write_score(options, task, data, plan)
 
 
-def finetune_once(options: Options, task: Task, data: Path, plan: TaskPlan) -> None:
+def write_score(options: Options, task: Task, data: Path, plan: TaskPlan) -> None:
     """Fine-tune the checkpoint and write its score."""
     # Imported here: torch takes seconds to load, and with --check the training waits for this process.
     import torch
@@ -73,7 +74,8 @@ def finetune_once(options: Options, task: Task, data: Path, plan: TaskPlan) -> N
     slot = WorkerSlot(torch.device("cpu"), torch.get_num_threads())
     result = run_job(job, context, slot, base.folder)
     shutil.rmtree(base.folder)
-    write_probe_score(out, {**result, "task": task.name, "tokens": tokens})
+    record = {"format_version": FORMAT_VERSION, **result, "task": task.name, "tokens": tokens}
+    write_atomically(out, json.dumps(record, indent=1).encode())
 
 
 def read_probe_task(name: str) -> Task:

@@ -4,22 +4,24 @@ OUTPUT_DIR/probe/step-00001000.json  the score of a finished probe
 OUTPUT_DIR/probe/step-00001000.log   the output of its process
 """
 
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megabert.config.recipe import ProbeConfig
 from megabert.files.checkpoint_format import step_of, tag_of
 from megabert.files.metrics_format import METRICS, read_metrics
-from megabert.files.probe_score import read_probe_score
 from megabert.training.distributed.rank_env import RANK_VARIABLES
 from megabert.training.telemetry.reporter import Reporter
 
 MODULE = "megabert.finetune.jobs.probe"  # started by name: training must not import fine-tuning
+SCORE_VERSION = 1  # the newest format_version of a score file that can be read here; without one, it is 1
 MAX_WAIT_S = 1200.0  # for the last score at the end of the run; the other ranks' collectives time out after 30 minutes
 
 
@@ -126,7 +128,7 @@ class ProbeRunner:
             )  # fmt: skip
 
     def _log_score(self, step: int) -> None:
-        result = read_probe_score(self._score_file(step))
+        result = _read_score(self._score_file(step))
         self.reporter.log_metrics(step, {self.metric: result["score"], "tokens": result["tokens"]})
         self.reporter.log_line(f"probe of step {step}: {self.metric.removeprefix('probe/')} {result['score']:.4f}")
 
@@ -154,6 +156,17 @@ class ProbeRunner:
         process.communicate()
         self.running = None
         return step, process
+
+
+def _read_score(path: Path) -> dict[str, Any]:
+    """Read a score file: at least "score", 0 to 1, and "tokens", those that the checkpoint was trained on."""
+    result = json.loads(path.read_text())
+    if (version := result.get("format_version", 1)) > SCORE_VERSION:
+        raise ValueError(
+            f"{path}: has format_version {version}, expected at most {SCORE_VERSION}. Update MegaBERT, or delete the "
+            "file to leave its score out."
+        )
+    return result
 
 
 def _last_line(text: str) -> str:
