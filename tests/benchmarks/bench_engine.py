@@ -72,7 +72,7 @@ class Bare:
 def engine_step(run: Run) -> None:
     """One turn of training/loop.py's train(), which logs every step here."""
     lr = loop.set_learning_rate(run.engine, run.plan, run.state)
-    batches, before = loop.next_batches(run)
+    batches, before = loop.next_batches(run.plan, run.feed, run.state, run.meter.watch)
     loop.sync_step(run, batches, before, loop.take_step(run, batches))
     loop.report(run, lr)
 
