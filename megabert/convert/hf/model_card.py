@@ -62,7 +62,7 @@ def model_card(
     rows = _rows(config, state, numbers, num_parameters, average)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     recipe = yaml.safe_dump(public(state.recipe), sort_keys=False).rstrip()
-    ours = "" if native else "Where `megabert` is installed, `import megabert` makes `trust_remote_code` needless.\n"
+    ours = "" if native else "Where `megabert` is installed, `megabert.register_auto_classes()` makes `trust_remote_code` needless.\n"
     return f"""---
 library_name: transformers
 pipeline_tag: fill-mask
