@@ -14,15 +14,15 @@ __version__ = "0.1.0"
 
 
 def _register_config() -> None:
-    from megabert.model import register_config
+    from megabert.model import register_auto_classes
 
-    register_config()
+    register_auto_classes()
 
 
 def _register_models() -> None:
-    from megabert.model import register_models
+    from megabert.model import register_auto_classes
 
-    register_models()
+    register_auto_classes()
 
 
 _WHEN_IMPORTED = {
