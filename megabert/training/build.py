@@ -13,12 +13,13 @@ from megabert.config.ds_config import fill, numerics_of
 from megabert.config.recipe import Recipe, batches_per_step, total_steps
 from megabert.data.shards.source import Corpus, stream_count
 from megabert.files.checkpoint_format import State, read_state
+from megabert.kernels.resolve import has_fast_bf16
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.checkpointing import resume, universal
 from megabert.training.checkpointing.initial_weights import load_initial_weights
 from megabert.training.checkpointing.resume import Course
 from megabert.training.checkpointing.writer import Retention, Saver, check_room, set_aside_after
-from megabert.training.distributed.device import device_event, device_name, has_fast_bf16, training_device
+from megabert.training.distributed.device import device_event, device_name, training_device
 from megabert.training.distributed.signals import Interrupts
 from megabert.training.distributed.sync import check_shared, claim, from_rank_0
 from megabert.training.engine import attach_guard, build_engine, build_model, choose
