@@ -1,4 +1,4 @@
-"""How documents are grouped into buckets on a CPU; tests/kernels/compiled/test_cpu_attention.py tests the attention."""
+"""How documents are grouped into buckets on a CPU; tests/kernels/test_cpu.py tests their attention."""
 
 import torch
 from hypothesis import given
