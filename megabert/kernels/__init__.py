@@ -1,7 +1,10 @@
-"""Faster operations, one file each; any of them may be deleted without touching model/. README.md has the whole story.
+"""Faster implementations of the model's operations, one file each. README.md describes them.
 
-Importing this package imports no kernel: resolve.py does, once it has chosen.
+Importing this package imports no kernel; resolve.py imports the kernels that it chose. Deleting a kernel's file does
+not affect model/.
 """
 
-HEAD_DIMS = (16, 32, 64, 128)  # what the Triton attention computes: powers of two from the tensor cores' 16 on
-MAX_WIDTH = 8192  # the widest row that a LayerNorm kernel holds in registers
+# Head sizes of the Triton attention: powers of two, from 16 on, the least that tensor cores multiply.
+HEAD_DIMS = (16, 32, 64, 128)
+# The widest row that a LayerNorm kernel holds in registers.
+MAX_WIDTH = 8192

@@ -1,13 +1,13 @@
-"""LayerNorm(dropout(x) + residual), the end of each half of a post-LN block, without a sum or a mask in memory.
+"""LayerNorm(dropout(x) + residual), which ends each half of a post-LN block, without storing the sum or a mask.
 
-x, residual, y: (T, E), each in its own precision: bf16 + bf16 -> bf16 is the low-precision LayerNorm, bf16 + fp32 -> fp32
-the fp32 residual stream. The sum lives in registers, in fp32; backward makes it again from x and residual, which costs
-what reading a stored sum would. With x, r, y bytes an element of each:
-    forward   T * (E * (x + r + y) + 8)              and weight and bias, 8E for each row, from the cache
+x, residual, y: (T, E), each in its own precision: bf16 + bf16 -> bf16 is the low-precision LayerNorm, bf16 + fp32 ->
+fp32 the fp32 residual stream. The sum is kept in registers, in fp32. The backward pass computes it again from x and
+residual, which takes as long as reading a stored sum. Bytes moved, with x, r, y bytes per element of x, residual and y:
+    forward   T * (E * (x + r + y) + 8)              and weight and bias, 8E per row, from the cache
     backward  T * (E * (y + x + r + dx + dr) + 8)    and 12E for each of min(T, 256) programs: weight, and both sums
-without a residual r and dr are 0; dx and dr are one matrix, written once, where dropout is 0 and their types are equal.
-With dropout a seed, 8 bytes for each row. PyTorch without fusion moves 7.5 matrices forward (dropout and its mask 2.5,
-sum 3, LayerNorm 2) where this moves 3.
+Without a residual, r and dr are 0. Without dropout and with equal types, dx and dr are one matrix, written once. With
+dropout each row reads a seed of 8 bytes. PyTorch without fusion moves 7.5 matrices forward (dropout and its mask 2.5,
+sum 3, LayerNorm 2); this kernel moves 3.
 """
 
 import torch
@@ -22,8 +22,8 @@ from megabert.kernels.layer_norm import (
     row_constants,
     row_gradient,
     row_statistics,
-    stream_dtype,
 )
+from megabert.model.ops import residual_dtype
 
 
 @triton.jit
@@ -34,17 +34,17 @@ def forward_kernel(
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < E
-    place = row.to(tl.int64) * E + column
-    z = tl.load(X + place, mask=inside, other=0.0).to(ACC)
+    offset = row.to(tl.int64) * E + column
+    z = tl.load(X + offset, mask=inside, other=0.0).to(ACC)
     z *= row_factor(SEED, row, 0, below, scale, DROPOUT, BLOCK)
     if RESIDUAL is not None:
-        z += tl.load(RESIDUAL + place, mask=inside, other=0.0).to(ACC)
+        z += tl.load(RESIDUAL + offset, mask=inside, other=0.0).to(ACC)
     mean, rstd = row_statistics(z, inside, E, eps)
     tl.store(MEAN + row, mean)
     tl.store(RSTD + row, rstd)
     weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(ACC)
     bias = tl.load(BIAS + column, mask=inside, other=0.0).to(ACC)
-    tl.store(Y + place, ((z - mean) * rstd * weight + bias).to(Y.dtype.element_ty), mask=inside)
+    tl.store(Y + offset, ((z - mean) * rstd * weight + bias).to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -59,20 +59,20 @@ def backward_kernel(
     dweight = tl.zeros((BLOCK,), ACC)
     dbias = tl.zeros((BLOCK,), ACC)
     for row in range(program, T, tl.num_programs(0)):
-        place = tl.cast(row, tl.int64) * E + column
+        offset = tl.cast(row, tl.int64) * E + column
         factor = row_factor(SEED, row, 0, below, scale, DROPOUT, BLOCK)
-        z = tl.load(X + place, mask=inside, other=0.0).to(ACC) * factor
+        z = tl.load(X + offset, mask=inside, other=0.0).to(ACC) * factor
         if RESIDUAL is not None:
-            z += tl.load(RESIDUAL + place, mask=inside, other=0.0).to(ACC)
-        dy = tl.load(DY + place, mask=inside, other=0.0).to(ACC)
+            z += tl.load(RESIDUAL + offset, mask=inside, other=0.0).to(ACC)
+        dy = tl.load(DY + offset, mask=inside, other=0.0).to(ACC)
         rstd = tl.load(RSTD + row)
         normed = tl.where(inside, (z - tl.load(MEAN + row)) * rstd, 0.0)
         dweight += dy * normed
         dbias += dy
         dz = row_gradient(dy, normed, weight, rstd, E)
         if DRESIDUAL is not None:
-            tl.store(DRESIDUAL + place, dz.to(DRESIDUAL.dtype.element_ty), mask=inside)
-        tl.store(DX + place, (dz * factor).to(DX.dtype.element_ty), mask=inside)
+            tl.store(DRESIDUAL + offset, dz.to(DRESIDUAL.dtype.element_ty), mask=inside)
+        tl.store(DX + offset, (dz * factor).to(DX.dtype.element_ty), mask=inside)
     tl.store(DWEIGHT + program * E + column, dweight, mask=inside)
     tl.store(DBIAS + program * E + column, dbias, mask=inside)
 
@@ -82,7 +82,7 @@ def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, seed: Tensor | None,
     eps: float, dropout_p: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns y (T, E) in dtype, and each row's mean and 1 / standard deviation, (T,)."""
+    """Return y (T, E) in dtype, and each row's mean and 1 / standard deviation, (T,)."""
     y, mean, rstd = _outputs(x, dtype)
     if x.numel():
         width = x.shape[1]
@@ -98,7 +98,7 @@ def backward(
     dy: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor,
     seed: Tensor | None, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns dx, dresidual (empty where it is dx, or there is none), and the sums for weight and bias, (programs, E)."""
+    """Return dx, dresidual (empty if it equals dx or there is none), and partial dweight and dbias, (programs, E)."""
     dx, dresidual, dweight, dbias = _gradients(x, residual, dropout_p)
     if x.numel():
         tokens, width = x.shape
@@ -159,14 +159,14 @@ class AddLayerNorm(torch.autograd.Function):
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dropout_p: float, low_precision: bool
 ) -> Tensor:
-    """model/ops.py's add_layer_norm. x, residual: (T, E) -> (T, E)."""
-    dtype = stream_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type, low_precision)
+    """Compute add_layer_norm as in model/ops.py. x, residual: (T, E) -> (T, E)."""
+    dtype = residual_dtype(torch.promote_types(x.dtype, residual.dtype), x.device.type, low_precision)
     seed = draw_seed(x, dropout_p)
     return AddLayerNorm.apply(x.contiguous(), residual.contiguous(), weight, bias, seed, eps, dropout_p, dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, low_precision: bool) -> Tensor:
-    """model/ops.py's layer_norm: the same kernels without a residual. x: (..., E)."""
-    dtype = stream_dtype(x.dtype, x.device.type, low_precision)
+    """Compute layer_norm as in model/ops.py, with the same kernels and no residual. x: (..., E)."""
+    dtype = residual_dtype(x.dtype, x.device.type, low_precision)
     rows = x.reshape(-1, x.shape[-1])
     return AddLayerNorm.apply(rows, None, weight, bias, None, eps, 0.0, dtype).view(x.shape)

@@ -1,18 +1,20 @@
-"""Attention within documents, both ways, with ALiBi from its slopes: no bias, scores or weights in memory.
+"""Attention within documents with ALiBi from its slopes, without a bias, scores or weights in memory.
 
-Forward is FlashAttention-2's (https://arxiv.org/abs/2307.08691): softmax in one sweep over the keys. Backward computes
-the weights again from the saved log-sum-exp, and every gradient is written once by the program that owns it: no atomics,
-the same bits in every run. Documents of up to 128 tokens take one program for all three gradients (5 products); longer
-ones one sweep for dq and one for dk and dv (7 products). Attention dropout is Philox's, drawn again where it is needed.
+The forward pass is FlashAttention-2's (https://arxiv.org/abs/2307.08691): softmax in one sweep over the keys. The
+backward pass computes the weights again from the saved log-sum-exp. Each gradient is written once, by one program:
+there are no atomics, and every run gives the same bits. A document of up to 128 tokens takes one program for all three
+gradients (5 products); a longer one takes a sweep for dq and a sweep for dk and dv (7 products). Attention dropout is
+Philox's, drawn again in the backward pass.
 
 qkv: (T, 3, H, D), out: (T, H, D), D of 16, 32, 64 or 128; cu_seqlens as in model/padding.py; ALiBi as in
-model/attention.py. Let s be the bytes of a number, and N(L) = ceil(L / rows), K(L) = ceil(L / columns) a document's tiles
-(tile_of says how large). A document of L tokens moves, for each head:
+model/alibi.py. Let s be the bytes per number, and N(L) = ceil(L / rows) and K(L) = ceil(L / columns) a document's
+tiles, whose sizes are in tile_of. For each head, a document of L tokens moves:
     forward   L * (2D * s + 4) + N(L) * L * 2D * s      q and out, lse; then k and v for every tile
     backward  L * (8D * s + 4)                          up to 128 tokens: qkv, out, dout, lse; dqkv
-    backward  L * (8D * s + 8) + N(L) * L * 2D * s + K(L) * L * (2D * s + 8)    beyond: k and v, then q, dout, lse and
-                                                        delta for every tile, mostly from the cache
-and a few bytes for each tile to find its place. An explicit bias and weights would move L * L * s several times.
+    backward  L * (8D * s + 8) + N(L) * L * 2D * s + K(L) * L * (2D * s + 8)
+                                                        above: k and v, then q, dout, lse and delta for every tile,
+                                                        mostly from the cache
+and a few bytes per tile to find its document. An explicit bias and weights would move L * L * s several times.
 """
 
 from typing import Any, NamedTuple
@@ -28,18 +30,20 @@ from megabert.kernels.layer_norm import accumulator, accumulator_dtype
 from megabert.model.attention import Attend
 from megabert.model.padding import Sequences
 
-LOG2E = tl.constexpr(1.4426950408889634)  # the hardware's exponential is 2^x
-SHORT = 128  # documents up to this length fit one program's registers, for heads of up to 64
+# The hardware's exponential is 2^x.
+LOG2E = tl.constexpr(1.4426950408889634)
+# Documents up to this length fit one program's registers, for heads of up to 64.
+SHORT = 128
 
 
 @triton.jit
 def document_of(TILES, CU, KEYS, tile):
-    """Which tile this is: its document's first token and length, how many keys it has, and the tile's first row."""
+    """Return a tile's document: its first token, its length and its number of keys; and the tile's first row."""
     document = tl.load(TILES + 2 * tile)
     start = tl.load(CU + document)
     length = tl.load(CU + document + 1) - start
     if KEYS is not None:
-        keys = tl.maximum(tl.load(KEYS + document), 1)  # a softmax over nothing would be NaN
+        keys = tl.maximum(tl.load(KEYS + document), 1)  # a softmax over no keys would be NaN
     else:
         keys = length
     return start, length, keys, tl.load(TILES + 2 * tile + 1)
@@ -47,7 +51,7 @@ def document_of(TILES, CU, KEYS, tile):
 
 @triton.jit
 def scores(q, k, rows, columns, SLOPES, head, scale, ACC: tl.constexpr):
-    """Base-2 exponents of the weights, (R, C): q k^T / sqrt(D) - slope * |i - j|."""
+    """Return the base-2 exponents of the weights, (R, C): log2(e) * (q k^T / sqrt(D) - slope * |i - j|)."""
     s = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision="ieee") * (scale * LOG2E)
     if SLOPES is not None:
         slope = tl.load(SLOPES + head).to(ACC) * LOG2E
@@ -69,30 +73,30 @@ def forward_kernel(
     dims = tl.arange(0, D)
     query = QKV + start.to(tl.int64) * (3 * H * D) + head * D
     q = tl.load(query + rows[:, None] * (3 * H * D) + dims[None, :], mask=rows[:, None] < length, other=0.0)
-    top = tl.full((ROWS,), float("-inf"), ACC)
-    mass = tl.zeros((ROWS,), ACC)
-    total = tl.zeros((ROWS, D), ACC)
+    row_max = tl.full((ROWS,), float("-inf"), ACC)
+    row_sum = tl.zeros((ROWS,), ACC)
+    weighted_sum = tl.zeros((ROWS, D), ACC)
     for block in range(0, keys, COLUMNS):
         columns = block + tl.arange(0, COLUMNS)
-        there = columns[:, None] < keys
+        is_key = columns[:, None] < keys
         key = query + H * D + columns[:, None] * (3 * H * D) + dims[None, :]
-        k = tl.load(key, mask=there, other=0.0)
-        v = tl.load(key + H * D, mask=there, other=0.0)
+        k = tl.load(key, mask=is_key, other=0.0)
+        v = tl.load(key + H * D, mask=is_key, other=0.0)
         s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
         s = tl.where(columns[None, :] < keys, s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
-        shrink = tl.exp2(top - higher)
-        weights = tl.exp2(s - higher[:, None])
-        mass = mass * shrink + tl.sum(weights, 1)
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        rescale = tl.exp2(row_max - new_max)
+        weights = tl.exp2(s - new_max[:, None])
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
         if DROPOUT:
             weights *= tile_factor(tl.load(SEED), start + rows, block // GROUP, head, below, kept, COLUMNS)
-        total *= shrink[:, None]
-        total = tl.dot(weights.to(v.dtype), v, total, out_dtype=ACC, input_precision="ieee")
-        top = higher
+        weighted_sum *= rescale[:, None]
+        weighted_sum = tl.dot(weights.to(v.dtype), v, weighted_sum, out_dtype=ACC, input_precision="ieee")
+        row_max = new_max
     inside = rows < length
-    tl.store(LSE + head * T + start + rows, top + tl.log2(mass), mask=inside)
+    tl.store(LSE + head * T + start + rows, row_max + tl.log2(row_sum), mask=inside)
     out = OUT + start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
-    tl.store(out, (total / mass[:, None]).to(OUT.dtype.element_ty), mask=inside[:, None])
+    tl.store(out, (weighted_sum / row_sum[:, None]).to(OUT.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -101,7 +105,7 @@ def query_kernel(
     H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries; and each row's delta = sum(out * dout), which the sweep over queries needs too."""
+    """Compute dq of a tile of queries, and each row's delta = sum(out * dout), which key_kernel needs too."""
     head = tl.program_id(1)
     start, length, keys, first = document_of(TILES, CU, KEYS, tl.program_id(0))
     if first >= length:
@@ -109,22 +113,22 @@ def query_kernel(
     rows = first + tl.arange(0, ROWS)
     dims = tl.arange(0, D)
     inside = rows[:, None] < length
-    at = start.to(tl.int64) * (3 * H * D) + head * D
+    base = start.to(tl.int64) * (3 * H * D) + head * D
     query = rows[:, None] * (3 * H * D) + dims[None, :]
-    q = tl.load(QKV + at + query, mask=inside, other=0.0)
-    mixed = start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
-    dout = tl.load(DOUT + mixed, mask=inside, other=0.0)
-    delta = tl.sum(tl.load(OUT + mixed, mask=inside, other=0.0).to(ACC) * dout.to(ACC), 1)
-    by_row = head * T + start + rows
-    tl.store(DELTA + by_row, delta, mask=rows < length)
-    lse = tl.load(LSE + by_row, mask=rows < length, other=0.0)
+    q = tl.load(QKV + base + query, mask=inside, other=0.0)
+    out_at = start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
+    dout = tl.load(DOUT + out_at, mask=inside, other=0.0)
+    delta = tl.sum(tl.load(OUT + out_at, mask=inside, other=0.0).to(ACC) * dout.to(ACC), 1)
+    row_at = head * T + start + rows
+    tl.store(DELTA + row_at, delta, mask=rows < length)
+    lse = tl.load(LSE + row_at, mask=rows < length, other=0.0)
     dq = tl.zeros((ROWS, D), ACC)
     for block in range(0, keys, COLUMNS):
         columns = block + tl.arange(0, COLUMNS)
-        there = columns[:, None] < keys
-        key = QKV + at + H * D + columns[:, None] * (3 * H * D) + dims[None, :]
-        k = tl.load(key, mask=there, other=0.0)
-        v = tl.load(key + H * D, mask=there, other=0.0)
+        is_key = columns[:, None] < keys
+        key = QKV + base + H * D + columns[:, None] * (3 * H * D) + dims[None, :]
+        k = tl.load(key, mask=is_key, other=0.0)
+        v = tl.load(key + H * D, mask=is_key, other=0.0)
         s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
         weights = tl.where(columns[None, :] < keys, tl.exp2(s - lse[:, None]), 0.0)
         dweights = tl.dot(dout, tl.trans(v), out_dtype=ACC, input_precision="ieee")
@@ -132,7 +136,7 @@ def query_kernel(
             dweights *= tile_factor(tl.load(SEED), start + rows, block // GROUP, head, below, kept, COLUMNS)
         ds = weights * (dweights - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, out_dtype=ACC, input_precision="ieee")
-    tl.store(DQKV + at + query, (dq * scale).to(DQKV.dtype.element_ty), mask=inside)
+    tl.store(DQKV + base + query, (dq * scale).to(DQKV.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -141,29 +145,29 @@ def key_kernel(
     H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of COLUMNS keys."""
+    """Compute dk and dv of a tile of COLUMNS keys."""
     head = tl.program_id(1)
     start, length, keys, first = document_of(TILES, CU, KEYS, tl.program_id(0))
     if first >= length:
         return
     columns = first + tl.arange(0, COLUMNS)
     dims = tl.arange(0, D)
-    at = start.to(tl.int64) * (3 * H * D) + head * D
+    base = start.to(tl.int64) * (3 * H * D) + head * D
     key = H * D + columns[:, None] * (3 * H * D) + dims[None, :]
-    there = columns[:, None] < keys
-    k = tl.load(QKV + at + key, mask=there, other=0.0)
-    v = tl.load(QKV + at + key + H * D, mask=there, other=0.0)
+    is_key = columns[:, None] < keys
+    k = tl.load(QKV + base + key, mask=is_key, other=0.0)
+    v = tl.load(QKV + base + key + H * D, mask=is_key, other=0.0)
     dk = tl.zeros((COLUMNS, D), ACC)
     dv = tl.zeros((COLUMNS, D), ACC)
     for block in range(0, length, ROWS):
         rows = block + tl.arange(0, ROWS)
         inside = rows[:, None] < length
-        q = tl.load(QKV + at + rows[:, None] * (3 * H * D) + dims[None, :], mask=inside, other=0.0)
-        mixed = start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
-        dout = tl.load(DOUT + mixed, mask=inside, other=0.0)
-        by_row = head * T + start + rows
-        lse = tl.load(LSE + by_row, mask=rows < length, other=0.0)
-        delta = tl.load(DELTA + by_row, mask=rows < length, other=0.0)
+        q = tl.load(QKV + base + rows[:, None] * (3 * H * D) + dims[None, :], mask=inside, other=0.0)
+        out_at = start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
+        dout = tl.load(DOUT + out_at, mask=inside, other=0.0)
+        row_at = head * T + start + rows
+        lse = tl.load(LSE + row_at, mask=rows < length, other=0.0)
+        delta = tl.load(DELTA + row_at, mask=rows < length, other=0.0)
         s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
         weights = tl.where(inside & (columns[None, :] < keys), tl.exp2(s - lse[:, None]), 0.0)
         dweights = tl.dot(dout, tl.trans(v), out_dtype=ACC, input_precision="ieee")
@@ -176,9 +180,9 @@ def key_kernel(
         dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, dv, out_dtype=ACC, input_precision="ieee")
         ds = weights * (dweights - delta[:, None])
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, out_dtype=ACC, input_precision="ieee")
-    inside = columns[:, None] < length  # padding in rows is nobody's key: its gradient is 0
-    tl.store(DQKV + at + key, (dk * scale).to(DQKV.dtype.element_ty), mask=inside)
-    tl.store(DQKV + at + key + H * D, dv.to(DQKV.dtype.element_ty), mask=inside)
+    inside = columns[:, None] < length  # padding of a row is no key: its gradient is 0
+    tl.store(DQKV + base + key, (dk * scale).to(DQKV.dtype.element_ty), mask=inside)
+    tl.store(DQKV + base + key + H * D, dv.to(DQKV.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -187,7 +191,7 @@ def short_kernel(
     H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and dv of a whole document of at most ROWS tokens, keys by COLUMNS."""
+    """Compute dq, dk and dv of a whole document of at most ROWS tokens, COLUMNS keys at a time."""
     document, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(CU + document)
     length = tl.load(CU + document + 1) - start
@@ -200,19 +204,19 @@ def short_kernel(
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, D)
     inside = rows[:, None] < length
-    at = start.to(tl.int64) * (3 * H * D) + head * D
+    base = start.to(tl.int64) * (3 * H * D) + head * D
     query = rows[:, None] * (3 * H * D) + dims[None, :]
-    q = tl.load(QKV + at + query, mask=inside, other=0.0)
-    mixed = start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
-    dout = tl.load(DOUT + mixed, mask=inside, other=0.0)
-    delta = tl.sum(tl.load(OUT + mixed, mask=inside, other=0.0).to(ACC) * dout.to(ACC), 1)
+    q = tl.load(QKV + base + query, mask=inside, other=0.0)
+    out_at = start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
+    dout = tl.load(DOUT + out_at, mask=inside, other=0.0)
+    delta = tl.sum(tl.load(OUT + out_at, mask=inside, other=0.0).to(ACC) * dout.to(ACC), 1)
     lse = tl.load(LSE + head * T + start + rows, mask=rows < length, other=0.0)
     dq = tl.zeros((ROWS, D), ACC)
     for block in range(0, length, COLUMNS):
         columns = block + tl.arange(0, COLUMNS)
         key = H * D + columns[:, None] * (3 * H * D) + dims[None, :]
-        k = tl.load(QKV + at + key, mask=columns[:, None] < keys, other=0.0)
-        v = tl.load(QKV + at + key + H * D, mask=columns[:, None] < keys, other=0.0)
+        k = tl.load(QKV + base + key, mask=columns[:, None] < keys, other=0.0)
+        v = tl.load(QKV + base + key + H * D, mask=columns[:, None] < keys, other=0.0)
         s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
         weights = tl.where(inside & (columns[None, :] < keys), tl.exp2(s - lse[:, None]), 0.0)
         dweights = tl.dot(dout, tl.trans(v), out_dtype=ACC, input_precision="ieee")
@@ -226,13 +230,13 @@ def short_kernel(
         ds = (weights * (dweights - delta[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, out_dtype=ACC, input_precision="ieee")
         dq = tl.dot(ds, k, dq, out_dtype=ACC, input_precision="ieee")
-        tl.store(DQKV + at + key, (dk * scale).to(DQKV.dtype.element_ty), mask=columns[:, None] < length)
-        tl.store(DQKV + at + key + H * D, dv.to(DQKV.dtype.element_ty), mask=columns[:, None] < length)
-    tl.store(DQKV + at + query, (dq * scale).to(DQKV.dtype.element_ty), mask=inside)
+        tl.store(DQKV + base + key, (dk * scale).to(DQKV.dtype.element_ty), mask=columns[:, None] < length)
+        tl.store(DQKV + base + key + H * D, dv.to(DQKV.dtype.element_ty), mask=columns[:, None] < length)
+    tl.store(DQKV + base + query, (dq * scale).to(DQKV.dtype.element_ty), mask=inside)
 
 
 class Tile(NamedTuple):
-    """How a kernel cuts its work: what one program holds, by which strides it sweeps, and with how many warps."""
+    """The block sizes of a kernel: what one program holds and what it reads per step; its warps and pipeline stages."""
 
     rows: int
     columns: int
@@ -241,7 +245,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(kernel: str, head_dim: int, dropout: bool) -> Tile:
-    """The largest tiles that spill no register on sm_80, sm_90a and sm_100a, as the compiler says. Not tuned for time."""
+    """Return the largest tile that spills no register on sm_80, sm_90a and sm_100a. Not tuned for time."""
     wide = head_dim > 64
     if kernel == "forward":
         return Tile(128, 32 if wide and dropout else 64, 8, 1 if dropout and not wide else 2)
@@ -258,11 +262,11 @@ def tile_of(kernel: str, head_dim: int, dropout: bool) -> Tile:
 
 
 def tiles_of(cu_seqlens: Tensor, num_tokens: int, rows: int) -> Tensor:
-    """Cut every document into tiles of `rows`, without asking the device for a length: (tiles, 2) int32.
+    """Cut every document into tiles of `rows` without synchronising with the device. Returns (tiles, 2) int32.
 
-    Each is (document, first row); some lie behind their document's end, and their programs do nothing. A document gets
-    one tile for each multiple of `rows` among its tokens' places, and one more: never too few.
-    Lengths [3, 2], rows 2 -> (0, 0), (0, 2), (1, 0), (1, 2).
+    Each tile is (document, first row). Some lie behind their document's end; their programs do nothing. A document gets
+    one tile for each multiple of `rows` among the positions of its tokens in the bin, and one more, which always
+    suffices. Example: lengths [3, 2], rows 2 -> (0, 0), (0, 2), (1, 0), (1, 2).
     """
     device, num_documents = cu_seqlens.device, cu_seqlens.shape[0] - 1
     first = cu_seqlens.long() // rows + torch.arange(num_documents + 1, device=device)
@@ -280,7 +284,7 @@ def _constants(kernel: str, qkv: Tensor, dropout_p: float) -> dict[str, Any]:
 
 
 def _numbers(qkv: Tensor, dropout_p: float) -> tuple[int, float, int, float]:
-    """T, the scores' scale, and dropout's threshold and scale."""
+    """Return T, the scale of the scores, and dropout's threshold and scale."""
     return qkv.shape[0], qkv.shape[3] ** -0.5, threshold(dropout_p), keep_scale(dropout_p)
 
 
@@ -289,7 +293,7 @@ def forward(
     qkv: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None, slopes: Tensor | None, seed: Tensor | None,
     row_tiles: Tensor, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns out (T, H, D) and each row's log-sum-exp in base 2, (H, T)."""
+    """Return out (T, H, D) and each row's log-sum-exp in base 2, (H, T)."""
     out, lse = _outputs(qkv)
     if qkv.numel():
         forward_kernel[(row_tiles.shape[0], qkv.shape[2])](
@@ -304,7 +308,7 @@ def backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None,
     slopes: Tensor | None, seed: Tensor | None, row_tiles: Tensor, key_tiles: Tensor | None, dropout_p: float,
 ) -> Tensor:  # fmt: skip
-    """Returns dqkv (T, 3, H, D). key_tiles None: no document is longer than SHORT, and each is one program's."""
+    """Return dqkv (T, 3, H, D). key_tiles None: no document is longer than SHORT, and each takes one program."""
     dqkv = torch.empty_like(qkv)
     if not qkv.numel():
         return dqkv
@@ -357,27 +361,27 @@ class Attention(torch.autograd.Function):
 
 
 def plan_triton(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Attend:
-    """A planner as model/attention.py has them: the tiles are cut once for all layers, and nothing waits for the device."""
+    """Plan as in model/attention.py: cut the tiles once for all layers, without synchronising with the device."""
     if head_dim not in HEAD_DIMS:
-        raise ValueError(f"heads of {head_dim}: the Triton attention computes {HEAD_DIMS}. Use run.ops torch.")
+        raise ValueError(f"head size {head_dim}: the Triton attention computes {HEAD_DIMS}. Use run.ops torch.")
     cu_seqlens, longest, num_keys = sequences
     cu_seqlens = cu_seqlens.contiguous()
     short = longest <= SHORT and head_dim <= 64
 
-    cut: dict[int, Tensor] = {}  # by rows; not functools.cache, which torch.compile cannot trace
+    # By rows. Not functools.cache, which torch.compile cannot trace.
+    tiles_by_rows: dict[int, Tensor] = {}
 
     def tiles(num_tokens: int, rows: int) -> Tensor:
-        if rows not in cut:
-            cut[rows] = tiles_of(cu_seqlens, num_tokens, rows)
-        return cut[rows]
+        if rows not in tiles_by_rows:
+            tiles_by_rows[rows] = tiles_of(cu_seqlens, num_tokens, rows)
+        return tiles_by_rows[rows]
 
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:
+        """(T, 3, H, D) -> (T, H, D)."""
         dropout = dropout_p > 0
         row_tiles = tiles(qkv.shape[0], tile_of("forward", head_dim, dropout).rows)
         key_tiles = None if short else tiles(qkv.shape[0], tile_of("key", head_dim, dropout).columns)
         seed = draw_seed(qkv, dropout_p)
-        return Attention.apply(
-            qkv.contiguous(), cu_seqlens, num_keys, slopes, seed, row_tiles, key_tiles, dropout_p
-        )  # (T, H, D)
+        return Attention.apply(qkv.contiguous(), cu_seqlens, num_keys, slopes, seed, row_tiles, key_tiles, dropout_p)
 
     return attend

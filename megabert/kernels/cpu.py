@@ -1,10 +1,10 @@
 """Operations for a CPU, fused by torch.compile: each reads and writes its activations once, forward and backward.
 
-Every Function here keeps what it was given and one seed, and computes the rest again in its backward pass: a hash of
-the seed and an element's place says whether dropout keeps it, so no mask is stored. The seed is drawn from torch's
-generator, so that torch.manual_seed decides all of it, and activation checkpointing repeats it.
+Every Function here saves its inputs and one seed and computes everything else again in its backward pass. Dropout
+stores no mask: a hash of the seed and an element's position decides whether the element is kept. The seed comes from
+torch's generator, so torch.manual_seed determines it and activation checkpointing repeats it.
 
-Compiling needs a C++ compiler and takes half a minute once per machine (inductor caches what it built).
+Compiling needs a C++ compiler and takes half a minute once per machine, since inductor caches its results.
 """
 
 import functools
@@ -13,28 +13,27 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor import cpp_builder, exc
 
-from megabert.model.attention import PLANNERS
-from megabert.model.configuration_megabert import MegaBertConfig
-from megabert.model.ops import IGNORE_INDEX, TORCH_OPS, MaskedLoss, Ops, upcast
+from megabert.model.ops import IGNORE_INDEX, TORCH_OPS, MaskedLoss, residual_dtype, upcast
 
-# Shapes may vary from call to call, and from model to model, without compiling again, but not those of an nn.Parameter:
-# parameters are passed detached. A fallback to eager would be a silent slow run: fullgraph makes it an error.
+# With dynamic=True shapes may vary between calls and models without compiling again, except those of an nn.Parameter:
+# parameters are therefore passed detached. fullgraph=True turns a fallback to eager, which is slow, into an error.
 compiled = functools.partial(torch.compile, dynamic=True, fullgraph=True)
 
-# Logits made and turned into gradients at once, in bytes: few enough to stay in the cache, enough for a fast product.
-PIECE_BYTES = 12 << 20
+# Bytes of logits that are computed and turned into gradients at once: few enough to stay in the cache, enough for a
+# fast matrix product.
+LOGITS_BYTES = 12 << 20
 
-# Gradients of logits kept at once, in bytes, by bytes per element. Beyond it the gradient of the weight is a sum.
-KEPT_BYTES = {2: 256 << 20, 4: 32 << 20, 8: 64 << 20}
+# Bytes of gradients of logits that are kept at once, by bytes per element. Where there are more, the gradient of the
+# weight is summed over parts.
+GRADIENT_BYTES = {2: 256 << 20, 4: 32 << 20, 8: 64 << 20}
 
 
 class Scratch(threading.local):
-    """Where a thread keeps those gradients, by dtype: allocated anew, they would cost a page fault per 4 kB at every step."""
+    """Each thread's buffers for these gradients, by dtype: to allocate them costs a page fault per 4 kB."""
 
     def __init__(self) -> None:
         self.by_dtype: dict[torch.dtype, Tensor] = {}
@@ -44,7 +43,7 @@ _scratch = Scratch()
 
 
 def why_not_compiled() -> str | None:
-    """Say what keeps torch.compile from building for this CPU, or None."""
+    """Return the reason why torch.compile cannot build for this CPU, or None."""
     try:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler:
@@ -53,7 +52,7 @@ def why_not_compiled() -> str | None:
 
 
 class Dropout(NamedTuple):
-    """One dropout: elements whose hash is below the threshold are zeroed, the rest scaled.
+    """One application of dropout: elements whose hash is below the threshold are zeroed, the others scaled.
 
     seed: (), int32. threshold: probability p as a signed 32-bit integer, from -2^31 for 0 to 2^31 - 1 for 1.
     """
@@ -64,7 +63,7 @@ class Dropout(NamedTuple):
 
 
 def draw_dropout(probability: float) -> Dropout | None:
-    """A new dropout, seeded from torch's generator; None where nothing is dropped."""
+    """Draw a seed from torch's generator. Returns None for probability 0."""
     if probability == 0:
         return None
     seed = torch.randint(-(1 << 31), 1 << 31, (), dtype=torch.int32)
@@ -73,21 +72,22 @@ def draw_dropout(probability: float) -> Dropout | None:
     return Dropout(seed, round(probability * (1 << 32)) - (1 << 31), 1 / (1 - probability))
 
 
-def kept(seed: Tensor, threshold: int, rows: int, columns: int) -> Tensor:
-    """Where dropout keeps a (rows, columns) matrix: murmur3's finaliser of each place, mixed with the seed."""
+def keep_mask(seed: Tensor, threshold: int, rows: int, columns: int) -> Tensor:
+    """Return which elements of a (rows, columns) matrix dropout keeps: MurmurHash3's finaliser of position and seed."""
     row = torch.arange(rows, dtype=torch.int32)[:, None]
     column = torch.arange(columns, dtype=torch.int32)[None, :]
-    bits = (row * columns + column) * -1640531535 ^ seed  # 2^32 / golden ratio spreads the places; int32 wraps around
+    # The factor, 2^32 divided by the golden ratio, spreads neighbouring positions; int32 wraps around.
+    bits = (row * columns + column) * -1640531535 ^ seed
     bits = (bits ^ (bits >> 16 & 0xFFFF)) * -2048144789  # 0x85EBCA6B
     bits = (bits ^ (bits >> 13 & 0x7FFFF)) * -1028477387  # 0xC2B2AE35
     return (bits ^ (bits >> 16 & 0xFFFF)) >= threshold
 
 
 def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """Apply dropout to a matrix, or to a gradient, which is the same."""
+    """Apply dropout to a matrix. Its gradient is the same function of the incoming gradient."""
     if dropout is None:
         return x
-    return torch.where(kept(dropout.seed, dropout.threshold, x.shape[0], x.shape[1]), x * dropout.scale, 0.0)
+    return torch.where(keep_mask(dropout.seed, dropout.threshold, x.shape[0], x.shape[1]), x * dropout.scale, 0.0)
 
 
 @compiled
@@ -95,16 +95,17 @@ def _geglu_forward(gate: Tensor, value: Tensor, dropout: Dropout | None) -> Tens
     return drop(F.gelu(upcast(gate)) * upcast(value), dropout).to(gate.dtype)
 
 
-@functools.partial(compiled, options={"realize_opcount_threshold": 1000})  # else the halves share fp32 scratch memory
+# The high threshold keeps inductor from writing an fp32 intermediate that both gradients read to memory.
+@functools.partial(compiled, options={"realize_opcount_threshold": 1000})
 def _geglu_backward(
-    grad: Tensor, gate: Tensor, value: Tensor, dropout: Dropout | None, to_gate: Tensor, to_value: Tensor
+    grad: Tensor, gate: Tensor, value: Tensor, dropout: Dropout | None, grad_gate: Tensor, grad_value: Tensor
 ) -> None:
     gate = upcast(gate)
     grad = drop(upcast(grad), dropout)
     normal = 0.5 * (1 + torch.erf(gate * 0.7071067811865476))
     slope = normal + gate * torch.exp(-0.5 * gate * gate) * 0.3989422804014327  # 1 / sqrt(2 pi)
-    to_gate.copy_(grad * upcast(value) * slope)
-    to_value.copy_(grad * gate * normal)
+    grad_gate.copy_(grad * upcast(value) * slope)
+    grad_value.copy_(grad * gate * normal)
 
 
 class Geglu(torch.autograd.Function):
@@ -123,164 +124,140 @@ class Geglu(torch.autograd.Function):
 
 
 def geglu(x: Tensor, dropout_p: float) -> Tensor:
+    """Compute geglu as in model/ops.py."""
     return Geglu.apply(x, dropout_p)
 
 
-def residual_dtype(x: Tensor, low_precision: bool) -> torch.dtype:
-    """The dtype of LayerNorm's result: see layer_norm in model/ops.py."""
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") if low_precision else torch.float32
-    return x.dtype
+def _normalise(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the LayerNorm of total (T, E) in fp32 or fp64, and each row's mean and 1 / standard deviation, (T, 1)."""
+    wide = upcast(total)
+    variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
+    rstd = torch.rsqrt(variance + eps)
+    return (wide - mean) * rstd * weight + bias, mean, rstd
+
+
+def _norm_gradients(
+    grad: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of total (T, E), weight and bias (E,)."""
+    normed = (upcast(total) - mean) * rstd
+    inner = grad * weight
+    inner = inner - inner.mean(dim=-1, keepdim=True) - normed * (inner * normed).mean(dim=-1, keepdim=True)
+    return inner * rstd, (grad * normed).sum(dim=0), grad.sum(dim=0)
 
 
 @compiled
 def _add_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: Dropout | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the result, the sum that was normalised, and its mean and 1 / deviation, (T, 1) each."""
+    """Return the result, the sum before the LayerNorm, and its mean and 1 / standard deviation."""
     total = (drop(upcast(x), dropout) + upcast(residual)).to(dtype)
-    wide = upcast(total)
-    variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
-    scale = torch.rsqrt(variance + eps)
-    return ((wide - mean) * scale * weight + bias).to(dtype), total, mean, scale
+    out, mean, rstd = _normalise(total, weight, bias, eps)
+    return out.to(dtype), total, mean, rstd
 
 
 @compiled
 def _add_norm_backward(
-    grad: Tensor,
-    total: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    dropout: Dropout | None,
+    grad: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, dropout: Dropout | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, residual, weight and bias."""
-    grad = upcast(grad)
-    normal = (upcast(total) - mean) * scale
-    inner = grad * weight
-    inner = inner - inner.mean(dim=-1, keepdim=True) - normal * (inner * normal).mean(dim=-1, keepdim=True)
-    to_total = inner * scale
-    to_weight, to_bias = (grad * normal).sum(dim=0), grad.sum(dim=0)
-    return drop(to_total, dropout).to(dtype), to_total.to(total.dtype), to_weight, to_bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of x, residual, weight and bias."""
+    grad_total, grad_weight, grad_bias = _norm_gradients(upcast(grad), total, mean, rstd, weight)
+    return drop(grad_total, dropout).to(dtype), grad_total.to(total.dtype), grad_weight, grad_bias
 
 
 class AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        dropout_p: float,
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float,
         dtype: torch.dtype,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         ctx.dropout = draw_dropout(dropout_p)
         ctx.dtypes = x.dtype, residual.dtype
-        out, *kept = _add_norm_forward(x, residual, weight.detach(), bias.detach(), eps, ctx.dropout, dtype)
-        ctx.save_for_backward(*kept, weight)
+        out, *saved = _add_norm_forward(x, residual, weight.detach(), bias.detach(), eps, ctx.dropout, dtype)
+        ctx.save_for_backward(*saved, weight)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *kept, weight = ctx.saved_tensors
-        to_x, to_residual, *rest = _add_norm_backward(grad, *kept, weight.detach(), ctx.dropout, ctx.dtypes[0])
-        return to_x, to_residual.to(ctx.dtypes[1]), *rest, None, None, None
+        *saved, weight = ctx.saved_tensors
+        grad_x, grad_residual, *rest = _add_norm_backward(grad, *saved, weight.detach(), ctx.dropout, ctx.dtypes[0])
+        return grad_x, grad_residual.to(ctx.dtypes[1]), *rest, None, None, None
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dropout_p: float, low_precision: bool
 ) -> Tensor:
-    return AddNorm.apply(x, residual, weight, bias, eps, dropout_p, residual_dtype(x, low_precision))
+    """Compute add_layer_norm as in model/ops.py."""
+    dtype = residual_dtype(x.dtype, "cpu", low_precision)
+    return AddNorm.apply(x, residual, weight, bias, eps, dropout_p, dtype)
 
 
 @compiled
 def _embed_forward(
-    ids: list[Tensor],
-    tables: list[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dropout: Dropout | None,
+    ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float, dropout: Dropout | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the result, the sum of embeddings, and its mean and 1 / standard deviation."""
     total = tables[0][ids[0]]
     for index, table in zip(ids[1:], tables[1:], strict=True):
         total = total + table[index]
     total = total.to(dtype)
-    wide = upcast(total)
-    variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
-    scale = torch.rsqrt(variance + eps)
-    out = drop((wide - mean) * scale * weight + bias, dropout)
-    return out.to(dtype), total, mean, scale
+    out, mean, rstd = _normalise(total, weight, bias, eps)
+    return drop(out, dropout).to(dtype), total, mean, rstd
 
 
 @compiled
 def _embed_backward(
-    grad: Tensor, total: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, dropout: Dropout | None
+    grad: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of the sum of embeddings, of weight and of bias."""
-    grad = drop(upcast(grad), dropout)
-    normal = (upcast(total) - mean) * scale
-    inner = grad * weight
-    inner = inner - inner.mean(dim=-1, keepdim=True) - normal * (inner * normal).mean(dim=-1, keepdim=True)
-    return inner * scale, (grad * normal).sum(dim=0), grad.sum(dim=0)
+    """Return the gradients of the sum of embeddings, of weight and of bias."""
+    return _norm_gradients(drop(upcast(grad), dropout), total, mean, rstd, weight)
 
 
 class EmbedNorm(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        ids: list[Tensor],
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        dropout_p: float,
-        low_precision: bool,
-        padding_idx: int | None,
-        *tables: Tensor,
-    ) -> Tensor:
+        ctx: Any, ids: list[Tensor], weight: Tensor, bias: Tensor, eps: float, dropout_p: float,
+        low_precision: bool, padding_idx: int | None, *tables: Tensor,
+    ) -> Tensor:  # fmt: skip
         ctx.dropout = draw_dropout(dropout_p)
         ctx.rows = [len(table) for table in tables]
         ctx.ids = ids
+        # The row of each table that gets no gradient; -1 for none.
         ctx.frozen = [-1 if padding_idx is None else padding_idx] + [-1] * (len(tables) - 1)
-        dtype = residual_dtype(tables[0], low_precision)
+        dtype = residual_dtype(tables[0].dtype, "cpu", low_precision)
         detached = [table.detach() for table in tables]
-        out, *kept = _embed_forward(ids, detached, weight.detach(), bias.detach(), eps, ctx.dropout, dtype)
-        ctx.save_for_backward(*kept, weight)
+        out, *saved = _embed_forward(ids, detached, weight.detach(), bias.detach(), eps, ctx.dropout, dtype)
+        ctx.save_for_backward(*saved, weight)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *kept, weight = ctx.saved_tensors
-        to_total, *rest = _embed_backward(grad, *kept, weight.detach(), ctx.dropout)
-        to_tables = [
-            torch.ops.aten.embedding_dense_backward(to_total, index, rows, frozen, False)
+        *saved, weight = ctx.saved_tensors
+        grad_total, *rest = _embed_backward(grad, *saved, weight.detach(), ctx.dropout)
+        grad_tables = [
+            torch.ops.aten.embedding_dense_backward(grad_total, index, rows, frozen, False)
             for index, rows, frozen in zip(ctx.ids, ctx.rows, ctx.frozen, strict=True)
         ]
-        return None, *rest, None, None, None, None, *to_tables
+        return None, *rest, None, None, None, None, *grad_tables
 
 
 def embed_layer_norm(
-    ids: list[Tensor],
-    tables: list[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    eps: float,
-    dropout_p: float,
-    low_precision: bool,
-    padding_idx: int | None = None,
-) -> Tensor:
+    ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, *,
+    eps: float, dropout_p: float, low_precision: bool, padding_idx: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute embed_layer_norm as in model/ops.py."""
     for index, table in zip(ids, tables, strict=True):
-        _check(index, len(table), "an id")
+        _check_range(index, len(table), "an id")
     return EmbedNorm.apply(ids, weight, bias, eps, dropout_p, low_precision, padding_idx, *tables)
 
 
-def _check(index: Tensor, rows: int, what: str) -> None:
-    """Raise IndexError for a number beyond the rows: compiled code would end the process, or take a negative one for another."""
+def _check_range(index: Tensor, rows: int, what: str) -> None:
+    """Raise IndexError for an index outside 0 to rows - 1.
+
+    Compiled code would abort the process for one that is too large and count a negative one from the end.
+    """
     if not index.numel():
         return
     least, most = (int(end) for end in index.aminmax())
@@ -292,9 +269,9 @@ def _check(index: Tensor, rows: int, what: str) -> None:
 def _logits_to_gradients(
     logits: Tensor, bias: Tensor, labels: Tensor, z_loss: Tensor | None, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write the gradient of the summed loss of logits (C, V), still without their bias (V,). Returns that loss and the number right.
+    """Write the gradient of the summed loss to `out`. Returns the loss and the number of correct rows.
 
-    out: (C, V), which may be the logits.
+    logits: (C, V), to which bias (V,) is still to be added; out: (C, V), may be the logits.
     """
     wide = upcast(logits) + bias
     used = labels != IGNORE_INDEX
@@ -320,17 +297,17 @@ def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class MaskedCrossEntropy(torch.autograd.Function):
-    """The summed loss; its gradients are made on the way forward, where each piece of logits is still in the cache."""
+    """The summed loss. Its gradients are computed in the forward pass, while the logits are still in the cache."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: Tensor | None, gradient: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: Tensor | None, needs_grad: bool
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
         with torch.autocast("cpu", enabled=False):
             loss, num_correct, *grads = _loss_and_gradients(
-                hidden.to(dtype), weight.to(dtype), bias.detach(), labels, z_loss, gradient
+                hidden.to(dtype), weight.to(dtype), bias.detach(), labels, z_loss, needs_grad
             )
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(num_correct)
@@ -343,16 +320,17 @@ class MaskedCrossEntropy(torch.autograd.Function):
 
 
 def _workspace(size: int, dtype: torch.dtype) -> Tensor:
-    """At least as many elements as were asked for before, of which the first `size`."""
+    """Return the first `size` elements of this thread's buffer, which grows to the largest size asked for."""
     workspaces = _scratch.by_dtype
     if dtype not in workspaces or len(workspaces[dtype]) < size:
-        with torch.inference_mode(False):  # one made in inference mode could not be written to in training
+        # A tensor that is allocated in inference mode could not be written to in training.
+        with torch.inference_mode(False):
             workspaces[dtype] = torch.empty(size, dtype=dtype)
     return workspaces[dtype][:size]
 
 
 def free_workspaces() -> None:
-    """Give this thread's scratch memory back; the next loss allocates it again."""
+    """Free this thread's buffers; the next loss allocates them again."""
     _scratch.by_dtype.clear()
 
 
@@ -362,9 +340,9 @@ def has_bf16_products() -> bool:
 
 
 def _scorer(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of some hidden (C, E) and scratch (C, V), to logits (C, V), which may be in the scratch.
+    """Return a function of hidden (C, E) and scratch (C, V) that computes logits (C, V), possibly in the scratch.
 
-    For bf16, oneDNN brings the weight (V, E) into its own layout once, best for `rows` rows, not at every product.
+    For bf16, oneDNN converts weight (V, E) to its own layout, the best for `rows` rows, once and not at every product.
     """
     if weight.dtype != torch.bfloat16 or not has_bf16_products():
         return lambda hidden, scratch: torch.mm(hidden, weight.t(), out=scratch)
@@ -373,35 +351,38 @@ def _scorer(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: Tensor | None, wanted: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: Tensor | None, needs_grad: bool
 ) -> tuple[Tensor, ...]:
-    """The summed loss, the number right, and where wanted the gradients of hidden, weight and bias."""
+    """Return the summed loss, the number of correct rows, and with needs_grad all three gradients."""
     row_bytes = len(weight) * hidden.element_size()
-    most = min(len(hidden), max(1, KEPT_BYTES[hidden.element_size()] // row_bytes))
-    rows = max(1, PIECE_BYTES // row_bytes)
-    score = _scorer(weight, rows)
+    rows_of_logits = max(1, LOGITS_BYTES // row_bytes)
+    rows_of_grads = max(1, min(len(hidden), GRADIENT_BYTES[hidden.element_size()] // row_bytes))
+    score = _scorer(weight, rows_of_logits)
+    buffer = _workspace(rows_of_grads * len(weight), hidden.dtype).view(-1, len(weight))  # (rows_of_grads, V)
     sums, grads = [], []
-    kept = _workspace(max(1, most) * len(weight), hidden.dtype).view(-1, len(weight))  # (most, V)
-    for part, wants in zip(hidden.split(max(1, most)), labels.split(max(1, most)), strict=True):
-        grad = kept[: len(part)]
-        for piece, some, their in zip(grad.split(rows), part.split(rows), wants.split(rows), strict=True):
-            sums.append(_logits_to_gradients(score(some, piece), bias, their, z_loss, piece))
-        if wanted:
-            grads.append((grad @ weight, grad.t() @ part, grad.sum(dim=0)))
+    for part, part_labels in zip(hidden.split(rows_of_grads), labels.split(rows_of_grads), strict=True):
+        grad_logits = buffer[: len(part)]
+        pieces = (x.split(rows_of_logits) for x in (grad_logits, part, part_labels))
+        for out, some_hidden, some_labels in zip(*pieces, strict=True):
+            sums.append(_logits_to_gradients(score(some_hidden, out), bias, some_labels, z_loss, out))
+        if needs_grad:
+            grads.append((grad_logits @ weight, grad_logits.t() @ part, grad_logits.sum(dim=0)))
     loss, num_correct = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
-    if not wanted:
+    if not needs_grad:
         return loss, num_correct
-    to_hidden, to_weight, to_bias = zip(*grads, strict=True)
-    return loss, num_correct, torch.cat(to_hidden), sum(to_weight[1:], to_weight[0]), sum(to_bias[1:], to_bias[0])
+    of_hidden, of_weight, of_bias = zip(*grads, strict=True)
+    return loss, num_correct, torch.cat(of_hidden), sum(of_weight[1:], of_weight[0]), sum(of_bias[1:], of_bias[0])
 
 
 def masked_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: float = 0.0
 ) -> MaskedLoss:
-    _check(labels[labels != IGNORE_INDEX], len(weight), "a label")
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
-    factor = torch.tensor(z_loss, dtype=torch.float64) if z_loss else None  # a tensor, so that no value is compiled in
-    loss_sum, num_correct = MaskedCrossEntropy.apply(hidden, weight, bias, labels.long(), factor, gradient)
+    """Compute masked_cross_entropy as in model/ops.py."""
+    _check_range(labels[labels != IGNORE_INDEX], len(weight), "a label")
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
+    # A tensor: a number would be compiled in, and each new value would compile again.
+    factor = torch.tensor(z_loss, dtype=torch.float64) if z_loss else None
+    loss_sum, num_correct = MaskedCrossEntropy.apply(hidden, weight, bias, labels.long(), factor, needs_grad)
     return MaskedLoss(loss_sum, num_correct, (labels != IGNORE_INDEX).sum())
 
 
@@ -411,27 +392,3 @@ CPU_OPS = TORCH_OPS._replace(
     embed_layer_norm=embed_layer_norm,
     masked_cross_entropy=masked_cross_entropy,
 )
-
-
-def why_not_fused(config: MegaBertConfig, bf16: bool) -> str | None:
-    """Say why plain PyTorch is the better choice for this model on a CPU, or None.
-
-    In fp32 without dropout the products take nearly all of the time and compiled calls cost as much as they save: a
-    quickstart step takes 110 ms with them, 103 ms without.
-    """
-    if not bf16 and config.hidden_dropout_prob == 0:
-        return "in fp32 without dropout fusing them gains nothing"
-    return why_not_compiled()
-
-
-def cpu_ops(config: MegaBertConfig, bf16: bool) -> tuple[Ops, str]:
-    """The fastest operations for a CPU, and what to say about them."""
-    attention = PLANNERS["sdpa"]
-    where = "over padded rows" if config.padding == "padded" else "by document length"
-    if reason := why_not_fused(config, bf16):
-        return TORCH_OPS._replace(attention=attention), f"attention {where}, the rest plain PyTorch ({reason})"
-    # Dropout or none, dtypes, and shapes that happen to be equal: each combination compiles once. At torch's limit of 8 a
-    # long-lived process would stop with an error.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    said = f"attention {where}; geglu, add_layer_norm, embed_layer_norm, masked_cross_entropy fused by torch.compile"
-    return CPU_OPS._replace(attention=attention), f"{said}; layer_norm, the head's, plain PyTorch"

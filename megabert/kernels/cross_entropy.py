@@ -1,14 +1,16 @@
-"""The masked tokens' loss, its gradient and the hits, without a (T, V) matrix, nor an (M, V) one in fp32.
+"""The masked tokens' loss, its gradient and the number of correct rows, without a (T, V) or an fp32 (M, V) matrix.
 
-hidden (M, E) meets the vocabulary (V, E) in chunks of rows. Each chunk's logits, in the precision of the product, are
-overwritten by their own gradient in one kernel: softmax - onehot needs only the row's log-sum-exp. So the three products
-of a chunk are done while it is there, forward leaves the gradients of hidden, weight and bias, and backward scales them.
-The z-loss is z * lse^2 per row (https://arxiv.org/abs/2204.02311, section 5), kept out by z = 0.
+hidden (M, E) is multiplied with the vocabulary (V, E) in chunks of rows. One kernel overwrites each chunk's logits, in
+the precision of the product, with their gradient, for which softmax - onehot needs only the row's log-sum-exp. The
+chunk's three products follow at once: the forward pass computes the gradients of hidden, weight and bias, the backward
+pass only scales them. The z-loss is z * lse^2 per row (https://arxiv.org/abs/2204.02311, section 5); z = 0 turns it
+off.
 
-Bytes that the kernel moves, with s bytes a logit and l a label, for each row:
-    3V * s + s + l + 12 (reads V twice, the second time mostly from the cache, and the label's; writes V, lse, loss, hit)
-    V * s + s + l + 12  without a gradient
-    V * s + l + 12      where the label asks for nothing: zeros are written (only l + 12 without a gradient)
+Bytes that the kernel moves per row, with s bytes per logit and l per label:
+    3V * s + s + l + 12   reads V twice, the second time mostly from the cache, and the label's logit; writes V, lse,
+                          loss, correct
+    V * s + s + l + 12    without a gradient
+    V * s + l + 12        for IGNORE_INDEX, where it writes zeros (only l + 12 without a gradient)
 PyTorch without fusion keeps three (M, V) matrices, two of them in fp32.
 """
 
@@ -22,10 +24,13 @@ from torch import Tensor
 from megabert.kernels.layer_norm import accumulator, accumulator_dtype
 from megabert.model.ops import IGNORE_INDEX, MaskedLoss
 
-BLOCK = 4096  # columns at a time: sixteen for each of 256 threads, two 16-byte loads of bf16
+# Columns at a time: sixteen for each of 256 threads, two 16-byte loads of bf16.
+BLOCK = 4096
 IGNORED = tl.constexpr(IGNORE_INDEX)
-MAX_LOGITS = 1 << 26  # of a chunk: 128 MiB in bf16, 2,198 rows of BERT's vocabulary
-ROWS_MULTIPLE = 128  # rows of a chunk, so that the products tile
+# Logits of a chunk: 128 MiB in bf16, 2,198 rows of BERT's vocabulary.
+MAX_LOGITS = 1 << 26
+# A chunk has a multiple of this many rows, so that its matrix products tile.
+ROWS_MULTIPLE = 128
 
 
 @triton.jit
@@ -35,7 +40,7 @@ def loss_kernel(
     row = tl.program_id(0)
     logits = LOGITS + row.to(tl.int64) * V
     label = tl.load(LABELS + row)
-    if (label < 0) | (label >= V):  # IGNORE_INDEX, or a mistake
+    if (label < 0) | (label >= V):  # IGNORE_INDEX, or an invalid label
         tl.store(LSE + row, 0.0)
         tl.store(LOSS + row, tl.where(label == IGNORED, 0.0, float("nan")))
         tl.store(CORRECT + row, 0)
@@ -44,7 +49,7 @@ def loss_kernel(
                 column = first + tl.arange(0, BLOCK)
                 tl.store(logits + column, tl.zeros((BLOCK,), LOGITS.dtype.element_ty), mask=column < V)
     else:
-        # Each lane keeps the highest logit it has seen and its own sum; they meet once, after the row.
+        # Each lane keeps its own maximum and sum; they are combined once, after the row.
         highest = tl.full((BLOCK,), float("-inf"), ACC)
         total = tl.zeros((BLOCK,), ACC)
         for first in range(0, V, BLOCK):
@@ -57,10 +62,10 @@ def loss_kernel(
         top = tl.max(highest, 0)
         mass = tl.sum(total * tl.exp(highest - top), 0)
         lse = top + tl.log(mass)
-        hit = tl.load(logits + label).to(ACC)
+        target = tl.load(logits + label).to(ACC)
         tl.store(LSE + row, lse)
-        tl.store(LOSS + row, lse - hit + z_loss * lse * lse)
-        tl.store(CORRECT + row, (hit == top).to(tl.int32))
+        tl.store(LOSS + row, lse - target + z_loss * lse * lse)
+        tl.store(CORRECT + row, (target == top).to(tl.int32))
         if GRADIENT:
             tl.debug_barrier()  # the label's logit is read before another thread overwrites it
             share = (1.0 + 2.0 * z_loss * lse) / mass
@@ -73,7 +78,10 @@ def loss_kernel(
 
 @torch.library.custom_op("megabert::cross_entropy_", mutates_args=("logits",))
 def loss_in_place(logits: Tensor, labels: Tensor, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Overwrite logits (M, V) by the gradient of the summed loss, if asked. Returns lse, loss and hit (0 or 1) of each row."""
+    """Overwrite logits (M, V) with the gradient of the summed loss if `gradient`. Return each row's lse, loss, correct.
+
+    lse, loss: (M,) in fp32, or fp64 for fp64 logits; correct: (M,) int32, 0 or 1.
+    """
     lse, loss, correct = _per_row(logits)
     if logits.numel():
         constants: dict[str, Any] = {"GRADIENT": gradient, "ACC": accumulator(logits), "BLOCK": BLOCK, "num_warps": 8}
@@ -92,7 +100,7 @@ def _per_row(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def chunk_rows(num_rows: int, vocab_size: int) -> int:
-    """Rows of a chunk: equal chunks, as few as MAX_LOGITS allows. 2,458 rows of 30,528 logits -> 1,280 (and 1,178)."""
+    """Return the rows of a chunk: equal chunks, as few as MAX_LOGITS allows. 2,458 rows of 30,528 -> 1,280."""
     most = max(1, MAX_LOGITS // vocab_size)
     num_rows = max(1, num_rows)
     rows = -(-num_rows // -(-num_rows // most))
@@ -102,9 +110,10 @@ def chunk_rows(num_rows: int, vocab_size: int) -> int:
 def in_chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: float, gradient: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the summed loss, the hits, and the gradients of hidden, weight and bias (empty if not asked for).
+    """Return the summed loss, the number correct, and the gradients of hidden, weight and bias.
 
-    dtype: what the products are computed in.
+    Without `gradient` the gradients are empty.
+    dtype: of the matrix products.
     """
     loss_sum, num_correct, dhidden, dweight, dbias = _sums(hidden, weight, bias, gradient)
     narrow, narrow_weight, narrow_bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
@@ -133,7 +142,7 @@ def _(hidden, weight, bias, labels, z_loss, gradient, dtype):
 def _sums(
     hidden: Tensor, weight: Tensor, bias: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for the results, sums in fp32 (fp64 for fp64)."""
+    """Allocate the results; sums are in fp32, or fp64 for fp64."""
     wide = accumulator_dtype(hidden, weight)
     loss_sum = hidden.new_zeros((), dtype=wide)
     num_correct = hidden.new_zeros((), dtype=torch.int64)
@@ -165,10 +174,7 @@ class MaskedCrossEntropy(torch.autograd.Function):
 def masked_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: float = 0.0
 ) -> MaskedLoss:
-    """model/ops.py's masked_cross_entropy, and z_loss times each row's squared log-sum-exp added to its loss.
-
-    hidden: (M, E); weight: (V, E); bias: (V,); labels: (M,).
-    """
+    """Compute masked_cross_entropy as in model/ops.py. hidden: (M, E); weight: (V, E); bias: (V,); labels: (M,)."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))

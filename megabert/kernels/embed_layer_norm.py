@@ -1,15 +1,15 @@
-"""dropout(LayerNorm(sum of embeddings)), and a gradient of the tables that is the same in every run.
+"""dropout(LayerNorm(sum of embeddings)), with a gradient of the tables that has the same bits in every run.
 
-ids: one (T,) for each of up to three tables (rows, E): words, types and, for BERT, positions. The sum lives in registers;
-backward makes it again from the tables. A table's gradient adds the rows of dz in the order of their sorted ids, in
-chunks of about sqrt(T) tokens: a run of one id inside a chunk goes straight to the table, the parts of a run that
-crosses chunks (all types, [CLS], [MASK]) are added in order afterwards. No atomics.
+ids: one (T,) for each of up to three tables (rows, E): words, types and, for BERT, positions. The sum is kept in
+registers; the backward pass computes it again from the tables. A table's gradient adds the rows of dz in the order of
+their sorted ids, in chunks of about sqrt(T) tokens. A run of one id inside a chunk is written to the table directly;
+the parts of a run that crosses chunks (such as all types, [CLS], [MASK]) are added in order afterwards. No atomics.
 
-With k tables, and t, i, y bytes for a number of a table, an id, and y and dz:
-    forward   T * (E * (k * t + y) + k * i + 8)         and weight and bias, 8E for each row, from the cache
+Bytes moved, with k tables, and t, i, y bytes per number of a table, per id, and per number of y and dz:
+    forward   T * (E * (k * t + y) + k * i + 8)         and weight and bias, 8E per row, from the cache
     backward  T * (E * (k * t + 2y) + k * i + 8)        and 12E for each of min(T, 256) programs
-    scatter, for each table   T * E * y + rows * E * t  and (8 + i) for each token and 256 columns: its place and id
-with dropout a seed, 8 bytes for each row, and where runs cross chunks 8E for each crossing.
+    scatter, for each table   T * E * y + rows * E * t  and (8 + i) per token and 256 columns: its index and id
+With dropout each row reads a seed of 8 bytes; each crossing of a run moves 8E.
 """
 
 from typing import Any
@@ -27,16 +27,17 @@ from megabert.kernels.layer_norm import (
     row_constants,
     row_gradient,
     row_statistics,
-    stream_dtype,
 )
+from megabert.model.ops import residual_dtype
 
 MAX_TABLES = 3
-SCATTER_BLOCK = 256  # columns of a scattering program: eight for each thread of one warp
+# Columns of a program of scatter_kernel: eight for each thread of one warp.
+SCATTER_BLOCK = 256
 
 
 @triton.jit
 def sum_of_rows(IDS0, IDS1, IDS2, TABLE0, TABLE1, TABLE2, token, column, inside, E, ACC: tl.constexpr):
-    """One token's embeddings, added up: (BLOCK,)."""
+    """Return the sum of one token's embeddings, (BLOCK,)."""
     z = tl.load(TABLE0 + tl.load(IDS0 + token).to(tl.int64) * E + column, mask=inside, other=0.0).to(ACC)
     if IDS1 is not None:
         z += tl.load(TABLE1 + tl.load(IDS1 + token).to(tl.int64) * E + column, mask=inside, other=0.0).to(ACC)
@@ -95,7 +96,8 @@ def scatter_kernel(
 ):
     """Add the rows of one chunk of the sorted ids, run by run.
 
-    LEADING (chunks, E): the sum of a run that began in an earlier chunk; TRAILING: of one that began here and goes on.
+    LEADING (chunks, E): the sum of a run that began in an earlier chunk. TRAILING (chunks, E): the sum of a run that
+    begins in this chunk and continues in the next.
     """
     chunk = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -113,18 +115,18 @@ def scatter_kernel(
             tl.store(LEADING + chunk * E + column, total, mask=inside & began_before)
             total = tl.zeros((BLOCK,), ACC)
             current = index
-            began_before = index < 0  # a new run begins here: false
+            began_before = index < 0  # false: a new run begins here
         total += tl.load(DZ + tl.load(ORDER + place) * E + column, mask=inside, other=0.0).to(ACC)
-    goes_on = tl.load(IDS + end, mask=end < T, other=-1).to(tl.int64) == current
+    continues = tl.load(IDS + end, mask=end < T, other=-1).to(tl.int64) == current
     run = total.to(DTABLE.dtype.element_ty)
     tl.store(LEADING + chunk * E + column, total, mask=inside & began_before)
-    tl.store(TRAILING + chunk * E + column, total, mask=inside & ~began_before & goes_on)
-    tl.store(DTABLE + current * E + column, run, mask=inside & ~began_before & ~goes_on)
+    tl.store(TRAILING + chunk * E + column, total, mask=inside & ~began_before & continues)
+    tl.store(DTABLE + current * E + column, run, mask=inside & ~began_before & ~continues)
 
 
 @triton.jit
 def carry_kernel(IDS, DTABLE, LEADING, TRAILING, T, E, chunk_tokens, BLOCK: tl.constexpr):
-    """Add up the parts of the run that begins in this chunk and crosses its end, if there is one."""
+    """Add the parts of the run that begins in this chunk and crosses its end, if there is one."""
     chunk = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < E
@@ -135,12 +137,12 @@ def carry_kernel(IDS, DTABLE, LEADING, TRAILING, T, E, chunk_tokens, BLOCK: tl.c
     after = tl.load(IDS + following, mask=following < T, other=-2).to(tl.int64)
     mine = inside & (after == index) & (before != index)
     total = tl.load(TRAILING + chunk * E + column, mask=mine, other=0.0)
-    goes_on = (after == index) & (before != index)
-    while goes_on:
+    continues = (after == index) & (before != index)
+    while continues:
         chunk += 1
         following += chunk_tokens
         total += tl.load(LEADING + chunk * E + column, mask=inside, other=0.0)
-        goes_on = tl.load(IDS + following, mask=following < T, other=-2).to(tl.int64) == index
+        continues = tl.load(IDS + following, mask=following < T, other=-2).to(tl.int64) == index
     tl.store(DTABLE + index * E + column, total.to(DTABLE.dtype.element_ty), mask=mine)
 
 
@@ -154,7 +156,7 @@ def forward(
     ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, seed: Tensor | None,
     eps: float, dropout_p: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns y (T, E) in dtype, and each row's mean and 1 / standard deviation, (T,)."""
+    """Return y (T, E) in dtype, and each row's mean and 1 / standard deviation, (T,)."""
     y, mean, rstd = _outputs(ids, tables, dtype)
     if y.numel():
         tokens, width = y.shape
@@ -170,7 +172,7 @@ def backward(
     dy: Tensor, ids: list[Tensor], tables: list[Tensor], weight: Tensor, mean: Tensor, rstd: Tensor,
     seed: Tensor | None, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns the gradient of the sum of embeddings (T, E), and the sums for weight and bias, (programs, E)."""
+    """Return the gradient of the sum of embeddings (T, E), and partial dweight and dbias, (programs, E)."""
     dz, dweight, dbias = _gradients(dy, tables)
     if dz.numel():
         tokens, width = dz.shape
@@ -182,13 +184,13 @@ def backward(
 
 
 def chunk_size(num_tokens: int) -> int:
-    """Tokens of a chunk, a power of two near the root of T: as many steps in a chunk as there can be crossings of one id."""
+    """Return the tokens of a chunk, a power of two near sqrt(T): as many steps as one id can have crossings."""
     return 1 << (max(1, num_tokens).bit_length() // 2)
 
 
 @torch.library.custom_op("megabert::scatter_rows", mutates_args=())
 def scatter_rows(dz: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-    """Add each row of dz (T, E) to row ids[t] of a zero table like `table`, always in the same order."""
+    """Add each row t of dz (T, E) to row ids[t] of a zero table like `table`, always in the same order."""
     dtable = torch.zeros_like(table)
     if dz.numel():
         tokens, width = dz.shape
@@ -199,18 +201,9 @@ def scatter_rows(dz: Tensor, ids: Tensor, table: Tensor) -> Tensor:
         grid = (chunks, -(-width // SCATTER_BLOCK))
         constants: dict[str, Any] = {"BLOCK": SCATTER_BLOCK, "num_warps": 1}
         scatter_kernel[grid](
-            dz,
-            sorted_ids,
-            order,
-            dtable,
-            parts[0],
-            parts[1],
-            tokens,
-            width,
-            size,
-            ACC=accumulator(dz, table),
-            **constants,
-        )
+            dz, sorted_ids, order, dtable, parts[0], parts[1], tokens, width, size,
+            ACC=accumulator(dz, table), **constants,
+        )  # fmt: skip
         if chunks > 1:
             carry_kernel[grid](sorted_ids, dtable, parts[0], parts[1], tokens, width, size, **constants)
     return dtable
@@ -278,10 +271,10 @@ def embed_layer_norm(
     low_precision: bool,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """model/ops.py's embed_layer_norm. ids: (T,) integers for each of the tables (rows, E). Returns (T, E)."""
+    """Compute embed_layer_norm as in model/ops.py. ids: (T,) integers per table; tables: (rows, E). Returns (T, E)."""
     if not 0 < len(tables) == len(ids) <= MAX_TABLES:
         raise ValueError(f"got {len(ids)} ids for {len(tables)} tables, expected one for each of 1 to {MAX_TABLES}.")
-    dtype = stream_dtype(tables[0].dtype, tables[0].device.type, low_precision)
+    dtype = residual_dtype(tables[0].dtype, tables[0].device.type, low_precision)
     seed = draw_seed(tables[0], dropout_p)
     flat = [index.contiguous() for index in ids]
     return EmbedLayerNorm.apply(weight, bias, seed, eps, dropout_p, dtype, padding_idx, *flat, *tables)

@@ -1,12 +1,12 @@
-"""GELU(gate) * value, then dropout: every number is read once and written once (https://arxiv.org/abs/2002.05202).
+"""GELU(gate) * value, then dropout (https://arxiv.org/abs/2002.05202), which reads and writes every number once.
 
-x: (T, 2F), gate first, as the up-projection leaves it; y: (T, F). Exact (erf) GELU, computed in fp32. With s bytes an
-element, bytes moved:
+x: (T, 2F), gate first, the output of the up-projection; y: (T, F). Exact (erf) GELU, computed in fp32. Bytes moved,
+with s bytes per element:
     forward   T * 3F * s   (reads 2F, writes F)
     backward  T * 5F * s   (reads 2F and F, writes 2F)
-and with dropout a seed of 8 bytes for each program, of which there are T * ceil(F / 1024).
-PyTorch without fusion moves 7.5F forward (GELU 2, product 3, dropout and its mask 2.5) and 15.5F backward (2.5, 6, 3, and
-4 to join the halves' gradients), and keeps the GELU, the product and the mask.
+With dropout each of the T * ceil(F / 1024) programs also reads a seed of 8 bytes.
+PyTorch without fusion moves 7.5F forward (GELU 2, product 3, dropout and its mask 2.5) and 15.5F backward (2.5, 6, 3,
+and 4 to join the gradients of the halves), and keeps the GELU, the product and the mask.
 """
 
 from typing import Any
@@ -17,8 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from megabert.kernels.dropout import GROUP, draw_seed, keep_scale, row_factor, threshold
+from megabert.kernels.layer_norm import accumulator
 
-BLOCK = 1024  # columns of a program: eight for each of 128 threads, one 16-byte load of bf16
+# Columns of a program: eight for each of 128 threads, one 16-byte load of bf16.
+BLOCK = 1024
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
@@ -57,13 +59,10 @@ def backward_kernel(
 
 
 def _launch(x: Tensor, dropout_p: float) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid, and what both kernels are compiled for."""
+    """Return the grid and the compile-time constants of both kernels."""
     width = x.shape[1] // 2
-    constants: dict[str, Any] = {
-        "DROPOUT": dropout_p > 0,
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-    }
-    return (x.shape[0], -(-width // BLOCK)), constants | {"BLOCK": BLOCK, "num_warps": 4}
+    constants = {"DROPOUT": dropout_p > 0, "ACC": accumulator(x), "BLOCK": BLOCK, "num_warps": 4}
+    return (x.shape[0], -(-width // BLOCK)), constants
 
 
 @torch.library.custom_op("megabert::geglu", mutates_args=())
@@ -108,5 +107,5 @@ class Geglu(torch.autograd.Function):
 
 
 def geglu(x: Tensor, dropout_p: float) -> Tensor:
-    """model/ops.py's geglu. x: (T, 2F) -> (T, F)."""
+    """Compute geglu as in model/ops.py. x: (T, 2F) -> (T, F)."""
     return Geglu.apply(x.contiguous(), draw_seed(x, dropout_p), dropout_p)

@@ -1,7 +1,10 @@
-"""Which implementation of each operation runs: decided once, at start-up, and said aloud. The only place that dispatches.
+"""Chooses the implementation of each operation, once at start-up, and logs the choice with its reasons.
 
-Fastest first, for each operation: flash-attn (attention only), Triton, PyTorch. What keeps one from running is a sentence
-that ends in the log, or in the error when `fused` was asked for.
+Fastest first, for each operation: flash-attn (attention only), Triton, PyTorch; on a CPU torch.compile, PyTorch. The
+reason why one cannot run is a sentence, which ends in the log, or in the error if `fused` was asked for.
+
+Pretraining and fine-tuning choose nowhere else. A model without a call of resolve() follows transformers'
+attn_implementation.
 """
 
 import importlib.util
@@ -12,10 +15,11 @@ from importlib import metadata
 from typing import Literal, NamedTuple
 
 import torch
+import torch._dynamo
 from packaging.version import Version
 
 from megabert.kernels import HEAD_DIMS, MAX_WIDTH
-from megabert.kernels.cpu import cpu_ops
+from megabert.kernels.cpu import CPU_OPS, why_not_compiled
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.ops import TORCH_OPS, Ops
@@ -23,11 +27,11 @@ from megabert.model.ops import TORCH_OPS, Ops
 log = logging.getLogger(__name__)
 
 FLASH_OLDEST = Version("2.4")  # the first with alibi_slopes
-TRITON_OLDEST = Version("3.7")  # tests/kernels prove the kernels with 3.7.1
-OLDEST_CAPABILITY = (8, 0)  # Ampere: bf16 tensor cores
+TRITON_OLDEST = Version("3.7")  # tests/kernels run the kernels with 3.7.1
+OLDEST_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores
 
-# Modules to look for, and the distribution that knows their version. apex is known by its C extension: PyPI's package
-# of that name is another project.
+# Modules to look for, and the distribution that knows their version. apex is recognised by its C extension, because
+# PyPI's package of that name is another project.
 MODULES = {
     "flash_attn": "flash-attn",
     "triton": "triton",
@@ -35,10 +39,17 @@ MODULES = {
     "deepspeed.ops.adam.fused_adam_op": None,
 }
 
+# Each combination of dropout, dtypes and shapes that happen to be equal compiles once. At torch's limit of 8 a process
+# that runs for long would stop with an error.
+RECOMPILE_LIMIT = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What there is to run on. capability: of a CUDA device; installed: module -> version, "" where it has none."""
+    """What the choice depends on.
+
+    capability: of a CUDA device. installed: module -> version, "" where the version is unknown.
+    """
 
     device_type: str
     capability: tuple[int, int] | None = None
@@ -48,28 +59,28 @@ class Machine:
         return module not in self.installed
 
 
-def look_at(device: torch.device) -> Machine:
-    """See what is there; imports none of it."""
+def inspect_machine(device: torch.device) -> Machine:
+    """Find the device's capability and the installed modules, without importing them."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    # Only on CUDA is anything of this used, and looking for DeepSpeed's extension imports DeepSpeed.
-    modules = [module for module in MODULES if device.type == "cuda" and _found(module)]
+    # Only CUDA devices use these modules, and looking for DeepSpeed's extension imports DeepSpeed.
+    modules = [module for module in MODULES if device.type == "cuda" and _is_installed(module)]
     installed = {module: metadata.version(name) if (name := MODULES[module]) else "" for module in modules}
     return Machine(device_type=device.type, capability=capability, installed=installed)
 
 
-def _found(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     package = module.split(".")[0]
     return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
 
 
 def local_devices() -> list[torch.device]:
-    """Every CUDA device of this machine, or its CPU."""
+    """Return all CUDA devices of this machine, or its CPU."""
     count = torch.cuda.device_count()
     return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether a CPU or CUDA device multiplies bf16 natively."""
+    """Whether a CPU or CUDA device multiplies bf16 natively. On a CPU that does not, bf16 is much slower than fp32."""
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
@@ -78,23 +89,23 @@ def has_fast_bf16(device: torch.device) -> bool:
 def why_not_flash(
     device: torch.device, config: MegaBertConfig, bf16: bool, machine: Machine | None = None
 ) -> str | None:
-    """Say what keeps flash-attn from running this model here, or None."""
-    machine = machine or look_at(device)
+    """Return the reason why flash-attn cannot run this model here, or None."""
+    machine = machine or inspect_machine(device)
     if machine.device_type != "cuda":
         return f"flash-attn needs a CUDA device, this is {machine.device_type}"
     if machine.lacks("flash_attn"):
         return "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
     if (version := Version(machine.installed["flash_attn"])) < FLASH_OLDEST:
-        return f"flash-attn {version} is older than {FLASH_OLDEST}, which brought ALiBi"
+        return f"flash-attn {version} is older than {FLASH_OLDEST}, the first with ALiBi"
     if config.padding == "padded":
-        return "model.padding padded computes its padding, which flash-attn leaves out"
+        return "model.padding padded computes the padding, which flash-attn leaves out"
     if not bf16:
         return "flash-attn computes in bf16, and torch_autocast is off"
-    return _too_old("flash-attn", machine)
+    return _why_too_old("flash-attn", machine)
 
 
 def why_not_triton(operation: str, config: MegaBertConfig, bf16: bool, machine: Machine) -> str | None:
-    """Say what keeps our Triton kernel for an operation from running this model here, or None."""
+    """Return the reason why the Triton kernel of an operation cannot run this model here, or None."""
     if machine.device_type != "cuda":
         return f"Triton needs a CUDA device, this is {machine.device_type}"
     if machine.lacks("triton"):
@@ -102,23 +113,34 @@ def why_not_triton(operation: str, config: MegaBertConfig, bf16: bool, machine: 
     if (version := Version(machine.installed["triton"])) < TRITON_OLDEST:
         return f"Triton {version} is older than {TRITON_OLDEST} (pip install -e '.[kernels]')"
     if config.hidden_size > MAX_WIDTH and "norm" in operation:
-        return f"Triton's LayerNorm takes rows of {MAX_WIDTH}, model.hidden_size is {config.hidden_size}"
+        return f"Triton's LayerNorm takes rows of up to {MAX_WIDTH}, model.hidden_size is {config.hidden_size}"
     if operation == "attention" and config.head_dim not in HEAD_DIMS:
-        return f"Triton's attention takes heads of {', '.join(map(str, HEAD_DIMS))}, these are of {config.head_dim}"
+        return f"Triton's attention takes head sizes {', '.join(map(str, HEAD_DIMS))}, this one is {config.head_dim}"
     if operation == "attention" and not bf16:
         return "Triton's attention computes in bf16, and torch_autocast is off"
-    return _too_old("Triton", machine)
+    return _why_too_old("Triton", machine)
 
 
-def _too_old(name: str, machine: Machine) -> str | None:
+def _why_too_old(name: str, machine: Machine) -> str | None:
     if machine.capability is None or machine.capability >= OLDEST_CAPABILITY:
         return None
     needed, got = (".".join(map(str, x)) for x in (OLDEST_CAPABILITY, machine.capability))
     return f"{name} needs compute capability {needed}, this is {got}"
 
 
+def why_not_cpu_fused(config: MegaBertConfig, bf16: bool) -> str | None:
+    """Return the reason why plain PyTorch is the better choice for this model on a CPU, or None.
+
+    In fp32 without dropout the matrix products take nearly all of the time, and compiled calls cost as much as they
+    save: a step of the quickstart takes 110 ms with them, 103 ms without.
+    """
+    if not bf16 and config.hidden_dropout_prob == 0:
+        return "in fp32 without dropout fusing them gains nothing"
+    return why_not_compiled()
+
+
 def triton_ops() -> Ops:
-    """Our kernels. Imports Triton: only here, and only when one of them was chosen."""
+    """Return the Triton kernels. Only this function imports Triton, and only a choice of one of them calls it."""
     from megabert.kernels.add_layer_norm import add_layer_norm, layer_norm
     from megabert.kernels.attention import plan_triton
     from megabert.kernels.cross_entropy import masked_cross_entropy
@@ -136,8 +158,19 @@ def triton_ops() -> Ops:
 
 
 def torch_ops() -> Ops:
-    """Plain PyTorch, anywhere."""
+    """Return plain PyTorch's operations, which run on every device."""
     return TORCH_OPS._replace(attention=PLANNERS["sdpa"])
+
+
+def cpu_ops(config: MegaBertConfig, bf16: bool) -> tuple[Ops, str]:
+    """Choose the fastest operations for a CPU. Returns them and their description for the log."""
+    attention = "over padded rows" if config.padding == "padded" else "by document length"
+    if reason := why_not_cpu_fused(config, bf16):
+        return torch_ops(), f"attention {attention}, the rest plain PyTorch ({reason})"
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    fused = "geglu, add_layer_norm, embed_layer_norm, masked_cross_entropy fused by torch.compile"
+    description = f"attention {attention}; {fused}; layer_norm, the head's, plain PyTorch"
+    return CPU_OPS._replace(attention=PLANNERS["sdpa"]), description
 
 
 def resolve(
@@ -150,12 +183,12 @@ def resolve(
     """Choose the operations for a model on a device.
 
     auto: the fastest that can run. torch: plain PyTorch. fused: the fused ones; raises ValueError if one cannot run.
-    bf16: whether torch_autocast is on. machine: what is there, if not what look_at finds.
+    bf16: whether torch_autocast is on. machine: by default what inspect_machine() finds.
     """
-    machine = machine or look_at(device)
+    machine = machine or inspect_machine(device)
     if name == "auto" and machine.device_type == "cpu":
-        ops, said = cpu_ops(config, bf16)
-        log.info("ops: %s", said)
+        ops, description = cpu_ops(config, bf16)
+        log.info("ops: %s", description)
         return ops
     plain = torch_ops()
     chosen, reasons = {}, {}
@@ -171,28 +204,31 @@ def resolve(
             raise ValueError(
                 f"run.ops is fused, but {'; '.join(reasons[operation])}. Fix one of these, or use run.ops auto."
             )
-    log.info("%s", _account(chosen, reasons, name))
+    log.info("%s", _describe(chosen, reasons, name))
     sources = {"PyTorch": plain, "flash-attn": plain._replace(attention=PLANNERS["flash_attention_2"])}
     if "Triton" in chosen.values():
         sources["Triton"] = triton_ops()
     return Ops(**{operation: getattr(sources[source], operation) for operation, source in chosen.items()})
 
 
-def _account(chosen: Mapping[str, str], reasons: Mapping[str, list[str]], name: str) -> str:
-    """One line: which operation comes from where, and why not from somewhere faster."""
+def _describe(chosen: Mapping[str, str], reasons: Mapping[str, list[str]], name: str) -> str:
+    """Write one line: the source of each operation, and each reason against a faster one once."""
     by_source: dict[str, list[str]] = {}
     for operation, source in chosen.items():
         by_source.setdefault(source, []).append(operation)
     parts = [f"{', '.join(operations)} from {source}" for source, operations in by_source.items()]
     if len(parts) == 1:
         parts = [f"all from {next(iter(by_source))}"]
-    # A reason counts where something slower was taken because of it; each is said once.
-    why = list(dict.fromkeys(reason for given in reasons.values() for reason in given))
-    return f"ops: {'; '.join(parts)} ({'; '.join(why) or f'run.ops {name}'})"
+    distinct = dict.fromkeys(reason for given in reasons.values() for reason in given)
+    return f"ops: {'; '.join(parts)} ({'; '.join(distinct) or f'run.ops {name}'})"
 
 
 class Implementation(NamedTuple):
-    """make: a constructor taking (params, lr=, betas=, eps=, weight_decay=); source: whose; reason: why not a faster one."""
+    """An optimizer's implementation.
+
+    make: a constructor taking (params, lr=, betas=, eps=, weight_decay=). source: the library it comes from.
+    reason: why no faster one was chosen.
+    """
 
     make: Callable[..., torch.optim.Optimizer]
     source: str
@@ -202,13 +238,13 @@ class Implementation(NamedTuple):
 def choose_adamw(
     name: Literal["auto", "torch", "fused"], device: torch.device, offloaded: bool, machine: Machine | None = None
 ) -> Implementation:
-    """Choose AdamW's implementation, by run.ops.
+    """Choose AdamW's implementation for run.ops `name`.
 
-    apex's, then DeepSpeed's, where their extension is built; else PyTorch's own fused one, which also runs on a CPU.
-    offloaded: the optimizer's state lives in the CPU's memory. apex and DeepSpeed count steps for each group, PyTorch for
-    each parameter: a checkpoint goes on only with the implementation that it was saved with.
+    apex's, then DeepSpeed's, if their extension is built; else PyTorch's fused one, which also runs on a CPU.
+    offloaded: the optimizer's state is in the CPU's memory. apex and DeepSpeed count steps per group, PyTorch per
+    parameter: training resumes from a checkpoint only with the implementation that saved it.
     """
-    machine = machine or look_at(device)
+    machine = machine or inspect_machine(device)
 
     def from_torch(params, **settings) -> torch.optim.Optimizer:
         return torch.optim.AdamW(params, fused=True, **settings)

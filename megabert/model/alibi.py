@@ -1,4 +1,4 @@
-"""ALiBi (https://arxiv.org/abs/2108.12409) in its symmetric form: -slope_h * |i - j| added to the scaled score."""
+"""ALiBi (https://arxiv.org/abs/2108.12409) in its symmetric form: -slope_h * |i - j| is added to the scaled scores."""
 
 import math
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def alibi_slopes(num_heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Give the slopes (H,): 2^(-8/n), 2^(-16/n), ... for n a power of two.
+    """Return the slopes (H,): 2^(-8/n), 2^(-16/n), ... for n a power of two.
 
-    Otherwise those of the power of two below, then every other one of the power above, as the paper's authors do. Not kept:
-    what torch.export makes of them is of no use to anybody else.
+    For any other n: the slopes of the next lower power of two, then every other slope of the next higher one, as in the
+    authors' code. Not cached: a cached tensor that torch.export creates while tracing is useless outside the trace.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
@@ -19,7 +19,7 @@ def alibi_slopes(num_heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def alibi_bias(slopes: Tensor, length: int, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-    """-slope_h * |i - j|, shape (1, H, L, L), or only those rows i of it."""
-    place = torch.arange(length, device=slopes.device)
-    distance = (place[rows, None] - place[None, :]).abs()
+    """Return -slope_h * |i - j| of shape (1, H, L, L), or only its rows i in `rows`."""
+    position = torch.arange(length, device=slopes.device)
+    distance = (position[rows, None] - position[None, :]).abs()
     return (-slopes[:, None, None] * distance).to(dtype)[None]

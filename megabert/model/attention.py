@@ -1,8 +1,15 @@
-"""Attention within documents, three ways, chosen by transformers' attn_implementation.
+"""Attention within documents: the implementations that transformers' attn_implementation names.
 
-A *planner* takes (sequences, alibi_slopes, head_dim) once per forward pass and returns `attend(qkv, dropout_p)`,
-which every layer then calls: (T, 3, H, D) -> (T, H, D). The plan carries what does not change between layers:
-where the documents are and their ALiBi bias.
+A *planner* takes (sequences, alibi_slopes, head_dim) once per forward pass and returns `attend(qkv, dropout_p)`, which
+every layer calls: (T, 3, H, D) -> (T, H, D). Document boundaries and ALiBi's bias are prepared once, for all layers.
+
+    eager               plan_eager         the equation, document by document: the specification
+    sdpa                plan_sdpa          padded rows: PyTorch's fused attention with a mask
+                                           on a CPU without dropout: explicit matrices, see buckets.py
+                                           otherwise: PyTorch's fused attention, one call per document length
+    flash_attention_2   plan_flash         flash-attn's varlen kernel
+
+kernels/attention.py has another planner, which kernels/resolve.py may choose instead.
 """
 
 import functools
@@ -16,13 +23,15 @@ from torch import Tensor
 
 from .alibi import alibi_bias
 from .buckets import exact_buckets, invert, plan_buckets, token_slots
+from .configuration_megabert import MegaBertConfig
 from .padding import Sequences
 
 Attend = Callable[[Tensor, float], Tensor]
+Planner = Callable[[Sequences, Tensor | None, int], Attend]
 
 
 def plan_eager(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Attend:
-    """Spell the equation out, document by document: the specification."""
+    """Compute the equation as it is written, document by document."""
     bounds = sequences.cu_seqlens.tolist()
     num_keys = None if sequences.num_keys is None else sequences.num_keys.tolist()
 
@@ -43,24 +52,26 @@ def plan_eager(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> At
 
 
 def plan_sdpa(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Attend:
-    """Attend in documents of equal length at once, without padding, and on a CPU in those of nearly equal length.
+    """Attend without padding, in several documents at once: those of equal, or on a CPU of nearly equal length.
 
-    On a CPU this beats one padded batch by the square of the padding, and a loop over documents by the calls saved.
-    There, and without dropout, it goes through BucketAttention; else through PyTorch's fused attention.
+    On a CPU this is faster than one padded batch, which computes the square of its padding, and than a loop over the
+    documents, which makes more calls.
     """
     if sequences.num_keys is not None:
         return _plan_rows(sequences, slopes)
+    by_length = functools.cache(lambda: _plan_by_length(sequences.cu_seqlens, slopes))
+    if not sequences.cu_seqlens.is_cpu:
+        return by_length()
     by_bucket = plan_buckets(sequences.cu_seqlens, slopes, head_dim)
-    by_length = functools.cache(lambda: _plan_fused(sequences.cu_seqlens, slopes))
 
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:
-        return by_bucket(qkv) if qkv.is_cpu and dropout_p == 0 else by_length()(qkv, dropout_p)
+        return by_bucket(qkv) if dropout_p == 0 else by_length()(qkv, dropout_p)
 
     return attend
 
 
-def _plan_fused(cu_seqlens: Tensor, slopes: Tensor | None) -> Attend:
-    """PyTorch's fused attention, a call for each length."""
+def _plan_by_length(cu_seqlens: Tensor, slopes: Tensor | None) -> Attend:
+    """Call PyTorch's fused attention once per document length."""
     buckets = exact_buckets(cu_seqlens.diff().tolist(), 1 if slopes is None else len(slopes))
     gather, _ = token_slots(cu_seqlens, buckets)  # (T,)
     scatter = invert(gather)
@@ -87,17 +98,17 @@ def _plan_fused(cu_seqlens: Tensor, slopes: Tensor | None) -> Attend:
 
 
 def _plan_rows(sequences: Sequences, slopes: Tensor | None) -> Attend:
-    """Attend over padded rows (B, S), padding included; padded keys are masked, as the padded baseline does it."""
-    assert sequences.num_keys is not None, "rows without num_keys are documents"
+    """Attend over padded rows (B, S) and compute their padding; padded keys are masked, as in a padded baseline."""
+    assert sequences.num_keys is not None, "padded rows have num_keys"
     length = sequences.max_seqlen
-    place = torch.arange(length, device=sequences.num_keys.device)
-    # An empty row keeps its first key: a softmax over nothing would be NaN.
-    hidden = place[None, :] >= sequences.num_keys.clamp(min=1)[:, None]  # (B, S)
+    position = torch.arange(length, device=sequences.num_keys.device)
+    # An empty row keeps its first key: a softmax over no keys would be NaN.
+    masked = position[None, :] >= sequences.num_keys.clamp(min=1)[:, None]  # (B, S)
 
     @functools.cache
     def mask_for(dtype: torch.dtype) -> Tensor:
-        mask = torch.zeros((hidden.shape[0], 1, 1, length), dtype=dtype, device=hidden.device)
-        mask = mask.masked_fill(hidden[:, None, None, :], torch.finfo(dtype).min)
+        mask = torch.zeros((masked.shape[0], 1, 1, length), dtype=dtype, device=masked.device)
+        mask = mask.masked_fill(masked[:, None, None, :], torch.finfo(dtype).min)
         return mask if slopes is None else mask + alibi_bias(slopes, length, dtype)
 
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:
@@ -109,11 +120,12 @@ def _plan_rows(sequences: Sequences, slopes: Tensor | None) -> Attend:
 
 
 def plan_flash(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Attend:
-    """Call flash-attn's varlen kernel with its native ALiBi (>= 2.4). Not run on a GPU yet."""
-    from flash_attn import flash_attn_varlen_qkvpacked_func  # pyrefly: ignore[missing-import] # an optional import: only where it was asked for
+    """Call flash-attn's varlen kernel with its own ALiBi (flash-attn >= 2.4). Not run on a GPU yet."""
+    # flash-attn is optional and imported only where it was asked for.
+    from flash_attn import flash_attn_varlen_qkvpacked_func  # pyrefly: ignore[missing-import]
 
     if sequences.num_keys is not None:
-        raise ValueError("padding: padded measures computed padding, which flash_attention_2 cannot do. Use sdpa.")
+        raise ValueError("padding: padded computes the padding, which flash_attention_2 cannot do. Use sdpa.")
 
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:
         return flash_attn_varlen_qkvpacked_func(
@@ -128,4 +140,9 @@ def plan_flash(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> At
     return attend
 
 
-PLANNERS = {"eager": plan_eager, "sdpa": plan_sdpa, "flash_attention_2": plan_flash}
+PLANNERS: dict[str, Planner] = {"eager": plan_eager, "sdpa": plan_sdpa, "flash_attention_2": plan_flash}
+
+
+def plan_as_configured(config: MegaBertConfig, sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Attend:
+    """Plan with the implementation that the config names now: transformers lets callers change it at any time."""
+    return PLANNERS[config._attn_implementation or "sdpa"](sequences, slopes, head_dim)

@@ -1,4 +1,4 @@
-"""The architecture of one encoder, as a transformers config: everything that decides its parameters and its output."""
+"""The transformers config of one encoder: every setting that determines its parameters and its output."""
 
 from transformers import PretrainedConfig
 
@@ -10,20 +10,21 @@ LAYER_NORM_DTYPES = ("bfloat16", "float32")
 
 
 class MegaBertConfig(PretrainedConfig):
-    """MosaicBERT (https://arxiv.org/abs/2312.17482) by default; its ablation switches lead back to BERT.
+    """MosaicBERT (https://arxiv.org/abs/2312.17482) by default; the settings of its ablations turn it back into BERT.
 
     position: "alibi" adds -slope * |i - j| to the scores; "learned" adds a position embedding.
     ffn: "geglu" is GELU(gate) * value without biases in the up-projection; "gelu" is BERT's plain MLP.
     layer_norm_dtype: "bfloat16" keeps LayerNorm and the residual stream in the autocast dtype when
         autocast is on; "float32" computes them in fp32. Without autocast both use the weights' dtype.
     padding: "unpadded" computes real tokens only; "padded" computes every document's padding too.
-    classifier_pooling: what a sequence classifier sees: the first token, as BERT, or the mean of all tokens.
+    classifier_pooling: input of a sequence classifier: "cls", the first token as in BERT, or "mean", the mean of all.
     classifier_dropout: None means hidden_dropout_prob.
-    z_loss: in training, this times the square of each masked token's log-sum-exp is added to its loss.
+    z_loss: factor of the squared log-sum-exp that training adds to each masked token's loss.
     """
 
     model_type = "megabert"
-    _auto_class = "AutoConfig"  # save_pretrained() puts this code beside what it saves
+    # save_pretrained() copies this code into the folder that it writes.
+    _auto_class = "AutoConfig"
 
     def __init__(
         self,
@@ -49,40 +50,6 @@ class MegaBertConfig(PretrainedConfig):
         tie_word_embeddings: bool = True,
         **kwargs,
     ):
-        choices = {
-            "position": (position, POSITIONS),
-            "ffn": (ffn, FFNS),
-            "padding": (padding, PADDINGS),
-            "layer_norm_dtype": (layer_norm_dtype, LAYER_NORM_DTYPES),
-            "classifier_pooling": (classifier_pooling, CLASSIFIER_POOLINGS),
-        }
-        for name, (got, known) in choices.items():
-            if got not in known:
-                raise ValueError(f"model config: {name} is {got!r}, expected one of {', '.join(known)}.")
-        if hidden_size % num_attention_heads:
-            raise ValueError(
-                f"model config: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}."
-            )
-        shares = {
-            "hidden_dropout_prob": hidden_dropout_prob,
-            "attention_probs_dropout_prob": attention_probs_dropout_prob,
-        }
-        if classifier_dropout is not None:
-            shares["classifier_dropout"] = classifier_dropout
-        for name, share in shares.items():
-            if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-                raise ValueError(f"model config: {name} is {share!r}, expected a number from 0 to 1.")
-        if not isinstance(layer_norm_eps, float) or not 0 < layer_norm_eps < 1:
-            raise ValueError(f"model config: layer_norm_eps is {layer_norm_eps!r}, expected a number between 0 and 1.")
-        for name, number in {"initializer_range": initializer_range, "z_loss": z_loss}.items():
-            if not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
-                raise ValueError(f"model config: {name} is {number!r}, expected a number from 0.")
-        if pad_token_id is not None and not isinstance(pad_token_id, int):
-            raise ValueError(f"model config: pad_token_id is {pad_token_id!r}, expected a number.")
-        if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
-            raise ValueError(
-                f"model config: pad_token_id is {pad_token_id}, expected one of the {vocab_size} rows of the vocabulary."
-            )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -101,8 +68,48 @@ class MegaBertConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.z_loss = z_loss
         self.padding = padding
+        self._check_settings(pad_token_id)
         kwargs |= {"pad_token_id": pad_token_id, "tie_word_embeddings": tie_word_embeddings}
         super().__init__(**kwargs)
+
+    def _check_settings(self, pad_token_id: int | None) -> None:
+        """Raise ValueError for a setting outside its range."""
+        choices = {
+            "position": POSITIONS,
+            "ffn": FFNS,
+            "padding": PADDINGS,
+            "layer_norm_dtype": LAYER_NORM_DTYPES,
+            "classifier_pooling": CLASSIFIER_POOLINGS,
+        }
+        for name, known in choices.items():
+            if (got := getattr(self, name)) not in known:
+                raise ValueError(f"model config: {name} is {got!r}, expected one of {', '.join(known)}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model config: hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}."
+            )
+        probabilities = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
+        if self.classifier_dropout is not None:
+            probabilities.append("classifier_dropout")
+        for name in probabilities:
+            probability = getattr(self, name)
+            if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
+                raise ValueError(f"model config: {name} is {probability!r}, expected a number from 0 to 1.")
+        eps = self.layer_norm_eps
+        if not isinstance(eps, float) or not 0 < eps < 1:
+            raise ValueError(f"model config: layer_norm_eps is {eps!r}, expected a number between 0 and 1.")
+        for name in ("initializer_range", "z_loss"):
+            number = getattr(self, name)
+            if not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
+                raise ValueError(f"model config: {name} is {number!r}, expected a number from 0.")
+        if pad_token_id is not None and not isinstance(pad_token_id, int):
+            raise ValueError(f"model config: pad_token_id is {pad_token_id!r}, expected a number.")
+        if pad_token_id is not None and not 0 <= pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"model config: pad_token_id is {pad_token_id}, "
+                f"expected one of the {self.vocab_size} rows of the vocabulary."
+            )
 
     @property
     def head_dim(self) -> int:

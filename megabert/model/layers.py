@@ -1,37 +1,41 @@
 """The encoder, from token ids to hidden states, on (T,) tokens without padding.
 
-The letters of every shape in this package:
+Letters of the shapes in this package:
 T tokens in a bin, B documents, S longest document or padded length, H heads, D head size, E hidden size,
 F MLP width, V vocabulary, M masked tokens.
 """
+
+import functools
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .alibi import alibi_slopes
-from .attention import PLANNERS, Attend
+from .attention import Attend, Planner, plan_as_configured
 from .configuration_megabert import MegaBertConfig
 from .ops import TORCH_OPS, MaskedLoss, Ops
 from .padding import Sequences, as_rows, row_slots, spread
 
 
 class Module(nn.Module):
-    """A module that computes through `ops`, which set_ops() may replace in a whole model."""
-
-    ops: Ops = TORCH_OPS
+    """A module that computes through `ops`; set_ops() replaces them in a whole model."""
 
     def __init__(self, config: MegaBertConfig):
         super().__init__()
         self.config = config
         self.low_precision = config.layer_norm_dtype == "bfloat16"
+        self.use_ops(TORCH_OPS)
+
+    def use_ops(self, ops: Ops) -> None:
+        self.ops = ops
 
     def dropout_p(self, probability: float) -> float:
         return probability if self.training else 0.0
 
 
 class Norm(Module):
-    """LayerNorm over the hidden size, in the precision that the config says."""
+    """LayerNorm over the hidden size, in the precision of the config's layer_norm_dtype."""
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
@@ -52,7 +56,7 @@ class Embeddings(Module):
         self.norm = Norm(config)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        """All ids (T,); types default to 0; positions count from 0 in each document. Returns (T, E)."""
+        """Embed the ids, all (T,). Types default to 0; positions count from 0 in each document. Returns (T, E)."""
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         ids = [input_ids, token_type_ids]
@@ -99,7 +103,7 @@ class Attention(Module):
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
-        """hidden (T, E) -> (T, E), or only those `rows` of it."""
+        """hidden (T, E) -> (T, E), or with rows (M,) only those tokens, (M, E)."""
         shape = (-1, 3, self.config.num_attention_heads, self.config.head_dim)
         mixed = attend(self.qkv(hidden).view(shape), self.dropout_p(self.config.attention_probs_dropout_prob))
         mixed = mixed.reshape(-1, self.config.hidden_size)  # (T, E)
@@ -107,7 +111,7 @@ class Attention(Module):
 
 
 class GatedMlp(Module):
-    """MosaicBERT's: no bias on the way up, dropout on the gated product (none after the way down)."""
+    """MosaicBERT's MLP: no bias in the up-projection; dropout on the gated product, none after the down-projection."""
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
@@ -119,7 +123,7 @@ class GatedMlp(Module):
 
 
 class Mlp(Module):
-    """BERT's: its dropout comes after the way down, in the AddNorm that follows."""
+    """BERT's MLP: dropout after the down-projection, in the AddNorm that follows."""
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
@@ -153,18 +157,31 @@ class Encoder(Module):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.checkpoint_every = 0  # recompute every k-th layer's activations in the backward pass; 0: none
-        # The same for transformers' callers: gradient_checkpointing_enable() sets these two on whatever module has the first.
-        self.gradient_checkpointing = False
-        self._gradient_checkpointing_func = checkpoint
+        # Recompute the activations of every k-th layer in the backward pass; 0 for none.
+        self.checkpoint_every = 0
+        self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """transformers' switch: gradient_checkpointing_enable() sets it and _gradient_checkpointing_func."""
+        return self.checkpoint_every > 0
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.checkpoint_every = int(enabled)
+
+    def use_ops(self, ops: Ops) -> None:
+        """Take the attention of `ops` too, or where they have none the one that the config names."""
+        super().use_ops(ops)
+        self.planner: Planner = ops.attention or functools.partial(plan_as_configured, self.config)
 
     def forward(
         self, hidden: Tensor, sequences: Sequences, rows: Tensor | None = None, every_layer: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """Encode hidden (T, E).
 
-        rows: (M,) tokens wanted at the end; None means all. Returns the last hidden states, (M, E) or (T, E),
-        and, with every_layer, the (T, E) before each layer and at the end.
+        rows: (M,) tokens to return; None means all. Returns the last hidden states, (M, E) or (T, E), and with
+        every_layer the (T, E) before each layer and after the last one.
         """
         if self.config.padding == "padded" and sequences.num_keys is None:
             return self._forward_padded(hidden, sequences, rows, every_layer)
@@ -181,23 +198,21 @@ class Encoder(Module):
 
     def _plan(self, sequences: Sequences, hidden: Tensor) -> Attend:
         slopes = None
-        if self.config.position == "alibi":  # in fp32, as kernels want them, but in a model of fp64
+        if self.config.position == "alibi":
+            # Kernels take fp32 slopes; an fp64 model computes in fp64 throughout.
             dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
             slopes = alibi_slopes(self.config.num_attention_heads, dtype).to(hidden.device)
-        planner = self.ops.attention or PLANNERS[self.config._attn_implementation or "sdpa"]
-        return planner(sequences, slopes, self.config.head_dim)
+        return self.planner(sequences, slopes, self.config.head_dim)
 
     def _run(self, index: int, layer: nn.Module, hidden: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
         if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
-            return checkpoint(layer, hidden, attend, rows, use_reentrant=False)  # type: ignore[return-value]
-        if self.training and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(layer, hidden, attend, rows)  # type: ignore[return-value]
         return layer(hidden, attend, rows)
 
     def _forward_padded(
         self, hidden: Tensor, sequences: Sequences, rows: Tensor | None, every_layer: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """Compute every slot of (B, S), as an encoder without unpadding must; then pick the real tokens."""
+        """Compute every slot of (B, S), as an encoder without unpadding does; then return the real tokens."""
         padded = as_rows(sequences)
         slots = row_slots(sequences)
         num_slots = (len(padded.cu_seqlens) - 1) * padded.max_seqlen
@@ -214,7 +229,7 @@ class Encoder(Module):
 
 
 class MlmTransform(Module):
-    """dense, GELU, LayerNorm: what BERT does to a hidden state before the decoder."""
+    """BERT's transformation of a hidden state before the decoder: dense, GELU, LayerNorm."""
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
@@ -226,7 +241,7 @@ class MlmTransform(Module):
 
 
 class Decoder(Module):
-    """Hidden states to the vocabulary; its weight is the word embedding's."""
+    """Projects hidden states to the vocabulary; its weight is tied to the word embedding's."""
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
@@ -234,7 +249,7 @@ class Decoder(Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | MaskedLoss:
-        """hidden (M, E) -> logits (M, V), or with labels (M,) the loss without keeping the logits."""
+        """hidden (M, E) -> logits (M, V), or with labels (M,) the loss, without keeping the logits."""
         if labels is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
         z_loss = self.config.z_loss if self.training else 0.0
@@ -242,7 +257,7 @@ class Decoder(Module):
 
 
 class Pooler(Module):
-    """dense and tanh on each document's first token."""
+    """Applies dense and tanh to each document's first token."""
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
@@ -256,4 +271,4 @@ def set_ops(model: nn.Module, ops: Ops) -> None:
     """Make every part of the model compute through `ops`."""
     for module in model.modules():
         if isinstance(module, Module):
-            module.ops = ops
+            module.use_ops(ops)

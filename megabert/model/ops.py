@@ -1,6 +1,6 @@
-"""The operations of the model, in plain PyTorch: the specification that every faster kernel is tested against.
+"""The model's operations in plain PyTorch: the specification that every faster kernel is tested against.
 
-Shapes as in layers.py. Nothing here knows a device; what runs where is decided in kernels/resolve.py.
+Shapes as in layers.py. Nothing here depends on the device; kernels/resolve.py chooses the implementation that runs.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100  # a label that asks for nothing; PyTorch's own default for cross_entropy
+# The label of a row without a target; PyTorch's default for cross_entropy.
+IGNORE_INDEX = -100
 
 
 class MaskedLoss(NamedTuple):
@@ -22,7 +23,10 @@ class MaskedLoss(NamedTuple):
 
 
 class Ops(NamedTuple):
-    """One implementation of each operation. attention None means: as the config's attn_implementation says."""
+    """One implementation of each operation.
+
+    attention: a planner, see attention.py; None means the one that the config's attn_implementation names.
+    """
 
     attention: Callable | None
     layer_norm: Callable
@@ -33,26 +37,35 @@ class Ops(NamedTuple):
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Bring half precision to fp32, where sums of many terms belong; leave fp32 and fp64 as they are."""
+    """Convert half precision to fp32 for sums of many terms; leave fp32 and fp64 unchanged."""
     return x.float() if x.element_size() < 4 else x
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, low_precision: bool) -> Tensor:
-    """Normalise the last dimension; the result's dtype is the dtype of the residual stream.
+def residual_dtype(dtype: torch.dtype, device_type: str, low_precision: bool) -> torch.dtype:
+    """Return the dtype of a LayerNorm's result, and so of the residual stream.
 
-    Under autocast: the autocast dtype if low_precision (autocast itself would force fp32 on CUDA), else fp32.
-    Without autocast: the dtype of x.
+    Under autocast: the autocast dtype if low_precision, else fp32. Without autocast: `dtype`, the input's.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        return dtype
+    return torch.get_autocast_dtype(device_type) if low_precision else torch.float32
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, low_precision: bool) -> Tensor:
+    """Normalise the last dimension. Returns the shape of x in residual_dtype().
+
+    Autocast is disabled inside, since on CUDA it would always compute in fp32.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device) if low_precision else torch.float32
+        dtype = residual_dtype(x.dtype, device, low_precision)
         with torch.autocast(device, enabled=False):
             return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def geglu(x: Tensor, dropout_p: float) -> Tensor:
-    """GELU(gate) * value, then dropout (https://arxiv.org/abs/2002.05202, with MosaicBERT's dropout place).
+    """Compute GELU(gate) * value (https://arxiv.org/abs/2002.05202), then dropout, where MosaicBERT has it.
 
     x: (T, 2F), gate first, then value. Exact (erf) GELU. Returns (T, F).
     """
@@ -63,7 +76,7 @@ def geglu(x: Tensor, dropout_p: float) -> Tensor:
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dropout_p: float, low_precision: bool
 ) -> Tensor:
-    """LayerNorm(dropout(x) + residual): the end of each half of a post-LN block. All (T, E)."""
+    """Compute LayerNorm(dropout(x) + residual), which ends each half of a post-LN block. All (T, E)."""
     x = F.dropout(x, dropout_p, training=dropout_p > 0)
     return layer_norm(x + residual, weight, bias, eps, low_precision)
 
@@ -79,10 +92,10 @@ def embed_layer_norm(
     low_precision: bool,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """dropout(LayerNorm(sum of embeddings)).
+    """Compute dropout(LayerNorm(sum of embeddings)).
 
-    ids: (T,) integers each, one per table; tables: (rows, E). padding_idx: the row of the first table that gets no gradient
-    from here. Returns (T, E). Raises IndexError for an id that a table has no row for (on a GPU: a device-side assertion).
+    ids: (T,) integers, one tensor per table; tables: (rows, E). padding_idx: the row of the first table that gets no
+    gradient from here. Returns (T, E). Raises IndexError for an id outside its table (on a GPU: a device-side assert).
     """
     x = F.embedding(ids[0], tables[0], padding_idx)
     for index, table in zip(ids[1:], tables[1:], strict=True):
@@ -91,11 +104,11 @@ def embed_layer_norm(
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """The summed loss, its gradient made in place of the logits: one (M, V) matrix where autograd keeps three."""
+    """The summed loss. Its gradient overwrites the logits: one (M, V) matrix is kept, where autograd keeps three."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """logits: (M, V) fp32 or fp64, overwritten; labels: (M,) int64. Returns the loss and the number predicted right."""
+        """logits: (M, V) fp32 or fp64, overwritten; labels: (M,) int64. Returns the loss and the number correct."""
         used = labels != IGNORE_INDEX
         target = torch.where(used, labels, 0)[:, None]
         highest = logits.amax(dim=-1, keepdim=True)
@@ -122,13 +135,12 @@ def masked_cross_entropy(
 ) -> MaskedLoss:
     """Score hidden (M, E) against the vocabulary (V, E), bias (V,), with labels (M,); softmax in fp32.
 
-    A row counts as correct if no token scores higher than its label. z_loss times the square of each row's log-sum-exp is
-    added to its loss (https://arxiv.org/abs/2204.02311, section 5). Raises RuntimeError or IndexError for a label that is
-    neither IGNORE_INDEX nor a row of the vocabulary (on a GPU: a device-side assertion, or with Triton a loss of NaN).
+    A row counts as correct if no token scores higher than its label. z_loss times the square of each row's log-sum-exp
+    is added to its loss (https://arxiv.org/abs/2204.02311, section 5). Raises RuntimeError or IndexError for a label
+    that is neither IGNORE_INDEX nor a row of the vocabulary (on a GPU: a device-side assert; with Triton a NaN loss).
     """
-    logits = upcast(
-        F.linear(hidden, weight, bias)
-    )  # (M, V), which the loss may overwrite: linear's backward needs none
+    # The loss may overwrite the logits: the backward pass of F.linear does not need them.
+    logits = upcast(F.linear(hidden, weight, bias))  # (M, V)
     loss_sum, num_correct = SummedCrossEntropy.apply(logits, labels.long(), z_loss)
     return MaskedLoss(loss_sum, num_correct, (labels != IGNORE_INDEX).sum())
 

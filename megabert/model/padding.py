@@ -1,9 +1,9 @@
-"""Between (B, S) rows with padding and (T,) tokens without.
+"""Conversion between (B, S) rows with padding and (T,) tokens without it.
 
-T tokens in a bin, B documents, S longest document or padded length. The worked example for all of it:
-lengths [3, 2] -> cu_seqlens [0, 3, 5].
+T tokens in a bin, B documents, S longest document or padded length. Example: lengths [3, 2] -> cu_seqlens [0, 3, 5].
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,8 @@ class Sequences(NamedTuple):
 
     cu_seqlens: (B + 1,) int32 from 0 to T; repeated values are empty documents and are legal everywhere.
     max_seqlen: an upper bound on the longest document, in tokens.
-    num_keys: None, or (B,) int32: documents that occupy max_seqlen slots each but have only so many
-        real tokens, the rest padding that is computed yet never attended to.
+    num_keys: None, or (B,) int32: every document occupies max_seqlen slots, of which the first num_keys hold real
+        tokens; the rest is padding that is computed but never attended to.
     """
 
     cu_seqlens: Tensor
@@ -25,7 +25,7 @@ class Sequences(NamedTuple):
 
 
 class Unpadded(NamedTuple):
-    """indices: (T,) int64, each real token's place in the flattened (B * S,) rows."""
+    """indices: (T,) int64, the position of each token in the flattened (B * S,) rows."""
 
     indices: Tensor
     sequences: Sequences
@@ -34,7 +34,7 @@ class Unpadded(NamedTuple):
 def unpad(attention_mask: Tensor) -> Unpadded:
     """Find the real tokens of padded rows.
 
-    attention_mask: (B, S), non-zero at real tokens, wherever in the row they are.
+    attention_mask: (B, S), non-zero at real tokens, which may be anywhere in the row.
     """
     mask = attention_mask != 0
     lengths = mask.sum(dim=1, dtype=torch.int32)
@@ -43,42 +43,44 @@ def unpad(attention_mask: Tensor) -> Unpadded:
 
 
 def unpad_in_place(attention_mask: Tensor) -> Unpadded:
-    """As unpad(), in shapes that do not depend on the mask, as torch.export's graphs need: T is B * S, padding is computed.
+    """Unpad for torch.export, in shapes that do not depend on the mask: T is B * S, and padding is computed.
 
-    Each row is a document of S slots, its real tokens first, in their order, so that num_keys tells them from its padding.
+    Each row becomes a document of S slots. Its real tokens come first, in their order, and num_keys counts them.
     """
     mask = attention_mask != 0
     num_rows, length = mask.shape
     num_keys = mask.sum(dim=1, dtype=torch.int32)
     slot = torch.where(mask, mask.long().cumsum(1), num_keys[:, None] + (~mask).long().cumsum(1)) - 1  # (B, S)
     row = torch.arange(num_rows + 1, device=mask.device) * length
-    place = row[:-1, None] + torch.arange(length, device=mask.device)
-    indices = torch.zeros_like(place).scatter(1, slot, place).flatten()  # (B * S,)
+    position = row[:-1, None] + torch.arange(length, device=mask.device)
+    indices = torch.zeros_like(position).scatter(1, slot, position).flatten()  # (B * S,)
     return Unpadded(indices, Sequences(row.int(), length, num_keys))
 
 
 def first_tokens(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """The documents that are not empty, and the first token of each: (M,) int64 both, M <= B. Padded rows are never empty."""
+    """Return the documents that are not empty and the first token of each, both (M,) int64 with M <= B.
+
+    A padded row counts as not empty.
+    """
+    starts = sequences.cu_seqlens[:-1]
     if sequences.num_keys is not None:
-        return torch.arange(sequences.num_keys.shape[0], device=sequences.num_keys.device), sequences.cu_seqlens[
-            :-1
-        ].long()
+        return torch.arange(sequences.num_keys.shape[0], device=sequences.num_keys.device), starts.long()
     documents = sequences.cu_seqlens.diff().nonzero().flatten()
-    return documents, sequences.cu_seqlens[documents].long()
+    return documents, starts[documents].long()
 
 
 def spread(values: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Place (N, ...) at `indices` of (size, ...), zeros elsewhere: the inverse of indexing with them."""
+    """Write (N, ...) to rows `indices` of a zero tensor (size, ...): the inverse of indexing with `indices`."""
     return values.new_zeros((size, *values.shape[1:])).index_copy(0, indices, values)
 
 
 def repad(values: Tensor, indices: Tensor, batch_size: int, length: int) -> Tensor:
-    """Spread (T, ...) over (B, S, ...), zeros at padding."""
+    """Spread (T, ...) over (B, S, ...), with zeros at padding."""
     return spread(values, indices, batch_size * length).view(batch_size, length, *values.shape[1:])
 
 
 def row_slots(sequences: Sequences) -> Tensor:
-    """Give each of the T tokens its slot in rows of max_seqlen: document * max_seqlen + place in document.
+    """Return each token's slot in rows of max_seqlen slots: document * max_seqlen + position in the document.
 
     Returns (T,) int64. Needs cu_seqlens[-1] == T.
     """
@@ -94,3 +96,69 @@ def as_rows(sequences: Sequences) -> Sequences:
     lengths = cu_seqlens.diff()
     rows = torch.arange(len(lengths) + 1, device=cu_seqlens.device, dtype=torch.int32) * length
     return Sequences(rows, length, num_keys=lengths)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The input of one forward pass as T tokens, and how to restore (B, S).
+
+    indices: (T,) position of each token in the flattened rows, or None for a packed batch.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    token_type_ids: Tensor | None
+    sequences: Sequences
+    indices: Tensor | None = None
+    shape: tuple[int, int] = (0, 0)
+
+    def pick(self, values: Tensor) -> Tensor:
+        """Select the tokens' values: (B, S), such as labels, -> (T,)."""
+        return values if self.indices is None else values.flatten()[self.indices]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Restore the rows: (T, ...) -> (B, S, ...). Returns a packed batch unchanged."""
+        return values if self.indices is None else repad(values, self.indices, *self.shape)
+
+
+def positions_within(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Count from 0 in each document. [0, 3, 5] -> [0, 1, 2, 0, 1]."""
+    token = torch.arange(num_tokens, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens.long(), token, right=True) - 1
+    return token - cu_seqlens.long()[document]
+
+
+def read_tokens(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tokens:
+    """Convert a packed or a padded call to (T,) tokens. Raises ValueError for ids that are neither (T,) nor (B, S)."""
+    if input_ids is None:
+        raise ValueError("input_ids is missing.")
+    if cu_seqlens is not None:
+        if max_seqlen is None:
+            max_seqlen = max(cu_seqlens.diff().tolist(), default=0)
+        if position_ids is None:
+            position_ids = positions_within(cu_seqlens, len(input_ids))
+        return Tokens(input_ids, position_ids, token_type_ids, Sequences(cu_seqlens, max_seqlen))
+    if input_ids.dim() != 2:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}, expected (batch, length), or (tokens,) with cu_seqlens."
+        )
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    indices, sequences = (unpad_in_place if torch.compiler.is_exporting() else unpad)(attention_mask)
+
+    def flatten(ids: Tensor) -> Tensor:
+        return ids.expand_as(input_ids).flatten()[indices]
+
+    if position_ids is None:
+        # BERT counts slots, not tokens: the first token of a row that is padded on the left has a later position.
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+    types = None if token_type_ids is None else flatten(token_type_ids)
+    shape = (input_ids.shape[0], input_ids.shape[1])
+    return Tokens(flatten(input_ids), flatten(position_ids), types, sequences, indices, shape)

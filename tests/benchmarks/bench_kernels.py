@@ -1,9 +1,9 @@
-"""Time each kernel against PyTorch, eager and compiled, and print bytes moved per second. Without a GPU: what paper says.
+"""Times each kernel against PyTorch, eager and compiled. Without a GPU it prints a theoretical estimate.
 
     python tests/benchmarks/bench_kernels.py [--quick] [--json FILE]
 
-Shapes are MosaicBERT-Base's on 8,192 tokens, 30 % of them masked; documents of 128 tokens, then of 512. Each figure is
-forward and backward together, the median of many runs, in bf16 autocast. --quick times fewer runs.
+The shapes are those of MosaicBERT-Base on 8,192 tokens, 30 % of them masked, in documents of 128 tokens, then of 512.
+Each figure is the median of many runs of forward and backward together, in bf16 autocast. --quick times fewer runs.
 """
 
 import statistics
@@ -17,15 +17,15 @@ TOKENS, MASKED, HIDDEN, WIDTH, VOCAB, HEADS, LAYERS = 8192, 2458, 768, 3072, 30_
 HEAD_DIM = HIDDEN // HEADS
 DROPOUT = 0.1
 
-# Peak bf16 FLOP/s and bytes/s, from NVIDIA's data sheets; of the bytes 85 % and of the products 65 % are taken to be
-# reachable. These two shares are assumptions.
+# Peak bf16 FLOP/s and bytes/s, from NVIDIA's data sheets. That 85 % of the bandwidth and 65 % of the FLOP/s can be
+# reached is an assumption.
 GPUS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12)}  # A100-80GB, H100 SXM
 REACHABLE_BYTES, REACHABLE_FLOPS = 0.85, 0.65
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What an operation must do, forward and backward: bytes by the kernels' docstrings, and FLOPs of its products."""
+    """The work of an operation, forward and backward: bytes by the kernel's docstring, FLOPs of its matrix products."""
 
     moved_bytes: float
     flops: float = 0.0
@@ -57,13 +57,16 @@ WORK = {
 
 
 def bound_s(work: Work, gpu: str) -> float:
-    """The least time, if everything reachable is reached and nothing overlaps; what is read again counts as memory."""
+    """Return the time at the reachable rates, without overlap. Repeated reads count as reads from memory."""
     flops, bandwidth = GPUS[gpu]
     return work.moved_bytes / (bandwidth * REACHABLE_BYTES) + work.flops / (flops * REACHABLE_FLOPS)
 
 
 def model_bound(gpu: str, elements: int) -> float:
-    """Tokens/s of a training step, if each layer moves `elements` numbers of bf16 per hidden unit beside its products."""
+    """Return the tokens/s of a training step in which each layer moves `elements` bf16 numbers per hidden unit.
+
+    The traffic of the matrix products is not counted.
+    """
     flops, bandwidth = GPUS[gpu]
     layer = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * WIDTH) + 4 * 128 * HIDDEN
     forward = LAYERS * layer + MASKED / TOKENS * 2 * (HIDDEN * HIDDEN + HIDDEN * VOCAB)
@@ -71,22 +74,23 @@ def model_bound(gpu: str, elements: int) -> float:
     return 1 / (3 * forward / (flops * REACHABLE_FLOPS) + moved / (bandwidth * REACHABLE_BYTES))
 
 
-def predict() -> dict[str, float]:
-    print("No GPU here. What follows is arithmetic on paper, a prediction that no GPU has confirmed.\n")
+def estimate() -> dict[str, float]:
+    print("Theoretical estimate, not run on a GPU.\n")
     print("| operation, forward + backward | MB | GFLOP | " + " | ".join(f"{gpu}, us" for gpu in GPUS) + " |")
     print("|---|---|---|" + "---|" * len(GPUS))
     figures = {}
     for name, work in WORK.items():
         times = {gpu: bound_s(work, gpu) * 1e6 for gpu in GPUS}
-        figures |= {f"paper_{name}_{gpu.lower()}_us": time for gpu, time in times.items()}
+        figures |= {f"estimate_{name}_{gpu.lower()}_us": time for gpu, time in times.items()}
         cells = " | ".join(f"{time:.0f}" for time in times.values())
         print(f"| {name} | {work.moved_bytes / 1e6:.1f} | {work.flops / 1e9:.1f} | {cells} |")
-    # Numbers moved per hidden unit and layer: counted operation by operation, eager; by the docstrings, fused.
-    print("\n| MosaicBERT-Base, S = 128, tokens/s on paper | " + " | ".join(GPUS) + " |\n|---|" + "---|" * len(GPUS))
+    # Numbers moved per hidden unit and layer: by eager operations, counted one by one; by fused ones, from the
+    # docstrings.
+    print("\n| MosaicBERT-Base, S = 128, tokens/s, estimate | " + " | ".join(GPUS) + " |\n|---|" + "---|" * len(GPUS))
     for label, elements in (("operation by operation", 147), ("fused", 49)):
         bounds = {gpu: model_bound(gpu, elements) for gpu in GPUS}
         key = label.split()[0]
-        figures |= {f"paper_{key}_{gpu.lower()}_tokens_per_s": x for gpu, x in bounds.items()}
+        figures |= {f"estimate_{key}_{gpu.lower()}_tokens_per_s": x for gpu, x in bounds.items()}
         print(f"| {label} | " + " | ".join(f"{x / 1000:,.0f}k" for x in bounds.values()) + " |")
     return figures
 
@@ -96,8 +100,8 @@ def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def contenders() -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
-    """operation -> implementation -> a call that gives a scalar to differentiate."""
-    from megabert.kernels.resolve import look_at, torch_ops, triton_ops
+    """Return operation -> implementation -> a call that returns a scalar to differentiate."""
+    from megabert.kernels.resolve import inspect_machine, torch_ops, triton_ops
     from megabert.model.alibi import alibi_slopes
     from megabert.model.attention import PLANNERS
     from megabert.model.padding import Sequences
@@ -123,7 +127,7 @@ def contenders() -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
     for name, call in plain.items():
         found[name]["compiled"] = torch.compile(call)
     planners = {"Triton": triton_ops().attention, "eager": PLANNERS["sdpa"]}
-    if not look_at(torch.device("cuda")).lacks("flash_attn"):
+    if not inspect_machine(torch.device("cuda")).lacks("flash_attn"):
         planners["flash-attn"] = PLANNERS["flash_attention_2"]
     qkv, slopes = leaf(TOKENS, 3, HEADS, HEAD_DIM), alibi_slopes(HEADS).cuda()
     for length in (128, 512):
@@ -137,7 +141,7 @@ def contenders() -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
 
 
 def time_s(call: Callable[[], torch.Tensor], repeats: int) -> float:
-    """Median time of forward and backward, with a cold L2 cache as inside a model."""
+    """Return the median time of forward and backward, with a cold L2 cache, as inside a model."""
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     times = []
     for repeat in range(repeats + 5):
@@ -157,7 +161,7 @@ def time_s(call: Callable[[], torch.Tensor], repeats: int) -> float:
 def measure(repeats: int) -> dict[str, float]:
     print(f"{torch.cuda.get_device_name()}: forward + backward, median of {repeats}\n")
     print(
-        "| operation | implementation | us | GB/s of the paper's bytes | times as fast as eager |\n|---|---|---|---|---|"
+        "| operation | implementation | us | GB/s of the formula's bytes | speed-up over eager |\n|---|---|---|---|---|"
     )
     figures = {}
     for operation, implementations in contenders().items():
@@ -173,8 +177,8 @@ def measure(repeats: int) -> dict[str, float]:
 def main() -> None:
     arguments = report.read_arguments(__doc__ or "")
     gpu = torch.cuda.is_available()
-    figures = measure(10 if arguments.quick else 50) if gpu else predict()
-    report.write(figures, arguments.json, gpu=torch.cuda.get_device_name() if gpu else "none: paper only")
+    figures = measure(10 if arguments.quick else 50) if gpu else estimate()
+    report.write(figures, arguments.json, gpu=torch.cuda.get_device_name() if gpu else "none: theoretical estimate")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Training speed on a CPU, or on a GPU where there is one (not run on one), side by side: our MosaicBERT and BERT, transformers' BERT and ModernBERT.
+"""Compares the training speed of MegaBERT's MosaicBERT and BERT with transformers' BERT and ModernBERT.
 
     python tests/benchmarks/bench_train.py [--quick] [--only ROW] [--json FILE]
 
-In one process the contenders take one optimizer step each in turn, and between the rounds the machine's best bf16
-matrix product of the model's own shapes is timed: what else the machine does, it does to all. Printed are medians of
-per-round ratios. Tokens are real tokens, never padding. Allocator and threads are torch's defaults, the same for all,
-but that idle threads sleep instead of spinning (OMP_WAIT_POLICY): where another process wants the cores, a spinning
-thread keeps the one that it waits for from running, and steps take ten times as long.
-On a GPU batches are eight times as large, and peak memory is what its allocator has handed out.
-MFU is the rate of needed FLOPs (contenders.needed_flops) over that of the best product.
+It runs on a CPU, or on a GPU if there is one, where it has not been run yet. In one process the contenders take one
+optimizer step each in turn, so that other load on the machine affects all of them. Each round also times the machine's
+best bf16 matrix product of the model's shapes. The table has medians of the ratios per round. Tokens are real tokens,
+never padding.
+
+Allocator and threads are torch's defaults, except that idle threads sleep instead of spinning (OMP_WAIT_POLICY): if
+another process wants the cores, a spinning thread keeps the thread that it waits for from running, and steps take ten
+times as long. On a GPU batches are eight times as large, and peak memory is the allocator's. MFU is the rate of needed
+FLOPs (contenders.needed_flops) divided by the rate of the best matrix product.
 """
 
 import argparse
@@ -20,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads its OpenMP
+# torch reads this when it loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import report
@@ -31,8 +34,9 @@ from megabert.kernels import cpu
 
 QUICK_ROWS = ("mini_128", "mini_512", "small_512")
 MOST_ROUNDS = 15
-SECONDS = 40.0  # a row starts no round after this; it has at least three rounds
-QUICK_SECONDS = 3.0  # and at least one with --quick
+# A row starts no new round after this many seconds, but has at least three rounds, with --quick at least one.
+SECONDS = 40.0
+QUICK_SECONDS = 3.0
 
 
 def wait() -> None:
@@ -49,7 +53,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def gemm_gflops(row: Row) -> float:
-    """The best rate of the model's bf16 matrix products: forward, and both gradients, of each of its shapes."""
+    """Return the best rate of the model's bf16 matrix products: forward and both gradients of each of its shapes."""
     masked = round(0.3 * row.tokens)
     wide, narrow = 2 * row.ffn, row.ffn
     shapes = [(row.tokens, row.hidden, 3 * row.hidden), (row.tokens, row.hidden, row.hidden)]
@@ -69,7 +73,7 @@ def gemm_gflops(row: Row) -> float:
 
 
 def resident_mb(field: str) -> float:
-    """VmRSS or VmHWM of this process."""
+    """Return VmRSS or VmHWM of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
@@ -77,14 +81,14 @@ def resident_mb(field: str) -> float:
 
 
 def held_mb(contender: Contender) -> float:
-    """Weights and optimizer state."""
+    """Return the size of the weights and the optimizer's state."""
     states = contender.optimizer.state.values()
     held = [*contender.model.parameters(), *(value for state in states for value in state.values())]
     return sum(tensor.numel() * tensor.element_size() for tensor in held) / 2**20
 
 
 def peak_mb(contender: Contender, batches: list[dict]) -> float:
-    """What is held, plus how far one step raises the memory in use: gradients, activations, scratch.
+    """Return held_mb() plus the most that one step adds: gradients, activations, scratch.
 
     The step may be the first, which allocates the optimizer's state.
     """
@@ -96,14 +100,17 @@ def peak_mb(contender: Contender, batches: list[dict]) -> float:
         return held + (torch.cuda.max_memory_allocated() - before) / 2**20
     cpu.free_workspaces()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = resident_mb("VmRSS")
     contender.step(batches)
     return held + resident_mb("VmHWM") - before
 
 
 def contenders_of(name: str, row: Row, quick: bool) -> list[Contender]:
-    """Ours first, then those that figures compare it with. Activation checkpointing and our BERT are shown at one size each."""
+    """Build MegaBERT's MosaicBERT first, then what the figures compare it with.
+
+    Activation checkpointing and MegaBERT's BERT run at one size each.
+    """
     chosen = [ours("mosaicbert", row), hf_bert(row), hf_modernbert(row)]
     if name == "base_128":
         chosen.append(ours("bert", row))
@@ -115,7 +122,7 @@ def contenders_of(name: str, row: Row, quick: bool) -> list[Contender]:
 
 
 class Rounds(NamedTuple):
-    """What each contender did in each round; gemms: the best product's rate in each."""
+    """Each contender's rates in each round; gemms: the rate of the best matrix product in each round."""
 
     tokens_per_s: list[list[float]]
     mfu: list[list[float]]
@@ -139,7 +146,7 @@ def take_turns(row: Row, contenders: list[Contender], rng: np.random.Generator, 
 
 
 def run_row(name: str, quick: bool) -> tuple[dict[str, float], list[str]]:
-    """Figures and lines of the table."""
+    """Measure one size. Returns its figures and the lines of its table."""
     row = ROWS[name]
     contenders = contenders_of(name, row, quick)
     rng = np.random.default_rng(17)
@@ -162,7 +169,8 @@ def run_row(name: str, quick: bool) -> tuple[dict[str, float], list[str]]:
         figures[f"{name}_bert_vs_hf_bert"] = statistics.median(a / b for a, b in zip(speeds[3], speeds[1], strict=True))
     lines = [
         f"| {name if index == 0 else ''} | {contender.name} | {statistics.median(speeds[index]):,.0f} | "
-        f"{'' if index == 0 else f'{ratios[index]:.2f}'} | {100 * statistics.median(shares[index]):.0f} % | {peaks[index]:,.0f} |"
+        f"{'' if index == 0 else f'{ratios[index]:.2f}'} | {100 * statistics.median(shares[index]):.0f} % | "
+        f"{peaks[index]:,.0f} |"
         for index, contender in enumerate(contenders)
     ]
     return figures, lines
@@ -179,9 +187,9 @@ def torch_facts() -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds, without base_128: some 80 s on two cores")
-    parser.add_argument("--only", choices=ROWS, help="one row")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--quick", action="store_true", help="few rounds, without base_128: about 80 s on two cores")
+    parser.add_argument("--only", choices=ROWS, help="measure this size only")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     names = [options.only] if options.only else QUICK_ROWS if options.quick else list(ROWS)
     torch.manual_seed(17)

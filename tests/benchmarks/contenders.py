@@ -1,8 +1,8 @@
-"""The contenders of bench_train.py: what each is, and how it takes one optimizer step on real tokens.
+"""The models that bench_train.py compares, and one optimizer step of each on real tokens.
 
-All get the same layers, width, heads and FFN, bf16 autocast, torch's fused AdamW, 30 % masking, and the dropout that each
-comes with: 0.1 on hidden states, and BERT 0.1 on attention weights too (with it, PyTorch's attention on a CPU is not its fused
-kernel: without it, hf_bert is shown as well), ModernBERT none.
+All have the same layers, width, heads and FFN, bf16 autocast, torch's fused AdamW, 30 % masking, and their own default
+dropout: 0.1 on hidden states; BERT also 0.1 on attention weights; ModernBERT none. With dropout on attention weights,
+PyTorch's attention on a CPU does not use its fused kernel, so hf_bert is also measured without it.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,14 +20,19 @@ from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.telemetry.flops import step_flops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GPU_TIMES = 8  # as many tokens and rows at once as below, on a GPU, which a few thousand tokens don't fill
+# Factor of tokens and rows on a GPU, which a few thousand tokens do not fill.
+GPU_TIMES = 8
 VOCAB = 30_528
 MASKED = 0.3
-LOWEST_ID = 1000  # below are BERT's special and unused ids
+# Lower ids are BERT's special and unused ones.
+LOWEST_ID = 1000
 
 
 class Row(NamedTuple):
-    """One size of model, one cap on documents. tokens: of our bin; rows: padded per batch of the others."""
+    """One size of model and one cap on documents.
+
+    tokens: of a bin of MegaBERT; rows: of a padded batch of the others.
+    """
 
     layers: int
     hidden: int
@@ -51,18 +56,22 @@ if DEVICE.type == "cuda":
 
 
 class Contender(NamedTuple):
-    """compute_loss(inputs) is the mean over masked tokens; draw(rng) gives a step's batches and its documents' lengths."""
+    """A model and its optimizer.
+
+    compute_loss(inputs) returns the mean over masked tokens. draw(rng) returns a step's batches and the lengths of its
+    documents. ffn_matrices: 3 for a gated FFN, 2 for BERT's. compiles: the first step calls a compiler.
+    """
 
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
     compute_loss: Callable[[dict], Tensor]
     draw: Callable[[np.random.Generator], tuple[list[dict], list[int]]]
-    ffn_matrices: int  # 3 for a gated FFN, 2 for BERT's
-    compiles: bool = False  # its first step calls a compiler
+    ffn_matrices: int
+    compiles: bool = False
 
     def step(self, batches: list[dict]) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         for batch in batches:
             inputs = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in batch.items()}
             with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -73,13 +82,13 @@ class Contender(NamedTuple):
 
 
 def document_lengths(rng: np.random.Generator, cap: int) -> Iterator[int]:
-    """Lognormal(5.5, 1.0), as web documents are, cut at the cap; at least [CLS], a token, [SEP]."""
+    """Draw from Lognormal(5.5, 1.0), the lengths of web documents, cut at the cap; at least [CLS], a token, [SEP]."""
     while True:
         yield int(np.clip(rng.lognormal(5.5, 1.0), 3, cap))
 
 
 def draw_packed(rng: np.random.Generator, row: Row) -> tuple[list[dict], list[int]]:
-    """One bin of exactly row.tokens real tokens; its last document is cut to fit."""
+    """Draw one bin of exactly row.tokens real tokens; its last document is cut to fit."""
     lengths: list[int] = []
     for length in document_lengths(rng, row.cap):
         lengths.append(min(length, row.tokens - sum(lengths)))
@@ -100,7 +109,7 @@ def draw_packed(rng: np.random.Generator, row: Row) -> tuple[list[dict], list[in
 
 
 def draw_padded(rng: np.random.Generator, row: Row) -> tuple[list[dict], list[int]]:
-    """Rows padded to the longest of each batch; as many batches as come nearest to row.tokens real tokens."""
+    """Draw rows padded to the longest of each batch, in as many batches as come nearest to row.tokens real tokens."""
     batches, drawn = [], []
     source = document_lengths(rng, row.cap)
     while not batches or sum(drawn) * (len(batches) + 0.5) / len(batches) < row.tokens:
@@ -121,7 +130,7 @@ def _contender(name: str, model: nn.Module, compute_loss: Callable, draw: Callab
 
 
 def ours(name: str, row: Row, checkpoint_every: int = 0) -> Contender:
-    """mosaicbert, or with name "bert" the classic one, in our stack, with the operations that `auto` picks."""
+    """Build MegaBERT's MosaicBERT, or with name "bert" its BERT, with the operations of run.ops auto."""
     classic = {"position": "learned", "ffn": "gelu", "attention_probs_dropout_prob": 0.1} if name == "bert" else {}
     config = MegaBertConfig(
         vocab_size=VOCAB,
@@ -144,7 +153,7 @@ def ours(name: str, row: Row, checkpoint_every: int = 0) -> Contender:
 
 
 def hf_bert(row: Row, attention_dropout: float = 0.1) -> Contender:
-    """As BertConfig comes; or without dropout on the attention weights, which leaves it its faster kernel."""
+    """Build transformers' BERT with its defaults, or without attention dropout, which lets it use the faster kernel."""
     config = BertConfig(
         vocab_size=VOCAB,
         hidden_size=row.hidden,
@@ -186,7 +195,7 @@ def hf_modernbert(row: Row) -> Contender:
 
 
 def needed_flops(row: Row, lengths: list[int], ffn_matrices: int) -> float:
-    """FLOPs of a step, as megabert.training.telemetry.flops counts them; whatever else a contender computes is its loss."""
+    """Return the FLOPs of a step, as telemetry/flops.py counts them; other work of a contender does not count."""
     config = MegaBertConfig(
         vocab_size=VOCAB,
         hidden_size=row.hidden,

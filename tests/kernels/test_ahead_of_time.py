@@ -1,31 +1,26 @@
-"""The machine code of the Triton kernels, for three generations of GPUs that are not here.
+"""The machine code of the Triton kernels for three generations of GPUs, compiled without a GPU.
 
-No spilled registers, shared memory within the limit, 16-byte loads and stores, tensor cores where there are products.
-The launches are those of MosaicBERT-Base and BERT-Large, in every precision that training can ask for.
+No spilled registers, shared memory within the limit, 16-byte loads and stores, tensor cores in kernels with products.
+The launches are those of MosaicBERT-Base and BERT-Large. At every push: the launch of each kernel that needs the most
+registers and shared memory, for the GPU with the least shared memory; in the nightly run every precision and GPU.
 """
+
+from itertools import product
 
 import pytest
 import torch
 
+from tests.kernels.helpers.cases import cases
+
 pytestmark = pytest.mark.triton
 
 CAPABILITIES = [80, 90, 100]  # A100, H100, B200
+LEAST_SHARED_MEMORY = 80
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("triton")
-
-
-@pytest.fixture(autouse=True)
-def fresh_cache(folder, monkeypatch):
-    """What an earlier run compiled proves nothing."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
-
-
 def launches_of(call):
-    from tests.kernels.aot import recorded
+    from tests.kernels.helpers.aot import recorded
 
     with recorded() as launches:
         call()
@@ -34,8 +29,8 @@ def launches_of(call):
 
 
 def assert_good_code(launches, capability, tensor_cores=(), stores=True):
-    """tensor_cores: the names of kernels that multiply matrices. stores: whether they write rows."""
-    from tests.kernels.aot import SHARED_LIMIT, TENSOR_CORES, compile_for
+    """tensor_cores: the names of kernels that multiply matrices. stores: whether the kernels write rows."""
+    from tests.kernels.helpers.aot import SHARED_LIMIT, TENSOR_CORES, compile_for
 
     for launch in launches:
         code = compile_for(launch, capability)
@@ -52,9 +47,10 @@ def leaf(*shape, dtype=BF16):
     return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize(
+    ("capability", "dropout_p", "dtype"),
+    cases(per_push=[(LEAST_SHARED_MEMORY, 0.1, BF16)], nightly=product(CAPABILITIES, [0.0, 0.1], [BF16, FP32])),
+)
 def test_geglu(capability, dropout_p, dtype):
     from megabert.kernels.geglu import geglu
 
@@ -63,10 +59,13 @@ def test_geglu(capability, dropout_p, dtype):
     assert_good_code(launches, capability)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("width", [768, 1024, 4096])
-@pytest.mark.parametrize("residual_dtype", [BF16, FP32])
+@pytest.mark.parametrize(
+    ("capability", "dropout_p", "width", "residual_dtype"),
+    cases(
+        per_push=[(LEAST_SHARED_MEMORY, 0.1, 4096, FP32)],
+        nightly=product(CAPABILITIES, [0.0, 0.1], [768, 1024, 4096], [BF16, FP32]),
+    ),
+)
 def test_add_layer_norm(capability, dropout_p, width, residual_dtype):
     from megabert.kernels.add_layer_norm import add_layer_norm
 
@@ -80,7 +79,9 @@ def test_add_layer_norm(capability, dropout_p, width, residual_dtype):
     assert_good_code(launches_of(call), capability)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "capability", cases(per_push=[[LEAST_SHARED_MEMORY]], nightly=[[capability] for capability in CAPABILITIES])
+)
 def test_layer_norm_alone(capability):
     from megabert.kernels.add_layer_norm import layer_norm
 
@@ -90,9 +91,10 @@ def test_layer_norm_alone(capability):
     assert_good_code(launches_of(call), capability)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("gradient", [True, False])
-@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize(
+    ("capability", "gradient", "dtype"),
+    cases(per_push=[(LEAST_SHARED_MEMORY, True, FP32)], nightly=product(CAPABILITIES, [True, False], [BF16, FP32])),
+)
 def test_cross_entropy(capability, gradient, dtype):
     from megabert.kernels.cross_entropy import loss_in_place
 
@@ -101,9 +103,10 @@ def test_cross_entropy(capability, gradient, dtype):
     assert_good_code(launches, capability, stores=gradient)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("num_tables", [2, 3])
+@pytest.mark.parametrize(
+    ("capability", "dropout_p", "num_tables"),
+    cases(per_push=[(LEAST_SHARED_MEMORY, 0.1, 3)], nightly=product(CAPABILITIES, [0.0, 0.1], [2, 3])),
+)
 def test_embed_layer_norm(capability, dropout_p, num_tables):
     from megabert.kernels.embed_layer_norm import embed_layer_norm
 
@@ -121,12 +124,19 @@ def test_embed_layer_norm(capability, dropout_p, num_tables):
     assert_good_code(launches, capability)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+HEADS = [(16, 0.1), (32, 0.1), (64, 0.0), (64, 0.1), (128, 0.0), (128, 0.1)]
+
+
 @pytest.mark.parametrize(
-    ("head_dim", "dropout_p"), [(16, 0.1), (32, 0.1), (64, 0.0), (64, 0.1), (128, 0.0), (128, 0.1)]
+    ("capability", "head_dim", "dropout_p", "max_seqlen"),
+    cases(
+        per_push=[(LEAST_SHARED_MEMORY, 64, 0.1, 128), (LEAST_SHARED_MEMORY, 128, 0.1, 512)],
+        nightly=[
+            (capability, *head, longest) for capability, head, longest in product(CAPABILITIES, HEADS, [128, 512])
+        ],
+    ),
 )
-@pytest.mark.parametrize("max_seqlen", [128, 512])
-def test_attention(capability, dropout_p, head_dim, max_seqlen):
+def test_attention(capability, head_dim, dropout_p, max_seqlen):
     from megabert.kernels.attention import plan_triton
     from megabert.model.alibi import alibi_slopes
     from megabert.model.padding import Sequences

@@ -1,6 +1,6 @@
-"""The kernels on a real GPU: the same comparisons at training's sizes, the same bits twice, and faster than eager.
+"""The kernels on a GPU: the same comparisons at training's sizes, the same bits twice, and faster than eager PyTorch.
 
-Skipped, saying so, where there is no GPU. `python tests/benchmarks/bench_kernels.py` prints the times.
+`python tests/benchmarks/bench_kernels.py` prints the times.
 """
 
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.model.padding import Sequences
-from tests.kernels.yardstick import assert_as_good, error, results
+from tests.kernels.helpers.yardstick import assert_as_good, error, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.triton]
 
@@ -131,7 +131,7 @@ def test_gradients_are_the_same_bits_twice(ops):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("checkpoint_every", [0, 1])
 def test_a_model_trains_the_same(cuda, compiled, checkpoint_every):
-    """Five steps of AdamW under bf16 autocast: with what resolve() picks, and with plain PyTorch."""
+    """Five steps of AdamW under bf16 autocast give the same losses with resolve()'s choice and with plain PyTorch."""
     losses = {}
     for name in ("auto", "torch"):
         torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""MosaicBERT once more, written plainly from the paper's equations: padded, document by document, no code of ours.
+"""An independent MosaicBERT, written from the paper's equations, for one document at a time.
 
-Weights come as our state dict; shapes are (S, E) for one document.
+It uses nothing of megabert but the names of the state dict. Shapes are (S, E) for one document.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def slopes(num_heads: int) -> list[float]:
-    """ALiBi's recipe (https://arxiv.org/abs/2108.12409, section 3), as its authors extend it to any number of heads."""
+    """Return ALiBi's slopes (https://arxiv.org/abs/2108.12409, section 3), for any number of heads as in its code."""
     if math.log2(num_heads).is_integer():
         start = 2 ** (-(2 ** -(math.log2(num_heads) - 3)))
         return [start * start**i for i in range(num_heads)]
@@ -37,7 +37,7 @@ def logits(
     eps: float = 1e-12,
     drop: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
-    """(S, V) for one document. drop: called at each place of dropout, in order."""
+    """Return (S, V) for one document. drop: called wherever the model has dropout, in order."""
     w = weights
     x = w["bert.embeddings.word_embeddings.weight"][ids] + w["bert.embeddings.token_type_embeddings.weight"][0]
     x = norm(x, w["bert.embeddings.norm.weight"], w["bert.embeddings.norm.bias"], eps)

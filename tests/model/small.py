@@ -17,7 +17,7 @@ LENGTHS = (1, 7, 12, 7, 2)
 
 
 def small_model(cls=MegaBertForMaskedLM, **changes):
-    """A model in fp64 whose every parameter, biases too, is random."""
+    """Build a model in fp64 with random parameters, biases included."""
     model = cls(MegaBertConfig(**(SMALL | changes))).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

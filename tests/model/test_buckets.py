@@ -1,11 +1,11 @@
-"""How documents share buckets on a CPU. What attention in them gives is tested with the model and in tests/kernels/test_cpu.py."""
+"""How documents are grouped into buckets on a CPU; tests/kernels/test_cpu.py tests their attention."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megabert.model import buckets
-from megabert.model.buckets import exact_buckets, head_major, near_buckets, token_slots
+from megabert.model.buckets import bucket_layout, exact_buckets, near_buckets, token_slots
 
 LENGTHS = st.lists(st.integers(0, 700), max_size=40)
 HEADS = st.sampled_from([1, 4, 12])
@@ -23,7 +23,7 @@ def test_every_document_has_one_bucket_that_holds_it(lengths, heads):
 
 @given(lengths=LENGTHS, heads=HEADS)
 def test_empty_slots_are_bounded(lengths, heads):
-    """Beyond rounding up a document that is alone, they cost less than another bucket; long documents have none."""
+    """Apart from rounding up a bucket of one length, they cost less than another bucket; long documents have none."""
     for documents, length in exact_buckets(lengths, heads):
         assert {lengths[document] for document in documents} == {length}
     for documents, length in near_buckets(lengths, heads):
@@ -48,7 +48,15 @@ def test_every_token_has_one_slot_and_every_empty_slot_a_token_of_its_document(l
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
     slots = [document for documents, length in made for document in documents for _ in range(length)]
     assert owner[tokens].tolist() == slots
-    layout = head_major(bounds, made, 2)
-    assert torch.equal(layout.out[layout.out_inverse], torch.arange(2 * sum(lengths)))
-    assert torch.equal(layout.qkv[layout.qkv_inverse], torch.arange(6 * sum(lengths)))
+    layout = bucket_layout(bounds, made, 2)
+    assert torch.equal(layout.out.to_buckets[layout.out.to_tokens], torch.arange(2 * sum(lengths)))
+    assert torch.equal(layout.qkv.to_buckets[layout.qkv.to_tokens], torch.arange(6 * sum(lengths)))
     assert len(layout.empty) == 2 * int(empty.sum())
+
+
+def test_the_layout_of_two_documents_is_that_of_its_docstring():
+    layout = bucket_layout(torch.tensor([0, 2, 3], dtype=torch.int32), [buckets.Bucket([0, 1], 2)], heads=1)
+    assert layout.shapes == [(2, 2)]
+    assert layout.out.to_buckets.tolist() == [0, 1, 2, 2]
+    assert layout.out.to_tokens.tolist() == [0, 1, 2]
+    assert layout.empty.tolist() == [3]

@@ -1,3 +1,5 @@
+"""The model and its heads: sizes, packing, pooling, losses, arguments, precision."""
+
 import pytest
 import torch
 
@@ -63,17 +65,17 @@ def test_mosaicbert_equals_the_papers_equations(attention, num_heads):
 @pytest.mark.parametrize("padding", ["unpadded", "padded"])
 @pytest.mark.parametrize("changes", [{}, {"position": "learned", "ffn": "gelu"}], ids=["mosaicbert", "bert"])
 def test_packing_is_invisible(attention, padding, changes):
-    """A document's states are the same alone, anywhere in a bin, in a padded batch, and with the padding computed."""
+    """A document's states are the same alone, anywhere in a bin, in a padded batch, and if padding is computed."""
     model = small_model(MegaBertModel, padding=padding, **changes).eval()
     model.config._attn_implementation = attention
     parts = documents()
     with torch.no_grad():
         alone = [model(part[None]).last_hidden_state[0] for part in parts]
         together = model(**packed(parts)).last_hidden_state.split([len(part) for part in parts])
-        turned = model(**packed(parts[::-1])).last_hidden_state.split([len(part) for part in parts[::-1]])[::-1]
+        reversed_order = model(**packed(parts[::-1])).last_hidden_state.split([len(part) for part in parts[::-1]])[::-1]
         rows = model(**padded(parts)).last_hidden_state
     for index, part in enumerate(parts):
-        for other in (together[index], turned[index], rows[index, : len(part)]):
+        for other in (together[index], reversed_order[index], rows[index, : len(part)]):
             torch.testing.assert_close(other, alone[index], rtol=0, atol=1e-12)
     assert not rows[0, len(parts[0]) :].any()
 
@@ -92,7 +94,7 @@ def test_empty_documents_are_legal():
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("every_layer", [False, True])
 def test_an_empty_document_is_pooled_as_a_hidden_state_of_zeros(pooling, every_layer):
-    """Before the others, among them and behind them; as padded rows, too, and where there are no others."""
+    """Empty documents stand before, between and after the others; in packed and padded batches, and alone."""
     model = small_model(MegaBertForSequenceClassification, classifier_pooling=pooling, num_labels=3).eval()
     bounds = torch.tensor([0, 0, 4, 4, 9, 9], dtype=torch.int32)
     ids = torch.arange(5, 14)
@@ -114,16 +116,17 @@ def test_an_empty_document_is_pooled_as_a_hidden_state_of_zeros(pooling, every_l
 
 
 @pytest.mark.parametrize(
-    "wish", [{"output_attentions": True}, {"inputs_embeds": torch.zeros(1, 4, 24)}, {"head_mask": torch.ones(3)}, {}]
+    "arguments",
+    [{"output_attentions": True}, {"inputs_embeds": torch.zeros(1, 4, 24)}, {"head_mask": torch.ones(3)}, {}],
 )
 @pytest.mark.parametrize("cls", [MegaBertModel, MegaBertForMaskedLM, MegaBertForQuestionAnswering])
-def test_what_the_model_cannot_give_is_refused_and_not_ignored(cls, wish):
-    with pytest.raises(ValueError, match=next(iter(wish), "input_ids is missing")):
-        small_model(cls)(**wish)
+def test_unsupported_arguments_are_an_error(cls, arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments), "input_ids is missing")):
+        small_model(cls)(**arguments)
     small_model(cls)(torch.ones(1, 4, dtype=torch.long), output_attentions=False, num_items_in_batch=3)
 
 
-def test_answers_may_be_a_column():
+def test_positions_of_answers_may_be_a_column():
     model = small_model(MegaBertForQuestionAnswering).eval()
     ids, start, end = torch.arange(5, 17).view(2, 6), torch.tensor([1, 9]), torch.tensor([3, 2])
     flat = model(ids, start_positions=start, end_positions=end).loss
@@ -217,7 +220,7 @@ def test_residual_stream_dtype_under_autocast(low_precision):
 
 
 def test_low_precision_layer_norm_costs_precision():
-    """Both err within bf16's rounding; the residual stream in fp32 errs less."""
+    """Both errors are within bf16's rounding; the error with an fp32 residual stream is smaller."""
     exact = small_model()
     inputs = packed(documents())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""BERT equals transformers' BERT, and MosaicBERT the paper's equations: logits, loss, every gradient, dropout's places."""
+"""BERT equals transformers' BERT, MosaicBERT equals the paper's equations: logits, loss, gradients, dropout."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from megabert.model.modeling_megabert import MegaBertForMaskedLM, MegaBertForSeq
 from tests.model import reference
 from tests.model.small import SMALL, documents, packed, padded, small_model
 
-WIDE = {"hidden_size": 48}  # takes 3, 4, 8, 12 and 16 heads
+WIDE = {"hidden_size": 48}  # a multiple of 3, 4, 8, 12 and 16 heads
 BERT = {"position": "learned", "ffn": "gelu"}
 TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 
@@ -23,14 +23,14 @@ def hf_config(**changes) -> BertConfig:
 
 
 def hf_bert(ours: MegaBertForMaskedLM, config: BertConfig) -> BertForMaskedLM:
-    """transformers' BERT with our weights."""
+    """Build transformers' BERT with the weights of ours."""
     theirs = BertForMaskedLM(config).to(ours.decoder.bias.dtype)
     theirs.load_state_dict(from_megabert(ours.state_dict(), "bert"))
     return theirs
 
 
 def assert_same_gradients(ours, theirs, tolerance: float) -> None:
-    """Every gradient of a masked language model, theirs brought to our names."""
+    """Compare every gradient of a masked language model, by our names."""
     grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     expected = to_megabert_state_dict(grads, "bert")
     got = {name: parameter.grad for name, parameter in ours.named_parameters()}
@@ -64,7 +64,7 @@ def test_bert_equals_transformers_masked_language_model(padding, attention, dtyp
 @pytest.mark.parametrize("where", ["right", "left", "holes"])
 @pytest.mark.parametrize("padding", ["unpadded", "padded"])
 def test_bert_equals_transformers_wherever_the_padding_is_and_with_pad_among_the_tokens(where, padding):
-    """Every id may stand anywhere, that of [PAD] too, whose row transformers gives no gradient from the embeddings."""
+    """Every id may be anywhere, including that of [PAD], to whose row transformers' embedding gives no gradient."""
     ours = small_model(padding=padding, **BERT)
     theirs = hf_bert(ours, hf_config())
     generator = torch.Generator().manual_seed(5)
@@ -84,7 +84,7 @@ def test_bert_equals_transformers_wherever_the_padding_is_and_with_pad_among_the
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["fp64", "fp32"])
 def test_bert_equals_transformers_classifier(dtype, tolerance):
-    """The encoder, the pooler and the classifier: logits, loss and every gradient."""
+    """Logits, loss and every gradient of the encoder, the pooler and the classifier."""
     ours = small_model(MegaBertForSequenceClassification, num_labels=3, classifier_dropout=0.0, **BERT).to(dtype)
     theirs = BertForSequenceClassification(hf_config()).to(dtype)
     head = {name: tensor for name, tensor in small_model(**BERT).state_dict().items() if not name.startswith("bert.")}
@@ -111,7 +111,7 @@ def test_bert_equals_transformers_classifier(dtype, tolerance):
 
 
 class Masks:
-    """Stands in for F.dropout: its n-th call drops by the n-th mask, whatever the shape says about batches."""
+    """Replaces F.dropout: its n-th call applies the n-th mask, whatever the shape of its input."""
 
     def __init__(self):
         self.calls = 0
@@ -125,7 +125,7 @@ class Masks:
 
 
 def test_bert_drops_where_transformers_bert_drops(monkeypatch):
-    """The same masks, injected in the order of the calls, give the same loss and gradients."""
+    """The same masks, applied in the order of the calls, give the same loss and gradients."""
     rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
     ours = small_model(**BERT, **rates).train()
     ours.config._attn_implementation = "eager"
@@ -145,7 +145,7 @@ def test_bert_drops_where_transformers_bert_drops(monkeypatch):
 
 @pytest.mark.parametrize("num_heads", [3, 4, 8, 12, 16])
 def test_mosaicbert_drops_where_the_paper_drops(monkeypatch, num_heads):
-    """After the embeddings' LayerNorm, after attention's output, on the gated product; nowhere else."""
+    """Dropout is after the embeddings' LayerNorm, after attention's output and on the gated product, nowhere else."""
     model = small_model(**WIDE, num_attention_heads=num_heads, hidden_dropout_prob=0.3).train()
     part = documents((9,))[0]
     monkeypatch.setattr(F, "dropout", ours := Masks())
@@ -185,7 +185,7 @@ def test_every_gradient_of_mosaicbert_is_that_of_the_papers_equations(num_heads)
 
 @pytest.mark.parametrize("padding", ["unpadded", "padded"])
 def test_the_padded_baseline_computes_its_padding(padding):
-    """Counted in multiply-adds of the linear layers: real tokens, or documents times the longest."""
+    """The linear layers' multiply-adds are those of real tokens, or of all documents at the longest one's length."""
     model = small_model(padding=padding)
     parts = documents()
     tokens = {"unpadded": sum(map(len, parts)), "padded": len(parts) * max(map(len, parts))}[padding]
@@ -213,7 +213,7 @@ def test_the_last_layer_and_the_head_compute_masked_rows_only():
 
 
 def test_a_model_trained_at_128_runs_at_2048():
-    """ALiBi has no longest document; what a forward pass keeps grows with the tokens."""
+    """ALiBi has no longest document, and the memory of a forward pass grows with the tokens."""
     model = small_model().float()
     assert LONGEST_KEPT < 2048
 
@@ -235,4 +235,4 @@ def test_a_model_trained_at_128_runs_at_2048():
     one, two, four = (kept_bytes((2048,) * n) for n in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.01)
     assert two < 2 * one
-    assert kept_bytes((4096,)) == pytest.approx(two, rel=0.01)  # nor does it matter how long the documents are
+    assert kept_bytes((4096,)) == pytest.approx(two, rel=0.01)  # the length of the documents does not matter

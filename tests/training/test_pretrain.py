@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megabert.training.distributed.device import has_fast_bf16
+from megabert.kernels.resolve import has_fast_bf16
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import REPOSITORY, Corpus, ds_config_in, pretrain_command, run_command
 

@@ -32,10 +32,3 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return get_accelerator().max_memory_allocated()
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Return whether the device multiplies bf16 natively; on other CPUs bf16 is several times slower than fp32."""
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return get_accelerator().is_bf16_supported()

@@ -1,3 +1,7 @@
+"""masked_cross_entropy in Triton's interpreter: results, gradients, chunks, bytes moved."""
+
+from itertools import product
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -5,13 +9,15 @@ from torch.utils._pytree import tree_leaves
 
 from megabert.kernels import cross_entropy as kernels
 from megabert.model import ops
-from tests.kernels import interpreter
-from tests.kernels.interpreter import counted
-from tests.kernels.yardstick import assert_as_good, assert_gradients
+from tests.kernels.helpers import interpreter
+from tests.kernels.helpers.cases import cases
+from tests.kernels.helpers.interpreter import counted
+from tests.kernels.helpers.yardstick import assert_as_good, assert_gradients
 
 interpreter.install()
 
 BF16, FP32 = torch.bfloat16, torch.float32
+SHAPES = [(1, 2), (7, 50), (5, 4097), (4, 9000)]
 
 
 def inputs(rows, width, vocab, dtype=FP32):
@@ -29,8 +35,13 @@ def loss_of(module, labels, *more):
     return lambda hidden, weight, bias: module.masked_cross_entropy(hidden, weight, bias, labels, *more).loss_sum
 
 
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 2), (7, 50), (5, 4097), (4, 9000)])
-@pytest.mark.parametrize("label_type", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "label_type"),
+    cases(
+        per_push=[(1, 2, torch.int64), (7, 50, torch.int32), (5, 4097, torch.int64)],
+        nightly=[(*shape, dtype) for shape, dtype in product(SHAPES, [torch.int32, torch.int64])],
+    ),
+)
 def test_equals_the_specification(rows, vocab, label_type):
     labels = some_labels(rows, vocab).to(label_type)
     assert_as_good(loss_of(kernels, labels), loss_of(ops, labels), inputs(rows, 24, vocab))
@@ -48,7 +59,7 @@ def test_equals_it_in_pure_bf16():
 
 
 def test_equals_it_in_chunks(monkeypatch):
-    """Of 10 rows 4, 4 and 2."""
+    """Ten rows in chunks of 4, 4 and 2."""
     monkeypatch.setattr(kernels, "MAX_LOGITS", 300 * 4)
     monkeypatch.setattr(kernels, "ROWS_MULTIPLE", 1)
     labels = some_labels(10, 300)
@@ -86,8 +97,8 @@ def test_z_loss_is_the_squared_log_sum_exp():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_counts_hits_as_the_specification_does(autocast):
-    """A tie with the highest is a hit; bf16 logits tie often."""
+def test_counts_correct_rows_as_the_specification_does(autocast):
+    """A tie with the highest logit counts as correct; bf16 logits tie often."""
     hidden, weight, bias = inputs(40, 8, 12)
     weight[3], bias[3] = weight[5], bias[5]
     with torch.autocast("cpu", BF16, enabled=autocast):
@@ -103,7 +114,7 @@ def test_counts_hits_as_the_specification_does(autocast):
 
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_moves_the_bytes_on_paper(gradient, dtype):
+def test_moves_the_bytes_of_its_formula(gradient, dtype):
     rows, vocab = 6, 5000
     labels = some_labels(rows, vocab)
     used, size = 4, dtype.itemsize
@@ -114,7 +125,7 @@ def test_moves_the_bytes_on_paper(gradient, dtype):
 
 
 class Largest(TorchDispatchMode):
-    """Remember the largest tensor of each dtype that any operation makes."""
+    """Record the largest tensor of each dtype that any operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -147,8 +158,8 @@ def test_without_gradients_none_are_computed():
 
 
 @pytest.mark.parametrize("wrong", [-1, 30])
-def test_a_label_that_is_no_row_makes_the_loss_nan(wrong):
-    """The training's guard then skips the step."""
+def test_a_label_outside_the_vocabulary_makes_the_loss_nan(wrong):
+    """Training then skips the step."""
     labels = torch.tensor([4, wrong, 5])
     loss = kernels.masked_cross_entropy(*inputs(3, 8, 30), labels)
     assert loss.loss_sum.isnan()
@@ -163,7 +174,7 @@ def test_no_rows_and_only_ignored_rows():
         assert all(not x.grad.any() for x in leaves)
 
 
-def test_compiles_whole():
+def test_torch_compile_sees_one_operation():
     tests = {"test_utils": ("test_schema", "test_faketensor")}
     hidden, weight, bias = inputs(6, 8, 30)
     labels = some_labels(6, 30)

@@ -1,16 +1,16 @@
-"""How kernels are held to the specification: the plain operations of model/, in fp64."""
+"""Comparison of kernels with the specification: the plain operations of model/, in fp64."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-# What a sum of a few hundred terms in fp32 may differ by, relative to the largest result.
+# The error of a sum of a few hundred terms in fp32, relative to the largest result.
 FP32_TOLERANCE = 2e-6
 
 
 def results(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """What function makes of the inputs, then its gradient for each."""
+    """Return the function's output, then the gradient of each input."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*leaves)
     out.backward(upstream.to(out.dtype))
@@ -18,7 +18,7 @@ def results(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream:
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
+    """Return the largest difference, relative to the largest value."""
     if not wanted.numel():
         return 0.0
     return ((got.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
@@ -30,9 +30,10 @@ def assert_as_good(
     inputs: Sequence[Tensor],
     autocast: bool = False,
 ) -> None:
-    """Hold a kernel to the specification in fp64: it may err twice as much as the specification in its own precision.
+    """Compare a kernel with the specification in fp64.
 
-    autocast: run both under bf16 autocast. The kernel's results must have the types that the specification's have.
+    Its error may be at most twice the error of the specification in the inputs' precision.
+    autocast: run both under bf16 autocast. The kernel's results must have the types of the specification's.
     """
     context = torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=autocast)
     with context:
@@ -47,6 +48,6 @@ def assert_as_good(
 
 
 def assert_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-    """The backward kernel is the derivative of the forward kernel, in fp64."""
+    """Check in fp64 that the backward kernel is the derivative of the forward kernel."""
     leaves = [x.double().requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)

@@ -1,4 +1,4 @@
-"""The dropout masks are Philox's, the same for every shape of a kernel's work, and drop as often as asked."""
+"""Dropout masks are Philox's, do not depend on block sizes, and drop with the given probability."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from megabert.kernels.dropout import draw_seed, draws, row_factor, threshold, tile_factor
-from tests.kernels import interpreter
+from tests.kernels.helpers import interpreter
+from tests.kernels.helpers.cases import cases
 
 interpreter.install()
 
@@ -56,7 +57,7 @@ def test_draws_are_philox():
     assert [set(eight.tolist()) for eight in got.view(-1, 8)] == halves
 
 
-def test_a_mask_does_not_depend_on_how_the_work_is_cut():
+def test_a_mask_does_not_depend_on_block_sizes():
     seed = torch.randint(2**63 - 1, (1,))
     by_rows, by_tiles = (torch.zeros(16, 128, dtype=torch.int8) for _ in range(2))
     write_rows[(16,)](by_rows, seed, threshold(0.3), COLUMNS=128)
@@ -65,8 +66,8 @@ def test_a_mask_does_not_depend_on_how_the_work_is_cut():
     assert torch.equal(by_rows, by_tiles)
 
 
-@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
-def test_it_drops_as_often_as_asked_everywhere(dropout_p):
+@pytest.mark.parametrize("dropout_p", cases(per_push=[[0.1]], nightly=[[0.1], [0.5]]))
+def test_rows_columns_and_neighbours_drop_with_the_given_probability(dropout_p):
     keep = torch.zeros(64, 1024, dtype=torch.int8)
     write_rows[(64,)](keep, torch.randint(2**63 - 1, (1,)), threshold(dropout_p), COLUMNS=1024)
     kept = keep.double()
@@ -78,7 +79,7 @@ def test_it_drops_as_often_as_asked_everywhere(dropout_p):
     assert abs(neighbours) < 5 / kept.numel() ** 0.5
 
 
-def test_the_seed_is_pytorchs():
+def test_the_seed_comes_from_pytorchs_generator():
     x = torch.zeros(1)
     torch.manual_seed(1)
     first = draw_seed(x, 0.1)

@@ -1,7 +1,7 @@
-"""Compile kernels for GPUs that are not here: to real machine code, with the assembler that Triton's wheel brings.
+"""Compiles kernels to machine code without a GPU, with the assembler in Triton's wheel.
 
-The launches are recorded from the operations themselves, so what is compiled is what a GPU would be asked to run:
-the same types, alignments, block sizes and warps.
+The launches are recorded from the operations, so that the compiled code is that of a GPU: the same types, alignments,
+block sizes and warps.
 """
 
 import re
@@ -40,7 +40,7 @@ class Launch(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What the assembler says. spills: bytes stored and loaded; shared: bytes; ptx: the text before assembly."""
+    """The assembler's report. spills: bytes stored and loaded; shared: bytes; ptx: the text before assembly."""
 
     registers: int
     spills: int
@@ -53,7 +53,7 @@ class Compiled(NamedTuple):
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Record the launches inside instead of doing them. What the kernels would have written stays uninitialised."""
+    """Record the launches in this context instead of running them. The kernels' results stay uninitialised."""
     launches: list[Launch] = []
     original = JITFunction.run
 
@@ -71,7 +71,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """Specialise as the just-in-time compiler does: Nones and ones are constants, multiples of 16 are known to be."""
+    """Specialise as the just-in-time compiler does: None and 1 become constants, multiples of 16 are marked."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -103,6 +103,6 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         command = [str(assembler), "-v", f"--gpu-name={found[1]}", str(source), "-o", f"{folder}/kernel.cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", said))
-    return Compiled(int(re.findall(r"Used (\d+) registers", said)[-1]), spills, kernel.metadata.shared, ptx)
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", report))
+    return Compiled(int(re.findall(r"Used (\d+) registers", report)[-1]), spills, kernel.metadata.shared, ptx)

@@ -1,11 +1,16 @@
+"""add_layer_norm and layer_norm in Triton's interpreter: results, gradients, dropout, bytes moved."""
+
+from itertools import product
+
 import pytest
 import torch
 
 from megabert.kernels import add_layer_norm as kernels
 from megabert.model import ops
-from tests.kernels import interpreter
-from tests.kernels.interpreter import counted
-from tests.kernels.yardstick import assert_as_good, assert_gradients
+from tests.kernels.helpers import interpreter
+from tests.kernels.helpers.cases import cases
+from tests.kernels.helpers.interpreter import counted
+from tests.kernels.helpers.yardstick import assert_as_good, assert_gradients
 
 interpreter.install()
 
@@ -28,15 +33,23 @@ def call(module, dropout_p=0.0, low_precision=True):
     return function
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (1, 16), (7, 20), (3, 768), (300, 8)])
-def test_equals_the_specification(tokens, width):
+@pytest.mark.parametrize(
+    ("tokens", "width", "programs"),
+    cases(
+        per_push=[(1, 1, 256), (7, 20, 256), (11, 8, 4)],
+        nightly=[(*shape, kernels.PARTIALS) for shape in [(1, 1), (1, 16), (7, 20), (3, 768), (300, 8)]],
+    ),
+)
+def test_equals_the_specification(monkeypatch, tokens, width, programs):
+    """programs: of the backward pass; where there are more tokens, each program sums over several."""
+    monkeypatch.setattr(kernels, "PARTIALS", programs)
     assert_as_good(call(kernels), call(ops), inputs(tokens, width))
 
 
 @pytest.mark.parametrize("low_precision", [True, False])
 @pytest.mark.parametrize("residual_dtype", [BF16, FP32])
 def test_equals_it_under_autocast(low_precision, residual_dtype):
-    """The low-precision stream and the fp32 stream, and the first layer's mixture of both."""
+    """The low-precision stream, the fp32 stream, and the first layer's mixture of both."""
     arguments = inputs(9, 96, BF16, residual_dtype)
     assert_as_good(call(kernels, 0.0, low_precision), call(ops, 0.0, low_precision), arguments, autocast=True)
 
@@ -62,12 +75,12 @@ def test_layer_norm_alone_equals_the_specification(low_precision, autocast, dtyp
     assert torch.equal(norm(kernels)(rows, weight, bias), norm(kernels)(x, weight, bias).view(2, 3, 40))
 
 
-def test_a_large_mean_costs_no_digits():
+def test_a_large_mean_costs_no_precision():
     x, residual, weight, bias = inputs(4, 64)
     assert_as_good(call(kernels), call(ops), [x + 1000, residual, weight, bias])
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dropout_p", cases(per_push=[[0.3]], nightly=[[0.0], [0.3]]))
 def test_gradients(dropout_p):
     assert_gradients(call(kernels, dropout_p), inputs(5, 40))
 
@@ -77,7 +90,7 @@ def test_dropout_is_on_x_alone(dtype):
     x, residual, weight, bias = inputs(8, 64, dtype, dtype)
     ones = torch.ones_like(weight)
     only_x = call(kernels, 0.25)(torch.ones_like(x), torch.zeros_like(x), ones, 0 * ones)
-    mask = only_x > 0  # a kept 1 lies above its row's mean, a dropped one below
+    mask = only_x > 0  # a kept 1 is above its row's mean, a dropped 1 below
     assert 0.6 < mask.double().mean() < 0.9
 
     def specification(x, residual, weight, bias):
@@ -92,10 +105,15 @@ def test_no_tokens():
     assert [tuple(x.grad.shape) for x in leaves] == [(0, 16), (0, 16), (16,), (16,)]
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("residual_dtype", [BF16, FP32])
-@pytest.mark.parametrize("tokens", [3, 270])
-def test_moves_the_bytes_on_paper(dropout_p, residual_dtype, tokens):
+@pytest.mark.parametrize(
+    ("dropout_p", "residual_dtype", "tokens", "most_programs"),
+    cases(
+        per_push=product([0.0, 0.1], [BF16, FP32], [3, 7], [4]),
+        nightly=product([0.0, 0.1], [BF16, FP32], [3, 270], [kernels.PARTIALS]),
+    ),
+)
+def test_moves_the_bytes_of_its_formula(monkeypatch, dropout_p, residual_dtype, tokens, most_programs):
+    monkeypatch.setattr(kernels, "PARTIALS", most_programs)
     width, x_size, r_size = 24, 2, residual_dtype.itemsize
     y_size = r_size
     leaves = [x.requires_grad_() for x in inputs(tokens, width, BF16, residual_dtype)]
@@ -106,7 +124,7 @@ def test_moves_the_bytes_on_paper(dropout_p, residual_dtype, tokens):
     assert forward.stored == tokens * (width * y_size + 8)
     with counted() as backward:
         y.backward(torch.ones_like(y))
-    programs = min(tokens, 256)
+    programs = min(tokens, most_programs)
     apart = dropout_p > 0 or x_size != r_size
     assert backward.loaded == tokens * (width * (y_size + x_size + r_size) + 8 + seed) + programs * 4 * width
     assert backward.stored == tokens * width * (x_size + apart * r_size) + programs * 8 * width
@@ -124,7 +142,7 @@ def test_too_wide_is_refused():
         call(kernels)(*inputs(1, 20_000))
 
 
-def test_compiles_whole():
+def test_torch_compile_sees_one_operation():
     x, residual, weight, bias = inputs(4, 32)
     tests = {"test_utils": ("test_schema", "test_faketensor")}
     mean = torch.zeros(4)

@@ -1,15 +1,19 @@
+"""geglu in Triton's interpreter: results, gradients, dropout, bytes moved."""
+
 import pytest
 import torch
 
 from megabert.kernels import geglu as kernels
 from megabert.model import ops
-from tests.kernels import interpreter
-from tests.kernels.interpreter import counted
-from tests.kernels.yardstick import assert_as_good, assert_gradients
+from tests.kernels.helpers import interpreter
+from tests.kernels.helpers.cases import cases
+from tests.kernels.helpers.interpreter import counted
+from tests.kernels.helpers.yardstick import assert_as_good, assert_gradients
 
 interpreter.install()
 
-SHAPES = [(1, 1), (3, 20), (5, 8), (2, 1500)]  # (T, F): beside and across blocks
+# (T, F), narrower and wider than a block.
+SHAPES = [(1, 1), (3, 20), (5, 8), (2, 1500)]
 
 
 @pytest.mark.parametrize(("tokens", "width"), SHAPES)
@@ -24,7 +28,7 @@ def test_is_the_specification_in_fp64():
     assert (kernels.geglu(x, 0.0) - ops.geglu(x, 0.0)).abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dropout_p", cases(per_push=[[0.3]], nightly=[[0.0], [0.3]]))
 def test_gradients(dropout_p):
     def geglu(x):
         torch.manual_seed(0)  # the same mask at every point
@@ -55,7 +59,7 @@ def test_no_tokens():
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_moves_the_bytes_on_paper(dropout_p, dtype):
+def test_moves_the_bytes_of_its_formula(dropout_p, dtype):
     tokens, width, size = 4, 1536, dtype.itemsize
     x = torch.randn(tokens, 2 * width, dtype=dtype, requires_grad=True)
     seeds = 8 * tokens * 2 if dropout_p else 0
@@ -75,8 +79,8 @@ def test_saves_only_its_input():
     assert sorted(x.numel() for x in saved) == [1, x.numel()]
 
 
-def test_compiles_whole():
-    """torch.compile sees one operation, not a graph break; and its description of the result is right."""
+def test_torch_compile_sees_one_operation():
+    """There is no graph break, and the operation's fake results have the right shapes and types."""
     x = torch.randn(4, 32)
     assert torch.library.opcheck(kernels.forward, (x, None, 0.0), test_utils=("test_schema", "test_faketensor"))
     arguments = (x, x[:, :16].contiguous(), None, 0.0)

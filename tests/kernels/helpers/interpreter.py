@@ -1,9 +1,9 @@
-"""Run Triton's kernels on a CPU, exactly: its interpreter with bf16 put right, with its traffic counted.
+"""Corrects the bf16 of Triton's interpreter, which runs kernels on a CPU, and counts the bytes that they move.
 
-The interpreter is chosen by TRITON_INTERPRET=1 when a kernel is defined, so tests that use it run in processes of their
-own: test_kernels.py starts them. Triton 3.7.1's interpreter truncates where a GPU rounds to nearest even, and multiplies
-the bits of bf16 matrices as if they were integers; install() corrects both, and check_interpreter.py notices when Triton
-has done so itself.
+TRITON_INTERPRET=1 selects the interpreter when a kernel is defined, so tests that use it need a process of their own,
+which test_interpreter.py starts. Triton 3.7.1's interpreter truncates where a GPU rounds to nearest even, and
+multiplies the bits of bf16 matrices as integers. install() corrects both; check_interpreter.py fails once Triton has
+corrected them.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ stock_dot = InterpreterBuilder.create_dot
 
 
 def round_to_bf16(x: np.ndarray) -> np.ndarray:
-    """fp32 to the 16 bits of bf16, to nearest even, as GPUs do."""
+    """Round fp32 to the 16 bits of bf16, to nearest even, as GPUs do."""
     return torch.from_numpy(np.array(x, dtype=np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
 
@@ -38,9 +38,7 @@ def cast(self, source, target):
 
 
 def dot(self, a, b, accumulator, *rest):
-    wide = [
-        TensorHandle(widen_bf16(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
-    ]  # fmt: skip
+    wide = [TensorHandle(widen_bf16(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)]
     return stock_dot(self, *wide, accumulator, *rest)
 
 
@@ -52,7 +50,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def stock() -> Iterator[None]:
-    """The interpreter as Triton ships it."""
+    """Use the interpreter as Triton ships it."""
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = stock_cast, stock_dot
     try:
         yield
@@ -62,7 +60,7 @@ def stock() -> Iterator[None]:
 
 @dataclass
 class Traffic:
-    """Bytes that kernels moved: every lane of a load or a store that its mask lets through."""
+    """Bytes that kernels moved: every lane of a load or store that its mask includes."""
 
     loaded: int = 0
     stored: int = 0

@@ -1,4 +1,7 @@
+"""Attention in Triton's interpreter: results, gradients, dropout, bytes moved."""
+
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -10,9 +13,10 @@ from megabert.kernels.dropout import threshold, tile_factor
 from megabert.model.alibi import alibi_slopes
 from megabert.model.attention import plan_eager
 from megabert.model.padding import Sequences
-from tests.kernels import interpreter
-from tests.kernels.interpreter import counted
-from tests.kernels.yardstick import assert_as_good, assert_gradients, results
+from tests.kernels.helpers import interpreter
+from tests.kernels.helpers.cases import cases
+from tests.kernels.helpers.interpreter import counted
+from tests.kernels.helpers.yardstick import assert_as_good, assert_gradients, results
 
 interpreter.install()
 
@@ -29,7 +33,7 @@ def qkv_for(sequences, heads, size, dtype=FP32):
 
 
 def plain(sequences, slopes, size):
-    """The specification, in the precision of what it is given."""
+    """The specification, in the precision of its input."""
     return lambda qkv: plan_eager(sequences, None if slopes is None else slopes.to(qkv.dtype), size)(qkv, 0.0)
 
 
@@ -46,22 +50,35 @@ CASES = {
     "one token": [1],
     "short": [37, 128, 1, 90],
     "empty documents": [0, 5, 0, 0, 17, 0],
-    "filled up": [20, 9, 0, 0, 0, 0],
+    "padded with empty documents": [20, 9, 0, 0, 0, 0],
     "long": [300],
     "long and short": [130, 1, 0, 257],
 }
 
 
-@pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_equals_the_specification(lengths, dtype):
-    sequences = packed(lengths)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    cases(
+        per_push=[("one token", FP32), ("empty documents", BF16), ("long", BF16)],
+        nightly=product(CASES, [FP32, BF16]),
+    ),
+)
+def test_equals_the_specification(name, dtype):
+    sequences = packed(CASES[name])
     slopes = alibi_slopes(2)
     assert_as_good(ours(sequences, slopes, 64), plain(sequences, slopes, 64), [qkv_for(sequences, 2, 64, dtype)])
 
 
-@pytest.mark.parametrize("size", kernels.HEAD_DIMS)
-@pytest.mark.parametrize("lengths", [[70, 3], [131, 40]], ids=["short", "long"])
+SHORT_AND_LONG = [[70, 3], [131, 40]]
+
+
+@pytest.mark.parametrize(
+    ("size", "lengths"),
+    cases(
+        per_push=[(16, [70, 3]), (32, [131, 40]), (128, [7, 3])],
+        nightly=product(kernels.HEAD_DIMS, SHORT_AND_LONG),
+    ),
+)
 def test_equals_it_for_every_head_size(size, lengths):
     sequences, slopes = packed(lengths), alibi_slopes(3)
     assert_as_good(ours(sequences, slopes, size), plain(sequences, slopes, size), [qkv_for(sequences, 3, size, BF16)])
@@ -79,9 +96,13 @@ def test_equals_it_without_alibi(lengths):
     assert_as_good(ours(sequences, None, 32), plain(sequences, None, 32), [qkv_for(sequences, 2, 32)])
 
 
-@pytest.mark.parametrize("length", [33, 150], ids=["short", "long"])
-def test_padded_rows_attend_to_no_padding(length):
-    """Rows of one length, of which some slots are padding: computed, but keys of nobody."""
+@pytest.mark.parametrize(
+    ("length", "short"),
+    cases(per_push=[(33, 8)], nightly=[(33, kernels.SHORT), (150, kernels.SHORT)]),
+)
+def test_padded_rows_attend_to_no_padding(monkeypatch, length, short):
+    """Rows of one length with padding, which is computed but never attended to."""
+    monkeypatch.setattr(kernels, "SHORT", short)
     rows = packed([length, length])._replace(num_keys=torch.tensor([length, 11], dtype=torch.int32))
     slopes = alibi_slopes(2)
     assert_as_good(ours(rows, slopes, 32), plain(rows, slopes, 32), [qkv_for(rows, 2, 32)])
@@ -89,7 +110,7 @@ def test_padded_rows_attend_to_no_padding(length):
     assert not dqkv[length + 11 :, 1:].any()
 
 
-def test_a_row_of_padding_alone_gives_numbers():
+def test_a_row_of_only_padding_gives_finite_numbers():
     rows = packed([8, 8])._replace(num_keys=torch.tensor([8, 0], dtype=torch.int32))
     assert all(x.isfinite().all() for x in results(ours(rows, None, 32), [qkv_for(rows, 2, 32)], torch.ones(16, 2, 32)))
 
@@ -101,9 +122,16 @@ def test_large_scores_do_not_overflow():
     assert_as_good(ours(sequences, slopes, 32), plain(sequences, slopes, 32), [qkv])
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("lengths", [[5, 0, 3], [129]], ids=["short", "long"])
-def test_gradients(dropout_p, lengths):
+@pytest.mark.parametrize(
+    ("dropout_p", "lengths", "short"),
+    cases(
+        per_push=[(0.3, [5, 0, 3], kernels.SHORT), (0.3, [9, 0, 1], 8)],
+        nightly=product([0.0, 0.3], [[5, 0, 3], [129]], [kernels.SHORT]),
+    ),
+)
+def test_gradients(monkeypatch, dropout_p, lengths, short):
+    """short: the longest document whose gradients one program computes."""
+    monkeypatch.setattr(kernels, "SHORT", short)
     sequences = packed(lengths)
     assert_gradients(ours(sequences, alibi_slopes(2), 16, dropout_p), [qkv_for(sequences, 2, 16)])
 
@@ -117,10 +145,15 @@ def write_mask(OUT, SEED, start, length, head, below, SIZE: tl.constexpr):
     )
 
 
-@pytest.mark.parametrize("lengths", [[20, 37], [140, 6]], ids=["short", "long"])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(
+    ("lengths", "dtype"),
+    cases(
+        per_push=[([20, 37], FP32), ([140, 6], BF16)],
+        nightly=product([[20, 37], [140, 6]], [FP32, BF16]),
+    ),
+)
 def test_dropout_is_on_the_weights(lengths, dtype):
-    """Against the specification with the same masks put in by hand, each a function of (seed, row, key, head) alone."""
+    """The specification with the same masks gives the same; a mask is a function of (seed, row, key, head) alone."""
     dropout_p, heads, size = 0.25, 2, 32
     sequences, slopes = packed(lengths), alibi_slopes(heads)
     torch.manual_seed(5)
@@ -176,7 +209,7 @@ def test_no_tokens():
 
 
 def test_an_unknown_head_size_is_refused():
-    with pytest.raises(ValueError, match="heads of 48: the Triton attention computes .* run.ops torch"):
+    with pytest.raises(ValueError, match="head size 48: the Triton attention computes .* run.ops torch"):
         kernels.plan_triton(packed([3]), None, 48)
 
 
@@ -185,7 +218,7 @@ def blocks(length, size):
 
 
 @pytest.mark.parametrize("lengths", [[100, 0, 28], [130, 20]], ids=["short", "long"])
-def test_moves_the_bytes_on_paper(lengths):
+def test_moves_the_bytes_of_its_formula(lengths):
     heads, size, s = 2, 64, 2
     sequences, slopes = packed(lengths), alibi_slopes(heads)
     qkv = qkv_for(sequences, heads, size, BF16).requires_grad_()
@@ -196,7 +229,7 @@ def test_moves_the_bytes_on_paper(lengths):
     key_tiles = len(kernels.tiles_of(sequences.cu_seqlens, tokens, key.columns))
 
     def swept(outer, inner):
-        """Tokens swept over for all tiles, and how often a slope is read."""
+        """Return the tokens read for all tiles, and the bytes of the slopes that are read."""
         return (
             sum(blocks(n, outer) * n for n in lengths),
             4 * sum(blocks(n, outer) * blocks(n, inner) for n in lengths),
@@ -232,13 +265,17 @@ def test_memory_grows_with_tokens():
     assert sum(x.numel() for x in saved) < 170 * (4 * 2 * 32 + 2) + 64
 
 
-@pytest.mark.parametrize("lengths", [[20, 7], [140]], ids=["short", "long"])
-def test_compiles_whole(lengths):
+@pytest.mark.parametrize(
+    ("lengths", "short"),
+    cases(per_push=[([20, 7], 8)], nightly=[([20, 7], kernels.SHORT), ([140], kernels.SHORT)]),
+)
+def test_torch_compile_sees_one_operation(monkeypatch, lengths, short):
+    monkeypatch.setattr(kernels, "SHORT", short)
     tests = {"test_utils": ("test_schema", "test_faketensor")}
     sequences, slopes = packed(lengths), alibi_slopes(2)
     qkv = qkv_for(sequences, 2, 32)
     tiles = kernels.tiles_of(sequences.cu_seqlens, len(qkv), 128)
-    key_tiles = None if max(lengths) <= 128 else kernels.tiles_of(sequences.cu_seqlens, len(qkv), 64)
+    key_tiles = None if max(lengths) <= short else kernels.tiles_of(sequences.cu_seqlens, len(qkv), 64)
     shared = (sequences.cu_seqlens, None, slopes, None, tiles)
     assert torch.library.opcheck(kernels.forward, (qkv, *shared, 0.0), **tests)
     out, lse = kernels.forward(qkv, *shared, 0.0)

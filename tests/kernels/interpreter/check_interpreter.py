@@ -1,11 +1,11 @@
-"""The tests' tools: is the correction of Triton's interpreter still needed, and does the counter count?"""
+"""Checks of the helpers: the corrections of Triton's interpreter are still needed, and the counter counts."""
 
 import torch
 import triton
 import triton.language as tl
 
-from tests.kernels import interpreter
-from tests.kernels.yardstick import error
+from tests.kernels.helpers import interpreter
+from tests.kernels.helpers.yardstick import error
 
 interpreter.install()
 
@@ -36,7 +36,7 @@ def narrow(x):
 
 
 def test_canary_the_interpreters_bf16_is_still_wrong():
-    """When this fails, Triton has corrected its interpreter: delete install(), stock() and this file's two canaries."""
+    """If this fails, Triton has corrected its interpreter: delete install(), stock() and this file's two canaries."""
     a, b = torch.randn(2, 16, 16).bfloat16()
     with interpreter.stock():
         assert error(multiply(a, b), a.double() @ b.double()) > 0.1
@@ -56,7 +56,7 @@ def test_corrected_bf16_is_right():
     assert torch.equal(narrow(x), x.bfloat16())
 
 
-def test_the_counter_counts_what_masks_let_through():
+def test_the_counter_counts_the_bytes_inside_the_masks():
     with interpreter.counted() as traffic:
         narrow(torch.randn(13))
     assert (traffic.loaded, traffic.stored) == (13 * 4, 13 * 2)
