@@ -112,8 +112,8 @@ def run_command(command: list[str], timeout_s: float = 300, **environment: str) 
         | environment
     )
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s,
-        check=False,
+        command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=timeout_s, check=False,
     )  # fmt: skip
     return Finished(done.returncode, done.stdout)
 

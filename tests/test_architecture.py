@@ -1,4 +1,4 @@
-"""Imports run one way: files <- data; model <- kernels; config and all of them <- training <- launch (a <- b: b imports a)."""
+"""Imports run one way, from launch/ down to files/ and model/, as ALLOWED says."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Which parts of the project each part may import, beside itself. A part is a package of megabert/, data_prep/ or launch/.
+# Which parts of the project each part may import, besides itself. A part is a package of megabert, data_prep or launch.
 ALLOWED = {
     "megabert": {"megabert.commands", "megabert.config", "megabert.model"},
     "megabert.files": set(),

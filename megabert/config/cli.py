@@ -114,7 +114,7 @@ def split_flag(word: str) -> tuple[str, str, str]:
 def read_flags(options: type[T], prog: str, description: str, argv: Sequence[str] | None = None) -> T:
     """Parse a command line into a dataclass, whose fields without a default are positional; exit with 2 on an error.
 
-    prog: how the command was started: a file, or the name of an installed command. {command} in the description becomes it.
+    prog: how the command was started: a file, or an installed command. It replaces {command} in the description.
     """
     parser = Parser(prog, description.replace("{command}", f"python {prog}" if prog.endswith(".py") else prog))
     parser.add_class_arguments(options, as_group=False, as_positional=True)

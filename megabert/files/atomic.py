@@ -73,9 +73,9 @@ def replace_folder(folder: Path, out: Path) -> None:
 
 
 def _new_folder(out: Path) -> tuple[Path, int]:
-    """Create a folder that is locked while this process lives; returns it and the lock's descriptor. Removes abandoned ones."""
+    """Create a folder, locked while this process lives, and remove abandoned ones. Also returns the lock's descriptor."""
     staged = re.compile(rf"\.tmp-{re.escape(out.name)}-[0-9a-f]{{8}}(-old)?")
-    with _locked(out.parent):  # no other process may take a folder that is not locked yet for an abandoned one
+    with _locked(out.parent):  # else a folder that is not locked yet would look abandoned
         for other in [path for path in out.parent.iterdir() if staged.fullmatch(path.name)]:
             _remove_if_abandoned(other)
         folder = out.with_name(f".tmp-{out.name}-{secrets.token_hex(4)}")
@@ -111,7 +111,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM end the process as Ctrl-C does, through every `finally`, unless the program handles SIGTERM itself."""
+    """Let SIGTERM end the process as Ctrl-C does, through every `finally`, unless the program handles it itself."""
     default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     ours = default and threading.current_thread() is threading.main_thread()
     if ours:

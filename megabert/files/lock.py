@@ -41,7 +41,7 @@ class Lock(Protocol):
 def acquire(path: Path, timeout_s: float = 0.0) -> Lock:
     """Lock a file for this process alone; the file is created if it is missing, and names the holder.
 
-    timeout_s: how long to wait for another process. Raises LockHeldError if it still holds the lock then, and OSError if
+    timeout_s: how long to wait for another process. Raises LockHeldError if it still holds the lock then, or OSError if
     the file cannot be written.
     """
     lock = FileLock(path, thread_local=False, fallback_to_soft=False)
@@ -57,11 +57,10 @@ def acquire(path: Path, timeout_s: float = 0.0) -> Lock:
 
 
 def acquire_read_write(path: Path, *, exclusive: bool, timeout_s: float = 0.0) -> Lock:
-    """Lock a file for writing (exclusive: this process alone) or for reading (together with other readers).
+    """Lock a file for writing (exclusive: this process alone) or for reading (shared with other readers).
 
     As acquire(), with POSIX locks: filelock's ReadWriteLock keeps an SQLite database, which is not safe on a network file
-    system. The last reader is the one that the file names. One process must not take the same file twice: closing one of the
-    two releases both.
+    system. The file names the last reader. A process must not lock the same file twice: releasing one releases both.
     """
     file = open(path, "a+")
     deadline = time.monotonic() + timeout_s

@@ -11,8 +11,8 @@ def exit_with_parent() -> None:
     """End this process at once when its parent ends, however that ends. Call it in the child, at its start.
 
     The parent is the one that started this process through multiprocessing (also by way of a fork server), or through
-    subprocess with stdin=PIPE, to which it never writes: the pipe is closed when the parent ends. Does nothing in a process
-    that was started in another way.
+    subprocess with stdin=PIPE, to which it never writes: the pipe is closed when the parent ends. Does nothing in a
+    process that was started in another way.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:

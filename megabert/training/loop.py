@@ -68,7 +68,7 @@ def train(run: Run) -> str | None:
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: TrainState) -> float:
-    """Set and return the learning rate, a function of the step or the time_budget alone: no scheduler has state to save."""
+    """Set and return the learning rate. It depends on the step or the time budget only; it has no state."""
     config, time_budget = plan.recipe.optimizer, state.time_budget
     step = state.step if time_budget.limit is None else int(time_budget.fraction_used * plan.schedule.total_steps)
     factor = lr_factor(step, plan.schedule.total_steps, config)

@@ -15,7 +15,10 @@ from megabert.files.subprocesses import exit_with_parent, last_line
 CHILD = "from megabert.files.subprocesses import exit_with_parent; import os, time\n"
 CHILD += "exit_with_parent(); print(os.getpid(), flush=True); time.sleep(600)"
 PARENTS = {
-    "subprocess": f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {CHILD!r}], stdin=subprocess.PIPE).wait()",
+    "subprocess": f"""
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdin=subprocess.PIPE).wait()
+""",
     "multiprocessing": """
 import multiprocessing
 from tests.files.test_subprocesses import sleep

@@ -1,4 +1,4 @@
-"""Several pretraining runs, one after the other, in one process per rank: torch and DeepSpeed load once, not every time.
+"""Several pretraining runs, one after the other, in one process per rank: torch and DeepSpeed load only once.
 
 Imported by tests for `run_many`, which starts this file as every rank with the runs' flags as JSON in RUNS.
 """
