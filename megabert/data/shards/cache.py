@@ -1,15 +1,18 @@
 """A local disk cache of whole shards: keyed by content hash, shared by all processes of a machine, bounded in size."""
 
 import errno
-import fcntl
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from megabert.files.hashing import file_sha256
+from megabert.files.lock import acquire, lock_folder
 
 READ_AHEAD_THREADS = 16  # of one process, for all its reads: more do not make an object store faster
 # A shard may be evicted between fetching and opening it. So many times in a row means that the cache is far too small.
@@ -106,7 +109,7 @@ class ShardCache:
             return path
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / f"{name}.lock"):
+            with _file_lock(self.folder / f"{name}.lock"):
                 if not self._is_cached(path, expected.bytes):  # else another process has fetched it meanwhile
                     self._fetch(path, fetch, expected)
         except OSError as error:
@@ -122,7 +125,7 @@ class ShardCache:
         partial = path.with_name(f"{path.name}.part")
         try:
             # One process at a time measures the cache and reserves space in it.
-            with _locked(self.folder / "room.lock"):
+            with _folder_lock(self.folder):
                 self._evict(expected.bytes)
                 with open(partial, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, max(1, expected.bytes))
@@ -132,7 +135,7 @@ class ShardCache:
         finally:
             partial.unlink(missing_ok=True)
         # If the downloads in flight alone exceeded the limit, the cache is too full now.
-        with _locked(self.folder / "room.lock"):
+        with _folder_lock(self.folder):
             self._evict(0, (".tar",))
 
     @staticmethod
@@ -171,8 +174,7 @@ def _size(entry: os.DirEntry[str]) -> int:
 
 
 def _check_content(path: Path, expected: ExpectedFile) -> None:
-    with open(path, "rb") as file:
-        found = ExpectedFile(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    found = ExpectedFile(path.stat().st_size, file_sha256(path))
     if found != expected:
         raise WrongContentError(
             f"{found.bytes} bytes arrived whose hash differs from the manifest's, which expects {expected.bytes} bytes"
@@ -180,8 +182,21 @@ def _check_content(path: Path, expected: ExpectedFile) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time in; the lock ends with the process, however it ends."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _file_lock(path: Path) -> Iterator[None]:
+    """Let one process or thread at a time in, however long that takes."""
+    lock = acquire(path, timeout_s=math.inf)
+    try:
         yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Let one process or thread at a time in, without polling: the lock is held for a moment, but for every shard."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        lock_folder(descriptor)
+        yield
+    finally:
+        os.close(descriptor)

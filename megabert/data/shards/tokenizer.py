@@ -1,6 +1,5 @@
 """Find and read a tokenizer.json, its special tokens, and encode texts with it."""
 
-import hashlib
 import json
 from itertools import chain
 from pathlib import Path
@@ -10,6 +9,7 @@ from tokenizers import Tokenizer
 
 from megabert.data.shards.manifest import TOKENIZER, TokenizerInfo
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
+from megabert.files.hashing import file_sha256
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -30,9 +30,8 @@ def find_tokenizer(path: str | Path) -> tuple[Path, TokenizerInfo]:
             raise ValueError(f"{file}: has no token {token}, which masked language modelling needs.")
         special_ids[name] = number
     added = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-    fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
     all_special_ids = tuple(sorted({*special_ids.values(), *added}))
-    return file, TokenizerInfo(fingerprint, vocab_size(tokenizer), special_ids, all_special_ids)
+    return file, TokenizerInfo(file_sha256(file), vocab_size(tokenizer), special_ids, all_special_ids)
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
