@@ -4,17 +4,19 @@ import os
 
 import pytest
 import torch._inductor.config
+from torch._inductor.runtime.runtime_utils import default_cache_dir
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiler_caches(tmp_path_factory):
     """Start with empty caches, so that nothing depends on earlier runs, and write only to the session's folder.
 
-    If TORCHINDUCTOR_CACHE_DIR is set, inductor's cache is kept there. Inductor compiles in this process, because its
-    worker processes would import torch again.
+    A TORCHINDUCTOR_CACHE_DIR other than torch's default, which importing torch may set, is kept. Inductor compiles in
+    this process, because its worker processes would import torch again.
     """
+    inductor = "TORCHINDUCTOR_CACHE_DIR"
     with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(compile_threads=1):
-        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        if os.environ.get(inductor) in (None, default_cache_dir()):
+            patch.setenv(inductor, str(tmp_path_factory.mktemp("inductor")))
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield

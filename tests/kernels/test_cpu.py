@@ -14,6 +14,7 @@ from megabert.model.alibi import alibi_slopes
 from megabert.model.attention import PLANNERS
 from megabert.model.layers import set_ops
 from megabert.model.padding import Sequences
+from tests.kernels.helpers.cases import cases
 from tests.kernels.helpers.cpu_operations import CASES, LABELS, NORM, ids, normal, results
 from tests.model.small import LENGTHS, documents, packed, small_model
 
@@ -48,7 +49,7 @@ def test_the_row_of_padding_gets_no_gradient():
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dropout", [0, 0.3])
+@pytest.mark.parametrize("dropout", cases(per_push=[[0.3]], nightly=[[0], [0.3]]))
 def test_gradients_are_those_of_finite_differences(name, dropout):
     build, make = CASES[name]
 

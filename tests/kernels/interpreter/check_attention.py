@@ -146,14 +146,15 @@ def write_mask(OUT, SEED, start, length, head, below, SIZE: tl.constexpr):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "dtype"),
+    ("lengths", "dtype", "short"),
     cases(
-        per_push=[([20, 37], FP32), ([140, 6], BF16)],
-        nightly=product([[20, 37], [140, 6]], [FP32, BF16]),
+        per_push=[([20, 37], FP32, 8), ([20, 7], BF16, kernels.SHORT)],
+        nightly=product([[20, 37], [140, 6]], [FP32, BF16], [kernels.SHORT]),
     ),
 )
-def test_dropout_is_on_the_weights(lengths, dtype):
+def test_dropout_is_on_the_weights(monkeypatch, lengths, dtype, short):
     """The specification with the same masks gives the same; a mask is a function of (seed, row, key, head) alone."""
+    monkeypatch.setattr(kernels, "SHORT", short)
     dropout_p, heads, size = 0.25, 2, 32
     sequences, slopes = packed(lengths), alibi_slopes(heads)
     torch.manual_seed(5)

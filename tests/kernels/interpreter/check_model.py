@@ -69,7 +69,7 @@ def trained(model, ops, inputs, autocast=False):
 @pytest.mark.parametrize(
     ("kind", "lengths", "short"),
     cases(
-        per_push=[("mosaicbert", [9, 1], 8), ("bert", [5, 1, 2], attention.SHORT), ("padded", [6, 2], attention.SHORT)],
+        per_push=[("mosaicbert", [9, 1], 8), ("padded", [4, 4], attention.SHORT)],
         nightly=product(KINDS, [[20, 1, 9], [130, 5]], [attention.SHORT]),
     ),
 )
@@ -89,7 +89,7 @@ def test_equals_plain_pytorch_in_fp64(monkeypatch, kind, lengths, short):
 @pytest.mark.parametrize(
     ("kind", "lengths"),
     cases(
-        per_push=[("mosaicbert", [5, 1, 2]), ("mosaicbert, fp32 LayerNorm", [5, 1, 2])],
+        per_push=[("mosaicbert, fp32 LayerNorm", [5, 1, 2])],
         nightly=product(KINDS, [[20, 1, 9]]),
     ),
 )
