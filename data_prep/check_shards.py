@@ -1,8 +1,8 @@
-"""Check shards against their manifest: every byte's hash, every chunk's documents and tokens, every id's range.
+"""Check shards against their manifest: hashes, number of documents and tokens, and the range of the token ids.
 
     python data_prep/check_shards.py data/quickstart/tokens
 
-Prints what is wrong, one per line, with shard, chunk and byte. Exit code 0 if nothing is, 1 if something is, 2 if the
+Prints one problem per line, with shard, chunk and byte. The exit code is 0 without problems, 1 with problems, 2 if the
 folder holds no shards or the command line is wrong.
 """
 
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.folder import SHARD
-from data_prep.workers import Progress, Workers
-from data_prep.writing.length_statistics import PICTURE
+from data_prep.output_folder import WRITTEN_SHARD
+from data_prep.workers import Progress, WorkerPool
+from data_prep.writing.length_statistics import PLOT
 from megabert.config import cli
 from megabert.data.shards.manifest import (
     CHUNKS,
@@ -48,25 +48,25 @@ class Options:
 
 
 @dataclass
-class Findings:
-    """What is wrong with one shard, and how often each id occurs in it."""
+class ShardFindings:
+    """Problems of one shard, and how often each token id occurs in it."""
 
     problems: list[str] = field(default_factory=list)
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def check_chunk(data: bytes, chunk: Chunk, vocab_size: int | None, where: str) -> tuple[list[str], np.ndarray]:
-    """data: the chunk's bytes; vocab_size: None for text. Returns what is wrong with it, and its ids."""
-    nothing = np.zeros(0, np.int64)
+    """Check the bytes of one chunk. vocab_size: None for text. Returns its problems and its token ids."""
+    no_ids = np.zeros(0, np.int64)
     if len(data) != chunk.size:
-        return [f"{where}: {len(data)} bytes are there, the manifest says {chunk.size}: cut short"], nothing
+        return [f"{where}: has {len(data)} bytes, the manifest says {chunk.size}: truncated"], no_ids
     problems = []
     if zlib.crc32(data) != chunk.crc32:
         problems.append(f"{where}: its checksum is {zlib.crc32(data):08x}, the manifest says {chunk.crc32:08x}")
     try:
         sample = read_sample(data, where)
         if vocab_size is None:
-            ids, texts = nothing, decode_text(sample, where)
+            ids, texts = no_ids, decode_text(sample, where)
             found = len(texts), sum(map(len, texts))
         else:
             ids, lengths = decode_tokens(sample, where)
@@ -75,26 +75,26 @@ def check_chunk(data: bytes, chunk: Chunk, vocab_size: int | None, where: str) -
                 problems.append(f"{where}: has a document of {lengths.min()} tokens")
             if len(ids) and ids.max() >= vocab_size:
                 problems.append(f"{where}: holds id {ids.max()}, but the vocabulary has {vocab_size}")
-    except ValueError as mistake:
-        return [*problems, str(mistake)], nothing
+    except ValueError as error:
+        return [*problems, str(error)], no_ids
     if found != (chunk.documents, chunk.tokens):
-        said = f"{chunk.documents} of {chunk.tokens}"
-        problems.append(f"{where}: {found[0]} documents of {found[1]} tokens, the manifest says {said}")
+        expected = f"{chunk.documents} of {chunk.tokens}"
+        problems.append(f"{where}: {found[0]} documents of {found[1]} tokens, the manifest says {expected}")
     return problems, ids
 
 
-def check_shard(path: Path, shard: Shard, vocab_size: int | None) -> tuple[str, Findings]:
-    """Returns the shard's name and what is wrong with it. One chunk is in memory at a time."""
-    found = Findings(ids=np.zeros(vocab_size or 0, np.int64))
+def check_shard(path: Path, shard: Shard, vocab_size: int | None) -> tuple[str, ShardFindings]:
+    """Check one shard, with one chunk in memory at a time. Returns its name and the findings."""
+    found = ShardFindings(ids=np.zeros(vocab_size or 0, np.int64))
     if not path.is_file():
         found.problems.append(f"{path}: missing")
         return shard.name, found
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size != shard.bytes:
-            found.problems.append(f"{path}: {size} bytes, the manifest says {shard.bytes}")
+            found.problems.append(f"{path}: has {size} bytes, the manifest says {shard.bytes}")
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            found.problems.append(f"{path}: its hash is not the manifest's")
+            found.problems.append(f"{path}: its hash differs from the manifest's")
         for number in range(len(shard.chunks)):
             chunk = shard.chunk(number)
             data = os.pread(file.fileno(), chunk.size, chunk.offset)
@@ -105,36 +105,36 @@ def check_shard(path: Path, shard: Shard, vocab_size: int | None) -> tuple[str, 
     pieces, tokens = shard.chunks[:, 2:4].sum(axis=0).tolist()
     if tokens != shard.tokens:
         found.problems.append(f"{path}: its chunks have {tokens} tokens, the manifest says {shard.tokens}")
-    if pieces < shard.documents:  # a long document is several pieces
+    if pieces < shard.documents:  # a long document is cut into several pieces
         found.problems.append(f"{path}: its chunks have {pieces} documents, the manifest says {shard.documents}")
     return shard.name, found
 
 
 def check_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield what lies in the folder but should not, and what is not as the manifest says beside the shards."""
+    """Yield unexpected and missing files, and totals in the manifest that its shards do not add up to."""
     listed = {shard.name for part in manifest.splits.values() for shard in part}
-    ours = {MANIFEST, CHUNKS, PICTURE} | ({TOKENIZER, TOKENIZER_CONFIG, TOKEN_COUNTS} if manifest.tokenizer else set())
+    required = {MANIFEST, CHUNKS, PLOT} | ({TOKENIZER, TOKENIZER_CONFIG, TOKEN_COUNTS} if manifest.tokenizer else set())
     for path in sorted(folder.iterdir()):
         if path.name == ".work":
-            yield f"{path}: an interrupted write_shards.py left this. Run it again, or remove it"
-        elif path.name not in listed | ours:
-            kind = "shard" if SHARD.fullmatch(path.name) else "file"
+            yield f"{path}: left by an interrupted write_shards.py. Run its command again, or remove the folder"
+        elif path.name not in listed | required:
+            kind = "shard" if WRITTEN_SHARD.fullmatch(path.name) else "file"
             yield f"{path}: a {kind} that the manifest does not list"
-    for name in sorted(ours):
+    for name in sorted(required):
         if not (folder / name).is_file():
             yield f"{folder / name}: missing"
     for name in ("documents", "tokens"):
         total = sum(getattr(shard, name) for part in manifest.splits.values() for shard in part)
         if manifest.statistics.get(name) != total:
-            said = manifest.statistics.get(name)
-            yield f"{folder / MANIFEST}: its statistics say {said} {name}, its shards have {total}"
+            stated = manifest.statistics.get(name)
+            yield f"{folder / MANIFEST}: its statistics say {stated} {name}, its shards have {total}"
 
 
 def check_tokenizer(folder: Path, expected: TokenizerInfo) -> Iterator[str]:
     try:
         path, found = find_tokenizer(folder)
-    except ValueError as mistake:
-        yield str(mistake)
+    except ValueError as error:
+        yield str(error)
         return
     if found.fingerprint != expected.fingerprint:
         yield f"{path}: its fingerprint is {found.fingerprint[:12]}, the manifest says {expected.fingerprint[:12]}"
@@ -145,26 +145,28 @@ def check_tokenizer(folder: Path, expected: TokenizerInfo) -> Iterator[str]:
 def check_token_counts(path: Path, expected: np.ndarray) -> Iterator[str]:
     try:
         found = read_npy(path.read_bytes(), str(path))
-    except ValueError as mistake:
-        yield str(mistake)
+    except ValueError as error:
+        yield str(error)
         return
-    if found.shape != expected.shape or (found != expected).any():
-        where = f" of id {(found != expected).argmax()}" if found.shape == expected.shape else ""
-        yield f"{path}: not the counts{where} that the training shards have"
+    if found.shape != expected.shape:
+        yield f"{path}: has shape {found.shape}, expected {expected.shape}"
+    elif (found != expected).any():
+        number = (found != expected).argmax()
+        yield f"{path}: counts id {number} {found[number]} times, the training shards hold it {expected[number]} times"
 
 
 def check(folder: Path, manifest: Manifest, workers: int) -> list[str]:
-    """Look at everything. Returns what is wrong."""
+    """Check all shards and other files of a folder. Returns the problems."""
     vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else None
     shards = [shard for part in manifest.splits.values() for shard in part]
-    found: dict[str, Findings] = {}
+    found: dict[str, ShardFindings] = {}
     progress = Progress("checking", len(shards), "shard")
 
-    def collect(result: tuple[str, Findings] | None) -> None:
+    def collect(result: tuple[str, ShardFindings] | None) -> None:
         found.update([result] if result else [])
         progress.show(len(found))
 
-    with Workers(min(workers, len(shards) or 1)) as pool:
+    with WorkerPool(min(workers, len(shards) or 1)) as pool:
         pool.run(check_shard, ((folder / shard.name, shard, vocab_size) for shard in shards), collect)
     progress.close()
     problems = [problem for shard in shards for problem in found[shard.name].problems]
@@ -185,8 +187,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         manifest = read_manifest(folder)
-    except ValueError as mistake:
-        print(mistake)
+    except ValueError as error:
+        print(error)
         return 1
     problems = check(folder, manifest, options.workers)
     for problem in problems:

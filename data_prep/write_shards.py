@@ -1,29 +1,30 @@
-"""Turn a corpus into shards: text chunks, or with --tokenizer the token chunks that training reads.
+"""Turn a corpus into shards: text shards, or with --tokenizer the token shards that training reads.
 
-    python data_prep/write_shards.py --source docstrings --min-chars 200 --out data/quickstart/text
-    python data_prep/write_shards.py --source data/quickstart/text --tokenizer data/quickstart/tokenizer --out data/quickstart/tokens
+    python data_prep/write_shards.py --source CORPUS --out data/mine/text
+    python data_prep/write_shards.py --source CORPUS --tokenizer data/mine/tokenizer --out data/mine/tokens
 
-Two passes, both on all cores. First the source becomes runs: its documents, tokenized, sorted by a hash of their text.
-Then each shard collects its range of hashes from all runs, so that documents are shuffled globally, copies of one text
-meet in one shard, and the held-out part is chosen by the text alone. A run or a shard counts when it is renamed into
-place: killed at any moment, the same command goes on and ends with the same bytes.
+There are two passes, and both use all cores. The first writes sorted runs: documents, tokenized, in the order of a hash
+of their text. In the second, each shard collects its range of hashes from all sorted runs. So documents are shuffled
+globally, copies of one text meet in one shard, and the text alone decides whether a document is held out. A killed
+command continues where it stopped when it is run again, and ends with the same bytes.
 """
 
-import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data_prep import folder
-from data_prep.sources import ReadOptions, Unit, list_units, stamps
-from data_prep.sources.base import UNIT_BYTES, is_full
-from data_prep.workers import Progress, Workers
+from data_prep import output_folder
+from data_prep.request import request_hash
+from data_prep.sources import ReadOptions, list_input_splits, source_state
+from data_prep.sources.base import INPUT_SPLIT_BYTES, InputSplit, is_disk_full
+from data_prep.workers import Progress, WorkerPool
 from data_prep.writing import length_statistics, shard_writer, sorted_runs
+from data_prep.writing.sorted_runs import TaskSummary, WriteSettings
 from megabert.config import cli
 from megabert.data.shards.manifest import (
     MANIFEST,
@@ -39,8 +40,8 @@ from megabert.data.shards.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS,
 from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, find_tokenizer
 from megabert.files.atomic import write_atomically
 
-# A source is dealt out in about this many tasks, each at most TASK_BYTES: enough to keep every core busy to the end.
-# What is dealt out must not depend on --workers.
+# A source is divided into about this many tasks, each of at most TASK_BYTES: enough to keep every core busy to the end.
+# The tasks must not depend on --workers, so that a command can continue with another number of them.
 TASKS = 256
 TASK_BYTES = 256 << 20
 
@@ -48,37 +49,37 @@ TASK_BYTES = 256 << 20
 @dataclass(frozen=True, kw_only=True)
 class Options:
     source: str = "docstrings"
-    """docstrings, a folder of our text shards, a file or folder of .txt, .jsonl[.gz|.zst] and .parquet, hf:OWNER/NAME"""
+    """docstrings, a folder of text shards, a file or folder of .txt, .jsonl[.gz|.zst] and .parquet, or hf:OWNER/NAME"""
     out: str = "data/quickstart/text"
     """folder to write shards and manifest.json to"""
     tokenizer: str | None = None
-    """tokenizer.json, or a folder with one: write token shards; without it, text shards"""
+    """tokenizer.json, or a folder with one: write token shards; without it, write text shards"""
     text_key: str = "text"
-    """the field (.jsonl) or column (.parquet, hf:) that holds the text"""
+    """field (.jsonl) or column (.parquet, hf:) that holds the text"""
     blank_lines: bool = False
-    """whether a blank line separates documents of a .txt; otherwise each file is one document"""
+    """whether blank lines separate the documents of a .txt; otherwise each file is one document"""
     dataset_config: str | None = None
     """configuration of a data set hf:OWNER/NAME, such as en"""
     dataset_split: str = "train"
     """split of a data set hf:OWNER/NAME"""
     min_chars: int = 1
-    """shorter documents are left out, characters"""
+    """leave out shorter documents, characters"""
     deduplicate: bool = True
-    """whether exact copies of a document are left out"""
+    """whether to leave out exact copies of a document"""
     heldout: float = 0.0
     """share of the documents to hold out for evaluation, chosen by a hash of their text"""
     min_shards: int = 24
-    """fewest training shards; 24 are enough to deal to 8 ranks"""
+    """minimum number of training shards; 24 are enough for up to 8 ranks"""
     shard_mb: int = 64
-    """size of a shard, at most about this many MB"""
+    """approximate maximum size of a shard, MB"""
     chunk_tokens: int = MAX_CHUNK_TOKENS
-    """tokens (bytes, for text) of a chunk, at most; a longer document is cut, or as text has a chunk of its own"""
+    """maximum tokens (bytes, for text) of a chunk; a longer document is cut, or if text, gets a chunk of its own"""
     workers: int = os.cpu_count() or 1
     """processes"""
     seed: int = 0
     """seed of the order within shards"""
     replace: bool = False
-    """whether finished shards in out that were asked for in other words may be replaced"""
+    """whether to replace finished shards in `out` that were made with another source, tokenizer or other settings"""
 
     def __post_init__(self):
         if not 0 <= self.heldout < 1:
@@ -86,200 +87,220 @@ class Options:
         if not 1 <= self.chunk_tokens <= MAX_CHUNK_TOKENS:
             raise ValueError(f"chunk_tokens is {self.chunk_tokens}, expected 1 to {MAX_CHUNK_TOKENS}.")
         if min(self.min_shards, self.shard_mb, self.workers) < 1:
-            raise ValueError("min_shards, shard_mb and workers are at least 1.")
+            raise ValueError("min_shards, shard_mb and workers must be at least 1.")
 
     @property
     def read(self) -> ReadOptions:
         return ReadOptions(self.text_key, self.blank_lines, self.dataset_config, self.dataset_split)
 
 
-class Wanted(NamedTuple):
-    """What is asked for. request: a hash of all of it; whatever differs gives other shards."""
+class ShardRequest(NamedTuple):
+    """What a command is asked for. request_hash: of everything that determines the bytes of the shards."""
 
     options: Options
-    units: list[Unit]
+    splits: list[InputSplit]
     tokenizer_path: Path | None
     tokenizer: TokenizerInfo | None
-    request: str
+    request_hash: str
 
     @property
-    def job(self) -> sorted_runs.Job:
+    def settings(self) -> WriteSettings:
         o = self.options
-        dtype = token_dtype(self.tokenizer.vocab_size) if self.tokenizer else np.dtype(np.uint8)
-        path = str(self.tokenizer_path) if self.tokenizer_path else None
-        return sorted_runs.Job(
-            Path(o.out), path, dtype, o.read, o.min_chars, o.heldout, o.deduplicate, o.chunk_tokens, o.seed
+        return WriteSettings(
+            out=Path(o.out),
+            tokenizer_path=str(self.tokenizer_path) if self.tokenizer_path else None,
+            dtype=token_dtype(self.tokenizer.vocab_size) if self.tokenizer else np.dtype(np.uint8),
+            read=o.read,
+            min_chars=o.min_chars,
+            heldout=o.heldout,
+            deduplicate=o.deduplicate,
+            chunk_tokens=o.chunk_tokens,
+            seed=o.seed,
         )
 
 
-def understand(options: Options) -> Wanted:
-    """Look at source and tokenizer. Raises ValueError for one that cannot be read."""
+def resolve_request(options: Options) -> ShardRequest:
+    """Read the tokenizer and list the input splits. Raises ValueError if the tokenizer or the source cannot be read."""
     path, tokenizer = find_tokenizer(options.tokenizer) if options.tokenizer else (None, None)
     out = Path(options.out)
     if (out / MANIFEST).is_file() and Path(options.source).resolve() == out.resolve():
         raise ValueError(
-            f"{out}: is --source and --out; its shards would be replaced while they are read. Choose another --out."
+            f"{out}: is both --source and --out, so its shards would be replaced while they are read. Choose another "
+            "--out."
         )
-    units = list_units(options.source, options.read)
+    splits = list_input_splits(options.source, options.read)
     asked = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "replace")}
-    request = hashlib.sha256(repr((asked, tokenizer, stamps(units))).encode()).hexdigest()
-    return Wanted(options, units, path, tokenizer, request)
+    found = request_hash(options=asked, tokenizer=tokenizer and asdict(tokenizer), source=source_state(splits))
+    return ShardRequest(options, splits, path, tokenizer, found)
 
 
-def deal(units: list[Unit]) -> list[list[Unit]]:
-    """Group units, in their order, into tasks."""
-    most = min(TASK_BYTES, max(UNIT_BYTES, sum(unit.size for unit in units) // TASKS))
-    tasks: list[list[Unit]] = []
-    size = most
-    for unit in units:
-        cost = most if unit.kind == "hub" else unit.size  # the hub does not say how large a shard is
-        if size + cost > most:
+def group_into_tasks(splits: list[InputSplit]) -> list[list[InputSplit]]:
+    """Group input splits, in their order, into tasks."""
+    task_bytes = min(TASK_BYTES, max(INPUT_SPLIT_BYTES, sum(split.size for split in splits) // TASKS))
+    tasks: list[list[InputSplit]] = []
+    size = task_bytes
+    for split in splits:
+        cost = task_bytes if split.kind == "hub" else split.size  # the hub does not tell the size of a shard
+        if size + cost > task_bytes:
             tasks.append([])
             size = 0
-        tasks[-1].append(unit)
+        tasks[-1].append(split)
         size += cost
     return tasks
 
 
-def write_all_runs(job: sorted_runs.Job, units: list[Unit], workers: Workers) -> list[sorted_runs.Summary]:
-    """The first pass, or what an earlier command left of it."""
-    tasks = deal(units)
-    left = [n for n in range(len(tasks)) if not sorted_runs.summary_path(job, n).is_file()]
-    unit = "shard" if units and units[0].kind == "hub" else "B"
-    progress = Progress("reading", sum(u.size for u in units), unit)
-    progress.start_at(sum(u.size for u in units) - sum(u.size for n in left for u in tasks[n]))
+def write_all_sorted_runs(settings: WriteSettings, splits: list[InputSplit], pool: WorkerPool) -> list[TaskSummary]:
+    """Do the first pass, or what is left of it. Returns the summaries of all tasks."""
+    tasks = group_into_tasks(splits)
+    left = [n for n in range(len(tasks)) if not sorted_runs.summary_path(settings, n).is_file()]
+    progress = Progress("reading", sum(split.size for split in splits), _progress_unit(splits))
+    progress.start_at(sum(split.size for split in splits) - sum(split.size for n in left for split in tasks[n]))
     try:
-        workers.run(
-            sorted_runs.write_runs, ((job, n, tasks[n]) for n in left), lambda _: progress.show(*workers.counters[:])
+        pool.run(
+            sorted_runs.write_sorted_runs,
+            ((settings, n, tasks[n]) for n in left),
+            lambda _: progress.show(*pool.counters[:]),
         )
     finally:
         progress.close()
-    return [sorted_runs.read_summary(job, n) for n in range(len(tasks))]
+    return [sorted_runs.read_summary(settings, n) for n in range(len(tasks))]
 
 
-def shard_counts(options: Options, itemsize: int, summaries: list[sorted_runs.Summary]) -> dict[str, int]:
-    """How many shards each part gets: enough of them, none larger than asked."""
+def _progress_unit(splits: list[InputSplit]) -> str:
+    return "shard" if splits and splits[0].kind == "hub" else "B"
+
+
+def shard_counts(options: Options, itemsize: int, summaries: list[TaskSummary]) -> dict[str, int]:
+    """Return the number of shards of each part: enough training shards, and none larger than allowed."""
     sizes = {part: itemsize * sum(summary.elements[part] for summary in summaries) for part in sorted_runs.PARTS}
     train, heldout = (-(-size // (options.shard_mb << 20)) for size in sizes.values())
     train = max(options.min_shards, train)
-    # Held-out shards are no smaller than the others, for want of a reason, but a small corpus has one too.
-    return {"train": train} | ({"heldout": max(1, heldout, round(train * options.heldout))} if options.heldout else {})
+    if not options.heldout:
+        return {"train": train}
+    # Held-out shards have the same size limit as training shards. There is at least one.
+    return {"train": train, "heldout": max(1, heldout, round(train * options.heldout))}
 
 
-def write_all_shards(job: sorted_runs.Job, counts: dict[str, int], paths: list[Path], workers: Workers) -> None:
-    """The second pass, or what an earlier command left of it."""
-    every = [(part, number) for part, total in counts.items() for number in range(total)]
-    left = [place for place in every if not shard_writer.report_path(job, *place).is_file()]
-    progress = Progress("writing", len(every), "shard")
-    progress.start_at(len(every) - len(left))
+def write_all_shards(settings: WriteSettings, counts: dict[str, int], paths: list[Path], pool: WorkerPool) -> None:
+    """Do the second pass, or what is left of it. paths: the sorted runs."""
+    shards = [(part, number) for part, total in counts.items() for number in range(total)]
+    left = [shard for shard in shards if not shard_writer.record_path(settings, *shard).is_file()]
+    progress = Progress("writing", len(shards), "shard")
+    progress.start_at(len(shards) - len(left))
     written = 0
 
-    def show(result: object) -> None:
+    def show(name: str | None) -> None:
         nonlocal written
-        written += result is not None
+        written += name is not None
         progress.show(written)
 
-    tasks = ((job, paths, part, number, counts[part]) for part, number in left)
+    tasks = ((settings, paths, part, number, counts[part]) for part, number in left)
     try:
-        workers.run(shard_writer.write_shard, tasks, show)
+        pool.run(shard_writer.write_shard, tasks, show)
     finally:
         progress.close()
 
 
-def collect(wanted: Wanted, counts: dict[str, int], read: int) -> tuple[Manifest, np.ndarray]:
-    """Read all shards' reports into a manifest, and add up how often each token occurs in training."""
+def build_manifest(request: ShardRequest, counts: dict[str, int], read: int) -> tuple[Manifest, np.ndarray]:
+    """Combine the records of all shards. read: documents of the source.
+
+    Returns the manifest and how often each token id occurs in the training part, (vocab_size,).
+    """
     splits: dict[str, tuple[Shard, ...]] = {}
     lengths = np.zeros(length_statistics.LONGEST_COUNTED + 1, dtype=np.int64)
-    ids = np.zeros(wanted.tokenizer.vocab_size if wanted.tokenizer else 0, dtype=np.int64)
+    ids = np.zeros(request.tokenizer.vocab_size if request.tokenizer else 0, dtype=np.int64)
     for part, total in counts.items():
         shards = []
         for number in range(total):
-            report = shard_writer.read_report(shard_writer.report_path(wanted.job, part, number))
-            shards.append(report.shard)
-            lengths += report.lengths
+            record = shard_writer.read_record(shard_writer.record_path(request.settings, part, number))
+            shards.append(record.shard)
+            lengths += record.lengths
             if part == "train":
-                ids[: len(report.ids)] += report.ids
+                ids[: len(record.ids)] += record.ids
         splits[part] = tuple(shards)
     tokens = sum(shard.tokens for shards in splits.values() for shard in shards)
-    unit = "tokens" if wanted.tokenizer else "bytes"
+    unit = "tokens" if request.tokenizer else "bytes"
     statistics = length_statistics.summarize(lengths, tokens, unit, read)
-    kind = "tokens" if wanted.tokenizer else "text"
-    return Manifest(kind, splits, statistics, wanted.tokenizer, wanted.request), ids
+    kind = "tokens" if request.tokenizer else "text"
+    return Manifest(kind, splits, statistics, request.tokenizer, request.request_hash), ids
 
 
-def finish(wanted: Wanted, manifest: Manifest, ids: np.ndarray) -> None:
-    """Write what stands beside the shards, and the manifest last."""
-    out = Path(wanted.options.out)
-    if path := wanted.tokenizer_path:
+def write_metadata(request: ShardRequest, manifest: Manifest, ids: np.ndarray) -> None:
+    """Write all other files of the folder. The manifest comes last, because it makes the folder complete."""
+    out = Path(request.options.out)
+    if path := request.tokenizer_path:
         write_atomically(out / TOKENIZER, path.read_bytes())
         config = path.with_name(TOKENIZER_CONFIG)
         write_atomically(out / TOKENIZER_CONFIG, config.read_bytes() if config.is_file() else plain_tokenizer_config())
         write_atomically(out / TOKEN_COUNTS, encode_npy(ids))
-    write_atomically(out / length_statistics.PICTURE, length_statistics.draw(manifest.statistics))
+    write_atomically(out / length_statistics.PLOT, length_statistics.plot(manifest.statistics))
     write_manifest(out, manifest)
 
 
 def plain_tokenizer_config() -> bytes:
-    """What makes AutoTokenizer load a bare tokenizer.json with BERT's special tokens."""
+    """Return a tokenizer_config.json with which AutoTokenizer loads a bare tokenizer.json."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}
     config |= {f"{name}_token": token for name, token in SPECIAL_TOKENS.items()}
     return json.dumps(config, indent=1).encode()
 
 
-def prepare(wanted: Wanted) -> Manifest:
-    """Both passes. Raises ValueError for a source without documents."""
-    options = wanted.options
-    with folder.work_folder(Path(options.out), wanted.request), Workers(options.workers) as workers:
-        summaries = write_all_runs(wanted.job, wanted.units, workers)
+def write_shards(request: ShardRequest) -> Manifest:
+    """Do both passes and write the manifest. Raises ValueError if the source has no documents."""
+    options, settings = request.options, request.settings
+    with (
+        output_folder.locked_work_folder(settings.out, request.request_hash),
+        WorkerPool(options.workers) as pool,
+    ):
+        summaries = write_all_sorted_runs(settings, request.splits, pool)
         read = sum(summary.read for summary in summaries)
         if not read:
             raise ValueError(
                 f"{options.source}: has no document of at least {options.min_chars} characters; nothing to write."
             )
-        counts = shard_counts(options, wanted.job.dtype.itemsize, summaries)
-        write_all_shards(wanted.job, counts, sorted_runs.run_paths(wanted.job, summaries), workers)
-        manifest, ids = collect(wanted, counts, read)
-        finish(wanted, manifest, ids)
+        counts = shard_counts(options, settings.dtype.itemsize, summaries)
+        write_all_shards(settings, counts, sorted_runs.run_paths(settings, summaries), pool)
+        manifest, ids = build_manifest(request, counts, read)
+        write_metadata(request, manifest, ids)
     return manifest
 
 
 def main(argv: list[str] | None = None) -> int:
     options = cli.read_flags(Options, "write_shards.py", __doc__ or "", argv)
-    wanted = understand(options)
+    request = resolve_request(options)
     out = Path(options.out)
-    if (out / MANIFEST).is_file() and is_from(wanted.request, out):
-        folder.sweep(out)
-        print(f"{out / MANIFEST}: already written from this, reused")
+    if (out / MANIFEST).is_file() and is_result_of(out, request.request_hash):
+        output_folder.remove_finished_work(out)
+        print(f"{out / MANIFEST}: already written from this source with these settings, reused")
         return 0
     if (out / MANIFEST).is_file() and not options.replace:
         raise ValueError(
-            f"{out}: holds finished shards of another source, tokenizer or other settings. Choose another --out, or pass "
-            "--replace true."
+            f"{out}: holds finished shards of another source, tokenizer or other settings. Choose another --out, or "
+            "pass --replace."
         )
     try:
-        manifest = prepare(wanted)
+        manifest = write_shards(request)
     except KeyboardInterrupt:
-        print(f"\n{out}: interrupted. The same command goes on from here.", file=sys.stderr)
-        return 130  # what a shell gives for Ctrl-C
-    except OSError as mistake:
-        if not is_full(mistake):
+        print(f"\n{out}: interrupted. Run the same command again to continue.", file=sys.stderr)
+        return 130  # the exit code of a shell after Ctrl-C
+    except OSError as error:
+        if not is_disk_full(error):
             raise
         raise ValueError(
-            f"{out}: no room left for what has to be written ({mistake.strerror}). Free some, or choose another --out; "
-            "the same command goes on from here."
-        ) from mistake
+            f"{out}: no space left for the output ({error.strerror}). Free some space and run the same command again "
+            "to continue, or choose another --out."
+        ) from error
     parts = ", ".join(f"{len(shards)} {part}" for part, shards in manifest.splits.items())
-    unit = "tokens" if wanted.tokenizer else "characters"
+    unit = "tokens" if request.tokenizer else "characters"
     statistics = manifest.statistics
     print(f"{out}: {statistics['documents']:,} documents, {statistics['tokens']:,} {unit}, shards: {parts}")
     return 0
 
 
-def is_from(request: str, out: Path) -> bool:
-    """Whether the shards that are there were asked for in the same words."""
+def is_result_of(out: Path, request_hash: str) -> bool:
+    """Whether the finished shards in a folder were written for the same request."""
     try:
-        return read_manifest(out).request == request
-    except ValueError:  # of an older format, or damaged: written again
+        return read_manifest(out).request == request_hash
+    except ValueError:  # damaged, or of another format version: cannot be reused
         return False
 
 

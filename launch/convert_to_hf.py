@@ -1,71 +1,73 @@
-"""Export a training checkpoint to a Hugging Face folder, and check that it loads there and gives the same logits.
+"""Export a training checkpoint to a Hugging Face folder, and check that the folder loads and gives the same logits.
 
-python launch/convert_to_hf.py runs/quickstart runs/quickstart/hf
-python launch/convert_to_hf.py runs/quickstart runs/quickstart/hf --onnx --average 3
+python launch/convert_to_hf.py runs/quickstart runs/quickstart/hf [--onnx] [--average 3]
 python launch/convert_to_hf.py --verify-only runs/quickstart/hf
 python launch/convert_to_hf.py runs/mosaicbert-base mosaicbert-base-published --layout published
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megabert.config import cli
+
+PROG = "launch/convert_to_hf.py"
 
 
 @dataclass(frozen=True)
 class Options:
     checkpoint: str
-    """a run's folder (its newest checkpoint), or one checkpoints/step-... folder"""
+    """folder of a run, for its newest checkpoint, or of one checkpoint (checkpoints/step-...)"""
     out: str
     """folder to write"""
     average: int = 1
-    """export the mean of the weights of this many checkpoints, that one and those before it"""
+    """export the mean of the weights of this many checkpoints: that one and those before it"""
     onnx: bool = False
-    """write onnx/model.onnx too, and check it with onnxruntime; needs the extra [onnx]"""
+    """also write onnx/model.onnx, and check it with onnxruntime; needs the extra [onnx]"""
     max_shard_size: str = "5GB"
-    """weights larger than this become several files"""
+    """maximum size of a weights file; larger weights are written as several files"""
     layout: Literal["hf", "published"] = "hf"
-    """published: that of mosaicml/mosaic-bert-base, for its own code; of a MosaicBERT's checkpoint, or a folder of ours"""
+    """published: the layout of mosaicml/mosaic-bert-base, for a MosaicBERT (a checkpoint, or a MegaBERT folder)"""
 
     def __post_init__(self):
         if self.layout == "published" and (self.onnx or self.max_shard_size != "5GB"):
-            raise ValueError("--layout published is one pickle: --onnx and --max-shard-size are not for it.")
+            raise ValueError("--layout published writes one pickle: --onnx and --max-shard-size do not apply to it.")
 
 
 @dataclass(frozen=True)
-class Verify:
+class VerifyOptions:
     verify_only: str = ""
-    """a folder that this command wrote: check it again, write nothing. Runs the folder's own modelling code"""
+    """folder that this command wrote: check it again, and write nothing. Runs the folder's own modelling code"""
 
 
 def main() -> None:
-    prog, doc = "launch/convert_to_hf.py", __doc__ or ""
+    # torch takes seconds to load, so megabert.convert is imported only after the flags have been checked.
     if any(cli.with_underscores(word).startswith("--verify_only") for word in sys.argv[1:]):
-        folder = cli.read_flags(Verify, prog, doc).verify_only
-        from megabert.convert.check.export_check import verify  # after the flags: torch takes seconds to load
+        folder = cli.read_flags(VerifyOptions, PROG, __doc__ or "").verify_only
+        from megabert.convert.check.export_check import verify
 
         report(folder, verify(Path(folder)))
         return
-    argv = ["--onnx=true" if word == "--onnx" else word for word in sys.argv[1:]]  # it needs no value
-    options = cli.read_flags(Options, prog, doc, argv)
+    argv = ["--onnx=true" if word == "--onnx" else word for word in sys.argv[1:]]
+    options = cli.read_flags(Options, PROG, __doc__ or "", argv)
     if options.layout == "published":
-        from megabert.convert.to_mosaicbert import publish
+        from megabert.convert.to_mosaicbert import export_mosaicbert
 
-        written = publish(Path(options.checkpoint), Path(options.out), options.average)
-        print(f"{options.out}: {written.num_tensors} tensors of the published MosaicBERT, read back bit for bit")
-        print(f"initialized, for the source lacks them: {', '.join(written.initialized) or 'none'}")
+        written = export_mosaicbert(Path(options.checkpoint), Path(options.out), options.average)
+        print(f"{options.out}: {written.num_tensors} tensors in the published MosaicBERT layout, read back bit for bit")
+        print(f"not in the source, initialized: {', '.join(written.initialized) or 'none'}")
         return
-    from megabert.convert.to_hf import Wish, export
+    from megabert.convert.to_hf import ExportOptions, export_checkpoint
 
-    wish = Wish(options.average, options.onnx, options.max_shard_size)
-    report(options.out, export(Path(options.checkpoint), Path(options.out), wish))
+    wanted = ExportOptions(options.average, options.onnx, options.max_shard_size)
+    report(options.out, export_checkpoint(Path(options.checkpoint), Path(options.out), wanted))
 
 
-def report(folder: str, measured: dict) -> None:
+def report(folder: str, measured: Mapping[str, Any]) -> None:
     if measured.get("reused"):
-        print(f"{folder}: an export of this checkpoint is there, and its files are as they were checked then")
+        print(f"{folder}: is already an export of this checkpoint, and its files are unchanged since it was checked")
     print(
         f"{folder}: loads in transformers {measured['transformers']} without megabert, "
         f"logits differ by at most {measured['max_difference']:.1e}"
@@ -75,4 +77,4 @@ def report(folder: str, measured: dict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, "launch/convert_to_hf.py")
+    cli.run(main, PROG)

@@ -33,6 +33,7 @@ ALLOWED = {
         "megabert.kernels",
         "megabert.model",
         "megabert.optim",
+        "megabert.plots",
     },
     "megabert.plots": {"megabert.config", "megabert.files", "megabert.training"},
     "data_prep": {"megabert.config", "megabert.data", "megabert.files"},

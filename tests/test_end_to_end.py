@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import REPOSITORY, pretrain_command, run_command
 

@@ -1,4 +1,4 @@
-"""The docstrings of installed Python packages: real English that needs no download."""
+"""Read the docstrings of installed Python packages: real English text that needs no download."""
 
 import ast
 import importlib.metadata
@@ -9,19 +9,19 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from data_prep.sources.base import UNIT_BYTES, ReadOptions, Unit
+from data_prep.sources.base import INPUT_SPLIT_BYTES, InputSplit, ReadOptions
 
 
-def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
-    for path in unit.paths:
+def read(split: InputSplit, options: ReadOptions) -> Iterator[str]:
+    for path in split.paths:
         yield from docstrings(Path(path))
 
 
 def docstrings(path: Path) -> Iterator[str]:
-    """Yield the docstrings of one Python file, in order. Files that this Python cannot parse yield nothing."""
+    """Yield the docstrings of one Python file, in order. A file that this Python cannot parse yields nothing."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's code
+            warnings.simplefilter("ignore")  # invalid escapes in third-party code
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError):
         return
@@ -32,13 +32,13 @@ def docstrings(path: Path) -> Iterator[str]:
             text = ast.get_docstring(node)
             if text:
                 yield text
-        # Only statements can hold definitions: the rest of the tree, which is most of it, is never visited.
+        # Only statements can hold definitions. Expressions, which are most of the tree, are never visited.
         for block in ("handlers", "orelse", "finalbody", "body"):
             stack.extend(reversed([child for child in getattr(node, block, ()) if hasattr(child, "body")]))
 
 
 def required_distributions(root: str) -> list[importlib.metadata.Distribution]:
-    """Find an installed distribution and all that it requires, however indirectly, by name."""
+    """Return an installed distribution and all its direct and indirect requirements, sorted by name."""
     found: dict[str, importlib.metadata.Distribution] = {}
     queue = [root]
     while queue:
@@ -49,7 +49,7 @@ def required_distributions(root: str) -> list[importlib.metadata.Distribution]:
         try:
             found[key] = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # an extra, or another platform's requirement
+            continue  # a requirement of an extra or of another platform
         for line in found[key].requires or ():
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -57,14 +57,14 @@ def required_distributions(root: str) -> list[importlib.metadata.Distribution]:
     return [found[key] for key in sorted(found)]
 
 
-def list_units() -> list[Unit]:
-    """The Python files of megabert's dependencies: the same whatever else is installed beside them."""
+def list_input_splits() -> list[InputSplit]:
+    """List the Python files of megabert and its dependencies. Other installed packages do not change the list."""
     files: dict[str, Path] = {}
     for distribution in required_distributions("megabert"):
         for file in distribution.files or ():
             if file.suffix == ".py" and ".." not in file.parts:
                 files[str(file)] = Path(str(distribution.locate_file(file)))
-    units: list[Unit] = []
+    splits: list[InputSplit] = []
     group: list[str] = []
     size = 0
     for name in sorted(files):
@@ -72,7 +72,9 @@ def list_units() -> list[Unit]:
             continue
         group.append(str(files[name]))
         size += files[name].stat().st_size
-        if size >= UNIT_BYTES // 2:  # parsing is slower than reading
-            units.append(Unit("docstrings", tuple(group), 0, 0, size))
+        if size >= INPUT_SPLIT_BYTES // 2:  # parsing is slower than reading
+            splits.append(InputSplit("docstrings", tuple(group), 0, 0, size))
             group, size = [], 0
-    return [*units, Unit("docstrings", tuple(group), 0, 0, size)] if group else units
+    if group:
+        splits.append(InputSplit("docstrings", tuple(group), 0, 0, size))
+    return splits

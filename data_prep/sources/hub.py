@@ -1,32 +1,41 @@
-"""A Hugging Face data set, streamed: by name from the hub, or a local folder in its layout. Needs datasets, of [prep]."""
+"""Stream a Hugging Face data set from the hub or from a local folder in the layout of the hub.
+
+Needs the package datasets, which the extra [prep] installs.
+"""
 
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from data_prep.sources.base import ReadOptions, Unit, missing_extra, no_field, not_text
+from data_prep.sources.base import InputSplit, ReadOptions, missing_extra, no_field, not_text
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 PREFIX = "hf:"
 
 
-def list_units(source: str, options: ReadOptions) -> list[Unit]:
-    """One unit a shard of the data set, which is usually a file.
+def list_input_splits(source: str, options: ReadOptions) -> list[InputSplit]:
+    """List one input split per shard of the data set. A shard is usually a file.
 
-    source: owner/name or a local folder, perhaps followed by :configuration. The revision of today is part of a unit, so
-    that an interrupted command goes on with the same data. Raises ValueError if it cannot be opened.
+    source: owner/name or a local folder, optionally followed by :configuration. The input splits name the current
+    revision, so that all of them read the same data, and an interrupted command starts anew if there is another
+    revision. Raises ValueError if the data set cannot be opened.
     """
     name, _, config = source.removeprefix(PREFIX).partition(":")
     if config and options.dataset_config not in (None, config):
-        raise ValueError(f"{source}: but --dataset-config is {options.dataset_config}. Give one of the two.")
+        raise ValueError(
+            f"{source}: names a configuration, but --dataset-config is {options.dataset_config}. Pass one of the two."
+        )
     key = (name, config or options.dataset_config or "", options.dataset_split, _revision(name))
-    number = _open(*key).num_shards
-    return [Unit("hub", key, shard, number, 1) for shard in range(number)]
+    num_shards = _open(*key).num_shards
+    return [InputSplit("hub", key, shard, num_shards, 1) for shard in range(num_shards)]
 
 
-def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
-    where = f"{unit.paths[0]} shard {unit.start}"
-    for row in _open(*unit.paths).shard(num_shards=unit.stop, index=unit.start):
+def read(split: InputSplit, options: ReadOptions) -> Iterator[str]:
+    where = f"{split.paths[0]} shard {split.start}"
+    for row in _open(*split.paths).shard(num_shards=split.stop, index=split.start):
         if options.text_key not in row:
             raise no_field(where, options.text_key, list(row))
         text = row[options.text_key]
@@ -38,7 +47,7 @@ def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
 
 
 def files(name: str) -> list[Path]:
-    """The files of a local data set, whose change makes it another."""
+    """List the files of a local data set."""
     folder = Path(name)
     return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
@@ -53,22 +62,22 @@ def _revision(name: str) -> str:
         raise missing_extra(PREFIX + name, "datasets") from missing
     try:
         return str(huggingface_hub.HfApi().dataset_info(name).sha)
-    except (HfHubHTTPError, HFValidationError, OSError) as mistake:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(
-            f"{PREFIX}{name}: no such data set on the hub, or the hub cannot be reached: {str(mistake).strip()}"
-        ) from mistake
+            f"{PREFIX}{name}: no such data set on the hub, or the hub cannot be reached: {str(error).strip()}"
+        ) from error
 
 
 @functools.lru_cache(maxsize=4)
-def _open(name: str, config: str, split: str, revision: str) -> Any:
+def _open(name: str, config: str, split: str, revision: str) -> "IterableDataset":
     try:
         import datasets
     except ImportError as missing:
         raise missing_extra(PREFIX + name, "datasets") from missing
     try:
         return datasets.load_dataset(name, config or None, split=split, revision=revision or None, streaming=True)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as mistake:
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{PREFIX}{name}: cannot be opened: {' '.join(str(mistake).split())} "
+            f"{PREFIX}{name}: cannot be opened: {' '.join(str(error).split())} "
             "See --dataset-config and --dataset-split."
-        ) from mistake
+        ) from error

@@ -1,4 +1,4 @@
-""".jsonl, .jsonl.gz and .jsonl.zst: a document a line, in one field."""
+"""Read JSON Lines files, plain or compressed: one document per line, in one field."""
 
 import gzip
 import io
@@ -6,82 +6,87 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 import zstandard
 
-from data_prep.sources.base import ReadOptions, Unit, bounded_lines, byte_ranges, no_field, not_text
+from data_prep.sources.base import InputSplit, ReadOptions, bounded_lines, byte_ranges, no_field, not_text
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 READ_BYTES = 1 << 20
-PACKED_BYTES = 1 << 14  # what it unpacks to is held in memory: of text some 100 kB
+PACKED_BYTES = 1 << 14  # compressed bytes read at once; they decompress to some 100 kB of text, held in memory
 
 
-def list_units(path: Path) -> list[Unit]:
-    """Byte ranges of a plain file. A compressed one can only be read from its beginning: one unit."""
+def list_input_splits(path: Path) -> list[InputSplit]:
+    """List byte ranges of a plain file. A compressed file is one input split, as it is read from its beginning."""
     size = path.stat().st_size
     if path.name.endswith((".gz", ".zst")):
-        return [Unit("jsonl", (str(path),), 0, size, size)]
+        return [InputSplit("jsonl", (str(path),), 0, size, size)]
     return byte_ranges(str(path), size, "jsonl")
 
 
-def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
-    path, key = unit.paths[0], options.text_key
-    for place, line in _lines(unit):
+def read(split: InputSplit, options: ReadOptions) -> Iterator[str]:
+    path, key = split.paths[0], options.text_key
+    for position, line in _lines(split):
         if line.isspace():
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as mistake:
-            raise ValueError(f"{path} at {place}: not valid JSON: {mistake}") from mistake
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} at {position}: not valid JSON: {error}") from error
         if not isinstance(row, dict) or key not in row:
-            raise no_field(f"{path} at {place}", key, list(row) if isinstance(row, dict) else [])
+            raise no_field(f"{path} at {position}", key, list(row) if isinstance(row, dict) else [])
         if not isinstance(row[key], str):
-            raise not_text(f"{path} at {place}", key, repr(row[key])[:40])
+            raise not_text(f"{path} at {position}", key, repr(row[key])[:40])
         yield row[key]
 
 
-def _lines(unit: Unit) -> Iterator[tuple[str, bytes]]:
-    """Yield (place, line). A line belongs to the byte range in which it begins."""
-    path = unit.paths[0]
+def _lines(split: InputSplit) -> Iterator[tuple[str, bytes]]:
+    """Yield (position, line). A line belongs to the byte range in which it begins."""
+    path = split.paths[0]
     if path.endswith((".gz", ".zst")):
         yield from _decompressed(path)
         return
     with open(path, "rb") as file:
-        place = unit.start
-        if unit.start:
-            file.seek(unit.start - 1)
-            # The rest of a line that began before: its own range has it, and finds it too long if it is.
-            place += len(file.readline()) - 1
-        for line in bounded_lines(file, f"{path} at byte {place}"):
-            if place >= unit.stop:
+        offset = split.start
+        if split.start:
+            file.seek(split.start - 1)
+            # Skip the rest of a line that began in an earlier range: that range reads it and checks its length.
+            offset += len(file.readline()) - 1
+        for line in bounded_lines(file, f"{path} at byte {offset}"):
+            if offset >= split.stop:
                 return
-            yield f"byte {place}", line
-            place += len(line)
+            yield f"byte {offset}", line
+            offset += len(line)
 
 
 def _decompressed(path: str) -> Iterator[tuple[str, bytes]]:
     try:
         with open(path, "rb") as raw:
-            unpacked: Any = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else ZstdFile(raw)
+            unpacked = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else ZstdFile(raw)
             file = io.BufferedReader(unpacked, READ_BYTES)
             yield from ((f"line {n}", line) for n, line in enumerate(bounded_lines(file, path), 1))
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as mistake:
-        raise ValueError(f"{path}: cut short or not what its name says: {mistake}. Fetch it again.") from mistake
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise ValueError(
+            f"{path}: truncated, or not the format that its name says: {error}. Download it again."
+        ) from error
 
 
 class ZstdFile(io.RawIOBase):
-    """Reads all frames of a .zst. zstandard's own reader takes a file that is cut short for one that ends."""
+    """Reads all frames of a .zst file. Notices truncation, which the reader of zstandard takes for the end."""
 
     def __init__(self, raw: IO[bytes]):
         self._raw = raw
-        self._frame: Any = None
+        self._frame: zstandard.ZstdDecompressionObj | None = None
         self._packed = self._unpacked = b""
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as possible. Raises EOFError within a frame, ZstdError for what is not one."""
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        """Fill a buffer as far as possible. Raises EOFError for a truncated file, ZstdError for other damage."""
         while not self._unpacked:
             self._packed = self._packed or self._raw.read(PACKED_BYTES)
             if not self._packed:
@@ -94,7 +99,8 @@ class ZstdFile(io.RawIOBase):
             self._packed = self._frame.unused_data
             if self._frame.eof:
                 self._frame = None
-        size = min(len(buffer), len(self._unpacked))
-        buffer[:size] = self._unpacked[:size]
+        view = memoryview(buffer).cast("B")
+        size = min(len(view), len(self._unpacked))
+        view[:size] = self._unpacked[:size]
         self._unpacked = self._unpacked[size:]
         return size

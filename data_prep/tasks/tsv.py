@@ -1,4 +1,4 @@
-"""Labelled examples as the TSV files that a task file names."""
+"""Write labelled examples to the TSV files that a task file names."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from megabert.files.atomic import write_atomically
 
 
 class Row(NamedTuple):
-    """held_out: for dev.tsv."""
+    """A labelled example. held_out: whether it belongs to dev.tsv."""
 
     texts: tuple[str, ...]
     label: str

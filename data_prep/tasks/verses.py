@@ -1,8 +1,9 @@
-"""verse-paraphrase: a verse of the King James Version and one of the World English Bible; are they the same verse?
+"""Write the task verse-paraphrase: are a verse of the King James Version and one of the World English Bible the same?
 
-Both are in the public domain; pysword reads them as Debian's packages sword-text-kjv and sword-text-web have them. A negative is, of the
-other verses of the chapter, the one whose words are most alike. Which pairs count is so chosen that positives and negatives have as many
-of each similarity of words, so that a threshold on that is no better than chance; which words differ still tells. It is no MRPC.
+Both translations are in the public domain. pysword reads them from Debian's packages sword-text-kjv and sword-text-web.
+The negative of a verse is the most similar other verse of the same chapter, by TF-IDF. Pairs are selected so that each
+interval of similarity has as many positives as negatives: a threshold on the similarity is no better than chance.
+The words that differ still give some information. The task is not MRPC.
 """
 
 import functools
@@ -21,17 +22,15 @@ from data_prep.tasks.tsv import Row, write_splits
 
 OLD, NEW = "engKJV2006eb", "engWEB2015eb"
 PYSWORD = "pysword==0.2.8"
-LEAST, MOST, STEP = (
-    0.1,
-    0.7,
-    0.02,
-)  # cosine of TF-IDF: less shows parallel numbering gone wrong, more is nearly the same text
-MOST_PER_STEP = 150  # of each label
+# Cosine similarity of TF-IDF. Verses below the minimum are often numbered differently, those above the maximum are
+# nearly the same text.
+MIN_SIMILARITY, MAX_SIMILARITY, INTERVAL = 0.1, 0.7, 0.02
+MAX_PER_INTERVAL = 150  # pairs of each label
 HELD_OUT_SHARE = 0.2
 
 
 class Chapter(NamedTuple):
-    """old, new: its verses in both translations, as many."""
+    """old, new: the verses in both translations, equally many."""
 
     name: str
     old: list[str]
@@ -39,7 +38,7 @@ class Chapter(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """similarity: of the words; chapter: which decides the split."""
+    """similarity: cosine of TF-IDF; chapter: decides whether the pair is held out."""
 
     old: str
     new: str
@@ -48,20 +47,20 @@ class Pair(NamedTuple):
     chapter: str
 
 
-def write(sword: Path, folder: Path) -> None:
-    """Write verse-paraphrase/train.tsv and dev.tsv into `folder`.
+def write_task(sword: Path, folder: Path) -> None:
+    """Write train.tsv and dev.tsv to folder/verse-paraphrase.
 
-    sword: with mods.d/ and modules/ of both translations. Raises ValueError if one is missing, or pysword.
+    sword: folder with mods.d/ and modules/ of both translations. Raises ValueError if one or pysword is missing.
     """
     rows = [
-        Row((pair.old, pair.new), pair.label, _number(pair.chapter) < HELD_OUT_SHARE)
+        Row((pair.old, pair.new), pair.label, _hash_fraction(pair.chapter) < HELD_OUT_SHARE)
         for pair in balance(pairs(list(chapters(sword))))
     ]
     write_splits(folder / "verse-paraphrase", ("sentence1", "sentence2"), rows)
 
 
 def chapters(sword: Path) -> Iterator[Chapter]:
-    """The chapters that have as many verses in both: the others may be numbered in two ways."""
+    """Yield the chapters with equally many verses in both translations. Others may be numbered differently."""
     try:
         modules = importlib.import_module("pysword.modules").SwordModules(str(sword))
     except ImportError as missing:
@@ -77,8 +76,10 @@ def chapters(sword: Path) -> Iterator[Chapter]:
 
 
 def _read(bible: Any) -> dict[str, list[str]]:
-    """Chapter -> its verses."""
-    bible._decompressed_text = functools.lru_cache(2)(bible._decompressed_text)  # else a whole book for every verse
+    """Return chapter -> verses. bible: a pysword.bible.SwordBible."""
+    # pysword has no cache: for every verse it decompresses the whole book, which takes minutes instead of seconds for
+    # both translations. This replaces a private method, so PYSWORD pins the version.
+    bible._decompressed_text = functools.lru_cache(2)(bible._decompressed_text)
     return {
         f"{book.osis_name} {number}": [" ".join(text.split()) for text in bible.get_iter([book.name], [number])]
         for books in bible.get_structure().get_books().values()
@@ -88,7 +89,7 @@ def _read(bible: Any) -> dict[str, list[str]]:
 
 
 def pairs(found: list[Chapter]) -> Iterator[Pair]:
-    """Every verse with itself, and with the verse of its chapter that is most alike by its words."""
+    """Yield every verse with its translation, and with the most similar other verse of its chapter."""
     vectorizer = TfidfVectorizer(sublinear_tf=True)
     vectorizer.fit(verse for chapter in found for verse in chapter.old + chapter.new)
     for chapter in found:
@@ -103,18 +104,18 @@ def pairs(found: list[Chapter]) -> Iterator[Pair]:
 
 
 def balance(found: Iterable[Pair]) -> list[Pair]:
-    """As many pairs of each label in every step of similarity, in an order that a hash decides."""
-    steps: dict[int, dict[str, list[Pair]]] = defaultdict(lambda: {"same": [], "different": []})
-    for pair in sorted(found, key=lambda pair: _number("\t".join(pair[:3]))):
-        if LEAST <= pair.similarity < MOST and pair.old and pair.new:
-            steps[int((pair.similarity - LEAST) / STEP)][pair.label].append(pair)
+    """Select equally many pairs of each label in every interval of similarity. A hash decides which."""
+    intervals: dict[int, dict[str, list[Pair]]] = defaultdict(lambda: {"same": [], "different": []})
+    for pair in sorted(found, key=lambda pair: _hash_fraction("\t".join(pair[:3]))):
+        if MIN_SIMILARITY <= pair.similarity < MAX_SIMILARITY and pair.old and pair.new:
+            intervals[int((pair.similarity - MIN_SIMILARITY) / INTERVAL)][pair.label].append(pair)
     chosen = []
-    for labels in steps.values():
-        count = min(MOST_PER_STEP, *map(len, labels.values()))
+    for labels in intervals.values():
+        count = min(MAX_PER_INTERVAL, *map(len, labels.values()))
         chosen += [pair for some in labels.values() for pair in some[:count]]
-    return sorted(chosen, key=lambda pair: _number("\t".join(pair[:3])))
+    return sorted(chosen, key=lambda pair: _hash_fraction("\t".join(pair[:3])))
 
 
-def _number(text: str) -> float:
-    """From 0 to 1, the same everywhere."""
+def _hash_fraction(text: str) -> float:
+    """Map a text to a number in [0, 1) by its hash."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / (1 << 48)

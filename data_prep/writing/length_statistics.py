@@ -1,4 +1,4 @@
-"""How long the documents are: as JSON for the manifest, and as a picture."""
+"""Summarize and plot the lengths of documents."""
 
 import io
 from typing import Any
@@ -7,20 +7,22 @@ import numpy as np
 
 LONGEST_COUNTED = 65_535  # documents longer than this share the last bin
 BINS_PER_OCTAVE = 4
-PICTURE = "statistics.png"
-CAPS = (128, 512, 1024)  # usual values of max_seq_len
+PLOT = "statistics.png"
+CAPS = (128, 512, 1024)  # common values of data.max_seq_len
 
 
 def summarize(lengths: np.ndarray, total: int, unit: str, read: int) -> dict[str, Any]:
-    """Statistics of `lengths[n]` documents of n tokens, of `total` tokens.
+    """Return the statistics of `lengths[n]` documents of n tokens each, as JSON for the manifest.
 
-    unit: what a length counts; read: documents before copies and texts that came to nothing were dropped.
+    total: tokens of all documents; unit: what a length counts, "tokens" or "bytes"; read: documents before copies and
+    empty ones were dropped.
     """
     below = lengths.cumsum()
     documents = int(below[-1])
     sizes = np.arange(len(lengths))
     tokens = lengths * sizes
-    tokens[-1] += total - int(tokens.sum()) if unit == "tokens" else 0  # those beyond the last bin
+    if unit == "tokens":
+        tokens[-1] += total - int(tokens.sum())  # documents of the last bin may be longer than it says
     edges = np.unique(np.round(2.0 ** (np.arange(16 * BINS_PER_OCTAVE + 1) / BINS_PER_OCTAVE)).astype(int))
     edges = np.minimum(edges, LONGEST_COUNTED)
     bins = np.searchsorted(edges, sizes, side="right") - 1
@@ -40,10 +42,10 @@ def summarize(lengths: np.ndarray, total: int, unit: str, read: int) -> dict[str
     }
 
 
-def draw(statistics: dict[str, Any]) -> bytes:
-    """The histogram as a PNG: how many documents have a length, and how many of all tokens lie in these.
+def plot(statistics: dict[str, Any]) -> bytes:
+    """Plot documents and tokens by document length as a PNG.
 
-    At usual values of max_seq_len: the share of documents, and of tokens, that are in longer documents.
+    At common values of data.max_seq_len the plot shows the share of documents, and of tokens, beyond that length.
     """
     from matplotlib.figure import Figure
 
@@ -67,5 +69,5 @@ def draw(statistics: dict[str, Any]) -> bytes:
     lower.set_xlabel(f"length of a document, {unit}")
     upper.set_title(f"{statistics['documents']:,} documents, median {statistics['median_document_tokens']} {unit}")
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=100, metadata={"Software": None})  # the same bytes again
+    figure.savefig(image, format="png", dpi=100, metadata={"Software": None})  # so that the bytes are reproducible
     return image.getvalue()

@@ -1,4 +1,4 @@
-"""The second pass: each shard collects its range of hashes from all runs, and is written in an order of its own."""
+"""Collect the documents of each shard from the sorted runs and write them, the second of the two passes."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from data_prep.writing.length_statistics import LONGEST_COUNTED
-from data_prep.writing.sorted_runs import Job, Run, finished, is_first
+from data_prep.writing.sorted_runs import SortedRun, WriteSettings, finished, is_first_copy
 from megabert.data.shards.manifest import Chunk, Shard
 from megabert.data.shards.sample_format import TokenChunk, encode_text, encode_tokens, write_sample
 
@@ -21,14 +21,17 @@ COUNTED_AT_ONCE = 1 << 20
 
 
 class Documents(NamedTuple):
-    """payload: token ids or UTF-8 end to end; lengths: of each document."""
+    """payload: token ids or UTF-8 of all documents, concatenated; lengths: of each document."""
 
     payload: np.ndarray
     lengths: np.ndarray
 
 
-class ShardReport(NamedTuple):
-    """What a written shard adds to the manifest: its entry, lengths[n] documents of n tokens, ids[i] times id i."""
+class ShardRecord(NamedTuple):
+    """What a written shard adds to the manifest.
+
+    lengths: (LONGEST_COUNTED + 1,), the number of documents of each length; ids: how often each token id occurs.
+    """
 
     shard: Shard
     lengths: np.ndarray
@@ -39,54 +42,55 @@ def shard_name(part: str, number: int) -> str:
     return f"{part}-{number:05d}.tar"
 
 
-def report_path(job: Job, part: str, number: int) -> Path:
-    return job.work / "shards" / f"{shard_name(part, number)}.npz"
+def record_path(settings: WriteSettings, part: str, number: int) -> Path:
+    return settings.work / "shards" / f"{shard_name(part, number)}.npz"
 
 
-def write_shard(job: Job, runs: list[Path], part: str, number: int, total: int) -> str:
-    """Write shard `number` of `total` into its folder, and then its report, which makes it count. Returns its name."""
-    documents = _collect(job, runs, part, number, total)
-    rng = np.random.default_rng([job.seed, number, part == "heldout"])
-    order = rng.permutation(
-        np.flatnonzero(documents.lengths)
-    )  # a text may come to nothing, such as a control character
+def write_shard(settings: WriteSettings, runs: list[Path], part: str, number: int, total: int) -> str:
+    """Write shard `number` of `total`, then its record. A shard without a record is written again. Returns its name."""
+    documents = _collect(settings, runs, part, number, total)
+    rng = np.random.default_rng([settings.seed, number, part == "heldout"])
+    # The normalizer of a tokenizer can leave nothing of a text, such as of a control character.
+    order = rng.permutation(np.flatnonzero(documents.lengths))
     name = shard_name(part, number)
-    with finished(job.work / "shards" / name) as temporary, open(temporary, "w+b") as file:
-        chunks = _write_chunks(file, name, documents, order, job)
+    with finished(settings.work / "shards" / name) as temporary, open(temporary, "w+b") as file:
+        chunks = _write_chunks(file, name, documents, order, settings)
         file.flush()
         os.fsync(file.fileno())
         file.seek(0)
         sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
-    os.replace(job.work / "shards" / name, job.out / name)
+    os.replace(settings.work / "shards" / name, settings.out / name)
     shard = Shard(name, sha256, size, len(order), int(chunks[:, 3].sum()), chunks)
     kept = documents.lengths[order]
     lengths = np.bincount(np.minimum(kept, LONGEST_COUNTED), minlength=LONGEST_COUNTED + 1)
-    ids = _count(documents.payload) if job.tokenizer_path else np.zeros(0, np.int64)
-    write_report(report_path(job, part, number), ShardReport(shard, lengths, ids))
+    ids = _count(documents.payload) if settings.tokenizer_path else np.zeros(0, np.int64)
+    write_record(record_path(settings, part, number), ShardRecord(shard, lengths, ids))
     return name
 
 
-def _collect(job: Job, runs: list[Path], part: str, number: int, total: int) -> Documents:
-    """The shard's documents, sorted by hash, each once. One run is open at a time."""
+def _collect(settings: WriteSettings, runs: list[Path], part: str, number: int, total: int) -> Documents:
+    """Return the documents of a shard, sorted by hash and without copies. Only one sorted run is open at a time."""
     low, high = ((1 << 64) * i // total for i in (number, number + 1))
-    pieces = [Run(path, job.dtype).read(part, low, high) for path in runs]
+    pieces = [SortedRun(path, settings.dtype).read(part, low, high) for path in runs]
     payload, lengths, hashes = (np.concatenate(column) for column in zip(*pieces, strict=True))
     del pieces
     begins = lengths.cumsum() - lengths
-    # Where copies are kept, they are all the same: their order does not matter.
+    # Copies of one text are equal, so if they are kept, their order does not matter.
     order = np.lexsort((hashes[:, 0], hashes[:, 1]))
-    if job.deduplicate:
-        order = order[is_first(hashes[order])]
+    if settings.deduplicate:
+        order = order[is_first_copy(hashes[order])]
     spans = zip(begins[order].tolist(), (begins[order] + lengths[order]).tolist(), strict=True)
     return Documents(np.concatenate([payload[:0], *(payload[a:b] for a, b in spans)]), lengths[order])
 
 
-def _write_chunks(file: BinaryIO, name: str, documents: Documents, order: np.ndarray, job: Job) -> np.ndarray:
-    """Write the documents in their order. Returns the shard's rows of the index."""
+def _write_chunks(
+    file: BinaryIO, name: str, documents: Documents, order: np.ndarray, settings: WriteSettings
+) -> np.ndarray:
+    """Write the documents in the given order. Returns (chunks, 5) int64, rows as in Chunk."""
     begins = documents.lengths.cumsum() - documents.lengths
     chunks = []
-    is_text = job.tokenizer_path is None
-    for group in _groups(order, documents.lengths, job.chunk_tokens, cut=not is_text):
+    is_text = settings.tokenizer_path is None
+    for group in _chunk_groups(order, documents.lengths, settings.chunk_tokens, cut=not is_text):
         parts = [documents.payload[begins[i] + a : begins[i] + b] for i, a, b in group]
         sample, tokens = _encode(parts, is_text)
         member = io.BytesIO()
@@ -95,22 +99,24 @@ def _write_chunks(file: BinaryIO, name: str, documents: Documents, order: np.nda
         data = member.getvalue()
         chunks.append(Chunk(file.tell(), len(data), len(group), tokens, zlib.crc32(data)))
         file.write(data)
-    file.write(bytes(2 * tarfile.BLOCKSIZE))  # the end of an archive
+    file.write(bytes(2 * tarfile.BLOCKSIZE))  # the end marker of a tar archive
     return np.array(chunks, dtype=np.int64).reshape(-1, len(Chunk._fields))
 
 
-def _groups(order: np.ndarray, lengths: np.ndarray, most: int, cut: bool) -> Iterator[list[tuple[int, int, int]]]:
-    """Deal documents into chunks of at most `most` tokens: lists of (document, start, stop).
+def _chunk_groups(
+    order: np.ndarray, lengths: np.ndarray, max_tokens: int, cut: bool
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Group documents into chunks of at most `max_tokens` tokens: lists of (document, start, stop).
 
-    A longer document is cut into several; or, without cut, has a chunk of its own.
+    cut: whether a longer document is cut into several chunks; otherwise it gets a chunk of its own.
     """
     group: list[tuple[int, int, int]] = []
     size = 0
     for document in order.tolist():
         length = int(lengths[document])
-        for start in range(0, length, most if cut else length):
-            stop = min(start + most, length) if cut else length
-            if group and size + stop - start > most:
+        for start in range(0, length, max_tokens if cut else length):
+            stop = min(start + max_tokens, length) if cut else length
+            if group and size + stop - start > max_tokens:
                 yield group
                 group, size = [], 0
             group.append((document, start, stop))
@@ -120,7 +126,7 @@ def _groups(order: np.ndarray, lengths: np.ndarray, most: int, cut: bool) -> Ite
 
 
 def _encode(parts: list[np.ndarray], is_text: bool) -> tuple[dict[str, bytes], int]:
-    """One chunk as a sample, and its tokens (characters, for text)."""
+    """Encode one chunk as a sample. Returns it and its number of tokens, or of characters for text."""
     if is_text:
         strings = [part.tobytes().decode() for part in parts]
         return encode_text(strings), sum(map(len, strings))
@@ -129,22 +135,21 @@ def _encode(parts: list[np.ndarray], is_text: bool) -> tuple[dict[str, bytes], i
 
 
 def _count(ids: np.ndarray) -> np.ndarray:
-    """How often each id occurs. In pieces: bincount widens what it counts to 64 bits."""
+    """Count how often each id occurs. In pieces, because bincount converts its input to 64 bits."""
     counts = np.zeros(int(ids.max(initial=0)) + 1, np.int64)
     for at in range(0, len(ids), COUNTED_AT_ONCE):
         counts += np.bincount(ids[at : at + COUNTED_AT_ONCE], minlength=len(counts))
     return counts
 
 
-def write_report(path: Path, report: ShardReport) -> None:
-    plain = {name: getattr(report.shard, name) for name in ("name", "sha256", "bytes", "documents", "tokens")}
+def write_record(path: Path, record: ShardRecord) -> None:
+    shard = record.shard
+    plain = {name: getattr(shard, name) for name in ("name", "sha256", "bytes", "documents", "tokens")}
     with finished(path) as temporary, open(temporary, "wb") as file:
-        np.savez(
-            file, shard=np.array(json.dumps(plain)), chunks=report.shard.chunks, lengths=report.lengths, ids=report.ids
-        )
+        np.savez(file, shard=np.array(json.dumps(plain)), chunks=shard.chunks, lengths=record.lengths, ids=record.ids)
 
 
-def read_report(path: Path) -> ShardReport:
+def read_record(path: Path) -> ShardRecord:
     with np.load(path, allow_pickle=False) as entry:
         shard = Shard(chunks=entry["chunks"], **json.loads(str(entry["shard"])))
-        return ShardReport(shard, entry["lengths"], entry["ids"])
+        return ShardRecord(shard, entry["lengths"], entry["ids"])

@@ -1,7 +1,8 @@
-"""The first pass: units of a source become runs, files of documents sorted by a hash of their text.
+"""Write the documents of input splits to sorted runs, the first of the two passes.
 
-A run holds at most RUN_BYTES, so memory and a kill's loss are bounded however large a unit is; and since it is sorted,
-the documents of one shard lie together in it and are found in O(log n).
+A sorted run is a file of documents in the order of a hash of their text. It holds at most RUN_BYTES, which bounds the
+memory of a worker and the work that a kill loses, however large an input split is. Because it is sorted, the documents
+of one shard are contiguous in it and found in O(log n).
 """
 
 import hashlib
@@ -17,26 +18,34 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep import workers
-from data_prep.sources import ReadOptions, Unit, read_unit
+from data_prep.sources import InputSplit, ReadOptions, read_input_split
 from megabert.data.shards.tokenizer import encode_flat
 from megabert.files.atomic import write_atomically
 
-HASH_BYTES = 16  # blake2b; the first half decides held-out or not, the second the shard
+# blake2b. The first half decides whether a document is held out, the second half decides its shard.
+HASH_BYTES = 16
 PARTS = ("train", "heldout")
 
-# Of token ids: some 250 MB of text. 100 GB make 400 runs, so that a shard is put together of 400 pieces of 160 kB, long
-# enough for any disk. It is also most of what a worker holds in memory.
+# As token ids, some 250 MB of text. 100 GB of text make 400 sorted runs, so a shard is collected from 400 pieces of
+# 160 kB each, which any disk reads fast. It is also most of the memory of a worker.
 RUN_BYTES = 128 << 20
-RUN_DOCUMENTS = 500_000  # and documents, each of which costs some 100 bytes while a run is collected
-BATCH_BYTES = 1 << 20  # text that is tokenized at once: enough to be worth a call, little to hold
-GATHERED = 4096  # documents that are brought into order in memory at once
+# Each document costs some 100 bytes while a sorted run is collected.
+RUN_DOCUMENTS = 500_000
+# Text that is tokenized by one call: large enough to outweigh the call, small enough to hold.
+BATCH_BYTES = 1 << 20
+# Documents that are copied into sorted order by one call.
+GATHERED_DOCUMENTS = 4096
 
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every worker needs to know. heldout: share; dtype: of the payload, token ids or UTF-8 bytes."""
+class WriteSettings:
+    """Settings of both passes, the same for every worker.
+
+    tokenizer_path: None for text shards; dtype: of the payload, which is token ids or UTF-8 bytes;
+    heldout: share of documents to hold out.
+    """
 
     out: Path
     tokenizer_path: str | None
@@ -53,8 +62,11 @@ class Job:
         return self.out / ".work"
 
 
-class Summary(NamedTuple):
-    """What one task of the first pass left. read: documents before copies are dropped; elements: of kept, per part."""
+class TaskSummary(NamedTuple):
+    """Counts of one task of the first pass.
+
+    runs: sorted runs written; read: documents before copies are dropped; elements: of the payload, per part.
+    """
 
     runs: int
     read: int
@@ -62,12 +74,12 @@ class Summary(NamedTuple):
 
 
 def heldout_below(share: float) -> int:
-    """Documents whose first half-hash is below this are held out: a larger share holds out all of a smaller one's."""
+    """Return the bound below which the first half of a hash means held out. A larger share includes a smaller one."""
     return int(share * 2**64)
 
 
-def as_unicode(text: str) -> tuple[str, bytes]:
-    """A text and its UTF-8. JSON may spell half a surrogate pair, which is no character: U+FFFD stands for it."""
+def replace_lone_surrogates(text: str) -> tuple[str, bytes]:
+    """Return a text and its UTF-8. JSON can spell half a surrogate pair, which is no character: it becomes U+FFFD."""
     try:
         return text, text.encode()
     except UnicodeEncodeError:
@@ -76,17 +88,18 @@ def as_unicode(text: str) -> tuple[str, bytes]:
 
 
 def text_hash(raw: bytes) -> bytes:
-    """Of the text as its author saw it: line ends are no difference."""
+    """Hash a text. Texts that differ only in CRLF or LF line ends have the same hash."""
     return hashlib.blake2b(raw.replace(b"\r\n", b"\n"), digest_size=HASH_BYTES).digest()
 
 
-class Run:
-    """One run on disk: a header, then per part and in the order of `keys`: keys, others, ends; then the payload.
+class SortedRun:
+    """A sorted run on disk: a header, then keys, others and ends of the train documents and of the held-out documents,
+    each in the order of `keys`, then the payload.
 
     keys: the half of the hash that decides the shard; others: the other half; ends: where each document's payload ends.
     """
 
-    HEADER = np.dtype([("version", "<i8"), ("train", "<i8"), ("heldout", "<i8"), ("itemsize", "<i8")])
+    HEADER = np.dtype([("train", "<i8"), ("heldout", "<i8")])
 
     def __init__(self, path: Path, dtype: np.dtype):
         data = np.memmap(path, mode="r")
@@ -98,7 +111,7 @@ class Run:
         self._payload = data[self.HEADER.itemsize + 24 * total :].view(dtype)
 
     def read(self, part: str, low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The documents of a part with low <= key < high: (payload, lengths, hashes (n, 2))."""
+        """Return the documents of a part with low <= key < high: (payload, lengths (n,), hashes (n, 2))."""
         first = 0 if part == "train" else self._train
         keys = self._keys[: self._train] if part == "train" else self._keys[self._train :]
         a = first + int(np.searchsorted(keys, np.uint64(low)))
@@ -106,20 +119,18 @@ class Run:
         begin = int(self._ends[a - 1]) if a else 0
         ends = np.array(self._ends[a:b])
         hashes = np.stack([self._others[a:b], self._keys[a:b]], axis=1)
-        return (
-            np.array(self._payload[begin : int(ends[-1]) if len(ends) else begin]),
-            np.diff(ends, prepend=begin),
-            hashes,
-        )
+        payload = np.array(self._payload[begin : int(ends[-1]) if len(ends) else begin])
+        return payload, np.diff(ends, prepend=begin), hashes
 
 
-class RunWriter:
-    """Collects documents and writes them as runs `stem`-000.run, -001.run, ... of at most RUN_BYTES."""
+class SortedRunWriter:
+    """Collects documents and writes them as sorted runs `stem`-000.run, `stem`-001.run, ... of at most RUN_BYTES."""
 
-    def __init__(self, job: Job, stem: str):
-        self._job = job
+    def __init__(self, settings: WriteSettings, stem: str):
+        self._settings = settings
         self._stem = stem
-        self._buffer = np.empty(RUN_BYTES // job.dtype.itemsize, job.dtype)  # pages that are never used cost nothing
+        # Pages that are never written take no memory.
+        self._buffer = np.empty(RUN_BYTES // settings.dtype.itemsize, settings.dtype)
         self._used = 0
         self._lengths: list[np.ndarray] = []
         self._hashes: list[bytes] = []
@@ -127,41 +138,43 @@ class RunWriter:
         self._elements = dict.fromkeys(PARTS, 0)
 
     def add(self, payload: np.ndarray, lengths: np.ndarray, hashes: list[bytes]) -> None:
-        """Add documents: payload end to end."""
+        """Add documents. payload: those of all documents, concatenated."""
         full = self._used + len(payload) > len(self._buffer) or len(self._hashes) + len(hashes) > RUN_DOCUMENTS
         if self._hashes and full:
             self._flush()
         if len(payload) > len(self._buffer):
-            self._buffer = np.empty(len(payload), self._job.dtype)
+            self._buffer = np.empty(len(payload), self._settings.dtype)
         self._buffer[self._used : self._used + len(payload)] = payload
         self._used += len(payload)
         self._lengths.append(lengths)
         self._hashes += hashes
 
-    def finish(self) -> Summary:
+    def finish(self) -> TaskSummary:
+        """Write the last sorted run."""
         if self._hashes:
             self._flush()
-        return Summary(self._runs, self._read, self._elements)
+        return TaskSummary(self._runs, self._read, self._elements)
 
     def _flush(self) -> None:
         lengths = np.concatenate(self._lengths)
         hashes = np.frombuffer(b"".join(self._hashes), dtype=np.uint64).reshape(-1, 2)
         begins = lengths.cumsum() - lengths
-        held = is_held_out(hashes, self._job.heldout)
+        held = is_held_out(hashes, self._settings.heldout)
         order = np.lexsort((hashes[:, 0], hashes[:, 1], held))
-        if self._job.deduplicate:  # many copies of one text would all meet in one shard, and in its worker's memory
-            order = order[is_first(hashes[order])]
+        # All copies of one text belong to one shard. Many of them would fill the memory of the worker that writes it.
+        if self._settings.deduplicate:
+            order = order[is_first_copy(hashes[order])]
         train = int((~held[order]).sum())
         for part, documents in (("train", order[:train]), ("heldout", order[train:])):
             self._elements[part] += int(lengths[documents].sum())
-        header = np.array([(1, train, len(order) - train, self._buffer.itemsize)], Run.HEADER)
+        header = np.array([(train, len(order) - train)], SortedRun.HEADER)
         pieces = [header, hashes[order, 1], hashes[order, 0], lengths[order].cumsum()]
-        with finished(self._job.work / "runs" / f"{self._stem}-{self._runs:03d}.run") as temporary:
+        with finished(self._settings.work / "runs" / f"{self._stem}-{self._runs:03d}.run") as temporary:
             with open(temporary, "wb") as file:
                 for piece in pieces:
                     file.write(np.ascontiguousarray(piece).data)
-                for at in range(0, len(order), GATHERED):
-                    some = order[at : at + GATHERED]
+                for at in range(0, len(order), GATHERED_DOCUMENTS):
+                    some = order[at : at + GATHERED_DOCUMENTS]
                     spans = zip(begins[some].tolist(), (begins[some] + lengths[some]).tolist(), strict=True)
                     file.write(np.concatenate([self._buffer[a:b] for a, b in spans]).data)
                 file.flush()
@@ -173,7 +186,7 @@ class RunWriter:
 
 @contextmanager
 def finished(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which becomes it if nothing fails. Every process has its own."""
+    """Yield a temporary path in the same folder, which is renamed to `path` if the block raises nothing."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -186,19 +199,19 @@ def is_held_out(hashes: np.ndarray, share: float) -> np.ndarray:
     return hashes[:, 0] < np.uint64(heldout_below(share))
 
 
-def is_first(hashes: np.ndarray) -> np.ndarray:
-    """Which of sorted hashes (n, 2) are not the same as the one before."""
+def is_first_copy(hashes: np.ndarray) -> np.ndarray:
+    """Return which rows of sorted hashes (n, 2) differ from the row before."""
     return np.concatenate([np.ones(min(1, len(hashes)), bool), (hashes[1:] != hashes[:-1]).any(axis=1)])
 
 
-def batches(unit: Unit, job: Job) -> Iterator[tuple[list[str], list[bytes]]]:
-    """Yield a unit's documents, stripped, some at once: as text and as UTF-8."""
+def read_batches(split: InputSplit, settings: WriteSettings) -> Iterator[tuple[list[str], list[bytes]]]:
+    """Yield batches of an input split's documents, stripped of white space, as text and as UTF-8."""
     texts: list[str] = []
     raws: list[bytes] = []
     size = 0
-    for document in read_unit(unit, job.read):
-        text, raw = as_unicode(document.strip())
-        if len(text) < job.min_chars:
+    for document in read_input_split(split, settings.read):
+        text, raw = replace_lone_surrogates(document.strip())
+        if len(text) < settings.min_chars:
             continue
         texts.append(text)
         raws.append(raw)
@@ -210,32 +223,32 @@ def batches(unit: Unit, job: Job) -> Iterator[tuple[list[str], list[bytes]]]:
         yield texts, raws
 
 
-def write_runs(job: Job, number: int, units: list[Unit]) -> None:
-    """Write the runs of some units, and at last their summary, which makes them count."""
-    writer = RunWriter(job, f"{number:06d}")
-    for unit in units:
-        for texts, raws in batches(unit, job):
-            tokenizer = workers.tokenizer(job.tokenizer_path)
+def write_sorted_runs(settings: WriteSettings, task: int, splits: list[InputSplit]) -> None:
+    """Write the sorted runs of one task, then its summary. A task without a summary is done again."""
+    writer = SortedRunWriter(settings, f"{task:06d}")
+    for split in splits:
+        for texts, raws in read_batches(split, settings):
+            tokenizer = workers.worker_tokenizer(settings.tokenizer_path)
             if tokenizer is None:
                 payload = np.frombuffer(b"".join(raws), dtype=np.uint8)
                 lengths = np.fromiter(map(len, raws), np.int64, len(raws))
             else:
-                payload, lengths = encode_flat(tokenizer, texts, job.dtype)
+                payload, lengths = encode_flat(tokenizer, texts, settings.dtype)
             writer.add(payload, lengths, list(map(text_hash, raws)))
-            workers.report(text_bytes=sum(map(len, raws)))
-        workers.report(input_bytes=unit.size)
-    write_atomically(summary_path(job, number), json.dumps(writer.finish()._asdict()).encode())
+            workers.add_progress(text_bytes=sum(map(len, raws)))
+        workers.add_progress(input_bytes=split.size)
+    write_atomically(summary_path(settings, task), json.dumps(writer.finish()._asdict()).encode())
 
 
-def summary_path(job: Job, number: int) -> Path:
-    return job.work / "runs" / f"{number:06d}.json"
+def summary_path(settings: WriteSettings, task: int) -> Path:
+    return settings.work / "runs" / f"{task:06d}.json"
 
 
-def read_summary(job: Job, number: int) -> Summary:
-    return Summary(**json.loads(summary_path(job, number).read_bytes()))
+def read_summary(settings: WriteSettings, task: int) -> TaskSummary:
+    return TaskSummary(**json.loads(summary_path(settings, task).read_bytes()))
 
 
-def run_paths(job: Job, summaries: list[Summary]) -> list[Path]:
-    return [
-        job.work / "runs" / f"{n:06d}-{i:03d}.run" for n, summary in enumerate(summaries) for i in range(summary.runs)
-    ]
+def run_paths(settings: WriteSettings, summaries: list[TaskSummary]) -> list[Path]:
+    """List the sorted runs of all tasks."""
+    folder = settings.work / "runs"
+    return [folder / f"{n:06d}-{i:03d}.run" for n, summary in enumerate(summaries) for i in range(summary.runs)]

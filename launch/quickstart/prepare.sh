@@ -1,10 +1,22 @@
 #!/usr/bin/env bash
-# The quickstart's corpus: docstrings -> text shards -> tokenizer -> token shards. What is finished is reused.
-# With an argument, only that stage: text, tokenizer or tokens.
+# Prepare the quickstart's data: docstrings -> text shards -> tokenizer -> token shards. Finished stages are reused.
+# With an argument, run only one stage: text, tokenizer or tokens.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=data/quickstart
 stage=${1:-all}
-case $stage in text | all) python data_prep/write_shards.py --source docstrings --min-chars 200 --out $data/text --replace true ;; esac
-case $stage in tokenizer | all) python data_prep/train_tokenizer.py --source $data/text --out $data/tokenizer --vocab-size 8192 ;; esac
-case $stage in tokens | all) python data_prep/write_shards.py --source $data/text --tokenizer $data/tokenizer --out $data/tokens --heldout 0.02 --replace true ;; esac
+
+if [[ $stage != @(text|tokenizer|tokens|all) ]]; then
+    echo "launch/quickstart/prepare.sh: unknown stage $stage, expected text, tokenizer or tokens" >&2
+    exit 2
+fi
+if [[ $stage = @(text|all) ]]; then
+    python data_prep/write_shards.py --source docstrings --min-chars 200 --out $data/text --replace true
+fi
+if [[ $stage = @(tokenizer|all) ]]; then
+    python data_prep/train_tokenizer.py --source $data/text --out $data/tokenizer --vocab-size 8192
+fi
+if [[ $stage = @(tokens|all) ]]; then
+    python data_prep/write_shards.py --source $data/text --tokenizer $data/tokenizer --out $data/tokens \
+        --heldout 0.02 --replace true
+fi

@@ -83,15 +83,15 @@ def run_and_leave(main: Callable[[], int | None], prog: str) -> NoReturn:
         os._exit(int(end.code or 0))
 
 
-def nearest(name: str, known: list[str], prefix: str = "") -> str:
-    """Say which known name is probably meant, as a sentence to append, or point to --help."""
+def nearest(name: str, known: list[str], prefix: str = "", otherwise: str = " See --help.") -> str:
+    """Return a sentence to append that names the known name closest to `name`; `otherwise` if none is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not close:  # perhaps only the group is missing or wrong: lr for optimizer.lr
         last = name.split(".")[-1]
         close = [key for key in known if key.split(".")[-1] == last]
         if not close and (ends := difflib.get_close_matches(last, [key.split(".")[-1] for key in known], n=1)):
             close = [key for key in known if key.split(".")[-1] == ends[0]]
-    return f" Did you mean {prefix}{close[0]}?" if close else " See --help."
+    return f" Did you mean {prefix}{close[0]}?" if close else otherwise
 
 
 def with_underscores(word: str) -> str:

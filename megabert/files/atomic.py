@@ -1,7 +1,6 @@
-"""Write a file or a folder completely or not at all: under a temporary name beside it, then renamed."""
+"""Write a file or a folder completely or not at all: under a temporary name beside it, which is then renamed."""
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -9,27 +8,49 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from filelock import lock_descriptor
+
+from megabert.files.lock import lock_folder
+
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file in one step, on disk before it is visible."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    """Replace a file's content in one step; it is on disk before it is visible under its name.
+
+    For files with one writer: what a killed process leaves behind is overwritten by the next one.
+    """
+    with _renamed_to(path, path.with_name(f"{path.name}.tmp")) as temporary, open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+def new_file(path: Path) -> AbstractContextManager[Path]:
+    """Yield a temporary name beside `path`, and rename it to `path` if the block succeeds, or else remove it.
+
+    For files that several processes may write: each has a temporary name of its own. The caller syncs it to disk.
+    """
+    return _renamed_to(path, path.with_name(f"{path.name}.{os.getpid()}.tmp"))
+
+
+@contextmanager
+def _renamed_to(path: Path, temporary: Path) -> Iterator[Path]:
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` to write to, for the caller to rename; what is still there at the end is removed.
+    """Yield a new folder beside `out` to write to. The caller renames it; whatever is left of it at the end is removed.
 
-    Ctrl-C and SIGTERM remove it too. What a kill -9 left there is removed by the next that writes to `out`.
+    Ctrl-C and SIGTERM remove it too. What a kill -9 leaves behind is removed by the next process that writes to `out`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with _sigterm_raises():
@@ -42,9 +63,9 @@ def staged_folder(out: Path) -> Iterator[Path]:
 
 
 def replace_folder(folder: Path, out: Path) -> None:
-    """Rename a staged folder to `out`, whatever is there now."""
+    """Rename a staged folder to `out`, in place of whatever is there now."""
     before = folder.with_name(f"{folder.name}-old")
-    with _only_one(out.parent):
+    with _locked(out.parent):
         if out.exists():
             out.rename(before)
         folder.rename(out)
@@ -52,37 +73,37 @@ def replace_folder(folder: Path, out: Path) -> None:
 
 
 def _new_folder(out: Path) -> tuple[Path, int]:
-    """A folder that is locked as long as this process lives, and the lock's descriptor. What others left is removed."""
-    ours = re.compile(rf"\.tmp-{re.escape(out.name)}-[0-9a-f]{{8}}(-old)?")
-    with _only_one(out.parent):  # so that nobody takes for left behind what is not locked yet
-        for left in [path for path in out.parent.iterdir() if ours.fullmatch(path.name)]:
-            _remove_unless_owned(left)
+    """Create a folder that is locked while this process lives; returns it and the lock's descriptor. Removes abandoned ones."""
+    staged = re.compile(rf"\.tmp-{re.escape(out.name)}-[0-9a-f]{{8}}(-old)?")
+    with _locked(out.parent):  # no other process may take a folder that is not locked yet for an abandoned one
+        for other in [path for path in out.parent.iterdir() if staged.fullmatch(path.name)]:
+            _remove_if_abandoned(other)
         folder = out.with_name(f".tmp-{out.name}-{secrets.token_hex(4)}")
         folder.mkdir()
         lock = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks, where nothing is removed either
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_folder(lock)
     return folder, lock
 
 
-def _remove_unless_owned(folder: Path) -> None:
-    """Remove a staged folder whose process is gone."""
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove a staged folder whose process has ended."""
     with contextlib.suppress(OSError):
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder)
+            if lock_descriptor(
+                lock, blocking=False
+            ):  # raises where the file system has no locks: nothing is removed there
+                shutil.rmtree(folder)
         finally:
             os.close(lock)
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Keep other processes of ours out of this folder for a moment, where the file system has locks."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes of ours out of this section, where the file system has locks."""
     lock = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_folder(lock)
         yield
     finally:
         os.close(lock)
@@ -90,10 +111,11 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Meanwhile SIGTERM ends the process as Ctrl-C does, through every `finally`; unless somebody else listens to it."""
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    """Let SIGTERM end the process as Ctrl-C does, through every `finally`, unless the program handles SIGTERM itself."""
+    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    ours = default and threading.current_thread() is threading.main_thread()
     if ours:
-        signal.signal(signal.SIGTERM, _leave)
+        signal.signal(signal.SIGTERM, _exit)
     try:
         yield
     finally:
@@ -101,5 +123,5 @@ def _sigterm_raises() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _leave(number: int, _: FrameType | None) -> NoReturn:
+def _exit(number: int, _: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)

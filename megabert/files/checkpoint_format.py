@@ -3,22 +3,23 @@
 checkpoints/latest                      the tag of the newest complete checkpoint
 checkpoints/step-00000250/              exists only when complete
     mp_rank_00_model_states.pt ...      DeepSpeed's files
-    streams.json                        position of every data stream
+    streams.json                        position of every data stream, with a format version of its own
     state.json                          State: counters, recipe, ds_config, number of ranks; its format_version
     tokenizer.json  tokenizer_config.json
     MANIFEST.json                       size and sha256 of every file above
 
-format_version of state.json counts changes of the whole folder. 1: files without this key, see `_from_version_1`.
+format_version of state.json counts changes of all files but streams.json. 1: files without this key, see
+`_from_version_1`.
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megabert.files.hashing import file_sha256
 
 LATEST = "latest"
 MANIFEST = "MANIFEST.json"
@@ -114,28 +115,6 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_and_sync(path: Path) -> tuple[int, str]:
-    """Flush a file to disk. Returns its size in bytes and its sha256."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size, digest
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that renames in it survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def files_of(folder: Path) -> list[str]:
     """List every file of a checkpoint except its manifest, as sorted relative names."""
     files = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -205,6 +184,6 @@ def check_files(folder: Path, names: list[str] | None = None) -> str | None:
             return f"{path} is missing"
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size} bytes, expected {size}"
-        if file_hash(path) != digest:
+        if file_sha256(path) != digest:
             return f"{path} is damaged: its hash differs from the one in {MANIFEST}"
     return None

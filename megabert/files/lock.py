@@ -1,63 +1,122 @@
-"""A file that one process at a time has, or several that share it, until they end: who writes to a folder that others could write to."""
+"""File locks that record which process holds them."""
 
+import errno
 import fcntl
 import json
 import os
 import socket
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Protocol
+
+from filelock import FileLock, Timeout, lock_descriptor
+
+POLL_S = 0.2
+# How a file system says that it has no locks. There, every process gets the lock.
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
 class LockHeldError(Exception):
-    """Another process has the file. host: its machine, pid: its number there, as it said; another process and ? if it did not."""
+    """Another process holds the lock.
+
+    host, pid: its machine and process id, as it recorded them; "another process" and "?" if it did not.
+    """
 
     def __init__(self, path: Path, host: str, pid: int | str):
-        super().__init__(f"{path}: process {pid} on {host} has it")
+        super().__init__(f"{path}: held by process {pid} on {host}")
         self.path, self.host, self.pid = path, host, pid
 
     @property
-    def is_here(self) -> bool:
-        """On this machine: it runs. On a network file system a dead machine's claim may outlive it."""
+    def is_local(self) -> bool:
+        """Whether the holder runs on this machine. On a network file system a lock may outlive a machine that died."""
         return self.host == socket.gethostname()
 
 
-def acquire(path: Path, wait_s: float = 0.0, shared: bool = False) -> TextIO:
-    """Have a file until what is returned is closed, or the process ends, however it does; made if it is not there.
+class Lock(Protocol):
+    """A lock that this process holds until it calls release() or ends, however it ends."""
 
-    shared: beside others that share it. Raises LockHeldError if another process still has it after wait_s seconds, and OSError if it
-    cannot be written. Where the file system has no locks, everyone has it.
+    def release(self) -> None: ...
+
+
+def acquire(path: Path, timeout_s: float = 0.0) -> Lock:
+    """Lock a file for this process alone; the file is created if it is missing, and names the holder.
+
+    timeout_s: how long to wait for another process. Raises LockHeldError if it still holds the lock then, and OSError if
+    the file cannot be written.
+    """
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=timeout_s, poll_interval=POLL_S)
+    except Timeout as error:
+        raise _held(path) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    path.write_text(_owner())
+    return lock
+
+
+def acquire_read_write(path: Path, *, exclusive: bool, timeout_s: float = 0.0) -> Lock:
+    """Lock a file for writing (exclusive: this process alone) or for reading (together with other readers).
+
+    As acquire(), with POSIX locks: filelock's ReadWriteLock keeps an SQLite database, which is not safe on a network file
+    system. The last reader is the one that the file names. One process must not take the same file twice: closing one of the
+    two releases both.
     """
     file = open(path, "a+")
-    until = time.monotonic() + wait_s
-    while not _lock(file, shared):
-        if time.monotonic() >= until:
-            file.seek(0)
-            said = file.read()
+    deadline = time.monotonic() + timeout_s
+    while not _try_posix_lock(file.fileno(), exclusive):
+        if time.monotonic() >= deadline:
             file.close()
-            holder = _read(said)
-            raise LockHeldError(path, str(holder.get("host", "another process")), holder.get("pid", "?"))
-        time.sleep(0.2)
-    file.truncate(0)  # of those that share it the last one is named
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+            raise _held(path)
+        time.sleep(POLL_S)
+    file.truncate(0)
+    file.write(_owner())
     file.flush()
-    return file
+    return _PosixLock(file)
 
 
-def _read(said: str) -> dict[str, str | int]:
+def lock_folder(descriptor: int, *, blocking: bool = True) -> bool:
+    """Lock an open folder for this process, until the descriptor is closed; leaves no lock file in it.
+
+    Returns False only if blocking is False and another process holds the lock; True where the file system has no locks.
+    """
     try:
-        holder = json.loads(said)
-    except json.JSONDecodeError:  # it is only just writing
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _lock(file: TextIO, shared: bool) -> bool:
-    """Whether the file is this process's now. True, too, where the file system has no locks."""
-    try:
-        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
+        return lock_descriptor(descriptor, blocking=blocking)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
         return True
+
+
+class _PosixLock:
+    def __init__(self, file: IO[str]):
+        self._file = file
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def _try_posix_lock(descriptor: int, exclusive: bool) -> bool:
+    try:
+        fcntl.lockf(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        if error.errno not in NO_LOCKS:
+            raise
     return True
+
+
+def _owner() -> str:
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n"
+
+
+def _held(path: Path) -> LockHeldError:
+    try:
+        owner = json.loads(path.read_text())
+    except (OSError, ValueError):  # the holder has not written its record yet
+        owner = {}
+    if not isinstance(owner, dict):
+        owner = {}
+    return LockHeldError(path, str(owner.get("host", "another process")), owner.get("pid", "?"))

@@ -84,7 +84,7 @@ def stream_config(recipe: Recipe, schedule: RunSchedule, corpus: Corpus, num_str
     }
     return StreamConfig(
         bin_tokens=data.micro_batch_tokens,
-        plan=schedule.stages,
+        schedule=schedule.stages,
         max_documents=max_documents,
         max_masked=masked_count(data.micro_batch_tokens, masking.highest),
         masking=masking,

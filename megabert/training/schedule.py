@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megabert.config.recipe import OptimizerConfig, Recipe
-from megabert.data.schedule import Length, MaskingRate, Plan, make_plan
+from megabert.data.schedule import BatchSchedule, Length, MaskingRate, make_schedule
 from megabert.optim.lr_schedule import warmup_and_decay
 
 # Total steps of a run whose length is given in hours: more steps than any run makes.
@@ -17,7 +17,7 @@ class RunSchedule:
     step_batches: int
     """micro-batches of a full step over all ranks"""
     total_steps: int
-    stages: Plan
+    stages: BatchSchedule
     """micro-batches per step and longest piece in each stage of the run"""
     masking: MaskingRate
 
@@ -29,7 +29,7 @@ def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
     data, masking = recipe.data, recipe.masking
     first = data.batch_warmup_from and data.batch_warmup_from // data.micro_batch_tokens
     lengths = [Length(*phase) for phase in data.lengths]
-    stages = make_plan(steps, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
+    stages = make_schedule(steps, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
     if masking.schedule == "constant":
         rate = MaskingRate.constant(masking.mlm_probability)
     else:

@@ -220,7 +220,7 @@ class Round:
 
     def weights(self) -> str:
         """A hash of the final weights."""
-        from megabert.convert.zero import read_checkpoint
+        from megabert.convert.deepspeed_checkpoint import read_checkpoint
 
         weights, _, state = read_checkpoint(self.folder / "run")
         assert state.step == STEPS, f"the last checkpoint is of step {state.step}"

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep.sources import ReadOptions, list_units, read_unit
+from data_prep.sources import ReadOptions, list_input_splits, read_input_split
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FULL_BYTES, QUICK_BYTES = 96_000_000, 8_000_000
@@ -36,11 +36,11 @@ print(time.perf_counter() - begin)
 
 def write_corpus(path: Path, size: int) -> int:
     """Write docstrings as .jsonl, each document once in a pass over them, until `size` bytes. Returns bytes of text."""
-    units = list_units("docstrings", ReadOptions())
+    units = list_input_splits("docstrings", ReadOptions())
     written = passes = 0
     with open(path, "w") as file:
         while written < size:
-            for text in (text for unit in units for text in read_unit(unit, ReadOptions())):
+            for text in (text for unit in units for text in read_input_split(unit, ReadOptions())):
                 if len(text) < 200:
                     continue
                 # Copies would be dropped: those of a later pass say which it is.

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.distributed.watchdog import DIED
 from tests.conftest import REPOSITORY, Corpus, free_port, pretrain_command, run_ranks
 from tests.training.distributed.test_signals import start, wait_for_step

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import REPOSITORY, TINY, Corpus, run_ranks
 

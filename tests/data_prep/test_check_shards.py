@@ -1,4 +1,4 @@
-"""What check_shards.py finds: every kind of damage, named by shard, chunk and byte."""
+"""Tests that check_shards.py finds every kind of damage and names shard, chunk and byte."""
 
 import json
 import shutil
@@ -26,14 +26,14 @@ def check(folder, capsys) -> tuple[int, list[str]]:
     return code, capsys.readouterr().out.splitlines()[:-1]
 
 
-def test_whole_shards_have_no_problem(corpus, tmp_path, capsys):
+def test_undamaged_shards_have_no_problem(corpus, tmp_path, capsys):
     assert check(corpus.tokens, capsys) == (0, [])
     write_shards.main([f"--source={corpus.jsonl}", f"--out={tmp_path / 'text'}"])
     capsys.readouterr()
     assert check(tmp_path / "text", capsys) == (0, [])
 
 
-def test_damage_is_named_with_shard_chunk_and_byte(folder, capsys):
+def test_damage_is_reported_with_shard_chunk_and_byte(folder, capsys):
     first, second, third, fourth = (folder / f"train-0000{i}.tar" for i in range(4))
     first.unlink()
     second.write_bytes(second.read_bytes()[:-3000])
@@ -48,15 +48,15 @@ def test_damage_is_named_with_shard_chunk_and_byte(folder, capsys):
     code, found = check(folder, capsys)
     assert code == 1
     assert f"{first}: missing" in found
-    assert f"{second}: its hash is not the manifest's" in found
-    assert any(line.startswith(f"{second} chunk ") and line.endswith("cut short") for line in found)
+    assert f"{second}: its hash differs from the manifest's" in found
+    assert any(line.startswith(f"{second} chunk ") and line.endswith("truncated") for line in found)
     assert any(line.startswith(f"{third} chunk 1 (byte {begin}): its checksum is") for line in found)
     assert any(line.startswith(f"{third} chunk 1 (byte {begin}): damaged: no tar header") for line in found)
     assert any(line.startswith(f"{fourth} chunk 0 (byte 0): its checksum is") for line in found)
     assert not any("chunk 0 (byte 0)" in line for line in found if str(third) in line)
 
 
-def test_counts_and_ids_that_the_shards_do_not_have_are_named(folder, capsys):
+def test_wrong_counts_and_ids_in_the_manifest_are_reported(folder, capsys):
     manifest = read_manifest(folder)
     first, second, third, *rest = manifest.splits["train"]
     chunks = first.chunks.copy()
@@ -80,7 +80,7 @@ def test_counts_and_ids_that_the_shards_do_not_have_are_named(folder, capsys):
     assert "its vocabulary and special tokens are not those of tokenizer.json" in output
 
 
-def test_files_that_are_missing_or_stray_are_named(folder, capsys):
+def test_missing_and_unexpected_files_are_reported(folder, capsys):
     (folder / "train-00099.tar").write_bytes(b"")
     (folder / "notes").write_text("")
     (folder / ".work").mkdir()
@@ -88,7 +88,7 @@ def test_files_that_are_missing_or_stray_are_named(folder, capsys):
     assert check(folder, capsys) == (
         1,
         [
-            f"{folder / '.work'}: an interrupted write_shards.py left this. Run it again, or remove it",
+            f"{folder / '.work'}: left by an interrupted write_shards.py. Run its command again, or remove the folder",
             f"{folder / 'notes'}: a file that the manifest does not list",
             f"{folder / 'train-00099.tar'}: a shard that the manifest does not list",
             f"{folder / 'statistics.png'}: missing",
@@ -96,16 +96,14 @@ def test_files_that_are_missing_or_stray_are_named(folder, capsys):
     )
 
 
-def test_another_tokenizer_and_other_counts_are_named(folder, capsys):
+def test_a_wrong_tokenizer_and_wrong_counts_are_reported(folder, capsys):
     counts = np.load(folder / "token_counts.npy")
     counts[7] += 1
     np.save(folder / "token_counts.npy", counts)
-    assert check(folder, capsys) == (
-        1,
-        [f"{folder / 'token_counts.npy'}: not the counts of id 7 that the training shards have"],
-    )
+    expected = f"counts id 7 {counts[7]} times, the training shards hold it {counts[7] - 1} times"
+    assert check(folder, capsys) == (1, [f"{folder / 'token_counts.npy'}: {expected}"])
     np.save(folder / "token_counts.npy", counts[:-1])
-    assert "not the counts that" in check(folder, capsys)[1][0]
+    assert f"has shape ({len(counts) - 1},), expected ({len(counts)},)" in check(folder, capsys)[1][0]
     (folder / "token_counts.npy").write_bytes(b"noise")
     assert "token_counts.npy: not a plain .npy array" in check(folder, capsys)[1][0]
     path = folder / "tokenizer.json"
@@ -115,7 +113,7 @@ def test_another_tokenizer_and_other_counts_are_named(folder, capsys):
     assert "tokenizer.json: not valid JSON" in check(folder, capsys)[1][0]
 
 
-def test_a_damaged_manifest_is_a_problem_and_a_missing_one_a_mistake(folder, capsys):
+def test_a_damaged_manifest_exits_with_1_and_a_missing_one_with_2(folder, capsys):
     raw = json.loads((folder / "manifest.json").read_text())
     raw["splits"]["train"][0]["name"] = "../../etc/passwd.tar"
     (folder / "manifest.json").write_text(json.dumps(raw))
@@ -130,13 +128,13 @@ def test_a_damaged_manifest_is_a_problem_and_a_missing_one_a_mistake(folder, cap
         assert exit_info.value.code == 2
 
 
-def test_a_script_can_ask(folder):
+def test_the_exit_code_tells_a_script_the_result(folder):
     command = [sys.executable, "data_prep/check_shards.py", str(folder)]
     assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=False).returncode == 0
     path = folder / "train-00003.tar"
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1  # behind the last chunk
+    data[-1] ^= 1  # after the last chunk
     path.write_bytes(bytes(data))
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stdout.splitlines()[0] == f"{path}: its hash is not the manifest's"
+    assert done.stdout.splitlines()[0] == f"{path}: its hash differs from the manifest's"

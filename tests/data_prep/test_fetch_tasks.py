@@ -1,4 +1,4 @@
-"""data_prep/fetch_tasks.py without a network: small made-up files in the places of the real ones."""
+"""Tests of data_prep/fetch_tasks.py without a network, on small made-up files instead of the real data."""
 
 import io
 import runpy
@@ -15,12 +15,12 @@ from megabert.finetune.tasks.readers import read_split
 from megabert.finetune.tasks.task import read_task
 from tests.conftest import REPOSITORY
 
-LABELLED = REPOSITORY / "data_prep/tasks"
+TASKS = REPOSITORY / "data_prep/tasks"
 
 
 @pytest.fixture
 def launch(monkeypatch, capsys):
-    """The command in this process: exit code and stderr."""
+    """A function that runs the command in this process and returns exit code and stderr."""
 
     def run(*flags: str) -> tuple[int | str | None, str]:
         monkeypatch.setattr("sys.argv", ["data_prep/fetch_tasks.py", *flags])
@@ -31,7 +31,7 @@ def launch(monkeypatch, capsys):
     return run
 
 
-def packed(name: str, content: bytes) -> bytes:
+def tar_gz(name: str, content: bytes) -> bytes:
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         info = tarfile.TarInfo(name)
@@ -42,18 +42,18 @@ def packed(name: str, content: bytes) -> bytes:
 
 @pytest.fixture
 def snippets(tmp_path, monkeypatch):
-    """The movies' source distribution, with 60 snippets."""
+    """A folder with a source distribution of 60 snippets instead of the real one."""
     lines = [f"{i}_{i}\t{(i % 9 - 4) * 0.9}\tsnippet {i}  of a\tfilm " for i in range(60)]
-    content = packed(movies.INNER, packed(movies.FILE, "\r\n".join(lines).encode()))
+    content = tar_gz(movies.INNER, tar_gz(movies.FILE, "\r\n".join(lines).encode()))
     (tmp_path / movies.SDIST).write_bytes(content)
     monkeypatch.setattr(movies, "SHA256", movies.hashlib.sha256(content).hexdigest())
     return tmp_path
 
 
-def test_movies_become_two_tasks_that_their_files_describe(snippets, launch):
+def test_the_movie_tasks_have_the_labels_of_their_task_files(snippets, launch):
     assert launch(f"--out={snippets}") == (0, "")
     for name, count in (("movie-sentiment", 53), ("movie-rating", 60)):
-        task = read_task(LABELLED / f"{name}.yaml")
+        task = read_task(TASKS / f"{name}.yaml")
         train, dev = (read_split(task, snippets, split) for split in ("train", "validation"))
         assert len(train.first) + len(dev.first) == count
         assert not set(train.first) & set(dev.first)
@@ -61,16 +61,16 @@ def test_movies_become_two_tasks_that_their_files_describe(snippets, launch):
     assert max(train.labels or []) == pytest.approx(3.6)
 
 
-def test_what_cannot_be_fetched_or_is_another_file_is_one_line(tmp_path, launch, monkeypatch):
+def test_a_failed_download_and_a_wrong_file_are_one_line_errors(tmp_path, launch, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    code, mistake = launch(f"--out={tmp_path}")
-    assert (code, mistake.count("\n")) == (1, 1)
-    assert "vaderSentiment==3.3.2: pip could not fetch it" in mistake
-    assert mistake.strip().endswith(f"Put {movies.SDIST} into {tmp_path}.")
+    code, stderr = launch(f"--out={tmp_path}")
+    assert (code, stderr.count("\n")) == (1, 1)
+    assert "vaderSentiment==3.3.2: pip could not download it" in stderr
+    assert stderr.strip().endswith(f"Put {movies.SDIST} into {tmp_path}.")
     (tmp_path / movies.SDIST).write_bytes(b"something else")
-    code, mistake = launch(f"--out={tmp_path}")
-    assert (code, mistake.count("\n")) == (1, 1)
-    assert f"expected {movies.SHA256}. Remove it, and fetch it again" in mistake
+    code, stderr = launch(f"--out={tmp_path}")
+    assert (code, stderr.count("\n")) == (1, 1)
+    assert f"expected {movies.SHA256}. Remove it and run the command again" in stderr
 
 
 BANK = """\
@@ -83,9 +83,9 @@ BANK = """\
 def test_same_sense_has_as_many_of_each_label_per_word(snippets, tmp_path, launch):
     wordnet = tmp_path / "wordnet"
     wordnet.mkdir()
-    code, mistake = launch(f"--out={snippets}", f"--wordnet={wordnet}")
+    code, stderr = launch(f"--out={snippets}", f"--wordnet={wordnet}")
     assert code == 1
-    assert "data.noun: no such file; expected WordNet's data files" in mistake
+    assert "data.noun: no such file; expected WordNet's data files" in stderr
     for name in same_sense.FILES:
         (wordnet / name).write_text(BANK if name == "data.noun" else "  1 This is the licence.\n")
     assert launch(f"--out={snippets}", f"--wordnet={wordnet}") == (0, "")
@@ -109,12 +109,12 @@ OLD_WORDS, NEW_WORDS = (
 
 
 def translated(chapter: int, verbs: tuple[str, ...]) -> list[str]:
-    """Twelve verses; of each two or three words are those of the other translation."""
+    """Make twelve verses of a chapter. The translations share the names and differ in the verbs."""
     return [f"{NAMES[i]} {verbs[(i + chapter) % 3]} {NAMES[(i * 5 + chapter) % 12]} " for i in range(12)]
 
 
 class Bible:
-    """As pysword gives one: a book of forty chapters."""
+    """Stands for pysword.bible.SwordBible: one book of forty chapters."""
 
     def __init__(self, verbs: tuple[str, ...]):
         self.verbs = verbs
@@ -125,12 +125,12 @@ class Bible:
         return types.SimpleNamespace(get_books=lambda: {"ot": [book]})
 
     def get_iter(self, books: list[str], chapters: list[int]) -> list[str]:
-        more = [""] if chapters == [7] and self.verbs == NEW_WORDS else []  # numbered otherwise
+        more = [""] if chapters == [7] and self.verbs == NEW_WORDS else []  # other numbering
         return translated(chapters[0], self.verbs) + more
 
 
 class Modules:
-    """As pysword.modules.SwordModules."""
+    """Stands for pysword.modules.SwordModules."""
 
     def __init__(self, folder: str):
         assert folder.endswith("sword")
@@ -142,23 +142,23 @@ class Modules:
         return Bible(OLD_WORDS if name == verses.OLD else NEW_WORDS)
 
 
-def test_verses_are_paired_so_that_their_words_alone_say_nothing(snippets, tmp_path, launch, monkeypatch):
+def test_similarity_alone_does_not_tell_verse_pairs_apart(snippets, tmp_path, launch, monkeypatch):
     sword = tmp_path / "sword"
     monkeypatch.setitem(sys.modules, "pysword.modules", None)
-    code, mistake = launch(f"--out={snippets}", f"--sword={sword}")
-    assert (code, mistake) == (
+    code, stderr = launch(f"--out={snippets}", f"--sword={sword}")
+    assert (code, stderr) == (
         1,
         "data_prep/fetch_tasks.py: verse-paraphrase needs pysword: pip install pysword==0.2.8\n",
     )
     monkeypatch.setitem(sys.modules, "pysword.modules", types.SimpleNamespace(SwordModules=Modules))
-    code, mistake = launch(f"--out={snippets}", f"--sword={sword}")
+    code, stderr = launch(f"--out={snippets}", f"--sword={sword}")
     assert code == 1
-    assert f"mods.d/{verses.OLD}.conf: no such file" in mistake
+    assert f"mods.d/{verses.OLD}.conf: no such file" in stderr
     (sword / "mods.d").mkdir(parents=True)
     for name in (verses.OLD, verses.NEW):
         (sword / f"mods.d/{name}.conf").touch()
     assert launch(f"--out={snippets}", f"--sword={sword}") == (0, "")
-    task = read_task(LABELLED / "verse-paraphrase.yaml")
+    task = read_task(TASKS / "verse-paraphrase.yaml")
     train, dev = (read_split(task, snippets, split) for split in ("train", "validation"))
     assert train.second is not None
     assert dev.second is not None
@@ -178,16 +178,16 @@ def test_verses_are_paired_so_that_their_words_alone_say_nothing(snippets, tmp_p
     chosen = verses.balance(found)
     assert len(chosen) == len(labels)
     means = [np.mean([pair.similarity for pair in chosen if pair.label == label]) for label in ("same", "different")]
-    assert abs(means[0] - means[1]) < verses.STEP
+    assert abs(means[0] - means[1]) < verses.INTERVAL
 
 
-def test_no_step_of_similarity_has_more_of_one_label():
+def test_every_interval_of_similarity_has_equally_many_of_each_label():
     pairs = [verses.Pair(f"old {i}", f"new {i}", "same", 0.2 + i / 1000, "Gen 1") for i in range(300)]
     pairs += [verses.Pair(f"old {i}", f"other {i}", "different", 0.3 + i / 1000, "Gen 1") for i in range(300)]
     chosen = verses.balance(pairs)
-    steps = [(int((pair.similarity - verses.LEAST) / verses.STEP), pair.label) for pair in chosen]
+    intervals = [(int((pair.similarity - verses.MIN_SIMILARITY) / verses.INTERVAL), pair.label) for pair in chosen]
     assert len(chosen) > 380, "both have 200 between 0.3 and 0.5"
-    assert Counter(step for step, label in steps if label == "same") == Counter(
-        step for step, label in steps if label == "different"
+    assert Counter(interval for interval, label in intervals if label == "same") == Counter(
+        interval for interval, label in intervals if label == "different"
     )
     assert chosen == verses.balance(reversed(pairs))

@@ -1,7 +1,8 @@
-"""Whatever ends write_shards.py, the same command goes on, and ends with the same bytes as one that was left alone."""
+"""Tests that an interrupted write_shards.py, run again, writes the same bytes as one that was not interrupted."""
 
 import fcntl
 import hashlib
+import json
 import os
 import random
 import resource
@@ -16,7 +17,9 @@ import psutil
 import pytest
 
 from data_prep import write_shards
-from data_prep.workers import Workers
+from data_prep.output_folder import WORK_FORMAT
+from data_prep.workers import WorkerPool
+from megabert.data.shards.manifest import read_manifest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -27,7 +30,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def command(corpus, tmp_path) -> list[str]:
-    """What corpus.tokens was written with, to another folder."""
+    """The command that wrote corpus.tokens, with another output folder."""
     return [sys.executable, "data_prep/write_shards.py", f"--source={corpus.jsonl}", f"--tokenizer={corpus.tokenizer}",
             "--heldout=0.1", "--chunk_tokens=2048", f"--out={tmp_path / 'out'}"]  # fmt: skip
 
@@ -44,10 +47,20 @@ def start(command: list[str], **options) -> subprocess.Popen:
     )
 
 
-def wait_for(process: subprocess.Popen, folder: Path, pattern: str, count: int) -> None:
-    while len(list(folder.glob(pattern))) < count:
-        assert process.poll() is None, f"it ended before it could be interrupted: {process.communicate()}"
-        time.sleep(0.001)
+def start_until(command: list[str], out: Path, pattern: str, count: int) -> subprocess.Popen:
+    """Start the command and return when .work holds `count` files of the pattern.
+
+    On a busy machine the command can end before this is noticed. Then it is started again from nothing.
+    """
+    for _ in range(10):
+        process = start(command)
+        while process.poll() is None:
+            if len(list((out / ".work").glob(pattern))) >= count:
+                return process
+            time.sleep(0.001)
+        assert process.returncode == 0, process.communicate()
+        shutil.rmtree(out)
+    raise AssertionError(f"always ended before {count} of {pattern} were seen")
 
 
 def finish(command: list[str], out: Path, expected: dict[str, str]) -> None:
@@ -57,9 +70,9 @@ def finish(command: list[str], out: Path, expected: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["all processes", "the command alone"])
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(command, tmp_path, corpus, whole_group):
-    """In the first pass, in the second at its beginning and middle, and then wherever chance has it."""
-    out, work = tmp_path / "out", tmp_path / "out" / ".work"
+def test_killed_at_any_moment_the_same_command_writes_the_same_bytes(command, tmp_path, corpus, whole_group):
+    """Kill in the first pass, at the beginning and the middle of the second, then at random moments."""
+    out = tmp_path / "out"
 
     def kill(process):
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
@@ -73,10 +86,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(command, tmp_path, co
         ("shards/*.npz", 1),
         ("shards/*.npz", 10),
     ):
-        process = start(command)
-        wait_for(process, work, pattern, count)
-        kill(process)
-    rng = random.Random(os.urandom(8))
+        kill(start_until(command, out, pattern, count))
+    seed = int.from_bytes(os.urandom(8), "big")
+    rng = random.Random(seed)
     for _ in range(4):
         process = start(command)
         time.sleep(rng.uniform(0.3, 1.5))
@@ -84,106 +96,118 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(command, tmp_path, co
     finish(command, out, hashes(corpus.tokens))
 
 
-def test_workers_of_a_killed_command_end_with_it(command, tmp_path):
-    process = start([*command, "--workers=2"])
-    wait_for(process, tmp_path / "out" / ".work", "shards/*.npz", 1)
+def test_workers_of_a_killed_command_end(command, tmp_path):
+    process = start_until([*command, "--workers=2"], tmp_path / "out", "shards/*.npz", 1)
     workers = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     assert psutil.wait_procs(workers, timeout=10)[1] == []
 
 
-def test_ctrl_c_is_clean(command, tmp_path, corpus):
+def test_ctrl_c_prints_one_line_and_leaves_no_process(command, tmp_path, corpus):
     for _ in range(5):
-        process = start(command)
-        wait_for(process, tmp_path / "out" / ".work", "runs/*", 1)  # early: the rest takes a tenth of a second
-        os.killpg(process.pid, signal.SIGSTOP)  # else, on a busy machine, it is done before it is looked at
+        # Early, because the rest takes a tenth of a second.
+        process = start_until(command, tmp_path / "out", "runs/*", 1)
+        os.killpg(process.pid, signal.SIGSTOP)  # so that a busy machine cannot finish it while its workers are listed
         workers = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         os.killpg(process.pid, signal.SIGCONT)
         output, errors = process.communicate(timeout=20)
         if process.returncode:
             break
-        shutil.rmtree(tmp_path / "out")  # it was done nevertheless
+        shutil.rmtree(tmp_path / "out")  # it was finished nevertheless
     assert process.returncode == 130
-    assert (output, errors) == ("", f"\n{tmp_path / 'out'}: interrupted. The same command goes on from here.\n")
+    assert (output, errors) == ("", f"\n{tmp_path / 'out'}: interrupted. Run the same command again to continue.\n")
     assert psutil.wait_procs(workers, timeout=10)[1] == []
     finish(command, tmp_path / "out", hashes(corpus.tokens))
 
 
-def test_a_worker_that_is_killed_ends_the_command_with_an_error(command, tmp_path, corpus):
-    process = start([*command, "--workers=2"])
-    wait_for(process, tmp_path / "out" / ".work", "runs/*", 1)
-    process.send_signal(signal.SIGSTOP)  # so that it cannot finish meanwhile
+def test_a_killed_worker_ends_the_command_with_an_error(command, tmp_path, corpus):
+    process = start_until([*command, "--workers=2"], tmp_path / "out", "runs/*", 1)
+    process.send_signal(signal.SIGSTOP)  # so that it cannot finish in the meantime
     for child in psutil.Process(process.pid).children(recursive=True):
         if not child.children() and "resource_tracker" not in " ".join(child.cmdline()):
             child.kill()
     process.send_signal(signal.SIGCONT)
     errors = process.communicate(timeout=20)[1]
     assert process.returncode == 1
-    assert "a worker process died, killed perhaps because memory ran out" in errors
+    assert "a worker process died, perhaps killed because memory ran out" in errors
     assert "Traceback" not in errors
     finish(command, tmp_path / "out", hashes(corpus.tokens))
 
 
-def test_a_worker_that_ends_is_an_error_and_not_a_wait():
-    with pytest.raises(ValueError, match="a worker process died.*with fewer --workers"), Workers(1) as workers:
-        workers.run(os._exit, [(1,)])
+def test_a_worker_that_exits_raises_an_error_instead_of_blocking():
+    with pytest.raises(ValueError, match="a worker process died.*with fewer --workers"), WorkerPool(1) as pool:
+        pool.run(os._exit, [(1,)])
 
 
-def test_a_full_disk_is_one_line_and_nothing_half_is_listed(command, tmp_path, corpus):
+def test_a_full_disk_is_a_one_line_error_and_no_partial_shard_is_listed(command, tmp_path, corpus):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     process = start(command, preexec_fn=limit)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (1, "")
-    assert "no room left for what has to be written (File too large). Free some" in errors
+    assert "no space left for the output (File too large). Free some space and run the same command again" in errors
     assert "Traceback" not in errors
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".work"]
     finish(command, tmp_path / "out", hashes(corpus.tokens))
 
 
 @pytest.mark.parametrize("out", ["/proc/out", "/dev/null/out"])
-def test_a_folder_that_cannot_be_written_is_named(corpus, out):
+def test_the_error_names_a_folder_that_cannot_be_written(corpus, out):
     with pytest.raises(OSError, match=out):
         write_shards.main([f"--source={corpus.jsonl}", f"--out={out}"])
 
 
-def test_two_commands_do_not_write_to_one_folder(corpus, tmp_path):
+def test_two_commands_cannot_write_to_one_folder(corpus, tmp_path):
     (tmp_path / ".work").mkdir()
     with open(tmp_path / ".work" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(
-            ValueError, match=r"another write_shards\.py is at work there. Wait, or choose another --out"
+            ValueError, match=r"another write_shards\.py is writing there. Wait for it to end, or choose another --out"
         ):
             write_shards.main([f"--source={corpus.jsonl}", f"--out={tmp_path}"])
 
 
-def test_shards_of_someone_else_are_left_alone(corpus, tmp_path):
-    (tmp_path / "train-00000.tar").write_bytes(b"theirs")
-    with pytest.raises(ValueError, match=r"train-00000\.tar: is there, but no manifest of ours"):
+def test_shards_of_another_program_are_not_replaced(corpus, tmp_path):
+    (tmp_path / "train-00000.tar").write_bytes(b"foreign")
+    with pytest.raises(ValueError, match=r"train-00000\.tar: exists, but its folder has no manifest\.json"):
         write_shards.main([f"--source={corpus.jsonl}", f"--out={tmp_path}"])
-    assert (tmp_path / "train-00000.tar").read_bytes() == b"theirs"
+    assert (tmp_path / "train-00000.tar").read_bytes() == b"foreign"
 
 
-def test_what_another_request_left_is_gone(corpus, tmp_path):
+def test_shards_of_another_request_are_replaced_only_with_replace(corpus, tmp_path):
     write_shards.main([f"--source={corpus.jsonl}", f"--out={tmp_path}", "--min_shards=30", "--heldout=0.1"])
     other = [f"--source={corpus.jsonl}", f"--out={tmp_path}", "--min_shards=3"]
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"holds finished shards of another source.*--replace true"):
+    with pytest.raises(ValueError, match=r"holds finished shards of another source.*pass --replace\."):
         write_shards.main(other)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     write_shards.main([*other, "--replace=true"])
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == [f"train-0000{i}.tar" for i in range(3)]
-    with pytest.raises(ValueError, match="is --source and --out"):
+    with pytest.raises(ValueError, match="is both --source and --out"):
         write_shards.main([f"--source={tmp_path}", f"--out={tmp_path}"])
     assert (tmp_path / "manifest.json").is_file()
 
 
-def test_killed_after_the_manifest_the_same_command_sweeps_up(corpus, tmp_path, capsys):
+def test_the_same_command_removes_the_work_folder_of_one_killed_after_its_manifest(corpus, tmp_path, capsys):
     command = [f"--source={corpus.jsonl}", f"--out={tmp_path}"]
     write_shards.main(command)
     (tmp_path / ".work" / "runs").mkdir(parents=True)
     write_shards.main(command)
-    assert "already written from this, reused" in capsys.readouterr().out
+    assert "already written from this source with these settings, reused" in capsys.readouterr().out
     assert not (tmp_path / ".work").exists()
+
+
+@pytest.mark.parametrize("version", [None, WORK_FORMAT - 1])
+def test_unfinished_work_of_another_format_version_is_not_read(command, corpus, tmp_path, version):
+    """A summary of the first task claims that it wrote no sorted run: who read it would write empty shards."""
+    request, work = read_manifest(corpus.tokens).request, tmp_path / "out" / ".work"
+    (work / "runs").mkdir(parents=True)
+    (work / "runs" / "000000.json").write_text(
+        json.dumps({"runs": 0, "read": 1, "elements": {"train": 0, "heldout": 0}})
+    )
+    current = json.dumps({"format": WORK_FORMAT, "request": request})
+    (work / "request").write_text(request if version is None else current.replace(f": {WORK_FORMAT},", f": {version},"))
+    write_shards.main(command[2:])
+    assert hashes(tmp_path / "out") == hashes(corpus.tokens)

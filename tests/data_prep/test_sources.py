@@ -1,4 +1,4 @@
-"""Every source yields exactly its documents, in a fixed order, however it is cut into units."""
+"""Tests that every source yields exactly its documents, in a fixed order, however it is cut into input splits."""
 
 import gzip
 import json
@@ -11,19 +11,20 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import ReadOptions, list_units, read_unit, stamps
+from data_prep.sources import ReadOptions, list_input_splits, read_input_split, source_state
 from data_prep.sources.docstrings import docstrings
 
 
 def read_all(source: str, **options) -> list[str]:
     read = ReadOptions(**options)
-    return [text for unit in list_units(source, read) for text in read_unit(unit, read)]
+    return [text for split in list_input_splits(source, read) for text in read_input_split(split, read)]
 
 
-def test_docstrings_in_order_of_the_file(tmp_path):
+def test_docstrings_come_in_the_order_of_the_file(tmp_path):
     path = tmp_path / "module.py"
     path.write_text(
-        '"""Module."""\n\nif True:\n    class A:\n        """Class."""\n        def f(self):\n            """Method."""\n'
+        '"""Module."""\n\nif True:\n    class A:\n        """Class."""\n        def f(self):\n'
+        '            """Method."""\n'
         'def g():\n    try:\n        def h():\n            "Inner."\n    except E:\n        pass\n    x = "not one"\n'
     )
     assert list(docstrings(path)) == ["Module.", "Class.", "Method.", "Inner."]
@@ -48,11 +49,11 @@ def test_every_format_yields_its_documents(tmp_path):
 
 
 def test_byte_ranges_of_a_jsonl_cover_every_line_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", 100)
+    monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", 100)
     path = tmp_path / "a.jsonl"
     texts = ["x" * (i * 7 % 150) for i in range(60)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    assert len(list_units(str(path), ReadOptions())) > 20
+    assert len(list_input_splits(str(path), ReadOptions())) > 20
     assert read_all(str(path)) == texts
 
 
@@ -60,26 +61,26 @@ def test_byte_ranges_of_a_jsonl_cover_every_line_once(tmp_path, monkeypatch):
     ("content", "message"),
     [
         ('{"text": "a"}\n{"text"', r"a\.jsonl at byte 14: not valid JSON"),
-        ('{"body": "a"}\n', r"a\.jsonl at byte 0: has no field 'text'.*--text-key"),
+        ('{"body": "a"}\n', r"a\.jsonl at byte 0: has no field 'text', its fields are: body.*--text-key"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, content, message):
+def test_the_error_names_a_malformed_line(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_all(str(tmp_path))
 
 
-def test_sources_that_are_not_there_are_refused(tmp_path, corpus):
+def test_sources_without_text_are_refused(tmp_path, corpus):
     with pytest.raises(ValueError, match="no such file or folder"):
-        list_units(str(tmp_path / "none"), ReadOptions())
+        list_input_splits(str(tmp_path / "none"), ReadOptions())
     with pytest.raises(ValueError, match="holds no text; expected .txt, .jsonl"):
-        list_units(str(tmp_path), ReadOptions())
+        list_input_splits(str(tmp_path), ReadOptions())
     with pytest.raises(ValueError, match="holds tokens shards, expected text to tokenize"):
-        list_units(str(corpus.tokens), ReadOptions())
+        list_input_splits(str(corpus.tokens), ReadOptions())
 
 
 def paragraphs(text: str) -> list[str]:
-    """What stands between blank lines, said in another way."""
+    """Split a text at its blank lines, by a regular expression."""
     return [part.strip() for part in re.split(r"\n[ \t]*(?=\n)", "\n" + text + "\n\n") if part.strip()]
 
 
@@ -88,8 +89,8 @@ def paragraphs(text: str) -> list[str]:
     st.lists(st.sampled_from(["a", "bb ccc", "\u00e9\u4f60", "", "", " \t", "word " * 30]), min_size=2, max_size=40),
     st.integers(1, 90),
 )
-def test_byte_ranges_of_a_txt_cover_every_paragraph_once(tmp_path, monkeypatch, lines, unit_bytes):
-    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", unit_bytes)
+def test_byte_ranges_of_a_txt_cover_every_paragraph_once(tmp_path, monkeypatch, lines, split_bytes):
+    monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", split_bytes)
     path = tmp_path / "a.txt"
     path.write_text("\n".join(lines))
     assert [text.strip() for text in read_all(str(path), blank_lines=True)] == paragraphs("\n".join(lines))
@@ -97,28 +98,30 @@ def test_byte_ranges_of_a_txt_cover_every_paragraph_once(tmp_path, monkeypatch, 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=20), st.integers(1, 90))
-def test_byte_ranges_of_a_jsonl_cover_every_line_once_wherever_they_fall(tmp_path, monkeypatch, texts, unit_bytes):
-    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", unit_bytes)
+def test_byte_ranges_of_any_size_cover_every_line_of_a_jsonl_once(tmp_path, monkeypatch, texts, split_bytes):
+    monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", split_bytes)
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     assert read_all(str(path)) == texts
 
 
-def test_a_file_too_large_to_be_a_document_is_refused_with_the_remedy(tmp_path, monkeypatch):
+def test_a_file_too_large_for_one_document_is_refused_with_a_remedy(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(b"x\n\n")
     with open(tmp_path / "a.txt", "r+b") as file:
-        file.truncate(65 << 20)  # a hole: nothing is on disk
-    with pytest.raises(ValueError, match="65 MB would be one document, the most is 64 MB. Pass --blank-lines"):
-        list_units(str(tmp_path / "a.txt"), ReadOptions())
+        file.truncate(65 << 20)  # a sparse file, which takes no space on disk
+    with pytest.raises(ValueError, match="65 MB would be one document, the limit is 64 MB. Pass --blank-lines if"):
+        list_input_splits(str(tmp_path / "a.txt"), ReadOptions())
     with pytest.raises(ValueError, match="a.txt at byte 0: line 3 from there is longer than 64 MB"):
         read_all(str(tmp_path / "a.txt"), blank_lines=True)
 
 
-def test_lines_without_end_are_refused(tmp_path, monkeypatch):
-    for module in ("unit", "txt"):
+def test_documents_that_do_not_end_are_refused(tmp_path, monkeypatch):
+    for module in ("base", "txt"):
         monkeypatch.setattr(f"data_prep.sources.{module}.MAX_DOCUMENT_BYTES", 1000)
     (tmp_path / "a.txt").write_text("a line\n" * 1000)
-    with pytest.raises(ValueError, match=r"a\.txt at byte \d+: more than .* without a blank line.*make it a \.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"a\.txt at byte \d+: more than .* without a blank line.*convert the file to \.jsonl"
+    ):
         read_all(str(tmp_path), blank_lines=True)
     (tmp_path / "a.txt").unlink()
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "' + b"x" * 2000 + b'"}'))
@@ -127,14 +130,14 @@ def test_lines_without_end_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_a_compressed_file_that_is_cut_short_is_named(tmp_path, name):
+def test_the_error_names_a_truncated_compressed_file(tmp_path, name):
     data = b"".join(json.dumps({"text": str(i * 7919)}).encode() + b"\n" for i in range(5000))
     whole = gzip.compress(data) if name.endswith("gz") else zstandard.compress(data)
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=f"{name}: (cut short|at|.*not valid JSON)"):
+    with pytest.raises(ValueError, match=f"{name}: (truncated|at|.*not valid JSON)"):
         read_all(str(tmp_path))
     (tmp_path / name).write_bytes(b"no archive at all, only text")
-    with pytest.raises(ValueError, match=f"{name}: cut short or not what its name says.*Fetch it again"):
+    with pytest.raises(ValueError, match=f"{name}: truncated, or not the format that its name says.*Download it again"):
         read_all(str(tmp_path))
 
 
@@ -154,15 +157,15 @@ def write_parquet(path, texts, **columns):
 def test_parquet_is_read_by_row_groups(tmp_path):
     texts = [f"document {i} \u00e9" if i != 7 else None for i in range(35)]
     write_parquet(tmp_path / "a.parquet", texts, number=list(range(35)))
-    assert len(list_units(str(tmp_path), ReadOptions())) == 4
+    assert len(list_input_splits(str(tmp_path), ReadOptions())) == 4
     assert read_all(str(tmp_path)) == [text for text in texts if text is not None]
-    with pytest.raises(ValueError, match="has no field 'body', but number, text. Name .* --text-key"):
-        list_units(str(tmp_path), ReadOptions("body"))
+    with pytest.raises(ValueError, match="has no field 'body', its fields are: number, text. Pass .* --text-key"):
+        list_input_splits(str(tmp_path), ReadOptions("body"))
     with pytest.raises(ValueError, match="field 'number' holds int64, expected text"):
-        list_units(str(tmp_path), ReadOptions("number"))
+        list_input_splits(str(tmp_path), ReadOptions("number"))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(ValueError, match=r"b\.parquet: not a \.parquet file"):
-        list_units(str(tmp_path), ReadOptions())
+        list_input_splits(str(tmp_path), ReadOptions())
 
 
 def write_hub_folder(folder):
@@ -177,42 +180,42 @@ def write_hub_folder(folder):
     return folder
 
 
-def test_a_data_set_in_the_hubs_layout_is_streamed_by_its_shards(tmp_path):
+def test_a_data_set_in_the_layout_of_the_hub_is_streamed_by_shards(tmp_path):
     folder = write_hub_folder(tmp_path / "set")
     expected = [f"de {shard} {i}" for shard in range(3) for i in range(4)]
-    assert len(list_units(f"hf:{folder}:de", ReadOptions())) == 3
+    assert len(list_input_splits(f"hf:{folder}:de", ReadOptions())) == 3
     assert read_all(f"hf:{folder}:de") == expected == read_all(f"hf:{folder}", dataset_config="de")
-    with pytest.raises(ValueError, match="but --dataset-config is en. Give one of the two"):
+    with pytest.raises(ValueError, match="names a configuration, but --dataset-config is en. Pass one of the two"):
         read_all(f"hf:{folder}:de", dataset_config="en")
     with pytest.raises(ValueError, match="cannot be opened: .*See --dataset-config and --dataset-split"):
         read_all(f"hf:{folder}:de", dataset_split="test")
-    with pytest.raises(ValueError, match="shard 0: has no field 'body', but text"):
+    with pytest.raises(ValueError, match="shard 0: has no field 'body', its fields are: text"):
         read_all(f"hf:{folder}:de", text_key="body")
-    before = stamps(list_units(f"hf:{folder}:de", ReadOptions()))
+    before = source_state(list_input_splits(f"hf:{folder}:de", ReadOptions()))
     write_parquet(folder / "de" / "train-00000-of-00003.parquet", ["another"])
-    assert stamps(list_units(f"hf:{folder}:de", ReadOptions())) != before
+    assert source_state(list_input_splits(f"hf:{folder}:de", ReadOptions())) != before
 
 
-def test_a_data_set_of_the_hub_is_pinned_to_its_revision(tmp_path, monkeypatch):
-    """The hub is not asked: what is asked of it is looked at."""
+def test_a_hub_data_set_is_pinned_to_its_revision(tmp_path, monkeypatch):
+    """The calls to the hub are replaced and their arguments recorded."""
     datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
     folder = write_hub_folder(tmp_path / "set")
-    asked = []
+    calls = []
     load = datasets.load_dataset
 
     def load_dataset(*args, **options):
-        asked.append((args, options.pop("revision"), options))
+        calls.append((args, options.pop("revision"), options))
         return load(str(folder), *args[1:], **options)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub.HfApi, "dataset_info", lambda self, name: type("Info", (), {"sha": f"sha of {name}"}))
-    units = list_units("allenai/c4", ReadOptions(dataset_config="en"))
-    assert asked == [(("allenai/c4", "en"), "sha of allenai/c4", {"split": "train", "streaming": True})]
-    assert len(units) == 3
-    assert next(read_unit(units[0], ReadOptions())) == "en 0 0"
+    splits = list_input_splits("allenai/c4", ReadOptions(dataset_config="en"))
+    assert calls == [(("allenai/c4", "en"), "sha of allenai/c4", {"split": "train", "streaming": True})]
+    assert len(splits) == 3
+    assert next(read_input_split(splits[0], ReadOptions())) == "en 0 0"
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+def test_an_unreachable_hub_is_a_one_line_error(monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
 
     def fail(self, name):
@@ -222,22 +225,23 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     with pytest.raises(
         ValueError, match="hf:allenai/c4: no such data set on the hub, or the hub cannot be reached: no route"
     ):
-        list_units("allenai/c4", ReadOptions())
+        list_input_splits("allenai/c4", ReadOptions())
 
 
 @pytest.mark.parametrize(
     ("source", "package"), [("a.parquet", "pyarrow"), ("hf:.", "datasets"), ("hf:a/b", "datasets")]
 )
-def test_a_missing_extra_is_named(tmp_path, monkeypatch, source, package):
+def test_the_error_names_a_missing_package(tmp_path, monkeypatch, source, package):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     for name in ("pyarrow", "pyarrow.parquet", "datasets", "huggingface_hub"):
         monkeypatch.setitem(sys.modules, name, None)  # import then fails as if it were not installed
     with pytest.raises(ValueError, match=rf"needs the package {package}. Install it: pip install -e '\.\[prep\]'"):
-        list_units(source, ReadOptions())
+        list_input_splits(source, ReadOptions())
 
 
-def test_what_is_not_used_is_not_imported():
-    """Every worker imports this: torch alone would be a second and 200 MB each."""
-    code = "import sys, data_prep.write_shards; print([m for m in ('torch', 'datasets', 'pyarrow', 'matplotlib') if m in sys.modules])"
+def test_write_shards_imports_no_package_that_it_may_not_need():
+    """Every worker imports the module. torch alone would take it a second and 200 MB."""
+    optional = ("torch", "datasets", "pyarrow", "matplotlib")
+    code = f"import sys, data_prep.write_shards; print([name for name in {optional} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""Progress on a terminal and in a log, and how work is dealt out."""
+"""Tests of the progress on a terminal and in a log, of the worker pool, and of the grouping into tasks."""
 
 import operator
 import re
@@ -7,14 +7,14 @@ import sys
 import pytest
 
 from data_prep import workers
-from data_prep.sources.base import Unit
-from data_prep.workers import Progress, Workers
-from data_prep.write_shards import TASK_BYTES, deal
+from data_prep.sources.base import InputSplit
+from data_prep.workers import Progress, WorkerPool
+from data_prep.write_shards import TASK_BYTES, group_into_tasks
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that time.monotonic() gives to workers.py."""
+    """The seconds that time.monotonic() returns to workers.py, in a list."""
     seconds = [1000.0]
     monkeypatch.setattr(workers.time, "monotonic", lambda: seconds[0])
     return seconds
@@ -22,7 +22,7 @@ def clock(monkeypatch):
 
 def test_a_log_gets_a_line_every_half_minute_and_at_the_end(clock, capsys):
     progress = Progress("reading", 100_000_000, "B")
-    progress.start_at(40_000_000)  # of an interrupted command: done, but not by this one
+    progress.start_at(40_000_000)  # done by an interrupted command
     for second in range(0, 61, 5):
         clock[0] = 1000 + second
         progress.show(500_000 * second, 800_000 * second)
@@ -34,7 +34,7 @@ def test_a_log_gets_a_line_every_half_minute_and_at_the_end(clock, capsys):
     ]
 
 
-def test_a_short_command_leaves_no_line_in_a_log(clock, capsys):
+def test_a_short_command_writes_no_line_to_a_log(clock, capsys):
     progress = Progress("writing", 24, "shard")
     progress.show(24)
     clock[0] += 29
@@ -42,7 +42,7 @@ def test_a_short_command_leaves_no_line_in_a_log(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_gets_a_bar_with_rate_and_time_left(monkeypatch, capsys):
+def test_a_terminal_shows_a_bar_with_rate_and_time_left(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     progress = Progress("reading", 100_000_000, "B")
     progress.start_at(40_000_000)
@@ -51,23 +51,24 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(monkeypatch, capsys):
     assert re.search(r"reading:  60%.*60\.0M/100M \[.*B/s, .*MB/s of text\]", capsys.readouterr().err)
 
 
-def test_results_and_errors_come_back():
+def test_results_and_errors_of_workers_are_returned():
     results = []
-    with Workers(2) as pool:
+    with WorkerPool(2) as pool:
         pool.run(operator.add, [(n, 1) for n in range(20)], results.append)
     assert sorted(result for result in results if result is not None) == list(range(1, 21))
-    with pytest.raises(ZeroDivisionError), Workers(1) as pool:
+    with pytest.raises(ZeroDivisionError), WorkerPool(1) as pool:
         pool.run(operator.truediv, [(1, 0)])
 
 
-def test_units_are_dealt_out_in_order_and_none_twice():
-    units = [
-        Unit("jsonl", (str(n),), 0, size, size) for n, size in enumerate([10, 1 << 20, TASK_BYTES * 2, 5, 1 << 22] * 40)
+def test_input_splits_are_grouped_in_order_and_each_once():
+    splits = [
+        InputSplit("jsonl", (str(n),), 0, size, size)
+        for n, size in enumerate([10, 1 << 20, TASK_BYTES * 2, 5, 1 << 22] * 40)
     ]
-    tasks = deal(units)
-    assert [unit for task in tasks for unit in task] == units
-    assert all(len(task) == 1 or sum(unit.size for unit in task) <= TASK_BYTES for task in tasks)
+    tasks = group_into_tasks(splits)
+    assert [split for task in tasks for split in task] == splits
+    assert all(len(task) == 1 or sum(split.size for split in task) <= TASK_BYTES for task in tasks)
     assert len(tasks) > 40
-    hub = [Unit("hub", ("a/b", "", "train", ""), n, 9, 1) for n in range(9)]
-    assert [len(task) for task in deal(hub)] == [1] * 9
-    assert deal([]) == []
+    hub = [InputSplit("hub", ("a/b", "", "train", ""), n, 9, 1) for n in range(9)]
+    assert [len(task) for task in group_into_tasks(hub)] == [1] * 9
+    assert group_into_tasks([]) == []

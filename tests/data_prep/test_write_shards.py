@@ -1,4 +1,4 @@
-"""From text to shards: exact, resumable, the same bytes on every run."""
+"""Tests that write_shards.py writes every document exactly once, and the same bytes on every run."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def test_text_shards_hold_each_document_once_and_can_be_tokenized(tmp_path, corp
 
 
 def test_token_shards_hold_exactly_the_tokenized_documents(corpus):
-    """Every document once, in either part; held out by its text; ids as the tokenizer gives them, without specials."""
+    """Every document is in one part, chosen by its text, and has the ids of the tokenizer without special tokens."""
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     expected = {tuple(tokenizer.encode(text, add_special_tokens=False).ids): text for text in corpus.texts}
@@ -60,7 +60,7 @@ def test_token_shards_hold_exactly_the_tokenized_documents(corpus):
                 tokens, lengths = source.read_chunk(number, chunk)
                 documents += [tuple(piece.tolist()) for piece in np.split(tokens, lengths.cumsum()[:-1])]
     whole = [document for document in found["train"] + found["heldout"] if document in expected]
-    # A document of more than chunk_tokens is cut into several; all others are whole.
+    # Only a document of more than chunk_tokens is cut into several.
     assert len(whole) >= len(corpus.texts) - 20
     held = {expected[document] for document in found["heldout"] if document in expected}
     below = sorted_runs.heldout_below(0.1)
@@ -81,46 +81,46 @@ def test_token_shards_hold_exactly_the_tokenized_documents(corpus):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_bytes_whatever_the_number_of_workers(tmp_path, corpus, workers):
+def test_the_number_of_workers_does_not_change_a_byte(tmp_path, corpus, workers):
     out = tmp_path / "again"
     common = [f"--source={corpus.jsonl}", f"--tokenizer={corpus.tokenizer}", "--heldout=0.1", "--chunk_tokens=2048"]
     write_shards.main([*common, f"--out={out}", f"--workers={workers}"])
     assert hashes(out) == hashes(corpus.tokens)
 
 
-def test_what_is_finished_is_reused_and_what_changed_is_not(tmp_path, corpus, capsys):
+def test_finished_shards_are_reused_unless_the_source_changed(tmp_path, corpus, capsys):
     source = tmp_path / "corpus.jsonl"
     source.write_text(corpus.jsonl.read_text())
     command = [f"--source={source}", f"--out={tmp_path / 'out'}"]
     write_shards.main(command)
     first = hashes(tmp_path / "out")
     write_shards.main(command)
-    assert "already written from this, reused" in capsys.readouterr().out
+    assert "already written from this source with these settings, reused" in capsys.readouterr().out
     source.write_text(json.dumps({"text": "one more document"}) + "\n" + source.read_text())
     write_shards.main([*command, "--replace=true"])
     assert hashes(tmp_path / "out") != first
 
 
-def test_line_ends_are_no_other_text(tmp_path):
-    """A document and its twin with CRLF are one text: on one side of the held-out split, and once."""
+def test_line_ends_do_not_make_another_text(tmp_path):
+    """A document and its copy with CRLF line ends are one text, so only one of them is written."""
     documents = [f"first line {n}\nsecond line" for n in range(300)]
-    twins = [document.replace("\n", "\r\n") for document in documents]
+    copies = [document.replace("\n", "\r\n") for document in documents]
     source = tmp_path / "corpus.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents + twins))
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents + copies))
     write_shards.main([f"--source={source}", f"--out={tmp_path / 'out'}", "--heldout=0.3"])
     texts = [text.replace("\r\n", "\n") for text in document_texts(tmp_path / "out")]
     assert sorted(texts) == sorted(documents)
 
 
 def test_a_long_text_is_never_cut(tmp_path):
-    """A cut at a byte would split characters, and the halves could land on both sides of the held-out split."""
+    """A cut at a byte could split a character, and the halves could end up on both sides of the held-out split."""
     text = "\u00e9" * 300
     (tmp_path / "a.txt").write_text(text)
     write_shards.main([f"--source={tmp_path / 'a.txt'}", f"--out={tmp_path / 'out'}", "--chunk_tokens=101"])
     assert document_texts(tmp_path / "out") == [text]
 
 
-def test_a_bare_tokenizer_json_is_enough(tmp_path, corpus):
+def test_a_tokenizer_json_without_its_config_is_enough(tmp_path, corpus):
     (tmp_path / "tokenizer.json").write_text((corpus.tokenizer / "tokenizer.json").read_text())
     command = [f"--source={corpus.jsonl}", f"--out={tmp_path / 'out'}", f"--tokenizer={tmp_path / 'tokenizer.json'}"]
     write_shards.main(command)
@@ -138,19 +138,19 @@ def test_an_empty_corpus_is_refused(tmp_path):
     [
         ("--heldout=1.5", "heldout is 1.5, expected a share in [0, 1)"),
         ("--chunk_tokens=0", "chunk_tokens is 0, expected 1 to 131072"),
-        ("--workers=0", "at least 1"),
+        ("--workers=0", "must be at least 1"),
         ("--sorce=x", "unknown setting --sorce. Did you mean --source?"),
     ],
 )
-def test_wrong_flags_are_one_line(capsys, flag, message):
+def test_wrong_flags_are_a_one_line_error(capsys, flag, message):
     with pytest.raises(SystemExit) as exit_info:
         write_shards.main([flag])
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_one_text_lands_in_the_same_part_of_every_corpus(tmp_path, corpus):
-    """Trained on one corpus and evaluated on another, nothing has been seen."""
+def test_a_text_is_in_the_same_part_of_every_corpus(tmp_path, corpus):
+    """So a model trained on one corpus has not seen the held-out documents of another."""
     shared, parts = set(corpus.texts[:300]), {}
     for name, texts in (("a", corpus.texts[:400]), ("b", corpus.texts[:300][::-1] + corpus.texts[400:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f" {text}\n"}) + "\n" for text in texts))
@@ -164,7 +164,7 @@ def test_one_text_lands_in_the_same_part_of_every_corpus(tmp_path, corpus):
     assert not parts["a"]["train"] & parts["a"]["heldout"]
 
 
-def test_statistics_are_in_the_manifest_and_in_a_picture(corpus):
+def test_statistics_are_in_the_manifest_and_in_a_plot(corpus):
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer / "tokenizer.json"))
     lengths = [len(tokenizer.encode(text, add_special_tokens=False).ids) for text in corpus.texts]
     statistics = read_manifest(corpus.tokens).statistics
@@ -174,5 +174,5 @@ def test_statistics_are_in_the_manifest_and_in_a_picture(corpus):
     assert (corpus.tokens / "statistics.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_enough_shards_to_deal_to_every_rank():
+def test_the_default_number_of_shards_is_enough_for_the_splits_of_training():
     assert write_shards.Options().min_shards == MIN_SPLITS

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import REPOSITORY, Corpus, free_port, pretrain_command, run_ranks
 

@@ -10,7 +10,7 @@ import torch
 from data_prep import write_shards
 from megabert.config.parser import RecipeParser
 from megabert.config.recipe import DataConfig, LengthPhase
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.files.checkpoint_format import read_state
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import TINY, Corpus, pretrain_command, run_command
@@ -88,7 +88,7 @@ def test_a_damaged_shard_stops_the_run_with_one_line(corpus: Corpus, tmp_path, w
     settings = [f"--data.train={folder}", "--run.max_steps=12", f"--data.num_workers={workers}"]
     done = run_command(pretrain_command(corpus, tmp_path / "run", *settings))
     assert done.code == 1
-    assert "its checksum is not the manifest's: damaged" in done.output
+    assert "damaged: its checksum differs from the manifest's" in done.output
     assert "Traceback" not in done.output
 
 
@@ -134,8 +134,8 @@ def test_one_position_table_serves_every_phase():
 START = """
 import sys, time
 from megabert.data.shards.source import open_corpus
-from megabert.data.shards.storage import Local
-print(Local(sys.argv[1]).size("manifest.json") > 0, "torch" in sys.modules)
+from megabert.data.shards.storage import LocalFolder
+print(LocalFolder(sys.argv[1]).size("manifest.json") > 0, "torch" in sys.modules)
 """
 
 

@@ -75,8 +75,8 @@ def test_the_masking_rate_counts_bins_of_a_batch_warm_up():
     rate = schedule.masking
     assert (schedule.step_batches, schedule.total_steps) == (4, 10)
     assert [(stage.first_step, stage.step_batches) for stage in schedule.stages.stages] == [(0, 2), (2, 4)]
-    assert rate.over == 2 * 2 + 8 * 4
-    assert rate.at(rate.over) == 0.15
+    assert rate.num_bins == 2 * 2 + 8 * 4
+    assert rate.at(rate.num_bins) == 0.15
 
 
 @pytest.mark.parametrize(

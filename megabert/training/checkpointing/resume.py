@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import deepspeed
 
-from megabert.data.stream import Position
+from megabert.data.stream import Position, positions_from_json
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
 from megabert.training.checkpointing import universal
@@ -75,10 +75,10 @@ def newest(folder: Path, up_to: int | None = None) -> Path | None:
 
 def read_checkpoint(path: Path, rank: int, world_size: int) -> Checkpoint:
     """Read a checkpoint's state.json, and the positions in its streams.json that belong to this rank."""
-    raw = json.loads((path / layout.STREAMS).read_text())
-    own = {int(stream): raw[stream] for stream in raw if int(stream) % world_size == rank}
-    positions = {stream: Position.from_json(position) for stream, position in own.items()}
-    return Checkpoint(path, layout.read_state(path), positions)
+    file = path / layout.STREAMS
+    positions = positions_from_json(json.loads(file.read_text()), str(file))
+    own = {stream: position for stream, position in positions.items() if stream % world_size == rank}
+    return Checkpoint(path, layout.read_state(path), own)
 
 
 def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:

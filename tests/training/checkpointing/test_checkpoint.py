@@ -7,6 +7,7 @@ import pytest
 
 from megabert.config.recipe import OptimizerConfig, Recipe, RunConfig
 from megabert.files import checkpoint_format as layout
+from megabert.files import hashing
 from megabert.files.checkpoint_format import State
 from megabert.training.checkpointing.writer import set_aside_after
 from megabert.training.identity import RunIdentity, check_same_run, fixed_settings
@@ -125,7 +126,7 @@ def folder(tmp_path):
     (folder / layout.STATE).write_text(json.dumps(vars(STATE)))
     (folder / layout.STREAMS).write_text("{}")
     (folder / "weights.pt").write_bytes(b"weights")
-    hashes = {name: layout.hash_and_sync(folder / name) for name in layout.files_of(folder)}
+    hashes = {name: hashing.hash_and_sync(folder / name) for name in layout.files_of(folder)}
     (folder / layout.MANIFEST).write_text(json.dumps(hashes))
     return folder
 

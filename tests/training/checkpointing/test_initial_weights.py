@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megabert.convert.from_hf import Change, convert
+from megabert.convert.from_hf import ImportOptions, import_model
 from megabert.data.shards.source import open_source
 from megabert.training.checkpointing.initial_weights import load_initial_weights
-from tests.convert.small import small_model
+from tests.convert.helpers.small_model import small_model
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def start(corpus, tmp_path):
     small_model().save_pretrained(tmp_path / "in")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "in" / name).write_bytes((corpus.tokenizer / name).read_bytes())
-    convert(tmp_path / "in", tmp_path / "start")
+    import_model(tmp_path / "in", tmp_path / "start")
     return tmp_path / "start"
 
 
@@ -55,8 +55,8 @@ def test_a_resized_vocabulary_fits_the_corpus(corpus, start, tmp_path):
     """What convert_from_hf.py --tokenizer makes of a folder with another vocabulary."""
     small_model(vocab_size=900).save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "tokenizer.json").write_bytes((corpus.tokenizer / "tokenizer.json").read_bytes())
-    change = Change(tokenizer=str(corpus.tokenizer), pad_vocab_to_multiple_of=64)
-    convert(tmp_path / "other", tmp_path / "resized", change)
+    change = ImportOptions(tokenizer=str(corpus.tokenizer), pad_vocab_to_multiple_of=64)
+    import_model(tmp_path / "other", tmp_path / "resized", change)
     model = small_model(seed=1)
     load_initial_weights(model, tmp_path / "resized", open_source(str(corpus.tokens)))
     resized = load_file(tmp_path / "resized" / "model.safetensors")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megabert.config.recipe import OptimizerConfig
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.files import checkpoint_format as layout
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import Corpus, ds_config_in

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.distributed.signals import REQUEUE, Interrupts
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import REPOSITORY, Corpus, ds_config_in, pretrain_command, run_command

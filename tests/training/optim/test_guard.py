@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.files.checkpoint_format import read_state
 from megabert.training.optim.guard import ENOUGH, Guard, Verdict, hold_back
 from megabert.training.telemetry.reporter import read_metrics

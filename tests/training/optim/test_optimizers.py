@@ -9,7 +9,7 @@ import torch
 from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.parser import RecipeParser
 from megabert.config.recipe import OptimizerConfig
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.optim.optimizers import (
     StableAdamW,
     make_muon,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megabert.config.recipe import ProbeConfig
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry import probe
 from megabert.training.telemetry.probe import Prober
 from megabert.training.telemetry.reporter import METRICS, Reporter, read_metrics

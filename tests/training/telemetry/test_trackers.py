@@ -152,4 +152,4 @@ def test_a_run_says_where_its_time_goes_and_two_are_drawn(corpus, tmp_path):
     assert imread(out).std() > 0.05
     missing = run_command([sys.executable, "launch/plot_run.py", str(tmp_path)])
     assert missing.code == 1
-    assert f"{tmp_path}: has no metrics.jsonl with a line of a run" in missing.output
+    assert f"{tmp_path}: has no metrics.jsonl with a training loss" in missing.output

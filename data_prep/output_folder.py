@@ -1,0 +1,75 @@
+"""Lock the folder that shards are written to, and keep or remove the unfinished work in it."""
+
+import errno
+import fcntl
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_prep.request import belongs_to_request, remove_request, write_request
+from data_prep.writing.length_statistics import PLOT
+from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS
+
+WRITTEN_SHARD = re.compile(r"(train|heldout)-\d{5}\.tar")
+
+# Version of everything in out/.work: request file, sorted runs, task summaries and shard records. Unfinished work of
+# another version is removed and done again. Increase it whenever one of these formats changes.
+WORK_FORMAT = 1
+
+
+@contextmanager
+def locked_work_folder(out: Path, request: str) -> Iterator[Path]:
+    """Lock out/.work and yield it. Unfinished work of the same request in it is kept, other work is removed.
+
+    The folder is removed when the block ends without an exception. Raises ValueError if another command holds the lock,
+    or if `out` holds shards that write_shards.py did not write.
+    """
+    work = out / ".work"
+    if not work.exists() and not (out / MANIFEST).exists() and (foreign := _list_shards(out)):
+        raise ValueError(
+            f"{foreign[0]}: exists, but its folder has no {MANIFEST}, so it will not be replaced. Choose another "
+            "--out, or remove the file."
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise ValueError(
+                f"{out}: another write_shards.py is writing there. Wait for it to end, or choose another --out."
+            ) from None
+        if not belongs_to_request(work, WORK_FORMAT, request):
+            _remove_earlier_results(out, work)
+            write_request(work, WORK_FORMAT, request)
+        for temporary in work.rglob("*.tmp"):  # of commands that were killed
+            temporary.unlink(missing_ok=True)
+        for name in ("runs", "shards"):
+            (work / name).mkdir(exist_ok=True)
+        yield work
+        shutil.rmtree(work)
+
+
+def remove_finished_work(out: Path) -> None:
+    """Remove the work folder of a command that was killed after it had written the manifest."""
+    work = out / ".work"
+    if work.is_dir():
+        with open(work / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            shutil.rmtree(work)
+
+
+def _remove_earlier_results(out: Path, work: Path) -> None:
+    """Remove the results of an earlier request. The manifest goes first: without it the folder counts as unfinished."""
+    for path in [*(out / name for name in (MANIFEST, CHUNKS, TOKEN_COUNTS, PLOT)), *_list_shards(out)]:
+        path.unlink(missing_ok=True)
+    remove_request(work)
+    for name in ("runs", "shards"):
+        shutil.rmtree(work / name, ignore_errors=True)
+
+
+def _list_shards(out: Path) -> list[Path]:
+    return sorted(path for path in out.glob("*.tar") if WRITTEN_SHARD.fullmatch(path.name))

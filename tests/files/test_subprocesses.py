@@ -1,0 +1,54 @@
+"""Children end with their parent, however that ends; the last line of an output is found."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from megabert.files.subprocesses import exit_with_parent, last_line
+
+CHILD = "from megabert.files.subprocesses import exit_with_parent; import os, time\n"
+CHILD += "exit_with_parent(); print(os.getpid(), flush=True); time.sleep(600)"
+PARENTS = {
+    "subprocess": f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {CHILD!r}], stdin=subprocess.PIPE).wait()",
+    "multiprocessing": """
+import multiprocessing
+from tests.files.test_subprocesses import sleep
+process = multiprocessing.get_context("forkserver").Process(target=sleep)
+process.start()
+process.join()
+""",
+}
+
+
+def sleep() -> None:
+    exit_with_parent()
+    os.write(1, f"{os.getpid()}\n".encode())
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("started_by", sorted(PARENTS))
+def test_a_child_ends_when_its_parent_is_killed(started_by):
+    parent = subprocess.Popen([sys.executable, "-c", PARENTS[started_by]], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert not psutil.wait_procs([child], timeout=60)[1]
+
+
+def test_a_process_that_nobody_watches_goes_on():
+    assert multiprocessing.parent_process() is None
+    with open(os.devnull) as nothing:
+        done = subprocess.run([sys.executable, "-c", CHILD.replace("600", "0.2")], stdin=nothing, check=False)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(("text", "line"), [("", ""), ("one\n two \n\n", "two"), ("\n \n", ""), ("only", "only")])
+def test_the_last_line_that_says_something(text, line):
+    assert last_line(text) == line
