@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from megabert.config.recipe import may_change_at_resume
 from megabert.convert.hf.reader import UNPICKLING_ERRORS
 from megabert.convert.weight_names import TIED_DECODER
 from megabert.data.shards.manifest import TOKENIZER
@@ -16,13 +17,8 @@ from megabert.files import checkpoint_format
 from megabert.files.checkpoint_format import State
 from megabert.model.configuration_megabert import MegaBertConfig
 
-# Averaged checkpoints must agree in these sections of the recipe, except for settings that only say where data is and
-# how it is read.
+# Averaged checkpoints must agree in these sections of the recipe, except for settings that may change at a resume.
 IDENTITY_SECTIONS = ("model", "data", "masking", "optimizer")
-IGNORED_SETTINGS = {
-    f"recipe.data.{name}"
-    for name in ("train", "heldout", "tokenizer", "num_workers", "on_bad_shard", "cache_dir", "cache_gb")
-}
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
@@ -98,8 +94,10 @@ def _run_identity(folder: Path, state: State) -> dict[str, Any]:
     identity["seed"] = state.recipe.get("run", {}).get("seed")
     identity |= {f"model.{name}": value for name, value in state.model.items()}
     for section in IDENTITY_SECTIONS:
-        identity |= {f"recipe.{section}.{name}": value for name, value in state.recipe.get(section, {}).items()}
-    return {name: value for name, value in identity.items() if name not in IGNORED_SETTINGS}
+        for name, value in state.recipe.get(section, {}).items():
+            if not may_change_at_resume(f"{section}.{name}"):
+                identity[f"recipe.{section}.{name}"] = value
+    return identity
 
 
 def _read_verified_weights(folder: Path, state: State) -> dict[str, Tensor]:
