@@ -8,8 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megabert.config import strict_yaml
 from megabert.config.cli import Parser, nearest
 from megabert.config.recipe import LENGTHS, Recipe
 
@@ -86,12 +85,7 @@ class RecipeParser(Parser):
 
 def read_yaml(path: Path, known: list[str]) -> dict[str, Any]:
     """Read a recipe file. Raises ValueError for a key that is not among the dotted `known` ones, naming the nearest."""
-    try:
-        settings = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: holds a {type(settings).__name__}, expected keys such as model: and data:.")
+    settings = strict_yaml.read_yaml(path)
     for part in dataclasses.fields(Recipe):
         if part.name in settings and not isinstance(settings[part.name], dict):
             raise ValueError(f"{path}: {part.name} is {settings[part.name]!r}, expected settings below it.")

@@ -19,6 +19,8 @@ from megabert.kernels.resolve import has_fast_bf16, resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification
+from megabert.optim.lr_schedule import warmup_and_decay
+from megabert.optim.parameter_groups import decay_groups
 
 # Most tokens of one bin: a step's examples are split into bins of this size. On a CPU, small enough for its cache.
 BIN_TOKENS = {"cpu": 4096, "cuda": 32_768}
@@ -162,25 +164,6 @@ def rescale_embeddings(model: MegaBertForSequenceClassification) -> None:
         table.mul_(factor)
 
 
-def parameter_groups(model: torch.nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """Group parameters with and without weight decay; norms and biases decay only if the protocol says so."""
-    parameters = list(model.parameters())
-    decayed = [p for p in parameters if p.dim() > 1 or settings.decay_norms_and_biases]
-    others = [p for p in parameters if not (p.dim() > 1 or settings.decay_norms_and_biases)]
-    groups = [
-        {"params": decayed, "weight_decay": settings.torch_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def learning_rate_share(step: int, steps: int, warmup: int) -> float:
-    """Return the share of the peak learning rate at a step (from 0): linear to 1 over the warm-up, then to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return (steps - step) / max(1, steps - warmup)
-
-
 def finetune(
     model: MegaBertForSequenceClassification, train: EncodedExamples, settings: Settings, backend: Backend, seed: int
 ) -> TrainingStats:
@@ -196,10 +179,9 @@ def finetune(
     labels = train.labels.to(device)
     steps = settings.epochs * -(-len(train.input_ids) // settings.batch_size)
     warmup = max(1, round(settings.warmup * steps))
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings), lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, steps, warmup))
+    groups = decay_groups(model.parameters(), settings.torch_decay, settings.decay_norms_and_biases)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_and_decay(step, steps, warmup))
     model.train()
     total = torch.zeros((), device=device)
     for epoch in range(settings.epochs):

@@ -93,7 +93,9 @@ def test_a_wrong_flag_gives_a_one_line_error(capsys, argv, message):
     [
         ("model: {hiden_size: 3}", "unknown key 'model.hiden_size'. Did you mean model.hidden_size?"),
         ("lr: 1", "Did you mean optimizer.lr?"),
-        ("[1, 2]", "holds a list, expected keys such as model: and data:"),
+        ("[1, 2]", "is [1, 2], expected keys and values"),
+        ("run: {seed: 1, seed: 2}", "line 1: duplicate key seed"),
+        ("run: {output_dir: 2026-01-31}", "line 1: YAML reads 2026-01-31 as a timestamp: quote it"),
         ("model: {", "not valid YAML"),
         ("model: {hidden_size: big}", "big"),
         ("model: 3", "model is 3, expected settings below it"),

@@ -18,10 +18,8 @@ from megabert.finetune.training import (
     build_model,
     encode,
     finetune,
-    learning_rate_share,
     load_tokenizer,
     pack,
-    parameter_groups,
     predict,
     rescale_embeddings,
     split_into_bins,
@@ -105,22 +103,44 @@ def test_a_text_is_encoded_as_in_transformers_and_cut(bert):
     assert encode(Examples(["good"], None, None), tokenizer, True).token_type_ids is None
 
 
-def test_the_schedule_warms_up_and_ends_near_zero():
-    shares = [learning_rate_share(step, 100, 6) for step in range(100)]
-    assert shares[5] == shares[6] == 1.0
-    assert shares[0] == pytest.approx(1 / 6)
-    assert shares[-1] == pytest.approx(1 / 94)
-    assert shares[6:] == sorted(shares[6:], reverse=True)
+@pytest.fixture
+def recorded(monkeypatch) -> dict:
+    """What fine-tuning gives to AdamW: the parameter groups, and the learning rate of each step."""
+    found: dict = {"lr": []}
+
+    class RecordingAdamW(torch.optim.AdamW):
+        def __init__(self, groups, **options):
+            super().__init__(groups, **options)
+            found["groups"] = self.param_groups
+
+        def step(self, closure=None):
+            found["lr"].append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", RecordingAdamW)
+    return found
+
+
+def test_the_learning_rate_warms_up_and_ends_near_zero(recorded):
+    settings = Settings(lr=2**-10, epochs=100, batch_size=8, warmup=0.06, precision="fp32")
+    finetune(MegaBertForSequenceClassification(MegaBertConfig(**TINY)), toy(8, 0), settings, CPU, seed=19)
+    rates = [lr * 2**10 for lr in recorded["lr"]]
+    assert len(rates) == 100
+    assert rates[5] == rates[6] == 1.0
+    assert rates[0] == pytest.approx(1 / 6)
+    assert rates[-1] == pytest.approx(1 / 94)
+    assert rates[6:] == sorted(rates[6:], reverse=True)
 
 
 @pytest.mark.parametrize("everything", [True, False])
-def test_norms_and_biases_decay_only_if_asked(everything):
+def test_norms_and_biases_decay_only_if_asked(recorded, everything):
     settings = Settings(
-        lr=2e-5, weight_decay=1e-6, decoupled_decay=True, epochs=1, batch_size=1, decay_norms_and_biases=everything
+        lr=2e-5, weight_decay=1e-6, decoupled_decay=True, epochs=1, batch_size=8, decay_norms_and_biases=everything
     )
-    groups = parameter_groups(MegaBertForSequenceClassification(MegaBertConfig(**TINY)), settings)
-    assert [group["weight_decay"] for group in groups] == pytest.approx([0.05] if everything else [0.05, 0.0])
-    assert everything or all(p.dim() > 1 for p in groups[0]["params"])
+    finetune(MegaBertForSequenceClassification(MegaBertConfig(**TINY)), toy(8, 0), settings, CPU, seed=19)
+    decays = [group["weight_decay"] for group in recorded["groups"]]
+    assert decays == pytest.approx([0.05] if everything else [0.05, 0.0])
+    assert everything or all(parameter.dim() > 1 for parameter in recorded["groups"][0]["params"])
 
 
 @pytest.mark.parametrize("position", ["alibi", "learned"])
