@@ -1,4 +1,4 @@
-"""Install metadata. Tool settings live in pyproject.toml, exact versions in constraints.txt."""
+"""Metadata, dependencies and commands of the package; pyproject.toml has the tools' settings."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,20 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megabert/__init__.py").read_text())[1]
 
-# For data_prep alone: .parquet files, and data sets of the Hugging Face hub.
+# For data_prep only: .parquet files, and data sets of the Hugging Face hub.
 PREP = ["datasets>=3", "pyarrow>=16"]
 
-# For convert_to_hf.py --onnx alone.
+# For megabert-export --onnx only.
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+
+COMMANDS = {
+    "megabert-pretrain": "megabert.commands.pretrain",
+    "megabert-export": "megabert.commands.export",
+    "megabert-import": "megabert.commands.import_hf",
+    "megabert-finetune": "megabert.commands.finetune",
+    "megabert-shards": "data_prep.write_shards",
+    "megabert-tokenizer": "data_prep.train_tokenizer",
+}
 
 setup(
     name="megabert",
@@ -22,14 +31,21 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["megabert*", "data_prep*"]),
-    package_data={"megabert": ["recipes/*.yaml", "finetune/protocols/*.yaml"], "data_prep": ["tasks/*.yaml"]},
+    packages=[*find_packages(include=["megabert*", "data_prep*"]), "megabert.ds_configs"],
+    package_dir={"megabert.ds_configs": "ds_configs"},
+    package_data={
+        "megabert": ["recipes/*.yaml", "finetune/protocols/*.yaml"],
+        "megabert.ds_configs": ["*.json"],
+        "data_prep": ["tasks/*.yaml"],
+    },
+    entry_points={"console_scripts": [f"{name} = {module}:command" for name, module in COMMANDS.items()]},
     install_requires=[
         "braceexpand",
         "deepspeed>=0.19.8,<0.20",
         "docstring-parser",
         "filelock>=4.2",
         "fsspec[http]",
+        "huggingface-hub",
         "jsonargparse>=4.49",
         "matplotlib",
         "ninja",
@@ -37,25 +53,29 @@ setup(
         "packaging",
         "protobuf",
         "psutil",
+        "pydantic>=2.12",
         "pyyaml",
         "safetensors",
         "scikit-learn",
         "scipy",
         "sentencepiece",
+        "tenacity",
         "tensorboard",
         "tokenizers>=0.21",
-        "torch>=2.8",
+        # Private operations of torch are used (megabert/kernels/cpu.py, megabert/model/buckets.py).
+        "torch>=2.8,<2.14",
         "tqdm",
         "transformers>=4.50",
         "webdataset>=1.0",
         "zstandard",
     ],
     extras_require={
-        # flash-attn builds against the torch that is there: pip install flash-attn --no-build-isolation.
+        # flash-attn builds against the installed torch: pip install flash-attn --no-build-isolation.
         "cuda": ["flash-attn>=2.4"],
         "kernels": ["triton==3.7.1"],
         "prep": PREP,
         "onnx": ONNX,
-        "dev": ["hypothesis", "pyrefly", "pytest", "ruff", *PREP, *ONNX],
+        # setuptools: a test builds the wheel.
+        "dev": ["hypothesis", "pyrefly", "pytest", "ruff", "setuptools>=70.1", *PREP, *ONNX],
     },
 )

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import sentencepiece
 from tokenizers import Tokenizer, models, processors, trainers
@@ -217,5 +217,9 @@ def main(argv: list[str] | None = None) -> None:
     write_request(folder, TOKENIZER_FORMAT, request)
 
 
+def command(prog: str = "megabert-tokenizer") -> NoReturn:
+    cli.run(main, prog)
+
+
 if __name__ == "__main__":
-    cli.run(main, sys.argv[0])
+    command(sys.argv[0])

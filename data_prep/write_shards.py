@@ -14,7 +14,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -304,5 +304,9 @@ def is_result_of(out: Path, request_hash: str) -> bool:
         return False
 
 
+def command(prog: str = "megabert-shards") -> NoReturn:
+    cli.run(main, prog)
+
+
 if __name__ == "__main__":
-    cli.run(main, sys.argv[0])
+    command(sys.argv[0])

@@ -1,8 +1,8 @@
-"""Fine-tune the checkpoints of several runs, and draw score against hours, tokens and dollars: one line per run.
+"""Fine-tune the checkpoints of several runs, and plot score against hours, tokens and dollars, a line per run.
 
-python launch/pareto.py --runs runs/mosaicbert-base,runs/bert-base --data glue_dir --out runs/pareto --dollars-per-gpu-hour 2.5
+python launch/pareto.py --runs runs/mosaicbert-base,runs/bert-base --data glue_dir --dollars-per-gpu-hour 2.5
 
-Interrupted, the same command goes on where it was.
+After an interruption the same command continues.
 """
 
 import json
@@ -16,7 +16,7 @@ from megabert.config import cli
 @dataclass(frozen=True)
 class Options:
     runs: str = ""
-    """output folders of pretraining runs, with commas between"""
+    """output folders of pretraining runs, separated by commas"""
     tasks: str = ""
     """as in launch/finetune_glue.py"""
     task_file: str = ""
@@ -36,7 +36,7 @@ class Options:
 
     def __post_init__(self):
         if not self.folders:
-            raise ValueError("--runs is missing: output folders of pretraining runs, with commas between.")
+            raise ValueError("--runs is missing: output folders of pretraining runs, separated by commas.")
         if not 0 <= self.dollars_per_gpu_hour < float("inf"):
             raise ValueError(f"--dollars-per-gpu-hour is {self.dollars_per_gpu_hour}, expected 0 or more.")
 
@@ -47,22 +47,26 @@ class Options:
 
 def main() -> int:
     options = cli.read_flags(Options, "launch/pareto.py", __doc__ or "")
-    from megabert.finetune.main import Request, chosen_tasks, run
-    from megabert.finetune.results import pareto  # after the flags: torch takes seconds to load
+    # Imported after the flags are checked: torch takes seconds to load.
+    from megabert.finetune.main import run_finetuning, selected_tasks
+    from megabert.finetune.options import FinetuneOptions
+    from megabert.finetune.results import pareto
+    from megabert.plots.pareto import plot_pareto
 
     out, points = Path(options.out), []
-    same = {name: getattr(options, name) for name in ("tasks", "task_file", "data", "protocol", "allow_no_mnli", "ops")}
-    if {task.name for task in chosen_tasks(Request(checkpoint="any", **same))} == {"wnli"}:
+    names = ("tasks", "task_file", "data", "protocol", "allow_no_mnli", "ops")
+    shared = {name: getattr(options, name) for name in names}
+    if {task.name for task in selected_tasks(FinetuneOptions(checkpoint="any", **shared))} == {"wnli"}:
         raise ValueError("--tasks wnli: it counts in no average. Add another.")
     runs = pareto.name_runs(options.folders)
     checkpoints = [(name, checkpoint) for name, folder in runs.items() for checkpoint in pareto.checkpoints_of(folder)]
     for name, checkpoint in checkpoints:
-        place = out / name / checkpoint.name
-        if run(Request(checkpoint=str(checkpoint), out=str(place), **same)):
-            raise ValueError(f"{checkpoint}: a fine-tuning failed, so that its score would be of something else.")
-        points.append(pareto.measure(name, checkpoint, place / "results.json", options.dollars_per_gpu_hour))
+        folder = out / name / checkpoint.name
+        if run_finetuning(FinetuneOptions(checkpoint=str(checkpoint), out=str(folder), **shared)):
+            raise ValueError(f"{checkpoint}: a fine-tuning failed, so its average would be over fewer tasks.")
+        points.append(pareto.measure(name, checkpoint, folder / "results.json", options.dollars_per_gpu_hour))
     points = pareto.mark_fronts(points)
-    pareto.draw(points, f"protocol {options.protocol}", out / "pareto.png")
+    plot_pareto(pareto.panels(points), f"protocol {options.protocol}", out / "pareto.png")
     (out / "pareto.md").write_text(pareto.as_markdown(points))
     (out / "pareto.json").write_text(json.dumps(pareto.as_records(points), indent=1) + "\n")
     print(pareto.as_markdown(points))

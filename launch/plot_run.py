@@ -1,4 +1,4 @@
-"""Draw the loss and the throughput of runs, against tokens and hours.
+"""Plot the loss and the throughput of runs against tokens and hours.
 
 python launch/plot_run.py runs/mosaicbert-base runs/bert-base --out runs.png
 """
@@ -10,10 +10,10 @@ from megabert.config import cli
 
 def main() -> None:
     parser = cli.Parser("launch/plot_run.py", __doc__ or "")
-    parser.add_argument("runs", nargs="+", help="folders of runs, as run.output_dir")
-    parser.add_argument("--out", default="runs.png", help="picture to write")
+    parser.add_argument("runs", nargs="+", help="output folders of pretraining runs (run.output_dir)")
+    parser.add_argument("--out", default="runs.png", help="image file to write")
     options = parser.parse_args()
-    # Imported here: flags are checked before these take their seconds to load.
+    # Imported after the flags are checked: matplotlib takes a second to load.
     from megabert.plots.run_curves import plot_runs
 
     plot_runs([Path(run) for run in options.runs], Path(options.out))

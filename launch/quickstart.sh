@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
-# From nothing to a pretrained, exported and fine-tuned encoder: at most ten minutes on two CPU cores after installing.
-# Run again, it reuses what is finished; interrupted, it goes on where it was.
+# Prepare a small corpus, pretrain, export and fine-tune: at most ten minutes on two CPU cores after installing.
+# Finished stages are reused; after an interruption the same command continues.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh
 source .venv/bin/activate
 export TOKENIZERS_PARALLELISM=false
-# On a machine with other work a thread that spins while it waits keeps the one that it waits for from running: ten times slower.
+# On a busy machine a thread that spins while it waits takes the core from the thread it waits for: ten times slower.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 [ -e /dev/nvidiactl ] || export DS_ACCELERATOR=cpu
 run=runs/quickstart
 mkdir -p $run
 
-# Run one stage and note its time; once the summary stands, reusing costs no time worth noting.
+# Run one stage, and write its time to times.tsv until there is a summary: reused stages take no time.
 stage() {
-    local name=$1 began=${EPOCHREALTIME/,/.}
+    local name=$1 began=${EPOCHREALTIME/,/.} code=0
     shift
     echo "--- $name"
-    local code=0
     "$@" || code=$?
-    [ -f $run/summary.json ] || awk -v name="$name" -v a="$began" -v b="${EPOCHREALTIME/,/.}" 'BEGIN {printf "%s\t%.2f\n", name, b - a}' >> $run/times.tsv
+    if [ ! -f $run/summary.json ]; then
+        awk -v name="$name" -v a="$began" -v b="${EPOCHREALTIME/,/.}" \
+            'BEGIN {printf "%s\t%.2f\n", name, b - a}' >> $run/times.tsv
+    fi
     return $code
 }
 

@@ -1,69 +1,39 @@
-"""MegaBERT pretrains BERT-style encoders: MosaicBERT, and BERT as its baseline, under DeepSpeed.
+"""MegaBERT pretrains BERT-style encoders: MosaicBERT, and BERT as its baseline, under DeepSpeed."""
 
-Where this is imported, transformers' Auto classes load a folder of ours without trust_remote_code. transformers takes seconds to
-load and has no plug-ins, so registering waits, as an import hook, until somebody imports its Auto classes.
-"""
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import importlib.util
-import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+if TYPE_CHECKING:
+    from megabert.commands.notebook import PretrainResult
+    from megabert.config.recipe import Recipe
 
 __version__ = "0.1.0"
 
-
-def _register_config() -> None:
-    from megabert.model import register_config
-
-    register_config()
+# The functions import what they need when they are called: importing megabert loads nothing else.
 
 
-def _register_models() -> None:
-    from megabert.model import register_models
+def load_recipe(name_or_path: "str | Path" = "quickstart", **overrides: Any) -> "Recipe":
+    """Read a recipe by name or path, and replace settings: load_recipe("quickstart", run={"max_steps": 10}).
 
-    register_models()
+    Raises ValueError, with the message of the command line, for an unknown recipe or setting and for a wrong value.
+    """
+    from megabert.config import parser
 
-
-_WHEN_IMPORTED = {
-    "transformers.models.auto.configuration_auto": _register_config,
-    "transformers.models.auto.modeling_auto": _register_models,
-}
+    return parser.load_recipe(name_or_path, **overrides)
 
 
-class _ThenRegister(Loader):
-    """Loads a module as its own loader does, and registers."""
+def pretrain(recipe: "Recipe", ds_config: "str | Path" = "zero2") -> "PretrainResult":
+    """Train a recipe in this process, from its newest checkpoint or its start; ds_config is a name or a file.
 
-    def __init__(self, loader: Loader):
-        self.loader = loader
+    Raises ValueError for a recipe, corpus, ds_config or checkpoint that the user must change.
+    """
+    from megabert.commands import notebook
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None, "an imported module has a spec"
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        _WHEN_IMPORTED[module.__name__]()
+    return notebook.pretrain(recipe, ds_config)
 
 
-class _Watch(MetaPathFinder):
-    """Finds only the modules of _WHEN_IMPORTED, each once."""
+def register_auto_classes() -> None:
+    """Let transformers' Auto classes load MegaBERT folders without trust_remote_code."""
+    from megabert.model import register_auto_classes
 
-    def __init__(self):
-        self.waiting = set(_WHEN_IMPORTED)
-
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if fullname not in self.waiting:
-            return None
-        self.waiting.discard(fullname)  # so that this asks the other finders
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
-        return spec
-
-
-for _name, _register in _WHEN_IMPORTED.items():
-    if _name in sys.modules:
-        _register()
-sys.meta_path.insert(0, _Watch())
+    register_auto_classes()

@@ -42,6 +42,11 @@ TINY = [
 ]
 
 
+def last_of_each(flags: list[str]) -> list[str]:
+    """Drop every --flag=value that a later one of the same name replaces; a flag given twice is an error."""
+    return list({flag.partition("=")[0].replace("-", "_"): flag for flag in flags}.values())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needs = {"gpu": 1, "multi_gpu": 2}
     for item in items:
@@ -125,15 +130,8 @@ def pretrain_command(
     launcher = (
         [sys.executable] if ranks == 1 else ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
     )
-    return [
-        *launcher,
-        "launch/pretrain.py",
-        f"--ds_config={ds_config}",
-        f"--data.train={corpus.tokens}",
-        f"--run.output_dir={out}",
-        *TINY,
-        *more,
-    ]
+    flags = [f"--ds_config={ds_config}", f"--data.train={corpus.tokens}", f"--run.output_dir={out}", *TINY, *more]
+    return [*launcher, "launch/pretrain.py", *last_of_each(flags)]
 
 
 def run_ranks(corpus: Corpus, out: Path, *more: str, ranks: int, ds_config: str | Path = "zero2") -> Finished:

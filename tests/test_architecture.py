@@ -9,11 +9,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Which parts of the project each part may import, beside itself. A part is a package of megabert/, data_prep/ or launch/.
 ALLOWED = {
-    "megabert": {"megabert.model"},
+    "megabert": {"megabert.commands", "megabert.config", "megabert.model"},
     "megabert.files": set(),
     "megabert.config": set(),
     "megabert.data": {"megabert.files"},
     "megabert.model": set(),
+    "megabert.optim": set(),
     "megabert.kernels": {"megabert.model"},
     "megabert.training": {
         "megabert.config",
@@ -21,6 +22,7 @@ ALLOWED = {
         "megabert.files",
         "megabert.kernels",
         "megabert.model",
+        "megabert.optim",
     },
     "megabert.convert": {"megabert.config", "megabert.data", "megabert.files", "megabert.model"},
     "megabert.finetune": {
@@ -30,11 +32,22 @@ ALLOWED = {
         "megabert.files",
         "megabert.kernels",
         "megabert.model",
+        "megabert.optim",
+        "megabert.plots",
+    },
+    "megabert.commands": {
+        "megabert.config",
+        "megabert.convert",
+        "megabert.files",
+        "megabert.finetune",
+        "megabert.plots",
+        "megabert.training",
     },
     "megabert.plots": {"megabert.config", "megabert.files", "megabert.training"},
     "data_prep": {"megabert.config", "megabert.data", "megabert.files"},
     "launch": {
         "data_prep",
+        "megabert.commands",
         "megabert.config",
         "megabert.convert",
         "megabert.data",

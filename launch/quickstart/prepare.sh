@@ -11,12 +11,12 @@ if [[ $stage != @(text|tokenizer|tokens|all) ]]; then
     exit 2
 fi
 if [[ $stage = @(text|all) ]]; then
-    python data_prep/write_shards.py --source docstrings --min-chars 200 --out $data/text --replace true
+    python data_prep/write_shards.py --source docstrings --min-chars 200 --out $data/text --replace
 fi
 if [[ $stage = @(tokenizer|all) ]]; then
     python data_prep/train_tokenizer.py --source $data/text --out $data/tokenizer --vocab-size 8192
 fi
 if [[ $stage = @(tokens|all) ]]; then
     python data_prep/write_shards.py --source $data/text --tokenizer $data/tokenizer --out $data/tokens \
-        --heldout 0.02 --replace true
+        --heldout 0.02 --replace
 fi

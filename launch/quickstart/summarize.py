@@ -1,4 +1,4 @@
-"""Show what the quickstart did, and write it to summary.json and loss.png."""
+"""Print the summary of the quickstart, and write summary.json and loss.png."""
 
 import json
 from dataclasses import dataclass
@@ -12,27 +12,25 @@ class Options:
     run: str = "runs/quickstart"
     """folder of the pretraining run"""
     times: str = "runs/quickstart/times.tsv"
-    """stage and seconds of every stage that ran, one per line"""
+    """tab-separated name and seconds of every stage that ran, one stage per line"""
 
 
 def main() -> None:
     options = cli.read_flags(Options, "launch/quickstart/summarize.py", __doc__ or "")
+    # Imported after the flags are checked: torch takes seconds to load.
     import transformers
+
+    from megabert.finetune.results.report import read_results
+    from megabert.plots.quickstart_summary import as_text, fill_masks, plot_loss, summarize
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    from megabert.plots.quickstart_summary import (
-        as_text,
-        fill_masks,
-        plot_loss,
-        summarize,
-    )  # after the flags: torch is slow to load
-
     run = Path(options.run)
     lines = [line.split("\t") for line in Path(options.times).read_text().splitlines()]
     pretraining = sum(float(seconds) for stage, seconds in lines if stage == "pretraining")
     total = sum(float(seconds) for _, seconds in lines)
-    summary = summarize(run, run / "hf", run / "finetune", pretraining, total)
+    finetuning = read_results(run / "finetune/results.json")
+    summary = summarize(run, run / "hf", finetuning, pretraining, total)
     plot_loss(run, summary["unigram_loss"], run / "loss.png")
     masks = fill_masks(run / "hf")
     (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -1,12 +1,13 @@
-"""Command lines from dataclasses: every field a flag with its type, unit and default; a mistake is one line, not a trace."""
+"""Command-line parsers made from dataclasses: every field is a flag, and every error is one line."""
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
@@ -15,25 +16,38 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 T = TypeVar("T")
 
+# The only words that a switch takes as its value: any other word after it is a positional argument.
+SWITCH_VALUES = {"true": "true", "yes": "true", "1": "true", "false": "false", "no": "false", "0": "false"}
+
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description: its examples are lines to type."""
+    """Keeps the line breaks of the description, which holds commands to copy."""
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser, whose errors name the nearest known setting. --some-flag and --some_flag are the same."""
+    """jsonargparse's parser, stricter: no abbreviations, no empty values, no flag twice; errors name the nearest flag.
+
+    A field of type bool is a switch: `--onnx` means `--onnx true`. `--some-flag` and `--some_flag` are the same flag.
+    """
 
     def __init__(self, prog: str = "", description: str = "", **nested: Any):
-        """nested: what jsonargparse passes when it makes one of these for the parts of a setting."""
-        super().__init__(prog=prog, description=description, formatter_class=_HelpFormatter, **nested)
+        """nested: what jsonargparse passes when it makes a parser of this class for a part of a setting."""
+        options: dict[str, Any] = {"allow_abbrev": False} | nested
+        super().__init__(prog=prog, description=description, formatter_class=_HelpFormatter, **options)
 
     def known_keys(self) -> list[str]:
-        """Every dotted name that a flag may set."""
+        """List every dotted name that a flag sets."""
         return sorted(option.removeprefix("--") for option in self._option_string_actions if option.startswith("--"))
 
-    def parse_args(self, args: list[str] | None = None, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
-        words = sys.argv[1:] if args is None else args
-        return super().parse_args([with_underscores(word) for word in words], *rest, **options)
+    def normalize(self, words: Sequence[str] | None = None) -> list[str]:
+        """Rewrite a command line (by default the process's) as normalize_flags does; exit with 2 where it refuses."""
+        try:
+            return normalize_flags(sys.argv[1:] if words is None else words, self._switches())
+        except ValueError as error:
+            self.error(str(error))
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
+        return super().parse_args(self.normalize(args), *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         if not self.exit_on_error:
@@ -41,28 +55,86 @@ class Parser(ArgumentParser):
         sys.stderr.write(f"{self.prog}: {_explain(message, self.known_keys())}\n")
         sys.exit(2)
 
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raise a ValueError for a user's error, instead of exiting, as long as the block runs."""
+        self.exit_on_error = False
+        try:
+            yield
+        except argparse.ArgumentError as error:
+            raise ValueError(_explain(error.message, self.known_keys())) from error
+        finally:
+            self.exit_on_error = True
 
-def read_flags(options: type[T], prog: str, description: str, argv: list[str] | None = None) -> T:
-    """Parse a command line into a dataclass; its fields without a default are positional. Exits with 2 on mistakes."""
-    parser = Parser(prog=prog, description=description)
+    def _switches(self) -> set[str]:
+        """Return the flags of type bool, after telling --help that their value is optional."""
+        switches = set()
+        for action in self._actions:
+            if getattr(action, "_typehint", None) is bool:
+                action.nargs = "?"
+                switches.update(action.option_strings)
+        return switches
+
+
+def normalize_flags(words: Sequence[str], switches: Iterable[str] = ()) -> list[str]:
+    """Write flags with underscores and switches with a value: ["--x-y", "out"] -> ["--x_y=true", "out"].
+
+    Raises ValueError for an empty word, an empty value, and a flag that is given twice. A flag that appends to a list,
+    such as --run.trackers+, may be repeated.
+    """
+    words, switches = list(words), set(switches)
+    result: list[str] = []
+    seen: set[str] = set()
+    while words:
+        flag, equals, value = split_flag(words.pop(0))
+        if flag == "--":
+            return [*result, flag, *words]
+        if (flag and words[:1] == [""] and not equals) or (not value and (equals or not flag)):
+            raise ValueError(f"{flag or 'a word of the command'} is empty, expected a value.")
+        if flag in seen:
+            raise ValueError(f"{flag} is given twice.")
+        if flag in switches:
+            if not equals:
+                value = words.pop(0) if words and words[0].lower() in SWITCH_VALUES else "true"
+            equals, value = "=", SWITCH_VALUES.get(value.lower(), value)
+        if flag and not flag.endswith("+"):
+            seen.add(flag)
+        result.append(flag + equals + value)
+    return result
+
+
+def split_flag(word: str) -> tuple[str, str, str]:
+    """Split --some-flag=value into ("--some_flag", "=", "value"); the flag of a word without -- is ""."""
+    if not word.startswith("--"):
+        return "", "", word
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_"), equals, value
+
+
+def read_flags(options: type[T], prog: str, description: str, argv: Sequence[str] | None = None) -> T:
+    """Parse a command line into a dataclass, whose fields without a default are positional; exit with 2 on an error.
+
+    prog: how the command was started: a file, or the name of an installed command. {command} in the description becomes it.
+    """
+    parser = Parser(prog, description.replace("{command}", f"python {prog}" if prog.endswith(".py") else prog))
     parser.add_class_arguments(options, as_group=False, as_positional=True)
     namespace = parser.parse_args(argv)
     try:
         return options(**vars(parser.instantiate(namespace)))
-    except ValueError as mistake:
-        parser.error(str(mistake))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def run(main: Callable[[], int | None], prog: str) -> NoReturn:
-    """Run a command. A user's mistake (ValueError) or a file in the way (OSError) is one line on stderr and exit 1.
+    """Run a command and exit with its code; a ValueError or OSError is one line on stderr and exit code 1.
 
-    Ctrl-C is one too, with the exit code that a shell gives it.
+    Ctrl-C is one line too, with exit code 130 as a shell gives it.
     """
     try:
         sys.exit(main() or 0)
-    except (ValueError, OSError) as mistake:
-        # A loader worker's error comes wrapped in its trace; its last line is the error itself.
-        message = str(mistake)
+    except (ValueError, OSError) as error:
+        # A loader worker's error arrives wrapped in its traceback, whose last line is the error itself.
+        message = str(error)
         if "Original Traceback" in message:
             message = re.sub(r"^[\w.]*Error: ", "", message.strip().splitlines()[-1])
         sys.stderr.write(f"{prog}: {message}\n")
@@ -73,7 +145,7 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
 
 
 def run_and_leave(main: Callable[[], int | None], prog: str) -> NoReturn:
-    """As run(), but without Python's own end, which other threads can outlive; what is printed and logged is written."""
+    """Run a command as run() does, flush the output, and exit without Python's shutdown, which threads can block."""
     try:
         run(main, prog)
     except SystemExit as end:
@@ -83,26 +155,22 @@ def run_and_leave(main: Callable[[], int | None], prog: str) -> NoReturn:
         os._exit(int(end.code or 0))
 
 
-def nearest(name: str, known: list[str], prefix: str = "") -> str:
-    """Say which known name is probably meant, as a sentence to append, or point to --help."""
+def nearest(name: str, known: list[str], prefix: str = "", otherwise: str = " See --help.") -> str:
+    """Return a sentence to append that names the known name closest to `name`; `otherwise` if none is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not close:  # perhaps only the group is missing or wrong: lr for optimizer.lr
+    if not close:
+        # Perhaps only the group is missing or wrong: lr for optimizer.lr.
         last = name.split(".")[-1]
         close = [key for key in known if key.split(".")[-1] == last]
         if not close and (ends := difflib.get_close_matches(last, [key.split(".")[-1] for key in known], n=1)):
             close = [key for key in known if key.split(".")[-1] == ends[0]]
-    return f" Did you mean {prefix}{close[0]}?" if close else " See --help."
-
-
-def with_underscores(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
+    return f" Did you mean {prefix}{close[0]}?" if close else otherwise
 
 
 def _explain(message: str, known: list[str]) -> str:
-    """Turn the parser's message into one that names the nearest known setting."""
+    """Shorten the parser's message to one line, and name the flag closest to an unknown one."""
     if match := re.search(r"unrecognized arguments: --([\w.]+)", message, re.IGNORECASE):
         return f"unknown setting --{match[1]}.{nearest(match[1], known, '--')}"
+    if match := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
+        return f"unexpected word {match[1]!r}: a value follows its --flag. See --help."
     return " ".join(message.split())

@@ -1,38 +1,57 @@
-"""Recipes from YAML and flags, read strictly: an unknown key is an error that names the nearest known one."""
+"""Recipes and ds_configs by name or path, and the strict parser that merges a recipe file with flags."""
 
 import dataclasses
 import json
 import re
-import sys
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megabert.config.cli import Parser, nearest, with_underscores
+from megabert.config.cli import Parser, nearest
 from megabert.config.recipe import LENGTHS, Recipe
+
+PACKAGE = Path(str(resources.files("megabert")))
 
 
 def recipe_names() -> list[str]:
     """List the recipes that come with the package."""
-    folder = resources.files("megabert") / "recipes"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return _names(PACKAGE / "recipes", ".yaml")
 
 
 def recipe_path(name: str) -> Path:
-    """Find a recipe by the name of one of ours, or by path. Raises ValueError naming the known ones."""
-    if name in recipe_names():
-        return Path(str(resources.files("megabert") / "recipes" / f"{name}.yaml"))
-    if Path(name).is_file():
-        return Path(name)
-    raise ValueError(
-        f"recipe {name!r} is neither a file nor one of: {', '.join(recipe_names())}.{nearest(name, recipe_names())}"
-    )
+    """Find a recipe by path or, if it comes with the package, by name. Raises ValueError if there is none."""
+    return _find(name, "recipe", PACKAGE / "recipes", ".yaml")
+
+
+def ds_config_names() -> list[str]:
+    """List the ds_configs that come with the package."""
+    return _names(_ds_config_folder(), ".json")
+
+
+def ds_config_path(name: str) -> Path:
+    """Find a ds_config by path or, if it comes with the package, by name. Raises ValueError if there is none."""
+    return _find(name, "ds_config", _ds_config_folder(), ".json")
+
+
+def load_recipe(name_or_path: str | Path = "quickstart", **overrides: Any) -> Recipe:
+    """Read a recipe, replace settings, and check all of them as the command line does.
+
+    overrides: nested, as model={"hidden_size": 64}, or with dotted names, as **{"model.hidden_size": 64}.
+    Raises ValueError, with the message of the command line, for an unknown recipe or setting and for a wrong value.
+    """
+    flags = [f"--recipe={name_or_path}"]
+    for name, value in overrides.items():
+        flags += _as_flags(_flatten({name: value}))
+    parser = RecipeParser("load_recipe")
+    with parser.raising():
+        return parser.read(flags)[0]
 
 
 class RecipeParser(Parser):
-    """Flags over a recipe over the defaults; a user's mistake is one line on stderr and exit code 2."""
+    """Parses flags, on top of a recipe file, on top of the defaults; an error is one line on stderr and exit code 2."""
 
     def __init__(self, prog: str = "", description: str = "", **nested: Any):
         super().__init__(prog, description, **nested)
@@ -41,41 +60,36 @@ class RecipeParser(Parser):
         self.add_argument("--recipe", default="quickstart", help=f"one of {', '.join(recipe_names())}, or a YAML file")
         self.add_class_arguments(Recipe)
 
-    def read(self, argv: list[str] | None = None) -> tuple[Recipe, Any]:
-        """Parse flags and the recipe they name. Returns the recipe and the other flags. Exits with 2 on mistakes."""
-        argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-        argv = [re.sub("^--(max_hours|resume)(?==|$)", r"--run.\1", word) for word in argv]
+    def read(self, argv: Sequence[str] | None = None) -> tuple[Recipe, Any]:
+        """Parse flags, and the recipe that --recipe names. Returns the recipe and the other flags."""
+        argv = [re.sub("^--(max_hours|resume)(?==|$)", r"--run.\1", word) for word in self.normalize(argv)]
         name = _value_of("--recipe", argv) or self.get_defaults()["recipe"]
         try:
             path = recipe_path(name)
             settings = _flatten(read_yaml(path, self.known_keys()))
-            if any(
-                _value_of(f"--run.{length}", argv) for length in LENGTHS
-            ):  # replaces the recipe's own, in what unit ever
+            # A flag for one length of the run replaces the recipe's, which may be in another unit.
+            if any(_value_of(f"--run.{length}", argv) for length in LENGTHS):
                 for length in LENGTHS:
                     settings.pop(f"run.{length}", None)
-            # Once as flags, so that the recipe's values are checked as the user's are; then as defaults, which --help shows.
-            flags = [
-                f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
-            ]
-            self.parse_args(flags)
+            # First as flags, so that the recipe's values are checked as the user's are; then as defaults, for --help.
+            self.parse_args(_as_flags(settings))
             self.set_defaults(settings)
             recipe = self.instantiate(self.parse_args(argv))
-        except ValueError as mistake:
-            self.error(str(mistake))
+        except ValueError as error:
+            self.error(str(error))
         parts = {part.name: recipe.pop(part.name) for part in dataclasses.fields(Recipe)}
         try:
             return Recipe(**parts), recipe
-        except ValueError as mistake:
-            self.error(str(mistake))
+        except ValueError as error:
+            self.error(str(error))
 
 
 def read_yaml(path: Path, known: list[str]) -> dict[str, Any]:
     """Read a recipe file. Raises ValueError for a key that is not among the dotted `known` ones, naming the nearest."""
     try:
         settings = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as mistake:
-        raise ValueError(f"{path}: not valid YAML: {mistake}") from mistake
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: holds a {type(settings).__name__}, expected keys such as model: and data:.")
     for part in dataclasses.fields(Recipe):
@@ -85,6 +99,25 @@ def read_yaml(path: Path, known: list[str]) -> dict[str, Any]:
         if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
     return settings
+
+
+def _ds_config_folder() -> Path:
+    """Return the folder of our ds_configs: inside an installed package, beside the package in a checkout."""
+    installed = PACKAGE / "ds_configs"
+    return installed if installed.is_dir() else PACKAGE.parent / "ds_configs"
+
+
+def _names(folder: Path, suffix: str) -> list[str]:
+    return sorted(path.stem for path in folder.glob(f"*{suffix}"))
+
+
+def _find(name: str, kind: str, folder: Path, suffix: str) -> Path:
+    names = _names(folder, suffix)
+    if name in names:
+        return folder / f"{name}{suffix}"
+    if Path(name).is_file():
+        return Path(name)
+    raise ValueError(f"{kind} {name!r} is neither a file nor one of: {', '.join(names)}.{nearest(name, names)}")
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -97,8 +130,17 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _as_flags(settings: dict[str, Any]) -> list[str]:
+    """Write dotted names and their values as flags."""
+    texts = {
+        key: str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
+        for key, value in settings.items()
+    }
+    return [f"--{key}={text}" for key, text in texts.items()]
+
+
 def _value_of(flag: str, argv: list[str]) -> str | None:
-    """Read one flag ahead of the rest: --flag value or --flag=value."""
+    """Read the value of one flag, given as --flag value or --flag=value, before all flags are parsed."""
     for index, word in enumerate(argv):
         if word == flag and index + 1 < len(argv):
             return argv[index + 1]

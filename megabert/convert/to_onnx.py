@@ -1,8 +1,4 @@
-"""Write a masked language model as ONNX: padded rows in, padded logits out, any batch and any length.
-
-The model computes on tokens without padding, whose number depends on the data, which no graph can say. So what torch.export
-sees of it computes all B * S slots (padding.unpad_in_place), with padded keys masked; logits at padding mean nothing.
-"""
+"""Export a masked language model to ONNX: padded token ids in, padded logits out, for any batch size and length."""
 
 import logging
 import warnings
@@ -13,25 +9,30 @@ import torch
 
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
-FILE = "onnx/model.onnx"  # where Hugging Face's tools look for one
-OPSET = 18  # the oldest that torch's exporter writes without converting
+ONNX_MODEL = "onnx/model.onnx"  # where Hugging Face's tools look for it
+OPSET = 18  # the oldest that torch's exporter writes without a conversion
 
 
 def check_installed() -> None:
-    """Raises ValueError naming what is missing."""
+    """Raises ValueError naming the packages that are missing."""
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
         raise ValueError(f"--onnx needs {', '.join(missing)}: pip install 'megabert[onnx]'.")
 
 
 def write_onnx(model: MegaBertForMaskedLM, folder: Path) -> None:
-    """Write onnx/model.onnx, and beside it model.onnx.data with the weights where they are large."""
+    """Write onnx/model.onnx, and model.onnx.data with the weights if they are large.
+
+    The model computes only on real tokens, whose number depends on the data and cannot be expressed in a graph.
+    torch.export therefore traces a path that computes all B * S positions and masks the padded keys
+    (padding.unpad_in_place). Logits at padding are meaningless.
+    """
     check_installed()
-    path = folder / FILE
+    path = folder / ONNX_MODEL
     path.parent.mkdir()
-    # Two tensors: of one given twice the exporter makes one input.
+    # The exporter would merge one tensor that is passed twice into one input.
     example = torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    # The exporter's own complaints: about its future, and about operations of torchvision.
+    # The exporter logs and warns about its own future and about torchvision's operations.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -45,5 +46,5 @@ def write_onnx(model: MegaBertForMaskedLM, folder: Path) -> None:
             dynamo=True,
             verbose=False,
         )
-        assert program is not None, "dynamo's exporter returns what it made"
+        assert program is not None, "dynamo's exporter returns the program"
         program.save(path, external_data=None)

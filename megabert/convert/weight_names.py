@@ -1,29 +1,27 @@
-"""The weights' names in other stacks: the published MosaicBERT checkpoints, and transformers' BERT.
-
-One table says which of their tensors make one of ours. Reading and writing follow it, bitwise: nothing is computed, only
-renamed, and for BERT split or joined. A state dict with an unknown or a missing name is refused, and so is one whose
-decoder is not tied to its word embeddings, which our model could not hold. Only a whole head may be missing.
-
-MosaicBERT: https://huggingface.co/mosaicml/mosaic-bert-base, bert_layers.py. BERT: transformers' BertForMaskedLM.
-"""
+"""Rename weights between MegaBERT, the published MosaicBERT checkpoints, and transformers' BERT."""
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+Kind = Literal["mosaicbert", "bert"]
 
-class Entry(NamedTuple):
-    """One tensor of ours. theirs: those that make it, stacked along the first dimension; copies: where it appears again."""
+
+class WeightMapping(NamedTuple):
+    """One of our tensors, by name. Import and export follow the same table of these, and change no bits.
+
+    theirs: their tensors that make it, concatenated along the first dimension; duplicates: their other names for it.
+    """
 
     ours: str
     theirs: tuple[str, ...]
-    copies: tuple[str, ...] = ()
+    duplicates: tuple[str, ...] = ()
 
 
-# Modules by their names; the parameters below each are weight and bias, unless said.
+# Module names, ours to theirs. Each module has a weight and a bias.
 SHARED = {
     "bert.embeddings.norm": "bert.embeddings.LayerNorm",
     "transform.dense": "cls.predictions.transform.dense",
@@ -44,140 +42,146 @@ BERT_LAYER = SHARED_LAYER | {
     "mlp_norm": "output.LayerNorm",
 }
 PARTS = ("weight", "bias")
-WORDS = "bert.embeddings.word_embeddings.weight"
-DECODER = "cls.predictions.decoder"
+WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
+TIED_DECODER = "decoder.weight"  # the same tensor as the word embeddings
+THEIR_DECODER = "cls.predictions.decoder"
 
 
-def mosaicbert_table(num_layers: int) -> list[Entry]:
-    """The published MosaicBERT: fused Wqkv, gated_layers without a bias, no position embedding."""
-    table = _outside_layers([f"{DECODER}.bias"])
+def mosaicbert_table(num_layers: int) -> list[WeightMapping]:
+    """The published MosaicBERT: fused Wqkv, gated_layers without a bias, no position embedding.
+
+    Source: https://huggingface.co/mosaicml/mosaic-bert-base, bert_layers.py.
+    """
+    table = _outside_layers([f"{THEIR_DECODER}.bias"])
     for layer in range(num_layers):
         ours, theirs = f"bert.encoder.layers.{layer}.", f"bert.encoder.layer.{layer}."
-        table += _modules({ours + a: theirs + b for a, b in MOSAICBERT_LAYER.items()})
-        table.append(Entry(ours + "mlp.up.weight", (theirs + "mlp.gated_layers.weight",)))
+        table += _map_modules({ours + a: theirs + b for a, b in MOSAICBERT_LAYER.items()})
+        table.append(WeightMapping(ours + "mlp.up.weight", (theirs + "mlp.gated_layers.weight",)))
     return table
 
 
-def bert_table(num_layers: int) -> list[Entry]:
-    """transformers' BertForMaskedLM: query, key and value apart, learned positions, the decoder's bias twice."""
-    table = _outside_layers(["cls.predictions.bias", f"{DECODER}.bias"])
+def bert_table(num_layers: int) -> list[WeightMapping]:
+    """transformers' BertForMaskedLM: separate query, key and value, learned positions, two names of decoder.bias."""
+    table = _outside_layers(["cls.predictions.bias", f"{THEIR_DECODER}.bias"])
     positions = "bert.embeddings.position_embeddings.weight"
-    table.append(Entry(positions, (positions,)))
+    table.append(WeightMapping(positions, (positions,)))
     for layer in range(num_layers):
         ours, theirs = f"bert.encoder.layers.{layer}.", f"bert.encoder.layer.{layer}."
-        table += _modules({ours + a: theirs + b for a, b in BERT_LAYER.items()})
+        table += _map_modules({ours + a: theirs + b for a, b in BERT_LAYER.items()})
         for part in PARTS:
             names = tuple(f"{theirs}attention.self.{name}.{part}" for name in ("query", "key", "value"))
-            table.append(Entry(f"{ours}attention.qkv.{part}", names))
+            table.append(WeightMapping(f"{ours}attention.qkv.{part}", names))
     return table
 
 
-def _outside_layers(decoder_bias: list[str]) -> list[Entry]:
-    types = "bert.embeddings.token_type_embeddings.weight"
+def _outside_layers(decoder_bias: list[str]) -> list[WeightMapping]:
+    token_types = "bert.embeddings.token_type_embeddings.weight"
     return [
-        Entry(WORDS, (WORDS,), (f"{DECODER}.weight",)),
-        Entry(types, (types,)),
-        Entry("decoder.bias", (decoder_bias[0],), tuple(decoder_bias[1:])),
-        *_modules(SHARED),
+        WeightMapping(WORD_EMBEDDINGS, (WORD_EMBEDDINGS,), (f"{THEIR_DECODER}.weight",)),
+        WeightMapping(token_types, (token_types,)),
+        WeightMapping("decoder.bias", (decoder_bias[0],), tuple(decoder_bias[1:])),
+        *_map_modules(SHARED),
     ]
 
 
-def _modules(names: Mapping[str, str]) -> list[Entry]:
-    return [Entry(f"{ours}.{part}", (f"{theirs}.{part}",)) for ours, theirs in names.items() for part in PARTS]
+def _map_modules(names: Mapping[str, str]) -> list[WeightMapping]:
+    return [WeightMapping(f"{ours}.{part}", (f"{theirs}.{part}",)) for ours, theirs in names.items() for part in PARTS]
 
 
 TABLES = {"mosaicbert": mosaicbert_table, "bert": bert_table}
 
-HEAD = ("transform.", "decoder.")  # ours: the masked language model's
-SAME = ("bert.pooler.dense.", "classifier.", "qa_outputs.")  # what has one name in every stack
-LEFT_OUT = ("cls.seq_relationship.",)  # next-sentence prediction, which nothing of ours has
-BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")  # counted from 0, and zeros
-OLD_NAMES = {"gamma": "weight", "beta": "bias"}  # LayerNorm's, in checkpoints that were converted from TensorFlow
+MLM_HEAD_PREFIXES = ("transform.", "decoder.")  # our masked language modelling head
+SAME_NAME_PREFIXES = ("bert.pooler.dense.", "classifier.", "qa_outputs.")  # both sides use these names
+UNUSED_PREFIXES = ("cls.seq_relationship.",)  # next-sentence prediction, which our model does not have
+BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")  # constants: 0, 1, 2... and zeros
+LEGACY_LAYER_NORM = {"gamma": "weight", "beta": "bias"}  # in checkpoints converted from TensorFlow
 
 
-class Translation(NamedTuple):
-    """weights: ours by name; missing: ours that they do not have, all of one head; left_out: theirs that we have no use for."""
+class RenamedWeights(NamedTuple):
+    """weights: by our names; missing: our names of a head that the source lacks; unused: their tensors without use."""
 
     weights: dict[str, Tensor]
     missing: list[str]
-    left_out: list[str]
+    unused: list[str]
 
 
-def translate(state: Mapping[str, Tensor], kind: str) -> Translation:
-    """Our names for a model of theirs, with or without a head. kind: "mosaicbert" or "bert".
+def to_megabert(state: Mapping[str, Tensor], kind: Kind) -> RenamedWeights:
+    """Rename another model's weights, which may lack the masked language modelling head.
 
-    Raises ValueError for a name that is unknown or missing, or a tied tensor that is not.
+    Raises ValueError if a name is unknown or missing, or if a tied tensor differs from the one that it is tied to.
     """
-    state = standard_names(state)
+    state = normalize_names(state)
     table = TABLES[kind](num_layers(state, "layer"))
-    head = [entry for entry in table if entry.ours.startswith(HEAD)]
+    head = [entry for entry in table if entry.ours.startswith(MLM_HEAD_PREFIXES)]
     missing = [entry.ours for entry in head]
     if any(name in state for entry in head for name in entry.theirs):
         missing = []
     table = [entry for entry in table if entry.ours not in missing]
-    wanted = {name for entry in table for name in entry.theirs}
-    copies = {name for entry in table for name in entry.copies}
-    same = {name for name in state if name.startswith(SAME)}
-    left_out = {name for name in state if name.startswith(LEFT_OUT)}
-    _check_names(state, wanted, copies | same | left_out, kind)
+    required = {name for entry in table for name in entry.theirs}
+    duplicates = {name for entry in table for name in entry.duplicates}
+    same = {name for name in state if name.startswith(SAME_NAME_PREFIXES)}
+    unused = {name for name in state if name.startswith(UNUSED_PREFIXES)}
+    _check_names(state, required, duplicates | same | unused, kind)
     ours = {name: state[name] for name in sorted(same)}
     for entry in table:
         parts = [state[name] for name in entry.theirs]
         ours[entry.ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        for copy in entry.copies:
-            if copy in state and not torch.equal(state[copy], ours[entry.ours]):
-                raise ValueError(f"{copy} differs from {entry.theirs[0]}, but this model ties them.")
-    return Translation(ours, missing, sorted(left_out))
+        for duplicate in entry.duplicates:
+            if duplicate in state and not torch.equal(state[duplicate], ours[entry.ours]):
+                raise ValueError(f"{duplicate} differs from {entry.theirs[0]}, but this model ties them.")
+    return RenamedWeights(ours, missing, sorted(unused))
 
 
-def standard_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their names as their masked language model has them: a bare encoder lacks the prefix, old files name LayerNorm otherwise."""
-    bare = any(name.startswith("embeddings.") for name in state)
-    standard = {}
+def normalize_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Use the names of their masked language model: add the prefix that a bare encoder lacks, rename old LayerNorms."""
+    is_bare_encoder = any(name.startswith("embeddings.") for name in state)
+    normalized = {}
     for name, tensor in state.items():
         stem, _, last = name.rpartition(".")
-        whole = f"{stem}.{OLD_NAMES.get(last, last)}" if stem.endswith("LayerNorm") else name
-        if bare and whole.startswith(("embeddings.", "encoder.", "pooler.")):
-            whole = f"bert.{whole}"
-        if whole not in BUFFERS:
-            standard[whole] = tensor
-    return standard
+        new = f"{stem}.{LEGACY_LAYER_NORM.get(last, last)}" if stem.endswith("LayerNorm") else name
+        if is_bare_encoder and new.startswith(("embeddings.", "encoder.", "pooler.")):
+            new = f"bert.{new}"
+        if new not in BUFFERS:
+            normalized[new] = tensor
+    return normalized
 
 
-def from_published(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Our MegaBertForMaskedLM's state dict from theirs. kind: "mosaicbert" or "bert".
+def to_megabert_state_dict(state: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
+    """Rename another masked language model's weights to the state dict of our MegaBertForMaskedLM.
 
-    Raises ValueError for a name that is unknown or missing, or a tied tensor that is not.
+    Raises ValueError if a name is unknown or missing, or if a tied tensor differs from the one that it is tied to.
     """
-    found = translate(state, kind)
-    if found.missing:
-        raise ValueError(f"this state dict is not a {kind} masked language model: it has no head ({found.missing[0]}).")
-    return found.weights | {"decoder.weight": found.weights[WORDS]}
+    renamed = to_megabert(state, kind)
+    if renamed.missing:
+        raise ValueError(
+            f"this state dict is not a {kind} masked language model: it has no head ({renamed.missing[0]})."
+        )
+    return renamed.weights | {TIED_DECODER: renamed.weights[WORD_EMBEDDINGS]}
 
 
-def to_published(state: Mapping[str, Tensor], kind: str, copies: bool = True) -> dict[str, Tensor]:
-    """Their state dict from our MegaBertForMaskedLM's, which may leave its tied decoder.weight out.
+def from_megabert(state: Mapping[str, Tensor], kind: Kind, duplicates: bool = True) -> dict[str, Tensor]:
+    """Rename the weights of our MegaBertForMaskedLM, which may omit the tied decoder.weight.
 
-    copies: with the tensors that appear twice under their names, as their state_dict() has them and their files need not.
+    duplicates: also return the tensors that have a second name, as their state_dict() does and their files need not.
     """
     table = TABLES[kind](num_layers(state, "layers"))
-    same = {name for name in state if name.startswith(SAME)}
-    _check_names(state, {entry.ours for entry in table}, {"decoder.weight"} | same, f"megabert as {kind}")
+    same = {name for name in state if name.startswith(SAME_NAME_PREFIXES)}
+    _check_names(state, {entry.ours for entry in table}, {TIED_DECODER} | same, f"megabert as {kind}")
     theirs = {name: state[name] for name in sorted(same)}
     for entry in table:
         parts = state[entry.ours].chunk(len(entry.theirs))
         theirs |= dict(zip(entry.theirs, parts, strict=True))
-        if copies:
-            theirs |= dict.fromkeys(entry.copies, state[entry.ours])
+        if duplicates:
+            theirs |= dict.fromkeys(entry.duplicates, state[entry.ours])
     return theirs
 
 
 def num_layers(state: Mapping[str, Tensor], word: str) -> int:
-    """How many layers the names tell of. word: what comes before their number, "layer" in theirs, "layers" in ours.
+    """Count the layers in a state dict. word: the name before a layer's number, "layer" in theirs, "layers" in ours.
 
-    Raises ValueError if some before the last are missing: however high its number, memory is needed for those there are.
+    Raises ValueError if a number below the highest is missing, so that one huge number cannot make a huge table.
     """
-    numbers = {found[1] for name in state if (found := re.match(rf"bert\.encoder\.{word}\.([0-9]+)\.", name))}
+    numbers = {match[1] for name in state if (match := re.match(rf"bert\.encoder\.{word}\.([0-9]+)\.", name))}
     for number in range(len(numbers)):
         if str(number) not in numbers:
             highest = max(numbers, key=lambda digits: (len(digits), digits))
@@ -185,8 +189,8 @@ def num_layers(state: Mapping[str, Tensor], word: str) -> int:
     return len(numbers)
 
 
-def _check_names(state: Mapping[str, Tensor], wanted: set[str], allowed: set[str], kind: str) -> None:
-    for problem, names in (("unknown", state.keys() - wanted - allowed), ("missing", wanted - state.keys())):
+def _check_names(state: Mapping[str, Tensor], required: set[str], optional: set[str], kind: str) -> None:
+    for problem, names in (("unknown", state.keys() - required - optional), ("missing", required - state.keys())):
         if names:
             first = ", ".join(sorted(names)[:3])
             raise ValueError(f"this state dict is not a {kind} masked language model: {len(names)} {problem}: {first}")

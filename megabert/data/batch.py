@@ -1,9 +1,9 @@
-"""What reaches the model: one bin, packed and masked, in one flat buffer."""
+"""PackedBatch, the input of the model: one packed and masked bin in one flat buffer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,19 +12,19 @@ from megabert.data.masking import mask
 from megabert.data.packing import filler_lengths
 from megabert.data.shards.manifest import TokenizerInfo
 
-ALIGNMENT = 64  # elements, 256 bytes: every part of the buffer begins where the widest loads want it
-IGNORE_INDEX = -100  # a label that asks for nothing
+ALIGNMENT = 64  # elements, 256 bytes: every tensor in the buffer is aligned for the widest loads
+IGNORE_INDEX = -100  # the label of an unused slot
 
 
 class Shapes(NamedTuple):
-    """T, D_max and M_max: the shapes of all batches of a phase."""
+    """T, D_max and M_max, which determine the shapes of all batches of a phase."""
 
     bin_tokens: int
     max_documents: int
     max_masked: int
 
     def parts(self) -> dict[str, tuple[int, int]]:
-        """Where each tensor is in the buffer: (begin, elements)."""
+        """Return the (begin, elements) of each tensor in the buffer."""
         sizes = {
             "input_ids": self.bin_tokens,
             "position_ids": self.bin_tokens,
@@ -32,11 +32,11 @@ class Shapes(NamedTuple):
             "masked_positions": self.max_masked,
             "masked_labels": self.max_masked,
         }
-        places, begin = {}, 0
+        parts, begin = {}, 0
         for name, size in sizes.items():
-            places[name] = (begin, size)
+            parts[name] = (begin, size)
             begin += -(-size // ALIGNMENT) * ALIGNMENT
-        return places
+        return parts
 
     @property
     def elements(self) -> int:
@@ -46,11 +46,12 @@ class Shapes(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One bin. Every shape is the same for all bins of a phase.
+    """One packed and masked bin. All bins of a phase have the same shapes.
 
-    buffer: int32, holds what the properties view: one copy between processes, and one to the device.
-    max_seqlen: the phase's constant bound. index: i. num_masked: labels in use. num_tokens: real tokens, specials
-    counted, filler not. sum_squared_lengths: over real pieces, for counting attention's FLOPs.
+    buffer: int32, the storage of all tensors, so that one copy moves a batch between processes or to the device.
+    max_seqlen: longest piece of the phase, the same for all its bins. index: the bin's global index. num_masked: labels
+    in use. num_tokens: real tokens, specials counted, filler not. sum_squared_lengths: over real pieces, for counting
+    the FLOPs of attention.
     """
 
     buffer: torch.Tensor
@@ -65,8 +66,8 @@ class PackedBatch:
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {name: self.buffer[begin : begin + size] for name, (begin, size) in self.shapes.parts().items()}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the views, each of which would travel as a buffer of its own."""
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the views: each of them would be pickled as a buffer of its own."""
         return {name: value for name, value in vars(self).items() if name != "_tensors"}
 
     @property
@@ -76,37 +77,37 @@ class PackedBatch:
 
     @property
     def position_ids(self) -> torch.Tensor:
-        """(T,), counted from 0 in each piece."""
+        """(T,), starts at 0 in each piece."""
         return self._tensors["position_ids"]
 
     @property
     def cu_seqlens(self) -> torch.Tensor:
-        """(D_max + 1,) from 0 to T, then T again for the places unused: empty sequences."""
+        """(D_max + 1,) from 0 to T; unused slots repeat T, which makes empty sequences."""
         return self._tensors["cu_seqlens"]
 
     @property
     def masked_positions(self) -> torch.Tensor:
-        """(M_max,) into T, ascending; 0 at unused places."""
+        """(M_max,) positions in the T tokens, ascending; 0 in unused slots."""
         return self._tensors["masked_positions"]
 
     @property
     def masked_labels(self) -> torch.Tensor:
-        """(M_max,); -100 at unused places."""
+        """(M_max,); -100 in unused slots."""
         return self._tensors["masked_labels"]
 
     def pin_memory(self) -> "PackedBatch":
-        """The same in page-locked memory; a DataLoader calls this."""
-        return PackedBatch(**(self.__getstate__() | {"buffer": self.buffer.pin_memory()}))
+        """Copy the batch to page-locked memory; a DataLoader calls this."""
+        return replace(self, buffer=self.buffer.pin_memory())
 
-    def model_inputs(self, device: torch.device) -> dict[str, Any]:
-        """What the model's forward takes, on its device."""
+    def model_inputs(self, device: torch.device) -> dict[str, torch.Tensor | int]:
+        """Return the keyword arguments of the model's forward, on its device."""
         buffer = self.buffer.to(device, non_blocking=True)
         parts = self.shapes.parts().items()
         return {name: buffer[begin : begin + size] for name, (begin, size) in parts} | {"max_seqlen": self.max_seqlen}
 
 
 class Bin(NamedTuple):
-    """Pieces to lay out. parts: runs of framed pieces, in order; lengths: (n,) of each piece, specials counted."""
+    """The pieces of one bin. parts: framed pieces, end to end in order; lengths: (n,) of each piece with specials."""
 
     parts: Sequence[np.ndarray]
     lengths: np.ndarray
@@ -122,7 +123,7 @@ def lay_out(
     tokenizer: TokenizerInfo,
     rng: np.random.Generator,
 ) -> PackedBatch:
-    """Lay pieces one after the other, then filler of [PAD], mask, and make it batch number `index`."""
+    """Lay out pieces and then [PAD] filler in a buffer, mask them, and return batch number `index`."""
     buffer = np.empty(shapes.elements, dtype=np.int32)
     views = {name: buffer[begin : begin + size] for name, (begin, size) in shapes.parts().items()}
     num_tokens = int(chosen.lengths.sum())
@@ -135,7 +136,7 @@ def lay_out(
     views["cu_seqlens"][0] = 0
     views["cu_seqlens"][1 : len(ends) + 1] = ends
     views["cu_seqlens"][len(ends) + 1 :] = shapes.bin_tokens
-    _count_from_zero(lengths, ends, views["position_ids"])
+    _fill_position_ids(lengths, ends, views["position_ids"])
     masked = mask(
         ids,
         ~tokenizer.is_special.take(ids),
@@ -158,8 +159,8 @@ def lay_out(
     )
 
 
-def _count_from_zero(lengths: np.ndarray, ends: np.ndarray, out: np.ndarray) -> None:
-    """lengths [2, 3] -> out [0, 1, 0, 1, 2]: a running sum of ones that falls back where a piece begins."""
+def _fill_position_ids(lengths: np.ndarray, ends: np.ndarray, out: np.ndarray) -> None:
+    """lengths [2, 3] -> out [0, 1, 0, 1, 2]: a cumulative sum of ones that drops back to 0 at each begin of a piece."""
     out.fill(1)
     out[0] = 0
     out[ends[:-1]] = 1 - lengths[:-1]

@@ -1,9 +1,9 @@
-"""The pieces of one chunk, framed as [CLS] ... [SEP], and which of them are in a bin already. Pure but for that."""
+"""Pieces of one chunk, framed as [CLS] ... [SEP], and a record of which ones are already in a bin."""
 
 import base64
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,15 +12,18 @@ from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.sample_format import TokenChunk
 
 
-class Cutting(NamedTuple):
-    """How documents become pieces. truncate: only each document's first piece is used."""
+class PieceOptions(NamedTuple):
+    """How documents are cut into pieces.
+
+    max_seq_len: most tokens of a piece, specials counted; truncate: use only the first piece of each document.
+    """
 
     max_seq_len: int
     truncate: bool
 
 
 class Bits(NamedTuple):
-    """A row of booleans, small enough to write down with every checkpoint."""
+    """Booleans packed into bits, small enough to store in every checkpoint."""
 
     count: int
     packed: bytes
@@ -32,109 +35,119 @@ class Bits(NamedTuple):
     def values(self) -> np.ndarray:
         return np.unpackbits(np.frombuffer(self.packed, dtype=np.uint8), count=self.count).astype(bool)
 
-    def to_json(self) -> list[Any]:
+    def to_json(self) -> list[int | str]:
         return [self.count, base64.b64encode(zlib.compress(self.packed, 9)).decode()]
 
     @classmethod
-    def from_json(cls, raw: list[Any]) -> "Bits":
+    def from_json(cls, raw: tuple[int, str]) -> "Bits":
         return cls(raw[0], zlib.decompress(base64.b64decode(raw[1])))
 
 
 class Intervals(NamedTuple):
-    """Runs of raw tokens that belong together. start, size: (n,) in the chunk's tokens.
+    """Ranges of raw tokens of a chunk, each within one document.
 
-    arrival: (n,) tokens of the chunk that come before, counting only those that are used: where in the order of a
-    mixture the run belongs.
+    start, size: (n,) in the chunk's tokens. used_offset: (n,) used tokens of the chunk before each range; this places
+    the range in the order of a mixture.
     """
 
     start: np.ndarray
     size: np.ndarray
-    arrival: np.ndarray
+    used_offset: np.ndarray
 
 
-class Past(NamedTuple):
-    """What of a block was in bins when a phase ended. max_seq_len: of that phase; taken: (n,) bool over its pieces."""
+class PhaseSnapshot(NamedTuple):
+    """Which pieces of a chunk were in bins when a phase ended.
+
+    max_seq_len: of that phase; taken: (n,) bool over the chunk's pieces in that phase.
+    """
 
     max_seq_len: int
     taken: np.ndarray
 
 
-@dataclass
-class Block:
-    """A chunk in a stream's window.
-
-    entry, chunk: its place in the stream. before: tokens of its lane before it. ids: framed pieces end to end.
-    begins, lengths: (n,) of each piece in ids; arrival: (n,) as in Intervals; taken: (n,) whether it is in a bin.
-    used_tokens: raw tokens of all its pieces when it was loaded. past: for every earlier phase of the lane what was taken
-    at its end, None where the block was not there yet.
-    """
+class ChunkId(NamedTuple):
+    """A chunk's position in its stream: the entry in the stream's list of splits, and the chunk within that split."""
 
     entry: int
     chunk: int
-    before: int
+
+
+@dataclass
+class ChunkPieces:
+    """The pieces of one chunk in a packing buffer. Only `taken` and `num_waiting` change after construction.
+
+    used_before: used tokens of the same source and stream before this chunk.
+    ids: framed pieces end to end; begins, lengths: (n,) of each piece in ids; used_offset: (n,) as in Intervals.
+    taken: (n,) bool, True for a piece that is in a bin.
+    used_tokens: raw tokens of all pieces when the chunk was first loaded.
+    snapshots: one for each earlier phase, None where the chunk was not in the buffer when that phase ended.
+    """
+
+    chunk_id: ChunkId
+    used_before: int
     ids: np.ndarray
     begins: np.ndarray
     lengths: np.ndarray
-    arrival: np.ndarray
+    used_offset: np.ndarray
     taken: np.ndarray
     used_tokens: int
-    past: tuple[Past | None, ...] = ()
+    snapshots: tuple[PhaseSnapshot | None, ...] = ()
     damaged: bool = False
     num_waiting: int = field(init=False)
 
     def __post_init__(self):
         self.num_waiting = len(self.taken)
 
-    def mark(self, taken: np.ndarray) -> None:
-        """Say which pieces are in bins already; of a chunk that was whole then and is damaged now, nothing is left."""
+    def restore_taken(self, taken: np.ndarray) -> None:
+        """Mark the pieces that were in bins at a saved position. A chunk damaged since then has no pieces to mark."""
         if len(self.taken):
             self.taken[: len(taken)] = taken
         self.num_waiting = len(self.taken) - int(np.count_nonzero(self.taken))
 
     def take(self, first: int, last: int) -> np.ndarray:
-        """Put pieces [first, last) into a bin. Returns their framed ids."""
+        """Mark pieces [first, last) as taken. Returns their framed ids."""
         self.taken[first:last] = True
         self.num_waiting -= last - first
         return self.ids[self.begins[first] : self.begins[last - 1] + self.lengths[last - 1]]
 
 
-class Place(NamedTuple):
-    """Where a chunk is in its stream: the entry in the stream's list of splits, and the chunk within the split."""
-
-    entry: int
-    chunk: int
-
-
-def make_block(
-    place: Place,
-    before: int,
+def cut_chunk(
+    chunk_id: ChunkId,
+    used_before: int,
     data: TokenChunk | None,
-    cutting: Cutting,
+    options: PieceOptions,
     tokenizer: TokenizerInfo,
-    past: list[Past | None],
-) -> Block:
-    """Cut a chunk into pieces: what earlier phases left of it, where it was in some. data None: damaged, no pieces."""
+    snapshots: list[PhaseSnapshot | None],
+) -> ChunkPieces:
+    """Cut a chunk into pieces, leaving out what earlier phases put into bins. data is None for a damaged chunk."""
     if data is None:
         none = np.empty(0, dtype=np.int64)
-        return Block(*place, before, none, none, none, none, none.astype(bool), 0, tuple(past), damaged=True)
-    intervals, used_tokens = intervals_left(data.lengths, cutting, past)
-    pieces = cut(intervals.size, *cutting)
+        taken = none.astype(bool)
+        return ChunkPieces(chunk_id, used_before, none, none, none, none, taken, 0, tuple(snapshots), damaged=True)
+    intervals, used_tokens = remaining_intervals(data.lengths, options, snapshots)
+    pieces = cut(intervals.size, *options)
     start = intervals.start[pieces.document] + pieces.start
-    arrival = intervals.arrival[pieces.document] + pieces.start
+    used_offset = intervals.used_offset[pieces.document] + pieces.start
     ids, begins, lengths = frame(data.tokens, start, pieces.size, tokenizer)
-    return Block(*place, before, ids, begins, lengths, arrival, np.zeros(len(start), bool), used_tokens, tuple(past))
+    taken = np.zeros(len(start), bool)
+    return ChunkPieces(chunk_id, used_before, ids, begins, lengths, used_offset, taken, used_tokens, tuple(snapshots))
 
 
-def intervals_left(lengths: np.ndarray, cutting: Cutting, past: list[Past | None]) -> tuple[Intervals, int]:
-    """What earlier phases left of documents of these lengths, and the raw tokens that were used of them at first."""
-    been = [phase for phase in past if phase is not None]
-    first = cutting._replace(max_seq_len=been[0].max_seq_len) if been else cutting
+def remaining_intervals(
+    lengths: np.ndarray, options: PieceOptions, snapshots: list[PhaseSnapshot | None]
+) -> tuple[Intervals, int]:
+    """Find the tokens that earlier phases left unused.
+
+    lengths: (documents,) raw tokens. Returns the intervals, and the used tokens of the chunk when it was first loaded.
+    """
+    earlier = [snapshot for snapshot in snapshots if snapshot is not None]
+    first = options._replace(max_seq_len=earlier[0].max_seq_len) if earlier else options
     size = lengths.astype(np.int64)
     used = np.minimum(size, first.max_seq_len - SPECIALS_PER_PIECE) if first.truncate else size
     intervals = Intervals(size.cumsum() - size, size, used.cumsum() - used)
-    for phase in been:
-        pieces = cut(intervals.size, phase.max_seq_len, cutting.truncate)
-        intervals = _left_over(intervals, pieces, phase.taken, cutting.truncate)
+    for snapshot in earlier:
+        pieces = cut(intervals.size, snapshot.max_seq_len, options.truncate)
+        intervals = _untaken(intervals, pieces, snapshot.taken, options.truncate)
     return intervals, int(used.sum())
 
 
@@ -143,13 +156,13 @@ def frame(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Lay pieces end to end, each as [CLS] ... [SEP].
 
-    start, size: (n,) of each piece in tokens. Returns the ids, and (n,) where each piece begins and how long it is.
+    start, size: (n,) of each piece in tokens. Returns the ids, and (n,) begin and length of each piece in them.
     """
     lengths = size + SPECIALS_PER_PIECE
     ends = lengths.cumsum()
     begins = ends - lengths
     num_text = int(size.sum())
-    if num_text == len(tokens):  # all of it, in order
+    if num_text == len(tokens):  # every token, in order
         text = tokens
     else:
         text = tokens[np.arange(num_text) + np.repeat(start - (size.cumsum() - size), size)]
@@ -162,8 +175,11 @@ def frame(
     return ids, begins, lengths
 
 
-def _left_over(intervals: Intervals, pieces: Pieces, taken: np.ndarray, truncate: bool) -> Intervals:
-    """What no bin has: neighbours of one interval joined again. Truncated, an interval is used whole or not at all."""
+def _untaken(intervals: Intervals, pieces: Pieces, taken: np.ndarray, truncate: bool) -> Intervals:
+    """Keep what is in no bin, and join neighbouring pieces of one interval.
+
+    With truncate, an interval has one piece and is kept or dropped whole.
+    """
     waiting = np.flatnonzero(~taken)
     owner = pieces.document[waiting]
     if truncate:
@@ -173,4 +189,4 @@ def _left_over(intervals: Intervals, pieces: Pieces, taken: np.ndarray, truncate
     heads = np.flatnonzero(first)
     size = np.add.reduceat(pieces.size[waiting], heads) if len(heads) else np.empty(0, dtype=np.int64)
     owner, offset = owner[heads], pieces.start[waiting[heads]]
-    return Intervals(intervals.start[owner] + offset, size, intervals.arrival[owner] + offset)
+    return Intervals(intervals.start[owner] + offset, size, intervals.used_offset[owner] + offset)

@@ -1,23 +1,25 @@
-"""Masked language modelling on one bin. Pure: (ids, rng) -> (masked positions, labels), with holes put into ids."""
+"""Masked language modelling on one bin: choose tokens, hide them in place, and return their labels."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-MASK_SHARE = 0.8  # of the chosen tokens become [MASK] ...
-RANDOM_SHARE = 0.1  # ... or a random token; the rest stay as they are (https://arxiv.org/abs/1810.04805, 3.1)
-STEPS = 1 << 16  # shares are drawn with 16 bits: to 0.001 %
+# Shares of the chosen tokens that become [MASK] or a random token; the rest stay (https://arxiv.org/abs/1810.04805,
+# 3.1).
+MASK_SHARE = 0.8
+RANDOM_SHARE = 0.1
+STEPS = 1 << 16  # random numbers have 16 bits, so a share is exact to 0.001 %
 
 
 class Masked(NamedTuple):
-    """positions: (M,) ascending; labels: (M,) what was there."""
+    """positions: (M,) ascending; labels: (M,) the original ids at these positions."""
 
     positions: np.ndarray
     labels: np.ndarray
 
 
 def masked_count(maskable: int, probability: float) -> int:
-    """Give M: the rounded share of the maskable tokens, never more than there are."""
+    """Return M, the number of tokens to mask: the rounded share of the maskable ones."""
     return min(round(probability * maskable), maskable)
 
 
@@ -31,10 +33,10 @@ def mask(
 ) -> Masked:
     """Hide a share of the maskable tokens, in place.
 
-    ids: (T,); maskable: (T,) bool, neither special nor filler; ordinary_ids: the tokenizer's ids that a random token may
-    be: no special ones, and none of the rows that only pad the embedding.
+    ids: (T,). maskable: (T,) bool, False for special tokens and filler. ordinary_ids: the ids that a random token may
+    have: no special tokens, and no rows that only pad the embedding.
     """
-    positions = np.flatnonzero(choose(maskable, probability, rng))
+    positions = np.flatnonzero(choose_masked(maskable, probability, rng))
     labels = ids[positions]
     fate = _draw(len(positions), rng)
     ids[positions[fate < round(MASK_SHARE * STEPS)]] = mask_id
@@ -43,11 +45,11 @@ def mask(
     return Masked(positions, labels)
 
 
-def choose(maskable: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
-    """Choose exactly M of the maskable places, each set of M as likely as any other. (T,) bool -> (T,) bool.
+def choose_masked(maskable: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+    """Choose exactly M of the maskable positions, uniformly over all sets of M. (T,) bool -> (T,) bool.
 
-    Each place alone first, which is fast and nearly right; then a few are added or dropped at random. Neither step
-    prefers a place, so the result does not either.
+    Draws each position independently, which is fast and gives about M; then adds or drops a few at random. Neither step
+    prefers a position, so the result is uniform.
     """
     wanted = masked_count(int(np.count_nonzero(maskable)), probability)
     chosen = maskable & (_draw(len(maskable), rng) < round(probability * STEPS))
@@ -58,6 +60,6 @@ def choose(maskable: np.ndarray, probability: float, rng: np.random.Generator) -
 
 
 def _draw(count: int, rng: np.random.Generator) -> np.ndarray:
-    """(count,) uniform uint16, four from each 64 bits of the generator."""
+    """Draw (count,) uniform uint16, four from each 64 random bits."""
     raw = np.asarray(rng.bit_generator.random_raw(-(-count // 4)), dtype="<u8")
     return raw.view("<u2")[:count]

@@ -1,18 +1,18 @@
-"""Documents to pieces, and pieces to bins of exactly T tokens. Pure: arrays in, arrays out.
-
-Bins, not rows: with attention that knows where documents end, a row has no meaning. A piece goes into a bin whole.
-"""
+"""Pure functions that cut documents into pieces and choose whole pieces for bins of exactly T tokens."""
 
 from typing import NamedTuple
 
 import numpy as np
 
 SPECIALS_PER_PIECE = 2  # [CLS] and [SEP]
-CROWDED = 8  # bins' worth of places waiting in a window of at most four bins' worth of tokens
+
+# With more than this many times max_pieces pieces waiting, most pieces must be short: the look-ahead holds the tokens
+# of at most four bins.
+CROWDED = 8
 
 
 class Pieces(NamedTuple):
-    """document: (n,) index of each piece's document; start, size: (n,) its raw tokens there, specials not counted."""
+    """document: (n,) index of each piece's document; start, size: (n,) raw tokens within it, specials not counted."""
 
     document: np.ndarray
     start: np.ndarray
@@ -20,9 +20,9 @@ class Pieces(NamedTuple):
 
 
 def cut(lengths: np.ndarray, max_seq_len: int, truncate: bool) -> Pieces:
-    """Cut documents into pieces that fit max_seq_len with their specials, evenly: 300 of at most 126 -> 100, 100, 100.
+    """Cut documents evenly into pieces that fit max_seq_len with their specials: 300 of at most 126 -> 100, 100, 100.
 
-    lengths: (documents,) raw tokens. With truncate, each document's first max_seq_len - 2 tokens only.
+    lengths: (documents,) raw tokens. With truncate, only the first max_seq_len - 2 tokens of each document are used.
     Empty documents have no piece.
     """
     room = max_seq_len - SPECIALS_PER_PIECE
@@ -38,26 +38,26 @@ def cut(lengths: np.ndarray, max_seq_len: int, truncate: bool) -> Pieces:
     return Pieces(document, start, size)
 
 
-def choose(lengths: np.ndarray, capacity: int, max_pieces: int, max_seq_len: int) -> np.ndarray:
-    """Choose the pieces of one bin from those waiting: the oldest first, then what fills the end best.
+def choose_pieces(lengths: np.ndarray, capacity: int, max_pieces: int, max_seq_len: int) -> np.ndarray:
+    """Choose the pieces of one bin from those waiting: the oldest first, then the ones that fill the end best.
 
     lengths: (n,) of the waiting pieces in order of arrival, specials counted, each at most max_seq_len.
-    capacity: T, at least max_seq_len. max_pieces: D_max, more than T / max_seq_len; the filler of ceil(free / max_seq_len) sequences counts against it.
-    Returns indices into lengths, ascending. Nothing waits longer than the look-ahead holds bins, since the
-    oldest always go first.
+    capacity: T, at least max_seq_len. max_pieces: D_max, more than T / max_seq_len; the ceil(free / max_seq_len) filler
+    sequences count against it. Returns indices into lengths, ascending. The oldest piece is always chosen, so no piece
+    waits for more bins than the look-ahead holds.
     """
     ends = lengths.cumsum()
     number = np.arange(1, len(lengths) + 1)
     allowed = number - (-(capacity - ends) // max_seq_len) <= max_pieces
-    if (
-        len(lengths) > CROWDED * max_pieces
-    ):  # the places run out, not the tokens: only what came first, or short ones pile up
+    # Many short pieces: the bin runs out of places before it runs out of tokens. Take pieces in order of arrival only;
+    # a best fit would prefer long pieces, and the short ones would pile up.
+    if len(lengths) > CROWDED * max_pieces:
         fit = allowed & (ends <= capacity)
         return np.arange(max(1, int(np.flatnonzero(fit)[-1]) + 1 if fit.any() else 1))
     # Leave between one and two longest pieces free, so that the end can be filled with the two that fit it best.
     head = int(np.searchsorted(ends, capacity - max_seq_len, side="right"))
     head = min(head, int(allowed.argmin()) if not allowed.all() else len(lengths))
-    head = min(max(head, 1), len(lengths))  # the oldest always goes: nothing starves
+    head = min(max(head, 1), len(lengths))  # always choose the oldest: no piece starves
     free = capacity - (int(ends[head - 1]) if head else 0)
     chosen = list(range(head))
     waiting = np.arange(head, len(lengths))
@@ -74,9 +74,9 @@ def choose(lengths: np.ndarray, capacity: int, max_pieces: int, max_seq_len: int
 
 
 def _best(lengths: np.ndarray, free: int, slots: int) -> list[int]:
-    """The one piece, or with two slots the two, whose tokens come closest to `free` from below; the oldest of those.
+    """Find the piece, or with two slots the pair, whose tokens come closest to `free` from below.
 
-    lengths: (n,). Returns indices into it, none if nothing fits.
+    lengths: (n,). Among pieces of one length the oldest wins. Returns indices into lengths, none if no piece fits.
     """
     values, first = np.unique(lengths, return_index=True)  # the oldest piece of each length
     place = int(np.searchsorted(values, free, side="right"))
@@ -85,14 +85,14 @@ def _best(lengths: np.ndarray, free: int, slots: int) -> list[int]:
     one = [int(first[place - 1])]
     if slots < 2:
         return one
-    partner = np.searchsorted(values, free - values, side="right") - 1  # (k,) the longest that fits beside each
+    partner = np.searchsorted(values, free - values, side="right") - 1  # (k,) the longest that fits together with each
     sums = np.where(partner >= 0, values + values[np.maximum(partner, 0)], -1)
     best = int(sums.argmax())
     if sums[best] <= values[place - 1]:
         return one
     if best != partner[best]:
         return [int(first[best]), int(first[partner[best]])]
-    twins = np.flatnonzero(lengths == values[best])[:2]  # two of one length, if there are two
+    twins = np.flatnonzero(lengths == values[best])[:2]  # two pieces of one length, if there are two
     return twins.tolist() if len(twins) == 2 else one
 
 

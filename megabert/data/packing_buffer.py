@@ -1,35 +1,40 @@
-"""The pieces of one stream that wait to be packed, from every source of the corpus, and where they came from.
+"""The packing buffer of one stream: pieces of every source that wait to be packed into bins.
 
-A source's part in a stream is a *lane*: its splits n, n + N, ... one after the other. With several sources, pieces line up
-by (tokens of their source that came before) / weight, so that every stretch of the line holds the sources by weight.
+A source cursor reads one source's share of the stream: splits n, n + N, ... of that source. With several sources,
+pieces are merged in the order of (used tokens of their source before them) / weight, so that every stretch of the
+stream holds the sources in proportion to their weights.
 """
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import webdataset
 
 from megabert.data.batch import Bin
-from megabert.data.chunk_pieces import Bits, Block, Cutting, Past, Place, make_block
-from megabert.data.packing import choose
-from megabert.data.shards.cache import threads
+from megabert.data.chunk_pieces import Bits, ChunkId, ChunkPieces, PhaseSnapshot, PieceOptions, cut_chunk
+from megabert.data.packing import choose_pieces
+from megabert.data.shards.cache import read_ahead_pool
 from megabert.data.shards.sample_format import TokenChunk
-from megabert.data.shards.source import Corpus, DamagedShardError, Source, SplitOrder, log
+from megabert.data.shards.source import Corpus, DamagedShardError, Source, SplitOrder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LanePosition:
-    """Where one source stands in one stream.
+class SourcePosition:
+    """How far one stream has read one source.
 
-    entry, chunk: the oldest chunk that is held. used_tokens: tokens of this lane before it. taken: a bit per piece from
-    there to the last one loaded, set where it is in a bin; pieces: how many each held chunk has. past: the same at the end of
-    earlier phases, as (max_seq_len, pieces, taken), with None for the pieces of a chunk that came later. damaged: the held
-    chunks that could not be read; skipped: how many there were so far.
+    entry, chunk: the oldest chunk in the buffer. used_tokens: tokens of this source and stream before that chunk.
+    pieces: number of pieces of each chunk in the buffer. taken: one bit for each of these pieces, set if it is in a
+    bin. phases: the same at the end of each earlier phase, as (max_seq_len, pieces, taken); in pieces, None stands
+    for a chunk that was not in the buffer then. damaged: chunks in the buffer that could not be read; skipped:
+    damaged chunks so far.
     """
 
     entry: int = 0
@@ -37,8 +42,8 @@ class LanePosition:
     used_tokens: int = 0
     pieces: tuple[int, ...] = ()
     taken: Bits = Bits(0, b"")  # noqa: RUF009 (immutable)
-    past: tuple[tuple[int, tuple[int | None, ...], Bits], ...] = ()
-    damaged: tuple[Place, ...] = ()
+    phases: tuple[tuple[int, tuple[int | None, ...], Bits], ...] = ()
+    damaged: tuple[ChunkId, ...] = ()
     skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -48,34 +53,37 @@ class LanePosition:
             "used_tokens": self.used_tokens,
             "pieces": list(self.pieces),
             "taken": self.taken.to_json(),
-            "past": [[max_seq_len, list(pieces), bits.to_json()] for max_seq_len, pieces, bits in self.past],
-            "damaged": [list(place) for place in self.damaged],
+            "past": [[max_seq_len, list(pieces), bits.to_json()] for max_seq_len, pieces, bits in self.phases],
+            "damaged": [list(chunk_id) for chunk_id in self.damaged],
             "skipped": self.skipped,
         }
 
     @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> "LanePosition":
+    def from_json(cls, raw: dict[str, Any]) -> "SourcePosition":
         return cls(
             entry=raw["entry"],
             chunk=raw["chunk"],
             used_tokens=raw["used_tokens"],
             pieces=tuple(raw["pieces"]),
             taken=Bits.from_json(raw["taken"]),
-            past=tuple((length, tuple(pieces), Bits.from_json(bits)) for length, pieces, bits in raw["past"]),
-            damaged=tuple(Place(*place) for place in raw["damaged"]),
+            phases=tuple((length, tuple(pieces), Bits.from_json(bits)) for length, pieces, bits in raw["past"]),
+            damaged=tuple(ChunkId(*chunk_id) for chunk_id in raw["damaged"]),
             skipped=raw["skipped"],
         )
 
-    def after(self, max_seq_len: int) -> "LanePosition":
-        """The same place at the beginning of a phase, after one of max_seq_len. Phases that no held chunk was in go."""
-        past = (*self.past, (max_seq_len, self.pieces, self.taken))
-        while past and all(count is None for count in past[0][1]):
-            past = past[1:]
-        return replace(self, pieces=(0,) * len(self.pieces), taken=Bits(0, b""), past=past)
+    def next_phase(self, max_seq_len: int) -> "SourcePosition":
+        """Give the same place at the start of the next phase. max_seq_len: of the phase that ends here.
+
+        Phases in which no chunk of the buffer had been loaded are dropped.
+        """
+        phases = (*self.phases, (max_seq_len, self.pieces, self.taken))
+        while phases and all(size is None for size in phases[0][1]):
+            phases = phases[1:]
+        return replace(self, pieces=(0,) * len(self.pieces), taken=Bits(0, b""), phases=phases)
 
 
-class StreamOf(NamedTuple):
-    """Which stream: n of N. seed: of the order of splits; None reads every split once, in order."""
+class StreamId(NamedTuple):
+    """Stream `number` of `num_streams`. seed: of the order of splits; None reads every split once, in order."""
 
     number: int
     num_streams: int
@@ -83,281 +91,284 @@ class StreamOf(NamedTuple):
 
 
 class ChunkRef(NamedTuple):
-    """A chunk's place in the stream, and in its source."""
+    """Where a chunk is: chunk_id in the stream, (shard, chunk) in the source."""
 
-    place: Place
+    chunk_id: ChunkId
     shard: int
-    number: int
+    chunk: int
 
 
-def split_entries(source: Source, stream: StreamOf, number: int, first: int) -> Iterator[tuple[int, int]]:
-    """First stage: (entry, index of its split). number: the source's in the corpus."""
+def list_splits(source: Source, stream: StreamId, source_index: int, first: int) -> Iterator[tuple[int, int]]:
+    """First stage: (entry, index of the split) from entry `first` on. source_index: of the source in the corpus."""
     if stream.seed is None:
         yield from ((entry, entry) for entry in range(first, len(source.splits)))
         return
-    order = SplitOrder(len(source.splits), stream.seed, number)
+    order = SplitOrder(len(source.splits), stream.seed, source_index)
     for entry in count(first):
         yield entry, order[stream.number + entry * stream.num_streams]
 
 
-def list_chunks(entries: Iterator[tuple[int, int]], source: Source, first: int) -> Iterator[ChunkRef]:
-    """Second stage: each split's chunks in order, while the shard of the split after it is on its way."""
-    coming = next(entries, None)
-    while coming is not None:
-        entry, split = coming[0], source.splits[coming[1]]
-        coming = next(entries, None)
-        if coming is not None:
-            source.prefetch(source.splits[coming[1]].shard)
+def list_chunks(splits: Iterator[tuple[int, int]], source: Source, first: int) -> Iterator[ChunkRef]:
+    """Second stage: each split's chunks in order; the next split's shard is prefetched meanwhile.
+
+    first: the first chunk to give of the first split.
+    """
+    upcoming = next(splits, None)
+    while upcoming is not None:
+        entry, split = upcoming[0], source.splits[upcoming[1]]
+        upcoming = next(splits, None)
+        if upcoming is not None:
+            source.prefetch(source.splits[upcoming[1]].shard)
         for chunk in range(split.first + first, split.last):
-            yield ChunkRef(Place(entry, chunk - split.first), split.shard, chunk)
+            yield ChunkRef(ChunkId(entry, chunk - split.first), split.shard, chunk)
         first = 0
 
 
 def read_chunks(
-    refs: Iterator[ChunkRef], source: Source, skip: frozenset[Place], on_bad_shard: str
-) -> Iterator[tuple[Place, TokenChunk | None]]:
-    """Third stage: every chunk's tokens, None for one that is damaged, if on_bad_shard allows that.
+    refs: Iterator[ChunkRef], source: Source, known_damaged: frozenset[ChunkId], on_bad_shard: str
+) -> Iterator[tuple[ChunkId, TokenChunk | None]]:
+    """Third stage: the tokens of every chunk; None for a damaged chunk if on_bad_shard is "skip".
 
-    skip: chunks known to be damaged, which stay so whatever is there now. Raises DamagedShardError when as many in a row are
-    damaged as the source has.
+    known_damaged: chunks that were damaged in the run to resume; they are skipped again even if they were repaired
+    since. Raises DamagedShardError for a damaged chunk if on_bad_shard is not "skip", and when more chunks in a row
+    are damaged than the source has.
     """
 
     def read(ref: ChunkRef) -> TokenChunk | None:
-        if ref.place in skip:
+        if ref.chunk_id in known_damaged:
             return None
         try:
-            return source.read_chunk(ref.shard, ref.number)
-        except DamagedShardError as damage:
+            return source.read_chunk(ref.shard, ref.chunk)
+        except DamagedShardError as error:
             if on_bad_shard != "skip":
                 raise
-            if (ref.shard, ref.number) not in source.known_damaged:
-                source.known_damaged.add((ref.shard, ref.number))
-                log.warning("skipped: %s", damage)
+            if (ref.shard, ref.chunk) not in source.reported_damaged:
+                source.reported_damaged.add((ref.shard, ref.chunk))
+                log.warning("skipped: %s", error)
             return None
 
-    in_a_row = 0
-    for ref, data in _ahead(refs, read, source.storage.read_ahead):
-        in_a_row = in_a_row + 1 if data is None else 0
-        if in_a_row > source.num_chunks:
+    consecutive = 0
+    for ref, data in _read_ahead(refs, read, source.storage.read_ahead):
+        consecutive = consecutive + 1 if data is None else 0
+        if consecutive > source.num_chunks:
             raise DamagedShardError(f"{source.folder}: none of its {source.num_chunks} chunks can be read.")
-        yield ref.place, data
+        yield ref.chunk_id, data
 
 
-def _ahead(
+def _read_ahead(
     refs: Iterator[ChunkRef], read: Callable[[ChunkRef], TokenChunk | None], depth: int
 ) -> Iterator[tuple[ChunkRef, TokenChunk | None]]:
-    """Read in order, `depth` chunks before they are wanted."""
+    """Read chunks in order, with up to `depth` reads ahead of the consumer."""
     if not depth:
         yield from ((ref, read(ref)) for ref in refs)
         return
-    under_way: deque = deque()
+    pending: deque[tuple[ChunkRef, Future[TokenChunk | None]]] = deque()
     for ref in refs:
-        under_way.append((ref, threads(os.getpid()).submit(read, ref)))
-        if len(under_way) > depth:
-            done, future = under_way.popleft()
-            yield done, future.result()
-    yield from ((done, future.result()) for done, future in under_way)
+        pending.append((ref, read_ahead_pool(os.getpid()).submit(read, ref)))
+        if len(pending) > depth:
+            oldest, future = pending.popleft()
+            yield oldest, future.result()
+    yield from ((oldest, future.result()) for oldest, future in pending)
 
 
-class Lane:
-    """One source's part in one stream: the chunks that hold its waiting pieces, oldest first."""
+class SourceCursor:
+    """One source's share of one stream: it reads chunks and keeps those with waiting pieces, oldest first."""
 
-    def __init__(self, corpus: Corpus, number: int, stream: StreamOf, cutting: Cutting, position: LanePosition):
-        source = corpus.sources[number]
-        self.number = number
-        self.weight = corpus.weights[number]
-        # Staggered over the streams by a document's length: else all would begin with one of even the rarest source.
+    def __init__(
+        self, corpus: Corpus, source_index: int, stream: StreamId, options: PieceOptions, position: SourcePosition
+    ):
+        source = corpus.sources[source_index]
+        self.source_index = source_index
+        self.weight = corpus.weights[source_index]
+        # Each stream starts at a different offset within one median document. Without that, every stream would begin
+        # with a document of even the rarest source.
         self._offset = (stream.number + 0.5) / stream.num_streams * source.median_document_tokens
-        self.blocks: deque[Block] = deque()
-        self.used_tokens = position.used_tokens  # before the next chunk to come
+        self.chunks: deque[ChunkPieces] = deque()
+        self.used_tokens = position.used_tokens  # before the next chunk to load
         self.skipped = position.skipped - len(position.damaged)
         self.ended = False
         self._tokenizer = source.tokenizer
-        self._cutting = cutting
+        self._options = options
         self._start = position
-        self._chunks = iter(
-            webdataset.DataPipeline(
-                lambda: split_entries(source, stream, number, position.entry),
-                lambda entries: list_chunks(entries, source, position.chunk),
-                lambda refs: read_chunks(refs, source, frozenset(position.damaged), corpus.on_bad_shard),
-            )
-        )
+        splits = list_splits(source, stream, source_index, position.entry)
+        refs = list_chunks(splits, source, position.chunk)
+        self._reader = read_chunks(refs, source, frozenset(position.damaged), corpus.on_bad_shard)
         self._restore(position)
 
-    def _restore(self, position: LanePosition) -> None:
-        """Load what was held, with every piece that is in a bin already marked."""
-        taken = Rows(position.pieces, position.taken.values())
-        past = [(max_seq_len, Rows(pieces, bits.values())) for max_seq_len, pieces, bits in position.past]
+    def _restore(self, position: SourcePosition) -> None:
+        """Load the chunks that were in the buffer, and mark the pieces that are already in bins."""
+        taken = _split_by_chunk(position.pieces, position.taken.values())
+        phases = [(length, _split_by_chunk(pieces, bits.values())) for length, pieces, bits in position.phases]
         for _ in position.pieces:
-            mine = [None if (row := rows.next()) is None else Past(length, row) for length, rows in past]
-            block = self._load(mine)
-            assert block is not None, "a position refers to chunks that were there"
-            row = taken.next()
-            assert row is not None, "every held chunk says what of it is taken"
-            block.mark(row)
+            snapshots = [
+                None if (mask := next(masks)) is None else PhaseSnapshot(length, mask) for length, masks in phases
+            ]
+            chunk = self._load(snapshots)
+            assert chunk is not None, "a position refers to chunks that were there"
+            mask = next(taken)
+            assert mask is not None, "a position has a mask for every chunk in the buffer"
+            chunk.restore_taken(mask)
 
-    def load(self) -> Block | None:
+    def load(self) -> ChunkPieces | None:
         """Read the next chunk, or None at the end."""
-        return self._load([None] * len(self._start.past))
+        return self._load([None] * len(self._start.phases))
 
-    def _load(self, past: list[Past | None]) -> Block | None:
-        """past: what was taken of this chunk when earlier phases ended."""
-        if (read := next(self._chunks, None)) is None:
+    def _load(self, snapshots: list[PhaseSnapshot | None]) -> ChunkPieces | None:
+        """Read the next chunk. snapshots: which of its pieces were in bins when earlier phases ended."""
+        if (read := next(self._reader, None)) is None:
             self.ended = True
             return None
-        place, data = read
-        block = make_block(place, self.used_tokens, data, self._cutting, self._tokenizer, past)
-        self.blocks.append(block)
-        self.used_tokens += block.used_tokens
-        self.skipped += block.damaged
-        return block
+        chunk_id, data = read
+        chunk = cut_chunk(chunk_id, self.used_tokens, data, self._options, self._tokenizer, snapshots)
+        self.chunks.append(chunk)
+        self.used_tokens += chunk.used_tokens
+        self.skipped += chunk.damaged
+        return chunk
 
     @property
-    def horizon(self) -> float:
-        """Up to here in the line, this lane's pieces are loaded."""
-        return np.inf if self.ended else float(self.time(self.used_tokens))
+    def loaded_until(self) -> float:
+        """The merge key up to which all pieces of this source are loaded."""
+        return np.inf if self.ended else float(self.merge_key(np.array(self.used_tokens)))
 
-    def time(self, tokens: Any) -> Any:
-        """The place in the line of a piece with so many tokens of its lane before it."""
-        return (tokens + self._offset) / self.weight
+    def merge_key(self, used_before: np.ndarray) -> np.ndarray:
+        """Give the merge order of pieces. used_before: used tokens of this source and stream before each piece."""
+        return (used_before + self._offset) / self.weight
 
-    def release(self) -> list[Block]:
-        """Let go of leading blocks that have no piece left; one always stays, to say where the lane is."""
-        gone = []
-        while len(self.blocks) > 1 and not self.blocks[0].num_waiting:
-            gone.append(self.blocks.popleft())
-        return gone
+    def drop_finished(self) -> list[ChunkPieces]:
+        """Drop the oldest chunks without waiting pieces. One chunk always stays, because the position refers to it."""
+        dropped = []
+        while len(self.chunks) > 1 and not self.chunks[0].num_waiting:
+            dropped.append(self.chunks.popleft())
+        return dropped
 
-    def position(self) -> LanePosition:
-        if not self.blocks:
+    def position(self) -> SourcePosition:
+        if not self.chunks:
             return self._start
-        oldest = self.blocks[0]
-        past = []
-        for number, (max_seq_len, _, _) in enumerate(self._start.past):
-            rows = [None if (phase := block.past[number]) is None else phase.taken for block in self.blocks]
-            past.append((max_seq_len, tuple(None if row is None else len(row) for row in rows), _joined(rows)))
-        return LanePosition(
-            entry=oldest.entry,
-            chunk=oldest.chunk,
-            used_tokens=oldest.before,
-            pieces=tuple(len(block.taken) for block in self.blocks),
-            taken=_joined([block.taken for block in self.blocks]),
-            past=tuple(past),
-            damaged=tuple(Place(block.entry, block.chunk) for block in self.blocks if block.damaged),
+        oldest = self.chunks[0]
+        phases = []
+        for number, (max_seq_len, _, _) in enumerate(self._start.phases):
+            snapshots = [chunk.snapshots[number] for chunk in self.chunks]
+            masks = [None if snapshot is None else snapshot.taken for snapshot in snapshots]
+            sizes = tuple(None if mask is None else len(mask) for mask in masks)
+            phases.append((max_seq_len, sizes, _pack_masks(masks)))
+        return SourcePosition(
+            entry=oldest.chunk_id.entry,
+            chunk=oldest.chunk_id.chunk,
+            used_tokens=oldest.used_before,
+            pieces=tuple(len(chunk.taken) for chunk in self.chunks),
+            taken=_pack_masks([chunk.taken for chunk in self.chunks]),
+            phases=tuple(phases),
+            damaged=tuple(chunk.chunk_id for chunk in self.chunks if chunk.damaged),
             skipped=self.skipped,
         )
 
 
-class Rows:
-    """Booleans of several chunks end to end, given back chunk by chunk."""
-
-    def __init__(self, sizes: Sequence[int | None], values: np.ndarray):
-        self._sizes = iter(sizes)
-        self._values = values
-
-    def next(self) -> np.ndarray | None:
-        """The next chunk's, or None if it has none."""
-        if (size := next(self._sizes)) is None:
-            return None
-        row, self._values = self._values[:size], self._values[size:]
-        return row
+def _split_by_chunk(sizes: Sequence[int | None], masks: np.ndarray) -> Iterator[np.ndarray | None]:
+    """Yield each chunk's part of masks laid end to end; None for a chunk that has no mask."""
+    begin = 0
+    for size in sizes:
+        yield None if size is None else masks[begin : begin + size]
+        begin += size or 0
 
 
-def _joined(rows: Sequence[np.ndarray | None]) -> Bits:
-    return Bits.of(np.concatenate([np.empty(0, dtype=bool), *(row for row in rows if row is not None)]))
+def _pack_masks(masks: Sequence[np.ndarray | None]) -> Bits:
+    return Bits.of(np.concatenate([np.empty(0, dtype=bool), *(mask for mask in masks if mask is not None)]))
 
 
-class Window:
-    """All that waits in one stream, lined up. Its pieces leave it in bins."""
+class PackingBuffer:
+    """The waiting pieces of one stream in merge order, from which bins are packed."""
 
-    def __init__(self, corpus: Corpus, stream: StreamOf, cutting: Cutting, positions: tuple[LanePosition, ...]):
-        """positions: one per source, or none at the start."""
-        positions = positions or (LanePosition(),) * len(corpus.sources)
-        self.cutting = cutting
-        self.lanes = [Lane(corpus, n, stream, cutting, position) for n, position in enumerate(positions)]
+    def __init__(self, corpus: Corpus, stream: StreamId, options: PieceOptions, positions: tuple[SourcePosition, ...]):
+        """positions: one for each source, or none at the start of the run."""
+        positions = positions or (SourcePosition(),) * len(corpus.sources)
+        self.options = options
+        self.cursors = [SourceCursor(corpus, n, stream, options, position) for n, position in enumerate(positions)]
         self._corpus, self._stream = corpus, stream
-        self._blocks: dict[int, Block] = {}
+        self._chunks: dict[int, ChunkPieces] = {}
         self._next_key = count()
-        # Of every waiting piece, in line: the key of its block, its number there, its length, its place in the line, its lane.
-        self._block = np.empty(0, dtype=np.int64)
-        self._piece = np.empty(0, dtype=np.int64)
+        # A table of the waiting pieces, one entry for each in every column.
+        self._chunk_key = np.empty(0, dtype=np.int64)
+        self._piece = np.empty(0, dtype=np.int64)  # index in its chunk
         self._length = np.empty(0, dtype=np.int64)
-        self._time = np.empty(0, dtype=np.float64)
-        self._lane = np.empty(0, dtype=np.int64)
-        self._ready = 0  # so many of them have all before them loaded
-        for lane in self.lanes:
-            for block in lane.blocks:
-                self._append(lane, block)
-        self._line_up()
+        self._merge_key = np.empty(0, dtype=np.float64)
+        self._source = np.empty(0, dtype=np.int64)
+        # The first pieces of the table, whose predecessors are all loaded.
+        self._num_ready = 0
+        for cursor in self.cursors:
+            for chunk in cursor.chunks:
+                self._append(cursor, chunk)
+        self._sort()
 
-    def next_phase(self, max_seq_len: int) -> "Window":
-        """The same pieces as raw tokens, cut anew."""
-        return Window(
+    def next_phase(self, max_seq_len: int) -> "PackingBuffer":
+        """Cut the waiting tokens anew into pieces of at most max_seq_len."""
+        return PackingBuffer(
             self._corpus,
             self._stream,
-            self.cutting._replace(max_seq_len=max_seq_len),
-            tuple(lane.position().after(self.cutting.max_seq_len) for lane in self.lanes),
+            self.options._replace(max_seq_len=max_seq_len),
+            tuple(cursor.position().next_phase(self.options.max_seq_len) for cursor in self.cursors),
         )
 
     def fill(self, tokens: int) -> None:
-        """Load chunks until so many tokens wait, or all have come."""
-        while self._length[: self._ready].sum() < tokens:
-            lane = min(self.lanes, key=lambda lane: lane.horizon)
-            if lane.ended:
+        """Load chunks until this many tokens are ready, or every source has ended."""
+        while self._length[: self._num_ready].sum() < tokens:
+            cursor = min(self.cursors, key=lambda cursor: cursor.loaded_until)
+            if cursor.ended:
                 return
-            if (block := lane.load()) is not None:
-                self._append(lane, block)
-            self._line_up()
+            if (chunk := cursor.load()) is not None:
+                self._append(cursor, chunk)
+            self._sort()
 
     def next_bin(self, tokens: int, max_documents: int, look_ahead: int) -> Bin | None:
-        """Take the pieces of one bin from the next `look_ahead` tokens, or None if nothing waits."""
-        if not self._ready:
+        """Take the pieces of one bin from the next `look_ahead` tokens, or None if no piece waits."""
+        if not self._num_ready:
             return None
-        lengths = self._length[: self._ready]
+        lengths = self._length[: self._num_ready]
         near = int(np.searchsorted(lengths.cumsum(), look_ahead, side="right"))
-        chosen = choose(lengths[:near], tokens, max_documents, self.cutting.max_seq_len)
-        block, piece = self._block[chosen], self._piece[chosen]
-        # Neighbours leave together: most of a bin is a few long runs.
-        breaks = np.flatnonzero((np.diff(block) != 0) | (np.diff(piece) != 1)) + 1
+        chosen = choose_pieces(lengths[:near], tokens, max_documents, self.options.max_seq_len)
+        chunk_key, piece = self._chunk_key[chosen], self._piece[chosen]
+        # Neighbouring pieces are taken together: most of a bin is a few long runs of them.
+        breaks = np.flatnonzero((np.diff(chunk_key) != 0) | (np.diff(piece) != 1)) + 1
         bounds = [0, *breaks.tolist(), len(chosen)]
         parts = [
-            self._blocks[block[first]].take(int(piece[first]), int(piece[last - 1]) + 1)
+            self._chunks[chunk_key[first]].take(int(piece[first]), int(piece[last - 1]) + 1)
             for first, last in pairwise(bounds)
         ]
         taken = Bin(parts, lengths[chosen])
-        stay = np.ones(len(self._length), dtype=bool)
-        stay[chosen] = False
-        self._keep(stay)
-        self._ready -= len(chosen)
-        self._release()
+        waiting = np.ones(len(self._length), dtype=bool)
+        waiting[chosen] = False
+        self._select(waiting)
+        self._num_ready -= len(chosen)
+        self._drop_finished()
         return taken
 
-    def position(self) -> tuple[LanePosition, ...]:
-        return tuple(lane.position() for lane in self.lanes)
+    def position(self) -> tuple[SourcePosition, ...]:
+        return tuple(cursor.position() for cursor in self.cursors)
 
-    def _append(self, lane: Lane, block: Block) -> None:
+    def _append(self, cursor: SourceCursor, chunk: ChunkPieces) -> None:
         key = next(self._next_key)
-        self._blocks[key] = block
-        waiting = np.flatnonzero(~block.taken)
-        self._block = np.concatenate([self._block, np.full(len(waiting), key)])
+        self._chunks[key] = chunk
+        waiting = np.flatnonzero(~chunk.taken)
+        merge_key = cursor.merge_key(chunk.used_before + chunk.used_offset[waiting])
+        self._chunk_key = np.concatenate([self._chunk_key, np.full(len(waiting), key)])
         self._piece = np.concatenate([self._piece, waiting])
-        self._length = np.concatenate([self._length, block.lengths[waiting]])
-        self._time = np.concatenate([self._time, lane.time(block.before + block.arrival[waiting])])
-        self._lane = np.concatenate([self._lane, np.full(len(waiting), lane.number)])
+        self._length = np.concatenate([self._length, chunk.lengths[waiting]])
+        self._merge_key = np.concatenate([self._merge_key, merge_key])
+        self._source = np.concatenate([self._source, np.full(len(waiting), cursor.source_index)])
 
-    def _line_up(self) -> None:
-        if len(self.lanes) == 1:
-            self._ready = len(self._length)
+    def _sort(self) -> None:
+        if len(self.cursors) == 1:
+            self._num_ready = len(self._length)
             return
-        # By lane where times are equal: a resumed stream loads in another order, and must line up the same.
-        self._keep(np.lexsort((self._lane, self._time)))
-        self._ready = int(np.searchsorted(self._time, min(lane.horizon for lane in self.lanes)))
+        # Equal keys are ordered by source: a resumed stream loads chunks in another order, and must give the same one.
+        self._select(np.lexsort((self._source, self._merge_key)))
+        self._num_ready = int(np.searchsorted(self._merge_key, min(cursor.loaded_until for cursor in self.cursors)))
 
-    def _keep(self, which: np.ndarray) -> None:
-        for name in ("_block", "_piece", "_length", "_time", "_lane"):
-            setattr(self, name, getattr(self, name)[which])
+    def _select(self, rows: np.ndarray) -> None:
+        """Keep only these rows of the table, in this order."""
+        for name in ("_chunk_key", "_piece", "_length", "_merge_key", "_source"):
+            setattr(self, name, getattr(self, name)[rows])
 
-    def _release(self) -> None:
-        gone = {id(block) for lane in self.lanes for block in lane.release()}
-        if gone:
-            self._blocks = {key: block for key, block in self._blocks.items() if id(block) not in gone}
+    def _drop_finished(self) -> None:
+        dropped = {id(chunk) for cursor in self.cursors for chunk in cursor.drop_finished()}
+        if dropped:
+            self._chunks = {key: chunk for key, chunk in self._chunks.items() if id(chunk) not in dropped}

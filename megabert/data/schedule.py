@@ -1,11 +1,4 @@
-"""Which micro-batches make which step, how long their pieces may be, and how much of them is masked.
-
-All pure functions of a bin's global index.
-
-A run is a list of stages. In the one that holds bin i, a step is `step_batches` bins and pieces have at most
-`max_seq_len` tokens. Bins that a rollback left behind are not used again, so a run that rolled back is further in this
-list than its count of steps says; the last stage goes on for as long as it takes.
-"""
+"""The batch schedule: micro-batches per step, longest piece and masking rate as functions of a bin's global index."""
 
 import math
 from bisect import bisect_right
@@ -16,7 +9,10 @@ from typing import Literal, NamedTuple
 
 
 class Stage(NamedTuple):
-    """first_step, first_index: where it begins, in a run that never rolls back."""
+    """Steps of `step_batches` bins (micro-batches) with pieces of at most `max_seq_len` tokens.
+
+    first_step, first_index: the step and the bin with which the stage begins in a run without rollbacks.
+    """
 
     first_step: int
     first_index: int
@@ -25,17 +21,21 @@ class Stage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The stages of a run, each beginning with a step."""
+class BatchSchedule:
+    """The stages of a run. Each begins with the first bin of a step, and the last has no end.
+
+    Bins that a rollback skipped are never used again, so after a rollback the run is further in this list than its step
+    count says.
+    """
 
     stages: tuple[Stage, ...]
 
     def at(self, index: int) -> Stage:
-        """The stage of bin `index`."""
+        """Return the stage of bin `index`."""
         return self.stages[bisect_right(self.stages, index, key=lambda stage: stage.first_index) - 1]
 
     def bins_before(self, step: int) -> int:
-        """The first bin of a step, in a run that never rolls back."""
+        """Count the bins before a step in a run without rollbacks."""
         stage = self.stages[bisect_right(self.stages, step, key=lambda stage: stage.first_step) - 1]
         return stage.first_index + (step - stage.first_step) * stage.step_batches
 
@@ -45,17 +45,17 @@ class Plan:
 
     @property
     def step_batches(self) -> list[int]:
-        """The different sizes that a step has, micro-batches."""
+        """The different numbers of micro-batches per step, ascending."""
         return sorted({stage.step_batches for stage in self.stages})
 
 
 @dataclass(frozen=True)
 class MaskingRate:
-    """The share of maskable tokens to hide: from `first` in bin 0 to `last` in bin `over` and all later ones."""
+    """The share of maskable tokens to mask: `first` at bin 0, changing along `shape` to `last` at bin `num_bins`."""
 
     first: float
     last: float
-    over: int
+    num_bins: int
     shape: Literal["linear", "cosine"] = "linear"
 
     @classmethod
@@ -63,10 +63,10 @@ class MaskingRate:
         return cls(probability, probability, 1)
 
     def at(self, index: int) -> float:
-        done = min(1.0, index / max(1, self.over))
+        progress = min(1.0, index / max(1, self.num_bins))
         if self.shape == "cosine":
-            done = (1 - math.cos(math.pi * done)) / 2
-        return self.first + (self.last - self.first) * done
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.first + (self.last - self.first) * progress
 
     @property
     def highest(self) -> float:
@@ -74,29 +74,31 @@ class MaskingRate:
 
 
 class Length(NamedTuple):
-    """max_seq_len up to this share of the run's steps."""
+    """max_seq_len up to the share `until` of the run's steps."""
 
     max_seq_len: int
     until: float
 
 
-def make_plan(
+def make_schedule(
     total_steps: int,
     step_batches: int,
     lengths: Sequence[Length],
     *,
     first_batches: int | None = None,
     warmup: float = 0,
-) -> Plan:
+) -> BatchSchedule:
     """Lay out a run of total_steps steps.
 
-    step_batches: micro-batches of a step; first_batches: the same at the start of a batch warm-up, which grows in equal
-    stages of first_batches over the share `warmup` of the steps. lengths: in order, the last until 1.
+    step_batches: micro-batches of a step after the batch warm-up. first_batches: micro-batches of a step at its
+    start; they grow by first_batches in equal stages over the share `warmup` of the steps. lengths: in order, the
+    last until 1.
     """
     first_batches = first_batches or step_batches
     if step_batches % first_batches:
         raise ValueError(
-            f"the batch warm-up starts at {first_batches} micro-batches, which do not divide the {step_batches} at its end."
+            f"the batch warm-up starts at {first_batches} micro-batches, which do not divide the {step_batches} at its "
+            "end."
         )
     levels = step_batches // first_batches
     batch_starts = {
@@ -114,4 +116,4 @@ def make_plan(
         if number:
             index += (step - starts[number - 1]) * batches[number - 1]
         stages.append(Stage(step, index, batches[number], caps[number]))
-    return Plan(tuple(stages))
+    return BatchSchedule(tuple(stages))

@@ -1,78 +1,108 @@
-"""From shards to packed, masked batches: endless, exact, and the same whatever the cluster.
+"""Streams of packed, masked batches from shards: endless, resumable at any step, and the same for any number of ranks.
 
 Bins have one global index i, counted from the start of the run. With N streams and W ranks, bin i is number i // N of
-stream i % N, and belongs to rank i % W. Streams, masks and dropout are pure functions of (seed, i); ranks and loader
-workers only divide the work. A stream's position is references to where it reads, never tokens, so a run resumes at any
-step on any number of ranks that divides N.
+stream i % N, and rank i % W trains on it. Streams, masks and dropout are pure functions of (seed, i); ranks and loader
+workers only divide the work. A stream's position refers to chunks and never contains tokens, so a run can resume at any
+step, on any number of ranks that divides N.
 
-The stages of one stream, each a generator over the one before:
+The stages of a stream are generators, each of which consumes the one before:
 
-    splits -> chunks -> pieces, of every source (window.py) -> bins -> batches
+    splits -> chunks -> pieces of every source (packing_buffer.py) -> bins -> batches
 """
 
 import logging
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megabert.data.batch import Bin, PackedBatch, Shapes, lay_out
-from megabert.data.chunk_pieces import Cutting
+from megabert.data.chunk_pieces import PieceOptions
 from megabert.data.masking import masked_count
 from megabert.data.packing import SPECIALS_PER_PIECE
-from megabert.data.packing_buffer import LanePosition, StreamOf, Window
-from megabert.data.schedule import Length, MaskingRate, Plan, make_plan
+from megabert.data.packing_buffer import PackingBuffer, SourcePosition, StreamId
+from megabert.data.schedule import BatchSchedule, Length, MaskingRate, make_schedule
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.source import Corpus
 
 log = logging.getLogger(__name__)
 
-# Pieces wait in a window of the next bin's tokens and this many longest pieces more, at most LOOK_AHEAD_BINS bins in all:
-# enough to choose from that bins of 16 longest pieces are 99.5 % full, and little to hold where bins are long.
+T = TypeVar("T")
+
+# A packing buffer holds the tokens of the next bin and of LOOK_AHEAD_PIECES longest pieces more, but of
+# LOOK_AHEAD_BINS bins at most. That is enough choice to fill bins of 16 longest pieces to 99.5 %, and little memory
+# where bins are long.
 LOOK_AHEAD_PIECES = 64
 LOOK_AHEAD_BINS = 4
 PREFETCHED = 4  # batches that each loader worker has ready
 
-# What a random number is for: one part of the counter-based generator's key, the bin's index is the other.
+# The purpose of a random number is one part of the key of the counter-based generator; the bin's index is the other.
 MASKING, DROPOUT, HELD_OUT = 1, 2, 3
-EVALUATION_SEED = 0  # not the run's: held-out losses of different runs are about the same masked tokens
+# The format of a checkpoint's streams.json: 2 is {"format": 2, "streams": {NUMBER: POSITION}}; 1 had the streams alone.
+POSITIONS_FORMAT = 2
+
+# Evaluation does not use the run's seed, so that held-out losses of different runs are about the same masked tokens.
+EVALUATION_SEED = 0
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where one stream stands after some bins: small, plain, and all that resuming needs.
+    """How far one stream has been read: everything that is needed to resume it, small and plain.
 
-    bins: bins issued, or left behind by a rollback. lanes: one place per source.
+    bins: bins issued so far or skipped by a rollback. sources: one position for each source.
     """
 
     bins: int = 0
-    lanes: tuple[LanePosition, ...] = ()
+    sources: tuple[SourcePosition, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"bins": self.bins, "lanes": [lane.to_json() for lane in self.lanes]}
+        """Return plain containers, whose keys are part of the format of a checkpoint."""
+        return {"bins": self.bins, "lanes": [source.to_json() for source in self.sources]}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Position":
-        return cls(raw["bins"], tuple(LanePosition.from_json(lane) for lane in raw["lanes"]))
+        return cls(raw["bins"], tuple(SourcePosition.from_json(source) for source in raw["lanes"]))
 
     @property
     def skipped(self) -> int:
-        """Damaged chunks that this stream went past so far."""
-        return sum(lane.skipped for lane in self.lanes)
+        """Damaged chunks that this stream has skipped so far."""
+        return sum(source.skipped for source in self.sources)
+
+
+def positions_to_json(positions: Mapping[int, Position]) -> dict[str, Any]:
+    """Return the content of a checkpoint's streams.json. positions: of every stream, by its number."""
+    streams = {str(stream): positions[stream].to_json() for stream in sorted(positions)}
+    return {"format": POSITIONS_FORMAT, "streams": streams}
+
+
+def positions_from_json(raw: dict[str, Any], where: str) -> dict[int, Position]:
+    """Parse a checkpoint's streams.json. Raises ValueError, naming it by `where`, if a newer megabert wrote it."""
+    found = raw.get("format", 1)
+    if found not in (1, POSITIONS_FORMAT):
+        raise ValueError(
+            f"{where}: format {found!r}, but this version of megabert reads formats up to {POSITIONS_FORMAT}. Upgrade "
+            "megabert to resume from this checkpoint, or name another one with --run.resume FOLDER."
+        )
+    streams = raw if found == 1 else raw["streams"]
+    return {int(stream): Position.from_json(position) for stream, position in streams.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """How bins are made. max_documents: D_max, for every max_seq_len of the plan. See PackedBatch for the letters."""
+    """How bins are made; PackedBatch and Shapes explain the letters.
+
+    max_documents: D_max for every max_seq_len of the schedule. max_masked: M_max.
+    """
 
     bin_tokens: int
-    plan: Plan
+    schedule: BatchSchedule
     max_documents: dict[int, int] = field(hash=False)
     max_masked: int
     masking: MaskingRate
@@ -81,7 +111,7 @@ class StreamConfig:
     num_streams: int
 
     def __post_init__(self):
-        for stage in self.plan.stages:
+        for stage in self.schedule.stages:
             least = -(-2 * self.bin_tokens // stage.max_seq_len)  # filler may need half of them
             most = self.max_documents[stage.max_seq_len]
             if most < least:
@@ -93,20 +123,20 @@ class StreamConfig:
     def shapes(self, max_seq_len: int) -> Shapes:
         return Shapes(self.bin_tokens, self.max_documents[max_seq_len], self.max_masked)
 
-    def cutting(self, index: int) -> Cutting:
-        """How the pieces of bin `index` are cut."""
-        return Cutting(self.plan.at(index).max_seq_len, self.truncate)
+    def piece_options(self, index: int) -> PieceOptions:
+        """Return how the pieces of bin `index` are cut."""
+        return PieceOptions(self.schedule.at(index).max_seq_len, self.truncate)
 
 
 def philox(seed: int, purpose: int, index: int) -> np.random.Generator:
-    """Give the random numbers of one bin: a pure function of its arguments, cheap for any index."""
+    """Return the random generator of one bin: a pure function of its arguments, cheap for any index."""
     key = np.array([seed, purpose], dtype=np.uint64)
     counter = np.array([0, 0, index, 0], dtype=np.uint64)  # 2^128 numbers between two bins
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def default_max_documents(corpus: Corpus, bin_tokens: int, max_seq_len: int) -> int:
-    """D_max: four times the pieces of median length that fill a bin, so that only a burst of short ones meets it."""
+    """Return D_max: four times the pieces of median length that fill a bin, so that few bins reach it."""
     median = min(corpus.median_document_tokens + SPECIALS_PER_PIECE, max_seq_len)
     return -(-4 * bin_tokens // max(SPECIALS_PER_PIECE + 1, median))
 
@@ -116,34 +146,38 @@ def open_stream(
 ) -> Iterator[tuple[PackedBatch, Position]]:
     """Yield one stream's batches from a position on, each with the position after it.
 
-    Bins below first_index that the position has not passed are left behind: a rollback goes on after them.
+    Bins after the position but below first_index are packed and dropped: a rollback resumes behind them.
     """
-    number = StreamOf(stream, config.num_streams, config.seed)
+    stream_id = StreamId(stream, config.num_streams, config.seed)
     bins = position.bins
-    before = max(0, bins - 1) * config.num_streams + stream  # the last bin issued: what waits is cut as for that one
-    window = Window(corpus, number, config.cutting(before), position.lanes)
+    # The waiting pieces were cut for the last bin that was issued.
+    last_index = max(0, bins - 1) * config.num_streams + stream
+    buffer = PackingBuffer(corpus, stream_id, config.piece_options(last_index), position.sources)
     while True:
         index = bins * config.num_streams + stream
-        max_seq_len = config.plan.at(index).max_seq_len
-        if max_seq_len != window.cutting.max_seq_len:
-            window = window.next_phase(max_seq_len)
-        chosen = next_bin(window, config)
+        max_seq_len = config.schedule.at(index).max_seq_len
+        if max_seq_len != buffer.options.max_seq_len:
+            buffer = buffer.next_phase(max_seq_len)
+        chosen = next_bin(buffer, config)
         assert chosen is not None, "training shards have no end"
         bins += 1
         if index >= first_index:
             rng = philox(config.seed, MASKING, index)
-            yield finish(chosen, index, max_seq_len, corpus.tokenizer, config, rng), Position(bins, window.position())
+            yield (
+                make_batch(chosen, index, max_seq_len, corpus.tokenizer, config, rng),
+                Position(bins, buffer.position()),
+            )
 
 
-def next_bin(window: Window, config: StreamConfig) -> Bin | None:
-    """Choose the next bin of a window, from as much as may wait."""
-    longest = window.cutting.max_seq_len
+def next_bin(buffer: PackingBuffer, config: StreamConfig) -> Bin | None:
+    """Fill the packing buffer and take the next bin from it, or None if no piece is left."""
+    longest = buffer.options.max_seq_len
     look_ahead = config.bin_tokens + min((LOOK_AHEAD_BINS - 1) * config.bin_tokens, LOOK_AHEAD_PIECES * longest)
-    window.fill(look_ahead)
-    return window.next_bin(config.bin_tokens, config.max_documents[longest], look_ahead)
+    buffer.fill(look_ahead)
+    return buffer.next_bin(config.bin_tokens, config.max_documents[longest], look_ahead)
 
 
-def finish(
+def make_batch(
     chosen: Bin, index: int, max_seq_len: int, tokenizer: TokenizerInfo, config: StreamConfig, rng: np.random.Generator
 ) -> PackedBatch:
     """Lay out and mask a bin, as the batch with global index `index`."""
@@ -159,7 +193,7 @@ def finish(
 
 
 class BatchStream(IterableDataset):
-    """The batches of one rank, in order of their index, as (batch, stream, position after it)."""
+    """The batches of one rank in order of their index, as (batch, stream, position after it)."""
 
     def __init__(
         self,
@@ -168,16 +202,17 @@ class BatchStream(IterableDataset):
         *,
         rank: int,
         world_size: int,
-        positions: dict[int, Position],
+        positions: Mapping[int, Position],
         first_index: int,
     ):
         super().__init__()
         if config.num_streams % world_size:
             raise ValueError(
-                f"the data has {config.num_streams} streams, which {world_size} ranks cannot share evenly. Use a number of "
-                f"ranks that divides {config.num_streams}, or set data.max_streams to a multiple of {world_size}."
+                f"the data has {config.num_streams} streams, which {world_size} ranks cannot share evenly. Use a "
+                f"number of ranks that divides {config.num_streams}, or set data.max_streams to a multiple of "
+                f"{world_size}."
             )
-        for size in config.plan.step_batches:
+        for size in config.schedule.step_batches:
             if size % world_size:
                 raise ValueError(f"a step of {size} micro-batches cannot be shared evenly by {world_size} ranks.")
         assert first_index % world_size == 0, "a step begins with rank 0"
@@ -204,13 +239,13 @@ class BatchStream(IterableDataset):
             index += parts * self.world_size
 
 
-def worker_count(wanted: int, streams_per_rank: int) -> int:
-    """Round down to a divisor of a rank's streams, so that each stream lives in one worker."""
-    return max((n for n in range(1, wanted + 1) if streams_per_rank % n == 0), default=0)
+def worker_count(requested: int, streams_per_rank: int) -> int:
+    """Round down to a divisor of a rank's streams, so that every worker has whole streams."""
+    return max((n for n in range(1, requested + 1) if streams_per_rank % n == 0), default=0)
 
 
 def open_loader(dataset: BatchStream, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """Pack and mask in worker processes; the training process only receives. Batches keep their order."""
+    """Open a loader whose workers pack and mask batches, so that the training process only receives them, in order."""
     streams = dataset.config.num_streams // dataset.world_size
     workers = worker_count(num_workers, streams)
     if workers != num_workers:
@@ -219,39 +254,50 @@ def open_loader(dataset: BatchStream, num_workers: int, pin_memory: bool = False
         dataset,
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_start_worker,
+        collate_fn=_identity,
+        worker_init_fn=_init_worker,
         prefetch_factor=PREFETCHED if workers else None,
         pin_memory=pin_memory,
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: T) -> T:
     return batch
 
 
-def _start_worker(_: int) -> None:
-    """One thread each: the workers are the parallelism, and the other cores have a model to train."""
+def _init_worker(_: int) -> None:
+    """Give the worker one thread, because other cores are busy with the model, and let only its parent stop it.
+
+    A stop signal to the whole process group is meant for the rank, which still needs batches to finish its step.
+    """
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # What tells a whole process group to stop is for the rank, which still needs batches to finish its step; a worker ends with it.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_when_parent_asks, name="sigterm", daemon=True).start()
+
+
+def _exit_when_parent_asks() -> None:
+    """Exit at a SIGTERM from the parent: an exiting process sends it to its workers and waits for them."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def held_out_batches(corpus: Corpus, config: StreamConfig, mlm_probability: float, max_bins: int) -> list[PackedBatch]:
-    """The fixed list of bins to evaluate on: the held-out documents in shard order, masked with a fixed seed.
+    """Pack the fixed list of bins for evaluation: held-out documents in shard order, masked with a fixed seed.
 
-    At most max_bins; the last one is filled up with [PAD] where the documents end. Pieces are as long as the run's last.
+    Returns at most max_bins. Where the documents end, the last bin is filled up with [PAD]. Pieces have the length of
+    the run's last phase.
     """
     config = evaluation_config(config, mlm_probability)
-    window = Window(corpus, StreamOf(0, 1, None), config.cutting(0), ())
-    bins = iter(lambda: next_bin(window, config), None)
+    buffer = PackingBuffer(corpus, StreamId(0, 1, None), config.piece_options(0), ())
+    bins = iter(lambda: next_bin(buffer, config), None)
     return [
-        finish(
+        make_batch(
             chosen,
             index,
-            window.cutting.max_seq_len,
+            buffer.options.max_seq_len,
             corpus.tokenizer,
             config,
             philox(EVALUATION_SEED, HELD_OUT, index),
@@ -261,15 +307,15 @@ def held_out_batches(corpus: Corpus, config: StreamConfig, mlm_probability: floa
 
 
 def evaluation_config(config: StreamConfig, mlm_probability: float) -> StreamConfig:
-    """The bins of the run's last stage with evaluation's masking."""
-    plan = make_plan(1, 1, [Length(config.plan.stages[-1].max_seq_len, 1.0)])
+    """Return the config of the run's last stage with the masking of the evaluation."""
+    schedule = make_schedule(1, 1, [Length(config.schedule.stages[-1].max_seq_len, 1.0)])
     max_masked = masked_count(config.bin_tokens, mlm_probability)
-    return replace(config, plan=plan, masking=MaskingRate.constant(mlm_probability), max_masked=max_masked)
+    return replace(config, schedule=schedule, masking=MaskingRate.constant(mlm_probability), max_masked=max_masked)
 
 
 def filler_batch(tokenizer: TokenizerInfo, config: StreamConfig, mlm_probability: float, index: int) -> PackedBatch:
-    """A batch of nothing: all [PAD], no labels. Ranks that run out of held-out bins compute it, so that all stay in step."""
+    """Make a batch of [PAD] only, without labels. Ranks with fewer held-out bins compute it to stay in step."""
     config = evaluation_config(config, mlm_probability)
-    nothing = Bin((), np.empty(0, dtype=np.int64))
+    empty = Bin((), np.empty(0, dtype=np.int64))
     rng = philox(EVALUATION_SEED, HELD_OUT, index)
-    return finish(nothing, index, config.plan.longest, tokenizer, config, rng)
+    return make_batch(empty, index, config.schedule.longest, tokenizer, config, rng)

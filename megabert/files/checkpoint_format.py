@@ -1,12 +1,15 @@
-"""A checkpoint folder: its layout, its hashes, and whether it is whole. Needs no DeepSpeed.
+"""The layout of a checkpoint folder, its hashes and its integrity check; imports no DeepSpeed.
 
 checkpoints/latest                      the tag of the newest complete checkpoint
-checkpoints/step-00000250/              complete, or not there at all
+checkpoints/step-00000250/              exists only when complete
     mp_rank_00_model_states.pt ...      DeepSpeed's files
-    streams.json                        every data stream's position
-    state.json                          counters, recipe, tokenizer, how many ranks wrote it
+    streams.json                        position of every data stream, with a format version of its own
+    state.json                          State: counters, recipe, ds_config, number of ranks; its format_version
     tokenizer.json  tokenizer_config.json
     MANIFEST.json                       size and sha256 of every file above
+
+format_version of state.json counts changes of all files but streams.json. 1: files without this key, see
+`_from_version_1`.
 """
 
 import contextlib
@@ -24,41 +27,55 @@ STATE = "state.json"
 STREAMS = "streams.json"
 TAG = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
+FORMAT_VERSION = 2
+# Keys of version 1 that have other names now.
+RENAMED = {
+    "adamw": "optimizer_source",
+    "left_behind": "rolled_back_bins",
+    "used": "wall_seconds",
+    "slowest": "max_step_seconds",
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class State:
-    """step: optimizer steps done; next_index: the first bin not yet used; recipe: as plain containers.
-
-    step_batches: micro-batches of one step over all ranks; total_steps: of the whole run.
-    tokens: real tokens seen; seconds: training time so far; ds_config: as DeepSpeed got it. adamw: whose it was;
-    guard: what it remembers;
-    left_behind: [first, last) bins that rollbacks went past. heldout_loss: nats per masked token, if measured at this step.
-    used: wall-clock seconds so far; slowest: as training/telemetry/clock.py estimates the next step.
-    """
+    """The contents of state.json."""
 
     step: int
+    """optimizer steps done"""
     next_index: int
+    """the first bin not used yet"""
     tokens: int
+    """real tokens seen"""
     seconds: float
+    """training time, without evaluation and saving"""
+    wall_seconds: float
+    """wall-clock time, summed over all restarts"""
+    max_step_seconds: float
+    """estimate of how long the next step takes at most"""
     world_size: int
     num_streams: int
     step_batches: int
+    """micro-batches of one step over all ranks"""
     total_steps: int
+    """steps of the whole run"""
     corpus: str
+    """fingerprint of the training corpus"""
     recipe: dict[str, Any]
     ds_config: dict[str, Any]
+    """as passed to DeepSpeed"""
+    zero_stage: int
     model: dict[str, Any]
-    adamw: str
+    """the model's configuration"""
+    optimizer_source: str
+    """the library that implements the optimizer"""
     guard: dict[str, Any]
-    left_behind: list[tuple[int, int]]
+    """state of the guard against bad updates"""
+    rolled_back_bins: list[tuple[int, int]]
+    """[first, last) ranges of bins that rollbacks skipped"""
     heldout_loss: float | None = None
-    used: float = 0.0
-    slowest: float = 0.0
-
-    @property
-    def zero_stage(self) -> int:
-        return self.ds_config.get("zero_optimization", {}).get("stage", 0)
+    """nats per masked token, if measured at this step"""
+    format_version: int = FORMAT_VERSION
 
     @property
     def max_seq_len(self) -> int:
@@ -76,7 +93,7 @@ def step_of(tag: str) -> int:
 
 
 def list_tags(folder: Path) -> list[str]:
-    """The complete checkpoints of a run, newest first."""
+    """List the complete checkpoints of a run, newest first."""
     if not folder.is_dir():
         return []
     tags = (item.name for item in folder.iterdir() if TAG.fullmatch(item.name) and item.is_dir())
@@ -84,9 +101,9 @@ def list_tags(folder: Path) -> list[str]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Find one checkpoint: a tag's folder itself, or the newest of a checkpoints folder or of a run's output folder.
+    """Find a checkpoint by the path of its own folder, of a checkpoints folder, or of a run's output folder.
 
-    Raises ValueError if there is none.
+    The last two give the newest checkpoint. Raises ValueError if there is none.
     """
     for folder in (path, path / "checkpoints"):
         if (folder / STATE).is_file():
@@ -94,52 +111,71 @@ def find_checkpoint(path: Path) -> Path:
         if tags := list_tags(folder):
             return folder / tags[0]
     raise ValueError(
-        f"{path}: no checkpoint here; expected a run's folder, or one of its checkpoints/step-... folders."
+        f"{path}: no checkpoint here; expected a run's output folder, or one of its checkpoints/step-... folders."
     )
 
 
 def files_of(folder: Path) -> list[str]:
-    """Every file of a checkpoint but its manifest, as sorted relative names."""
+    """List every file of a checkpoint except its manifest, as sorted relative names."""
     files = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in files if name != MANIFEST)
 
 
 def read_state(folder: Path) -> State:
-    """Raises ValueError for one that is damaged, or of another version."""
+    """Read state.json of any known version. Raises ValueError if it is damaged or its version is unknown."""
+    path = folder / STATE
     try:
-        return State(**json.loads((folder / STATE).read_text()))
-    except (ValueError, TypeError) as mistake:
-        raise ValueError(f"{folder / STATE}: damaged, or written by another version: {mistake}") from mistake
+        raw = json.loads(path.read_text())
+        version = raw.get("format_version", 1)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from error
+    if version not in (1, FORMAT_VERSION):
+        raise ValueError(
+            f"{path}: has format_version {version!r}, this MegaBERT reads versions 1 to {FORMAT_VERSION}. "
+            "Use the MegaBERT that wrote this checkpoint, or a newer one."
+        )
+    try:
+        return State(**(_from_version_1(raw) if version == 1 else raw))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged: {error!r}") from error
+
+
+def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
+    """Convert a state.json without format_version."""
+    state = {"used": 0.0, "slowest": 0.0} | raw
+    state = {RENAMED.get(key, key): value for key, value in state.items()}
+    return state | {"zero_stage": raw["ds_config"].get("zero_optimization", {}).get("stage", 0)}
 
 
 def heldout_losses(folder: Path) -> dict[str, float | None]:
-    """Tag -> held-out loss, if it was measured and can be read, of every checkpoint of a run."""
+    """Map the tag of every checkpoint of a run to its held-out loss; None if not measured or not readable."""
     losses: dict[str, float | None] = dict.fromkeys(list_tags(folder))
     for tag in losses:
-        with contextlib.suppress(OSError, ValueError):  # a damaged one must not keep newer ones from being saved
+        # A damaged checkpoint must not prevent newer ones from being saved.
+        with contextlib.suppress(OSError, ValueError):
             losses[tag] = read_state(folder / tag).heldout_loss
     return losses
 
 
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    """File name -> (bytes, sha256). Raises ValueError if the checkpoint has no manifest: it is not complete."""
+    """Map each file name to (bytes, sha256). Raises ValueError if the manifest is missing or damaged."""
     try:
         raw = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError as missing:
-        raise ValueError(f"{folder}: has no {MANIFEST}: not a complete checkpoint.") from missing
-    except json.JSONDecodeError as mistake:
-        raise ValueError(f"{folder / MANIFEST}: damaged: {mistake}") from mistake
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: has no {MANIFEST}, so it is not a complete checkpoint.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / MANIFEST}: damaged: {error}") from error
     try:
         found = {str(name): (int(size), str(digest)) for name, (size, digest) in raw.items()}
-    except (AttributeError, TypeError, ValueError) as mistake:
-        raise ValueError(f"{folder / MANIFEST}: damaged: it does not list files.") from mistake
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / MANIFEST}: damaged: it does not list files.") from error
     if STATE not in found or not any(name.endswith(".pt") for name in found):
         raise ValueError(f"{folder / MANIFEST}: damaged: it does not list a whole checkpoint.")
     return found
 
 
 def check_files(folder: Path, names: list[str] | None = None) -> str | None:
-    """Compare files with the manifest. Returns what is wrong with the first bad one, or None. names: only these."""
+    """Compare files with the manifest. Returns the first problem, or None. names: check only these files."""
     manifest = read_manifest(folder)
     for name in sorted(manifest) if names is None else names:
         size, digest = manifest[name]
@@ -149,5 +185,5 @@ def check_files(folder: Path, names: list[str] | None = None) -> str | None:
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size} bytes, expected {size}"
         if file_sha256(path) != digest:
-            return f"{path} is damaged: its hash is not the one in {MANIFEST}"
+            return f"{path} is damaged: its hash differs from the one in {MANIFEST}"
     return None

@@ -1,4 +1,4 @@
-"""A run's metrics.jsonl: a record with its step per line, which training writes and others read."""
+"""The format of metrics.jsonl: one JSON record per line, each with its step."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; what is none, as a line that a kill or a power failure left behind, is left out."""
+    """Read the records of a metrics.jsonl, without lines that a crash or a power failure cut short."""
     if not path.is_file():
         return []
     records = []

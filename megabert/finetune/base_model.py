@@ -1,4 +1,4 @@
-"""Where fine-tuning starts: any checkpoint that our model can hold, brought into one folder of ours."""
+"""The model that fine-tuning starts from: any checkpoint or BERT-like folder, converted to one folder in our layout."""
 
 import hashlib
 import json
@@ -8,92 +8,98 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 
-from megabert.convert.from_hf import read_changed, write
-from megabert.convert.hf.folder import write_config, write_weights
-from megabert.convert.hf.reading import CONFIG, SAFETENSORS, read_weights
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
+from megabert.convert.from_hf import read_and_resize, write_folder
+from megabert.convert.hf.reader import CONFIG, SAFETENSORS, read_weights
 from megabert.convert.hf.tokenizer import copy_tokenizer
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.hf.writer import write_config, write_weights
 from megabert.data.shards.manifest import TOKENIZER
-from megabert.files.atomic import staged_folder, write_atomically
+from megabert.files.atomic import replace_folder, staged_folder, write_atomically
 from megabert.files.checkpoint_format import find_checkpoint
 from megabert.files.hashing import file_sha256
 from megabert.finetune.protocol import Settings
 from megabert.finetune.tasks.task import Task
-from megabert.finetune.training import Place, build_model
+from megabert.finetune.training import Backend, build_model
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification
 
+# In the folder: which files it was converted from. A record of another version is not used: the folder is made again.
 ORIGIN = "origin.json"
+FORMAT_VERSION = 1
 
 
-class Start(NamedTuple):
-    """folder: config.json, weights and tokenizer.json; sha256: of these three."""
+class BaseModel(NamedTuple):
+    """folder: config.json, weights and tokenizer.json; sha256: one hash of these files."""
 
     folder: Path
     sha256: str
 
 
-def prepare(checkpoint: Path, out: Path) -> Start:
-    """Bring a training checkpoint, an export, or a BERT-like Hugging Face folder into `out`; reused if it is there.
+def prepare_base_model(checkpoint: Path, out: Path) -> BaseModel:
+    """Convert a training checkpoint, an export or a BERT-like Hugging Face folder to `out`, or reuse `out`.
 
     Raises ValueError if `checkpoint` is none of these, or has no tokenizer.
     """
-    source = checkpoint if (checkpoint / CONFIG).is_file() else _newest(checkpoint)
-    origin = {str(path.relative_to(source)): [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(source)}
-    record = {"source": str(source.resolve()), "files": origin}
-    if (start := _there(out, record)) is not None:
-        return start
+    source = checkpoint if (checkpoint / CONFIG).is_file() else _find_checkpoint(checkpoint)
+    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(source)}
+    record = {"format_version": FORMAT_VERSION, "source": str(source.resolve()), "files": files}
+    if (prepared := _read_prepared(out, record)) is not None:
+        return prepared
     if source.resolve() == out.resolve():
-        raise ValueError(f"{checkpoint}: is where the start of this command's jobs is written. Choose another --out.")
+        raise ValueError(f"{checkpoint}: this command writes its base model there. Choose another --out.")
     if out.exists() and not (out / ORIGIN).is_file():
-        raise ValueError(f"{out}: is in the way of the start of this command's jobs. Choose another --out, or move it.")
+        raise ValueError(
+            f"{out}: this command would write its base model there. Choose another --out, or move the folder."
+        )
     with staged_folder(out) as folder:
         if (source / CONFIG).is_file():
-            write(folder, source, read_changed(source))
+            write_folder(folder, source, read_and_resize(source))
         else:
-            _write_checkpoint(source, folder)
+            _convert_checkpoint(source, folder)
         if not (folder / TOKENIZER).is_file():
             raise ValueError(f"{checkpoint}: has no tokenizer.json and no vocab.txt.")
         sha256 = fingerprint(folder)
         write_atomically(folder / ORIGIN, json.dumps(record | {"sha256": sha256}, indent=1).encode())
-        shutil.rmtree(out, ignore_errors=True)
-        folder.rename(out)
-    return Start(out, sha256)
+        replace_folder(folder, out)
+    return BaseModel(out, sha256)
 
 
-def _there(out: Path, record: dict[str, Any]) -> Start | None:
-    """What an earlier command brought there, if it is of the same files and whole."""
+def _read_prepared(out: Path, record: dict[str, Any]) -> BaseModel | None:
+    """Return the base model of an earlier command, if it is complete and was made from the same files."""
     try:
         found = json.loads((out / ORIGIN).read_bytes())
         sha256 = fingerprint(out)
-    except (OSError, ValueError):  # not there, or only a part of it
+    except (OSError, ValueError):  # missing or incomplete
         return None
-    return Start(out, sha256) if found == record | {"sha256": sha256} else None
+    return BaseModel(out, sha256) if found == record | {"sha256": sha256} else None
 
 
-def _newest(checkpoint: Path) -> Path:
+def _find_checkpoint(path: Path) -> Path:
     try:
-        return find_checkpoint(checkpoint)
-    except ValueError as mistake:
+        return find_checkpoint(path)
+    except ValueError as error:
         raise ValueError(
-            f"{checkpoint}: neither a checkpoint (a run's folder, or one of its checkpoints/step-... folders) nor a Hugging Face "
-            "folder (config.json and weights)."
-        ) from mistake
+            f"{path}: neither a checkpoint (a run's folder, or one of its checkpoints/step-... folders) nor a "
+            "Hugging Face folder (config.json and weights)."
+        ) from error
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
-def _write_checkpoint(source: Path, out: Path) -> None:
+def _convert_checkpoint(source: Path, out: Path) -> None:
     weights, config, state = read_checkpoint(source)
-    config.padding = "unpadded"  # which changes no output, only what it costs
+    config.padding = "unpadded"  # padding changes only the speed
     write_config(out, config)
     write_weights(out, weights, "5GB")
     copy_tokenizer(source, out, state.max_seq_len)
 
 
 def fingerprint(folder: Path) -> str:
-    """One hash of a folder's config, tokenizer and weights. Raises ValueError without weights, OSError without one of the others."""
+    """Return one hash of a folder's config, tokenizer and weights.
+
+    Raises ValueError without weights, and OSError without one of the other files.
+    """
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"{folder}: has no weights.")
@@ -101,22 +107,24 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def save_model(model: MegaBertForSequenceClassification, start: Path, out: Path) -> None:
-    """Keep a fine-tuned model, its classifier too: another task starts from it without that, and it can label more."""
+def save_model(model: MegaBertForSequenceClassification, base: Path, out: Path) -> None:
+    """Save a fine-tuned model with its classifier, which is needed to label more test sets.
+
+    base: folder of the model that it was fine-tuned from, with config and tokenizer.
+    """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with staged_folder(out) as folder:
         save_file(weights, folder / SAFETENSORS)
         for name in (CONFIG, TOKENIZER):
-            shutil.copyfile(start / name, folder / name)
-        shutil.rmtree(out, ignore_errors=True)
-        folder.rename(out)
+            shutil.copyfile(base / name, folder / name)
+        replace_folder(folder, out)
 
 
-def load_model(folder: Path, task: Task, settings: Settings, place: Place) -> MegaBertForSequenceClassification:
-    """A model that save_model kept, as it was. Raises ValueError if anything of it is missing."""
-    model = build_model(folder, task, settings, place, seed=0)
+def load_model(folder: Path, task: Task, settings: Settings, backend: Backend) -> MegaBertForSequenceClassification:
+    """Load a model that save_model wrote, with its classifier. Raises ValueError if a parameter is missing."""
+    model = build_model(folder, task, settings, backend, seed=0)
     try:
         model.load_state_dict(read_weights(folder))
-    except RuntimeError as mistake:
-        raise ValueError(f"{folder}: its weights are not those of a model for {task.name}: {mistake}") from mistake
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: its weights are not those of a model for {task.name}: {error}") from error
     return model

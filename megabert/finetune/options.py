@@ -1,17 +1,17 @@
-"""What launch/finetune_glue.py is asked for. Light to import: flags are checked before torch takes its seconds to load."""
+"""The command-line options of launch/finetune_glue.py, in a module that imports nothing slow."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 
 @dataclass(frozen=True)
-class Request:
+class FinetuneOptions:
     checkpoint: str = ""
     """a pretraining run or one of its checkpoints, an exported folder, or any BERT-like Hugging Face folder"""
     tasks: str = ""
-    """all (GLUE's eight), or names: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,wnli,ax; the default is all without a --task-file"""
+    """all (GLUE's eight), or some of cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,wnli,ax; default: all without task_file"""
     task_file: str = ""
-    """tasks of your own: YAML files, with commas between"""
+    """tasks of your own: YAML files, separated by commas"""
     data: str = "data/glue"
     """folder with the tasks' data, in GLUE's TSV layout or the hub's parquet layout; or a hub data set, nyu-mll/glue"""
     out: str = "runs/glue"
@@ -19,17 +19,17 @@ class Request:
     protocol: str = "mosaicbert"
     """mosaicbert, modernbert, quick, quickstart, or a YAML file"""
     allow_no_mnli: bool = False
-    """fine-tune RTE, MRPC and STS-B from the checkpoint itself where mnli is not among the tasks"""
+    """if mnli is not among the tasks, fine-tune RTE, MRPC and STS-B from the checkpoint itself"""
     baselines: bool = False
-    """show the same architecture from random weights, and TF-IDF, too"""
+    """also fine-tune the same architecture from random weights, and train TF-IDF with a linear model"""
     submission: bool = False
-    """label the test sets, and write the zip that GLUE's server takes"""
+    """label the test sets, and write the zip file for GLUE's server"""
     workers: int = 0
     """jobs at a time; 0: one per GPU, or one per CPU core"""
     shard: str = ""
     """run only part I of N of the jobs, as I/N: for a SLURM array (launch/slurm/finetune_glue.sbatch)"""
     ops: Literal["auto", "torch", "fused"] = "auto"
-    """the model's operations, as run.ops in pretraining"""
+    """implementation of the model's operations, as run.ops in pretraining"""
 
     def __post_init__(self):
         if not self.checkpoint:

@@ -1,4 +1,4 @@
-"""Fine-tune a classifier or a regression on packed examples: no padding here either."""
+"""Fine-tuning of a classifier or a regression on packed examples, without padding."""
 
 import time
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 
-from megabert.convert.hf.reading import read_weights
-from megabert.convert.hf.tokenizer import read_tokenizer_of
+from megabert.convert.hf.reader import read_weights
+from megabert.convert.hf.tokenizer import read_hf_tokenizer
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.finetune.protocol import Settings
 from megabert.finetune.tasks.task import Examples, Task
@@ -20,27 +20,31 @@ from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification
 
-# Tokens of one bin: a step's examples are cut into as many as they need. On a CPU few enough for its cache.
+# Most tokens of one bin: a step's examples are split into bins of this size. On a CPU, small enough for its cache.
 BIN_TOKENS = {"cpu": 4096, "cuda": 32_768}
 
 
-class Place(NamedTuple):
-    """What a model runs on. ops: as run.ops of a recipe."""
+class Backend(NamedTuple):
+    """What a model computes with. ops: the implementation of its operations, as run.ops of a recipe."""
 
     device: torch.device
     ops: Any = "auto"
 
 
-class Encoded(NamedTuple):
-    """ids: token ids of each example, specials included; types: 0 in the first text, 1 in the second, or None; labels: (n,)."""
+class EncodedExamples(NamedTuple):
+    """Tokenized examples.
 
-    ids: list[list[int]]
-    types: list[list[int]] | None
+    input_ids: token ids of each example, with special tokens; token_type_ids: 0 in the first text and 1 in the second,
+    or None; labels: (n,).
+    """
+
+    input_ids: list[list[int]]
+    token_type_ids: list[list[int]] | None
     labels: Tensor | None
 
 
-class Trained(NamedTuple):
-    """seconds of training alone; examples and tokens: how many it saw, repetitions counted; bf16: whether it multiplied in it."""
+class TrainingStats(NamedTuple):
+    """seconds: of training alone; examples, tokens: seen in all epochs; bf16: whether matrices multiplied in it."""
 
     seconds: float
     examples: int
@@ -49,17 +53,18 @@ class Trained(NamedTuple):
 
 
 def load_tokenizer(folder: Path, max_seq_len: int) -> Tokenizer:
-    """A folder's tokenizer, making [CLS] a [SEP] or [CLS] a [SEP] b [SEP] of at most so many tokens.
+    """Load a folder's tokenizer, which encodes to [CLS] a [SEP] or [CLS] a [SEP] b [SEP] of at most max_seq_len tokens.
 
-    The longer text of a pair loses tokens first. Raises ValueError if there is none, or if it lacks these tokens.
+    The longer text of a pair is truncated first. Raises ValueError without a tokenizer, or without these special
+    tokens.
     """
-    tokenizer = read_tokenizer_of(folder)
+    tokenizer = read_hf_tokenizer(folder)
     cls, sep = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
-    numbers = {token: tokenizer.token_to_id(token) for token in (cls, sep)}
-    for token, number in numbers.items():
-        if number is None:
+    token_ids = {token: tokenizer.token_to_id(token) for token in (cls, sep)}
+    for token, token_id in token_ids.items():
+        if token_id is None:
             raise ValueError(f"{folder}: its tokenizer has no {token}.")
-    special: Any = list(numbers.items())
+    special: Any = list(token_ids.items())
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1", special_tokens=special
     )
@@ -67,47 +72,53 @@ def load_tokenizer(folder: Path, max_seq_len: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(examples: Examples, tokenizer: Tokenizer, two_types: bool) -> Encoded:
-    """two_types: whether the model tells a pair's texts apart by their type."""
+def encode(examples: Examples, tokenizer: Tokenizer, use_token_types: bool) -> EncodedExamples:
+    """Tokenize examples. use_token_types: whether the model has token type embeddings for the two texts of a pair."""
     second = examples.second
     texts: Any = examples.first if second is None else list(zip(examples.first, second, strict=True))
     encodings = tokenizer.encode_batch_fast(texts)
     labels = None if examples.labels is None else torch.tensor(examples.labels)
-    types = [encoding.type_ids for encoding in encodings] if second is not None and two_types else None
-    return Encoded([encoding.ids for encoding in encodings], types, labels)
+    types = [encoding.type_ids for encoding in encodings] if second is not None and use_token_types else None
+    return EncodedExamples([encoding.ids for encoding in encodings], types, labels)
 
 
-def pack(encoded: Encoded, chosen: np.ndarray, device: torch.device) -> dict[str, Any]:
-    """Lay examples end to end: the model's inputs. ids [2 9 3], [2 3] -> input_ids (5,), cu_seqlens [0, 3, 5]."""
-    parts = [encoded.ids[i] for i in chosen]
-    lengths = np.array([len(part) for part in parts])
-    types = None if encoded.types is None else [kind for i in chosen for kind in encoded.types[i]]
+def pack(encoded: EncodedExamples, indices: np.ndarray, device: torch.device) -> dict[str, Any]:
+    """Return the model's inputs for examples laid end to end.
+
+    [2 9 3], [2 3] -> input_ids [2 9 3 2 3], cu_seqlens [0, 3, 5].
+    """
+    sequences = [encoded.input_ids[i] for i in indices]
+    lengths = np.array([len(sequence) for sequence in sequences])
+    types = None
+    if encoded.token_type_ids is not None:
+        types = torch.tensor([kind for i in indices for kind in encoded.token_type_ids[i]], device=device)
     return {
-        "input_ids": torch.tensor([token for part in parts for token in part], device=device),
-        "token_type_ids": None if types is None else torch.tensor(types, device=device),
+        "input_ids": torch.tensor([token for sequence in sequences for token in sequence], device=device),
+        "token_type_ids": types,
         "cu_seqlens": torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)).to(device),
         "max_seqlen": int(lengths.max()),
     }
 
 
-def cut_into_bins(encoded: Encoded, chosen: np.ndarray, most_tokens: int) -> Iterator[np.ndarray]:
-    """Cut examples, in their order, into bins of at most so many tokens; an example longer than that has its own."""
-    lengths = np.array([len(encoded.ids[i]) for i in chosen])
+def split_into_bins(encoded: EncodedExamples, indices: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """Split examples, in order, into bins of at most max_tokens; a longer example has a bin of its own."""
+    lengths = np.array([len(encoded.input_ids[i]) for i in indices])
     begin, filled = 0, 0
-    for place, length in enumerate(lengths):
-        if place > begin and filled + length > most_tokens:
-            yield chosen[begin:place]
-            begin, filled = place, 0
+    for end, length in enumerate(lengths):
+        if end > begin and filled + length > max_tokens:
+            yield indices[begin:end]
+            begin, filled = end, 0
         filled += length
-    yield chosen[begin:]
+    yield indices[begin:]
 
 
 def build_model(
-    folder: Path, task: Task, settings: Settings, place: Place, seed: int, pretrained: bool = True
+    folder: Path, task: Task, settings: Settings, backend: Backend, seed: int, pretrained: bool = True
 ) -> MegaBertForSequenceClassification:
-    """A folder's encoder under a new head, drawn from the seed; or with pretrained False all from random weights.
+    """Build a folder's encoder with a new classifier, initialized from the seed.
 
-    A pooler that the folder has comes along; its classifier does not. Raises ValueError if any of the encoder is missing.
+    pretrained: load the folder's weights; otherwise all weights are new. A pooler is loaded, a classifier is not.
+    Raises ValueError if a parameter of the encoder is missing.
     """
     config = MegaBertConfig.from_pretrained(folder, num_labels=task.num_labels, problem_type=None)
     config.classifier_pooling = settings.pooling
@@ -120,30 +131,30 @@ def build_model(
     if pretrained:
         weights = {name: tensor for name, tensor in read_weights(folder).items() if name.startswith("bert.")}
         missing, unexpected = model.load_state_dict(weights, strict=False)
-        lost = [name for name in missing if not name.startswith(("bert.pooler.", "classifier."))]
-        if lost or unexpected:
+        missing = [name for name in missing if not name.startswith(("bert.pooler.", "classifier."))]
+        if missing or unexpected:
             raise ValueError(
-                f"{folder}: lacks {len(lost)} of the encoder's parameters and has {len(unexpected)} unknown ones, such as "
-                f"{min([*lost, *unexpected])}."
+                f"{folder}: lacks {len(missing)} of the encoder's parameters and has {len(unexpected)} unknown ones, "
+                f"such as {min([*missing, *unexpected])}."
             )
         if settings.rescale_embeddings:
             rescale_embeddings(model)
-    set_ops(model, resolve(place.ops, place.device, config, uses_bf16(settings, place.device)))
-    torch.nn.Module.to(model, place.device)
+    set_ops(model, resolve(backend.ops, backend.device, config, uses_bf16(settings, backend.device)))
+    torch.nn.Module.to(model, backend.device)
     return model
 
 
 def uses_bf16(settings: Settings, device: torch.device) -> bool:
-    """As pretraining does: where the device is fast at it."""
+    """Return whether to multiply in bf16: as in pretraining, where the device is fast at it."""
     return settings.precision == "auto" and has_fast_bf16(device)
 
 
 @torch.no_grad()
 def rescale_embeddings(model: MegaBertForSequenceClassification) -> None:
-    """Scale all embedding tables by one factor, so that the words' have their initial standard deviation.
+    """Scale all embedding tables by one factor that gives the word embeddings their initial standard deviation.
 
-    The LayerNorm that follows makes only directions matter, so the model stays the same function. But Adam's steps are
-    absolute: embeddings that pretraining has made four times as long turn four times as slowly.
+    The LayerNorm that follows removes the scale, so the model's outputs stay the same. But the size of AdamW's updates
+    does not depend on the weights': embeddings that pretraining has made four times as long turn four times as slowly.
     """
     tables = [m.weight for m in model.bert.embeddings.modules() if isinstance(m, torch.nn.Embedding)]
     factor = model.config.initializer_range / model.bert.embeddings.word_embeddings.weight.std()
@@ -152,7 +163,7 @@ def rescale_embeddings(model: MegaBertForSequenceClassification) -> None:
 
 
 def parameter_groups(model: torch.nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """With and without weight decay: norms and biases only if the protocol says so."""
+    """Group parameters with and without weight decay; norms and biases decay only if the protocol says so."""
     parameters = list(model.parameters())
     decayed = [p for p in parameters if p.dim() > 1 or settings.decay_norms_and_biases]
     others = [p for p in parameters if not (p.dim() > 1 or settings.decay_norms_and_biases)]
@@ -164,26 +175,26 @@ def parameter_groups(model: torch.nn.Module, settings: Settings) -> list[dict[st
 
 
 def learning_rate_share(step: int, steps: int, warmup: int) -> float:
-    """Linear from 0 to 1 over the warm-up, and to 0 at the last step's end. step: from 0."""
+    """Return the share of the peak learning rate at a step (from 0): linear to 1 over the warm-up, then to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return (steps - step) / max(1, steps - warmup)
 
 
 def finetune(
-    model: MegaBertForSequenceClassification, train: Encoded, settings: Settings, place: Place, seed: int
-) -> Trained:
-    """Train in place, every epoch in a new order. A step is batch_size examples, in bins; its loss is their mean.
+    model: MegaBertForSequenceClassification, train: EncodedExamples, settings: Settings, backend: Backend, seed: int
+) -> TrainingStats:
+    """Train the model in place, each epoch in a new order. The loss of a step is the mean over batch_size examples.
 
     Raises ValueError when the loss is no longer finite.
     """
     assert train.labels is not None, "training needs labels"
-    began = time.perf_counter()
+    start = time.perf_counter()
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    device, bf16 = place.device, uses_bf16(settings, place.device)
+    device, bf16 = backend.device, uses_bf16(settings, backend.device)
     labels = train.labels.to(device)
-    steps = settings.epochs * -(-len(train.ids) // settings.batch_size)
+    steps = settings.epochs * -(-len(train.input_ids) // settings.batch_size)
     warmup = max(1, round(settings.warmup * steps))
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings), lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
@@ -192,38 +203,40 @@ def finetune(
     model.train()
     total = torch.zeros((), device=device)
     for epoch in range(settings.epochs):
-        order = rng.permutation(len(train.ids))
+        order = rng.permutation(len(train.input_ids))
         for begin in range(0, len(order), settings.batch_size):
-            step = order[begin : begin + settings.batch_size]
-            for chosen in cut_into_bins(train, step, BIN_TOKENS[device.type]):
+            batch = order[begin : begin + settings.batch_size]
+            for indices in split_into_bins(train, batch, BIN_TOKENS[device.type]):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    wanted = labels[torch.from_numpy(chosen).to(device)]
-                    loss = model(**pack(train, chosen, device), labels=wanted).loss
-                (loss * (len(chosen) / len(step))).backward()
+                    bin_labels = labels[torch.from_numpy(indices).to(device)]
+                    loss = model(**pack(train, indices, device), labels=bin_labels).loss
+                (loss * (len(indices) / len(batch))).backward()
                 total += loss.detach()
             if settings.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        if not torch.isfinite(total):  # once per epoch: asking waits for the device
+        if not torch.isfinite(total):  # waits for the device, so only once per epoch
             raise ValueError(f"the loss was not finite in epoch {epoch + 1} of {settings.epochs}. Lower lr.")
-    seconds = time.perf_counter() - began
-    tokens = settings.epochs * sum(map(len, train.ids))
-    return Trained(seconds, settings.epochs * len(train.ids), tokens, bf16)
+    seconds = time.perf_counter() - start
+    tokens = settings.epochs * sum(map(len, train.input_ids))
+    return TrainingStats(seconds, settings.epochs * len(train.input_ids), tokens, bf16)
 
 
 @torch.no_grad()
-def predict(model: MegaBertForSequenceClassification, encoded: Encoded, settings: Settings, place: Place) -> np.ndarray:
-    """(n,) the number of each example's label; or for a regression the value."""
+def predict(
+    model: MegaBertForSequenceClassification, encoded: EncodedExamples, settings: Settings, backend: Backend
+) -> np.ndarray:
+    """Return (n,) predictions: indices of labels, or values of a regression."""
     model.eval()
-    device = place.device
-    # By length: neighbours of one length share an attention call on a CPU. Every example counts once, in whatever order.
-    order = np.argsort([len(ids) for ids in encoded.ids], kind="stable")
+    device = backend.device
+    # Sorted by length, because examples of one length share an attention call on a CPU.
+    order = np.argsort([len(sequence) for sequence in encoded.input_ids], kind="stable")
     parts = []
-    for chosen in cut_into_bins(encoded, order, BIN_TOKENS[device.type]):
+    for indices in split_into_bins(encoded, order, BIN_TOKENS[device.type]):
         with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(settings, device)):
-            logits = model(**pack(encoded, chosen, device)).logits
+            logits = model(**pack(encoded, indices, device)).logits
         parts.append(logits.float().squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(dim=-1))
     sorted_predictions = torch.cat(parts).cpu().numpy()
     predictions = np.empty_like(sorted_predictions)

@@ -1,4 +1,4 @@
-"""What the quickstart shows at its end: figures, five filled-in masks, a picture of the loss."""
+"""The summary that the quickstart prints: its figures, five predicted masks, and a plot of the loss."""
 
 import json
 from pathlib import Path
@@ -18,25 +18,26 @@ SENTENCES = (
     "This [MASK] is deprecated and will be removed in a future version.",
 )
 
-
-BAR_NATS, BAR_SECONDS = 1.3, 600.0  # what a quickstart must reach on two cores
+# Targets of the quickstart on two cores.
+TARGET_NATS, TARGET_SECONDS = 1.3, 600.0
 
 
 class FilledMask(NamedTuple):
     sentence: str
-    guesses: list[str]
+    tokens: list[str]
+    """the most likely tokens"""
 
 
-def fill_masks(folder: Path, sentences: tuple[str, ...] = SENTENCES, guesses: int = 3) -> list[FilledMask]:
-    """Ask an exported model for the most likely tokens at each sentence's one [MASK]."""
+def fill_masks(folder: Path, sentences: tuple[str, ...] = SENTENCES, num_tokens: int = 3) -> list[FilledMask]:
+    """Predict the most likely tokens at the one [MASK] of each sentence with an exported model."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
     filled = []
     for sentence in sentences:
         inputs = tokenizer(sentence, return_tensors="pt")
-        place = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
+        position = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
         with torch.no_grad():
-            best = model(**inputs).logits[0, place].topk(guesses).indices
+            best = model(**inputs).logits[0, position].topk(num_tokens).indices
         filled.append(FilledMask(sentence, [tokenizer.decode([token]).strip() for token in best.tolist()]))
     return filled
 
@@ -48,14 +49,14 @@ def plot_loss(run: Path, unigram_loss: float, out: Path) -> None:
     axes = figure.subplots()
     masking = json.loads((run / "run.json").read_text())["recipe"]["masking"]
     curves = (("loss", "training", "mlm_probability"), ("heldout_loss", "held out", "eval_mlm_probability"))
-    for key, name, share in curves:
+    for key, name, probability in curves:
         points = [(record["tokens"] / 1e6, record[key]) for record in records if key in record]
         axes.plot(
             *zip(*points, strict=True),
             marker="o" if key == "heldout_loss" else None,
-            label=f"{name} ({masking[share]:.0%} masked)",
+            label=f"{name} ({masking[probability]:.0%} masked)",
         )
-    axes.axhline(unigram_loss, color="grey", linestyle="--", label="unigram: guessing by frequency")
+    axes.axhline(unigram_loss, color="grey", linestyle="--", label="unigram model")
     axes.set_xlabel("tokens seen, millions")
     axes.set_ylabel("masked-token loss, nats")
     axes.legend()
@@ -64,12 +65,14 @@ def plot_loss(run: Path, unigram_loss: float, out: Path) -> None:
 
 
 def summarize(
-    run: Path, hf_dir: Path, finetune_dir: Path, pretrain_seconds: float, total_seconds: float
+    run: Path, hf_dir: Path, finetuning: dict[str, Any], pretrain_seconds: float, total_seconds: float
 ) -> dict[str, Any]:
-    """Collect the figures of one quickstart from what its stages wrote. Seconds are wall-clock, starting up included."""
+    """Collect the figures of one quickstart.
+
+    finetuning: content of the fine-tuning's results.json. Seconds are wall-clock and include start-up.
+    """
     result = json.loads((run / "result.json").read_text())
-    contenders = json.loads((finetune_dir / "results.json").read_text())["tasks"]["movie-sentiment"]
-    means = {name: part["mean"] for name, part in contenders.items()}
+    means = {name: part["mean"] for name, part in finetuning["tasks"]["movie-sentiment"].items()}
     return {
         "unigram_loss": result["unigram_loss"],
         "heldout_loss": result["heldout_loss"],
@@ -89,20 +92,21 @@ def _met(condition: bool) -> str:
 
 
 def as_text(summary: dict[str, Any], run: Path, masks: list[FilledMask]) -> str:
-    """The summary as the user reads it."""
+    """Return the summary as lines of text."""
     better = summary["unigram_loss"] - summary["heldout_loss"]
     lines = [
-        f"held-out loss      {summary['heldout_loss']:.3f} nats, {better:.2f} below the unigram's {summary['unigram_loss']:.3f}",
+        f"held-out loss      {summary['heldout_loss']:.3f} nats, {better:.2f} below the unigram's "
+        f"{summary['unigram_loss']:.3f}",
         f"masked accuracy    {summary['masked_accuracy']:.3f}",
-        f"movie-sentiment    {summary['finetune_pretrained']:.3f} pretrained, {summary['finetune_random_init']:.3f} from "
-        f"random weights, {summary['finetune_tfidf']:.3f} TF-IDF",
+        f"movie-sentiment    {summary['finetune_pretrained']:.3f} pretrained, "
+        f"{summary['finetune_random_init']:.3f} from random weights, {summary['finetune_tfidf']:.3f} TF-IDF",
         f"pretraining        {summary['pretrain_seconds']:.0f} s, {summary['tokens_per_second']:,.0f} real tokens/s",
-        f"everything         {summary['total_seconds']:.0f} s",
-        f"bars               1.3 nats below the unigram: {_met(better >= BAR_NATS)}; pretrained above random weights: "
-        f"{_met(summary['finetune_pretrained'] > summary['finetune_random_init'])}; ten minutes: "
-        f"{_met(summary['total_seconds'] <= BAR_SECONDS)}",
+        f"all stages         {summary['total_seconds']:.0f} s",
+        f"targets            1.3 nats below the unigram: {_met(better >= TARGET_NATS)}; pretrained above random "
+        f"weights: {_met(summary['finetune_pretrained'] > summary['finetune_random_init'])}; ten minutes: "
+        f"{_met(summary['total_seconds'] <= TARGET_SECONDS)}",
         "",
-        *(f"{sentence}\n    {', '.join(guesses)}" for sentence, guesses in masks),
+        *(f"{sentence}\n    {', '.join(tokens)}" for sentence, tokens in masks),
         "",
         f"loss curve         {run / 'loss.png'}",
         f"checkpoints        {run / 'checkpoints'}",

@@ -1,4 +1,4 @@
-"""Pictures of runs, from their metrics.jsonl."""
+"""Plots of the loss and the throughput of runs, from their metrics.jsonl."""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ MILLION, HOUR = 1e6, 3600.0
 
 
 def plot_runs(folders: list[Path], out: Path) -> None:
-    """Loss above, real tokens per second below; against million tokens on the left, hours of training on the right.
+    """Plot loss and real tokens per second, in two rows, against million tokens and hours of training, in two columns.
 
-    Dots are the held-out loss, at the time of the line of the log before it. Raises ValueError for a folder without metrics.
+    Dots are the held-out loss, drawn at the tokens and hours of the last logged step before. Raises ValueError for a
+    folder without metrics.
     """
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
@@ -33,28 +34,28 @@ def plot_runs(folders: list[Path], out: Path) -> None:
 
 
 def read_points(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run. Raises ValueError if there are none."""
+    """Read the records of a run. Raises ValueError if there are none."""
     points = read_metrics(folder / METRICS)
     if not any("loss" in point for point in points):
-        raise ValueError(f"{folder}: has no {METRICS} with a line of a run; expected its run.output_dir.")
+        raise ValueError(f"{folder}: has no {METRICS} with a training loss; expected the run.output_dir of a run.")
     return points
 
 
-def _draw(axes: Any, points: list[dict[str, Any]], name: str, colour: str) -> None:
+def _draw(axes: Any, points: list[dict[str, Any]], name: str, color: str) -> None:
     logged = [point for point in points if "loss" in point]
     for column, (key, unit) in enumerate((("tokens", MILLION), ("seconds", HOUR))):
-        places = [point[key] / unit for point in logged]
+        x = [point[key] / unit for point in logged]
         loss, speed = axes[0, column], axes[1, column]
-        loss.plot(places, [point["loss"] for point in logged], color=colour, alpha=0.6, linewidth=1, label=name)
-        speed.plot(places, [point["tokens_per_s"] for point in logged], color=colour, linewidth=1)
-        _draw_held_out(loss, points, key, unit, colour)
+        loss.plot(x, [point["loss"] for point in logged], color=color, alpha=0.6, linewidth=1, label=name)
+        speed.plot(x, [point["tokens_per_s"] for point in logged], color=color, linewidth=1)
+        _draw_held_out(loss, points, key, unit, color)
 
 
-def _draw_held_out(panel: Axes, points: list[dict[str, Any]], key: str, unit: float, colour: str) -> None:
-    place, places, losses = 0.0, [], []
+def _draw_held_out(panel: Axes, points: list[dict[str, Any]], key: str, unit: float, color: str) -> None:
+    latest, x, losses = 0.0, [], []
     for point in points:
-        place = point.get(key, place)
+        latest = point.get(key, latest)
         if "heldout_loss" in point:
-            places.append(place / unit)
+            x.append(latest / unit)
             losses.append(point["heldout_loss"])
-    panel.plot(places, losses, "o", color=colour, markersize=4)
+    panel.plot(x, losses, "o", color=color, markersize=4)

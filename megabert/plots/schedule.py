@@ -1,27 +1,24 @@
-"""A picture of what changes over a run: the learning rate, the masking rate, the batch, the length."""
+"""A plot of a recipe's schedules: learning rate, masking rate, batch size and sequence length."""
 
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from megabert.config.recipe import Recipe, batches_per_step, total_steps
-from megabert.training.feed import masking_rate, plan_of
-from megabert.training.optim.lr_schedule import lr_factor
+from megabert.config.recipe import Recipe
+from megabert.training.schedule import lr_factor, make_run_schedule
 
 DRAWN_POINTS = 2000
 
 
 def plot_schedule(recipe: Recipe, out: Path) -> None:
-    """Draw every schedule of a recipe against its steps. Raises ValueError as a run would, for what cannot be."""
-    step_batches = batches_per_step(recipe, 1)
-    total = total_steps(recipe, step_batches)
-    plan = plan_of(recipe, step_batches, total)
-    masking = masking_rate(recipe, plan, total)
+    """Plot every schedule of a recipe against its steps. Raises ValueError for schedules that a run would refuse."""
+    schedule = make_run_schedule(recipe, 1)
+    total, plan, masking = schedule.total_steps, schedule.stages, schedule.masking
     steps = np.unique(np.linspace(0, total - 1, DRAWN_POINTS).round().astype(int))
     bins = [plan.bins_before(step) for step in steps.tolist()]
     hours = recipe.run.max_hours
-    places = steps if hours is None else steps * (hours / total)
+    x = steps if hours is None else steps * (hours / total)
     curves = {
         "learning rate": [recipe.optimizer.lr * lr_factor(step, total, recipe.optimizer) for step in steps.tolist()],
         "masked share": [masking.at(index) for index in bins],
@@ -30,7 +27,7 @@ def plot_schedule(recipe: Recipe, out: Path) -> None:
     }
     figure = Figure(figsize=(8, 9), layout="constrained")
     for axes, (name, values) in zip(figure.subplots(len(curves), sharex=True), curves.items(), strict=True):
-        axes.plot(places, values, drawstyle="default" if name == "learning rate" else "steps-post")
+        axes.plot(x, values, drawstyle="default" if name == "learning rate" else "steps-post")
         axes.set_ylabel(name)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

@@ -1,27 +1,58 @@
-"""From a recipe to a model and its DeepSpeed engine."""
+"""The model and its DeepSpeed engine, built from the plan and optionally restored from a checkpoint."""
 
-import logging
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
 
 from megabert.config.recipe import ModelConfig, Recipe
 from megabert.data.shards.manifest import TokenizerInfo
-from megabert.kernels.resolve import Implementation, resolve
+from megabert.data.shards.source import Corpus
+from megabert.kernels.resolve import resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training.distributed.device import training_device
-from megabert.training.optim import optimizers
-from megabert.training.optim.guard import Verdict, hold_back
+from megabert.training.checkpointing import resume, universal
+from megabert.training.checkpointing.initial_weights import load_initial_weights
+from megabert.training.checkpointing.resume import Checkpoint
+from megabert.training.deepspeed_compat import gate_optimizer_step, zero_norm_reader
+from megabert.training.optim.guard import UpdateGate
+from megabert.training.optim.optimizers import parameter_groups
+from megabert.training.plan import RunPlan
 
-log = logging.getLogger(__name__)
+
+def start_engine(
+    plan: RunPlan, corpus: Corpus, gate: UpdateGate, checkpoint: Checkpoint | None
+) -> deepspeed.DeepSpeedEngine:
+    """Build the model and its engine, with initial weights or with the state of a checkpoint."""
+    model = build_model(plan.recipe, corpus.tokenizer, plan.device, plan.ds_config.bf16)
+    if plan.recipe.model.init_from and checkpoint is None:
+        load_initial_weights(model, Path(plan.recipe.model.init_from), corpus.sources[0])
+    settings = plan.ds_config.settings
+    if checkpoint is not None and universal.needs_conversion(
+        checkpoint.state, plan.ds_config.zero_stage, plan.world_size
+    ):
+        settings = universal.with_universal_loading(settings)
+    engine = build_engine(plan, model, settings, gate)
+    if checkpoint is not None:
+        resume.load(engine, checkpoint.path)
+    return engine
+
+
+def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, bf16: bool) -> MegaBertForMaskedLM:
+    """Build the model with its initial weights, which depend on the seed only, not on rank or device."""
+    config = model_config(recipe.model, tokenizer)
+    ops = resolve(recipe.run.ops, device, config, bf16)
+    torch.manual_seed(recipe.run.seed)
+    model = MegaBertForMaskedLM(config)
+    model.bert.encoder.checkpoint_every = recipe.model.checkpoint_every
+    set_ops(model, ops)
+    return model
 
 
 def model_config(config: ModelConfig, tokenizer: TokenizerInfo) -> MegaBertConfig:
-    """The architecture for one tokenizer: its vocabulary, rounded up."""
+    """The model's configuration for a tokenizer, whose vocabulary size is rounded up."""
     multiple = config.pad_vocab_to_multiple_of
     return MegaBertConfig(
         vocab_size=-(-tokenizer.vocab_size // multiple) * multiple,
@@ -43,57 +74,33 @@ def model_config(config: ModelConfig, tokenizer: TokenizerInfo) -> MegaBertConfi
     )
 
 
-def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, bf16: bool) -> MegaBertForMaskedLM:
-    """The model with its initial weights: the same for one seed, on any rank and any device."""
-    torch.manual_seed(recipe.run.seed)
-    model = MegaBertForMaskedLM(model_config(recipe.model, tokenizer))
-    model.bert.encoder.checkpoint_every = recipe.model.checkpoint_every
-    set_ops(model, resolve(recipe.run.ops, device, model.config, bf16))
-    return model
-
-
 def build_engine(
-    model: nn.Module, recipe: Recipe, ds_config: dict[str, Any], verdict: Verdict
+    plan: RunPlan, model: MegaBertForMaskedLM, ds_config: dict[str, Any], gate: UpdateGate
 ) -> deepspeed.DeepSpeedEngine:
-    """Wrap the model for training under the filled ds_config. Its learning rate is set before every step.
+    """Wrap the model for training. The training loop sets the learning rate before every step.
 
-    Raises ValueError for an optimizer or a compilation that would not work.
+    ds_config: the plan's, or the plan's with what loading a universal checkpoint needs.
     """
-    config = recipe.optimizer
-    if recipe.run.compile and (reason := why_not_compile(training_device(), ds_config)):
-        raise ValueError(reason)
-    # On a CPU PyTorch's is as fast as DeepSpeed's CPUAdam (6 ms for 12 M parameters), which takes 44 s to compile first.
-    optimizer = choose(recipe, ds_config).make(
-        optimizers.parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0
+    config = plan.recipe.optimizer
+    # On a CPU PyTorch's is as fast as DeepSpeed's CPUAdam (6 ms for 12 M parameters), which compiles for 44 s first.
+    optimizer = plan.optimizer.make(
+        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0
     )
-    hold_back(optimizer, verdict.allowed)
+    gate_optimizer_step(optimizer, gate.allows_step)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    if recipe.run.compile:
-        engine.compile(compile_kwargs={"dynamic": True})  # in place: the names of the weights stay
+    if plan.recipe.run.compile:
+        # In place, so that the names of the weights stay the same.
+        engine.compile(compile_kwargs={"dynamic": True})
+    # At stage 0 the guard computes the gradient's norm and clips; above, ZeRO does.
+    if plan.ds_config.zero_stage == 0:
+        gate.clipped_parameters = list(engine.parameters())
+    else:
+        gate.zero_norm = zero_norm_reader(engine)
     return engine
 
 
-def why_not_compile(device: torch.device, ds_config: dict[str, Any]) -> str | None:
-    """Say why torch.compile would not do for the whole model, or None. Not run on a GPU yet."""
-    if device.type == "cpu":
-        return (
-            "run.compile true on a CPU: there run.ops auto compiles each operation already, and attention, which goes by the "
-            "lengths of the documents, would compile anew at every step. Leave it false."
-        )
-    if ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
-        return "run.compile true at ZeRO 3: fetching weights breaks the graph in every layer. Use ZeRO 2, or leave it false."
-    return None
-
-
-def choose(recipe: Recipe, ds_config: dict[str, Any]) -> Implementation:
-    """The recipe's optimizer for this device. Raises ValueError for one that would be wrong under this ds_config."""
-    return optimizers.choose(recipe, ds_config, training_device())
-
-
-def attach_guard(engine: deepspeed.DeepSpeedEngine, verdict: Verdict) -> None:
-    """Tell the guard where the gradient's norm is: ZeRO computes it; at stage 0 it is the guard who clips."""
-    if engine.zero_optimization_stage() == 0:
-        verdict.parameters = list(engine.parameters())
-    else:
-        optimizer: Any = engine.optimizer
-        verdict.norm_of_zero = lambda: optimizer._global_grad_norm
+def model_of(engine: deepspeed.DeepSpeedEngine) -> MegaBertForMaskedLM:
+    """The model inside the engine."""
+    model = engine.module
+    assert isinstance(model, MegaBertForMaskedLM), f"the engine holds a {type(model).__name__}"
+    return model

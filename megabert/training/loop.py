@@ -1,362 +1,351 @@
-"""The training loop: the story of a run."""
+"""The training loop."""
 
 import gc
 import json
 import math
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed
 
+from megabert.config.ds_config import DsConfig
 from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.stream import DROPOUT, Position, philox
 from megabert.files.atomic import write_atomically
-from megabert.files.checkpoint_format import State, read_state
-from megabert.training.build import prepare, rebuild
+from megabert.training.build import build_run
 from megabert.training.checkpointing import resume
 from megabert.training.checkpointing.writer import set_aside_after
-from megabert.training.distributed.device import peak_memory
-from megabert.training.distributed.process import start_process
-from megabert.training.distributed.signals import REQUEUE, Interrupts
-from megabert.training.distributed.watchdog import RollCall
-from megabert.training.engine import choose
-from megabert.training.evaluate import evaluate
-from megabert.training.optim.lr_schedule import lr_factor
+from megabert.training.distributed.device import peak_memory_bytes
+from megabert.training.distributed.signals import EXIT_REQUEUE, StopSignals
+from megabert.training.distributed.watchdog import PeerWatchdog
+from megabert.training.engine import start_engine
+from megabert.training.evaluate import Evaluation, HeldOut, evaluate
+from megabert.training.feed import Feed
 from megabert.training.optim.optimizers import peak_lr
-from megabert.training.provenance import write_run_json
-from megabert.training.run import Run
+from megabert.training.plan import RunPlan, make_plan
+from megabert.training.process import init_distributed
+from megabert.training.run import Run, TrainState
+from megabert.training.schedule import lr_factor
 from megabert.training.telemetry.flops import step_flops
 
 RESULT = "result.json"
-SKIPPED = "skipped.jsonl"  # one line per update that the guard refused
-MOST_ROLLBACKS = 3  # to one checkpoint: what fails a fourth time is not the data
+# One line for each update that the guard skipped.
+SKIPPED = "skipped.jsonl"
+# Rollbacks to one checkpoint; if updates are still skipped after them, the data is not the cause.
+MAX_ROLLBACKS = 3
 
 
-def train(run: Run) -> None:
-    """Train to the end of the recipe, or until told to stop."""
-    every = run.recipe.run
-    while not run.is_finished and run.stopped is None:
-        set_learning_rate(run)
+def train(run: Run) -> str | None:
+    """Train to the end of the recipe, or until a stop is requested. Returns the reason of an early stop."""
+    every, state, stop_reason = run.plan.recipe.run, run.state, None
+    while not run.is_finished and stop_reason is None:
+        lr = set_learning_rate(run.engine, run.plan, state)
         batches, before = next_batches(run)
         sums = take_step(run, batches)
-        settle(run, batches, before, sums)
-        if every.rollback_after and run.guard.in_a_row >= every.rollback_after:
+        stop_reason = sync_step(run, batches, before, sums)
+        if every.rollback_after and state.guard.skipped_in_a_row >= every.rollback_after:
             roll_back(run)
             continue
-        last = run.is_finished or run.stopped is not None
-        saving = run.step % every.save_every_steps == 0 or last
-        if run.step % every.log_every_steps == 0 or saving:
-            report(run)  # before a save too: nothing that is counted is left out of the checkpoint
-        if run.step % every.eval_every_steps == 0 or run.is_finished or (saving and every.keep_best):
-            check_held_out(run)
+        last = run.is_finished or stop_reason is not None
+        saving = state.step % every.save_every_steps == 0 or last
+        if state.step % every.log_every_steps == 0 or saving:
+            # Before a save too, so that the checkpoint contains all counts.
+            report(run, lr)
+        if state.step % every.eval_every_steps == 0 or run.is_finished or (saving and every.keep_best):
+            evaluate_held_out(run)
         if saving:
             save(run)
         if run.prober is not None:
-            run.prober.look()
-    run.saver.wait()
+            run.prober.poll()
+    run.writer.wait()
     if run.prober is not None and run.is_finished:
         run.prober.finish()
+    return stop_reason
 
 
-def set_learning_rate(run: Run) -> None:
-    """A function of the step alone, or of the share of the hours, so that no scheduler has a state of its own to lose."""
-    config = run.recipe.optimizer
-    step = run.step if run.clock.budget is None else int(run.clock.share * run.total_steps)
-    factor = lr_factor(step, run.total_steps, config)
-    run.lr = config.lr * factor
-    assert run.engine.optimizer is not None, "an engine for training has one"
-    for group in run.engine.optimizer.param_groups:
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: TrainState) -> float:
+    """Set and return the learning rate, a function of the step or the time_budget alone: no scheduler has state to save."""
+    config, time_budget = plan.recipe.optimizer, state.time_budget
+    step = state.step if time_budget.limit is None else int(time_budget.fraction_used * plan.schedule.total_steps)
+    factor = lr_factor(step, plan.schedule.total_steps, config)
+    assert engine.optimizer is not None, "a training engine has an optimizer"
+    for group in engine.optimizer.param_groups:
         group["lr"] = peak_lr(group, config) * factor
+    return config.lr * factor
 
 
 def next_batches(run: Run) -> tuple[list[PackedBatch], dict[int, Position]]:
-    """This rank's micro-batches of the next step, and where their streams were before."""
+    """Load this rank's micro-batches of the next step. Also returns the positions of their streams before the step."""
+    state = run.state
     batches, before = [], {}
-    step_batches = run.plan.at(run.index).step_batches
-    with run.meter.watch.time("data"):
-        for _ in range(step_batches // run.world_size):
-            batch, stream, position = next(run.batches)
-            before.setdefault(stream, run.positions.get(stream, Position()))
-            run.positions[stream] = position
+    step_batches = run.plan.schedule.stages.at(state.next_index).step_batches
+    with run.meter.timer.time("data"):
+        for _ in range(step_batches // run.plan.world_size):
+            batch, stream, position = next(run.feed)
+            before.setdefault(stream, state.positions.get(stream, Position()))
+            state.positions[stream] = position
             batches.append(batch)
-    run.index += step_batches
+    state.next_index += step_batches
     return batches, before
 
 
 def take_step(run: Run, batches: list[PackedBatch]) -> torch.Tensor:
-    """Forward and backward of every micro-batch, and one update. Returns this rank's sums as in MaskedLoss, (3,) fp64."""
-    num_masked = global_count(sum(batch.num_masked for batch in batches), run.engine.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=run.engine.device)
-    run.verdict.reset()
-    watch = run.meter.watch
+    """Run forward and backward for every micro-batch, then one update. Returns the MaskedLoss sums, (3,) fp64."""
+    engine, timer = run.engine, run.meter.timer
+    num_masked = global_count(sum(batch.num_masked for batch in batches), engine.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    run.gate.start_step()
     for batch in batches:
-        seed_dropout(run.recipe.run.seed, batch.index)
-        # Said each time: in a batch warm-up, DeepSpeed's own count of micro-batches is another.
-        run.engine.set_gradient_accumulation_boundary(batch is batches[-1])
-        with watch.time("forward"):
-            output = run.engine(**batch.model_inputs(run.engine.device))
-            # The mean over all masked tokens of the global batch: DeepSpeed averages over ranks, so undo that.
-            scale = run.world_size / num_masked
-            # A loss that is not finite may have gradients that are: times NaN, the guard refuses them on every rank.
+        seed_dropout(run.plan.recipe.run.seed, batch.index)
+        # Set explicitly, because DeepSpeed's own count of micro-batches is wrong during a batch warm-up.
+        engine.set_gradient_accumulation_boundary(batch is batches[-1])
+        with timer.time("forward"):
+            output = engine(**batch.model_inputs(engine.device))
+            # The mean over all masked tokens of the global batch; the factor undoes DeepSpeed's average over ranks.
+            scale = run.plan.world_size / num_masked
+            # A non-finite loss may have finite gradients. Times NaN, the guard refuses them on every rank.
             loss = output.loss_sum * torch.where(output.loss_sum.isfinite(), scale, math.nan)
-        with watch.time("backward"):
-            run.engine.backward(loss, scale_wrt_gas=False)
-        with watch.time("optimizer"):
-            run.engine.step()
+        with timer.time("backward"):
+            engine.backward(loss, scale_wrt_gas=False)
+        with timer.time("optimizer"):
+            engine.step()
         sums += torch.stack([part.detach().double() for part in output])
     return sums
 
 
 def global_count(value: int, device: torch.device) -> torch.Tensor:
-    """Sum over ranks, at least 1, left on the device: nothing waits for it."""
+    """Sum over ranks, at least 1. The result stays on the device, so that the host does not wait for it."""
     total = torch.tensor(float(value), device=device)
     deepspeed.comm.all_reduce(total)
-    return total.clamp(min=1)  # a batch without a masked token has a loss of 0, not 0 / 0
+    # A batch without a masked token has a loss of 0, not 0 / 0.
+    return total.clamp(min=1)
 
 
 def seed_dropout(seed: int, index: int) -> None:
-    """Make a bin's dropout a function of (seed, index), whichever rank computes it."""
+    """Make a bin's dropout a function of (seed, index), on whichever rank it is computed."""
     torch.manual_seed(int(philox(seed, DROPOUT, index).integers(1 << 63)))
 
 
-def settle(run: Run, batches: list[PackedBatch], before: dict[int, Position], sums: torch.Tensor) -> None:
-    """Agree with all ranks on what the step was, and whether to go on: one all-reduce, one read of the host."""
-    told, failed = float(run.interrupts.reason is not None), float(run.saver.problem is not None)
-    tokens, slots = sum(batch.num_tokens for batch in batches), len(batches) * run.recipe.data.micro_batch_tokens
-    used = run.clock.now() if run.feed.rank == 0 else 0.0
-    mine = [tokens, slots, sum(batch.sum_squared_lengths for batch in batches), told, failed, used]
-    packed = torch.cat([sums, torch.tensor(mine, dtype=torch.float64, device=run.engine.device)])
-    with run.meter.watch.time("agree"):
+def sync_step(run: Run, batches: list[PackedBatch], before: dict[int, Position], sums: torch.Tensor) -> str | None:
+    """Add up the step's counts over all ranks, in one all-reduce that waits for the device once.
+
+    before: positions of the streams before the step. sums: from `take_step`. Returns the reason to stop early, or None.
+    """
+    state, meter = run.state, run.meter
+    stop_requested, save_failed = float(run.signals.reason is not None), float(run.writer.problem is not None)
+    tokens, slots = sum(batch.num_tokens for batch in batches), len(batches) * run.plan.recipe.data.micro_batch_tokens
+    wall_seconds = state.time_budget.elapsed() if run.plan.rank == 0 else 0.0
+    squared_lengths = sum(batch.sum_squared_lengths for batch in batches)
+    own = [tokens, slots, squared_lengths, stop_requested, save_failed, wall_seconds]
+    packed = torch.cat([sums, torch.tensor(own, dtype=torch.float64, device=run.engine.device)])
+    with meter.timer.time("agree"):
         deepspeed.comm.all_reduce(packed)
-    *counted, stopping, failing, used = packed.tolist()  # synchronises
-    run.step += 1
-    run.clock.agree(used)
-    if failing:
-        run.saver.wait()  # raises on every rank
-    if stopping:
-        run.stopped = run.interrupts.reason or "another rank was told to stop"
-    if run.verdict.settle():
-        run.meter.add(counted)
-        run.meter.own_tokens += tokens
+    *counts, any_stop, any_failure, wall_seconds = packed.tolist()  # waits for the device
+    state.step += 1
+    state.time_budget.update(wall_seconds)
+    if any_failure:
+        run.writer.wait()  # raises on every rank
+    if run.gate.finish_step():
+        meter.add_step(counts)
+        meter.local_tokens += tokens
     else:
-        note_skipped(run, before, counted[0] / max(1.0, counted[2]))
+        log_skipped_update(run, before, counts[0] / max(1.0, counts[2]))
+    if not any_stop:
+        return None
+    return run.signals.reason or "another rank was asked to stop"
 
 
-def note_skipped(run: Run, before: dict[int, Position], loss: float) -> None:
-    """Say that an update was not made, and write down which bins were behind it and where they come from."""
-    parts: list[Any] = [None] * run.world_size
+def log_skipped_update(run: Run, before: dict[int, Position], loss: float) -> None:
+    """Report a skipped update, with its bins and the positions of their streams; every rank calls this."""
+    step, last, norm = run.state.step, run.state.next_index, run.gate.norm
+    first = last - run.plan.schedule.stages.at(last - 1).step_batches
+    parts: list[Any] = [None] * run.plan.world_size
     torch.distributed.all_gather_object(parts, {stream: position.to_json() for stream, position in before.items()})
-    last = run.index
-    first = last - run.plan.at(last - 1).step_batches
-    run.say(
-        f"step {run.step}: update skipped, gradient norm {run.verdict.norm:.3g}, loss {loss:.3f}, bins {first} to {last - 1}"
-    )
     if run.reporter is not None:
+        run.reporter.log_line(
+            f"step {step}: update skipped, gradient norm {norm:.3g}, loss {loss:.3f}, bins {first} to {last - 1}"
+        )
         positions = {stream: position for part in parts for stream, position in part.items()}
-        facts = {"step": run.step, "bins": [first, last], "norm": repr(run.verdict.norm), "loss": repr(loss)}
-        run.reporter.add_to(SKIPPED, facts | {"positions": positions})
+        facts = {"step": step, "bins": [first, last], "norm": repr(norm), "loss": repr(loss)}
+        run.reporter.append_json(SKIPPED, facts | {"positions": positions})
 
 
 def roll_back(run: Run) -> None:
-    """Go back to the newest checkpoint before the refused updates, and on past the bins that led there.
+    """Return to the newest checkpoint before the skipped updates, and continue with the bins after theirs.
 
-    Raises ValueError if there is none, or if going back to it has not helped.
+    Raises ValueError if there is no checkpoint, or if rollbacks to it have not helped.
     """
-    refused = run.guard.in_a_row
-    run.saver.wait()
-    path = resume.newest(run.checkpoints, up_to=run.step - refused)
+    plan, state = run.plan, run.state
+    skipped = state.guard.skipped_in_a_row
+    run.writer.wait()
+    path = resume.newest(plan.checkpoints, up_to=state.step - skipped)
     if path is None:
         raise ValueError(
-            f"{refused} updates in a row were refused, and {run.checkpoints} has no checkpoint to go back to."
+            f"{skipped} updates in a row were skipped, and {plan.checkpoints} has no checkpoint to return to. "
+            "Lower optimizer.lr or run.save_every_steps."
         )
-    state = read_state(path)
-    if sum(first == state.next_index for first, _ in run.left_behind) >= MOST_ROLLBACKS:
+    checkpoint = resume.read_checkpoint(path, plan.rank, plan.world_size)
+    if sum(first == checkpoint.state.next_index for first, _ in state.rolled_back_bins) >= MAX_ROLLBACKS:
         raise ValueError(
-            f"{refused} updates in a row were refused, for the {MOST_ROLLBACKS + 1}th time after {path}: not the data's fault. "
-            "Lower optimizer.lr, or look at skipped.jsonl."
+            f"{skipped} updates in a row were skipped, for the {MAX_ROLLBACKS + 1}th time after {path}, so the data is "
+            f"not the cause. Lower optimizer.lr, or look at {SKIPPED}."
         )
-    rebuild(run, path)
-    positions = resume.read_positions(path)
-    run.left_behind.append((state.next_index, run.index))
-    del run.batches  # and with it its workers
+    run.engine.destroy()
+    del run.engine
     gc.collect()
-    run.batches = run.feed.open(positions, run.index)
-    run.positions = run.feed.mine(positions)
-    skipped = run.guard.skipped
-    run.guard.restore(state.guard | {"skipped": skipped, "in_a_row": 0})
-    run.step = state.step
+    run.engine = start_engine(plan, run.feed.corpus, run.gate, checkpoint)
+    state.roll_back(checkpoint.state, checkpoint.positions)
+    run.feed.open(state.positions, state.next_index)
     if run.reporter is not None:
-        set_aside_after(run.checkpoints, run.step)
+        set_aside_after(plan.checkpoints, state.step)
     if run.prober is not None:
-        run.prober.forget_after(run.step)
-    run.say(f"rolled back to {path} after {refused} refused updates; going on at bin {run.index}")
+        run.prober.discard_after(state.step)
+    run.log_line(f"rolled back to {path} after {skipped} skipped updates; continuing at bin {state.next_index}")
 
 
-def report(run: Run) -> None:
-    """Write one line of the log."""
-    meter = run.meter
+def report(run: Run, lr: float) -> None:
+    """Write one line of the log and one record of the metrics. lr: of the last step."""
+    state, meter, world_size = run.state, run.meter, run.plan.world_size
     seconds = meter.seconds()
-    run.tokens += int(meter.tokens)
-    run.seconds += seconds
-    parts, steps = meter.watch.read(), max(1, meter.steps)
-    ranks = of_every_rank(run, parts)
+    state.tokens += int(meter.tokens)
+    state.seconds += seconds
+    parts, steps = meter.timer.totals(), max(1, meter.steps)
+    speeds, skipped_chunks = gather_rank_figures(run, parts["data"] + parts["forward"])
+    mfu = {}
+    if run.peak_flops is not None:
+        needed = step_flops(run.model_config, meter.tokens, meter.num_targets, meter.squared_lengths)
+        mfu = {"mfu": needed / (seconds * run.peak_flops * world_size)}
     values = {
         "loss": meter.loss_sum / max(1.0, meter.num_targets),
         "masked_accuracy": meter.num_correct / max(1.0, meter.num_targets),
-        "lr": run.lr,
+        "lr": lr,
         "masked_share": meter.num_targets / max(1.0, meter.tokens),
-        "grad_norm": run.verdict.norm,
-        "skipped_updates": run.guard.skipped,
-        "tokens": run.tokens,
-        "seconds": run.seconds,
+        "grad_norm": run.gate.norm,
+        "skipped_updates": state.guard.skipped,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
         "tokens_per_s": meter.tokens / seconds,
-        "tokens_per_s_per_rank": meter.tokens / seconds / run.world_size,
-        "slowest_rank": ranks.speeds.min().item(),
-        "fastest_rank": ranks.speeds.max().item(),
+        "tokens_per_s_per_rank": meter.tokens / seconds / world_size,
+        "slowest_rank": speeds.min().item(),
+        "fastest_rank": speeds.max().item(),
         "seconds_per_step": seconds / steps,
         "fill": meter.tokens / max(1.0, meter.slots),
         "loader_wait": parts["data"] / seconds,
         **{f"time/{part}": spent / steps for part, spent in parts.items()},
-        "memory_gb": peak_memory(run.engine.device) / 1e9,
-        **model_flops(run, seconds),
-        "skipped_chunks": ranks.skipped,
+        "memory_gb": peak_memory_bytes(run.engine.device) / 1e9,
+        **mfu,
+        "skipped_chunks": skipped_chunks,
     }
     if run.reporter is not None and meter.steps:
-        if run.clock.budget is not None:
-            left = max(0.0, run.clock.budget - run.clock.used)
-            run.reporter.expect(run.step + round(left / values["seconds_per_step"]))
-        run.reporter.log(run.step, values)
+        if state.time_budget.limit is not None:
+            left = max(0.0, state.time_budget.limit - state.time_budget.used)
+            run.reporter.set_total_steps(state.step + round(left / values["seconds_per_step"]))
+        run.reporter.log_step(state.step, values)
     meter.reset()
 
 
-class Ranks(NamedTuple):
-    """speeds: of each rank alone, real tokens per second of loading and forward, (ranks,); skipped: chunks, of all ranks."""
+def gather_rank_figures(run: Run, own_seconds: float) -> tuple[torch.Tensor, float]:
+    """Gather each rank's own speed, real tokens per second, (ranks,), and the damaged chunks skipped by all of them.
 
-    speeds: torch.Tensor
-    skipped: float
-
-
-def of_every_rank(run: Run, parts: dict[str, float]) -> Ranks:
-    """What each rank says of itself. In the other parts of a step all take as long as the slowest, whom they wait for."""
-    own = max(parts["data"] + parts["forward"], 1e-9)  # nothing was done where nothing is counted
-    skipped = float(sum(position.skipped for position in run.positions.values()))
-    table = torch.zeros(run.world_size, 2, dtype=torch.float64, device=run.engine.device)
-    table[run.feed.rank] = torch.tensor([run.meter.own_tokens / own, skipped], dtype=torch.float64)
+    own_seconds: of loading and forward. In the other parts of a step every rank waits for the slowest.
+    """
+    skipped = float(sum(position.skipped for position in run.state.positions.values()))
+    # own_seconds is 0 if no step was counted.
+    speed = run.meter.local_tokens / max(own_seconds, 1e-9)
+    table = torch.zeros(run.plan.world_size, 2, dtype=torch.float64, device=run.engine.device)
+    table[run.plan.rank] = torch.tensor([speed, skipped], dtype=torch.float64)
     deepspeed.comm.all_reduce(table)
-    return Ranks(table[:, 0], table[:, 1].sum().item())
+    return table[:, 0], table[:, 1].sum().item()
 
 
-def model_flops(run: Run, seconds: float) -> dict[str, float]:
-    """MFU: the rate of needed FLOPs over what all ranks' devices could do. Nothing where that is not known."""
-    if run.peak is None:
-        return {}
-    meter = run.meter
-    needed = step_flops(run.model.config, meter.tokens, meter.num_targets, meter.squared_lengths)
-    return {"mfu": needed / (seconds * run.peak * run.world_size)}
-
-
-def check_held_out(run: Run) -> None:
-    """Evaluate, and say how far below the unigram bar the loss is."""
+def evaluate_held_out(run: Run) -> None:
+    """Evaluate, and report how far the loss is below the unigram loss."""
     began = time.perf_counter()
-    run.evaluation, run.evaluated = evaluate(run.engine, run.held_out), run.step
+    state, unigram = run.state, run.held_out.unigram_loss
+    state.evaluation, state.evaluated_step = evaluate(run.engine, run.held_out.batches), state.step
     if run.reporter is not None:
-        loss, accuracy, masked = run.evaluation
-        run.reporter.record(run.step, {"heldout_loss": loss, "heldout_accuracy": accuracy, "tokens": run.tokens})
-        run.reporter.say(
-            f"step {run.step}: held-out loss {loss:.3f} (unigram {run.unigram:.3f}, {run.unigram - loss:+.3f} nats better), "
+        loss, accuracy, masked = state.evaluation
+        run.reporter.log_metrics(
+            state.step, {"heldout_loss": loss, "heldout_accuracy": accuracy, "tokens": state.tokens}
+        )
+        run.reporter.log_line(
+            f"step {state.step}: held-out loss {loss:.3f} (unigram {unigram:.3f}, {unigram - loss:+.3f} nats better), "
             f"accuracy {accuracy:.3f}, {masked:,} masked tokens"
         )
-    run.meter.paused += time.perf_counter() - began
+    run.meter.excluded_seconds += time.perf_counter() - began
 
 
 def save(run: Run) -> None:
-    """Begin to write a checkpoint; with run.async_save it is there some steps later."""
+    """Start to write a checkpoint; with run.async_save it is complete some steps later."""
     began = time.perf_counter()
-    state = State(
-        step=run.step,
-        next_index=run.index,
-        tokens=run.tokens,
-        seconds=run.seconds,
-        world_size=run.world_size,
-        num_streams=run.feed.config.num_streams,
-        step_batches=run.step_batches,
-        total_steps=run.total_steps,
-        corpus=run.corpus.fingerprint,
-        recipe=run.recipe.to_dict(),
-        ds_config=run.ds_config,
-        model=run.model.config.to_dict(),
-        adamw=choose(run.recipe, run.ds_config).source,
-        guard=run.guard.to_json(),
-        left_behind=list(run.left_behind),
-        used=run.clock.used,
-        slowest=run.clock.slowest,
-        heldout_loss=run.evaluation.loss if run.evaluation and run.evaluated == run.step else None,
-    )
-    run.saver.save(run.engine, state, run.positions, run.corpus.sources[0])
+    run.writer.save(run.engine, run.to_checkpoint(), run.state.positions, run.feed.corpus.sources[0])
     if run.prober is not None:
-        run.prober.saved(run.step)
-    run.meter.paused += time.perf_counter() - began
+        run.prober.checkpoint_saved(run.state.step)
+    run.meter.excluded_seconds += time.perf_counter() - began
 
 
-def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any], ds_config_path: str, interrupts: Interrupts) -> int:
+def pretrain(recipe: Recipe, ds_config: DsConfig, signals: StopSignals) -> int:
     """Run a recipe from its start, or from its last checkpoint, to its end. Every rank calls this.
 
-    interrupts: this process's; SIGTERM and SIGUSR1 belong to it from now on.
-    Returns the exit code: 0 at the end, REQUEUE where it was told to stop, and saved. Raises ValueError for what the user
-    can mend: the corpus, the recipe, the ds_config, the checkpoint.
+    signals: takes over this process's SIGTERM and SIGUSR1. Returns the exit code: 0 at the end, or EXIT_REQUEUE after a
+    requested stop, with a checkpoint saved. Raises ValueError for a corpus, recipe, ds_config or checkpoint that the
+    user must change.
     """
-    rank, world_size = start_process()
-    with RollCall(rank, world_size):
-        run = prepare(recipe, raw_ds_config, ds_config_path, rank, world_size, interrupts)
-        return carry_out(run)
+    rank, world_size = init_distributed()
+    with PeerWatchdog(rank, world_size):
+        plan = make_plan(recipe, ds_config, rank, world_size)
+        run = build_run(plan, signals)
+        return run_training(run)
 
 
-def carry_out(run: Run) -> int:
-    """Train what is prepared, and leave the results. Returns the exit code."""
-    if run.reporter is not None:
-        write_run_json(run, resumed=run.step > 0)
+def run_training(run: Run) -> int:
+    """Train, and write the results. Returns the exit code."""
+    state = run.state
     try:
-        train(run)
-        if run.stopped is not None:
-            run.say(f"stopped at step {run.step}: {run.stopped}; saved, the same command goes on")
+        stop_reason = train(run)
+        if stop_reason is not None:
+            run.log_line(
+                f"stopped at step {state.step}: {stop_reason}; checkpoint saved, run the same command to resume"
+            )
     finally:
         if run.prober is not None:
             run.prober.stop()
         if run.reporter is not None:
             run.reporter.close()
-    if run.stopped is None:
-        finish(run)
-    leave(run)
-    return 0 if run.stopped is None else REQUEUE
+    if stop_reason is None:
+        if not state.guard.norms:
+            raise ValueError(
+                f"all {state.step} updates were skipped, see {SKIPPED} in {run.plan.output_dir}: the weights are still "
+                "the initial ones. Lower optimizer.lr."
+            )
+        # A finished run that is started again has made no evaluation.
+        evaluation = state.evaluation or evaluate(run.engine, run.held_out.batches)
+        if run.reporter is not None:
+            write_result(run.plan, state, run.held_out, evaluation)
+    shutdown(run.feed)
+    return 0 if stop_reason is None else EXIT_REQUEUE
 
 
-def finish(run: Run) -> None:
-    """Leave the run's figures beside its checkpoints. Raises ValueError, on all ranks, if no update was ever made."""
-    if not run.guard.norms:
-        raise ValueError(
-            f"all {run.step} updates were refused, see {SKIPPED} in {run.output_dir}: the weights are still the first ones."
-        )
-    if run.evaluation is None:  # a finished run, started again
-        run.evaluation = evaluate(run.engine, run.held_out)
-    if run.reporter is not None:
-        result = {
-            "steps": run.step,
-            "tokens": run.tokens,
-            "seconds": run.seconds,
-            "tokens_per_second": run.tokens / run.seconds,
-            "unigram_loss": run.unigram,
-            "heldout_loss": run.evaluation.loss,
-            "masked_accuracy": run.evaluation.accuracy,
-            "skipped_updates": run.guard.skipped,
-        }
-        write_atomically(run.output_dir / RESULT, json.dumps(result, indent=1).encode())
+def write_result(plan: RunPlan, state: TrainState, held_out: HeldOut, evaluation: Evaluation) -> None:
+    """Write the run's final figures to result.json."""
+    result = {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "tokens_per_second": state.tokens / state.seconds,
+        "unigram_loss": held_out.unigram_loss,
+        "heldout_loss": evaluation.loss,
+        "masked_accuracy": evaluation.accuracy,
+        "skipped_updates": state.guard.skipped,
+    }
+    write_atomically(plan.output_dir / RESULT, json.dumps(result, indent=1).encode())
 
 
-def leave(run: Run) -> None:
-    """End the process group together: a rank that leaves early makes the others fail."""
-    del run.batches
+def shutdown(feed: Feed) -> None:
+    """End the loader and the process group on all ranks together: a rank that ends early makes the others fail."""
+    feed.close()
     deepspeed.comm.barrier()
     deepspeed.comm.destroy_process_group()

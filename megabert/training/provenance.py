@@ -1,4 +1,4 @@
-"""run.json: what a run was made of, enough to repeat it."""
+"""The record of a run: run.json, with all that is needed to repeat it, and the messages at its start."""
 
 import contextlib
 import json
@@ -7,41 +7,67 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from megabert.data.shards.source import Corpus
 from megabert.files.atomic import write_atomically
+from megabert.training.checkpointing.resume import Checkpoint
 from megabert.training.distributed.device import device_name
-from megabert.training.run import Run
+from megabert.training.plan import RunPlan
 
 RUN_JSON = "run.json"
 PACKAGES = """
-    apex deepspeed flash-attn megabert numpy nvidia-cudnn-cu12 nvidia-nccl-cu12 safetensors tokenizers torch transformers triton webdataset
+    apex deepspeed flash-attn megabert numpy nvidia-cudnn-cu12 nvidia-nccl-cu12 safetensors tokenizers torch
+    transformers triton webdataset
 """.split()
-# What changes the arithmetic, its speed or how ranks meet. None of these carries a secret.
+# Environment variables that affect the arithmetic, its speed or the links between ranks. None is secret.
 VARIABLES = ("CUDA_", "DS_", "GLOO_", "KMP_", "MKL_", "NCCL_", "OMP_", "PYTORCH_", "SLURM_JOB_", "TORCH_", "TRITON_")
 
 
-def write_run_json(run: Run, resumed: bool) -> None:
-    """Write down this attempt; of a resumed run, what was there of the ones before stands below `earlier`, the last one first."""
-    path = run.output_dir / RUN_JSON
-    earlier = _attempts(path) if resumed else []
-    write_atomically(path, json.dumps(facts_of(run) | {"earlier": earlier}, indent=1).encode())
+def start_messages(
+    plan: RunPlan, corpus: Corpus, num_streams: int, num_parameters: int, checkpoint: Checkpoint | None
+) -> Iterator[str]:
+    """Describe the run before its first step, with every setting as resolved."""
+    recipe, ds_config, hours = plan.recipe, plan.ds_config, plan.recipe.run.max_hours
+    settings = yaml.safe_dump(recipe.to_dict(), sort_keys=False).rstrip()
+    yield f"recipe:\n{settings}\nds_config: {json.dumps(ds_config.settings)}"
+    length = f"{plan.schedule.total_steps} steps" if hours is None else f"{hours} hours of steps"
+    yield (
+        f"{num_parameters:,} parameters, {'bf16 autocast' if ds_config.bf16 else 'fp32'} on {plan.world_size} x "
+        f"{plan.device.type}, ZeRO {ds_config.zero_stage}; {corpus.tokens:,} tokens in {num_streams} "
+        f"streams; {length} of {plan.schedule.step_batches} x {recipe.data.micro_batch_tokens} token slots"
+    )
+    yield f"optimizer: {recipe.optimizer.name} from {plan.optimizer.source} ({plan.optimizer.reason})"
+    if checkpoint is not None:
+        state = checkpoint.state
+        done = f" of {plan.schedule.total_steps}" if hours is None else f", {state.wall_seconds / 3600:.2f} hours"
+        yield f"resumed from {checkpoint.path}: step {state.step}{done}"
 
 
-def facts_of(run: Run) -> dict[str, Any]:
-    """Of this attempt, as JSON has it."""
+def write_run_json(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: int) -> None:
+    """Write the facts of this attempt; for a resumed run, earlier attempts follow under `earlier`, the latest first."""
+    path = plan.output_dir / RUN_JSON
+    earlier = _attempts(path) if first_step else []
+    facts = attempt_facts(plan, corpus, held_out, first_step) | {"earlier": earlier}
+    write_atomically(path, json.dumps(facts, indent=1).encode())
+
+
+def attempt_facts(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: int) -> dict[str, Any]:
+    """The facts of one attempt, ready for JSON."""
     return {
         "command": sys.argv,
-        "first_step": run.step,
-        "recipe": run.recipe.to_dict(),
-        "ds_config": run.ds_config,
-        "world_size": run.world_size,
-        "corpus": {"name": run.corpus.name, "fingerprint": run.corpus.fingerprint},
-        "heldout": {"name": run.held_corpus.name, "fingerprint": run.held_corpus.fingerprint},
+        "first_step": first_step,
+        "recipe": plan.recipe.to_dict(),
+        "ds_config": plan.ds_config.settings,
+        "world_size": plan.world_size,
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "heldout": {"name": held_out.name, "fingerprint": held_out.fingerprint},
         "versions": versions(),
         "git": git_state(),
         "machine": {
@@ -50,7 +76,7 @@ def facts_of(run: Run) -> dict[str, Any]:
             "cpu": cpu_model(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "device": device_name(run.engine.device),
+            "device": device_name(plan.device),
             "cuda": torch.version.cuda,
         },
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
@@ -58,7 +84,7 @@ def facts_of(run: Run) -> dict[str, Any]:
 
 
 def _attempts(path: Path) -> list[dict[str, Any]]:
-    """What a run.json holds, each attempt by itself; nothing of one that is missing or damaged."""
+    """The attempts in a run.json; none if the file is missing or damaged."""
     try:
         last = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -69,7 +95,7 @@ def _attempts(path: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Python's, and of those packages that are installed."""
+    """The versions of Python and of the installed packages among PACKAGES."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -78,7 +104,7 @@ def versions() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """As Linux names it, else as Python does."""
+    """The CPU's name from Linux, or else from Python."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -87,7 +113,7 @@ def cpu_model() -> str:
 
 
 def git_state() -> dict[str, object] | None:
-    """The commit that this code is of, and whether files differ from it; None where it is not run from a checkout."""
+    """The commit of this checkout, and whether files differ from it; None outside a checkout."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists() or shutil.which("git") is None:
         return None

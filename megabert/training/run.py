@@ -1,96 +1,113 @@
-"""All that a training run holds."""
+"""A run: its plan, its training state, and the services that act on them."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import deepspeed
 
-from megabert.config.recipe import Recipe
-from megabert.data.batch import PackedBatch
-from megabert.data.schedule import Plan
-from megabert.data.shards.source import Corpus
 from megabert.data.stream import Position
-from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training.checkpointing.writer import Saver
-from megabert.training.distributed.signals import Interrupts
-from megabert.training.evaluate import Evaluation
-from megabert.training.feed import Batches, Feed
-from megabert.training.optim.guard import Guard, Verdict
-from megabert.training.telemetry.probe import Prober
+from megabert.files.checkpoint_format import State
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.training.checkpointing.writer import CheckpointWriter
+from megabert.training.distributed.signals import StopSignals
+from megabert.training.evaluate import Evaluation, HeldOut
+from megabert.training.feed import Feed
+from megabert.training.optim.guard import Guard, UpdateGate
+from megabert.training.plan import RunPlan
+from megabert.training.telemetry.probe import ProbeRunner
 from megabert.training.telemetry.reporter import Meter, Reporter
-from megabert.training.telemetry.timers import Clock
+from megabert.training.telemetry.timers import TimeBudget
+
+
+@dataclass
+class TrainState:
+    """The values that change while a run trains, all of which a checkpoint saves."""
+
+    guard: Guard
+    time_budget: TimeBudget
+    step: int = 0
+    """optimizer steps done"""
+    next_index: int = 0
+    """the first bin not used yet"""
+    positions: dict[int, Position] = field(default_factory=dict)
+    """position of each of this rank's streams"""
+    tokens: int = 0
+    """real tokens seen"""
+    seconds: float = 0.0
+    """training time, without evaluation and saving"""
+    rolled_back_bins: list[tuple[int, int]] = field(default_factory=list)
+    """[first, last) ranges of bins that rollbacks skipped"""
+    evaluation: Evaluation | None = None
+    """the last evaluation of this process"""
+    evaluated_step: int = -1
+
+    def restore(self, saved: State, positions: dict[int, Position]) -> None:
+        """Continue from a checkpoint. positions: of this rank's streams."""
+        self.guard.restore(saved.guard)
+        self.time_budget.resume(saved.wall_seconds, saved.max_step_seconds)
+        self.step, self.next_index = saved.step, saved.next_index
+        self.positions = positions
+        self.tokens, self.seconds = saved.tokens, saved.seconds
+        self.rolled_back_bins = [(first, last) for first, last in saved.rolled_back_bins]
+
+    def roll_back(self, saved: State, positions: dict[int, Position]) -> None:
+        """Return to a checkpoint, but skip the bins used since then and keep counting their tokens and time."""
+        self.rolled_back_bins.append((saved.next_index, self.next_index))
+        self.guard.restore(saved.guard | {"skipped": self.guard.skipped, "in_a_row": 0})
+        self.step = saved.step
+        self.positions = positions
 
 
 @dataclass
 class Run:
-    """step: optimizer steps done; index: the next bin; positions: of this rank's streams; held_out: this rank's bins.
+    """All parts of a run. A rollback replaces the engine; the other services stay."""
 
-    step_batches: micro-batches of a full step over all ranks. unigram: nats per token of guessing by frequency.
-    peak: FLOP/s of this rank's device, where known. left_behind: ranges of bins that rollbacks skipped. reporter: rank 0's, None elsewhere;
-    prober: rank 0's, where the recipe asks for one.
-    evaluation, evaluated: the last one, and its step.
-    """
-
-    recipe: Recipe
-    model: MegaBertForMaskedLM
-    engine: deepspeed.DeepSpeedEngine
-    ds_config: dict[str, Any]
+    plan: RunPlan
+    state: TrainState
     feed: Feed
-    batches: Batches
-    held_corpus: Corpus
-    held_out: list[PackedBatch]
-    step_batches: int
-    total_steps: int
-    unigram: float
-    peak: float | None
+    held_out: HeldOut
+    engine: deepspeed.DeepSpeedEngine
+    gate: UpdateGate
+    writer: CheckpointWriter
+    signals: StopSignals
     meter: Meter
-    verdict: Verdict
-    interrupts: Interrupts
+    model_config: MegaBertConfig
+    peak_flops: float | None
+    """FLOP/s of this rank's device, if known"""
     reporter: Reporter | None
-    saver: Saver
-    clock: Clock
-    positions: dict[int, Position]
-    step: int = 0
-    index: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    lr: float = 0.0
-    prober: Prober | None = None
-    evaluation: Evaluation | None = None
-    evaluated: int = -1
-    left_behind: list[tuple[int, int]] = field(default_factory=list)
-    stopped: str | None = None
+    """only on rank 0"""
+    prober: ProbeRunner | None = None
+    """only on rank 0, and only if the recipe has a probe"""
 
     @property
     def is_finished(self) -> bool:
-        return self.step >= self.total_steps or self.clock.is_over
+        return self.state.step >= self.plan.schedule.total_steps or self.state.time_budget.is_over
 
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.recipe.run.output_dir)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.output_dir / "checkpoints"
-
-    @property
-    def corpus(self) -> Corpus:
-        return self.feed.corpus
-
-    @property
-    def plan(self) -> Plan:
-        return self.feed.config.plan
-
-    @property
-    def world_size(self) -> int:
-        return self.feed.world_size
-
-    @property
-    def guard(self) -> Guard:
-        return self.verdict.guard
-
-    def say(self, message: str) -> None:
-        """A line in the log, once for all ranks."""
+    def log_line(self, message: str) -> None:
+        """Print a line of the log, once for all ranks."""
         if self.reporter is not None:
-            self.reporter.say(message)
+            self.reporter.log_line(message)
+
+    def to_checkpoint(self) -> State:
+        """The contents of a checkpoint's state.json."""
+        plan, state = self.plan, self.state
+        return State(
+            step=state.step,
+            next_index=state.next_index,
+            tokens=state.tokens,
+            seconds=state.seconds,
+            wall_seconds=state.time_budget.used,
+            max_step_seconds=state.time_budget.max_step,
+            world_size=plan.world_size,
+            num_streams=self.feed.config.num_streams,
+            step_batches=plan.schedule.step_batches,
+            total_steps=plan.schedule.total_steps,
+            corpus=self.feed.corpus.fingerprint,
+            recipe=plan.recipe.to_dict(),
+            ds_config=plan.ds_config.settings,
+            zero_stage=plan.ds_config.zero_stage,
+            model=self.model_config.to_dict(),
+            optimizer_source=plan.optimizer.source,
+            guard=state.guard.to_json(),
+            rolled_back_bins=list(state.rolled_back_bins),
+            heldout_loss=state.evaluation.loss if state.evaluation and state.evaluated_step == state.step else None,
+        )

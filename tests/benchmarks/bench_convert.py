@@ -1,10 +1,11 @@
-"""Export and import: seconds and peak memory; and how fast the exported folder encodes, next to transformers' BertModel.
+"""Measure export and import (seconds, peak memory), and the encoding speed of an exported folder and of BertModel.
 
     python tests/benchmarks/bench_convert.py [--quick] [--json FILE]
 
-Checkpoints are as two ranks at ZeRO 3 leave them. Seconds include the gate. Peak memory is that of the command and its children at
-one time, sampled every 20 ms, pages of mapped files counted. Texts are paragraphs of the docstrings of installed packages, in their
-order, cut at 512 tokens. The contenders of the ratio take turns, and the median of the batches' ratios is printed.
+Checkpoints are as two ranks at ZeRO 3 write them. Seconds include the export check. Peak memory is that of the command
+and its children together, sampled every 20 ms, including pages of mapped files. Texts are paragraphs of the docstrings
+of installed packages, cut at 512 tokens. The two models of the speed comparison take turns, and the median of the
+batches' ratios is printed.
 """
 
 import itertools
@@ -30,7 +31,7 @@ PACKAGES = ("torch", "numpy")
 
 
 def read_texts() -> list[str]:
-    """Paragraphs, shuffled as a fixed seed says, so that a batch is no one file's."""
+    """Return paragraphs, shuffled with a fixed seed, so that a batch contains text of many files."""
     found: set[str] = set()
     for package in PACKAGES:
         spec = find_spec(package)
@@ -45,7 +46,7 @@ def read_texts() -> list[str]:
 
 
 def run(command: list[str]) -> dict:
-    """Run one step. Adds peak_gb, of its whole process tree at one time."""
+    """Run one step in its own process. Adds peak_gb, the peak memory of its process tree."""
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     peak, done = 0, threading.Event()
 
@@ -94,9 +95,8 @@ def main() -> None:
         sample = folder / "sample.jsonl"
         sample.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:4000]))
         train_tokenizer.main([f"--source={sample}", f"--out={folder / 'tokenizer'}", "--vocab_size=4000"])
-        print(
-            f"\n{time.perf_counter() - began:.0f} s to make texts and tokenizer\n\n| | seconds | peak GB |\n|---|---|---|"
-        )
+        print(f"\n{time.perf_counter() - began:.0f} s to make texts and tokenizer\n")
+        print("| | seconds | peak GB |\n|---|---|---|")
         run([*STEPS, "checkpoints", str(folder), str(folder / "tokenizer")])
         for scale in ("base", "large"):
             paths = {part: str(folder / f"{scale}-{part}") for part in ("run", "hf", "ours", "published", "back")}
@@ -109,12 +109,12 @@ def main() -> None:
             imported = run([*STEPS, "import", paths["hf"], paths["ours"]])
             show(f"import {scale}", imported)
             figures |= {f"import_seconds_{scale}": imported["seconds"], f"import_peak_gb_{scale}": imported["peak_gb"]}
-            run([*STEPS, "publish", paths["hf"], paths["published"]])
+            run([*STEPS, "export-mosaicbert", paths["hf"], paths["published"]])
             subprocess.run(["rm", "-r", paths["ours"]], check=True)
             show(f"import {scale}, published layout", run([*STEPS, "import", paths["published"], paths["back"]]))
             subprocess.run(["rm", "-r", paths["published"], paths["back"]], check=True)
         encode = [sys.executable, "-P", str(Path(__file__).with_name("encode_texts.py")), str(folder / "base-hf")]
-        size, rounds = 32, 2 if options.quick else 12  # smaller batches have less padding, which is what is compared
+        size, rounds = 32, 2 if options.quick else 12  # smaller batches have less padding to avoid
         speed = run([*encode, str(folder / "texts.json"), str(size), str(rounds)])
     figures["encode_vs_hf_bert"] = speed["ratio"]
     lengths = (

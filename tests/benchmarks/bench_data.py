@@ -1,9 +1,9 @@
-"""The data path's speed, next to its peers: pre-tokenised shards, text on the fly, resuming, a worker's memory.
+"""Speed of the data path compared with other loaders: shards, tokenizing during training, resuming, and memory.
 
     python tests/benchmarks/bench_data.py [--quick] [--json FILE]
 
-Documents have lengths lognormal(5.5, 1.0), as web text has, T is 65,536 and the cap 512. Rates are of real tokens: specials
-counted, padding and filler not. The contenders of a ratio take turns in one run, and the median of the rounds' ratios is printed.
+Documents have lengths lognormal(5.5, 1.0) as web text has; T is 65,536 and max_seq_len 512. Rates count real tokens:
+specials but no padding or filler. The loaders take turns in one run, and the median of the rounds' ratios is printed.
 """
 
 import json
@@ -28,20 +28,26 @@ from report import read_arguments, write
 from data_prep import train_tokenizer, write_shards
 from megabert.data.masking import masked_count
 from megabert.data.packing import SPECIALS_PER_PIECE, cut
-from megabert.data.schedule import Length, MaskingRate, make_plan
+from megabert.data.schedule import Length, MaskingRate, make_schedule
 from megabert.data.shards.source import Corpus, open_corpus
-from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, open_loader
+from megabert.data.stream import (
+    BatchStream,
+    Position,
+    StreamConfig,
+    default_max_documents,
+    open_loader,
+    positions_to_json,
+)
 
 T, CAP = 65_536, 512
-HOUR_TOKENS = (
-    720_000_000  # what a rank trains in an hour at 200,000 tokens/s, a good rate for the base model on an A100
-)
+# One rank's tokens in an hour at 200,000 tokens/s, a good rate for the base model on an A100.
+HOUR_TOKENS = 720_000_000
 
 
 def config_of(corpus: Corpus, cap: int = CAP, bin_tokens: int = T, num_streams: int = 24) -> StreamConfig:
     return StreamConfig(
         bin_tokens=bin_tokens,
-        plan=make_plan(1_000_000, num_streams, [Length(cap, 1.0)]),
+        schedule=make_schedule(1_000_000, num_streams, [Length(cap, 1.0)]),
         max_documents={cap: default_max_documents(corpus, bin_tokens, cap)},
         max_masked=masked_count(bin_tokens, 0.3),
         masking=MaskingRate.constant(0.3),
@@ -62,7 +68,7 @@ def counted(batches: Iterator) -> Iterator[int]:
 
 
 def rate(tokens: Iterator[int], seconds: float) -> float:
-    """Tokens per second over about so many seconds, from one batch to another."""
+    """Measure tokens per second over about `seconds` seconds, from one batch to another."""
     next(tokens)
     began, total = time.perf_counter(), 0
     while (taken := time.perf_counter() - began) < seconds:
@@ -71,19 +77,19 @@ def rate(tokens: Iterator[int], seconds: float) -> float:
 
 
 def fill(corpus: Corpus, cap: int) -> float:
-    """Real tokens per slot at T = 16 x cap, over 480 bins."""
+    """Measure real tokens per slot at T = 16 x cap, over 480 bins."""
     config = config_of(corpus, cap, 16 * cap)
     return sum(islice(counted(iter(stream(corpus, config))), 480)) / (480 * 16 * cap)
 
 
 def compare_loaders(corpus: Corpus, folder: Path, rounds: int, seconds: float) -> dict[str, float]:
-    """Ours on one core, and in one worker against the peers in one worker each, in turn."""
+    """Measure our loader on one core, and our loader and the other ones in one worker each, in turn."""
     source = corpus.sources[0]
     chunks = [source.read_chunk(n, c) for n, shard in enumerate(source.shards) for c in range(len(shard.chunks))]
     pieces = [piece for chunk in chunks[:16] for piece in framed(*chunk)]
     config = config_of(corpus)
     alone = counted(iter(stream(corpus, config)))
-    sum(islice(alone, 48))  # every stream's window is full
+    sum(islice(alone, 48))  # fills every stream's packing buffer
     loaders = {
         "ours": counted(iter(open_loader(stream(corpus, config), 1))),
         "datasets": peers.real_tokens(peers.huggingface_loader(pieces, VOCAB, folder / "arrow")),
@@ -95,7 +101,7 @@ def compare_loaders(corpus: Corpus, folder: Path, rounds: int, seconds: float) -
     for _ in range(rounds):
         rates["alone"].append(rate(alone, seconds))
         for name, tokens in loaders.items():
-            time.sleep(0.5)  # the others' queues are full by then, and their workers asleep
+            time.sleep(0.5)  # until the queues of the other loaders are full and their workers sleep
             rates[name].append(rate(tokens, seconds))
     for name, values in rates.items():
         print(f"  {name:20} {statistics.median(values) / 1e6:8.2f} M tokens/s")
@@ -106,7 +112,7 @@ def compare_loaders(corpus: Corpus, folder: Path, rounds: int, seconds: float) -
 
 
 def framed(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """The pieces of a chunk as a peer's samples: [CLS] ... [SEP]."""
+    """Return the pieces of a chunk, with [CLS] and [SEP], as samples for the other loaders."""
     pieces = cut(lengths, CAP, truncate=False)
     begins = lengths.cumsum() - lengths
     starts = (begins[pieces.document] + pieces.start).tolist()
@@ -115,7 +121,7 @@ def framed(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 
 
 def on_the_fly(jsonl: Path, tokenizer: Path, folder: Path, rounds: int, seconds: float) -> float:
-    """Text shards through one worker, against the bare tokenizer on the same text and one core."""
+    """Compare one worker on text shards with the bare tokenizer on the same text and one core."""
     text = folder / "text"
     write_shards.main([f"--source={jsonl}", f"--out={text}"])
     corpus = open_corpus([(str(text), 1.0)], tokenizer=str(tokenizer))
@@ -136,14 +142,14 @@ def on_the_fly(jsonl: Path, tokenizer: Path, folder: Path, rounds: int, seconds:
 
 
 def text_tokens(batches: Iterator) -> Iterator[int]:
-    """Tokens of text: without the specials, which the tokenizer does not make."""
+    """Yield the tokens of each batch without specials, which the bare tokenizer does not add."""
     for batch, _, _ in batches:
         pieces = int((batch.cu_seqlens.diff() > 0).sum())
         yield batch.num_tokens - SPECIALS_PER_PIECE * pieces
 
 
 def counted_bare(source) -> Iterator[int]:
-    """encode_batch_fast on the documents of one chunk after the other."""
+    """Yield the tokens that encode_batch_fast makes of one chunk's documents after another."""
     from megabert.data.shards.sample_format import decode_text, read_sample
 
     chunks = []
@@ -159,12 +165,12 @@ def counted_bare(source) -> Iterator[int]:
 RESUME = """
 import json, sys, time
 from megabert.data.shards.source import open_corpus
-from megabert.data.stream import Position, open_loader
+from megabert.data.stream import open_loader, positions_from_json
 sys.path[:0] = [sys.argv[1]]
 from bench_data import config_of, stream
 raw = json.load(open(sys.argv[3]))
 corpus = open_corpus([(sys.argv[2], 1.0)])
-positions = {int(n): Position.from_json(position) for n, position in raw["positions"].items()}
+positions = positions_from_json(raw["positions"], sys.argv[3])
 batches = iter(open_loader(stream(corpus, config_of(corpus), positions, raw["index"]), 2))
 batch, _, _ = next(batches)
 print(batch.index, time.time())
@@ -172,34 +178,33 @@ print(batch.index, time.time())
 
 
 def resume_seconds(corpus: Corpus, folder: Path, epochs: int, repeats: int) -> float:
-    """From the start of a process to its first batch, after so many passes over the corpus."""
+    """Measure the seconds from the start of a process to its first batch, resumed after `epochs` passes."""
     batches = iter(stream(corpus, config_of(corpus)))
-    positions: dict[int, dict] = {}
+    positions: dict[int, Position] = {}
     index = 0
     wanted = epochs * len(corpus.sources[0].splits) // 24
-    while len(positions) < 24 or min(p["lanes"][0]["entry"] for p in positions.values()) < wanted or index % 24:
+    while len(positions) < 24 or min(p.sources[0].entry for p in positions.values()) < wanted or index % 24:
         batch, number, position = next(batches)
-        positions[number] = position.to_json()
+        positions[number] = position
         index = batch.index + 1
     file = folder / f"positions-{epochs}.json"
-    file.write_text(json.dumps({"index": index, "positions": positions}))
+    file.write_text(json.dumps({"index": index, "positions": positions_to_json(positions)}))
     taken = []
     for _ in range(repeats):
         began = time.time()
         command = [sys.executable, "-c", RESUME, str(Path(__file__).parent), corpus.sources[0].folder, str(file)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
         number, ready = done.stdout.split()
-        assert int(number) == index, "it resumed elsewhere"
+        assert int(number) == index, "it resumed at another bin"
         taken.append(float(ready) - began)
-    largest = max(len(json.dumps(position)) for position in positions.values())
-    print(
-        f"  after {epochs} epochs ({index:,} bins): {statistics.median(taken):.2f} s; a position has {largest} bytes at most"
-    )
-    return statistics.median(taken)
+    largest = max(len(json.dumps(position.to_json())) for position in positions.values())
+    seconds = statistics.median(taken)
+    print(f"  after {epochs} epochs ({index:,} bins): {seconds:.2f} s; the largest position has {largest} bytes")
+    return seconds
 
 
 def worker_memory(corpus: Corpus, tokens: int) -> float:
-    """Resident memory of one worker with all streams, highest over `tokens` tokens; says how flat it is."""
+    """Measure the peak resident memory of a worker with all streams over `tokens` tokens, and print its growth."""
     loader = iter(open_loader(stream(corpus, config_of(corpus)), 1))
     [worker] = psutil.Process().children()
     resident, seen = [], 0
@@ -211,7 +216,7 @@ def worker_memory(corpus: Corpus, tokens: int) -> float:
             break
     quarter = len(resident) // 4
     early, late = statistics.mean(resident[quarter : 2 * quarter]), statistics.mean(resident[-quarter:])
-    print(f"  a worker: {max(resident):.0f} MB at most, {late - early:+.1f} MB over the last half of {seen:,} tokens")
+    print(f"  peak {max(resident):.0f} MB, grows by {late - early:+.1f} MB in the last half of {seen:,} tokens")
     return max(resident)
 
 

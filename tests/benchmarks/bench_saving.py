@@ -1,11 +1,12 @@
-"""What checkpoints cost a run: step time with a save every 100 steps over none.
+"""Measure how much a checkpoint every 100 steps adds to the time of a run.
 
     python tests/benchmarks/bench_saving.py [--quick] [--json FILE]
 
-In one process, a window of steps without a save and one that begins with a save take turns, with the run's own loop, model,
-optimizer and ZeRO stage 2; the difference is what a save costs, the slower steps while it is written included. If it is
-still being written at the window's end, that is waited for and counted. Written to the temporary folder's disk.
-save_overhead is of the default, run.async_save; save_overhead_sync of a run that waits. --quick: mini only, else small too.
+In one process, windows of steps without a save alternate with windows that begin with a save, on the real loop, model
+and optimizer at ZeRO stage 2. The difference is the cost of a save, including slower steps while it is written; if it
+is not complete at the end of a window, the time until then counts too. Checkpoints go to the disk of the temporary
+folder.
+save_overhead: with run.async_save, the default. save_overhead_sync: without. --quick measures the size mini only.
 """
 
 import os
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as bench_train.py, and why
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the reason given in bench_train.py
 
 from corpus import write_text_shards
 from report import read_arguments, write
@@ -23,14 +24,15 @@ from report import read_arguments, write
 from megabert.config.ds_config import read_ds_config
 from megabert.config.parser import RecipeParser
 from megabert.training import loop
-from megabert.training.build import prepare
-from megabert.training.distributed.process import start_process
-from megabert.training.distributed.signals import Interrupts
+from megabert.training.build import build_run
+from megabert.training.distributed.signals import StopSignals
+from megabert.training.plan import make_plan
+from megabert.training.process import init_distributed
 from megabert.training.run import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EVERY = 100  # steps between two saves
-SIZES = {  # layers, hidden size, heads, MLP width; steps of a window, which must be longer than a save
+SIZES = {  # layers, hidden size, heads, MLP width; steps of a window, which must take longer than a save
     "mini": (4, 256, 4, 1024, 8),
     "small": (6, 512, 8, 2048, 5),
 }
@@ -38,7 +40,7 @@ ROUNDS = 3
 
 
 def run_flags(size: str, tokens: Path, out: Path) -> dict[str, object]:
-    """Settings of a run on bins of 4,096 tokens, with a vocabulary of 30,528."""
+    """Return the settings of a run on bins of 4,096 tokens with a vocabulary of 30,528."""
     layers, hidden, heads, width, _ = SIZES[size]
     return {
         "model.num_hidden_layers": layers, "model.hidden_size": hidden, "model.num_attention_heads": heads,
@@ -49,29 +51,29 @@ def run_flags(size: str, tokens: Path, out: Path) -> dict[str, object]:
 
 
 def open_run(size: str, tokens: Path, out: Path) -> Run:
-    """A run as launch/pretrain.py prepares it."""
+    """Build a run as launch/pretrain.py does."""
     flags = run_flags(size, tokens, out)
     recipe, _ = RecipeParser("bench_saving.py").read([f"--{key}={value}" for key, value in flags.items()])
-    path = REPOSITORY / "ds_configs/zero2.json"
-    return prepare(recipe, read_ds_config(path), str(path), *start_process(), Interrupts())
+    ds_config = read_ds_config(REPOSITORY / "ds_configs/zero2.json")
+    return build_run(make_plan(recipe, ds_config, *init_distributed()), StopSignals())
 
 
 def window(run: Run, steps: int, save: bool) -> float:
-    """Seconds of so many steps, and of a save at their beginning."""
-    began = time.perf_counter()
+    """Return the seconds of this many steps, with or without a save at their beginning."""
+    started_at = time.perf_counter()
     if save:
         loop.save(run)
     for _ in range(steps):
-        loop.set_learning_rate(run)
+        loop.set_learning_rate(run.engine, run.plan, run.state)
         batches, before = loop.next_batches(run)
-        loop.settle(run, batches, before, loop.take_step(run, batches))
-    run.saver.wait()
-    return time.perf_counter() - began
+        loop.sync_step(run, batches, before, loop.take_step(run, batches))
+    run.writer.wait()
+    return time.perf_counter() - started_at
 
 
 def overhead(run: Run, steps: int, overlap: bool) -> tuple[float, float, float]:
-    """Returns the seconds of a step, those that a save adds, and their share of EVERY steps: medians of ROUNDS."""
-    run.saver.overlap = overlap
+    """Return the seconds of a step, those that a save adds, and their share of EVERY steps: medians of ROUNDS."""
+    run.writer.overlap = overlap
     plain, extra = [], []
     for _ in range(ROUNDS):
         plain.append(window(run, steps, save=False))
@@ -89,15 +91,16 @@ def main() -> None:
         for size in ["mini"] if options.quick else list(SIZES):
             run = open_run(size, tokens, base / size)
             steps = SIZES[size][-1]
-            window(run, 3, save=False)  # before the first step there are no moments to save
+            window(run, 3, save=False)  # before the first step the optimizer has no moments to save
             window(run, 1, save=True)
-            files = next(path for path in run.checkpoints.glob("step-*")).iterdir()
+            files = next(path for path in run.plan.checkpoints.glob("step-*")).iterdir()
             mb = sum(path.stat().st_size for path in files) / 1e6
             for overlap, name in ((True, ""), (False, "_sync")):
                 step, added, share = overhead(run, steps, overlap)
                 figures |= {f"save_overhead{name}": share, f"save_s{name}": added}
+                mode = "async_save" if overlap else "no async_save"
                 print(
-                    f"{size}, {mb:,.0f} MB, {'while training goes on' if overlap else 'while it waits'}: a step takes {step:.2f} s, "
+                    f"{size}, {mb:,.0f} MB, {mode}: a step takes {step:.2f} s, "
                     f"a save adds {added:.2f} s: {share:.1%} of {EVERY} steps",
                     flush=True,
                 )

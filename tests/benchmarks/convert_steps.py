@@ -1,11 +1,14 @@
-"""What bench_convert.py measures, one step per process: python -m tests.benchmarks.convert_steps STEP ARGUMENTS, from the root.
+"""The steps that bench_convert.py measures, each in its own process.
 
-checkpoints OUT TOKENIZER       write one of each size to OUT/SIZE-run, as two ranks at ZeRO 3 leave it
-export RUN OUT                  launch/convert_to_hf.py
-import FOLDER OUT               launch/convert_from_hf.py
-publish FOLDER OUT              launch/convert_to_hf.py --layout published
-Prints one line of JSON: the step's own seconds, without Python's and torch's start, and getrusage's peak of the process and of its
-largest child.
+    python -m tests.benchmarks.convert_steps STEP ARGUMENTS
+
+checkpoints OUT TOKENIZER       write a checkpoint of each size to OUT/SIZE-run, as two ranks at ZeRO 3 write it
+export RUN OUT                  as launch/convert_to_hf.py
+import FOLDER OUT               as launch/convert_from_hf.py
+export-mosaicbert FOLDER OUT    as launch/convert_to_hf.py --layout published
+
+Prints one line of JSON: the step's seconds, without those in which Python and torch start, and the peak memory of the
+process and of its largest child by getrusage.
 """
 
 import json
@@ -16,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from megabert.convert.from_hf import convert
-from megabert.convert.to_hf import export
-from megabert.convert.to_mosaicbert import publish
+from megabert.convert.from_hf import import_model
+from megabert.convert.to_hf import export_checkpoint
+from megabert.convert.to_mosaicbert import export_mosaicbert
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from tests.convert.checkpoints import write_checkpoint
+from tests.convert.helpers.checkpoints import write_checkpoint
 
 SIZES = {
     "base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -29,11 +32,11 @@ SIZES = {
 }
 
 
-def checkpoint(size: str, run: Path, tokenizer: Path) -> None:
+def write_large_checkpoint(size: str, run: Path, tokenizer: Path) -> None:
     with torch.device("meta"):
         model = MegaBertForMaskedLM(MegaBertConfig(**SIZES[size]))
     model.to_empty(device="cpu").tie_weights()
-    some = torch.randn(1 << 20) * 0.02  # repeated: drawing 435 million numbers takes longer than writing them
+    some = torch.randn(1 << 20) * 0.02  # repeated, because drawing 435 million numbers takes longer than writing them
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             repeats = -(-parameter.numel() // len(some))
@@ -49,13 +52,13 @@ def main() -> None:
     began = time.perf_counter()
     if step == "checkpoints":
         for size in SIZES:
-            checkpoint(size, first / f"{size}-run", second)
-    elif step == "publish":
-        publish(first, second)
+            write_large_checkpoint(size, first / f"{size}-run", second)
+    elif step == "export-mosaicbert":
+        export_mosaicbert(first, second)
     elif step == "export":
-        export(first, second)
+        export_checkpoint(first, second)
     else:
-        convert(first, second)
+        import_model(first, second)
     seconds = time.perf_counter() - began
     peaks = [resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     sys.stdout.write(json.dumps({"seconds": seconds, "own_gb": peaks[0], "child_gb": peaks[1]}) + "\n")

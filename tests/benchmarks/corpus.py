@@ -1,4 +1,4 @@
-"""Token shards to measure with: documents as long as web text's, or sentences with a tokenizer that a run can train on."""
+"""Token shards for benchmarks: lengths of web text, or generated sentences with a tokenizer and a held-out part."""
 
 import hashlib
 import io
@@ -26,7 +26,7 @@ def chunk_lengths(rng: np.random.Generator) -> np.ndarray:
 
 
 def write_token_shards(folder: Path, num_shards: int, shard_tokens: int) -> None:
-    """Write a folder as data_prep/write_shards.py would."""
+    """Write a folder of shards in the format of data_prep/write_shards.py."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     shards, counts = [], np.zeros(VOCAB, dtype=np.int64)
@@ -54,9 +54,10 @@ def write_token_shards(folder: Path, num_shards: int, shard_tokens: int) -> None
 
 
 def write_text_shards(folder: Path) -> Path:
-    """Made-up sentences through data_prep, with a tokenizer and a held-out part: what a run can train on. Returns the shards.
+    """Write shards of random sentences, with a tokenizer and a held-out part, for a run to train on.
 
-    In a process of its own: data_prep's workers import what the program that starts them imports.
+    Returns the folder of the shards. This runs in a process of its own, because data_prep's workers import everything
+    that the main program imports.
     """
     subprocess.run([sys.executable, __file__, str(folder)], check=True)
     return folder / "tokens"

@@ -1,8 +1,9 @@
-# ruff: noqa: E402 (what forbids megabert comes before what might import it)
-"""Sentence embeddings a second of an exported folder, where megabert cannot be imported, and of transformers' BertModel.
+# ruff: noqa: E402 (the line that forbids megabert comes before imports that might import it)
+"""Compare sentence embeddings per second of an exported folder with transformers' BertModel.
 
-python tests/benchmarks/encode_texts.py FOLDER TEXTS BATCH ROUNDS. Both are of one size, in fp32, as transformers loads them, and take turns
-at the same batches: texts in their own order, padded to the longest of their batch. Prints one line of JSON.
+python tests/benchmarks/encode_texts.py FOLDER TEXTS BATCH ROUNDS. FOLDER is loaded where megabert cannot be imported.
+Both models have the same size and are in fp32, as transformers loads them. They encode the same batches in turns: texts
+in their given order, padded to the longest of their batch. Prints one line of JSON.
 """
 
 import json
@@ -17,19 +18,19 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.utils import logging
 
-LONGEST = 512  # tokens
+MAX_LENGTH = 512  # tokens
 
 
 def mean_of(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(B, S, E), (B, S) -> (B, E): what sentence-transformers does by default."""
+    """Return the mean of each text's tokens, as sentence-transformers does by default: (B, S, E), (B, S) -> (B, E)."""
     return (hidden * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
 @torch.no_grad()
 def seconds(model: torch.nn.Module, inputs: dict) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     mean_of(model(**inputs).last_hidden_state, inputs["attention_mask"])
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def main(folder: str, texts: str, size: int, rounds: int) -> dict:
@@ -39,20 +40,20 @@ def main(folder: str, texts: str, size: int, rounds: int) -> dict:
     config = ours.config
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     theirs = BertModel(BertConfig(**{name: getattr(config, name) for name in sizes})).eval()
-    every = json.loads(Path(texts).read_text())
-    chosen = [every[i : i + size] for i in range(0, size * rounds, size)]
-    warm = tokenizer(["a text"] * 2, return_tensors="pt")
-    warm = {name: warm[name] for name in ("input_ids", "attention_mask")}
+    all_texts = json.loads(Path(texts).read_text())
+    batches = [all_texts[i : i + size] for i in range(0, size * rounds, size)]
+    encoded = tokenizer(["a text"] * 2, return_tensors="pt")
+    warmup = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     for model in (ours, theirs):
-        seconds(model, warm)
+        seconds(model, warmup)
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     lengths: list[int] = []
-    for number, batch in enumerate(chosen):
-        encoded = tokenizer(batch, return_tensors="pt", padding=True, truncation=True, max_length=LONGEST)
+    for number, batch in enumerate(batches):
+        encoded = tokenizer(batch, return_tensors="pt", padding=True, truncation=True, max_length=MAX_LENGTH)
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         lengths += inputs["attention_mask"].sum(dim=1).tolist()
-        turns = [("ours", ours), ("theirs", theirs)]
-        for name, model in turns if number % 2 else turns[::-1]:
+        models = [("ours", ours), ("theirs", theirs)]
+        for name, model in models if number % 2 else models[::-1]:
             times[name].append(seconds(model, inputs))
     return {
         "ours": len(lengths) / sum(times["ours"]),

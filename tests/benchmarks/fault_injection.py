@@ -1,14 +1,14 @@
-"""Whether a pretraining run survives: it is killed, its disk filled, its checkpoints damaged, and then started again.
+"""Check that a pretraining run survives kills, full disks and damaged checkpoints when it is started again.
 
     python tests/benchmarks/fault_injection.py --rounds 100 --seed 1 [--quick] [--json FILE]
 
-Every round is a small real run on 1 rank, or on 2 through the deepspeed launcher, with one fault at a random moment; a
-large share strikes while a checkpoint is written. Started again with the same command until it is done, it must end with
-the weights, bit for bit, of a run that nothing happened to. Figures:
-identical       rounds that did
-lost_samples    bins that the surviving course of the run missed, or trained twice: a witness notes every step's
-Full disks and read-only folders are a tmpfs where one may be mounted (root), else a limit on the size of files (ulimit -f)
-and a folder without write permission. Fails if a round is not identical or loses a bin.
+Every round is a small real run on 1 rank, or on 2 through the deepspeed launcher, with one fault at a random moment,
+often while a checkpoint is written. It is started again with the same command until it ends, and must then have the
+same weights, bit for bit, as an undisturbed run. Figures:
+identical       rounds with the same weights
+lost_samples    bins that were missed or trained on twice, not counting steps that a resume did again
+A full disk and a read-only folder are made with a tmpfs if one can be mounted (as root), otherwise with a limit on
+file sizes (ulimit -f) and by permissions. Exits with 1 if a round is not identical or loses a bin.
 """
 
 import argparse
@@ -41,7 +41,7 @@ RECIPE = [
     f"--data.global_batch_tokens={256 * STEP_BINS}", "--data.num_workers=0", "--run.eval_tokens=512",
     "--run.log_every_steps=1", "--run.ops=torch", f"--run.max_steps={STEPS}", f"--run.save_every_steps={SAVE_EVERY}",
 ]  # fmt: skip
-PATIENCE_S = 120.0  # for a start to come as far as the fault wants it
+TIMEOUT_S = 120.0  # for a start to reach the moment of its fault, and for processes to end
 KILLS = ("kill rank", "kill rank in saving", "kill launcher", "kill launcher in saving")
 FAULTS = (*KILLS, "damaged checkpoint", "full disk", "read-only folder")
 WEIGHTS = (2, 4, 1, 2, 3, 2, 2)
@@ -54,7 +54,7 @@ class Started(NamedTuple):
 
 
 class Round:
-    """One run, its fault, and its further starts. folder: its own; ds_config, tokens: what it trains with."""
+    """One run with its fault and its restarts, in a folder of its own."""
 
     def __init__(self, folder: Path, tokens: Path, ds_config: Path, fault: str, ranks: int, rng: random.Random):
         self.folder, self.tokens, self.ds_config = folder, tokens, ds_config
@@ -65,7 +65,7 @@ class Round:
         self.checkpoints.mkdir(parents=True)
 
     def start(self, max_file_bytes: int | None = None) -> Started:
-        """The user's command, its output in a file."""
+        """Start the user's command, with its output in a file."""
         env = os.environ | {
             "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WITNESS": str(self.folder / f"{self.starts}"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -81,31 +81,31 @@ class Round:
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
-        if max_file_bytes is not None:  # at once, so that its children have it too
+        if max_file_bytes is not None:  # at once, so that its children inherit the limit
             psutil.Process(process.pid).rlimit(psutil.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
         return Started(process, log)
 
     def wait_for(self, started: Started, condition: Callable[[], bool]) -> None:
-        """Return when the condition holds or the run has ended."""
-        until = time.monotonic() + PATIENCE_S
+        """Wait until the condition holds or the run has ended."""
+        until = time.monotonic() + TIMEOUT_S
         while not condition() and started.process.poll() is None:
             if time.monotonic() > until:
-                raise RuntimeError(f"{started.log}: nothing for {PATIENCE_S:.0f} s")
+                raise RuntimeError(f"{started.log}: nothing for {TIMEOUT_S:.0f} s")
             time.sleep(0.0005)
 
     def wait_for_step(self, started: Started, step: int) -> None:
-        """Until the last line of any witness is of this step, and a random moment longer."""
+        """Wait until a rank has recorded this step, and a random moment longer."""
         self.wait_for(started, lambda: steps_begun(self.folder, self.starts - 1) >= step)
         time.sleep(self.rng.uniform(0, 0.06))
 
     def wait_for_save(self, started: Started, step: int) -> None:
-        """Until the checkpoint of this step is being written, and a random moment longer."""
+        """Wait until the checkpoint of this step is being written, and a random moment longer."""
         temporary = self.checkpoints / f"{layout.TEMPORARY}{layout.tag_of(step)}"
         self.wait_for(started, temporary.exists)
         time.sleep(self.rng.uniform(0, 0.04))
 
     def strike(self) -> None:
-        """Start the run and let the fault happen; returns when every process of it has ended."""
+        """Start the run and cause the fault; returns when all its processes have ended."""
         if self.fault in KILLS:
             self.kill()
         elif self.fault == "damaged checkpoint":
@@ -116,7 +116,7 @@ class Round:
             self.forbid_writing()
 
     def kill(self, least: int = 1) -> None:
-        """kill -9 of a rank, or of one of the launcher's two processes."""
+        """Kill (-9) a rank, or one of the launcher's two processes."""
         started = self.start()
         if "saving" in self.fault:
             step = self.rng.randrange(SAVE_EVERY, STEPS + 1, SAVE_EVERY)
@@ -132,7 +132,7 @@ class Round:
         end_of([*ranks, *launchers], started)
 
     def damage(self) -> None:
-        """A bit flipped, an end cut off or a file gone, in the newest of two checkpoints or more."""
+        """Flip a bit, cut off the end of a file or delete it, in the newest of at least two checkpoints."""
         self.kill(least=3 * SAVE_EVERY)
         tag = layout.list_tags(self.checkpoints)[0]
         file = self.checkpoints / tag / self.rng.choice(layout.files_of(self.checkpoints / tag))
@@ -146,9 +146,9 @@ class Round:
         self.moment += f", a {how} of {file.name} of {tag}"
 
     def fill_disk(self) -> None:
-        """Room for one or two checkpoints, or all of it taken while one is written."""
+        """Leave space for one or two checkpoints, or fill the disk while one is written."""
         if not MOUNTS:
-            self.expect_refusal(self.start(max_file_bytes=300_000))  # less than a shard of the optimizer's state
+            self.expect_refusal(self.start(max_file_bytes=300_000))  # less than a shard of the optimizer state
             self.moment = "files limited to 300 kB"
             return
         size = int(CHECKPOINT_BYTES * self.rng.uniform(1.0, 2.9))
@@ -167,13 +167,13 @@ class Round:
         self.remount(f"size={16 * CHECKPOINT_BYTES}")
 
     def forbid_writing(self) -> None:
-        """From a random step on; root may write what permissions forbid, but not on a file system mounted read-only."""
+        """Make the folder read-only from a random step on; root ignores permissions, but not a mount."""
         if MOUNTS:
             self.mount(f"size={16 * CHECKPOINT_BYTES}")
         started = self.start()
         step = self.rng.randint(1, STEPS - SAVE_EVERY)
         self.wait_for_step(started, step)
-        for _ in range(1000):  # a mount that a checkpoint is being written to is busy
+        for _ in range(1000):  # the mount is busy while a checkpoint is written
             if self.remount("ro") == 0:
                 break
             time.sleep(0.001)
@@ -192,35 +192,35 @@ class Round:
         return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode
 
     def expect_refusal(self, started: Started, may_end: bool = False) -> None:
-        """The run must end by itself, with a message that names the checkpoints' folder. may_end: or have been done by then."""
+        """Wait until the run fails with a message that names the folder. may_end: it may also have succeeded."""
         ranks, launchers = family(started.process)
-        code = started.process.wait(PATIENCE_S)
+        code = started.process.wait(TIMEOUT_S)
         end_of([*ranks, *launchers], started)
-        told = any(
+        explained = any(
             "could not be written" in line and str(self.checkpoints) in line
             for line in started.log.open(errors="replace")
         )
-        if not (code != 0 and told) and not (may_end and code == 0):
+        if not (code != 0 and explained) and not (may_end and code == 0):
             raise RuntimeError(
-                f"{started.log}: exit code {code}, and {'a' if told else 'no'} message about the checkpoint"
+                f"{started.log}: exit code {code}, and {'a' if explained else 'no'} message about the checkpoint"
             )
         self.moment += ", refused" if code else ", after the last save"
 
     def finish(self) -> None:
-        """Start the run again with the same command, until it is done."""
+        """Start the run again with the same command until it succeeds."""
         for _ in range(3):
             started = self.start()
-            code = started.process.wait(PATIENCE_S)
+            code = started.process.wait(TIMEOUT_S)
             if code == 0:
                 break
         else:
-            raise RuntimeError(f"{started.log}: not done after three more starts, exit code {code}")
+            raise RuntimeError(f"{started.log}: did not succeed in three more starts, exit code {code}")
         if self.fault == "damaged checkpoint" and "is damaged and passed over" not in started.log.read_text():
             raise RuntimeError(f"{started.log}: the damage was not noticed")
 
     def weights(self) -> str:
-        """A hash of the final weights."""
-        from megabert.convert.zero import read_checkpoint
+        """Return a hash of the final weights."""
+        from megabert.convert.deepspeed_checkpoint import read_checkpoint
 
         weights, _, state = read_checkpoint(self.folder / "run")
         assert state.step == STEPS, f"the last checkpoint is of step {state.step}"
@@ -230,17 +230,18 @@ class Round:
         return digest.hexdigest()
 
     def lost_samples(self) -> int:
-        """Bins missing from the surviving course of the run, or in it twice. A later start replaces what it did again."""
-        course: dict[int, list[int]] = {}
+        """Count the bins that were missed or trained on twice; steps that a later start did again count once."""
+        bins_of: dict[int, list[int]] = {}
         for start in range(self.starts):
-            mine: dict[int, list[int]] = {}
+            of_start: dict[int, list[int]] = {}
             for path in self.folder.glob(f"{start}-*.jsonl"):
                 for line in path.read_text().split("\n")[:-1]:
                     step = json.loads(line)
-                    mine.setdefault(step["step"], []).extend(step["bins"])
-            if mine:
-                course = {step: bins for step, bins in course.items() if step < min(mine)} | mine
-        trained = Counter(index for bins in course.values() for index in bins)
+                    of_start.setdefault(step["step"], []).extend(step["bins"])
+            if of_start:
+                earlier = {step: bins for step, bins in bins_of.items() if step < min(of_start)}
+                bins_of = earlier | of_start
+        trained = Counter(index for bins in bins_of.values() for index in bins)
         return sum(abs(trained[index] - 1) for index in {*trained, *range(STEPS * STEP_BINS)})
 
     def close(self) -> None:
@@ -248,11 +249,11 @@ class Round:
             subprocess.run(["umount", str(self.checkpoints)], check=True)
 
 
-CHECKPOINT_BYTES = 0  # set once an undisturbed run has written one
+CHECKPOINT_BYTES = 0  # set by the first undisturbed run
 
 
 def steps_begun(folder: Path, start: int) -> int:
-    """The step of the last whole line of any rank's witness."""
+    """Return the last step that any rank has recorded."""
     last = 0
     for path in folder.glob(f"{start}-*.jsonl"):
         lines = path.read_text().split("\n")[:-1]
@@ -261,32 +262,32 @@ def steps_begun(folder: Path, start: int) -> int:
 
 
 def family(process: subprocess.Popen) -> tuple[list[psutil.Process], list[psutil.Process]]:
-    """The run's ranks, and its launcher's processes."""
+    """Return the run's ranks and its launcher's processes."""
     try:
         top = psutil.Process(process.pid)
-        everyone = [top, *top.children(recursive=True)]
-        words = {member: member.cmdline() for member in everyone}
+        members = [top, *top.children(recursive=True)]
+        words = {member: member.cmdline() for member in members}
     except psutil.NoSuchProcess:
         return [], []
     if "tests/training/witness.py" in words[top][:3]:
         return [top], []
-    ranks = [member for member in everyone if any(word.startswith("--local_rank=") for word in words[member])]
+    ranks = [member for member in members if any(word.startswith("--local_rank=") for word in words[member])]
     ranks = [member for member in ranks if "deepspeed.launcher.launch" not in words[member]]
-    return ranks, [member for member in everyone if member not in ranks]
+    return ranks, [member for member in members if member not in ranks]
 
 
 def end_of(processes: list[psutil.Process], started: Started) -> None:
-    """Wait until none of them is left: two runs must not write to one folder."""
-    started.process.wait(PATIENCE_S)
-    _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S)
+    """Wait until all have ended: two runs must not write to one folder."""
+    started.process.wait(TIMEOUT_S)
+    _, alive = psutil.wait_procs(processes, timeout=TIMEOUT_S)
     for process in alive:
         process.kill()
     if alive:
-        raise RuntimeError(f"{started.log}: processes were left after {PATIENCE_S:.0f} s: {alive}")
+        raise RuntimeError(f"{started.log}: processes were left after {TIMEOUT_S:.0f} s: {alive}")
 
 
 def fill(path: Path) -> None:
-    """Take all room that is left."""
+    """Fill the disk."""
     with open(path, "wb", buffering=0) as file:
         try:
             while file.write(bytes(65_536)):
@@ -302,18 +303,18 @@ def free_port() -> int:
 
 
 def undisturbed(base: Path, tokens: Path, ds_config: Path, ranks: int) -> str:
-    """The weights' hash of a run that nothing happens to; more ranks add gradients in another order."""
+    """Return the weights' hash of a run without a fault; sums have another order on more ranks."""
     global CHECKPOINT_BYTES
     run = Round(base / f"undisturbed-{ranks}", tokens, ds_config, "none", ranks, random.Random(0))
     run.finish()
-    assert run.lost_samples() == 0, "the undisturbed run's own bins"
+    assert run.lost_samples() == 0, "an undisturbed run loses no bins"
     newest = run.checkpoints / layout.list_tags(run.checkpoints)[0]
     CHECKPOINT_BYTES = max(CHECKPOINT_BYTES, sum(path.stat().st_size for path in newest.iterdir()))
     return run.weights()
 
 
 def plan(seed: int, rounds: int) -> Iterator[tuple[str, int, random.Random]]:
-    """Of each round its fault, its number of ranks, and the source of its moments."""
+    """Yield each round's fault, number of ranks, and random generator."""
     rng = random.Random(seed)
     for _ in range(rounds):
         [fault] = rng.choices(FAULTS, WEIGHTS)
@@ -343,32 +344,32 @@ def main() -> int:
         flush=True,
     )
     identical = lost = 0
-    of_fault: Counter[str] = Counter()
+    num_faults: Counter[str] = Counter()
     for number, (fault, ranks, rng) in enumerate(plan(options.seed, 1 if options.quick else options.rounds), 1):
         if ranks not in expected:
             expected[ranks] = undisturbed(base, tokens, ds_config, ranks)
         run = Round(base / f"round-{number}", tokens, ds_config, fault, ranks, rng)
-        began = time.monotonic()
+        started_at = time.monotonic()
         try:
             run.strike()
             run.finish()
             same, missed = run.weights() == expected[ranks], run.lost_samples()
-        except (RuntimeError, ValueError, subprocess.TimeoutExpired) as mistake:
-            print(mistake, flush=True)
+        except (RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+            print(error, flush=True)
             same, missed = False, 0
         finally:
             run.close()
         identical, lost = identical + same, lost + missed
-        of_fault[fault] += 1
+        num_faults[fault] += 1
         print(
             f"round {number}: {ranks} rank{'s' if ranks > 1 else ''}, {fault} ({run.moment}), {run.starts} starts, "
-            f"{time.monotonic() - began:.0f} s: {'identical' if same else 'NOT IDENTICAL'}, {missed} bins lost",
+            f"{time.monotonic() - started_at:.0f} s: {'identical' if same else 'NOT IDENTICAL'}, {missed} bins lost",
             flush=True,
         )
         if same and not missed:
             shutil.rmtree(run.folder)
-    print(", ".join(f"{count} x {fault}" for fault, count in of_fault.most_common()))
-    rounds = of_fault.total()
+    print(", ".join(f"{count} x {fault}" for fault, count in num_faults.most_common()))
+    rounds = num_faults.total()
     print(f"{rounds} rounds, {identical} identical, {lost} samples lost")
     write({"rounds": rounds, "identical": identical, "lost_samples": lost}, options.json)
     good = identical == rounds and lost == 0

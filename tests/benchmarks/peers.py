@@ -1,6 +1,6 @@
-"""The loaders that ours is measured against, each in the setup that its users would call fast.
+"""Other loaders for comparison with ours, each set up for speed.
 
-Both get the pieces that ours would make: cut to the cap, with [CLS] and [SEP], as pre-tokenised arrays. One DataLoader
+Both get the pieces that our loader would make: cut to the cap, with [CLS] and [SEP], as arrays of ids. One DataLoader
 worker reads, collates and masks; the tokens that it delivers are counted without padding.
 """
 
@@ -25,20 +25,20 @@ PACKAGES = (
     "zstd==1.5.7.2",
     "catalogue==2.0.10",
 )
-BATCH = 32  # sequences; larger batches are no faster per token, and pad more
+BATCH = 32  # sequences; larger batches are not faster per token, and have more padding
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def install() -> None:
-    """Fetch mosaicml-streaming into a folder of its own: its requirements are older than ours, and mostly for clouds."""
+    """Install mosaicml-streaming into a folder of its own, without its requirements: they are older than ours."""
     if not FOLDER.is_dir():
-        print(f"fetching {PACKAGES[0]} into {FOLDER.name}/, for comparison only", flush=True)
+        print(f"installing {PACKAGES[0]} into {FOLDER.name}/, for the comparison only", flush=True)
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--no-deps", "--target"]
         subprocess.run([*command, str(FOLDER), *PACKAGES], check=True)
 
 
 def import_streaming() -> types.ModuleType:
-    """mosaicml-streaming; an empty torchvision stands in for the real one, which only its image datasets use."""
+    """Import mosaicml-streaming with an empty torchvision, which only its image datasets use."""
     install()
     sys.path.append(str(FOLDER))
     if importlib.util.find_spec("torchvision") is None:
@@ -55,7 +55,7 @@ def import_streaming() -> types.ModuleType:
 
 
 def collator(vocab_size: int) -> DataCollatorForLanguageModeling:
-    """transformers' masking, on a tokenizer that is no more than its special tokens."""
+    """Return transformers' masking collator, for a tokenizer of special tokens and numbers."""
     vocabulary = {token: number for number, token in enumerate(SPECIALS)}
     vocabulary |= {str(number): number for number in range(len(SPECIALS), vocab_size)}
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIALS, strict=True))
@@ -64,14 +64,14 @@ def collator(vocab_size: int) -> DataCollatorForLanguageModeling:
 
 
 def real_tokens(loader: DataLoader) -> Iterator[int]:
-    """Tokens of each batch, padding not counted, pass after pass."""
+    """Yield the tokens of each batch without padding, over endless passes."""
     while True:
         for batch in loader:
             yield int(batch["attention_mask"].sum())
 
 
 def huggingface_loader(pieces: list[np.ndarray], vocab_size: int, folder: Path) -> DataLoader:
-    """datasets: Arrow on disk, memory-mapped, shuffled."""
+    """Open a loader of datasets: memory-mapped Arrow files, shuffled."""
     import datasets
 
     if not folder.is_dir():
@@ -83,7 +83,7 @@ def huggingface_loader(pieces: list[np.ndarray], vocab_size: int, folder: Path) 
 
 
 def streaming_loader(pieces: list[np.ndarray], vocab_size: int, folder: Path) -> DataLoader:
-    """mosaicml-streaming: local MDS shards, shuffled, samples as arrays."""
+    """Open a loader of mosaicml-streaming: local MDS shards, shuffled, samples as arrays."""
     streaming = import_streaming()
     if not folder.is_dir():
         with streaming.MDSWriter(out=str(folder), columns={"input_ids": "ndarray:uint16"}) as writer:

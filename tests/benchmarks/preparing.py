@@ -1,7 +1,8 @@
-"""How fast write_shards.py is, as a share of the bare tokenizer on the same text and cores.
+"""Speed of write_shards.py compared with the bare tokenizer on the same text and cores.
 
-Both run in processes of their own, in turn. The command is timed whole: start-up, reading, hashing, tokenizing, shuffling,
-writing, checksums, statistics. Of the bare tokenizer only encode_batch_fast is timed, with its own threads on all cores.
+Both run in processes of their own, in turn. The whole command is timed: start-up, reading, hashing, tokenizing,
+shuffling, writing, checksums and statistics. Of the bare tokenizer only encode_batch_fast is timed, with its own
+threads on all cores.
 """
 
 import json
@@ -19,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FULL_BYTES, QUICK_BYTES = 96_000_000, 8_000_000
 ROUNDS = 3
 
-# Given a corpus and a tokenizer: seconds that encode_batch_fast takes for all texts, some MB at a time.
+# Prints the seconds that encode_batch_fast takes for all texts of a corpus, some MB at a time.
 BARE = """
 import json, sys, time
 from tokenizers import Tokenizer
@@ -35,7 +36,7 @@ print(time.perf_counter() - begin)
 
 
 def write_corpus(path: Path, size: int) -> int:
-    """Write docstrings as .jsonl, each document once in a pass over them, until `size` bytes. Returns bytes of text."""
+    """Write docstrings as .jsonl until `size` bytes, in as many passes as necessary. Returns the bytes of text."""
     units = list_input_splits("docstrings", ReadOptions())
     written = passes = 0
     with open(path, "w") as file:
@@ -43,7 +44,7 @@ def write_corpus(path: Path, size: int) -> int:
             for text in (text for unit in units for text in read_input_split(unit, ReadOptions())):
                 if len(text) < 200:
                     continue
-                # Copies would be dropped: those of a later pass say which it is.
+                # write_shards.py drops copies of a text, so later passes prefix their number.
                 document = f"Pass {passes}. {text}" if passes else text
                 file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
                 written += len(document.encode())
@@ -74,7 +75,7 @@ def time_write_shards(corpus: Path, tokenizer: Path, out: Path) -> float:
 
 
 def measure(corpus: Path, tokenizer: Path, scratch: Path, quick: bool) -> dict[str, float]:
-    """The median of per-round ratios. Quick: for so little text, the seconds of starting up are taken off."""
+    """Return the median of per-round ratios. quick: subtract the time of starting up."""
     size, out, little = corpus.stat().st_size / 1e6, scratch / "tokens-again", scratch / "little.jsonl"
     write_corpus(little, 20_000)
     bare, whole = [], []
@@ -83,7 +84,7 @@ def measure(corpus: Path, tokenizer: Path, scratch: Path, quick: bool) -> dict[s
         start_up = time_write_shards(little, tokenizer, out) if quick else 0.0
         whole.append(time_write_shards(corpus, tokenizer, out) - start_up)
     if quick:
-        print(f"  {start_up:.1f} s of starting up are not counted here; without --quick they are")
+        print(f"  without {start_up:.1f} s of starting up, which are only counted without --quick")
     rates = (size / statistics.median(times) for times in (whole, bare))
     print("  write_shards {:.2f} MB/s, the bare tokenizer {:.2f} MB/s, on all cores".format(*rates))
     return {"write_shards_vs_bare_tokenizer": statistics.median(b / w for b, w in zip(bare, whole, strict=True))}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# "Machines" on this one, as root: network namespaces mb1, mb2, ... with addresses 10.77.0.1, .2, ... on one bridge.
+# Make "machines" on this one, as root: network namespaces mb1, mb2, ... with addresses 10.77.0.1, .2, ... on a bridge.
 #     bash tests/cluster/namespaces.sh up|down [N]
 set -euo pipefail
 count=${2:-2}

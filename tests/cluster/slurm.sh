@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A SLURM cluster on this machine: slurmctld, N slurmd and munge, without systemd, cgroups or a database. Debian or Ubuntu, as root.
+# Make a SLURM cluster on this machine: slurmctld, N slurmd and munge, without systemd, cgroups or a database.
+# Needs Debian or Ubuntu, and root.
 #     bash tests/cluster/slurm.sh install            # packages, from the distribution
 #     bash tests/cluster/slurm.sh up FOLDER [N]      # N nodes n1, n2, ... (2) of 2 cores; then: export SLURM_CONF=FOLDER/slurm.conf
 #     bash tests/cluster/slurm.sh down FOLDER
@@ -7,7 +8,7 @@ set -euo pipefail
 folder=${2:-}
 case $1 in
 install)
-    # Packages must not start daemons of their own.
+    # Keep the packages from starting daemons.
     policy=/usr/sbin/policy-rc.d
     if [ ! -e $policy ]; then
         printf '#!/bin/sh\nexit 101\n' > $policy
@@ -25,7 +26,7 @@ up)
     [ -s /etc/munge/munge.key ] || runuser -u munge -- mungekey -c -k /etc/munge/munge.key
     if ! munge -n > /dev/null 2>&1; then
         runuser -u munge -- /usr/sbin/munged
-        touch "$folder/munged-is-ours"
+        touch "$folder/munged-was-started-here"
     fi
     cat > "$folder/slurm.conf" <<END
 ClusterName=test
@@ -69,6 +70,6 @@ down)
     for file in "$folder"/slurmd.*.pid "$folder/slurmctld.pid"; do
         [ ! -f "$file" ] || kill "$(cat "$file")"
     done
-    [ ! -e "$folder/munged-is-ours" ] || kill "$(cat /run/munge/munged.pid)"
+    [ ! -e "$folder/munged-was-started-here" ] || kill "$(cat /run/munge/munged.pid)"
     ;;
 esac

@@ -1,18 +1,25 @@
+"""A ds_config is read strictly, and the recipe's values are filled in."""
+
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megabert.config.ds_config import KNOWN_KEYS, fill, numerics_of, read_ds_config
+from megabert.config.ds_config import KNOWN_KEYS, DsConfig, ResolvedDsConfig, read_ds_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
-FILLED = {"accumulation": 2, "max_grad_norm": 1.0, "world_size": 4, "fast_bf16": True}
+
+
+def resolve(raw: dict[str, Any], fast_bf16: bool = True) -> ResolvedDsConfig:
+    """Fill in the values of a recipe for 4 ranks."""
+    return DsConfig("ds.json", raw).resolve(accumulation=2, max_grad_norm=1.0, world_size=4, fast_bf16=fast_bf16)
 
 
 def test_the_ds_configs_differ_only_in_zero_optimization():
     rest = {}
     for path in FOLDER.glob("*.json"):
-        raw = read_ds_config(path)
+        raw = read_ds_config(path).settings
         zero = raw.pop("zero_optimization")
         assert path.stem.startswith(f"zero{zero['stage']}")
         rest[path.stem] = raw
@@ -20,8 +27,8 @@ def test_the_ds_configs_differ_only_in_zero_optimization():
     assert len({json.dumps(raw, sort_keys=True) for raw in rest.values()}) == 1
 
 
-def test_deepspeed_reads_every_key_that_we_call_known():
-    """If DeepSpeed drops or renames a key, its sources no longer spell it."""
+def test_deepspeed_reads_every_known_key():
+    """If DeepSpeed drops or renames a key, its sources no longer contain it."""
     import deepspeed
 
     root = Path(deepspeed.__file__).parent
@@ -41,7 +48,7 @@ def test_deepspeed_reads_every_key_that_we_call_known():
             '{"zero_optimisation": {"stage": 2}}',
             "no top-level key 'zero_optimisation'. Did you mean zero_optimization?",
         ),
-        ('{"steps_per_print": 1, "steps_per_print": 2}', "the key 'steps_per_print' stands twice"),
+        ('{"steps_per_print": 1, "steps_per_print": 2}', "the key 'steps_per_print' appears twice"),
         ("{", "not valid JSON"),
         ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage is 7, expected 0, 1, 2 or 3"),
         ('{"zero_optimization": {"stage": "two"}}', "zero_optimization.stage is 'two', expected"),
@@ -61,13 +68,13 @@ def test_deepspeed_reads_every_key_that_we_call_known():
         ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "does nothing below stage 3"),
         ('{"fp16": true}', "fp16 is true, expected an object"),
         ('{"bf16": "auto"}', 'bf16 is "auto", expected an object'),
-        ('{"activation_checkpointing": {"cpu_checkpointing": true}}', "Set model.checkpoint_every in the recipe"),
+        ('{"activation_checkpointing": {"cpu_checkpointing": true}}', "Set model.gradient_checkpointing in the recipe"),
         ('{"data_efficiency": {"enabled": true}}', "data_efficiency is not supported: the recipe's data section"),
         ('{"tensor_parallel": {"autotp_size": 2}}', "trains data-parallel"),
-        ('{"checkpoint": {"load_universal": true}}', "load_universal is set by MegaBERT"),
+        ('{"checkpoint": {"load_universal": true}}', "MegaBERT sets checkpoint.load_universal itself"),
         (
             '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
-            "offload_param.device is 'nvme'; this stack offloads to the cpu only",
+            'offload_param.device is \'nvme\', expected "cpu" or "none"',
         ),
     ],
 )
@@ -78,7 +85,7 @@ def test_a_wrong_ds_config_is_refused(tmp_path, text, message):
         read_ds_config(path)
 
 
-def test_what_is_off_is_not_refused(tmp_path):
+def test_sections_that_are_off_are_not_refused(tmp_path):
     path = tmp_path / "ds.json"
     raw = {
         "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
@@ -91,26 +98,26 @@ def test_what_is_off_is_not_refused(tmp_path):
         },
     }
     path.write_text(json.dumps(raw))
-    assert read_ds_config(path) == raw
+    assert read_ds_config(path) == DsConfig(str(path), raw)
 
 
-def test_the_numerics_are_what_is_not_off():
-    assert numerics_of(fill({"torch_autocast": {"dtype": "bfloat16"}, "prescale_gradients": False}, "", **FILLED)) == {}
+def test_the_numerics_contain_only_what_is_on():
+    assert resolve({"torch_autocast": {"dtype": "bfloat16"}, "prescale_gradients": False}).numerics == {}
     raw = {
         "torch_autocast": {"enabled": "auto"},
         "data_types": {"grad_accum_dtype": "bf16"},
         "bf16": {"enabled": False},
     }
-    assert numerics_of(fill(raw, "", **FILLED)) == {
+    assert resolve(raw).numerics == {
         "torch_autocast": {"enabled": True},
         "data_types": {"grad_accum_dtype": "bf16"},
     }
 
 
 @pytest.mark.parametrize("raw", [{"prescale_gradients": True}, {"gradient_predivide_factor": 2.0}])
-def test_how_gradients_are_scaled_is_a_part_of_the_numerics(raw):
-    assert numerics_of(fill(raw, "", **FILLED)) == raw
-    assert numerics_of(fill({"gradient_predivide_factor": 1.0}, "", **FILLED)) == {}
+def test_the_numerics_contain_how_gradients_are_scaled(raw):
+    assert resolve(raw).numerics == raw
+    assert resolve({"gradient_predivide_factor": 1.0}).numerics == {}
 
 
 def test_a_missing_ds_config_is_named(tmp_path):
@@ -119,7 +126,7 @@ def test_a_missing_ds_config_is_named(tmp_path):
 
 
 def test_the_recipes_values_are_filled_in():
-    filled = fill({"train_batch_size": "auto", "zero_optimization": {"stage": 2}}, "ds.json", **FILLED)
+    filled = resolve({"train_batch_size": "auto", "zero_optimization": {"stage": 2}}).settings
     assert filled["train_batch_size"] == 8
     assert filled["gradient_accumulation_steps"] == 2
     assert filled["gradient_clipping"] == 1.0
@@ -128,15 +135,16 @@ def test_the_recipes_values_are_filled_in():
 
 
 def test_at_stage_0_the_guard_clips():
-    """DeepSpeed would too, and not say what the norm was."""
-    assert fill({}, "ds.json", **FILLED)["gradient_clipping"] == 0.0
+    """DeepSpeed's own clipping does not report the norm."""
+    assert resolve({}).settings["gradient_clipping"] == 0.0
 
 
 @pytest.mark.parametrize("fast_bf16", [True, False])
-def test_autocast_auto_asks_the_device(fast_bf16):
+def test_autocast_auto_depends_on_the_device(fast_bf16):
     raw = {"torch_autocast": {"enabled": "auto", "dtype": "bfloat16"}}
-    filled = fill(raw, "ds.json", **(FILLED | {"fast_bf16": fast_bf16}))
-    assert filled["torch_autocast"] == {"enabled": fast_bf16, "dtype": "bfloat16"}
+    resolved = resolve(raw, fast_bf16)
+    assert resolved.bf16 is fast_bf16
+    assert resolved.settings["torch_autocast"] == {"enabled": fast_bf16, "dtype": "bfloat16"}
     assert raw["torch_autocast"]["enabled"] == "auto"
 
 
@@ -161,4 +169,20 @@ def test_autocast_auto_asks_the_device(fast_bf16):
 )
 def test_a_ds_config_that_contradicts_the_recipe_is_refused(raw, message):
     with pytest.raises(ValueError, match=message):
-        fill(raw, "ds.json", **FILLED)
+        resolve(raw)
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({}, (0, False, True)),
+        ({"stage": 3, "reduce_scatter": False}, (3, False, False)),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, (2, True, True)),
+        ({"stage": 2, "offload_optimizer": {"device": "none"}}, (2, False, True)),
+        ({"stage": 2, "offload_optimizer": None}, (2, False, True)),
+    ],
+)
+def test_the_resolved_ds_config_answers_by_property(zero, expected):
+    resolved = ResolvedDsConfig({"zero_optimization": zero})
+    assert (resolved.zero_stage, resolved.offloads_optimizer, resolved.reduce_scatter) == expected
+    assert resolved.bf16 is False

@@ -1,15 +1,11 @@
+"""Recipes are read strictly, and errors name the nearest setting."""
+
 import pytest
 import yaml
 
 from megabert.config.parser import RecipeParser, recipe_names
-from megabert.config.recipe import (
-    ModelConfig,
-    OptimizerConfig,
-    Recipe,
-    RunConfig,
-    batches_per_step,
-    total_steps,
-)
+from megabert.config.recipe import ModelConfig, OptimizerConfig, Recipe, RunConfig, may_change_at_resume
+from megabert.config.settings import flatten
 
 
 def read(*argv: str) -> Recipe:
@@ -30,7 +26,7 @@ def test_every_recipe_reads(name):
     assert read("--recipe", name).run.output_dir
 
 
-def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+def test_flags_override_the_recipe_and_the_recipe_overrides_defaults(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("model: {hidden_size: 96, num_attention_heads: 4}\nrun: {max_steps: 5}\n")
     recipe = read("--recipe", str(path), "--model.hidden-size=64")
@@ -43,7 +39,7 @@ def test_resume_has_a_short_name(flags):
     assert read(*flags).run.resume == "none"
 
 
-def test_a_flag_for_one_length_replaces_the_recipes_other():
+def test_a_flag_for_one_length_replaces_the_length_in_the_recipe():
     recipe = read("--run.max-steps", "7")
     assert (recipe.run.max_steps, recipe.run.max_tokens) == (7, None)
 
@@ -82,10 +78,13 @@ def test_the_saved_recipe_reads_back(tmp_path):
             "expected a multiple of run.save_every_steps (4), or 0",
         ),
         (["--recipe=bert-base", "--data.max_seq_len=1024"], "has only model.max_position_embeddings = 512 positions"),
+        (["--run.save_every_steps=0"], "run.save_every_steps is 0, expected at least 1"),
+        (["--run.rollback_after=-1"], "run.rollback_after is -1, expected at least 0"),
+        (["--data.max_streams=0"], "data.max_streams is 0, expected at least 1"),
         (["--run.log_every_steps=0"], "run.log_every_steps is 0, expected at least 1"),
     ],
 )
-def test_a_users_mistake_is_one_line(capsys, argv, message):
+def test_a_wrong_flag_gives_a_one_line_error(capsys, argv, message):
     assert message in error_of(capsys, *argv)
 
 
@@ -102,7 +101,7 @@ def test_a_users_mistake_is_one_line(capsys, argv, message):
         ("model: {hidden_size: 96}", "does not say how long to train"),
     ],
 )
-def test_a_wrong_recipe_file_is_one_line(capsys, tmp_path, text, message):
+def test_a_wrong_recipe_file_gives_a_one_line_error(capsys, tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     assert message in error_of(capsys, "--recipe", str(path))
@@ -120,27 +119,6 @@ def test_help_shows_every_setting_with_its_default(capsys):
     assert "tokens" in text
 
 
-def test_ranks_share_a_global_batch():
-    recipe = read("--data.global_batch_tokens=8192")
-    assert [batches_per_step(recipe, world_size) for world_size in (1, 2, 8)] == [8, 8, 8]
-    with pytest.raises(
-        ValueError, match=r"8 micro-batches of 1024 tokens, which 3 ranks cannot share.*3 x 1024 = 3072"
-    ):
-        batches_per_step(recipe, 3)
-    assert batches_per_step(read(), 5) == 5
-
-
-@pytest.mark.parametrize("name", ["mosaicbert-base", "mosaicbert-large", "bert-base", "bert-large"])
-def test_the_documented_clusters_share_a_published_batch(name):
-    """8 GPUs, the two machines of launch/hostfile.example, and four nodes of 8 under SLURM."""
-    assert {batches_per_step(read("--recipe", name), ranks) for ranks in (1, 8, 16, 32)} == {32}
-
-
-def test_the_runs_length():
-    assert total_steps(read("--run.max_tokens=10000"), 2) == 4
-    assert total_steps(read("--run.max_steps=9"), 2) == 9
-
-
 def test_checkpointing_every_kth_layer():
     values = {"none": 0, "every_layer": 1, "every_3": 3}
     assert {name: ModelConfig(gradient_checkpointing=name).checkpoint_every for name in values} == values
@@ -149,3 +127,17 @@ def test_checkpointing_every_kth_layer():
 def test_configs_are_immutable():
     with pytest.raises(AttributeError):
         OptimizerConfig().lr = 1.0
+
+
+def test_every_setting_has_an_answer_to_whether_it_may_change_at_a_resume():
+    names = flatten(Recipe(run=RunConfig(max_steps=1)).to_dict())
+    may_change = {name for name in names if may_change_at_resume(name)}
+    probe = {"task", "data", "protocol", "every_steps", "max_examples"}
+    data = {"train", "heldout", "tokenizer", "num_workers", "on_bad_shard", "cache_dir", "cache_gb"}
+    run = {
+        "output_dir", "log_every_steps", "eval_every_steps", "eval_tokens", "save_every_steps", "keep_checkpoints",
+        "keep_every_steps", "keep_best", "async_save", "resume", "trackers", "max_norm_ratio", "rollback_after", "ops",
+    }  # fmt: skip
+    assert may_change == {f"probe.{n}" for n in probe} | {f"data.{n}" for n in data} | {f"run.{n}" for n in run}
+    assert not may_change_at_resume("run.unknown")
+    assert not may_change_at_resume("unknown")

@@ -1,4 +1,4 @@
-"""Each recipe builds the published model."""
+"""Each recipe builds the published model with the published settings."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from megabert.config.parser import RecipeParser
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.engine import model_config
-from megabert.training.optim.lr_schedule import lr_factor
+from megabert.training.schedule import lr_factor
 
 SPECIAL = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
 BERT_TOKENIZER = TokenizerInfo("bert-base-uncased", 30_522, SPECIAL, tuple(SPECIAL.values()))
@@ -32,7 +32,7 @@ def test_parameter_counts_at_berts_vocabulary(name, parameters):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-def test_the_papers_numbers():
+def test_the_settings_are_those_of_the_paper():
     """mosaicml/examples v0.0.4, examples/bert/yamls/main/mosaic-bert-base-uncased.yaml."""
     recipe, _ = RecipeParser("pretrain", "").read(["--recipe", "mosaicbert-base"])
     optimizer = recipe.optimizer
@@ -47,7 +47,7 @@ def test_the_papers_numbers():
     assert (recipe.data.max_seq_len, recipe.data.documents, recipe.run.seed) == (128, "truncate", 17)
 
 
-def test_the_baseline_differs_where_the_paper_says():
+def test_the_baseline_differs_only_where_the_paper_says():
     mosaic, bert = (
         RecipeParser("pretrain", "").read(["--recipe", name])[0] for name in ("mosaicbert-base", "bert-base")
     )

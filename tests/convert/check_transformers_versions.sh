@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Repeat the gate, and use exported folders in every way, under several versions of transformers, each in an environment of its
-# own without megabert.
+# Repeat the export check, and use exported folders in every way, under several versions of transformers, each in its own
+# environment without megabert.
 #     bash tests/convert/check_transformers_versions.sh                  4.50.3, 4.57.6 and the version of constraints.txt
 #     bash tests/convert/check_transformers_versions.sh 4.53.3 5.0.0     these
-# Takes some minutes the first time: it installs transformers, accelerate (for Trainer) and sentence-transformers. torch is not
-# installed again but linked from .venv. ENVIRONMENTS names the folder to keep them in.
+# The first run takes some minutes: it installs transformers, accelerate (for Trainer) and sentence-transformers. torch is
+# linked from .venv. The environments are kept in the folder that the variable ENVIRONMENTS names.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -13,7 +13,7 @@ versions=("$@")
 environments=${ENVIRONMENTS:-build/transformers-versions}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-.venv/bin/python -m tests.convert.write_exports "$scratch"
+.venv/bin/python -m tests.convert.helpers.write_exports "$scratch"
 site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 for version in "${versions[@]}"; do
     environment=$environments/$version
@@ -27,7 +27,7 @@ for version in "${versions[@]}"; do
     fi
     for folder in mosaicbert bert; do
         mkdir -p "$scratch/$version-$folder"
-        for program in megabert/convert/check/subprocess_check.py "tests/convert/hf_user.py --all --scratch=$scratch/$version-$folder"; do
+        for program in megabert/convert/check/subprocess_check.py "tests/convert/helpers/use_folder.py --all --scratch=$scratch/$version-$folder"; do
             # shellcheck disable=SC2086  # a program and its arguments
             HF_MODULES_CACHE="$scratch/modules-$version" "$environment/bin/python" -P $program "$scratch/$folder" \
                 > "$scratch/log" 2>&1 || { cat "$scratch/log"; exit 1; }

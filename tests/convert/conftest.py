@@ -1,36 +1,69 @@
-"""Exports that several files of tests look at. Who changes one copies it first."""
+"""Exports that several test files share, and launchers that run in the test's own process."""
 
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megabert.convert import to_hf
-from megabert.convert.to_hf import Wish
-from tests.conftest import pretrain_command, run_command
-from tests.convert.checkpoints import write_checkpoint
-from tests.convert.small import BERT, small_model
+from megabert.convert.check import export_check
+from megabert.convert.to_hf import ExportOptions
+from tests.conftest import REPOSITORY, Finished, run_ranks
+from tests.convert.helpers.checkpoints import write_checkpoint
+from tests.convert.helpers.small_model import BERT, small_model
 
 
 @pytest.fixture(scope="session")
 def run(corpus, tmp_path_factory) -> Path:
-    """Stage 3 on two ranks, whose weights are in pieces; the end-to-end test exports stage 2."""
+    """A run at ZeRO 3 on two ranks; the end-to-end test exports ZeRO 2. A test that changes it must copy it first."""
     out = tmp_path_factory.mktemp("zero3")
-    done = run_command(pretrain_command(corpus, out, "--run.max_steps=2", ds_config="zero3", ranks=2))
+    done = run_ranks(corpus, out, "--run.max_steps=2", ds_config="zero3", ranks=2)
     assert done.code == 0, done.output
     return out
 
 
 @pytest.fixture(scope="session")
 def exported(run, tmp_path_factory) -> Path:
+    """The export of that run. A test that changes it must copy it first."""
     out = tmp_path_factory.mktemp("exported") / "hf"
-    to_hf.export(run, out)
+    to_hf.export_checkpoint(run, out)
     return out
 
 
 @pytest.fixture(scope="session")
 def bert(corpus, tmp_path_factory) -> tuple[Path, Path]:
-    """A run of BERT, and its export in several files."""
+    """A checkpoint of a BERT, and its export in several files."""
     folder = tmp_path_factory.mktemp("bert")
     write_checkpoint(folder / "run", small_model(**BERT), corpus.tokenizer)
-    to_hf.export(folder / "run", folder / "hf", Wish(max_shard_size="30KB"))
+    to_hf.export_checkpoint(folder / "run", folder / "hf", ExportOptions(max_shard_size="30KB"))
     return folder / "run", folder / "hf"
+
+
+@pytest.fixture
+def skipped_checks(monkeypatch) -> list[Path]:
+    """Let every export check pass without starting a process. Lists the folders that would have been checked."""
+    folders = []
+
+    def pass_check(folder: Path) -> dict:
+        folders.append(folder)
+        return {"max_difference": 0.0, "transformers": "0"}
+
+    monkeypatch.setattr(export_check, "run_in_subprocess", pass_check)
+    return folders
+
+
+@pytest.fixture
+def run_launcher(monkeypatch, capsys) -> Callable[..., Finished]:
+    """Run a file of launch/ as a command, but in this process, which saves loading torch again."""
+
+    def run_launcher(file: str, *arguments: str | Path) -> Finished:
+        monkeypatch.setattr(sys, "argv", [file, *map(str, arguments)])
+        capsys.readouterr()  # what the test printed before
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(REPOSITORY / "launch" / file), run_name="__main__")
+        captured = capsys.readouterr()
+        return Finished(int(ended.value.code or 0), captured.out + captured.err)
+
+    return run_launcher

@@ -1,4 +1,4 @@
-"""How much memory an export takes, as the benchmark measures it: its whole process tree at one time."""
+"""The peak memory of an export and its subprocess, measured by the benchmark."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from tests.conftest import run_command
 
 @pytest.mark.nightly
 def test_the_large_size_is_exported_in_less_than_six_gigabytes(tmp_path):
-    """435 million parameters are 1.6 GB; DeepSpeed's files of them, optimizer states too, 6.5 GB."""
+    """435 million parameters take 1.6 GB; DeepSpeed's files, with optimizer states, 6.5 GB."""
     command = [sys.executable, "tests/benchmarks/bench_convert.py", "--quick", "--json", str(tmp_path / "figures.json")]
     done = run_command(command, timeout_s=900)
     assert done.code == 0, done.output

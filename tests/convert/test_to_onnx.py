@@ -1,6 +1,4 @@
-"""onnxruntime gives the model's logits, at every batch, length and mask."""
-
-import sys
+"""onnxruntime gives the model's logits for any batch size, length and mask."""
 
 import numpy as np
 import pytest
@@ -14,26 +12,23 @@ from megabert.model.modeling_megabert import (
     MegaBertForTokenClassification,
     MegaBertModel,
 )
-from tests.conftest import run_command
-from tests.convert.checkpoints import write_checkpoint
-from tests.convert.small import BERT, small_model
-
-LAUNCHER = [sys.executable, "launch/convert_to_hf.py"]
+from tests.convert.helpers.checkpoints import write_checkpoint
+from tests.convert.helpers.small_model import BERT, small_model
 
 
-def test_onnx_gives_the_same_answers(corpus, tmp_path):
-    """Texts of several lengths, one by one and together, asked of transformers and of onnxruntime."""
+def test_onnx_gives_the_same_answers(run_launcher, corpus, tmp_path):
+    """transformers and onnxruntime agree on texts of several lengths, one by one and in a batch."""
     import onnxruntime
 
     run, out = tmp_path / "run", tmp_path / "hf"
     write_checkpoint(run, small_model(), corpus.tokenizer)
-    done = run_command([*LAUNCHER, str(run), str(out), "--onnx"])
+    done = run_launcher("convert_to_hf.py", run, out, "--onnx")
     assert done.code == 0, done.output
     assert "onnx/model.onnx: its logits differ by at most" in done.output
     import megabert  # noqa: F401 (loads the folder without its code)
 
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForMaskedLM.from_pretrained(out).eval()
-    session = onnxruntime.InferenceSession(out / to_onnx.FILE)
+    session = onnxruntime.InferenceSession(out / to_onnx.ONNX_MODEL)
     questions = [
         "the [MASK] of the module",
         "Returns [MASK].",
@@ -52,8 +47,8 @@ def test_onnx_gives_the_same_answers(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [BERT, {}], ids=["bert", "mosaicbert"])
-def test_every_mask_means_the_same_to_both(tmp_path, changes):
-    """A token is real where the mask is not 0, wherever in the row. Weights are so large that a distance that is off by one shows."""
+def test_every_mask_gives_the_same_logits(tmp_path, changes):
+    """A token is real where the mask is not 0, anywhere in the row. Large weights make a wrong distance show."""
     import onnxruntime
 
     model = small_model(**changes).eval()
@@ -61,7 +56,7 @@ def test_every_mask_means_the_same_to_both(tmp_path, changes):
         for layer in model.bert.encoder.layers:
             layer.attention.qkv.weight.mul_(5)
     to_onnx.write_onnx(model, tmp_path)
-    session = onnxruntime.InferenceSession(tmp_path / to_onnx.FILE)
+    session = onnxruntime.InferenceSession(tmp_path / to_onnx.ONNX_MODEL)
     masks = {
         "whole": torch.ones(3, 40, dtype=torch.int64),
         "one token": torch.ones(1, 1, dtype=torch.int64),
@@ -92,7 +87,7 @@ def test_every_mask_means_the_same_to_both(tmp_path, changes):
         (MegaBertForQuestionAnswering, {}),
     ],
 )
-def test_the_graph_of_every_head_gives_the_same(cls, changes):
+def test_the_graph_of_every_head_gives_the_same_outputs(cls, changes):
     model = small_model(cls=cls, **changes).eval()
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     example = torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
@@ -104,11 +99,11 @@ def test_the_graph_of_every_head_gives_the_same(cls, changes):
         with torch.no_grad():
             got, expected = graph(ids, mask), model(ids, mask)
         for name, value in expected.items():
-            real = mask != 0 if value.shape[:2] == shape else slice(None)  # what a graph says at padding means nothing
+            real = mask != 0 if value.shape[:2] == shape else slice(None)  # outputs at padding are meaningless
             torch.testing.assert_close(got[name][real], value[real], rtol=0, atol=1e-5, msg=name)
 
 
-def test_onnx_without_its_packages_is_one_line(monkeypatch):
+def test_missing_onnx_packages_are_named(monkeypatch):
     monkeypatch.setattr(to_onnx, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--onnx needs onnx, onnxscript, onnxruntime: pip install 'megabert\[onnx\]'"):
         to_onnx.check_installed()

@@ -1,10 +1,10 @@
-"""The names of other stacks, both ways, bit for bit."""
+"""Weights are renamed to other architectures' names and back without changing a bit."""
 
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from megabert.convert.weight_names import from_published, to_published
+from megabert.convert.weight_names import from_megabert, to_megabert_state_dict
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
@@ -17,7 +17,7 @@ SHAPE = {
     "max_position_embeddings": 32,
 }
 
-# As published, written out once from the checkpoint's own modules, for one layer.
+# The parameter names of the published checkpoint with one layer, copied from its modules.
 MOSAICBERT_NAMES = """
 bert.embeddings.word_embeddings.weight bert.embeddings.token_type_embeddings.weight
 bert.embeddings.LayerNorm.weight bert.embeddings.LayerNorm.bias
@@ -44,18 +44,18 @@ def model_of(kind: str, **changes) -> MegaBertForMaskedLM:
 @pytest.mark.parametrize("kind", ["mosaicbert", "bert"])
 def test_there_and_back_changes_no_bit(kind):
     ours = model_of(kind).state_dict()
-    theirs = to_published(ours, kind)
-    back = from_published(theirs, kind)
+    theirs = from_megabert(ours, kind)
+    back = to_megabert_state_dict(theirs, kind)
     assert back.keys() == ours.keys()
     for name, tensor in ours.items():
         assert torch.equal(back[name], tensor), name
-    again = to_published(back, kind)
+    again = from_megabert(back, kind)
     assert all(torch.equal(again[name], tensor) for name, tensor in theirs.items())
     assert not model_of(kind).load_state_dict(back).missing_keys
 
 
 def test_mosaicbert_has_the_published_names_and_no_others():
-    theirs = to_published(model_of("mosaicbert", num_hidden_layers=1).state_dict(), "mosaicbert")
+    theirs = from_megabert(model_of("mosaicbert", num_hidden_layers=1).state_dict(), "mosaicbert")
     assert sorted(theirs) == sorted(MOSAICBERT_NAMES)
     assert theirs["bert.encoder.layer.0.attention.self.Wqkv.weight"].shape == (72, 24)
     assert theirs["bert.encoder.layer.0.mlp.gated_layers.weight"].shape == (80, 24)
@@ -64,7 +64,7 @@ def test_mosaicbert_has_the_published_names_and_no_others():
 def test_the_published_mosaicbert_base_has_137_million_parameters():
     with torch.device("meta"):
         model = MegaBertForMaskedLM(MegaBertConfig())
-    theirs = to_published(model.state_dict(), "mosaicbert")
+    theirs = from_megabert(model.state_dict(), "mosaicbert")
     del theirs["cls.predictions.decoder.weight"]
     assert sum(tensor.numel() for tensor in theirs.values()) == 137_400_384
 
@@ -74,27 +74,27 @@ def test_bert_is_transformers_bert(direction):
     theirs = BertForMaskedLM(BertConfig(**SHAPE)).double().eval()
     ours = model_of("bert").double().eval()
     if direction == "from transformers":
-        ours.load_state_dict(from_published(theirs.state_dict(), "bert"))
+        ours.load_state_dict(to_megabert_state_dict(theirs.state_dict(), "bert"))
     else:
-        assert to_published(ours.state_dict(), "bert").keys() == theirs.state_dict().keys()
-        theirs.load_state_dict(to_published(ours.state_dict(), "bert"))
+        assert from_megabert(ours.state_dict(), "bert").keys() == theirs.state_dict().keys()
+        theirs.load_state_dict(from_megabert(ours.state_dict(), "bert"))
     ids = torch.randint(0, 60, (3, 17))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-10)
 
 
 def test_unknown_missing_and_untied_tensors_are_refused():
-    theirs = to_published(model_of("mosaicbert").state_dict(), "mosaicbert")
+    theirs = from_megabert(model_of("mosaicbert").state_dict(), "mosaicbert")
     with pytest.raises(ValueError, match="1 unknown: bert.pooler.conv.weight"):
-        from_published(theirs | {"bert.pooler.conv.weight": torch.zeros(1)}, "mosaicbert")
+        to_megabert_state_dict(theirs | {"bert.pooler.conv.weight": torch.zeros(1)}, "mosaicbert")
     fewer = dict(theirs)
     del fewer["bert.encoder.layer.1.mlp.wo.bias"]
     with pytest.raises(ValueError, match="1 missing: bert.encoder.layer.1.mlp.wo.bias"):
-        from_published(fewer, "mosaicbert")
+        to_megabert_state_dict(fewer, "mosaicbert")
     with pytest.raises(ValueError, match="not a bert masked language model"):
-        from_published(theirs, "bert")
+        to_megabert_state_dict(theirs, "bert")
     with pytest.raises(ValueError, match="not a megabert as bert masked language model"):
-        to_published(model_of("mosaicbert").state_dict(), "bert")
+        from_megabert(model_of("mosaicbert").state_dict(), "bert")
     untied = theirs | {"cls.predictions.decoder.weight": torch.zeros(60, 24)}
     with pytest.raises(ValueError, match="cls.predictions.decoder.weight differs from bert.embeddings"):
-        from_published(untied, "mosaicbert")
+        to_megabert_state_dict(untied, "mosaicbert")

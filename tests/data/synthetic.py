@@ -1,4 +1,4 @@
-"""A corpus made of numbers, so that a test can say what every token must be: document d holds its own ids, in order."""
+"""Corpora of consecutive numbers: each document contains its own ids in order, so a test can predict every token."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,8 +7,8 @@ import numpy as np
 
 from megabert.data.batch import PackedBatch
 from megabert.data.masking import masked_count
-from megabert.data.schedule import Length, MaskingRate, make_plan
-from megabert.data.shards.cache import Expected
+from megabert.data.schedule import Length, MaskingRate, make_schedule
+from megabert.data.shards.cache import ExpectedFile
 from megabert.data.shards.manifest import Manifest, Shard, TokenizerInfo
 from megabert.data.shards.sample_format import TokenChunk
 from megabert.data.shards.source import Corpus, DamagedShardError, Source
@@ -19,11 +19,11 @@ FIRST_ID = 5
 
 
 class NoStorage:
-    """Chunks come from memory."""
+    """The storage of a source whose chunks are in memory."""
 
     read_ahead = 0
 
-    def read(self, name: str, offset: int, size: int, expected: Expected) -> bytes:
+    def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
         raise NotImplementedError
 
     def read_whole(self, name: str) -> bytes:
@@ -32,15 +32,18 @@ class NoStorage:
     def size(self, name: str) -> int | None:
         return None
 
-    def prefetch(self, name: str, expected: Expected) -> None:
+    def prefetch(self, name: str, expected: ExpectedFile) -> None:
         pass
+
+    def discard(self, name: str, expected: ExpectedFile) -> bool:
+        return False
 
     def url(self, name: str) -> str:
         return name
 
 
 class SyntheticSource(Source):
-    """shards: per shard, per chunk, the lengths of its documents. damaged: (shard, chunk) that cannot be read."""
+    """shards: the lengths of the documents of each chunk of each shard. damaged: (shard, chunk) that cannot be read."""
 
     def __init__(
         self, shards: Sequence[Sequence[Sequence[int]]], first_id: int = FIRST_ID, vocab_size: int | None = None
@@ -87,9 +90,9 @@ def corpus_of(*sources: SyntheticSource, weights: Sequence[float] = (1.0,), on_b
 def config_of(
     corpus: Corpus, bin_tokens: int = 128, num_streams: int = 8, steps: int = 1000, **changes
 ) -> StreamConfig:
-    """changes: lengths, step_batches, first_batches, warmup, probability, truncate, seed."""
+    """changes: lengths, step_batches, first_batches, warmup, probability, masking, truncate, seed."""
     lengths = changes.get("lengths", [Length(32, 1.0)])
-    plan = make_plan(
+    schedule = make_schedule(
         steps,
         changes.get("step_batches", 8),
         lengths,
@@ -99,7 +102,7 @@ def config_of(
     probability = changes.get("probability", 0.3)
     return StreamConfig(
         bin_tokens=bin_tokens,
-        plan=plan,
+        schedule=schedule,
         max_documents={length: default_max_documents(corpus, bin_tokens, length) for length, _ in lengths},
         max_masked=masked_count(bin_tokens, probability),
         masking=changes.get("masking", MaskingRate.constant(probability)),
@@ -110,14 +113,14 @@ def config_of(
 
 
 def originals(batch: PackedBatch) -> np.ndarray:
-    """input_ids with the masks taken off again."""
+    """Return input_ids with the masked tokens restored."""
     ids = batch.input_ids.numpy().copy()
     ids[batch.masked_positions[: batch.num_masked].numpy()] = batch.masked_labels[: batch.num_masked].numpy()
     return ids
 
 
 def pieces_of(batch: PackedBatch) -> list[np.ndarray]:
-    """The text of every piece, without specials and filler."""
+    """Return the text of every piece, without specials and filler."""
     ids = originals(batch)
     bounds = batch.cu_seqlens.numpy()
     parts = (ids[a:b] for a, b in pairwise(bounds) if b > a)
@@ -125,7 +128,7 @@ def pieces_of(batch: PackedBatch) -> list[np.ndarray]:
 
 
 def same(first: PackedBatch, second: PackedBatch) -> bool:
-    """Bitwise the same batch."""
+    """Tell whether two batches are bitwise the same."""
     if first.__getstate__().keys() != second.__getstate__().keys():
         return False
     names = first.shapes.parts()

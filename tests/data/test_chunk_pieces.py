@@ -1,9 +1,11 @@
+"""Pieces of a chunk: framing, truncation, and cutting again what earlier phases left."""
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabert.data.chunk_pieces import Bits, Cutting, Past, Place, frame, intervals_left, make_block
+from megabert.data.chunk_pieces import Bits, ChunkId, PhaseSnapshot, PieceOptions, cut_chunk, frame, remaining_intervals
 from megabert.data.packing import cut
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.sample_format import TokenChunk
@@ -13,7 +15,7 @@ lengths_of_documents = st.lists(st.integers(0, 300), min_size=1, max_size=20)
 
 
 def chunk_of(lengths: list[int]) -> TokenChunk:
-    """Every token its own number, from 5 on: what is missing or doubled shows."""
+    """Number the tokens from 5 on, so that a missing or repeated token shows."""
     return TokenChunk(np.arange(5, 5 + sum(lengths), dtype=np.uint32), np.array(lengths, dtype=np.int32))
 
 
@@ -22,7 +24,7 @@ def text_of(ids: np.ndarray) -> list[int]:
 
 
 @given(st.lists(st.booleans(), max_size=3000))
-def test_bits_survive_being_written_down(values):
+def test_bits_survive_json(values):
     bits = Bits.of(np.array(values, dtype=bool))
     assert Bits.from_json(bits.to_json()).values().tolist() == values
 
@@ -30,32 +32,32 @@ def test_bits_survive_being_written_down(values):
 @given(lengths_of_documents, st.integers(3, 64), st.booleans())
 def test_pieces_are_framed_and_complete(lengths, max_seq_len, truncate):
     data = chunk_of(lengths)
-    block = make_block(Place(0, 0), 0, data, Cutting(max_seq_len, truncate), TOKENIZER, [])
+    chunk = cut_chunk(ChunkId(0, 0), 0, data, PieceOptions(max_seq_len, truncate), TOKENIZER, [])
     kept = [min(length, max_seq_len - 2) if truncate else length for length in lengths]
-    assert block.used_tokens == sum(kept)
+    assert chunk.used_tokens == sum(kept)
     begins = np.cumsum([0, *lengths])[:-1]
-    assert text_of(block.ids) == [5 + b + i for b, n in zip(begins, kept, strict=True) for i in range(n)]
-    for begin, length in zip(block.begins, block.lengths, strict=True):
-        piece = block.ids[begin : begin + length]
+    assert text_of(chunk.ids) == [5 + b + i for b, n in zip(begins, kept, strict=True) for i in range(n)]
+    for begin, length in zip(chunk.begins, chunk.lengths, strict=True):
+        piece = chunk.ids[begin : begin + length]
         assert (piece[0], piece[-1]) == (2, 3)
         assert (piece[1:-1] >= 5).all()
         assert 3 <= length <= max_seq_len
-    assert block.lengths.sum() == len(block.ids)
+    assert chunk.lengths.sum() == len(chunk.ids)
 
 
 @given(lengths_of_documents, st.lists(st.integers(3, 64), min_size=2, max_size=4), st.booleans(), st.integers(0, 99))
-def test_a_new_phase_cuts_what_waits_and_nothing_else(lengths, phases, truncate, seed):
-    """Take some pieces in every phase: all phases together use every token once."""
+def test_a_new_phase_cuts_only_the_waiting_tokens(lengths, phases, truncate, seed):
+    """Take some of the pieces in every phase: all phases together use every token once."""
     rng = np.random.default_rng(seed)
-    data, past, seen = chunk_of(lengths), [], []
+    data, snapshots, seen = chunk_of(lengths), [], []
     for number, max_seq_len in enumerate(phases):
-        block = make_block(Place(0, 0), 0, data, Cutting(max_seq_len, truncate), TOKENIZER, past)
-        taken = rng.random(len(block.lengths)) < (1.0 if number == len(phases) - 1 else 0.4)
+        chunk = cut_chunk(ChunkId(0, 0), 0, data, PieceOptions(max_seq_len, truncate), TOKENIZER, snapshots)
+        taken = rng.random(len(chunk.lengths)) < (1.0 if number == len(phases) - 1 else 0.4)
         for piece in np.flatnonzero(taken):
-            seen += text_of(block.take(piece, piece + 1))
-        assert block.num_waiting == (~taken).sum()
-        past.append(Past(max_seq_len, block.taken))
-    if truncate:  # each document once, as much of it as the phase that took it allows
+            seen += text_of(chunk.take(piece, piece + 1))
+        assert chunk.num_waiting == (~taken).sum()
+        snapshots.append(PhaseSnapshot(max_seq_len, chunk.taken))
+    if truncate:  # the first tokens of every document, as many as fit in the phase that took it
         begins = {5 + b for b, n in zip(np.cumsum([0, *lengths])[:-1], lengths, strict=True) if n}
         assert begins <= set(seen)
         assert len(seen) == len(set(seen))
@@ -63,19 +65,19 @@ def test_a_new_phase_cuts_what_waits_and_nothing_else(lengths, phases, truncate,
         assert sorted(seen) == data.tokens.tolist()
 
 
-def test_neighbours_of_one_document_join_again():
-    """10 tokens in pieces of 2; the second and the last are in bins. Cut to 4, the rest is 2, then 4 and 2 joined."""
+def test_waiting_neighbours_of_one_document_are_joined():
+    """Of 10 tokens in 5 pieces, the second piece is in a bin: the 2 tokens before it and the 6 after it are left."""
     lengths = np.array([10])
     taken = np.array([False, True, False, False, False])
-    left, used = intervals_left(lengths, Cutting(6, False), [Past(4, taken)])
+    left, used = remaining_intervals(lengths, PieceOptions(6, False), [PhaseSnapshot(4, taken)])
     assert used == 10
-    assert (left.start.tolist(), left.size.tolist(), left.arrival.tolist()) == ([0, 4], [2, 6], [0, 4])
+    assert (left.start.tolist(), left.size.tolist(), left.used_offset.tolist()) == ([0, 4], [2, 6], [0, 4])
     assert cut(left.size, 6, False).size.tolist() == [2, 3, 3]
 
 
 def test_a_damaged_chunk_has_no_pieces():
-    block = make_block(Place(3, 1), 7, None, Cutting(16, False), TOKENIZER, [])
-    assert (block.damaged, block.used_tokens, len(block.ids), block.num_waiting) == (True, 0, 0, 0)
+    chunk = cut_chunk(ChunkId(3, 1), 7, None, PieceOptions(16, False), TOKENIZER, [])
+    assert (chunk.damaged, chunk.used_tokens, len(chunk.ids), chunk.num_waiting) == (True, 0, 0, 0)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

@@ -1,8 +1,10 @@
+"""Masking: exact counts, the shares of BERT, and uniform positions."""
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabert.data.masking import choose, mask, masked_count
+from megabert.data.masking import choose_masked, mask, masked_count
 
 MASK_ID = 4
 ORDINARY = np.arange(5, 100, dtype=np.int32)
@@ -30,7 +32,7 @@ def test_masking_never_touches_special_tokens_and_hides_the_exact_share(num_toke
     assert np.isin(after[masked.positions], [MASK_ID, *ORDINARY]).all()
 
 
-def test_eight_tenths_become_mask_one_random_one_stays():
+def test_80_percent_become_mask_10_random_10_stay():
     _, _, after, masked = masked_bin(400_000, 0.5, 0)
     new = after[masked.positions]
     became_mask = (new == MASK_ID).mean()
@@ -39,11 +41,11 @@ def test_eight_tenths_become_mask_one_random_one_stays():
     assert abs(stayed - (0.1 + 0.1 / len(ORDINARY))) < 0.005
 
 
-def test_every_place_is_as_likely_as_any_other():
-    """Over 20,000 draws of 3 of 12 places, each place and each pair of places comes up as often as chance says."""
+def test_every_position_is_equally_likely():
+    """In 20,000 draws of 3 of 12 positions, each position and each pair has its expected frequency."""
     rng = np.random.Generator(np.random.Philox(1))
     maskable = np.array([True, False, True] * 6)
-    drawn = np.stack([choose(maskable, 0.25, rng) for _ in range(20_000)])[:, maskable].astype(float)
+    drawn = np.stack([choose_masked(maskable, 0.25, rng) for _ in range(20_000)])[:, maskable].astype(float)
     assert (drawn.sum(axis=1) == 3).all()
     assert np.abs(drawn.mean(axis=0) - 3 / 12).max() < 0.015  # standard error 0.003
     together = drawn.T @ drawn / len(drawn)
@@ -51,13 +53,13 @@ def test_every_place_is_as_likely_as_any_other():
     assert np.abs(pairs - (3 * 2) / (12 * 11)).max() < 0.01  # standard error 0.0015
 
 
-def test_masking_is_a_function_of_the_random_numbers():
+def test_masking_depends_only_on_the_random_generator():
     first, second = masked_bin(500, 0.3, 7), masked_bin(500, 0.3, 7)
     assert np.array_equal(first[2], second[2])
     assert all(np.array_equal(a, b) for a, b in zip(first[3], second[3], strict=True))
 
 
-def test_nothing_to_mask_is_nothing_masked():
+def test_nothing_is_masked_without_maskable_tokens():
     ids = np.zeros(8, dtype=np.int32)
     rng = np.random.Generator(np.random.Philox(0))
     assert len(mask(ids, np.zeros(8, dtype=bool), 0.3, MASK_ID, ORDINARY, rng).positions) == 0

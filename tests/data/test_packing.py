@@ -1,8 +1,10 @@
+"""Packing: cutting documents into pieces and choosing the pieces of a bin."""
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megabert.data.packing import SPECIALS_PER_PIECE, choose, cut, filler_lengths
+from megabert.data.packing import SPECIALS_PER_PIECE, choose_pieces, cut, filler_lengths
 
 lengths_of_documents = st.lists(st.integers(0, 2000), min_size=1, max_size=50)
 
@@ -21,7 +23,7 @@ def test_cut_covers_every_token_once_and_evenly(lengths, max_seq_len):
 
 
 @given(lengths_of_documents, st.integers(3, 300))
-def test_truncate_keeps_the_first_piece_only(lengths, max_seq_len):
+def test_truncate_keeps_only_the_first_piece(lengths, max_seq_len):
     pieces = cut(np.array(lengths), max_seq_len, truncate=True)
     expected = [min(length, max_seq_len - SPECIALS_PER_PIECE) for length in lengths if length]
     assert pieces.size.tolist() == expected
@@ -30,12 +32,12 @@ def test_truncate_keeps_the_first_piece_only(lengths, max_seq_len):
 
 @settings(max_examples=500)
 @given(st.data())
-def test_choose_fills_without_overflow_and_takes_the_oldest_first(data):
+def test_chosen_pieces_fit_and_include_the_oldest(data):
     max_seq_len = data.draw(st.integers(3, 128))
     capacity = max_seq_len * data.draw(st.integers(1, 20))
     max_pieces = data.draw(st.integers(capacity // max_seq_len + 1, 200))
     lengths = np.array(data.draw(st.lists(st.integers(3, max_seq_len), min_size=1, max_size=200)))
-    chosen = choose(lengths, capacity, max_pieces, max_seq_len)
+    chosen = choose_pieces(lengths, capacity, max_pieces, max_seq_len)
     assert len(set(chosen.tolist())) == len(chosen)
     assert chosen[0] == 0 or lengths[0] > capacity
     assert (np.diff(chosen) > 0).all()
@@ -45,7 +47,7 @@ def test_choose_fills_without_overflow_and_takes_the_oldest_first(data):
 
 
 def test_bins_are_full_for_real_lengths():
-    """Fill >= 99.5 % for bins of at least 16 pieces of the longest length, >= 97 % for 8."""
+    """Bins of at least 16 longest pieces are filled to 99.5 %, bins of 8 to 97 %."""
     rng = np.random.default_rng(0)
     for max_seq_len, multiple, wanted in ((128, 16, 0.995), (512, 16, 0.995), (128, 8, 0.97)):
         capacity = max_seq_len * multiple
@@ -54,12 +56,12 @@ def test_bins_are_full_for_real_lengths():
         filled = []
         for _ in range(200):
             near = int(np.searchsorted(waiting.cumsum(), 4 * capacity))
-            chosen = choose(waiting[:near], capacity, 10_000, max_seq_len)
+            chosen = choose_pieces(waiting[:near], capacity, 10_000, max_seq_len)
             filled.append(waiting[chosen].sum() / capacity)
             waiting = np.delete(waiting, chosen)
         assert np.mean(filled) >= wanted
 
 
-def test_filler_is_cut_like_a_document():
+def test_filler_is_cut_into_sequences():
     assert filler_lengths(300, 128).tolist() == [128, 128, 44]
     assert filler_lengths(0, 128).tolist() == []

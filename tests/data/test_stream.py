@@ -1,6 +1,7 @@
-"""The stream's promises: every token once, the same bins for any cluster, exact resume. On made-up corpora."""
+"""Streams: every token once per pass, the same bins for any number of ranks, and exact resuming."""
 
 import json
+import sys
 from itertools import islice
 
 import numpy as np
@@ -19,8 +20,11 @@ from megabert.data.stream import (
     held_out_batches,
     open_loader,
     open_stream,
+    positions_from_json,
+    positions_to_json,
     worker_count,
 )
+from tests.conftest import REPOSITORY, run_command
 from tests.data.synthetic import (
     FIRST_ID,
     SPECIALS,
@@ -35,14 +39,14 @@ from tests.data.synthetic import (
 
 
 def rank_batches(corpus, config, count, *, rank=0, world_size=1, positions=None, first=0, workers=0):
-    """The first `count` (batch, stream, position) of one rank."""
+    """Return the first `count` (batch, stream, position) of one rank."""
     options = {"positions": positions or {}, "first_index": first}
     dataset = BatchStream(corpus, config, rank=rank, world_size=world_size, **options)
     return list(islice(iter(open_loader(dataset, workers)), count))
 
 
 def positions_after(done) -> dict[int, Position]:
-    """Each stream's last position, as a checkpoint keeps it."""
+    """Return each stream's last position, after a round trip through JSON as in a checkpoint."""
     written = {stream: json.dumps(position.to_json()) for _, stream, position in done}
     return {stream: Position.from_json(json.loads(text)) for stream, text in written.items()}
 
@@ -54,7 +58,7 @@ def corpus() -> Corpus:
 
 @pytest.fixture(scope="module")
 def mixture() -> Corpus:
-    """Two sources, 3 to 1; the second is small and is read through several times."""
+    """Two sources with weights 3 to 1, of which the second is small and is read several times."""
     rng = np.random.default_rng(1)
     large, small = random_shards(rng, 40, documents=12), random_shards(rng, 25, documents=4)
     vocab = FIRST_ID + sum(sum(map(sum, chunks)) for chunks in large + small)
@@ -68,7 +72,7 @@ def check_batch(batch, config: StreamConfig) -> None:
     lengths = np.diff(cu_seqlens)
     assert (cu_seqlens[0], cu_seqlens[-1]) == (0, config.bin_tokens)
     assert (lengths >= 0).all()
-    assert lengths.max() <= batch.max_seqlen == config.plan.at(batch.index).max_seq_len
+    assert lengths.max() <= batch.max_seqlen == config.schedule.at(batch.index).max_seq_len
     assert batch.input_ids.shape == batch.position_ids.shape == (config.bin_tokens,)
     assert len(cu_seqlens) == config.max_documents[batch.max_seqlen] + 1
     assert np.array_equal(batch.position_ids.numpy(), np.concatenate([np.arange(length) for length in lengths]))
@@ -102,7 +106,7 @@ corpora = st.builds(
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(corpora, st.integers(8, 40), st.integers(1, 6), st.sampled_from([1, 2, 3, 4, 6, 8]))
 def test_every_token_appears_exactly_once_per_pass(source, max_seq_len, multiple, num_streams):
-    """All streams together, until each has left its first two passes: those passes' tokens, twice each."""
+    """Read all streams to the end of their part of the first two passes: every token appears twice."""
     corpus = corpus_of(source)
     config = config_of(corpus, max_seq_len * multiple, num_streams, lengths=[Length(max_seq_len, 1.0)])
     seen = np.zeros(source.tokens, dtype=int)
@@ -112,7 +116,7 @@ def test_every_token_appears_exactly_once_per_pass(source, max_seq_len, multiple
         pieces: list[np.ndarray] = []
         for batch, position in open_stream(corpus, config, stream, Position()):
             pieces += pieces_of(batch)
-            if position.lanes[0].entry >= wanted:  # the oldest waiting piece is of a later pass
+            if position.sources[0].entry >= wanted:  # the oldest waiting piece is of a later pass
                 break
         counts = np.bincount(np.concatenate(pieces) - FIRST_ID, minlength=source.tokens)
         order = SplitOrder(len(source.splits), config.seed)
@@ -121,8 +125,9 @@ def test_every_token_appears_exactly_once_per_pass(source, max_seq_len, multiple
             split = source.splits[order[stream + entry * num_streams]]
             for chunk in range(split.first, split.last):
                 expected[source.chunks[split.shard, chunk].tokens.astype(int) - FIRST_ID] += 1
-        assert (counts >= expected).all()  # all of what came before,
-        extra = counts - expected  # and only a beginning of what comes after
+        # The stream gave every token of these passes, and otherwise only tokens of the splits that follow.
+        assert (counts >= expected).all()
+        extra = counts - expected
         ahead = [source.splits[order[stream + (wanted + i) * num_streams]] for i in range(50)]
         allowed = {t for s in ahead for c in range(s.first, s.last) for t in source.chunks[s.shard, c].tokens.tolist()}
         assert set(np.flatnonzero(extra) + FIRST_ID) <= allowed
@@ -132,8 +137,8 @@ def test_every_token_appears_exactly_once_per_pass(source, max_seq_len, multiple
     assert (seen == 2).all()
 
 
-def test_pieces_keep_their_documents_order(corpus):
-    """A piece is a run of one document's tokens: consecutive numbers."""
+def test_a_piece_keeps_the_order_of_its_document(corpus):
+    """The tokens of a piece are consecutive numbers, because they come from one document."""
     for batch, _, _ in rank_batches(corpus, config_of(corpus), 50):
         for piece in pieces_of(batch):
             assert np.array_equal(piece, np.arange(piece[0], piece[0] + len(piece)))
@@ -141,7 +146,7 @@ def test_pieces_keep_their_documents_order(corpus):
 
 @pytest.mark.parametrize("cap", [128, 512, 1024])
 def test_bins_are_full_for_real_lengths(cap):
-    """Fill >= 99.5 % at T = 16 x cap, documents as in web text: lognormal(5.5, 1.0)."""
+    """Bins of T = 16 x cap are filled to 99.5 % by documents as long as in web text: lognormal(5.5, 1.0)."""
     rng = np.random.default_rng(cap)
     shards = [[np.maximum(1, rng.lognormal(5.5, 1.0, 400)).astype(int).tolist()] for _ in range(48)]
     corpus = corpus_of(SyntheticSource(shards))
@@ -168,13 +173,13 @@ def test_bins_do_not_depend_on_ranks_or_workers(which, world_size, workers, requ
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
-def test_resume_continues_bitwise_on_any_number_of_ranks(data):
-    """After any step, in any phase, with mixtures, within a batch warm-up."""
+def test_resuming_is_bitwise_on_any_number_of_ranks(data):
+    """Resume after any step, in any length phase, in mixtures, and during a batch warm-up."""
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     sources = [
         SyntheticSource(random_shards(rng, int(n)), vocab_size=20_000) for n in rng.integers(1, 40, rng.integers(1, 4))
     ]
-    # Whole weights and lengths of a few values: pieces of two sources often come at the same time.
+    # With integer weights, pieces of two sources often have the same merge key.
     weights = data.draw(st.sampled_from([rng.random(len(sources)) + 0.1, rng.integers(1, 4, len(sources))]))
     corpus = corpus_of(*sources, weights=weights)
     num_streams = data.draw(st.sampled_from([1, 2, 4, 8, 12]))
@@ -204,8 +209,8 @@ def test_resume_continues_bitwise_on_any_number_of_ranks(data):
 
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 @pytest.mark.parametrize("documents", ["split", "truncate"])
-def test_resume_at_a_length_boundary(corpus, offset, documents):
-    """28 splits for 8 streams; the length changes at step 10, and the run stops one step before, at, or after it."""
+def test_resuming_is_bitwise_around_a_length_change(corpus, offset, documents):
+    """28 splits in 8 streams; the length changes at step 10, and the run stops one step before, at or after it."""
     source = SyntheticSource(random_shards(np.random.default_rng(5), 28))
     assert len(source.splits) == 28
     corpus = corpus_of(source)
@@ -218,7 +223,7 @@ def test_resume_at_a_length_boundary(corpus, offset, documents):
     assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
 
 
-def test_no_token_is_lost_or_doubled_where_the_length_changes(corpus):
+def test_a_length_change_neither_loses_nor_repeats_tokens(corpus):
     config = config_of(
         corpus, steps=20, num_streams=1, step_batches=1, lengths=[Length(16, 0.2), Length(48, 0.6), Length(24, 1.0)]
     )
@@ -226,78 +231,78 @@ def test_no_token_is_lost_or_doubled_where_the_length_changes(corpus):
     seen = np.zeros(source.tokens, dtype=int)
     for batch, position in open_stream(corpus, config, 0, Position()):
         np.add.at(seen, np.concatenate(pieces_of(batch)) - FIRST_ID, 1)
-        if position.lanes[0].entry >= len(source.splits):
+        if position.sources[0].entry >= len(source.splits):
             break
     assert seen.min() == 1
     assert (seen > 1).mean() < 0.5
 
 
-def test_a_rollback_goes_on_past_the_bins_that_it_left(corpus):
-    """Back to step 3 from step 7: bins 24 to 55 are never issued again, those after are as if nothing had been."""
+def test_a_rollback_skips_bins_and_continues_after_them(corpus):
+    """Roll back from step 7 to step 3: bins 24 to 55 are not issued again, and the bins after them do not change."""
     config = config_of(corpus)
     whole = rank_batches(corpus, config, 120)
     again = rank_batches(corpus, config, 64, positions=positions_after(whole[:24]), first=56)
     assert [batch.index for batch, _, _ in again] == list(range(56, 120))
     assert all(same(batch, whole[batch.index][0]) for batch, _, _ in again)
-    # Stopped at once after it, before every stream has issued a bin: the others still know where they were.
+    # Stop before every stream has issued a bin after the rollback: the other streams keep their positions.
     positions = positions_after(whole[:24]) | positions_after(again[:4])
     rest = rank_batches(corpus, config, 40, positions=positions, first=60)
     assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
 
 
-def test_a_mixture_has_its_sources_by_weight_in_every_stretch(mixture):
+def test_every_stretch_of_a_mixture_has_the_weights(mixture):
     config = config_of(mixture, bin_tokens=512, num_streams=4)
     border = FIRST_ID + mixture.sources[0].tokens
-    for stretch in range(4):
-        batches = [batch for batch, _, _ in rank_batches(mixture, config, 160)][40 * stretch : 40 * stretch + 40]
-        text = np.concatenate([piece for batch in batches for piece in pieces_of(batch)])
+    batches = [batch for batch, _, _ in rank_batches(mixture, config, 160)]
+    for begin in range(0, 160, 40):
+        text = np.concatenate([piece for batch in batches[begin : begin + 40] for piece in pieces_of(batch)])
         assert (text < border).mean() == pytest.approx(0.75, abs=0.02)
 
 
-def test_a_mixture_reads_each_source_whole(mixture):
-    """When the first pass of the large source is through, each of its tokens was seen once."""
+def test_a_mixture_reads_every_token_of_a_source_once_per_pass(mixture):
+    """At the end of the first pass over the large source, all of its tokens have been seen."""
     config = config_of(mixture, num_streams=1, step_batches=1)
     source = mixture.sources[0]
     seen = np.zeros(sum(s.tokens for s in mixture.sources), dtype=int)
     for batch, position in open_stream(mixture, config, 0, Position()):
         np.add.at(seen, np.concatenate(pieces_of(batch)) - FIRST_ID, 1)
-        if position.lanes[0].entry >= len(source.splits):
+        if position.sources[0].entry >= len(source.splits):
             break
     assert seen[: source.tokens].min() == 1
 
 
 def test_a_damaged_chunk_stops_the_run_or_is_skipped_and_counted(caplog):
     source = SyntheticSource(random_shards(np.random.default_rng(2), 30))
-    hurt = SyntheticSource(random_shards(np.random.default_rng(2), 30))
-    hurt.damaged = {(3, 0), (17, 0)}
-    stopping, skipping = corpus_of(hurt), corpus_of(hurt, on_bad_shard="skip")
+    damaged = SyntheticSource(random_shards(np.random.default_rng(2), 30))
+    damaged.damaged = {(3, 0), (17, 0)}
+    stopping, skipping = corpus_of(damaged), corpus_of(damaged, on_bad_shard="skip")
     config = config_of(skipping, num_streams=2, step_batches=2)
     with pytest.raises(DamagedShardError, match="chunk 0: damaged"):
         rank_batches(stopping, config, 200)
     whole = rank_batches(skipping, config, 200)
     assert "skipped: shard 3 chunk 0: damaged" in caplog.text
-    lost = {int(t) for place in hurt.damaged for t in hurt.chunks[place].tokens}
+    lost = {int(t) for chunk in damaged.damaged for t in damaged.chunks[chunk].tokens}
     text = {int(t) for batch, _, _ in whole for piece in pieces_of(batch) for t in piece}
     assert not lost & text
     assert lost | text == set(range(FIRST_ID, FIRST_ID + source.tokens))
     counts = [sum(p.skipped for p in positions_after(whole[:done]).values()) for done in range(0, 201, 20)]
     assert counts == sorted(counts)
     assert counts[-1] >= 2
-    # Repaired while the run was down, it is still skipped where it was skipped: the bins are those of the run.
+    # A chunk that was repaired before a resume is still skipped where it was skipped, so that the bins stay the same.
     for done in range(0, 200, 26):
         repaired = corpus_of(source, on_bad_shard="skip")
         positions = positions_after(whole[:done])
-        held = {place for p in positions.values() for place in p.lanes[0].damaged}
+        skipped_chunks = {chunk_id for p in positions.values() for chunk_id in p.sources[0].damaged}
         rest = rank_batches(skipping, config, 200 - done, positions=positions, first=done)
         assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
-        if held:
-            near = rank_batches(repaired, config, 2, positions=positions, first=done)
-            assert all(same(batch, whole[batch.index][0]) for batch, _, _ in near)
+        if skipped_chunks:
+            rest = rank_batches(repaired, config, 2, positions=positions, first=done)
+            assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (3, 1), (1, 1, 1)])
 def test_a_mixture_of_equal_documents_resumes_bitwise(weights):
-    """All documents as long, whole weights: every place in the line is taken twice, and one order must be kept."""
+    """With equal lengths and integer weights, merge keys occur twice or more, and their order must stay the same."""
     sources = [SyntheticSource([[[20] * 6] * 3] * 24, vocab_size=20_000) for _ in weights]
     corpus = corpus_of(*sources, weights=weights)
     config = config_of(corpus)
@@ -307,7 +312,7 @@ def test_a_mixture_of_equal_documents_resumes_bitwise(weights):
         assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest[: 160 - done])
 
 
-def test_a_rare_source_comes_as_rarely_at_the_start():
+def test_a_rare_source_is_rare_from_the_start():
     rng = np.random.default_rng(3)
     large, rare = random_shards(rng, 200, documents=12), random_shards(rng, 24)
     vocab = FIRST_ID + sum(sum(map(sum, chunks)) for chunks in large + rare)
@@ -319,29 +324,31 @@ def test_a_rare_source_comes_as_rarely_at_the_start():
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_corpus_of_which_nothing_can_be_read_is_an_error(mixed):
-    hurt = SyntheticSource(random_shards(np.random.default_rng(2), 30), vocab_size=20_000)
-    hurt.damaged = set(hurt.chunks)
+def test_an_unreadable_source_raises(mixed):
+    damaged = SyntheticSource(random_shards(np.random.default_rng(2), 30), vocab_size=20_000)
+    damaged.damaged = set(damaged.chunks)
     whole = SyntheticSource(random_shards(np.random.default_rng(3), 30), vocab_size=20_000)
-    corpus = corpus_of(*([whole, hurt] if mixed else [hurt]), weights=(1, 1) if mixed else (1,), on_bad_shard="skip")
+    corpus = corpus_of(
+        *([whole, damaged] if mixed else [damaged]), weights=(1, 1) if mixed else (1,), on_bad_shard="skip"
+    )
     config = config_of(corpus, num_streams=2, step_batches=2)
     with pytest.raises(DamagedShardError, match=r"none of its \d+ chunks can be read"):
         rank_batches(corpus, config, 500)
 
 
-def test_a_chunk_damaged_while_the_run_was_down_costs_only_itself():
-    """Its bits in the position go with it: the other chunks' pieces are neither lost nor doubled."""
-    source, hurt = (SyntheticSource(random_shards(np.random.default_rng(2), 30)) for _ in range(2))
+def test_damage_before_a_resume_loses_only_that_chunk():
+    """The bits of the damaged chunk in the position are dropped, and the pieces of other chunks are all given once."""
+    source, damaged = (SyntheticSource(random_shards(np.random.default_rng(2), 30)) for _ in range(2))
     corpus = corpus_of(source, on_bad_shard="skip")
     config = config_of(corpus, num_streams=1, step_batches=1)
     for done in (3, 8, 21):
         whole = rank_batches(corpus, config, done)
-        place = whole[-1][2].lanes[0]
-        split = source.splits[SplitOrder(len(source.splits), config.seed)[place.entry]]
-        hurt.damaged = {(split.shard, split.first + place.chunk)}
+        position = whole[-1][2].sources[0]
+        split = source.splits[SplitOrder(len(source.splits), config.seed)[position.entry]]
+        damaged.damaged = {(split.shard, split.first + position.chunk)}
         positions = positions_after(whole)
-        rest = rank_batches(corpus_of(hurt, on_bad_shard="skip"), config, 50, positions=positions, first=done)
-        lost = set(hurt.chunks[split.shard, split.first + place.chunk].tokens.tolist())
+        rest = rank_batches(corpus_of(damaged, on_bad_shard="skip"), config, 50, positions=positions, first=done)
+        lost = set(damaged.chunks[split.shard, split.first + position.chunk].tokens.tolist())
         wanted = rank_batches(corpus, config, 40, positions=positions, first=done)
         after, expected = (
             {int(t) for batch, _, _ in part for piece in pieces_of(batch) for t in piece} for part in (rest, wanted)
@@ -350,20 +357,49 @@ def test_a_chunk_damaged_while_the_run_was_down_costs_only_itself():
         assert expected - lost <= after
 
 
-def test_short_documents_do_not_pile_up_where_places_are_few():
-    """The fewest documents per bin that are allowed, and half of the documents of one token."""
+def test_short_documents_do_not_pile_up_in_the_buffer():
+    """Half of the documents have one token, and a bin may have as few documents as is allowed."""
     rng = np.random.default_rng(0)
     shards = [[np.where(rng.random(200) < 0.5, 1, 500).tolist()] for _ in range(48)]
     corpus = corpus_of(SyntheticSource(shards))
     config = config_of(corpus, 16_384, 1, lengths=[Length(512, 1.0)], step_batches=1)
     config = StreamConfig(**(vars(config) | {"max_documents": {512: 64}}))
-    sizes = [len(json.dumps(position.to_json())) for _, _, position in rank_batches(corpus, config, 400)]
-    assert max(sizes) <= 16_384
-    held = [len(position.lanes[0].pieces) for _, _, position in rank_batches(corpus, config, 400)]
-    assert max(held) <= 6
+    positions = [position for _, _, position in rank_batches(corpus, config, 400)]
+    assert max(len(json.dumps(position.to_json())) for position in positions) <= 16_384
+    assert max(len(position.sources[0].pieces) for position in positions) <= 6
 
 
-def test_an_epochs_order_is_a_permutation_of_its_own():
+@pytest.fixture(scope="module")
+def positions(mixture) -> dict[int, Position]:
+    """Positions of 8 streams with two sources, after a change of the length."""
+    config = config_of(mixture, steps=20, lengths=[Length(16, 0.5), Length(48, 1.0)])
+    return positions_after(rank_batches(mixture, config, 96))
+
+
+def test_positions_keep_their_format(positions):
+    """These keys are in the checkpoints of every run."""
+    raw = positions_to_json(positions)
+    assert (raw["format"], list(raw["streams"])) == (2, [str(stream) for stream in range(8)])
+    position = raw["streams"]["0"]
+    assert list(position) == ["bins", "lanes"]
+    keys = ["entry", "chunk", "used_tokens", "pieces", "taken", "past", "damaged", "skipped"]
+    assert [list(source) for source in position["lanes"]] == [keys, keys]
+    assert any(source["past"] for source in position["lanes"])
+    assert positions_from_json(json.loads(json.dumps(raw)), "here") == positions
+
+
+def test_positions_without_a_version_are_read(positions):
+    raw = {stream: position.to_json() for stream, position in positions.items()}
+    assert positions_from_json(json.loads(json.dumps(raw)), "here") == positions
+
+
+def test_positions_of_a_newer_version_are_refused():
+    message = "streams.json: format 3, but this version of megabert reads formats up to 2. Upgrade megabert"
+    with pytest.raises(ValueError, match=message):
+        positions_from_json({"format": 3, "streams": {}}, "streams.json")
+
+
+def test_every_epoch_has_its_own_permutation_of_the_splits():
     order = SplitOrder(10, seed=1)
     epochs = [[order[e * 10 + i] for i in range(10)] for e in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -374,7 +410,7 @@ def test_an_epochs_order_is_a_permutation_of_its_own():
 
 @pytest.mark.parametrize("longest", [1, 40, 4000])
 def test_a_position_is_small(longest):
-    """The worst case: chunks full of documents of one token, under a window of 4 T = 262,144 tokens."""
+    """The worst case is chunks of one-token documents with a look-ahead of 4 T = 262,144 tokens."""
     rng = np.random.default_rng(0)
     count = max(1, 131_072 // longest)
     shards = [[rng.integers(1, longest + 1, count).tolist()] * 2 for _ in range(24)]
@@ -385,7 +421,7 @@ def test_a_position_is_small(longest):
         assert len(json.dumps(position.to_json())) <= 16_384
 
 
-def test_held_out_bins_are_fixed_and_end_with_the_documents(corpus):
+def test_held_out_bins_are_fixed_and_complete(corpus):
     config = config_of(corpus)
     first, second = (held_out_batches(corpus, config, 0.15, 10_000) for _ in range(2))
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
@@ -397,20 +433,20 @@ def test_held_out_bins_are_fixed_and_end_with_the_documents(corpus):
     assert len(held_out_batches(corpus, config, 0.15, 3)) == 3
 
 
-def test_held_out_bins_of_a_mixture_hold_all_of_it(mixture):
+def test_held_out_bins_contain_the_whole_mixture(mixture):
     batches = held_out_batches(mixture, config_of(mixture), 0.15, 10_000)
     text = np.concatenate([piece for batch in batches for piece in pieces_of(batch)])
     assert sorted(text.tolist()) == list(range(FIRST_ID, FIRST_ID + mixture.tokens))
 
 
-def test_a_filler_batch_is_nothing(corpus):
+def test_a_filler_batch_has_only_padding(corpus):
     batch = filler_batch(corpus.tokenizer, config_of(corpus), 0.15, 7)
     assert (batch.num_tokens, batch.num_masked, batch.sum_squared_lengths) == (0, 0, 0)
     assert (batch.input_ids == SPECIALS["pad"]).all()
     assert (batch.masked_labels == -100).all()
 
 
-def test_ranks_that_do_not_divide_the_streams_or_a_step_are_refused(corpus):
+def test_ranks_must_divide_the_streams_and_every_step(corpus):
     options = {"rank": 0, "positions": {}, "first_index": 0}
     with pytest.raises(ValueError, match=r"8 streams, which 3 ranks cannot share.*divides 8"):
         BatchStream(corpus, config_of(corpus), world_size=3, **options)
@@ -419,15 +455,34 @@ def test_ranks_that_do_not_divide_the_streams_or_a_step_are_refused(corpus):
         BatchStream(corpus, config, world_size=8, **options)
 
 
-def test_too_few_documents_per_bin_are_refused(corpus):
+def test_max_documents_has_a_minimum(corpus):
     config = config_of(corpus)
     with pytest.raises(ValueError, match="max_documents is 4, expected at least 8"):
         StreamConfig(**(vars(config) | {"max_documents": {32: 4}}))
 
 
-def test_workers_are_rounded_down_to_a_divisor():
-    assert [worker_count(wanted, 8) for wanted in (0, 1, 3, 4, 7, 20)] == [0, 1, 2, 4, 4, 8]
+EXITING = """
+from itertools import islice
+from megabert.data.stream import BatchStream, open_loader
+from tests.data.synthetic import SyntheticSource, config_of, corpus_of
+
+if __name__ == "__main__":
+    corpus = corpus_of(SyntheticSource([[[20] * 6] * 3] * 24))
+    dataset = BatchStream(corpus, config_of(corpus), rank=0, world_size=1, positions={}, first_index=0)
+    batches = iter(open_loader(dataset, 2))
+    print(len(list(islice(batches, 3))))
+"""
 
 
-def test_streams_are_a_power_of_two_or_three_times_one():
+def test_a_process_can_exit_while_its_workers_run():
+    """multiprocessing ends workers by SIGTERM and waits for them, but other SIGTERMs must not end them."""
+    done = run_command([sys.executable, "-c", EXITING], timeout_s=120, PYTHONPATH=str(REPOSITORY))
+    assert (done.code, done.output.strip()) == (0, "3")
+
+
+def test_the_worker_count_is_rounded_down_to_a_divisor():
+    assert [worker_count(requested, 8) for requested in (0, 1, 3, 4, 7, 20)] == [0, 1, 2, 4, 4, 8]
+
+
+def test_the_stream_count_is_a_power_of_two_or_three_times_one():
     assert [stream_count(n, 192) for n in (1, 5, 24, 28, 100, 5000)] == [1, 4, 24, 24, 96, 192]

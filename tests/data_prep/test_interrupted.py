@@ -183,7 +183,7 @@ def test_shards_of_another_request_are_replaced_only_with_replace(corpus, tmp_pa
     with pytest.raises(ValueError, match=r"holds finished shards of another source.*pass --replace\."):
         write_shards.main(other)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-    write_shards.main([*other, "--replace=true"])
+    write_shards.main([*other, "--replace"])
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == [f"train-0000{i}.tar" for i in range(3)]
     with pytest.raises(ValueError, match="is both --source and --out"):
         write_shards.main([f"--source={tmp_path}", f"--out={tmp_path}"])

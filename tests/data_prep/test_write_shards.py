@@ -97,7 +97,7 @@ def test_finished_shards_are_reused_unless_the_source_changed(tmp_path, corpus, 
     write_shards.main(command)
     assert "already written from this source with these settings, reused" in capsys.readouterr().out
     source.write_text(json.dumps({"text": "one more document"}) + "\n" + source.read_text())
-    write_shards.main([*command, "--replace=true"])
+    write_shards.main([*command, "--replace"])
     assert hashes(tmp_path / "out") != first
 
 

@@ -1,4 +1,4 @@
-"""A small made-up set in the layouts of GLUE's tasks: for the tests of parsing only. Nothing can be learnt from it."""
+"""Made-up data in the layouts of GLUE's tasks, for tests of parsing; nothing can be learned from it."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pyarrow.parquet
 
 from megabert.finetune.tasks.task import GLUE, Task
 
-# Columns of each file as GLUE's archive has them, and the header above them; {t} marks a text, {y} the label, {i} the row.
+# Header and row of each file as in GLUE's archive; {t} marks a text, {y} the label, {i} the number of the row.
 INFERENCE = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
 MNLI_ROW = "{i}\tp\tid\tg\tb\tb\tp\tp\t{t}\t{t}"
 TSV = {
@@ -40,12 +40,21 @@ TSV = {
         ),
         "test": (f"{INFERENCE} sentence1 sentence2", MNLI_ROW),
     },
-    "qnli": {"train": ("index question sentence label", "{i}\t{t}\t{t}\t{y}"), "test": ("index question sentence", "{i}\t{t}\t{t}")},
-    "rte": {"train": ("index sentence1 sentence2 label", "{i}\t{t}\t{t}\t{y}"), "test": ("index sentence1 sentence2", "{i}\t{t}\t{t}")},
-    "wnli": {"train": ("index sentence1 sentence2 label", "{i}\t{t}\t{t}\t{y}"), "test": ("index sentence1 sentence2", "{i}\t{t}\t{t}")},
+    "qnli": {
+        "train": ("index question sentence label", "{i}\t{t}\t{t}\t{y}"),
+        "test": ("index question sentence", "{i}\t{t}\t{t}"),
+    },
+    "rte": {
+        "train": ("index sentence1 sentence2 label", "{i}\t{t}\t{t}\t{y}"),
+        "test": ("index sentence1 sentence2", "{i}\t{t}\t{t}"),
+    },
+    "wnli": {
+        "train": ("index sentence1 sentence2 label", "{i}\t{t}\t{t}\t{y}"),
+        "test": ("index sentence1 sentence2", "{i}\t{t}\t{t}"),
+    },
     "ax": {"test": ("index sentence1 sentence2", "{i}\t{t}\t{t}")},
 }  # fmt: skip
-# A text with what breaks other readers: a quote that never ends, a carriage return, letters beyond ASCII.
+# Text that breaks other readers: a quote that is never closed, and letters beyond ASCII.
 WORDS = ('the "cat sat', "on l\u00e0 mat,", "and 'so on")
 
 
@@ -64,7 +73,7 @@ def splits(task: Task) -> list[str]:
 
 
 def write_tsv(folder: Path, count: int = 12) -> Path:
-    """GLUE's own layout."""
+    """Write the data in GLUE's own layout."""
     for name, formats in TSV.items():
         task = GLUE[name]
         for split in splits(task):
@@ -88,7 +97,7 @@ def write_tsv(folder: Path, count: int = 12) -> Path:
 
 
 def write_parquet(folder: Path, count: int = 12, reverse: bool = False) -> Path:
-    """The hub's layout. reverse: with the labels numbered the other way round, which the metadata says."""
+    """Write the data in the hub's layout. reverse: number the labels in reverse order, as the metadata records."""
     for task in GLUE.values():
         names = list(reversed(task.labels)) if reverse else list(task.labels)
         kind = {"_type": "ClassLabel", "names": names}

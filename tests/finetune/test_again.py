@@ -1,4 +1,4 @@
-"""The same command again: what it reuses, what it does anew, what it repairs; and two commands at the same time."""
+"""The same command again: which results it reuses and which it makes again; and two commands at the same time."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megabert.finetune.main import run
+from megabert.finetune.main import run_finetuning
 from tests.finetune.conftest import PROTOCOL
 from tests.finetune.layouts import write_tsv
 
@@ -21,7 +21,7 @@ def results_of_jobs(out: Path) -> dict[str, dict]:
 
 
 def changed(before: dict[str, dict], out: Path) -> list[str]:
-    """Jobs whose result is another: at least its seconds are."""
+    """Return the jobs that ran since; at least the seconds in their results differ."""
     after = results_of_jobs(out)
     return [name for name in after if before.get(name) != after[name]]
 
@@ -31,30 +31,30 @@ def labels_in(archive: Path) -> dict[str, str]:
         return {name: files.read(name).decode() for name in files.namelist()}
 
 
-def test_a_changed_test_set_is_labelled_anew_by_the_best_job_alone(request_for, tmp_path):
+def test_a_changed_test_set_is_labelled_again_only_by_the_best_job(options_for, in_process, tmp_path):
     data, out = write_tsv(tmp_path / "data"), tmp_path / "out"
-    request = request_for(tasks="cola", submission=True, data=str(data))
-    assert run(request) == 0
+    options = options_for(tasks="cola", submission=True, data=str(data))
+    assert run_finetuning(options) == 0
     before, labels = results_of_jobs(out), labels_in(out / "submission.zip")
     with open(data / "CoLA/test.tsv", "a") as file:
         file.write("12\tthe cat sat on the mat\n")
-    assert run(request) == 0
+    assert run_finetuning(options) == 0
     best = max(before, key=lambda name: before[name]["score"])
     assert changed(before, out) == [best]
     after = labels_in(out / "submission.zip")
     assert (after["CoLA.tsv"].count("\n"), labels["CoLA.tsv"].count("\n")) == (14, 13)
     before = results_of_jobs(out)
-    assert run(request) == 0
+    assert run_finetuning(options) == 0
     assert changed(before, out) == []
 
 
-def test_labels_asked_for_later_are_those_that_would_have_been(request_for, tmp_path):
-    """MNLI's come from the model that it kept; of RTE's two jobs the best trains again."""
-    assert run(request_for(tasks="mnli,rte", submission=True, out=str(tmp_path / "at_once"))) == 0
+def test_labels_that_are_asked_for_later_are_the_same(options_for, in_process, tmp_path):
+    """MNLI labels with the model that it kept; of RTE's two jobs the best one trains again."""
+    assert run_finetuning(options_for(tasks="mnli,rte", submission=True, out=str(tmp_path / "at_once"))) == 0
     out = tmp_path / "out"
-    assert run(request_for(tasks="mnli,rte")) == 0
+    assert run_finetuning(options_for(tasks="mnli,rte")) == 0
     before = results_of_jobs(out)
-    assert run(request_for(tasks="mnli,rte,ax", submission=True)) == 0
+    assert run_finetuning(options_for(tasks="mnli,rte,ax", submission=True)) == 0
     scores = {name: result["score"] for name, result in before.items() if name.startswith("rte")}
     assert changed(before, out) == ["mnli-pretrained-c0-s1", max(scores, key=lambda name: scores[name])]
     mnli = "mnli-pretrained-c0-s1"
@@ -63,70 +63,83 @@ def test_labels_asked_for_later_are_those_that_would_have_been(request_for, tmp_
     assert labels.pop("AX.tsv")
     assert labels == at_once
     before = results_of_jobs(out)
-    assert run(request_for(tasks="mnli,rte")) == 0
+    assert run_finetuning(options_for(tasks="mnli,rte")) == 0
     assert changed(before, out) == []
 
 
-def test_a_task_added_later_starts_from_the_model_that_mnli_kept(request_for, tmp_path):
-    assert run(request_for(tasks="mnli")) == 0
+def test_a_task_added_later_starts_from_the_model_that_mnli_kept(options_for, in_process, tmp_path):
+    assert run_finetuning(options_for(tasks="mnli")) == 0
     before = results_of_jobs(tmp_path / "out")
-    assert run(request_for(tasks="rte,mnli")) == 0
+    assert run_finetuning(options_for(tasks="rte,mnli")) == 0
     names = [f"rte-pretrained-c0-s{seed}" for seed in (1, 2)]
     assert changed(before, tmp_path / "out") == names
     rte = results_of_jobs(tmp_path / "out")[names[0]]
     assert rte["request"]["start"] == before["mnli-pretrained-c0-s1"]["model"]
 
 
-@pytest.mark.parametrize("left", [b"", b'{"status": "do', b"[]", b'{"status": "done"}', None])
-def test_a_result_that_is_not_whole_is_made_again(request_for, tmp_path, left):
+@pytest.mark.parametrize("content", [b"", b'{"status": "do', b"[]", b'{"status": "done"}', None])
+def test_an_incomplete_result_is_made_again(options_for, in_process, tmp_path, content):
     (tmp_path / "tiny.yaml").write_text(PROTOCOL)
-    assert run(request_for(tasks="sst2")) == 0
+    assert run_finetuning(options_for(tasks="sst2")) == 0
     before, path = results_of_jobs(tmp_path / "out"), tmp_path / "out/jobs/sst2-pretrained-c0-s2.json"
-    if left is None:
+    if content is None:
         path.unlink()
     else:
-        path.write_bytes(left)
-    assert run(request_for(tasks="sst2")) == 0
+        path.write_bytes(content)
+    assert run_finetuning(options_for(tasks="sst2")) == 0
     assert changed(before, tmp_path / "out") == ["sst2-pretrained-c0-s2"]
 
 
-def test_what_a_job_left_and_is_lost_or_damaged_is_made_again(request_for, tmp_path):
-    request, out = request_for(tasks="mnli,rte", submission=True), tmp_path / "out"
-    assert run(request) == 0
+@pytest.mark.parametrize(("version", "rerun"), [(None, []), (1, []), (2, ["sst2-pretrained-c0-s2"])])
+def test_a_result_of_another_format_version_is_made_again(options_for, in_process, tmp_path, version, rerun):
+    """Without a version it is of the first one."""
+    assert run_finetuning(options_for(tasks="sst2")) == 0
+    path = tmp_path / "out/jobs/sst2-pretrained-c0-s2.json"
+    result = json.loads(path.read_text())
+    assert result.pop("format_version") == 1
+    path.write_text(json.dumps(result if version is None else result | {"format_version": version}))
+    before = results_of_jobs(tmp_path / "out")
+    assert run_finetuning(options_for(tasks="sst2")) == 0
+    assert changed(before, tmp_path / "out") == rerun
+
+
+def test_lost_or_damaged_files_of_a_job_are_made_again(options_for, in_process, tmp_path):
+    options, out = options_for(tasks="mnli,rte", submission=True), tmp_path / "out"
+    assert run_finetuning(options) == 0
     labels = labels_in(out / "submission.zip")
     mnli = out / "jobs/mnli-pretrained-c0-s1"
     for path in out.glob("jobs/*.npz"):
         path.write_bytes(path.read_bytes()[:-9])
-    assert run(request) == 0
+    assert run_finetuning(options) == 0
     assert labels_in(out / "submission.zip") == labels
     for path in out.glob("jobs/*.npz"):
         path.unlink()
-    assert run(request) == 0
+    assert run_finetuning(options) == 0
     assert labels_in(out / "submission.zip") == labels
     before = results_of_jobs(out)
     (mnli / "model.safetensors").write_bytes((mnli / "model.safetensors").read_bytes()[:-4])
-    assert run(request) == 0
-    assert changed(before, out) == [mnli.name], "and it is bit for bit the model from which RTE started"
+    assert run_finetuning(options) == 0
+    assert changed(before, out) == [mnli.name], "the model is bitwise the one from which RTE started"
     shutil.rmtree(mnli)
-    assert run(request) == 0
+    assert run_finetuning(options) == 0
     assert labels_in(out / "submission.zip") == labels
 
 
 OWN = "name: own\ntexts: [text]\nlabels: [bad, good]\nmetrics: [accuracy]\ntrain: own.tsv\ndev: own.tsv\n"
 
 
-def test_the_test_set_of_a_task_of_the_users_own_is_labelled(request_for, tmp_path):
+def test_the_test_set_of_a_users_task_is_labelled(options_for, in_process, tmp_path):
     (tmp_path / "own.tsv").write_text("text\tlabel\n" + "the cat sat\tgood\nso bad\tbad\n" * 8)
     (tmp_path / "test.tsv").write_text("text\ngood cat\nbad mat\nso good\n")
     (tmp_path / "own.yaml").write_text(OWN)
     own = {"task_file": str(tmp_path / "own.yaml"), "data": str(tmp_path), "submission": True}
     with pytest.raises(ValueError, match="--submission: none of these tasks has a test set"):
-        run(request_for(**own))
+        run_finetuning(options_for(**own))
     (tmp_path / "own.yaml").write_text(OWN + "test: missing.tsv\n")
     with pytest.raises(ValueError, match=r"missing\.tsv: no such file"):
-        run(request_for(**own))
+        run_finetuning(options_for(**own))
     (tmp_path / "own.yaml").write_text(OWN + "test: test.tsv\n")
-    assert run(request_for(**own)) == 0
+    assert run_finetuning(options_for(**own)) == 0
     lines = (tmp_path / "out/predictions/own.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction"
     assert [line.split("\t")[0] for line in lines[1:]] == ["0", "1", "2"]
@@ -135,60 +148,62 @@ def test_the_test_set_of_a_task_of_the_users_own_is_labelled(request_for, tmp_pa
 
 
 @contextmanager
-def held(path: Path, call: str = "acquire_read_write(path, exclusive=True)") -> Iterator[int]:
-    """The id of another process that holds a lock."""
-    program = "import sys, time; from pathlib import Path; from megabert.files.lock import *\n"
-    program += f"path = Path(sys.argv[1]); lock = {call}; print('held', flush=True); time.sleep(600)"
+def held(path: Path, exclusive: bool | None = None) -> Iterator[int]:
+    """Lock a file in another process. Yields its process id."""
+    program = (
+        "import sys, time; from pathlib import Path; from megabert.files.lock import acquire, acquire_read_write\n"
+    )
+    call = "acquire(path)" if exclusive is None else f"acquire_read_write(path, exclusive={exclusive})"
+    program += f"path = Path(sys.argv[1]); lock = {call}; print('locked', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+        assert process.stdout.readline() == "locked\n"
         yield process.pid
     finally:
         process.kill()
         process.communicate()
 
 
-def test_two_commands_on_one_folder_are_refused_and_parts_of_an_array_are_not(request_for, tmp_path, monkeypatch):
-    monkeypatch.setattr("megabert.finetune.main.LEAVES_S", 0.3)
+def test_a_second_command_on_one_folder_is_refused_unless_both_are_parts_of_an_array(
+    options_for, in_process, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("megabert.finetune.main.LOCK_TIMEOUT_S", 0.3)
     out = tmp_path / "out"
     out.mkdir()
-    with held(out / "glue.lock") as pid:
+    with held(out / "glue.lock", exclusive=True) as pid:
         for shard in ("", "0/2"):
             with pytest.raises(
                 ValueError, match=f"out: process {pid} on .* is fine-tuning there. Wait for it, end it, or"
             ):
-                run(request_for(tasks="sst2", shard=shard))
+                run_finetuning(options_for(tasks="sst2", shard=shard))
         assert not (out / "jobs").exists()
-    with (
-        held(out / "glue.lock", "acquire_read_write(path, exclusive=False)"),
-        pytest.raises(ValueError, match="is fine-tuning there"),
-    ):
-        run(request_for(tasks="sst2"))
-    with held(out / "glue.lock", "acquire_read_write(path, exclusive=False)"):
-        assert run(request_for(tasks="sst2", shard="0/2")) == 0
-    with held(out / "start-1.lock", "acquire(path)"), pytest.raises(ValueError, match="is fine-tuning there"):
-        run(request_for(tasks="sst2", shard="1/2"))
+    with held(out / "glue.lock", exclusive=False), pytest.raises(ValueError, match="is fine-tuning there"):
+        run_finetuning(options_for(tasks="sst2"))
+    with held(out / "glue.lock", exclusive=False):
+        assert run_finetuning(options_for(tasks="sst2", shard="0/2")) == 0
+    with held(out / "start-1.lock"), pytest.raises(ValueError, match="is fine-tuning there"):
+        run_finetuning(options_for(tasks="sst2", shard="1/2"))
     (out / "glue.lock").write_text('{"host": "node-7", "pid": 12}')
-    assert run(request_for(tasks="sst2")) == 0, "a claim that nobody has is none"
+    assert run_finetuning(options_for(tasks="sst2")) == 0, "a lock file that no process locks does not count"
 
 
-def test_a_job_that_another_command_is_running_is_left_to_that(request_for, tmp_path, capsys):
+def test_a_job_that_another_command_runs_is_not_run(options_for, tmp_path, capsys):
     name = "sst2-pretrained-c0-s1"
     (tmp_path / "out/jobs").mkdir(parents=True)
-    with held(tmp_path / f"out/jobs/{name}.lock", "acquire(path)"):
-        assert run(request_for(tasks="sst2", shard="0/2")) == 0
-        said = capsys.readouterr().out
-        assert f"{name}: another command is running it" in said
-        assert "1 left (it waits for MNLI, or another command has it)" in said
-        assert run(request_for(tasks="sst2")) == 1
+    with held(tmp_path / f"out/jobs/{name}.lock"):
+        assert run_finetuning(options_for(tasks="sst2", shard="0/2")) == 0
+        output = capsys.readouterr().out
+        assert f"{name}: another command is running it" in output
+        assert "1 not run (waits for MNLI, or another command runs it)" in output
+        assert run_finetuning(options_for(tasks="sst2")) == 1
         assert f"not run yet: {name}" in (tmp_path / "out/results.md").read_text()
-    assert run(request_for(tasks="sst2")) == 0
+    assert run_finetuning(options_for(tasks="sst2")) == 0
 
 
-def test_what_no_job_could_use_is_refused_before_the_first(request_for, tmp_path, bert):
+def test_inputs_that_no_job_could_use_are_refused_before_any_job(options_for, tmp_path, bert):
     with pytest.raises(ValueError, match="run.ops is fused, but"):
-        run(request_for(tasks="sst2", ops="fused"))
+        run_finetuning(options_for(tasks="sst2", ops="fused"))
     other = shutil.copytree(bert, tmp_path / "other")
     tokens = json.loads((tmp_path / "out/start/tokenizer.json").read_text())
     tokens["model"]["vocab"] = {f"{word}x": number for word, number in tokens["model"]["vocab"].items()}
@@ -196,5 +211,5 @@ def test_what_no_job_could_use_is_refused_before_the_first(request_for, tmp_path
     tokens["post_processor"] = None
     (other / "tokenizer.json").write_text(json.dumps(tokens))
     with pytest.raises(ValueError, match=r"its tokenizer has no \[CLS\]"):
-        run(request_for(tasks="sst2", checkpoint=str(other)))
+        run_finetuning(options_for(tasks="sst2", checkpoint=str(other)))
     assert not (tmp_path / "out/jobs").exists()

@@ -1,4 +1,4 @@
-"""tests/benchmarks/bench_glue.py says what it lacks."""
+"""tests/benchmarks/bench_glue.py without a package that it needs."""
 
 import importlib.util
 import runpy
@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 
-def test_without_accelerate_the_benchmark_says_so(monkeypatch, tmp_path, capsys):
+def test_the_benchmark_names_accelerate_if_it_is_missing(monkeypatch, tmp_path, capsys):
     folder, find = REPOSITORY / "tests/benchmarks", importlib.util.find_spec
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr("sys.argv", ["bench_glue.py", str(tmp_path)])

@@ -3,7 +3,8 @@ import pytest
 from megabert.finetune.protocol import protocol_names, read_protocol
 from megabert.finetune.tasks.task import EIGHT, GLUE, Task
 
-# lr, weight decay per step at the peak learning rate, epochs, batch, number of seeds, start: as MosaicBERT's code has them.
+# As in MosaicBERT's code: lr, weight decay per step at the peak learning rate, epochs, batch size, number of seeds,
+# start.
 MOSAICBERT = {
     "mnli": (5e-5, 5e-6, 3, 48, 1, "checkpoint"),
     "qnli": (1e-5, 1e-6, 10, 16, 1, "checkpoint"),
@@ -17,8 +18,8 @@ MOSAICBERT = {
 
 
 @pytest.mark.parametrize("name", MOSAICBERT)
-def test_mosaicberts_protocol_is_the_papers(name):
-    plan = read_protocol("mosaicbert", []).plan(GLUE[name])
+def test_the_protocol_mosaicbert_has_the_papers_values(name):
+    plan = read_protocol("mosaicbert", []).plan_for(GLUE[name])
     (settings,) = plan.candidates
     lr, decay, epochs, batch, seeds, start = MOSAICBERT[name]
     assert (settings.lr, settings.epochs, settings.batch_size, plan.start) == (lr, epochs, batch, start)
@@ -30,9 +31,9 @@ def test_mosaicberts_protocol_is_the_papers(name):
     assert (settings.precision, plan.metrics) == (("fp32", ("spearman",)) if name == "stsb" else ("auto", ()))
 
 
-def test_modernberts_sweep():
+def test_the_protocol_modernbert_has_the_papers_sweep():
     for name in EIGHT:
-        plan = read_protocol("modernbert", []).plan(GLUE[name])
+        plan = read_protocol("modernbert", []).plan_for(GLUE[name])
         assert len(plan.candidates) == 4 * 4 * 3
         assert {s.lr for s in plan.candidates} == {1e-5, 3e-5, 5e-5, 8e-5}
         assert {round(s.lr * s.torch_decay, 9) for s in plan.candidates} == {1e-6, 5e-6, 8e-6, 1e-5}
@@ -40,12 +41,12 @@ def test_modernberts_sweep():
         assert plan.start == ("mnli" if name in ("rte", "mrpc", "stsb") else "checkpoint")
 
 
-def test_every_protocol_of_ours_is_read():
+def test_every_protocol_of_the_package_can_be_read():
     assert {"mosaicbert", "modernbert", "quick", "quickstart"} == set(protocol_names())
     for name in protocol_names():
         protocol = read_protocol(name, [])
         assert protocol.about
-        assert protocol.other.candidates
+        assert protocol.default_plan.candidates
 
 
 GOOD = "seeds: [1]\nsettings: {lr: 5e-5, epochs: 1, batch_size: 8}\ntasks:\n  rte: {start: mnli}\n"
@@ -56,30 +57,34 @@ GOOD = "seeds: [1]\nsettings: {lr: 5e-5, epochs: 1, batch_size: 8}\ntasks:\n  rt
     [
         ("lr:", "learning_rate:", "unknown key settings.learning_rate"),
         ("5e-5", "fast", "lr is 'fast', expected a number"),
-        ("epochs: 1", "epochs: 1.5", "epochs is 1.5, expected a whole number"),
+        ("epochs: 1", "epochs: 1.5", "epochs is 1.5, expected an integer"),
         ("epochs: 1", "epochs: 0", "epochs is 0, expected at least 1"),
         ("epochs: 1", "warmup: 2, epochs: 1", "warmup is 2.0, expected 0 to 1"),
-        ("lr: 5e-5, ", "", "does not say lr"),
+        ("lr: 5e-5, ", "", "lacks settings.lr"),
         ("start: mnli", "start: squad", "start is 'squad', expected checkpoint or mnli"),
         ("start: mnli", "pooling: max", "pooling is 'max', expected cls or mean"),
-        ("start: mnli", "sweep: {lr: 1}", "tasks.rte.sweep.lr is 1, expected a list of values"),
-        ("start: mnli", "metrics: [bleu]", "metrics is \\['bleu'\\]"),
-        ("[1]", "[]", "seeds is \\[\\], expected a list of whole numbers"),
-        ("[1]", "[-1]", "seeds is \\[-1\\], expected a list of whole numbers from 0 on"),
-        ("[1]", "[true]", "seeds is \\[True\\], expected a list of whole numbers"),
+        ("start: mnli", "sweep: {lr: 1}", "tasks.rte.sweep.lr is 1, expected a list"),
+        ("start: mnli", "metrics: [bleu]", "tasks.rte.metrics.0 is 'bleu', expected accuracy, f1,"),
+        ("[1]", "[]", "seeds is \\[\\], expected a list of integers"),
+        ("[1]", "[-1]", "seeds is \\[-1\\], expected a list of integers from 0"),
+        ("[1]", "[true]", "seeds.0 is True, expected an integer"),
         ("[1]", "[1, 2, 1]", "which has a seed twice"),
-        ("5e-5", ".nan", "lr is nan, expected a number"),
-        ("5e-5", "1e999", "lr is '1e999', expected a number"),
+        ("5e-5", ".nan", "lr is nan, expected a finite number"),
+        ("5e-5", "1e999", "lr is inf, expected a finite number"),
         ("epochs: 1", "beta1: 1, epochs: 1", "beta1 is 1.0, expected 0 or more, and less than 1"),
         ("epochs: 1", "dropout: 1, epochs: 1", "dropout is 1.0, expected 0 or more, and less than 1"),
         ("epochs: 1", "eps: 0, epochs: 1", "eps is 0.0, expected at least 1e-30"),
         ("start: mnli", "pooling: [cls]", "pooling is \\['cls'\\], expected cls or mean"),
         ("start: mnli", "sweep:", "tasks.rte.sweep is None, expected keys and values"),
+        ("start: mnli", "sweep: {lr: []}", "tasks.rte.sweep.lr is \\[\\], expected a list of values"),
+        ("start: mnli", "sweep: {lrr: [1]}", "unknown key tasks.rte.sweep.lrr. Did you mean tasks.rte.sweep.lr"),
+        ("start: mnli", "lrr: 1", "unknown key tasks.rte.lrr. Did you mean tasks.rte.lr"),
+        ("start: mnli", "start: mnli, start: mnli", "line 4: duplicate key start"),
         ("start: mnli", "sweep: {lr: [5e-5, 5e-5]}", "tasks.rte.sweep: has a value twice"),
-        ("start: mnli", "metrics: [[x]]", "metrics is \\[\\['x'\\]\\], expected some of"),
+        ("start: mnli", "metrics: [[x]]", "metrics.0 is \\['x'\\], expected accuracy, f1,"),
         ("start: mnli", "metrics: [spearman]", "tasks.rte.metrics has spearman, expected some of accuracy"),
         ("rte:", "mnli:", "tasks.mnli.start is mnli: it cannot start from itself"),
-        ("rte:", "ret:", "unknown key tasks.ret. Did you mean rte"),
+        ("rte:", "ret:", "unknown key tasks.ret. Did you mean tasks.rte"),
         ("  rte: {start: mnli}\n", "", "tasks is None, expected keys and values"),
         ("  rte: {start: mnli}\n", "- rte\n", "tasks is \\['rte'\\], expected keys and values"),
         ("{start: mnli}", "", "tasks.rte is None, expected keys and values"),
@@ -91,16 +96,16 @@ GOOD = "seeds: [1]\nsettings: {lr: 5e-5, epochs: 1, batch_size: 8}\ntasks:\n  rt
 )
 def test_a_wrong_protocol_is_refused(tmp_path, old, new, message):
     (tmp_path / "own.yaml").write_text(GOOD.replace(old, new))
-    with pytest.raises(ValueError, match=message) as mistake:
+    with pytest.raises(ValueError, match=message) as error:
         read_protocol(str(tmp_path / "own.yaml"), [])
-    assert "\n" not in str(mistake.value)
+    assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="neither a file nor one of .* Did you mean mosaicbert"):
         read_protocol("mosaicbrt", [])
 
 
-def test_a_protocol_may_name_the_tasks_that_are_chosen(tmp_path):
+def test_a_protocol_may_name_the_users_own_tasks(tmp_path):
     (tmp_path / "own.yaml").write_text(GOOD.replace("rte: {start: mnli}", "own: {metrics: [f1]}"))
     own = Task(name="own", texts=("text",), labels=("a", "b"), metrics=("accuracy", "f1"))
-    assert read_protocol(str(tmp_path / "own.yaml"), [own]).plan(own).metrics == ("f1",)
+    assert read_protocol(str(tmp_path / "own.yaml"), [own]).plan_for(own).metrics == ("f1",)
     with pytest.raises(ValueError, match="unknown key tasks.own"):
         read_protocol(str(tmp_path / "own.yaml"), [])

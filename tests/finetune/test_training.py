@@ -1,4 +1,4 @@
-"""One fine-tuning: packing, learning, the schedule, what is loaded and what is refused."""
+"""One fine-tuning: packing, learning, the schedule, loading and errors."""
 
 import json
 import shutil
@@ -9,14 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification
 
-from megabert.finetune.base_model import load_model, prepare, save_model
+from megabert.finetune.base_model import load_model, prepare_base_model, save_model
 from megabert.finetune.protocol import Settings
 from megabert.finetune.tasks.task import GLUE, Examples, Task
 from megabert.finetune.training import (
-    Encoded,
-    Place,
+    Backend,
+    EncodedExamples,
     build_model,
-    cut_into_bins,
     encode,
     finetune,
     learning_rate_share,
@@ -25,16 +24,17 @@ from megabert.finetune.training import (
     parameter_groups,
     predict,
     rescale_embeddings,
+    split_into_bins,
 )
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification, mean_of_documents
 
-CPU = Place(torch.device("cpu"), "torch")
+CPU = Backend(torch.device("cpu"), "torch")
 SETTINGS = Settings(lr=5e-3, epochs=4, batch_size=32, dropout=0.0, attention_dropout=0.0, precision="fp32")
 TINY = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
-def toy(count: int, seed: int, regression: bool = False) -> Encoded:
+def toy(count: int, seed: int, regression: bool = False) -> EncodedExamples:
     """Label 1 where token 7 occurs, or its count: learnable in seconds by a model that works."""
     rng = np.random.default_rng(seed)
     ids, labels = [], []
@@ -45,7 +45,7 @@ def toy(count: int, seed: int, regression: bool = False) -> Encoded:
             words[int(rng.integers(len(words)))] = 7
         ids.append([2, *words.tolist(), 3])
         labels.append(float(label) if regression else label)
-    return Encoded(ids, None, torch.tensor(labels))
+    return EncodedExamples(ids, None, torch.tensor(labels))
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -68,11 +68,11 @@ def test_a_regression_learns():
     assert np.corrcoef(predict(model, test, SETTINGS, CPU), test.labels.numpy())[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("most_tokens", [1, 40, 1 << 20])
-def test_the_bins_do_not_change_the_step(most_tokens, monkeypatch):
-    """However a step's examples are cut, the loss is their mean."""
+@pytest.mark.parametrize("max_tokens", [1, 40, 1 << 20])
+def test_bins_of_any_size_give_the_same_step(max_tokens, monkeypatch):
+    """However a step's examples are split into bins, the loss is their mean."""
     ends = []
-    for tokens in (1 << 20, most_tokens):
+    for tokens in (1 << 20, max_tokens):
         monkeypatch.setitem(__import__("megabert.finetune.training", fromlist=["x"]).BIN_TOKENS, "cpu", tokens)
         torch.manual_seed(0)
         model = MegaBertForSequenceClassification(MegaBertConfig(**TINY, hidden_dropout_prob=0.0, num_labels=2))
@@ -81,13 +81,13 @@ def test_the_bins_do_not_change_the_step(most_tokens, monkeypatch):
     torch.testing.assert_close(*ends, rtol=0, atol=1e-9)
 
 
-def test_cutting_into_bins():
-    encoded = Encoded([[1] * n for n in (3, 2, 4, 9, 1)], None, None)
-    assert [part.tolist() for part in cut_into_bins(encoded, np.arange(5), 5)] == [[0, 1], [2], [3], [4]]
+def test_examples_are_split_into_bins_in_order():
+    encoded = EncodedExamples([[1] * n for n in (3, 2, 4, 9, 1)], None, None)
+    assert [part.tolist() for part in split_into_bins(encoded, np.arange(5), 5)] == [[0, 1], [2], [3], [4]]
 
 
 def test_packing_a_pair():
-    encoded = Encoded([[2, 9, 3], [2, 3], [2, 8, 3, 8, 3]], [[0] * 3, [0] * 2, [0, 0, 0, 1, 1]], None)
+    encoded = EncodedExamples([[2, 9, 3], [2, 3], [2, 8, 3, 8, 3]], [[0] * 3, [0] * 2, [0, 0, 0, 1, 1]], None)
     inputs = pack(encoded, np.array([2, 0]), CPU.device)
     assert inputs["input_ids"].tolist() == [2, 8, 3, 8, 3, 2, 9, 3]
     assert inputs["token_type_ids"].tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
@@ -99,10 +99,10 @@ def test_a_text_is_encoded_as_in_transformers_and_cut(bert):
     tokenizer = load_tokenizer(bert, 8)
     pairs = encode(Examples(["the cat sat on the mat"], ["good cats"], [1]), tokenizer, True)
     words = ["[CLS]", "the", "cat", "sat", "[SEP]", "good", "cat", "[SEP]"]
-    assert [tokenizer.id_to_token(i) for i in pairs.ids[0]][:5] == words[:5]
-    assert len(pairs.ids[0]) == 8
-    assert pairs.types == [[0] * 5 + [1] * 3]
-    assert encode(Examples(["good"], None, None), tokenizer, True).types is None
+    assert [tokenizer.id_to_token(i) for i in pairs.input_ids[0]][:5] == words[:5]
+    assert len(pairs.input_ids[0]) == 8
+    assert pairs.token_type_ids == [[0] * 5 + [1] * 3]
+    assert encode(Examples(["good"], None, None), tokenizer, True).token_type_ids is None
 
 
 def test_the_schedule_warms_up_and_ends_near_zero():
@@ -114,7 +114,7 @@ def test_the_schedule_warms_up_and_ends_near_zero():
 
 
 @pytest.mark.parametrize("everything", [True, False])
-def test_what_decays(everything):
+def test_norms_and_biases_decay_only_if_asked(everything):
     settings = Settings(
         lr=2e-5, weight_decay=1e-6, decoupled_decay=True, epochs=1, batch_size=1, decay_norms_and_biases=everything
     )
@@ -144,7 +144,7 @@ def test_the_mean_of_documents():
     assert mean_of_documents(hidden, rows, num_keys=torch.tensor([2])).flatten().tolist() == [2.0]
 
 
-def test_a_loss_that_explodes_stops():
+def test_a_loss_that_is_not_finite_is_an_error():
     model = MegaBertForSequenceClassification(MegaBertConfig(**TINY))
     with pytest.raises(ValueError, match="the loss was not finite in epoch 1 of 1. Lower lr"):
         finetune(model, toy(200, 0), Settings(lr=1e30, epochs=1, batch_size=8, precision="fp32"), CPU, 0)
@@ -152,8 +152,8 @@ def test_a_loss_that_explodes_stops():
 
 def test_a_classifier_of_transformers_starts_from_the_same_encoder(bert, tmp_path):
     """Pairs through our packed model and through BertForSequenceClassification, with the same head."""
-    start = prepare(bert, tmp_path / "start")
-    model = build_model(start.folder, GLUE["mnli"], SETTINGS, CPU, 0).eval()
+    base = prepare_base_model(bert, tmp_path / "start")
+    model = build_model(base.folder, GLUE["mnli"], SETTINGS, CPU, 0).eval()
     theirs = BertForSequenceClassification.from_pretrained(bert, num_labels=3).eval()
     theirs.classifier.load_state_dict(model.classifier.state_dict())
     encoded = encode(
@@ -162,14 +162,14 @@ def test_a_classifier_of_transformers_starts_from_the_same_encoder(bert, tmp_pat
     with torch.no_grad():
         ours = model(**pack(encoded, np.arange(2), CPU.device)).logits
         for number in range(2):
-            inputs = (torch.tensor([encoded.ids[number]]), None, torch.tensor([encoded.types[number]]))
+            inputs = (torch.tensor([encoded.input_ids[number]]), None, torch.tensor([encoded.token_type_ids[number]]))
             torch.testing.assert_close(theirs(*inputs).logits[0], ours[number], rtol=0, atol=1e-5)
 
 
-def test_the_start_is_reused_and_made_anew_for_other_weights(bert, tmp_path):
-    first = prepare(bert, tmp_path / "start")
+def test_the_base_model_is_reused_and_made_again_for_other_weights(bert, tmp_path):
+    first = prepare_base_model(bert, tmp_path / "start")
     stamp = (first.folder / "model.safetensors").stat().st_mtime_ns
-    assert prepare(bert, tmp_path / "start") == first
+    assert prepare_base_model(bert, tmp_path / "start") == first
     assert (first.folder / "model.safetensors").stat().st_mtime_ns == stamp
     other = tmp_path / "other"
     other.mkdir()
@@ -177,29 +177,29 @@ def test_the_start_is_reused_and_made_anew_for_other_weights(bert, tmp_path):
         (other / name).write_bytes((bert / name).read_bytes())
     weights = load_file(bert / "model.safetensors")
     save_file({name: tensor * 2 for name, tensor in weights.items()}, other / "model.safetensors")
-    assert prepare(other, tmp_path / "start").sha256 != first.sha256
+    assert prepare_base_model(other, tmp_path / "start").sha256 != first.sha256
 
 
-def test_a_checkpoint_where_the_start_is_written_is_refused_and_stays(bert, tmp_path):
+def test_a_checkpoint_in_the_base_models_folder_is_refused_and_kept(bert, tmp_path):
     shutil.copytree(bert, tmp_path / "start")
-    with pytest.raises(ValueError, match="is where the start of this command's jobs is written. Choose another --out"):
-        prepare(tmp_path / "start", tmp_path / "start")
+    with pytest.raises(ValueError, match="this command writes its base model there. Choose another --out"):
+        prepare_base_model(tmp_path / "start", tmp_path / "start")
     assert (tmp_path / "start" / "vocab.txt").is_file()
 
 
-def test_what_is_no_start_is_refused(bert, tmp_path):
+def test_a_folder_without_a_model_or_a_tokenizer_is_refused(bert, tmp_path):
     with pytest.raises(ValueError, match="neither a checkpoint .* nor a Hugging Face folder"):
-        prepare(tmp_path, tmp_path / "start")
+        prepare_base_model(tmp_path, tmp_path / "start")
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((bert / name).read_bytes())
     with pytest.raises(ValueError, match=r"has no tokenizer\.json and no vocab\.txt"):
-        prepare(tmp_path, tmp_path / "start")
+        prepare_base_model(tmp_path, tmp_path / "start")
 
 
-def test_a_kept_model_is_a_start_without_its_head_and_labels_as_before(bert, tmp_path):
-    start = prepare(bert, tmp_path / "start").folder
-    model = build_model(start, GLUE["mnli"], SETTINGS, CPU, 0)
-    save_model(model, start, tmp_path / "kept")
+def test_a_kept_model_is_loaded_without_its_classifier_or_exactly(bert, tmp_path):
+    base = prepare_base_model(bert, tmp_path / "start").folder
+    model = build_model(base, GLUE["mnli"], SETTINGS, CPU, 0)
+    save_model(model, base, tmp_path / "kept")
     again = build_model(tmp_path / "kept", GLUE["rte"], SETTINGS, CPU, 1)
     assert all(torch.equal(a, b) for a, b in zip(model.bert.parameters(), again.bert.parameters(), strict=True))
     assert again.classifier.out_features == 2
@@ -214,30 +214,44 @@ def test_a_kept_model_is_a_start_without_its_head_and_labels_as_before(bert, tmp
         build_model(tmp_path / "kept", GLUE["rte"], SETTINGS, CPU, 1)
 
 
-def test_a_start_with_another_vocabulary_is_another_and_a_damaged_one_is_made_again(bert, tmp_path):
-    first = prepare(bert, tmp_path / "start")
+def test_the_base_models_hash_includes_the_vocabulary_and_a_damaged_folder_is_made_again(bert, tmp_path):
+    first = prepare_base_model(bert, tmp_path / "start")
     other = shutil.copytree(bert, tmp_path / "other")
     words = (other / "vocab.txt").read_text()
     (other / "vocab.txt").write_text(words.replace("cat\nsat\n", "sat\ncat\n"))
-    assert prepare(other, tmp_path / "second").sha256 != first.sha256
+    assert prepare_base_model(other, tmp_path / "second").sha256 != first.sha256
     for name in ("model.safetensors", "tokenizer.json", "origin.json"):
         (first.folder / name).write_bytes(b"{")
-        assert prepare(bert, tmp_path / "start") == first
+        assert prepare_base_model(bert, tmp_path / "start") == first
         assert (first.folder / name).stat().st_size > 1
     (first.folder / "tokenizer.json").unlink()
-    assert prepare(bert, tmp_path / "start") == first
+    assert prepare_base_model(bert, tmp_path / "start") == first
 
 
-def test_a_folder_of_something_else_is_not_overwritten(bert, tmp_path):
+def test_a_base_model_with_another_format_version_is_made_again(bert, tmp_path):
+    base = prepare_base_model(bert, tmp_path / "start")
+    path = base.folder / "origin.json"
+    record = json.loads(path.read_text())
+    for version in ({}, {"format_version": 0}):
+        path.write_text(
+            json.dumps({name: value for name, value in record.items() if name != "format_version"} | version)
+        )
+        stamp = path.stat().st_mtime_ns
+        assert prepare_base_model(bert, tmp_path / "start") == base
+        assert path.stat().st_mtime_ns > stamp
+        assert json.loads(path.read_text()) == record
+
+
+def test_a_folder_with_other_files_is_not_overwritten(bert, tmp_path):
     (tmp_path / "start").mkdir()
     (tmp_path / "start/thesis.txt").write_text("three years")
-    with pytest.raises(ValueError, match="start: is in the way of the start of this command's jobs"):
-        prepare(bert, tmp_path / "start")
+    with pytest.raises(ValueError, match="start: this command would write its base model there"):
+        prepare_base_model(bert, tmp_path / "start")
     assert (tmp_path / "start/thesis.txt").read_text() == "three years"
 
 
 def test_a_tokenizer_without_cls_is_refused(bert, tmp_path):
-    raw = json.loads((prepare(bert, tmp_path / "start").folder / "tokenizer.json").read_text())
+    raw = json.loads((prepare_base_model(bert, tmp_path / "start").folder / "tokenizer.json").read_text())
     raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != "[CLS]"]
     del raw["model"]["vocab"]["[CLS]"]
     raw["post_processor"] = None
@@ -247,10 +261,10 @@ def test_a_tokenizer_without_cls_is_refused(bert, tmp_path):
 
 
 def test_random_weights_are_not_the_pretrained_ones(bert, tmp_path):
-    start = prepare(bert, tmp_path / "start").folder
+    base = prepare_base_model(bert, tmp_path / "start").folder
     task = Task(name="own", texts=("text",), metrics=("pearson",))
-    pretrained, fresh = (build_model(start, task, SETTINGS, CPU, 1, kind) for kind in (True, False))
+    pretrained, fresh = (build_model(base, task, SETTINGS, CPU, 1, kind) for kind in (True, False))
     name = "bert.embeddings.word_embeddings.weight"
-    assert torch.equal(pretrained.state_dict()[name], load_file(start / "model.safetensors")[name])
+    assert torch.equal(pretrained.state_dict()[name], load_file(base / "model.safetensors")[name])
     assert not torch.equal(fresh.state_dict()[name], pretrained.state_dict()[name])
     assert fresh.classifier.out_features == 1

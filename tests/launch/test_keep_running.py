@@ -1,4 +1,4 @@
-"""launch/keep_running.sh starts again after crashes, without two runs in one folder, and gives up on what cannot run."""
+"""launch/keep_running.sh restarts after crashes, never twice in one folder, and gives up on a run that cannot work."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import REPOSITORY, Corpus, free_port, pretrain_command, run_ranks
 
@@ -34,7 +34,7 @@ def wait_for(what: str, condition, log: Path, seconds: float = 120) -> None:
 
 
 def alive(process: psutil.Process) -> bool:
-    """A zombie is not: some containers have no init that would collect the orphans."""
+    """Return False for a zombie: some containers have no init that collects orphans."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -50,15 +50,15 @@ def test_a_killed_rank_and_a_killed_launcher_end_bitwise_as_if_undisturbed(corpu
     out, log = tmp_path / "disturbed", tmp_path / "log"
     process = keep_running(corpus, out, log, *SETTINGS)
     try:
-        for accident in ("rank", "launcher"):
+        for killed in ("rank", "launcher"):
             reached = last_step(out)
             wait_for("more steps", lambda reached=reached: last_step(out) >= reached + 6, log)
             [deepspeed] = psutil.Process(process.pid).children()
             [launcher] = deepspeed.children()
-            victim = launcher if accident == "launcher" else launcher.children()[1]
+            victim = launcher if killed == "launcher" else launcher.children()[1]
             everyone = psutil.Process(process.pid).children(recursive=True)
             os.kill(victim.pid, signal.SIGKILL)
-            wait_for("their end", lambda everyone=everyone: not any(map(alive, everyone)), log)
+            wait_for("the end of all processes", lambda everyone=everyone: not any(map(alive, everyone)), log)
         assert process.wait(120) == 0, log.read_text()
     finally:
         for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
@@ -72,9 +72,10 @@ def test_a_killed_rank_and_a_killed_launcher_end_bitwise_as_if_undisturbed(corpu
 
 
 def fake_deepspeed(folder: Path, monkeypatch, script: str) -> None:
-    """A repository of its own with another command in deepspeed's place."""
+    """Make a repository whose deepspeed is a script."""
     (folder / "launch").mkdir(parents=True)
-    shutil.copy(REPOSITORY / "launch/keep_running.sh", folder / "launch")
+    for name in ("keep_running.sh", "restart_policy.sh"):
+        shutil.copy(REPOSITORY / "launch" / name, folder / "launch")
     (folder / "bin").mkdir()
     (folder / "bin/deepspeed").write_text(f"#!/usr/bin/env bash\necho $@ >> {folder}/starts\n{script}\n")
     (folder / "bin/deepspeed").chmod(0o755)
@@ -88,17 +89,17 @@ def attempts(folder: Path, *flags: str, **variables: str) -> tuple[int, int]:
     return done.returncode, len((folder / "starts").read_text().splitlines())
 
 
-def test_it_gives_up_after_crashes_that_lead_nowhere(tmp_path, monkeypatch):
+def test_it_gives_up_after_crashes_without_a_new_checkpoint(tmp_path, monkeypatch):
     fake_deepspeed(tmp_path, monkeypatch, "exit 137")
     assert attempts(tmp_path, MAX_CRASHES="2") == (137, 3)
 
 
-def test_a_mistake_is_not_tried_again(tmp_path, monkeypatch):
+def test_an_error_of_the_user_is_not_retried(tmp_path, monkeypatch):
     fake_deepspeed(tmp_path, monkeypatch, "exit 1")
     assert attempts(tmp_path) == (1, 1)
 
 
-def test_a_new_checkpoint_starts_the_count_anew_and_a_stop_is_no_crash(tmp_path, monkeypatch):
+def test_a_new_checkpoint_resets_the_count_and_a_stop_is_no_crash(tmp_path, monkeypatch):
     (tmp_path / "out/checkpoints").mkdir(parents=True)
     latest = tmp_path / "out/checkpoints/latest"
     script = (
@@ -108,14 +109,13 @@ def test_a_new_checkpoint_starts_the_count_anew_and_a_stop_is_no_crash(tmp_path,
     assert attempts(tmp_path, MAX_CRASHES="1") == (0, 6)
 
 
-def test_where_to_begin_is_said_of_the_first_attempt(tmp_path, monkeypatch):
-    """Until there is a checkpoint of this command's own, of all that begin; then the newest is gone on from."""
+def test_the_users_resume_holds_until_this_command_has_a_checkpoint(tmp_path, monkeypatch):
     latest = tmp_path / "out/checkpoints/latest"
     latest.parent.mkdir(parents=True)
-    latest.write_text("step-9")  # another run's, that was there before
+    latest.write_text("step-9")  # of an earlier run
     os.utime(latest, (1, 1))
     script = f"case $(wc -l < {tmp_path}/starts) in 1) exit 86;; 2) echo step-2 > {latest}; exit 85;; esac"
     fake_deepspeed(tmp_path, monkeypatch, script)
     assert attempts(tmp_path, "--run.resume", "none") == (0, 3)
     begins = [line.split("--run.resume")[1:] for line in (tmp_path / "starts").read_text().splitlines()]
-    assert begins == [[" none"], [" none"], [" none ", " auto"]]
+    assert begins == [[" none"], [" none"], [" auto"]]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from megabert.convert.weight_names import from_published, to_published
+from megabert.convert.weight_names import from_megabert, to_megabert_state_dict
 from megabert.model.buckets import LONGEST_KEPT
 from megabert.model.modeling_megabert import MegaBertForMaskedLM, MegaBertForSequenceClassification
 from tests.model import reference
@@ -25,14 +25,14 @@ def hf_config(**changes) -> BertConfig:
 def hf_bert(ours: MegaBertForMaskedLM, config: BertConfig) -> BertForMaskedLM:
     """transformers' BERT with our weights."""
     theirs = BertForMaskedLM(config).to(ours.decoder.bias.dtype)
-    theirs.load_state_dict(to_published(ours.state_dict(), "bert"))
+    theirs.load_state_dict(from_megabert(ours.state_dict(), "bert"))
     return theirs
 
 
 def assert_same_gradients(ours, theirs, tolerance: float) -> None:
     """Every gradient of a masked language model, theirs brought to our names."""
     grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    expected = from_published(grads, "bert")
+    expected = to_megabert_state_dict(grads, "bert")
     got = {name: parameter.grad for name, parameter in ours.named_parameters()}
     assert got.keys() == expected.keys() - {"decoder.weight"}
     for name, grad in got.items():
@@ -90,7 +90,7 @@ def test_bert_equals_transformers_classifier(dtype, tolerance):
     head = {name: tensor for name, tensor in small_model(**BERT).state_dict().items() if not name.startswith("bert.")}
     whole = {name: tensor for name, tensor in ours.state_dict().items() if "pooler" not in name} | head
     whole = {name: tensor for name, tensor in whole.items() if not name.startswith("classifier")}
-    encoder = to_published(whole, "bert")
+    encoder = from_megabert(whole, "bert")
     rest = {name: tensor for name, tensor in ours.state_dict().items() if "pooler" in name or "classifier" in name}
     theirs.load_state_dict({name: tensor for name, tensor in encoder.items() if name.startswith("bert.")} | rest)
     inputs, labels = padded(documents()), torch.tensor([0, 2, 1, 1, 0])
@@ -103,7 +103,8 @@ def test_bert_equals_transformers_classifier(dtype, tolerance):
     unused = {name: torch.zeros_like(tensor) for name, tensor in encoder.items() if name.startswith("cls.")}
     own = {name: grads.pop(name) for name in rest}
     renamed = (
-        from_published(grads | {name: unused[name] for name in unused if "decoder.weight" not in name}, "bert") | own
+        to_megabert_state_dict(grads | {name: unused[name] for name in unused if "decoder.weight" not in name}, "bert")
+        | own
     )
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, renamed[name], rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""launch/pretrain.py with an accident: the loss of some bins is multiplied by a factor, as a bad batch would, or added to.
+"""Run launch/pretrain.py with a fault: multiply the loss of some bins by a factor, or add to it, as bad data would.
 
 INJECT='{"bins": [6, 7], "factor": "nan", "added": 0}' python tests/training/inject.py ...
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from megabert.data.batch import PackedBatch
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
-ACCIDENT = json.loads(os.environ["INJECT"])
+FAULT = json.loads(os.environ["INJECT"])
 current = -1
 inputs, loss = PackedBatch.model_inputs, MegaBertForMaskedLM.masked_loss
 
@@ -24,8 +24,8 @@ def model_inputs(batch: PackedBatch, device):
 
 def masked_loss(model, *args, **options):
     output = loss(model, *args, **options)
-    if model.training and current in ACCIDENT["bins"]:
-        loss_sum = output.loss_sum * float(ACCIDENT["factor"]) + float(ACCIDENT["added"])
+    if model.training and current in FAULT["bins"]:
+        loss_sum = output.loss_sum * float(FAULT["factor"]) + float(FAULT["added"])
         output = output._replace(loss_sum=loss_sum)
     return output
 

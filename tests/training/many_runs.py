@@ -10,12 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import REPOSITORY, TINY, Corpus, Finished, free_port
+from tests.conftest import REPOSITORY, TINY, Corpus, Finished, free_port, last_of_each
 
 
 def flags_of(corpus: Corpus, out: Path, ds_config: Path, *more: str) -> list[str]:
     """What a run of the tiny recipe is started with."""
-    return [f"--ds_config={ds_config}", f"--data.train={corpus.tokens}", f"--run.output_dir={out}", *TINY, *more]
+    flags = [f"--ds_config={ds_config}", f"--data.train={corpus.tokens}", f"--run.output_dir={out}", *TINY, *more]
+    return last_of_each(flags)
 
 
 def run_many(
@@ -53,18 +54,18 @@ def main() -> None:
     from megabert.config.ds_config import read_ds_config
     from megabert.config.parser import RecipeParser
     from megabert.training import loop
-    from megabert.training.distributed.signals import Interrupts
+    from megabert.training.distributed.signals import StopSignals
 
     limit = int(os.environ["MAX_FILE_BYTES"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    loop.leave = lambda run: deepspeed.comm.barrier()  # the process group is for the next run too
+    loop.shutdown = lambda feed: deepspeed.comm.barrier()  # the process group is for the next run too
     parser = RecipeParser("many_runs.py")
     parser.add_argument("--ds_config")
     code = 0
     for flags in json.loads(os.environ["RUNS"]):
         recipe, options = parser.read(flags)
         try:
-            code = loop.pretrain(recipe, read_ds_config(options.ds_config), options.ds_config, Interrupts())
+            code = loop.pretrain(recipe, read_ds_config(options.ds_config), StopSignals())
         except ValueError as mistake:
             sys.stderr.write(f"pretrain: {mistake}\n")
             code = 1

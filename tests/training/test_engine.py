@@ -1,3 +1,5 @@
+"""The model and its kernels, as the recipe and the device determine them."""
+
 import dataclasses
 
 import pytest
@@ -9,7 +11,7 @@ from megabert.kernels.resolve import resolve, why_not_flash
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.ops import TORCH_OPS
-from megabert.training.engine import build_model, why_not_compile
+from megabert.training.engine import build_model
 
 
 def test_the_vocabulary_is_rounded_up(corpus):
@@ -20,7 +22,7 @@ def test_the_vocabulary_is_rounded_up(corpus):
     assert build_model(recipe, tokenizer, torch.device("cpu"), bf16=False).config.vocab_size == 832
 
 
-def test_ops_are_resolved_aloud(caplog):
+def test_the_choice_of_ops_is_logged(caplog):
     caplog.set_level("INFO")
     assert resolve("auto", torch.device("cpu"), MegaBertConfig(), bf16=False).attention is not None
     assert "ops: attention by document length; geglu, add_layer_norm" in caplog.text
@@ -31,16 +33,8 @@ def test_ops_are_resolved_aloud(caplog):
         resolve("fused", torch.device("cpu"), MegaBertConfig(), bf16=True)
 
 
-def test_flash_attention_is_left_to_models_it_can_compute():
-    """As far as can be asked without a GPU: the reasons, in the order they are found."""
+def test_flash_attention_is_refused_where_it_cannot_run():
+    """As far as can be tested without a GPU."""
     assert (
         why_not_flash(torch.device("cpu"), MegaBertConfig(), bf16=True) == "flash-attn needs a CUDA device, this is cpu"
     )
-
-
-def test_the_whole_model_is_compiled_on_a_gpu_below_stage_3_only():
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert "run.ops auto compiles each operation already" in str(why_not_compile(cpu, {}))
-    assert "Use ZeRO 2" in str(why_not_compile(cuda, {"zero_optimization": {"stage": 3}}))
-    for stage in range(3):
-        assert why_not_compile(cuda, {"zero_optimization": {"stage": stage}}) is None

@@ -1,4 +1,4 @@
-"""Killed, out of disk, damaged: started again, a run ends as if nothing had happened. The rounds are fault_injection.py's."""
+"""A run that is killed, out of disk space or damaged ends like an undisturbed one when started again."""
 
 import json
 import sys

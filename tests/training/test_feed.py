@@ -1,4 +1,4 @@
-"""The user's command on other corpora than one folder of tokens: mixtures, changing lengths, text, pipes, damage."""
+"""Training on mixtures, with changing lengths, on text, from pipes, and on damaged shards."""
 
 import shutil
 import sys
@@ -10,11 +10,10 @@ import torch
 from data_prep import write_shards
 from megabert.config.parser import RecipeParser
 from megabert.config.recipe import DataConfig, LengthPhase
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.files.checkpoint_format import read_state
-from megabert.training.feed import plan_of
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import TINY, Corpus, pretrain_command, run_command
+from tests.conftest import TINY, Corpus, last_of_each, pretrain_command, run_command
 
 
 def recorded(out: Path, key: str) -> list[float]:
@@ -29,7 +28,7 @@ def text(corpus, tmp_path_factory) -> Path:
 
 
 def test_a_mixture_whose_length_changes_resumes_bitwise_inside_either_phase(corpus: Corpus, tmp_path):
-    """Tokens and tokens again, 3 to 1; 32 tokens for half of the run, then 64. Resumed from steps 2, 4 (the border) and 6."""
+    """One corpus twice, 3 to 1; 32 tokens for half of the run, then 64. Resumed from steps 2, 4 (the border) and 6."""
     parts = f'[{{"shards": "{corpus.tokens}", "weight": 3}}, {{"shards": "{corpus.tokens}"}}]'
     phases = '[{"max_seq_len": 32, "until": 0.5}, {"max_seq_len": 64, "until": 1.0}]'
     settings = [
@@ -55,7 +54,7 @@ def test_a_mixture_whose_length_changes_resumes_bitwise_inside_either_phase(corp
     assert read_state(whole / "checkpoints" / "step-00000008").max_seq_len == 64
 
 
-def test_text_from_a_pipe_is_tokenized_on_the_way(corpus: Corpus, text: Path, tmp_path):
+def test_text_from_a_pipe_is_tokenized_while_training(corpus: Corpus, text: Path, tmp_path):
     command = f"pipe:cat {text}/train-{{00000..00023}}.tar"
     settings = [
         f"--data.train={command}",
@@ -89,7 +88,7 @@ def test_a_damaged_shard_stops_the_run_with_one_line(corpus: Corpus, tmp_path, w
     settings = [f"--data.train={folder}", "--run.max_steps=12", f"--data.num_workers={workers}"]
     done = run_command(pretrain_command(corpus, tmp_path / "run", *settings))
     assert done.code == 1
-    assert "its checksum is not the manifest's: damaged" in done.output
+    assert "damaged: its checksum differs from the manifest's" in done.output
     assert "Traceback" not in done.output
 
 
@@ -106,14 +105,7 @@ def test_a_damaged_shard_can_be_skipped_and_is_counted(corpus: Corpus, tmp_path)
 
 
 def recipe_of(*argv: str):
-    return RecipeParser("pretrain", "").read([*TINY, "--run.max_steps=10", *argv])[0]
-
-
-def test_phases_become_stages_of_the_plan():
-    recipe = recipe_of('--data.max_seq_len=[{"max_seq_len": 32, "until": 0.9}, {"max_seq_len": 64, "until": 1}]')
-    assert [(stage.first_step, stage.max_seq_len) for stage in plan_of(recipe, 2, 10).stages] == [(0, 32), (9, 64)]
-    assert recipe.data.longest == 64
-    assert recipe_of().data.lengths == [(32, 1.0)]
+    return RecipeParser("pretrain", "").read(last_of_each([*TINY, "--run.max_steps=10", *argv]))[0]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +120,7 @@ def test_phases_become_stages_of_the_plan():
         ("--data.on_bad_shard=ignore", "ignore"),
     ],
 )
-def test_settings_that_make_no_sense(capsys, setting, message):
+def test_impossible_settings_are_refused(capsys, setting, message):
     with pytest.raises(SystemExit):
         recipe_of(setting)
     assert message in capsys.readouterr().err
@@ -142,12 +134,12 @@ def test_one_position_table_serves_every_phase():
 START = """
 import sys, time
 from megabert.data.shards.source import open_corpus
-from megabert.data.shards.storage import Local
-print(Local(sys.argv[1]).size("manifest.json") > 0, "torch" in sys.modules)
+from megabert.data.shards.storage import LocalFolder
+print(LocalFolder(sys.argv[1]).size("manifest.json") > 0, "torch" in sys.modules)
 """
 
 
 def test_reading_shards_needs_no_torch(corpus: Corpus):
-    """Preparation and checks start in a moment: torch comes in with the batches only."""
+    """So that data preparation and checks start quickly."""
     done = run_command([sys.executable, "-c", START, str(corpus.tokens)])
     assert done.output.split()[-2:] == ["True", "False"]

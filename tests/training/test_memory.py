@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process, where it costs no page faults when it is used again."""
+"""Freed memory stays with the process, so that using it again costs no page faults."""
 
 import subprocess
 import sys
@@ -7,10 +7,10 @@ import pytest
 
 HELD = """
 import psutil, torch
-from megabert.training.distributed.process import keep_freed_memory
+from megabert.training.process import keep_freed_memory
 {before}
 torch.ones(1 << 24)
-for _ in range(30):  # malloc first places it here and there
+for _ in range(30):  # malloc places it differently at first
     torch.ones(1 << 24)
 held = torch.ones(1 << 24)
 full = psutil.Process().memory_info().rss
@@ -21,7 +21,7 @@ print(full - psutil.Process().memory_info().rss)
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_freed_tensors_memory_is_kept(kept):
-    """Of 64 MB. Without the call all goes back to the system; should that change, the call can go."""
+    """A tensor of 64 MB. If its memory is kept without the call too, the call can be deleted."""
     code = HELD.format(before="keep_freed_memory()" if kept else "")
     given_back = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert given_back < 1 << 20 if kept else given_back > 63 << 20

@@ -1,4 +1,4 @@
-"""The user's command on the CPU: every ZeRO stage, 1, 2 and 8 ranks, the same curve; and its errors."""
+"""launch/pretrain.py on a CPU: one loss curve at every ZeRO stage and number of ranks, its files, and its errors."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY, Corpus, ds_config_in, pretrain_command, r
 
 STEPS = "--run.max_steps=4"
 
-# Losses of one run at other stages differ by rounding: of fp32, or of bf16 where the CPU has it and the default uses it.
+# Losses at different stages differ by rounding: of bf16 if the CPU is fast at it, so that "auto" uses it, else of fp32.
 ROUNDING = 1e-4 if has_fast_bf16(torch.device("cpu")) else 1e-6
 
 
@@ -33,7 +33,7 @@ def reference(corpus, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def fused(corpus, tmp_path_factory) -> Path:
-    """The same steps with the operations that torch.compile fuses, every activation kept."""
+    """The same steps with operations fused by torch.compile, and no layer recomputed."""
     out = tmp_path_factory.mktemp("fused")
     done = run_command(pretrain_command(corpus, out, STEPS, "--run.ops=auto", ds_config="zero0"), timeout_s=600)
     assert done.code == 0, done.output
@@ -57,7 +57,7 @@ def test_every_stage_and_number_of_ranks_gives_the_same_curve(corpus, tmp_path, 
 def test_the_fused_operations_and_recomputed_layers_give_one_curve_at_every_stage(
     corpus, tmp_path, reference, fused, ds_config
 ):
-    """The compiled operations draw other dropout masks than PyTorch's; recomputing a layer draws the same ones again."""
+    """The fused operations draw other dropout masks than PyTorch's; a recomputed layer draws the same ones again."""
     more = ["--run.ops=auto", "--model.gradient_checkpointing=every_layer"]
     done = run_command(pretrain_command(corpus, tmp_path, STEPS, *more, ds_config=ds_config), timeout_s=600)
     assert done.code == 0, done.output
@@ -68,7 +68,7 @@ def test_the_fused_operations_and_recomputed_layers_give_one_curve_at_every_stag
 
 
 def test_the_plain_command_runs_on_eight_ranks(corpus, tmp_path):
-    """As a machine with eight sockets or GPUs would start it: global_batch_tokens auto is one bin per rank."""
+    """As on a machine with eight sockets or GPUs: global_batch_tokens auto is one bin per rank."""
     done = run_command(
         pretrain_command(corpus, tmp_path, "--data.global_batch_tokens=auto", "--run.max_steps=2", ranks=8),
         timeout_s=600,
@@ -78,7 +78,7 @@ def test_the_plain_command_runs_on_eight_ranks(corpus, tmp_path):
     assert len(losses(tmp_path)) == 2
 
 
-def test_a_run_leaves_what_it_promises(reference):
+def test_a_run_writes_its_result_files(reference):
     result = json.loads((reference / "result.json").read_text())
     assert result["steps"] == 4
     assert result["heldout_loss"] == losses(reference, "heldout_loss")[-1]
@@ -94,7 +94,7 @@ def test_a_run_leaves_what_it_promises(reference):
     assert (reference / "checkpoints" / "latest").read_text() == "step-00000004"
 
 
-def test_a_finished_run_started_again_trains_no_more(corpus, tmp_path, reference):
+def test_a_finished_run_started_again_does_not_train(corpus, tmp_path, reference):
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
     config = ds_config_in("zero0", tmp_path, bf16=False)
     done = run_command(pretrain_command(corpus, tmp_path, STEPS, ds_config=config))
@@ -106,8 +106,8 @@ def test_a_finished_run_started_again_trains_no_more(corpus, tmp_path, reference
     assert losses(tmp_path) == losses(reference)
 
 
-def mistake(corpus: Corpus, out: Path, *more: str, ds_config: str = "zero2") -> str:
-    """Run a command that must fail: its one line, without a stack trace."""
+def error_of(corpus: Corpus, out: Path, *more: str, ds_config: str = "zero2") -> str:
+    """Run a command that must fail with one line, without a traceback, and return its output."""
     done = run_command(pretrain_command(corpus, out, *more, ds_config=ds_config))
     assert done.code in (1, 2), done.output
     assert "Traceback" not in done.output
@@ -117,27 +117,27 @@ def mistake(corpus: Corpus, out: Path, *more: str, ds_config: str = "zero2") -> 
 def test_a_missing_shard(corpus, tmp_path):
     folder = shutil.copytree(corpus.tokens, tmp_path / "tokens")
     (folder / "train-00003.tar").unlink()
-    output = mistake(corpus, tmp_path, STEPS, f"--data.train={folder}")
+    output = error_of(corpus, tmp_path, STEPS, f"--data.train={folder}")
     assert "train-00003.tar: the manifest lists this shard, but it is missing" in output
 
 
 def test_a_ds_config_that_contradicts_the_recipe(corpus, tmp_path):
     raw = json.loads((REPOSITORY / "ds_configs/zero2.json").read_text()) | {"gradient_clipping": 5.0}
     (tmp_path / "mine.json").write_text(json.dumps(raw))
-    output = mistake(corpus, tmp_path, STEPS, f"--ds_config={tmp_path / 'mine.json'}")
+    output = error_of(corpus, tmp_path, STEPS, f"--ds_config={tmp_path / 'mine.json'}")
     assert "sets gradient_clipping to 5.0, but the recipe makes it 1.0" in output
 
 
 def test_compiling_the_whole_model_on_a_cpu(corpus, tmp_path):
-    assert "run.compile true on a CPU" in mistake(corpus, tmp_path, STEPS, "--run.compile=true")
+    assert "run.compile true on a CPU" in error_of(corpus, tmp_path, STEPS, "--run.compile")
 
 
-def test_a_checkpoint_that_is_not_there(corpus, tmp_path):
-    assert "no checkpoint here" in mistake(corpus, tmp_path, STEPS, f"--run.resume={tmp_path / 'none'}")
+def test_a_missing_checkpoint(corpus, tmp_path):
+    assert "no checkpoint here" in error_of(corpus, tmp_path, STEPS, f"--run.resume={tmp_path / 'none'}")
 
 
-def test_a_mistyped_flag_is_answered_before_anything_loads(corpus, tmp_path):
-    output = mistake(corpus, tmp_path, "--optimizer.learning_rate=1")
+def test_a_mistyped_flag(corpus, tmp_path):
+    output = error_of(corpus, tmp_path, "--optimizer.learning_rate=1")
     assert "unknown setting --optimizer.learning_rate" in output
 
 

@@ -1,30 +1,37 @@
-"""Steps into DeepSpeed's traps, one after the other, in one process, and prints what happened as one line of JSON.
+"""Provoke DeepSpeed's traps one after the other in one process, and print what happened as one line of JSON.
 
-test_traps.py says which trap each is and where MegaBERT goes round it.
+test_traps.py lists the traps and what in MegaBERT avoids them.
 """
 
 import json
 import os
+import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed.comm.comm
 import torch
 from deepspeed.runtime.torch_autocast import get_comm_dtype
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+from megabert.training.deepspeed_compat import convert_to_universal
 
 COMPATIBLE_BY_DEFAULT = bool(deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"])
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would take a minute to build
 
-RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 BATCH = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": None}
 
 
 def engine_with(**config: Any) -> Any:
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    groups = [{"params": [model.weight], "weight_decay": 0.5}, {"params": [model.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=BATCH | config)[0]
 
 
@@ -43,21 +50,21 @@ def zero(stage: int) -> dict[str, Any]:
 
 
 def bf16_at_stage_0() -> int:
-    """Adam's step count after no step at all."""
+    """Return Adam's step count before the first step."""
     engine = engine_with(bf16={"enabled": True}, **zero(0))
     states = engine.optimizer.optimizer.state.values()
     return max((int(state["step"]) for state in states), default=0)
 
 
 def nan_at_stage(stage: int) -> bool:
-    """Whether a gradient that is not a number reaches the weights."""
+    """Return whether a gradient that is not a number reaches the weights."""
     engine = engine_with(**zero(stage))
     step(engine, float("nan"))
     return bool(weights(engine).isnan().any())
 
 
 def norm_at_stage_0() -> bool:
-    """Whether DeepSpeed says what it clipped."""
+    """Return whether DeepSpeed reports the norm that it clipped."""
     engine = engine_with(gradient_clipping=1.0, **zero(0))
     step(engine)
     return engine.get_global_grad_norm() is not None
@@ -68,13 +75,13 @@ def mistyped_stage() -> int:
 
 
 def autocast_reduces_in() -> str:
-    """The dtype that gradients of a Linear are reduced in, under torch_autocast as it comes."""
+    """Return the dtype in which a Linear's gradients are reduced under torch_autocast's defaults."""
     engine = engine_with(torch_autocast={"enabled": True, "dtype": "bfloat16"}, **zero(2))
     return str(get_comm_dtype(next(engine.module.parameters())))
 
 
 def monitored() -> list[str]:
-    """The names of what DeepSpeed's own TensorBoard gets."""
+    """Return the names of the curves of DeepSpeed's own monitor."""
     with tempfile.TemporaryDirectory() as folder:
         engine = engine_with(csv_monitor={"enabled": True, "output_path": folder, "job_name": "job"}, **zero(1))
         for _ in range(3):
@@ -83,7 +90,7 @@ def monitored() -> list[str]:
 
 
 def flipped_bit(stage: int) -> bool:
-    """Whether a checkpoint with one flipped bit loads without a word."""
+    """Return whether a checkpoint with one flipped bit loads without an error."""
     with tempfile.TemporaryDirectory() as folder:
         engine = engine_with(**zero(stage))
         step(engine)
@@ -91,15 +98,15 @@ def flipped_bit(stage: int) -> bool:
         file = Path(folder, "one", "mp_rank_00_model_states.pt")
         raw = bytearray(file.read_bytes())
         value = weights(engine).numpy().tobytes()
-        place = raw.index(value)
-        raw[place + 2] ^= 0x40
+        offset = raw.index(value)
+        raw[offset + 2] ^= 0x40
         file.write_bytes(raw)
         other = engine_with(**zero(stage))
         return other.load_checkpoint(folder)[0] is not None and not torch.equal(weights(other), weights(engine))
 
 
 def client_state_overwrites() -> int:
-    """What engine.global_steps is after loading a checkpoint of one step, whose client_state says 99."""
+    """Return engine.global_steps after loading a checkpoint of step 1 whose client_state has 99."""
     with tempfile.TemporaryDirectory() as folder:
         engine = engine_with(**zero(1))
         step(engine)
@@ -110,7 +117,7 @@ def client_state_overwrites() -> int:
 
 
 def nothing_to_load() -> bool:
-    """Whether loading from a folder without checkpoints goes on as if nothing had been asked."""
+    """Return whether loading from a folder without checkpoints returns None instead of raising."""
     with tempfile.TemporaryDirectory() as folder:
         return engine_with(**zero(1)).load_checkpoint(folder)[0] is None
 
@@ -118,9 +125,107 @@ def nothing_to_load() -> bool:
 def offload_refuses_torch() -> str:
     try:
         engine_with(zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}})
-    except deepspeed.runtime.zero.utils.ZeRORuntimeException as error:
+    except ZeRORuntimeException as error:
         return str(error)
     return ""
+
+
+def deprecated_collectives() -> bool:
+    """Return whether DeepSpeed calls collectives by names that PyTorch has deprecated."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step(engine_with(**zero(3)))
+    return any("torch.distributed." in str(one.message) and one.category is FutureWarning for one in caught)
+
+
+def all_gather_is_an_attribute() -> bool:
+    """Return whether DeepSpeed's all-gather, as ZeRO calls it, goes through the attribute that can be replaced."""
+    calls = []
+    backend: Any = deepspeed.comm.comm.cdb
+    usual = backend.all_gather_function
+    backend.all_gather_function = lambda **options: (calls.append(options), usual(**options))[1]
+    try:
+        deepspeed.comm.all_gather_into_tensor(torch.zeros(3), torch.ones(3))
+    finally:
+        backend.all_gather_function = usual
+    source = Path(deepspeed.__file__).parent / "runtime/utils.py"  # one rank alone gathers nothing at stages 1 and 2
+    return len(calls) == 1 and "dist.all_gather_into_tensor(group_flat, partitioned" in source.read_text()
+
+
+def norm_within_step() -> list[float]:
+    """Return the engine's gradient norm and ZeRO's while the optimizer makes its second step."""
+    engine = engine_with(**zero(2))
+    step(engine)
+    norms: list[float] = []
+    usual = engine.optimizer.optimizer.step
+
+    def observed_step(*args: Any, **options: Any) -> Any:
+        norms[:] = [float(engine.get_global_grad_norm()), float(engine.optimizer._global_grad_norm)]
+        return usual(*args, **options)
+
+    engine.optimizer.optimizer.step = observed_step
+    step(engine, 2.0)
+    return norms
+
+
+def numel_at_stage_3() -> list[int]:
+    return [parameter.numel() for parameter in engine_with(**zero(3)).module.parameters()]
+
+
+def saves_in_place() -> bool:
+    """Return whether the files of a checkpoint are written to a folder that already has its final name."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_with(**zero(2))
+        step(engine)
+        written: list[str] = []
+        usual = engine.checkpoint_engine.save
+        engine.checkpoint_engine.save = lambda state_dict, path: (written.append(path), usual(state_dict, path))[1]
+        engine.save_checkpoint(folder, tag="one")
+        return bool(written) and all(Path(path).parent == Path(folder, "one") for path in written)
+
+
+def refuses_another_world_size() -> bool:
+    """Return whether a checkpoint that claims to be from 2 ranks is refused on one."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_with(**zero(2))
+        step(engine)
+        engine.save_checkpoint(folder, tag="one")
+        [model_file] = Path(folder, "one").glob("*model_states.pt")
+        state = torch.load(model_file, weights_only=False)
+        torch.save(state | {"dp_world_size": 2}, model_file)
+        [rank_0] = Path(folder, "one").glob("*optim_states.pt")
+        shutil.copy(rank_0, str(rank_0).replace("pp_rank_0", "pp_rank_1"))
+        try:
+            engine_with(**zero(2)).load_checkpoint(folder, tag="one")
+        except ZeRORuntimeException as error:
+            return "world size of 2" in str(error)
+    return False
+
+
+def universal_load_at_stage_3() -> dict[str, Any]:
+    """Return each group's weight decay, and how many tensors count steps, after a universal checkpoint was loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_with(**zero(3))
+        step(engine)
+        engine.save_checkpoint(folder, tag="one")
+        convert_to_universal(Path(folder, "one"), Path(folder, "two"))
+        other = engine_with(checkpoint={"load_universal": True}, **zero(3))
+        other.load_checkpoint(folder, tag="two")
+        steps = {id(state["step"]) for state in other.optimizer.optimizer.state.values()}
+        return {"weight_decay": [group["weight_decay"] for group in other.optimizer.param_groups], "steps": len(steps)}
+
+
+def gathered_after_load() -> bool:
+    """Return whether stage 3 leaves parameters gathered after loading a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_with(**zero(3))
+        step(engine)
+        engine.save_checkpoint(folder, tag="one")
+        other = engine_with(**zero(3))
+        before = {parameter.ds_status.name for parameter in other.module.parameters()}
+        other.load_checkpoint(folder, tag="one")
+        after = {parameter.ds_status.name for parameter in other.module.parameters()}
+        return (before, after) == ({"NOT_AVAILABLE"}, {"AVAILABLE"})
 
 
 def main() -> None:
@@ -129,15 +234,23 @@ def main() -> None:
     found = {
         "shm_comm_by_default": COMPATIBLE_BY_DEFAULT,
         "bf16_at_stage_0": bf16_at_stage_0(),
+        "deprecated_collectives": deprecated_collectives(),
+        "all_gather_is_an_attribute": all_gather_is_an_attribute(),
         "nan_at_stage_0": nan_at_stage(0),
         "nan_at_stage_2": nan_at_stage(2),
         "norm_at_stage_0": norm_at_stage_0(),
+        "norm_within_step": norm_within_step(),
+        "numel_at_stage_3": numel_at_stage_3(),
         "mistyped_stage": mistyped_stage(),
         "autocast_reduces_in": autocast_reduces_in(),
         "monitored": monitored(),
+        "saves_in_place": saves_in_place(),
         "flipped_bit_loads": flipped_bit(0),
         "client_state_overwrites": client_state_overwrites(),
         "nothing_to_load": nothing_to_load(),
+        "refuses_another_world_size": refuses_another_world_size(),
+        "universal_load_at_stage_3": universal_load_at_stage_3(),
+        "gathered_after_load": gathered_after_load(),
         "offload_refuses_torch": offload_refuses_torch(),
     }
     sys.stdout.write(json.dumps(found) + "\n")

@@ -1,4 +1,4 @@
-"""launch/pretrain.py that writes down which bins it trains: a line {"step", "bins"} per step and rank.
+"""Run launch/pretrain.py and record which bins each rank trains on: a line {"step", "bins"} per step.
 
 WITNESS=folder/0 python tests/training/witness.py ...    writes folder/0-RANK.jsonl
 """
@@ -15,11 +15,11 @@ from megabert.training import loop
 take_step = loop.take_step
 
 
-def seen_step(run, batches):
+def recorded_step(run, batches):
     with open(f"{os.environ['WITNESS']}-{deepspeed.comm.get_rank()}.jsonl", "a") as file:
-        file.write(json.dumps({"step": run.step + 1, "bins": [batch.index for batch in batches]}) + "\n")
+        file.write(json.dumps({"step": run.state.step + 1, "bins": [batch.index for batch in batches]}) + "\n")
     return take_step(run, batches)
 
 
-loop.take_step = seen_step
+loop.take_step = recorded_step
 runpy.run_path(str(Path(__file__).parents[2] / "launch/pretrain.py"), run_name="__main__")

@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what the model is, how it was trained, and how to use it, from the run's own numbers."""
+"""Make the model card (README.md) of an exported folder from the numbers of its training run."""
 
 import contextlib
 import re
@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
-from megabert.convert.hf.reading import read_json
+from megabert.convert.hf.config import is_transformers_bert
+from megabert.convert.hf.reader import read_json
 from megabert.files.checkpoint_format import State
 from megabert.files.metrics_format import METRICS, read_metrics
 from megabert.model.configuration_megabert import MegaBertConfig
 
 
-class Numbers(NamedTuple):
-    """Of the checkpoint's step or the last before it; None where the run did not write them. In nats per masked token."""
+class Metrics(NamedTuple):
+    """Metrics at a step, or the last before it; None if the run did not write them. Losses in nats per masked token."""
 
     loss: float | None
     heldout_loss: float | None
@@ -22,28 +24,30 @@ class Numbers(NamedTuple):
     unigram_loss: float | None
 
 
-def read_numbers(run: Path, step: int) -> Numbers:
-    """From a run's metrics.jsonl and result.json, where it has them."""
+def read_metrics_at(run: Path, step: int) -> Metrics:
+    """Read the metrics from a run's metrics.jsonl and result.json, if it has them."""
     last: dict[str, Any] = {}
-    result = run / "result.json"
     for record in read_metrics(run / METRICS):
         if record["step"] <= step:
             last |= record
-    with contextlib.suppress(ValueError):  # one that was never finished tells nothing
-        last |= {"unigram_loss": read_json(result).get("unigram_loss")}
-    return Numbers(*(last[name] if isinstance(last.get(name), (int, float)) else None for name in Numbers._fields))
+    with contextlib.suppress(ValueError):  # an unfinished run has no result.json
+        last |= {"unigram_loss": read_json(run / "result.json").get("unigram_loss")}
+    return Metrics(*(last[name] if isinstance(last.get(name), (int, float)) else None for name in Metrics._fields))
 
 
-# A URL: its scheme, who asks for it with which password, its host and path, and what is asked, which may be a signature.
+# scheme://user:password@host/path?query#fragment; the query may be a signature.
 URL = re.compile(r"([a-zA-Z][\w+.-]*)://(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
 
 
-def public(value: Any) -> Any:
-    """A recipe's value as anybody may read it: no passwords, no signed queries, no commands, of paths on this machine the name."""
+def redact(value: Any) -> Any:
+    """Remove what must not be public from a recipe's value.
+
+    That is passwords and queries of URLs, pipe: commands, and the folders of paths on this machine.
+    """
     if isinstance(value, dict):
-        return {name: public(part) for name, part in value.items()}
+        return {name: redact(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [public(part) for part in value]
+        return [redact(part) for part in value]
     if not isinstance(value, str):
         return value
     if value.startswith("pipe:"):
@@ -53,20 +57,23 @@ def public(value: Any) -> Any:
     return URL.sub(r"\1://\2", value)
 
 
-def model_card(
-    config: MegaBertConfig, state: State, numbers: Numbers, num_parameters: int, native: bool, average: int
-) -> str:
-    """native: loads as transformers' own BERT; average: of how many checkpoints the weights are the mean."""
+def make_model_card(
+    config: MegaBertConfig, state: State, metrics: Metrics, num_parameters: int, average: int
+) -> ModelCard:
+    """average: number of checkpoints whose mean the weights are."""
+    tags = ["megabert", config.position, config.ffn]
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="fill-mask", tags=tags)
     name = "MosaicBERT" if config.position == "alibi" else "BERT"
-    trust = "" if native else ", trust_remote_code=True"
-    rows = _rows(config, state, numbers, num_parameters, average)
+    is_bert = is_transformers_bert(config)
+    trust = "" if is_bert else ", trust_remote_code=True"
+    rows = _make_rows(config, state, metrics, num_parameters, average)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    recipe = yaml.safe_dump(public(state.recipe), sort_keys=False).rstrip()
-    ours = "" if native else "Where `megabert` is installed, `import megabert` makes `trust_remote_code` needless.\n"
-    return f"""---
-library_name: transformers
-pipeline_tag: fill-mask
-tags: [megabert, {config.position}, {config.ffn}]
+    recipe = yaml.safe_dump(redact(state.recipe), sort_keys=False).rstrip()
+    without_trust = (
+        "" if is_bert else "Where `megabert` is installed, `import megabert` makes `trust_remote_code` unnecessary.\n"
+    )
+    return ModelCard(f"""---
+{metadata.to_yaml()}
 ---
 # A {name} encoder, {config.num_hidden_layers} layers x {config.hidden_size}
 
@@ -83,18 +90,19 @@ tokenizer = AutoTokenizer.from_pretrained("this folder"{trust})
 model = AutoModelForMaskedLM.from_pretrained("this folder"{trust})
 ```
 
-{ours}Also AutoModel, and AutoModelForSequenceClassification, -TokenClassification, -QuestionAnswering, whose heads are to be trained.
+{without_trust}AutoModel also works, as do AutoModelForSequenceClassification, -TokenClassification and
+-QuestionAnswering, whose heads have yet to be trained.
 
 ## Recipe
 
 ```yaml
 {recipe}
 ```
-"""
+""")
 
 
-def _rows(
-    config: MegaBertConfig, state: State, numbers: Numbers, num_parameters: int, average: int
+def _make_rows(
+    config: MegaBertConfig, state: State, metrics: Metrics, num_parameters: int, average: int
 ) -> list[tuple[str, Any]]:
     masking = state.recipe["masking"]
     rows: list[tuple[str, Any]] = [
@@ -102,27 +110,27 @@ def _rows(
         ("attention heads, MLP width", f"{config.num_attention_heads}, {config.intermediate_size}"),
         ("positions, MLP", f"{config.position}, {config.ffn}"),
         ("vocabulary", f"{config.vocab_size:,} rows"),
-        ("data", f"{_data(state)} (sha256 of its manifest {state.corpus[:12]})"),
+        ("data", f"{_describe_data(state)} (sha256 of its manifest {state.corpus[:12]})"),
         ("tokens seen", f"{state.tokens:,}"),
         ("steps", f"{state.step:,} of {state.total_steps:,}"),
-        ("longest piece of a text", f"{state.max_seq_len} tokens"),
+        ("maximum sequence length", f"{state.max_seq_len} tokens"),
         ("masking", f"{masking['mlm_probability']:.0%}"),
         ("seed", state.recipe["run"]["seed"]),
         ("training time", f"{state.seconds:,.0f} s on {state.world_size} ranks"),
-        ("training loss", _nats(numbers.loss)),
-        ("held-out loss", _nats(numbers.heldout_loss)),
-        ("held-out loss of guessing by frequency", _nats(numbers.unigram_loss)),
-        ("held-out masked tokens predicted", numbers.heldout_accuracy and f"{numbers.heldout_accuracy:.1%}"),
+        ("training loss", _format_nats(metrics.loss)),
+        ("held-out loss", _format_nats(metrics.heldout_loss)),
+        ("held-out loss of guessing by token frequency", _format_nats(metrics.unigram_loss)),
+        ("held-out masked tokens predicted", metrics.heldout_accuracy and f"{metrics.heldout_accuracy:.1%}"),
     ]
     if average > 1:
-        rows.append(("weights", f"the mean of {average} checkpoints, the last of them of this step"))
+        rows.append(("weights", f"the mean of {average} checkpoints, the last of which is that of this step"))
     return [(name, value) for name, value in rows if value is not None]
 
 
-def _data(state: State) -> str:
-    train = public(state.recipe["data"]["train"])
+def _describe_data(state: State) -> str:
+    train = redact(state.recipe["data"]["train"])
     return train if isinstance(train, str) else ", ".join(f"{part['shards']} x {part['weight']}" for part in train)
 
 
-def _nats(value: float | None) -> str | None:
+def _format_nats(value: float | None) -> str | None:
     return None if value is None else f"{value:.3f} nats per masked token"

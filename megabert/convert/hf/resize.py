@@ -1,7 +1,4 @@
-"""Give a model another maximum length, or the vocabulary of another tokenizer.
-
-Both keep what was learnt where it still means something, and say what they did with the rest.
-"""
+"""Change a model's maximum length, or its vocabulary to that of another tokenizer, keeping what was learnt."""
 
 from copy import deepcopy
 from typing import NamedTuple
@@ -10,39 +7,45 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from megabert.convert.hf.reading import LARGEST
-from megabert.convert.weight_names import WORDS
+from megabert.convert.hf.reader import MAX_SIZES
+from megabert.convert.weight_names import WORD_EMBEDDINGS
 from megabert.model.configuration_megabert import MegaBertConfig
 
-POSITIONS = "bert.embeddings.position_embeddings.weight"
-BIAS = "decoder.bias"
-LARGEST_TABLE = 2**31  # numbers, 8 GiB: 250,000 pieces are the largest vocabularies, 8192 the widest encoders
+POSITION_EMBEDDINGS = "bert.embeddings.position_embeddings.weight"
+DECODER_BIAS = "decoder.bias"
+MAX_TABLE_NUMEL = 2**31  # 8 GiB in fp32: the largest vocabularies have 250,000 tokens, the widest encoders 8192 numbers
 
-# One role, by the names that tokenizers give it.
-SPECIAL = {name: role for role in ("pad", "unk", "cls", "sep", "mask") for name in (f"[{role.upper()}]", f"<{role}>")}
-SPECIAL |= {"<s>": "cls", "</s>": "sep"}
+# The role of each special token, by the names that tokenizers use for it.
+SPECIAL_ROLES = {
+    name: role for role in ("pad", "unk", "cls", "sep", "mask") for name in (f"[{role.upper()}]", f"<{role}>")
+}
+SPECIAL_ROLES |= {"<s>": "cls", "</s>": "sep"}
 
-# Bytes as GPT-2's byte-level tokenizers write them: printable ones as they are, the others from U+0100 on.
+# GPT-2's byte-level tokenizers write printable bytes as themselves, and the others as characters from U+0100 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + index): byte for index, byte in enumerate(_OTHERS)}
 
 
-class Imported(NamedTuple):
-    """initialized, left_out: parameters that the folder lacks or has in vain, by name. vocabulary: what a resizing did."""
+class ImportedModel(NamedTuple):
+    """A model in our names.
+
+    initialized: parameters that the source lacks; unused: parameters of the source that the model does not have;
+    vocabulary: what resize_vocabulary() did, in words.
+    """
 
     config: MegaBertConfig
     weights: dict[str, Tensor]
     initialized: list[str]
-    left_out: list[str]
+    unused: list[str]
     vocabulary: str | None = None
 
 
-def resize_positions(model: Imported, max_length: int) -> Imported:
-    """Change how long a text may be, tokens.
+def resize_positions(model: ImportedModel, max_length: int) -> ImportedModel:
+    """Change the maximum length of a text, in tokens.
 
-    ALiBi has nothing to change. Learned positions: the first rows stay as they are, so that short texts give the same; further
-    ones repeat them from the start, as Longformer's authors did (https://arxiv.org/abs/2004.05150, section 5).
+    With ALiBi only the config changes. The first rows of learned positions stay, so that short texts give the same
+    output; additional rows repeat them from the start, as in Longformer (https://arxiv.org/abs/2004.05150, section 5).
     """
     if max_length < 3:
         raise ValueError(f"the maximum length is {max_length}, expected at least 3: [CLS], one token, [SEP].")
@@ -50,103 +53,108 @@ def resize_positions(model: Imported, max_length: int) -> Imported:
     _check_size("the maximum length", max_length, "max_position_embeddings", config.hidden_size)
     config.max_position_embeddings = max_length
     if config.position == "learned":
-        table = weights[POSITIONS]
-        weights[POSITIONS] = table[torch.arange(max_length) % len(table)].contiguous()
+        table = weights[POSITION_EMBEDDINGS]
+        weights[POSITION_EMBEDDINGS] = table[torch.arange(max_length) % len(table)].contiguous()
     return model._replace(config=config, weights=weights)
 
 
-def resize_vocabulary(model: Imported, old: Tokenizer, new: Tokenizer, multiple: int, seed: int) -> Imported:
-    """Give the model the vocabulary of `new`, its rows rounded up to a multiple.
+def resize_vocabulary(model: ImportedModel, old: Tokenizer, new: Tokenizer, multiple: int, seed: int) -> ImportedModel:
+    """Change the vocabulary to that of `new`, its number of rows rounded up to a multiple.
 
-    A piece that both have keeps its row and its bias. Another gets the mean of those that `old` cuts its text into; one that
-    `old` cannot cut, and filler rows, begin anew.
+    A token that both vocabularies have keeps its row and its bias. Another token gets the mean of the rows of those
+    that `old` splits its text into. Tokens that `old` cannot split and the rows added by rounding are initialized.
     """
     if multiple < 1:
         raise ValueError(f"the vocabulary cannot be rounded up to a multiple of {multiple}.")
     config, weights = deepcopy(model.config), dict(model.weights)
-    words, bias = weights[WORDS], weights[BIAS]
-    theirs = _meanings(old, len(words))
-    pieces = new.get_vocab(with_added_tokens=True)
-    rows = -(-(max(pieces.values()) + 1) // multiple) * multiple
-    _check_size("the vocabulary, rounded up,", rows, "vocab_size", words.shape[1])
+    old_rows, old_bias = weights[WORD_EMBEDDINGS], weights[DECODER_BIAS]
+    old_ids = _index_meanings(old, len(old_rows))
+    num_rows = -(-(max(new.get_vocab(with_added_tokens=True).values()) + 1) // multiple) * multiple
+    _check_size("the vocabulary, rounded up,", num_rows, "vocab_size", old_rows.shape[1])
     generator = torch.Generator().manual_seed(seed)
-    table = torch.empty(rows, words.shape[1]).normal_(0, config.initializer_range, generator=generator)
-    biases = torch.full((rows,), float(bias.min()))  # filler is never to be predicted
+    rows = torch.empty(num_rows, old_rows.shape[1]).normal_(0, config.initializer_range, generator=generator)
+    bias = torch.full((num_rows,), float(old_bias.min()))  # so that the rows added by rounding are never predicted
     counts = {"shared": 0, "composed": 0, "new": 0}
-    for meaning, number in _meanings(new, rows).items():
-        sources, kind = _sources(meaning, theirs, old)
-        counts[kind] += 1
+    for meaning, number in _index_meanings(new, num_rows).items():
+        sources, origin = _find_source_rows(meaning, old_ids, old)
+        counts[origin] += 1
         if sources:
-            table[number], biases[number] = words[sources].mean(dim=0), bias[sources].mean()
+            rows[number], bias[number] = old_rows[sources].mean(dim=0), old_bias[sources].mean()
     if not counts["shared"]:
-        raise ValueError("the two tokenizers share no piece: nothing that the model has learnt would be kept.")
-    weights |= {WORDS: table, BIAS: biases}
-    config.vocab_size = rows
-    pad = _role(new, "pad")
+        raise ValueError(
+            "the two tokenizers have no token in common, so nothing that the model has learnt would be kept."
+        )
+    weights |= {WORD_EMBEDDINGS: rows, DECODER_BIAS: bias}
+    config.vocab_size = num_rows
+    pad = _find_special(new, "pad")
     config.pad_token_id = config.pad_token_id if pad is None else pad
-    said = f"{counts['shared']:,} pieces kept, {counts['composed']:,} the mean of old pieces, {counts['new']:,} new"
-    return model._replace(config=config, weights=weights, vocabulary=said)
+    numbers = {origin: f"{count:,}" for origin, count in counts.items()}
+    summary = "{shared} tokens kept, {composed} the mean of old tokens, {new} initialized".format(**numbers)
+    return model._replace(config=config, weights=weights, vocabulary=summary)
 
 
 def _check_size(what: str, rows: int, name: str, width: int) -> None:
-    """Raises ValueError, before anything of that size is allocated, for one that is absurd."""
-    most = min(LARGEST[name], LARGEST_TABLE // width)
+    """Raises ValueError for an excessive size, before anything of that size is allocated."""
+    most = min(MAX_SIZES[name], MAX_TABLE_NUMEL // width)
     if rows > most:
         raise ValueError(f"{what} is {rows:,}, expected at most {most:,} at width {width}.")
 
 
-Meaning = tuple[
-    str, bool, bool
-]  # its text; whether it begins a word; whether it is a special token, and the text its role
+class Meaning(NamedTuple):
+    """What a token stands for, however its tokenizer writes it. text: of a special token, its role."""
+
+    text: str
+    begins_word: bool
+    is_special: bool
 
 
-def _meanings(tokenizer: Tokenizer, rows: int) -> dict[Meaning, int]:
-    """What each piece of a tokenizer stands for, whatever marks words in it. Raises ValueError for an id without a row."""
+def _index_meanings(tokenizer: Tokenizer, rows: int) -> dict[Meaning, int]:
+    """Map the meaning of each token to its lowest id. Raises ValueError if an id has no row."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if (highest := max(vocabulary.values())) >= rows:
         raise ValueError(
-            f"the tokenizer has the id {highest}, the model only {rows} rows: they do not belong together."
+            f"the tokenizer has the id {highest}, but the model has only {rows} rows: they do not belong together."
         )
-    style = _style(vocabulary)
+    marker = _find_word_marker(vocabulary)
     found: dict[Meaning, int] = {}
-    for piece, number in sorted(vocabulary.items(), key=lambda item: item[1]):
-        found.setdefault(_meaning(piece, style), number)
+    for token, number in sorted(vocabulary.items(), key=lambda item: item[1]):
+        found.setdefault(_parse_meaning(token, marker), number)
     return found
 
 
-def _style(vocabulary: dict[str, int]) -> str:
-    """How most pieces of a vocabulary mark words: ## on what continues one, or a sign on what begins one."""
-    counts = {mark: sum(piece.startswith(mark) for piece in vocabulary) for mark in ("##", "\u2581", "\u0120")}
+def _find_word_marker(vocabulary: dict[str, int]) -> str:
+    """Find how most tokens mark words: ## before the continuation of a word, or a sign before its beginning."""
+    counts = {marker: sum(token.startswith(marker) for token in vocabulary) for marker in ("##", "\u2581", "\u0120")}
     return max(counts, key=counts.__getitem__)
 
 
-def _meaning(piece: str, style: str) -> Meaning:
-    if piece in SPECIAL:
-        return SPECIAL[piece], False, True
-    if style == "##":
-        return piece.removeprefix("##"), not piece.startswith("##"), False
-    begins = piece.startswith(style) and piece != style
-    text = piece.removeprefix(style) if begins else piece
-    if style == "\u0120" and all(sign in BYTES for sign in text):
+def _parse_meaning(token: str, marker: str) -> Meaning:
+    if token in SPECIAL_ROLES:
+        return Meaning(SPECIAL_ROLES[token], False, True)
+    if marker == "##":
+        return Meaning(token.removeprefix("##"), not token.startswith("##"), False)
+    begins_word = token.startswith(marker) and token != marker
+    text = token.removeprefix(marker) if begins_word else token
+    if marker == "\u0120" and all(sign in BYTES for sign in text):
         text = bytes(BYTES[sign] for sign in text).decode(errors="replace")
-    return text, begins, False
+    return Meaning(text, begins_word, False)
 
 
-def _sources(meaning: Meaning, theirs: dict[Meaning, int], old: Tokenizer) -> tuple[list[int], str]:
-    """The old rows that a new piece is made of, and which kind of piece it is."""
-    if meaning in theirs:
-        return [theirs[meaning]], "shared"
-    text, begins, special = meaning
-    unknown = theirs.get(("unk", False, True))
-    ids = [] if special or not text.strip() else old.encode(text, add_special_tokens=False).ids
-    if not begins:  # the middle of a word: prefer the pieces that continue one
-        continued = theirs.get((text.lower(), False, False))
-        ids = [continued] if continued is not None else ids
+def _find_source_rows(meaning: Meaning, old_ids: dict[Meaning, int], old: Tokenizer) -> tuple[list[int], str]:
+    """Find the old rows that make a new token's row, and the token's origin: shared, composed or new."""
+    if meaning in old_ids:
+        return [old_ids[meaning]], "shared"
+    text, begins_word, is_special = meaning
+    unknown = old_ids.get(Meaning("unk", False, True))
+    ids = [] if is_special or not text.strip() else old.encode(text, add_special_tokens=False).ids
+    if not begins_word:  # prefer a token that continues a word to the one that begins it
+        continuation = old_ids.get(Meaning(text.lower(), False, False))
+        ids = [continuation] if continuation is not None else ids
     if not ids or unknown in ids:
         return [], "new"
     return ids, "composed"
 
 
-def _role(tokenizer: Tokenizer, role: str) -> int | None:
-    found = (tokenizer.token_to_id(name) for name, what in SPECIAL.items() if what == role)
-    return next((number for number in found if number is not None), None)
+def _find_special(tokenizer: Tokenizer, role: str) -> int | None:
+    ids = (tokenizer.token_to_id(name) for name, other in SPECIAL_ROLES.items() if other == role)
+    return next((number for number in ids if number is not None), None)

@@ -1,8 +1,4 @@
-"""Whole shards on the local disk: for what cannot be read in part.
-
-One folder serves all processes of a machine, goes by content, and holds no more than it may, whoever else fills it; while more
-arrive at once than there is room for, as much more.
-"""
+"""A local disk cache of whole shards: keyed by content hash, shared by all processes of a machine, bounded in size."""
 
 import errno
 import fcntl
@@ -15,158 +11,177 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-THREADS = 16  # of a process, for all that it reads ahead: a store answers no faster to more
-MOST_EVICTIONS = 100  # in a row, between fetching a shard and opening it: a cache that is too small by far
-# A disk that is full or closed to us does not mend itself while we wait.
-NOT_THE_NETWORK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+READ_AHEAD_THREADS = 16  # of one process, for all its reads: more do not make an object store faster
+# A shard may be evicted between fetching and opening it. So many times in a row means that the cache is far too small.
+MAX_EVICTIONS = 100
+# Errors that waiting does not help against: a full disk, or one that we may not write to.
+PERMANENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class CacheOptions(NamedTuple):
-    """folder: for shards that cannot be read in part; max_bytes: what it may hold, oldest out first."""
+    """folder: for shards that cannot be read in part. max_bytes: its size limit; the least recently read shards go."""
 
     folder: Path = Path("~/.cache/megabert/shards")
     max_bytes: int = 64 << 30
 
 
-class Expected(NamedTuple):
-    """What the manifest says of a shard."""
+class ExpectedFile(NamedTuple):
+    """The size and hash that the manifest gives for a shard."""
 
     bytes: int
     sha256: str
 
 
 class WrongContentError(Exception):
-    """A file arrived, but it is not the one that the manifest describes."""
+    """A file arrived whose size or hash differs from the manifest's."""
 
 
-class Fetched:
-    """Files that arrive whole: each is kept in the cache, and read there."""
+class WholeFileReader:
+    """Reads parts of files that can only be fetched whole, by way of the cache."""
 
-    def __init__(self, key: str, cache: CacheOptions):
-        self._key = hashlib.sha256(key.encode()).hexdigest()[:16]
+    def __init__(self, location: str, cache: CacheOptions):
+        """location: the URL or command that the files come from; equal names of other locations are other files."""
+        self._location = hashlib.sha256(location.encode()).hexdigest()[:16]
         self._cache = ShardCache(cache.folder.expanduser(), cache.max_bytes)
 
-    def read(self, name: str, offset: int, size: int, fetch: Callable[[Path], None], expected: Expected) -> bytes:
-        for _ in range(MOST_EVICTIONS):
-            path = self._cache.get(self._key_of(name, expected), fetch, expected)
+    def read(self, name: str, offset: int, size: int, fetch: Callable[[Path], None], expected: ExpectedFile) -> bytes:
+        """Read bytes [offset, offset + size) of a file. fetch: downloads the file to a path.
+
+        Raises what ShardCache.get raises, and ValueError if other processes evict the file again and again.
+        """
+        for _ in range(MAX_EVICTIONS):
+            path = self._cache.get(self._cache_name(name, expected), fetch, expected)
             try:
                 with open(path, "rb") as file:
                     return os.pread(file.fileno(), size, offset)
-            except FileNotFoundError:  # another process made room between the two
+            except FileNotFoundError:  # another process evicted it since
                 continue
         raise ValueError(f"{self._cache.folder}: too small for the shards that are read at once. Raise data.cache_gb.")
 
-    def prefetch(self, name: str, fetch: Callable[[Path], None], expected: Expected) -> None:
-        """Fetch a file in the background. An error is not lost: read() meets it again."""
-        threads(os.getpid()).submit(self._cache.get, self._key_of(name, expected), fetch, expected)
+    def prefetch(self, name: str, fetch: Callable[[Path], None], expected: ExpectedFile) -> None:
+        """Fetch a file in the background. Errors are ignored here, because read() runs into them again."""
+        read_ahead_pool(os.getpid()).submit(self._cache.get, self._cache_name(name, expected), fetch, expected)
 
-    def forget(self, name: str, expected: Expected) -> bool:
-        path = self._cache.folder / self._key_of(name, expected)
-        there = path.exists()
+    def discard(self, name: str, expected: ExpectedFile) -> bool:
+        """Remove a file from the cache. Returns whether it was there."""
+        path = self._cache.folder / self._cache_name(name, expected)
+        was_cached = path.exists()
         path.unlink(missing_ok=True)
-        return there
+        return was_cached
 
-    def _key_of(self, name: str, expected: Expected) -> str:
-        """Of the source and the content: shards written anew are other files."""
-        return f"{self._key}-{expected.sha256[:16]}-{name}"
+    def _cache_name(self, name: str, expected: ExpectedFile) -> str:
+        """Name a cached file by location and content, so that a rewritten shard is another file.
+
+        The content is hashed on arrival, so files in the cache need no format version either.
+        """
+        return f"{self._location}-{expected.sha256[:16]}-{name}"
 
 
 @functools.cache
-def threads(process: int) -> ThreadPoolExecutor:
-    """The threads of one process that read ahead: those of a parent do not survive a fork."""
-    return ThreadPoolExecutor(THREADS, thread_name_prefix="read-ahead")
+def read_ahead_pool(process: int) -> ThreadPoolExecutor:
+    """Return the read-ahead threads of a process. The parent's threads do not survive a fork, so each has its own."""
+    return ThreadPoolExecutor(READ_AHEAD_THREADS, thread_name_prefix="read-ahead")
 
 
+# The caches of webdataset and fsspec do not fit: both name a file by its URL, check no hash, and let every process
+# download its own copy; webdataset enforces its size limit at most every 30 seconds, and fsspec has no limit.
 class ShardCache:
-    """Whole shards on the local disk, shared by the processes of a machine; the least recently read go first."""
+    """A folder of whole shards that the processes of a machine share.
+
+    It holds at most max_bytes, and more only while the downloads in flight need more. The least recently read shards
+    are evicted first.
+    """
 
     def __init__(self, folder: Path, max_bytes: int):
         self.folder = folder
         self.max_bytes = max_bytes
 
-    def get(self, name: str, fetch: Callable[[Path], None], expected: Expected) -> Path:
-        """Find a file, fetching it if it is not here.
+    def get(self, name: str, fetch: Callable[[Path], None], expected: ExpectedFile) -> Path:
+        """Return the path of a cached file, after fetching it if necessary; one process at a time fetches a file.
 
-        Raises WrongContentError if what arrives is not as expected, ValueError if the cache cannot be written.
+        Raises WrongContentError if the fetched file is not the expected one, ValueError if the cache cannot be written.
         """
         path = self.folder / name
-        if self._is_here(path, expected.bytes):
+        if self._is_cached(path, expected.bytes):
             return path
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder / f"{name}.lock"):
-                if not self._is_here(path, expected.bytes):  # else another process was faster
+                if not self._is_cached(path, expected.bytes):  # else another process has fetched it meanwhile
                     self._fetch(path, fetch, expected)
-        except OSError as mistake:
-            if mistake.errno in NOT_THE_NETWORK or not self.folder.is_dir():
+        except OSError as error:
+            if error.errno in PERMANENT_ERRORS or not self.folder.is_dir():
                 raise ValueError(
-                    f"{self.folder}: cannot keep shards there: {mistake.strerror}. Name another folder with data.cache_dir, or "
-                    "keep less with data.cache_gb."
-                ) from mistake
+                    f"{self.folder}: cannot keep shards there: {error.strerror}. Name another folder with "
+                    "data.cache_dir, or keep less with data.cache_gb."
+                ) from error
             raise
         return path
 
-    def _fetch(self, path: Path, fetch: Callable[[Path], None], expected: Expected) -> None:
-        arriving = path.with_name(f"{path.name}.part")
+    def _fetch(self, path: Path, fetch: Callable[[Path], None], expected: ExpectedFile) -> None:
+        partial = path.with_name(f"{path.name}.part")
         try:
-            with _locked(self.folder / "room.lock"):  # one process at a time counts, and takes its place
-                self._make_room(expected.bytes)
-                with open(arriving, "wb") as file:
+            # One process at a time measures the cache and reserves space in it.
+            with _locked(self.folder / "room.lock"):
+                self._evict(expected.bytes)
+                with open(partial, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, max(1, expected.bytes))
-            fetch(arriving)
-            _check_arrived(arriving, expected)
-            os.replace(arriving, path)
+            fetch(partial)
+            _check_content(partial, expected)
+            os.replace(partial, path)
         finally:
-            arriving.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
+        # If the downloads in flight alone exceeded the limit, the cache is too full now.
         with _locked(self.folder / "room.lock"):
-            self._make_room(0, (".tar",))  # where more arrived at once than there is room for
+            self._evict(0, (".tar",))
 
     @staticmethod
-    def _is_here(path: Path, size: int) -> bool:
+    def _is_cached(path: Path, size: int) -> bool:
         try:
-            here = path.stat().st_size == size
-            if here:
-                os.utime(path)  # read just now
-            return here
+            found = path.stat().st_size == size
+            if found:
+                os.utime(path)  # the time of the last read, for the order of eviction
+            return found
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def _make_room(self, needed: int, counted: tuple[str, ...] = (".tar", ".part")) -> None:
-        held = sorted((entry for entry in os.scandir(self.folder) if entry.name.endswith(counted)), key=_read_at)
-        total = sum(_size(entry) for entry in held)
-        for entry in (entry for entry in held if entry.name.endswith(".tar")):
+    def _evict(self, needed: int, counted: tuple[str, ...] = (".tar", ".part")) -> None:
+        """Remove shards until `needed` bytes fit. counted: suffixes of the files that use space."""
+        files = sorted((entry for entry in os.scandir(self.folder) if entry.name.endswith(counted)), key=_read_time)
+        total = sum(_size(entry) for entry in files)
+        for entry in (entry for entry in files if entry.name.endswith(".tar")):
             if total + needed <= self.max_bytes:
                 return
             total -= _size(entry)
             Path(entry.path).unlink(missing_ok=True)
 
 
-def _read_at(entry: os.DirEntry) -> float:
+def _read_time(entry: os.DirEntry[str]) -> float:
     try:
         return entry.stat().st_mtime
     except FileNotFoundError:
         return 0.0
 
 
-def _size(entry: os.DirEntry) -> int:
+def _size(entry: os.DirEntry[str]) -> int:
     try:
         return entry.stat().st_size
-    except FileNotFoundError:  # another process made room too
+    except FileNotFoundError:  # another process evicted it
         return 0
 
 
-def _check_arrived(path: Path, expected: Expected) -> None:
+def _check_content(path: Path, expected: ExpectedFile) -> None:
     with open(path, "rb") as file:
-        found = Expected(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        found = ExpectedFile(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
     if found != expected:
         raise WrongContentError(
-            f"{found.bytes} bytes arrived with another hash than the manifest's, for {expected.bytes}"
+            f"{found.bytes} bytes arrived whose hash differs from the manifest's, which expects {expected.bytes} bytes"
         )
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process, however it ends."""
+    """Let one process at a time in; the lock ends with the process, however it ends."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,6 +1,6 @@
-"""What a folder of shards says about itself.
+"""The manifest of a folder of shards: what it contains, how it is written, and how it is validated.
 
-folder/manifest.json      per shard its hash, bytes, documents and tokens; the tokenizer's fingerprint; the held-out part
+folder/manifest.json      hash, bytes, documents and tokens of each shard; the tokenizer's fingerprint; statistics
 folder/chunks.npy         (chunks, 5) int64: where each chunk of each shard is, and its checksum
 folder/train-00000.tar ...  heldout-00000.tar ...  tokenizer.json  token_counts.npy
 """
@@ -24,16 +24,16 @@ TOKENIZER = "tokenizer.json"
 TOKEN_COUNTS = "token_counts.npy"
 FORMAT = 2
 
-# A manifest may come from anywhere, and a name becomes a path: of the folder, or of the cache.
+# A manifest may come from an untrusted server, and a shard's name becomes a path in the folder or in the cache.
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.tar")
-MAX_CHUNK_BYTES = 1 << 30  # of the longest text; a chunk of tokens has less than 2 MB
-MAX_VOCAB_SIZE = 1 << 24  # 60 times the largest there is
+MAX_CHUNK_BYTES = 1 << 30  # enough for the longest text; a chunk of tokens has less than 2 MB
+MAX_VOCAB_SIZE = 1 << 24  # 60 times the largest vocabulary in use
 
 
 class Chunk(NamedTuple):
-    """One sample's place in its shard: bytes [offset, offset + size), whose CRC-32 is crc32.
+    """Where a chunk is in its shard: bytes [offset, offset + size), whose CRC-32 is crc32.
 
-    tokens: characters, in a text shard.
+    tokens: for a text shard, characters.
     """
 
     offset: int
@@ -60,8 +60,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """fingerprint: sha256 of tokenizer.json; special_ids: {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4};
-    all_special_ids: those and any other that never stands for text."""
+    """The tokenizer of a folder of shards.
+
+    fingerprint: sha256 of tokenizer.json. special_ids: {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}.
+    all_special_ids: these and any other ids that never represent text.
+    """
 
     fingerprint: str
     vocab_size: int
@@ -70,20 +73,20 @@ class TokenizerInfo:
 
     @cached_property
     def is_special(self) -> np.ndarray:
-        """(vocab_size,) bool: the ids that are never masked and never a random token."""
+        """(vocab_size,) bool: True for ids that are never masked and never chosen as a random token."""
         special = np.zeros(self.vocab_size, dtype=bool)
         special[list(self.all_special_ids)] = True
         return special
 
     @cached_property
     def ordinary_ids(self) -> np.ndarray:
-        """The ids that stand for text, int32."""
+        """The ids that represent text, int32."""
         return np.flatnonzero(~self.is_special).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """splits: the shards of "train" and "heldout"; request: a hash of what was asked of write_shards.py."""
+    """splits: the shards of "train" and "heldout". request: a hash of the settings of write_shards.py."""
 
     kind: Kind
     splits: dict[str, tuple[Shard, ...]]
@@ -93,7 +96,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write chunks.npy and then manifest.json, which makes the folder complete."""
+    """Write chunks.npy and then manifest.json, whose presence means that the folder is complete."""
     shards = [shard for part in manifest.splits.values() for shard in part]
     index = encode_npy(np.concatenate([np.empty((0, len(Chunk._fields)), np.int64), *(s.chunks for s in shards)]))
     write_atomically(folder / CHUNKS, index)
@@ -111,7 +114,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read a local folder's manifest. Raises ValueError if there is none or it is not ours."""
+    """Read the manifest of a local folder. Raises ValueError if there is none or it is not valid."""
     path = Path(folder) / MANIFEST
     try:
         data, chunks = path.read_bytes(), path.with_name(CHUNKS).read_bytes()
@@ -123,29 +126,29 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def parse_manifest(data: bytes, chunks: bytes, where: str) -> Manifest:
-    """Read manifest.json and chunks.npy from their bytes. `where` names the first in errors, all ValueErrors."""
+    """Parse the bytes of manifest.json and chunks.npy. Raises ValueError, naming the file by `where`."""
     try:
         raw = json.loads(data)
-    except (ValueError, RecursionError) as mistake:
-        raise ValueError(f"{where}: not valid JSON: {mistake}") from mistake
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else None
-        raise ValueError(f"{where}: format {found!r}, expected {FORMAT}. Write the shards again.")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        remedy = "Upgrade megabert, or write the shards again" if newer else "Write the shards again"
+        raise ValueError(f"{where}: format {found!r}, expected {FORMAT}. {remedy}.")
     if hashlib.sha256(chunks).hexdigest() != raw.get("chunks_sha256"):
-        raise ValueError(f"{where}: {CHUNKS} beside it is not the one it was written with. Fetch or write both again.")
+        raise ValueError(f"{where}: belongs to another {CHUNKS} than the one next to it. Fetch or write both again.")
     index = read_npy(chunks, f"{where}: {CHUNKS}")
     try:
         splits = _splits(raw["splits"], index, where)
         info = raw["tokenizer"]
         tokenizer = info and TokenizerInfo(**info | {"all_special_ids": tuple(info["all_special_ids"])})
         manifest = Manifest(raw["kind"], splits, raw["statistics"], tokenizer, raw["request"])
-        wrong = _why_not_plausible(manifest)
-    except (KeyError, TypeError, AttributeError) as mistake:
-        raise ValueError(
-            f"{where}: not as write_shards.py writes it: {mistake!r}. Write the shards again."
-        ) from mistake
-    if wrong:
-        raise ValueError(f"{where}: {wrong}. Write the shards again.")
+        problem = _find_problem(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: not a manifest of write_shards.py: {error!r}. Write the shards again.") from error
+    if problem:
+        raise ValueError(f"{where}: {problem}. Write the shards again.")
     return manifest
 
 
@@ -169,8 +172,8 @@ def _splits(raw: dict, index: np.ndarray, where: str) -> dict[str, tuple[Shard, 
     return splits
 
 
-def _why_not_plausible(manifest: Manifest) -> str | None:
-    """What would make a reader fetch, allocate or index what cannot be there."""
+def _find_problem(manifest: Manifest) -> str | None:
+    """Describe a value that would make a reader fetch, allocate or index something impossible, or return None."""
     info = manifest.tokenizer
     if manifest.kind not in get_args(Kind) or (manifest.kind == "tokens") != (info is not None):
         return (
@@ -194,12 +197,15 @@ def _why_not_plausible(manifest: Manifest) -> str | None:
         if type(median) is not int or median < 0:
             return "no median_document_tokens among its statistics"
     if not isinstance(manifest.statistics, dict):
-        return "statistics that are no table"
+        return "statistics that are not a table"
     for shard in (shard for part in manifest.splits.values() for shard in part):
         if not all(type(count) is int and count >= 0 for count in (shard.bytes, shard.documents, shard.tokens)):
             return f"{shard.name} with {shard.bytes!r} bytes, {shard.documents!r} documents, {shard.tokens!r} tokens"
         if shard.chunks.dtype != np.int64 or shard.chunks.shape[1:] != (len(Chunk._fields),):
-            return f"{CHUNKS} holds {shard.chunks.dtype} of shape {shard.chunks.shape}, expected int64 in {len(Chunk._fields)} columns"
+            return (
+                f"{CHUNKS} has {shard.chunks.dtype} of shape {shard.chunks.shape}, "
+                f"expected int64 in {len(Chunk._fields)} columns"
+            )
         offsets, sizes = shard.chunks[:, 0], shard.chunks[:, 1]
         if (shard.chunks < 0).any() or (sizes > MAX_CHUNK_BYTES).any() or (offsets > shard.bytes - sizes).any():
             return (

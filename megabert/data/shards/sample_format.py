@@ -1,7 +1,7 @@
-"""What one sample of a shard is: its keys, its dtypes, how it is written and read. The only definition.
+"""The format of a sample in a shard: its keys, its dtypes, and how it is written and read.
 
 A shard is a plain webdataset tar. One sample is a *chunk* of many documents, because a tar member per document
-costs more than the document. There are two kinds:
+would cost more than the document. There are two kinds:
 
     tokens: {key}.tokens.npy   uint16 or uint32, all documents end to end, raw ids without special tokens
             {key}.lengths.npy  int32, tokens of each document
@@ -23,14 +23,14 @@ TOKENS_KEY = "tokens.npy"
 LENGTHS_KEY = "lengths.npy"
 TEXT_KEY = "jsonl"
 
-# BERT's five, by the names that a manifest calls them.
+# BERT's special tokens, by their names in a manifest.
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 
-# Most tokens of a chunk: 256 KiB of uint16, so that a read is long enough for a disk or an object store
-# and a loader worker holds only a few.
+# Most tokens of a chunk. 256 KiB of uint16 are a long enough read for a disk or an object store, and a loader worker
+# holds only a few chunks.
 MAX_CHUNK_TOKENS = 131_072
 
-# What numpy.save writes for little-endian numbers in one or two dimensions, and nothing else that a header may say.
+# Only the header that numpy.save writes for little-endian numbers in one or two dimensions.
 NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '(?P<dtype><[uif][248]|\|[ui]1)', 'fortran_order': False, "
     rb"'shape': \((?P<shape>\d{1,18},|\d{1,18}, \d{1,18})\), \} *\n",
@@ -46,7 +46,7 @@ class TokenChunk(NamedTuple):
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Give the smallest dtype that holds every id."""
+    """Return the smallest dtype that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -55,7 +55,7 @@ def encode_tokens(chunk: TokenChunk) -> dict[str, bytes]:
 
 
 def decode_tokens(sample: dict[str, bytes], where: str) -> TokenChunk:
-    """Read a token chunk. `where` names it in errors. Raises ValueError if it is not one."""
+    """Decode a sample to a token chunk. `where` names it in errors. Raises ValueError if it is not one."""
     for key in (TOKENS_KEY, LENGTHS_KEY):
         if key not in sample:
             raise ValueError(f"{where}: has {sorted(sample)}, expected a member .{key}. Is this a token shard?")
@@ -80,20 +80,20 @@ def encode_text(documents: list[str]) -> dict[str, bytes]:
 
 
 def decode_text(sample: dict[str, bytes], where: str) -> list[str]:
-    """Read a text chunk. Raises ValueError if it is not one."""
+    """Decode a sample to the texts of its documents. Raises ValueError if it is not a text chunk."""
     if TEXT_KEY not in sample:
         raise ValueError(f"{where}: has {sorted(sample)}, expected a member .{TEXT_KEY}. Is this a text shard?")
     try:
         texts = [json.loads(line)["text"] for line in sample[TEXT_KEY].splitlines()]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as mistake:
-        raise ValueError(f"{where}.{TEXT_KEY}: not one {{'text': ...}} per line: {mistake!r}") from mistake
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}.{TEXT_KEY}: not one {{'text': ...}} per line: {error!r}") from error
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{where}.{TEXT_KEY}: holds a text that is no string.")
+        raise ValueError(f"{where}.{TEXT_KEY}: has a text that is not a string.")
     return texts
 
 
 def write_sample(tar: tarfile.TarFile, key: str, sample: dict[str, bytes]) -> None:
-    """Append one sample; the same bytes for the same content, on any machine."""
+    """Append one sample. The same content gives the same bytes on any machine."""
     for extension, data in sample.items():
         member = tarfile.TarInfo(f"{key}.{extension}")
         member.size = len(data)
@@ -102,18 +102,18 @@ def write_sample(tar: tarfile.TarFile, key: str, sample: dict[str, bytes]) -> No
 
 
 def read_sample(data: bytes, where: str) -> dict[str, bytes]:
-    """Read one sample from the bytes of its tar members. Raises ValueError if damaged, or not as write_sample writes.
+    """Read one sample from the bytes of its tar members.
 
-    A name never becomes a path, and nothing larger than `data` is ever allocated: links, devices, sparse files and long
-    headers, which tar knows too, are refused.
+    Raises ValueError for damaged bytes and for anything that write_sample does not write, such as links, devices,
+    sparse files and long headers. No name becomes a path, and nothing larger than `data` is allocated.
     """
     sample: dict[str, bytes] = {}
     offset = 0
     while offset < len(data):
         try:
             name, kind, size = _read_header(data[offset : offset + tarfile.BLOCKSIZE])
-        except ValueError as mistake:
-            raise _damaged(where, f"no tar header at its byte {offset} ({mistake})") from mistake
+        except ValueError as error:
+            raise _damaged(where, f"no tar header at its byte {offset} ({error})") from error
         begin = offset + tarfile.BLOCKSIZE
         if kind != tarfile.REGTYPE or not 0 <= size <= len(data) - begin:
             raise _damaged(where, f"member {name!r} is of type {kind!r} and {size} bytes")
@@ -123,23 +123,23 @@ def read_sample(data: bytes, where: str) -> dict[str, bytes]:
 
 
 def _read_header(header: bytes) -> tuple[str, bytes, int]:
-    """(name, type, bytes) of a member, from the plain USTAR header that write_sample writes (POSIX.1-1988, ustar).
+    """Read (name, type, bytes) of a member from the plain USTAR header that write_sample writes (POSIX.1-1988, ustar).
 
-    Raises ValueError for anything else. tarfile's own parser reads all of tar, and takes four times as long: with small chunks
-    that is a third of a stream's time.
+    Raises ValueError for anything else. tarfile's own parser reads every kind of header and takes four times as long;
+    with small chunks that is a third of a stream's time.
     """
     if len(header) != tarfile.BLOCKSIZE or header[257:262] != b"ustar" or header[345:346] != b"\0":
         raise ValueError("not ustar")
-    said = int(header[148:156].strip(b" \0"), 8)
-    if said != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+    checksum = int(header[148:156].strip(b" \0"), 8)
+    if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
         raise ValueError("bad checksum")
     name = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
     return name, header[156:157], int(header[124:136].strip(b" \0"), 8)
 
 
-def _damaged(where: str, what: str) -> ValueError:
+def _damaged(where: str, problem: str) -> ValueError:
     return ValueError(
-        f"{where}: damaged: {what}, expected plain members that fill the chunk. "
+        f"{where}: damaged: {problem}, expected plain members that fill the chunk. "
         "Check the shard with data_prep/check_shards.py."
     )
 
@@ -151,9 +151,9 @@ def encode_npy(array: np.ndarray) -> bytes:
 
 
 def read_npy(data: bytes, where: str) -> np.ndarray:
-    """Read a plain array of one or two dimensions. Raises ValueError for anything else, pickles above all.
+    """Read a plain array of one or two dimensions. Raises ValueError for anything else, such as a pickle.
 
-    numpy's own reader evaluates the header, and allocates what it promises before looking whether it is there.
+    numpy's own reader evaluates the header, and allocates the size it gives before it checks that the data is there.
     """
     match = NPY_HEADER.match(data)
     if match is None:

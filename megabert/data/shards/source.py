@@ -1,4 +1,4 @@
-"""A corpus to read from: its sources, the splits they are dealt in, and one chunk of them at a time."""
+"""A corpus of one or more sources: their shards, the splits that streams are made of, and reading a chunk."""
 
 import hashlib
 import logging
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from megabert.data.shards.cache import CacheOptions, Expected, WrongContentError
+from megabert.data.shards.cache import CacheOptions, ExpectedFile, WrongContentError
 from megabert.data.shards.manifest import (
     CHUNKS,
     MANIFEST,
@@ -38,20 +38,20 @@ from megabert.data.shards.tokenizer import encode_flat, find_tokenizer, read_tok
 
 log = logging.getLogger(__name__)
 
-# A source with fewer shards than this has each cut into equal ranges of its chunks: enough to deal to 8 ranks,
-# 3 streams each. More than any cluster's ranks would only make the ranges shorter than a read-ahead.
+# The shards of a source with fewer shards than this are cut into equal ranges of chunks: enough for 3 streams on each
+# of 8 ranks. Many more would only make the ranges shorter than a read-ahead.
 MIN_SPLITS = 24
 
-# Text that is tokenized on the fly has no statistics of its tokens; those of this many chunks stand for all.
+# Text that is tokenized on the fly has no token statistics. They are estimated from this many chunks.
 SAMPLED_CHUNKS = 16
 
 
 class DamagedShardError(ValueError):
-    """A shard that is missing, cut short, or not what its manifest says; names shard and chunk."""
+    """A shard that is missing, truncated or different from its manifest. The message names shard and chunk."""
 
 
 class Split(NamedTuple):
-    """A run of chunks [first, last) of one shard."""
+    """The chunks [first, last) of one shard."""
 
     shard: int
     first: int
@@ -60,9 +60,9 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The shards of one part ("train" or "heldout") of one folder that a run reads.
+    """The shards of one folder that a run reads, all of one part ("train" or "heldout").
 
-    tokenizer_path: for text, which is tokenized as it is read.
+    tokenizer_path: only for text shards, which are tokenized when they are read.
     """
 
     folder: str
@@ -80,12 +80,12 @@ class Source:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all documents; characters, for text."""
+        """The tokens of all documents; for text shards, their characters."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def fingerprint(self) -> str:
-        """A name for exactly these tokens in this order: sha256 over every shard's hash, and for text the tokenizer's."""
+        """A hash of these tokens in this order: sha256 over the shards' hashes, and over the tokenizer's for text."""
         parts = [shard.sha256 for shard in self.shards]
         if self.tokenizer_path is not None:
             parts.append(self.tokenizer.fingerprint)
@@ -96,13 +96,13 @@ class Source:
         return sum(len(shard.chunks) for shard in self.shards)
 
     @cached_property
-    def known_damaged(self) -> set[tuple[int, int]]:
-        """(shard, chunk) that this process has said something about."""
+    def reported_damaged(self) -> set[tuple[int, int]]:
+        """(shard, chunk) of the damaged chunks that this process has logged."""
         return set()
 
     @cached_property
     def splits(self) -> list[Split]:
-        """The shards cut into splits: one each, or equal ranges of chunks where there are few."""
+        """The splits of the shards: one for each shard, or several equal ranges of chunks where shards are few."""
         pieces = max(1, -(-MIN_SPLITS // len(self.shards)))
         splits = []
         for number, shard in enumerate(self.shards):
@@ -111,33 +111,38 @@ class Source:
         return splits
 
     def read_chunk(self, shard: int, chunk: int) -> TokenChunk:
-        """Read one chunk's tokens. Raises DamagedShardError if it is, OSError if it cannot be fetched."""
+        """Read one chunk's tokens. Raises DamagedShardError if it is damaged, OSError if it cannot be fetched."""
         entry = self.shards[shard]
-        place = entry.chunk(chunk)
+        location = entry.chunk(chunk)
         url = self.storage.url(entry.name)
-        where = f"{url} chunk {chunk} (byte {place.offset})"
-        expected = Expected(entry.bytes, entry.sha256)
+        where = f"{url} chunk {chunk} (byte {location.offset})"
+        expected = ExpectedFile(entry.bytes, entry.sha256)
         try:
-            data = self.storage.read(entry.name, place.offset, place.size, expected)
-            if zlib.crc32(data) != place.crc32 and self.storage.forget(entry.name, expected):  # rotten in the cache
-                data = self.storage.read(entry.name, place.offset, place.size, expected)
+            data = self.storage.read(entry.name, location.offset, location.size, expected)
+            # A damaged copy in the cache is fetched again.
+            if zlib.crc32(data) != location.crc32 and self.storage.discard(entry.name, expected):
+                data = self.storage.read(entry.name, location.offset, location.size, expected)
         except FileNotFoundError as missing:
             raise DamagedShardError(f"{where}: the shard is missing. Fetch or write it again.") from missing
-        except WrongContentError as mistake:
-            raise DamagedShardError(f"{where}: {mistake}. Fetch or write the shard again.") from mistake
-        if len(data) != place.size:
+        except WrongContentError as error:
+            raise DamagedShardError(f"{where}: {error}. Fetch or write the shard again.") from error
+        if len(data) != location.size:
             raise DamagedShardError(
-                f"{where}: {len(data)} bytes, expected {place.size}: the shard is truncated. Fetch or write it again."
+                f"{where}: {len(data)} bytes, expected {location.size}: the shard is truncated. "
+                "Fetch or write it again."
             )
-        if zlib.crc32(data) != place.crc32:
-            raise DamagedShardError(f"{where}: its checksum is not the manifest's: damaged. Fetch or write it again.")
+        if zlib.crc32(data) != location.crc32:
+            raise DamagedShardError(
+                f"{where}: damaged: its checksum differs from the manifest's. Fetch or write the shard again."
+            )
         try:
             decoded = self._decode(data, where)
-        except ValueError as mistake:
-            raise DamagedShardError(str(mistake)) from mistake
-        if len(decoded.lengths) != place.documents:
+        except ValueError as error:
+            raise DamagedShardError(str(error)) from error
+        if len(decoded.lengths) != location.documents:
             raise DamagedShardError(
-                f"{where}: {len(decoded.lengths)} documents, but the manifest says {place.documents}. Write both again."
+                f"{where}: {len(decoded.lengths)} documents, but the manifest says {location.documents}. "
+                "Write the shards again."
             )
         return decoded
 
@@ -155,14 +160,14 @@ class Source:
 
     @cached_property
     def encoder(self) -> Tokenizer:
-        """What turns text into ids."""
+        """The tokenizer that turns text into ids."""
         assert self.tokenizer_path is not None, "only text is encoded"
         return read_tokenizer(self.tokenizer_path)
 
     def prefetch(self, shard: int) -> None:
-        """Begin to fetch a shard that will be read soon, where shards are fetched whole."""
+        """Start to fetch a shard that will be read soon, if its storage fetches whole shards."""
         entry = self.shards[shard]
-        self.storage.prefetch(entry.name, Expected(entry.bytes, entry.sha256))
+        self.storage.prefetch(entry.name, ExpectedFile(entry.bytes, entry.sha256))
 
     @cached_property
     def median_document_tokens(self) -> int:
@@ -173,7 +178,7 @@ class Source:
 
     @cached_property
     def token_counts(self) -> np.ndarray:
-        """(vocab_size,) how often each id occurs in the training shards (text: in a sample of these)."""
+        """(vocab_size,) how often each id occurs in the training shards; for text, in a sample of them."""
         size = self.tokenizer.vocab_size
         if self.tokenizer_path is None:
             url = self.storage.url(TOKEN_COUNTS)
@@ -186,18 +191,18 @@ class Source:
         return sum((np.bincount(chunk.tokens, minlength=size) for chunk in self._sample()), np.zeros(size, np.int64))
 
     def _sample(self) -> list[TokenChunk]:
-        """Some chunks from all over. Damaged ones are left out: reading them for training says so."""
+        """Read chunks at equal distances over all shards. Damaged ones are left out: training will report them."""
         chunks = [(number, chunk) for number, shard in enumerate(self.shards) for chunk in range(len(shard.chunks))]
         found = []
         for i in range(0, len(chunks), -(-len(chunks) // SAMPLED_CHUNKS)):
             with suppress(DamagedShardError):
                 found.append(self.read_chunk(*chunks[i]))
         if not found:
-            raise DamagedShardError(f"{self.folder}: none of {SAMPLED_CHUNKS} chunks from all over it can be read.")
+            raise DamagedShardError(f"{self.folder}: none of {SAMPLED_CHUNKS} chunks across its shards can be read.")
         return found
 
     def read_tokenizer_file(self) -> bytes:
-        """The tokenizer.json that the ids belong to. Raises ValueError if it is not the one they were written with."""
+        """Read the tokenizer.json of the shards. Raises ValueError if it is not the one they were written with."""
         if self.tokenizer_path is not None:
             return self.tokenizer_path.read_bytes()
         url = self.storage.url(TOKENIZER)
@@ -205,7 +210,7 @@ class Source:
             data = self.storage.read_whole(TOKENIZER)
         except FileNotFoundError as missing:
             raise ValueError(
-                f"{url}: no such file; it belongs beside the shards. Write them again, or copy it there."
+                f"{url}: no such file, expected next to the shards. Copy it there, or write the shards again."
             ) from missing
         fingerprint = hashlib.sha256(data).hexdigest()
         if fingerprint != self.tokenizer.fingerprint:
@@ -215,19 +220,19 @@ class Source:
             )
         return data
 
-    def read_beside(self, name: str) -> bytes | None:
-        """A small file beside the tokenizer, or None if there is none."""
+    def read_optional(self, name: str) -> bytes | None:
+        """Read a small file from the tokenizer's folder, or return None if there is none."""
         try:
             if self.tokenizer_path is not None:
                 return self.tokenizer_path.with_name(name).read_bytes()
             return self.storage.read_whole(name)
-        except OSError:  # a web server may answer anything for a file that it has not
+        except OSError:  # a web server may answer with any status for a missing file
             return None
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Sources and the share of the tokens that each contributes; a single source has all. Weights sum to 1."""
+    """The sources of a run. weights: the share of the tokens that each source contributes; they sum to 1."""
 
     sources: tuple[Source, ...]
     weights: tuple[float, ...]
@@ -247,12 +252,12 @@ class Corpus:
 
     @property
     def num_splits(self) -> int:
-        """Of the source that has most: the others are read through more than once while it is."""
+        """The splits of the source that has most; the others are read more than once meanwhile."""
         return max(len(source.splits) for source in self.sources)
 
     @property
     def fingerprint(self) -> str:
-        """A name for exactly these shards in this mixture."""
+        """A hash of these shards in this mixture."""
         if len(self.sources) == 1:
             return self.sources[0].fingerprint
         parts = [f"{source.fingerprint} {weight!r}" for source, weight in zip(self.sources, self.weights, strict=True)]
@@ -260,12 +265,12 @@ class Corpus:
 
     @property
     def median_document_tokens(self) -> int:
-        """The shortest of the sources' medians: what bounds the documents of a bin must suit them all."""
+        """The shortest of the sources' medians: a bin must have room for the documents of any source."""
         return min(source.median_document_tokens for source in self.sources)
 
     @property
     def token_shares(self) -> np.ndarray:
-        """(vocab_size,) share of each id among the tokens that training sees. Counts are smoothed by one."""
+        """(vocab_size,) share of each id among the training tokens. Every count is increased by one."""
         shares = np.zeros(self.tokenizer.vocab_size)
         for source, weight in zip(self.sources, self.weights, strict=True):
             counts = source.token_counts.astype(np.float64) + 1
@@ -281,7 +286,7 @@ def open_corpus(
     cache: CacheOptions = CacheOptions(),  # noqa: B008 (immutable)
     on_bad_shard: str = "stop",
 ) -> Corpus:
-    """Open every (location, weight). Raises ValueError as open_source does, and for sources of different tokenizers."""
+    """Open every (location, weight). Raises what open_source raises, and ValueError if tokenizers differ."""
     sources = tuple(
         open_source(location, part, tokenizer=tokenizer, cache=cache, on_bad_shard=on_bad_shard)
         for location, _ in parts
@@ -300,10 +305,10 @@ def open_source(
     cache: CacheOptions = CacheOptions(),  # noqa: B008 (immutable)
     on_bad_shard: str = "stop",
 ) -> Source:
-    """Find the shards that a recipe names: a folder with a manifest, or tar files of one in brace notation.
+    """Open the shards at a location of a recipe: a folder with a manifest, or some of its tar files in brace notation.
 
-    Raises ValueError for a missing manifest or shard, an unknown shard name, a part without documents, or text without
-    a tokenizer.
+    Raises ValueError for a missing manifest or shard, an unknown shard name, a part without documents, and text shards
+    without a tokenizer.
     """
     storage, names = open_storage(location, cache)
     folder = storage.url("").rstrip("/")
@@ -316,9 +321,9 @@ def open_source(
         shards = tuple(shard for shard in shards if shard.name in set(names))
     shards = tuple(shard for shard in shards if shard.documents)
     if not shards:
-        remedy = "with --heldout 0.001 or more" if part == "heldout" else "from a corpus that has some"
+        remedy = "with --heldout 0.001 or more" if part == "heldout" else "from a corpus that has documents"
         raise ValueError(f"{folder}: the {part} part has no documents. Write the shards again {remedy}.")
-    for problem in _sizes_that_differ(storage, shards):
+    for problem in _wrong_sizes(storage, shards):
         if on_bad_shard == "stop":
             raise DamagedShardError(problem)
         log.warning("%s", problem)
@@ -332,7 +337,7 @@ def open_source(
 
 
 def fetch_manifest(storage: Storage) -> Manifest:
-    """Read the manifest beside the shards. Raises ValueError if there is none or it is not ours."""
+    """Read the manifest of a folder of shards. Raises ValueError if there is none or it is not valid."""
     found = []
     for name in (MANIFEST, CHUNKS):
         try:
@@ -344,8 +349,8 @@ def fetch_manifest(storage: Storage) -> Manifest:
     return parse_manifest(found[0], found[1], storage.url(MANIFEST))
 
 
-def _sizes_that_differ(storage: Storage, shards: tuple[Shard, ...]) -> list[str]:
-    """What is wrong with shards at first sight, where looking is cheap."""
+def _wrong_sizes(storage: Storage, shards: tuple[Shard, ...]) -> list[str]:
+    """Describe the shards that are missing or have the wrong size, where the storage knows sizes."""
     problems = []
     for shard in shards:
         url = storage.url(shard.name)
@@ -360,25 +365,25 @@ def _sizes_that_differ(storage: Storage, shards: tuple[Shard, ...]) -> list[str]
 
 
 def check_same_tokenizer(source: Source, other: Source) -> None:
-    """Raise ValueError unless both speak of one tokenizer."""
+    """Raise ValueError unless both sources have the same tokenizer."""
     first, second = source.tokenizer, other.tokenizer
     if first.fingerprint != second.fingerprint:
         raise ValueError(
             f"{other.folder}: written with tokenizer {second.fingerprint[:12]}, but {source.folder} with "
-            f"{first.fingerprint[:12]}. Write one of them again with the other's {TOKENIZER}."
+            f"{first.fingerprint[:12]}. Write one of them again with the {TOKENIZER} of the other."
         )
 
 
 def stream_count(num_splits: int, max_streams: int) -> int:
-    """Give N, the streams of a run: the largest 2^a or 3 * 2^a that neither splits nor max_streams are fewer than."""
+    """Return N, the streams of a run: the largest 2^a or 3 * 2^a up to both num_splits and max_streams."""
     limit = min(num_splits, max_streams)
     return max(n for a in range(limit.bit_length()) for n in (1 << a, 3 << a) if n <= limit)
 
 
 class SplitOrder:
-    """The endless list of splits: each epoch is a fresh seeded permutation of all, one after the other.
+    """The endless list of a source's splits: one seeded permutation for each epoch, one epoch after another.
 
-    Stream n of N reads entries n, n + N, n + 2N, ... source: its number in a mixture, each of which has its own order.
+    Stream n of N reads the entries n, n + N, n + 2N, ... source: index of the source, each of which has its own order.
     """
 
     def __init__(self, num_splits: int, seed: int, source: int = 0):
@@ -389,8 +394,8 @@ class SplitOrder:
         self._order = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, entry: int) -> int:
-        epoch, place = divmod(entry, self.num_splits)
+        epoch, index = divmod(entry, self.num_splits)
         if epoch != self._epoch:
             self._order = np.random.default_rng([self.seed, epoch, self.source]).permutation(self.num_splits)
             self._epoch = epoch
-        return int(self._order[place])
+        return int(self._order[index])

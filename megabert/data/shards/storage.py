@@ -1,11 +1,11 @@
-"""Where the bytes of a corpus come from: a local folder, an object store or web server, or a command.
+"""Storages that return the bytes of a corpus: a local folder, a URL, or a command.
 
     data/tokens                                           local: read by position
     https://host/c4   s3://bucket/c4                      remote: byte ranges through fsspec
-    pipe:aws s3 cp s3://bucket/c4/train-{000..999}.tar -  a command that prints a file: whole shards into a local cache
+    pipe:aws s3 cp s3://bucket/c4/train-{000..999}.tar -  a command that prints a file: whole shards in a local cache
 
-A storage hands out bytes by file name and knows nothing of what they mean. Network trouble is waited out, then fails with
-the URL; what does not depend on the network, such as a file that is not there, fails at once.
+A storage returns bytes by file name and does not interpret them. Network errors are retried for half a minute, then
+raised with the URL; other errors, such as a missing file, are raised at once.
 """
 
 import importlib.util
@@ -13,54 +13,59 @@ import logging
 import os
 import re
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
 
 import braceexpand
 import fsspec
+from tenacity import Future, RetryError, Retrying, retry_if_exception, stop_after_attempt, wait_chain, wait_fixed
 
-from megabert.data.shards.cache import NOT_THE_NETWORK, CacheOptions, Expected, Fetched
+from megabert.data.shards.cache import PERMANENT_ERRORS, CacheOptions, ExpectedFile, WholeFileReader
+
+if TYPE_CHECKING:
+    from webdataset.gopen import Pipe
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Seconds between tries: half a minute in all, longer than a load balancer or a restarted server needs.
-BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0)
+# Seconds between attempts: half a minute in all, which is longer than a load balancer or a restarted server needs.
+BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 PIPE_BUFFER = 1 << 20
-STALLED_S = 60.0  # without a byte from a server
+STALLED_S = 60.0  # so long a server may send nothing before the connection counts as broken
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 TAR_NAME = re.compile(r"[^/\s'\"=]+\.tar\b")
 
 
 class Storage(Protocol):
-    """read: bytes [offset, offset + size) of a file, fewer where it ends; read_whole: a small file.
+    """Where the files of a corpus are.
 
-    read_ahead: how many reads are worth having under way at once. forget: drop a copy that turned out to be damaged; whether
-    there was one, so that reading again makes sense.
+    read_ahead: number of reads to have in flight. read: bytes [offset, offset + size) of a file, fewer where it ends.
+    read_whole: a small file. size: bytes of a file, None where that is not cheap to know. prefetch: start to fetch a
+    file that will be read soon. discard: remove a cached copy that is damaged; True if there was one, so that reading
+    the file again makes sense. url: the name of a file in messages.
     """
 
     @property
     def read_ahead(self) -> int: ...
-    def read(self, name: str, offset: int, size: int, expected: Expected) -> bytes: ...
+    def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes: ...
     def read_whole(self, name: str) -> bytes: ...
     def size(self, name: str) -> int | None: ...
-    def prefetch(self, name: str, expected: Expected) -> None: ...
-    def forget(self, name: str, expected: Expected) -> bool: ...
+    def prefetch(self, name: str, expected: ExpectedFile) -> None: ...
+    def discard(self, name: str, expected: ExpectedFile) -> bool: ...
     def url(self, name: str) -> str: ...
 
 
 @dataclass(frozen=True)
-class Local:
-    """A folder on this machine, or on a file system that it mounts."""
+class LocalFolder:
+    """A folder of this machine or of a mounted file system."""
 
     folder: str
     read_ahead = 0
 
-    def read(self, name: str, offset: int, size: int, expected: Expected) -> bytes:
+    def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
         descriptor = os.open(self.url(name), os.O_RDONLY)
         try:
             return os.pread(descriptor, size, offset)
@@ -71,80 +76,83 @@ class Local:
         return Path(self.url(name)).read_bytes()
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file. Raises FileNotFoundError."""
+        """Return the bytes of a file. Raises FileNotFoundError."""
         return os.stat(self.url(name)).st_size
 
-    def prefetch(self, name: str, expected: Expected) -> None:
-        """Nothing to do: the kernel reads ahead."""
+    def prefetch(self, name: str, expected: ExpectedFile) -> None:
+        """Do nothing: the kernel reads ahead."""
 
-    def forget(self, name: str, expected: Expected) -> bool:
-        """These are the files themselves."""
+    def discard(self, name: str, expected: ExpectedFile) -> bool:
+        """Keep the file, which is the original and not a copy."""
         return False
 
     def url(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
 
-class Remote:
-    """A folder behind a URL that fsspec knows. A web server that ignores byte ranges is read in whole shards."""
+class RemoteFolder:
+    """A folder behind a URL that fsspec can open. From a web server without byte ranges, whole shards are fetched."""
 
-    read_ahead = 2  # chunks under way while one is used: a store answers in about the time that a chunk trains
+    read_ahead = 2  # an object store answers in about the time that training on a chunk takes
 
     def __init__(self, folder: str, cache: CacheOptions):
         self.folder = folder.rstrip("/")
-        self._fetched = Fetched(self.folder, cache)
-        self._knows_ranges = True
-        self._system: tuple[int, Any] = (0, None)
+        self._whole_files = WholeFileReader(self.folder, cache)
+        self._has_ranges = True
+        self._systems: dict[int, fsspec.AbstractFileSystem] = {}
 
-    def read(self, name: str, offset: int, size: int, expected: Expected) -> bytes:
-        if self._knows_ranges:
-            data = retrying(
-                lambda: self._open().cat_file(self.url(name), start=offset, end=offset + size), self.url(name)
-            )
+    def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
+        if self._has_ranges:
+            data = self._download(name, start=offset, end=offset + size)
             if len(data) <= size:
                 return data
             log.warning("%s: the server ignores byte ranges; shards are fetched whole", self.folder)
-            self._knows_ranges = False
-        return self._fetched.read(name, offset, size, lambda path: self._fetch(name, path), expected)
+            self._has_ranges = False
+        return self._whole_files.read(name, offset, size, lambda path: self._fetch(name, path), expected)
 
     def read_whole(self, name: str) -> bytes:
-        return retrying(lambda: self._open().cat_file(self.url(name)), self.url(name))
+        return self._download(name)
 
     def size(self, name: str) -> int | None:
-        """Unknown: asking costs a request per shard and rank, and a chunk that is not there is named when it is read."""
+        """Return None: a size costs one request per shard and rank, and reading reports a missing chunk anyway."""
         return None
 
-    def prefetch(self, name: str, expected: Expected) -> None:
-        if not self._knows_ranges:
-            self._fetched.prefetch(name, lambda path: self._fetch(name, path), expected)
+    def prefetch(self, name: str, expected: ExpectedFile) -> None:
+        if not self._has_ranges:
+            self._whole_files.prefetch(name, lambda path: self._fetch(name, path), expected)
 
-    def forget(self, name: str, expected: Expected) -> bool:
-        return self._fetched.forget(name, expected)
+    def discard(self, name: str, expected: ExpectedFile) -> bool:
+        return self._whole_files.discard(name, expected)
 
     def url(self, name: str) -> str:
         return f"{self.folder}/{name}"
 
+    def _download(self, name: str, **byte_range: int) -> bytes:
+        data = retrying(lambda: self._open().cat_file(self.url(name), **byte_range), self.url(name))
+        assert isinstance(data, bytes), "files are opened in binary mode"
+        return data
+
     def _fetch(self, name: str, path: Path) -> None:
         retrying(lambda: self._open().get_file(self.url(name), str(path)), self.url(name))
 
-    def _open(self) -> Any:
-        """The file system of this process: connections do not survive a fork."""
-        if self._system[0] != os.getpid():
-            self._system = (os.getpid(), file_system(self.folder))
-        return self._system[1]
+    def _open(self) -> fsspec.AbstractFileSystem:
+        """Return the file system of this process. Connections do not survive a fork, so each process opens its own."""
+        if os.getpid() not in self._systems:
+            self._systems = {os.getpid(): file_system(self.folder)}
+        return self._systems[os.getpid()]
 
 
-class Piped:
-    """Files that a command prints: `command` with a shard's name in place of {name}."""
+class CommandStorage:
+    """Files that a shell command prints. command: has {name} in place of a file's name."""
 
     read_ahead = 0
 
     def __init__(self, command: str, cache: CacheOptions):
         self.command = command
-        self._fetched = Fetched(command, cache)
+        self._whole_files = WholeFileReader(command, cache)
 
-    def read(self, name: str, offset: int, size: int, expected: Expected) -> bytes:
-        return self._fetched.read(name, offset, size, lambda path: self._fetch(name, path), expected)
+    def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
+        return self._whole_files.read(name, offset, size, lambda path: self._fetch(name, path), expected)
 
     def read_whole(self, name: str) -> bytes:
         def collect() -> bytes:
@@ -154,14 +162,14 @@ class Piped:
         return retrying(collect, self.url(name))
 
     def size(self, name: str) -> int | None:
-        """Unknown without running the command."""
+        """Return None: the size is unknown without running the command."""
         return None
 
-    def prefetch(self, name: str, expected: Expected) -> None:
-        self._fetched.prefetch(name, lambda path: self._fetch(name, path), expected)
+    def prefetch(self, name: str, expected: ExpectedFile) -> None:
+        self._whole_files.prefetch(name, lambda path: self._fetch(name, path), expected)
 
-    def forget(self, name: str, expected: Expected) -> bool:
-        return self._fetched.forget(name, expected)
+    def discard(self, name: str, expected: ExpectedFile) -> bool:
+        return self._whole_files.discard(name, expected)
 
     def url(self, name: str) -> str:
         return self.command.replace("{name}", name)
@@ -176,40 +184,65 @@ class Piped:
 
 
 def retrying(action: Callable[[], T], url: str) -> T:
-    """Run an action that needs the network, again after a pause where it fails. Raises OSError with the URL at last.
+    """Run an action that needs the network, and repeat it after a pause if it fails.
 
-    What another try cannot mend (no such file, no permission, a full disk, not installed) is raised at once.
+    Raises OSError with the URL when every attempt failed or a server refuses. Errors that another attempt cannot cure
+    (no such file, no permission, a full disk) are raised as they are, without another attempt.
     """
-    began = time.monotonic()
-    for pause in (*BACK_OFF, None):
-        try:
-            return action()
-        except FileNotFoundError:
-            raise
-        except network_errors() as mistake:
-            if getattr(mistake, "errno", None) in NOT_THE_NETWORK:
-                raise
-            status = getattr(mistake, "status", 0)
-            said = f"HTTP {status} {getattr(mistake, 'message', '')}" if status else repr(mistake)
-            if 400 <= status < 500 and status not in (408, 429):  # not a timeout, not too many requests
-                raise OSError(f"{url}: {said}") from mistake
-            if pause is None:
-                seconds = time.monotonic() - began
-                raise OSError(f"{url}: failed {len(BACK_OFF) + 1} times over {seconds:.0f} s: {said}") from mistake
-            log.warning("%s: %s; trying again in %.0f s", url, said, pause)
-            time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+    attempts = Retrying(
+        retry=retry_if_exception(_is_temporary),
+        wait=wait_chain(*(wait_fixed(pause) for pause in BACKOFF_S)),
+        stop=stop_after_attempt(len(BACKOFF_S) + 1),
+        before_sleep=lambda state: log.warning(
+            "%s: %s; trying again in %.0f s", url, _describe(_error_of(state.outcome)), state.upcoming_sleep
+        ),
+    )
+    try:
+        return attempts(action)
+    except RetryError as failed:
+        last, seconds = _error_of(failed.last_attempt), attempts.statistics["delay_since_first_attempt"]
+        raise OSError(f"{url}: failed {len(BACKOFF_S) + 1} times over {seconds:.0f} s: {_describe(last)}") from last
+    except network_errors() as error:
+        if _status_of(error):
+            raise OSError(f"{url}: {_describe(error)}") from error
+        raise
 
 
-def open_pipe(url: str) -> Any:
-    """webdataset's opener for pipe:COMMAND; its close() raises OSError where the command failed."""
-    import webdataset  # here, because it brings torch, which nothing else in this file needs
+def _is_temporary(error: BaseException) -> bool:
+    """Tell whether another attempt may succeed after this error."""
+    if isinstance(error, FileNotFoundError) or not isinstance(error, network_errors()):
+        return False
+    if getattr(error, "errno", None) in PERMANENT_ERRORS:
+        return False
+    status = _status_of(error)
+    return not 400 <= status < 500 or status in (408, 429)  # 408: timeout, 429: too many requests
+
+
+def _error_of(attempt: Future | None) -> BaseException:
+    error = attempt.exception() if attempt else None
+    assert error is not None, "only a failed attempt is repeated"
+    return error
+
+
+def _status_of(error: BaseException) -> int:
+    """Return the HTTP status of an error, 0 if it has none."""
+    return getattr(error, "status", 0)
+
+
+def _describe(error: BaseException) -> str:
+    status = _status_of(error)
+    return f"HTTP {status} {getattr(error, 'message', '')}" if status else repr(error)
+
+
+def open_pipe(url: str) -> "BinaryIO | Pipe":
+    """Open pipe:COMMAND with webdataset's opener, whose read() and close() raise OSError if the command failed."""
+    import webdataset  # imports torch, which nothing else in this file needs
 
     return webdataset.gopen(url)
 
 
 def network_errors() -> tuple[type[BaseException], ...]:
-    """What a broken connection looks like in the libraries that are installed."""
+    """Return the exceptions that the installed libraries raise for a broken connection."""
     found: list[type[BaseException]] = [OSError, EOFError, TimeoutError, subprocess.SubprocessError]
     if importlib.util.find_spec("aiohttp"):
         import aiohttp
@@ -222,25 +255,25 @@ def network_errors() -> tuple[type[BaseException], ...]:
     return tuple(found)
 
 
-def file_system(url: str) -> Any:
-    """fsspec's file system for a URL. Raises ValueError naming the package that is missing for it."""
+def file_system(url: str) -> fsspec.AbstractFileSystem:
+    """Return fsspec's file system for a URL. Raises ValueError that names the package that is missing for it."""
     options: dict[str, Any] = {}
     if url.startswith(("http://", "https://")):
         import aiohttp
 
-        # A long download is no error; a silent server is.
+        # A download may take long, but the server must not stay silent.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED_S, sock_read=STALLED_S)
         options["client_kwargs"] = {"timeout": timeout}
     try:
         return fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)[0]
-    except (ImportError, ValueError) as mistake:
-        raise ValueError(f"{url}: fsspec cannot open it: {mistake}") from mistake
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url}: fsspec cannot open it: {error}") from error
 
 
 def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str] | None]:
-    """Read a location as a recipe gives it. Returns its storage, and the shards it names: None for all of the folder.
+    """Open a location of a recipe. Returns its storage and the names of its shards, None for all shards of the folder.
 
-    Raises ValueError for a location that names shards of several folders, or a pipe that names none.
+    Raises ValueError for shards of several folders, and for a command that contains no shard name.
     """
     if scheme := URL.match(location):
         location = scheme[0].lower() + location[scheme.end() :]
@@ -252,13 +285,15 @@ def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str]
         paths = list(braceexpand.braceexpand(location))
         folders = sorted({path.rpartition("/")[0] for path in paths})
         if len(folders) != 1:
-            raise ValueError(f"{location}: spans the folders {', '.join(folders)}, expected one with one manifest.")
+            raise ValueError(
+                f"{location}: spans the folders {', '.join(folders)}, expected one folder with one manifest."
+            )
         folder, names = folders[0] or ".", [path.rpartition("/")[2] for path in paths]
     if location.startswith("file://"):
         folder = folder.removeprefix("file://")
     elif URL.match(location):
-        return Remote(folder, cache), names
-    return Local(os.path.expanduser(folder)), names
+        return RemoteFolder(folder, cache), names
+    return LocalFolder(os.path.expanduser(folder)), names
 
 
 def _open_pipe(location: str, cache: CacheOptions) -> tuple[Storage, list[str]]:
@@ -267,11 +302,11 @@ def _open_pipe(location: str, cache: CacheOptions) -> tuple[Storage, list[str]]:
         found = TAR_NAME.findall(command)
         if not found:
             raise ValueError(
-                f"{location}: names no shard; expected a command that prints one, such as "
+                f"{location}: contains no shard name; expected a command that prints a shard, such as "
                 "'pipe:aws s3 cp s3://bucket/corpus/train-{00000..00099}.tar -'."
             )
         names.append(found[-1])
         commands.add(command.replace(found[-1], "{name}"))
     if len(commands) != 1:
-        raise ValueError(f"{location}: spans several folders, expected one with one manifest.")
-    return Piped(commands.pop(), cache), names
+        raise ValueError(f"{location}: spans several folders, expected one folder with one manifest.")
+    return CommandStorage(commands.pop(), cache), names

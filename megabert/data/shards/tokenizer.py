@@ -1,4 +1,4 @@
-"""A tokenizer as the data path sees it: one file, and what its special tokens are."""
+"""Find and read a tokenizer.json, its special tokens, and encode texts with it."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def find_tokenizer(path: str | Path) -> tuple[Path, TokenizerInfo]:
-    """Find tokenizer.json, by its folder or itself, and its special tokens.
+    """Find a tokenizer.json, given its path or its folder, and its special tokens.
 
-    Raises ValueError if it is not there, cannot be read, or lacks one of BERT's five.
+    Raises ValueError if it is missing, cannot be read, or lacks one of BERT's five special tokens.
     """
     file = Path(path, TOKENIZER) if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -31,24 +31,24 @@ def find_tokenizer(path: str | Path) -> tuple[Path, TokenizerInfo]:
         special_ids[name] = number
     added = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
     fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()
-    every = tuple(sorted({*special_ids.values(), *added}))
-    return file, TokenizerInfo(fingerprint, vocab_size(tokenizer), special_ids, every)
+    all_special_ids = tuple(sorted({*special_ids.values(), *added}))
+    return file, TokenizerInfo(fingerprint, vocab_size(tokenizer), special_ids, all_special_ids)
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the highest id: a vocabulary with holes still needs a row for each."""
+    """Return one more than the highest id: a vocabulary with gaps still needs an embedding row for each id."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """Load a tokenizer.json for encoding raw text: nothing cut, nothing padded, and "[MASK]" in a text is text.
+    """Load a tokenizer.json for raw text: without truncation or padding, and with "[MASK]" in a text encoded as text.
 
-    Raises ValueError if it is not one.
+    Raises ValueError if the file is not a tokenizer.json.
     """
     try:
         raw = json.loads(file.read_bytes())
-    except ValueError as mistake:
-        raise ValueError(f"{file}: not valid JSON: {mistake}") from mistake
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or "added_tokens" not in raw:
         raise ValueError(
             f"{file}: not a tokenizer of the tokenizers library: it has no model and added tokens. "
@@ -56,8 +56,8 @@ def read_tokenizer(file: Path) -> Tokenizer:
         )
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as mistake:  # the library raises no class of its own
-        raise ValueError(f"{file}: the tokenizers library cannot read it: {mistake}") from mistake
+    except Exception as error:  # the library raises no class of its own
+        raise ValueError(f"{file}: the tokenizers library cannot read it: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
@@ -65,12 +65,12 @@ def read_tokenizer(file: Path) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of each text, without special tokens."""
+    """Return the ids of each text, without special tokens."""
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def encode_flat(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of all texts end to end, without special tokens, and how many each has (int64)."""
+    """Return the ids of all texts end to end, without special tokens, and the length of each text (int64)."""
     ids = encode(tokenizer, texts)
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     return np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum())), lengths

@@ -1,15 +1,12 @@
-"""One small fine-tuning of a checkpoint, for a pretraining run that asks how it is doing (training/telemetry/probe.py).
+"""Fine-tune one checkpoint on a small task, in a process that a pretraining run starts (training/telemetry/probe.py).
 
-python -m megabert.finetune.jobs.probe --checkpoint runs/x/checkpoints/step-00001000 --task sst2 --data glue_dir --out score.json
+python -m megabert.finetune.jobs.probe --checkpoint runs/x/checkpoints/step-00001000 --task sst2 --out score.json
 """
 
 import dataclasses
 import json
 import os
 import shutil
-import stat
-import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,11 +14,14 @@ from typing import Literal
 from megabert.config import cli
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import read_state
-from megabert.finetune.protocol import Plan, read_protocol
-from megabert.finetune.tasks.readers import check_data, locate
-from megabert.finetune.tasks.task import Task, choose_tasks, read_task
+from megabert.files.subprocesses import exit_with_parent
+from megabert.finetune.protocol import TaskPlan, read_protocol
+from megabert.finetune.tasks.readers import check_data, locate_data
+from megabert.finetune.tasks.task import Task, glue_tasks, read_task
 
-START = "start"  # the checkpoint in our folder layout, beside the score; overwritten each time
+# The converted checkpoint, next to the score; overwritten each time.
+BASE_MODEL = "start"
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -31,65 +31,61 @@ class Options:
     data: str = "data/glue"
     """as in launch/finetune_glue.py"""
     protocol: str = "quick"
-    """as in launch/finetune_glue.py; its first candidate and first seed"""
+    """as in launch/finetune_glue.py; its first candidate and first seed are used"""
     max_examples: int = 1000
     """examples to train on, and to score"""
     checkpoint: str = ""
-    """a pretraining run's"""
+    """checkpoint of a pretraining run"""
     out: str = ""
     """file for the score"""
     ops: Literal["auto", "torch", "fused"] = "auto"
     """as run.ops of a recipe"""
     check: bool = False
-    """look at the task and its data only"""
+    """only check the task, its data and the protocol"""
 
 
 def main() -> None:
     options = cli.read_flags(Options, "probe", __doc__ or "")
-    if stat.S_ISFIFO(os.fstat(0).st_mode):
-        threading.Thread(target=_end_with_starter, daemon=True).start()
-    task = the_task(options.task)
-    data = locate(options.data, [task])
-    plan = read_protocol(options.protocol, [task]).plan(task)
+    exit_with_parent()
+    task = read_probe_task(options.task)
+    data = locate_data(options.data, [task])
+    plan = read_protocol(options.protocol, [task]).plan_for(task)
     check_data([task], data, submission=False)
     if not options.check:
-        os.nice(10)  # whatever else the machine does goes first
-        score(options, task, data, plan)
+        os.nice(10)  # everything else on the machine has priority
+        write_score(options, task, data, plan)
 
 
-def score(options: Options, task: Task, data: Path, plan: Plan) -> None:
-    """Fine-tune, and write the score."""
-    # Imported here: with --check the training waits, and torch takes seconds to load.
+def write_score(options: Options, task: Task, data: Path, plan: TaskPlan) -> None:
+    """Fine-tune the checkpoint and write its score."""
+    # Imported here: torch takes seconds to load, and with --check the training waits for this process.
     import torch
 
-    from megabert.finetune.base_model import prepare
-    from megabert.finetune.jobs.job import Context, Job, Slot, run_job
+    from megabert.finetune.base_model import prepare_base_model
+    from megabert.finetune.jobs.job import FinetuneJob, JobContext, WorkerSlot, run_job
 
     checkpoint, out = Path(options.checkpoint), Path(options.out)
     tokens = read_state(checkpoint).tokens
-    start = prepare(checkpoint, out.parent / START)
-    budget = {"max_train_examples": options.max_examples, "max_dev_examples": options.max_examples}
-    settings = dataclasses.replace(plan.candidates[0], **budget)
-    job = Job(task=task, settings=settings, candidate=0, seed=plan.seeds[0], counting=plan.metrics)
-    slot = Slot(torch.device("cpu"), torch.get_num_threads())
-    result = run_job(job, Context(out=out.parent, data=data, start=start, ops=options.ops), slot, start.folder)
-    shutil.rmtree(start.folder)
-    write_atomically(out, json.dumps({**result, "task": task.name, "tokens": tokens}, indent=1).encode())
+    base = prepare_base_model(checkpoint, out.parent / BASE_MODEL)
+    limits = {"max_train_examples": options.max_examples, "max_dev_examples": options.max_examples}
+    settings = dataclasses.replace(plan.candidates[0], **limits)
+    job = FinetuneJob(task=task, settings=settings, candidate=0, seed=plan.seeds[0], score_metrics=plan.metrics)
+    context = JobContext(out=out.parent, data=data, base=base, ops=options.ops)
+    slot = WorkerSlot(torch.device("cpu"), torch.get_num_threads())
+    result = run_job(job, context, slot, base.folder)
+    shutil.rmtree(base.folder)
+    record = {"format_version": FORMAT_VERSION, **result, "task": task.name, "tokens": tokens}
+    write_atomically(out, json.dumps(record, indent=1).encode())
 
 
-def the_task(name: str) -> Task:
-    """Raises ValueError for more than one."""
+def read_probe_task(name: str) -> Task:
+    """Return a GLUE task by name, or the task of a YAML file. Raises ValueError for several, or without labels."""
     if name.endswith((".yaml", ".yml")):
         return read_task(Path(name))
-    tasks = choose_tasks(name)
+    tasks = glue_tasks(name)
     if len(tasks) != 1 or not tasks[0].dev:
         raise ValueError(f"task {name}: expected one task that has labels to score.")
     return tasks[0]
-
-
-def _end_with_starter() -> None:
-    sys.stdin.read()  # a pipe whose other end nobody writes to: it closes when the training process ends, however it does
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run jobs in processes, side by side, and again only where what they left is not there or not of the same request."""
+"""Run fine-tuning jobs in parallel processes, and reuse the results of jobs that are done already."""
 
 import json
 import multiprocessing
@@ -6,7 +6,6 @@ import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,218 +15,245 @@ import torch
 from megabert.files.atomic import write_atomically
 from megabert.files.hashing import file_sha256
 from megabert.files.lock import LockHeldError, acquire
+from megabert.files.subprocesses import exit_with_parent, last_line
 from megabert.finetune.base_model import fingerprint
-from megabert.finetune.jobs.job import PRETRAINED, Context, Job, Slot, label_again, run_job
+from megabert.finetune.jobs.job import (
+    PRETRAINED,
+    FinetuneJob,
+    JobContext,
+    WorkerSlot,
+    label_with_kept_model,
+    run_job,
+)
 from megabert.finetune.tasks.readers import file_hashes
 
-BUSY = 75  # exit code of a job that another command is running: EX_TEMPFAIL
+# Of OUT/jobs/NAME.json. Files without a version are of version 1; a job whose file has another version is run again.
+FORMAT_VERSION = 1
+# Exit code of a job's process if another command runs the same job (EX_TEMPFAIL of sysexits.h).
+BUSY = 75
+
+Result = dict[str, Any]
 
 
 class Runner:
-    """results: of the jobs that ended, by name; data, labelling: hashes of the files of each task, and of each job's test sets."""
+    """Runs the jobs of one command.
 
-    def __init__(self, jobs: list[Job], context: Context, say: Callable[[str], None]):
-        self.jobs, self.context, self.say = jobs, context, say
-        self.results: dict[str, dict[str, Any]] = {}
-        hashes = {job.task.name: file_hashes(job.task, context.data, ["train", *job.task.dev.values()]) for job in jobs}
-        sets = {(task.name, split): task for job in jobs for task, split in job.unlabelled}
-        tests = {key: file_hashes(task, context.data, [key[1]]) for key, task in sets.items()}
-        self.data = hashes
-        self.labelling = {
-            job.name: {f"{task.name}/{split}": tests[task.name, split] for task, split in job.unlabelled}
+    results: name of a job that ended -> its result; data_hashes: task -> hashes of its training and evaluation files;
+    test_hashes: name of a job -> hashes of the test sets that it labels.
+    """
+
+    def __init__(self, jobs: list[FinetuneJob], context: JobContext, log: Callable[[str], None]):
+        self.jobs, self.context, self.log = jobs, context, log
+        self.results: dict[str, Result] = {}
+        self.data_hashes = {
+            job.task.name: file_hashes(job.task, context.data, ["train", *job.task.dev.values()]) for job in jobs
+        }
+        tasks = {(task.name, split): task for job in jobs for task, split in job.test_sets}
+        hashes = {key: file_hashes(task, context.data, [key[1]]) for key, task in tasks.items()}
+        self.test_hashes = {
+            job.name: {f"{task.name}/{split}": hashes[task.name, split] for task, split in job.test_sets}
             for job in jobs
         }
         context.jobs.mkdir(parents=True, exist_ok=True)
 
-    def run(self, slots: list[Slot], mine: Callable[[int], bool] = lambda number: True) -> None:
-        """Run what is not done, one job per slot at a time; jobs of others (not mine) only count if they are done."""
+    def run(self, slots: list[WorkerSlot], selected: Callable[[int], bool] = lambda index: True) -> None:
+        """Run the selected jobs that are not done, one per slot at a time; of the others, only use stored results."""
         for job in self.jobs:
-            self._reuse(job)
-        left = [job for number, job in enumerate(self.jobs) if mine(number) and job.name not in self.results]
-        self._run(left, slots, self._reuse)
+            self._reuse_result(job)
+        pending = [job for index, job in enumerate(self.jobs) if selected(index) and job.name not in self.results]
+        self._run_jobs(pending, slots, self._reuse_result)
 
-    def label(self, slots: list[Slot]) -> None:
-        """See that each task's best job has labelled the test sets as they are now; where not, run that one again.
+    def label_test_sets(self, slots: list[WorkerSlot]) -> None:
+        """Run each task's best job again if its predictions on the test sets are missing or outdated.
 
-        It trains again, unless its model was kept. A job that labels another way was done before this was asked for, or before
-        a test set changed, or its file is lost.
+        That is the case if the job ran before they were asked for or before a test set changed, or if their file is
+        lost. The job trains again, unless it kept its model. Repeated, because another job may be the best one then.
         """
-        while again := [job for job in best_jobs(self.jobs, self.results) if not self._has_labels(job)]:
-            for job in again:
+        while outdated := [job for job in best_jobs(self.jobs, self.results) if not self._has_test_labels(job)]:
+            for job in outdated:
                 del self.results[job.name]
-            self._run(again, slots, lambda job: False)
+            self._run_jobs(outdated, slots, lambda job: False)
 
-    def _run(self, pending: list[Job], slots: list[Slot], is_done: Callable[[Job], bool]) -> None:
-        """is_done: asked before a job starts, for another command may have done it meanwhile."""
-        free = list(slots)
-        running: dict[Any, tuple[Job, Any, Slot]] = {}
-        processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload([__name__])  # importing torch takes seconds: once, not in every job
+    def _run_jobs(
+        self, pending: list[FinetuneJob], slots: list[WorkerSlot], is_done: Callable[[FinetuneJob], bool]
+    ) -> None:
+        """Run jobs in processes. is_done: called before a job starts: another command may have run it meanwhile."""
+        free, pending = list(slots), list(pending)
+        running: dict[Any, tuple[FinetuneJob, Any, WorkerSlot]] = {}
         try:
             while pending or running:
                 for job in list(pending):
                     if not free:
                         break
-                    ready = self._ready(job)
-                    if ready is None:
+                    start = self._start_model(job)
+                    if start is None:
                         continue
                     pending.remove(job)
-                    if is_done(job) or self._fail_without_start(job):
+                    if is_done(job) or self._fail_without_mnli(job):
                         continue
                     slot = free.pop(0)
-                    process = processes.Process(target=work, args=(job, self.context, slot, *ready))
-                    process.start()
+                    process = start_process(job, self.context, slot, start[0], self._request(job, start[1]))
                     running[process.sentinel] = (job, process, slot)
                 if not running:
-                    break  # what is left waits for jobs of others
+                    break  # the pending jobs wait for jobs of other commands
                 for sentinel in multiprocessing.connection.wait(list(running)):
                     job, process, slot = running.pop(sentinel)
                     process.join()
                     free.append(slot)
-                    self._collect(job, process.exitcode)
+                    self._record_result(job, process.exitcode)
         finally:
             for _, process, _ in running.values():
                 process.kill()
                 process.join()
 
-    def _mnli_jobs(self) -> list[Job]:
+    def _mnli_jobs(self) -> list[FinetuneJob]:
         return [job for job in self.jobs if job.keep_model]
 
-    def _ready(self, job: Job) -> tuple[Path, dict[str, Any]] | None:
-        """The folder that a job starts from and its request; None while it has to wait for MNLI."""
-        start, sha256 = self.context.start
-        if job.from_mnli:
-            ended = [(self.results.get(other.name), other) for other in self._mnli_jobs()]
-            if any(result is None for result, _ in ended):
-                return None
-            done = [(result["score"], other.name) for result, other in ended if result and result["status"] == "done"]
-            if done:
-                start = self.context.jobs / max(done)[1]
-                sha256 = self.results[start.name]["model"]
-            else:
-                sha256 = "none"
-        request = {
-            "training": job.training, "start": sha256, "data": self.data[job.task.name], "ops": self.context.ops,
-            "labelling": self.labelling[job.name],
-        }  # fmt: skip
-        return start, request
+    def _start_model(self, job: FinetuneJob) -> tuple[Path, str] | None:
+        """Return folder and hash of the model that a job starts from; None while MNLI's jobs are not all done."""
+        if not job.from_mnli:
+            return self.context.base
+        ended = {other.name: self.results.get(other.name) for other in self._mnli_jobs()}
+        if any(result is None for result in ended.values()):
+            return None
+        done = [(result["score"], name) for name, result in ended.items() if result and result["status"] == "done"]
+        if not done:
+            return self.context.base.folder, "none"
+        _, name = max(done)
+        return self.context.jobs / name, self.results[name]["model"]
 
-    def _reuse(self, job: Job) -> bool:
-        """Take the result of an earlier run, if it was for the same training and another task's start is still there."""
-        ready = self._ready(job)
-        if ready is None:
-            return False
+    def _request(self, job: FinetuneJob, start_sha256: str) -> dict[str, Any]:
+        """Return everything that determines a job's result. A stored result with another request is not reused."""
+        return {
+            "training": job.identity,
+            "start": start_sha256,
+            "data": self.data_hashes[job.task.name],
+            "ops": self.context.ops,
+            "labelling": self.test_hashes[job.name],
+        }
+
+    def _reuse_result(self, job: FinetuneJob) -> bool:
+        """Use the stored result of a job, if its training was the same and a model that others start from is intact."""
+        start = self._start_model(job)
         result = read_result(self.context, job)
-        if result is None or result["status"] != "done" or not trains_the_same(result["request"], ready[1]):
+        if start is None or result is None or not is_same_training(result, self._request(job, start[1])):
             return False
-        if any(other.from_mnli for other in self.jobs) and job.keep_model and not kept_whole(self.context, job, result):
+        others_start_here = job.keep_model and any(other.from_mnli for other in self.jobs)
+        if others_start_here and not kept_model_is_intact(self.context, job, result):
             return False
         self.results[job.name] = result | {"score": job.score(result["scores"])}
         return True
 
-    def _has_labels(self, job: Job) -> bool:
-        """Whether a finished job labelled the test sets as they are, and its file is there, undamaged."""
+    def _has_test_labels(self, job: FinetuneJob) -> bool:
+        """Return whether a job that is done labelled the present test sets, and its file is intact."""
         result, path = self.results[job.name], self.context.jobs / f"{job.name}.npz"
-        if result["request"]["labelling"] != self.labelling[job.name] or not path.is_file():
+        if result["request"]["labelling"] != self.test_hashes[job.name] or not path.is_file():
             return False
         return file_sha256(path) == result["labels_sha256"]
 
-    def _fail_without_start(self, job: Job) -> bool:
+    def _fail_without_mnli(self, job: FinetuneJob) -> bool:
         if not job.from_mnli or any(self.results[other.name]["status"] == "done" for other in self._mnli_jobs()):
             return False
-        self._write_failure(job, "its start, MNLI's encoder, is missing: MNLI failed")
+        self._record_failure(job, "MNLI failed, whose model it starts from")
         return True
 
-    def _collect(self, job: Job, exitcode: int | None) -> None:
+    def _record_result(self, job: FinetuneJob, exitcode: int | None) -> None:
+        """Record how the process of a job ended."""
         result = read_result(self.context, job)
         if exitcode == 0 and result is not None:
             self.results[job.name] = result | {"score": job.score(result["scores"])}
             scores = ", ".join(f"{name} {value:.4f}" for name, value in result["scores"].items())
-            self.say(f"{job.name}: {scores} ({result['seconds']:.0f} s)")
+            self.log(f"{job.name}: {scores} ({result['seconds']:.0f} s)")
         elif exitcode == BUSY:
-            self.say(f"{job.name}: another command is running it")
+            self.log(f"{job.name}: another command is running it")
         elif exitcode is not None and exitcode < 0:
-            self._write_failure(job, f"killed by {signal.Signals(-exitcode).name}")
+            self._record_failure(job, f"killed by {signal.Signals(-exitcode).name}")
         else:
-            self._write_failure(job, last_line(self.context.jobs / f"{job.name}.log") or f"exit code {exitcode}")
+            path = self.context.jobs / f"{job.name}.log"
+            output = path.read_text(errors="replace") if path.is_file() else ""
+            self._record_failure(job, last_line(output) or f"exit code {exitcode}")
 
-    def _write_failure(self, job: Job, reason: str) -> None:
+    def _record_failure(self, job: FinetuneJob, reason: str) -> None:
         result = {"status": "failed", "error": reason}
-        write_atomically(self.context.jobs / f"{job.name}.json", json.dumps(result, indent=1).encode())
+        write_result(self.context, job, result)
         self.results[job.name] = result
-        self.say(f"{job.name}: FAILED: {reason}")
+        self.log(f"{job.name}: FAILED: {reason}")
 
 
-def read_result(context: Context, job: Job) -> dict[str, Any] | None:
-    """What a job wrote; None if it wrote nothing, or only a part of it is there."""
+def write_result(context: JobContext, job: FinetuneJob, result: Result) -> None:
+    record = {"format_version": FORMAT_VERSION, **result}
+    write_atomically(context.jobs / f"{job.name}.json", json.dumps(record, indent=1).encode())
+
+
+def read_result(context: JobContext, job: FinetuneJob) -> Result | None:
+    """Return the stored result of a job; None if it is missing, incomplete, of another version or failed."""
     try:
         result = json.loads((context.jobs / f"{job.name}.json").read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    if not isinstance(result, dict) or result.get("status") not in ("done", "failed"):
+    if not isinstance(result, dict) or result.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
         return None
-    return result if result["status"] == "failed" or {"request", "scores", "seconds"} <= result.keys() else None
+    is_complete = {"request", "scores", "seconds"} <= result.keys()
+    return result if result.get("status") == "done" and is_complete else None
 
 
-def trains_the_same(one: Any, other: dict[str, Any]) -> bool:
-    """Whether two requests ask for the same training and scores, whatever they label."""
-    return isinstance(one, dict) and one | {"labelling": None} == other | {"labelling": None}
+def is_same_training(result: Result, request: dict[str, Any]) -> bool:
+    """Return whether a stored result is of the requested training and scores, whichever test sets it labelled."""
+    stored = result["request"]
+    return isinstance(stored, dict) and stored | {"labelling": None} == request | {"labelling": None}
 
 
-def kept_whole(context: Context, job: Job, result: dict[str, Any]) -> bool:
-    """Whether the model that a job kept is there, undamaged."""
+def kept_model_is_intact(context: JobContext, job: FinetuneJob, result: Result) -> bool:
+    """Return whether the model that a job kept is the one that its result records."""
     try:
         return fingerprint(context.jobs / job.name) == result.get("model")
     except (OSError, ValueError):
         return False
 
 
-def best_jobs(jobs: list[Job], results: dict[str, dict[str, Any]]) -> list[Job]:
-    """Of each task with test sets to label the job with the best score, if any is done."""
-    best: dict[str, Job] = {}
+def best_jobs(jobs: list[FinetuneJob], results: dict[str, Result]) -> list[FinetuneJob]:
+    """Return, for each task with test sets to label, the job with the best score, if one is done."""
+    best: dict[str, FinetuneJob] = {}
     for job in jobs:
-        if job.contender == PRETRAINED and job.unlabelled and results.get(job.name, {}).get("status") == "done":
-            so_far = best.setdefault(job.task.name, job)
-            if results[job.name]["score"] > results[so_far.name]["score"]:
+        if job.contender == PRETRAINED and job.test_sets and results.get(job.name, {}).get("status") == "done":
+            best_so_far = best.setdefault(job.task.name, job)
+            if results[job.name]["score"] > results[best_so_far.name]["score"]:
                 best[job.task.name] = job
     return list(best.values())
 
 
-def last_line(path: Path) -> str:
-    """Of a log; nothing if it is empty or lost."""
-    lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+def start_process(job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: Path, request: dict[str, Any]) -> Any:
+    """Start the process of a job."""
+    processes = multiprocessing.get_context("forkserver")
+    # Importing torch takes seconds: the server does it once for all jobs.
+    processes.set_forkserver_preload([__name__])
+    process = processes.Process(target=job_process, args=(job, context, slot, start, request))
+    process.start()
+    return process
 
 
-def work(job: Job, context: Context, slot: Slot, start: Path, request: dict[str, Any]) -> None:
-    """The whole life of a job's process: it ends with 0 after its result is written, and with its starter."""
+def job_process(job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: Path, request: dict[str, Any]) -> None:
+    """Run a job in a process of its own, with its output in the job's log."""
+    exit_with_parent()
     try:
-        claim = acquire(context.jobs / f"{job.name}.lock")
+        lock = acquire(context.jobs / f"{job.name}.lock")
     except LockHeldError:
         sys.exit(BUSY)
-    log = os.open(context.jobs / f"{job.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    starter = multiprocessing.parent_process()
-    assert starter is not None, "runs in a process of its own"
-    threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
+    output = os.open(context.jobs / f"{job.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     torch.set_num_threads(slot.threads)
-    found = read_result(context, job)
-    if (
-        job.keep_model
-        and found is not None
-        and found["status"] == "done"
-        and trains_the_same(found["request"], request)
-        and kept_whole(context, job, found)
-    ):
-        result = found | label_again(job, context, slot)
+    run_and_write(job, context, slot, start, request)
+    lock.release()
+
+
+def run_and_write(
+    job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: Path, request: dict[str, Any]
+) -> None:
+    """Run a job and write its result; if it kept the model of this very training, only label the test sets again."""
+    stored = read_result(context, job) if job.keep_model else None
+    if stored and is_same_training(stored, request) and kept_model_is_intact(context, job, stored):
+        result = stored | label_with_kept_model(job, context, slot)
     else:
         result = run_job(job, context, slot, start)
-    result |= {"request": request, "status": "done"}
-    write_atomically(context.jobs / f"{job.name}.json", json.dumps(result, indent=1).encode())
-    claim.release()
-
-
-def _end_with(starter: Any) -> None:
-    starter.join()
-    os._exit(1)
+    write_result(context, job, result | {"request": request, "status": "done"})

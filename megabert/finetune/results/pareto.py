@@ -1,22 +1,26 @@
-"""Score against what it cost: the checkpoints of several runs, one line per run, the Pareto front marked."""
+"""Score and cost of the checkpoints of several pretraining runs, with their Pareto fronts."""
 
 import dataclasses
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from megabert.files.checkpoint_format import list_tags, read_state
+from megabert.finetune.results.report import read_results
+from megabert.plots.pareto import Panel
 
-AXES = {"hours": "wall-clock hours", "tokens": "real tokens", "dollars": "dollars"}
-FEWEST = 3  # points that make a line: by default a run keeps its last two checkpoints
+# Costs of a point, with the labels of their axes.
+COSTS = {"hours": "wall-clock hours", "tokens": "real tokens", "dollars": "dollars"}
+# Two points do not make a curve, and by default a run keeps its last two checkpoints.
+MIN_POINTS = 3
 
 
 @dataclass(frozen=True)
 class Point:
-    """One checkpoint of one run. score: of 1; dollars: None without a price; fronts: the costs at which no other is as cheap and better."""
+    """One checkpoint of one run.
+
+    score: from 0 to 1; dollars: None without a price; fronts: the costs for which the point is on the Pareto front.
+    """
 
     run: str
     step: int
@@ -28,13 +32,13 @@ class Point:
 
 
 def name_runs(folders: list[Path]) -> dict[str, Path]:
-    """Runs by the shortest ends of their paths that differ: runs/a/base, runs/b/base -> a/base, b/base.
+    """Name runs by the shortest distinct ends of their paths: runs/a/base, runs/b/base -> a/base, b/base.
 
-    Raises ValueError if a folder is there twice.
+    Raises ValueError for a folder that is listed twice.
     """
     paths = [folder.resolve() for folder in folders]
     if twice := [folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1]:
-        raise ValueError(f"--runs: {twice[0]} is there twice.")
+        raise ValueError(f"--runs: {twice[0]} is listed twice.")
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-length:]).lstrip("/") for path in paths]
         if len(set(names)) == len(names):
@@ -43,79 +47,74 @@ def name_runs(folders: list[Path]) -> dict[str, Path]:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """A run's checkpoints, oldest first. Raises ValueError if it has none, or if one does not say what it cost."""
+    """List a run's checkpoints, oldest first. Raises ValueError if it has none, or if one does not record its cost."""
     tags = list_tags(run / "checkpoints")
     if not tags:
         raise ValueError(f"{run}: has no checkpoints/step-...; expected the output folder of a pretraining run.")
     found = [run / "checkpoints" / tag for tag in reversed(tags)]
     for checkpoint in found:
-        if read_state(checkpoint).used <= 0:
-            raise ValueError(f"{checkpoint}: does not say how long the run had taken; an older version wrote it.")
+        if read_state(checkpoint).wall_seconds <= 0:
+            raise ValueError(f"{checkpoint}: does not record its hours; an older version wrote it.")
     return found
 
 
 def measure(run: str, checkpoint: Path, results: Path, dollars_per_gpu_hour: float) -> Point:
-    """One point: a checkpoint's cost by its own record, restarts, evaluation and saving included, and the average in a results.json.
+    """Combine a checkpoint's recorded cost with the average score in a results.json.
 
-    Dollars are of as many devices as wrote the checkpoint. Raises ValueError if there is no average.
+    Hours include restarts, evaluation and saving; dollars are for the number of devices that wrote the checkpoint.
+    Raises ValueError if there is no average.
     """
-    found = json.loads(results.read_text())
+    found = read_results(results)
     if found["average"] is None:
         raise ValueError(f"{results}: has no average ({found['average_of']}).")
     state = read_state(checkpoint)
-    hours = state.used / 3600
+    hours = state.wall_seconds / 3600
     price = hours * state.world_size * dollars_per_gpu_hour if dollars_per_gpu_hour else None
     return Point(run, state.step, found["average"], hours, state.tokens, price)
 
 
 def mark_fronts(points: list[Point]) -> list[Point]:
-    """Mark, for each cost, the points that no other beats at the same or less of it."""
+    """Mark, for each cost, the points for which no other point has a better score at the same or a lower cost."""
     marked: list[list[str]] = [[] for _ in points]
-    for cost in costs_known(points):
+    for cost in known_costs(points):
         best = float("-inf")
-        for number in sorted(range(len(points)), key=lambda n: (getattr(points[n], cost), -points[n].score)):
-            if points[number].score > best:
-                best = points[number].score
-                marked[number].append(cost)
+        for index in sorted(range(len(points)), key=lambda i: (getattr(points[i], cost), -points[i].score)):
+            if points[index].score > best:
+                best = points[index].score
+                marked[index].append(cost)
     return [dataclasses.replace(point, fronts=tuple(costs)) for point, costs in zip(points, marked, strict=True)]
 
 
-def costs_known(points: list[Point]) -> list[str]:
-    return [cost for cost in AXES if all(getattr(point, cost) is not None for point in points)]
+def known_costs(points: list[Point]) -> list[str]:
+    return [cost for cost in COSTS if all(getattr(point, cost) is not None for point in points)]
 
 
-def draw(points: list[Point], title: str, out: Path) -> None:
-    """A panel per cost, a line per run; the points on that cost's front are ringed."""
-    costs = costs_known(points)
-    figure = Figure(figsize=(5.5 * len(costs), 4.5), layout="constrained")
-    for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
-        for run in dict.fromkeys(point.run for point in points):
-            mine = [(getattr(point, cost), 100 * point.score) for point in points if point.run == run]
-            axes.plot(*zip(*mine, strict=True), marker="o", label=run)
+def panels(points: list[Point]) -> list[Panel]:
+    """Return the data of the plot, a panel per known cost; scores are times 100."""
+    found = []
+    for cost in known_costs(points):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for point in points:
+            lines.setdefault(point.run, []).append((getattr(point, cost), 100 * point.score))
         front = sorted((getattr(point, cost), 100 * point.score) for point in points if cost in point.fronts)
-        axes.plot(*zip(*front, strict=True), "o", ms=12, mfc="none", color="black", label="Pareto front")
-        axes.set_xlabel(AXES[cost])
-        axes.set_ylabel("score x 100")
-        axes.grid(alpha=0.3)
-    axes.legend()
-    figure.suptitle(title)
-    figure.savefig(out, dpi=120)
+        found.append(Panel(COSTS[cost], lines, front))
+    return found
 
 
 def as_markdown(points: list[Point]) -> str:
-    """A table; then a line for each run of which too few checkpoints are kept."""
+    """Return a table, and a line for each run that kept too few checkpoints."""
     lines = ["| run | step | score | hours | tokens | dollars | on the front in |", "|---|---|---|---|---|---|---|"]
     for point in points:
         dollars = "-" if point.dollars is None else f"{point.dollars:.2f}"
         lines.append(
-            f"| {point.run} | {point.step:,} | {100 * point.score:.2f} | {point.hours:.3f} | {point.tokens:,.0f} | {dollars} | "
-            f"{', '.join(point.fronts)} |"
+            f"| {point.run} | {point.step:,} | {100 * point.score:.2f} | {point.hours:.3f} | {point.tokens:,.0f} "
+            f"| {dollars} | {', '.join(point.fronts)} |"
         )
     counts = {point.run: sum(other.run == point.run for other in points) for point in points}
     few = [
         f"{run}: only {count} checkpoint{'s' * (count > 1)}; train with run.keep_every_steps to keep more."
         for run, count in counts.items()
-        if count < FEWEST
+        if count < MIN_POINTS
     ]
     return "\n".join([*lines, *([""] if few else []), *few]) + "\n"
 

@@ -1,16 +1,18 @@
-"""What came out: results.json, a Markdown table, a picture."""
+"""Results of all jobs as results.json, as a Markdown table and as a bar chart."""
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from megabert.finetune.base_model import Start
-from megabert.finetune.jobs.job import PRETRAINED, RANDOM_INIT, TFIDF, Job
+from megabert.finetune.base_model import BaseModel
+from megabert.finetune.jobs.job import PRETRAINED, RANDOM_INIT, TFIDF, FinetuneJob
 from megabert.finetune.protocol import MNLI, Protocol
 from megabert.finetune.tasks.task import EIGHT, Task
+from megabert.plots.score_bars import Bar, plot_score_bars
 
+# Of results.json. Files without a version are of version 1.
+FORMAT_VERSION = 1
 TITLES = {
     PRETRAINED: "fine-tuned, pretrained",
     RANDOM_INIT: "fine-tuned, from random weights",
@@ -18,38 +20,39 @@ TITLES = {
 }
 
 
-def summarize(jobs: list[Job], results: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Task -> contender -> mean, std (of the sample; None of one seed), n, planned, metrics, scores, failed.
+def summarize(jobs: list[FinetuneJob], results: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return task -> contender -> mean, std (of the sample; None for one seed), n, planned, metrics, scores, failed.
 
-    Of a sweep the candidate with the best mean counts. What failed or did not run yet is in no mean, and named.
+    Of a sweep, the candidate with the best mean counts. Jobs that failed or did not run yet are left out of the mean,
+    and listed.
     """
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for task in dict.fromkeys(job.task.name for job in jobs):
         for contender in TITLES:
-            mine = [job for job in jobs if job.task.name == task and job.contender == contender]
-            if mine:
-                summary.setdefault(task, {})[contender] = _summarize_one(mine, results)
+            chosen = [job for job in jobs if job.task.name == task and job.contender == contender]
+            if chosen:
+                summary.setdefault(task, {})[contender] = _summarize_one(chosen, results)
     return summary
 
 
-def _summarize_one(jobs: list[Job], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _summarize_one(jobs: list[FinetuneJob], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     candidates = {
-        number: [job for job in jobs if job.candidate == number]
-        for number in dict.fromkeys(job.candidate for job in jobs)
+        candidate: [job for job in jobs if job.candidate == candidate]
+        for candidate in dict.fromkeys(job.candidate for job in jobs)
     }
     done = {
-        number: [results[job.name] for job in some if results.get(job.name, {}).get("status") == "done"]
-        for number, some in candidates.items()
+        candidate: [results[job.name] for job in group if results.get(job.name, {}).get("status") == "done"]
+        for candidate, group in candidates.items()
     }
     failed = {
         job.name: result["error"] for job in jobs if (result := results.get(job.name)) and result["status"] == "failed"
     }
     missing = [job.name for job in jobs if job.name not in results]
-    finished = {number: some for number, some in done.items() if some}
+    finished = {candidate: group for candidate, group in done.items() if group}
     outcome: dict[str, Any] = {"mean": None, "std": None, "n": 0, "scores": [], "metrics": {}, "seconds": 0.0}
     best = next(iter(candidates))
     if finished:
-        best = max(finished, key=lambda number: statistics.mean(result["score"] for result in finished[number]))
+        best = max(finished, key=lambda candidate: statistics.mean(result["score"] for result in finished[candidate]))
         scores = [result["score"] for result in finished[best]]
         outcome = {
             "mean": statistics.mean(scores),
@@ -60,47 +63,70 @@ def _summarize_one(jobs: list[Job], results: dict[str, dict[str, Any]]) -> dict[
                 name: statistics.mean(result["scores"][name] for result in finished[best])
                 for name in finished[best][0]["scores"]
             },
-            "seconds": sum(result["seconds"] for some in finished.values() for result in some),
+            "seconds": sum(result["seconds"] for group in finished.values() for result in group),
             "train_examples": finished[best][0]["train_examples"],
             "dev_examples": finished[best][0]["dev_examples"],
         }
     job = candidates[best][0]
     outcome |= {
-        "planned": len(candidates[best]), "candidates": len(candidates), "settings": job.settings.__dict__, "counting": job.counting,
-        "start": MNLI if job.from_mnli else "checkpoint", "failed": failed, "missing": missing,
-    }  # fmt: skip
+        "planned": len(candidates[best]),
+        "candidates": len(candidates),
+        "settings": job.settings.__dict__,
+        "counting": job.score_metrics,
+        "start": MNLI if job.from_mnli else "checkpoint",
+        "failed": failed,
+        "missing": missing,
+    }
     return outcome
 
 
 def average(summary: dict[str, dict[str, dict[str, Any]]]) -> tuple[float | None, str]:
-    """The unweighted mean over GLUE's eight tasks, or over those that ran, and what it is of; None if any job is lacking."""
+    """Return the unweighted mean over GLUE's eight tasks, or over those that ran, and a title for it.
+
+    The mean is None if a job failed or did not run.
+    """
     counted = [task for task in summary if task != "wnli"]
     parts = [summary[task][PRETRAINED] for task in counted]
     title = "mean of GLUE's eight" if sorted(counted) == sorted(EIGHT) else f"mean of {', '.join(counted)} only"
     if not parts:
         return None, "mean of nothing"
     if any(part["failed"] or part["missing"] or part["mean"] is None for part in parts):
-        return None, f"{title}: withheld, for jobs are lacking"
+        return None, f"{title}: withheld, because jobs are missing"
     return statistics.mean(part["mean"] for part in parts), title
 
 
 def as_results(
-    checkpoint: str, start: Start, protocol: Protocol, without_mnli: list[str], summary: dict[str, Any]
+    checkpoint: str, base: BaseModel, protocol: Protocol, without_mnli: list[str], summary: dict[str, Any]
 ) -> dict[str, Any]:
-    """The content of results.json."""
+    """Return the content of results.json."""
     mean, title = average(summary)
     return {
-        "checkpoint": checkpoint, "checkpoint_sha256": start.sha256, "protocol": protocol.name, "protocol_about": protocol.about,
-        "without_mnli_start": without_mnli, "average": mean, "average_of": title, "tasks": summary,
-    }  # fmt: skip
+        "format_version": FORMAT_VERSION,
+        "checkpoint": checkpoint,
+        "checkpoint_sha256": base.sha256,
+        "protocol": protocol.name,
+        "protocol_about": protocol.about,
+        "without_mnli_start": without_mnli,
+        "average": mean,
+        "average_of": title,
+        "tasks": summary,
+    }
 
 
-def _number(value: float | None) -> str:
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a results.json. Raises ValueError for another version."""
+    results = json.loads(path.read_text())
+    if (version := results.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+        raise ValueError(f"{path}: has format_version {version}, expected {FORMAT_VERSION}. Run the fine-tuning again.")
+    return results
+
+
+def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
 def as_markdown(results: dict[str, Any], tasks: list[Task]) -> str:
-    """The table: scores times 100, as papers print them."""
+    """Return the table, with scores times 100, as papers print them."""
     metrics = {task.name: task.metrics for task in tasks}
     lines = [
         f"Protocol: {results['protocol']}. {results['protocol_about']}",
@@ -112,21 +138,21 @@ def as_markdown(results: dict[str, Any], tasks: list[Task]) -> str:
     notes = []
     for task, contenders in results["tasks"].items():
         for contender, part in contenders.items():
-            each = ", ".join(f"{name} {_number(value)}" for name, value in part["metrics"].items())
+            each = ", ".join(f"{name} {_percent(value)}" for name, value in part["metrics"].items())
             count = f"{part['n']}" if part["n"] == part["planned"] else f"{part['n']} of {part['planned']}"
             lines.append(
-                f"| {task} | {TITLES[contender]} | {_number(part['mean'])} | {_number(part['std'])} | {count} | "
-                f"{each or ', '.join(metrics[task])} | {'' if contender == TFIDF else part['start']} | "
-                f"{part.get('train_examples', 0):,} / {part.get('dev_examples', 0):,} | {part['seconds']:.0f} |"
+                f"| {task} | {TITLES[contender]} | {_percent(part['mean'])} | {_percent(part['std'])} | {count} "
+                f"| {each or ', '.join(metrics[task])} | {'' if contender == TFIDF else part['start']} "
+                f"| {part.get('train_examples', 0):,} / {part.get('dev_examples', 0):,} | {part['seconds']:.0f} |"
             )
             notes += [f"- FAILED: {name}: {error}" for name, error in part["failed"].items()]
             notes += [f"- not run yet: {name}" for name in part["missing"]]
             if part["candidates"] > 1:
-                notes.append(f"- {task}: the best of {part['candidates']} candidates, by this very score")
+                notes.append(f"- {task}: the best of {part['candidates']} candidates, chosen by this same score")
             if part["counting"]:
-                notes.append(f"- {task}, {TITLES[contender]}: the score is {' and '.join(part['counting'])} alone")
+                notes.append(f"- {task}, {TITLES[contender]}: the score is only {' and '.join(part['counting'])}")
     lines.append(
-        f"| **average** | {TITLES[PRETRAINED]} | {_number(results['average'])} | | | {results['average_of']} | | | |"
+        f"| **average** | {TITLES[PRETRAINED]} | {_percent(results['average'])} | | | {results['average_of']} | | | |"
     )
     if results["without_mnli_start"]:
         named = ", ".join(results["without_mnli_start"])
@@ -137,27 +163,16 @@ def as_markdown(results: dict[str, Any], tasks: list[Task]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(results: dict[str, Any], out: Path) -> None:
-    """A bar per task and contender, with the standard deviation where there is one."""
+def plot_scores(results: dict[str, Any], out: Path) -> None:
+    """Draw a bar for each task and contender, with the standard deviation over seeds."""
     tasks = results["tasks"]
-    contenders = [name for name in TITLES if any(name in parts for parts in tasks.values())]
-    figure = Figure(figsize=(max(5.0, 1.3 * len(tasks) + 2), 4.2), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(contenders)
-    for place, contender in enumerate(contenders):
-        for number, parts in enumerate(tasks.values()):
-            if (part := parts.get(contender)) and part["mean"] is not None:
-                at = number + (place - (len(contenders) - 1) / 2) * width
-                axes.bar(
-                    at, 100 * part["mean"], 0.92 * width, yerr=100 * (part["std"] or 0) or None, color=f"C{place}", capsize=3,
-                    label=TITLES[contender],
-                )  # fmt: skip
-    axes.set_xticks(range(len(tasks)), list(tasks))
-    axes.set_ylabel("score x 100")
+    bars = [
+        Bar(task, TITLES[contender], 100 * part["mean"], None if part["std"] is None else 100 * part["std"])
+        for contender in TITLES
+        for task, parts in tasks.items()
+        if (part := parts.get(contender)) and part["mean"] is not None
+    ]
+    titles = [title for name, title in TITLES.items() if any(name in parts for parts in tasks.values())]
     mean = results["average"]
-    axes.set_title(f"{results['protocol']}" + ("" if mean is None else f": average {100 * mean:.2f}"), fontsize=10)
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    axes.legend(list(unique.values()), list(unique), fontsize=8, loc="lower right")
-    axes.grid(axis="y", alpha=0.3)
-    figure.savefig(out, dpi=120)
+    heading = results["protocol"] + ("" if mean is None else f": average {100 * mean:.2f}")
+    plot_score_bars(bars, list(tasks), titles, heading, out)

@@ -1,4 +1,4 @@
-"""The test sets' labels in the files that GLUE's server takes (https://gluebenchmark.com/submit), and the zip of them."""
+"""Predictions on the test sets, in the files that GLUE's server accepts (https://gluebenchmark.com/submit)."""
 
 import zipfile
 from typing import Any
@@ -6,29 +6,38 @@ from typing import Any
 import numpy as np
 
 from megabert.files.atomic import write_atomically
-from megabert.finetune.jobs.job import Context, Job
+from megabert.finetune.jobs.job import FinetuneJob, JobContext
 from megabert.finetune.jobs.runner import best_jobs
 from megabert.finetune.tasks.task import Task
 
-# (task, split) -> the server's name of the file.
+# task/split -> the server's name of the file.
 FILES = {
-    "cola/test": "CoLA", "sst2/test": "SST-2", "mrpc/test": "MRPC", "stsb/test": "STS-B", "qqp/test": "QQP", "qnli/test": "QNLI",
-    "mnli/test_matched": "MNLI-m", "mnli/test_mismatched": "MNLI-mm", "rte/test": "RTE", "wnli/test": "WNLI", "ax/test": "AX",
-}  # fmt: skip
-SCORE_RANGE = (0.0, 5.0)  # STS-B's
+    "cola/test": "CoLA",
+    "sst2/test": "SST-2",
+    "mrpc/test": "MRPC",
+    "stsb/test": "STS-B",
+    "qqp/test": "QQP",
+    "qnli/test": "QNLI",
+    "mnli/test_matched": "MNLI-m",
+    "mnli/test_mismatched": "MNLI-mm",
+    "rte/test": "RTE",
+    "wnli/test": "WNLI",
+    "ax/test": "AX",
+}
+STSB_RANGE = (0.0, 5.0)
 
 
-def write_submission(jobs: list[Job], results: dict[str, dict[str, Any]], context: Context) -> list[str]:
-    """Write each task's labels of its test sets, from its best job. Returns the server's files that are lacking.
+def write_submission(jobs: list[FinetuneJob], results: dict[str, dict[str, Any]], context: JobContext) -> list[str]:
+    """Write the predictions of each task's best job on its test sets. Returns the server's files that are missing.
 
-    GLUE's go to OUT/submission/ and into OUT/submission.zip, which the server takes only if it has all eleven; those of the
-    user's own tasks to OUT/predictions/.
+    Those of GLUE's tasks go to OUT/submission/ and OUT/submission.zip, which the server accepts only with all eleven
+    files; those of the user's tasks go to OUT/predictions/.
     """
     for_server, own = context.out / "submission", context.out / "predictions"
     written = []
     for job in best_jobs(jobs, results):
         with np.load(context.jobs / f"{job.name}.npz") as sets:
-            for task, split in job.unlabelled:
+            for task, split in job.test_sets:
                 name, labels = f"{task.name}/{split}", sets[f"{task.name}/{split}"]
                 path = for_server / f"{FILES[name]}.tsv" if name in FILES else own / f"{task.name}.tsv"
                 path.parent.mkdir(exist_ok=True)
@@ -43,11 +52,11 @@ def write_submission(jobs: list[Job], results: dict[str, dict[str, Any]], contex
 
 
 def as_tsv(task: Task, predictions: np.ndarray) -> str:
-    """index and prediction: names of labels where the data has names, else numbers."""
+    """Return lines of index and prediction, which is a label's name, or its number where the data has numbers."""
     if task.is_regression:
-        limits = SCORE_RANGE if task.name == "stsb" else (-np.inf, np.inf)
+        limits = STSB_RANGE if task.name == "stsb" else (-np.inf, np.inf)
         values = [f"{value:.3f}" for value in np.clip(predictions, *limits)]
     else:
-        values = [str(number) if task.numbered else task.labels[number] for number in predictions]
+        values = [str(label) if task.numbered else task.labels[label] for label in predictions]
     lines = [f"{index}\t{value}" for index, value in enumerate(values)]
     return "\n".join(["index\tprediction", *lines]) + "\n"

@@ -1,4 +1,4 @@
-"""The floor that a fine-tuned encoder should beat: TF-IDF of words and pairs of words, under a linear model."""
+"""The TF-IDF baseline, a linear model on words and pairs of words, which a fine-tuned encoder should beat."""
 
 import time
 from typing import Any
@@ -14,11 +14,12 @@ from megabert.finetune.tasks.task import Examples
 def predict_tfidf(
     train: Examples, others: dict[str, Examples], is_regression: bool
 ) -> tuple[dict[str, np.ndarray], float]:
-    """Predictions for every set of `others`, and the seconds that training took.
+    """Return predictions for every set of `others`, and the seconds that training took.
 
-    Logistic regression, or ridge regression; a pair's features are the difference and the product of its texts'.
+    Trains a logistic regression, or a ridge regression. The features of a pair are the absolute difference and the
+    product of its two texts' features.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     vectorizer.fit(train.first + (train.second or []))
 
@@ -31,5 +32,5 @@ def predict_tfidf(
 
     model = Ridge(alpha=1.0) if is_regression else LogisticRegression(C=10, max_iter=1000)
     model.fit(features(train), train.labels)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     return {name: model.predict(features(examples)) for name, examples in others.items()}, seconds

@@ -1,4 +1,4 @@
-"""GLUE's scores, by scikit-learn and scipy; where those are undefined, for a constant prediction, 0."""
+"""GLUE's metrics, computed by scikit-learn and scipy, and 0 where those are undefined."""
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
@@ -6,10 +6,10 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
 def score(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
-    """One score of (n,) predictions, each a label's number or a regression's value.
+    """Compute one metric of (n,) predictions, which are indices of labels or values of a regression.
 
-    A correlation with something constant has no value; it is 0 here, as Matthews' is in scikit-learn, and so is F1 without
-    any positive. A prediction that is not finite counts as none: nothing comes out as NaN.
+    A correlation with a constant is undefined; it is 0 here, as Matthews' is in scikit-learn, and so is F1 without any
+    positive prediction or label. Predictions that are not finite score 0 too: the result is never NaN.
     """
     if name == "accuracy":
         return float(accuracy_score(labels, predictions))
@@ -21,4 +21,4 @@ def score(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
         return 0.0
     correlate = {"pearson": pearsonr, "spearman": spearmanr}[name]
     value = float(correlate(predictions, labels)[0])
-    return value if np.isfinite(value) else 0.0  # so close to constant that its deviation rounds to 0
+    return value if np.isfinite(value) else 0.0  # NaN: so close to constant that the deviation is 0

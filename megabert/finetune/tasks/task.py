@@ -1,21 +1,25 @@
-"""What a fine-tuning task is: text columns, labels by name, metrics, files. GLUE's, and those of a user's YAML file."""
+"""Fine-tuning tasks: text columns, names of labels, metrics and files, of GLUE's tasks and of a user's task file."""
 
 import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import Literal, NamedTuple, get_args
 
 from megabert.config.cli import nearest
+from megabert.config.strict_yaml import Name, read_dataclass
 
-METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
-CONTINUOUS = ("pearson", "spearman")
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+REGRESSION_METRICS = ("pearson", "spearman")
 
 
 class Examples(NamedTuple):
-    """first: a text per example; second: its partner, in tasks on pairs; labels: numbers of labels, or scores; None in a test set."""
+    """The examples of one split.
+
+    first: the text of each example; second: the other text of each pair, None for tasks on single texts;
+    labels: indices of labels or regression targets, None in a test set.
+    """
 
     first: list[str]
     second: list[str] | None
@@ -23,21 +27,21 @@ class Examples(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tsv:
-    """One file of GLUE's own layout: the names of its columns with the texts and the label."""
+class TsvLayout:
+    """One file in GLUE's own layout: which columns hold the texts and the label."""
 
     file: str
     texts: tuple[str, ...]
     label: str | None = None
     columns: tuple[str, ...] = ()
-    """all of its columns, where the file does not name them in its first line"""
+    """names of all columns, for a file without a header line"""
     has_broken_rows: bool = False
-    """a few of QQP's are cut by line breaks (https://github.com/nyu-mll/GLUE-baselines/issues/5); every reader leaves them out"""
+    """a few rows of QQP are cut by line breaks (https://github.com/nyu-mll/GLUE-baselines/issues/5): skip them"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task; `labels` in the order of the model's outputs, none for a regression."""
+    """A task. `labels` are in the order of the model's outputs; a regression has none."""
 
     name: str
     texts: tuple[str, ...]
@@ -50,19 +54,19 @@ class Task:
     dev: dict[str, str] = field(default_factory=lambda: {"": "validation"})
     """evaluation sets: suffix of the metric's name -> split"""
     test: dict[str, str] = field(default_factory=lambda: {"": "test"})
-    """unlabelled sets: suffix -> split"""
+    """test sets, which have no labels: suffix -> split"""
     folder: str = ""
-    """in GLUE's own layout"""
-    tsv: dict[str, Tsv] = field(default_factory=dict)
+    """folder in GLUE's own layout"""
+    tsv: dict[str, TsvLayout] = field(default_factory=dict)
     """split -> its file in that layout"""
     numbered: bool = False
-    """whether those files write labels as numbers, in this order"""
+    """whether the files of that layout write labels as numbers, in the order of `labels`"""
     files: dict[str, str] = field(default_factory=dict)
-    """split -> file, for a task of the user's"""
+    """split -> file, for a user's task"""
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the model."""
+        """Number of the model's outputs."""
         return len(self.labels) or 1
 
     @property
@@ -70,159 +74,207 @@ class Task:
         return not self.labels
 
 
-def _tsv(train: Tsv, test: Tsv) -> dict[str, Tsv]:
+def _splits(train: TsvLayout, test: TsvLayout) -> dict[str, TsvLayout]:
     return {"train": train, "validation": dataclasses.replace(train, file="dev.tsv"), "test": test}
 
 
-def _plain(*texts: str, label: str, has_broken_rows: bool = False) -> dict[str, Tsv]:
-    return _tsv(
-        Tsv(file="train.tsv", texts=texts, label=label, has_broken_rows=has_broken_rows),
-        Tsv(file="test.tsv", texts=texts),
-    )
+def _layouts(*texts: str, label: str, has_broken_rows: bool = False) -> dict[str, TsvLayout]:
+    """Return the layouts of a task whose three files have headers with the same names."""
+    train = TsvLayout(file="train.tsv", texts=texts, label=label, has_broken_rows=has_broken_rows)
+    return _splits(train, TsvLayout(file="test.tsv", texts=texts))
 
 
 ENTAILMENT = ("entailment", "not_entailment")
 INFERENCE = ("entailment", "neutral", "contradiction")
-SIDES = ("matched", "mismatched")
+MNLI_SETS = ("matched", "mismatched")
 PAIR = ("sentence1", "sentence2")
-_MNLI = Tsv(file="train.tsv", texts=PAIR, label="gold_label")
+MNLI_TRAIN = TsvLayout(file="train.tsv", texts=PAIR, label="gold_label")
+COLA_COLUMNS = ("source", "label", "star", "sentence")
 
-# Columns of the TSV files as in huggingface/datasets 2.x's datasets/glue/glue.py and transformers v4's data/processors/glue.py; names
-# and order of labels as nyu-mll/glue has them.
+# Columns of the TSV files as in huggingface/datasets 2.x's datasets/glue/glue.py and transformers v4's
+# data/processors/glue.py; names and order of labels as in nyu-mll/glue.
 GLUE = {
     task.name: task
     for task in (
         Task(
-            name="cola", texts=("sentence",), labels=("unacceptable", "acceptable"), metrics=("matthews",), folder="CoLA",
-            tsv=_tsv(
-                Tsv(file="train.tsv", texts=("sentence",), label="label", columns=("source", "label", "star", "sentence")),
-                Tsv(file="test.tsv", texts=("sentence",)),
+            name="cola",
+            texts=("sentence",),
+            labels=("unacceptable", "acceptable"),
+            metrics=("matthews",),
+            folder="CoLA",
+            tsv=_splits(
+                TsvLayout(file="train.tsv", texts=("sentence",), label="label", columns=COLA_COLUMNS),
+                TsvLayout(file="test.tsv", texts=("sentence",)),
             ),
             numbered=True,
         ),
         Task(
-            name="sst2", texts=("sentence",), labels=("negative", "positive"), metrics=("accuracy",), folder="SST-2",
-            tsv=_plain("sentence", label="label"), numbered=True,
+            name="sst2",
+            texts=("sentence",),
+            labels=("negative", "positive"),
+            metrics=("accuracy",),
+            folder="SST-2",
+            tsv=_layouts("sentence", label="label"),
+            numbered=True,
         ),
         Task(
-            name="mrpc", texts=PAIR, labels=("not_equivalent", "equivalent"), metrics=("accuracy", "f1"), folder="MRPC",
-            tsv=_plain("#1 String", "#2 String", label="Quality"), numbered=True,
+            name="mrpc",
+            texts=PAIR,
+            labels=("not_equivalent", "equivalent"),
+            metrics=("accuracy", "f1"),
+            folder="MRPC",
+            tsv=_layouts("#1 String", "#2 String", label="Quality"),
+            numbered=True,
         ),
         Task(
-            name="stsb", texts=PAIR, metrics=("pearson", "spearman"), folder="STS-B", tsv=_plain(*PAIR, label="score"),
+            name="stsb",
+            texts=PAIR,
+            metrics=("pearson", "spearman"),
+            folder="STS-B",
+            tsv=_layouts(*PAIR, label="score"),
         ),
         Task(
-            name="qqp", texts=("question1", "question2"), labels=("not_duplicate", "duplicate"), metrics=("accuracy", "f1"),
-            folder="QQP", tsv=_plain("question1", "question2", label="is_duplicate", has_broken_rows=True), numbered=True,
+            name="qqp",
+            texts=("question1", "question2"),
+            labels=("not_duplicate", "duplicate"),
+            metrics=("accuracy", "f1"),
+            folder="QQP",
+            tsv=_layouts("question1", "question2", label="is_duplicate", has_broken_rows=True),
+            numbered=True,
         ),
         Task(
-            name="mnli", texts=("premise", "hypothesis"), labels=INFERENCE, metrics=("accuracy",), folder="MNLI",
-            dev={side: f"validation_{side}" for side in SIDES}, test={side: f"test_{side}" for side in SIDES},
-            tsv={"train": _MNLI}
-            | {f"validation_{side}": dataclasses.replace(_MNLI, file=f"dev_{side}.tsv") for side in SIDES}
-            | {f"test_{side}": Tsv(file=f"test_{side}.tsv", texts=PAIR) for side in SIDES},
+            name="mnli",
+            texts=("premise", "hypothesis"),
+            labels=INFERENCE,
+            metrics=("accuracy",),
+            folder="MNLI",
+            dev={name: f"validation_{name}" for name in MNLI_SETS},
+            test={name: f"test_{name}" for name in MNLI_SETS},
+            tsv={"train": MNLI_TRAIN}
+            | {f"validation_{name}": dataclasses.replace(MNLI_TRAIN, file=f"dev_{name}.tsv") for name in MNLI_SETS}
+            | {f"test_{name}": TsvLayout(file=f"test_{name}.tsv", texts=PAIR) for name in MNLI_SETS},
         ),
         Task(
-            name="qnli", texts=("question", "sentence"), labels=ENTAILMENT, metrics=("accuracy",), folder="QNLI",
-            tsv=_plain("question", "sentence", label="label"),
+            name="qnli",
+            texts=("question", "sentence"),
+            labels=ENTAILMENT,
+            metrics=("accuracy",),
+            folder="QNLI",
+            tsv=_layouts("question", "sentence", label="label"),
         ),
         Task(
-            name="rte", texts=PAIR, labels=ENTAILMENT, metrics=("accuracy",), folder="RTE", tsv=_plain(*PAIR, label="label"),
+            name="rte",
+            texts=PAIR,
+            labels=ENTAILMENT,
+            metrics=("accuracy",),
+            folder="RTE",
+            tsv=_layouts(*PAIR, label="label"),
         ),
         Task(
-            name="wnli", texts=PAIR, labels=("not_entailment", "entailment"), metrics=("accuracy",), folder="WNLI",
-            tsv=_plain(*PAIR, label="label"), numbered=True,
+            name="wnli",
+            texts=PAIR,
+            labels=("not_entailment", "entailment"),
+            metrics=("accuracy",),
+            folder="WNLI",
+            tsv=_layouts(*PAIR, label="label"),
+            numbered=True,
         ),
         # Only a test set, which MNLI's model labels.
         Task(
-            name="ax", texts=("premise", "hypothesis"), labels=INFERENCE, metrics=("matthews",), folder="diagnostic", dev={},
-            tsv={"test": Tsv(file="diagnostic.tsv", texts=PAIR)},
+            name="ax",
+            texts=("premise", "hypothesis"),
+            labels=INFERENCE,
+            metrics=("matthews",),
+            folder="diagnostic",
+            dev={},
+            tsv={"test": TsvLayout(file="diagnostic.tsv", texts=PAIR)},
         ),
     )
-}  # fmt: skip
+}
+# The tasks that GLUE's average is usually taken over; "all" on the command line.
 EIGHT = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 
-KEYS = ("name", "texts", "label", "labels", "metrics", "train", "dev", "test")
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFile:
+    """The keys of a user's task file. Names may be given as integers, as in labels: [0, 1]."""
+
+    name: Name
+    texts: tuple[Name, ...]
+    label: str = "label"
+    labels: tuple[Name, ...] = ()
+    metrics: tuple[Name, ...]
+    train: str
+    dev: str
+    test: str | None = None
+
+    def __post_init__(self):
+        # The task's name becomes a part of file names.
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
+            raise ValueError(
+                f"name is {self.name!r}, expected letters, digits, '.', '_' and '-', and no '.' at the start."
+            )
+        if self.name in GLUE:
+            raise ValueError(f"name is {self.name}, which is a GLUE task; choose another.")
+        if not 1 <= len(self.texts) <= 2:
+            raise ValueError(f"texts has {len(self.texts)} columns, expected 1, or 2 for pairs.")
+        if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels):
+            raise ValueError(
+                f"labels is {', '.join(self.labels)}, expected two or more different names, or none at all."
+            )
+        if self.label in self.texts:
+            raise ValueError(f"label is {self.label}, which is one of the texts.")
+        for key in ("label", "train", "dev", "test"):
+            if getattr(self, key) == "":
+                raise ValueError(f"{key} is empty.")
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        fitting = [
+            name
+            for name in METRICS
+            if (name in REGRESSION_METRICS) == (not self.labels) and (name != "f1" or len(self.labels) == 2)
+        ]
+        expected = f"expected some of {', '.join(fitting)}."
+        if not self.metrics:
+            raise ValueError(f"metrics is empty, {expected}")
+        for name in self.metrics:
+            if name not in fitting:
+                kind = f"{len(self.labels)} labels" if self.labels else "a regression (no labels)"
+                raise ValueError(f"metrics has {name!r}, which does not fit {kind}: {expected}")
 
 
-def one_line(mistake: Exception) -> str:
-    return " ".join(str(mistake).split())
+def glue_tasks(names: str) -> list[Task]:
+    """Return GLUE tasks by their names, separated by commas, or the eight for "all".
 
-
-def choose_tasks(names: str) -> list[Task]:
-    """all, or GLUE tasks by name with commas between. Raises ValueError for an unknown one, and for commas alone."""
+    Raises ValueError for an unknown name, and for commas without a name.
+    """
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     if names and not chosen:
         raise ValueError(f"--tasks {names}: names no task; expected all, or some of {', '.join(GLUE)}.")
     chosen = [one for name in chosen for one in (EIGHT if name == "all" else (name,))]
     for name in chosen:
         if name not in GLUE:
-            raise ValueError(f"--tasks {name}: expected all, or some of {', '.join(GLUE)}.{nearest(name, list(GLUE))}")
+            hint = nearest(name, list(GLUE), otherwise="")
+            raise ValueError(f"--tasks {name}: expected all, or some of {', '.join(GLUE)}.{hint}")
     return [GLUE[name] for name in dict.fromkeys(chosen)]
 
 
 def read_task(path: Path) -> Task:
-    """Read a task of the user's from YAML. Raises ValueError naming the file and the key that is wrong."""
+    """Read a user's task file. Raises ValueError naming the file and the wrong key."""
     try:
-        raw = yaml.safe_load(path.read_bytes())
-    except FileNotFoundError as missing:
-        raise ValueError(f"--task-file {path}: no such file.") from missing
-    except yaml.YAMLError as mistake:
-        raise ValueError(f"{path}: not valid YAML: {one_line(mistake)}") from mistake
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected keys {', '.join(KEYS)}.")
-    for key in raw:
-        if key not in KEYS:
-            raise ValueError(f"{path}: unknown key {key!r}.{nearest(str(key), list(KEYS))}")
-    for key in ("name", "texts", "metrics", "train", "dev"):
-        if key not in raw:
-            raise ValueError(f"{path}: lacks {key}.")
-    texts, metrics = (_names(path, raw, key) for key in ("texts", "metrics"))
-    labels = _names(path, raw, "labels") if "labels" in raw else ()
-    if not 1 <= len(texts) <= 2:
-        raise ValueError(f"{path}: texts has {len(texts)} columns, expected 1, or 2 for pairs.")
-    if len(labels) == 1 or len(set(labels)) != len(labels):
-        raise ValueError(f"{path}: labels {', '.join(labels)}: expected two or more different names, or none at all.")
-    _check_metrics(path, metrics, labels)
-    splits = {"train": "train", "dev": "validation", "test": "test"}
-    name, label = _name(path, raw["name"]), _text(path, "label", raw.get("label", "label"))
-    if label in texts:
-        raise ValueError(f"{path}: label is {label}, which is one of the texts.")
-    files = {split: _text(path, key, raw[key]) for key, split in splits.items() if key in raw}
+        read = read_dataclass(TaskFile, path)
+    except FileNotFoundError as error:
+        raise ValueError(f"--task-file {path}: no such file.") from error
+    files = {"train": read.train, "validation": read.dev}
+    if read.test is not None:
+        files["test"] = read.test
     return Task(
-        name=name, texts=texts, label=label, labels=labels, metrics=metrics, files=files,
-        test={"": "test"} if "test" in files else {},
-    )  # fmt: skip
-
-
-def _name(path: Path, value: Any) -> str:
-    """A task's name: it becomes a part of files' names."""
-    name = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
-    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-        raise ValueError(f"{path}: name is {value!r}, expected letters, digits and . _ - alone, and no . at the start.")
-    if name in GLUE:
-        raise ValueError(f"{path}: name {name} is a GLUE task's; choose another.")
-    return name
-
-
-def _text(path: Path, key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{path}: {key} is {value!r}, expected a text.")
-    return value
-
-
-def _names(path: Path, raw: dict[str, Any], key: str) -> tuple[str, ...]:
-    values = raw[key]
-    if isinstance(values, list) and any(isinstance(value, bool) for value in values):
-        raise ValueError(f"{path}: {key} has a bare yes/no/true/false, which YAML reads as a truth value: quote it.")
-    if not isinstance(values, list) or not values or not all(isinstance(value, (str, int)) for value in values):
-        raise ValueError(f"{path}: {key} is {values!r}, expected a list of names.")
-    return tuple(map(str, values))
-
-
-def _check_metrics(path: Path, metrics: tuple[str, ...], labels: tuple[str, ...]) -> None:
-    fitting = [name for name in METRICS if (name in CONTINUOUS) == (not labels) and (name != "f1" or len(labels) == 2)]
-    for name in metrics:
-        if name not in fitting:
-            kind = f"{len(labels)} labels" if labels else "a regression (no labels)"
-            raise ValueError(f"{path}: metric {name!r} does not fit {kind}: expected some of {', '.join(fitting)}.")
+        name=read.name,
+        texts=read.texts,
+        label=read.label,
+        labels=read.labels,
+        metrics=read.metrics,
+        files=files,
+        test={"": "test"} if read.test is not None else {},
+    )

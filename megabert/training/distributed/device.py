@@ -1,4 +1,4 @@
-"""The accelerator of this rank: the only file beside kernels/resolve.py that asks what device this is."""
+"""The accelerator of this rank; only this file and kernels/resolve.py ask which device it is."""
 
 import os
 import resource
@@ -9,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 
 
 def training_device() -> torch.device:
-    """The accelerator of this rank."""
+    """Return this rank's accelerator, and make it the current device."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
@@ -18,24 +18,24 @@ def training_device() -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """As torch calls the card, or cpu."""
+    """Return torch's name of the card, or "cpu"."""
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
-def device_event() -> Any:
-    """The accelerator's class of events, or None for a CPU."""
+def event_class() -> Any:
+    """Return the accelerator's class of timing events; None on a CPU."""
     return get_accelerator().Event
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes, the most that this process has used so far: of the device, as its allocator says; on a CPU resident memory."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory this process has used so far: allocated on the device, or resident memory on a CPU."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return get_accelerator().max_memory_allocated()
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 natively. On a CPU that does not, bf16 is several times slower than fp32."""
+    """Return whether the device multiplies bf16 natively; on other CPUs bf16 is several times slower than fp32."""
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return get_accelerator().is_bf16_supported()

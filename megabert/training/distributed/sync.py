@@ -1,4 +1,4 @@
-"""What ranks do once for all of them, and what they must see alike, and have for themselves, before the first step."""
+"""Start-up coordination of ranks: work done once on rank 0, the shared-folder check, the output folder's lock."""
 
 import logging
 import os
@@ -18,89 +18,91 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-CLAIM = "running.lock"  # of an output folder; says who trains there
-LEAVES_S = 60.0  # a run whose launcher was killed saves and ends within 45 s
-_claims: dict[Path, Lock] = {}  # by folder; held to the end of the process
+LOCK_FILE = "running.lock"  # in the output folder; names the process that trains there
+LOCK_WAIT_S = 60.0  # a run whose launcher was killed saves and exits within 45 s (signals.py)
+VISIBLE_WITHIN_S = 10.0  # clients of a network file system may cache a folder's listing for a few seconds
 
-APPEARS_S = 10.0  # a network file system's clients may look at what they remember of a folder for a few seconds
+_held_locks: dict[Path, Lock] = {}  # by folder; held until the process ends
 
 
-def gather(mine: dict[Any, Any], group: torch.distributed.ProcessGroup | None = None) -> dict[Any, Any]:
-    """Merge every rank's dict; all ranks of the group call this and get the same."""
+def gather_dicts(part: dict[Any, Any], group: torch.distributed.ProcessGroup | None = None) -> dict[Any, Any]:
+    """Merge the dicts of all ranks of the group; every rank calls this and gets the same result."""
     parts: list[Any] = [None] * deepspeed.comm.get_world_size(group)
-    torch.distributed.all_gather_object(parts, mine, group=group)
+    torch.distributed.all_gather_object(parts, part, group=group)
     return {key: value for part in parts for key, value in part.items()}
 
 
-def from_rank_0(work: Callable[[], T], rank: int, world_size: int) -> T:
-    """Do something on rank 0 alone, and give every rank its result, which must pickle; every rank calls this.
+def broadcast_from_rank0(work: Callable[[], T], rank: int, world_size: int) -> T:
+    """Call work() on rank 0 only and return its result, which must pickle, on every rank; every rank calls this.
 
-    A ValueError or OSError is raised on every rank.
+    A ValueError or OSError that work() raises is raised on every rank.
     """
     if world_size == 1:
         return work()
-    told: list[Any] = [None, None]
+    message: list[Any] = [None, None]
     if rank == 0:
         try:
-            told[0] = work()
-        except (ValueError, OSError) as mistake:
-            told[1] = mistake
-    torch.distributed.broadcast_object_list(told)
-    result, mistake = told
-    if mistake is not None:
-        raise mistake
+            message[0] = work()
+        except (ValueError, OSError) as error:
+            message[1] = error
+    torch.distributed.broadcast_object_list(message)
+    result, error = message
+    if error is not None:
+        raise error
     return result
 
 
-def check_shared(folder: Path, rank: int, world_size: int) -> None:
-    """Raise ValueError unless every rank sees the same folder and may write there, naming the machines where not.
+def check_shared_folder(folder: Path, rank: int, world_size: int) -> None:
+    """Raise ValueError, naming the machines, unless every rank sees the same folder and may write to it.
 
-    Every rank calls this. Rank 0 makes the folder, and for a moment a file in it with a name that nobody can guess.
+    Every rank calls this. Rank 0 creates the folder, and for a moment a file with a random name in it.
     """
     if world_size == 1:
         return
-    name = from_rank_0(lambda: _leave_mark(folder), rank, world_size)
-    until = time.monotonic() + APPEARS_S
-    while not (seen := (folder / name).exists()) and time.monotonic() < until:
+    name = broadcast_from_rank0(lambda: _create_marker(folder), rank, world_size)
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    while not (visible := (folder / name).exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    fine = seen and os.access(folder, os.W_OK)
-    answers: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(answers, None if fine else socket.gethostname())
+    usable = visible and os.access(folder, os.W_OK)
+    hosts: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(hosts, None if usable else socket.gethostname())
     if rank == 0:
         (folder / name).unlink()
-    if machines := sorted({machine for machine in answers if machine is not None}):
+    if failing_hosts := sorted({host for host in hosts if host is not None}):
         raise ValueError(
-            f"{folder.absolute()}: {', '.join(machines)} cannot see there, or not write, what rank 0 does. "
-            "Put run.output_dir on a file system that all machines share."
+            f"{folder.absolute()}: {', '.join(failing_hosts)} cannot read or write files that rank 0 creates "
+            "there. Put run.output_dir on a file system that all machines share."
         )
 
 
-def _leave_mark(folder: Path) -> str:
+def _create_marker(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     name = f".seen-by-all-{secrets.token_hex(8)}"
     (folder / name).touch()
     return name
 
 
-def claim(folder: Path, rank: int, world_size: int) -> None:
-    """Have an output folder for this run alone, until its process ends, however it does; every rank calls this.
+def lock_output_dir(folder: Path, rank: int, world_size: int) -> None:
+    """Lock an output folder for this run until its process ends, by whatever cause; every rank calls this.
 
-    Raises ValueError if another run of this machine is still there after LEAVES_S. One of another machine is only warned of:
-    on a network file system a dead machine's lock may outlive it.
+    Raises ValueError if another process on this machine still holds the lock after LOCK_WAIT_S. For a process on
+    another machine it only logs a warning: on a network file system the lock of a dead machine may remain.
     """
-    from_rank_0(lambda: _claim(folder), rank, world_size)
+    broadcast_from_rank0(lambda: _lock(folder), rank, world_size)
 
 
-def _claim(folder: Path) -> None:
-    if folder.resolve() in _claims:
+def _lock(folder: Path) -> None:
+    if folder.resolve() in _held_locks:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _claims[folder.resolve()] = acquire(folder / CLAIM, LEAVES_S)
+        _held_locks[folder.resolve()] = acquire(folder / LOCK_FILE, LOCK_WAIT_S)
     except OSError:
-        return  # nothing can be written there, which saving.py explains
-    except LockHeldError as taken:
-        where = f"{folder}: process {taken.pid} on {taken.host} is training there"
-        if taken.is_local:
-            raise ValueError(f"{where}. End that, or choose another run.output_dir.") from taken
-        log.warning("%s, or was until its machine died; going on", where)
+        return  # the folder cannot be written; checkpointing/writer.py reports that
+    except LockHeldError as error:
+        holder = f"{folder}: process {error.pid} on {error.host}"
+        if error.is_local:
+            raise ValueError(f"{holder} is training there. Stop it, or choose another run.output_dir.") from error
+        log.warning(
+            "%s holds the lock. Continuing: if that machine still trains there, stop one of the two runs", holder
+        )

@@ -1,8 +1,4 @@
-"""Noticing at once that a rank is gone, and saying which: every rank keeps a connection open to rank 0.
-
-Gloo and NCCL wait for a dead peer until their timeout, or fail naming an address. Here the kernel tells: it closes the
-connections of a process that dies, and its keepalive probes miss a host that does. Rank 0 passes on who it was, and all end.
-"""
+"""A watchdog that ends all ranks as soon as one of them dies, and names that rank in the log."""
 
 import contextlib
 import json
@@ -20,176 +16,190 @@ import torch.distributed
 
 log = logging.getLogger(__name__)
 
-PEER_LOST = 86  # the exit code of a rank that ended because another one is gone
-MEET_S = 120.0  # for all ranks to connect; they have just met in init_distributed
+EXIT_PEER_LOST = 86  # exit code of a rank that ended because another one is gone
+CONNECT_TIMEOUT_S = 120.0  # for all ranks to connect to rank 0; they have just met in init_distributed
 # A host that does not answer is given up after 10 + 4 x 5 s.
-PROBES = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 30_000}
+KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 30_000}
 GOODBYE = "goodbye"
-LINE_S = 5.0  # to say or hear one line, once there is something to hear
-DIED = "is gone: its process or its machine died"
-# Between hearing of another's failure and ending: where all ranks fail for one reason, each says so itself.
-PATIENCE_S = 3.0
-LONGEST_LINE = 2000
+MESSAGE_TIMEOUT_S = 5.0  # to send one message, or to receive one whose first byte has arrived
+PEER_DIED = "is gone: its process or its machine died"
+# Time between learning that another rank failed and ending: if all ranks fail for the same reason, each can log it.
+END_DELAY_S = 3.0
+MAX_MESSAGE_BYTES = 2000
 
 
-class RollCall:
-    """A context around a run: leaves quietly at its end, tells the others why if it fails, ends this process if they do."""
+class PeerWatchdog:
+    """A context manager around a run: ends this process if another rank fails, and the other ranks if this one does.
+
+    Gloo and NCCL wait for a dead peer until their timeout, or fail with nothing but an address. Here every rank keeps
+    a TCP connection to rank 0. The kernel closes the connections of a process that dies, and keepalive probes detect
+    a dead host. Rank 0 forwards which rank it was.
+    """
 
     def __init__(self, rank: int, world_size: int):
-        """Connect; every rank calls this, in a process group with its device set. Raises ValueError if ranks stay away."""
+        """Connect; every rank calls this in a process group with its device set. Raises ValueError if one cannot."""
         self.rank, self.host = rank, socket.gethostname()
-        self.lines: dict[int, _Line] = {}
-        self.done = threading.Event()  # nothing that is heard from now on ends this process
-        self.heard = threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="roll-call", daemon=True)
+        self.peers: dict[int, _Peer] = {}
+        self.closing = threading.Event()  # once set, no message ends this process any more
+        self.peer_failed = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="peer-watchdog", daemon=True)
         if world_size == 1:
             return
         server = _listen(world_size) if rank == 0 else None
-        told: list[Any] = [server and (server.getsockname()[1], secrets.token_hex(16), self.host)]
-        torch.distributed.broadcast_object_list(told)
-        port, token, host = told[0]
+        address: list[Any] = [server and (server.getsockname()[1], secrets.token_hex(16), self.host)]
+        torch.distributed.broadcast_object_list(address)
+        port, token, rank0_host = address[0]
         if server is not None:
             with server:
                 self._accept(server, token, world_size)
         else:
-            address = (os.environ["MASTER_ADDR"], port)
-            try:
-                connection = socket.create_connection(address, timeout=MEET_S)
-            except OSError as mistake:
-                raise ValueError(
-                    f"rank {rank} on {self.host} cannot reach rank 0 at {address[0]}, port {port}: {mistake}. Let all ports be "
-                    "open between the nodes."
-                ) from mistake
-            self.lines[0] = _Line(connection, host)
-            self.lines[0].say(json.dumps({"token": token, "rank": rank, "host": self.host}))
-        os.register_at_fork(after_in_child=self._close)  # else a loader worker would hold its dead parent's line open
+            self._connect(port, token, rank0_host)
+        # Without this, a loader worker would keep its dead parent's connection open.
+        os.register_at_fork(after_in_child=self._close)
         self.thread.start()
 
+    def _connect(self, port: int, token: str, rank0_host: str) -> None:
+        """Connect to rank 0 and introduce this rank."""
+        address = os.environ["MASTER_ADDR"]
+        try:
+            connection = socket.create_connection((address, port), timeout=CONNECT_TIMEOUT_S)
+        except OSError as error:
+            raise ValueError(
+                f"rank {self.rank} on {self.host} cannot connect to rank 0 at {address}, port {port}: {error}. "
+                "Open all ports between the nodes."
+            ) from error
+        self.peers[0] = _Peer(connection, rank0_host)
+        self.peers[0].send(json.dumps({"token": token, "rank": self.rank, "host": self.host}))
+
     def _accept(self, server: socket.socket, token: str, world_size: int) -> None:
-        """Hear everyone who connects at once: a stranger who says nothing, as a port scanner, keeps no rank waiting."""
-        until = time.monotonic() + MEET_S
-        waiting = selectors.DefaultSelector()
-        waiting.register(server, selectors.EVENT_READ, None)
-        server.settimeout(LINE_S)
-        while len(self.lines) < world_size - 1:
-            ready = waiting.select(max(0.0, until - time.monotonic()))
-            if not ready or time.monotonic() > until:
-                missing = sorted(set(range(1, world_size)) - self.lines.keys())
+        """Accept a connection from every other rank.
+
+        All connections are read concurrently: a stranger that sends nothing, such as a port scanner, delays no rank.
+        """
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        selector = selectors.DefaultSelector()
+        selector.register(server, selectors.EVENT_READ, None)
+        server.settimeout(MESSAGE_TIMEOUT_S)
+        while len(self.peers) < world_size - 1:
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready or time.monotonic() > deadline:
+                missing = sorted(set(range(1, world_size)) - self.peers.keys())
                 raise ValueError(
-                    f"ranks {missing} did not reach rank 0 on {self.host}, port {server.getsockname()[1]}, within {MEET_S:.0f} s. "
-                    "Let all ports be open between the nodes."
+                    f"ranks {missing} did not connect to rank 0 on {self.host}, port {server.getsockname()[1]}, within "
+                    f"{CONNECT_TIMEOUT_S:.0f} s. Open all ports between the nodes."
                 )
             for key, _ in ready:
                 if key.data is None:
-                    if accepted := _try(server.accept):  # None if it has gone again
-                        line = _Line(accepted[0], "")
-                        waiting.register(line.connection, selectors.EVENT_READ, line)
+                    if accepted := _none_if_lost(server.accept):
+                        peer = _Peer(accepted[0], "")
+                        selector.register(peer.connection, selectors.EVENT_READ, peer)
                     continue
-                line = key.data
-                waiting.unregister(line.connection)
-                hello = _parse(line.hear())
+                peer = key.data
+                selector.unregister(peer.connection)
+                hello = _parse_json(peer.receive())
                 if hello.get("token") == token:
-                    line.host = hello["host"]
-                    self.lines[hello["rank"]] = line
+                    peer.host = hello["host"]
+                    self.peers[hello["rank"]] = peer
                 else:
-                    line.close()
-        for key in list(waiting.get_map().values()):
+                    peer.close()
+        for key in list(selector.get_map().values()):
             if key.data is not None:
                 key.data.close()
 
-    def __enter__(self) -> "RollCall":
+    def __enter__(self) -> "PeerWatchdog":
         return self
 
-    def __exit__(self, kind: Any, mistake: BaseException | None, trace: Any) -> None:
-        if mistake is None:
-            self._tell(GOODBYE)
-        elif isinstance(mistake, RuntimeError) and self.heard.wait(PATIENCE_S):
-            # A collective failed because a peer is gone. The roll call says which, and ends this process.
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self._send_all(GOODBYE)
+        elif isinstance(error, RuntimeError) and self.peer_failed.wait(END_DELAY_S):
+            # A collective failed because a peer is gone. The watchdog's thread names the peer and ends this process.
             self.thread.join()
         else:
-            self.done.set()
-            said = f"{type(mistake).__name__}: {mistake}".strip().splitlines()[0]
-            self._tell(f"rank {self.rank} on {self.host} failed: {said}"[:LONGEST_LINE])
-        self.done.set()
+            self.closing.set()
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            self._send_all(f"rank {self.rank} on {self.host} failed: {reason}"[:MAX_MESSAGE_BYTES])
+        self.closing.set()
 
-    def _tell(self, message: str) -> None:
-        for line in self.lines.values():
-            line.say(message)
+    def _send_all(self, message: str) -> None:
+        for peer in self.peers.values():
+            peer.send(message)
         if self.rank == 0 and message == GOODBYE and self.thread.is_alive():
-            self.thread.join(PATIENCE_S)  # the others' goodbyes
+            self.thread.join(END_DELAY_S)  # until the other ranks have said goodbye too
 
     def _watch(self) -> None:
-        """Wait for whatever ends this run."""
+        """Read each peer's one message; end this process unless it is a goodbye."""
         selector = selectors.DefaultSelector()
-        for rank, line in self.lines.items():
-            selector.register(line.connection, selectors.EVENT_READ, rank)
+        for rank, peer in self.peers.items():
+            selector.register(peer.connection, selectors.EVENT_READ, rank)
         while selector.get_map():
             for key, _ in selector.select():
-                line = self.lines[key.data]
-                said = line.hear()
-                selector.unregister(line.connection)
-                if said != GOODBYE and not self.done.is_set():
-                    self._end(said or f"rank {key.data} on {line.host} {DIED}")
+                peer = self.peers[key.data]
+                message = peer.receive()
+                selector.unregister(peer.connection)
+                if message != GOODBYE and not self.closing.is_set():
+                    self._end(message or f"rank {key.data} on {peer.host} {PEER_DIED}")
 
     def _end(self, message: str) -> None:
-        """Pass the message on, and end this process, unless it is failing by itself."""
-        self.heard.set()
+        """Forward the message, and end this process unless it is already failing on its own."""
+        self.peer_failed.set()
         if self.rank == 0:
-            self._tell(message)
-        if not message.endswith(DIED):
-            time.sleep(PATIENCE_S)
-        if not self.done.is_set():
+            self._send_all(message)
+        if not message.endswith(PEER_DIED):
+            time.sleep(END_DELAY_S)
+        if not self.closing.is_set():
             log.error("%s; ending rank %d on %s", message, self.rank, self.host)
             logging.shutdown()
-            os._exit(PEER_LOST)  # the main thread may wait in a collective that nothing can interrupt
+            os._exit(EXIT_PEER_LOST)  # the main thread may be in a collective, which nothing can interrupt
 
     def _close(self) -> None:
-        for line in self.lines.values():
-            line.close()
+        for peer in self.peers.values():
+            peer.close()
 
 
 def _listen(backlog: int) -> socket.socket:
-    """On any port, of IPv6 and IPv4 where the machine has both."""
+    """Listen on a free port, on IPv6 and IPv4 if the machine has both."""
     if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):  # IPv6 may be built in and switched off
+        with contextlib.suppress(OSError):  # IPv6 may be built in but disabled
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
     return socket.create_server(("", 0), backlog=backlog)
 
 
-class _Line:
-    """A connection on which each side says one line. host: the other side's."""
+class _Peer:
+    """A connection on which each side sends one line. host: the other side's machine."""
 
     def __init__(self, connection: socket.socket, host: str):
-        connection.settimeout(LINE_S)
+        connection.settimeout(MESSAGE_TIMEOUT_S)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in PROBES.items():
+        for option, value in KEEPALIVE.items():
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self.connection, self.host = connection, host
-        self.received = connection.makefile("rb")
+        self.reader = connection.makefile("rb")
 
-    def say(self, message: str) -> None:
-        _try(lambda: self.connection.sendall(message.encode() + b"\n"))
+    def send(self, message: str) -> None:
+        _none_if_lost(lambda: self.connection.sendall(message.encode() + b"\n"))
 
-    def hear(self) -> str:
-        """The other side's next line, empty where the connection is lost."""
-        return (_try(lambda: self.received.readline(LONGEST_LINE)) or b"").decode(errors="replace").strip()
+    def receive(self) -> str:
+        """Return the next line; empty if the connection is lost."""
+        return (_none_if_lost(lambda: self.reader.readline(MAX_MESSAGE_BYTES)) or b"").decode(errors="replace").strip()
 
     def close(self) -> None:
-        self.received.close()
+        self.reader.close()
         self.connection.close()
 
 
-def _try(action: Callable[[], Any]) -> Any:
-    """None where the other side is gone, which its line tells soon enough."""
+def _none_if_lost(action: Callable[[], Any]) -> Any:
+    """Return action(), or None if the connection is lost: `_watch` notices that by itself."""
     try:
         return action()
     except OSError:
         return None
 
 
-def _parse(hello: str) -> dict[str, Any]:
+def _parse_json(line: str) -> dict[str, Any]:
+    """Parse a JSON object; anything else is an empty dict."""
     try:
-        said = json.loads(hello)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return value if isinstance(value, dict) else {}

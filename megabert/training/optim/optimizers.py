@@ -1,4 +1,4 @@
-"""What steps the parameters: AdamW, Muon, LAMB or StableAdamW, and which group each parameter is in."""
+"""Optimizers for pretraining: AdamW, Muon and StableAdamW, and their parameter groups."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,62 +6,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe import OptimizerConfig, Recipe
 from megabert.kernels.resolve import Implementation, choose_adamw
 from megabert.model.layers import Block
-
-Groups = list[dict[str, Any]]
-
-# They measure the update of each weight matrix; ZeRO hands an optimizer flat pieces of several, and they would be silently wrong.
-NEED_WHOLE_TENSORS = ("lamb", "stable_adamw")
+from megabert.optim.parameter_groups import Groups, decay_groups
 
 
-def why_not(config: OptimizerConfig, ds_config: dict[str, Any]) -> str | None:
-    """Say why an optimizer would not do under this ds_config what it says, or None."""
-    zero = ds_config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if config.name in NEED_WHOLE_TENSORS and stage > 0:
+def choose_optimizer(recipe: Recipe, ds_config: ResolvedDsConfig, device: torch.device) -> Implementation:
+    """Choose the optimizer's implementation. Raises ValueError if it would train wrongly under this ds_config."""
+    if reason := why_not(recipe.optimizer, ds_config):
+        raise ValueError(reason)
+    if recipe.optimizer.name == "muon":
+        return Implementation(make_muon, "DeepSpeed", "with PyTorch's AdamW for all but the encoder's matrices")
+    if recipe.optimizer.name == "stable_adamw":
+        return Implementation(StableAdamW, "MegaBERT", "PyTorch has none")
+    return choose_adamw(recipe.run.ops, device, ds_config.offloads_optimizer)
+
+
+def why_not(config: OptimizerConfig, ds_config: ResolvedDsConfig) -> str | None:
+    """Return why this optimizer would train wrongly under this ds_config, or None."""
+    stage = ds_config.zero_stage
+    if config.name == "stable_adamw" and stage > 0:
         return (
-            f"optimizer.name {config.name} needs whole weight matrices, ZeRO {stage} gives it pieces. Use ds_configs/zero0.json, "
-            "or optimizer.name adamw."
+            f"optimizer.name stable_adamw measures the update of whole weight matrices, but ZeRO {stage} gives it flat "
+            "pieces of several. Use ds_configs/zero0.json, or optimizer.name adamw."
         )
     if config.name != "muon":
         return None
     if config.max_grad_norm:
         return (
-            f"optimizer.max_grad_norm is {config.max_grad_norm}, but ZeRO clips Muon's updates, whose norm says nothing, not "
-            "its gradients. Set optimizer.max_grad_norm 0."
+            f"optimizer.max_grad_norm is {config.max_grad_norm}, but with Muon ZeRO clips the orthogonalized updates "
+            "instead of the gradients. Set optimizer.max_grad_norm 0."
         )
-    if stage == 3 and zero.get("reduce_scatter", True):
+    if stage == 3 and ds_config.reduce_scatter:
         return "Muon at ZeRO 3 needs whole gradients. Set zero_optimization.reduce_scatter false in the ds_config."
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        return "Muon with an offloaded optimizer is not supported here. Remove zero_optimization.offload_optimizer."
+    if ds_config.offloads_optimizer:
+        return "Muon with an offloaded optimizer is not supported. Remove zero_optimization.offload_optimizer."
     return None
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
-    """Every parameter in exactly one group: with Muon the encoder's matrices; and the rest with and without weight decay."""
+    """Put every parameter in exactly one group: Muon's matrices, and the rest with and without weight decay."""
     matrices = muon_matrices(model) if config.name == "muon" else set()
-    muon, decaying, others = [], [], []
-    for parameter in model.parameters():
-        if parameter in matrices:
-            muon.append(parameter)
-        elif config.decay_norms_and_biases or parameter.dim() > 1:
-            decaying.append(parameter)
-        else:
-            others.append(parameter)
-    assert len(muon) + len(decaying) + len(others) == len(list(model.parameters())), "each parameter is in one group"
-    groups = [
-        {"params": decaying, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    if muon:
+    rest = [parameter for parameter in model.parameters() if parameter not in matrices]
+    groups = decay_groups(rest, config.weight_decay, config.decay_norms_and_biases)
+    if matrices:
+        muon = [parameter for parameter in model.parameters() if parameter in matrices]
         groups.insert(0, {"params": muon, "weight_decay": config.weight_decay, "use_muon": True})
-    return [group for group in groups if group["params"]]
+    return groups
 
 
 def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """The weight matrices of the encoder's layers: not the embeddings, nor the head, whose rows are tokens."""
+    """The weight matrices of the encoder's layers, without the embeddings and the head, whose rows are tokens."""
     return {
         parameter
         for block in model.modules()
@@ -72,32 +69,20 @@ def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
 
 
 def peak_lr(group: dict[str, Any], config: OptimizerConfig) -> float:
-    """The learning rate of a group before its schedule."""
+    """The peak learning rate of a parameter group."""
     return config.muon_lr if group.get("use_muon") else config.lr
-
-
-def choose(recipe: Recipe, ds_config: dict[str, Any], device: torch.device) -> Implementation:
-    """An optimizer's constructor, as in choose_adamw; whose it is; and why not a faster one. Raises ValueError."""
-    if reason := why_not(recipe.optimizer, ds_config):
-        raise ValueError(reason)
-    if recipe.optimizer.name == "muon":
-        return Implementation(make_muon, "DeepSpeed", "with PyTorch's AdamW for all but the encoder's matrices")
-    if recipe.optimizer.name == "lamb":
-        return Implementation(Lamb, "MegaBERT", "PyTorch has none")
-    if recipe.optimizer.name == "stable_adamw":
-        return Implementation(StableAdamW, "MegaBERT", "PyTorch has none")
-    offloaded = "offload_optimizer" in ds_config.get("zero_optimization", {})
-    return choose_adamw(recipe.run.ops, device, offloaded)
 
 
 def make_muon(
     groups: Groups, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """DeepSpeed's Muon (https://kellerjordan.github.io/posts/muon/): at stage 0 it orthogonalises in step(), above ZeRO does.
+    """Make DeepSpeed's Muon (https://kellerjordan.github.io/posts/muon/).
 
-    Newton-Schulz in its standard form, in bf16; momentum 0.95 with Nesterov's.
+    At stage 0 step() orthogonalizes the updates; above, ZeRO does. Newton-Schulz runs in its standard form, in bf16.
+    Momentum 0.95, with Nesterov.
     """
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # importing it compiles its kernels
+    # Imported here because the import compiles kernels.
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     muon: Groups = []
     for group in groups:
@@ -112,8 +97,14 @@ def make_muon(
     return MuonWithAuxAdam(muon, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
 
 
-class Matrixwise(torch.optim.Optimizer):
-    """Adam's two moments, and a step for each tensor that depends on the whole of it."""
+class StableAdamW(torch.optim.Optimizer):
+    """AdamW with update clipping (https://arxiv.org/abs/2304.13013, algorithm 2).
+
+    RMS is sqrt(mean(g^2 / max(u, eps^2))) of each tensor; lr / max(1, RMS) scales both the update and the decay.
+
+    pytorch_optimizer 4.1 and torch-optimi 0.3.3 take the same steps to rounding. Both compute the RMS of whole tensors
+    only, so they could not be extended to ZeRO's flat pieces either; a dependency would save these 30 lines alone.
+    """
 
     def __init__(self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -134,46 +125,18 @@ class Matrixwise(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
-                self.step_one(parameter, parameter.grad, state, group)
+                _stable_adamw_step(parameter, parameter.grad, state, group)
         return loss
 
-    def step_one(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        raise NotImplementedError
 
-
-class Lamb(Matrixwise):
-    """LAMB (https://arxiv.org/abs/1904.00962, algorithm 2): Adam's update, decay added, scaled to the norm of its tensor.
-
-    With bias correction. Where weight_decay is 0 (biases, norms), or a norm is, the scale is 1.
-    """
-
-    def step_one(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        first, second = group["betas"]
-        step = int(state["step"])
-        average = state["exp_avg"].lerp_(grad, 1 - first)
-        square = state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
-        update = (average / (1 - first**step)) / ((square / (1 - second**step)).sqrt_() + group["eps"])
-        scale = torch.ones((), device=parameter.device)
-        if group["weight_decay"]:
-            update.add_(parameter, alpha=group["weight_decay"])
-            weight_norm, update_norm = parameter.norm(), update.norm()
-            scale = torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, scale)
-        parameter.sub_(update.mul_(scale * group["lr"]))
-
-
-class StableAdamW(Matrixwise):
-    """AdamW whose step is shortened where the second moment lags behind (https://arxiv.org/abs/2304.13013, algorithm 2).
-
-    RMS is sqrt(mean(g^2 / max(u, eps^2))) of each tensor; lr / max(1, RMS) is used for the update and for the decay.
-    """
-
-    def step_one(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        step = int(state["step"])
-        # Moments that are right from the first step on, instead of a correction afterwards.
-        first, second = (beta * (1 - beta ** (step - 1)) / (1 - beta**step) for beta in group["betas"])
-        average = state["exp_avg"].lerp_(grad, 1 - first)
-        square = state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
-        rms = (grad.square() / square.clamp(min=group["eps"] ** 2)).mean().sqrt_()
-        lr = group["lr"] / rms.clamp(min=1)
-        parameter.mul_(1 - lr * group["weight_decay"])
-        parameter.sub_(average / square.sqrt().add_(group["eps"]) * lr)
+def _stable_adamw_step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """Update one parameter and its moments in place."""
+    step = int(state["step"])
+    # Betas that make the moments unbiased at every step, so that no bias correction follows.
+    first, second = (beta * (1 - beta ** (step - 1)) / (1 - beta**step) for beta in group["betas"])
+    average = state["exp_avg"].lerp_(grad, 1 - first)
+    square = state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
+    rms = (grad.square() / square.clamp(min=group["eps"] ** 2)).mean().sqrt_()
+    lr = group["lr"] / rms.clamp(min=1)
+    parameter.mul_(1 - lr * group["weight_decay"])
+    parameter.sub_(average / square.sqrt().add_(group["eps"]) * lr)

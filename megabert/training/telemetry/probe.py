@@ -1,9 +1,7 @@
-"""Fine-tuning the run's checkpoints on a small task while training goes on: a process of its own, on the CPU. Rank 0 only.
+"""Fine-tune the run's checkpoints on a small task during training, in a separate process on the CPU; rank 0 only.
 
-The process (megabert/finetune/jobs/probe.py) starts from a checkpoint's files, so that nothing of the training can change: not its random
-numbers, not a GPU's memory. It is nice to the loader's workers, ends with this process, and its failure is a line in the log.
-
-OUTPUT_DIR/probe/step-00001000.json  the score, once it is there      step-00001000.log  what the process said
+OUTPUT_DIR/probe/step-00001000.json  the score of a finished probe
+OUTPUT_DIR/probe/step-00001000.log   the output of its process
 """
 
 import json
@@ -12,143 +10,164 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megabert.config.recipe import ProbeConfig
 from megabert.files.checkpoint_format import step_of, tag_of
 from megabert.files.metrics_format import METRICS, read_metrics
+from megabert.training.distributed.rank_env import RANK_VARIABLES
 from megabert.training.telemetry.reporter import Reporter
 
-MODULE = "megabert.finetune.jobs.probe"  # by name: training knows nothing of fine-tuning
-# What would make the process take itself for a rank, or use the GPU.
-OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LONGEST_WAIT_S = 1200.0  # for the last score at the end of the run; other ranks wait half an hour before they give up
+MODULE = "megabert.finetune.jobs.probe"  # started by name: training must not import fine-tuning
+SCORE_VERSION = 1  # the newest format_version of a score file that can be read here; without one, it is 1
+MAX_WAIT_S = 1200.0  # for the last score at the end of the run; the other ranks' collectives time out after 30 minutes
 
 
-def command(config: ProbeConfig, *more: str) -> list[str]:
-    """What fine-tunes once; more: --checkpoint, --out and --ops, or --check=true to look at the task's data only."""
+def probe_command(config: ProbeConfig, *more: str) -> list[str]:
+    """Return a probe's command. more: --checkpoint, --out and --ops, or --check to check the task's data only."""
     settings = [f"--{name}={getattr(config, name)}" for name in ("task", "data", "protocol", "max_examples")]
     return [sys.executable, "-m", MODULE, *settings, *more]
 
 
-def environment() -> dict[str, str]:
-    """This process's, but not its rank and its GPU; half as many threads."""
-    mine = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
-    return mine | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // 2))}
+def probe_environment() -> dict[str, str]:
+    """Return this process's environment without its rank and its GPU, and with half as many threads."""
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return inherited | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // 2))}
 
 
-def check(config: ProbeConfig) -> None:
-    """Raise ValueError, in one line, if the task, its data or the protocol cannot be used. Does nothing without a probe."""
+def check_probe(config: ProbeConfig) -> None:
+    """Raise ValueError if the task, its data or the protocol cannot be used. Does nothing without a probe."""
     if config.task is None:
         return
     done = subprocess.run(
-        command(config, "--check=true"), env=environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        check=False,
+        probe_command(config, "--check"), env=probe_environment(), capture_output=True, text=True,
+        stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     if done.returncode:
         raise ValueError(f"probe: {_last_line(done.stdout + done.stderr).removeprefix('probe: ')}")
 
 
-class Prober:
-    """Starts a process for each checkpoint that is due, one at a time, and logs its score with the step that it belongs to."""
+class ProbeRunner:
+    """Runs a probe of each due checkpoint, one at a time, and logs its score at the step of the checkpoint.
+
+    The process reads the checkpoint's files, so it affects neither the training's random numbers nor its GPU memory.
+    It runs at low priority, ends with this process, and its failure is only logged.
+    """
 
     def __init__(self, config: ProbeConfig, ops: str, output_dir: Path, reporter: Reporter, step: int):
-        """ops: as run.ops; step: that the run goes on from. Scores of later ones are dropped, and those that a kill kept from the log are logged."""
+        """Drop the scores of steps after `step`, where the run continues; log those that a crash left unlogged.
+
+        ops: as run.ops.
+        """
         self.config, self.ops, self.reporter = config, ops, reporter
         self.folder, self.checkpoints = output_dir / "probe", output_dir / "checkpoints"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.running: tuple[int, subprocess.Popen] | None = None
         self.waiting: int | None = None
-        self.forget_after(step)
-        logged = {record["step"] for record in read_metrics(output_dir / METRICS) if self.name in record}
-        for result in self._results():
-            if result not in logged:
-                self._log(result)
-        if step and not self._result(step).is_file():
-            self.saved(step)
+        self.discard_after(step)
+        logged = {record["step"] for record in read_metrics(output_dir / METRICS) if self.metric in record}
+        for scored in self._scored_steps():
+            if scored not in logged:
+                self._log_score(scored)
+        if step and not self._score_file(step).is_file():
+            self.checkpoint_saved(step)
 
     @property
-    def name(self) -> str:
-        """Of the curve."""
+    def metric(self) -> str:
+        """The name of the score in metrics.jsonl."""
         return f"probe/{Path(str(self.config.task)).stem}"
 
-    def _result(self, step: int) -> Path:
+    def _score_file(self, step: int) -> Path:
         return self.folder / f"{tag_of(step)}.json"
 
-    def _results(self) -> list[int]:
-        """Steps whose score is there."""
+    def _scored_steps(self) -> list[int]:
+        """Return the steps that have a score file."""
         return sorted(step_of(path.stem) for path in self.folder.glob("step-*.json"))
 
-    def forget_after(self, step: int) -> None:
-        """The run goes on from this step: what it did after that is undone."""
+    def discard_after(self, step: int) -> None:
+        """Drop probes and scores of later steps, because the run continues from `step`."""
         if self.running is not None and self.running[0] > step:
             self.stop()
         if self.waiting is not None and self.waiting > step:
             self.waiting = None
-        for later in self._results():
+        for later in self._scored_steps():
             if later > step:
-                self._result(later).unlink()
+                self._score_file(later).unlink()
 
-    def saved(self, step: int) -> None:
-        """A checkpoint of this step is there, or will be. It is probed if it is time for one."""
+    def checkpoint_saved(self, step: int) -> None:
+        """Queue a probe of this step's checkpoint if one is due; the checkpoint may still be being written."""
         if step % self.config.every_steps:
             return
         if self.waiting is not None:
-            self.reporter.say(f"probe of step {self.waiting}: left out, the one before is not done yet")
+            self.reporter.log_line(f"probe of step {self.waiting}: skipped, the previous one is still running")
         self.waiting = step
 
-    def look(self) -> None:
-        """Log a score that is there, and start the next process; waits for nothing."""
+    def poll(self) -> None:
+        """Log the score of a finished probe and start the queued one; never wait."""
         if self.running is not None and self.running[1].poll() is not None:
-            step, process = self._ended()
+            step, process = self._collect()
             if process.returncode == 0:
-                self._log(step)
+                self._log_score(step)
             else:
-                said = _last_line(self._result(step).with_suffix(".log").read_text(errors="replace"))
-                self.reporter.say(f"probe of step {step}: failed with exit code {process.returncode}: {said}")
+                reason = _last_line(self._score_file(step).with_suffix(".log").read_text(errors="replace"))
+                self.reporter.log_line(f"probe of step {step}: failed with exit code {process.returncode}: {reason}")
         if self.running is None and self.waiting is not None:
             checkpoint = self.checkpoints / tag_of(self.waiting)
             if checkpoint.is_dir():
-                self.running, self.waiting = (self.waiting, self._start(checkpoint, self._result(self.waiting))), None
+                process = self._start(checkpoint, self._score_file(self.waiting))
+                self.running, self.waiting = (self.waiting, process), None
 
-    def _start(self, checkpoint: Path, result: Path) -> subprocess.Popen:
-        with open(result.with_suffix(".log"), "w") as log:
-            # Nothing is ever written to its stdin: it ends when that does.
+    def _start(self, checkpoint: Path, score_file: Path) -> subprocess.Popen:
+        with open(score_file.with_suffix(".log"), "w") as log:
+            # The process ends when its stdin is closed, and nothing is ever written there: so it ends with this one.
             return subprocess.Popen(
-                command(self.config, f"--checkpoint={checkpoint}", f"--out={result}", f"--ops={self.ops}"),
-                env=environment(), stdin=subprocess.PIPE, stdout=log, stderr=log,
+                probe_command(self.config, f"--checkpoint={checkpoint}", f"--out={score_file}", f"--ops={self.ops}"),
+                env=probe_environment(), stdin=subprocess.PIPE, stdout=log, stderr=log,
             )  # fmt: skip
 
-    def _log(self, step: int) -> None:
-        found = json.loads(self._result(step).read_text())
-        self.reporter.record(step, {self.name: found["score"], "tokens": found["tokens"]})
-        self.reporter.say(f"probe of step {step}: {self.name.removeprefix('probe/')} {found['score']:.4f}")
+    def _log_score(self, step: int) -> None:
+        result = _read_score(self._score_file(step))
+        self.reporter.log_metrics(step, {self.metric: result["score"], "tokens": result["tokens"]})
+        self.reporter.log_line(f"probe of step {step}: {self.metric.removeprefix('probe/')} {result['score']:.4f}")
 
     def finish(self) -> None:
-        """Wait for the scores that are still to come; at most LONGEST_WAIT_S."""
-        until = time.monotonic() + LONGEST_WAIT_S
-        self.look()
-        while self.running is not None and time.monotonic() < until:
+        """Wait for the last probes, at most MAX_WAIT_S."""
+        deadline = time.monotonic() + MAX_WAIT_S
+        self.poll()
+        while self.running is not None and time.monotonic() < deadline:
             time.sleep(0.1)
-            self.look()
+            self.poll()
         self.stop()
 
     def stop(self) -> None:
-        """End a process that is running; its step is probed again should the run go on from there."""
+        """Kill a running probe; a run that continues from its step probes it again."""
         if self.running is not None:
             self.running[1].kill()
-            step, _ = self._ended()
-            self.reporter.say(f"probe of step {step}: stopped with the training")
+            step, _ = self._collect()
+            self.reporter.log_line(f"probe of step {step}: stopped with the training")
         self.waiting = None
 
-    def _ended(self) -> tuple[int, subprocess.Popen]:
-        assert self.running is not None, "one was running"
+    def _collect(self) -> tuple[int, subprocess.Popen]:
+        """Wait for the running process and return it with its step."""
+        assert self.running is not None, "a probe is running"
         step, process = self.running
         process.communicate()
         self.running = None
         return step, process
 
 
+def _read_score(path: Path) -> dict[str, Any]:
+    """Read a score file: at least "score", 0 to 1, and "tokens", those that the checkpoint was trained on."""
+    result = json.loads(path.read_text())
+    if (version := result.get("format_version", 1)) > SCORE_VERSION:
+        raise ValueError(
+            f"{path}: has format_version {version}, expected at most {SCORE_VERSION}. Update MegaBERT, or delete the "
+            "file to leave its score out."
+        )
+    return result
+
+
 def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it printed nothing")

@@ -1,26 +1,7 @@
-"""What a run reports: one line for people, TensorBoard for curves, metrics.jsonl for programs. Rank 0 only.
-
-loss             nats per masked token, mean over all since the last line; masked_accuracy: share predicted exactly
-lr, grad_norm    of the last step; the norm before clipping
-masked_share     masked tokens / real tokens
-tokens, seconds  since the start of the run, over all restarts
-tokens_per_s     real tokens of all ranks per second, specials counted, filler not, evaluation and saving left out
-mfu              needed FLOPs per second / the devices' peak (flops.py); on a CPU a peak measured at the start
-fill             real tokens / token slots
-loader_wait      share of the step's time that rank 0 waited for data
-time/...         seconds per step on rank 0: data (waiting for batches), forward, backward (ZeRO's reduction of gradients in it),
-                 optimizer (ZeRO's gathering of weights in it), agree (the all-reduce at a step's end: waiting for the others)
-tokens_per_s_per_rank  tokens_per_s / ranks
-slowest_rank, fastest_rank  real tokens per second of a rank alone, of loading and forward, which wait for no other (at ZeRO 3
-                 forward does: it fetches weights)
-memory_gb        most that rank 0 has used so far: of the device; on a CPU resident memory
-skipped_updates  refused by the guard since the start of the run
-skipped_chunks   damaged and left out since the start of the run
-"""
+"""Report a run's progress on rank 0: log lines, metrics.jsonl and trackers (../README.md lists the metrics)."""
 
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -28,29 +9,30 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megabert.files.atomic import write_atomically
 from megabert.files.metrics_format import METRICS, read_metrics
-from megabert.training.telemetry.timers import Stopwatch
-from megabert.training.telemetry.trackers import Appended, Tracker
+from megabert.training.telemetry.timers import StepTimer
+from megabert.training.telemetry.trackers import BufferedAppender, Tracker
 
 
 class Meter:
-    """Adds up what happens between two lines of the log, over all ranks but for own_tokens and the times, which are this one's."""
+    """Sums over the steps since the last report, over all ranks; local_tokens and the times are this rank's."""
 
-    def __init__(self, event: Any) -> None:
-        """event: as Stopwatch's."""
-        self.watch = Stopwatch(event)
+    def __init__(self, event_class: Any) -> None:
+        """event_class: as for StepTimer."""
+        self.timer = StepTimer(event_class)
         self.reset()
 
     def reset(self) -> None:
         self.loss_sum = self.num_correct = self.num_targets = self.tokens = self.slots = self.squared_lengths = 0.0
-        self.steps = self.own_tokens = 0
-        self.paused = 0.0
-        self.watch.reset()
-        self.started = time.perf_counter()
+        self.steps = self.local_tokens = 0
+        self.excluded_seconds = 0.0  # spent on evaluation and saving
+        self.timer.reset()
+        self.started_at = time.perf_counter()
 
-    def add(self, counted: list[float]) -> None:
-        """One step: loss_sum, num_correct, num_targets, tokens, slots, sum of squared lengths."""
-        loss_sum, num_correct, num_targets, tokens, slots, squared_lengths = counted
+    def add_step(self, sums: list[float]) -> None:
+        """Add one step. sums: loss_sum, num_correct, num_targets, tokens, slots, sum of squared lengths."""
+        loss_sum, num_correct, num_targets, tokens, slots, squared_lengths = sums
         self.loss_sum += loss_sum
         self.num_correct += num_correct
         self.num_targets += num_targets
@@ -60,95 +42,99 @@ class Meter:
         self.steps += 1
 
     def seconds(self) -> float:
-        return time.perf_counter() - self.started - self.paused
+        """Return the time spent on training steps since the last reset."""
+        return time.perf_counter() - self.started_at - self.excluded_seconds
 
 
 class Reporter:
-    """Rank 0's voice: a progress bar on a terminal, plain lines elsewhere (a log file, SLURM), metrics.jsonl, and trackers."""
+    """Rank 0's output: a progress bar on a terminal or plain lines elsewhere, metrics.jsonl, and trackers."""
 
     def __init__(self, folder: Path, total_steps: int, step: int, trackers: list[Tracker]):
+        """step: from which the run continues; metrics of later steps are dropped."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.total = total_steps
+        self.total_steps = total_steps
         self.path = folder / METRICS
-        _forget_after(self.path, step)
-        self.file = Appended(self.path)
+        _drop_after(self.path, step)
+        self.file = BufferedAppender(self.path)
         self.trackers = trackers
-        self.problem: OSError | None = None
+        self.error: OSError | None = None
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, desc="pretraining")
 
-    def expect(self, total_steps: int) -> None:
-        """Say how many steps there will probably be, where the clock ends the run."""
-        self.total = total_steps
+    def set_total_steps(self, total_steps: int) -> None:
+        """Update the estimate of the run's length, if a time budget ends it."""
+        self.total_steps = total_steps
         if self.bar is not None:
             self.bar.total = total_steps
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """One point of every curve, and one line."""
-        self.record(step, values)
-        eta = _duration((self.total - step) * values["seconds_per_step"])
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Log the metrics, and print or update the line that shows the progress."""
+        self.log_metrics(step, values)
+        left = _duration((self.total_steps - step) * values["seconds_per_step"])
         line = f"loss {values['loss']:.3f}  lr {values['lr']:.2e}  {values['tokens_per_s']:,.0f} tokens/s"
         if self.bar is not None:
             self.bar.n = step
             self.bar.set_postfix_str(line)
         else:
-            _print(f"step {step}/{self.total}  {line}  left {eta}")
+            _print(f"step {step}/{self.total_steps}  {line}  left {left}")
 
-    def say(self, message: str) -> None:
-        """A line of its own, above the bar."""
+    def log_line(self, message: str) -> None:
+        """Print a line of its own, above the progress bar."""
         if self.bar is not None:
             self.bar.write(message, file=sys.stderr)
         else:
             _print(message)
 
-    def record(self, step: int, values: dict[str, float]) -> None:
-        """One point of every curve. What cannot be written waits for the next, which is said once: training is dearer."""
-        problem = None
-        for write in (*(tracker.record for tracker in self.trackers), self._write):
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Add one point to every curve.
+
+        What cannot be written is kept and retried with the next point. That is logged once and never ends the training.
+        """
+        failed = None
+        for write in (*(tracker.log_metrics for tracker in self.trackers), self._write):
             try:
                 write(step, values)
-            except OSError as mistake:
-                problem = mistake
-        if problem is not None and self.problem is None:
-            self.say(
-                f"{self.path.parent}: the metrics of step {step} cannot be written there: {problem}. They wait in memory; make room "
-                "before the next checkpoint."
+            except OSError as error:
+                failed = error
+        if failed is not None and self.error is None:
+            self.log_line(
+                f"{self.path.parent}: the metrics of step {step} cannot be written there: {failed}. They are kept in "
+                "memory; free some space before the next checkpoint."
             )
-        if problem is None and self.problem is not None:
-            self.say(f"{self.path.parent}: the metrics are written again")
-        self.problem = problem
+        if failed is None and self.error is not None:
+            self.log_line(f"{self.path.parent}: the metrics are written again")
+        self.error = failed
 
-    def add_to(self, name: str, facts: dict[str, Any]) -> None:
-        """One line of JSON at the end of another file of the run's; said aloud where it cannot be written."""
-        line = json.dumps(facts)
+    def append_json(self, name: str, record: dict[str, Any]) -> None:
+        """Append one line of JSON to another file of the run, which MegaBERT never reads; print it if that fails."""
+        line = json.dumps(record)
         try:
             with open(self.path.with_name(name), "a") as file:
                 file.write(line + "\n")
-        except OSError as mistake:
-            self.say(f"{name}: {mistake}; it would have said {line}")
+        except OSError as error:
+            self.log_line(f"{name}: {error}; this line is missing there: {line}")
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        self.file.add(json.dumps({"step": step, **values}) + "\n")
+        # No format version: readers use the names they know, and a metric whose meaning changes gets a new name.
+        self.file.append(json.dumps({"step": step, **values}) + "\n")
 
     def close(self) -> None:
-        for one in (*self.trackers, self.file):
-            with contextlib.suppress(OSError):  # which has been said by record()
-                one.close()
+        for output in (*self.trackers, self.file):
+            with contextlib.suppress(OSError):  # log_metrics has reported it
+                output.close()
         if self.bar is not None:
             self.bar.close()
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop records of steps that a resumed run will do again."""
+def _drop_after(path: Path, step: int) -> None:
+    """Drop the records of later steps, which a resumed run will do again."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(temporary, path)
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def _print(line: str) -> None:
-    with contextlib.suppress(OSError):  # a log on a full disk, or a pipe whose reader has gone, ends no run
+    with contextlib.suppress(OSError):  # a full disk under the log, or a pipe without a reader, must not end the run
         print(line, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Where a step's time goes, on this rank."""
+"""Timers: how long each part of a step takes on this rank, and how much of a run's time budget is used."""
 
 import time
 from collections.abc import Iterator
@@ -10,56 +10,56 @@ PARTS = ("data", "forward", "backward", "optimizer", "agree")
 
 
 @dataclass
-class Clock:
-    """budget: seconds, or None; used: those used so far, over all restarts, as all ranks agreed after the last step;
-    slowest: seconds that the next step may take.
+class TimeBudget:
+    """The wall-clock time that a run may use, counted from the creation of this object, over all restarts.
 
-    Counts from when it is made, evaluation and saving included: the budget is what a cluster bills.
+    Evaluation and saving count too: the budget is what a cluster bills. All times are in seconds. limit: None for a
+    run without one. used: as all ranks agreed after the last step. max_step: an estimate of the longest that the next
+    step may take.
     """
 
-    budget: float | None
+    limit: float | None
     used: float = 0.0
-    slowest: float = 0.0
-    began: float = field(default_factory=time.monotonic)
-    before: float = 0.0
+    max_step: float = 0.0
+    started_at: float = field(default_factory=time.monotonic)
+    used_before: float = 0.0
 
-    def go_on_from(self, used: float, slowest: float) -> None:
-        """Count on from a checkpoint's: what was over there still is."""
-        self.before = self.used = used
-        self.slowest = slowest
+    def resume(self, used: float, max_step: float) -> None:
+        """Continue from a checkpoint's values."""
+        self.used_before = self.used = used
+        self.max_step = max_step
 
-    def now(self) -> float:
-        """Seconds used, as this rank's clock says."""
-        return self.before + time.monotonic() - self.began
+    def elapsed(self) -> float:
+        """Return the time used so far by this rank's clock."""
+        return self.used_before + time.monotonic() - self.started_at
 
-    def agree(self, used: float) -> None:
-        """After a step: what rank 0's clock says."""
-        self.slowest = max(
-            used - self.used, 0.9 * self.slowest
-        )  # a step, and what came with it; a rare one is forgotten
+    def update(self, used: float) -> None:
+        """Set the time used after a step. used: elapsed() on rank 0, so that all ranks agree."""
+        # The time since the last update, evaluation and saving included; a rare long one is forgotten slowly.
+        self.max_step = max(used - self.used, 0.9 * self.max_step)
         self.used = used
 
     @property
-    def share(self) -> float:
-        """Of the budget, 0 to 1."""
-        assert self.budget is not None, "only a run with max_hours asks"
-        return min(1.0, self.used / self.budget)
+    def fraction_used(self) -> float:
+        """Between 0 and 1."""
+        assert self.limit is not None, "only a run with max_hours has a fraction of its budget"
+        return min(1.0, self.used / self.limit)
 
     @property
     def is_over(self) -> bool:
-        """Whether another step would end after the budget."""
-        return self.budget is not None and self.used + self.slowest > self.budget
+        """Whether another step would end after the limit."""
+        return self.limit is not None and self.used + self.max_step > self.limit
 
 
-class Stopwatch:
-    """Adds up seconds by part.
+class StepTimer:
+    """Adds up the seconds of each part of a step.
 
-    On a device that works behind the host's back it places events, and reads them once the host has waited for the device
-    anyway: it never waits itself. event: the device's class of them, or None.
+    On a device that runs asynchronously it records events, and reads them only after the host has waited for the device
+    for another reason: it never synchronizes itself. event_class: of the device; None for a CPU.
     """
 
-    def __init__(self, event: Any) -> None:
-        self.event = event
+    def __init__(self, event_class: Any) -> None:
+        self.event_class = event_class
         self.reset()
 
     def reset(self) -> None:
@@ -68,19 +68,20 @@ class Stopwatch:
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
-        if self.event is None or part == "data":  # the host's own work
-            began = time.perf_counter()
+        """Time the block as one of PARTS."""
+        if self.event_class is None or part == "data":  # the host does this work itself
+            started_at = time.perf_counter()
             yield
-            self.seconds[part] += time.perf_counter() - began
+            self.seconds[part] += time.perf_counter() - started_at
             return
-        first, last = self.event(enable_timing=True), self.event(enable_timing=True)
+        first, last = self.event_class(enable_timing=True), self.event_class(enable_timing=True)
         first.record()
         yield
         last.record()
         self.pending.append((part, first, last))
 
-    def read(self) -> dict[str, float]:
-        """The seconds so far. On a device: after the host has waited for the last event."""
+    def totals(self) -> dict[str, float]:
+        """Return the seconds of each part so far. On a device, call it after the host has waited for the last event."""
         for part, first, last in self.pending:
             self.seconds[part] += first.elapsed_time(last) / 1e3
         self.pending = []

@@ -1,9 +1,8 @@
-"""Where the curves of a run go beside metrics.jsonl: TensorBoard, a CSV file, Weights & Biases. Rank 0 only."""
+"""Experiment trackers that receive a run's curves besides metrics.jsonl: TensorBoard, a CSV file, Weights & Biases."""
 
 import csv
 import importlib.util
 import io
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,79 +10,86 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megabert.files.atomic import write_atomically
+
 CSV = "metrics.csv"
-AGAIN_S = 60.0
+RETRY_AFTER_S = 60.0
 
 
-class Appended:
-    """What cannot be written waits in memory for the next attempt; a line that was cut short is then made whole."""
+class BufferedAppender:
+    """Appends lines to a file; keeps in memory what cannot be written, and retries it with the next lines."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "ab", buffering=0)  # a buffer would lose what its write() was given and could not keep
-        self.waiting = b""
+        # Unbuffered: a buffered file would drop what its write() accepted and then failed to write.
+        self.file = open(path, "ab", buffering=0)
+        self.unwritten = b""
 
-    def add(self, lines: str) -> None:
-        """Raises OSError if a part of them waits."""
-        self.waiting += lines.encode()
-        while self.waiting:
-            self.waiting = self.waiting[self.file.write(self.waiting) :]
+    def append(self, lines: str) -> None:
+        """Write the lines. Raises OSError if a part of them remains unwritten for now."""
+        self.unwritten += lines.encode()
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def close(self) -> None:
-        """Raises OSError if a part is lost."""
+        """Retry once and close the file. Raises OSError if lines are lost."""
         try:
-            self.add("")
+            self.append("")
         finally:
             self.file.close()
 
 
 class Tracker(Protocol):
-    def record(self, step: int, values: dict[str, float]) -> None:
-        """May raise OSError, and is then called again with what comes next."""
+    """Receives the metrics of rank 0."""
+
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Add one point to every curve. May raise OSError; it is then called again with the next metrics."""
 
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Writes from a thread of its own. Where that has failed, as on a full disk, a new file is begun a minute later."""
+    """TensorBoard event files. If writing fails, as on a full disk, a new file is started a minute later."""
 
     def __init__(self, folder: Path, step: int):
         self.folder = str(folder / "tensorboard")
-        self.board: SummaryWriter | None = SummaryWriter(self.folder, purge_step=step or None)
-        self.problem = OSError()
-        self.again = 0.0
+        self.writer: SummaryWriter | None = SummaryWriter(self.folder, purge_step=step or None)
+        self.error = OSError()
+        self.retry_at = 0.0
 
-    def record(self, step: int, values: dict[str, float]) -> None:
-        if self.board is None and time.monotonic() < self.again:
-            raise self.problem
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        if self.writer is None and time.monotonic() < self.retry_at:
+            raise self.error
         try:
-            self.board = self.board or SummaryWriter(self.folder)
+            self.writer = self.writer or SummaryWriter(self.folder)
             for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-        except OSError as mistake:
-            self.board, self.problem, self.again = None, mistake, time.monotonic() + AGAIN_S
+                self.writer.add_scalar(name, value, step)
+        except OSError as error:
+            self.writer, self.error, self.retry_at = None, error, time.monotonic() + RETRY_AFTER_S
             raise
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 class CsvFile:
-    """metrics.csv: a line for each number, step,name,value, so that any number may come at any step."""
+    """metrics.csv: one row step,name,value per number, so that any metric may appear at any step.
+
+    It carries no format version: the header names the columns, and rows of another shape are dropped at a resume.
+    """
 
     def __init__(self, folder: Path, step: int):
+        """step: from which the run continues; rows of later steps are dropped."""
         path = folder / CSV
         kept = []
         if path.is_file():
             with open(path, newline="") as file:
                 kept = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit() and int(row[0]) <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(_as_csv([("step", "name", "value"), *kept]), newline="")
-        os.replace(temporary, path)
-        self.file = Appended(path)
+        write_atomically(path, _as_csv([("step", "name", "value"), *kept]).encode())
+        self.file = BufferedAppender(path)
 
-    def record(self, step: int, values: dict[str, float]) -> None:
-        self.file.add(_as_csv([(step, name, value) for name, value in values.items()]))
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        self.file.append(_as_csv([(step, name, value) for name, value in values.items()]))
 
     def close(self) -> None:
         self.file.close()
@@ -96,17 +102,20 @@ def _as_csv(rows: Sequence[Sequence[Any]]) -> str:
 
 
 class WandB:
-    """A run of the name of its folder, which a resumed run goes on with. WANDB_PROJECT and the rest are wandb's own."""
+    """A Weights & Biases run named after the output folder; a resumed run continues it. WANDB_PROJECT etc. apply."""
 
     def __init__(self, folder: Path, recipe: dict[str, Any]):
-        import wandb  # pyrefly: ignore[missing-import] # an optional import: only where it was asked for
+        import wandb  # pyrefly: ignore[missing-import] # optional: installed only by those who use it
 
         self.latest = 0
         name = folder.resolve().name
         self.run = wandb.init(id=name, name=name, resume="allow", dir=str(folder), config=recipe)
 
-    def record(self, step: int, values: dict[str, float]) -> None:
-        """wandb drops what comes late, as the probe of an earlier step: that goes to the current one, and says of which it is."""
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Log at the newest step if `step` is an earlier one, as a probe's is: wandb drops late points.
+
+        A probe's score then comes with its own step in a curve of its own.
+        """
         if step < self.latest:
             values = values | {f"{name}/step": step for name in values if name.startswith("probe/")}
         self.latest = max(self.latest, step)
@@ -116,18 +125,18 @@ class WandB:
         self.run.finish()
 
 
-def why_not(names: Sequence[str]) -> str | None:
-    """Say what is missing for these trackers, or None."""
+def why_unavailable(names: Sequence[str]) -> str | None:
+    """Return what these trackers lack, with a remedy; None if they can be opened."""
     if "wandb" in names and importlib.util.find_spec("wandb") is None:
-        return "run.trackers has wandb, which is not installed. Run pip install wandb, or leave it out."
+        return "run.trackers contains wandb, which is not installed. Run pip install wandb, or leave it out."
     return None
 
 
 def open_trackers(names: Sequence[str], folder: Path, step: int, recipe: dict[str, Any]) -> list[Tracker]:
-    """Those that the recipe names. step: that the run goes on from; later points are dropped where the tracker can."""
-    make = {
+    """Open the recipe's trackers. step: from which the run continues; later points are dropped if possible."""
+    constructors = {
         "tensorboard": lambda: TensorBoard(folder, step),
         "csv": lambda: CsvFile(folder, step),
         "wandb": lambda: WandB(folder, recipe),
     }
-    return [make[name]() for name in names]
+    return [constructors[name]() for name in names]

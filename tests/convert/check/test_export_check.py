@@ -1,81 +1,105 @@
-"""The gate that every export must pass, and its record, with which it can be repeated."""
+"""The check that every export must pass, and its record, from which the check can be repeated."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from megabert.convert import to_hf
-from megabert.convert.check import export_check
-from megabert.convert.to_hf import Wish
-from tests.conftest import run_command
-from tests.convert.checkpoints import write_checkpoint
-from tests.convert.small import small_model
+from megabert.convert.check import export_check, export_record
+from megabert.convert.deepspeed_checkpoint import find_checkpoints
+from megabert.convert.to_hf import ExportOptions
+from tests.convert.helpers.checkpoints import write_checkpoint
+from tests.convert.helpers.folders import edit_json
+from tests.convert.helpers.small_model import small_model
 
-LAUNCHER = [sys.executable, "launch/convert_to_hf.py"]
+
+def edit_tensors(change: Callable[[dict], dict]) -> Callable[[Path], object]:
+    return lambda path: save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
-def change(file: str, function):
-    """Damage what is written, before the gate looks."""
+def edit_text(change: Callable[[str], str]) -> Callable[[Path], object]:
+    return lambda path: path.write_text(change(path.read_text()))
 
-    def write_folder(out, *rest):
-        written = before(out, *rest)
-        function(out / file)
+
+def reorder_vocabulary(text: str) -> str:
+    """Reverse the tokens of a unigram tokenizer.json after the special ones."""
+    raw = json.loads(text)
+    tokens = raw["model"]["vocab"]
+    return json.dumps(raw | {"model": raw["model"] | {"vocab": tokens[:10] + tokens[:9:-1]}})
+
+
+# Each damage: the file, what is done to it, and what the check says.
+DAMAGES = {
+    "changed": (
+        "model.safetensors",
+        edit_tensors(lambda weights: weights | {"decoder.bias": weights["decoder.bias"] + 0.1}),
+        "parameter decoder.bias differs from the checkpoint's",
+    ),
+    "renamed": (
+        "model.safetensors",
+        edit_tensors(lambda weights: {name.replace("transform.dense.bias", "extra"): t for name, t in weights.items()}),
+        r"weights do not match.*missing_keys.*transform.dense.bias.*unexpected_keys.*extra",
+    ),
+    "another-function": (
+        "ops.py",
+        edit_text(lambda code: code.replace("F.gelu(gate) * value", "F.gelu(gate) * value * 1.01")),
+        "logits differ by",
+    ),
+    "another-tokenizer": ("tokenizer.json", edit_text(reorder_vocabulary), "the tokenizer gives .*input_ids"),
+}
+
+
+def test_every_kind_of_damage_fails_the_check(exported, tmp_path):
+    """All folders are checked in one process, because most of the time goes into loading torch and transformers."""
+    for name, (file, damage, _) in DAMAGES.items():
+        damage(shutil.copytree(exported, tmp_path / name) / file)
+    code = f"""
+import runpy, sys
+from pathlib import Path
+check = runpy.run_path({str(export_check.SUBPROCESS_SCRIPT)!r})["main"]
+for folder in sys.argv[1:]:
+    try:
+        check(Path(folder))
+    except SystemExit as end:
+        print(end.code)
+"""
+    folders = [str(tmp_path / name) for name in DAMAGES]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-c", code, *folders]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    messages = done.stdout.splitlines()
+    assert len(messages) == len(DAMAGES), done.stderr
+    for message, (_, _, expected) in zip(messages, DAMAGES.values(), strict=True):
+        assert re.search(expected, message)
+
+
+def test_an_export_that_fails_its_check_is_removed(corpus, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer)
+    write_folder = to_hf.write_folder
+
+    def write_damaged_folder(out: Path, *rest):
+        written = write_folder(out, *rest)
+        file, damage, _ = DAMAGES["changed"]
+        damage(out / file)
         return written
 
-    before = to_hf.write_folder
-    return write_folder
-
-
-def tensors(function):
-    return lambda path: save_file(function(load_file(path)), path, metadata={"format": "pt"})
-
-
-def other_pieces(raw: dict) -> dict:
-    """Of a unigram tokenizer.json: the pieces after the special ones in another order."""
-    pieces = raw["model"]["vocab"]
-    return raw | {"model": raw["model"] | {"vocab": pieces[:10] + pieces[:9:-1]}}
-
-
-@pytest.mark.parametrize(
-    ("file", "damage", "message"),
-    [
-        (
-            "model.safetensors",
-            tensors(lambda w: w | {"decoder.bias": w["decoder.bias"] + 0.1}),
-            "parameter decoder.bias is not the checkpoint's",
-        ),
-        (
-            "model.safetensors",
-            tensors(lambda w: {name.replace("transform.dense.bias", "extra"): tensor for name, tensor in w.items()}),
-            r"weights do not match.*missing_keys.*transform.dense.bias.*unexpected_keys.*extra",
-        ),
-        (
-            "ops.py",
-            lambda path: path.write_text(path.read_text().replace("F.gelu(gate) * value", "F.gelu(gate) * value * 1.01")),
-            "logits differ by",
-        ),
-        (
-            "tokenizer.json",
-            lambda path: path.write_text(json.dumps(other_pieces(json.loads(path.read_text())))),
-            "the tokenizer makes .*input_ids",
-        ),
-    ],
-    ids=["changed", "missing and left over", "another function", "another tokenizer"],
-)  # fmt: skip
-def test_a_failed_gate_leaves_nothing(corpus, tmp_path, monkeypatch, file, damage, message):
-    write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer)
-    monkeypatch.setattr(to_hf, "write_folder", change(file, damage))
-    with pytest.raises(ValueError, match=f"hf: the export failed its check and was removed: .*{message}"):
-        to_hf.export(tmp_path / "run", tmp_path / "hf")
+    monkeypatch.setattr(to_hf, "write_folder", write_damaged_folder)
+    message = "hf: the export failed its check and was removed: parameter decoder.bias differs from the checkpoint's"
+    with pytest.raises(ValueError, match=message):
+        to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_an_export_can_be_verified_later(exported, tmp_path):
-    done = run_command([*LAUNCHER, "--verify-only", str(exported)])
+def test_an_export_can_be_verified_later(run_launcher, exported, tmp_path):
+    done = run_launcher("convert_to_hf.py", "--verify-only", exported)
     assert done.code == 0, done.output
     assert "logits differ by at most" in done.output
     for file in ("model.safetensors", "layers.py", "tokenizer.json"):
@@ -88,7 +112,7 @@ def test_an_export_can_be_verified_later(exported, tmp_path):
         (copy / file).unlink()
         with pytest.raises(ValueError, match=f"{file}: is missing"):
             export_check.verify(copy)
-    with pytest.raises(ValueError, match=r"has no export.json and export_check.safetensors of ours"):
+    with pytest.raises(ValueError, match=r"has no export.json by MegaBERT"):
         export_check.verify(tmp_path)
 
 
@@ -98,65 +122,54 @@ def test_verifying_runs_no_code_from_elsewhere(exported, tmp_path):
         config = json.loads((copy / "config.json").read_text())
         config["auto_map"]["AutoModelForMaskedLM"] = entry
         (copy / "config.json").write_text(json.dumps(config))
-        receipt = json.loads((copy / "export.json").read_text())
-        receipt["files"]["config.json"] = export_check.file_sha256(copy / "config.json")
-        (copy / "export.json").write_text(json.dumps(receipt))
+        record = json.loads((copy / "export.json").read_text())
+        record["files"]["config.json"] = export_record.file_sha256(copy / "config.json")
+        (copy / "export.json").write_text(json.dumps(record))
         with pytest.raises(ValueError, match="expected module.Class of this folder|absent.py: no such file"):
             export_check.verify(copy)
 
 
-@pytest.fixture
-def quick(monkeypatch) -> list[Path]:
-    """The folders that the gate was asked about; it says yes, and takes no time."""
-    asked = []
-
-    def run(folder: Path) -> dict:
-        asked.append(folder)
-        return {"max_difference": 0.0, "transformers": "0"}
-
-    monkeypatch.setattr(export_check, "run", run)
-    return asked
-
-
-def test_an_export_is_reused_only_if_every_file_is_as_it_was(corpus, tmp_path, quick):
+def test_an_export_is_reused_only_if_every_file_is_unchanged(corpus, tmp_path, skipped_checks):
     write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer)
-    first = to_hf.export(tmp_path / "run", tmp_path / "hf")
-    assert to_hf.export(tmp_path / "run", tmp_path / "hf") == first | {"reused": True}
-    assert len(quick) == 1
+    first = to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    assert to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf") == first | {"reused": True}
+    assert len(skipped_checks) == 1
     weights = tmp_path / "hf" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert to_hf.export(tmp_path / "run", tmp_path / "hf") == first
+    assert to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf") == first
     assert weights.read_bytes() == whole
     (tmp_path / "hf" / "config.json").unlink()
-    assert to_hf.export(tmp_path / "run", tmp_path / "hf") == first
-    assert len(quick) == 3
+    assert to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf") == first
+    assert len(skipped_checks) == 3
     (tmp_path / "hf" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"notes.txt: was added to the export that is there, and would be lost"):
-        to_hf.export(tmp_path / "run", tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"notes.txt: was added to the export there and would be lost"):
+        to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
     assert (tmp_path / "hf" / "notes.txt").read_text() == "mine"
 
 
-def test_an_average_is_of_the_checkpoints_that_are_there_now(corpus, tmp_path):
+def test_a_fingerprint_depends_on_every_averaged_checkpoint(corpus, tmp_path):
+    def fingerprint(average: int) -> str:
+        return to_hf.fingerprint_export(find_checkpoints(tmp_path, average), ExportOptions(average=average))
+
     for step in (1, 2):
         write_checkpoint(tmp_path, small_model(step), corpus.tokenizer, step=step)
-    prints = {to_hf.export_fingerprint(tmp_path, Wish(average=count)) for count in (1, 2)}
+    before = [fingerprint(1), fingerprint(2)]
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000001")
     write_checkpoint(tmp_path, small_model(3), corpus.tokenizer, step=1)
-    again = [to_hf.export_fingerprint(tmp_path, Wish(average=count)) for count in (1, 2)]
-    assert again[0] in prints
-    assert again[1] not in prints
+    assert fingerprint(1) == before[0]
+    assert fingerprint(2) not in before
 
 
-def test_what_is_added_to_an_export_is_found(exported, tmp_path):
+def test_a_file_that_was_added_to_an_export_is_found(exported, tmp_path):
     for name in ("adapter_config.json", "onnx/model.onnx", "pytorch_model.bin"):
         copy = shutil.copytree(exported, tmp_path / "copy", dirs_exist_ok=True)
-        for note in (".gitattributes", ".cache/huggingface/download", "README.md"):
-            (copy / note).parent.mkdir(parents=True, exist_ok=True)
-            (copy / note).write_text("{}")
-        receipt = export_check.read_receipt(copy)
-        assert receipt
-        assert export_check.difference(copy, receipt) is None
+        for harmless in (".gitattributes", ".cache/huggingface/download", "README.md"):
+            (copy / harmless).parent.mkdir(parents=True, exist_ok=True)
+            (copy / harmless).write_text("{}")
+        record = export_record.read_record(copy)
+        assert record
+        assert export_record.find_change(copy, record) is None
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text("{}")
         with pytest.raises(ValueError, match=f"{name}: was added since it was exported"):
@@ -174,18 +187,33 @@ def test_what_is_added_to_an_export_is_found(exported, tmp_path):
         ),
         ("config.json", {"custom_pipelines": {"x": {"impl": "x.Y"}}}, "has custom_pipelines, which names code"),
         ("config.json", {"quantization_config": {"quant_method": "x"}}, "has a quantization_config"),
-        ("export.json", {"texts": None}, None),
     ],
 )
-def test_nothing_but_the_model_may_name_code(exported, tmp_path, file, changes, message):
+def test_nothing_but_the_models_auto_map_may_name_code(exported, tmp_path, file, changes, message):
     copy = shutil.copytree(exported, tmp_path / "copy")
-    raw = json.loads((copy / file).read_text()) | changes
-    if message is None:
-        del raw["texts"]
-        message = "was exported by an older version"
-    (copy / file).write_text(json.dumps(raw))
+    edit_json(copy / file, **changes)
     with pytest.raises(ValueError, match=message):
         export_check.verify(copy)
+
+
+def test_an_export_of_another_format_version_is_refused_but_can_be_replaced(corpus, tmp_path, skipped_checks):
+    write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer)
+    to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    export_json = tmp_path / "hf" / "export.json"
+    record = json.loads(export_json.read_text())
+    assert record["format_version"] == export_record.FORMAT_VERSION == 1
+    edit_json(export_json, format_version=2)
+    with pytest.raises(ValueError, match="by a newer version of MegaBERT: export.json has format_version 2, this .* 1"):
+        export_check.verify(tmp_path / "hf")
+    # Exports from before format_version: the first lacked the texts, too.
+    for lacking in (["format_version"], ["format_version", "texts"]):
+        older = {name: value for name, value in record.items() if name not in lacking}
+        export_json.write_text(json.dumps(older | {"checkpoint": "that of an older version"}))
+        with pytest.raises(ValueError, match="was exported by an older version of MegaBERT, .* Export it again"):
+            export_check.verify(tmp_path / "hf")
+        to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
+        assert json.loads(export_json.read_text())["format_version"] == 1
+    assert len(skipped_checks) == 3
 
 
 def test_a_link_out_of_an_export_is_refused(exported, tmp_path):
@@ -199,25 +227,25 @@ def test_a_link_out_of_an_export_is_refused(exported, tmp_path):
 @pytest.mark.parametrize(
     "text", ["{}", "[]", "{", '{"files": 3, "checkpoint": "x"}', '{"files": {"a": 1}, "parameters": {}}']
 )
-def test_an_export_json_of_somebody_else_is_no_receipt(corpus, tmp_path, text):
+def test_an_export_json_of_another_program_is_not_an_export_record(corpus, tmp_path, text):
     write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "export.json").write_text(text)
-    with pytest.raises(ValueError, match="is not empty and not an export of ours; choose another folder"):
-        to_hf.export(tmp_path / "run", tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"has no export.json and export_check.safetensors of ours"):
+    with pytest.raises(ValueError, match="is neither empty nor an export; choose another folder"):
+        to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"has no export.json by MegaBERT"):
         export_check.verify(tmp_path / "hf")
     assert (tmp_path / "hf" / "export.json").read_text() == text
 
 
-def test_an_export_may_be_written_where_a_link_leads(corpus, tmp_path, quick):
+def test_an_export_may_be_written_through_a_link(corpus, tmp_path, skipped_checks):
     write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer)
     (tmp_path / "disk").mkdir()
-    (tmp_path / "hf").symlink_to("disk/hf")  # which is not there yet
+    (tmp_path / "hf").symlink_to("disk/hf")  # which does not exist yet
     for _ in range(2):
-        to_hf.export(tmp_path / "run", tmp_path / "hf")
+        to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
         assert (tmp_path / "hf").is_symlink()
         assert (tmp_path / "disk" / "hf" / "config.json").is_file()
         (tmp_path / "hf" / "config.json").write_text("{}")
-    assert len(quick) == 2
+    assert len(skipped_checks) == 2
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["hf"]

@@ -1,17 +1,17 @@
-"""The model card: the run's numbers, and nothing that is nobody's business."""
+"""The model card: it has the run's numbers, and neither secrets nor folders of the machine."""
 
 import json
 
 import pytest
 
-from megabert.convert.hf.model_card import Numbers, model_card, public, read_numbers
+from megabert.convert.hf.model_card import Metrics, make_model_card, read_metrics_at, redact
 from megabert.files import checkpoint_format as layout
-from tests.convert.checkpoints import write_checkpoint
-from tests.convert.small import small_model
+from tests.convert.helpers.checkpoints import write_checkpoint
+from tests.convert.helpers.small_model import small_model
 
 
 @pytest.mark.parametrize(
-    ("written", "read"),
+    ("written", "redacted"),
     [
         ("https://user:p%40ss@host:8080/c4/train-{00000..01023}.tar", "https://host:8080/c4/train-{00000..01023}.tar"),
         ("https://user:p@ss@host/x.tar", "https://host/x.tar"),
@@ -29,11 +29,11 @@ from tests.convert.small import small_model
         (0.5, 0.5),
     ],
 )
-def test_the_public_form_of_a_setting(written, read):
-    assert public(written) == read
+def test_settings_are_redacted(written, redacted):
+    assert redact(written) == redacted
 
 
-def test_a_card_names_no_secret_and_no_folder_of_the_machine(corpus, tmp_path):
+def test_a_card_contains_no_secrets_and_no_folders_of_the_machine(corpus, tmp_path):
     model = small_model()
     folder = write_checkpoint(tmp_path, model, corpus.tokenizer)
     raw = json.loads((folder / "state.json").read_text())
@@ -45,7 +45,8 @@ def test_a_card_names_no_secret_and_no_folder_of_the_machine(corpus, tmp_path):
     raw["recipe"]["data"]["train"][1]["weight"] = 2
     raw["recipe"]["run"]["output_dir"] = "/home/someone/runs/best"
     (folder / "state.json").write_text(json.dumps(raw))
-    card = model_card(model.config, layout.read_state(folder), Numbers(1.0, None, None, None), 7, False, 1)
+    metrics = Metrics(1.0, None, None, None)
+    card = str(make_model_card(model.config, layout.read_state(folder), metrics, 7, 1))
     assert "https://host/x-{0..9}.tar x 1, x x 2" in card
     assert "output_dir: best" in card
     for private in ("hunter2", "topsecret", "user", "/home", "someone"):
@@ -53,11 +54,11 @@ def test_a_card_names_no_secret_and_no_folder_of_the_machine(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"unigram_loss": "low"}', '{"unigram_loss": null}'])
-def test_a_result_that_does_not_say_is_no_number(tmp_path, text):
+def test_a_result_without_the_number_gives_none(tmp_path, text):
     (tmp_path / "result.json").write_text(text)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "heldout_loss": "x"}\n')
-    assert read_numbers(tmp_path, 1) == Numbers(2.5, None, None, None)
+    assert read_metrics_at(tmp_path, 1) == Metrics(2.5, None, None, None)
     (tmp_path / "result.json").write_text('{"unigram_loss": 6.5}')
-    assert read_numbers(tmp_path, 1).unigram_loss == 6.5
+    assert read_metrics_at(tmp_path, 1).unigram_loss == 6.5
     (tmp_path / "result.json").unlink()
-    assert read_numbers(tmp_path, 1).unigram_loss is None
+    assert read_metrics_at(tmp_path, 1).unigram_loss is None

@@ -1,55 +1,57 @@
-"""The vocabulary of another tokenizer: what both have is kept, whatever marks words in either."""
+"""Resizing to the vocabulary of another tokenizer keeps the tokens that both have, however each of them marks words."""
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from megabert.convert.hf.resize import BIAS, Imported, resize_vocabulary
-from megabert.convert.weight_names import WORDS
-from tests.convert.small import small_model
+from megabert.convert.hf.resize import DECODER_BIAS, ImportedModel, resize_vocabulary
+from megabert.convert.weight_names import WORD_EMBEDDINGS
+from tests.convert.helpers.small_model import small_model
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDPIECE = [*SPECIALS, "the", "model", "##s", "learn", "##ing", "s"]
 
 
-def wordpiece(pieces: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+def wordpiece(tokens: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return tokenizer
 
 
-def unigram(pieces: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=1))
+def unigram(tokens: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram([(token, -float(i)) for i, token in enumerate(tokens)], unk_id=1))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     return tokenizer
 
 
-def imported(rows: int) -> Imported:
+def imported(rows: int) -> ImportedModel:
     model = small_model(vocab_size=rows)
-    return Imported(model.config, {name: p.detach() for name, p in model.named_parameters()}, [], [])
+    return ImportedModel(model.config, {name: p.detach() for name, p in model.named_parameters()}, [], [])
 
 
-def test_shared_pieces_keep_their_rows_and_others_are_made_of_them():
+def test_shared_tokens_keep_their_rows_and_others_are_composed_of_them():
     model = imported(len(WORDPIECE))
-    pieces = [*SPECIALS, "\u2581model", "s", "ing", "\u2581Models", "\u2581s", "\u2581\u00df", "\u2581the"]
-    changed = resize_vocabulary(model, wordpiece(WORDPIECE), unigram(pieces), multiple=8, seed=0)
-    old, new = model.weights[WORDS], changed.weights[WORDS]
+    tokens = [*SPECIALS, "\u2581model", "s", "ing", "\u2581Models", "\u2581s", "\u2581\u00df", "\u2581the"]
+    changed = resize_vocabulary(model, wordpiece(WORDPIECE), unigram(tokens), multiple=8, seed=0)
+    old, new = model.weights[WORD_EMBEDDINGS], changed.weights[WORD_EMBEDDINGS]
     assert new.shape == (16, 24)
     assert changed.config.vocab_size == 16
     sources = {
         "[PAD]": ["[PAD]"], "[MASK]": ["[MASK]"], "\u2581model": ["model"], "s": ["##s"], "ing": ["##ing"],
         "\u2581Models": ["model", "##s"], "\u2581s": ["s"], "\u2581the": ["the"],
     }  # fmt: skip
-    for piece, parts in sources.items():
+    for token, parts in sources.items():
         rows = [WORDPIECE.index(part) for part in parts]
-        torch.testing.assert_close(new[pieces.index(piece)], old[rows].mean(dim=0))
-        bias = changed.weights[BIAS][pieces.index(piece)]
-        torch.testing.assert_close(bias, model.weights[BIAS][rows].mean())
-    assert changed.vocabulary == "10 pieces kept, 1 the mean of old pieces, 1 new"
-    assert changed.weights[BIAS][12:].max() <= model.weights[BIAS].min(), "filler is never predicted"
+        torch.testing.assert_close(new[tokens.index(token)], old[rows].mean(dim=0))
+        bias = changed.weights[DECODER_BIAS][tokens.index(token)]
+        torch.testing.assert_close(bias, model.weights[DECODER_BIAS][rows].mean())
+    assert changed.vocabulary == "10 tokens kept, 1 the mean of old tokens, 1 initialized"
+    assert changed.weights[DECODER_BIAS][12:].max() <= model.weights[DECODER_BIAS].min(), (
+        "rows added by rounding are never predicted"
+    )
     for name, tensor in model.weights.items():
-        if name not in (WORDS, BIAS):
+        if name not in (WORD_EMBEDDINGS, DECODER_BIAS):
             assert changed.weights[name] is tensor
 
 
@@ -59,28 +61,25 @@ def test_the_same_tokenizer_changes_nothing():
     assert all(torch.equal(changed.weights[name], tensor) for name, tensor in model.weights.items())
 
 
-def test_special_tokens_go_by_their_role_and_bytes_by_what_they_spell():
+def test_special_tokens_are_matched_by_role_and_bytes_by_their_text():
     names = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
-    pieces = [
-        *names,
-        "\u0120model",
-        "\u0120the",
-        "s",
-        "\u0120caf\u00c3\u00a9",
-    ]  # GPT-2's spelling of cafe with an accent
-    new = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    # The last is how GPT-2 writes cafe with an accent.
+    tokens = [*names, "\u0120model", "\u0120the", "s", "\u0120caf\u00c3\u00a9"]
+    new = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     old = [*WORDPIECE, "caf\u00e9"]
     model = imported(len(old))
     changed = resize_vocabulary(model, wordpiece(old), new, multiple=1, seed=0)
-    expected = model.weights[WORDS][[*range(5), old.index("model"), old.index("the"), old.index("##s"), len(old) - 1]]
-    assert torch.equal(changed.weights[WORDS], expected)
+    expected = model.weights[WORD_EMBEDDINGS][
+        [*range(5), old.index("model"), old.index("the"), old.index("##s"), len(old) - 1]
+    ]
+    assert torch.equal(changed.weights[WORD_EMBEDDINGS], expected)
     assert changed.config.pad_token_id == 0
 
 
 def test_tokenizers_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="the tokenizer has the id 10, the model only 7 rows"):
+    with pytest.raises(ValueError, match="the tokenizer has the id 10, but the model has only 7 rows"):
         resize_vocabulary(imported(7), wordpiece(WORDPIECE), wordpiece(WORDPIECE), multiple=1, seed=0)
-    with pytest.raises(ValueError, match="share no piece"):
+    with pytest.raises(ValueError, match="have no token in common"):
         resize_vocabulary(imported(11), wordpiece(WORDPIECE), wordpiece(["q", "##q"]), multiple=1, seed=0)
     with pytest.raises(ValueError, match="a multiple of 0"):
         resize_vocabulary(imported(11), wordpiece(WORDPIECE), wordpiece(WORDPIECE), multiple=0, seed=0)

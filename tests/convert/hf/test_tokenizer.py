@@ -1,4 +1,4 @@
-"""Tokenizers of others: the ids are those that transformers makes of the same folder."""
+"""Imported tokenizers give the ids that transformers gives for the same folder."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertTokenizerFast
 
-from megabert.convert.from_hf import Change, convert
-from megabert.convert.hf.tokenizer import copy_tokenizer, read_tokenizer_of
-from tests.convert.small import small_model
+from megabert.convert.from_hf import ImportOptions, import_model
+from megabert.convert.hf.tokenizer import copy_tokenizer, read_hf_tokenizer
+from tests.convert.helpers.small_model import small_model
 
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a\u2028b", "\u0085y", "\u2028z", "caf\u00e9", "cafe", "Cafe", "Caf\u00e9",
-          "\u6771", "\u4eac", "##\u4eac", "the", "##s", "x", "##\u001cd", "last"]  # fmt: skip
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a\u2028b", "\u0085y", "\u2028z", "caf\u00e9", "cafe", "Cafe",
+          "Caf\u00e9", "\u6771", "\u4eac", "##\u4eac", "the", "##s", "x", "##\u001cd", "last"]  # fmt: skip
 TEXTS = [
     "Caf\u00e9 caf\u00e9 Cafe cafe",
     "\u6771\u4eac the \u6771 \u4eac",
@@ -23,27 +23,27 @@ TEXTS = [
 
 def write_vocab(folder: Path, settings: dict | None = None, **files: dict) -> Path:
     folder.mkdir(parents=True)
-    (folder / "vocab.txt").write_text("\n".join(PIECES) + "\n", encoding="utf-8")
+    (folder / "vocab.txt").write_text("\n".join(TOKENS) + "\n", encoding="utf-8")
     for name, content in {"tokenizer_config": settings, **files}.items():
         if content is not None:
             (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 
 
-NEW, OTHER = len(PIECES), len(PIECES) + 1
+NEW, OTHER = len(TOKENS), len(TOKENS) + 1
 SETTINGS = {
-    "nothing said": {},
+    "no settings": {},
     "cased": {"settings": {"do_lower_case": False, "tokenizer_class": "BertTokenizer"}},
     "accents kept": {"settings": {"do_lower_case": True, "strip_accents": False}},
     "accents stripped, case kept": {"settings": {"do_lower_case": False, "strip_accents": True}},
-    "words of Chinese": {"settings": {"tokenize_chinese_chars": False}},
+    "Chinese characters kept together": {"settings": {"tokenize_chinese_chars": False}},
     "added_tokens.json": {"added_tokens": {"<other>": OTHER, "<new>": NEW}},
     "added_tokens_decoder": {
         "settings": {
             "do_lower_case": False,
             "tokenizer_class": "BertTokenizerFast",
             "added_tokens_decoder": {
-                str(PIECES.index("[MASK]")): {"content": "[MASK]", "special": True},
+                str(TOKENS.index("[MASK]")): {"content": "[MASK]", "special": True},
                 str(NEW): {"content": "<new>", "special": False, "normalized": False, "lstrip": True, "rstrip": False},
                 str(OTHER): {"content": "<other>", "special": True, "normalized": False, "single_word": False},
             },
@@ -55,9 +55,9 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("how", SETTINGS)
-def test_a_vocabulary_makes_the_ids_of_transformers(tmp_path, how):
-    folder = write_vocab(tmp_path / "in", **SETTINGS[how])
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_vocabulary_gives_the_ids_of_transformers(tmp_path, case):
+    folder = write_vocab(tmp_path / "in", **SETTINGS[case])
     theirs = BertTokenizerFast.from_pretrained(folder)
     (tmp_path / "out").mkdir()
     copy_tokenizer(folder, tmp_path / "out", 512)
@@ -67,7 +67,7 @@ def test_a_vocabulary_makes_the_ids_of_transformers(tmp_path, how):
         expected = theirs(text)["input_ids"]
         assert ours.encode(text).ids == expected, text
         assert again(text)["input_ids"] == expected, text
-    assert read_tokenizer_of(folder).get_vocab() == theirs.get_vocab()
+    assert read_hf_tokenizer(folder).get_vocab() == theirs.get_vocab()
     assert again.pad_token == "[PAD]"
     assert again.mask_token == "[MASK]"
 
@@ -76,28 +76,28 @@ def test_a_vocabulary_makes_the_ids_of_transformers(tmp_path, how):
     ("files", "message"),
     [
         ({"settings": {"do_lower_case": "no"}}, "do_lower_case is 'no', expected true or false"),
-        ({"added_tokens": {"<new>": [NEW]}}, "is not a list of tokens with their numbers"),
+        ({"added_tokens": {"<new>": [NEW]}}, "is not an object of tokens with their ids"),
         ({"added_tokens": {"<new>": NEW + 5}}, f"'<new>' has the id {NEW + 5}, but vocab.txt makes it {NEW}"),
-        ({"settings": {"added_tokens_decoder": {"x": "<new>"}}}, "is not a list of tokens with their numbers"),
-        ({"settings": {"added_tokens_decoder": {NEW: {"content": 7}}}}, "is not a token of a tokenizer"),
-        ({"settings": {"mask_token": ["[MASK]"]}}, "is not a token of a tokenizer"),
-        ({"settings": {"additional_special_tokens": "<new>"}}, "additional_special_tokens are a str, expected a list"),
+        ({"settings": {"added_tokens_decoder": {"x": "<new>"}}}, "is not an object of tokens with their ids"),
+        ({"settings": {"added_tokens_decoder": {NEW: {"content": 7}}}}, "is not a token, expected"),
+        ({"settings": {"mask_token": ["[MASK]"]}}, "is not a token, expected"),
+        ({"settings": {"additional_special_tokens": "<new>"}}, "additional_special_tokens is a str, expected a list"),
         ({"settings": {"cls_token": "<s>"}}, "vocab.txt: has no <s>"),
     ],
 )
-def test_settings_that_cannot_be_followed_are_refused(tmp_path, files, message):
+def test_invalid_settings_are_refused(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
-        read_tokenizer_of(write_vocab(tmp_path / "in", **files))
+        read_hf_tokenizer(write_vocab(tmp_path / "in", **files))
 
 
-def test_a_vocabulary_that_is_no_text_is_refused(tmp_path):
+def test_a_vocabulary_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "vocab.txt").write_bytes(b"[CLS]\n\xff\xfe\n")
     with pytest.raises(ValueError, match="vocab.txt: is not UTF-8"):
-        read_tokenizer_of(tmp_path)
+        read_hf_tokenizer(tmp_path)
 
 
-def word_pieces(path: Path, *more: str, **truncation: int) -> Path:
-    tokenizer = read_tokenizer_of(write_vocab(path.parent / f"vocabulary-of-{path.stem}"))
+def write_wordpiece(path: Path, *more: str, **truncation: int) -> Path:
+    tokenizer = read_hf_tokenizer(write_vocab(path.parent / f"vocabulary-of-{path.stem}"))
     tokenizer.add_tokens(list(more))
     if truncation:
         tokenizer.enable_truncation(**truncation)
@@ -107,24 +107,26 @@ def word_pieces(path: Path, *more: str, **truncation: int) -> Path:
     return path
 
 
-def test_a_tokenizer_by_its_file_is_that_file_and_not_its_neighbour(tmp_path):
+def test_a_tokenizer_file_is_used_without_the_other_files_in_its_folder(tmp_path):
     small_model().save_pretrained(tmp_path / "in")
-    word_pieces(tmp_path / "in" / "tokenizer.json")
-    word_pieces(tmp_path / "tokenizers" / "tokenizer.json", "neighbour")
+    write_wordpiece(tmp_path / "in" / "tokenizer.json")
+    write_wordpiece(tmp_path / "tokenizers" / "tokenizer.json", "neighbour")
     (tmp_path / "tokenizers" / "tokenizer_config.json").write_text(json.dumps({"mask_token": "neighbour"}))
-    wanted = word_pieces(tmp_path / "tokenizers" / "wanted.json", "one", "two")
-    model = convert(tmp_path / "in", tmp_path / "out", Change(tokenizer=str(wanted), pad_vocab_to_multiple_of=1))
-    assert model.config.vocab_size == len(PIECES) + 2
+    wanted = write_wordpiece(tmp_path / "tokenizers" / "wanted.json", "one", "two")
+    model = import_model(
+        tmp_path / "in", tmp_path / "out", ImportOptions(tokenizer=str(wanted), pad_vocab_to_multiple_of=1)
+    )
+    assert model.config.vocab_size == len(TOKENS) + 2
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == wanted.read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer("one two")["input_ids"][1:-1] == [len(PIECES), len(PIECES) + 1]
+    assert tokenizer("one two")["input_ids"][1:-1] == [len(TOKENS), len(TOKENS) + 1]
     assert tokenizer.mask_token == "[MASK]"
 
 
-def test_a_tokenizers_own_length_does_not_outlive_a_change_of_length(tmp_path):
+def test_a_change_of_length_removes_the_tokenizers_own_limits(tmp_path):
     small_model().save_pretrained(tmp_path / "in")
-    word_pieces(tmp_path / "in" / "tokenizer.json", max_length=6)
-    convert(tmp_path / "in", tmp_path / "out", Change(max_length=96))
+    write_wordpiece(tmp_path / "in" / "tokenizer.json", max_length=6)
+    import_model(tmp_path / "in", tmp_path / "out", ImportOptions(max_length=96))
     raw = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     assert raw["truncation"] is raw["padding"] is None
     long = "the x " * 60
@@ -132,9 +134,9 @@ def test_a_tokenizers_own_length_does_not_outlive_a_change_of_length(tmp_path):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")(long, truncation=True)["input_ids"]) == 96
 
 
-def test_settings_that_name_code_are_not_passed_on(tmp_path):
+def test_settings_that_name_code_are_not_copied(tmp_path):
     small_model().save_pretrained(tmp_path / "in")
-    word_pieces(tmp_path / "in" / "tokenizer.json")
+    write_wordpiece(tmp_path / "in" / "tokenizer.json")
     config = {
         "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]},
         "tokenizer_class": "EvilTokenizer",
@@ -148,7 +150,7 @@ def test_settings_that_name_code_are_not_passed_on(tmp_path):
         "_name_or_path": "/home/x",
     }
     (tmp_path / "in" / "config.json").write_text(json.dumps(raw))
-    convert(tmp_path / "in", tmp_path / "out")
+    import_model(tmp_path / "in", tmp_path / "out")
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings.keys() & (config.keys() | {"do_lower_case"}) == {"tokenizer_class", "do_lower_case"}
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"

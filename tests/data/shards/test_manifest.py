@@ -1,4 +1,4 @@
-"""A manifest may come from anywhere: what cannot be true is a ValueError, and nothing else happens."""
+"""Manifests: what is written is read again, and impossible values raise ValueError."""
 
 import contextlib
 import hashlib
@@ -65,17 +65,17 @@ def shard(raw):
         (lambda raw: shard(raw).update(name="../train.tar"), "is not a shard's name"),
         (lambda raw: shard(raw).update(name="/etc/x.tar"), "is not a shard's name"),
         (lambda raw: shard(raw).update(name=".hidden.tar"), "is not a shard's name"),
-        (lambda raw: shard(raw).update(name=5), "not as write_shards.py writes it"),
+        (lambda raw: shard(raw).update(name=5), "not a manifest of write_shards.py"),
         (lambda raw: shard(raw).update(num_chunks=3), r"has 3 chunks, chunks\.npy has 2 left"),
         (lambda raw: shard(raw).update(num_chunks=-1), "has -1 chunks"),
         (lambda raw: shard(raw).update(num_chunks=1e9), "has 1000000000.0 chunks"),
         (lambda raw: shard(raw).update(bytes=2000), "a chunk outside its 2000 bytes"),
         (lambda raw: shard(raw).update(bytes="many"), "train-00000.tar with 'many' bytes"),
         (lambda raw: raw["tokenizer"]["special_ids"].pop("mask"), "expected pad, unk, cls, sep, mask"),
-        (lambda raw: shard(raw).update(extra=1), "not as write_shards.py writes it"),
-        (lambda raw: shard(raw).pop("sha256"), "not as write_shards.py writes it"),
-        (lambda raw: raw.update(splits=[1]), "not as write_shards.py writes it"),
-        (lambda raw: raw.pop("statistics"), "not as write_shards.py writes it: KeyError"),
+        (lambda raw: shard(raw).update(extra=1), "not a manifest of write_shards.py"),
+        (lambda raw: shard(raw).pop("sha256"), "not a manifest of write_shards.py"),
+        (lambda raw: raw.update(splits=[1]), "not a manifest of write_shards.py"),
+        (lambda raw: raw.pop("statistics"), "not a manifest of write_shards.py: KeyError"),
         (lambda raw: raw.update(statistics=[]), "no median_document_tokens among its statistics"),
         (lambda raw: raw.update(statistics={}), "no median_document_tokens among its statistics"),
         (lambda raw: raw["tokenizer"].update(fingerprint=5), "a fingerprint 5"),
@@ -87,16 +87,16 @@ def shard(raw):
         (lambda raw: raw["tokenizer"]["special_ids"].update(mask=100), "a special id beyond its vocabulary of 100"),
         (lambda raw: raw["tokenizer"].update(all_special_ids=[-1]), "a special id beyond its vocabulary"),
         (lambda raw: raw.update(format=1), "format 1, expected 2"),
-        (lambda raw: raw.update(chunks_sha256="0"), r"chunks\.npy beside it is not the one it was written with"),
+        (lambda raw: raw.update(chunks_sha256="0"), r"belongs to another chunks\.npy than the one next to it"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_true_is_refused(folder, change, message):
+)
+def test_impossible_values_are_refused(folder, change, message):
     with pytest.raises(ValueError, match=f"here: .*{message}"):
         parse(folder, change)
 
 
 @pytest.mark.parametrize("row", [[-1, 5, 1, 1, 0], [0, 2**62, 1, 1, 0], [2**62, 2**62, 1, 1, 0], [0, 5, -1, 1, 0]])
-def test_an_index_that_points_elsewhere_is_refused(folder, row):
+def test_an_index_that_points_outside_the_shard_is_refused(folder, row):
     file = io.BytesIO()
     np.save(file, np.array([row, INDEX[1]]))
     with pytest.raises(ValueError, match="a chunk outside its 3072 bytes, or of more than 1024 MB"):
@@ -119,30 +119,37 @@ def test_an_index_of_another_shape_or_a_pickle_is_refused(folder):
 
 
 @contextlib.contextmanager
-def refused_by_name():
-    """Whatever goes on inside may raise a ValueError that says where, and nothing else."""
+def may_be_refused():
+    """Allow a ValueError that names the file, and no other error."""
     try:
         yield
-    except ValueError as mistake:
-        if not str(mistake).startswith("here: "):
+    except ValueError as error:
+        if not str(error).startswith("here: "):
             raise
 
 
-PLACES = [("kind",), ("splits",), ("splits", "train"), ("splits", "train", 0), ("tokenizer",), ("statistics",), ("request",),
-          *[("splits", "train", 0, name) for name in ("name", "sha256", "bytes", "documents", "tokens", "num_chunks")],
-          *[("tokenizer", name) for name in ("fingerprint", "vocab_size", "special_ids", "all_special_ids")]]  # fmt: skip
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))  # fmt: skip
+SHARD_KEYS = ("name", "sha256", "bytes", "documents", "tokens", "num_chunks")
+TOKENIZER_KEYS = ("fingerprint", "vocab_size", "special_ids", "all_special_ids")
+PATHS = [
+    *[("kind",), ("splits",), ("splits", "train"), ("splits", "train", 0)],
+    *[("tokenizer",), ("statistics",), ("request",)],
+    *[("splits", "train", 0, key) for key in SHARD_KEYS],
+    *[("tokenizer", key) for key in TOKENIZER_KEYS],
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
 
 
-@given(st.sampled_from(PLACES), JSON)
-def test_any_value_anywhere_is_read_or_refused(folder, place, value):
+@given(st.sampled_from(PATHS), JSON)
+def test_any_json_value_is_accepted_or_refused_with_a_message(folder, path, value):
     def change(raw):
-        for step in place[:-1]:
-            raw = raw[step]
-        raw[place[-1]] = value
+        for key in path[:-1]:
+            raw = raw[key]
+        raw[path[-1]] = value
 
-    with refused_by_name():
+    with may_be_refused():
         parse(folder, change)
 
 

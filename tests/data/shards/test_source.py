@@ -1,3 +1,5 @@
+"""Sources: splits, reading chunks, damaged and missing shards, mixtures and tokenizers."""
+
 import dataclasses
 import hashlib
 import io
@@ -18,7 +20,7 @@ from megabert.data.shards.source import DamagedShardError, check_same_tokenizer,
 
 @pytest.fixture
 def folder(corpus, tmp_path):
-    """A copy of the token shards to damage."""
+    """A copy of the token shards that a test may damage."""
     return shutil.copytree(corpus.tokens, tmp_path / "tokens")
 
 
@@ -50,7 +52,7 @@ def test_splits_cover_every_chunk_once(corpus):
         assert all(s.last > s.first for s in splits)
 
 
-def test_brace_notation_names_shards_of_one_manifest(corpus):
+def test_brace_notation_selects_shards_of_one_manifest(corpus):
     source = open_source(f"{corpus.tokens}/train-{{00000..00003}}.tar")
     assert [shard.name for shard in source.shards] == [f"train-{i:05d}.tar" for i in range(4)]
     with pytest.raises(ValueError, match=r"train-99999\.tar is not among the manifest's \d+ train shards"):
@@ -59,25 +61,25 @@ def test_brace_notation_names_shards_of_one_manifest(corpus):
         open_source(f"{corpus.tokens}/{{a,b}}/train-00000.tar")
 
 
-def test_a_missing_manifest_is_named(tmp_path):
+def test_a_missing_manifest_raises_with_its_name(tmp_path):
     with pytest.raises(ValueError, match=r"manifest\.json: no such file.*write_shards\.py"):
         open_source(str(tmp_path))
 
 
-def test_a_missing_shard_is_named(folder):
+def test_a_missing_shard_raises_with_its_name(folder):
     (folder / "train-00002.tar").unlink()
     with pytest.raises(ValueError, match=r"train-00002\.tar: the manifest lists this shard, but it is missing"):
         open_source(str(folder))
 
 
-def test_a_truncated_shard_is_named(folder):
+def test_a_truncated_shard_raises_with_its_name(folder):
     path = folder / "train-00001.tar"
     path.write_bytes(path.read_bytes()[:-512])
     with pytest.raises(ValueError, match=r"train-00001\.tar: \d+ bytes, but the manifest says \d+"):
         open_source(str(folder))
 
 
-def test_a_shard_that_vanishes_or_shrinks_while_training_is_named(folder):
+def test_a_shard_removed_or_truncated_during_training_raises(folder):
     source = open_source(str(folder))
     path = folder / source.shards[0].name
     path.write_bytes(path.read_bytes()[:1000])
@@ -88,18 +90,18 @@ def test_a_shard_that_vanishes_or_shrinks_while_training_is_named(folder):
         source.read_chunk(0, 0)
 
 
-def test_damaged_tar_headers_are_named(folder):
+def test_a_damaged_tar_header_raises(folder):
     source = open_source(str(folder))
     path = folder / source.shards[0].name
     data = bytearray(path.read_bytes())
     data[0:100] = b"\xff" * 100
     path.write_bytes(bytes(data))
-    with pytest.raises(DamagedShardError, match=r"train-00000\.tar chunk 0 \(byte 0\): its checksum is not"):
+    with pytest.raises(DamagedShardError, match=r"train-00000\.tar chunk 0 \(byte 0\): damaged: its checksum differs"):
         source.read_chunk(0, 0)
 
 
-def test_one_flipped_bit_in_a_token_is_named(folder):
-    """The id stays in range and the tar whole: only the checksum can tell."""
+def test_one_flipped_bit_in_a_token_raises(folder):
+    """The id stays in range and the tar valid, so only the checksum shows the damage."""
     source = open_source(str(folder))
     path = folder / source.shards[0].name
     place = source.shards[0].chunk(1)
@@ -107,12 +109,14 @@ def test_one_flipped_bit_in_a_token_is_named(folder):
     data[place.offset + 1024] ^= 1
     path.write_bytes(bytes(data))
     source.read_chunk(0, 0)
-    with pytest.raises(DamagedShardError, match=rf"train-00000\.tar chunk 1 \(byte {place.offset}\): its checksum"):
+    with pytest.raises(
+        DamagedShardError, match=rf"train-00000\.tar chunk 1 \(byte {place.offset}\): damaged: its checksum"
+    ):
         source.read_chunk(0, 1)
 
 
-def rewritten(folder, change) -> Path:
-    """The folder with its first chunk's sample changed and all checksums right: what only looking inside can tell."""
+def rewrite_first_chunk(folder, change) -> Path:
+    """Change the sample of the first chunk and correct all checksums, so that only its content shows the change."""
     source = open_source(str(folder))
     shard = source.shards[0]
     path, place = folder / shard.name, shard.chunk(0)
@@ -141,29 +145,29 @@ def test_an_id_beyond_the_vocabulary_is_refused(folder):
         tokens[5] = 800
         return sample_format.encode_tokens(sample_format.TokenChunk(tokens, lengths))
 
-    source = open_source(str(rewritten(folder, change)))
+    source = open_source(str(rewrite_first_chunk(folder, change)))
     with pytest.raises(DamagedShardError, match="holds id 800, but the vocabulary has 800"):
         source.read_chunk(0, 0)
 
 
-def test_documents_that_are_not_the_manifests_are_refused(folder):
+def test_another_number_of_documents_than_in_the_manifest_is_refused(folder):
     def change(sample):
         tokens, lengths = sample_format.decode_tokens(sample, "x")
         lengths = np.concatenate([lengths[:-2], [lengths[-2:].sum()]]).astype(np.int32)
         return sample_format.encode_tokens(sample_format.TokenChunk(tokens, lengths))
 
-    source = open_source(str(rewritten(folder, change)))
+    source = open_source(str(rewrite_first_chunk(folder, change)))
     with pytest.raises(DamagedShardError, match=r"\d+ documents, but the manifest says \d+"):
         source.read_chunk(0, 0)
 
 
 def test_a_shard_without_tokens_is_refused(folder):
-    source = open_source(str(rewritten(folder, lambda sample: {"jsonl": b"{}\n"})))
+    source = open_source(str(rewrite_first_chunk(folder, lambda sample: {"jsonl": b"{}\n"})))
     with pytest.raises(DamagedShardError, match=r"expected a member \.tokens\.npy"):
         source.read_chunk(0, 0)
 
 
-def test_missing_shards_are_only_logged_where_that_is_allowed(folder, caplog):
+def test_missing_shards_are_only_logged_with_on_bad_shard_skip(folder, caplog):
     (folder / "train-00002.tar").unlink()
     source = open_source(str(folder), on_bad_shard="skip")
     assert "train-00002.tar: the manifest lists this shard, but it is missing" in caplog.text
@@ -173,12 +177,12 @@ def test_missing_shards_are_only_logged_where_that_is_allowed(folder, caplog):
 def test_an_index_of_another_manifest_is_refused(folder):
     index = np.load(folder / CHUNKS)
     np.save(folder / CHUNKS, index[:-1])
-    with pytest.raises(ValueError, match=r"chunks\.npy beside it is not the one it was written with"):
+    with pytest.raises(ValueError, match=r"belongs to another chunks\.npy than the one next to it"):
         open_source(str(folder))
 
 
 @pytest.mark.parametrize("name", ["../train-00000.tar", "/etc/passwd", "a/b.tar", ".tar", "x.tar/../y.tar", ""])
-def test_a_shards_name_never_leaves_the_folder(folder, name):
+def test_a_shard_name_cannot_leave_the_folder(folder, name):
     raw = json.loads((folder / MANIFEST).read_text())
     raw["splits"]["train"][0]["name"] = name
     (folder / MANIFEST).write_text(json.dumps(raw))
@@ -186,7 +190,7 @@ def test_a_shards_name_never_leaves_the_folder(folder, name):
         open_source(str(folder))
 
 
-def test_a_mixture_speaks_with_one_voice(corpus, folder):
+def test_a_mixture_normalizes_weights_and_needs_one_tokenizer(corpus, folder):
     alone = open_corpus([(str(corpus.tokens), 3.0)])
     assert alone.weights == (1.0,)
     both = open_corpus([(str(corpus.tokens), 3.0), (str(folder), 1.0)])
@@ -210,9 +214,9 @@ def test_a_part_without_documents_is_refused(folder):
         open_source(str(folder))
 
 
-def test_a_manifest_of_another_format_or_no_json_is_refused(folder):
+def test_a_manifest_of_another_format_is_refused_with_a_remedy(folder):
     (folder / MANIFEST).write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="format 99, expected 2"):
+    with pytest.raises(ValueError, match="format 99, expected 2. Upgrade megabert, or write the shards again"):
         read_manifest(folder)
     (folder / MANIFEST).write_text("[]")
     with pytest.raises(ValueError, match="format None, expected 2"):
@@ -232,69 +236,14 @@ def test_shards_of_another_tokenizer_are_refused(corpus, folder):
     with pytest.raises(ValueError, match=r"its fingerprint is .*, but the shards were written with ffffffffffff"):
         open_source(str(folder)).read_tokenizer_file()
     (folder / TOKENIZER).unlink()
-    with pytest.raises(ValueError, match="no such file; it belongs beside the shards"):
+    with pytest.raises(ValueError, match="no such file, expected next to the shards"):
         open_source(str(folder)).read_tokenizer_file()
 
 
-def test_text_wants_a_tokenizer(corpus, folder):
+def test_text_shards_need_a_tokenizer(corpus, folder):
     raw = json.loads((folder / MANIFEST).read_text()) | {"kind": "text", "tokenizer": None}
     (folder / MANIFEST).write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=r"holds text, expected tokens\. Name a tokenizer with data\.tokenizer"):
         open_source(str(folder))
     with pytest.raises(ValueError, match="no such tokenizer"):
         open_source(str(folder), tokenizer=str(folder / "nowhere"))
-
-
-def test_samples_survive_encoding():
-    chunk = sample_format.TokenChunk(np.arange(7, dtype=np.uint16), np.array([3, 0, 4], dtype=np.int32))
-    decoded = sample_format.decode_tokens(sample_format.encode_tokens(chunk), "here")
-    assert all(np.array_equal(a, b) for a, b in zip(chunk, decoded, strict=True))
-    documents = ["plain", "two\nlines", "\u2028 \U0001f600 \x00", ""]
-    assert sample_format.decode_text(sample_format.encode_text(documents), "here") == documents
-    assert sample_format.token_dtype(65_536) == np.uint16
-    assert sample_format.token_dtype(65_537) == np.uint32
-
-
-@pytest.mark.parametrize(
-    ("sample", "message"),
-    [
-        ({"jsonl": b""}, r"expected a member \.tokens\.npy"),
-        ({"tokens.npy": b"garbage", "lengths.npy": b""}, "not a plain .npy array"),
-    ],
-)
-def test_wrong_token_samples_are_refused(sample, message):
-    with pytest.raises(ValueError, match=message):
-        sample_format.decode_tokens(sample, "shard.tar chunk 3")
-
-
-def test_wrong_arrays_are_refused():
-    good = sample_format.TokenChunk(np.arange(7, dtype=np.uint16), np.array([7], dtype=np.int32))
-    floats = sample_format.encode_tokens(good._replace(tokens=np.zeros(7)))
-    with pytest.raises(ValueError, match=r"holds float64 of shape \(7,\), expected flat uint16 or uint32"):
-        sample_format.decode_tokens(floats, "x")
-    short = sample_format.encode_tokens(good._replace(lengths=np.array([6], dtype=np.int32)))
-    with pytest.raises(ValueError, match="lengths sum to 6, expected int32 that sum to the chunk's 7 tokens"):
-        sample_format.decode_tokens(short, "x")
-
-
-def test_pickles_are_never_loaded():
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([{"an": "object"}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="not a plain .npy array"):
-        sample_format.decode_tokens({"tokens.npy": buffer.getvalue(), "lengths.npy": b""}, "x")
-
-
-def test_wrong_text_samples_are_refused():
-    for sample, message in (({"tokens.npy": b""}, "expected a member .jsonl"), ({"jsonl": b'{"a": 1}\n'}, "not one")):
-        with pytest.raises(ValueError, match=message):
-            sample_format.decode_text(sample, "x")
-
-
-def test_member_names_never_become_paths(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        sample_format.write_sample(tar, "../../etc/escape", {"jsonl": b""})
-        chunk = buffer.getvalue()[: tar.offset]
-    assert sample_format.read_sample(chunk, "x")
-    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Text shards, tokenized while training: the same path, and the same tokens as tokenizing first."""
+"""Text shards that are tokenized during training give the same tokens as token shards."""
 
 import itertools
 import json
@@ -32,22 +32,22 @@ def documents(corpus) -> list[tuple[int, ...]]:
 
 def test_text_gives_the_tokens_of_token_shards(corpus, text):
     ours, theirs = documents(text), documents(open_corpus([(str(corpus.tokens), 1.0)]))
-    # Longer ones are cut in those token shards, whose chunks have 2,048 tokens.
+    # The chunks of these token shards have 2,048 tokens, so longer documents are cut there.
     assert [ids for ids in ours if len(ids) < 2048] == [ids for ids in theirs if len(ids) < 2048 and ids in set(ours)]
     assert sum(len(ids) < 2048 for ids in ours) > 0.9 * len(ours)
     assert np.array_equal(np.bincount(np.concatenate(ours)), np.bincount(np.concatenate(theirs)))
 
 
-def test_its_statistics_come_from_a_sample(corpus, text):
+def test_statistics_of_text_are_estimated_from_a_sample(corpus, text):
     tokens = open_corpus([(str(corpus.tokens), 1.0)])
     assert text.median_document_tokens == pytest.approx(tokens.median_document_tokens, rel=0.5)
     assert np.abs(text.token_shares - tokens.token_shares).sum() < 0.5
     assert text.tokenizer == tokens.tokenizer
     assert text.sources[0].read_tokenizer_file() == (corpus.tokenizer / "tokenizer.json").read_bytes()
-    assert text.sources[0].read_beside("tokenizer_config.json") is not None
+    assert text.sources[0].read_optional("tokenizer_config.json") is not None
 
 
-def test_another_tokenizer_is_another_corpus(corpus, text, tmp_path):
+def test_another_tokenizer_changes_the_fingerprint(corpus, text, tmp_path):
     other = shutil.copytree(corpus.tokenizer, tmp_path / "other")
     raw = json.loads((other / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(raw | {"version": "1.0"}, indent=2))
@@ -56,7 +56,7 @@ def test_another_tokenizer_is_another_corpus(corpus, text, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_its_stream_resumes_bitwise(text, workers):
+def test_a_stream_of_text_resumes_bitwise(text, workers):
     config = config_of(text, bin_tokens=256)
 
     def batches(count, **options):

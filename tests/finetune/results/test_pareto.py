@@ -1,4 +1,4 @@
-"""launch/pareto.py on the checkpoints of two runs of a model that takes milliseconds."""
+"""launch/pareto.py on checkpoints of two runs of a model that trains in milliseconds."""
 
 import json
 import runpy
@@ -10,9 +10,10 @@ from megabert.files.checkpoint_format import MANIFEST, STATE
 from megabert.files.hashing import file_sha256
 from megabert.finetune.results import pareto
 from megabert.finetune.results.pareto import Point
+from megabert.plots.pareto import plot_pareto
 from tests.conftest import REPOSITORY, Corpus
-from tests.convert.checkpoints import write_checkpoint
-from tests.convert.small import small_model
+from tests.convert.helpers.checkpoints import write_checkpoint
+from tests.convert.helpers.small_model import small_model
 
 
 def test_each_cost_has_its_own_front(tmp_path):
@@ -28,24 +29,28 @@ def test_each_cost_has_its_own_front(tmp_path):
     assert "a: only 2 checkpoints; train with run.keep_every_steps to keep more" in pareto.as_markdown(marked)
     more = [Point("a", 3, 0.0, 9.0, 9.0, 9.0), Point("b", 3, 0.0, 9.0, 9.0, 9.0)]
     assert "only" not in pareto.as_markdown([*marked, *more])
-    pareto.draw(marked, "test", tmp_path / "pareto.png")
+    panels = pareto.panels(marked)
+    assert [panel.cost for panel in panels] == ["wall-clock hours", "real tokens", "dollars"]
+    assert panels[1].lines == {"a": [(10.0, 50.0), (20.0, 60.0)], "b": [(9.0, pytest.approx(55.0)), (20.0, 60.0)]}
+    assert panels[1].front == [(9.0, pytest.approx(55.0)), (20.0, 60.0)]
+    plot_pareto(panels, "test", tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_are_named_by_the_ends_of_their_paths_that_differ(tmp_path):
     folders = [tmp_path / name for name in ("a/base", "b/base", "b/small")]
     assert pareto.name_runs(folders) == dict(zip(["a/base", "b/base", "b/small"], folders, strict=True))
     assert list(pareto.name_runs(folders[1:])) == ["base", "small"]
-    with pytest.raises(ValueError, match="base is there twice"):
+    with pytest.raises(ValueError, match="base is listed twice"):
         pareto.name_runs([folders[0], tmp_path / "b/../a/base"])
 
 
 def run_of(out: Path, corpus: Corpus, seed: int, used: dict[int, float], world_size: int = 1) -> Path:
-    """A run's folder with a checkpoint per step, and what each says that it took. used: step -> seconds."""
+    """Write a run's folder. used: step -> seconds that its checkpoint records."""
     for step, seconds in used.items():
         folder = write_checkpoint(out, small_model(seed), corpus.tokenizer, step=step, world_size=world_size)
         state = json.loads((folder / STATE).read_text())
-        (folder / STATE).write_text(json.dumps(state | {"used": seconds}))
+        (folder / STATE).write_text(json.dumps(state | {"wall_seconds": seconds}))
         manifest = json.loads((folder / MANIFEST).read_text())
         manifest[STATE] = ((folder / STATE).stat().st_size, file_sha256(folder / STATE))
         (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -53,8 +58,8 @@ def run_of(out: Path, corpus: Corpus, seed: int, used: dict[int, float], world_s
 
 
 @pytest.fixture
-def launch(glue, tmp_path, monkeypatch, capsys):
-    """The command in this process: exit code, stdout, stderr."""
+def launch(glue, in_process, tmp_path, monkeypatch, capsys):
+    """Run the command in this process. Returns exit code, stdout and stderr."""
     (tmp_path / "tiny.yaml").write_text("settings: {lr: 1.0e-3, epochs: 1, batch_size: 8, max_seq_len: 32}\n")
     same = [f"--data={glue}", f"--protocol={tmp_path / 'tiny.yaml'}", "--ops=torch", f"--out={tmp_path / 'pareto'}"]
 
@@ -67,11 +72,11 @@ def launch(glue, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_figure_of_two_runs(corpus, tmp_path, launch):
+def test_two_runs_give_a_table_a_plot_and_records(corpus, tmp_path, launch):
     one = run_of(tmp_path / "one/base", corpus, 0, {1: 3600.0, 2: 7200.0, 3: 10_800.0})
     other = run_of(tmp_path / "other/base", corpus, 1, {2: 1800.0}, world_size=2)
-    code, said, mistakes = launch(f"--runs={one},{other}", "--tasks=sst2,rte", "--dollars-per-gpu-hour=2.5")
-    assert code == 0, mistakes
+    code, output, errors = launch(f"--runs={one},{other}", "--tasks=sst2,rte", "--dollars-per-gpu-hour=2.5")
+    assert code == 0, errors
     points = json.loads((tmp_path / "pareto/pareto.json").read_text())
     assert [(point["run"], point["step"], point["hours"], point["tokens"], point["dollars"]) for point in points] == [
         ("one/base", 1, 1.0, 1000, 2.5),
@@ -83,25 +88,32 @@ def test_the_figure_of_two_runs(corpus, tmp_path, launch):
         results = json.loads((tmp_path / "pareto" / point["run"] / f"step-{point['step']:08}/results.json").read_text())
         assert point["score"] == results["average"]
     assert any("hours" in point["fronts"] for point in points)
-    assert "other/base: only 1 checkpoint; train with run.keep_every_steps" in said
-    assert "one/base: only" not in said
-    assert (tmp_path / "pareto/pareto.md").read_text() in said
+    assert "other/base: only 1 checkpoint; train with run.keep_every_steps" in output
+    assert "one/base: only" not in output
+    assert (tmp_path / "pareto/pareto.md").read_text() in output
     assert (tmp_path / "pareto/pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_has_no_score_or_no_cost_is_refused_before_any_training(corpus, tmp_path, launch):
+def test_checkpoints_without_a_score_or_a_cost_are_refused_before_any_training(corpus, tmp_path, launch):
     run = run_of(tmp_path / "run", corpus, 0, {1: 0.0})
     for more, message in (
         (["--tasks=wnli"], "--tasks wnli: it counts in no average"),
-        (["--tasks=sst2"], "step-00000001: does not say how long the run had taken"),
+        (["--tasks=sst2"], "step-00000001: does not record its hours; an older version wrote it"),
         (["--tasks=sst2", "--dollars-per-gpu-hour=-1"], "--dollars-per-gpu-hour is -1.0, expected 0 or more"),
     ):
-        code, _, mistake = launch(f"--runs={run}", *more)
-        assert (code, mistake.count("\n")) == (2 if "dollars" in message else 1, 1), mistake
-        assert message in mistake
+        code, _, error = launch(f"--runs={run}", *more)
+        assert (code, error.count("\n")) == (2 if "dollars" in message else 1, 1), error
+        assert message in error
     with pytest.raises(ValueError, match="has no checkpoints/step-"):
         pareto.checkpoints_of(tmp_path)
     (tmp_path / "results.json").write_text('{"average": null, "average_of": "mean of nothing"}')
     with pytest.raises(ValueError, match="has no average .mean of nothing."):
         pareto.measure("run", run / "checkpoints/step-00000001", tmp_path / "results.json", 0.0)
+    (tmp_path / "results.json").write_text('{"format_version": 2, "average": 0.5}')
+    with pytest.raises(
+        ValueError, match=r"results\.json: has format_version 2, expected 1\. Run the fine-tuning again"
+    ):
+        pareto.measure("run", run / "checkpoints/step-00000001", tmp_path / "results.json", 0.0)
+    (tmp_path / "results.json").write_text('{"average": 0.5}')
+    assert pareto.measure("run", run / "checkpoints/step-00000001", tmp_path / "results.json", 0.0).score == 0.5
     assert not (tmp_path / "pareto").exists()

@@ -1,9 +1,9 @@
-"""Every layout gives the same examples; every mistake names its file, line and column."""
+"""Readers of the data: all layouts give the same examples, and every error names file, line and column."""
 
 import pytest
 
-from megabert.finetune.tasks.readers import file_hashes, locate, read_split
-from megabert.finetune.tasks.task import GLUE, choose_tasks, read_task
+from megabert.finetune.tasks.readers import file_hashes, locate_data, read_split
+from megabert.finetune.tasks.task import GLUE, glue_tasks, read_task
 from tests.finetune.layouts import label, splits, text, write_parquet, write_tsv
 
 
@@ -43,15 +43,36 @@ def edit(path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("RTE/train.tsv", "\tnot_entailment\n", "\tmaybe\n", r"RTE/train\.tsv, line 3, column label: is 'maybe', expected entail"),
-        ("RTE/train.tsv", "\tentailment\n", "\n", r"RTE/train\.tsv, line 2: has 3 columns, expected 4: label is missing"),
-        ("RTE/train.tsv", "\tentailment\n", "\t0\n", r"line 2, column label: is '0', expected entailment, not_entailment\."),
+        (
+            "RTE/train.tsv", "\tnot_entailment\n", "\tmaybe\n",
+            r"RTE/train\.tsv, line 3, column label: is 'maybe', expected entailment",
+        ),
+        (
+            "RTE/train.tsv", "\tentailment\n", "\n",
+            r"RTE/train\.tsv, line 2: has 3 columns, expected 4: label is missing",
+        ),
+        (
+            "RTE/train.tsv", "\tentailment\n", "\t0\n",
+            r"line 2, column label: is '0', expected entailment, not_entailment\.",
+        ),
         ("CoLA/train.tsv", "gj04\t1", "gj04\t2", r"CoLA/train\.tsv, line 2, column label: is '2'.*or 0 to 1"),
-        ("STS-B/train.tsv", "\t0.8\n", "\tnan\n", r"STS-B/train\.tsv, line 3, column label: is 'nan', expected a number"),
-        ("RTE/train.tsv", "sentence1\tsentence2", "sentence2\tsentence3", r"RTE/train\.tsv, line 1: has no column sentence1, only index, "),
+        (
+            "STS-B/train.tsv", "\t0.8\n", "\tnan\n",
+            r"STS-B/train\.tsv, line 3, column score: is 'nan', expected a number",
+        ),
+        (
+            "RTE/train.tsv", "sentence1\tsentence2", "sentence2\tsentence3",
+            r"RTE/train\.tsv, line 1: has no column sentence1, only index, ",
+        ),
         ("RTE/train.tsv", "index", "label", r"RTE/train\.tsv, line 1: has two columns label"),
-        ("RTE/train.tsv", "on l", "on\tl", r"RTE/train\.tsv, line 3: has 5 columns, expected 4: a tab or comma too many"),
-        ("MRPC/train.tsv", "Quality", "quality", r"MRPC/train\.tsv, line 1: has no column Quality, only quality, #1 ID"),
+        (
+            "RTE/train.tsv", "on l", "on\tl",
+            r"RTE/train\.tsv, line 3: has 5 columns, expected 4: a tab or comma too many",
+        ),
+        (
+            "MRPC/train.tsv", "Quality", "quality",
+            r"MRPC/train\.tsv, line 1: has no column Quality, only quality, #1 ID",
+        ),
     ],
 )  # fmt: skip
 def test_a_malformed_line_is_named(tmp_path, file, old, new, message):
@@ -62,7 +83,7 @@ def test_a_malformed_line_is_named(tmp_path, file, old, new, message):
         read_split(task, tmp_path, "train")
 
 
-def test_columns_of_glues_files_go_by_their_names(tmp_path):
+def test_columns_of_glues_files_are_found_by_name(tmp_path):
     write_tsv(tmp_path)
     path = tmp_path / "RTE/train.tsv"
     before = read_split(GLUE["rte"], tmp_path, "train")
@@ -93,7 +114,7 @@ def test_a_missing_part_of_a_parquet_set_is_named(tmp_path):
         read_split(GLUE["rte"], tmp_path, "train")
 
 
-def test_a_broken_row_of_qqp_is_left_out_and_of_its_test_set_refused(tmp_path):
+def test_a_broken_row_is_skipped_in_qqp_and_refused_in_its_test_set(tmp_path):
     write_tsv(tmp_path)
     edit(tmp_path / "QQP/train.tsv", "\t1\n", "\n")
     assert len(read_split(GLUE["qqp"], tmp_path, "train").first) == 11
@@ -102,7 +123,7 @@ def test_a_broken_row_of_qqp_is_left_out_and_of_its_test_set_refused(tmp_path):
         read_split(GLUE["qqp"], tmp_path, "test")
 
 
-def test_what_is_missing_or_no_text_is_named(tmp_path):
+def test_missing_files_and_unreadable_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"has neither SST-2/train\.tsv \(GLUE's layout\) nor sst2/train-\*\.parquet"):
         read_split(GLUE["sst2"], tmp_path, "train")
     (tmp_path / "SST-2").mkdir()
@@ -120,7 +141,7 @@ def test_what_is_missing_or_no_text_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"sst2/train-0\.parquet: not a parquet file that can be read"):
         read_split(GLUE["sst2"], tmp_path, "train")
     with pytest.raises(ValueError, match="no such folder; expected one, or a hub data set such as nyu-mll/glue"):
-        locate(str(tmp_path / "nothing"), [])
+        locate_data(str(tmp_path / "nothing"), [])
 
 
 def test_numbers_without_names_are_refused_unless_the_readme_names_them(tmp_path):
@@ -146,15 +167,16 @@ def test_numbers_without_names_are_refused_unless_the_readme_names_them(tmp_path
         with pytest.raises(ValueError, match="so that their order is unknown"):
             read_split(task, tmp_path, "train")
     (tmp_path / "README.md").write_bytes(b"---\ndataset_info: [\n---\n")
-    with pytest.raises(ValueError, match=r"README\.md: what its first lines say is not valid YAML"):
+    with pytest.raises(ValueError, match=r"README\.md: its front matter is not valid YAML"):
         read_split(task, tmp_path, "train")
     names = "names:\n          '0': not_entailment\n          '1': entailment"
-    info = f"dataset_info:\n- config_name: rte\n  features:\n  - name: label\n    dtype:\n      class_label:\n        {names}"
+    info = "dataset_info:\n- config_name: rte\n  features:\n  - name: label\n    dtype:\n      class_label:\n        "
+    info += names
     (tmp_path / "README.md").write_text(f"---\n{info}\n---\nGLUE\n")
     assert read_split(task, tmp_path, "train").labels == [1, 0]
     table = pyarrow.table({"sentence1": ["a", None], "sentence2": ["c", "d"], "label": [0, 1]})
     pyarrow.parquet.write_table(table, folder / "train-0.parquet")
-    with pytest.raises(ValueError, match=r"train-0\.parquet, row 1, column sentence1: is None, expected a text"):
+    with pytest.raises(ValueError, match=r"train-0\.parquet, row 1, column sentence1: is None, expected a string"):
         read_split(task, tmp_path, "train")
     pyarrow.parquet.write_table(table.drop(["sentence2"]), folder / "train-0.parquet")
     with pytest.raises(ValueError, match="has no column sentence2, only sentence1, label"):
@@ -172,7 +194,7 @@ def test_numbers_without_names_are_refused_unless_the_readme_names_them(tmp_path
 OWN = "name: own\ntexts: [text]\nlabels: [bad, good]\nmetrics: [accuracy, f1]\ntrain: own.csv\ndev: own.tsv\n"
 
 
-def test_a_task_of_the_users_own(tmp_path):
+def test_a_users_task_reads_csv_and_tsv_files(tmp_path):
     (tmp_path / "own.yaml").write_text(OWN)
     task = read_task(tmp_path / "own.yaml")
     (tmp_path / "own.csv").write_text('label,text\ngood,"one, with\ta comma"\nbad,two\n')
@@ -198,24 +220,27 @@ def test_a_task_of_the_users_own(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("labels", "lables", "unknown key 'lables'. Did you mean labels?"),
+        ("labels", "lables", "unknown key lables. Did you mean labels?"),
         ("[bad, good]", "[yes, no]", "quote it"),
         ("[bad, good]", "[bad]", "expected two or more different names"),
         (
             "[accuracy, f1]",
             "[pearson]",
-            "metric 'pearson' does not fit 2 labels: expected some of accuracy, f1, matthews",
+            "metrics has 'pearson', which does not fit 2 labels: expected some of accuracy, f1, matthews",
         ),
-        ("labels: [bad, good]\n", "", "metric 'accuracy' does not fit a regression"),
+        ("labels: [bad, good]\n", "", "metrics has 'accuracy', which does not fit a regression"),
         ("[text]", "[a, b, c]", "texts has 3 columns"),
-        ("name: own", "name: cola", "is a GLUE task's"),
+        ("name: own", "name: cola", "which is a GLUE task"),
         ("train: own.csv\n", "", "lacks train"),
-        ("train: own.csv", "train: [own.csv]", r"train is \['own.csv'\], expected a text"),
-        ("name: own", "name: [a]", r"name is \['a'\], expected letters, digits"),
+        ("train: own.csv", "train: [own.csv]", r"train is \['own.csv'\], expected a string"),
+        ("name: own", "name: [a]", r"name is \['a'\], expected a string"),
         ("name: own", "name: ../../own", "name is '../../own', expected letters, digits"),
         ("name: own", "name: ..", "name is '..', expected letters, digits"),
         ("name: own", "name: own\nlabel: text", "label is text, which is one of the texts"),
-        ("name: own", "name: own\nlabel: 3", "label is 3, expected a text"),
+        ("name: own", "name: own\nlabel: 3", "label is 3, expected a string"),
+        ("name: own", "name: own\nname: other", "line 2: duplicate key name"),
+        ("metrics: [accuracy, f1]", "metrics: []", "metrics is empty, expected some of accuracy, f1, matthews"),
+        ("train: own.csv", "train: ''", "train is empty"),
         (OWN, "[", "not valid YAML"),
     ],
 )
@@ -226,9 +251,9 @@ def test_a_wrong_task_file_is_refused(tmp_path, old, new, message):
 
 
 def test_tasks_are_chosen_by_name():
-    assert [task.name for task in choose_tasks("all")] == ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
-    assert [task.name for task in choose_tasks("all,wnli,rte,ax")][8:] == ["wnli", "ax"]
+    assert [task.name for task in glue_tasks("all")] == ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
+    assert [task.name for task in glue_tasks("all,wnli,rte,ax")][8:] == ["wnli", "ax"]
     with pytest.raises(ValueError, match="Did you mean stsb"):
-        choose_tasks("cola,sts-b")
+        glue_tasks("cola,sts-b")
     with pytest.raises(ValueError, match="--tasks ,: names no task; expected all, or some of cola"):
-        choose_tasks(",")
+        glue_tasks(",")

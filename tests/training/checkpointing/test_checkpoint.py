@@ -1,4 +1,4 @@
-"""What needs no training to be tested: which checkpoint is whose, and whether it is whole."""
+"""Checkpoints without training: which runs may resume from them, their format, and their integrity check."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ from megabert.config.recipe import OptimizerConfig, Recipe, RunConfig
 from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.checkpoint_format import State
-from megabert.training.checkpointing.resume import Course, check_same_run
 from megabert.training.checkpointing.writer import set_aside_after
+from megabert.training.identity import RunIdentity, check_same_run, fixed_settings
 from megabert.training.optim.guard import Guard
 
 RECIPE = Recipe(run=RunConfig(max_steps=10))
@@ -26,32 +26,30 @@ STATE = State(
     corpus="c" * 64,
     recipe=RECIPE.to_dict(),
     ds_config={"zero_optimization": {"stage": 2}},
+    zero_stage=2,
     model={},
-    adamw="PyTorch",
+    optimizer_source="PyTorch",
     guard=Guard(0.0).to_json(),
-    left_behind=[],
+    rolled_back_bins=[],
+    wall_seconds=60.0,
+    max_step_seconds=2.0,
 )
 
 
-def check(recipe: Recipe = RECIPE, state: State = STATE, **changes):
-    now = {
-        "corpus": "c" * 64,
-        "stage": 2,
-        "world_size": 2,
-        "step_batches": 4,
-        "total_steps": 10,
-        "adamw": "PyTorch",
-        "numerics": {},
-    } | changes
-    check_same_run(layout.Path("step-00000004"), state, recipe, Course(**now))
+def check(recipe: Recipe = RECIPE, state: State = STATE, corpus: str = STATE.corpus, **changes):
+    """Resume a run of this recipe from this state; changes: what differs from the run that wrote STATE."""
+    current = dataclasses.replace(
+        RunIdentity.of_checkpoint(STATE), settings=fixed_settings(recipe.to_dict()), **changes
+    )
+    check_same_run(layout.Path("step-00000004"), state, current, corpus)
 
 
-def test_the_same_run_is_accepted_wherever_it_reports():
+def test_settings_without_an_effect_on_training_may_change():
     check()
     check(dataclasses.replace(RECIPE, run=RunConfig(max_steps=10, log_every_steps=3, output_dir="elsewhere")))
 
 
-def test_another_recipe_is_refused_with_every_key_that_differs():
+def test_another_recipe_is_refused_with_every_setting_that_differs():
     other = dataclasses.replace(
         RECIPE, optimizer=dataclasses.replace(RECIPE.optimizer, lr=0.5), run=RunConfig(max_steps=10, seed=3)
     )
@@ -65,19 +63,19 @@ def test_another_corpus_or_stage_is_refused():
     with pytest.raises(
         ValueError, match="written at ZeRO stage 2, this is stage 3, .* with a fresh optimizer: .* model.init_from"
     ):
-        check(stage=3)
+        check(zero_stage=3)
     with pytest.raises(ValueError, match="written at ZeRO stage 2, this is stage 0"):
-        check(stage=0)
+        check(zero_stage=0)
 
 
-def test_stage_2_continues_at_stage_1_and_on_any_number_of_ranks():
-    check(stage=1)
+def test_stage_2_resumes_at_stage_1_and_on_any_number_of_ranks():
+    check(zero_stage=1)
     check(world_size=4)
 
 
 def test_another_implementation_of_the_optimizer_is_refused():
-    with pytest.raises(ValueError, match="was written with AdamW from PyTorch, this is apex's"):
-        check(adamw="apex")
+    with pytest.raises(ValueError, match="written with the optimizer of PyTorch, whose state the optimizer of apex"):
+        check(optimizer_source="apex")
 
 
 def test_another_batch_or_length_is_refused():
@@ -85,7 +83,7 @@ def test_another_batch_or_length_is_refused():
         check(step_batches=8, total_steps=5)
 
 
-def test_checkpoints_of_another_course_are_set_aside(tmp_path):
+def test_checkpoints_of_later_steps_are_set_aside(tmp_path):
     for step in (3, 9, 12):
         (tmp_path / layout.tag_of(step)).mkdir()
     set_aside_after(tmp_path, 5)
@@ -94,34 +92,29 @@ def test_checkpoints_of_another_course_are_set_aside(tmp_path):
     assert sorted(path.name for path in aside.iterdir()) == [layout.tag_of(9), layout.tag_of(12)]
 
 
-def test_stage_0_continues_on_any_number_of_ranks():
-    state = dataclasses.replace(STATE, ds_config={"zero_optimization": {"stage": 0}})
-    check(state=state, stage=0, world_size=8)
+def test_stage_0_resumes_on_any_number_of_ranks():
+    check(state=dataclasses.replace(STATE, zero_stage=0), zero_stage=0, world_size=8)
 
 
 BF16 = {"enabled": True, "dtype": "bfloat16"}
 
 
 def test_another_precision_is_refused():
-    zero = {"zero_optimization": {"stage": 2}}
-    check(
-        state=dataclasses.replace(STATE, ds_config=zero | {"torch_autocast": {"enabled": False}, "steps_per_print": 1})
-    )
-    check(
-        state=dataclasses.replace(STATE, ds_config=zero | {"torch_autocast": BF16}), numerics={"torch_autocast": BF16}
-    )
-    with pytest.raises(ValueError, match=r"torch_autocast was off and is {'enabled': True.*say true or false"):
+    off = {"torch_autocast": {"enabled": False}, "steps_per_print": 1}
+    check(state=dataclasses.replace(STATE, ds_config=off))
+    check(state=dataclasses.replace(STATE, ds_config={"torch_autocast": BF16}), numerics={"torch_autocast": BF16})
+    with pytest.raises(ValueError, match=r"torch_autocast was off and is {'enabled': True.*set true or false"):
         check(numerics={"torch_autocast": BF16})
-    state = dataclasses.replace(STATE, ds_config=zero | {"communication_data_type": "bf16"})
-    with pytest.raises(ValueError, match="communication_data_type was bf16 and is off"):
+    state = dataclasses.replace(STATE, ds_config={"communication_data_type": "bf16"})
+    with pytest.raises(ValueError, match="communication_data_type was 'bf16' and is off"):
         check(state=state)
 
 
-def test_muon_above_stage_0_stays_on_as_many_ranks():
+def test_muon_above_stage_0_resumes_on_as_many_ranks_only():
     recipe = Recipe(run=RunConfig(max_steps=10), optimizer=OptimizerConfig(name="muon", max_grad_norm=0.0))
     state = dataclasses.replace(STATE, recipe=recipe.to_dict())
     check(recipe, state)
-    with pytest.raises(ValueError, match="written by 2 ranks, these are 4: above ZeRO 0 the state of Muon"):
+    with pytest.raises(ValueError, match="written by 2 ranks, now there are 4: above ZeRO 0 the state of Muon"):
         check(recipe, state, world_size=4)
 
 
@@ -143,7 +136,6 @@ def test_a_whole_checkpoint_is_found_and_read(folder):
     for path in (folder, folder.parent, folder.parent.parent):
         assert layout.find_checkpoint(path) == folder
     assert layout.read_state(folder) == STATE
-    assert STATE.zero_stage == 2
 
 
 def test_the_newest_by_number_is_found(folder):
@@ -165,7 +157,7 @@ def test_damage_is_named(folder):
     with pytest.raises(ValueError, match=r"MANIFEST\.json: damaged"):
         layout.check_files(folder)
     (folder / layout.MANIFEST).unlink()
-    with pytest.raises(ValueError, match=r"has no MANIFEST\.json: not a complete checkpoint"):
+    with pytest.raises(ValueError, match=r"has no MANIFEST\.json, so it is not a complete checkpoint"):
         layout.check_files(folder)
 
 
@@ -176,15 +168,47 @@ def test_a_manifest_that_lists_no_whole_checkpoint_is_damage(folder, text):
         layout.read_manifest(folder)
 
 
-def test_a_state_of_another_version_is_said_and_a_damaged_one_keeps_no_other_from_being_judged(folder):
+def write_state(folder: layout.Path, **changes) -> None:
     path = folder / layout.STATE
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"novelty": 1}))
-    with pytest.raises(ValueError, match=r"state.json: damaged, or written by another version: .*novelty"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_damaged_state_is_named_and_does_not_hide_other_checkpoints(folder):
+    write_state(folder, novelty=1)
+    with pytest.raises(ValueError, match=r"state.json: damaged: .*novelty"):
         layout.read_state(folder)
-    path.write_text("{")
+    for text in ("{", "[]", "{}"):
+        (folder / layout.STATE).write_text(text)
+        with pytest.raises(ValueError, match=r"state.json: damaged"):
+            layout.read_state(folder)
     (folder.parent / layout.tag_of(99)).touch()
     assert layout.list_tags(folder.parent) == [folder.name]
     assert layout.heldout_losses(folder.parent) == {folder.name: None}
+
+
+# A state.json of format version 1, which had no format_version; the newest keys of that version are optional.
+VERSION_1 = {
+    "step": 4, "next_index": 8, "tokens": 1000, "seconds": 1.0, "world_size": 2, "num_streams": 24, "step_batches": 4,
+    "total_steps": 10, "corpus": "c" * 64, "recipe": RECIPE.to_dict(),
+    "ds_config": {"zero_optimization": {"stage": 2}}, "model": {}, "adamw": "PyTorch",
+    "guard": {"norms": [], "skipped": 0, "in_a_row": 0}, "left_behind": [[4, 6]],
+}  # fmt: skip
+
+
+def test_a_state_of_version_1_is_read(folder):
+    (folder / layout.STATE).write_text(json.dumps(VERSION_1 | {"heldout_loss": 2.5, "used": 60.0, "slowest": 2.0}))
+    assert layout.read_state(folder) == dataclasses.replace(STATE, rolled_back_bins=[[4, 6]], heldout_loss=2.5)
+    (folder / layout.STATE).write_text(json.dumps(VERSION_1))
+    state = layout.read_state(folder)
+    assert (state.zero_stage, state.wall_seconds, state.max_step_seconds, state.heldout_loss) == (2, 0.0, 0.0, None)
+    check(state=state)
+
+
+@pytest.mark.parametrize("version", [3, 0, "2", None])
+def test_a_state_of_an_unknown_version_is_refused(folder, version):
+    write_state(folder, format_version=version)
+    with pytest.raises(ValueError, match=r"reads versions 1 to 2. Use the MegaBERT that wrote this checkpoint"):
+        layout.read_state(folder)
 
 
 def test_no_checkpoint_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""A run that stopped and went on is bitwise the run that never stopped: weights and optimizer, at every ZeRO stage."""
+"""A resumed run ends bitwise like an uninterrupted one, in weights and optimizer state, at every ZeRO stage."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megabert.config.recipe import OptimizerConfig
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.files import checkpoint_format as layout
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import Corpus, ds_config_in
@@ -18,7 +18,7 @@ PLAIN, SAVING = f"--run.max_steps={STEPS}", f"--run.save_every_steps={STOPPED}"
 
 
 def differences(first: Any, second: Any, where: str = "") -> list[str]:
-    """Where two checkpoints' contents are not the same, bit for bit."""
+    """The places where the contents of two checkpoints differ in any bit."""
     if isinstance(first, dict):
         if first.keys() != second.keys():
             return [f"{where}: {first.keys() ^ second.keys()}"]
@@ -34,7 +34,7 @@ def differences(first: Any, second: Any, where: str = "") -> list[str]:
 
 
 def assert_same_end(first: Path, second: Path) -> None:
-    """Both runs' last checkpoints hold the same weights and optimizer state."""
+    """Assert that the last checkpoints of two runs hold the same weights and optimizer state."""
     ends = [checkpoint_of(out, STEPS) for out in (first, second)]
     files = [sorted(path.name for path in end.glob("*.pt")) for end in ends]
     assert files[0] == files[1]
@@ -58,7 +58,7 @@ def checkpoint_of(out: Path, step: int = STOPPED) -> Path:
     ("stages", "ranks"), [(["zero0", "zero1", "zero2", "zero2_offload", "zero3"], 1), (["zero1", "zero2", "zero3"], 2)]
 )
 def test_a_resumed_run_ends_bitwise_the_same(corpus: Corpus, tmp_path, stages, ranks):
-    """In fp32 and bf16. One process makes all runs; test_interrupts.py and fault_injection.py start anew."""
+    """In fp32 and bf16. One process makes all runs; test_signals.py and fault_injection.py start new processes."""
     folders, runs = [], []
     for stage in stages:
         for bf16 in (False, True):
@@ -69,19 +69,22 @@ def test_a_resumed_run_ends_bitwise_the_same(corpus: Corpus, tmp_path, stages, r
             runs.append(flags_of(corpus, folder / "whole", config, PLAIN, SAVING))
             resume = f"--run.resume={checkpoint_of(folder / 'whole')}"
             runs.append(flags_of(corpus, folder / "resumed", config, PLAIN, resume))
-    whole, other = tmp_path / "zero1-False/whole", tmp_path / "zero2-False/zero2-fp32.json"  # 2 follows 1
+    whole, other = (
+        tmp_path / "zero1-False/whole",
+        tmp_path / "zero2-False/zero2-fp32.json",
+    )  # stage 2 resumes from stage 1
     runs.append(flags_of(corpus, tmp_path / "other", other, PLAIN, f"--run.resume={checkpoint_of(whole)}"))
     done = run_many(runs, ranks)
     assert done.code == 0, done.output
     assert done.output.count(f"resumed from {tmp_path}") == len(folders) + 1
     for folder in folders:
         assert_same_end(folder / "whole", folder / "resumed")
-    if ranks == 1:  # on more, stages 1 and 2 add gradients in another order
+    if ranks == 1:  # on more ranks, stages 1 and 2 add gradients in different orders
         assert_same_end(whole, tmp_path / "other")
 
 
-def test_a_run_saved_on_its_way_ends_bitwise_the_same(corpus: Corpus, tmp_path):
-    """Stage 3, where saving partitions the weights anew."""
+def test_saving_does_not_change_a_run(corpus: Corpus, tmp_path):
+    """At stage 3, where saving partitions the weights again."""
     config = ds_config_in("zero3", tmp_path, bf16=False)
     runs = [flags_of(corpus, tmp_path / out, config, PLAIN, *more) for out, more in (("a", []), ("b", [SAVING]))]
     done = run_many(runs)
@@ -89,8 +92,8 @@ def test_a_run_saved_on_its_way_ends_bitwise_the_same(corpus: Corpus, tmp_path):
     assert_same_end(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_run_goes_on_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path):
-    """The same data, masks and dropout: the losses of the run that stayed, to rounding. Stages 1 and 2 follow each other."""
+def test_a_run_resumes_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path):
+    """Data, masks and dropout stay the same, so losses differ by rounding only. Stages 1 and 2 are interchangeable."""
     batch = "--data.global_batch_tokens=1536"
     configs = {stage: ds_config_in(stage, tmp_path, bf16=False) for stage in ("zero0", "zero1", "zero2", "zero3")}
     follows = {"zero0": "zero0", "zero1": "zero2", "zero2": "zero1", "zero3": "zero3"}
@@ -108,17 +111,17 @@ def test_a_run_goes_on_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path):
             assert len(stayed) == STEPS
             assert moved == pytest.approx(stayed[STOPPED:], rel=1e-6)
             stayed, moved = (losses_of(tmp_path / out, "heldout_loss")[-1] for out in (stage, f"{stage}-{ranks}"))
-            assert moved == pytest.approx(stayed, rel=1e-6)  # evaluation, too, is the same on 1, 2 and 3 ranks
+            assert moved == pytest.approx(stayed, rel=1e-6)  # evaluation is the same on 1, 2 and 3 ranks too
             assert not list((tmp_path / stage / "checkpoints").glob(".tmp-*"))
             for file in checkpoint_of(tmp_path / f"{stage}-{ranks}", STEPS).glob("zero_pp*optim_states.pt"):
                 assert_groups_are_right(torch.load(file, weights_only=False)["optimizer_state_dict"])
 
 
 def test_ranks_and_accumulation_give_one_curve_for_twenty_steps(corpus: Corpus, tmp_path):
-    """1 rank x 8 micro-batches, 2 x 4 and 4 x 2, with dropout: losses to 1e-6, weights to 1e-4, but for the keys' biases.
+    """1 rank x 8 micro-batches, 2 x 4 and 4 x 2, with dropout: losses equal to 1e-6, weights to 1e-4.
 
-    The same number added to every key's score leaves softmax as it is, so a key's bias has no gradient but rounding, which
-    Adam blows up to steps of its full size.
+    The biases of the keys are not compared: they add the same number to every score of a query, which softmax ignores,
+    so their gradient is only rounding, which Adam scales up to full steps.
     """
     config = ds_config_in("zero2", tmp_path, bf16=False)
     settings = ["--data.global_batch_tokens=2048", "--run.max_steps=20"]
@@ -137,7 +140,7 @@ def test_ranks_and_accumulation_give_one_curve_for_twenty_steps(corpus: Corpus, 
 
 
 def assert_groups_are_right(state: dict[str, Any]) -> None:
-    """Weight decay for matrices alone, and as many Adam steps as the run has."""
+    """Assert that only matrices have weight decay, and that Adam counted every step of the run."""
     adam = state.get("base_optimizer_state") or state["optimizer_state_dict"]
     assert [group["weight_decay"] for group in adam["param_groups"]] == [OptimizerConfig().weight_decay, 0.0]
     assert [float(of["step"]) for of in adam["state"].values()] == [STEPS, STEPS]

@@ -1,4 +1,4 @@
-"""A checkpoint is there or it is not, whatever goes wrong in writing it; and which ones stay, and which one is resumed from."""
+"""A checkpoint is complete or absent, whatever fails while it is written; which are kept, and which is resumed from."""
 
 import errno
 import json
@@ -12,14 +12,13 @@ import deepspeed
 import pytest
 import torch
 
-from megabert.config.recipe import Recipe, RunConfig
 from megabert.data.shards.source import open_source
 from megabert.data.stream import Position
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
 from megabert.training.checkpointing import resume, universal, writer
-from megabert.training.checkpointing.writer import Retention, Saver, check_room
-from megabert.training.distributed.process import start_process
+from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space
+from megabert.training.process import init_distributed
 from megabert.training.telemetry.reporter import read_metrics
 from tests.conftest import Corpus, ds_config_in
 from tests.training.checkpointing.test_checkpoint import STATE
@@ -30,35 +29,35 @@ def tags(*steps: int) -> list[str]:
     return [layout.tag_of(step) for step in steps]
 
 
-def test_the_last_ones_stay():
+def test_the_newest_are_kept():
     losses = dict.fromkeys(tags(10, 20, 30))
-    assert Retention(last=2).expendable(losses) == tags(10)
-    assert Retention(last=9).expendable(losses) == []
+    assert Retention(last=2).to_delete(losses) == tags(10)
+    assert Retention(last=9).to_delete(losses) == []
 
 
-def test_every_nth_stays():
-    assert Retention(last=1, every_steps=20).expendable(dict.fromkeys(tags(10, 20, 30, 40, 50))) == tags(30, 10)
+def test_every_nth_is_kept():
+    assert Retention(last=1, every_steps=20).to_delete(dict.fromkeys(tags(10, 20, 30, 40, 50))) == tags(30, 10)
 
 
-def test_the_best_stays_even_where_not_all_were_measured():
+def test_the_best_is_kept_even_if_not_all_were_measured():
     losses = dict(zip(tags(10, 20, 30, 40), (3.0, 2.0, None, 2.5), strict=True))
-    assert Retention(last=1, best=True).expendable(losses) == tags(30, 10)
-    assert Retention(last=1, best=True).expendable(dict.fromkeys(tags(10, 20))) == tags(10)
+    assert Retention(last=1, best=True).to_delete(losses) == tags(30, 10)
+    assert Retention(last=1, best=True).to_delete(dict.fromkeys(tags(10, 20))) == tags(10)
 
 
-def test_what_a_rollback_would_go_back_to_stays():
-    assert Retention(last=1).expendable(dict.fromkeys(tags(1, 2, 3, 4)), good=2) == tags(3, 1)
-    assert Retention(last=1).expendable(dict.fromkeys(tags(3, 4)), good=2) == tags(3)
-    assert Retention(last=2).expendable(dict.fromkeys(tags(1, 2, 3)), good=3) == tags(1)
+def test_the_checkpoint_that_a_rollback_needs_is_kept():
+    assert Retention(last=1).to_delete(dict.fromkeys(tags(1, 2, 3, 4)), last_good_step=2) == tags(3, 1)
+    assert Retention(last=1).to_delete(dict.fromkeys(tags(3, 4)), last_good_step=2) == tags(3)
+    assert Retention(last=2).to_delete(dict.fromkeys(tags(1, 2, 3)), last_good_step=3) == tags(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def alone():
+def single_rank():
     """This process is the only rank."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             patch.delenv(name, raising=False)
-        start_process()
+        init_distributed()
         yield
         deepspeed.comm.destroy_process_group()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -66,7 +65,7 @@ def alone():
 
 
 class Engine:
-    """As much of DeepSpeed's as saving needs."""
+    """The part of DeepSpeed's engine that saving uses."""
 
     checkpoint_engine = None
 
@@ -81,16 +80,16 @@ class Engine:
 
 
 class Written:
-    """A Saver, and what it takes to use it."""
+    """A CheckpointWriter, with an engine and a corpus."""
 
     def __init__(self, folder: Path, corpus: Corpus, overlap: bool = True, last: int = 2):
-        self.said: list[str] = []
-        self.saver = Saver(folder, Retention(last), overlap, self.said.append)
+        self.lines: list[str] = []
+        self.writer = CheckpointWriter(folder, Retention(last), overlap, self.lines.append)
         self.engine, self.source, self.folder = Engine(), open_source(str(corpus.tokens)), folder
 
     def save(self, step: int) -> None:
         state = State(**vars(STATE) | {"step": step})
-        self.saver.save(self.engine, state, {0: Position()}, self.source)  # type: ignore[arg-type]
+        self.writer.save(self.engine, state, {0: Position()}, self.source)  # type: ignore[arg-type]
 
     def present(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir())
@@ -101,14 +100,14 @@ def written(request, tmp_path, corpus) -> Written:
     return Written(tmp_path / "checkpoints", corpus, overlap=request.param)
 
 
-def test_a_checkpoint_is_whole_and_old_ones_go(written, tmp_path):
+def test_a_checkpoint_is_complete_and_old_ones_are_deleted(written, tmp_path):
     written.folder.mkdir()
     (written.folder / ".tmp-left-over").touch()
     (written.folder / ".tmp-link").symlink_to(tmp_path)
     for step in (1, 2, 3):
         written.engine.weight.fill_(step)
         written.save(step)
-    written.saver.wait()
+    written.writer.wait()
     assert written.present() == ["latest", *tags(2, 3)]
     newest = written.folder / tags(3)[0]
     assert (written.folder / "latest").read_text() == newest.name
@@ -117,10 +116,10 @@ def test_a_checkpoint_is_whole_and_old_ones_go(written, tmp_path):
     state = torch.load(newest / "mp_rank_00_model_states.pt")
     assert state["module"]["weight"][0] == 3
     assert state["module"]["weight"].data_ptr() == state["module"]["tied"].data_ptr()
-    assert written.said[-1] == f"step 3: saved {newest}"
+    assert written.lines[-1] == f"step 3: saved {newest}"
 
 
-def test_training_goes_on_while_the_state_as_it_was_is_written(tmp_path, corpus, monkeypatch):
+def test_training_continues_while_a_copy_of_the_state_is_written(tmp_path, corpus, monkeypatch):
     written = Written(tmp_path, corpus)
     free, save = threading.Event(), torch.save
     monkeypatch.setattr(torch, "save", lambda *arguments: free.wait(10) and save(*arguments))
@@ -129,16 +128,16 @@ def test_training_goes_on_while_the_state_as_it_was_is_written(tmp_path, corpus,
     written.engine.weight.fill_(2)
     assert layout.list_tags(tmp_path) == []
     free.set()
-    written.saver.wait()
+    written.writer.wait()
     assert torch.load(tmp_path / tags(1)[0] / "mp_rank_00_model_states.pt")["module"]["weight"].eq(1).all()
 
 
 def failing(kind: str, patch: pytest.MonkeyPatch) -> str:
-    """Make a part of saving fail. Returns what the message must say."""
+    """Make a part of saving fail. Returns a pattern of the error message."""
 
-    def fail(mistake: BaseException):
+    def fail(error: BaseException):
         def raise_it(*_, **__):
-            raise mistake
+            raise error
 
         return raise_it
 
@@ -175,57 +174,57 @@ def failing(kind: str, patch: pytest.MonkeyPatch) -> str:
         "bug",
     ],
 )
-def test_what_fails_is_named_and_earlier_checkpoints_stay(tmp_path, corpus, monkeypatch, kind):
+def test_a_failure_is_reported_and_earlier_checkpoints_remain(tmp_path, corpus, monkeypatch, kind):
     written = Written(tmp_path, corpus, last=1)
     written.save(1)
-    written.saver.wait()
+    written.writer.wait()
     with monkeypatch.context() as patch:
         message = failing(kind, patch)
         written.save(2)
         with pytest.raises(ValueError, match=message):
-            written.saver.wait()
+            written.writer.wait()
     if kind != "bug":
         assert written.present() == ["latest", *tags(1)]
-        assert written.saver.problem is not None
-        assert f"checkpoint {tags(2)[0]} could not be written" in written.saver.problem
+        assert written.writer.problem is not None
+        assert f"checkpoint {tags(2)[0]} could not be written" in written.writer.problem
     assert layout.check_files(tmp_path / tags(1)[0]) is None
     with pytest.raises(ValueError, match=message):
-        written.save(3)  # a run does not go on without its checkpoints
+        written.save(3)  # a run must not continue without its checkpoints
 
 
 def test_one_rank_with_a_full_disk_ends_all_with_the_same_message(corpus, tmp_path):
-    """Files of rank 1 may have 100 kB: its part of the optimizer's state has more."""
+    """Rank 1 may write files of 100 kB only, and its part of the optimizer state is larger."""
     config = ds_config_in("zero2", tmp_path, bf16=False)
     flags = flags_of(corpus, tmp_path / "run", config, "--run.max_steps=9", "--run.save_every_steps=2")
     done = run_many([flags], ranks=2, max_file_bytes={1: 100_000})
     assert done.code == 1, done.output
-    said = [line for line in done.output.splitlines() if line.startswith("pretrain: checkpoint step-00000002")]
-    assert len(said) == 2, done.output
-    assert "zero_pp_rank_1_mp_rank_00_optim_states.pt" in said[0]
-    assert "Earlier checkpoints are untouched" in said[0]
+    errors = [line for line in done.output.splitlines() if line.startswith("pretrain: checkpoint step-00000002")]
+    assert len(errors) == 2, done.output
+    assert "zero_pp_rank_1_mp_rank_00_optim_states.pt" in errors[0]
+    assert "Earlier checkpoints are intact" in errors[0]
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file/run: no checkpoint can be written here: .*Not a directory"):
-        check_room(tmp_path / "file/run", 1000, 2, Retention(2))
+    with pytest.raises(ValueError, match="file/run: checkpoints cannot be written here: .*Not a directory"):
+        check_disk_space(tmp_path / "file/run", 1000, 2, Retention(2))
 
 
-def test_checkpoints_that_will_not_fit_are_announced(tmp_path, monkeypatch, caplog):
+def test_checkpoints_that_will_not_fit_cause_a_warning(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 50, 4_000_000))
-    check_room(tmp_path, 100_000, 0, Retention(2))  # 3 x 1.2 MB
+    check_disk_space(tmp_path, 100_000, 0, Retention(2))  # 3 x 1.2 MB
     assert not caplog.text
-    check_room(tmp_path, 100_000, 2, Retention(2))  # 3 x 1.6 MB
+    check_disk_space(tmp_path, 100_000, 2, Retention(2))  # 3 x 1.6 MB
     assert "3 more checkpoints of 2 MB will not fit, 4 MB are free" in caplog.text
 
 
-def resumed_from(wish: str, folder: Path) -> Path | None:
-    return resume.find(Recipe(run=RunConfig(max_steps=10, resume=wish)), folder)
+def resumed_from(setting: str, folder: Path) -> Path | None:
+    return resume.find(setting, folder)
 
 
-def test_resuming_takes_the_newest_whole_one_or_the_named_one(tmp_path, corpus, caplog):
+def test_resuming_uses_the_newest_complete_checkpoint_or_the_named_one(tmp_path, corpus, caplog):
     assert resumed_from("auto", tmp_path) is None
     written = Written(tmp_path, corpus, overlap=False)
     for step in (1, 2):
@@ -235,18 +234,18 @@ def test_resuming_takes_the_newest_whole_one_or_the_named_one(tmp_path, corpus, 
     assert resumed_from("none", tmp_path) is None
     assert resumed_from(str(old), tmp_path) == old
     data = bytearray((new / "mp_rank_00_model_states.pt").read_bytes())
-    data[1500] ^= 1  # loads without a word
+    data[1500] ^= 1  # it would load without an error
     (new / "mp_rank_00_model_states.pt").write_bytes(data)
     assert resumed_from("auto", tmp_path) == old
-    assert f"checkpoint {new.name} is damaged and passed over: {new}/mp_rank_00_model_states.pt" in caplog.text
+    assert f"checkpoint {new.name} is damaged and not used: {new}/mp_rank_00_model_states.pt" in caplog.text
     with pytest.raises(ValueError, match=f"{new}: cannot resume from it: .* is damaged"):
         resumed_from(str(new), tmp_path)
     (old / layout.STATE).write_text("{}")
-    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole"):
+    with pytest.raises(ValueError, match="all 2 checkpoints are damaged"):
         resumed_from("auto", tmp_path)
 
 
-def test_a_checkpoint_that_cannot_be_converted_is_named(tmp_path, corpus):
+def test_a_failed_conversion_names_the_checkpoint(tmp_path, corpus):
     written = Written(tmp_path, corpus, overlap=False)
     written.save(1)
     with (
@@ -260,8 +259,8 @@ def test_a_checkpoint_that_cannot_be_converted_is_named(tmp_path, corpus):
 def test_a_run_keeps_the_best_and_every_nth(corpus, tmp_path):
     config = ds_config_in("zero2", tmp_path, bf16=False)
     settings = ["--run.max_steps=4", "--run.save_every_steps=1", "--run.keep_checkpoints=1", "--run.async_save=false"]
-    # So high a learning rate that the first step is the best.
-    more = ["--run.keep_every_steps=3", "--run.keep_best=true", "--optimizer.lr=0.5", "--optimizer.schedule=constant"]
+    # The learning rate is so high that the first step is the best.
+    more = ["--run.keep_every_steps=3", "--run.keep_best", "--optimizer.lr=0.5", "--optimizer.schedule=constant"]
     done = run_many([flags_of(corpus, tmp_path / "run", config, *settings, *more)])
     assert done.code == 0, done.output
     records = read_metrics(tmp_path / "run/metrics.jsonl")

@@ -1,4 +1,4 @@
-"""Work done once for all ranks. Folders that machines do not share: tests/cluster/test_hostfile.py, where there are machines."""
+"""Start-up coordination of ranks; tests/cluster/test_hostfile.py tests a folder that two machines do not share."""
 
 import json
 import os
@@ -12,21 +12,21 @@ from megabert.data.shards.cache import CacheOptions
 from megabert.data.shards.source import open_corpus
 from megabert.data.shards.storage import open_storage
 from megabert.training.distributed import sync
-from megabert.training.distributed.sync import CLAIM, check_shared, claim, from_rank_0
-from tests.conftest import Corpus, run_ranks
+from megabert.training.distributed.sync import LOCK_FILE, broadcast_from_rank0, check_shared_folder, lock_output_dir
+from tests.conftest import REPOSITORY, Corpus, run_ranks
 
 
-def test_alone_nothing_is_asked(tmp_path):
-    assert from_rank_0(lambda: 3, 0, 1) == 3
-    check_shared(tmp_path / "none", 0, 1)
+def test_a_single_rank_works_without_communication(tmp_path):
+    assert broadcast_from_rank0(lambda: 3, 0, 1) == 3
+    check_shared_folder(tmp_path / "none", 0, 1)
     assert not (tmp_path / "none").exists()
 
 
 def test_a_corpus_can_be_sent_to_another_rank(corpus: Corpus):
     whole = open_corpus([(str(corpus.tokens), 1.0)])
-    there = pickle.loads(pickle.dumps(whole))
-    assert there.fingerprint == whole.fingerprint
-    assert (there.sources[0].read_chunk(0, 0).tokens == whole.sources[0].read_chunk(0, 0).tokens).all()
+    copy = pickle.loads(pickle.dumps(whole))
+    assert copy.fingerprint == whole.fingerprint
+    assert (copy.sources[0].read_chunk(0, 0).tokens == whole.sources[0].read_chunk(0, 0).tokens).all()
 
 
 @pytest.mark.parametrize("location", ["https://nowhere.invalid/c4", "pipe:cat /data/train-{000..009}.tar"])
@@ -37,71 +37,73 @@ def test_a_storage_can_be_sent_to_another_rank(location, tmp_path):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that has claimed tmp_path."""
-    program = "import sys, time; from pathlib import Path; from megabert.training.distributed.sync import claim\n"
-    program += "claim(Path(sys.argv[1]), 0, 1); print('mine', flush=True); time.sleep(600)"
+    """Another process that has locked tmp_path."""
+    program = (
+        "import sys, time; from pathlib import Path; from megabert.training.distributed.sync import lock_output_dir\n"
+    )
+    program += "lock_output_dir(Path(sys.argv[1]), 0, 1); print('locked', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "mine\n"
+    assert process.stdout.readline() == "locked\n"
     yield process
     process.kill()
     process.communicate()
 
 
-def test_a_folder_belongs_to_one_run_until_its_process_ends_however_it_does(holder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sync, "LEAVES_S", 0.5)
-    with pytest.raises(ValueError, match=f"process {holder.pid} on .* is training there. End that, or choose another"):
-        claim(tmp_path, 0, 1)
-    claim(tmp_path / "other", 0, 1)
+def test_a_folder_is_locked_until_the_process_of_its_run_ends(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sync, "LOCK_WAIT_S", 0.5)
+    with pytest.raises(ValueError, match=f"process {holder.pid} on .* is training there. Stop it, or choose another"):
+        lock_output_dir(tmp_path, 0, 1)
+    lock_output_dir(tmp_path / "other", 0, 1)
     holder.kill()
     holder.wait()
-    claim(tmp_path, 0, 1)
-    assert json.loads((tmp_path / CLAIM).read_text())["pid"] == os.getpid()
+    lock_output_dir(tmp_path, 0, 1)
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
 
 
-def test_a_run_of_a_machine_that_may_be_dead_is_warned_of(holder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sync, "LEAVES_S", 0.5)
-    (tmp_path / CLAIM).write_text('{"host": "node-7", "pid": 12}')
-    claim(tmp_path, 0, 1)
-    assert "process 12 on node-7 is training there, or was until its machine died; going on" in caplog.text
+def test_the_lock_of_another_machine_is_only_a_warning(holder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sync, "LOCK_WAIT_S", 0.5)
+    (tmp_path / LOCK_FILE).write_text('{"host": "node-7", "pid": 12}')
+    lock_output_dir(tmp_path, 0, 1)
+    assert "process 12 on node-7 holds the lock. Continuing" in caplog.text
 
 
 def test_only_rank_0_lists_and_checks_the_shards(corpus: Corpus, tmp_path):
-    """strace would tell, but is not everywhere: ranks run with a Python that counts what os.stat is asked."""
+    """Counted by a sitecustomize.py that replaces os.stat in the ranks; strace is not installed everywhere."""
     counting = tmp_path / "counting"
     counting.mkdir()
     (counting / "sitecustomize.py").write_text(COUNTING)
-    env = {"PYTHONPATH": str(counting), "COUNTED": str(tmp_path)}
+    env = {"PYTHONPATH": f"{counting}:{REPOSITORY}", "COUNTED": str(tmp_path)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)
         done = run_ranks(corpus, tmp_path / "out", "--run.max_steps=1", ranks=2)
     assert done.code == 0, done.output
-    asked = {rank: (tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)}
+    checked = {rank: (tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)}
     shards = sum(path.suffix == ".tar" for path in corpus.tokens.iterdir())
-    assert len(asked[0]) == shards
-    assert asked[1] == []
+    assert len(checked[0]) == shards
+    assert checked[1] == []
 
 
 COUNTING = """
 import os
-stat, asked = os.stat, []
+stat, checked = os.stat, []
 def counting(path, *rest, **more):
     if str(path).endswith(".tar"):
-        asked.append(str(path))
+        checked.append(str(path))
     return stat(path, *rest, **more)
 os.stat = counting
-leave = os._exit
-def leave_and_tell(code):
+exit_now = os._exit
+def write_and_exit(code):
     if os.environ.get("RANK"):
-        open(f"{os.environ['COUNTED']}/rank{os.environ['RANK']}", "w").write("\\n".join(asked))
-    leave(code)
-os._exit = leave_and_tell
+        open(f"{os.environ['COUNTED']}/rank{os.environ['RANK']}", "w").write("\\n".join(checked))
+    exit_now(code)
+os._exit = write_and_exit
 """
 
 
-def test_a_mistake_of_rank_0_is_raised_on_every_rank(corpus: Corpus, tmp_path):
-    """Else the others would wait for what never comes."""
+def test_an_error_on_rank_0_is_raised_on_every_rank(corpus: Corpus, tmp_path):
+    """Otherwise the other ranks would wait for a message that is never sent."""
     done = run_ranks(corpus, tmp_path, "--data.train=/nowhere", "--run.max_steps=1", ranks=2)
     assert done.code == 1
     assert "/nowhere/manifest.json: no such file" in done.output

@@ -1,6 +1,7 @@
-"""One rank of a run that does nothing but answer the roll call, and then what it is told.
+"""One rank of a run that only connects to the watchdog and then does what its argument says.
 
-RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=12345 python tests/training/distributed/watchdog_rank.py {leave,wait,fail,collect}
+RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=12345 python tests/training/distributed/watchdog_rank.py \
+    {return,wait,raise,all_reduce}
 """
 
 import logging
@@ -12,18 +13,18 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from megabert.training.distributed.watchdog import RollCall
+from megabert.training.distributed.watchdog import PeerWatchdog
 
 logging.basicConfig(format="%(message)s")
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
-with RollCall(rank, world_size):
-    sys.stdout.write("here\n")
+with PeerWatchdog(rank, world_size):
+    sys.stdout.write("connected\n")
     sys.stdout.flush()
     match sys.argv[1]:
         case "wait":
             time.sleep(120)
-        case "fail":
+        case "raise":
             raise ValueError(f"rank {rank} has a bad shard")
-        case "collect":
+        case "all_reduce":
             torch.distributed.all_reduce(torch.zeros(1))

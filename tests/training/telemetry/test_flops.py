@@ -1,3 +1,5 @@
+"""FLOPs of a step, and the peak of a device."""
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,8 +10,8 @@ from megabert.training.telemetry.flops import peak_flops, step_flops
 
 
 @pytest.mark.parametrize(("ffn", "position"), [("geglu", "alibi"), ("gelu", "learned")])
-def test_the_count_is_what_torch_counts(ffn, position):
-    """Forward and backward of two documents, against torch's own counter. The eager attention has the plain products."""
+def test_the_count_equals_torchs_flop_counter(ffn, position):
+    """For forward and backward of two documents. Only the eager attention uses plain matrix products."""
     config = MegaBertConfig(
         vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, ffn=ffn,
         position=position, attn_implementation="eager", hidden_dropout_prob=0.0,
@@ -26,7 +28,7 @@ def test_the_count_is_what_torch_counts(ffn, position):
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
 
 
-def test_peaks():
+def test_peaks_of_a_cpu_and_of_cards():
     config = MegaBertConfig(hidden_size=128, intermediate_size=256, num_attention_heads=2)
     cpu = peak_flops(torch.device("cpu"), "cpu", config, torch.float32)
     assert cpu is not None

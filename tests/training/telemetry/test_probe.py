@@ -1,5 +1,6 @@
-"""The probe during pretraining: it changes nothing, its failures end nothing, and a kill loses no score."""
+"""Probes during pretraining: they do not affect the training, may fail, and a kill loses no score."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 from megabert.config.recipe import ProbeConfig
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry import probe
-from megabert.training.telemetry.probe import Prober
+from megabert.training.telemetry.probe import ProbeRunner
 from megabert.training.telemetry.reporter import METRICS, Reporter, read_metrics
 from tests.conftest import REPOSITORY, Corpus, pretrain_command, run_command, run_ranks
 
@@ -22,13 +23,13 @@ SETTINGS = ["--run.max_steps=6", "--run.save_every_steps=2", "--probe.every_step
 
 @pytest.fixture
 def task(tmp_path, corpus: Corpus) -> list[str]:
-    """Flags for a task on the corpus's own texts: whether one is about tensors."""
+    """Flags of a task on the corpus's texts: whether a text is about tensors."""
     lines = [f"{' '.join(text.split())[:200]}\t{'yes' if 'ensor' in text else 'no'}" for text in corpus.texts[:80]]
     (tmp_path / "about.tsv").write_text("text\tabout\n" + "\n".join(lines) + "\n")
     (tmp_path / "about.yaml").write_text(
-        "{name: about, texts: [text], label: about, labels: [no, yes], metrics: [accuracy], train: about.tsv, dev: about.tsv}"
-        .replace("labels: [no, yes]", 'labels: ["no", "yes"]')
-    )  # fmt: skip
+        'name: about\ntexts: [text]\nlabel: about\nlabels: ["no", "yes"]\nmetrics: [accuracy]\n'
+        "train: about.tsv\ndev: about.tsv\n"
+    )
     return [f"--probe.task={tmp_path / 'about.yaml'}", f"--probe.data={tmp_path}"]
 
 
@@ -36,7 +37,7 @@ def scores(out) -> dict[int, float]:
     return {point["step"]: point["probe/about"] for point in read_metrics(out / METRICS) if "probe/about" in point}
 
 
-def test_a_run_with_probes_is_bitwise_the_run_without(corpus: Corpus, tmp_path, task):
+def test_a_run_with_probes_has_the_bits_of_a_run_without(corpus: Corpus, tmp_path, task):
     with_probes = run_ranks(corpus, tmp_path / "with", *SETTINGS, *task, ranks=2, ds_config="zero3")
     assert with_probes.code == 0, with_probes.output
     without = run_ranks(corpus, tmp_path / "without", *SETTINGS, ranks=2, ds_config="zero3")
@@ -55,6 +56,17 @@ def test_a_run_with_probes_is_bitwise_the_run_without(corpus: Corpus, tmp_path, 
     assert not (tmp_path / "with/probe/start").exists()
 
 
+def probes_of(training: subprocess.Popen) -> list[psutil.Process]:
+    """Return the probe processes that have started; the check of the task before the training is none."""
+    found = []
+    for child in psutil.Process(training.pid).children():
+        with contextlib.suppress(psutil.Error):
+            command = child.cmdline()
+            if probe.MODULE in command and "--check" not in command:
+                found.append(child)
+    return found
+
+
 def test_a_kill_loses_no_score_and_leaves_no_process(corpus: Corpus, tmp_path, task):
     out = tmp_path / "out"
     env = os.environ | {"DS_ACCELERATOR": "cpu"}
@@ -62,25 +74,20 @@ def test_a_kill_loses_no_score_and_leaves_no_process(corpus: Corpus, tmp_path, t
         training = subprocess.Popen(
             pretrain_command(corpus, out, *SETTINGS, *task), cwd=REPOSITORY, env=env, stdout=log, stderr=log
         )
-        until = time.monotonic() + 120
-        while not list((out / "probe").glob("*.log")) and time.monotonic() < until and training.poll() is None:
+        deadline = time.monotonic() + 120
+        while not (probes := probes_of(training)) and time.monotonic() < deadline and training.poll() is None:
             time.sleep(0.02)
-        probing = [
-            child
-            for child in psutil.Process(training.pid).children()
-            if "megabert.finetune.jobs.probe" in child.cmdline()
-        ]
         training.kill()
         training.wait()
-    assert len(probing) == 1
-    _, alive = psutil.wait_procs(probing, timeout=60)
+    assert len(probes) == 1
+    _, alive = psutil.wait_procs(probes, timeout=60)
     assert not alive
     done = run_command(pretrain_command(corpus, out, *SETTINGS, *task))
     assert done.code == 0, done.output
     assert 6 in scores(out)
 
 
-def test_what_cannot_be_probed_is_said_before_the_training(corpus: Corpus, tmp_path, task):
+def test_a_task_that_cannot_be_probed_is_refused_before_the_training(corpus: Corpus, tmp_path, task):
     (tmp_path / "about.tsv").write_text("text\tabout\nsome words\tmaybe\n")
     done = run_command(pretrain_command(corpus, tmp_path / "out", *SETTINGS, *task))
     assert done.code == 1
@@ -92,72 +99,82 @@ def test_what_cannot_be_probed_is_said_before_the_training(corpus: Corpus, tmp_p
     assert "probe.every_steps is 3, expected a multiple of run.save_every_steps (2)" in done.output
 
 
-class Stand:
-    """A prober whose process is another program; lines: what it said in the log."""
+class FakeProbe:
+    """A ProbeRunner whose process is another program; lines: what it logged."""
 
     def __init__(self, folder, monkeypatch, program: str, step: int = 0):
         program = f"import sys, json, time\nout = sys.argv[2][len('--out='):]\n{program}"
-        monkeypatch.setattr(probe, "command", lambda config, *more: [sys.executable, "-c", program, *more])
+        monkeypatch.setattr(probe, "probe_command", lambda config, *more: [sys.executable, "-c", program, *more])
         self.lines: list[str] = []
         self.reporter = Reporter(folder, 100, step, [])
-        monkeypatch.setattr(self.reporter, "say", self.lines.append)
+        monkeypatch.setattr(self.reporter, "log_line", self.lines.append)
         config = ProbeConfig(task="about", every_steps=10)
-        self.prober = Prober(config, "torch", folder, self.reporter, step)
+        self.runner = ProbeRunner(config, "torch", folder, self.reporter, step)
         self.folder = folder
 
     def save(self, step: int) -> None:
         (self.folder / f"checkpoints/step-{step:08d}").mkdir(parents=True)
-        self.prober.saved(step)
+        self.runner.checkpoint_saved(step)
 
 
 WRITE = "json.dump({'score': 0.75, 'tokens': 123}, open(out, 'w'))"
 
 
-def test_a_failure_is_a_line_in_the_log(tmp_path, monkeypatch):
-    stand = Stand(tmp_path, monkeypatch, "print('no memory'); sys.exit(3)")
-    stand.save(5)
-    stand.prober.finish()
-    assert not stand.lines, "not every checkpoint is due"
-    stand.save(10)
-    stand.prober.finish()
-    assert stand.lines == ["probe of step 10: failed with exit code 3: no memory"]
+def test_a_failure_is_logged(tmp_path, monkeypatch):
+    fake = FakeProbe(tmp_path, monkeypatch, "print('no memory'); sys.exit(3)")
+    fake.save(5)
+    fake.runner.finish()
+    assert not fake.lines, "not every checkpoint is due"
+    fake.save(10)
+    fake.runner.finish()
+    assert fake.lines == ["probe of step 10: failed with exit code 3: no memory"]
     assert read_metrics(tmp_path / METRICS) == []
 
 
-def test_the_newest_checkpoint_goes_first_and_what_is_undone_is_forgotten(tmp_path, monkeypatch):
-    stand = Stand(tmp_path, monkeypatch, "time.sleep(60)")
-    stand.save(10)
-    stand.prober.look()
+def test_the_newest_checkpoint_is_next_and_a_rollback_stops_probes(tmp_path, monkeypatch):
+    fake = FakeProbe(tmp_path, monkeypatch, "time.sleep(60)")
+    fake.save(10)
+    fake.runner.poll()
     for step in (20, 30):
-        stand.save(step)
-        stand.prober.look()
-    assert stand.lines == ["probe of step 20: left out, the one before is not done yet"]
-    stand.prober.forget_after(9)
-    assert stand.lines[-1] == "probe of step 10: stopped with the training"
-    assert (stand.prober.running, stand.prober.waiting) == (None, None)
+        fake.save(step)
+        fake.runner.poll()
+    assert fake.lines == ["probe of step 20: skipped, the previous one is still running"]
+    fake.runner.discard_after(9)
+    assert fake.lines[-1] == "probe of step 10: stopped with the training"
+    assert (fake.runner.running, fake.runner.waiting) == (None, None)
 
 
-def test_a_resumed_run_logs_what_a_kill_kept_from_the_log(tmp_path, monkeypatch):
-    """Of steps 10 to 40 the first is logged, the second is not, the third has no score yet, the fourth is done again."""
-    stand = Stand(tmp_path, monkeypatch, WRITE)
-    stand.save(10)
-    stand.prober.finish()
-    stand.reporter.close()
+def test_a_resumed_run_logs_scores_that_a_kill_left_unlogged(tmp_path, monkeypatch):
+    """Step 10 is logged, step 20 has a score only, step 30 has none yet, and step 40 is after the resumed step."""
+    fake = FakeProbe(tmp_path, monkeypatch, WRITE)
+    fake.save(10)
+    fake.runner.finish()
+    fake.reporter.close()
     for step in (20, 40):
         (tmp_path / f"probe/step-{step:08d}.json").write_text(json.dumps({"score": step / 100, "tokens": step}))
     (tmp_path / "checkpoints/step-00000030").mkdir()
-    again = Stand(tmp_path, monkeypatch, WRITE, step=30)
+    again = FakeProbe(tmp_path, monkeypatch, WRITE, step=30)
     assert again.lines == ["probe of step 20: about 0.2000"]
-    again.prober.finish()
+    again.runner.finish()
     assert [(point["step"], point["probe/about"]) for point in read_metrics(tmp_path / METRICS)] == [
         (10, 0.75), (20, 0.2), (30, 0.75),
     ]  # fmt: skip
     assert not (tmp_path / "probe/step-00000040.json").exists()
 
 
-def test_the_last_score_is_not_waited_for_for_ever(tmp_path, monkeypatch):
-    stand = Stand(tmp_path, monkeypatch, "time.sleep(60)")
-    monkeypatch.setattr(probe, "LONGEST_WAIT_S", 0.5)
-    stand.save(10)
-    stand.prober.finish()
-    assert stand.lines == ["probe of step 10: stopped with the training"]
+def test_a_score_of_a_newer_format_is_refused_and_one_without_a_version_is_read(tmp_path, monkeypatch):
+    fake = FakeProbe(tmp_path, monkeypatch, WRITE)
+    fake.reporter.close()
+    (tmp_path / "probe/step-00000010.json").write_text('{"score": 0.5, "tokens": 10}')
+    assert FakeProbe(tmp_path, monkeypatch, WRITE, step=10).lines == ["probe of step 10: about 0.5000"]
+    (tmp_path / "probe/step-00000020.json").write_text('{"format_version": 2, "score": 0.5, "tokens": 10}')
+    with pytest.raises(ValueError, match=r"step-00000020.json: has format_version 2, expected at most 1"):
+        FakeProbe(tmp_path, monkeypatch, WRITE, step=20)
+
+
+def test_waiting_for_the_last_score_has_a_limit(tmp_path, monkeypatch):
+    fake = FakeProbe(tmp_path, monkeypatch, "time.sleep(60)")
+    monkeypatch.setattr(probe, "MAX_WAIT_S", 0.5)
+    fake.save(10)
+    fake.runner.finish()
+    assert fake.lines == ["probe of step 10: stopped with the training"]

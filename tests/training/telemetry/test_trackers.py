@@ -1,4 +1,4 @@
-"""TensorBoard, CSV, Weights & Biases, the stopwatch, and the picture of several runs."""
+"""TensorBoard, CSV, Weights & Biases, the step timer, and the plot of several runs."""
 
 import csv
 import json
@@ -10,8 +10,8 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megabert.training.telemetry import trackers
-from megabert.training.telemetry.timers import PARTS, Stopwatch
-from megabert.training.telemetry.trackers import CSV, open_trackers, why_not
+from megabert.training.telemetry.timers import PARTS, StepTimer
+from megabert.training.telemetry.trackers import CSV, open_trackers, why_unavailable
 from tests.conftest import REPOSITORY, pretrain_command, run_command, run_ranks
 
 
@@ -20,15 +20,15 @@ def rows(folder) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_csv_has_a_line_for_each_number_and_forgets_what_will_be_done_again(tmp_path):
+def test_csv_has_a_row_per_number_and_drops_those_of_later_steps(tmp_path):
     (tracker,) = open_trackers(["csv"], tmp_path, 0, {})
     for step in (1, 2, 3):
-        tracker.record(step, {"loss": step / 2, "time/data": 0.25})
+        tracker.log_metrics(step, {"loss": step / 2, "time/data": 0.25})
     tracker.close()
     with open(tmp_path / CSV, "a") as file:
         file.write("4,lo")  # cut short by a kill
     (tracker,) = open_trackers(["csv"], tmp_path, 2, {})
-    tracker.record(3, {"loss": 9.0})
+    tracker.log_metrics(3, {"loss": 9.0})
     tracker.close()
     assert rows(tmp_path) == [
         ["step", "name", "value"],
@@ -42,37 +42,39 @@ def test_csv_has_a_line_for_each_number_and_forgets_what_will_be_done_again(tmp_
 
 def test_tensorboard_gets_every_number(tmp_path):
     (tracker,) = open_trackers(["tensorboard"], tmp_path, 0, {})
-    tracker.record(5, {"loss": 0.5})
+    tracker.log_metrics(5, {"loss": 0.5})
     tracker.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(5, 0.5)]
 
 
-def test_wandb_goes_on_with_the_run_of_its_folder(tmp_path, monkeypatch):
-    """A stand-in: the real one wants an account."""
-    told = []
-    run = types.SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
+def test_wandb_continues_the_run_of_its_folder(tmp_path, monkeypatch):
+    """With a fake module: the real one needs an account."""
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
+    )
     fake = types.ModuleType("wandb")
-    fake.init = lambda **options: told.append(options) or run
+    fake.init = lambda **options: calls.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", fake)
     folder = tmp_path / "my-run"
     folder.mkdir()
     (tracker,) = open_trackers(["wandb"], folder, 7, {"model": {}})
-    tracker.record(8, {"loss": 1.0})
+    tracker.log_metrics(8, {"loss": 1.0})
     tracker.close()
     options = {"id": "my-run", "name": "my-run", "resume": "allow", "dir": str(folder), "config": {"model": {}}}
-    assert told == [options, (8, {"loss": 1.0}), "end"]
+    assert calls == [options, (8, {"loss": 1.0}), "end"]
 
 
-def test_wandb_that_is_not_installed_is_said_at_the_start(monkeypatch):
+def test_wandb_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    assert "pip install wandb" in str(why_not(["tensorboard", "wandb"]))
-    assert why_not(["tensorboard", "csv"]) is None
+    assert "pip install wandb" in str(why_unavailable(["tensorboard", "wandb"]))
+    assert why_unavailable(["tensorboard", "csv"]) is None
 
 
 class FakeEvent:
-    """A device whose clock moves on by 2 ms whenever an event is placed."""
+    """An event of a device whose clock advances by 2 ms with every recorded event."""
 
     now = 0.0
 
@@ -87,27 +89,27 @@ class FakeEvent:
         return later.at - self.at
 
 
-def test_the_stopwatch_adds_up_by_part():
-    watch = Stopwatch(None)
+def test_the_step_timer_adds_up_each_part():
+    timer = StepTimer(None)
     for _ in range(2):
-        with watch.time("forward"):
+        with timer.time("forward"):
             sum(range(100_000))
-    assert watch.read()["forward"] > 0
-    assert watch.read()["backward"] == 0
-    watch.reset()
-    assert watch.read() == dict.fromkeys(PARTS, 0.0)
+    assert timer.totals()["forward"] > 0
+    assert timer.totals()["backward"] == 0
+    timer.reset()
+    assert timer.totals() == dict.fromkeys(PARTS, 0.0)
 
 
-def test_the_stopwatch_reads_a_devices_own_clock():
-    watch = Stopwatch(FakeEvent)
+def test_the_step_timer_uses_the_clock_of_the_device():
+    timer = StepTimer(FakeEvent)
     for _ in range(3):
-        with watch.time("forward"):
+        with timer.time("forward"):
             pass
-    with watch.time("data"):
+    with timer.time("data"):
         pass
-    assert watch.read()["forward"] == pytest.approx(3 * 2e-3)
-    assert watch.read()["forward"] == pytest.approx(3 * 2e-3)  # not twice
-    assert 0 < watch.read()["data"] < 1e-3
+    assert timer.totals()["forward"] == pytest.approx(3 * 2e-3)
+    assert timer.totals()["forward"] == pytest.approx(3 * 2e-3)  # not twice
+    assert 0 < timer.totals()["data"] < 1e-3
 
 
 SLOW_FORWARD = """
@@ -119,8 +121,8 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def test_a_run_says_how_much_slower_a_rank_is_than_the_others(corpus, tmp_path, monkeypatch):
-    """The slow one would need 0.3 s for its 256 token slots. Together they take as long as it does."""
+def test_the_slowest_and_the_fastest_rank_are_reported(corpus, tmp_path, monkeypatch):
+    """Rank 1 needs 0.3 s more for its 256 token slots, and rank 0 waits for it."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_FORWARD)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
     done = run_ranks(corpus, tmp_path / "out", "--run.max_steps=3", ranks=2)
@@ -131,7 +133,7 @@ def test_a_run_says_how_much_slower_a_rank_is_than_the_others(corpus, tmp_path, 
     assert point["time/forward"] < 0.3 < point["seconds_per_step"]  # rank 0's own
 
 
-def test_a_run_says_where_its_time_goes_and_two_are_drawn(corpus, tmp_path):
+def test_a_run_reports_its_times_and_two_runs_are_plotted(corpus, tmp_path):
     command = pretrain_command(corpus, tmp_path / "one", "--run.max_steps=3", '--run.trackers=["csv"]')
     done = run_command(command)
     assert done.code == 0, done.output
@@ -152,4 +154,4 @@ def test_a_run_says_where_its_time_goes_and_two_are_drawn(corpus, tmp_path):
     assert imread(out).std() > 0.05
     missing = run_command([sys.executable, "launch/plot_run.py", str(tmp_path)])
     assert missing.code == 1
-    assert f"{tmp_path}: has no metrics.jsonl with a line of a run" in missing.output
+    assert f"{tmp_path}: has no metrics.jsonl with a training loss" in missing.output

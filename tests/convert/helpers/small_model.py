@@ -1,4 +1,4 @@
-"""Small models with every parameter random, biases too, and a tokenizer that fits them."""
+"""Small models in which every parameter is random, including biases."""
 
 import torch
 
@@ -17,6 +17,7 @@ BERT = {"position": "learned", "ffn": "gelu"}
 
 
 def small_model(seed: int = 0, cls=MegaBertForMaskedLM, **changes):
+    """Make a model whose vocabulary fits the corpus's tokenizer."""
     model = cls(MegaBertConfig(**(SHAPE | changes)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

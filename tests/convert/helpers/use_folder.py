@@ -1,9 +1,9 @@
-"""Use an exported folder in every way that a transformers user does. Run as a program, also under other versions:
+"""Use an exported folder in every way that a transformers user does. Runs as a program, under any version:
 
-python tests/convert/hf_user.py FOLDER --scratch SCRATCH [--with-megabert] [--all]
+python tests/convert/helpers/use_folder.py FOLDER --scratch SCRATCH [--with-megabert] [--all]
 
-Without --with-megabert it cannot import megabert and loads with trust_remote_code. --all also runs what needs accelerate (Trainer)
-and sentence-transformers. Prints one line of JSON; an assertion that fails is the error.
+Without --with-megabert it cannot import megabert and loads with trust_remote_code. --all also runs what needs
+accelerate (Trainer) and sentence-transformers. Prints one line of JSON; an assertion that fails is the error.
 """
 
 import argparse
@@ -35,15 +35,15 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     done = {"transformers": transformers.__version__}
-    done["classes"] = every_auto_class(options.folder, load)
-    every_attention(options.folder, load)
-    done["pipelines"] = every_pipeline(options.folder, load)
-    recomputed_gradients_are_the_same(options.folder, load)
-    its_graph_gives_the_same(options.folder, load)
-    saved_again_it_is_the_same(options.folder, options.scratch / "again", load)
+    done["classes"] = check_auto_classes(options.folder, load)
+    check_attention_implementations(options.folder, load)
+    done["pipelines"] = check_pipelines(options.folder, load)
+    check_recomputed_gradients(options.folder, load)
+    check_exported_graph(options.folder, load)
+    check_saving_again(options.folder, options.scratch / "again", load)
     if options.all:
-        done["loss"] = trainer(options.folder, options.scratch, load)
-        done["sentence_transformers"] = sentence_transformers(options.folder, load)
+        done["loss"] = check_trainer(options.folder, options.scratch, load)
+        done["sentence_transformers"] = check_sentence_transformers(options.folder, load)
     sys.stdout.write(json.dumps(done) + "\n")
 
 
@@ -53,7 +53,7 @@ def tokenize(folder: Path, load: dict):
     return AutoTokenizer.from_pretrained(folder, **load)(TEXTS, return_tensors="pt", padding=True)
 
 
-def every_auto_class(folder: Path, load: dict) -> list[str]:
+def check_auto_classes(folder: Path, load: dict) -> list[str]:
     import transformers
 
     names = []
@@ -66,8 +66,8 @@ def every_auto_class(folder: Path, load: dict) -> list[str]:
     return names
 
 
-def every_attention(folder: Path, load: dict) -> None:
-    """eager and sdpa agree; flash_attention_2 is passed on, and says what it lacks where it cannot run."""
+def check_attention_implementations(folder: Path, load: dict) -> None:
+    """eager and sdpa agree; flash_attention_2 is passed on, and its error names what is missing where it cannot run."""
     import torch
     from transformers import AutoModelForMaskedLM
 
@@ -80,15 +80,15 @@ def every_attention(folder: Path, load: dict) -> None:
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
     try:
         AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="flash_attention_2", **load)
-    except (ImportError, ValueError) as mistake:
-        lacking = str(mistake)
+    except (ImportError, ValueError) as error:
+        message = str(error)
     else:
-        lacking = "flash"
+        message = "flash"
         assert torch.cuda.is_available(), "flash-attn without a GPU"
-    assert "flash" in lacking.lower(), lacking
+    assert "flash" in message.lower(), message
 
 
-def every_pipeline(folder: Path, load: dict) -> list[int]:
+def check_pipelines(folder: Path, load: dict) -> list[int]:
     from transformers import pipeline
 
     filled = pipeline("fill-mask", model=str(folder), **load)("the [MASK] of the module")
@@ -97,7 +97,7 @@ def every_pipeline(folder: Path, load: dict) -> list[int]:
     return [len(filled), len(label), len(features[0])]
 
 
-def recomputed_gradients_are_the_same(folder: Path, load: dict) -> None:
+def check_recomputed_gradients(folder: Path, load: dict) -> None:
     import torch
     from transformers import AutoModelForMaskedLM
 
@@ -109,8 +109,8 @@ def recomputed_gradients_are_the_same(folder: Path, load: dict) -> None:
         nonlocal calls
         calls += 1
 
-    ours = "MegaBert" in type(model).__name__  # whether transformers' own BERT recomputes is transformers' business
-    if ours:
+    is_megabert = "MegaBert" in type(model).__name__  # transformers' own BERT is not tested
+    if is_megabert:
         model.bert.encoder.layers[0].register_forward_pre_hook(count)
     for recompute in (False, True):
         if recompute:
@@ -120,14 +120,14 @@ def recomputed_gradients_are_the_same(folder: Path, load: dict) -> None:
         model.zero_grad()
         torch.manual_seed(0)  # dropout
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        assert calls == ours * (1 + recompute)
+        assert calls == is_megabert * (1 + recompute)
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
 
 
-def its_graph_gives_the_same(folder: Path, load: dict) -> None:
-    """torch.export, of any batch and length; how transformers' own BERT takes it is transformers' business."""
+def check_exported_graph(folder: Path, load: dict) -> None:
+    """torch.export, for any batch size and length; transformers' own BERT is not tested."""
     import torch
     from transformers import AutoModelForMaskedLM
 
@@ -143,7 +143,7 @@ def its_graph_gives_the_same(folder: Path, load: dict) -> None:
         torch.testing.assert_close(graph(**inputs).logits[real], model(**inputs).logits[real], rtol=0, atol=1e-5)
 
 
-def saved_again_it_is_the_same(folder: Path, again: Path, load: dict) -> None:
+def check_saving_again(folder: Path, again: Path, load: dict) -> None:
     import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -155,7 +155,7 @@ def saved_again_it_is_the_same(folder: Path, again: Path, load: dict) -> None:
         assert torch.equal(model(**tokenize(folder, load)).logits, reloaded(**tokenize(again, load)).logits)
 
 
-def trainer(folder: Path, scratch: Path, load: dict) -> float:
+def check_trainer(folder: Path, scratch: Path, load: dict) -> float:
     import torch
     from transformers import (
         AutoModelForSequenceClassification,
@@ -183,20 +183,22 @@ def trainer(folder: Path, scratch: Path, load: dict) -> float:
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, **off, **load)
         settings = TrainingArguments(
-            str(scratch / "trainer"), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=batches,
-            report_to=[], save_strategy="no", use_cpu=True, logging_steps=1, disable_tqdm=True,
+            str(scratch / "trainer"), max_steps=1, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=batches, report_to=[], save_strategy="no", use_cpu=True, logging_steps=1,
+            disable_tqdm=True,
         )  # fmt: skip
         training = Trainer(model, settings, DataCollatorWithPadding(tokenizer), examples)
         training.train()
         return next(line["grad_norm"] for line in training.state.log_history if "grad_norm" in line)
 
-    if "MegaBert" in type(model).__name__:  # transformers 5.23's own BERT sums the micro-batches' gradients instead
+    # Gradient accumulation must not change the gradients. transformers 5.23's own BERT sums those of micro-batches.
+    if "MegaBert" in type(model).__name__:
         whole, parts = gradient_norm(8, 1), gradient_norm(2, 4)
         assert abs(whole - parts) < 1e-3 * whole, (whole, parts)
     return after
 
 
-def sentence_transformers(folder: Path, load: dict) -> str:
+def check_sentence_transformers(folder: Path, load: dict) -> str:
     import sentence_transformers as library
 
     vectors = library.SentenceTransformer(str(folder), device="cpu", **load).encode(TEXTS)

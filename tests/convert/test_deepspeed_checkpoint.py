@@ -1,20 +1,21 @@
-"""Weights out of DeepSpeed's files, whatever stage and world size, bit for bit and without running anything in them."""
+"""DeepSpeed's files of any stage and world size give the weights bit for bit, and nothing in them is executed."""
 
 import contextlib
 import io
 import json
-import os
 import pickle
 
 import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from megabert.convert.zero import read_checkpoint
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
+from megabert.convert.weight_names import TIED_DECODER
 from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
-from tests.convert.checkpoints import TIED, write_checkpoint, write_state
-from tests.convert.small import small_model
+from tests.convert.helpers.checkpoints import write_checkpoint, write_state
+from tests.convert.helpers.folders import MakesFolder
+from tests.convert.helpers.small_model import small_model
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_every_stage_and_world_size_gives_the_same_bits(corpus, tmp_path, stage,
     if stage:
         with contextlib.redirect_stdout(io.StringIO()):
             theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-        assert theirs.keys() - {TIED} == weights.keys()
+        assert theirs.keys() - {TIED_DECODER} == weights.keys()
         assert all(torch.equal(theirs[name], weights[name]) for name in weights)
 
 
@@ -60,7 +61,7 @@ def test_a_missing_last_rank_is_an_error(corpus, tmp_path):
     folder = write_checkpoint(tmp_path, small_model(), corpus.tokenizer, stage=3, world_size=3)
     (folder / "zero_pp_rank_2_mp_rank_00_optim_states.pt").unlink()
     rewrite(folder, 3)
-    with pytest.raises(ValueError, match="has the optimizer states of 2 ranks, but 3 wrote it"):
+    with pytest.raises(ValueError, match="has the optimizer states of 2 ranks, but 3 ranks wrote it"):
         read_checkpoint(tmp_path)
 
 
@@ -75,41 +76,35 @@ def test_another_models_partitions_are_an_error(corpus, tmp_path):
         name = f"{'bf16_' if half else ''}zero_pp_rank_0_mp_rank_00_optim_states.pt"
         (folder / name).write_bytes((other / name).read_bytes())
         rewrite(folder, stage)
-        with pytest.raises(ValueError, match="its parameters need .* numbers of each rank or group, and it has"):
+        with pytest.raises(
+            ValueError, match="its parameters have .* elements in a rank's file or a parameter group, but .* are stored"
+        ):
             read_checkpoint(folder)
 
 
 def rewrite(folder, stage: int) -> None:
-    """Make the manifest fit the files that are there."""
+    """Write state and manifest for the files in the folder as it is now."""
     (folder / layout.MANIFEST).unlink()
     (folder / layout.STATE).unlink()
     write_state(folder, small_model(), 2, stage, 3)
 
 
-class Evil:
-    def __init__(self, witness):
-        self.witness = witness
-
-    def __reduce__(self):
-        return os.mkdir, (self.witness,)
-
-
 @pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"])
 def test_a_pickle_in_a_checkpoint_is_never_executed(corpus, tmp_path, name):
-    """Its manifest is right: whoever writes the file can write that too."""
+    """The manifest matches, because an attacker can write that, too."""
     folder = write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer, half=True)
     witness = tmp_path / "witness"
     loaded = torch.load(folder / name, weights_only=True)
-    torch.save(loaded | {"lr_scheduler": Evil(str(witness))}, folder / name)
+    torch.save(loaded | {"lr_scheduler": MakesFolder(witness)}, folder / name)
     rewrite(folder, 2)
-    with pytest.raises(ValueError, match=f"{name}: asks for posix.mkdir, which no checkpoint of ours does; not read"):
+    with pytest.raises(ValueError, match=f"{name}: was not read, because it names posix.mkdir, which no"):
         read_checkpoint(tmp_path / "run")
     assert not witness.exists()
-    pickle.loads(pickle.dumps(Evil(str(witness))))
-    assert witness.exists(), "the test's own pickle does nothing"
+    pickle.loads(pickle.dumps(MakesFolder(witness)))
+    assert witness.exists(), "the pickle would create the folder"
 
 
-def test_averaging_is_the_mean_of_the_last_checkpoints(corpus, tmp_path):
+def test_the_average_is_the_mean_of_the_last_checkpoints(corpus, tmp_path):
     models = [small_model(seed) for seed in range(4)]
     for step, model in enumerate(models, start=1):
         write_checkpoint(tmp_path, model, corpus.tokenizer, step=step, stage=3 if step % 2 else 2, world_size=2)

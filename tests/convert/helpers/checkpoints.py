@@ -1,6 +1,6 @@
-"""Checkpoints without training: DeepSpeed's files, as 0.19.8 writes them at any stage and world size, around any model.
+"""Write training checkpoints of any ZeRO stage and world size without training, in the format of DeepSpeed 0.19.8.
 
-That they are such files is tested against DeepSpeed's own reader.
+A test compares them with what DeepSpeed's own reader finds in them.
 """
 
 import json
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from megabert.config.recipe import Recipe, RunConfig
+from megabert.convert.weight_names import TIED_DECODER, WORD_EMBEDDINGS
 from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-
-TIED = "decoder.weight"
 
 
 def write_checkpoint(
@@ -28,16 +27,16 @@ def write_checkpoint(
     world_size: int = 1,
     half: bool = False,
 ) -> Path:
-    """Write one checkpoint of a run; half: the module in bf16, as bf16.enabled has it. Returns its folder."""
+    """Write one checkpoint of a run and return its folder. half: the module is in bf16, as with bf16.enabled."""
     folder = run / "checkpoints" / layout.tag_of(step)
     folder.mkdir(parents=True)
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    named = {name: tensor for name, tensor in weights.items() if name != TIED}
+    named = {name: tensor for name, tensor in weights.items() if name != TIED_DECODER}
     groups = [[name for name in named if (named[name].dim() > 1) == decays] for decays in (True, False)]
-    facts: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "buffer_names": [],
         "param_shapes": [{name: named[name].shape for name in group} for group in groups],
-        "shared_params": {TIED: "bert.embeddings.word_embeddings.weight"},
+        "shared_params": {TIED_DECODER: WORD_EMBEDDINGS},
         "frozen_param_shapes": {},
         "frozen_param_fragments": {},
         "ds_version": "0.19.8",
@@ -46,7 +45,7 @@ def write_checkpoint(
     for rank in range(world_size if stage == 3 else 1):
         name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
         held = {name: tensor.new_empty(0) for name, tensor in module.items()} if stage == 3 else module
-        torch.save({"module": held, **facts}, folder / name)
+        torch.save({"module": held, **shared}, folder / name)
     for rank in range(world_size if stage else 0):
         parts = [partition([named[name] for name in group], stage, rank, world_size) for group in groups]
         key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
@@ -60,8 +59,8 @@ def write_checkpoint(
 
 
 def partition(tensors: list[Tensor], stage: int, rank: int, world_size: int) -> Tensor:
-    """A rank's share of a parameter group, 1-D."""
-    if stage == 3:  # of every parameter a piece
+    """Return a rank's share of a parameter group, 1-D."""
+    if stage == 3:  # every parameter is cut on its own
         return torch.cat([_share(tensor.flatten(), rank, world_size, 1) for tensor in tensors])
     return _share(torch.cat([tensor.flatten() for tensor in tensors]), rank, world_size, 2).clone()
 
@@ -78,9 +77,10 @@ def write_state(folder: Path, model: MegaBertForMaskedLM, step: int, stage: int,
     kept = (*sizes, "max_position_embeddings", "position", "ffn", "layer_norm_dtype", "pad_token_id", "padding")
     recipe = Recipe(run=RunConfig(max_steps=step))
     state = layout.State(
-        step=step, next_index=step, tokens=1000 * step, seconds=1.0, world_size=world_size, num_streams=1, step_batches=1,
-        total_steps=step, corpus="0" * 64, recipe=recipe.to_dict(), ds_config={"zero_optimization": {"stage": stage}},
-        model={name: config[name] for name in kept}, adamw="PyTorch", guard={}, left_behind=[],
+        step=step, next_index=step, tokens=1000 * step, seconds=1.0, world_size=world_size, num_streams=1,
+        step_batches=1, total_steps=step, corpus="0" * 64, recipe=recipe.to_dict(), ds_config={}, zero_stage=stage,
+        model={name: config[name] for name in kept}, optimizer_source="PyTorch", guard={}, rolled_back_bins=[],
+        wall_seconds=0.0, max_step_seconds=0.0,
     )  # fmt: skip
     (folder / layout.STATE).write_text(json.dumps(vars(state)))
     paths = {name: folder / name for name in layout.files_of(folder)}

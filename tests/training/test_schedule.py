@@ -1,3 +1,5 @@
+"""The schedules of a run: steps, batches, lengths, masking rate and learning rate."""
+
 import dataclasses
 import sys
 
@@ -7,15 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabert.config.parser import RecipeParser
-from megabert.config.recipe import OptimizerConfig
+from megabert.config.recipe import OptimizerConfig, Recipe
 from megabert.data.schedule import MaskingRate
 from megabert.plots.schedule import plot_schedule
-from megabert.training.feed import masking_rate, plan_of
-from megabert.training.optim.lr_schedule import lr_factor
+from megabert.training.schedule import batches_per_step, lr_factor, make_run_schedule, total_steps
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import TINY, pretrain_command, run_command
+from tests.conftest import TINY, last_of_each, pretrain_command, run_command
 
 BATCH_WARMUP = ["--data.global_batch_tokens=1024", "--data.batch_warmup=0.5", "--data.batch_warmup_from=512"]
+
+
+def read(*argv: str) -> Recipe:
+    return RecipeParser("pretrain", "").read(list(argv))[0]
 
 
 def factors(schedule: str, *steps: int, total: int = 1000, **changes) -> list[float]:
@@ -56,7 +61,7 @@ def test_every_schedule_rises_then_falls_to_its_end(schedule, total, warmup, dec
         assert curve[-1] == pytest.approx(final_lr)
 
 
-def test_the_masking_rate_goes_where_it_should():
+def test_the_masking_rate_follows_its_schedule():
     linear, cosine = MaskingRate(0.3, 0.15, 100), MaskingRate(0.3, 0.15, 100, "cosine")
     assert [linear.at(i) for i in (0, 50, 100, 500)] == pytest.approx([0.3, 0.225, 0.15, 0.15])
     assert [cosine.at(i) for i in (0, 25, 50, 100)] == pytest.approx([0.3, 0.3 - 0.15 * 0.1464466, 0.225, 0.15])
@@ -65,12 +70,13 @@ def test_the_masking_rate_goes_where_it_should():
 
 
 def test_the_masking_rate_counts_bins_of_a_batch_warm_up():
-    recipe = RecipeParser("p", "").read([*TINY, "--run.max_steps=10", "--masking.schedule=linear", *BATCH_WARMUP])[0]
-    plan = plan_of(recipe, 4, 10)
-    rate = masking_rate(recipe, plan, 10)
-    assert [(stage.first_step, stage.step_batches) for stage in plan.stages] == [(0, 2), (2, 4)]
-    assert rate.over == 2 * 2 + 8 * 4
-    assert rate.at(rate.over) == 0.15
+    recipe = read(*last_of_each([*TINY, "--run.max_steps=10", "--masking.schedule=linear", *BATCH_WARMUP]))
+    schedule = make_run_schedule(recipe, 1)
+    rate = schedule.masking
+    assert (schedule.step_batches, schedule.total_steps) == (4, 10)
+    assert [(stage.first_step, stage.step_batches) for stage in schedule.stages.stages] == [(0, 2), (2, 4)]
+    assert rate.num_bins == 2 * 2 + 8 * 4
+    assert rate.at(rate.num_bins) == 0.15
 
 
 @pytest.mark.parametrize(
@@ -78,32 +84,55 @@ def test_the_masking_rate_counts_bins_of_a_batch_warm_up():
     [
         (["--data.batch_warmup=0.5"], "expected both or neither"),
         ([*BATCH_WARMUP, "--data.batch_warmup_from=768"], "expected a multiple of data.micro_batch_tokens"),
-        (["--optimizer.schedule=wsd", "--optimizer.warmup=0.95"], "more than the whole run together"),
+        (["--optimizer.schedule=wsd", "--optimizer.warmup=0.95"], "together exceed the whole run"),
         (["--optimizer.schedule=square"], "square"),
         (["--masking.final_mlm_probability=1.5"], "expected a number in (0, 1)"),
     ],
 )
-def test_schedules_that_cannot_be(capsys, settings, message):
+def test_impossible_schedules_are_refused(capsys, settings, message):
     with pytest.raises(SystemExit):
-        RecipeParser("p", "").read([*TINY, "--run.max_steps=10", *settings])
+        RecipeParser("p", "").read(last_of_each([*TINY, "--run.max_steps=10", *settings]))
     assert message in capsys.readouterr().err
+
+
+def test_ranks_share_a_global_batch():
+    recipe = read("--data.global_batch_tokens=8192")
+    assert [batches_per_step(recipe, world_size) for world_size in (1, 2, 8)] == [8, 8, 8]
+    with pytest.raises(
+        ValueError, match=r"8 micro-batches of 1024 tokens, which 3 ranks cannot share.*3 x 1024 = 3072"
+    ):
+        batches_per_step(recipe, 3)
+    assert batches_per_step(read(), 5) == 5
+
+
+@pytest.mark.parametrize("name", ["mosaicbert-base", "mosaicbert-large", "bert-base", "bert-large"])
+def test_the_documented_clusters_share_a_published_batch(name):
+    """8 GPUs, the two machines of launch/hostfile.example, and four nodes of 8 under SLURM."""
+    assert {batches_per_step(read("--recipe", name), ranks) for ranks in (1, 8, 16, 32)} == {32}
+
+
+def test_the_length_of_a_run():
+    assert total_steps(read("--run.max_tokens=10000"), 2) == 4
+    assert total_steps(read("--run.max_steps=9"), 2) == 9
+
+
+def test_length_phases_become_stages_of_the_schedule():
+    phases = '[{"max_seq_len": 32, "until": 0.9}, {"max_seq_len": 64, "until": 1}]'
+    recipe = read(*last_of_each([*TINY, "--run.max_steps=10", f"--data.max_seq_len={phases}"]))
+    stages = make_run_schedule(recipe, 1).stages.stages
+    assert [(stage.first_step, stage.max_seq_len) for stage in stages] == [(0, 32), (9, 64)]
+    assert recipe.data.longest == 64
+    assert read(*TINY).data.lengths == [(32, 1.0)]
 
 
 def test_every_schedule_is_drawn(tmp_path):
     out = tmp_path / "schedule.png"
-    command = [
-        sys.executable,
-        "launch/pretrain.py",
-        *TINY,
-        "--run.max_steps=50",
-        *BATCH_WARMUP,
-        "--optimizer.schedule=wsd",
-    ]
-    done = run_command([*command, f"--plot-schedule={out}", "--masking.schedule=cosine"])
+    settings = ["--run.max_steps=50", *BATCH_WARMUP, "--optimizer.schedule=wsd", "--masking.schedule=cosine"]
+    flags = last_of_each([*TINY, *settings, f"--plot-schedule={out}"])
+    done = run_command([sys.executable, "launch/pretrain.py", *flags])
     assert done.code == 0, done.output
     assert out.read_bytes().startswith(b"\x89PNG")
-    recipe = RecipeParser("p", "").read(["--recipe=mosaicbert-base"])[0]
-    plot_schedule(recipe, tmp_path / "paper.png")
+    plot_schedule(read("--recipe=mosaicbert-base"), tmp_path / "paper.png")
     assert (tmp_path / "paper.png").stat().st_size > 10_000
 
 

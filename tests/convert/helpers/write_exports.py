@@ -1,4 +1,7 @@
-"""Export a small MosaicBERT and a small BERT, for check_transformers_versions.sh: python -m tests.convert.write_exports OUT."""
+"""Export a small MosaicBERT and a small BERT, for check_transformers_versions.sh.
+
+python -m tests.convert.helpers.write_exports OUT
+"""
 
 import json
 import sys
@@ -7,9 +10,9 @@ from pathlib import Path
 
 from data_prep import train_tokenizer
 from data_prep.sources.docstrings import docstrings
-from megabert.convert.to_hf import export
-from tests.convert.checkpoints import write_checkpoint
-from tests.convert.small import BERT, small_model
+from megabert.convert.to_hf import export_checkpoint
+from tests.convert.helpers.checkpoints import write_checkpoint
+from tests.convert.helpers.small_model import BERT, small_model
 
 
 def main(out: Path) -> None:
@@ -22,7 +25,7 @@ def main(out: Path) -> None:
     train_tokenizer.main([f"--source={texts}", f"--out={out / 'tokenizer'}", "--vocab_size=800"])
     for name, changes in (("mosaicbert", {}), ("bert", BERT)):
         write_checkpoint(out / "runs" / name, small_model(**changes), out / "tokenizer")
-        export(out / "runs" / name, out / name)
+        export_checkpoint(out / "runs" / name, out / name)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""Export a training checkpoint to a Hugging Face folder, and check that the folder loads and gives the same logits.
+
+{command} runs/quickstart runs/quickstart/hf
+{command} runs/quickstart runs/quickstart/hf --onnx --average 3
+{command} --verify-only runs/quickstart/hf
+{command} runs/mosaicbert-base mosaicbert-base-published --layout published
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from megabert.config import cli
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: str
+    """folder of a run, for its newest checkpoint, or of one checkpoint (checkpoints/step-...)"""
+    out: str
+    """folder to write"""
+    average: int = 1
+    """export the mean of the weights of this many checkpoints: that one and those before it"""
+    onnx: bool = False
+    """also write onnx/model.onnx and check it with onnxruntime; needs the extra [onnx]"""
+    max_shard_size: str = "5GB"
+    """maximum size of a weights file; larger weights are written as several files"""
+    layout: Literal["hf", "published"] = "hf"
+    """published: the layout of mosaicml/mosaic-bert-base, for a MosaicBERT (a checkpoint, or a MegaBERT folder)"""
+
+    def __post_init__(self):
+        if self.layout == "published" and (self.onnx or self.max_shard_size != "5GB"):
+            raise ValueError("--layout published writes one pickle: --onnx and --max-shard-size do not apply to it.")
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    verify_only: str = ""
+    """folder that this command wrote: check it again, write nothing. Runs the folder's own modelling code"""
+
+
+def main(prog: str) -> None:
+    if any(cli.split_flag(word)[0] == "--verify_only" for word in sys.argv[1:]):
+        folder = cli.read_flags(VerifyOptions, prog, __doc__ or "").verify_only
+        # Imported after the flags are read: torch takes seconds to load.
+        from megabert.convert.check.export_check import verify
+
+        report(folder, verify(Path(folder)))
+        return
+    options = cli.read_flags(Options, prog, __doc__ or "")
+    if options.layout == "published":
+        from megabert.convert.to_mosaicbert import export_mosaicbert
+
+        written = export_mosaicbert(Path(options.checkpoint), Path(options.out), options.average)
+        print(f"{options.out}: {written.num_tensors} tensors in the published MosaicBERT layout, read back bit for bit")
+        print(f"not in the source, initialized: {', '.join(written.initialized) or 'none'}")
+        return
+    from megabert.convert.to_hf import ExportOptions, export_checkpoint
+
+    export_options = ExportOptions(options.average, options.onnx, options.max_shard_size)
+    report(options.out, export_checkpoint(Path(options.checkpoint), Path(options.out), export_options))
+
+
+def report(folder: str, measured: Mapping[str, Any]) -> None:
+    if measured.get("reused"):
+        print(f"{folder}: is already an export of this checkpoint, and its files are unchanged since it was checked")
+    print(
+        f"{folder}: loads in transformers {measured['transformers']} without megabert, "
+        f"logits differ by at most {measured['max_difference']:.1e}"
+    )
+    if "onnx_max_difference" in measured:
+        print(f"{folder}/onnx/model.onnx: its logits differ by at most {measured['onnx_max_difference']:.1e}")
+
+
+def command(prog: str = "megabert-export") -> NoReturn:
+    cli.run(lambda: main(prog), prog)
+
+
+if __name__ == "__main__":
+    command()

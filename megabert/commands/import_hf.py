@@ -1,0 +1,58 @@
+"""Convert a Hugging Face folder of a BERT or a MosaicBERT to a MegaBERT folder, to pretrain or fine-tune from.
+
+{command} bert-base-uncased/ runs/bert-start
+{command} bert-base-uncased/ longer --max-length 1024 --tokenizer data/my-tokenizer
+
+Then pretrain with --recipe bert-base --model.init_from runs/bert-start, or fine-tune with --checkpoint runs/bert-start.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from megabert.config import cli
+
+
+@dataclass(frozen=True)
+class Options:
+    source: str
+    """folder with config.json and model.safetensors or pytorch_model.bin"""
+    out: str
+    """folder to write"""
+    max_length: int | None = None
+    """maximum length of a text, tokens; additional learned positions repeat the first ones"""
+    tokenizer: str | None = None
+    """folder or tokenizer.json with a new vocabulary; tokens that the old one has, too, keep their embeddings"""
+    pad_vocab_to_multiple_of: int = 64
+    """with --tokenizer: round the vocabulary up to this multiple, as model.pad_vocab_to_multiple_of in the recipe"""
+    seed: int = 17
+    """seed of the parameters that are initialized"""
+
+
+def main(prog: str) -> None:
+    options = cli.read_flags(Options, prog, __doc__ or "")
+    # Imported after the flags are read: torch takes seconds to load.
+    from megabert.convert.from_hf import ImportOptions, import_model
+
+    import_options = ImportOptions(
+        options.max_length, options.tokenizer, options.pad_vocab_to_multiple_of, options.seed
+    )
+    model = import_model(Path(options.source), Path(options.out), import_options)
+    config = model.config
+    num_parameters = sum(tensor.numel() for tensor in model.weights.values())
+    print(
+        f"{options.out}: {config.num_hidden_layers} layers x {config.hidden_size}, {config.position}, {config.ffn}, "
+        f"{config.vocab_size:,} rows of vocabulary, {num_parameters:,} parameters"
+    )
+    print(f"not in the source folder, initialized: {', '.join(model.initialized) or 'none'}")
+    print(f"in the source folder but unused: {', '.join(model.unused) or 'none'}")
+    if model.vocabulary:
+        print(f"vocabulary: {model.vocabulary}")
+
+
+def command(prog: str = "megabert-import") -> NoReturn:
+    cli.run(lambda: main(prog), prog)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,92 @@
+"""Pretraining in one process that goes on afterwards, such as a notebook's."""
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabert.commands.pretrain import prepare_quickstart_corpus, set_default_accelerator
+from megabert.config.ds_config import read_ds_config
+from megabert.config.parser import ds_config_path
+from megabert.config.recipe import Recipe
+from megabert.files.checkpoint_format import find_checkpoint, read_state
+from megabert.training.distributed.signals import SIGNALS, StopSignals
+
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a run has come to."""
+
+    output_dir: Path
+    """folder with checkpoints, metrics.jsonl and run.json"""
+    steps: int
+    """optimizer steps, over all restarts"""
+    heldout_loss: float | None
+    """nats per masked token at the end; None if the run stopped early"""
+    exit_reason: str
+    """finished, or why the run stopped early; it is then saved, and the same call resumes it"""
+
+
+def pretrain(recipe: Recipe, ds_config: str | Path = "zero2") -> PretrainResult:
+    """Train a recipe in this process, on one device, from its newest checkpoint or its start.
+
+    ds_config: a name or a file. Call it in the main thread: SIGTERM and SIGUSR1 make it save and return early. Afterwards
+    signal handlers, environment variables and the number of threads are as before. Raises ValueError for a recipe, corpus,
+    ds_config or checkpoint that the user must change.
+    """
+    settings = read_ds_config(ds_config_path(str(ds_config)))
+    prepare_quickstart_corpus(recipe)
+    interrupts = StopSignals()
+    with restored_process():
+        set_default_accelerator()
+        from megabert.training import loop
+
+        code = loop.pretrain(recipe, settings, interrupts)
+    output_dir = Path(recipe.run.output_dir)
+    if code == 0:
+        result = json.loads((output_dir / "result.json").read_text())
+        return PretrainResult(output_dir, result["steps"], result["heldout_loss"], FINISHED)
+    steps = read_state(find_checkpoint(output_dir)).step
+    return PretrainResult(output_dir, steps, None, interrupts.reason or "stopped")
+
+
+@contextlib.contextmanager
+def restored_process() -> Iterator[None]:
+    """End the process group after the block, and restore what training changes in a process.
+
+    Raises ValueError where a launcher started this process as one of several ranks, or a process group exists.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "WORLD_SIZE is more than 1, but megabert.pretrain() trains in one process. For several ranks, run "
+            "torchrun -m megabert.commands.pretrain."
+        )
+    import torch
+
+    if torch.distributed.is_initialized():
+        raise ValueError(
+            "this process has a process group already. Call torch.distributed.destroy_process_group() first."
+        )
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    environment, threads, excepthook = dict(os.environ), torch.get_num_threads(), sys.excepthook
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        gc.collect()  # model, optimizer and loader
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        torch.set_num_threads(threads)
+        sys.excepthook = excepthook  # torch.distributed adds the rank to every traceback
+        os.environ.clear()
+        os.environ.update(environment)

@@ -1,0 +1,90 @@
+"""Pretrain an encoder.
+
+{command} --ds_config {zero2}
+{command} --ds_config {zero2} --recipe mosaicbert-base --data.train '/data/c4/train-{00000..01023}.tar'
+"""
+
+import logging
+import os
+import subprocess
+from pathlib import Path
+from typing import NoReturn
+
+from megabert.config import cli
+from megabert.config.ds_config import read_ds_config
+from megabert.config.parser import PACKAGE, RecipeParser, ds_config_names, ds_config_path
+from megabert.config.recipe import Recipe
+from megabert.training.distributed.rank_env import rank_of_this_process
+from megabert.training.distributed.signals import StopSignals
+
+QUICKSTART_SHARDS = "data/quickstart/tokens"
+CHECKOUT = PACKAGE.parent
+
+
+def prepare_quickstart_corpus(recipe: Recipe) -> None:
+    """Write the quickstart's shards if they are missing: rank 0 writes them while the other ranks wait for it."""
+    if recipe.data.train != QUICKSTART_SHARDS or Path(QUICKSTART_SHARDS, "manifest.json").is_file():
+        return
+    script = CHECKOUT / "launch/quickstart/prepare.sh"
+    if not script.is_file():
+        raise ValueError(
+            f"{QUICKSTART_SHARDS} is missing. Write shards with megabert-shards; --data.train takes their folder."
+        )
+    if Path.cwd() != CHECKOUT:
+        raise ValueError(f"{QUICKSTART_SHARDS} is missing. Run this command in {CHECKOUT}, which prepares it.")
+    if rank_of_this_process() == 0:
+        print(f"{QUICKSTART_SHARDS} is missing: preparing the quickstart's corpus, a minute or two", flush=True)
+        done = subprocess.run(["bash", str(script)], check=False)
+        if done.returncode:
+            raise ValueError(f"preparing {QUICKSTART_SHARDS} failed with exit code {done.returncode}; see above.")
+
+
+def set_default_accelerator() -> None:
+    """Tell DeepSpeed which accelerator to use, unless the user has; without this it tries several and warns."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
+
+
+def make_parser(prog: str) -> RecipeParser:
+    in_checkout = prog.endswith(".py")
+    shown = {"{command}": f"deepspeed {prog}" if in_checkout else prog}
+    shown["{zero2}"] = "ds_configs/zero2.json" if in_checkout else "zero2"
+    description = __doc__ or ""
+    for placeholder, text in shown.items():
+        description = description.replace(placeholder, text)
+    parser = RecipeParser(prog, description)
+    parser.add_argument(
+        "--ds_config",
+        default="zero2",
+        help=f"ZeRO stage, precision and offload for DeepSpeed: one of {', '.join(ds_config_names())}, or a JSON file",
+    )
+    parser.add_argument("--plot_schedule", default=None, help="only draw the recipe's schedules, to this .png")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher; leave it alone")
+    return parser
+
+
+def main(prog: str) -> int:
+    interrupts = StopSignals()
+    interrupts.watch_launcher()
+    recipe, options = make_parser(prog).read()
+    if options.plot_schedule:
+        from megabert.plots.schedule import plot_schedule
+
+        plot_schedule(recipe, Path(options.plot_schedule))
+        return 0
+    ds_config = read_ds_config(ds_config_path(options.ds_config))
+    prepare_quickstart_corpus(recipe)
+    set_default_accelerator()
+    logging.basicConfig(level=logging.INFO if rank_of_this_process() == 0 else logging.WARNING, format="%(message)s")
+    # Imported after recipe and ds_config are checked: torch and DeepSpeed take seconds to load.
+    from megabert.training.loop import pretrain
+
+    return pretrain(recipe, ds_config, interrupts)
+
+
+def command(prog: str = "megabert-pretrain") -> NoReturn:
+    # Gloo's threads can outlive Python's own shutdown and abort: a finished run would exit with -6.
+    cli.run_and_leave(lambda: main(prog), prog)
+
+
+if __name__ == "__main__":
+    command()

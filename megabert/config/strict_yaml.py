@@ -1,0 +1,204 @@
+"""Read YAML files into plain data and strictly typed dataclasses."""
+
+import dataclasses
+import functools
+import json
+import re
+import types
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+
+from megabert.config.cli import nearest
+
+T = TypeVar("T")
+
+# A string that a file may also give as an integer: labels: [0, 1] are the names "0" and "1".
+Name = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+
+TAG = "tag:yaml.org,2002:"
+PLAIN = {TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
+# PyYAML follows YAML 1.1, where 5e-5 is a string, 010 is eight and 1:30 is ninety. Here 5e-5 is a number, and the other
+# two are strings.
+INT = re.compile(r"[-+]?(0|[1-9][0-9_]{0,99})$")
+FLOAT = re.compile(
+    r"([-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$"
+)
+# First word of pydantic's error type -> what was expected.
+EXPECTED = {
+    "int": "an integer",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "a string",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "keys and values",
+    "dataclass": "keys and values",
+}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of keys and values into dicts, lists, strings, numbers, booleans and None.
+
+    An empty file gives {}. Raises ValueError, in one line with the file's name, for invalid YAML and for valid YAML
+    that is mostly a slip: duplicate keys, keys that are not strings, aliases inside their own anchor, dates, explicit
+    tags, a file without keys.
+    """
+    try:
+        data = yaml.load(path.read_bytes(), _StrictLoader)  # a SafeLoader
+    except _RefusedError as error:
+        raise ValueError(f"{path}, line {error.line}: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid YAML: {one_line(error)}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: is {_shortened(data)}, expected keys and values.")
+    return data
+
+
+def read_dataclass(kind: type[T], path: Path) -> T:
+    """Read a YAML file into a dataclass. Raises ValueError as read_yaml and build do."""
+    return build(kind, read_yaml(path), path)
+
+
+def build(kind: type[T], data: dict[str, Any], path: Path, key: str = "") -> T:
+    """Build a dataclass, and the dataclasses nested in it, from data that read_yaml returned, without converting types.
+
+    key: dotted key of `data` in the file, for error messages. A ValueError that a __post_init__ raises must begin with
+    the name of a field: the message puts the file and the key in front. Raises ValueError, in one line, naming file and
+    key, for an unknown key (with the nearest known one), a missing key, and a value of another type.
+    """
+    try:
+        # As JSON, where pydantic's strict mode takes a list for a tuple.
+        return _adapter(kind).validate_json(json.dumps(data), strict=True, extra="forbid")
+    except ValidationError as error:
+        errors = error.errors()
+    # Unknown keys first: a misspelt key is also missing.
+    first = min(errors, key=lambda found: found["type"] != "unexpected_keyword_argument")
+    place = ".".join([*([key] if key else []), *map(str, first["loc"])])
+    if first["type"] == "unexpected_keyword_argument":
+        *above, name = first["loc"]
+        check_keys(path, [str(name)], _known_keys(kind, above), place.rpartition(".")[0])
+    if first["type"] == "missing":
+        raise ValueError(f"{path}: lacks {place}.")
+    if first["type"] == "value_error":
+        raise ValueError(f"{path}: {place}{'.' if place else ''}{first['ctx']['error']}")
+    if first["type"] == "literal_error":
+        expected = first["ctx"]["expected"].replace("'", "")
+    else:
+        expected = EXPECTED[first["type"].partition("_")[0]]
+    value = first["input"]
+    raise ValueError(f"{path}: {place} is {_shortened(value)}, expected {expected}.{_remedy(value, expected)}")
+
+
+def check_keys(path: Path, keys: Iterable[str], known: Iterable[str], key: str = "") -> None:
+    """Raise ValueError for a key that is not among the known ones, naming the nearest. key: the dotted key above."""
+    known, above = sorted(known), f"{key}." if key else ""
+    for name in keys:
+        if name not in known:
+            expected = f" Expected some of {', '.join(known)}."
+            raise ValueError(f"{path}: unknown key {above}{name}.{nearest(name, known, above, expected)}")
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message without line breaks."""
+    return " ".join(str(error).split())
+
+
+@functools.cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
+
+
+def _known_keys(kind: Any, place: list[Any]) -> list[str]:
+    """Return the keys of the dataclass at a place inside another: field names, keys of dicts and indices of lists."""
+    while get_origin(kind) in (Annotated, Union, types.UnionType):
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    if not place:
+        return [field.name for field in dataclasses.fields(kind) if field.init]
+    if dataclasses.is_dataclass(kind):
+        return _known_keys(get_type_hints(kind)[place[0]], place[1:])
+    element = [part for part in get_args(kind) if part is not Ellipsis][-1]
+    return _known_keys(element, place[1:])
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _remedy(value: Any, expected: str) -> str:
+    """Return a sentence about quotes, where they explain a value of a wrong type."""
+    if expected == "a string" and isinstance(value, bool):
+        return " YAML reads a bare yes, no, on, off, true or false as a boolean: quote it."
+    if expected == "a string" and isinstance(value, (int, float)):
+        return " Quote it."
+    if expected in ("a number", "an integer") and isinstance(value, str) and (FLOAT.match(value) or INT.match(value)):
+        return " Remove the quotes."
+    return ""
+
+
+class _RefusedError(Exception):
+    """Valid YAML that is refused. line: from 1."""
+
+    def __init__(self, message: str, line: int):
+        super().__init__(message)
+        self.line = line
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, stricter as read_yaml documents."""
+
+    def __init__(self, stream: bytes):
+        super().__init__(stream)
+        self.open_anchors: list[str | None] = []  # of the nodes that are being read
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in self.open_anchors:
+                _refuse(event, f"alias *{event.anchor} is inside its own anchor.")
+            return super().compose_node(parent, index)
+        if event.tag is not None:
+            _refuse(event, f"tag {event.tag}: explicit tags are not supported.")
+        self.open_anchors.append(event.anchor)
+        node = super().compose_node(parent, index)
+        assert node is not None, "every event but the stream's end begins a node"
+        self.open_anchors.pop()
+        if node.tag not in PLAIN:
+            _refuse(node, f"YAML reads {node.value} as a {str(node.tag).removeprefix(TAG)}: quote it.")
+        if isinstance(node, yaml.MappingNode):
+            _check_mapping(node)
+        return node
+
+
+def _check_mapping(node: yaml.MappingNode) -> None:
+    """Raise _RefusedError for a key that is not a string, and for a duplicate key."""
+    found: set[str] = set()
+    for key, _ in node.value:
+        if key.tag == f"{TAG}merge":
+            continue
+        if key.tag != f"{TAG}str":
+            shown = key.value if isinstance(key, yaml.ScalarNode) else "[...] or {...}"
+            _refuse(key, f"key {shown} is not a string: quote it.")
+        if key.value in found:
+            _refuse(key, f"duplicate key {key.value}.")
+        found.add(key.value)
+
+
+def _refuse(at: Any, message: str) -> NoReturn:
+    raise _RefusedError(message, at.start_mark.line + 1)
+
+
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in (f"{TAG}int", f"{TAG}float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(f"{TAG}float", FLOAT, list("-+0123456789."))
+_StrictLoader.add_implicit_resolver(f"{TAG}int", INT, list("-+0123456789"))

@@ -1,0 +1,111 @@
+"""export.json of an exported folder: the hashes of its files and parameters, and what the export check measured."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from torch import Tensor
+
+from megabert.convert.hf.reader import read_json
+from megabert.files.checkpoint_format import files_of
+from megabert.files.hashing import file_sha256
+
+RECORD = "export.json"
+FORMAT_VERSION = 1  # of export.json; exports without a version are older
+EDITABLE_FILES = {RECORD, "README.md"}
+
+TOLERANCE = 1e-5  # of fp32 logits, relative to the largest one if that is above 1
+ONNX_TOLERANCE = 1e-4  # onnxruntime uses other kernels
+
+# Real sentences of different lengths, with what tokenizers treat differently: case, accents, other scripts, numbers,
+# spaces, and the mask token.
+CHECK_TEXTS = (
+    "Return a new array of given shape and type, filled with zeros.",
+    "The optimizer's learning rate.",
+    "If the file does not exist, an error is raised; otherwise its contents are read line by line, decoded as UTF-8, "
+    "and passed to the function, which must not modify them. Lines that begin with a number sign are comments.",
+    "The [MASK] of M\u00fcnchen is na\u00efve:  3.14 \u2264 \u03c0? \u6771\u4eac, don't_stop\u2028(e-mail) \U0001f600!",
+)
+
+
+class Measurements(TypedDict):
+    """What the export check measured: differences of logits, the largest logit, and the version of transformers.
+
+    reused: nothing was exported, because the folder is an unchanged export of the same checkpoint.
+    """
+
+    max_difference: float
+    largest_logit: float
+    transformers: str
+    onnx_max_difference: NotRequired[float]
+    reused: NotRequired[bool]
+
+
+def write_record(folder: Path, checkpoint: str, max_length: int, parameters: dict[str, Tensor]) -> None:
+    """Write export.json, before the check.
+
+    checkpoint: fingerprint of what was exported; max_length: tokens at which the check truncates texts; parameters: by
+    their names in the folder.
+    """
+    record = {
+        "format_version": FORMAT_VERSION,
+        "checkpoint": checkpoint,
+        "tolerance": TOLERANCE,
+        "onnx_tolerance": ONNX_TOLERANCE,
+        "texts": CHECK_TEXTS,
+        "max_length": max_length,
+        "files": {name: file_sha256(folder / name) for name in files_of(folder) if name not in EDITABLE_FILES},
+        "parameters": {name: hashlib.sha256(tensor.numpy().data).hexdigest() for name, tensor in parameters.items()},
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def add_measurements(folder: Path, measured: Measurements) -> None:
+    record = read_json(folder / RECORD) | {"measured": measured}
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Read export.json of any version, or return None if there is none or another program wrote it."""
+    if not (folder / RECORD).is_file():
+        return None
+    try:
+        record = read_json(folder / RECORD)
+    except ValueError:
+        return None
+    hashes = [record.get("files"), record.get("parameters")]
+    valid = all(isinstance(part, dict) and all(isinstance(digest, str) for digest in part.values()) for part in hashes)
+    return record if valid and isinstance(record.get("checkpoint"), str) else None
+
+
+def check_version(folder: Path, record: dict[str, Any]) -> None:
+    """Raises ValueError unless this version of MegaBERT can verify the export."""
+    version = record.get("format_version", 0)
+    if version == FORMAT_VERSION:
+        return
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder}: was exported by a newer version of MegaBERT: {RECORD} has format_version {version}, "
+            f"this version reads {FORMAT_VERSION}. Update MegaBERT."
+        )
+    raise ValueError(f"{folder}: was exported by an older version of MegaBERT, which recorded less. Export it again.")
+
+
+def find_added_files(folder: Path, record: dict[str, Any]) -> list[str]:
+    """List the files in the folder that the export did not write."""
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    return sorted(files - record["files"].keys() - EDITABLE_FILES)
+
+
+def find_change(folder: Path, record: dict[str, Any]) -> str | None:
+    """Compare every file with its hash. Returns what is wrong with the first that differs, or None."""
+    for name, digest in record["files"].items():
+        if not (folder / name).is_file():
+            return f"{folder / name}: is missing; it was exported"
+        if file_sha256(folder / name) != digest:
+            return f"{folder / name}: was changed since it was exported"
+    # Downloads add files such as .cache/huggingface and .gitattributes, which nothing loads.
+    if added := [name for name in find_added_files(folder, record) if not name.startswith(".")]:
+        return f"{folder / added[0]}: was added since it was exported"
+    return None

@@ -1,0 +1,105 @@
+"""Convert model configs between MegaBERT, transformers' BERT and the published MosaicBERT."""
+
+from inspect import signature
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import BertConfig
+
+from megabert.convert.hf.reader import CONFIG, MAX_SIZES
+from megabert.convert.weight_names import Kind
+from megabert.model.configuration_megabert import MegaBertConfig
+
+# Settings that have the same name and meaning in all three configs.
+SHARED_SETTINGS = (
+    *(name for name in MAX_SIZES if name != "num_labels"), "layer_norm_eps", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "classifier_dropout", "initializer_range", "pad_token_id",
+)  # fmt: skip
+
+# Settings of transformers' BERT of which our model supports one value, which is also BERT's default.
+FIXED_SETTINGS = {"hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
+REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+# https://huggingface.co/mosaicml/mosaic-bert-base; "repository--module.Class" is the hub's notation for remote code.
+MOSAICBERT_REPOSITORY = "mosaicml/mosaic-bert-base"
+MOSAICBERT_CLASSES = {
+    "AutoConfig": "configuration_bert.BertConfig",
+    "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
+}
+
+
+def detect_architecture(source: Path, raw: dict[str, Any], tensor_names: set[str]) -> Literal["megabert"] | Kind:
+    """Tell which of the three architectures a folder contains. Raises ValueError if it is another one."""
+    model_type = raw.get("model_type")
+    if model_type == MegaBertConfig.model_type:
+        return "megabert"
+    if model_type != "bert":
+        raise ValueError(f"{source / CONFIG}: model_type is {model_type!r}, expected 'bert' or 'megabert'.")
+    return "mosaicbert" if any(".Wqkv." in name for name in tensor_names) else "bert"
+
+
+def from_megabert_config(source: Path, raw: dict[str, Any]) -> MegaBertConfig:
+    """Read MegaBERT's own settings from config.json, ignoring those that name code, classes or files."""
+    if raw.get("tie_word_embeddings", True) is not True:
+        raise ValueError(
+            f"{source / CONFIG}: tie_word_embeddings is {raw['tie_word_embeddings']!r}; this model ties them."
+        )
+    known = {*signature(MegaBertConfig.__init__).parameters} - {"self", "kwargs"}
+    return _make_config(source, {name: value for name, value in raw.items() if name in known} | _read_labels(raw))
+
+
+def from_bert_config(source: Path, raw: dict[str, Any], kind: Kind) -> MegaBertConfig:
+    """Convert the config of a BERT or a MosaicBERT. Raises ValueError for a setting that our model does not support."""
+    for name, value in FIXED_SETTINGS.items():
+        if raw.get(name, value) != value:
+            raise ValueError(f"{source / CONFIG}: {name} is {raw[name]!r}; this model supports only {value!r}.")
+    if kind == "bert" and (positions := raw.get("position_embedding_type", "absolute")) != "absolute":
+        raise ValueError(
+            f"{source / CONFIG}: position_embedding_type is {positions!r}; this model supports only 'absolute'."
+        )
+    if missing := [name for name in REQUIRED_SIZES if name not in raw]:
+        raise ValueError(f"{source / CONFIG}: lacks {', '.join(missing)}.")
+    settings = {name: raw[name] for name in SHARED_SETTINGS if raw.get(name) is not None} | _read_labels(raw)
+    if kind == "mosaicbert":
+        settings |= {"position": "alibi", "ffn": "geglu", "layer_norm_dtype": "bfloat16"}
+    else:
+        settings |= {"position": "learned", "ffn": "gelu", "layer_norm_dtype": "float32"}
+    return _make_config(source, settings)
+
+
+def _read_labels(raw: dict[str, Any]) -> dict[str, Any]:
+    """Read the settings of a classification head."""
+    settings = {name: raw[name] for name in ("label2id", "problem_type") if raw.get(name) is not None}
+    if raw.get("id2label") is not None:
+        settings["id2label"] = {int(number): label for number, label in raw["id2label"].items()}
+    elif "num_labels" in raw:
+        settings["num_labels"] = raw["num_labels"]
+    return settings
+
+
+def _make_config(source: Path, settings: dict[str, Any]) -> MegaBertConfig:
+    try:
+        return MegaBertConfig(**settings)
+    except ValueError as error:
+        raise ValueError(f"{source / CONFIG}: {error}") from error
+
+
+def is_transformers_bert(config: MegaBertConfig) -> bool:
+    """Whether transformers' own BERT has this architecture."""
+    return config.position == "learned" and config.ffn == "gelu"
+
+
+def to_bert_config(config: MegaBertConfig) -> BertConfig:
+    """Convert a config for transformers' own BERT, whose architecture it must have."""
+    settings = {name: getattr(config, name) for name in SHARED_SETTINGS}
+    return BertConfig(hidden_act="gelu", architectures=["BertForMaskedLM"], **settings)
+
+
+def to_mosaicbert_config(config: MegaBertConfig) -> dict[str, Any]:
+    """Convert a config for the published MosaicBERT's modelling code, which it names at the hub."""
+    auto_map = {auto: f"{MOSAICBERT_REPOSITORY}--{name}" for auto, name in MOSAICBERT_CLASSES.items()}
+    same = (*SHARED_SETTINGS, "problem_type", "id2label", "label2id")
+    return {
+        "model_type": "bert", "architectures": ["BertForMaskedLM"], "auto_map": auto_map, "hidden_act": "gelu",
+        "alibi_starting_size": config.max_position_embeddings, "torch_dtype": "float32",
+    } | {name: getattr(config, name) for name in same}  # fmt: skip

@@ -1,0 +1,155 @@
+"""Every place where MegaBERT uses or replaces internals of DeepSpeed 0.19.8.
+
+Each function names its canary: a test of tests/training/test_traps.py that fails once DeepSpeed no longer needs the
+function.
+"""
+
+import contextlib
+import io
+import os
+import tempfile
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.comm.comm
+import torch
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from torch import nn
+
+# Keys of a parameter group that are not its settings: DeepSpeed's own list, and what the training loop sets before
+# each step.
+NOT_SETTINGS = ("params", "lr")
+
+
+def skip_shm_comm_build() -> None:
+    """Tell DeepSpeed not to compile its shared-memory collectives, which takes over a minute at the first start.
+
+    Training does not use them. Canary: shm_comm_by_default.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def ignore_deprecated_collectives() -> None:
+    """Hide PyTorch's warnings about names of collectives that DeepSpeed still calls. Canary: deprecated_collectives."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def replace_all_gather(all_gather: Callable[..., Any]) -> None:
+    """Let ZeRO gather weights with another function than torch.distributed.all_gather_into_tensor; same signature.
+
+    gloo's own implementation allocates buffers in every call. Canary: all_gather_is_an_attribute, which notices that
+    the replacement has no effect; two_rank_efficiency of tests/benchmarks/bench_engine.py shows whether it is still
+    needed.
+    """
+    backend: Any = deepspeed.comm.comm.cdb
+    backend.all_gather_function = all_gather
+
+
+def gate_optimizer_step(optimizer: torch.optim.Optimizer, allows_step: Callable[[], bool]) -> None:
+    """Make optimizer.step() do nothing whenever allows_step() returns False.
+
+    ZeRO computes the gradient norm inside engine.step() and then calls the wrapped optimizer, once per parameter group;
+    so that call is the only point where an update can be stopped at every stage. Canary: nan_at_stage_0.
+    """
+    step = optimizer.step
+
+    def gated_step(*args: Any, **options: Any) -> Any:
+        return step(*args, **options) if allows_step() else None
+
+    optimizer.step = gated_step  # pyrefly: ignore[bad-assignment]
+
+
+def zero_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float]:
+    """Return a function that reads the current step's gradient norm while ZeRO 1, 2 or 3 calls the wrapped optimizer.
+
+    engine.get_global_grad_norm() still returns the previous step's norm at that moment. Canary: norm_within_step.
+    """
+    optimizer: Any = engine.optimizer  # not the engine: a rollback frees it before it builds the next one
+    return lambda: float(optimizer._global_grad_norm)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Count the whole model's parameters, also those that ZeRO 3 has partitioned. Canary: numel_at_stage_3."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+class _CaptureEngine(TorchCheckpointEngine):
+    """A checkpoint engine that keeps each file's content in `files`, by file name, and writes nothing."""
+
+    def __init__(self, transform: Callable[[Any], Any] | None) -> None:
+        super().__init__(None)
+        self.transform = transform
+        self.files: dict[str, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[os.path.basename(path)] = self.transform(state_dict) if self.transform else state_dict
+
+
+def capture_checkpoint(
+    engine: deepspeed.DeepSpeedEngine, transform: Callable[[Any], Any] | None = None
+) -> dict[str, Any]:
+    """Return what engine.save_checkpoint would write on this rank, by file name; every rank calls this.
+
+    transform: applied to the content of each file. DeepSpeed writes its files under their final names, so that a crash
+    leaves an incomplete checkpoint. Canary: saves_in_place.
+    """
+    capture, usual = _CaptureEngine(transform), engine.checkpoint_engine
+    engine.checkpoint_engine = capture
+    try:
+        with tempfile.TemporaryDirectory() as scratch:  # DeepSpeed also copies its script zero_to_fp32.py there
+            engine.save_checkpoint(scratch, tag="state", save_latest=False)
+    finally:
+        engine.checkpoint_engine = usual
+    return capture.files
+
+
+def convert_to_universal(checkpoint: Path, out: Path) -> None:
+    """Write a checkpoint in DeepSpeed's universal format, which any number of ranks can load. Call on one rank.
+
+    Raises OSError or RuntimeError (from torch) if it cannot be written. Canary: refuses_another_world_size.
+    """
+    options = Namespace(
+        input_folder=str(checkpoint),
+        output_folder=str(out),
+        # No worker processes: a fork would copy gloo's locks in whatever state its threads hold them.
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(options)
+
+
+def group_settings(engine: deepspeed.DeepSpeedEngine) -> list[dict[str, Any]]:
+    """Return the settings of each parameter group, for `repair_universal_load`."""
+    optimizer: Any = engine.optimizer
+    return [{key: value for key, value in group.items() if key not in NOT_SETTINGS} for group in optimizer.param_groups]
+
+
+def repair_universal_load(engine: deepspeed.DeepSpeedEngine, settings: list[dict[str, Any]]) -> None:
+    """Restore the parameter groups after a universal checkpoint was loaded. settings: `group_settings` before the load.
+
+    At stage 3 every group gets the first group's settings (weight decay on norms and biases), and all share one `step`
+    tensor, which then advances once per group. At other stages this changes nothing. Canary: universal_load_at_stage_3.
+    """
+    optimizer: Any = engine.optimizer
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    for state in optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
+def partition_after_load(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Partition the small parameters that ZeRO 3 leaves gathered after load_checkpoint; a no-op at other stages.
+
+    Otherwise the first backward may end with "The size of tensor a (0) must match". Canary: gathered_after_load.
+    """
+    engine.empty_partition_cache()

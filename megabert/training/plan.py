@@ -1,0 +1,91 @@
+"""The plan of a run: everything that the recipe, the ds_config, the ranks and the device determine, resolved once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megabert.config.ds_config import DsConfig, ResolvedDsConfig
+from megabert.config.recipe import Recipe
+from megabert.kernels.resolve import Implementation
+from megabert.training.distributed.device import has_fast_bf16, training_device
+from megabert.training.identity import RunIdentity, fixed_settings
+from megabert.training.optim.optimizers import choose_optimizer
+from megabert.training.schedule import RunSchedule, make_run_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """All that is decided before a run opens its data or builds its model."""
+
+    recipe: Recipe
+    ds_config: ResolvedDsConfig
+    optimizer: Implementation
+    device: torch.device
+    rank: int
+    world_size: int
+    schedule: RunSchedule
+    identity: RunIdentity
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.recipe.run.output_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+    @property
+    def budget_s(self) -> float | None:
+        """Wall-clock seconds of a run whose length is given in hours."""
+        hours = self.recipe.run.max_hours
+        return None if hours is None else 3600 * hours
+
+
+def make_plan(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -> RunPlan:
+    """Resolve a run's settings for these ranks and this device. Raises ValueError if they do not fit together."""
+    device = training_device()
+    schedule = make_run_schedule(recipe, world_size)
+    resolved = ds_config.resolve(
+        accumulation=schedule.step_batches // world_size,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        world_size=world_size,
+        fast_bf16=has_fast_bf16(device),
+    )
+    if recipe.run.compile and (reason := why_not_compile(device, resolved.zero_stage)):
+        raise ValueError(reason)
+    optimizer = choose_optimizer(recipe, resolved, device)
+    identity = RunIdentity(
+        settings=fixed_settings(recipe.to_dict()),
+        step_batches=schedule.step_batches,
+        total_steps=schedule.total_steps,
+        optimizer_source=optimizer.source,
+        numerics=resolved.numerics,
+        zero_stage=resolved.zero_stage,
+        world_size=world_size,
+    )
+    return RunPlan(
+        recipe=recipe,
+        ds_config=resolved,
+        optimizer=optimizer,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        schedule=schedule,
+        identity=identity,
+    )
+
+
+def why_not_compile(device: torch.device, zero_stage: int) -> str | None:
+    """Return why torch.compile cannot be applied to the whole model, or None. Not run on a GPU yet."""
+    if device.type == "cpu":
+        return (
+            "run.compile true on a CPU: run.ops auto already compiles each operation there, and attention, which "
+            "depends on the documents' lengths, would be compiled again at every step. Set run.compile false."
+        )
+    if zero_stage == 3:
+        return (
+            "run.compile true at ZeRO 3: fetching weights breaks the graph in every layer. Use ds_configs/zero2.json, "
+            "or set run.compile false."
+        )
+    return None

@@ -1,0 +1,76 @@
+"""The schedule of a run: its steps, batch sizes, lengths, masking rate and learning rate, computed from the recipe."""
+
+from dataclasses import dataclass
+
+from megabert.config.recipe import OptimizerConfig, Recipe
+from megabert.data.schedule import BatchSchedule, Length, MaskingRate, make_schedule
+from megabert.optim.lr_schedule import warmup_and_decay
+
+# Total steps of a run whose length is given in hours: more steps than any run makes.
+ENDLESS = 1 << 40
+
+
+@dataclass(frozen=True)
+class RunSchedule:
+    """How a run changes from step to step, except for its learning rate."""
+
+    step_batches: int
+    """micro-batches of a full step over all ranks"""
+    total_steps: int
+    stages: BatchSchedule
+    """micro-batches per step and longest piece in each stage of the run"""
+    masking: MaskingRate
+
+
+def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
+    """Compute the schedule of a run. Raises ValueError if the ranks cannot share a batch."""
+    step_batches = batches_per_step(recipe, world_size)
+    steps = total_steps(recipe, step_batches)
+    data, masking = recipe.data, recipe.masking
+    first = data.batch_warmup_from and data.batch_warmup_from // data.micro_batch_tokens
+    lengths = [Length(*phase) for phase in data.lengths]
+    stages = make_schedule(steps, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
+    if masking.schedule == "constant":
+        rate = MaskingRate.constant(masking.mlm_probability)
+    else:
+        over = stages.bins_before(steps)
+        rate = MaskingRate(masking.mlm_probability, masking.final_mlm_probability, over, masking.schedule)
+    return RunSchedule(step_batches, steps, stages, rate)
+
+
+def batches_per_step(recipe: Recipe, world_size: int) -> int:
+    """The micro-batches of one optimizer step over all ranks. Raises ValueError if the ranks cannot share them."""
+    data = recipe.data
+    if data.global_batch_tokens == "auto":
+        return world_size
+    total = data.global_batch_tokens // data.micro_batch_tokens
+    if total % world_size:
+        raise ValueError(
+            f"data.global_batch_tokens {data.global_batch_tokens} is {total} micro-batches of "
+            f"{data.micro_batch_tokens} tokens, which {world_size} ranks cannot share evenly. Choose a "
+            "data.micro_batch_tokens that gives each rank the same number, another number of ranks, or a "
+            "data.global_batch_tokens that is a multiple of "
+            f"{world_size} x {data.micro_batch_tokens} = {world_size * data.micro_batch_tokens}."
+        )
+    return total
+
+
+def total_steps(recipe: Recipe, step_batches: int) -> int:
+    """The optimizer steps of the whole run, at least 1; ENDLESS if the clock ends the run."""
+    if recipe.run.max_steps is not None:
+        return recipe.run.max_steps
+    if recipe.run.max_tokens is None:
+        return ENDLESS
+    return max(1, recipe.run.max_tokens // (step_batches * recipe.data.micro_batch_tokens))
+
+
+def lr_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """The learning rate of optimizer step `step`, counted from 0, as a share of the peak. See `warmup_and_decay`."""
+    return warmup_and_decay(
+        step,
+        total_steps,
+        round(config.warmup * total_steps),
+        schedule=config.schedule,
+        decay_steps=round(config.decay * total_steps) if config.schedule == "wsd" else None,
+        final=config.final_lr,
+    )

@@ -1,0 +1,99 @@
+"""Command lines: switches need no value, and whatever could be misread is one line of error and exit code 2."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from megabert.config.cli import Parser, normalize_flags, read_flags
+
+
+@dataclass(frozen=True)
+class Options:
+    source: str
+    """folder to read"""
+    out: str
+    """folder to write"""
+    onnx: bool = False
+    """a switch"""
+    deduplicate: bool = True
+    """a switch that is on by default"""
+    average: int = 1
+    """a number"""
+
+
+def read(*argv: str) -> Options:
+    return read_flags(Options, "command", "What it does.", argv)
+
+
+def error_of(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        read(*argv)
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("command: ")
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    "words", [["--onnx"], ["--onnx", "true"], ["--onnx=true"], ["--onnx", "yes"], ["--onnx=1"], ["--onnx", "True"]]
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_switch_is_on_with_and_without_a_value(words, before):
+    paths = ["in", "out"]
+    options = read(*words, *paths) if before else read(*paths, *words)
+    assert options == Options("in", "out", onnx=True)
+
+
+@pytest.mark.parametrize("words", [["--deduplicate", "false"], ["--deduplicate=no"], ["--deduplicate", "0"]])
+def test_a_switch_is_turned_off_with_a_value(words):
+    assert read("in", *words, "out") == Options("in", "out", deduplicate=False)
+
+
+def test_the_word_after_a_switch_is_its_value_only_if_it_is_a_truth_value():
+    assert read("--onnx", "truth", "--deduplicate", "1.0") == Options("truth", "1.0", onnx=True)
+    assert read("--deduplicate", "no", "in", "--onnx", "out").deduplicate is False
+    assert read("in", "out", "--average", "1").average == 1
+
+
+def test_dashes_and_underscores_are_the_same_flag():
+    assert normalize_flags(["--a-b=c-d", "e-f", "--g-h"]) == ["--a_b=c-d", "e-f", "--g_h"]
+
+
+def test_words_after_two_dashes_are_left_alone():
+    assert normalize_flags(["--x", "--", "--x", "--x", ""], ["--x"]) == ["--x=true", "--", "--x", "--x", ""]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["in", "out", "--average", ""], "--average is empty, expected a value"),
+        (["in", "out", "--average="], "--average is empty, expected a value"),
+        (["in", "out", "--onnx", ""], "--onnx is empty, expected a value"),
+        (["in", ""], "a word of the command is empty"),
+        (["in", "out", "--average=1", "--average", "2"], "--average is given twice"),
+        (["in", "out", "--onnx", "--onnx=false"], "--onnx is given twice"),
+        (["in", "out", "--aver=2"], "unknown setting --aver. Did you mean --average?"),
+        (["in", "out", "--onnx", "maybe"], "unexpected word 'maybe': a value follows its --flag"),
+        (["in", "out", "--onnx=maybe"], "maybe"),
+        (["in", "out", "--average"], "expected one argument"),
+        (["in"], "out"),
+    ],
+)
+def test_what_could_be_misread_is_refused_in_one_line(capsys, argv, message):
+    assert message in error_of(capsys, *argv)
+
+
+def test_a_flag_that_appends_may_be_repeated():
+    parser = Parser("command")
+    parser.add_argument("--names", type=list[str], default=[])
+    assert parser.parse_args(["--names+=a", "--names+", "b"]).names == ["a", "b"]
+
+
+def test_help_says_that_the_value_of_a_switch_is_optional(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        read("--help")
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert "--onnx [{true,false}]" in text
+    assert "--average AVERAGE" in text

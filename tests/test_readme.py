@@ -1,0 +1,49 @@
+"""The README's Python runs, its links lead somewhere, and its file tree is the repository's."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, Corpus, run_command
+
+README = (REPOSITORY / "README.md").read_text()
+DOCUMENTS = sorted(
+    path
+    for path in REPOSITORY.rglob("*.md")
+    if not {part for part in path.relative_to(REPOSITORY).parts if part.startswith(".")} - {".github"}
+    and path.relative_to(REPOSITORY).parts[0] not in ("build", "data", "runs")
+)
+
+
+def test_its_python_runs(corpus: Corpus, tmp_path):
+    """Run the block on a small corpus, for 2 steps instead of 1000, without compiling."""
+    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    short = block.replace('"max_steps": 1000', '"max_steps": 2, "eval_tokens": 1024, "ops": "torch"')
+    assert short != block
+    (tmp_path / "data/mine").mkdir(parents=True)
+    (tmp_path / "data/mine/tokens").symlink_to(corpus.tokens)
+    script = f"import os\nos.chdir({str(tmp_path)!r})\n{short}"
+    done = run_command([sys.executable, "-c", script])
+    assert done.code == 0, done.output
+    assert re.search(r"^runs/quickstart 2 \d+\.\d+ finished$", done.output, re.MULTILINE)
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_links_between_documents_lead_somewhere(path: Path):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
+    missing = [name for name in targets if "://" not in name and not (path.parent / name).exists()]
+    assert not missing
+
+
+def test_the_file_tree_has_every_folder_and_nothing_else():
+    tree = README.split("## Files")[1].split("##")[0]
+    shown = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("    ")}
+    packages = {path.parent.name for path in (REPOSITORY / "megabert").glob("*/__init__.py")} | {"recipes"}
+    top = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} | {"ds_configs", "launch"}
+    assert shown == packages | top
