@@ -38,8 +38,8 @@ class PretrainResult:
 def pretrain(recipe: Recipe, ds_config: str | Path = "zero2") -> PretrainResult:
     """Train a recipe in this process, on one device, from its newest checkpoint or its start.
 
-    ds_config: a name or a file. Call it in the main thread: SIGTERM and SIGUSR1 make it save and return early. Afterwards
-    signal handlers, environment variables and the number of threads are as before. Raises ValueError for a recipe, corpus,
+    ds_config: a name or a file. Call it in the main thread: SIGTERM and SIGUSR1 make it save and return early. It
+    restores signal handlers, environment variables and the number of threads. Raises ValueError for a recipe, corpus,
     ds_config or checkpoint that the user must change.
     """
     settings = read_ds_config(ds_config_path(str(ds_config)))

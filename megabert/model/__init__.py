@@ -1,25 +1,24 @@
-"""The encoder. Importing this imports nothing; the two functions make transformers' Auto classes know it.
+"""The encoder. Importing this package registers it with transformers' Auto classes.
 
-An exported folder carries the other files of this one, not this.
+An exported folder contains the other files of this folder, not this one.
 """
 
 
-def register_config() -> None:
-    """Let AutoConfig read a config.json of type megabert without trust_remote_code."""
+def register_auto_classes() -> None:
+    """Let AutoConfig, AutoModel and the AutoModel class of each head load MegaBERT without trust_remote_code.
+
+    Repeated calls change nothing.
+    """
     from transformers import AutoConfig
-
-    from .configuration_megabert import MegaBertConfig
-
-    AutoConfig.register(MegaBertConfig.model_type, MegaBertConfig, exist_ok=True)
-
-
-def register_models() -> None:
-    """Let AutoModel and its four kin for our heads build one."""
     from transformers.models.auto import modeling_auto as auto
 
     from . import modeling_megabert as modeling
     from .configuration_megabert import MegaBertConfig
 
+    AutoConfig.register(MegaBertConfig.model_type, MegaBertConfig, exist_ok=True)
+    auto.AutoModel.register(MegaBertConfig, modeling.MegaBertModel, exist_ok=True)
     for head in ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
         getattr(auto, f"AutoModel{head}").register(MegaBertConfig, getattr(modeling, f"MegaBert{head}"), exist_ok=True)
-    auto.AutoModel.register(MegaBertConfig, modeling.MegaBertModel, exist_ok=True)
+
+
+register_auto_classes()

@@ -4,7 +4,7 @@ import torch
 
 from megabert.config.recipe import Recipe
 from megabert.data.shards.source import Corpus, stream_count
-from megabert.training.checkpointing.resume import find_checkpoint
+from megabert.training.checkpointing.resume import Checkpoint, find_checkpoint
 from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space, set_aside_after
 from megabert.training.deepspeed_compat import num_parameters
 from megabert.training.distributed.device import device_name, event_class
@@ -37,16 +37,10 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     checkpoint = find_checkpoint(recipe.run.resume, plan.checkpoints, plan.identity, corpus.fingerprint, rank)
     if checkpoint is not None:
         state.restore(checkpoint.state, checkpoint.positions)
-        num_streams = checkpoint.state.num_streams
-    else:
-        num_streams = stream_count(corpus.num_splits, recipe.data.max_streams)
-    config = stream_config(recipe, plan.schedule, corpus, num_streams)
-    pin_memory = plan.device.type != "cpu"
-    options = {"rank": rank, "world_size": world_size, "num_workers": recipe.data.num_workers}
-    feed = Feed(corpus, config, pin_memory=pin_memory, **options)
+    feed = make_feed(plan, corpus, checkpoint)
     # Before the model: the loader's workers fork from a small process, and have batches ready when the model is built.
     feed.open(state.positions, state.next_index)
-    held_out = open_held_out(recipe, held_out_corpus, corpus, config, rank, world_size)
+    held_out = open_held_out(recipe, held_out_corpus, corpus, feed.config, rank, world_size)
     gate = UpdateGate(state.guard, recipe.optimizer.max_grad_norm)
     engine = start_engine(plan, corpus, gate, checkpoint)
     model = model_of(engine)
@@ -68,7 +62,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
         reporter=reporter,
     )
     if reporter is not None:
-        for message in start_messages(plan, corpus, num_streams, size, checkpoint):
+        for message in start_messages(plan, corpus, feed.config.num_streams, size, checkpoint):
             reporter.log_line(message)
         write_run_json(plan, corpus, held_out_corpus, state.step)
         set_aside_after(plan.checkpoints, state.step)
@@ -81,6 +75,20 @@ def open_inputs(recipe: Recipe) -> tuple[Corpus, Corpus]:
     corpora = open_corpora(recipe.data)
     probe.check_probe(recipe.probe)
     return corpora
+
+
+def make_feed(plan: RunPlan, corpus: Corpus, checkpoint: Checkpoint | None) -> Feed:
+    """Make this rank's feed. A resumed run has as many data streams as before, on any number of ranks."""
+    data = plan.recipe.data
+    num_streams = checkpoint.state.num_streams if checkpoint else stream_count(corpus.num_splits, data.max_streams)
+    return Feed(
+        corpus,
+        stream_config(plan.recipe, plan.schedule, corpus, num_streams),
+        rank=plan.rank,
+        world_size=plan.world_size,
+        num_workers=data.num_workers,
+        pin_memory=plan.device.type != "cpu",
+    )
 
 
 def open_prober(plan: RunPlan, reporter: Reporter, step: int) -> probe.ProbeRunner | None:

@@ -30,6 +30,7 @@ from megabert.training.process import init_distributed
 from megabert.training.run import Run, TrainState
 from megabert.training.schedule import lr_factor
 from megabert.training.telemetry.flops import step_flops
+from megabert.training.telemetry.timers import StepTimer
 
 RESULT = "result.json"
 # One line for each update that the guard skipped.
@@ -43,7 +44,7 @@ def train(run: Run) -> str | None:
     every, state, stop_reason = run.plan.recipe.run, run.state, None
     while not run.is_finished and stop_reason is None:
         lr = set_learning_rate(run.engine, run.plan, state)
-        batches, before = next_batches(run)
+        batches, before = next_batches(run.plan, run.feed, state, run.meter.timer)
         sums = take_step(run, batches)
         stop_reason = sync_step(run, batches, before, sums)
         if every.rollback_after and state.guard.skipped_in_a_row >= every.rollback_after:
@@ -77,14 +78,15 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: T
     return config.lr * factor
 
 
-def next_batches(run: Run) -> tuple[list[PackedBatch], dict[int, Position]]:
+def next_batches(
+    plan: RunPlan, feed: Feed, state: TrainState, timer: StepTimer
+) -> tuple[list[PackedBatch], dict[int, Position]]:
     """Load this rank's micro-batches of the next step. Also returns the positions of their streams before the step."""
-    state = run.state
     batches, before = [], {}
-    step_batches = run.plan.schedule.stages.at(state.next_index).step_batches
-    with run.meter.timer.time("data"):
-        for _ in range(step_batches // run.plan.world_size):
-            batch, stream, position = next(run.feed)
+    step_batches = plan.schedule.stages.at(state.next_index).step_batches
+    with timer.time("data"):
+        for _ in range(step_batches // plan.world_size):
+            batch, stream, position = next(feed)
             before.setdefault(stream, state.positions.get(stream, Position()))
             state.positions[stream] = position
             batches.append(batch)
@@ -213,7 +215,10 @@ def report(run: Run, lr: float) -> None:
     state.tokens += int(meter.tokens)
     state.seconds += seconds
     parts, steps = meter.timer.totals(), max(1, meter.steps)
-    speeds, skipped_chunks = gather_rank_figures(run, parts["data"] + parts["forward"])
+    # In the other parts of a step every rank waits for the slowest. No time has passed if no step was counted.
+    speed = meter.local_tokens / max(parts["data"] + parts["forward"], 1e-9)
+    skipped = float(sum(position.skipped for position in state.positions.values()))
+    ranks = gather_ranks(run.plan, [speed, skipped], run.engine.device)
     mfu = {}
     if run.peak_flops is not None:
         needed = step_flops(run.model_config, meter.tokens, meter.num_targets, meter.squared_lengths)
@@ -229,15 +234,15 @@ def report(run: Run, lr: float) -> None:
         "seconds": state.seconds,
         "tokens_per_s": meter.tokens / seconds,
         "tokens_per_s_per_rank": meter.tokens / seconds / world_size,
-        "slowest_rank": speeds.min().item(),
-        "fastest_rank": speeds.max().item(),
+        "slowest_rank": ranks[:, 0].min().item(),
+        "fastest_rank": ranks[:, 0].max().item(),
         "seconds_per_step": seconds / steps,
         "fill": meter.tokens / max(1.0, meter.slots),
         "loader_wait": parts["data"] / seconds,
         **{f"time/{part}": spent / steps for part, spent in parts.items()},
         "memory_gb": peak_memory_bytes(run.engine.device) / 1e9,
         **mfu,
-        "skipped_chunks": skipped_chunks,
+        "skipped_chunks": ranks[:, 1].sum().item(),
     }
     if run.reporter is not None and meter.steps:
         if state.time_budget.limit is not None:
@@ -247,18 +252,12 @@ def report(run: Run, lr: float) -> None:
     meter.reset()
 
 
-def gather_rank_figures(run: Run, own_seconds: float) -> tuple[torch.Tensor, float]:
-    """Gather each rank's own speed, real tokens per second, (ranks,), and the damaged chunks skipped by all of them.
-
-    own_seconds: of loading and forward. In the other parts of a step every rank waits for the slowest.
-    """
-    skipped = float(sum(position.skipped for position in run.state.positions.values()))
-    # own_seconds is 0 if no step was counted.
-    speed = run.meter.local_tokens / max(own_seconds, 1e-9)
-    table = torch.zeros(run.plan.world_size, 2, dtype=torch.float64, device=run.engine.device)
-    table[run.plan.rank] = torch.tensor([speed, skipped], dtype=torch.float64)
+def gather_ranks(plan: RunPlan, own: list[float], device: torch.device) -> torch.Tensor:
+    """Gather a few numbers from every rank: (ranks, numbers), fp64."""
+    table = torch.zeros(plan.world_size, len(own), dtype=torch.float64, device=device)
+    table[plan.rank] = torch.tensor(own, dtype=torch.float64)
     deepspeed.comm.all_reduce(table)
-    return table[:, 0], table[:, 1].sum().item()
+    return table
 
 
 def evaluate_held_out(run: Run) -> None:

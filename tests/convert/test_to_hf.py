@@ -76,10 +76,10 @@ def test_a_user_of_transformers_can_do_everything(exported, tmp_path, flags):
     assert results["pipelines"][0] == 5
 
 
-def test_auto_classes_are_registered_when_transformers_came_first(exported):
-    """use_folder.py imports megabert first."""
+@pytest.mark.parametrize("registration", ["import megabert; megabert.register_auto_classes()", "import megabert.model"])
+def test_auto_classes_are_registered_by_a_call_or_by_importing_the_model(exported, registration):
     code = (
-        "import transformers.models.auto.modeling_auto, megabert; from transformers import AutoConfig; "
+        f"from transformers import AutoConfig; {registration}; "
         f"print(type(AutoConfig.from_pretrained({str(exported)!r})).__module__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)

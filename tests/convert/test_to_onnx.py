@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+import megabert
 from megabert.convert import to_onnx
 from megabert.model.modeling_megabert import (
     MegaBertForQuestionAnswering,
@@ -25,8 +26,7 @@ def test_onnx_gives_the_same_answers(run_launcher, corpus, tmp_path):
     done = run_launcher("convert_to_hf.py", run, out, "--onnx")
     assert done.code == 0, done.output
     assert "onnx/model.onnx: its logits differ by at most" in done.output
-    import megabert  # noqa: F401 (loads the folder without its code)
-
+    megabert.register_auto_classes()  # loads the folder without its code
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForMaskedLM.from_pretrained(out).eval()
     session = onnxruntime.InferenceSession(out / to_onnx.ONNX_MODEL)
     questions = [

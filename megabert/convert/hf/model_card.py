@@ -69,9 +69,10 @@ def make_model_card(
     rows = _make_rows(config, state, metrics, num_parameters, average)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     recipe = yaml.safe_dump(redact(state.recipe), sort_keys=False).rstrip()
-    without_trust = (
-        "" if is_bert else "Where `megabert` is installed, `import megabert` makes `trust_remote_code` unnecessary.\n"
+    registration = (
+        "With `megabert` installed, `megabert.register_auto_classes()` makes `trust_remote_code` unnecessary.\n"
     )
+    without_trust = "" if is_bert else registration
     return ModelCard(f"""---
 {metadata.to_yaml()}
 ---

@@ -28,6 +28,7 @@ def main() -> None:
 
         heavy = {"torch", "transformers", "numpy"} & sys.modules.keys()
         assert not heavy, f"{megabert} imports {heavy}"
+        megabert.register_auto_classes()
     else:
         sys.modules["megabert"] = None  # type: ignore[assignment]
         load = {"trust_remote_code": True}
