@@ -6,7 +6,6 @@ Prints one problem per line, with shard, chunk and byte. The exit code is 0 with
 folder holds no shards or the command line is wrong.
 """
 
-import hashlib
 import os
 import sys
 import zlib
@@ -33,6 +32,7 @@ from megabert.data.shards.manifest import (
 )
 from megabert.data.shards.sample_format import decode_text, decode_tokens, read_npy, read_sample
 from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, find_tokenizer
+from megabert.files.hashing import file_sha256
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def check_shard(path: Path, shard: Shard, vocab_size: int | None) -> tuple[str, 
         size = os.fstat(file.fileno()).st_size
         if size != shard.bytes:
             found.problems.append(f"{path}: has {size} bytes, the manifest says {shard.bytes}")
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+        if file_sha256(path) != shard.sha256:
             found.problems.append(f"{path}: its hash differs from the manifest's")
         for number in range(len(shard.chunks)):
             chunk = shard.chunk(number)

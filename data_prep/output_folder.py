@@ -1,7 +1,5 @@
 """Lock the folder that shards are written to, and keep or remove the unfinished work in it."""
 
-import errno
-import fcntl
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,7 +9,9 @@ from pathlib import Path
 from data_prep.request import belongs_to_request, remove_request, write_request
 from data_prep.writing.length_statistics import PLOT
 from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS
+from megabert.files.lock import LockHeldError, acquire
 
+LOCK = "lock"
 WRITTEN_SHARD = re.compile(r"(train|heldout)-\d{5}\.tar")
 
 # Version of everything in out/.work: request file, sorted runs, task summaries and shard records. Unfinished work of
@@ -33,15 +33,14 @@ def locked_work_folder(out: Path, request: str) -> Iterator[Path]:
             "--out, or remove the file."
         )
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ValueError(
-                f"{out}: another write_shards.py is writing there. Wait for it to end, or choose another --out."
-            ) from None
+    try:
+        lock = acquire(work / LOCK)
+    except LockHeldError as error:
+        raise ValueError(
+            f"{out}: another write_shards.py is writing there, process {error.pid} on {error.host}. Wait for it to "
+            "end, or choose another --out."
+        ) from error
+    try:
         if not belongs_to_request(work, WORK_FORMAT, request):
             _remove_earlier_results(out, work)
             write_request(work, WORK_FORMAT, request)
@@ -51,15 +50,23 @@ def locked_work_folder(out: Path, request: str) -> Iterator[Path]:
             (work / name).mkdir(exist_ok=True)
         yield work
         shutil.rmtree(work)
+    finally:
+        lock.release()
 
 
 def remove_finished_work(out: Path) -> None:
     """Remove the work folder of a command that was killed after it had written the manifest."""
     work = out / ".work"
-    if work.is_dir():
-        with open(work / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            shutil.rmtree(work)
+    if not work.is_dir():
+        return
+    try:
+        lock = acquire(work / LOCK)
+    except LockHeldError:  # the command is still running and removes the folder itself
+        return
+    try:
+        shutil.rmtree(work)
+    finally:
+        lock.release()
 
 
 def _remove_earlier_results(out: Path, work: Path) -> None:

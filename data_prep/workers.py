@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.files.subprocesses import exit_with_parent
 
 R = TypeVar("R")
 
@@ -48,15 +48,7 @@ def _start_worker(counters: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is already one process per core
     # A terminal sends Ctrl-C to all its processes. The parent handles it and ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Exit when the parent does, so that no worker writes after its command was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has a parent"
-    parent.join()
-    os._exit(1)
+    exit_with_parent()  # so that no worker writes after its command was killed
 
 
 @contextmanager

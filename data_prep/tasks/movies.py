@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data_prep.tasks.tsv import Row, write_splits
 from megabert.files.atomic import write_atomically
+from megabert.files.hashing import file_sha256
 
 PACKAGE = "vaderSentiment==3.3.2"
 SDIST = "vaderSentiment-3.3.2.tar.gz"
@@ -42,7 +43,7 @@ def download(folder: Path) -> Path:
                 output = done.stderr.strip().splitlines() or ["no error message"]
                 raise ValueError(f"{PACKAGE}: pip could not download it: {output[-1]}. Put {SDIST} into {folder}.")
             write_atomically(path, Path(scratch, SDIST).read_bytes())
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_sha256(path)
     if digest != SHA256:
         raise ValueError(f"{path}: sha256 {digest}, expected {SHA256}. Remove it and run the command again.")
     return path

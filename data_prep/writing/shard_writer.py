@@ -1,6 +1,5 @@
 """Collect the documents of each shard from the sorted runs and write them, the second of the two passes."""
 
-import hashlib
 import io
 import json
 import os
@@ -13,9 +12,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from data_prep.writing.length_statistics import LONGEST_COUNTED
-from data_prep.writing.sorted_runs import SortedRun, WriteSettings, finished, is_first_copy
+from data_prep.writing.sorted_runs import SortedRun, WriteSettings, is_first_copy
 from megabert.data.shards.manifest import Chunk, Shard
 from megabert.data.shards.sample_format import TokenChunk, encode_text, encode_tokens, write_sample
+from megabert.files.atomic import new_file
+from megabert.files.hashing import hash_and_sync
 
 COUNTED_AT_ONCE = 1 << 20
 
@@ -53,12 +54,10 @@ def write_shard(settings: WriteSettings, runs: list[Path], part: str, number: in
     # The normalizer of a tokenizer can leave nothing of a text, such as of a control character.
     order = rng.permutation(np.flatnonzero(documents.lengths))
     name = shard_name(part, number)
-    with finished(settings.work / "shards" / name) as temporary, open(temporary, "w+b") as file:
-        chunks = _write_chunks(file, name, documents, order, settings)
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(0)
-        sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+    with new_file(settings.work / "shards" / name) as temporary:
+        with open(temporary, "wb") as file:
+            chunks = _write_chunks(file, name, documents, order, settings)
+        size, sha256 = hash_and_sync(temporary)
     os.replace(settings.work / "shards" / name, settings.out / name)
     shard = Shard(name, sha256, size, len(order), int(chunks[:, 3].sum()), chunks)
     kept = documents.lengths[order]
@@ -145,7 +144,7 @@ def _count(ids: np.ndarray) -> np.ndarray:
 def write_record(path: Path, record: ShardRecord) -> None:
     shard = record.shard
     plain = {name: getattr(shard, name) for name in ("name", "sha256", "bytes", "documents", "tokens")}
-    with finished(path) as temporary, open(temporary, "wb") as file:
+    with new_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, shard=np.array(json.dumps(plain)), chunks=shard.chunks, lengths=record.lengths, ids=record.ids)
 
 

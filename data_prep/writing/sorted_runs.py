@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ import numpy as np
 from data_prep import workers
 from data_prep.sources import InputSplit, ReadOptions, read_input_split
 from megabert.data.shards.tokenizer import encode_flat
-from megabert.files.atomic import write_atomically
+from megabert.files.atomic import new_file, write_atomically
 
 # blake2b. The first half decides whether a document is held out, the second half decides its shard.
 HASH_BYTES = 16
@@ -169,7 +168,7 @@ class SortedRunWriter:
             self._elements[part] += int(lengths[documents].sum())
         header = np.array([(train, len(order) - train)], SortedRun.HEADER)
         pieces = [header, hashes[order, 1], hashes[order, 0], lengths[order].cumsum()]
-        with finished(self._settings.work / "runs" / f"{self._stem}-{self._runs:03d}.run") as temporary:
+        with new_file(self._settings.work / "runs" / f"{self._stem}-{self._runs:03d}.run") as temporary:
             with open(temporary, "wb") as file:
                 for piece in pieces:
                     file.write(np.ascontiguousarray(piece).data)
@@ -182,17 +181,6 @@ class SortedRunWriter:
         self._runs += 1
         self._read += len(lengths)
         self._used, self._lengths, self._hashes = 0, [], []
-
-
-@contextmanager
-def finished(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, which is renamed to `path` if the block raises nothing."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def is_held_out(hashes: np.ndarray, share: float) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Tests that an interrupted write_shards.py, run again, writes the same bytes as one that was not interrupted."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from data_prep import write_shards
 from data_prep.output_folder import WORK_FORMAT
 from data_prep.workers import WorkerPool
 from megabert.data.shards.manifest import read_manifest
+from megabert.files.lock import acquire
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -161,12 +161,12 @@ def test_the_error_names_a_folder_that_cannot_be_written(corpus, out):
 
 def test_two_commands_cannot_write_to_one_folder(corpus, tmp_path):
     (tmp_path / ".work").mkdir()
-    with open(tmp_path / ".work" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(
-            ValueError, match=r"another write_shards\.py is writing there. Wait for it to end, or choose another --out"
-        ):
-            write_shards.main([f"--source={corpus.jsonl}", f"--out={tmp_path}"])
+    lock = acquire(tmp_path / ".work" / "lock")
+    message = rf"another write_shards\.py is writing there, process {os.getpid()} on .* or choose another --out"
+    with pytest.raises(ValueError, match=message):
+        write_shards.main([f"--source={corpus.jsonl}", f"--out={tmp_path}"])
+    lock.release()
+    write_shards.main([f"--source={corpus.jsonl}", f"--out={tmp_path}"])
 
 
 def test_shards_of_another_program_are_not_replaced(corpus, tmp_path):
@@ -194,8 +194,12 @@ def test_the_same_command_removes_the_work_folder_of_one_killed_after_its_manife
     command = [f"--source={corpus.jsonl}", f"--out={tmp_path}"]
     write_shards.main(command)
     (tmp_path / ".work" / "runs").mkdir(parents=True)
+    lock = acquire(tmp_path / ".work" / "lock")
     write_shards.main(command)
-    assert "already written from this source with these settings, reused" in capsys.readouterr().out
+    assert (tmp_path / ".work").exists()  # it belongs to a command that still runs
+    lock.release()
+    write_shards.main(command)
+    assert capsys.readouterr().out.count("already written from this source with these settings, reused") == 2
     assert not (tmp_path / ".work").exists()
 
 

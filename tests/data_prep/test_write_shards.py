@@ -120,6 +120,12 @@ def test_a_long_text_is_never_cut(tmp_path):
     assert document_texts(tmp_path / "out") == [text]
 
 
+def test_blank_lines_separate_documents_with_the_switch_that_the_error_names(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\nlines\n")
+    write_shards.main([f"--source={tmp_path / 'a.txt'}", "--blank-lines", f"--out={tmp_path / 'out'}"])
+    assert sorted(document_texts(tmp_path / "out")) == ["one", "two\nlines"]
+
+
 def test_a_tokenizer_json_without_its_config_is_enough(tmp_path, corpus):
     (tmp_path / "tokenizer.json").write_text((corpus.tokenizer / "tokenizer.json").read_text())
     command = [f"--source={corpus.jsonl}", f"--out={tmp_path / 'out'}", f"--tokenizer={tmp_path / 'tokenizer.json'}"]
