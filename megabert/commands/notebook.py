@@ -44,18 +44,18 @@ def pretrain(recipe: Recipe, ds_config: str | Path = "zero2") -> PretrainResult:
     """
     settings = read_ds_config(ds_config_path(str(ds_config)))
     prepare_quickstart_corpus(recipe)
-    interrupts = StopSignals()
+    stop_signals = StopSignals()
     with restored_process():
         set_default_accelerator()
         from megabert.training import loop
 
-        code = loop.pretrain(recipe, settings, interrupts)
+        code = loop.pretrain(recipe, settings, stop_signals)
     output_dir = Path(recipe.run.output_dir)
     if code == 0:
         result = json.loads((output_dir / "result.json").read_text())
         return PretrainResult(output_dir, result["steps"], result["heldout_loss"], FINISHED)
     steps = read_state(find_checkpoint(output_dir)).step
-    return PretrainResult(output_dir, steps, None, interrupts.reason or "stopped")
+    return PretrainResult(output_dir, steps, None, stop_signals.reason or "stopped")
 
 
 @contextlib.contextmanager

@@ -63,8 +63,8 @@ def make_parser(prog: str) -> RecipeParser:
 
 
 def main(prog: str) -> int:
-    interrupts = StopSignals()
-    interrupts.watch_launcher()
+    stop_signals = StopSignals()
+    stop_signals.watch_launcher()
     recipe, options = make_parser(prog).read()
     if options.plot_schedule:
         from megabert.plots.schedule import plot_schedule
@@ -78,7 +78,7 @@ def main(prog: str) -> int:
     # Imported after recipe and ds_config are checked: torch and DeepSpeed take seconds to load.
     from megabert.training.loop import pretrain
 
-    return pretrain(recipe, ds_config, interrupts)
+    return pretrain(recipe, ds_config, stop_signals)
 
 
 def command(prog: str = "megabert-pretrain") -> NoReturn:

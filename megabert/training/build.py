@@ -66,7 +66,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
             reporter.log_line(message)
         write_run_json(plan, corpus, held_out_corpus, state.step)
         set_aside_after(plan.checkpoints, state.step)
-        run.prober = open_prober(plan, reporter, state.step)
+        run.probe_runner = open_probe_runner(plan, reporter, state.step)
     return run
 
 
@@ -91,7 +91,7 @@ def make_feed(plan: RunPlan, corpus: Corpus, checkpoint: Checkpoint | None) -> F
     )
 
 
-def open_prober(plan: RunPlan, reporter: Reporter, step: int) -> probe.ProbeRunner | None:
+def open_probe_runner(plan: RunPlan, reporter: Reporter, step: int) -> probe.ProbeRunner | None:
     """Start the probe if the recipe has one. step: where the run starts or resumes."""
     if plan.recipe.probe.task is None:
         return None

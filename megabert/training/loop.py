@@ -59,11 +59,11 @@ def train(run: Run) -> str | None:
             evaluate_held_out(run)
         if saving:
             save(run)
-        if run.prober is not None:
-            run.prober.poll()
+        if run.probe_runner is not None:
+            run.probe_runner.poll()
     run.writer.wait()
-    if run.prober is not None and run.is_finished:
-        run.prober.finish()
+    if run.probe_runner is not None and run.is_finished:
+        run.probe_runner.finish()
     return stop_reason
 
 
@@ -203,8 +203,8 @@ def roll_back(run: Run) -> None:
     run.feed.open(state.positions, state.next_index)
     if run.reporter is not None:
         set_aside_after(plan.checkpoints, state.step)
-    if run.prober is not None:
-        run.prober.discard_after(state.step)
+    if run.probe_runner is not None:
+        run.probe_runner.discard_after(state.step)
     run.log_line(f"rolled back to {path} after {skipped} skipped updates; continuing at bin {state.next_index}")
 
 
@@ -281,8 +281,8 @@ def save(run: Run) -> None:
     """Start to write a checkpoint; with run.async_save it is complete some steps later."""
     began = time.perf_counter()
     run.writer.save(run.engine, run.to_checkpoint(), run.state.positions, run.feed.corpus.sources[0])
-    if run.prober is not None:
-        run.prober.checkpoint_saved(run.state.step)
+    if run.probe_runner is not None:
+        run.probe_runner.checkpoint_saved(run.state.step)
     run.meter.excluded_seconds += time.perf_counter() - began
 
 
@@ -310,8 +310,8 @@ def run_training(run: Run) -> int:
                 f"stopped at step {state.step}: {stop_reason}; checkpoint saved, run the same command to resume"
             )
     finally:
-        if run.prober is not None:
-            run.prober.stop()
+        if run.probe_runner is not None:
+            run.probe_runner.stop()
         if run.reporter is not None:
             run.reporter.close()
     if stop_reason is None:

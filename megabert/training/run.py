@@ -75,7 +75,7 @@ class Run:
     """FLOP/s of this rank's device, if known"""
     reporter: Reporter | None
     """only on rank 0"""
-    prober: ProbeRunner | None = None
+    probe_runner: ProbeRunner | None = None
     """only on rank 0, and only if the recipe has a probe"""
 
     @property

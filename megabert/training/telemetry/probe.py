@@ -17,6 +17,7 @@ import torch
 from megabert.config.recipe import ProbeConfig
 from megabert.files.checkpoint_format import step_of, tag_of
 from megabert.files.metrics_format import METRICS, read_metrics
+from megabert.files.subprocesses import last_line
 from megabert.training.distributed.rank_env import RANK_VARIABLES
 from megabert.training.telemetry.reporter import Reporter
 
@@ -46,7 +47,8 @@ def check_probe(config: ProbeConfig) -> None:
         stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise ValueError(f"probe: {_last_line(done.stdout + done.stderr).removeprefix('probe: ')}")
+        reason = last_line(done.stdout + done.stderr) or f"exit code {done.returncode}, without output"
+        raise ValueError(f"probe: {reason.removeprefix('probe: ')}")
 
 
 class ProbeRunner:
@@ -111,7 +113,9 @@ class ProbeRunner:
             if process.returncode == 0:
                 self._log_score(step)
             else:
-                reason = _last_line(self._score_file(step).with_suffix(".log").read_text(errors="replace"))
+                reason = (
+                    last_line(self._score_file(step).with_suffix(".log").read_text(errors="replace")) or "no output"
+                )
                 self.reporter.log_line(f"probe of step {step}: failed with exit code {process.returncode}: {reason}")
         if self.running is None and self.waiting is not None:
             checkpoint = self.checkpoints / tag_of(self.waiting)
@@ -167,7 +171,3 @@ def _read_score(path: Path) -> dict[str, Any]:
             "file to leave its score out."
         )
     return result
-
-
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it printed nothing")
