@@ -73,7 +73,7 @@ def replace_folder(folder: Path, out: Path) -> None:
 
 
 def _new_folder(out: Path) -> tuple[Path, int]:
-    """Create a folder, locked while this process lives, and remove abandoned ones. Also returns the lock's descriptor."""
+    """Create a folder, locked while this process lives, and remove abandoned ones. Also returns the descriptor."""
     staged = re.compile(rf"\.tmp-{re.escape(out.name)}-[0-9a-f]{{8}}(-old)?")
     with _locked(out.parent):  # else a folder that is not locked yet would look abandoned
         for other in [path for path in out.parent.iterdir() if staged.fullmatch(path.name)]:

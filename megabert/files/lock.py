@@ -59,7 +59,7 @@ def acquire(path: Path, timeout_s: float = 0.0) -> Lock:
 def acquire_read_write(path: Path, *, exclusive: bool, timeout_s: float = 0.0) -> Lock:
     """Lock a file for writing (exclusive: this process alone) or for reading (shared with other readers).
 
-    As acquire(), with POSIX locks: filelock's ReadWriteLock keeps an SQLite database, which is not safe on a network file
+    As acquire(), with POSIX locks: filelock's ReadWriteLock keeps an SQLite database, which is unsafe on a network file
     system. The file names the last reader. A process must not lock the same file twice: releasing one releases both.
     """
     file = open(path, "a+")
