@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from data_prep import train_tokenizer, write_shards
 from data_prep.sources.docstrings import docstrings
+from tests.helpers import warm
 
 # A busy machine must not fail a property that holds.
 hypothesis.settings.register_profile("megabert", deadline=None)
@@ -111,11 +111,12 @@ def run_command(command: list[str], timeout_s: float = 300, **environment: str) 
         | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         | environment
     )
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=timeout_s, check=False,
-    )  # fmt: skip
-    return Finished(done.returncode, done.stdout)
+    process = warm.popen(command, env)
+    try:
+        output = process.communicate(timeout=timeout_s)[0]
+        return Finished(process.wait(), output)
+    finally:
+        process.kill()
 
 
 def pretrain_command(
@@ -140,12 +141,9 @@ def run_ranks(corpus: Corpus, out: Path, *more: str, ranks: int, ds_config: str 
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | shared
     command = pretrain_command(corpus, out, *more, ds_config=ds_config)
     processes = [
-        subprocess.Popen(
-            command, cwd=REPOSITORY, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.DEVNULL if rank else subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
+        warm.popen(command, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, quiet=rank > 0)
         for rank in reversed(range(ranks))
-    ]  # fmt: skip
+    ]
     try:
         output = processes[-1].communicate(timeout=300)[0]
         return Finished(max(process.wait(60) for process in processes), output)

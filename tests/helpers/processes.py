@@ -3,33 +3,24 @@
 import contextlib
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 from megabert.files.metrics_format import read_metrics
-from tests.conftest import REPOSITORY
+from tests.helpers import warm
 
-_started: list[subprocess.Popen] = []
+_started: list[warm.Process] = []
 
 
-def start(command: list[str], **environment: str) -> subprocess.Popen:
+def start(command: list[str], **environment: str) -> warm.Process:
     """Start a command in a process group of its own, with its output in a pipe."""
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | environment
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=env,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    process = warm.popen(command, env)
     _started.append(process)
     return process
 
 
-def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+def wait_for_step(process: warm.Process, out: Path, step: int) -> None:
     """Wait until the run in the folder `out` has logged this step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -46,6 +37,6 @@ def kill_started() -> None:
         _kill_group(_started.pop())
 
 
-def _kill_group(process: subprocess.Popen) -> None:
+def _kill_group(process: warm.Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

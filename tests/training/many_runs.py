@@ -6,11 +6,10 @@ Imported by tests for `run_many`, which starts this file as every rank with the 
 import json
 import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import REPOSITORY, TINY, Corpus, Finished, free_port, last_of_each
+from tests.conftest import TINY, Corpus, Finished, free_port, last_of_each
 
 
 def flags_of(corpus: Corpus, out: Path, ds_config: Path, *more: str) -> list[str]:
@@ -30,16 +29,11 @@ def run_many(
     processes = []
     for rank in range(ranks):
         env = os.environ | {
-            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RUNS": json.dumps(runs), "PYTHONPATH": str(REPOSITORY),
+            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RUNS": json.dumps(runs),
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port, "MAX_FILE_BYTES": str((max_file_bytes or {}).get(rank, resource.RLIM_INFINITY)),
         }  # fmt: skip
-        command = [sys.executable, __file__]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
+        processes.append(warm.popen([sys.executable, "tests/training/many_runs.py"], env))
     try:
         output = "".join(process.communicate(timeout=timeout_s)[0] for process in processes)
     finally:

@@ -1,0 +1,108 @@
+"""Fork a process for each script that tests start, from one process that has imported torch and DeepSpeed.
+
+python tests/helpers/warm_server.py SOCKET    listens there until the process that started it ends
+
+A request is one message of JSON, {"argv", "env", "cwd"}, with three file descriptors: the script's stdin, stdout and
+stderr. The answers are messages on the same connection: the process id, and later the return code, as in subprocess.
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+MAX_REQUEST = 1 << 20  # bytes
+
+
+def preload() -> None:
+    """Import what a training run imports. None of it starts threads or sets a device up, so that a fork is safe."""
+
+    import megabert.convert.deepspeed_checkpoint
+    import megabert.training.loop  # noqa: F401
+
+
+def serve(path: str) -> None:
+    """Answer requests until stdin ends. One thread does everything: a fork copies the locks that other threads hold."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server, selectors.DefaultSelector() as selector:
+        server.bind(path)
+        server.listen(64)
+        selector.register(0, selectors.EVENT_READ)
+        selector.register(server, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fd == 0:
+                    return
+                if key.fileobj is server:
+                    start(server.accept()[0], server, selector)
+                else:
+                    selector.unregister(key.fd)
+                    os.close(key.fd)
+                    report_end(*key.data)
+
+
+def start(connection: socket.socket, server: socket.socket, selector: selectors.BaseSelector) -> None:
+    """Fork a process for the request on this connection."""
+    data, descriptors, _, _ = socket.recv_fds(connection, MAX_REQUEST, 3)
+    if not data:
+        connection.close()
+        return
+    pid = os.fork()
+    if pid == 0:
+        selector.close()
+        server.close()
+        connection.close()
+        become(json.loads(data), descriptors)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    connection.send(str(pid).encode())
+    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (connection, pid))
+
+
+def report_end(connection: socket.socket, pid: int) -> None:
+    _, status = os.waitpid(pid, 0)
+    with connection, contextlib.suppress(BrokenPipeError):
+        connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+
+
+def become(request: dict[str, Any], descriptors: list[int]) -> None:
+    """Run the script in this forked process, as `python SCRIPT ...` would, and end the process with its exit code."""
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    import torch
+
+    # torch has read this variable when it was imported.
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    sys.argv = request["argv"]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    code: Any = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            sys.stderr.write(code + "\n")
+            code = 1
+    except BaseException:  # noqa: BLE001 - as the interpreter does at the end of a script
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code or 0))
+
+
+if __name__ == "__main__":
+    preload()
+    serve(sys.argv[1])
