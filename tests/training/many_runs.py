@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import TINY, Corpus, Finished, free_port, last_of_each
+from tests.helpers import warm
 
 
 def flags_of(corpus: Corpus, out: Path, ds_config: Path, *more: str) -> list[str]:
