@@ -77,7 +77,7 @@ def test_training_resumes_before_a_damaged_checkpoint_and_says_so(corpus, undist
     largest.write_bytes(bytes(data))
     done = run_command(pretrain_command(corpus, out, *SETTINGS))
     assert done.code == 0, done.output
-    assert f"checkpoint {newest.name} is damaged and passed over" in done.output
+    assert f"checkpoint {newest.name} is damaged and not used" in done.output
     assert "resumed from" in done.output
     first, second = (read_checkpoint(folder)[0] for folder in (undisturbed, out))
     assert all(torch.equal(first[name], second[name]) for name in first)
