@@ -8,9 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from megabert.config import strict_yaml
 from megabert.config.cli import Parser, nearest
 from megabert.config.recipe import LENGTHS, Recipe
+from megabert.config.settings import flatten
+from megabert.config.strict_yaml import read_yaml
 
 PACKAGE = Path(str(resources.files("megabert")))
 
@@ -43,7 +44,7 @@ def load_recipe(name_or_path: str | Path = "quickstart", **overrides: Any) -> Re
     """
     flags = [f"--recipe={name_or_path}"]
     for name, value in overrides.items():
-        flags += _as_flags(_flatten({name: value}))
+        flags += _as_flags(flatten({name: value}))
     parser = RecipeParser("load_recipe")
     with parser.raising():
         return parser.read(flags)[0]
@@ -65,7 +66,7 @@ class RecipeParser(Parser):
         name = _value_of("--recipe", argv) or self.get_defaults()["recipe"]
         try:
             path = recipe_path(name)
-            settings = _flatten(read_yaml(path, self.known_keys()))
+            settings = read_recipe_file(path, self.known_keys())
             # A flag for one length of the run replaces the recipe's, which may be in another unit.
             if any(_value_of(f"--run.{length}", argv) for length in LENGTHS):
                 for length in LENGTHS:
@@ -83,16 +84,17 @@ class RecipeParser(Parser):
             self.error(str(error))
 
 
-def read_yaml(path: Path, known: list[str]) -> dict[str, Any]:
-    """Read a recipe file. Raises ValueError for a key that is not among the dotted `known` ones, naming the nearest."""
-    settings = strict_yaml.read_yaml(path)
+def read_recipe_file(path: Path, known: list[str]) -> dict[str, Any]:
+    """Read a recipe file into settings with dotted names. Raises ValueError for a name that is not `known`."""
+    settings = read_yaml(path)
     for part in dataclasses.fields(Recipe):
         if part.name in settings and not isinstance(settings[part.name], dict):
             raise ValueError(f"{path}: {part.name} is {settings[part.name]!r}, expected settings below it.")
-    for key in _flatten(settings):
+    flat = flatten(settings)
+    for key in flat:
         if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
-    return settings
+    return flat
 
 
 def _ds_config_folder() -> Path:
@@ -112,16 +114,6 @@ def _find(name: str, kind: str, folder: Path, suffix: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     raise ValueError(f"{kind} {name!r} is neither a file nor one of: {', '.join(names)}.{nearest(name, names)}")
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _as_flags(settings: dict[str, Any]) -> list[str]:
