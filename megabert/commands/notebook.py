@@ -45,12 +45,16 @@ def pretrain(recipe: Recipe, ds_config: str | Path = "zero2") -> PretrainResult:
     settings = read_ds_config(ds_config_path(str(ds_config)))
     prepare_quickstart_corpus(recipe)
     stop_signals = StopSignals()
+    output_dir = Path(recipe.run.output_dir)
     with restored_process():
         set_default_accelerator()
         from megabert.training import loop
+        from megabert.training.distributed.sync import unlock_output_dir
 
-        code = loop.pretrain(recipe, settings, stop_signals)
-    output_dir = Path(recipe.run.output_dir)
+        try:
+            code = loop.pretrain(recipe, settings, stop_signals)
+        finally:
+            unlock_output_dir(output_dir)
     if code == 0:
         result = json.loads((output_dir / "result.json").read_text())
         return PretrainResult(output_dir, result["steps"], result["heldout_loss"], FINISHED)

@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from megabert.config import strict_yaml
 from megabert.config.cli import Parser, nearest
 from megabert.config.recipe import LENGTHS, Recipe
 from megabert.config.settings import flatten
+from megabert.config.strict_yaml import read_yaml
 
 PACKAGE = Path(str(resources.files("megabert")))
 
@@ -66,7 +66,7 @@ class RecipeParser(Parser):
         name = _value_of("--recipe", argv) or self.get_defaults()["recipe"]
         try:
             path = recipe_path(name)
-            settings = flatten(read_yaml(path, self.known_keys()))
+            settings = read_recipe_file(path, self.known_keys())
             # A flag for one length of the run replaces the recipe's, which may be in another unit.
             if any(_value_of(f"--run.{length}", argv) for length in LENGTHS):
                 for length in LENGTHS:
@@ -84,16 +84,17 @@ class RecipeParser(Parser):
             self.error(str(error))
 
 
-def read_yaml(path: Path, known: list[str]) -> dict[str, Any]:
-    """Read a recipe file. Raises ValueError for a key that is not among the dotted `known` ones, naming the nearest."""
-    settings = strict_yaml.read_yaml(path)
+def read_recipe_file(path: Path, known: list[str]) -> dict[str, Any]:
+    """Read a recipe file into settings with dotted names. Raises ValueError for a name that is not `known`."""
+    settings = read_yaml(path)
     for part in dataclasses.fields(Recipe):
         if part.name in settings and not isinstance(settings[part.name], dict):
             raise ValueError(f"{path}: {part.name} is {settings[part.name]!r}, expected settings below it.")
-    for key in flatten(settings):
+    flat = flatten(settings)
+    for key in flat:
         if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
-    return settings
+    return flat
 
 
 def _ds_config_folder() -> Path:

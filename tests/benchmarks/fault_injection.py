@@ -215,7 +215,7 @@ class Round:
                 break
         else:
             raise RuntimeError(f"{started.log}: did not succeed in three more starts, exit code {code}")
-        if self.fault == "damaged checkpoint" and "is damaged and passed over" not in started.log.read_text():
+        if self.fault == "damaged checkpoint" and "is damaged and not used" not in started.log.read_text():
             raise RuntimeError(f"{started.log}: the damage was not noticed")
 
     def weights(self) -> str:

@@ -12,7 +12,7 @@ from tests.conftest import TINY, Corpus, run_command
 
 # What a notebook would do: train, train again in the same folder and in another, look at the process, make an error.
 NOTEBOOK = """
-import json, os, signal, sys, threading
+import json, os, signal, subprocess, sys, threading, time
 import torch
 import megabert
 
@@ -41,13 +41,17 @@ assert process() == before, process()
 # SIGTERM after some steps.
 def stop():
     while not os.path.exists(f"{out}/d/metrics.jsonl"):
-        pass
+        time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGTERM)
 thread = threading.Thread(target=stop)
 thread.start()
 results.append(train("d", **{"run.max_steps": 100000}))
 thread.join()
 assert process() == before, process()
+unlocked = "from pathlib import Path; from megabert.files.lock import acquire; acquire(Path(sys.argv[1]))"
+for folder in "abd":
+    lock = f"{out}/{folder}/running.lock"
+    subprocess.run([sys.executable, "-c", f"import sys; {unlocked}; print('unlocked')", lock], check=True)
 for result in results:
     print(json.dumps([str(result.output_dir), result.steps, result.heldout_loss, result.exit_reason]))
 """
@@ -67,6 +71,7 @@ def test_it_trains_several_times_in_one_process_and_restores_the_process(corpus:
     assert 0 < first[2] < 20
     assert stopped[2] is None
     assert "SIGTERM" in stopped[3]
+    assert done.output.count("unlocked") == 3
     assert (tmp_path / "d/checkpoints/latest").read_text() == f"step-{stopped[1]:08d}"
 
 

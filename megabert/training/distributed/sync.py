@@ -91,6 +91,12 @@ def lock_output_dir(folder: Path, rank: int, world_size: int) -> None:
     broadcast_from_rank0(lambda: _lock(folder), rank, world_size)
 
 
+def unlock_output_dir(folder: Path) -> None:
+    """Release the lock of lock_output_dir, in a process that continues after its run."""
+    if lock := _held_locks.pop(folder.resolve(), None):
+        lock.release()
+
+
 def _lock(folder: Path) -> None:
     if folder.resolve() in _held_locks:
         return
