@@ -21,6 +21,7 @@ SERVER = Path(__file__).with_name("warm_server.py")
 REPOSITORY = Path(__file__).resolve().parents[2]
 # What must be known before Python, torch or DeepSpeed is loaded: scripts with another value are started cold.
 READ_AT_START = ("PYTHONPATH", "PYTHONSTARTUP", "LD_PRELOAD", "DS_ACCELERATOR", "MALLOC_CONF", "CUDA_VISIBLE_DEVICES")
+AT_START = dict(os.environ)
 SCRIPTS = ("launch/pretrain.py", "tests/training/inject.py", "tests/training/witness.py", "tests/training/many_runs.py")
 
 
@@ -87,7 +88,7 @@ def popen(command: list[str], env: dict[str, str], quiet: bool = False) -> Proce
     """
     script = command[1] if len(command) > 1 else ""
     script = script.removeprefix(f"{REPOSITORY}/")
-    same = all(env.get(name) == os.environ.get(name, _default(name)) for name in READ_AT_START)
+    same = all(env.get(name) == AT_START.get(name, _default(name)) for name in READ_AT_START)
     if command[0] != sys.executable or script not in SCRIPTS or not same:
         return subprocess.Popen(
             command, cwd=REPOSITORY, env=env, text=True, stdin=subprocess.DEVNULL, start_new_session=True,
@@ -118,8 +119,8 @@ def _server() -> str:
     """Start the server once per test process; returns its socket when it listens."""
     folder = tempfile.mkdtemp(prefix="mb-")  # a socket's path may have 107 bytes
     path = os.path.join(folder, "s")
-    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": ":".join(filter(None, paths))}
+    paths = [str(REPOSITORY), AT_START.get("PYTHONPATH", "")]
+    env = AT_START | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": ":".join(filter(None, paths))}
     process = subprocess.Popen([sys.executable, str(SERVER), path], cwd=REPOSITORY, env=env, stdin=subprocess.PIPE)
     atexit.register(process.kill)
     while True:
