@@ -9,7 +9,7 @@ from megabert.files.checkpoint_format import find_checkpoint, read_state
 from megabert.training.distributed.signals import EXIT_REQUEUE
 from megabert.training.telemetry.reporter import read_metrics
 from megabert.training.telemetry.timers import TimeBudget
-from tests.conftest import REPOSITORY, TINY, pretrain_command, run_command, run_ranks
+from tests.conftest import REPOSITORY, TINY, last_of_each, pretrain_command, run_command, run_ranks
 
 
 def test_the_budget_is_over_before_a_step_that_would_exceed_it():
@@ -50,7 +50,7 @@ PHASES = '[{"max_seq_len": 16, "until": 1}, {"max_seq_len": 32, "until": 1}]'
 )  # fmt: skip
 def test_impossible_lengths_are_refused(capsys, settings, message):
     with pytest.raises(SystemExit):
-        RecipeParser("p", "").read([*TINY, *settings])
+        RecipeParser("p", "").read(last_of_each([*TINY, *settings]))
     assert message in capsys.readouterr().err
 
 
