@@ -42,7 +42,7 @@ def on_both(corpus: Corpus, folder: Path, out: Path, *more: str, unshared: str =
         "DS_ENV_FILE": str(folder / "deepspeed_env"),
         "UNSHARED": unshared,
     }
-    return start(command, **variables)
+    return start(command, **variables)  # type: ignore[return-value]
 
 
 def processes_of(process: subprocess.Popen) -> list[psutil.Process]:

@@ -128,7 +128,7 @@ def test_checkpointing_every_kth_layer():
 
 def test_configs_are_immutable():
     with pytest.raises(AttributeError):
-        OptimizerConfig().lr = 1.0
+        OptimizerConfig().lr = 1.0  # type: ignore[misc]
 
 
 def test_every_setting_has_an_answer_to_whether_it_may_change_at_a_resume():

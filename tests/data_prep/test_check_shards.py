@@ -67,7 +67,7 @@ def test_wrong_counts_and_ids_in_the_manifest_are_reported(folder, capsys):
         replace(third, documents=10**6),
         *rest,
     )
-    tokenizer = replace(manifest.tokenizer, vocab_size=100)
+    tokenizer = replace(manifest.tokenizer, vocab_size=100)  # type: ignore[type-var]
     write_manifest(folder, replace(manifest, splits=manifest.splits | {"train": train}, tokenizer=tokenizer))
     code, found = check(folder, capsys)
     output = "\n".join(found)

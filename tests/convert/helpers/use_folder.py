@@ -200,7 +200,7 @@ def check_trainer(folder: Path, scratch: Path, load: dict) -> float:
 
 
 def check_sentence_transformers(folder: Path, load: dict) -> str:
-    import sentence_transformers as library
+    import sentence_transformers as library  # type: ignore[import-not-found]
 
     vectors = library.SentenceTransformer(str(folder), device="cpu", **load).encode(TEXTS)
     assert vectors.shape[0] == 2
