@@ -13,7 +13,7 @@ import torch
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import REPOSITORY, pretrain_command, run_command
+from tests.helpers.runs import REPOSITORY, pretrain_command, run_command
 
 STEPS = 20
 SUMMARY = {

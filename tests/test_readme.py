@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, Corpus, run_command
+from tests.helpers.runs import REPOSITORY, Corpus, run_command
 
 README = (REPOSITORY / "README.md").read_text()
 DOCUMENTS = sorted(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, TINY, Corpus
+from tests.helpers.runs import REPOSITORY, TINY, Corpus
 
 SOURCES = ("megabert", "data_prep", "ds_configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 COMMANDS = {"pretrain", "shards", "tokenizer", "export", "import", "finetune"}

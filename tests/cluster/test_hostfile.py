@@ -12,8 +12,9 @@ import torch
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.distributed.watchdog import PEER_DIED
-from tests.conftest import REPOSITORY, Corpus, free_port, pretrain_command, run_ranks
+from tests.helpers.ports import free_port
 from tests.helpers.processes import start, wait_for_step
+from tests.helpers.runs import REPOSITORY, Corpus, pretrain_command, run_ranks
 
 pytestmark = pytest.mark.namespaces
 

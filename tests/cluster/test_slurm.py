@@ -14,7 +14,7 @@ import torch
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import REPOSITORY, TINY, Corpus, run_ranks
+from tests.helpers.runs import REPOSITORY, TINY, Corpus, run_ranks
 
 pytestmark = pytest.mark.slurm
 

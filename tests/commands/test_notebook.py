@@ -8,7 +8,7 @@ import pytest
 import megabert
 from megabert.commands.notebook import PretrainResult, pretrain
 from megabert.config.parser import load_recipe
-from tests.conftest import TINY, Corpus, run_command
+from tests.helpers.runs import TINY, Corpus, run_command
 
 # What a notebook would do: train, train again in the same folder and in another, look at the process, make an error.
 NOTEBOOK = """

@@ -10,9 +10,9 @@ import pytest
 from megabert.convert import to_hf
 from megabert.convert.check import export_check
 from megabert.convert.to_hf import ExportOptions
-from tests.conftest import REPOSITORY, Finished, run_ranks
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import BERT, small_model
+from tests.helpers.runs import REPOSITORY, Finished, run_ranks
 
 
 @pytest.fixture(scope="session")

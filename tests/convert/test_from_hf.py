@@ -25,9 +25,9 @@ from megabert.model.modeling_megabert import (
     MegaBertForSequenceClassification,
     MegaBertModel,
 )
-from tests.conftest import pretrain_command, run_command
 from tests.convert.helpers.folders import MakesFolder, edit_json, write_published_mosaicbert
 from tests.convert.helpers.small_model import SHAPE, small_model
+from tests.helpers.runs import pretrain_command, run_command
 
 HEAD = [
     "decoder.bias",

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.conftest import run_command
+from tests.helpers.runs import run_command
 
 
 @pytest.mark.nightly

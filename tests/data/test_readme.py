@@ -10,7 +10,7 @@ from megabert.data.packing import choose_pieces
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.sample_format import TokenChunk
 from megabert.data.stream import MASKING, philox
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 README = Path(REPOSITORY, "megabert/data/README.md")
 TOKENIZER = TokenizerInfo("f" * 64, 50, {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}, (0, 1, 2, 3, 4))

@@ -24,7 +24,6 @@ from megabert.data.stream import (
     positions_to_json,
     worker_count,
 )
-from tests.conftest import REPOSITORY, run_command
 from tests.data.synthetic import (
     FIRST_ID,
     SPECIALS,
@@ -36,6 +35,7 @@ from tests.data.synthetic import (
     random_shards,
     same,
 )
+from tests.helpers.runs import REPOSITORY, run_command
 
 
 def rank_batches(corpus, config, count, *, rank=0, world_size=1, positions=None, first=0, workers=0):

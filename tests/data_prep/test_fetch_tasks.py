@@ -13,7 +13,7 @@ import pytest
 from data_prep.tasks import movies, same_sense, verses
 from megabert.finetune.tasks.readers import read_split
 from megabert.finetune.tasks.task import read_task
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 TASKS = REPOSITORY / "data_prep/tasks"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megabert.files.atomic import replace_folder, staged_folder
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 WRITER = """
 import sys, time

@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 
 def test_the_benchmark_names_accelerate_if_it_is_missing(monkeypatch, tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 
 from megabert.finetune.main import parse_shard, run_finetuning
 from tests.cluster.test_slurm import cluster as cluster
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 SCRIPT = REPOSITORY / "launch/slurm/finetune_glue.sbatch"
 

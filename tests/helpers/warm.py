@@ -22,18 +22,24 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # What must be known before Python, torch or DeepSpeed is loaded: scripts with another value are started cold.
 READ_AT_START = ("PYTHONPATH", "PYTHONSTARTUP", "LD_PRELOAD", "DS_ACCELERATOR", "MALLOC_CONF", "CUDA_VISIBLE_DEVICES")
 AT_START = dict(os.environ)
-SCRIPTS = ("launch/pretrain.py", "tests/training/inject.py", "tests/training/witness.py", "tests/training/many_runs.py")
+SCRIPTS = (
+    "launch/pretrain.py",
+    "tests/helpers/many_runs.py",
+    "tests/training/distributed/watchdog_rank.py",
+    "tests/training/inject.py",
+    "tests/training/witness.py",
+)
 
 
 class WarmProcess:
-    """The part of subprocess.Popen that tests use. output: where the script's output goes, or None for nowhere."""
+    """The part of subprocess.Popen that tests use. output: the descriptor that the script writes to."""
 
-    def __init__(self, argv: list[str], env: dict[str, str], stdout: int, stderr: int, stdin: int | None = None):
+    def __init__(self, argv: list[str], env: dict[str, str], output: int):
         self.args, self.returncode = argv, None
         with open(os.devnull, "rb") as nothing:
             connection = _connect()
             request = json.dumps({"argv": argv, "env": env, "cwd": str(REPOSITORY)}).encode()
-            socket.send_fds(connection, [request], [nothing.fileno() if stdin is None else stdin, stdout, stderr])
+            socket.send_fds(connection, [request], [nothing.fileno(), output, output])
         self.pid = int(connection.recv(64))
         self._done = threading.Event()
         self._connection = connection
@@ -81,27 +87,31 @@ class WarmProcess:
 Process = WarmProcess | subprocess.Popen[str]
 
 
-def popen(command: list[str], env: dict[str, str], quiet: bool = False) -> Process:
-    """Start a command from the repository's root, warm if it is one of SCRIPTS. Its output, both streams, is .stdout.
+def popen(command: list[str], env: dict[str, str], output: Path | None = None) -> Process:
+    """Start a command from the repository's root, warm if it is one of SCRIPTS.
 
-    quiet: the output goes to /dev/null.
+    output: the file for what it prints, stdout and stderr; without one it is a pipe, the result's .stdout.
     """
-    script = command[1] if len(command) > 1 else ""
-    script = script.removeprefix(f"{REPOSITORY}/")
+    script = command[1].removeprefix(f"{REPOSITORY}/") if len(command) > 1 else ""
     same = all(env.get(name) == AT_START.get(name, _default(name)) for name in READ_AT_START)
-    if command[0] != sys.executable or script not in SCRIPTS or not same:
-        return subprocess.Popen(
-            command, cwd=REPOSITORY, env=env, text=True, stdin=subprocess.DEVNULL, start_new_session=True,
-            stdout=subprocess.DEVNULL if quiet else subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    if quiet:
-        with open(os.devnull, "wb") as nothing:
-            return WarmProcess(command[1:], env, nothing.fileno(), nothing.fileno())
-    reading, writing = os.pipe()
-    process = WarmProcess(command[1:], env, writing, writing)
-    os.close(writing)
-    process.stdout = open(reading, errors="replace")
+    cold = command[0] != sys.executable or script not in SCRIPTS or not same
+    reading, writing = (
+        os.pipe() if output is None else (None, os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
+    )
+    try:
+        process = _popen_cold(command, env, writing) if cold else WarmProcess(command[1:], env, writing)
+    finally:
+        os.close(writing)
+    if reading is not None:
+        process.stdout = open(reading, errors="replace")
     return process
+
+
+def _popen_cold(command: list[str], env: dict[str, str], output: int) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def _default(name: str) -> str | None:

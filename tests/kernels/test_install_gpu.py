@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY, run_command
+from tests.helpers.runs import REPOSITORY, run_command
 
 
 @pytest.mark.skipif(

@@ -12,7 +12,8 @@ import torch
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import REPOSITORY, Corpus, free_port, pretrain_command, run_ranks
+from tests.helpers.ports import free_port
+from tests.helpers.runs import REPOSITORY, Corpus, pretrain_command, run_ranks
 
 SETTINGS = ["--run.max_steps=60", "--run.save_every_steps=5", "--run.eval_every_steps=60"]
 

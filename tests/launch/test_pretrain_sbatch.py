@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 SCRIPT = REPOSITORY / "launch/slurm/pretrain.sbatch"
 

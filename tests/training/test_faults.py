@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.conftest import run_command
+from tests.helpers.runs import run_command
 
 
 @pytest.mark.parametrize(("rounds", "seed"), [(3, 434), pytest.param(25, 1, marks=pytest.mark.nightly)])

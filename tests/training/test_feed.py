@@ -13,7 +13,7 @@ from megabert.config.recipe import DataConfig, LengthPhase
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.files.checkpoint_format import read_state
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import TINY, Corpus, last_of_each, pretrain_command, run_command
+from tests.helpers.runs import TINY, Corpus, last_of_each, pretrain_command, run_command
 
 
 def recorded(out: Path, key: str) -> list[float]:

@@ -8,7 +8,7 @@ import torch
 from megabert.config.ds_config import DsConfig
 from megabert.config.parser import RecipeParser
 from megabert.training.plan import RunPlan, make_plan, why_not_compile
-from tests.conftest import TINY, last_of_each
+from tests.helpers.runs import TINY, last_of_each
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
 

@@ -9,7 +9,7 @@ import torch
 
 from megabert.kernels.resolve import has_fast_bf16
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import REPOSITORY, Corpus, ds_config_in, pretrain_command, run_command
+from tests.helpers.runs import REPOSITORY, Corpus, ds_config_in, pretrain_command, run_command
 
 STEPS = "--run.max_steps=4"
 

@@ -14,7 +14,7 @@ from megabert.data.schedule import MaskingRate
 from megabert.plots.schedule import plot_schedule
 from megabert.training.schedule import batches_per_step, lr_factor, make_run_schedule, total_steps
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import TINY, last_of_each, pretrain_command, run_command
+from tests.helpers.runs import TINY, last_of_each, pretrain_command, run_command
 
 BATCH_WARMUP = ["--data.global_batch_tokens=1024", "--data.batch_warmup=0.5", "--data.batch_warmup_from=512"]
 

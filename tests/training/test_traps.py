@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megabert.training import deepspeed_compat
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from megabert.finetune.protocol import Settings
 from megabert.finetune.results.report import average
 from megabert.finetune.results.submission import FILES, as_tsv
 from megabert.finetune.tasks.task import GLUE
-from tests.conftest import REPOSITORY
 from tests.finetune.conftest import PROTOCOL
 from tests.finetune.layouts import write_tsv
+from tests.helpers.runs import REPOSITORY
 
 
 def results_of(tmp_path: Path) -> dict:

@@ -11,9 +11,9 @@ from megabert.files.hashing import file_sha256
 from megabert.finetune.results import pareto
 from megabert.finetune.results.pareto import Point
 from megabert.plots.pareto import plot_pareto
-from tests.conftest import REPOSITORY, Corpus
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
+from tests.helpers.runs import REPOSITORY, Corpus
 
 
 def test_each_cost_has_its_own_front(tmp_path):

@@ -10,8 +10,8 @@ from megabert.config.recipe import OptimizerConfig
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.files import checkpoint_format as layout
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import Corpus, ds_config_in
-from tests.training.many_runs import flags_of, run_many
+from tests.helpers.many_runs import flags_of, run_many
+from tests.helpers.runs import Corpus, ds_config_in
 
 STEPS, STOPPED = 4, 2
 PLAIN, SAVING = f"--run.max_steps={STEPS}", f"--run.save_every_steps={STOPPED}"

@@ -20,9 +20,9 @@ from megabert.training.checkpointing import resume, universal, writer
 from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space
 from megabert.training.process import init_distributed
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import Corpus, ds_config_in
+from tests.helpers.many_runs import flags_of, run_many
+from tests.helpers.runs import Corpus, ds_config_in
 from tests.training.checkpointing.test_checkpoint import STATE
-from tests.training.many_runs import flags_of, run_many
 
 
 def tags(*steps: int) -> list[str]:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from megabert.training.distributed.gloo import ring_all_gather
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 RANKS = 3
 

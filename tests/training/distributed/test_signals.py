@@ -13,8 +13,8 @@ import torch
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.distributed.signals import EXIT_REQUEUE, StopSignals
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import Corpus, ds_config_in, pretrain_command, run_command
 from tests.helpers.processes import start, wait_for_step
+from tests.helpers.runs import Corpus, ds_config_in, pretrain_command, run_command
 
 ENDLESS = "--run.max_steps=1000000"
 

@@ -13,7 +13,7 @@ from megabert.data.shards.source import open_corpus
 from megabert.data.shards.storage import open_storage
 from megabert.training.distributed import sync
 from megabert.training.distributed.sync import LOCK_FILE, broadcast_from_rank0, check_shared_folder, lock_output_dir
-from tests.conftest import REPOSITORY, Corpus, run_ranks
+from tests.helpers.runs import REPOSITORY, Corpus, run_ranks
 
 
 def test_a_single_rank_works_without_communication(tmp_path):

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -15,27 +14,22 @@ import pytest
 
 from megabert.training.distributed import watchdog
 from megabert.training.distributed.watchdog import EXIT_PEER_LOST, PEER_DIED, PeerWatchdog
-from tests.conftest import REPOSITORY, Corpus, free_port, pretrain_command
+from tests.helpers import warm
+from tests.helpers.ports import free_port
 from tests.helpers.processes import start, wait_for_step
+from tests.helpers.runs import Corpus, pretrain_command
 
 HOST = socket.gethostname()
 
 
-def start_ranks(folder: Path, *actions: str) -> list[subprocess.Popen]:
+def start_ranks(folder: Path, *actions: str) -> list[warm.Process]:
     """Start one process per action, each with a log file of its own, and wait until the watchdog connects them."""
     shared = {"WORLD_SIZE": str(len(actions)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank, action in enumerate(actions):
-        with open(folder / f"{rank}.log", "w") as file:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "tests/training/distributed/watchdog_rank.py", action],
-                    cwd=REPOSITORY,
-                    env=os.environ | shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+        command = [sys.executable, "tests/training/distributed/watchdog_rank.py", action]
+        env = os.environ | shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        ranks.append(warm.popen(command, env, folder / f"{rank}.log"))
     deadline = time.monotonic() + 60
     while not all("connected" in (folder / f"{rank}.log").read_text() for rank in range(len(actions))):
         assert time.monotonic() < deadline
@@ -43,7 +37,7 @@ def start_ranks(folder: Path, *actions: str) -> list[subprocess.Popen]:
     return ranks
 
 
-def results_of(folder: Path, ranks: list[subprocess.Popen]) -> list[tuple[int, str]]:
+def results_of(folder: Path, ranks: list[warm.Process]) -> list[tuple[int, str]]:
     """Return (exit code, output after "connected") of every rank; none may take long to end."""
     try:
         codes = [process.wait(30) for process in ranks]

@@ -12,7 +12,7 @@ from megabert.files.checkpoint_format import read_state
 from megabert.training.deepspeed_compat import gate_optimizer_step
 from megabert.training.optim.guard import MIN_NORMS, Guard, UpdateGate
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import Corpus, Finished, ds_config_in, pretrain_command, run_command
+from tests.helpers.runs import Corpus, Finished, ds_config_in, pretrain_command, run_command
 
 
 def guard_with(norms: list[float], ratio: float = 10.0) -> Guard:

@@ -20,7 +20,7 @@ from megabert.training.optim.optimizers import (
 )
 from megabert.training.schedule import lr_factor
 from megabert.training.telemetry.reporter import read_metrics
-from tests.conftest import Corpus, ds_config_in, pretrain_command, run_command
+from tests.helpers.runs import Corpus, ds_config_in, pretrain_command, run_command
 from tests.model.small import small_model
 
 SETTINGS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.01}

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
 
@@ -16,7 +15,8 @@ from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry import probe
 from megabert.training.telemetry.probe import ProbeRunner
 from megabert.training.telemetry.reporter import METRICS, Reporter, read_metrics
-from tests.conftest import REPOSITORY, Corpus, pretrain_command, run_command, run_ranks
+from tests.helpers import warm
+from tests.helpers.runs import Corpus, pretrain_command, run_command, run_ranks
 
 SETTINGS = ["--run.max_steps=6", "--run.save_every_steps=2", "--probe.every_steps=2", "--probe.max_examples=64"]
 
@@ -56,7 +56,7 @@ def test_a_run_with_probes_has_the_bits_of_a_run_without(corpus: Corpus, tmp_pat
     assert not (tmp_path / "with/probe/start").exists()
 
 
-def probes_of(training: subprocess.Popen) -> list[psutil.Process]:
+def probes_of(training: warm.Process) -> list[psutil.Process]:
     """Return the probe processes that have started; the check of the task before the training is none."""
     found = []
     for child in psutil.Process(training.pid).children():
@@ -70,15 +70,12 @@ def probes_of(training: subprocess.Popen) -> list[psutil.Process]:
 def test_a_kill_loses_no_score_and_leaves_no_process(corpus: Corpus, tmp_path, task):
     out = tmp_path / "out"
     env = os.environ | {"DS_ACCELERATOR": "cpu"}
-    with open(tmp_path / "log", "w") as log:
-        training = subprocess.Popen(
-            pretrain_command(corpus, out, *SETTINGS, *task), cwd=REPOSITORY, env=env, stdout=log, stderr=log
-        )
-        deadline = time.monotonic() + 120
-        while not (probes := probes_of(training)) and time.monotonic() < deadline and training.poll() is None:
-            time.sleep(0.02)
-        training.kill()
-        training.wait()
+    training = warm.popen(pretrain_command(corpus, out, *SETTINGS, *task), env, tmp_path / "log")
+    deadline = time.monotonic() + 120
+    while not (probes := probes_of(training)) and time.monotonic() < deadline and training.poll() is None:
+        time.sleep(0.02)
+    training.kill()
+    training.wait()
     assert len(probes) == 1
     _, alive = psutil.wait_procs(probes, timeout=60)
     assert not alive

@@ -9,7 +9,7 @@ from megabert.files.checkpoint_format import find_checkpoint, read_state
 from megabert.training.distributed.signals import EXIT_REQUEUE
 from megabert.training.telemetry.reporter import read_metrics
 from megabert.training.telemetry.timers import TimeBudget
-from tests.conftest import REPOSITORY, TINY, last_of_each, pretrain_command, run_command, run_ranks
+from tests.helpers.runs import REPOSITORY, TINY, last_of_each, pretrain_command, run_command, run_ranks
 
 
 def test_the_budget_is_over_before_a_step_that_would_exceed_it():

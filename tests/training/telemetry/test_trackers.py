@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megabert.training.telemetry import trackers
 from megabert.training.telemetry.timers import PARTS, StepTimer
 from megabert.training.telemetry.trackers import CSV, open_trackers, why_unavailable
-from tests.conftest import REPOSITORY, pretrain_command, run_command, run_ranks
+from tests.helpers.runs import REPOSITORY, pretrain_command, run_command, run_ranks
 
 
 def rows(folder) -> list[list[str]]:

@@ -9,8 +9,9 @@ import resource
 import sys
 from pathlib import Path
 
-from tests.conftest import TINY, Corpus, Finished, free_port, last_of_each
 from tests.helpers import warm
+from tests.helpers.ports import free_port
+from tests.helpers.runs import TINY, Corpus, Finished, last_of_each
 
 
 def flags_of(corpus: Corpus, out: Path, ds_config: Path, *more: str) -> list[str]:
@@ -34,7 +35,7 @@ def run_many(
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port, "MAX_FILE_BYTES": str((max_file_bytes or {}).get(rank, resource.RLIM_INFINITY)),
         }  # fmt: skip
-        processes.append(warm.popen([sys.executable, "tests/training/many_runs.py"], env))
+        processes.append(warm.popen([sys.executable, "tests/helpers/many_runs.py"], env))
     try:
         output = "".join(process.communicate(timeout=timeout_s)[0] for process in processes)
     finally:

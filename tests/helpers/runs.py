@@ -1,0 +1,102 @@
+"""Runs of a tiny recipe, as the user's command or as ranks without a launcher."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.helpers import warm
+from tests.helpers.ports import free_port
+from tests.helpers.warm import REPOSITORY
+
+# A model and a batch that take milliseconds; two micro-batches a step, so that 1 and 2 ranks can share them.
+TINY = [
+    "--model.num_hidden_layers=2",
+    "--model.hidden_size=32",
+    "--model.num_attention_heads=2",
+    "--model.intermediate_size=48",
+    "--data.max_seq_len=32",
+    "--data.micro_batch_tokens=256",
+    "--data.global_batch_tokens=512",
+    "--data.num_workers=0",
+    "--run.eval_tokens=768",
+    "--run.log_every_steps=1",
+    "--run.ops=torch",
+]
+
+
+def last_of_each(flags: list[str]) -> list[str]:
+    """Drop every --flag=value that a later one of the same name replaces; a flag given twice is an error."""
+    return list({flag.partition("=")[0].replace("-", "_"): flag for flag in flags}.values())
+
+
+class Corpus(NamedTuple):
+    """jsonl: the documents; tokenizer, tokens: folders; texts: the documents themselves."""
+
+    jsonl: Path
+    tokenizer: Path
+    tokens: Path
+    texts: list[str]
+
+
+class Finished(NamedTuple):
+    code: int
+    output: str
+
+
+def run_command(command: list[str], timeout_s: float = 300, **environment: str) -> Finished:
+    """Run a command from the repository's root; its output is stdout and stderr together."""
+    env = (
+        os.environ
+        | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        | environment
+    )
+    process = warm.popen(command, env)
+    try:
+        output = process.communicate(timeout=timeout_s)[0]
+        return Finished(process.wait(), output)
+    finally:
+        process.kill()
+
+
+def pretrain_command(
+    corpus: Corpus, out: Path, *more: str, ranks: int = 1, ds_config: str | Path = "zero2"
+) -> list[str]:
+    """The user's command on the tiny recipe; with one rank without the launcher, which saves seconds.
+
+    ds_config: the name of one of ours, or a file.
+    """
+    if isinstance(ds_config, str):
+        ds_config = Path("ds_configs", f"{ds_config}.json")
+    launcher = (
+        [sys.executable] if ranks == 1 else ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    )
+    flags = [f"--ds_config={ds_config}", f"--data.train={corpus.tokens}", f"--run.output_dir={out}", *TINY, *more]
+    return [*launcher, "launch/pretrain.py", *last_of_each(flags)]
+
+
+def run_ranks(corpus: Corpus, out: Path, *more: str, ranks: int, ds_config: str | Path = "zero2") -> Finished:
+    """The tiny recipe on several ranks without a launcher, which saves seconds: of all outputs, rank 0's."""
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | shared
+    command = pretrain_command(corpus, out, *more, ds_config=ds_config)
+    processes = [
+        warm.popen(command, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, Path(os.devnull) if rank else None)
+        for rank in reversed(range(ranks))
+    ]
+    try:
+        output = processes[-1].communicate(timeout=300)[0]
+        return Finished(max(process.wait(60) for process in processes), output)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def ds_config_in(name: str, folder: Path, bf16: bool) -> Path:
+    """One of ours with its precision fixed, which otherwise is what the machine is fast at."""
+    config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
+    config["torch_autocast"]["enabled"] = bf16
+    path = folder / f"{name}-{'bf16' if bf16 else 'fp32'}.json"
+    path.write_text(json.dumps(config))
+    return path
