@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import stat
-import sys
 import threading
 
 
@@ -18,7 +17,7 @@ def exit_with_parent() -> None:
     if parent is not None:
         wait = parent.join
     elif stat.S_ISFIFO(os.fstat(0).st_mode):
-        wait = sys.stdin.buffer.read
+        wait = _wait_for_end_of_stdin
     else:
         return
 
@@ -27,6 +26,12 @@ def exit_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=exit_after, name="exit-with-parent", daemon=True).start()
+
+
+def _wait_for_end_of_stdin() -> None:
+    # Not sys.stdin.read(): Python aborts at its end while a thread holds the lock of that object.
+    while os.read(0, 1):
+        pass
 
 
 def last_line(text: str) -> str:

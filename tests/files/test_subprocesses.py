@@ -45,6 +45,15 @@ def test_a_child_ends_when_its_parent_is_killed(started_by):
     assert not psutil.wait_procs([child], timeout=60)[1]
 
 
+def test_a_child_that_ends_before_its_parent_ends_normally():
+    command = [sys.executable, "-c", CHILD.replace("600", "0.1")]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # Unlike communicate(), wait() leaves the pipe to its stdin open.
+    assert child.wait(60) == 0
+    assert child.stderr is not None
+    assert child.stderr.read() == b""
+
+
 def test_a_process_that_nobody_watches_goes_on():
     assert multiprocessing.parent_process() is None
     with open(os.devnull) as nothing:
