@@ -20,7 +20,7 @@ def test_without_a_gpu_it_stops():
 def test_unknown_arguments_are_refused():
     for arguments in (["--all"], ["--no-apex", "--all"]):
         done = run_command(["bash", "launch/install_gpu.sh", *arguments])
-        assert (done.code, done.output) == (1, "install_gpu: unknown argument --all; the only one is --no-apex.\n")
+        assert (done.code, done.output) == (1, "install_gpu: unknown argument --all; expected --no-apex or nothing.\n")
 
 
 def test_the_script_has_no_syntax_error():
