@@ -54,6 +54,7 @@ def rank(number: int, processes: list[psutil.Process]) -> psutil.Process:
     return next(p for p in processes if "--local_rank=0" in p.cmdline() and p.environ()["RANK"] == str(number))
 
 
+@pytest.mark.nightly
 def test_two_machines_give_the_bits_of_one(corpus: Corpus, tmp_path, machines):
     process = on_both(corpus, tmp_path, tmp_path / "two", "--run.max_steps=6")
     output, _ = process.communicate(timeout=120)
@@ -74,7 +75,7 @@ def test_a_folder_that_is_not_shared_is_refused_before_the_first_step(corpus: Co
     assert not (out / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("accident", ["kill", "unplug"])
+@pytest.mark.parametrize("accident", ["kill", pytest.param("unplug", marks=pytest.mark.nightly)])
 def test_a_rank_or_a_machine_that_dies_ends_the_job_within_a_minute(corpus: Corpus, tmp_path, machines, accident):
     process = on_both(corpus, tmp_path, tmp_path / "out", "--run.max_steps=1000000")
     wait_for_step(process, tmp_path / "out", 3)

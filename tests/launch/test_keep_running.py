@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
@@ -47,11 +48,14 @@ def last_step(out: Path) -> int:
     return records[-1]["step"] if records else 0
 
 
-def test_a_killed_rank_and_a_killed_launcher_end_bitwise_as_if_undisturbed(corpus: Corpus, tmp_path):
+@pytest.mark.parametrize(
+    "victims", [["launcher"], pytest.param(["rank", "launcher"], marks=pytest.mark.nightly)], ids="-".join
+)
+def test_a_run_that_is_killed_and_restarted_ends_bitwise_as_if_undisturbed(corpus: Corpus, tmp_path, victims):
     out, log = tmp_path / "disturbed", tmp_path / "log"
     process = keep_running(corpus, out, log, *SETTINGS)
     try:
-        for killed in ("rank", "launcher"):
+        for killed in victims:
             reached = last_step(out)
             wait_for("more steps", lambda reached=reached: last_step(out) >= reached + 6, log)
             [deepspeed] = psutil.Process(process.pid).children()
@@ -65,7 +69,7 @@ def test_a_killed_rank_and_a_killed_launcher_end_bitwise_as_if_undisturbed(corpu
         for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
             child.kill()
         process.kill()
-    assert log.read_text().count("starting again from checkpoint step-") == 2
+    assert log.read_text().count("starting again from checkpoint step-") == len(victims)
     done = run_ranks(corpus, tmp_path / "whole", *SETTINGS, ranks=2)
     assert done.code == 0, done.output
     first, second = (read_checkpoint(folder)[0] for folder in (tmp_path / "whole", out))

@@ -14,7 +14,7 @@ from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.distributed.signals import EXIT_REQUEUE, StopSignals
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.processes import start, wait_for_step
-from tests.helpers.runs import Corpus, ds_config_in, pretrain_command, run_command
+from tests.helpers.runs import Corpus, ds_config_in, finish_ranks, pretrain_command, run_command, start_ranks
 
 ENDLESS = "--run.max_steps=1000000"
 
@@ -58,13 +58,12 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(corpus: Corpus, tmp_p
 
 
 def test_a_signal_to_one_rank_stops_both(corpus: Corpus, tmp_path):
-    process = start(pretrain_command(corpus, tmp_path, ENDLESS, ranks=2))
-    wait_for_step(process, tmp_path, 3)
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
-    ranks[0].send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=90)
-    assert re.search("another rank .*; .*saved", output)
-    assert process.returncode != 0
+    ranks = start_ranks(pretrain_command(corpus, tmp_path, ENDLESS), 2)
+    wait_for_step(ranks[0], tmp_path, 3)
+    ranks[1].send_signal(signal.SIGUSR1)
+    done = finish_ranks(ranks, timeout_s=90)
+    assert re.search("another rank .*; .*saved", done.output)
+    assert [rank.returncode for rank in ranks] == [EXIT_REQUEUE] * 2
     assert list((tmp_path / "checkpoints").glob("step-*"))
 
 

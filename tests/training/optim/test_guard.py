@@ -12,7 +12,7 @@ from megabert.files.checkpoint_format import read_state
 from megabert.training.deepspeed_compat import gate_optimizer_step
 from megabert.training.optim.guard import MIN_NORMS, Guard, UpdateGate
 from megabert.training.telemetry.reporter import read_metrics
-from tests.helpers.runs import Corpus, Finished, ds_config_in, pretrain_command, run_command
+from tests.helpers.runs import Corpus, Finished, ds_config_in, finish_ranks, pretrain_command, start_ranks
 
 
 def guard_with(norms: list[float], ratio: float = 10.0) -> Guard:
@@ -77,9 +77,10 @@ def run_with(
     added: str = "0",
 ) -> Finished:
     out.mkdir(exist_ok=True)
-    command = pretrain_command(corpus, out, *more, ds_config=ds_config_in(stage, out, bf16=False), ranks=ranks)
+    command = pretrain_command(corpus, out, *more, ds_config=ds_config_in(stage, out, bf16=False))
     command[command.index("launch/pretrain.py")] = "tests/training/inject.py"
-    return run_command(command, INJECT=json.dumps({"bins": bins, "factor": factor, "added": added}))
+    injected = json.dumps({"bins": bins, "factor": factor, "added": added})
+    return finish_ranks(start_ranks(command, ranks, INJECT=injected))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from megabert.training.optim.optimizers import (
 )
 from megabert.training.schedule import lr_factor
 from megabert.training.telemetry.reporter import read_metrics
-from tests.helpers.runs import Corpus, ds_config_in, pretrain_command, run_command
+from tests.helpers.runs import Corpus, ds_config_in, pretrain_command, run_command, run_ranks
 from tests.model.small import small_model
 
 SETTINGS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.01}
@@ -152,7 +152,7 @@ def train(corpus: Corpus, out: Path, stage: int, *more: str, ranks: int = 1) -> 
         config = json.loads(ds_config.read_text())
         config["zero_optimization"]["reduce_scatter"] = False
         ds_config.write_text(json.dumps(config))
-    done = run_command(pretrain_command(corpus, out, *more, ds_config=ds_config, ranks=ranks))
+    done = run_ranks(corpus, out, *more, ds_config=ds_config, ranks=ranks)
     assert done.code == 0, done.output
     return [record["loss"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
 
