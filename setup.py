@@ -76,6 +76,6 @@ setup(
         "prep": PREP,
         "onnx": ONNX,
         # setuptools: a test builds the wheel.
-        "dev": ["hypothesis", "pyrefly", "pytest", "ruff", "setuptools>=70.1", *PREP, *ONNX],
+        "dev": ["hypothesis", "pyrefly", "pytest", "pytest-xdist", "ruff", "setuptools>=70.1", *PREP, *ONNX],
     },
 )

@@ -1,11 +1,14 @@
+"""One cluster at a time, also if several test processes run."""
+
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from tests.helpers.processes import kill_started
 
-
-@pytest.fixture(autouse=True)
-def no_process_survives_its_test() -> Iterator[None]:
-    yield
-    kill_started()
+@pytest.fixture(scope="module", autouse=True)
+def only_cluster() -> Iterator[None]:
+    with FileLock(Path(tempfile.gettempdir()) / "megabert-test-cluster.lock"):
+        yield

@@ -4,6 +4,7 @@ Imported by tests for `run_many`, which starts this file as every rank with the 
 """
 
 import json
+import logging
 import os
 import resource
 import sys
@@ -52,6 +53,7 @@ def main() -> None:
     from megabert.training import loop
     from megabert.training.distributed.signals import StopSignals
 
+    logging.basicConfig(level=logging.INFO if os.environ["RANK"] == "0" else logging.WARNING, format="%(message)s")
     limit = int(os.environ["MAX_FILE_BYTES"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     loop.shutdown = lambda feed: deepspeed.comm.barrier()  # the process group is for the next run too

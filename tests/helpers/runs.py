@@ -61,19 +61,25 @@ def run_command(command: list[str], timeout_s: float = 300, **environment: str) 
 
 
 def pretrain_command(
-    corpus: Corpus, out: Path, *more: str, ranks: int = 1, ds_config: str | Path = "zero2"
+    corpus: Corpus, out: Path, *more: str, ranks: int = 1, launcher: bool = False, ds_config: str | Path = "zero2"
 ) -> list[str]:
-    """The user's command on the tiny recipe; with one rank without the launcher, which saves seconds.
+    """The user's command on the tiny recipe; one rank does without the launcher, which saves seconds, unless asked.
 
     ds_config: the name of one of ours, or a file.
     """
     if isinstance(ds_config, str):
         ds_config = Path("ds_configs", f"{ds_config}.json")
-    launcher = (
-        [sys.executable] if ranks == 1 else ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    )
+    if launcher or ranks > 1:
+        start = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    else:
+        start = [sys.executable]
     flags = [f"--ds_config={ds_config}", f"--data.train={corpus.tokens}", f"--run.output_dir={out}", *TINY, *more]
-    return [*launcher, "launch/pretrain.py", *last_of_each(flags)]
+    return [*start, "launch/pretrain.py", *last_of_each(flags)]
+
+
+def patched(command: list[str]) -> list[str]:
+    """The same command, which first runs the code in the environment variable PATCH."""
+    return [word.replace("launch/pretrain.py", "tests/helpers/patched.py") for word in command]
 
 
 def start_ranks(command: list[str], ranks: int, **environment: str) -> list[warm.Process]:

@@ -26,8 +26,9 @@ SCRIPTS = (
     "launch/pretrain.py",
     "tests/helpers/many_runs.py",
     "tests/training/distributed/watchdog_rank.py",
-    "tests/training/inject.py",
-    "tests/training/witness.py",
+    "tests/helpers/inject.py",
+    "tests/helpers/patched.py",
+    "tests/helpers/witness.py",
 )
 
 

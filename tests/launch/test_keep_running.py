@@ -19,9 +19,9 @@ from tests.helpers.runs import REPOSITORY, Corpus, pretrain_command, run_ranks
 SETTINGS = ["--run.max_steps=60", "--run.save_every_steps=5", "--run.eval_every_steps=60"]
 
 
-def keep_running(corpus: Corpus, out: Path, log: Path, *more: str) -> subprocess.Popen:
+def keep_running(corpus: Corpus, out: Path, log: Path, *more: str, ranks: int) -> subprocess.Popen:
     flags = [flag for flag in pretrain_command(corpus, out, *more)[2:] if not flag.startswith("--run.output_dir")]
-    variables = {"OUT": str(out), "DEEPSPEED": f"--num_gpus 2 --master_port {free_port()}"}
+    variables = {"OUT": str(out), "DEEPSPEED": f"--num_gpus {ranks} --master_port {free_port()}"}
     fixed = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with open(log, "w") as file:
         command = ["bash", "launch/keep_running.sh", *flags]
@@ -53,7 +53,8 @@ def last_step(out: Path) -> int:
 )
 def test_a_run_that_is_killed_and_restarted_ends_bitwise_as_if_undisturbed(corpus: Corpus, tmp_path, victims):
     out, log = tmp_path / "disturbed", tmp_path / "log"
-    process = keep_running(corpus, out, log, *SETTINGS)
+    ranks = 2 if "rank" in victims else 1
+    process = keep_running(corpus, out, log, *SETTINGS, ranks=ranks)
     try:
         for killed in victims:
             reached = last_step(out)
@@ -70,7 +71,7 @@ def test_a_run_that_is_killed_and_restarted_ends_bitwise_as_if_undisturbed(corpu
             child.kill()
         process.kill()
     assert log.read_text().count("starting again from checkpoint step-") == len(victims)
-    done = run_ranks(corpus, tmp_path / "whole", *SETTINGS, ranks=2)
+    done = run_ranks(corpus, tmp_path / "whole", *SETTINGS, ranks=ranks)
     assert done.code == 0, done.output
     first, second = (read_checkpoint(folder)[0] for folder in (tmp_path / "whole", out))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -13,7 +13,7 @@ from megabert.data.shards.source import open_corpus
 from megabert.data.shards.storage import open_storage
 from megabert.training.distributed import sync
 from megabert.training.distributed.sync import LOCK_FILE, broadcast_from_rank0, check_shared_folder, lock_output_dir
-from tests.helpers.runs import REPOSITORY, Corpus, run_ranks
+from tests.helpers.runs import Corpus, finish_ranks, patched, pretrain_command, run_ranks, start_ranks
 
 
 def test_a_single_rank_works_without_communication(tmp_path):
@@ -70,14 +70,8 @@ def test_the_lock_of_another_machine_is_only_a_warning(holder, tmp_path, monkeyp
 
 def test_only_rank_0_lists_and_checks_the_shards(corpus: Corpus, tmp_path):
     """Counted by a sitecustomize.py that replaces os.stat in the ranks; strace is not installed everywhere."""
-    counting = tmp_path / "counting"
-    counting.mkdir()
-    (counting / "sitecustomize.py").write_text(COUNTING)
-    env = {"PYTHONPATH": f"{counting}:{REPOSITORY}", "COUNTED": str(tmp_path)}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
-            patch.setenv(name, value)
-        done = run_ranks(corpus, tmp_path / "out", "--run.max_steps=1", ranks=2)
+    command = patched(pretrain_command(corpus, tmp_path / "out", "--run.max_steps=1"))
+    done = finish_ranks(start_ranks(command, 2, PATCH=COUNTING, COUNTED=str(tmp_path)))
     assert done.code == 0, done.output
     checked = {rank: (tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)}
     shards = sum(path.suffix == ".tar" for path in corpus.tokens.iterdir())

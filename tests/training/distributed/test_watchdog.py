@@ -17,7 +17,8 @@ from megabert.training.distributed.watchdog import EXIT_PEER_LOST, PEER_DIED, Pe
 from tests.helpers import warm
 from tests.helpers.ports import free_port
 from tests.helpers.processes import start, wait_for_step
-from tests.helpers.runs import Corpus, pretrain_command
+from tests.helpers.runs import Corpus, finish_ranks, pretrain_command
+from tests.helpers.runs import start_ranks as warm_ranks
 
 HOST = socket.gethostname()
 
@@ -108,10 +109,18 @@ def test_ranks_that_do_not_connect_are_named(monkeypatch):
         PeerWatchdog(0, 1)._accept(server, "secret", 3)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_rank_ends_the_job_and_frees_its_port(corpus: Corpus, tmp_path: Path, workers):
-    """Loader workers are forks of their rank: they must not keep its connection open."""
-    command = pretrain_command(corpus, tmp_path, "--run.max_steps=100000", f"--data.num_workers={workers}", ranks=2)
+def test_a_killed_rank_ends_the_others(corpus: Corpus, tmp_path: Path):
+    ranks = warm_ranks(pretrain_command(corpus, tmp_path, "--run.max_steps=100000"), 2)
+    wait_for_step(ranks[0], tmp_path, 3)
+    ranks[1].kill()
+    done = finish_ranks(ranks, timeout_s=60)
+    assert ranks[0].returncode == EXIT_PEER_LOST
+    assert f"rank 1 on {HOST} {PEER_DIED}" in done.output
+
+
+def test_a_killed_rank_ends_the_job_and_frees_its_port(corpus: Corpus, tmp_path: Path):
+    """With the launcher, and with loader workers: forks of their rank, which must not keep its connection open."""
+    command = pretrain_command(corpus, tmp_path, "--run.max_steps=100000", "--data.num_workers=2", ranks=2)
     port = int(command[command.index("--master_port") + 1])
     process = start(command)
     wait_for_step(process, tmp_path, 3)

@@ -9,7 +9,7 @@ from megabert.files.checkpoint_format import find_checkpoint, read_state
 from megabert.training.distributed.signals import EXIT_REQUEUE
 from megabert.training.telemetry.reporter import read_metrics
 from megabert.training.telemetry.timers import TimeBudget
-from tests.helpers.runs import REPOSITORY, TINY, last_of_each, pretrain_command, run_command, run_ranks
+from tests.helpers.runs import TINY, finish_ranks, last_of_each, patched, pretrain_command, run_command, start_ranks
 
 
 def test_the_budget_is_over_before_a_step_that_would_exceed_it():
@@ -76,17 +76,15 @@ TimeBudget.elapsed = elapsed
 """
 
 
-def test_a_run_of_20_seconds_ends_in_time_with_a_decayed_learning_rate(corpus, tmp_path, monkeypatch):
+def test_a_run_of_20_seconds_ends_in_time_with_a_decayed_learning_rate(corpus, tmp_path):
     """On a fake clock each step takes 0.5 s. Budget and learning rate continue when it is stopped and resumed."""
-    (tmp_path / "sitecustomize.py").write_text(FAKE_CLOCK)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
-    out, length = tmp_path / "run", f"--max-hours={SECONDS / 3600}"
-    done = run_command(pretrain_command(corpus, out, length, ds_config="zero0"), STOP_AT="10")
+    out = tmp_path / "run"
+    command = patched(pretrain_command(corpus, out, f"--max-hours={SECONDS / 3600}", ds_config="zero0"))
+    done = run_command(command, PATCH=FAKE_CLOCK, STOP_AT="10")
     assert done.code == EXIT_REQUEUE, done.output
     stopped = read_state(find_checkpoint(out))
     assert stopped.wall_seconds == 0.5 * stopped.step
-    monkeypatch.setenv("STOP_AT", "0")
-    done = run_ranks(corpus, out, length, ranks=2, ds_config="zero0")
+    done = finish_ranks(start_ranks(command, 2, PATCH=FAKE_CLOCK, STOP_AT="0"))
     assert done.code == 0, done.output
     assert f"{SECONDS / 3600} hours of steps" in done.output
     points = [point for point in read_metrics(out / "metrics.jsonl") if "lr" in point]

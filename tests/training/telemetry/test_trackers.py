@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megabert.training.telemetry import trackers
 from megabert.training.telemetry.timers import PARTS, StepTimer
 from megabert.training.telemetry.trackers import CSV, open_trackers, why_unavailable
-from tests.helpers.runs import REPOSITORY, pretrain_command, run_command, run_ranks
+from tests.helpers.runs import finish_ranks, patched, pretrain_command, run_command, start_ranks
 
 
 def rows(folder) -> list[list[str]]:
@@ -121,11 +121,10 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def test_the_slowest_and_the_fastest_rank_are_reported(corpus, tmp_path, monkeypatch):
+def test_the_slowest_and_the_fastest_rank_are_reported(corpus, tmp_path):
     """Rank 1 needs 0.3 s more for its 256 token slots, and rank 0 waits for it."""
-    (tmp_path / "sitecustomize.py").write_text(SLOW_FORWARD)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
-    done = run_ranks(corpus, tmp_path / "out", "--run.max_steps=3", ranks=2)
+    command = patched(pretrain_command(corpus, tmp_path / "out", "--run.max_steps=3"))
+    done = finish_ranks(start_ranks(command, 2, PATCH=SLOW_FORWARD))
     assert done.code == 0, done.output
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     point = [json.loads(line) for line in lines if "slowest_rank" in line][-1]

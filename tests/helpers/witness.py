@@ -1,6 +1,6 @@
 """Run launch/pretrain.py and record which bins each rank trains on: a line {"step", "bins"} per step.
 
-WITNESS=folder/0 python tests/training/witness.py ...    writes folder/0-RANK.jsonl
+WITNESS=folder/0 python tests/helpers/witness.py ...    writes folder/0-RANK.jsonl
 """
 
 import json

@@ -1,6 +1,6 @@
 """Run launch/pretrain.py with a fault: multiply the loss of some bins by a factor, or add to it, as bad data would.
 
-INJECT='{"bins": [6, 7], "factor": "nan", "added": 0}' python tests/training/inject.py ...
+INJECT='{"bins": [6, 7], "factor": "nan", "added": 0}' python tests/helpers/inject.py ...
 """
 
 import json
