@@ -34,7 +34,7 @@ FOREIGN = {
     " array parsable dependency",
     "pip": "no_binary disable_pip_version_check extra_index_url no_build_isolation no_deps target",
     "apt-get": "no_install_recommends",
-    "pytest": "durations",
+    "pytest": "durations dist",
     "ruff": "check fix select force_exclude",
     "just": "list",
     "hf": "repo_type include local_dir",
