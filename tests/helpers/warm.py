@@ -71,6 +71,8 @@ class WarmProcess:
             reader.join(timeout)
             if reader.is_alive():
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.stdout.close()
+            self.stdout = None
         self.wait(None if until is None else max(0.0, until - time.monotonic()))
         return "".join(parts), None
 
