@@ -9,7 +9,7 @@ newest_checkpoint() { cat "$1/checkpoints/latest" 2> /dev/null || echo none; }
 
 # Set `action` to stop or again for an attempt that ended with exit code $1 after $2 seconds, when $3 is the newest
 # checkpoint. For a crash, add $3 to `crashed_at` and set `crashes` to their number at this checkpoint.
-#     0: done   2, or 1 at once: an error of the user   85: told to stop, and saved   anything else: a crash
+#     0: done   2, or 1 at once: an error of the user   85: stopped on request, and saved   anything else: a crash
 decide() {
     local code=$1 seconds=$2 latest=$3 checkpoint
     action=again crashes=0

@@ -1,4 +1,4 @@
-"""Pretraining in one process that goes on afterwards, such as a notebook's."""
+"""Pretraining in a process that continues afterwards, such as a notebook's."""
 
 import contextlib
 import gc

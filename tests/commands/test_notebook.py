@@ -1,4 +1,4 @@
-"""megabert.pretrain() trains in a process that goes on afterwards, and leaves that process as it was."""
+"""megabert.pretrain() trains in a process that continues afterwards, and restores its state."""
 
 import json
 import sys

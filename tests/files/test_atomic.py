@@ -1,4 +1,4 @@
-"""A folder is there whole or not at all, whoever is killed meanwhile and however many write to one place."""
+"""A staged folder appears complete or not at all, also if its writer is killed or several write to one place."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ with staged_folder(Path(sys.argv[1])) as folder:
 
 
 def start(out: Path) -> tuple[subprocess.Popen, str]:
-    """A process that is in the middle of writing, and the name of its folder."""
+    """Start a process that stays in the middle of writing. Also returns the name of its folder."""
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(out)],
         cwd=REPOSITORY,
@@ -45,9 +45,9 @@ def test_a_signal_leaves_nothing(tmp_path, number, code):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_kill_left_is_removed_by_the_next_and_what_is_being_written_is_not(tmp_path):
+def test_the_next_writer_removes_folders_of_killed_processes_only(tmp_path):
     out = tmp_path / "out"
-    (tmp_path / ".tmp-out-of-somebody").mkdir()
+    (tmp_path / ".tmp-out-of-another-program").mkdir()
     alive, being_written = start(out)
     killed, left = start(out)
     other, left_of_another = start(tmp_path / "out-2")
@@ -62,7 +62,7 @@ def test_what_a_kill_left_is_removed_by_the_next_and_what_is_being_written_is_no
         replace_folder(folder, out)
     alive.terminate()
     alive.communicate(timeout=60)
-    assert {path.name for path in tmp_path.iterdir()} == {"out", ".tmp-out-of-somebody", left_of_another}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".tmp-out-of-another-program", left_of_another}
 
 
 def test_several_at_once_write_whole_folders_and_leave_nothing(tmp_path):

@@ -16,7 +16,7 @@ from tests.helpers.runs import TINY, Corpus, Finished, last_of_each
 
 
 def flags_of(corpus: Corpus, out: Path, ds_config: Path, *more: str) -> list[str]:
-    """What a run of the tiny recipe is started with."""
+    """Return the flags of a run of the tiny recipe."""
     flags = [f"--ds_config={ds_config}", f"--data.train={corpus.tokens}", f"--run.output_dir={out}", *TINY, *more]
     return last_of_each(flags)
 
@@ -24,9 +24,9 @@ def flags_of(corpus: Corpus, out: Path, ds_config: Path, *more: str) -> list[str
 def run_many(
     runs: list[list[str]], ranks: int = 1, timeout_s: float = 300, max_file_bytes: dict[int, int] | None = None
 ) -> Finished:
-    """Make these runs on so many ranks. Returns the first exit code that is not 0, and all output, rank after rank.
+    """Run these flags one after the other on so many ranks. Returns the first exit code but 0, and each rank's output.
 
-    max_file_bytes: of a rank that may write no longer files, as if its disk were full.
+    max_file_bytes: by rank, the largest file that it may write, as if its disk were full.
     """
     port = str(free_port())
     processes = []
@@ -64,8 +64,8 @@ def main() -> None:
         recipe, options = parser.read(flags)
         try:
             code = loop.pretrain(recipe, read_ds_config(options.ds_config), StopSignals())
-        except ValueError as mistake:
-            sys.stderr.write(f"pretrain: {mistake}\n")
+        except ValueError as error:
+            sys.stderr.write(f"pretrain: {error}\n")
             code = 1
         if code:
             break

@@ -25,7 +25,7 @@ def bash(script: str, *arguments: str, **variables: str) -> list[str]:
         (2, 5, "stop 0"),  # a wrong flag
         (1, 59, "stop 0"),  # a wrong path, say
         (1, 60, "again 1"),  # a crash after a minute of training
-        (85, 5, "again 0"),  # told to stop, and saved
+        (85, 5, "again 0"),  # stopped on request, and saved
         (137, 5, "again 1"),  # killed
     ],
 )

@@ -109,7 +109,8 @@ def test_a_shard_from_a_thousand_sorted_runs_needs_few_open_files(tmp_path, sour
     sorted_runs.write_sorted_runs(settings, 0, list_input_splits(str(source), ReadOptions()))
     paths = sorted_runs.run_paths(settings, [sorted_runs.read_summary(settings, 0)]) * 1000
     with open_files_limit(32):
-        shard_writer.write_shard(settings, paths, "train", 0, 50)
+        name = shard_writer.write_shard(settings, paths, "train", 0, 50)
+    assert (settings.out / name).stat().st_size > 0
 
 
 def test_a_range_of_a_sorted_run_holds_exactly_its_documents(tmp_path, source):
