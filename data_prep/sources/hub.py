@@ -4,6 +4,7 @@ Needs the package datasets, which the extra [prep] installs.
 """
 
 import functools
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,10 +63,21 @@ def _revision(name: str) -> str:
         raise missing_extra(PREFIX + name, "datasets") from missing
     try:
         return str(huggingface_hub.HfApi().dataset_info(name).sha)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError, transport_error()) as error:
         raise ValueError(
             f"{PREFIX}{name}: no such data set on the hub, or the hub cannot be reached: {str(error).strip()}"
         ) from error
+
+
+def transport_error() -> type[Exception]:
+    """Return the base class of the errors that huggingface_hub's HTTP client raises, which need not be OSErrors.
+
+    The client has changed between its versions: requests, httpx, httpx2.
+    """
+    import huggingface_hub
+
+    package = type(huggingface_hub.get_session()).__module__.partition(".")[0]
+    return importlib.import_module(package).HTTPError
 
 
 @functools.lru_cache(maxsize=4)
@@ -76,7 +88,7 @@ def _open(name: str, config: str, split: str, revision: str) -> "IterableDataset
         raise missing_extra(PREFIX + name, "datasets") from missing
     try:
         return datasets.load_dataset(name, config or None, split=split, revision=revision or None, streaming=True)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, datasets.exceptions.DatasetsError, transport_error()) as error:
         raise ValueError(
             f"{PREFIX}{name}: cannot be opened: {' '.join(str(error).split())} "
             "See --dataset-config and --dataset-split."

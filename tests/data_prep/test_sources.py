@@ -1,3 +1,5 @@
+from data_prep.sources.hub import transport_error
+
 """Tests that every source yields exactly its documents, in a fixed order, however it is cut into input splits."""
 
 import gzip
@@ -215,11 +217,13 @@ def test_a_hub_data_set_is_pinned_to_its_revision(tmp_path, monkeypatch):
     assert next(read_input_split(splits[0], ReadOptions())) == "en 0 0"
 
 
-def test_an_unreachable_hub_is_a_one_line_error(monkeypatch):
+@pytest.mark.parametrize("kind", ["of Python", "of the HTTP client"])
+def test_an_unreachable_hub_is_a_one_line_error(monkeypatch, kind):
     hub = pytest.importorskip("huggingface_hub")
+    error = ConnectionError if kind == "of Python" else transport_error()
 
     def fail(self, name):
-        raise ConnectionError("no route to host")
+        raise error("no route to host")
 
     monkeypatch.setattr(hub.HfApi, "dataset_info", fail)
     with pytest.raises(
