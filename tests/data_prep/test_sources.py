@@ -1,5 +1,3 @@
-from data_prep.sources.hub import transport_error
-
 """Tests that every source yields exactly its documents, in a fixed order, however it is cut into input splits."""
 
 import gzip
@@ -15,6 +13,7 @@ from hypothesis import strategies as st
 
 from data_prep.sources import ReadOptions, list_input_splits, read_input_split, source_state
 from data_prep.sources.docstrings import docstrings
+from data_prep.sources.hub import transport_error
 
 
 def read_all(source: str, **options) -> list[str]:
