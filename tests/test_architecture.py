@@ -1,11 +1,10 @@
-"""Imports run one way, from launch/ down to files/ and model/, as ALLOWED says."""
+"""Imports run one way, as ALLOWED says, folders stay small, and the model folder can be shipped alone."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.helpers.imports import REPOSITORY, code_files, imports_of, levels, modules, part_of, units
 
 # Which parts of the project each part may import, besides itself. A part is a package of megabert, data_prep or launch.
 ALLOWED = {
@@ -61,41 +60,10 @@ ALLOWED = {
 DATA_PREP_MAY_READ = "megabert.data.shards"
 
 
-def part_of(module: str) -> str:
-    """megabert.data.stream -> megabert.data; data_prep.sources -> data_prep."""
-    return ".".join(module.split(".")[:2]) if module.startswith("megabert.") else module.split(".")[0]
-
-
-def modules() -> dict[str, Path]:
-    found = {}
-    for folder in ("megabert", "data_prep", "launch"):
-        for path in sorted((REPOSITORY / folder).rglob("*.py")):
-            name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
-            found[name] = path
-    return found
-
-
-def imports_of(module: str, path: Path) -> set[str]:
-    """Every module of ours that a file imports, anywhere in it."""
-    ours = modules()
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-                package = package[: len(package) - node.level + 1]
-                base = ".".join([*package, *([base] if base else [])])
-            found |= {name if (name := f"{base}.{alias.name}") in ours else base for alias in node.names}
-    return {name for name in found if name.split(".")[0] in ("megabert", "data_prep", "launch")}
-
-
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_imports_run_one_way(module):
     mine = part_of(module)
-    for imported in imports_of(module, modules()[module]):
+    for imported in imports_of(module):
         theirs = part_of(imported)
         assert theirs in ALLOWED[mine] | {mine, "megabert"}, f"{module} imports {imported}"
         if mine == "data_prep" and theirs == "megabert.data":
@@ -103,18 +71,20 @@ def test_imports_run_one_way(module):
 
 
 def test_no_circles():
-    graph = {name: imports_of(name, path) & modules().keys() for name, path in modules().items()}
-    done: set[str] = set()
+    levels({name: imports_of(name) & modules().keys() - {name} for name in modules()})
 
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, f"circle: {' -> '.join([*trail[trail.index(name) :], name])}"
-        if name not in done:
-            for other in graph[name] - {name}:
-                visit(other, (*trail, name))
-            done.add(name)
 
-    for name in graph:
-        visit(name, ())
+PACKAGES = sorted({path.parent for path in modules().values()} - {REPOSITORY})
+
+
+@pytest.mark.parametrize("folder", PACKAGES, ids=lambda folder: str(folder.relative_to(REPOSITORY)))
+def test_a_folder_has_at_most_a_dozen_files_of_code_and_no_circle(folder):
+    assert len(code_files(folder)) <= 12
+    levels(units(".".join(folder.relative_to(REPOSITORY).parts)))
+
+
+def test_training_has_at_most_five_levels():
+    assert max(levels(units("megabert.training")).values()) <= 5
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "megabert/model").glob("*.py")), ids=lambda path: path.name)

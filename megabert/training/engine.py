@@ -16,7 +16,7 @@ from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.checkpointing import resume, universal
 from megabert.training.checkpointing.initial_weights import load_initial_weights
 from megabert.training.checkpointing.resume import Checkpoint
-from megabert.training.deepspeed_compat import gate_optimizer_step, zero_norm_reader
+from megabert.training.distributed.deepspeed_compat import gate_optimizer_step, zero_norm_reader
 from megabert.training.optim.guard import UpdateGate
 from megabert.training.optim.optimizers import parameter_groups
 from megabert.training.plan import RunPlan

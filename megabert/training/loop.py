@@ -15,10 +15,10 @@ from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.stream import DROPOUT, Position, philox
 from megabert.files.atomic import write_atomically
-from megabert.training.build import build_run
 from megabert.training.checkpointing import resume
 from megabert.training.checkpointing.writer import set_aside_after
 from megabert.training.distributed.device import peak_memory_bytes
+from megabert.training.distributed.process import init_distributed
 from megabert.training.distributed.signals import EXIT_REQUEUE, StopSignals
 from megabert.training.distributed.watchdog import PeerWatchdog
 from megabert.training.engine import start_engine
@@ -26,8 +26,7 @@ from megabert.training.evaluate import Evaluation, HeldOut, evaluate
 from megabert.training.feed import Feed
 from megabert.training.optim.optimizers import peak_lr
 from megabert.training.plan import RunPlan, make_plan
-from megabert.training.process import init_distributed
-from megabert.training.run import Run, TrainState
+from megabert.training.run import Run, TrainState, build_run
 from megabert.training.schedule import lr_factor
 from megabert.training.telemetry.flops import step_flops
 from megabert.training.telemetry.timers import StepTimer

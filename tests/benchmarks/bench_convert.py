@@ -20,13 +20,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
-from report import read_arguments, write
+from support.report import read_arguments, write
 
 from data_prep import train_tokenizer
 from data_prep.sources.docstrings import docstrings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS = [sys.executable, "-m", "tests.benchmarks.convert_steps"]
+STEPS = [sys.executable, "-m", "tests.benchmarks.support.convert_steps"]
 PACKAGES = ("torch", "numpy")
 
 
@@ -113,7 +113,12 @@ def main() -> None:
             subprocess.run(["rm", "-r", paths["ours"]], check=True)
             show(f"import {scale}, published layout", run([*STEPS, "import", paths["published"], paths["back"]]))
             subprocess.run(["rm", "-r", paths["published"], paths["back"]], check=True)
-        encode = [sys.executable, "-P", str(Path(__file__).with_name("encode_texts.py")), str(folder / "base-hf")]
+        encode = [
+            sys.executable,
+            "-P",
+            str(Path(__file__).with_name("support") / "encode_texts.py"),
+            str(folder / "base-hf"),
+        ]
         size, rounds = 32, 2 if options.quick else 12  # smaller batches have less padding to avoid
         speed = run([*encode, str(folder / "texts.json"), str(size), str(rounds)])
     figures["encode_vs_hf_bert"] = speed["ratio"]

@@ -18,12 +18,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import peers
-import preparing
 import psutil
 import torch
-from corpus import VOCAB, write_token_shards
-from report import read_arguments, write
+from support import peers, preparing
+from support.corpus import VOCAB, write_token_shards
+from support.report import read_arguments, write
 
 from data_prep import train_tokenizer, write_shards
 from megabert.data.masking import masked_count

@@ -28,8 +28,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the reason given in b
 
 import torch
 from bench_saving import SIZES, open_run, overhead, run_flags, window
-from corpus import write_text_shards
-from report import read_arguments, write
+from support.corpus import write_text_shards
+from support.report import read_arguments, write
 
 from megabert.data.batch import PackedBatch
 from megabert.training import loop

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import report
 import torch
 import transformers
+from support import report
 from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,

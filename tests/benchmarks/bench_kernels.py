@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import report
 import torch
+from support import report
 
 TOKENS, MASKED, HIDDEN, WIDTH, VOCAB, HEADS, LAYERS = 8192, 2458, 768, 3072, 30_528, 12, 12
 HEAD_DIM = HIDDEN // HEADS

@@ -18,17 +18,16 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the reason given in bench_train.py
 
-from corpus import write_text_shards
-from report import read_arguments, write
+from support.corpus import write_text_shards
+from support.report import read_arguments, write
 
 from megabert.config.ds_config import read_ds_config
 from megabert.config.parser import RecipeParser
 from megabert.training import loop
-from megabert.training.build import build_run
+from megabert.training.distributed.process import init_distributed
 from megabert.training.distributed.signals import StopSignals
 from megabert.training.plan import make_plan
-from megabert.training.process import init_distributed
-from megabert.training.run import Run
+from megabert.training.run import Run, build_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EVERY = 100  # steps between two saves

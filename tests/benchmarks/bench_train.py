@@ -26,9 +26,9 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
-import report
 import torch
-from contenders import DEVICE, ROWS, VOCAB, Contender, Row, hf_bert, hf_modernbert, needed_flops, ours
+from support import report
+from support.contenders import DEVICE, ROWS, VOCAB, Contender, Row, hf_bert, hf_modernbert, needed_flops, ours
 
 from megabert.kernels import cpu
 

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-from corpus import write_text_shards
-from report import write
+from support.corpus import write_text_shards
+from support.report import write
 
 from megabert.files import checkpoint_format as layout
 

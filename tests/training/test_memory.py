@@ -7,7 +7,7 @@ import pytest
 
 HELD = """
 import psutil, torch
-from megabert.training.process import keep_freed_memory
+from megabert.training.distributed.process import keep_freed_memory
 {before}
 torch.ones(1 << 24)
 for _ in range(30):  # malloc places it differently at first

@@ -18,7 +18,7 @@ import torch
 from deepspeed.runtime.torch_autocast import get_comm_dtype
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
-from megabert.training.deepspeed_compat import convert_to_universal
+from megabert.training.distributed.deepspeed_compat import convert_to_universal
 
 COMPATIBLE_BY_DEFAULT = bool(deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"])
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would take a minute to build

@@ -11,8 +11,8 @@ import deepspeed
 from megabert.data.stream import Position, positions_from_json
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
-from megabert.training import deepspeed_compat
 from megabert.training.checkpointing import universal
+from megabert.training.distributed import deepspeed_compat
 from megabert.training.distributed.sync import gather_dicts
 from megabert.training.identity import RunIdentity, check_same_run
 

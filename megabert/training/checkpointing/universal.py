@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed
 
 from megabert.files import checkpoint_format as layout
-from megabert.training.deepspeed_compat import convert_to_universal
+from megabert.training.distributed.deepspeed_compat import convert_to_universal
 from megabert.training.distributed.sync import gather_dicts
 
 

@@ -24,7 +24,7 @@ from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import State, step_of
-from megabert.training.deepspeed_compat import capture_checkpoint
+from megabert.training.distributed.deepspeed_compat import capture_checkpoint
 from megabert.training.distributed.sync import gather_dicts
 
 log = logging.getLogger(__name__)

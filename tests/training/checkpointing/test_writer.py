@@ -18,7 +18,7 @@ from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
 from megabert.training.checkpointing import resume, universal, writer
 from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space
-from megabert.training.process import init_distributed
+from megabert.training.distributed.process import init_distributed
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.many_runs import flags_of, run_many
 from tests.helpers.runs import Corpus, ds_config_in

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data_prep.sources import ReadOptions, list_input_splits, read_input_split
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 FULL_BYTES, QUICK_BYTES = 96_000_000, 8_000_000
 ROUNDS = 3
 

@@ -1,9 +1,11 @@
 # ruff: noqa: E402 (the line that forbids megabert comes before imports that might import it)
 """Compare sentence embeddings per second of an exported folder with transformers' BertModel.
 
-python tests/benchmarks/encode_texts.py FOLDER TEXTS BATCH ROUNDS. FOLDER is loaded where megabert cannot be imported.
-Both models have the same size and are in fp32, as transformers loads them. They encode the same batches in turns: texts
-in their given order, padded to the longest of their batch. Prints one line of JSON.
+    python tests/benchmarks/support/encode_texts.py FOLDER TEXTS BATCH ROUNDS
+
+FOLDER is loaded where megabert cannot be imported. Both models have the same size and are in fp32, as transformers
+loads them. They encode the same batches in turns: texts in their given order, padded to the longest of their batch.
+Prints one line of JSON.
 """
 
 import json

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-FOLDER = Path(__file__).resolve().parents[2] / ".peers"
+FOLDER = Path(__file__).resolve().parents[3] / ".peers"
 PACKAGES = (
     "mosaicml-streaming==0.13.0",
     "Brotli==1.2.1",

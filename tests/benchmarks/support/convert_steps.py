@@ -1,6 +1,6 @@
 """The steps that bench_convert.py measures, each in its own process.
 
-    python -m tests.benchmarks.convert_steps STEP ARGUMENTS
+    python -m tests.benchmarks.support.convert_steps STEP ARGUMENTS
 
 checkpoints OUT TOKENIZER       write a checkpoint of each size to OUT/SIZE-run, as two ranks at ZeRO 3 write it
 export RUN OUT                  as launch/convert_to_hf.py

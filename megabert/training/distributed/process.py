@@ -7,7 +7,7 @@ from datetime import timedelta
 import deepspeed
 import torch
 
-from megabert.training import deepspeed_compat
+from megabert.training.distributed import deepspeed_compat
 from megabert.training.distributed.device import training_device
 from megabert.training.distributed.gloo import ring_all_gather
 from megabert.training.distributed.rank_env import rank_variables
