@@ -12,6 +12,8 @@ from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from megabert.files.redact import redact
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 T = TypeVar("T")
@@ -52,7 +54,7 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"{self.prog}: {_explain(message, self.known_keys())}\n")
+        sys.stderr.write(f"{self.prog}: {redact(_explain(message, self.known_keys()))}\n")
         sys.exit(2)
 
     @contextlib.contextmanager
@@ -137,7 +139,7 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
         message = str(error)
         if "Original Traceback" in message:
             message = re.sub(r"^[\w.]*Error: ", "", message.strip().splitlines()[-1])
-        sys.stderr.write(f"{prog}: {message}\n")
+        sys.stderr.write(f"{prog}: {redact(message)}\n")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")

@@ -9,6 +9,7 @@ from megabert.config.recipe import Recipe
 from megabert.data.shards.source import Corpus, stream_count
 from megabert.data.stream import Position
 from megabert.files.checkpoint_format import State
+from megabert.files.redact import redact_all
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.training.checkpointing.resume import Checkpoint, find_checkpoint
 from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space, set_aside_after
@@ -114,7 +115,7 @@ class Run:
             step_batches=plan.schedule.step_batches,
             total_steps=plan.schedule.total_steps,
             corpus=self.feed.corpus.fingerprint,
-            recipe=plan.recipe.to_dict(),
+            recipe=redact_all(plan.recipe.to_dict()),
             ds_config=plan.ds_config.settings,
             zero_stage=plan.ds_config.zero_stage,
             model=self.model_config.to_dict(),
@@ -205,7 +206,7 @@ def open_reporter(plan: RunPlan, step: int) -> Reporter:
     """Open the reporter with the recipe's trackers. step: where the run starts or resumes."""
     folder = plan.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    open_ones = open_trackers(plan.recipe.run.trackers, folder, step, plan.recipe.to_dict())
+    open_ones = open_trackers(plan.recipe.run.trackers, folder, step, redact_all(plan.recipe.to_dict()))
     return Reporter(folder, plan.schedule.total_steps, step, open_ones)
 
 

@@ -1,7 +1,6 @@
 """Make the model card (README.md) of an exported folder from the numbers of its training run."""
 
 import contextlib
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from megabert.convert.hf.config import is_transformers_bert
 from megabert.convert.hf.reader import read_json
 from megabert.files.checkpoint_format import State
 from megabert.files.metrics_format import METRICS, read_metrics
+from megabert.files.redact import redact
 from megabert.model.configuration_megabert import MegaBertConfig
 
 
@@ -35,26 +35,22 @@ def read_metrics_at(run: Path, step: int) -> Metrics:
     return Metrics(*(last[name] if isinstance(last.get(name), (int, float)) else None for name in Metrics._fields))
 
 
-# scheme://user:password@host/path?query#fragment; the query may be a signature.
-URL = re.compile(r"([a-zA-Z][\w+.-]*)://(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
-
-
-def redact(value: Any) -> Any:
+def publishable(value: Any) -> Any:
     """Remove what must not be public from a recipe's value.
 
-    That is passwords and queries of URLs, pipe: commands, and the folders of paths on this machine.
+    That is secrets of URLs, pipe: commands, and the folders of paths on this machine.
     """
     if isinstance(value, dict):
-        return {name: redact(part) for name, part in value.items()}
+        return {name: publishable(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [redact(part) for part in value]
+        return [publishable(part) for part in value]
     if not isinstance(value, str):
         return value
     if value.startswith("pipe:"):
         return "pipe:..."
     if value.startswith(("/", "~", "file:")):
         return Path(value).name
-    return URL.sub(r"\1://\2", value)
+    return redact(value).removesuffix("?...").removesuffix("#...")
 
 
 def make_model_card(
@@ -68,7 +64,7 @@ def make_model_card(
     trust = "" if is_bert else ", trust_remote_code=True"
     rows = _make_rows(config, state, metrics, num_parameters, average)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    recipe = yaml.safe_dump(redact(state.recipe), sort_keys=False).rstrip()
+    recipe = yaml.safe_dump(publishable(state.recipe), sort_keys=False).rstrip()
     registration = (
         "With `megabert` installed, `megabert.register_auto_classes()` makes `trust_remote_code` unnecessary.\n"
     )
@@ -129,7 +125,7 @@ def _make_rows(
 
 
 def _describe_data(state: State) -> str:
-    train = redact(state.recipe["data"]["train"])
+    train = publishable(state.recipe["data"]["train"])
     return train if isinstance(train, str) else ", ".join(f"{part['shards']} x {part['weight']}" for part in train)
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from megabert.data.shards.source import Corpus
 from megabert.files.atomic import write_atomically
+from megabert.files.redact import redact, redact_all
 from megabert.training.checkpointing.resume import Checkpoint
 from megabert.training.distributed.device import device_name
 from megabert.training.plan import RunPlan
@@ -61,13 +62,13 @@ def write_run_json(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: 
 def attempt_facts(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: int) -> dict[str, Any]:
     """The facts of one attempt, ready for JSON."""
     return {
-        "command": sys.argv,
+        "command": redact_all(sys.argv),
         "first_step": first_step,
-        "recipe": plan.recipe.to_dict(),
+        "recipe": redact_all(plan.recipe.to_dict()),
         "ds_config": plan.ds_config.settings,
         "world_size": plan.world_size,
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
-        "heldout": {"name": held_out.name, "fingerprint": held_out.fingerprint},
+        "corpus": {"name": redact(corpus.name), "fingerprint": corpus.fingerprint},
+        "heldout": {"name": redact(held_out.name), "fingerprint": held_out.fingerprint},
         "versions": versions(),
         "git": git_state(),
         "machine": {
@@ -114,7 +115,7 @@ def cpu_model() -> str:
 
 def git_state() -> dict[str, object] | None:
     """The commit of this checkout, and whether files differ from it; None outside a checkout."""
-    folder = Path(__file__).resolve().parents[2]
+    folder = Path(__file__).resolve().parents[3]
     if not (folder / ".git").exists() or shutil.which("git") is None:
         return None
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from megabert.files.atomic import write_atomically
 from megabert.files.metrics_format import METRICS, read_metrics
+from megabert.files.redact import redact
 from megabert.training.telemetry.timers import StepTimer
 from megabert.training.telemetry.trackers import BufferedAppender, Tracker
 
@@ -80,7 +81,8 @@ class Reporter:
             _print(f"step {step}/{self.total_steps}  {line}  left {left}")
 
     def log_line(self, message: str) -> None:
-        """Print a line of its own, above the progress bar."""
+        """Print a line of its own, above the progress bar, without the secrets of URLs and commands."""
+        message = redact(message)
         if self.bar is not None:
             self.bar.write(message, file=sys.stderr)
         else:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megabert.convert.hf.model_card import Metrics, make_model_card, read_metrics_at, redact
+from megabert.convert.hf.model_card import Metrics, make_model_card, publishable, read_metrics_at
 from megabert.files import checkpoint_format as layout
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
@@ -29,8 +29,8 @@ from tests.convert.helpers.small_model import small_model
         (0.5, 0.5),
     ],
 )
-def test_settings_are_redacted(written, redacted):
-    assert redact(written) == redacted
+def test_settings_are_made_publishable(written, redacted):
+    assert publishable(written) == redacted
 
 
 def test_a_card_contains_no_secrets_and_no_folders_of_the_machine(corpus, tmp_path):
