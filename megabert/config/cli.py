@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from megabert.config.settings import check_limits, limits_of
 from megabert.files.redact import redact
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -36,6 +37,14 @@ class Parser(ArgumentParser):
         """nested: what jsonargparse passes when it makes a parser of this class for a part of a setting."""
         options: dict[str, Any] = {"allow_abbrev": False} | nested
         super().__init__(prog=prog, description=description, formatter_class=_HelpFormatter, **options)
+
+    def add_class_arguments(self, theclass: type, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
+        added = super().add_class_arguments(theclass, *rest, **options)
+        for key, limits in limits_of(theclass).items():
+            for action in self._actions:
+                if action.dest == key:
+                    action.help = f"{action.help} (range {limits})"
+        return added
 
     def known_keys(self) -> list[str]:
         """List every dotted name that a flag sets."""
@@ -105,6 +114,14 @@ def normalize_flags(words: Sequence[str], switches: Iterable[str] = ()) -> list[
     return result
 
 
+def flags_with_values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Pair each flag of a normalized command line with its value, which may be the next word."""
+    for index, word in enumerate(words):
+        flag, equals, value = split_flag(word)
+        if flag:
+            yield flag, value if equals else next(iter(words[index + 1 : index + 2]), "")
+
+
 def split_flag(word: str) -> tuple[str, str, str]:
     """Split --some-flag=value into ("--some_flag", "=", "value"); the flag of a word without -- is ""."""
     if not word.startswith("--"):
@@ -122,7 +139,9 @@ def read_flags(options: type[T], prog: str, description: str, argv: Sequence[str
     parser.add_class_arguments(options, as_group=False, as_positional=True)
     namespace = parser.parse_args(argv)
     try:
-        return options(**vars(parser.instantiate(namespace)))
+        settings = options(**vars(parser.instantiate(namespace)))
+        check_limits("", settings)
+        return settings
     except ValueError as error:
         parser.error(str(error))
 

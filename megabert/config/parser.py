@@ -1,17 +1,18 @@
 """Recipes and ds_configs by name or path, and the strict parser that merges a recipe file with flags."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from megabert.config.cli import Parser, nearest
+from megabert.config.cli import Parser, flags_with_values, nearest
 from megabert.config.recipe import LENGTHS, Recipe
-from megabert.config.settings import flatten
-from megabert.config.strict_yaml import read_yaml
+from megabert.config.settings import flatten, shortened
+from megabert.config.strict_yaml import check_value, is_valid, parse_value, read_yaml
 
 PACKAGE = Path(str(resources.files("megabert")))
 
@@ -66,14 +67,13 @@ class RecipeParser(Parser):
         name = _value_of("--recipe", argv) or self.get_defaults()["recipe"]
         try:
             path = recipe_path(name)
-            settings = read_recipe_file(path, self.known_keys())
+            settings = read_recipe_file(path)
             # A flag for one length of the run replaces the recipe's, which may be in another unit.
             if any(_value_of(f"--run.{length}", argv) for length in LENGTHS):
                 for length in LENGTHS:
                     settings.pop(f"run.{length}", None)
-            # First as flags, so that the recipe's values are checked as the user's are; then as defaults, for --help.
-            self.parse_args(_as_flags(settings))
-            self.set_defaults(settings)
+            check_flags(argv)
+            self.set_defaults(settings)  # for --help too
             recipe = self.instantiate(self.parse_args(argv))
         except ValueError as error:
             self.error(str(error))
@@ -84,17 +84,48 @@ class RecipeParser(Parser):
             self.error(str(error))
 
 
-def read_recipe_file(path: Path, known: list[str]) -> dict[str, Any]:
-    """Read a recipe file into settings with dotted names. Raises ValueError for a name that is not `known`."""
+def read_recipe_file(path: Path) -> dict[str, Any]:
+    """Read a recipe file into settings with dotted names.
+
+    Raises ValueError for an unknown name or a value of another type. Nothing is imported because of the file.
+    """
     settings = read_yaml(path)
     for part in dataclasses.fields(Recipe):
         if part.name in settings and not isinstance(settings[part.name], dict):
-            raise ValueError(f"{path}: {part.name} is {settings[part.name]!r}, expected settings below it.")
+            raise ValueError(f"{path}: {part.name} is {shortened(settings[part.name])}, expected settings below it.")
     flat = flatten(settings)
-    for key in flat:
-        if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
+    types = setting_types()
+    for key, value in flat.items():
+        if key not in types:
+            raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, sorted(types))}")
+        if value == "":
+            raise ValueError(f"{path}: {key} is empty, expected a value.")
+        check_value(types[key], value, path, key)
     return flat
+
+
+def check_flags(argv: list[str]) -> None:
+    """Raise ValueError for a flag with a value of another type than its setting. argv: normalized flags."""
+    types = setting_types()
+    sections = [section.name for section in dataclasses.fields(Recipe)]
+    for flag, value in flags_with_values(argv):
+        name = flag.removeprefix("--")
+        if name in sections or name.endswith(".help"):
+            raise ValueError(f"{flag} is not a setting; give single ones, such as --model.hidden_size 768.")
+        # A flag of type str may hold what YAML reads as a number, as a path called 1.
+        parsed = parse_value(value)
+        if name in types and (isinstance(parsed, list) or not is_valid(types[name], value)):
+            check_value(types[name], parsed, "", flag)
+
+
+@functools.cache
+def setting_types() -> dict[str, Any]:
+    """The type of each setting of a recipe, by its dotted name."""
+    return {
+        f"{section}.{name}": kind
+        for section, config in get_type_hints(Recipe).items()
+        for name, kind in get_type_hints(config).items()
+    }
 
 
 def _ds_config_folder() -> Path:
@@ -127,9 +158,4 @@ def _as_flags(settings: dict[str, Any]) -> list[str]:
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
     """Read the value of one flag, given as --flag value or --flag=value, before all flags are parsed."""
-    for index, word in enumerate(argv):
-        if word == flag and index + 1 < len(argv):
-            return argv[index + 1]
-        if word.startswith(f"{flag}="):
-            return word.removeprefix(f"{flag}=")
-    return None
+    return dict(flags_with_values(argv)).get(flag)

@@ -1,29 +1,59 @@
-"""Helpers for dataclasses of settings: value checks, metadata, and conversion to plain containers."""
+"""Settings of dataclasses: their limits and metadata, and conversion to plain containers."""
 
-from collections.abc import Iterable
-from typing import Any
+import dataclasses
+import re
+from typing import Any, get_type_hints
 
-# Field metadata of the settings that may change when a run resumes: they say what is reported, kept and cached, and
-# where data is read from, or they guard a run against bad updates. Settings without it must stay the same.
-MAY_CHANGE = {"may_change_at_resume": True}
-
-
-def check_range(
-    name: str, value: float, low: float, high: float, *, closed_below: bool = False, closed_above: bool = False
-) -> None:
-    """Raise ValueError unless a value lies between two limits."""
-    above = value >= low if closed_below else value > low
-    below = value <= high if closed_above else value < high
-    if not (above and below):
-        interval = f"{'[' if closed_below else '('}{low}, {high}{']' if closed_above else ')'}"
-        raise ValueError(f"{name} is {value}, expected a number in {interval}.")
+LIMITS = re.compile(r"([\[(])(\S+), (\S+)([\])])")
 
 
-def check_at_least(section: str, settings: object, names: Iterable[str], low: float) -> None:
-    """Raise ValueError if one of these settings is set and smaller than low."""
-    for name in names:
-        if (value := getattr(settings, name)) is not None and value < low:
-            raise ValueError(f"{section}.{name} is {value}, expected at least {low}.")
+def setting(default: Any, limits: str | None = None, *, may_change: bool = False) -> Any:
+    """Declare a field of a dataclass of settings.
+
+    default: its default, or a type such as list that makes it. limits: the interval of a number, such as "[0, 1)",
+    which check_limits checks and --help prints. may_change: whether the setting may differ when a run resumes: it says
+    what is reported, kept or cached, or where data is read from, or it guards a run against bad updates.
+    """
+    metadata = {"limits": limits, "may_change_at_resume": may_change}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def required(limits: str) -> Any:
+    """Declare a field without a default, as setting does."""
+    return dataclasses.field(metadata={"limits": limits, "may_change_at_resume": False})
+
+
+def check_limits(section: str, settings: Any) -> None:
+    """Raise ValueError for a number outside the limits of its field. None, strings and lists have no limits.
+
+    section: the name before the dot in the message, or "" for the flags of a command.
+    """
+    for field in dataclasses.fields(settings):
+        value, limits = getattr(settings, field.name), field.metadata.get("limits")
+        if limits and isinstance(value, (int, float)) and not _contains(limits, value):
+            name = f"{section}.{field.name}" if section else f"--{field.name.replace('_', '-')}"
+            raise ValueError(f"{name} is {shortened(value)}, expected a number in {limits}.")
+
+
+def limits_of(settings: type, prefix: str = "") -> dict[str, str]:
+    """The limits of a dataclass's numbers, and of the dataclasses in its fields, by dotted name."""
+    found: dict[str, str] = {}
+    types = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        name = f"{prefix}{field.name}"
+        if limits := field.metadata.get("limits"):
+            found[name] = limits
+        if dataclasses.is_dataclass(types[field.name]):
+            found |= limits_of(types[field.name], f"{name}.")
+    return found
+
+
+def check_range(name: str, value: float, limits: str) -> None:
+    """Raise ValueError unless a value lies in an interval such as "[0, 1)"."""
+    if not _contains(limits, value):
+        raise ValueError(f"{name} is {shortened(value)}, expected a number in {limits}.")
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -41,3 +71,24 @@ def with_lists(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [with_lists(item) for item in value]
     return value
+
+
+def shortened(value: Any) -> str:
+    """Show a value in at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _contains(limits: str, value: float) -> bool:
+    match = LIMITS.fullmatch(limits)
+    assert match, limits
+    low, high = _number(match[2]), _number(match[3])
+    above = low <= value if match[1] == "[" else low < value
+    below = value <= high if match[4] == "]" else value < high
+    return above and below
+
+
+def _number(text: str) -> float:
+    """Read 12, 0.5, 1e6 or 2^63."""
+    base, power, exponent = text.partition("^")
+    return int(base) ** int(exponent) if power else float(text)

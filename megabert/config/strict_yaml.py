@@ -13,6 +13,7 @@ import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from megabert.config.cli import nearest
+from megabert.config.settings import shortened
 
 T = TypeVar("T")
 
@@ -28,6 +29,13 @@ FLOAT = re.compile(
     r"([-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
     r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$"
 )
+# pydantic's error type -> what was expected, in words and with the name of the limit.
+LIMIT_ERRORS = {
+    "greater_than": ("more than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
 # First word of pydantic's error type -> what was expected.
 EXPECTED = {
     "int": "an integer",
@@ -58,8 +66,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: is {_shortened(data)}, expected keys and values.")
+        raise ValueError(f"{path}: is {shortened(data)}, expected keys and values.")
     return data
+
+
+def parse_value(text: str) -> Any:
+    """Read the value of a flag as read_yaml reads values; a text that is not valid YAML is a string."""
+    try:
+        return yaml.load(text, _StrictLoader)  # a SafeLoader
+    except (_RefusedError, yaml.YAMLError, RecursionError):
+        return text
 
 
 def read_dataclass(kind: type[T], path: Path) -> T:
@@ -67,7 +83,7 @@ def read_dataclass(kind: type[T], path: Path) -> T:
     return build(kind, read_yaml(path), path)
 
 
-def build(kind: type[T], data: dict[str, Any], path: Path, key: str = "") -> T:
+def build(kind: type[T], data: dict[str, Any], path: str | Path, key: str = "") -> T:
     """Build a dataclass, and the dataclasses nested in it, from data that read_yaml returned, without converting types.
 
     key: dotted key of `data` in the file, for error messages. A ValueError that a __post_init__ raises must begin with
@@ -79,31 +95,88 @@ def build(kind: type[T], data: dict[str, Any], path: Path, key: str = "") -> T:
         return _adapter(kind).validate_json(json.dumps(data), strict=True, extra="forbid")
     except ValidationError as error:
         errors = error.errors()
-    # Unknown keys first: a misspelt key is also missing.
+    _refuse_first(errors, kind, path, key)
+
+
+def check_value(kind: Any, value: Any, path: str | Path, key: str) -> None:
+    """Raise ValueError, in one line that names file and key, unless a value has a type such as list[Part] | int.
+
+    value: as read_yaml returns it. path: "" if it comes from a flag, which is then the key. Dataclasses inside are
+    checked as build does; nothing is imported by name.
+    """
+    parts = [part for part in _alternatives(kind) if part is not type(None)]
+    if len(parts) > 1 and isinstance(value, list):
+        kind = next((part for part in parts if get_origin(part) is list), kind)
+    try:
+        _adapter(kind).validate_json(json.dumps(value), strict=True, extra="forbid")
+    except ValidationError as error:
+        errors = error.errors()
+    else:
+        return
+    if len(_alternatives(kind)) > 1:
+        # One error for each alternative.
+        expected = " or ".join(
+            dict.fromkeys(_expected(one) for one in errors if not one["type"].startswith("dataclass"))
+        )
+        raise ValueError(f"{_where(path)}{key} is {shortened(value)}, expected {expected}.{_remedy(value, expected)}")
+    _refuse_first(errors, kind, path, key)
+
+
+def is_valid(kind: Any, value: Any) -> bool:
+    """Whether a value has a type, as check_value checks it."""
+    try:
+        check_value(kind, value, "", "")
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse_first(errors: list[Any], kind: Any, path: str | Path, key: str) -> NoReturn:
+    """Raise ValueError for the first of pydantic's errors, or for an unknown key: a misspelt key is also missing."""
     first = min(errors, key=lambda found: found["type"] != "unexpected_keyword_argument")
     place = ".".join([*([key] if key else []), *map(str, first["loc"])])
     if first["type"] == "unexpected_keyword_argument":
         *above, name = first["loc"]
         check_keys(path, [str(name)], _known_keys(kind, above), place.rpartition(".")[0])
     if first["type"] == "missing":
-        raise ValueError(f"{path}: lacks {place}.")
+        raise ValueError(f"{_where(path)}lacks {place}.")
     if first["type"] == "value_error":
-        raise ValueError(f"{path}: {place}{'.' if place else ''}{first['ctx']['error']}")
-    if first["type"] == "literal_error":
-        expected = first["ctx"]["expected"].replace("'", "")
-    else:
-        expected = EXPECTED[first["type"].partition("_")[0]]
-    value = first["input"]
-    raise ValueError(f"{path}: {place} is {_shortened(value)}, expected {expected}.{_remedy(value, expected)}")
+        raise ValueError(f"{_where(path)}{place}{'.' if place else ''}{first['ctx']['error']}")
+    expected, value = _expected(first), first["input"]
+    raise ValueError(f"{_where(path)}{place} is {shortened(value)}, expected {expected}.{_remedy(value, expected)}")
 
 
-def check_keys(path: Path, keys: Iterable[str], known: Iterable[str], key: str = "") -> None:
+def _where(path: str | Path) -> str:
+    return f"{path}: " if path else ""
+
+
+def _expected(error: Any) -> str:
+    """Say in words what one of pydantic's errors expected."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "literal_error":
+        return context["expected"].replace("'", "")
+    if kind in LIMIT_ERRORS:
+        words, name = LIMIT_ERRORS[kind]
+        return f"{words} {context[name]}"
+    if kind == "string_pattern_mismatch":
+        return f"a name such as {context['pattern']}"
+    return EXPECTED[kind.partition("_")[0]]
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """Return the types that a union allows, or the type itself."""
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def check_keys(path: str | Path, keys: Iterable[str], known: Iterable[str], key: str = "") -> None:
     """Raise ValueError for a key that is not among the known ones, naming the nearest. key: the dotted key above."""
     known, above = sorted(known), f"{key}." if key else ""
     for name in keys:
         if name not in known:
             expected = f" Expected some of {', '.join(known)}."
-            raise ValueError(f"{path}: unknown key {above}{name}.{nearest(name, known, above, expected)}")
+            raise ValueError(f"{_where(path)}unknown key {above}{name}.{nearest(name, known, above, expected)}")
 
 
 def one_line(error: Exception) -> str:
@@ -126,11 +199,6 @@ def _known_keys(kind: Any, place: list[Any]) -> list[str]:
         return _known_keys(get_type_hints(kind)[place[0]], place[1:])
     element = [part for part in get_args(kind) if part is not Ellipsis][-1]
     return _known_keys(element, place[1:])
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _remedy(value: Any, expected: str) -> str:

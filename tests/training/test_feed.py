@@ -116,7 +116,7 @@ def recipe_of(*argv: str):
         ('--data.train=[{"shards": "a", "weight": 0}]', "weight of a data.train is 0.0"),
         ('--data.train=[{"shard": "a"}]', "expected a path, or a list of {shards: PATH, weight: NUMBER}"),
         ("--data.train=[]", "data.train is an empty list"),
-        ("--data.cache_gb=0", "data.cache_gb is 0, expected at least 1"),
+        ("--data.cache_gb=0", "data.cache_gb is 0, expected a number in [1, 1048576]"),
         ("--data.on_bad_shard=ignore", "ignore"),
     ],
 )

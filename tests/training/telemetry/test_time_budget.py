@@ -42,7 +42,7 @@ PHASES = '[{"max_seq_len": 16, "until": 1}, {"max_seq_len": 32, "until": 1}]'
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["--run.max_hours=0"], "run.max_hours is 0.0, expected more than 0"),
+        (["--run.max_hours=0"], "run.max_hours is 0.0, expected a number in (0, 1e5]"),
         (["--run.max_hours=1", "--run.max_steps=5"], "max_steps 5 and max_hours 1.0, expected only one of them"),
         (["--max-hours=1", "--masking.schedule=linear"], "cannot change over the run"),
         (["--max_hours", "1", f"--data.max_seq_len={PHASES}"], "until"),
