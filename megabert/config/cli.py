@@ -140,7 +140,7 @@ def read_flags(options: type[T], prog: str, description: str, argv: Sequence[str
     namespace = parser.parse_args(argv)
     try:
         settings = options(**vars(parser.instantiate(namespace)))
-        check_limits("", settings)
+        check_limits(settings, "--")
         return settings
     except ValueError as error:
         parser.error(str(error))

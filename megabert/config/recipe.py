@@ -56,7 +56,7 @@ class ModelConfig:
     """recompute activations in the backward pass: none, every_layer or every_K (every K-th layer)"""
 
     def __post_init__(self):
-        check_limits("model", self)
+        check_limits(self, "model.")
         if not CHECKPOINTING.fullmatch(self.gradient_checkpointing) or self.checkpoint_every < 0:
             raise ValueError(
                 f"model.gradient_checkpointing is {self.gradient_checkpointing!r}, "
@@ -87,9 +87,9 @@ class CorpusPart:
     """share of the tokens, relative to the other weights"""
 
     def __post_init__(self):
-        check_limits("data.train[]", self)
+        check_limits(self)
         if not self.shards:
-            raise ValueError("data.train[].shards is empty, expected a value.")
+            raise ValueError("shards is empty, expected a value.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class LengthPhase:
     """share of the run's steps at which this phase ends"""
 
     def __post_init__(self):
-        check_limits("data.max_seq_len[]", self)
+        check_limits(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class DataConfig:
     """size limit of cache_dir, GiB; should hold one shard per stream of this machine's ranks"""
 
     def __post_init__(self):
-        check_limits("data", self)
+        check_limits(self, "data.")
         untils = [until for _, until in self.lengths]
         if not self.lengths or untils != sorted({*untils}) or untils[-1] != 1:
             raise ValueError(f"data.max_seq_len has phases until {untils}, expected rising shares, the last of them 1.")
@@ -211,7 +211,7 @@ class MaskingConfig:
     """share in evaluation"""
 
     def __post_init__(self):
-        check_limits("masking", self)
+        check_limits(self, "masking.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ class OptimizerConfig:
     """learning rate at the end of the decay, as a share of the peak"""
 
     def __post_init__(self):
-        check_limits("optimizer", self)
+        check_limits(self, "optimizer.")
         for beta in self.betas:
             check_range("optimizer.betas", beta, "[0, 1)")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
@@ -313,7 +313,7 @@ class RunConfig:
             raise ValueError(
                 f"run has {' and '.join(f'{n} {v}' for n, v in given.items())}, expected only one of them."
             )
-        check_limits("run", self)
+        check_limits(self, "run.")
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"run.trackers is {self.trackers}, expected each tracker once.")
         if self.keep_every_steps % self.save_every_steps:
@@ -339,7 +339,7 @@ class ProbeConfig:
     """most examples to train on, and most examples to score"""
 
     def __post_init__(self):
-        check_limits("probe", self)
+        check_limits(self, "probe.")
 
 
 @dataclass(frozen=True, kw_only=True)

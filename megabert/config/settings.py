@@ -25,16 +25,15 @@ def required(limits: str) -> Any:
     return dataclasses.field(metadata={"limits": limits, "may_change_at_resume": False})
 
 
-def check_limits(section: str, settings: Any) -> None:
+def check_limits(settings: Any, prefix: str = "") -> None:
     """Raise ValueError for a number outside the limits of its field. None, strings and lists have no limits.
 
-    section: the name before the dot in the message, or "" for the flags of a command.
+    prefix: what the message puts before the field's name, such as "model." or "--".
     """
     for field in dataclasses.fields(settings):
         value, limits = getattr(settings, field.name), field.metadata.get("limits")
         if limits and isinstance(value, (int, float)) and not _contains(limits, value):
-            name = f"{section}.{field.name}" if section else f"--{field.name.replace('_', '-')}"
-            raise ValueError(f"{name} is {shortened(value)}, expected a number in {limits}.")
+            raise ValueError(f"{prefix}{field.name} is {shortened(value)}, expected a number in {limits}.")
 
 
 def limits_of(settings: type, prefix: str = "") -> dict[str, str]:

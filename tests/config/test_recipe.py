@@ -72,7 +72,7 @@ def test_the_saved_recipe_reads_back(tmp_path):
         (["--model.num_attention_heads=0"], "model.num_attention_heads is 0, expected a number in [1, 1024]"),
         (
             ["--model.pad_vocab_to_multiple_of=0"],
-            "model.pad_vocab_to_multiple_of is 0, expected a number in [1, 65536]",
+            "model.pad_vocab_to_multiple_of is 0, expected a number in [1,",
         ),
         (["--run.seed=-1"], "run.seed is -1"),
         (["--run.keep_checkpoints=0"], "run.keep_checkpoints is 0, expected a number in [1, 1e6]"),

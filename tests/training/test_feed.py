@@ -113,8 +113,8 @@ def recipe_of(*argv: str):
     [
         ('--data.max_seq_len=[{"max_seq_len": 32, "until": 0.9}]', "expected rising shares, the last of them 1"),
         ("--data.max_seq_len=[]", "expected rising shares"),
-        ('--data.train=[{"shards": "a", "weight": 0}]', "weight of a data.train is 0.0"),
-        ('--data.train=[{"shard": "a"}]', "expected a path, or a list of {shards: PATH, weight: NUMBER}"),
+        ('--data.train=[{"shards": "a", "weight": 0}]', "--data.train.0.weight is 0"),
+        ('--data.train=[{"shard": "a"}]', "Did you mean --data.train.0.shards?"),
         ("--data.train=[]", "data.train is an empty list"),
         ("--data.cache_gb=0", "data.cache_gb is 0, expected a number in [1, 1048576]"),
         ("--data.on_bad_shard=ignore", "ignore"),
