@@ -9,22 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megabert.config.cli import nearest
-
-# Every top-level key that DeepSpeed 0.19.8 reads (its runtime/config.py). It ignores all other keys silently:
-# "zero_optimisation" trains at stage 0.
-KNOWN_KEYS = frozenset(
-    """
-    activation_checkpointing aio bf16 checkpoint comms_logger communication_data_type compile csv_monitor
-    data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state
-    expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
-    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
-    prescale_gradients scheduler seq_parallel_communication_data_type steps_per_print tensor_parallel tensorboard timers
-    torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
-    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    zero_optimization
-    """.split()
-)
+from megabert.config.ds_schema import DsSettings
+from megabert.config.settings import shortened
+from megabert.config.strict_yaml import build
 
 # Keys whose values follow from the recipe, and the recipe settings that determine them.
 OWNED_BY_RECIPE = {
@@ -38,34 +25,69 @@ REFUSED = {
     "scheduler": "the recipe's optimizer.warmup and optimizer.final_lr",
 }
 
-# Keys whose value must be an object. DeepSpeed fails with a traceback on other types, or uses its defaults.
-SECTIONS = frozenset(
-    """
-    activation_checkpointing aio bf16 checkpoint comms_logger compile csv_monitor data_efficiency data_types
-    datastates_ckpt flops_profiler fp16 hybrid_engine pipeline tensor_parallel tensorboard torch_autocast wandb
-    weight_quantization zero_optimization
-    """.split()
-)
-
-# Sections without effect here, or with an untested one, and why. They are refused unless they are switched off.
+NVME = "it is for NVMe, and only offloading to the CPU is supported"
+DATA_PARALLEL = "MegaBERT trains data-parallel. Use ZeRO 3 for a model that does not fit"
+PLAIN_SHARDS = "checkpoints and the guard handle only plain ZeRO shards"
+DEPRECATED = "set zero_optimization.offload_optimizer or zero_optimization.offload_param instead"
+# Keys that DeepSpeed reads without an effect here, or with an untested one, and why. They are refused unless they are
+# off, or have the value in ON_BY_DEFAULT.
 NOT_SUPPORTED = {
     "activation_checkpointing": "nothing here reads it. Set model.gradient_checkpointing in the recipe",
+    "aio": NVME,
+    "checkpoint": "MegaBERT writes its own checkpoints, and converts them itself where that is needed",
+    "compile": "it has no effect here. Set run.compile in the recipe",
     "data_efficiency": "the recipe's data section determines batches, lengths and their schedules",
+    "dataloader_drop_last": "MegaBERT has its own loader",
     "datastates_ckpt": "MegaBERT writes its own checkpoints. Set run.async_save in the recipe",
+    "disable_allgather": "DeepSpeed does not use it",
     "expert_parallel": "MegaBERT has no experts",
+    "gradient_allreduce_op": "MegaBERT's loss needs the mean over ranks",
     "hybrid_engine": "it is for generation",
-    "pipeline": "MegaBERT trains data-parallel. Use ZeRO 3 for a model that does not fit",
-    "tensor_parallel": "MegaBERT trains data-parallel. Use ZeRO 3 for a model that does not fit",
+    "managed_gradient_accumulation": "the training loop needs it",
+    "pipeline": DATA_PARALLEL,
+    "seq_parallel_communication_data_type": DATA_PARALLEL,
+    "tensor_parallel": DATA_PARALLEL,
+    "use_data_before_expert_parallelism": "MegaBERT has no experts",
     "weight_quantization": "weights are trained in full precision",
+    "zero_optimization.cpu_offload": DEPRECATED,
+    "zero_optimization.cpu_offload_param": DEPRECATED,
+    "zero_optimization.cpu_offload_use_pin_memory": DEPRECATED,
+    "zero_optimization.elastic_checkpoint": PLAIN_SHARDS,
+    "zero_optimization.leaf_module": "MegaBERT's layers are partitioned parameter by parameter",
+    "zero_optimization.legacy_stage1": PLAIN_SHARDS,
+    "zero_optimization.load_from_fp32_weights": "checkpoints hold fp32 weights",
+    "zero_optimization.mics_hierarchical_params_gather": PLAIN_SHARDS,
+    "zero_optimization.mics_shard_size": PLAIN_SHARDS,
+    "zero_optimization.pipeline_loading_checkpoint": DATA_PARALLEL,
+    "zero_optimization.save_muon_momentum_buffer_in_memory": NVME,
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "launch/convert_to_hf.py gathers the weights",
+    "zero_optimization.zenflow": PLAIN_SHARDS,
+    "zero_optimization.zero_hpz_partition_size": PLAIN_SHARDS,
+    "zero_optimization.zero_quantized_gradients": PLAIN_SHARDS,
+    "zero_optimization.zero_quantized_nontrainable_weights": PLAIN_SHARDS,
+    "zero_optimization.zero_quantized_weights": PLAIN_SHARDS,
+} | {
+    f"zero_optimization.{part}.{key}": NVME
+    for part in ("offload_optimizer", "offload_param")
+    for key in (
+        "buffer_count",
+        "buffer_size",
+        "fast_init",
+        "max_in_cpu",
+        "nvme_path",
+        "pipeline_read",
+        "pipeline_write",
+        "super_offload",
+        "cpuadam_cores_perc",
+    )
 }
-# The same for keys of zero_optimization, with the values that switch them off.
-ZERO_NOT_SUPPORTED = {
-    "mics_shard_size": (-1,),
-    "mics_hierarchical_params_gather": (False,),
-    "zero_hpz_partition_size": (1,),
-    "zero_quantized_weights": (False,),
-    "zero_quantized_gradients": (False,),
-    "zero_quantized_nontrainable_weights": (False,),
+
+ON_BY_DEFAULT = {
+    "gradient_allreduce_op": "mean",
+    "managed_gradient_accumulation": True,
+    "zero_optimization.load_from_fp32_weights": True,
+    "zero_optimization.mics_shard_size": -1,
+    "zero_optimization.zero_hpz_partition_size": 1,
 }
 
 # Keys that affect the arithmetic, with the values that have no effect.
@@ -129,11 +151,6 @@ class DsConfig:
         accumulation: micro-batches per rank and step. fast_bf16: whether the device multiplies bf16 natively, which
         decides torch_autocast.enabled "auto". Raises ValueError for a value that contradicts the recipe or is unsafe.
         """
-        for key, owner in REFUSED.items():
-            if self.settings.get(key, "auto") != "auto":
-                raise ValueError(
-                    f"{self.path}: sets {key!r}, which MegaBERT takes from {owner}. Remove it from the ds_config."
-                )
         from_recipe = {
             "train_batch_size": accumulation * world_size,
             "train_micro_batch_size_per_gpu": 1,
@@ -160,66 +177,40 @@ class DsConfig:
 
 
 def read_ds_config(path: str | Path) -> DsConfig:
-    """Read a ds_config. Raises ValueError if the file is missing, is not JSON, or has a key without effect."""
+    """Read a ds_config.
+
+    Raises ValueError, in one line that names file and key, if the file is missing or is not JSON, and for a key that
+    DeepSpeed does not know or that has no effect, and for a value of another type.
+    """
     try:
-        raw = json.loads(Path(path).read_text(), object_pairs_hook=_without_duplicates)
+        raw = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such ds_config; pass a file such as ds_configs/zero2.json.") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: holds {json.dumps(raw)[:40]}, expected an object.")
-    _check_keys(raw, path)
-    _check_zero(raw.get("zero_optimization", {}), path)
-    autocast = raw.get("torch_autocast", {}).get("enabled", False)
-    if not isinstance(autocast, bool) and autocast != "auto":
-        raise ValueError(f'{path}: torch_autocast.enabled is {autocast!r}, expected true, false or "auto".')
-    modules = raw.get("torch_autocast", {}).get("lower_precision_safe_modules", [])
-    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
-        raise ValueError(
-            f"{path}: torch_autocast.lower_precision_safe_modules is {modules!r}, expected a list of names."
-        )
-    every = raw.get("steps_per_print")
-    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-        raise ValueError(f"{path}: steps_per_print is {every!r}, expected a number of steps, or null.")
-    if raw.get("checkpoint", {}).get("load_universal"):
-        raise ValueError(f"{path}: MegaBERT sets checkpoint.load_universal itself when it is needed. Remove it.")
+        raise ValueError(f"{path}: holds {shortened(raw)}, expected an object.")
+    build(DsSettings, _supported(raw, path), path)
+    zero = raw.get("zero_optimization", {})
+    if zero.get("stage", 0) < 3 and (zero.get("offload_param") or {}).get("device", "none") != "none":
+        raise ValueError(f"{path}: zero_optimization.offload_param does nothing below stage 3. Remove it.")
     return DsConfig(str(path), raw)
 
 
-def _check_keys(raw: dict[str, Any], path: str | Path) -> None:
+def _supported(raw: dict[str, Any], path: str | Path, above: str = "") -> dict[str, Any]:
+    """Return the settings without those that are not supported but off; raise ValueError for one that is on."""
+    kept: dict[str, Any] = {}
     for key, value in raw.items():
-        if key not in KNOWN_KEYS:
-            raise ValueError(f"{path}: DeepSpeed knows no top-level key {key!r}.{nearest(key, sorted(KNOWN_KEYS))}")
-        if key in SECTIONS and not isinstance(value, dict):
-            raise ValueError(
-                f'{path}: {key} is {json.dumps(value)[:40]}, expected an object such as {{"enabled": true}}.'
-            )
-        if key in NOT_SUPPORTED and _is_on(value):
-            raise ValueError(f"{path}: {key} is not supported: {NOT_SUPPORTED[key]}.")
-
-
-def _check_zero(zero: dict[str, Any], path: str | Path) -> None:
-    stage = zero.get("stage", 0)
-    if not isinstance(stage, int) or isinstance(stage, bool) or stage not in range(4):
-        raise ValueError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3.")
-    for key in ("offload_optimizer", "offload_param"):
-        part = zero.get(key) or {}
-        if not isinstance(part, dict):
-            raise ValueError(f"{path}: zero_optimization.{key} is {part!r}, expected an object.")
-        if (device := part.get("device", "cpu")) not in ("cpu", "none"):
-            raise ValueError(
-                f'{path}: zero_optimization.{key}.device is {device!r}, expected "cpu" or "none": '
-                "no other offloading is supported."
-            )
-        if key == "offload_param" and stage < 3 and part.get("device", "none") != "none":
-            raise ValueError(f"{path}: zero_optimization.offload_param does nothing below stage 3. Remove it.")
-    for key, off in ZERO_NOT_SUPPORTED.items():
-        if zero.get(key, off[0]) not in off:
-            raise ValueError(
-                f"{path}: zero_optimization.{key} is not supported: checkpoints and the guard handle only plain ZeRO "
-                "shards. Remove it."
-            )
+        name = f"{above}{key}"
+        if name in REFUSED:
+            if value != "auto":
+                raise ValueError(f"{path}: sets {name!r}, which MegaBERT takes from {REFUSED[name]}. Remove it.")
+        elif name in NOT_SUPPORTED:
+            if _is_on(value) and value != ON_BY_DEFAULT.get(name):
+                raise ValueError(f"{path}: {name} is not supported: {NOT_SUPPORTED[name]}. Remove it.")
+        else:
+            kept[key] = _supported(value, path, f"{name}.") if isinstance(value, dict) else value
+    return kept
 
 
 def _check_safe(resolved: ResolvedDsConfig, path: str) -> None:
@@ -246,6 +237,8 @@ def _check_safe(resolved: ResolvedDsConfig, path: str) -> None:
 
 def _is_on(section: Any) -> bool:
     """Whether a section requests anything."""
+    if isinstance(section, str):
+        return section not in ("", "none")
     if isinstance(section, dict):
         return section.get("enabled", True) is not False and any(_is_on(value) for value in section.values())
     return bool(section)
@@ -255,6 +248,10 @@ def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"ds_config: the key {key!r} appears twice.")
+            raise ValueError(f"the key {key!r} appears twice.")
         found[key] = value
     return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON.")

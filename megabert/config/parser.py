@@ -73,7 +73,7 @@ class RecipeParser(Parser):
                 for length in LENGTHS:
                     settings.pop(f"run.{length}", None)
             check_flags(argv)
-            self.set_defaults(settings)  # for --help too
+            self.set_defaults({f"run.{length}": None for length in LENGTHS} | settings)  # for --help too
             recipe = self.instantiate(self.parse_args(argv))
         except ValueError as error:
             self.error(str(error))

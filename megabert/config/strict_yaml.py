@@ -5,9 +5,9 @@ import functools
 import json
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
@@ -104,21 +104,14 @@ def check_value(kind: Any, value: Any, path: str | Path, key: str) -> None:
     value: as read_yaml returns it. path: "" if it comes from a flag, which is then the key. Dataclasses inside are
     checked as build does; nothing is imported by name.
     """
-    parts = [part for part in _alternatives(kind) if part is not type(None)]
-    if len(parts) > 1 and isinstance(value, list):
-        kind = next((part for part in parts if get_origin(part) is list), kind)
+    if isinstance(value, list):
+        kind = next((part for part in _alternatives(kind) if get_origin(part) is list), kind)
     try:
         _adapter(kind).validate_json(json.dumps(value), strict=True, extra="forbid")
     except ValidationError as error:
         errors = error.errors()
     else:
         return
-    if len(_alternatives(kind)) > 1:
-        # One error for each alternative.
-        expected = " or ".join(
-            dict.fromkeys(_expected(one) for one in errors if not one["type"].startswith("dataclass"))
-        )
-        raise ValueError(f"{_where(path)}{key} is {shortened(value)}, expected {expected}.{_remedy(value, expected)}")
     _refuse_first(errors, kind, path, key)
 
 
@@ -134,15 +127,18 @@ def is_valid(kind: Any, value: Any) -> bool:
 def _refuse_first(errors: list[Any], kind: Any, path: str | Path, key: str) -> NoReturn:
     """Raise ValueError for the first of pydantic's errors, or for an unknown key: a misspelt key is also missing."""
     first = min(errors, key=lambda found: found["type"] != "unexpected_keyword_argument")
-    place = ".".join([*([key] if key else []), *map(str, first["loc"])])
+    loc = _without_tags(kind, first["loc"])
+    place = ".".join([*([key] if key else []), *map(str, loc)])
     if first["type"] == "unexpected_keyword_argument":
-        *above, name = first["loc"]
+        *above, name = loc
         check_keys(path, [str(name)], _known_keys(kind, above), place.rpartition(".")[0])
     if first["type"] == "missing":
         raise ValueError(f"{_where(path)}lacks {place}.")
     if first["type"] == "value_error":
         raise ValueError(f"{_where(path)}{place}{'.' if place else ''}{first['ctx']['error']}")
-    expected, value = _expected(first), first["input"]
+    # A union has one error for each of its types.
+    at_place = [error for error in errors if _without_tags(kind, error["loc"]) == loc]
+    expected, value = " or ".join(dict.fromkeys(map(_expected, at_place))), first["input"]
     raise ValueError(f"{_where(path)}{place} is {shortened(value)}, expected {expected}.{_remedy(value, expected)}")
 
 
@@ -163,11 +159,27 @@ def _expected(error: Any) -> str:
     return EXPECTED[kind.partition("_")[0]]
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """Return the types that a union allows, or the type itself."""
+def _alternatives(kind: Any) -> list[Any]:
+    """Return the types that a union allows besides None, or the type itself."""
     while get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return [part for part in parts if part is not type(None)]
+
+
+def _without_tags(kind: Any, loc: Sequence[Any]) -> list[Any]:
+    """Remove from pydantic's location the items that name a type of a union."""
+    if not loc:
+        return []
+    parts = _alternatives(kind)
+    if len(parts) > 1:
+        containers = [part for part in parts if get_args(part) and get_origin(part) is not Literal]
+        return _without_tags(containers[0], loc[1:]) if containers else []
+    if dataclasses.is_dataclass(parts[0]):
+        hints = get_type_hints(parts[0], include_extras=True)
+        return [loc[0], *(_without_tags(hints[loc[0]], loc[1:]) if loc[0] in hints else loc[1:])]
+    elements = [part for part in get_args(parts[0]) if part is not Ellipsis]
+    return [loc[0], *_without_tags(elements[-1], loc[1:])] if elements else list(loc)
 
 
 def check_keys(path: str | Path, keys: Iterable[str], known: Iterable[str], key: str = "") -> None:

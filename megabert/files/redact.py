@@ -9,7 +9,7 @@ SECRET = r"[\w-]*(?:token|key|secret|passw(?:or)?d|signature|credential|cookie|a
 # What commands such as curl take as secrets: headers, options, variables, logins.
 HEADER = re.compile(rf"(?i)(['\"\s]{SECRET}\s*:\s*)[^'\"\n]+")
 OPTION = re.compile(rf"(?i)(--{SECRET}[ =]|\b{SECRET}=)['\"]?[^\s'\"&]+")
-LOGIN = re.compile(r"(\s(?:-u|--user|--proxy-user)[ =]?)['\"]?[^\s'\"]+")
+LOGIN = re.compile(r"(\s-(?:u|-user|-proxy-user)[ =]?)['\"]?[^\s'\"]+")
 HIDDEN = "..."
 
 
