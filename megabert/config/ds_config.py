@@ -11,7 +11,7 @@ from typing import Any
 
 from megabert.config.ds_schema import DsSettings
 from megabert.config.settings import shortened
-from megabert.config.strict_yaml import build
+from megabert.config.strict_yaml import build, read_small_file
 
 # Keys whose values follow from the recipe, and the recipe settings that determine them.
 OWNED_BY_RECIPE = {
@@ -183,9 +183,11 @@ def read_ds_config(path: str | Path) -> DsConfig:
     DeepSpeed does not know or that has no effect, and for a value of another type.
     """
     try:
-        raw = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        data = read_small_file(Path(path))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such ds_config; pass a file such as ds_configs/zero2.json.") from error
+    try:
+        raw = json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(raw, dict):

@@ -20,6 +20,10 @@ T = TypeVar("T")
 # A string that a file may also give as an integer: labels: [0, 1] are the names "0" and "1".
 Name = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
+# Bounds for files of settings, far above any real one.
+MAX_FILE_BYTES = 10_000_000
+MAX_VALUES = 100_000
+
 TAG = "tag:yaml.org,2002:"
 PLAIN = {TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 # PyYAML follows YAML 1.1, where 5e-5 is a string, 010 is eight and 1:30 is ninety. Here 5e-5 is a number, and the other
@@ -55,10 +59,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     An empty file gives {}. Raises ValueError, in one line with the file's name, for invalid YAML and for valid YAML
     that is mostly a slip: duplicate keys, keys that are not strings, aliases inside their own anchor, dates, explicit
-    tags, a file without keys.
+    tags, a file without keys, and a file of more than MAX_FILE_BYTES or, with its aliases replaced, MAX_VALUES.
     """
     try:
-        data = yaml.load(path.read_bytes(), _StrictLoader)  # a SafeLoader
+        data = _load(read_small_file(path))
     except _RefusedError as error:
         raise ValueError(f"{path}, line {error.line}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
@@ -70,10 +74,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_small_file(path: Path) -> bytes:
+    """Read a file of settings. Raises ValueError if it has more than MAX_FILE_BYTES."""
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: has more than {MAX_FILE_BYTES:,} bytes, expected a file of settings.")
+    return data
+
+
 def parse_value(text: str) -> Any:
     """Read the value of a flag as read_yaml reads values; a text that is not valid YAML is a string."""
     try:
-        return yaml.load(text, _StrictLoader)  # a SafeLoader
+        return _load(text.encode())
     except (_RefusedError, yaml.YAMLError, RecursionError):
         return text
 
@@ -256,6 +269,31 @@ class _StrictLoader(yaml.SafeLoader):
         if isinstance(node, yaml.MappingNode):
             _check_mapping(node)
         return node
+
+
+def _load(data: bytes) -> Any:
+    """Load YAML with the strict loader. Raises yaml.YAMLError, RecursionError and _RefusedError."""
+    loader = _StrictLoader(data)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_values(node, {}) > MAX_VALUES:
+            _refuse(node, f"aliases make more than {MAX_VALUES:,} values.")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values below a node, those of an alias each time that it is used. known: counts by node."""
+    if id(node) not in known:
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        else:
+            parts = node.value if isinstance(node, yaml.SequenceNode) else []
+        known[id(node)] = 1 + sum(_count_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _check_mapping(node: yaml.MappingNode) -> None:

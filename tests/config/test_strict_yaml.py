@@ -165,3 +165,16 @@ def test_a_part_of_a_file_is_built_with_its_key_in_messages(file, width, message
     with pytest.raises(ValueError, match="network.yaml") as error:
         build(Layer, {width: -1}, path, "tasks.a")
     assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_aliases_that_multiply_and_huge_files_are_refused_at_once(tmp_path):
+    path = tmp_path / "bomb.yaml"
+    levels = [f"  - &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 12)]
+    path.write_text("\n".join(["data:", "  - &a0 [x, x, x, x, x, x, x, x, x, x]", *levels]))
+    with pytest.raises(ValueError, match=r"bomb.yaml, line 1: aliases make more than 100,000 values"):
+        read_yaml(path)
+    path.write_bytes(b"a: '" + b"x" * 10_000_000 + b"'")
+    with pytest.raises(ValueError, match=r"bomb.yaml: has more than 10,000,000 bytes"):
+        read_yaml(path)
+    path.write_text("base: &base {width: 3}\nfirst: {<<: *base, depth: 2}\n")
+    assert read_yaml(path) == {"base": {"width": 3}, "first": {"width": 3, "depth": 2}}
