@@ -7,6 +7,7 @@ stderr. The answers are messages on the same connection: the process id, and lat
 """
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -14,6 +15,7 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,16 @@ MAX_REQUEST = 1 << 20  # bytes
 
 def preload() -> None:
     """Import what a training run imports. None of it starts threads or sets a device up, so that a fork is safe."""
+    # DeepSpeed imports it when it makes a ZeRO optimizer, and with it torch's compiler, which takes over a second.
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
     import megabert.convert.deepspeed_checkpoint
     import megabert.training.loop  # noqa: F401
+
+    # The garbage collector of a forked process need not visit, and copy, all these objects.
+    gc.collect()
+    gc.freeze()
+    assert threading.active_count() == 1, "a fork would lose the other threads"
 
 
 def serve(path: str) -> None:
