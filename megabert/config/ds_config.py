@@ -163,8 +163,7 @@ class DsConfig:
                     f"{self.path}: sets {key} to {self.settings[key]}, but the recipe makes it {value} "
                     f"({OWNED_BY_RECIPE[key]}). Remove it from the ds_config, or change the recipe."
                 )
-        settings: dict[str, Any] = {key: value for key, value in self.settings.items() if key not in REFUSED}
-        settings |= from_recipe
+        settings = _supported(self.settings, self.path) | from_recipe
         settings["torch_autocast"] = {"enabled": False} | settings.get("torch_autocast", {})
         if settings["torch_autocast"]["enabled"] == "auto":
             settings["torch_autocast"]["enabled"] = fast_bf16

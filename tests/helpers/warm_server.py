@@ -25,7 +25,6 @@ MAX_REQUEST = 1 << 20  # bytes
 def preload() -> None:
     """Import what a training run imports. None of it starts threads or sets a device up, so that a fork is safe."""
     # DeepSpeed imports it when it makes a ZeRO optimizer, and with it torch's compiler, which takes over a second.
-    import deepspeed.runtime.zero.muon.muon_optimizer
 
     import megabert.convert.deepspeed_checkpoint
     import megabert.training.loop  # noqa: F401
