@@ -163,7 +163,7 @@ class DsConfig:
                     f"{self.path}: sets {key} to {self.settings[key]}, but the recipe makes it {value} "
                     f"({OWNED_BY_RECIPE[key]}). Remove it from the ds_config, or change the recipe."
                 )
-        settings = _supported(self.settings, self.path) | from_recipe
+        settings: dict[str, Any] = _supported(self.settings, self.path) | from_recipe
         settings["torch_autocast"] = {"enabled": False} | settings.get("torch_autocast", {})
         if settings["torch_autocast"]["enabled"] == "auto":
             settings["torch_autocast"]["enabled"] = fast_bf16

@@ -1,6 +1,7 @@
 """Check that a pretraining run survives kills, full disks and damaged checkpoints when it is started again.
 
     python tests/benchmarks/fault_injection.py --rounds 100 --seed 1 [--quick] [--json FILE]
+    python tests/benchmarks/fault_injection.py --commands --rounds 60    # kills the commands around pretraining
 
 Every round is a small real run on 1 rank, or on 2 through the deepspeed launcher, with one fault at a random moment,
 often while a checkpoint is written. It is started again with the same command until it ends, and must then have the
@@ -9,6 +10,13 @@ identical       rounds with the same weights
 lost_samples    bins that were missed or trained on twice, not counting steps that a resume did again
 A full disk and a read-only folder are made with a tmpfs if one can be mounted (as root), otherwise with a limit on
 file sizes (ulimit -f) and by permissions. Exits with 1 if a round is not identical or loses a bin.
+
+With --commands every round kills train_tokenizer.py, write_shards.py, convert_to_hf.py, convert_from_hf.py or
+finetune_glue.py with SIGKILL, SIGTERM or SIGINT, and starts it again with the same command. Figures:
+kills           rounds
+same_bytes      rounds whose output then has the bytes of an undisturbed one, with nothing beside it
+half_outputs    rounds in which a command that writes its output at once left a part of it
+orphans         rounds in which a process was alive 5 s after the command
 """
 
 import argparse
@@ -28,6 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from support.command_faults import CommandFaults, commands
 from support.corpus import write_text_shards
 from support.report import write
 
@@ -324,15 +333,39 @@ def plan(seed: int, rounds: int) -> Iterator[tuple[str, int, random.Random]]:
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--commands", action="store_true", help="kill the commands around pretraining instead")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="one round: within 50 s on two cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round, or one of each command: within 50 s on two cores"
+    )
     parser.add_argument("--json", type=Path, help="file to write {figures, machine} to")
     return parser.parse_args()
+
+
+def kill_commands(options: argparse.Namespace, base: Path) -> int:
+    """Kill the commands around pretraining, in turns; returns the exit code."""
+    rng = random.Random(options.seed)
+    faults = []
+    for command in commands(base / "inputs"):
+        folder = base / command.name
+        folder.mkdir()
+        faults.append(CommandFaults(command, folder))
+    for number in range(len(faults) if options.quick else options.rounds):
+        print(f"round {number + 1}: {faults[number % len(faults)].strike(rng)}", flush=True)
+    totals = {name: sum(one.counts[name] for one in faults) for name in faults[0].counts}
+    print(", ".join(f"{count} {name}" for name, count in totals.items()))
+    write(totals, options.json)
+    good = totals["same_bytes"] == totals["kills"] and not totals["half_outputs"] and not totals["orphans"]
+    if good:
+        shutil.rmtree(base)
+    return 0 if good else 1
 
 
 def main() -> int:
     options = read_arguments()
     base = Path(tempfile.mkdtemp(prefix="fault-injection-"))
+    if options.commands:
+        return kill_commands(options, base)
     config = json.loads((REPOSITORY / "ds_configs/zero2.json").read_text())
     config["torch_autocast"]["enabled"] = False
     ds_config = base / "zero2.json"

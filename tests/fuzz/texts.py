@@ -3,7 +3,7 @@
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,8 +40,8 @@ def text_cases(folder: Path, random: Random) -> Iterator[Case]:
             splits = list_input_splits(str(path), options)
             return [text for split in splits for text in read_input_split(split, options)]
 
-        def is_right(found: Any, texts: list[str] = texts, whole: bool = whole) -> bool:
-            return found == texts if whole else not any("\ufffd" in text for text in found)
+        def is_right(found: Any, texts: Sequence[str] = tuple(texts), whole: bool = whole) -> bool:
+            return found == [*texts] if whole else not any("\ufffd" in text for text in found)
 
         yield Case(f"{path.name} of {texts!r}, whole: {whole}", read, is_right, (str(path),))
         path.unlink()
