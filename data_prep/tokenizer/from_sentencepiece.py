@@ -11,6 +11,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from data_prep.tokenizer.normalizer import normalize_by_rules
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import encode
 
@@ -22,6 +23,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # The score of pieces that must not occur in the encoding of a text. It is lower than the score of any other
 # segmentation of a 64 MB document.
 UNREACHABLE_SCORE = -1e12
+
+UNKNOWN_CHARACTER = "\ufff1"  # reserved: no text and no piece contains it
 
 
 class Piece(NamedTuple):
@@ -47,6 +50,8 @@ def to_fast_tokenizer(sentencepiece_model: bytes, where: str = "the model") -> T
         and _no_piece_spans_a_space(pieces)
     )
     steps = _normalizer(proto, by_words)
+    if is_unigram and not proto.trainer_spec.byte_fallback:
+        steps += _keep_names_as_text(pieces)
     if steps:
         tokenizer.normalizer = normalizers.Sequence(steps)
     scheme = "always" if spec.add_dummy_prefix else "never"
@@ -141,14 +146,12 @@ def _normalizer(proto: Any, by_words: bool) -> list[Any]:
     spec, suffix = proto.normalizer_spec, proto.trainer_spec.treat_whitespace_as_suffix
     steps: list[Any] = []
     if spec.precompiled_charsmap:
-        by_rule = normalizers.Precompiled(spec.precompiled_charsmap)
-        if not spec.remove_extra_whitespaces and by_rule.normalize_str("\r") == by_rule.normalize_str("\n"):
-            # Precompiled takes "\r\n" for one character and would make one space of it.
-            steps.append(normalizers.Replace("\r\n", "\n\n"))
-        steps.append(by_rule)
+        symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+        alphabet = None if proto.trainer_spec.byte_fallback else set("".join(piece.piece for piece in proto.pieces))
+        steps += normalize_by_rules(spec.precompiled_charsmap, symbols, alphabet)
     if spec.remove_extra_whitespaces:
         # Only spaces, no other white space; at the end also a META that the text itself contains.
-        for pattern, content in (("  +", " "), (r"\A +", ""), (rf"[ {META}]+\z", "")):
+        for pattern, content in (("  +", " "), (rf"\A +|(?: |{META})+\z", "")):
             steps.append(normalizers.Replace(Regex(pattern), content))
     if by_words and spec.add_dummy_prefix:
         # Metaspace adds no META to a text that begins with META or with a space.
@@ -160,6 +163,18 @@ def _normalizer(proto: Any, by_words: bool) -> list[Any]:
             mark = META if spec.escape_whitespaces else " "
             steps.append(normalizers.Replace(Regex(r"(?<=[\s\S])\z"), mark) if suffix else normalizers.Prepend(mark))
     return steps
+
+
+def _keep_names_as_text(pieces: list[Piece]) -> list[Any]:
+    """Return the steps that hide the names of special pieces in a text from the unigram model.
+
+    Although their score is low, the model prefers them to unknown characters. So one unknown character of such a name
+    becomes another unknown character.
+    """
+    known = set("".join(piece.text for piece in pieces if piece.type in (NORMAL, USER_DEFINED)))
+    names = [piece.text for piece in pieces if piece.type not in (NORMAL, USER_DEFINED)]
+    unknown = {name: next((c for c in name if c not in known), "") for name in names}
+    return [normalizers.Replace(name, name.replace(c, UNKNOWN_CHARACTER, 1)) for name, c in unknown.items() if c]
 
 
 def differing_lines(tokenizer: Tokenizer, sentencepiece_model: bytes, lines: Iterable[str]) -> list[str]:

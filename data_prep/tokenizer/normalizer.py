@@ -1,0 +1,149 @@
+"""Build normalizers of the tokenizers library that give the text of sentencepiece's normalizer.
+
+sentencepiece replaces the longest rule that matches at each place. `Precompiled` of the tokenizers library takes a
+grapheme of up to five bytes for one character, and applies the shortest rule that matches at its beginning: it makes
+an "e" of "E" + U+0301. Here it sees single characters only, and NFC composes what has a rule:
+
+    text                    E     U+0301    q     U+0301
+    boundary, separator     E  |  U+0301    q  #  U+0301
+    Precompiled             e  |  U+0301    q  #  U+0301
+    | removed, NFC          U+00E9          q  #  U+0301
+    # removed               U+00E9          q     U+0301
+"""
+
+import sys
+import unicodedata
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from functools import cache
+from typing import Any
+
+from tokenizers import Regex, normalizers
+
+from data_prep.tokenizer.charsmap import Plan, canonical_decompositions, composing_characters, plan_of
+
+# Reserved characters that no text contains and that are graphemes of their own. Two of them stand together, so that one
+# in a text is kept.
+BOUNDARY, SEPARATOR = "\ufff0" * 2, "\ufff1" * 2
+# Private characters from here downwards stand, in pairs, for a result while the other steps run.
+LAST_PLACEHOLDER = 0x10FFFD
+# What joins the character before it to a grapheme, besides marks: joiners, vowels of Thai and Lao, voicing marks of
+# half-width kana, Hangul after Hangul, skin tones, tags.
+JOINING = (0x200C, 0x200D, 0xE33, 0xEB3, 0xFF9E, 0xFF9F, *range(0x1160, 0x1200), *range(0xAC00, 0xD7A4),
+           *range(0xD7B0, 0xD7FC), *range(0x1F3FB, 0x1F400), *range(0xE0020, 0xE0080))  # fmt: skip
+MAX_BYTES_BEFORE_JOINING = 3  # a longer character makes a grapheme of more than five bytes, which is taken apart
+
+
+def normalize_by_rules(charsmap: bytes, symbols: Collection[str], alphabet: set[str] | None) -> list[Any]:
+    """Return the steps that apply a precompiled_charsmap.
+
+    symbols: texts that are never changed. alphabet: the characters of all pieces, if all others are the same unknown
+    piece; rules between others are left out. None if each of them is encoded in bytes.
+    """
+    plan = plan_of(charsmap)
+
+    def matters(key: str, result: str) -> bool:
+        return alphabet is None or not alphabet.isdisjoint(key + result + plan.map_each(key))
+
+    results = {key: result for key, result in plan.replaced.items() if matters(key, result)}
+    results |= {text: text for text in symbols if _is_changed(plan, text)}
+    placeholders = {text: 2 * chr(LAST_PLACEHOLDER - n) for n, text in enumerate(dict.fromkeys(results.values()))}
+    steps = list(_insert_placeholders(plan, results, placeholders))
+    if plan.composed:
+        steps.append(normalizers.Replace(Regex(_boundary_pattern(plan)), BOUNDARY))
+    removed = next((c for c in ("\x01", "\x02") if plan.rules.get(c) == ""), None)
+    steps.append(normalizers.Replace(Regex(_separator_pattern(plan)), removed or SEPARATOR))
+    steps.append(normalizers.Precompiled(plan.precompiled))
+    if removed is None:
+        steps.append(normalizers.Replace(SEPARATOR, ""))
+    if plan.composed:
+        steps += [normalizers.NFC(), normalizers.Replace(BOUNDARY, "")]
+    steps += [normalizers.Replace(mark, result) for mark, result in plan.late.items() if matters(mark, result)]
+    return steps + [normalizers.Replace(character, text) for text, character in placeholders.items()]
+
+
+def _is_changed(plan: Plan, symbol: str) -> bool:
+    """Whether a rule applies in a symbol, or may apply to its end and what follows."""
+    keys = {symbol[a:b] for a in range(len(symbol)) for b in range(a + 1, len(symbol) + 1)}
+    return not keys.isdisjoint(plan.rules) or not keys.isdisjoint(plan.replaced)
+
+
+def _insert_placeholders(plan: Plan, results: dict[str, str], placeholders: dict[str, str]) -> Iterator[Any]:
+    """Yield steps that replace each key of `results` by the placeholder of its result, long keys before short ones."""
+    following: dict[str, set[str]] = defaultdict(set)
+    if results.keys() & plan.replaced.keys():
+        for key in plan.rules:
+            following[key[:-1]].add(key[-1])
+    groups: dict[tuple[int, str, str], list[str]] = defaultdict(list)
+    for key, result in results.items():
+        longer = set() if key == result else following[key]
+        groups[-len(key), result, f"(?!{one_of(longer)})" if longer else ""].append(key)
+    for (_, result, not_longer), keys in sorted(groups.items()):
+        pattern = f"(?:{'|'.join(sequences(keys))}){not_longer}"
+        yield normalizers.Replace(Regex(pattern), placeholders[result])
+
+
+@cache
+def _boundary_pattern(plan: Plan) -> str:
+    r"""Match before each mark that NFC must not move, or join with the character before.
+
+    These are the marks that end no composed rule. \G goes on at the last match, so that the text is read once.
+    """
+    firsts, seconds = composing_characters()
+    moving = firsts | seconds
+    characters = {c for c in plan.rules if len(c) == 1} | moving | canonical_decompositions().keys()
+    marks = one_of(c for c in characters if plan.is_mark(c))
+    ends = {c: unicodedata.normalize("NFD", plan.map_each(c)[-1:]) for c in characters}
+    joins = one_of(c for c, end in ends.items() if not end or not moving.isdisjoint(end))
+    steps = [rf"[^{marks[1:]}++", rf"(?<!{joins}){marks}"]
+    tails: dict[str, set[str]] = defaultdict(set)
+    for key in plan.composed:
+        tails[key[:-1]].add(key[-1])
+    heads: dict[tuple[int, frozenset[str]], list[str]] = defaultdict(list)
+    for head, tail in tails.items():
+        heads[len(head), frozenset(tail)].append(head)
+    steps += [f"(?<={'|'.join(sequences(texts))}){one_of(tail)}" for (_, tail), texts in heads.items()]
+    return rf"\G(?>{'|'.join(steps)})*+\K(?={marks})"
+
+
+@cache
+def _separator_pattern(plan: Plan) -> str:
+    """Match before each character that forms a grapheme with one before it for which there is a rule."""
+    before = {key[0] for key in plan.rules if len(key[0].encode()) <= MAX_BYTES_BEFORE_JOINING}
+    joining = one_of(_joining_characters())
+    newline = r"|(?<!\r)\n" if "\r" in before else ""
+    skipped = rf"[^{joining[1:-1]}\n]++" if newline else f"[^{joining[1:]}++"
+    wanted = rf"(?:{joining}|\n)" if newline else joining
+    return rf"\G(?>{skipped}{newline}|(?<!{one_of(before)}){joining})*+\K(?={wanted})"
+
+
+@cache
+def _joining_characters() -> frozenset[str]:
+    marks = {c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "M"}
+    return frozenset(marks | set(map(chr, JOINING)))
+
+
+def sequences(texts: Iterable[str]) -> list[str]:
+    """Return patterns that match exactly these texts, which have the same length: a class for each character."""
+    rests: dict[str, list[str]] = defaultdict(list)
+    for text in texts:
+        rests[text[0]].append(text[1:])
+    firsts: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for first, rest in rests.items():
+        firsts[tuple(sorted(rest))].append(first)
+    found = []
+    for rest, characters in firsts.items():
+        found += [one_of(characters) + tail for tail in (sequences(rest) if rest[0] else [""])]
+    return found
+
+
+def one_of(characters: Iterable[str]) -> str:
+    """Return the pattern of a character class, made of ranges."""
+    numbers = sorted(set(map(ord, characters)))
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return "[" + "".join(rf"\x{{{a:x}}}-\x{{{b:x}}}" for a, b in ranges) + "]"
