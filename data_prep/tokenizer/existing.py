@@ -4,15 +4,23 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
 from data_prep.tokenizer.from_sentencepiece import to_fast_tokenizer
-from megabert.data.shards.manifest import TOKENIZER
+from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
-from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, read_tokenizer
+from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.data.shards.tokenizer_folder import FILES, VOCAB, read_folder_tokenizer, special_token_names
 
-VOCAB = "vocab.txt"
 MAX_WORD_CHARS = 100  # as in BERT: a longer word is [UNK]
+# In a cased vocabulary a third of the pieces have capitals. In an uncased one, names such as <S> may have some.
+CASED_SHARE = 0.1
+FEWEST_PIECES_TO_JUDGE = 100
+
+# The texts that other tokenizers have for BERT's special tokens. A token that is taken by an earlier role is not taken
+# again: some tokenizers have one for padding and for the end.
+OTHER_NAMES = {"cls": "<s>", "sep": "</s>", "mask": "<mask>", "unk": "<unk>", "pad": "<pad>"}
+INSTEAD = {"cls": "bos", "sep": "eos"}
 
 
 class LoadedTokenizer(NamedTuple):
@@ -23,7 +31,7 @@ class LoadedTokenizer(NamedTuple):
 
 
 def load_tokenizer(path: Path, lowercase: bool) -> LoadedTokenizer:
-    """Load a tokenizer. Raises ValueError if it cannot be read.
+    """Load a tokenizer, whose special tokens get BERT's names and keep their ids. Raises ValueError.
 
     lowercase: whether to fold case if it is a vocab.txt, which does not record this.
     """
@@ -35,18 +43,19 @@ def load_tokenizer(path: Path, lowercase: bool) -> LoadedTokenizer:
             "one of them."
         )
     if path.suffix == ".txt":
-        return LoadedTokenizer(_from_vocab(path, bert_normalizer(lowercase)))
+        return LoadedTokenizer(_from_vocab(path, {VOCAB: path}, lowercase))
     if path.suffix == ".json":
-        return LoadedTokenizer(read_tokenizer(path))
+        return LoadedTokenizer(rename_special_tokens(read_tokenizer(path), {}))
     model = path.read_bytes()
     return LoadedTokenizer(to_fast_tokenizer(model, str(path)), model)
 
 
 def _load_folder(folder: Path, lowercase: bool) -> LoadedTokenizer:
-    if (folder / TOKENIZER).is_file():
-        return LoadedTokenizer(read_tokenizer(folder / TOKENIZER))
-    if (folder / VOCAB).is_file():
-        return LoadedTokenizer(_from_vocab(folder / VOCAB, _normalizer_from_config(folder, lowercase)))
+    files = {name: folder / name for name in FILES if (folder / name).is_file()}
+    if TOKENIZER in files:
+        return LoadedTokenizer(rename_special_tokens(read_folder_tokenizer(files), special_token_names(files)))
+    if VOCAB in files:
+        return LoadedTokenizer(_from_vocab(files[VOCAB], files, lowercase))
     if sentencepiece_models := sorted(folder.glob("*.model")):
         return load_tokenizer(sentencepiece_models[0], lowercase)
     # Other files, such as vocab.json with merges.txt, are left to transformers.
@@ -57,9 +66,39 @@ def _load_folder(folder: Path, lowercase: bool) -> LoadedTokenizer:
         backend = loaded.backend_tokenizer
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{folder}: holds neither {TOKENIZER}, {VOCAB} nor a .model, and transformers cannot load it: {error}"
+            f"{folder}: holds neither {TOKENIZER}, {VOCAB} nor a .model, and transformers cannot load it: "
+            f"{' '.join(str(error).split())}"
         ) from error
-    return LoadedTokenizer(Tokenizer.from_str(backend.to_str()))
+    roles = {role: getattr(loaded, f"{role}_token") for role in (*SPECIAL_TOKENS, *INSTEAD.values())}
+    return LoadedTokenizer(rename_special_tokens(Tokenizer.from_str(backend.to_str()), roles))
+
+
+def rename_special_tokens(tokenizer: Tokenizer, roles: dict[str, str]) -> Tokenizer:
+    """Give the tokens with the roles of BERT's special tokens their names. Ids and flags, such as lstrip, stay.
+
+    roles: their texts, as far as they are known; OTHER_NAMES are tried too. Returns the tokenizer.
+    """
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    names: dict[str, str] = {}
+    for role, usual in OTHER_NAMES.items():
+        tried = (roles.get(role), roles.get(INSTEAD.get(role, "")), usual)
+        found = next((text for text in tried if text in special and text not in names), None)
+        if found is not None and tokenizer.token_to_id(SPECIAL_TOKENS[role]) is None:
+            names[found] = SPECIAL_TOKENS[role]
+    if not names:
+        return tokenizer
+    raw = json.loads(tokenizer.to_str())
+    model = raw["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(text, text): number for text, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    for token in raw["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    raw["post_processor"] = None  # it names the tokens, and is replaced
+    return Tokenizer.from_str(json.dumps(raw))
 
 
 def bert_normalizer(lowercase: bool) -> normalizers.BertNormalizer:
@@ -77,43 +116,24 @@ def use_bert_components(tokenizer: Tokenizer, lowercase: bool) -> Tokenizer:
     return tokenizer
 
 
-def _normalizer_from_config(folder: Path, lowercase: bool) -> normalizers.BertNormalizer:
-    """Return the normalizer that tokenizer_config.json describes, if the folder has one."""
-    path = folder / TOKENIZER_CONFIG
-    try:
-        config = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    return normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-        strip_accents=config.get("strip_accents"),
-        lowercase=config.get("do_lower_case", lowercase),
-    )
-
-
-def _from_vocab(path: Path, normalizer: normalizers.BertNormalizer) -> Tokenizer:
-    """Read a vocab.txt, which holds one piece per line in the order of the ids.
-
-    Raises ValueError if it is malformed, or cased while the normalizer folds case.
-    """
-    pieces = path.read_text(encoding="utf-8").split("\n")
-    pieces = [piece.rstrip("\r") for piece in (pieces[:-1] if pieces[-1] == "" else pieces)]
-    ids = {piece: number for number, piece in enumerate(pieces)}
-    if len(ids) < len(pieces):
-        duplicate = next(piece for number, piece in enumerate(pieces) if ids[piece] != number)
-        raise ValueError(f"{path}: lists {duplicate!r} twice, expected a vocabulary of one piece per line.")
-    unknown = SPECIAL_TOKENS["unk"]
-    if unknown not in ids:
-        raise ValueError(f"{path}: has no {unknown}, expected BERT's vocabulary of one piece per line.")
-    special = set(SPECIAL_TOKENS.values())
-    upper = [piece for piece in pieces if piece not in special and not piece.startswith("[") and piece != piece.lower()]
-    if upper and normalizer.lowercase:
+def _from_vocab(path: Path, files: dict[str, Path], lowercase: bool) -> Tokenizer:
+    """Read a vocab.txt, and the other files of its folder. Raises ValueError if its case is not that of the text."""
+    tokenizer = read_folder_tokenizer(files, lowercase)
+    folds = tokenizer.normalizer.lowercase
+    pieces = [
+        piece for piece in tokenizer.get_vocab() if piece[:1] not in ("[", "<") and piece.lower() != piece.upper()
+    ]
+    upper = [piece for piece in pieces if piece != piece.lower()]
+    enough = len(pieces) >= FEWEST_PIECES_TO_JUDGE
+    if folds and enough and len(upper) > CASED_SHARE * len(pieces):
         raise ValueError(
-            f"{path}: is cased (it has {upper[0]!r}), but text would be lower-cased. Pass --lowercase false, or if "
-            f"--existing is a folder with a {TOKENIZER_CONFIG}, set do_lower_case to false in that file."
+            f"{path}: is cased ({len(upper)} of its {len(pieces)} pieces of letters have capitals, such as "
+            f"{min(upper)!r}), but text would be lower-cased. Pass --lowercase false, or if --existing is a folder "
+            f"with a {TOKENIZER_CONFIG}, set do_lower_case to false in that file."
         )
-    tokenizer = Tokenizer(models.WordPiece(ids, unk_token=unknown, max_input_chars_per_word=MAX_WORD_CHARS))
-    tokenizer = use_bert_components(tokenizer, normalizer.lowercase)
-    tokenizer.normalizer = normalizer
-    return tokenizer
+    if not folds and enough and not upper and TOKENIZER_CONFIG not in files:
+        raise ValueError(
+            f"{path}: is uncased (none of its {len(pieces)} pieces of letters has a capital), so every word with one "
+            "would be [UNK]. Pass --lowercase true."
+        )
+    return rename_special_tokens(tokenizer, special_token_names(files))

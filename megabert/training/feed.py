@@ -69,7 +69,7 @@ def open_corpora(data: DataConfig) -> tuple[Corpus, Corpus]:
     held_out = open_corpus([(data.heldout, 1.0)] if data.heldout else data.corpora, "heldout", **options)
     check_same_tokenizer(corpus.sources[0], held_out.sources[0])
     for source in corpus.sources:
-        source.read_tokenizer_file()
+        source.check_files()
     return corpus, held_out
 
 

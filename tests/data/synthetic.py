@@ -26,7 +26,7 @@ class NoStorage:
     def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
         raise NotImplementedError
 
-    def read_whole(self, name: str) -> bytes:
+    def read_whole(self, name: str, max_bytes: int) -> bytes:
         raise NotImplementedError
 
     def size(self, name: str) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megabert.data.shards.tokenizer import TOKENIZER_CONFIG
+from megabert.data.shards.manifest import TOKENIZER_CONFIG
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"

@@ -1,8 +1,12 @@
 """The manifest of a folder of shards: what it contains, how it is written, and how it is validated.
 
-folder/manifest.json      hash, bytes, documents and tokens of each shard; the tokenizer's fingerprint; statistics
+folder/manifest.json      hash, bytes, documents and tokens of each shard; the tokenizer's fingerprint; statistics; the
+                          hashes of the other files, and of the manifest itself
 folder/chunks.npy         (chunks, 5) int64: where each chunk of each shard is, and its checksum
-folder/train-00000.tar ...  heldout-00000.tar ...  tokenizer.json  token_counts.npy
+folder/train-00000.tar ...  heldout-00000.tar ...  tokenizer.json  tokenizer_config.json  token_counts.npy
+
+Format 2 has neither hashes of other files, besides those of chunks.npy and tokenizer.json, nor one of itself. It is
+read, and whatever can be compared without them is compared.
 """
 
 import hashlib
@@ -15,6 +19,7 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
+from megabert.data.shards.limits import read_bounded
 from megabert.data.shards.sample_format import SPECIAL_TOKENS, Kind, encode_npy, read_npy
 from megabert.files.atomic import write_atomically
 
@@ -22,12 +27,18 @@ MANIFEST = "manifest.json"
 CHUNKS = "chunks.npy"
 TOKENIZER = "tokenizer.json"
 TOKEN_COUNTS = "token_counts.npy"
-FORMAT = 2
+TOKENIZER_CONFIG = "tokenizer_config.json"
+FORMAT = 3
+FORMAT_WITHOUT_HASHES = 2
 
 # A manifest may come from an untrusted server, and a shard's name becomes a path in the folder or in the cache.
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.tar")
 MAX_CHUNK_BYTES = 1 << 30  # enough for the longest text; a chunk of tokens has less than 2 MB
 MAX_VOCAB_SIZE = 1 << 24  # 60 times the largest vocabulary in use
+MAX_MANIFEST_BYTES = 128 << 20  # half a million shards
+MAX_TOKENIZER_BYTES = 256 << 20  # of tokenizer.json, and of the other small files
+MAX_CHUNKS_BYTES = 1 << 31  # of chunks.npy: 50 M chunks, some 7 T tokens
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Chunk(NamedTuple):
@@ -86,13 +97,17 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """splits: the shards of "train" and "heldout". request: a hash of the settings of write_shards.py."""
+    """splits: the shards of "train" and "heldout". request: a hash of the settings of write_shards.py.
+
+    files: sha256 of the other files in the folder; empty for text, and where the manifest has format 2.
+    """
 
     kind: Kind
     splits: dict[str, tuple[Shard, ...]]
     statistics: dict = field(default_factory=dict)
     tokenizer: TokenizerInfo | None = None
     request: str = ""
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -107,17 +122,25 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "tokenizer": tokenizer and {name: getattr(tokenizer, name) for name in TokenizerInfo.__dataclass_fields__},
         "statistics": manifest.statistics,
         "request": manifest.request,
+        "files": manifest.files,
         "chunks_sha256": hashlib.sha256(index).hexdigest(),
         "splits": {name: [_shard_to_json(shard) for shard in part] for name, part in manifest.splits.items()},
     }
-    write_atomically(folder / MANIFEST, json.dumps(raw, indent=1).encode() + b"\n")
+    write_atomically(folder / MANIFEST, json.dumps(raw | {"sha256": own_hash(raw)}, indent=1).encode() + b"\n")
+
+
+def own_hash(raw: dict) -> str:
+    """Hash the content of a manifest.json, without the hash in it."""
+    content = {name: value for name, value in raw.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of a local folder. Raises ValueError if there is none or it is not valid."""
     path = Path(folder) / MANIFEST
     try:
-        data, chunks = path.read_bytes(), path.with_name(CHUNKS).read_bytes()
+        data = read_bounded(path, MAX_MANIFEST_BYTES)
+        chunks = read_bounded(path.with_name(CHUNKS), MAX_CHUNKS_BYTES)
     except FileNotFoundError as missing:
         raise ValueError(
             f"{missing.filename}: no such file. Write shards there with data_prep/write_shards.py."
@@ -132,7 +155,7 @@ def parse_manifest(data: bytes, chunks: bytes, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from error
     found = raw.get("format") if isinstance(raw, dict) else None
-    if found != FORMAT:
+    if type(found) is not int or found not in (FORMAT, FORMAT_WITHOUT_HASHES):
         newer = isinstance(found, int) and found > FORMAT
         remedy = "Upgrade megabert, or write the shards again" if newer else "Write the shards again"
         raise ValueError(f"{where}: format {found!r}, expected {FORMAT}. {remedy}.")
@@ -143,12 +166,17 @@ def parse_manifest(data: bytes, chunks: bytes, where: str) -> Manifest:
         splits = _splits(raw["splits"], index, where)
         info = raw["tokenizer"]
         tokenizer = info and TokenizerInfo(**info | {"all_special_ids": tuple(info["all_special_ids"])})
-        manifest = Manifest(raw["kind"], splits, raw["statistics"], tokenizer, raw["request"])
+        files = raw["files"] if found == FORMAT else {}
+        manifest = Manifest(raw["kind"], splits, raw["statistics"], tokenizer, raw["request"], files)
         problem = _find_problem(manifest)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: not a manifest of write_shards.py: {error!r}. Write the shards again.") from error
     if problem:
         raise ValueError(f"{where}: {problem}. Write the shards again.")
+    if found == FORMAT and raw.get("sha256") != own_hash(raw):
+        raise ValueError(
+            f"{where}: was changed after it had been written: its hash of itself differs. Fetch or write it again."
+        )
     return manifest
 
 
@@ -169,49 +197,80 @@ def _splits(raw: dict, index: np.ndarray, where: str) -> dict[str, tuple[Shard, 
             shards.append(Shard(chunks=index[first : first + count], **plain))
             first += count
         splits[name] = tuple(shards)
+    if first != len(index):
+        raise ValueError(f"{where}: its shards have {first} chunks, {CHUNKS} has {len(index)}. Write the shards again.")
     return splits
 
 
 def _find_problem(manifest: Manifest) -> str | None:
-    """Describe a value that would make a reader fetch, allocate or index something impossible, or return None."""
-    info = manifest.tokenizer
+    """Describe a value that contradicts another, or would make a reader fetch, allocate or index something impossible.
+
+    Returns None if there is none.
+    """
+    info, statistics = manifest.tokenizer, manifest.statistics
     if manifest.kind not in get_args(Kind) or (manifest.kind == "tokens") != (info is not None):
         return (
             f"kind {manifest.kind!r} with {'a' if info else 'no'} tokenizer, expected tokens with one or text without"
         )
-    if info is not None:
-        if type(info.vocab_size) is not int or not 0 < info.vocab_size <= MAX_VOCAB_SIZE:
-            return f"a vocabulary of {info.vocab_size}, expected 1 to {MAX_VOCAB_SIZE}"
-        special = (*info.special_ids.values(), *info.all_special_ids)
-        if info.special_ids.keys() != SPECIAL_TOKENS.keys():
-            return f"the special tokens {', '.join(info.special_ids)}, expected {', '.join(SPECIAL_TOKENS)}"
-        if not all(type(number) is int and 0 <= number < info.vocab_size for number in special):
-            return f"a special id beyond its vocabulary of {info.vocab_size}"
-        if len(set(info.special_ids.values())) < len(SPECIAL_TOKENS) or set(info.special_ids.values()) - set(
-            info.all_special_ids
-        ):
-            return "special tokens that share an id, or are not among all_special_ids"
-        if not isinstance(info.fingerprint, str):
-            return f"a fingerprint {info.fingerprint!r}"
-        median = isinstance(manifest.statistics, dict) and manifest.statistics.get("median_document_tokens")
-        if type(median) is not int or median < 0:
-            return "no median_document_tokens among its statistics"
-    if not isinstance(manifest.statistics, dict):
+    if not isinstance(statistics, dict):
         return "statistics that are not a table"
-    for shard in (shard for part in manifest.splits.values() for shard in part):
-        if not all(type(count) is int and count >= 0 for count in (shard.bytes, shard.documents, shard.tokens)):
-            return f"{shard.name} with {shard.bytes!r} bytes, {shard.documents!r} documents, {shard.tokens!r} tokens"
-        if shard.chunks.dtype != np.int64 or shard.chunks.shape[1:] != (len(Chunk._fields),):
-            return (
-                f"{CHUNKS} has {shard.chunks.dtype} of shape {shard.chunks.shape}, "
-                f"expected int64 in {len(Chunk._fields)} columns"
-            )
-        offsets, sizes = shard.chunks[:, 0], shard.chunks[:, 1]
-        if (shard.chunks < 0).any() or (sizes > MAX_CHUNK_BYTES).any() or (offsets > shard.bytes - sizes).any():
-            return (
-                f"{shard.name} has a chunk outside its {shard.bytes} bytes, or of more than {MAX_CHUNK_BYTES >> 20} MB"
-            )
+    if info is not None and (problem := _find_tokenizer_problem(info)):
+        return problem
+    median = statistics.get("median_document_tokens")
+    if info is not None and (type(median) is not int or median < 0):
+        return "no median_document_tokens among its statistics"
+    if not isinstance(manifest.files, dict) or not all(_is_sha256(digest) for digest in manifest.files.values()):
+        return "files without a sha256"
+    shards = [shard for part in manifest.splits.values() for shard in part]
+    for shard in shards:
+        if problem := _find_shard_problem(shard):
+            return problem
+    for name in ("documents", "tokens"):
+        if statistics.get(name, total := sum(getattr(shard, name) for shard in shards)) != total:
+            return f"statistics of {statistics[name]!r} {name}, its shards have {total}"
     return None
+
+
+def _find_tokenizer_problem(info: TokenizerInfo) -> str | None:
+    if type(info.vocab_size) is not int or not 0 < info.vocab_size <= MAX_VOCAB_SIZE:
+        return f"a vocabulary of {info.vocab_size}, expected 1 to {MAX_VOCAB_SIZE}"
+    special = (*info.special_ids.values(), *info.all_special_ids)
+    if info.special_ids.keys() != SPECIAL_TOKENS.keys():
+        return f"the special tokens {', '.join(info.special_ids)}, expected {', '.join(SPECIAL_TOKENS)}"
+    if not all(type(number) is int and 0 <= number < info.vocab_size for number in special):
+        return f"a special id beyond its vocabulary of {info.vocab_size}"
+    own = set(info.special_ids.values())
+    if len(own) < len(SPECIAL_TOKENS) or own - set(info.all_special_ids):
+        return "special tokens that share an id, or are not among all_special_ids"
+    if not isinstance(info.fingerprint, str):
+        return f"a fingerprint {info.fingerprint!r}"
+    return None
+
+
+def _find_shard_problem(shard: Shard) -> str | None:
+    if not all(type(count) is int and count >= 0 for count in (shard.bytes, shard.documents, shard.tokens)):
+        return f"{shard.name} with {shard.bytes!r} bytes, {shard.documents!r} documents, {shard.tokens!r} tokens"
+    if not _is_sha256(shard.sha256):
+        return f"{shard.name} with a sha256 {shard.sha256!r}"
+    if shard.chunks.dtype != np.int64 or shard.chunks.shape[1:] != (len(Chunk._fields),):
+        return (
+            f"{CHUNKS} has {shard.chunks.dtype} of shape {shard.chunks.shape}, "
+            f"expected int64 in {len(Chunk._fields)} columns"
+        )
+    offsets, sizes = shard.chunks[:, 0], shard.chunks[:, 1]
+    if (shard.chunks < 0).any() or (sizes > MAX_CHUNK_BYTES).any() or (offsets > shard.bytes - sizes).any():
+        return f"{shard.name} has a chunk outside its {shard.bytes} bytes, or of more than {MAX_CHUNK_BYTES >> 20} MB"
+    documents, tokens = shard.chunks[:, 2:4].sum(axis=0).tolist()
+    if tokens != shard.tokens or documents < shard.documents:  # a long document is cut into several
+        return (
+            f"{shard.name} with {shard.documents} documents of {shard.tokens} tokens, its chunks have {documents} of "
+            f"{tokens}"
+        )
+    return None
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and SHA256.fullmatch(value) is not None
 
 
 def _shard_to_json(shard: Shard) -> dict:

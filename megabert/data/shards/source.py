@@ -15,24 +15,23 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megabert.data.shards.cache import CacheOptions, ExpectedFile, WrongContentError
+from megabert.data.shards.limits import read_bounded
 from megabert.data.shards.manifest import (
-    CHUNKS,
-    MANIFEST,
-    TOKEN_COUNTS,
+    MAX_TOKENIZER_BYTES,
     TOKENIZER,
+    TOKENIZER_CONFIG,
     Manifest,
     Shard,
     TokenizerInfo,
-    parse_manifest,
 )
 from megabert.data.shards.sample_format import (
     TokenChunk,
     decode_text,
     decode_tokens,
-    read_npy,
     read_sample,
     token_dtype,
 )
+from megabert.data.shards.side_files import SideFiles, check_tokenizer_config, fetch_manifest
 from megabert.data.shards.storage import Storage, open_storage
 from megabert.data.shards.tokenizer import encode_flat, find_tokenizer, read_tokenizer
 
@@ -181,13 +180,7 @@ class Source:
         """(vocab_size,) how often each id occurs in the training shards; for text, in a sample of them."""
         size = self.tokenizer.vocab_size
         if self.tokenizer_path is None:
-            url = self.storage.url(TOKEN_COUNTS)
-            counts = read_npy(self.storage.read_whole(TOKEN_COUNTS), url)
-            if counts.shape != (size,) or counts.dtype.kind not in "iu" or counts.min() < 0:
-                raise ValueError(
-                    f"{url}: {counts.dtype} of shape {counts.shape}, expected {size} counts. Write the shards again."
-                )
-            return counts
+            return self._side_files.read_token_counts()
         return sum((np.bincount(chunk.tokens, minlength=size) for chunk in self._sample()), np.zeros(size, np.int64))
 
     def _sample(self) -> list[TokenChunk]:
@@ -205,29 +198,28 @@ class Source:
         """Read the tokenizer.json of the shards. Raises ValueError if it is not the one they were written with."""
         if self.tokenizer_path is not None:
             return self.tokenizer_path.read_bytes()
-        url = self.storage.url(TOKENIZER)
-        try:
-            data = self.storage.read_whole(TOKENIZER)
-        except FileNotFoundError as missing:
-            raise ValueError(
-                f"{url}: no such file, expected next to the shards. Copy it there, or write the shards again."
-            ) from missing
-        fingerprint = hashlib.sha256(data).hexdigest()
-        if fingerprint != self.tokenizer.fingerprint:
-            raise ValueError(
-                f"{url}: its fingerprint is {fingerprint[:12]}, but the shards were written with "
-                f"{self.tokenizer.fingerprint[:12]}. Put that tokenizer back, or write the shards again."
-            )
-        return data
+        return self._side_files.read_tokenizer()
 
     def read_optional(self, name: str) -> bytes | None:
-        """Read a small file from the tokenizer's folder, or return None if there is none."""
-        try:
-            if self.tokenizer_path is not None:
-                return self.tokenizer_path.with_name(name).read_bytes()
-            return self.storage.read_whole(name)
-        except OSError:  # a web server may answer with any status for a missing file
-            return None
+        """Read a small file from the tokenizer's folder, or return None if there is none.
+
+        Raises ValueError if the manifest says that it is another file.
+        """
+        if self.tokenizer_path is None:
+            return self._side_files.read(name)
+        path = self.tokenizer_path.with_name(name)
+        return read_bounded(path, MAX_TOKENIZER_BYTES) if path.is_file() else None
+
+    def check_files(self) -> None:
+        """Raises ValueError unless the tokenizer, its config and the token counts are those that the manifest means."""
+        if self.tokenizer_path is None:
+            self._side_files.check()
+        elif (config := self.read_optional(TOKENIZER_CONFIG)) is not None:
+            check_tokenizer_config(config, str(self.tokenizer_path.with_name(TOKENIZER_CONFIG)))
+
+    @property
+    def _side_files(self) -> SideFiles:
+        return SideFiles(self.storage, self.manifest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,19 +326,6 @@ def open_source(
         )
     path = find_tokenizer(tokenizer)[0] if manifest.kind == "text" and tokenizer else None
     return Source(folder, storage, manifest, shards, path)
-
-
-def fetch_manifest(storage: Storage) -> Manifest:
-    """Read the manifest of a folder of shards. Raises ValueError if there is none or it is not valid."""
-    found = []
-    for name in (MANIFEST, CHUNKS):
-        try:
-            found.append(storage.read_whole(name))
-        except (FileNotFoundError, NotADirectoryError) as missing:
-            raise ValueError(
-                f"{storage.url(name)}: no such file. Write shards there with data_prep/write_shards.py."
-            ) from missing
-    return parse_manifest(found[0], found[1], storage.url(MANIFEST))
 
 
 def _wrong_sizes(storage: Storage, shards: tuple[Shard, ...]) -> list[str]:

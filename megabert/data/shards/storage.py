@@ -9,20 +9,25 @@ raised with the URL; other errors, such as a missing file, are raised at once.
 """
 
 import importlib.util
+import io
 import logging
+import math
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import braceexpand
 import fsspec
 from tenacity import Future, RetryError, Retrying, retry_if_exception, stop_after_attempt, wait_chain, wait_fixed
 
-from megabert.data.shards.cache import PERMANENT_ERRORS, CacheOptions, ExpectedFile, WholeFileReader
+from megabert.data.shards.cache import PERMANENT_ERRORS, CacheOptions, ExpectedFile, WholeFileReader, WrongContentError
+from megabert.data.shards.limits import LimitedWriter, TooLongError, read_bounded, too_long
 
 if TYPE_CHECKING:
     from webdataset.gopen import Pipe
@@ -36,6 +41,8 @@ BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 PIPE_BUFFER = 1 << 20
 STALLED_S = 60.0  # so long a server may send nothing before the connection counts as broken
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+NUMBER_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+MAX_SHARDS = 100_000
 TAR_NAME = re.compile(r"[^/\s'\"=]+\.tar\b")
 
 
@@ -43,15 +50,15 @@ class Storage(Protocol):
     """Where the files of a corpus are.
 
     read_ahead: number of reads to have in flight. read: bytes [offset, offset + size) of a file, fewer where it ends.
-    read_whole: a small file. size: bytes of a file, None where that is not cheap to know. prefetch: start to fetch a
-    file that will be read soon. discard: remove a cached copy that is damaged; True if there was one, so that reading
-    the file again makes sense. url: the name of a file in messages.
+    read_whole: a small file; ValueError if it has more than max_bytes. size: bytes of a file, None where that is not
+    cheap to know. prefetch: start to fetch a file that will be read soon. discard: remove a cached copy that is
+    damaged; True if there was one, so that reading the file again makes sense. url: the name of a file in messages.
     """
 
     @property
     def read_ahead(self) -> int: ...
     def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes: ...
-    def read_whole(self, name: str) -> bytes: ...
+    def read_whole(self, name: str, max_bytes: int) -> bytes: ...
     def size(self, name: str) -> int | None: ...
     def prefetch(self, name: str, expected: ExpectedFile) -> None: ...
     def discard(self, name: str, expected: ExpectedFile) -> bool: ...
@@ -72,8 +79,8 @@ class LocalFolder:
         finally:
             os.close(descriptor)
 
-    def read_whole(self, name: str) -> bytes:
-        return Path(self.url(name)).read_bytes()
+    def read_whole(self, name: str, max_bytes: int) -> bytes:
+        return read_bounded(Path(self.url(name)), max_bytes)
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file. Raises FileNotFoundError."""
@@ -103,15 +110,18 @@ class RemoteFolder:
 
     def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
         if self._has_ranges:
-            data = self._download(name, start=offset, end=offset + size)
-            if len(data) <= size:
-                return data
-            log.warning("%s: the server ignores byte ranges; shards are fetched whole", self.folder)
-            self._has_ranges = False
-        return self._whole_files.read(name, offset, size, lambda path: self._fetch(name, path), expected)
+            try:
+                return self._download(name, size, offset)
+            except TooLongError:
+                log.warning("%s: the server ignores byte ranges; shards are fetched whole", self.folder)
+                self._has_ranges = False
+        return self._whole_files.read(name, offset, size, lambda path: self._fetch(name, path, expected), expected)
 
-    def read_whole(self, name: str) -> bytes:
-        return self._download(name)
+    def read_whole(self, name: str, max_bytes: int) -> bytes:
+        try:
+            return self._download(name, max_bytes)
+        except TooLongError as error:
+            raise too_long(self.url(name), max_bytes) from error
 
     def size(self, name: str) -> int | None:
         """Return None: a size costs one request per shard and rank, and reading reports a missing chunk anyway."""
@@ -119,7 +129,7 @@ class RemoteFolder:
 
     def prefetch(self, name: str, expected: ExpectedFile) -> None:
         if not self._has_ranges:
-            self._whole_files.prefetch(name, lambda path: self._fetch(name, path), expected)
+            self._whole_files.prefetch(name, lambda path: self._fetch(name, path, expected), expected)
 
     def discard(self, name: str, expected: ExpectedFile) -> bool:
         return self._whole_files.discard(name, expected)
@@ -127,13 +137,36 @@ class RemoteFolder:
     def url(self, name: str) -> str:
         return f"{self.folder}/{name}"
 
-    def _download(self, name: str, **byte_range: int) -> bytes:
-        data = retrying(lambda: self._open().cat_file(self.url(name), **byte_range), self.url(name))
-        assert isinstance(data, bytes), "files are opened in binary mode"
-        return data
+    def _download(self, name: str, max_bytes: int, offset: int | None = None) -> bytes:
+        """Return a file, or max_bytes of it from offset on. Raises TooLongError as soon as more than that arrives."""
+        buffer = io.BytesIO()
 
-    def _fetch(self, name: str, path: Path) -> None:
-        retrying(lambda: self._open().get_file(self.url(name), str(path)), self.url(name))
+        def copy() -> None:
+            buffer.seek(0)
+            buffer.truncate()
+            self._copy(name, buffer.write, max_bytes, offset)
+
+        retrying(copy, self.url(name))
+        return buffer.getvalue()
+
+    def _fetch(self, name: str, path: Path, expected: ExpectedFile) -> None:
+        def copy() -> None:
+            with open(path, "wb") as file:
+                self._copy(name, file.write, expected.bytes)
+
+        with _wrong_content(expected):
+            retrying(copy, self.url(name))
+
+    def _copy(self, name: str, write: Callable[[bytes], object], max_bytes: int, offset: int | None = None) -> None:
+        system, url = self._open(), self.url(name)
+        if not url.startswith(("http://", "https://")):  # object stores answer with the bytes that were asked for
+            end = (offset or 0) + max_bytes + (offset is None)
+            data = system.cat_file(url, start=offset or 0, end=end)
+            assert isinstance(data, bytes), "files are opened in binary mode"
+            LimitedWriter(write, max_bytes).write(data)
+            return
+        headers = {} if offset is None else {"headers": {"Range": f"bytes={offset}-{offset + max_bytes - 1}"}}
+        system.get_file(url, LimitedWriter(write, max_bytes), **headers)
 
     def _open(self) -> fsspec.AbstractFileSystem:
         """Return the file system of this process. Connections do not survive a fork, so each process opens its own."""
@@ -152,21 +185,25 @@ class CommandStorage:
         self._whole_files = WholeFileReader(command, cache)
 
     def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
-        return self._whole_files.read(name, offset, size, lambda path: self._fetch(name, path), expected)
+        return self._whole_files.read(name, offset, size, lambda path: self._fetch(name, path, expected), expected)
 
-    def read_whole(self, name: str) -> bytes:
+    def read_whole(self, name: str, max_bytes: int) -> bytes:
         def collect() -> bytes:
-            with open_pipe(self.url(name)) as pipe:
-                return pipe.read()
+            buffer = io.BytesIO()
+            copy_pipe(self.url(name), LimitedWriter(buffer.write, max_bytes))
+            return buffer.getvalue()
 
-        return retrying(collect, self.url(name))
+        try:
+            return retrying(collect, self.url(name))
+        except TooLongError as error:
+            raise too_long(self.url(name), max_bytes) from error
 
     def size(self, name: str) -> int | None:
         """Return None: the size is unknown without running the command."""
         return None
 
     def prefetch(self, name: str, expected: ExpectedFile) -> None:
-        self._whole_files.prefetch(name, lambda path: self._fetch(name, path), expected)
+        self._whole_files.prefetch(name, lambda path: self._fetch(name, path, expected), expected)
 
     def discard(self, name: str, expected: ExpectedFile) -> bool:
         return self._whole_files.discard(name, expected)
@@ -174,13 +211,33 @@ class CommandStorage:
     def url(self, name: str) -> str:
         return self.command.replace("{name}", name)
 
-    def _fetch(self, name: str, path: Path) -> None:
+    def _fetch(self, name: str, path: Path, expected: ExpectedFile) -> None:
         def copy() -> None:
-            with open_pipe(self.url(name)) as pipe, open(path, "wb") as file:
-                while data := pipe.read(PIPE_BUFFER):
-                    file.write(data)
+            with open(path, "wb") as file:
+                copy_pipe(self.url(name), LimitedWriter(file.write, expected.bytes))
 
-        retrying(copy, self.url(name))
+        with _wrong_content(expected):
+            retrying(copy, self.url(name))
+
+
+@contextmanager
+def _wrong_content(expected: ExpectedFile) -> Iterator[None]:
+    try:
+        yield
+    except TooLongError as error:
+        raise WrongContentError(f"more bytes arrived than the {expected.bytes} of the manifest") from error
+
+
+def copy_pipe(url: str, file: LimitedWriter) -> None:
+    """Copy what pipe:COMMAND prints. A command that prints too much is killed."""
+    with open_pipe(url) as pipe:
+        try:
+            while data := pipe.read(PIPE_BUFFER):
+                file.write(data)
+        except TooLongError:
+            pipe.ignore_errors = True  # or its exit code would hide the reason
+            pipe.proc.kill()
+            raise
 
 
 def retrying(action: Callable[[], T], url: str) -> T:
@@ -234,11 +291,11 @@ def _describe(error: BaseException) -> str:
     return f"HTTP {status} {getattr(error, 'message', '')}" if status else repr(error)
 
 
-def open_pipe(url: str) -> "BinaryIO | Pipe":
+def open_pipe(url: str) -> "Pipe":
     """Open pipe:COMMAND with webdataset's opener, whose read() and close() raise OSError if the command failed."""
     import webdataset  # imports torch, which nothing else in this file needs
 
-    return webdataset.gopen(url)
+    return webdataset.gopen(url)  # pyrefly: ignore[bad-return] # a pipe, because of its scheme
 
 
 def network_errors() -> tuple[type[BaseException], ...]:
@@ -282,7 +339,7 @@ def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str]
     names = None
     folder = location
     if location.endswith(".tar"):
-        paths = list(braceexpand.braceexpand(location))
+        paths = expand_braces(location)
         folders = sorted({path.rpartition("/")[0] for path in paths})
         if len(folders) != 1:
             raise ValueError(
@@ -296,9 +353,22 @@ def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str]
     return LocalFolder(os.path.expanduser(folder)), names
 
 
+def expand_braces(location: str) -> list[str]:
+    """Expand {000..099} and {a,b}. Raises ValueError for unbalanced braces, and for more than MAX_SHARDS names."""
+    try:
+        # A range is expanded at once, so its size is checked before.
+        sizes = [abs(int(last) - int(first)) for first, last in NUMBER_RANGE.findall(location)]
+        found = list(islice(braceexpand.braceexpand(location), MAX_SHARDS + 1)) if math.prod(sizes) < MAX_SHARDS else []
+    except ValueError as error:
+        raise ValueError(f"{location}: {error}. Expected such as train-{{00000..00099}}.tar.") from error
+    if not 0 < len(found) <= MAX_SHARDS:
+        raise ValueError(f"{location}: names more than {MAX_SHARDS:,} shards. Name a folder, which means all in it.")
+    return found
+
+
 def _open_pipe(location: str, cache: CacheOptions) -> tuple[Storage, list[str]]:
     names, commands = [], set()
-    for command in braceexpand.braceexpand(location):
+    for command in expand_braces(location):
         found = TAR_NAME.findall(command)
         if not found:
             raise ValueError(

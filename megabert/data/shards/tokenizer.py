@@ -1,17 +1,22 @@
 """Find and read a tokenizer.json, its special tokens, and encode texts with it."""
 
+import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from megabert.data.shards.manifest import TOKENIZER, TokenizerInfo
+from megabert.data.shards.limits import read_bounded
+from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TokenizerInfo
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
-from megabert.files.hashing import file_sha256
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+# Encoded once, since some damage makes only the first use of a tokenizer fail.
+PROBE = "A b\u0301 \uac00 1"
 
 
 def find_tokenizer(path: str | Path) -> tuple[Path, TokenizerInfo]:
@@ -22,16 +27,24 @@ def find_tokenizer(path: str | Path) -> tuple[Path, TokenizerInfo]:
     file = Path(path, TOKENIZER) if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ValueError(f"{file}: no such tokenizer. Train one with data_prep/train_tokenizer.py.")
-    tokenizer = read_tokenizer(file)
+    return file, describe_tokenizer(read_bounded(file, MAX_TOKENIZER_BYTES), str(file))
+
+
+def describe_tokenizer(data: bytes, where: str) -> TokenizerInfo:
+    """Return what a manifest says of a tokenizer. data: of tokenizer.json. Raises what find_tokenizer raises."""
+    tokenizer = parse_tokenizer(data, where)
     special_ids = {}
     for name, token in SPECIAL_TOKENS.items():
         number = tokenizer.token_to_id(token)
         if number is None:
-            raise ValueError(f"{file}: has no token {token}, which masked language modelling needs.")
+            raise ValueError(
+                f"{where}: has no token {token}, which masked language modelling needs. "
+                "Add it with data_prep/train_tokenizer.py --existing."
+            )
         special_ids[name] = number
     added = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
     all_special_ids = tuple(sorted({*special_ids.values(), *added}))
-    return file, TokenizerInfo(file_sha256(file), vocab_size(tokenizer), special_ids, all_special_ids)
+    return TokenizerInfo(hashlib.sha256(data).hexdigest(), vocab_size(tokenizer), special_ids, all_special_ids)
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
@@ -44,23 +57,63 @@ def read_tokenizer(file: Path) -> Tokenizer:
 
     Raises ValueError if the file is not a tokenizer.json.
     """
+    return parse_tokenizer(read_bounded(file, MAX_TOKENIZER_BYTES), str(file))
+
+
+def parse_tokenizer(data: bytes, where: str) -> Tokenizer:
+    """Parse the bytes of a tokenizer.json, as read_tokenizer does. where: names it in errors."""
     try:
-        raw = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
+        raw = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON: {error}. Fetch or write it again.") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or "added_tokens" not in raw:
         raise ValueError(
-            f"{file}: not a tokenizer of the tokenizers library: it has no model and added tokens. "
+            f"{where}: not a tokenizer of the tokenizers library: it has no model and added tokens. "
             "Make one with data_prep/train_tokenizer.py --existing."
         )
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no class of its own
-        raise ValueError(f"{file}: the tokenizers library cannot read it: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True
+    with rust_errors_as_value_error(where):
+        tokenizer = Tokenizer.from_buffer(data)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True
+        tokenizer.encode(PROBE)
+    if not tokenizer.get_vocab():
+        raise ValueError(f"{where}: has no tokens. Fetch or write it again.")
     return tokenizer
+
+
+@contextmanager
+def rust_errors_as_value_error(where: str) -> Iterator[None]:
+    """Raise a ValueError for what the tokenizers library raises in the block; what it prints itself is left out."""
+    with _quiet_stderr():
+        try:
+            yield
+        except BaseException as error:
+            # The library has no class of its own: a plain Exception, or PanicException, which is no Exception.
+            if type(error) not in (Exception, ValueError) and type(error).__name__ != "PanicException":
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{where}: the tokenizers library cannot read it: {reason}. Fetch or write it again."
+            ) from error
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Let nothing that the process writes to its descriptor 2 through, for a moment."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed: nothing is visible anyway
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import deepspeed
 import torch
 
-from megabert.data.shards.manifest import TOKENIZER
+from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.source import Source
-from megabert.data.shards.tokenizer import TOKENIZER_CONFIG
 from megabert.data.stream import Position, positions_to_json
 from megabert.files import checkpoint_format as layout
 from megabert.files import hashing

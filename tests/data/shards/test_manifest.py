@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megabert.data.shards import manifest
 from megabert.data.shards.manifest import (
     CHUNKS,
     MANIFEST,
     Manifest,
     Shard,
     TokenizerInfo,
+    own_hash,
     parse_manifest,
     read_manifest,
     write_manifest,
@@ -40,6 +42,7 @@ def parse(folder, change=lambda raw: None, index: bytes | None = None) -> Manife
     chunks = (folder / CHUNKS).read_bytes() if index is None else index
     raw["chunks_sha256"] = hashlib.sha256(chunks).hexdigest()
     change(raw)
+    raw["sha256"] = own_hash(raw)
     return parse_manifest(json.dumps(raw).encode(), chunks, "here")
 
 
@@ -76,9 +79,19 @@ def shard(raw):
         (lambda raw: shard(raw).pop("sha256"), "not a manifest of write_shards.py"),
         (lambda raw: raw.update(splits=[1]), "not a manifest of write_shards.py"),
         (lambda raw: raw.pop("statistics"), "not a manifest of write_shards.py: KeyError"),
-        (lambda raw: raw.update(statistics=[]), "no median_document_tokens among its statistics"),
+        (lambda raw: raw.update(statistics=[]), "statistics that are not a table"),
         (lambda raw: raw.update(statistics={}), "no median_document_tokens among its statistics"),
         (lambda raw: raw["tokenizer"].update(fingerprint=5), "a fingerprint 5"),
+        (lambda raw: shard(raw).update(num_chunks=1), r"its shards have 1 chunks, chunks\.npy has 2"),
+        (lambda raw: shard(raw).update(tokens=15), "3 documents of 15 tokens, its chunks have 3 of 14"),
+        (lambda raw: shard(raw).update(documents=4), "4 documents of 14 tokens, its chunks have 3 of 14"),
+        (lambda raw: shard(raw).update(sha256="f"), "with a sha256 'f'"),
+        (lambda raw: raw["statistics"].update(documents=4), "statistics of 4 documents, its shards have 3"),
+        (lambda raw: raw["statistics"].update(tokens="many"), "statistics of 'many' tokens, its shards have 14"),
+        (lambda raw: raw.update(files={"a": 5}), "files without a sha256"),
+        (lambda raw: raw.update(files=[]), "files without a sha256"),
+        (lambda raw: raw.update(format=True), "format True, expected 3"),
+        (lambda raw: raw.update(format=[]), r"format \[\], expected 3"),
         (lambda raw: raw["tokenizer"].update(all_special_ids=[]), "not among all_special_ids"),
         (lambda raw: raw["tokenizer"]["special_ids"].update(mask=0), "special tokens that share an id"),
         (lambda raw: raw.update(kind="pickle"), "kind 'pickle' with a tokenizer"),
@@ -86,7 +99,7 @@ def shard(raw):
         (lambda raw: raw["tokenizer"].update(vocab_size=10**12), "a vocabulary of 1000000000000, expected 1 to"),
         (lambda raw: raw["tokenizer"]["special_ids"].update(mask=100), "a special id beyond its vocabulary of 100"),
         (lambda raw: raw["tokenizer"].update(all_special_ids=[-1]), "a special id beyond its vocabulary"),
-        (lambda raw: raw.update(format=1), "format 1, expected 2"),
+        (lambda raw: raw.update(format=1), "format 1, expected 3"),
         (lambda raw: raw.update(chunks_sha256="0"), r"belongs to another chunks\.npy than the one next to it"),
     ],
 )
@@ -101,6 +114,27 @@ def test_an_index_that_points_outside_the_shard_is_refused(folder, row):
     np.save(file, np.array([row, INDEX[1]]))
     with pytest.raises(ValueError, match="a chunk outside its 3072 bytes, or of more than 1024 MB"):
         parse(folder, index=file.getvalue())
+
+
+def test_a_changed_value_is_found_by_the_hash_of_the_manifest(folder):
+    raw = json.loads((folder / MANIFEST).read_text())
+    raw["statistics"]["median_document_tokens"] = 5
+    with pytest.raises(ValueError, match="here: was changed after it had been written.*Fetch or write it again"):
+        parse_manifest(json.dumps(raw).encode(), (folder / CHUNKS).read_bytes(), "here")
+
+
+def test_a_manifest_without_end_is_not_read(tmp_path, folder, monkeypatch):
+    (tmp_path / CHUNKS).write_bytes((folder / CHUNKS).read_bytes())
+    (tmp_path / MANIFEST).symlink_to("/dev/zero")
+    monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"manifest\.json: has more than 1,000 bytes"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "null", "5", '"x"', "[]"])
+def test_json_of_another_type_or_depth_is_refused(text):
+    with pytest.raises(ValueError, match="here: (not valid JSON|format None, expected 3)"):
+        parse_manifest(text.encode(), b"", "here")
 
 
 def test_an_index_of_another_shape_or_a_pickle_is_refused(folder):

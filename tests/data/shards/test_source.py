@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import webdataset
 
+from data_prep import write_shards
 from megabert.data.shards import sample_format
 from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKENIZER, read_manifest
 from megabert.data.shards.source import DamagedShardError, check_same_tokenizer, open_corpus, open_source
+from tests.helpers.manifests import change_manifest
 
 
 @pytest.fixture
@@ -132,10 +134,12 @@ def rewrite_first_chunk(folder, change) -> Path:
     index[0, 1], index[0, 4] = size, zlib.crc32(chunk)
     index[1 : len(shard.chunks), 0] += size - place.size
     np.save(folder / CHUNKS, index)
-    raw = json.loads((folder / MANIFEST).read_text())
-    raw["chunks_sha256"] = hashlib.sha256((folder / CHUNKS).read_bytes()).hexdigest()
-    raw["splits"]["train"][0]["bytes"] = len(path.read_bytes())
-    (folder / MANIFEST).write_text(json.dumps(raw))
+
+    def correct(raw):
+        raw["chunks_sha256"] = hashlib.sha256((folder / CHUNKS).read_bytes()).hexdigest()
+        raw["splits"]["train"][0]["bytes"] = len(path.read_bytes())
+
+    change_manifest(folder, correct)
     return folder
 
 
@@ -199,27 +203,26 @@ def test_a_mixture_normalizes_weights_and_needs_one_tokenizer(corpus, folder):
     assert both.fingerprint not in (alone.fingerprint, open_corpus([(str(corpus.tokens), 1.0)] * 2).fingerprint)
     assert np.allclose(both.token_shares, alone.token_shares)
     assert alone.token_shares.sum() == pytest.approx(1.0)
-    raw = json.loads((folder / MANIFEST).read_text())
-    raw["tokenizer"]["fingerprint"] = "f" * 64
-    (folder / MANIFEST).write_text(json.dumps(raw))
+    change_manifest(folder, lambda raw: raw["tokenizer"].update(fingerprint="f" * 64))
     with pytest.raises(ValueError, match="written with tokenizer ffffffffffff, but"):
         open_corpus([(str(corpus.tokens), 3.0), (str(folder), 1.0)])
 
 
-def test_a_part_without_documents_is_refused(folder):
-    raw = json.loads((folder / MANIFEST).read_text())
-    raw["splits"]["train"] = []
-    (folder / MANIFEST).write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="the train part has no documents. Write the shards again from a corpus"):
-        open_source(str(folder))
+def test_a_part_without_documents_is_refused(tmp_path):
+    text = tmp_path / "one.txt"
+    text.write_text("one document")
+    folder = tmp_path / "one"
+    write_shards.main([f"--source={text}", f"--out={folder}"])
+    with pytest.raises(ValueError, match="the heldout part has no documents. Write the shards again with --heldout"):
+        open_source(str(folder), "heldout")
 
 
 def test_a_manifest_of_another_format_is_refused_with_a_remedy(folder):
     (folder / MANIFEST).write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="format 99, expected 2. Upgrade megabert, or write the shards again"):
+    with pytest.raises(ValueError, match="format 99, expected 3. Upgrade megabert, or write the shards again"):
         read_manifest(folder)
     (folder / MANIFEST).write_text("[]")
-    with pytest.raises(ValueError, match="format None, expected 2"):
+    with pytest.raises(ValueError, match="format None, expected 3"):
         read_manifest(folder)
     (folder / MANIFEST).write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
@@ -228,9 +231,7 @@ def test_a_manifest_of_another_format_is_refused_with_a_remedy(folder):
 
 def test_shards_of_another_tokenizer_are_refused(corpus, folder):
     source = open_source(str(corpus.tokens))
-    raw = json.loads((folder / MANIFEST).read_text())
-    raw["tokenizer"]["fingerprint"] = "f" * 64
-    (folder / MANIFEST).write_text(json.dumps(raw))
+    change_manifest(folder, lambda raw: raw["tokenizer"].update(fingerprint="f" * 64))
     with pytest.raises(ValueError, match="written with tokenizer ffffffffffff, but .* with"):
         check_same_tokenizer(source, open_source(str(folder), "heldout"))
     with pytest.raises(ValueError, match=r"its fingerprint is .*, but the shards were written with ffffffffffff"):
@@ -241,9 +242,80 @@ def test_shards_of_another_tokenizer_are_refused(corpus, folder):
 
 
 def test_text_shards_need_a_tokenizer(corpus, folder):
-    raw = json.loads((folder / MANIFEST).read_text()) | {"kind": "text", "tokenizer": None}
-    (folder / MANIFEST).write_text(json.dumps(raw))
+    change_manifest(folder, lambda raw: raw.update(kind="text", tokenizer=None))
     with pytest.raises(ValueError, match=r"holds text, expected tokens\. Name a tokenizer with data\.tokenizer"):
         open_source(str(folder))
     with pytest.raises(ValueError, match="no such tokenizer"):
         open_source(str(folder), tokenizer=str(folder / "nowhere"))
+
+
+def damage(folder: Path, name: str) -> None:
+    if name == "tokenizer_config.json":
+        (folder / name).write_bytes(b"")
+    elif name == "token_counts.npy":
+        counts = np.load(folder / name)
+        counts[[5, 6]] = counts[[6, 5]] + np.array([1, -1])
+        np.save(folder / name, counts)
+    else:
+        change_manifest(folder, CHANGES[name], sign=False)
+
+
+def swap_specials(raw: dict) -> None:
+    ids = raw["tokenizer"]["special_ids"]
+    ids["mask"], ids["sep"] = ids["sep"], ids["mask"]
+
+
+CHANGES = {
+    "special_ids": swap_specials,
+    "median": lambda raw: raw["statistics"].update(median_document_tokens=10_000),
+    "request": lambda raw: raw.update(request="another"),
+}
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "token_counts.npy", *CHANGES])
+def test_a_changed_file_ends_the_start_with_its_name(folder, name):
+    damage(folder, name)
+    expected = name if "." in name else MANIFEST
+    with pytest.raises(ValueError, match=rf"{expected}: was changed after it had been written.*(Fetch|write) "):
+        open_source(str(folder)).check_files()
+
+
+def test_special_ids_are_compared_with_the_tokenizer(folder):
+    """A manifest of format 2, or one that was signed again, has no hash that shows the change."""
+    change_manifest(folder, swap_specials)
+    with pytest.raises(ValueError, match="its vocabulary and special tokens are not those of tokenizer.json"):
+        open_source(str(folder)).check_files()
+
+
+def as_format_2(folder: Path) -> Path:
+    def older(raw):
+        raw["format"] = 2
+        for name in ("files", "sha256"):
+            del raw[name]
+
+    change_manifest(folder, older, sign=False)
+    return folder
+
+
+def test_a_manifest_of_format_2_is_read_and_compared_as_far_as_it_goes(folder):
+    source = open_source(str(as_format_2(folder)))
+    source.check_files()
+    assert source.manifest.files == {}
+    assert source.token_counts.sum() == source.tokens
+    (folder / "tokenizer_config.json").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not valid JSON"):
+        source.check_files()
+    (folder / "tokenizer_config.json").unlink()  # optional in this format
+    source.check_files()
+    counts = np.load(folder / "token_counts.npy")
+    counts[7] += 1
+    np.save(folder / "token_counts.npy", counts)
+    with pytest.raises(ValueError, match=r"token_counts\.npy: counts \d+ tokens, the training shards have \d+"):
+        source.check_files()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "token_counts.npy"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name}: the manifest lists it, but it cannot be read"):
+        open_source(str(folder)).check_files()

@@ -1,5 +1,6 @@
 """Storages: byte ranges, servers without them, commands, network errors and the bounded cache."""
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -11,16 +12,17 @@ import socket
 import subprocess
 import sys
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from megabert.data.shards import storage
+from megabert.data.shards import side_files, storage
 from megabert.data.shards.cache import CacheOptions, ExpectedFile, ShardCache, WrongContentError
 from megabert.data.shards.manifest import MANIFEST
 from megabert.data.shards.source import DamagedShardError, open_source
-from megabert.data.shards.storage import open_storage, retrying
+from megabert.data.shards.storage import CommandStorage, RemoteFolder, open_storage, retrying
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -332,3 +334,62 @@ def test_prefetching_does_not_change_what_is_read(corpus, cache, caplog):
     source.prefetch(3)
     source.prefetch(3)
     assert (source.read_chunk(3, 0).tokens == open_source(str(corpus.tokens)).read_chunk(3, 0).tokens).all()
+
+
+@pytest.mark.parametrize("command", ["yes {name}", "cat /dev/zero; sleep 1000 # {name}"])
+def test_a_command_without_end_is_stopped(corpus, cache, tmp_path, monkeypatch, command):
+    """Its output is the manifest, or a shard, of which the manifest gives the size."""
+    monkeypatch.setattr(side_files, "MAX_MANIFEST_BYTES", 5000)
+    with pytest.raises(ValueError, match=r"has more than 5,000 bytes, the most that are expected"):
+        open_source(f"pipe:{command.replace('{name}', 'train-00000.tar')}", cache=cache)
+    expected = ExpectedFile(5000, "0" * 64)
+    with pytest.raises(WrongContentError, match="more bytes arrived than the 5000 of the manifest"):
+        CommandStorage(f"pipe:{command}", cache).read("train-00000.tar", 0, 10, expected)
+    assert not [path for path in cache.folder.iterdir() if path.name.endswith((".part", ".tar"))]
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """Answers every request with bytes without end, compressed if the address says so."""
+
+    def do_GET(self):
+        self.send_response(200)
+        compress = zlib.compressobj(wbits=31) if "gzip" in self.path else None
+        if compress:
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                data = bytes(1 << 20)
+                self.wfile.write(compress.compress(data) + compress.flush(zlib.Z_SYNC_FLUSH) if compress else data)
+
+    def log_message(self, *args):  # type: ignore[override]
+        pass
+
+
+@pytest.mark.parametrize("folder", ["plain", "gzip"])
+def test_a_server_without_end_is_stopped(cache, monkeypatch, folder):
+    monkeypatch.setattr(side_files, "MAX_MANIFEST_BYTES", 5_000_000)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{folder}"
+        with pytest.raises(ValueError, match=rf"{url}/manifest\.json: has more than 5,000,000 bytes"):
+            open_source(url, cache=cache)
+        with pytest.raises(WrongContentError, match="more bytes arrived than the 3000 of the manifest"):
+            RemoteFolder(url, cache).read("train-00000.tar", 0, 10, ExpectedFile(3000, "0" * 64))
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["x-{0..99999999}.tar", "x-{0..999}{0..9999}.tar", "x{0..1" + "0" * 30 + "}.tar", "{a,b}" * 30 + ".tar",
+     "pipe:cat x-{0..99999999}.tar", "http://h/x-{000000000..999999999}.tar"],
+)  # fmt: skip
+def test_more_names_than_there_can_be_shards_are_refused_at_once(cache, location):
+    with pytest.raises(ValueError, match="names more than 100,000 shards. Name a folder, which means all in it"):
+        open_storage(location, cache)
+
+
+def test_unbalanced_braces_are_named(cache):
+    with pytest.raises(ValueError, match=r"x-\{0\.\.9\.tar: Unbalanced braces.*such as train-\{00000"):
+        open_storage("x-{0..9.tar", cache)
+    assert open_storage("x-{0..2}.tar", cache)[1] == ["x-0.tar", "x-1.tar", "x-2.tar"]

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, BertTokenizerFast
 
 from data_prep import train_tokenizer
 from data_prep.train_tokenizer import apply_bert_conventions
+from megabert.convert.hf.tokenizer import read_hf_tokenizer
 from megabert.data.shards.tokenizer import encode, find_tokenizer, read_tokenizer
 from tests.helpers.sentencepiece_models import STRANGE, train
 
@@ -106,13 +107,13 @@ def test_a_tokenizer_json_keeps_its_ids_and_gets_missing_special_tokens(tmp_path
                       "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
     raw["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(raw).replace("[MASK]", "<mask>"))
+    path.write_text(json.dumps(raw).replace("[MASK]", "<blank>"))
     before = read_tokenizer(path)
     out = convert(path, tmp_path / "out")
     after, info = read_tokenizer(out / "tokenizer.json"), find_tokenizer(out)[1]
     assert encode(after, corpus.texts) == encode(before, corpus.texts)
     assert info.special_ids["mask"] == before.get_vocab_size()
-    assert before.token_to_id("<mask>") in info.all_special_ids
+    assert before.token_to_id("<blank>") in info.all_special_ids
     assert len(AutoTokenizer.from_pretrained(out)("short")["input_ids"]) < 16
     assert len(AutoTokenizer.from_pretrained(out)("long " * 100)["input_ids"]) > 100
     folder = convert(out, tmp_path / "again")
@@ -132,11 +133,12 @@ def test_a_sentencepiece_model_is_compared_with_its_conversion(tmp_path, corpus,
 
 
 def test_lines_that_differ_are_counted_and_shown(tmp_path, corpus, texts, capsys):
-    (tmp_path / "a.model").write_bytes(train(texts))
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one\nE\u0301cole\nthree"}))
+    model = train(texts, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=False)
+    (tmp_path / "a.model").write_bytes(model)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one\n\x01\nthree"}))
     convert(tmp_path / "a.model", tmp_path / "out", f"--source={tmp_path / 'a.jsonl'}")
     assert (
-        "1 of 3 lines of the corpus differ from sentencepiece's own ids, such as 'E\u0301cole'. See"
+        "1 of 3 lines of the corpus differ from sentencepiece's own ids, such as '\\x01'. See"
         in capsys.readouterr().out
     )
 
@@ -150,17 +152,81 @@ def test_a_folder_that_only_transformers_can_load(tmp_path):
     out = convert(tmp_path, tmp_path / "out")
     tokenizer = read_tokenizer(out / "tokenizer.json")
     assert encode(tokenizer, ["ab ab"]) == [[8, 9]]
-    assert find_tokenizer(out)[1].special_ids == dict(
-        zip(["pad", "unk", "cls", "sep", "mask"], range(10, 15), strict=True)
-    )
+    assert find_tokenizer(out)[1].special_ids == {"cls": 0, "pad": 1, "sep": 2, "unk": 3, "mask": 4}
+    assert find_tokenizer(out)[1].vocab_size == len(pieces)
+    loaded, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded("ab [MASK] ab")["input_ids"] == theirs("ab <mask> ab")["input_ids"] == [0, 8, 7, 4, 9, 2]
+    assert AutoTokenizer.from_pretrained(convert(out, tmp_path / "again"))("ab")["input_ids"] == [0, 8, 2]
+
+
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "boat", "cafe", "caf\u00e9", "The", "covid", "##19",
+          "\u6771", "\u4eac", "\u6771\u4eac", "##boat"]  # fmt: skip
+NEXT = len(PIECES)
+ADDED = {
+    "content": "covid19",
+    "special": False,
+    "normalized": True,
+    "lstrip": False,
+    "rstrip": False,
+    "single_word": False,
+}
+FOLDERS = {
+    "added_tokens.json": {"added_tokens": {"covid19": NEXT}, "tokenizer_config": {"do_lower_case": True}},
+    "added_tokens_decoder": {"tokenizer_config": {"added_tokens_decoder": {str(NEXT): ADDED}}},
+    "extra tokens": {"tokenizer_config": {"additional_special_tokens": ["<x>"], "do_lower_case": False}},
+    "special_tokens_map.json": {"special_tokens_map": {"additional_special_tokens": ["<x>"], "mask_token": "[MASK]"}},
+    "case kept": {"tokenizer_config": {"do_lower_case": False}},
+    "accents kept": {"tokenizer_config": {"strip_accents": False}},
+    "Chinese words kept": {"tokenizer_config": {"tokenize_chinese_chars": False}},
+}
+
+
+@pytest.mark.parametrize("has_json", [False, True])
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_gives_the_ids_of_transformers(tmp_path, case, has_json):
+    """Its tokenizer.json or vocab.txt alone does not have everything."""
+    (tmp_path / "vocab.txt").write_text("\n".join(PIECES) + "\n")
+    if has_json:
+        plain = BertTokenizerFast.from_pretrained(tmp_path).backend_tokenizer
+        (tmp_path / "tokenizer.json").write_text(plain.to_str())
+        (tmp_path / "vocab.txt").unlink()
+    for name, content in FOLDERS[case].items():
+        more = {"tokenizer_class": "BertTokenizer"} if name == "tokenizer_config" else {}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | more))
+    theirs = BertTokenizerFast.from_pretrained(tmp_path)
+    ours = AutoTokenizer.from_pretrained(convert(tmp_path, tmp_path / "out"))
+    for text in ("the boat covid19", "The caf\u00e9 \u6771\u4eac <x> boat<x> [MASK]", "COVID19 covid 19"):
+        expected = theirs(text)["input_ids"]
+        assert ours(text)["input_ids"] == expected
+        assert read_hf_tokenizer(tmp_path).encode(text).ids == expected or "[MASK]" in text
+    if case == "added_tokens.json":
+        assert ours("the boat covid19")["input_ids"] == [2, 5, 6, 16, 3]
+
+
+def test_the_case_of_a_vocabulary_is_judged_by_shares(wordpiece, tmp_path):
+    """An uncased vocabulary may have a few pieces with capitals, and a cased one many."""
+    path = vocab_file(wordpiece[True], tmp_path)
+    path.write_text(path.read_text() + "<S>\n<T>\nQ\n")
+    converted = AutoTokenizer.from_pretrained(convert(path, tmp_path / "out"))
+    assert converted.unk_token_id not in converted("Tensor LAYER <S>")["input_ids"]
+    vocab_file(wordpiece[True], tmp_path)
+    with pytest.raises(ValueError, match=r"is uncased \(none of its \d+ pieces .* Pass --lowercase true"):
+        convert(path, tmp_path / "out", "--lowercase=false")
+    convert(path, tmp_path / "out", "--lowercase=true")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("none.txt", None, "no such tokenizer; expected a vocab.txt"),
-        ("vocab.txt", "[UNK]\na\na\n", "lists 'a' twice"),
-        ("vocab.txt", "a\nb\n", r"has no \[UNK\]"),
+        ("vocab.txt", "[UNK]\n[CLS]\n[SEP]\na\na\n", "lists 'a' twice"),
+        ("vocab.txt", "a\nb\n", r"has no \[CLS\] and no \[SEP\] and no \[UNK\]"),
+        ("tokenizer.json", "[" * 100_000, "not valid JSON"),
+        (
+            "tokenizer.json",
+            '{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}',
+            "tokenizer.json: ",
+        ),
         ("tokenizer.json", "{", "not valid JSON"),
         ("tokenizer.json", "{}", "not a tokenizer"),
         ("a.model", "noise", "not a sentencepiece model"),

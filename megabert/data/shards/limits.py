@@ -1,0 +1,37 @@
+"""Read and copy files up to a limit, since one that another machine or a command gives may have no end."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """Read a file. Raises ValueError if it has more bytes, which may never end."""
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise too_long(str(path), max_bytes)
+    return data
+
+
+def too_long(where: str, max_bytes: int) -> ValueError:
+    return ValueError(f"{where}: has more than {max_bytes:,} bytes, the most that are expected. Is it the right file?")
+
+
+class TooLongError(Exception):
+    """More bytes arrived than were expected; there may be no end of them."""
+
+
+class LimitedWriter(io.RawIOBase):
+    """A file that passes on at most max_bytes. Raises TooLongError for more."""
+
+    def __init__(self, write: Callable[[bytes], object], max_bytes: int):
+        super().__init__()
+        self._write, self._left = write, max_bytes
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        self._left -= len(data)
+        if self._left < 0:
+            raise TooLongError
+        self._write(data)
+        return len(data)

@@ -1,0 +1,176 @@
+"""Read the tokenizer of a folder of transformers: tokenizer.json or vocab.txt, and the tokens beside them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers.implementations import BertWordPieceTokenizer
+
+from megabert.data.shards.limits import read_bounded
+from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TOKENIZER_CONFIG
+from megabert.data.shards.sample_format import SPECIAL_TOKENS
+from megabert.data.shards.tokenizer import read_tokenizer
+
+VOCAB = "vocab.txt"
+ADDED_TOKENS = "added_tokens.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+FILES = (TOKENIZER, TOKENIZER_CONFIG, VOCAB, ADDED_TOKENS, SPECIAL_TOKENS_MAP)
+TOKEN_FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}
+# These classes load a tokenizer.json as it is; others change its normalizer as tokenizer_config.json says.
+PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+# Settings of tokenizer_config.json, and what BERT's normalizer calls them.
+NORMALIZER_SETTINGS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+
+
+def read_folder_tokenizer(files: dict[str, Path], lowercase: bool = True) -> Tokenizer:
+    """Load the tokenizer of a folder with the ids that transformers gives, without truncation and padding.
+
+    files: the path of each file of FILES that exists, with a tokenizer.json or a vocab.txt among them. lowercase:
+    whether a vocab.txt folds case if tokenizer_config.json does not say. Raises ValueError if a file is malformed.
+    """
+    contents = read_json_files(files)
+    path = files.get(TOKENIZER) or files[VOCAB]
+    settings = contents[TOKENIZER_CONFIG]
+    if "added_tokens_decoder" not in settings:
+        settings = settings | contents[SPECIAL_TOKENS_MAP]
+    if TOKENIZER in files:
+        tokenizer = read_tokenizer(path)
+        if settings.get("tokenizer_class") not in PLAIN_CLASSES:
+            _change_normalizer(path.parent, tokenizer, settings)
+    else:
+        tokenizer = _from_vocab(path, settings, lowercase)
+    _add_tokens(path, tokenizer, _parse_added_tokens(path.parent, settings, contents[ADDED_TOKENS]))
+    tokenizer.encode_special_tokens = True  # as read_tokenizer(): "[MASK]" in a text is text
+    return tokenizer
+
+
+def special_token_names(files: dict[str, Path]) -> dict[str, str]:
+    """Return the texts of the tokens that the folder gives a role: {"cls": "<s>", "bos": "<s>", ...}."""
+    contents = read_json_files(files)
+    settings = contents[SPECIAL_TOKENS_MAP] | contents[TOKENIZER_CONFIG]
+    found = {role: settings.get(f"{role}_token") for role in (*SPECIAL_TOKENS, "bos", "eos")}
+    folder = next(iter(files.values())).parent
+    return {role: _parse_token(folder, token).content for role, token in found.items() if token}
+
+
+def read_json_files(files: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Map the name of each JSON file to its content, which is empty if there is no such file."""
+    return {name: _read_object(files[name]) if name in files else {} for name in FILES if name != VOCAB}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(read_bounded(path, MAX_TOKENIZER_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: contains a {type(value).__name__}, expected an object.")
+    return value
+
+
+def _change_normalizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+    """Give BERT's normalizer the settings of tokenizer_config.json, as the classes of BERT's tokenizers do."""
+    normalizer = tokenizer.normalizer
+    if isinstance(normalizer, normalizers.BertNormalizer):
+        for name, attribute in NORMALIZER_SETTINGS.items():
+            if name in settings:
+                setattr(normalizer, attribute, _parse_flag(folder, settings, name, getattr(normalizer, attribute)))
+        tokenizer.normalizer = normalizer
+
+
+def _from_vocab(vocab: Path, settings: dict[str, Any], lowercase: bool) -> Tokenizer:
+    """Make BERT's tokenizer from vocab.txt, as transformers' BertTokenizerFast does."""
+    folder, vocabulary = vocab.parent, _read_vocab(vocab)
+    special: Any = {
+        f"{role}_token": _parse_token(folder, settings.get(f"{role}_token") or token)
+        for role, token in SPECIAL_TOKENS.items()
+    }
+    required = [special[f"{role}_token"].content for role in ("cls", "sep", "unk")]
+    if missing := [token for token in required if token not in vocabulary]:
+        raise ValueError(f"{vocab}: has no {' and no '.join(missing)}; expected a BERT vocabulary, a token per line.")
+    bert: Any = BertWordPieceTokenizer(
+        vocabulary,
+        handle_chinese_chars=_parse_flag(folder, settings, "tokenize_chinese_chars", True),
+        strip_accents=_parse_flag(folder, settings, "strip_accents", None),
+        lowercase=_parse_flag(folder, settings, "do_lower_case", lowercase),
+        **special,
+    )
+    return bert._tokenizer
+
+
+def _add_tokens(path: Path, tokenizer: Tokenizer, tokens: list[tuple[int | None, AddedToken]]) -> None:
+    """Add the tokens that the tokenizer lacks. path: of its vocabulary. Raises ValueError if one gets another id."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    for number, token in tokens:
+        if path.name == VOCAB or token.content not in vocabulary:
+            (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if number is not None and (got := tokenizer.token_to_id(token.content)) != number:
+            raise ValueError(
+                f"{path.parent}: its added token {token.content!r} has the id {number}, but {path.name} makes it {got}."
+            )
+
+
+def _read_vocab(path: Path) -> dict[str, int]:
+    """Read a piece per line, in the order of the ids. Raises ValueError if one is listed twice."""
+    try:
+        # Not splitlines(): U+2028 and U+0085 occur in tokens.
+        text = read_bounded(path, MAX_TOKENIZER_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8: {error}") from error
+    pieces = [piece.removesuffix("\r") for piece in text.removesuffix("\n").split("\n")]
+    ids = {piece: number for number, piece in enumerate(pieces)}
+    if len(ids) < len(pieces):
+        duplicate = next(piece for number, piece in enumerate(pieces) if ids[piece] != number)
+        raise ValueError(f"{path}: lists {duplicate!r} twice, expected a vocabulary of one piece per line.")
+    return ids
+
+
+def _parse_added_tokens(
+    folder: Path, settings: dict[str, Any], legacy: dict[str, Any]
+) -> list[tuple[int | None, AddedToken]]:
+    """List the tokens that are added to vocab.txt: those with an id by id, then those that need none.
+
+    legacy: added_tokens.json, which is used if the settings have no added_tokens_decoder.
+    """
+    extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    if not isinstance(extra, list):
+        raise ValueError(f"{folder}: additional_special_tokens is a {type(extra).__name__}, expected a list.")
+    without_id = [_parse_token(folder, token) for token in extra]
+    listed = settings.get("added_tokens_decoder")
+    if listed is None:
+        special = {token.content for token in without_id} | set(SPECIAL_TOKENS.values())
+        listed = {
+            str(number): {"content": content, "special": content in special, "normalized": content not in special}
+            for content, number in legacy.items()
+        }
+    if not isinstance(listed, dict) or not all(str(number).isdecimal() for number in listed):
+        raise ValueError(f"{folder}: added_tokens_decoder or {ADDED_TOKENS} is not an object of tokens with their ids.")
+    with_id = [(int(number), _parse_token(folder, token)) for number, token in listed.items()]
+    return [*sorted(with_id, key=lambda item: item[0]), *((None, token) for token in without_id)]
+
+
+def _parse_token(folder: Path, value: Any) -> AddedToken:
+    """Parse a token that is written as its text, which makes it a special token, or as an object."""
+    fields = {"content": value, "normalized": False} if isinstance(value, str) else value
+    if isinstance(fields, dict):
+        flags = {"special": True} | {name: flag for name, flag in fields.items() if name not in ("content", "__type")}
+        content = fields.get("content")
+        if (
+            isinstance(content, str)
+            and flags.keys() <= TOKEN_FLAGS
+            and all(flag in (True, False) for flag in flags.values())
+        ):
+            return AddedToken(content, **flags)
+    raise ValueError(f"{folder}: {value!r} is not a token, expected its text or an object with its content.")
+
+
+def _parse_flag(folder: Path, settings: dict[str, Any], name: str, default: bool | None) -> Any:
+    value = settings.get(name, default)
+    if not isinstance(value, bool) and value is not None:
+        raise ValueError(f"{folder / TOKENIZER_CONFIG}: {name} is {value!r}, expected true or false.")
+    return default if value is None else value
