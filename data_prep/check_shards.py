@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.output_folder import WRITTEN_SHARD
+from data_prep.request import REQUEST
 from data_prep.workers import Progress, WorkerPool
 from data_prep.writing.length_statistics import PLOT
 from megabert.config import cli
@@ -24,6 +25,7 @@ from megabert.data.shards.manifest import (
     MANIFEST,
     TOKEN_COUNTS,
     TOKENIZER,
+    TOKENIZER_CONFIG,
     Chunk,
     Manifest,
     Shard,
@@ -31,7 +33,8 @@ from megabert.data.shards.manifest import (
     read_manifest,
 )
 from megabert.data.shards.sample_format import decode_text, decode_tokens, read_npy, read_sample
-from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, find_tokenizer
+from megabert.data.shards.side_files import check_tokenizer_config
+from megabert.data.shards.tokenizer import find_tokenizer
 from megabert.files.hashing import file_sha256
 
 
@@ -102,11 +105,6 @@ def check_shard(path: Path, shard: Shard, vocab_size: int | None) -> tuple[str, 
             found.problems += problems
             if not problems and vocab_size is not None:
                 found.ids += np.bincount(ids, minlength=vocab_size)
-    pieces, tokens = shard.chunks[:, 2:4].sum(axis=0).tolist()
-    if tokens != shard.tokens:
-        found.problems.append(f"{path}: its chunks have {tokens} tokens, the manifest says {shard.tokens}")
-    if pieces < shard.documents:  # a long document is cut into several pieces
-        found.problems.append(f"{path}: its chunks have {pieces} documents, the manifest says {shard.documents}")
     return shard.name, found
 
 
@@ -117,17 +115,15 @@ def check_files(folder: Path, manifest: Manifest) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
         if path.name == ".work":
             yield f"{path}: left by an interrupted write_shards.py. Run its command again, or remove the folder"
-        elif path.name not in listed | required:
+        elif path.name not in listed | required | {REQUEST}:
             kind = "shard" if WRITTEN_SHARD.fullmatch(path.name) else "file"
             yield f"{path}: a {kind} that the manifest does not list"
     for name in sorted(required):
         if not (folder / name).is_file():
             yield f"{folder / name}: missing"
-    for name in ("documents", "tokens"):
-        total = sum(getattr(shard, name) for part in manifest.splits.values() for shard in part)
-        if manifest.statistics.get(name) != total:
-            stated = manifest.statistics.get(name)
-            yield f"{folder / MANIFEST}: its statistics say {stated} {name}, its shards have {total}"
+    for name, expected in manifest.files.items():
+        if (folder / name).is_file() and file_sha256(folder / name) != expected:
+            yield f"{folder / name}: its hash differs from the manifest's"
 
 
 def check_tokenizer(folder: Path, expected: TokenizerInfo) -> Iterator[str]:
@@ -140,6 +136,12 @@ def check_tokenizer(folder: Path, expected: TokenizerInfo) -> Iterator[str]:
         yield f"{path}: its fingerprint is {found.fingerprint[:12]}, the manifest says {expected.fingerprint[:12]}"
     elif found != expected:
         yield f"{folder / MANIFEST}: its vocabulary and special tokens are not those of {TOKENIZER}"
+    config = folder / TOKENIZER_CONFIG
+    if config.is_file():
+        try:
+            check_tokenizer_config(config.read_bytes(), str(config))
+        except ValueError as error:
+            yield str(error)
 
 
 def check_token_counts(path: Path, expected: np.ndarray) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_prep.finished import was_written_for
 from data_prep.request import belongs_to_request, remove_request, write_request
 from data_prep.writing.length_statistics import PLOT
 from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS
@@ -20,17 +21,19 @@ WORK_FORMAT = 1
 
 
 @contextmanager
-def locked_work_folder(out: Path, request: str) -> Iterator[Path]:
+def locked_work_folder(out: Path, request: str, replace: bool = False) -> Iterator[Path]:
     """Lock out/.work and yield it. Unfinished work of the same request in it is kept, other work is removed.
 
-    The folder is removed when the block ends without an exception. Raises ValueError if another command holds the lock,
-    or if `out` holds shards that write_shards.py did not write.
+    The folder is removed when the block ends without an exception. replace: whether shards without a manifest may be
+    replaced. Raises ValueError if another command holds the lock, or if `out` holds shards without a manifest that were
+    not written for this request.
     """
     work = out / ".work"
-    if not work.exists() and not (out / MANIFEST).exists() and (foreign := _list_shards(out)):
+    known = (out / MANIFEST).exists() or was_written_for(out, request) or replace
+    if not work.exists() and not known and (foreign := _list_shards(out)):
         raise ValueError(
             f"{foreign[0]}: exists, but its folder has no {MANIFEST}, so it will not be replaced. Choose another "
-            "--out, or remove the file."
+            "--out, remove the file, or pass --replace."
         )
     work.mkdir(parents=True, exist_ok=True)
     try:
@@ -73,7 +76,8 @@ def _remove_earlier_results(out: Path, work: Path) -> None:
     """Remove the results of an earlier request. The manifest goes first: without it the folder counts as unfinished."""
     for path in [*(out / name for name in (MANIFEST, CHUNKS, TOKEN_COUNTS, PLOT)), *_list_shards(out)]:
         path.unlink(missing_ok=True)
-    remove_request(work)
+    for folder in (work, out):
+        remove_request(folder)
     for name in ("runs", "shards"):
         shutil.rmtree(work / name, ignore_errors=True)
 

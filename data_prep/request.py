@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from megabert.files.atomic import write_atomically
+from megabert.files.hashing import file_sha256
 
 REQUEST = "request"
 
@@ -14,15 +16,20 @@ def request_hash(**parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def write_request(folder: Path, version: int, request: str) -> None:
-    """Record the request that the files of a folder belong to. version: of the format of these files."""
-    write_atomically(folder / REQUEST, _content(version, request))
+def write_request(folder: Path, version: int, request: str, files: Iterable[str] = ()) -> None:
+    """Record the request of a folder. version: of the format of its files; files: those to compare later."""
+    write_atomically(folder / REQUEST, _content(version, request, {name: file_sha256(folder / name) for name in files}))
 
 
 def belongs_to_request(folder: Path, version: int, request: str) -> bool:
-    """Whether the files of a folder belong to this request and have this format version."""
-    path = folder / REQUEST
-    return path.is_file() and path.read_bytes() == _content(version, request)
+    """Whether the files of a folder belong to this request and version, and are unchanged."""
+    try:
+        data = (folder / REQUEST).read_bytes()
+        files = json.loads(data)["files"]
+        found = {name: file_sha256(folder / name) for name in files}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # missing, or not of this version
+        return False
+    return data == _content(version, request, found)
 
 
 def remove_request(folder: Path) -> None:
@@ -30,5 +37,5 @@ def remove_request(folder: Path) -> None:
     (folder / REQUEST).unlink(missing_ok=True)
 
 
-def _content(version: int, request: str) -> bytes:
-    return json.dumps({"format": version, "request": request}).encode()
+def _content(version: int, request: str, files: dict[str, str]) -> bytes:
+    return json.dumps({"format": version, "request": request, "files": files}).encode()

@@ -11,8 +11,9 @@ import io
 import itertools
 import json
 import random
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -25,18 +26,19 @@ from data_prep.sources import ReadOptions, list_input_splits, read_input_split, 
 from data_prep.tokenizer.existing import MAX_WORD_CHARS, LoadedTokenizer, load_tokenizer, use_bert_components
 from data_prep.tokenizer.from_sentencepiece import differing_lines, to_fast_tokenizer, user_defined_symbols
 from megabert.config import cli
-from megabert.data.shards.manifest import TOKENIZER
+from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
-from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, read_tokenizer
+from megabert.data.shards.tokenizer import read_tokenizer
 from megabert.files.atomic import write_atomically
 
 # A sample comes from at least this many input splits of the corpus, if it has them.
 SAMPLED_SPLITS = 16
 COMPARED_LINES = 10_000
+LINE_CHARACTERS = 1000  # of at most 4 bytes each
 
 SENTENCEPIECE_MODEL = "tokenizer.model"
 # Version of the files that this command writes. Tokenizers of another version are made again.
-TOKENIZER_FORMAT = 1
+TOKENIZER_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,11 @@ def train_wordpiece(options: Options) -> Tokenizer:
     tokenizer.train_from_iterator(sample_lines(options), trainer)
     if tokenizer.get_vocab_size() <= len(SPECIAL_TOKENS):
         raise ValueError(f"{options.source}: has no text to train on. Use more text.")
+    if (needed := tokenizer.get_vocab_size()) > options.vocab_size:
+        raise ValueError(
+            f"{options.source}: {options.vocab_size} pieces are fewer than its characters. Pass --vocab-size {needed} "
+            "or more."
+        )
     return tokenizer
 
 
@@ -126,7 +133,7 @@ def train_sentencepiece(options: Options) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sample_lines(options),
+            sentence_iterator=short_lines(sample_lines(options)),
             model_writer=model,
             model_type=options.model,
             vocab_size=options.vocab_size,
@@ -144,11 +151,31 @@ def train_sentencepiece(options: Options) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(
-            f"{options.source}: sentencepiece cannot train {options.vocab_size} pieces on it: "
-            f"{' '.join(str(error).split())} Use more text or a smaller --vocab-size."
-        ) from error
+        raise ValueError(f"{options.source}: {explain_failure(str(error), options.vocab_size)}") from error
     return model.getvalue()
+
+
+def explain_failure(message: str, vocab_size: int) -> str:
+    """Say what to do about an error of sentencepiece's trainer."""
+    if "sentences_.empty()" in message:
+        return "has no text to train on. Use more text."
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"{vocab_size} pieces are fewer than its characters. Pass --vocab-size {needed[1]} or more."
+    if most := re.search(r"set it to a value <= (\d+)", message):
+        return f"has not enough text for {vocab_size} pieces. Use more text, or pass --vocab-size {most[1]} or less."
+    return f"sentencepiece cannot train {vocab_size} pieces on it: {' '.join(message.split())}"
+
+
+def short_lines(lines: Iterable[str]) -> Iterator[str]:
+    """Cut long lines, if possible at a space. sentencepiece leaves out lines that are longer than 4,192 bytes."""
+    for line in lines:
+        begin = 0
+        while len(line) - begin > LINE_CHARACTERS:
+            last = begin + LINE_CHARACTERS
+            end = line.rfind(" ", begin + LINE_CHARACTERS // 2, last) + 1 or last
+            yield line[begin:end]
+            begin = end
+        yield line[begin:]
 
 
 def apply_bert_conventions(tokenizer: Tokenizer) -> None:
@@ -202,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     options = cli.read_flags(Options, "train_tokenizer.py", __doc__ or "", argv)
     folder = Path(options.out)
     request = hash_of_request(options)
-    if (folder / TOKENIZER).is_file() and belongs_to_request(folder, TOKENIZER_FORMAT, request):
+    if belongs_to_request(folder, TOKENIZER_FORMAT, request):
         print(f"{folder / TOKENIZER}: already made from this with these settings, reused")
         return
     tokenizer, model = load_tokenizer(Path(options.existing), options.lowercase) if options.existing else train(options)
@@ -214,7 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     if model is not None:
         write_atomically(folder / SENTENCEPIECE_MODEL, model)
         print(compare_with_sentencepiece(options, model))
-    write_request(folder, TOKENIZER_FORMAT, request)
+    written = (TOKENIZER, TOKENIZER_CONFIG, *([] if model is None else [SENTENCEPIECE_MODEL]))
+    write_request(folder, TOKENIZER_FORMAT, request, written)
 
 
 def command(prog: str = "megabert-tokenizer") -> NoReturn:

@@ -9,41 +9,46 @@ globally, copies of one text meet in one shard, and the text alone decides wheth
 command continues where it stopped when it is run again, and ends with the same bytes.
 """
 
+import hashlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 
 from data_prep import output_folder
+from data_prep.finished import damaged_files, note_request, read_result_of, restore_tokenizer, was_written_for
 from data_prep.request import request_hash
-from data_prep.sources import ReadOptions, list_input_splits, source_state
+from data_prep.sources import ReadOptions, list_input_splits, read_input_split, source_state
 from data_prep.sources.base import INPUT_SPLIT_BYTES, InputSplit, is_disk_full
 from data_prep.workers import Progress, WorkerPool
 from data_prep.writing import length_statistics, shard_writer, sorted_runs
 from data_prep.writing.sorted_runs import TaskSummary, WriteSettings
+from data_prep.writing.unknown_tokens import check_share
 from megabert.config import cli
 from megabert.data.shards.manifest import (
     MANIFEST,
     TOKEN_COUNTS,
     TOKENIZER,
+    TOKENIZER_CONFIG,
     Manifest,
     Shard,
     TokenizerInfo,
-    read_manifest,
     write_manifest,
 )
 from megabert.data.shards.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS, encode_npy, token_dtype
-from megabert.data.shards.tokenizer import TOKENIZER_CONFIG, find_tokenizer
+from megabert.data.shards.side_files import check_tokenizer_config
+from megabert.data.shards.tokenizer import find_tokenizer
 from megabert.files.atomic import write_atomically
 
 # A source is divided into about this many tasks, each of at most TASK_BYTES: enough to keep every core busy to the end.
 # The tasks must not depend on --workers, so that a command can continue with another number of them.
 TASKS = 256
 TASK_BYTES = 256 << 20
+NO_EFFECT_ON_SHARDS = ("out", "workers", "replace", "max_unknown")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,8 @@ class Options:
     """seed of the order within shards"""
     replace: bool = False
     """whether to replace finished shards in `out` that were made with another source, tokenizer or other settings"""
+    max_unknown: float = 0.05
+    """largest share of [UNK] among the tokens; more ends the command"""
 
     def __post_init__(self):
         if not 0 <= self.heldout < 1:
@@ -88,6 +95,8 @@ class Options:
             raise ValueError(f"chunk_tokens is {self.chunk_tokens}, expected 1 to {MAX_CHUNK_TOKENS}.")
         if min(self.min_shards, self.shard_mb, self.workers) < 1:
             raise ValueError("min_shards, shard_mb and workers must be at least 1.")
+        if not 0 <= self.max_unknown <= 1:
+            raise ValueError(f"max_unknown is {self.max_unknown}, expected a share from 0 to 1.")
 
     @property
     def read(self) -> ReadOptions:
@@ -129,7 +138,7 @@ def resolve_request(options: Options) -> ShardRequest:
             "--out."
         )
     splits = list_input_splits(options.source, options.read)
-    asked = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "replace")}
+    asked = {name: value for name, value in vars(options).items() if name not in NO_EFFECT_ON_SHARDS}
     found = request_hash(options=asked, tokenizer=tokenizer and asdict(tokenizer), source=source_state(splits))
     return ShardRequest(options, splits, path, tokenizer, found)
 
@@ -209,18 +218,23 @@ def build_manifest(request: ShardRequest, counts: dict[str, int], read: int) -> 
     splits: dict[str, tuple[Shard, ...]] = {}
     lengths = np.zeros(length_statistics.LONGEST_COUNTED + 1, dtype=np.int64)
     ids = np.zeros(request.tokenizer.vocab_size if request.tokenizer else 0, dtype=np.int64)
+    unknown_id = request.tokenizer.special_ids["unk"] if request.tokenizer else 0
+    unknown = 0
     for part, total in counts.items():
         shards = []
         for number in range(total):
             record = shard_writer.read_record(shard_writer.record_path(request.settings, part, number))
             shards.append(record.shard)
             lengths += record.lengths
+            unknown += int(record.ids[unknown_id : unknown_id + 1].sum())
             if part == "train":
                 ids[: len(record.ids)] += record.ids
         splits[part] = tuple(shards)
     tokens = sum(shard.tokens for shards in splits.values() for shard in shards)
     unit = "tokens" if request.tokenizer else "bytes"
     statistics = length_statistics.summarize(lengths, tokens, unit, read)
+    if request.tokenizer:
+        statistics["unknown_tokens"] = unknown
     kind = "tokens" if request.tokenizer else "text"
     return Manifest(kind, splits, statistics, request.tokenizer, request.request_hash), ids
 
@@ -228,13 +242,24 @@ def build_manifest(request: ShardRequest, counts: dict[str, int], read: int) -> 
 def write_metadata(request: ShardRequest, manifest: Manifest, ids: np.ndarray) -> None:
     """Write all other files of the folder. The manifest comes last, because it makes the folder complete."""
     out = Path(request.options.out)
-    if path := request.tokenizer_path:
-        write_atomically(out / TOKENIZER, path.read_bytes())
-        config = path.with_name(TOKENIZER_CONFIG)
-        write_atomically(out / TOKENIZER_CONFIG, config.read_bytes() if config.is_file() else plain_tokenizer_config())
-        write_atomically(out / TOKEN_COUNTS, encode_npy(ids))
+    files = tokenizer_files(request) | ({TOKEN_COUNTS: encode_npy(ids)} if request.tokenizer else {})
+    for name, data in files.items():
+        write_atomically(out / name, data)
     write_atomically(out / length_statistics.PLOT, length_statistics.plot(manifest.statistics))
-    write_manifest(out, manifest)
+    note_request(out, request.request_hash)
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name != TOKENIZER}
+    write_manifest(out, replace(manifest, files=hashes))
+
+
+def tokenizer_files(request: ShardRequest) -> dict[str, bytes]:
+    """Return the files of the tokenizer, which are copied beside the shards. Raises ValueError for a damaged config."""
+    path = request.tokenizer_path
+    if path is None:
+        return {}
+    config = path.with_name(TOKENIZER_CONFIG)
+    data = config.read_bytes() if config.is_file() else plain_tokenizer_config()
+    check_tokenizer_config(data, str(config))
+    return {TOKENIZER: path.read_bytes(), TOKENIZER_CONFIG: data}
 
 
 def plain_tokenizer_config() -> bytes:
@@ -248,7 +273,7 @@ def write_shards(request: ShardRequest) -> Manifest:
     """Do both passes and write the manifest. Raises ValueError if the source has no documents."""
     options, settings = request.options, request.settings
     with (
-        output_folder.locked_work_folder(settings.out, request.request_hash),
+        output_folder.locked_work_folder(settings.out, request.request_hash, options.replace),
         WorkerPool(options.workers) as pool,
     ):
         summaries = write_all_sorted_runs(settings, request.splits, pool)
@@ -260,6 +285,10 @@ def write_shards(request: ShardRequest) -> Manifest:
         counts = shard_counts(options, settings.dtype.itemsize, summaries)
         write_all_shards(settings, counts, sorted_runs.run_paths(settings, summaries), pool)
         manifest, ids = build_manifest(request, counts, read)
+        if request.tokenizer_path is not None:
+            share = manifest.statistics["unknown_tokens"] / max(1, manifest.statistics["tokens"])
+            documents = (text for split in request.splits for text in read_input_split(split, options.read))
+            check_share(share, options.max_unknown, request.tokenizer_path, documents)
         write_metadata(request, manifest, ids)
     return manifest
 
@@ -268,11 +297,18 @@ def main(argv: list[str] | None = None) -> int:
     options = cli.read_flags(Options, "write_shards.py", __doc__ or "", argv)
     request = resolve_request(options)
     out = Path(options.out)
-    if (out / MANIFEST).is_file() and is_result_of(out, request.request_hash):
+    finished = read_result_of(out, request.request_hash)
+    if finished is not None:
+        damaged = set(damaged_files(out, finished, options.workers))
+        if damaged:
+            damaged -= set(restore_tokenizer(out, finished, tokenizer_files(request)))
+        if not damaged:
+            output_folder.remove_finished_work(out)
+            print(f"{out / MANIFEST}: already written from this source with these settings, reused")
+            return 0
+        print(f"{out / min(damaged)}: missing or changed, so the shards are written again")
         output_folder.remove_finished_work(out)
-        print(f"{out / MANIFEST}: already written from this source with these settings, reused")
-        return 0
-    if (out / MANIFEST).is_file() and not options.replace:
+    elif (out / MANIFEST).is_file() and not (options.replace or was_written_for(out, request.request_hash)):
         raise ValueError(
             f"{out}: holds finished shards of another source, tokenizer or other settings. Choose another --out, or "
             "pass --replace."
@@ -293,15 +329,9 @@ def main(argv: list[str] | None = None) -> int:
     unit = "tokens" if request.tokenizer else "characters"
     statistics = manifest.statistics
     print(f"{out}: {statistics['documents']:,} documents, {statistics['tokens']:,} {unit}, shards: {parts}")
+    if request.tokenizer:
+        print(f"{out}: {statistics['unknown_tokens'] / max(1, statistics['tokens']):.2%} of the tokens are [UNK]")
     return 0
-
-
-def is_result_of(out: Path, request_hash: str) -> bool:
-    """Whether the finished shards in a folder were written for the same request."""
-    try:
-        return read_manifest(out).request == request_hash
-    except ValueError:  # damaged, or of another format version: cannot be reused
-        return False
 
 
 def command(prog: str = "megabert-shards") -> NoReturn:

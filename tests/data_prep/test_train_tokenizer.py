@@ -1,6 +1,7 @@
 """Tests of train_tokenizer.py: training, comparison with sentencepiece, and reuse of finished tokenizers."""
 
 import json
+import re
 
 import pytest
 import sentencepiece
@@ -44,10 +45,30 @@ def test_the_ids_are_those_of_sentencepiece_and_transformers_loads_the_tokenizer
     assert loaded.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) == [0, 1, 2, 3, 4]
 
 
-def test_a_corpus_too_small_for_the_vocabulary_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("only these few words")
-    with pytest.raises(ValueError, match="cannot train 8192 pieces on it.*smaller --vocab-size"):
-        train_tokenizer.main([f"--source={tmp_path}", f"--out={tmp_path / 'out'}"])
+@pytest.mark.parametrize("model", ["unigram", "bpe", "wordpiece"])
+@pytest.mark.parametrize("vocab_size", [12, 8192])
+def test_the_advice_about_the_size_of_the_vocabulary_works(tmp_path, model, vocab_size):
+    (tmp_path / "a.txt").write_text("only these few words " * 30)
+    command = [f"--source={tmp_path / 'a.txt'}", f"--out={tmp_path / 'out'}", f"--model={model}"]
+    if model == "wordpiece" and vocab_size == 8192:
+        train_tokenizer.main([*command, f"--vocab-size={vocab_size}"])  # it gets fewer
+        return
+    with pytest.raises(ValueError, match=r"a\.txt: .*[Pp]ass --vocab-size \d+ or (more|less)\.$") as info:
+        train_tokenizer.main([*command, f"--vocab-size={vocab_size}"])
+    advice = re.search(r"--vocab-size \d+", str(info.value))[0].split()
+    train_tokenizer.main([*command, *advice])
+    assert find_tokenizer(tmp_path / "out")[1].vocab_size == int(advice[1])
+
+
+def test_long_lines_are_trained_on(tmp_path):
+    """sentencepiece leaves out lines of more than 4,192 bytes, and a document may be one line."""
+    (tmp_path / "a.txt").write_text(" ".join(f"\u4f60\u597d{n % 7}" for n in range(5000)) + " " + "\u597d" * 5000)
+    train_tokenizer.main([f"--source={tmp_path / 'a.txt'}", f"--out={tmp_path / 'out'}", "--vocab-size=18"])
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert len(tokenizer.encode("\u4f60\u597d3", add_special_tokens=False).ids) < 4
+    lines = ["a" * 2500, "short", "b " * 700]
+    assert "".join(train_tokenizer.short_lines(lines)) == "".join(lines)
+    assert [len(line) for line in train_tokenizer.short_lines(lines)] == [1000, 1000, 500, 5, 1000, 400]
 
 
 @pytest.mark.parametrize("version", [None, TOKENIZER_FORMAT - 1])
@@ -74,7 +95,7 @@ def test_a_trained_tokenizer_is_reused(corpus, capsys):
 @pytest.mark.parametrize("model", ["unigram", "bpe", "wordpiece"])
 def test_a_corpus_without_text_is_refused(tmp_path, model):
     (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="cannot train|has no text to train on"):
+    with pytest.raises(ValueError, match="has no text to train on. Use more text."):
         train_tokenizer.main([f"--source={tmp_path}", f"--out={tmp_path / 'out'}", f"--model={model}"])
 
 
@@ -95,3 +116,18 @@ def test_a_vocabulary_of_special_tokens_alone_is_refused(capsys):
     with pytest.raises(SystemExit):
         train_tokenizer.main(["--vocab_size=5"])
     assert "vocab_size is 5, expected more than the 5 special tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "request"])
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_a_lost_or_damaged_file_is_written_again(tmp_path, corpus, capsys, name, damage):
+    command = [f"--existing={corpus.tokenizer / 'tokenizer.model'}", f"--source={corpus.jsonl}", f"--out={tmp_path}"]
+    train_tokenizer.main(command)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    damage(tmp_path / name)
+    capsys.readouterr()
+    train_tokenizer.main(command)
+    assert "reused" not in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    train_tokenizer.main(command)
+    assert "reused" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from data_prep import write_shards
+from data_prep import output_folder, write_shards
 from data_prep.writing import sorted_runs
 from megabert.data.shards.manifest import read_manifest
 from megabert.data.shards.sample_format import decode_text, read_sample
@@ -182,3 +184,104 @@ def test_statistics_are_in_the_manifest_and_in_a_plot(corpus):
 
 def test_the_default_number_of_shards_is_enough_for_the_splits_of_training():
     assert write_shards.Options().min_shards == MIN_SPLITS
+
+
+def copy_of_shards(corpus, tmp_path) -> tuple[list[str], Path]:
+    """A copy of finished shards, and the command that wrote them."""
+    out = shutil.copytree(corpus.tokens, tmp_path / "tokens")
+    common = [f"--source={corpus.jsonl}", f"--tokenizer={corpus.tokenizer}", "--heldout=0.1", "--chunk_tokens=2048"]
+    return [*common, f"--out={out}"], out
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-600])
+
+
+def change(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("replace", [[], ["--replace", "true"]])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("train-00003.tar", Path.unlink),
+        ("heldout-00000.tar", cut),
+        ("train-00001.tar", change),
+        ("token_counts.npy", change),
+        ("chunks.npy", Path.unlink),
+        ("statistics.png", Path.unlink),
+        ("manifest.json", Path.unlink),
+        ("manifest.json", cut),
+    ],
+)
+def test_what_is_lost_or_damaged_is_written_again_by_the_same_command(tmp_path, corpus, capsys, name, damage, replace):
+    command, out = copy_of_shards(corpus, tmp_path)
+    damage(out / name)
+    write_shards.main([*command, *replace])
+    assert hashes(out) == hashes(corpus.tokens)
+    capsys.readouterr()
+    write_shards.main([*command, *replace])
+    assert "already written from this source with these settings, reused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_lost_tokenizer_is_copied_again_and_the_shards_stay(tmp_path, corpus, capsys, name):
+    command, out = copy_of_shards(corpus, tmp_path)
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    (out / name).write_bytes(b"")
+    write_shards.main(command)
+    assert "reused" in capsys.readouterr().out
+    assert hashes(out) == hashes(corpus.tokens)
+    assert times == {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+
+
+def test_shards_of_another_request_without_a_manifest_are_kept_unless_replace_is_given(tmp_path, corpus):
+    command, out = copy_of_shards(corpus, tmp_path)
+    (out / "manifest.json").unlink()
+    before = hashes(out)
+    with pytest.raises(ValueError, match="has no manifest.json, so it will not be replaced.*or pass --replace"):
+        write_shards.main([*command, "--seed=1"])
+    assert hashes(out) == before
+    write_shards.main([*command, "--seed=1", "--replace"])
+    assert read_manifest(out).statistics == read_manifest(corpus.tokens).statistics
+
+
+def test_a_damaged_shard_is_written_again_after_a_kill_at_the_very_end(tmp_path, corpus):
+    """The work folder is still there, and says that every shard is written."""
+    command, out = copy_of_shards(corpus, tmp_path)
+    shutil.rmtree(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output_folder.shutil, "rmtree", lambda *_, **__: None)
+        write_shards.main(command)
+    assert (out / ".work" / "request").is_file()
+    (out / "train-00003.tar").unlink()
+    write_shards.main(command)
+    assert hashes(out) == hashes(corpus.tokens)
+
+
+def test_too_many_unknown_tokens_end_the_command_with_examples_and_a_remedy(tmp_path, corpus, capsys):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"some text {n} \u4f60 \u597d" for n in range(50)))
+    command = [f"--source={tmp_path / 'a.txt'}", f"--tokenizer={corpus.tokenizer}", f"--out={tmp_path / 'out'}"]
+    command.append("--blank-lines")
+    with pytest.raises(
+        ValueError, match=r"makes \d\d\.\d% of the tokens .* \[UNK\], such as '\u4f60', '\u597d'; at most 5.0%"
+    ) as info:
+        write_shards.main(command)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    advice = re.search(r"--max-unknown [\d.]+", str(info.value))[0].split()
+    capsys.readouterr()
+    write_shards.main([*command, *advice])
+    statistics = read_manifest(tmp_path / "out").statistics
+    assert statistics["unknown_tokens"] == 100
+    share = 100 / statistics["tokens"]
+    assert f"{share:.2%} of the tokens are [UNK]" in capsys.readouterr().out
+
+
+def test_a_damaged_tokenizer_config_is_refused_before_it_is_copied(tmp_path, corpus):
+    folder = shutil.copytree(corpus.tokenizer, tmp_path / "tokenizer")
+    (folder / "tokenizer_config.json").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"tokenizer/tokenizer_config\.json: not valid JSON"):
+        write_shards.main([f"--source={corpus.jsonl}", f"--tokenizer={folder}", f"--out={tmp_path / 'out'}"])

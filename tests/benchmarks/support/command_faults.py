@@ -1,7 +1,6 @@
 """Kill the commands that prepare data, convert and fine-tune, at random moments, and start them again."""
 
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -40,13 +39,10 @@ class Command:
 def commands(base: Path) -> Iterator[Command]:
     """Make the inputs of every command below `base`, with small sizes, and yield the commands."""
     python = sys.executable
-    base.mkdir()
-    text, tokenizer, tokens = base / "text.jsonl", base / "tokenizer", base / "tokens"
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(2000)]
-    lines = (json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(20, 300)))}) for _ in range(10_000))
-    text.write_text("".join(line + "\n" for line in lines))
-    train = [python, "data_prep/train_tokenizer.py", f"--source={text}", "--vocab_size=1000", "--sample_bytes=2000000"]
+    text, tokenizer, tokens = base / "text", base / "tokenizer", base / "tokens"
+    sources = ["--source=docstrings", f"--out={text}", "--min_chars=80", "--heldout=0.01"]
+    run([python, "data_prep/write_shards.py", *sources])
+    train = [python, "data_prep/train_tokenizer.py", f"--source={text}", "--vocab_size=2000", "--sample_bytes=2000000"]
     yield Command("train_tokenizer", lambda out: [*train, f"--out={out}"])
     run([*train, f"--out={tokenizer}"])
     shards = [python, "data_prep/write_shards.py", f"--source={text}", f"--tokenizer={tokenizer}", "--heldout=0.01"]

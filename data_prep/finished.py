@@ -1,0 +1,56 @@
+"""Compare finished shards with their manifest, and restore files that can be had without the corpus."""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from data_prep.request import belongs_to_request, write_request
+from data_prep.writing.length_statistics import PLOT
+from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest, read_manifest
+from megabert.files.atomic import write_atomically
+from megabert.files.hashing import file_sha256
+
+NOTE_FORMAT = 1
+
+
+def read_result_of(out: Path, request_hash: str) -> Manifest | None:
+    """Return the manifest of the finished shards in a folder if they were written for this request."""
+    try:
+        manifest = read_manifest(out)
+    except ValueError:  # missing, damaged, or of another format version: cannot be reused
+        return None
+    return manifest if manifest.request == request_hash else None
+
+
+def note_request(out: Path, request_hash: str) -> None:
+    """Record beside the shards what they are written for, so that it is known without a manifest too."""
+    write_request(out, NOTE_FORMAT, request_hash)
+
+
+def was_written_for(out: Path, request_hash: str) -> bool:
+    return belongs_to_request(out, NOTE_FORMAT, request_hash)
+
+
+def damaged_files(out: Path, manifest: Manifest, workers: int) -> list[str]:
+    """Return the names of the files that are missing or differ from the manifest. Every file is read."""
+    with ThreadPoolExecutor(workers) as pool:
+        listed = [(shard.name, shard.sha256) for part in manifest.splits.values() for shard in part]
+        listed += manifest.files.items()
+        if manifest.tokenizer is not None:
+            listed.append((TOKENIZER, manifest.tokenizer.fingerprint))
+        intact = pool.map(lambda item: (out / item[0]).is_file() and file_sha256(out / item[0]) == item[1], listed)
+        damaged = [name for (name, _), is_intact in zip(listed, intact, strict=True) if not is_intact]
+    return damaged if (out / PLOT).is_file() else [*damaged, PLOT]
+
+
+def restore_tokenizer(out: Path, manifest: Manifest, tokenizer_files: dict[str, bytes]) -> Iterator[str]:
+    """Write the tokenizer's files again, as far as they are those that the manifest means. Yields their names."""
+    expected = dict(manifest.files)
+    if manifest.tokenizer is not None:
+        expected[TOKENIZER] = manifest.tokenizer.fingerprint
+    for name in (TOKENIZER, TOKENIZER_CONFIG):
+        data = tokenizer_files.get(name)
+        if data is not None and hashlib.sha256(data).hexdigest() == expected.get(name):
+            write_atomically(out / name, data)
+            yield name
