@@ -93,6 +93,10 @@ TABLES = {"mosaicbert": mosaicbert_table, "bert": bert_table}
 MLM_HEAD_PREFIXES = ("transform.", "decoder.")  # our masked language modelling head
 SAME_NAME_PREFIXES = ("bert.pooler.dense.", "classifier.", "qa_outputs.")  # both sides use these names
 UNUSED_PREFIXES = ("cls.seq_relationship.",)  # next-sentence prediction, which our model does not have
+# A classifier of ours has its pooler under another name, see MegaBertForSequenceClassification.
+POOLER = {f"pre_classifier.dense.{part}": f"bert.pooler.dense.{part}" for part in PARTS}
+# What torch.compile, DistributedDataParallel, FSDP, activation checkpointing and Lightning add to the names of a model.
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model"}
 BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")  # constants: 0, 1, 2... and zeros
 LEGACY_LAYER_NORM = {"gamma": "weight", "beta": "bias"}  # in checkpoints converted from TensorFlow
 
@@ -127,7 +131,7 @@ def to_megabert(state: Mapping[str, Tensor], kind: Kind) -> RenamedWeights:
         parts = [state[name] for name in entry.theirs]
         ours[entry.ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
         for duplicate in entry.duplicates:
-            if duplicate in state and not torch.equal(state[duplicate], ours[entry.ours]):
+            if duplicate in state and not _equal(state[duplicate], ours[entry.ours]):
                 raise ValueError(f"{duplicate} differs from {entry.theirs[0]}, but this model ties them.")
     return RenamedWeights(ours, missing, sorted(unused))
 
@@ -144,6 +148,43 @@ def normalize_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if new not in BUFFERS:
             normalized[new] = tensor
     return normalized
+
+
+def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove from names what training with a wrapper adds: module.bert.x and _orig_mod.bert.x become bert.x.
+
+    Raises ValueError if two tensors get one name.
+    """
+    stripped: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if plain in stripped:
+            raise ValueError(f"{name} is there twice, with and without the prefix of a wrapper.")
+        stripped[plain] = tensor
+    return stripped
+
+
+def normalize_our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Use the names of MegaBertForMaskedLM and of BERT's pooler; remove the tied tensor.
+
+    Raises ValueError if a tensor differs from the one that it equals in all our folders.
+    """
+    is_bare_encoder = any(name.startswith("embeddings.") for name in state)
+    named = {f"bert.{name}" if is_bare_encoder else name: tensor for name, tensor in state.items()}
+    for name, other in POOLER.items():
+        if name in named:
+            named.setdefault(other, named[name])
+    for name, other in {TIED_DECODER: WORD_EMBEDDINGS, **POOLER}.items():
+        copy = named.pop(name, None)
+        if copy is not None and other in named and not _equal(copy, named[other]):
+            raise ValueError(f"{name} differs from {other}, but this model ties them.")
+    return named
+
+
+def add_classifiers_pooler(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights with the name of the pooler that a classifier loads, too, if there is one."""
+    # A copy, because safetensors writes no two tensors that share memory.
+    return dict(weights) | {name: weights[other].clone() for name, other in POOLER.items() if other in weights}
 
 
 def to_megabert_state_dict(state: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
@@ -194,3 +235,8 @@ def _check_names(state: Mapping[str, Tensor], required: set[str], optional: set[
         if names:
             first = ", ".join(sorted(names)[:3])
             raise ValueError(f"this state dict is not a {kind} masked language model: {len(names)} {problem}: {first}")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Compare two tensors; torch.equal raises for tensors of different types."""
+    return one.dtype == other.dtype and torch.equal(one, other)

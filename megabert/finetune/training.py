@@ -131,9 +131,10 @@ def build_model(
     torch.manual_seed(seed)
     model = MegaBertForSequenceClassification(config)
     if pretrained:
-        weights = {name: tensor for name, tensor in read_weights(folder).items() if name.startswith("bert.")}
+        weights = {name: t for name, t in read_weights(folder).items() if name.startswith(("bert.", "pre_classifier."))}
         missing, unexpected = model.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if not name.startswith(("bert.pooler.", "classifier."))]
+        missing = [name for name in missing if not name.startswith(("pre_classifier.", "classifier."))]
+        unexpected = [name for name in unexpected if not name.startswith("bert.pooler.")]
         if missing or unexpected:
             raise ValueError(
                 f"{folder}: lacks {len(missing)} of the encoder's parameters and has {len(unexpected)} unknown ones, "

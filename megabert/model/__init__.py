@@ -17,8 +17,10 @@ def register_auto_classes() -> None:
 
     AutoConfig.register(MegaBertConfig.model_type, MegaBertConfig, exist_ok=True)
     auto.AutoModel.register(MegaBertConfig, modeling.MegaBertModel, exist_ok=True)
-    for head in ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
-        getattr(auto, f"AutoModel{head}").register(MegaBertConfig, getattr(modeling, f"MegaBert{head}"), exist_ok=True)
+    heads = ("MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering")
+    for head in heads:
+        auto_class, ours = getattr(auto, f"AutoModelFor{head}"), getattr(modeling, f"MegaBertFor{head}")
+        auto_class.register(MegaBertConfig, ours, exist_ok=True)
 
 
 register_auto_classes()

@@ -3,7 +3,7 @@
 A *planner* takes (sequences, alibi_slopes, head_dim) once per forward pass and returns `attend(qkv, dropout_p)`, which
 every layer calls: (T, 3, H, D) -> (T, H, D). Document boundaries and ALiBi's bias are prepared once, for all layers.
 
-    eager               plan_eager         the equation, document by document: the specification
+    eager               plan_eager         the equation, document by document or over padded rows: the specification
     sdpa                plan_sdpa          padded rows: PyTorch's fused attention with a mask
                                            on a CPU without dropout: explicit matrices, see buckets.py
                                            otherwise: PyTorch's fused attention, one call per document length
@@ -24,6 +24,7 @@ from torch import Tensor
 from .alibi import alibi_bias
 from .buckets import exact_buckets, invert, plan_buckets, token_slots
 from .configuration_megabert import MegaBertConfig
+from .ops import dropout
 from .padding import Sequences
 
 Attend = Callable[[Tensor, float], Tensor]
@@ -31,21 +32,23 @@ Planner = Callable[[Sequences, Tensor | None, int], Attend]
 
 
 def plan_eager(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Attend:
-    """Compute the equation as it is written, document by document."""
+    """Compute the equation as it is written: document by document, or over padded rows."""
+
+    def weigh(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout_p: float) -> Tensor:
+        scores = query @ key.transpose(-1, -2) / math.sqrt(head_dim)
+        scores = scores if bias is None else scores + bias
+        return dropout(torch.softmax(scores, dim=-1), dropout_p) @ value
+
+    if sequences.num_keys is not None:
+        return _plan_rows(sequences, slopes, weigh)
     bounds = sequences.cu_seqlens.tolist()
-    num_keys = None if sequences.num_keys is None else sequences.num_keys.tolist()
 
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:
         outputs = []
-        for document, part in enumerate(qkv.split([b - a for a, b in pairwise(bounds)])):
+        for part in qkv.split([b - a for a, b in pairwise(bounds)]):
+            bias = None if slopes is None else alibi_bias(slopes, len(part), qkv.dtype)[0]
             query, key, value = part.permute(1, 2, 0, 3)  # each (H, L, D)
-            scores = query @ key.transpose(-1, -2) / math.sqrt(head_dim)
-            if slopes is not None:
-                scores = scores + alibi_bias(slopes, len(part), scores.dtype)[0]
-            if num_keys is not None:
-                scores[:, :, num_keys[document] :] = torch.finfo(scores.dtype).min
-            weights = F.dropout(torch.softmax(scores, dim=-1), dropout_p, training=dropout_p > 0)
-            outputs.append((weights @ value).transpose(0, 1))  # (L, H, D)
+            outputs.append(weigh(query, key, value, bias, dropout_p).transpose(0, 1))  # (L, H, D)
         return torch.cat(outputs)
 
     return attend
@@ -58,7 +61,7 @@ def plan_sdpa(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Att
     documents, which makes more calls.
     """
     if sequences.num_keys is not None:
-        return _plan_rows(sequences, slopes)
+        return _plan_rows(sequences, slopes, F.scaled_dot_product_attention)
     by_length = functools.cache(lambda: _plan_by_length(sequences.cu_seqlens, slopes))
     if not sequences.cu_seqlens.is_cpu:
         return by_length()
@@ -97,23 +100,28 @@ def _plan_by_length(cu_seqlens: Tensor, slopes: Tensor | None) -> Attend:
     return attend
 
 
-def _plan_rows(sequences: Sequences, slopes: Tensor | None) -> Attend:
-    """Attend over padded rows (B, S) and compute their padding; padded keys are masked, as in a padded baseline."""
+def _plan_rows(sequences: Sequences, slopes: Tensor | None, weigh: Callable[..., Tensor]) -> Attend:
+    """Attend over padded rows (B, S) and compute their padding; padded keys are masked, as in a padded baseline.
+
+    weigh: (query, key, value, mask, dropout_p), each (B, H, S, D), as in PyTorch's scaled_dot_product_attention.
+    """
     assert sequences.num_keys is not None, "padded rows have num_keys"
     length = sequences.max_seqlen
     position = torch.arange(length, device=sequences.num_keys.device)
     # An empty row keeps its first key: a softmax over no keys would be NaN.
     masked = position[None, :] >= sequences.num_keys.clamp(min=1)[:, None]  # (B, S)
+    masks: dict[torch.dtype, Tensor] = {}
 
-    @functools.cache
     def mask_for(dtype: torch.dtype) -> Tensor:
-        mask = torch.zeros((masked.shape[0], 1, 1, length), dtype=dtype, device=masked.device)
-        mask = mask.masked_fill(masked[:, None, None, :], torch.finfo(dtype).min)
-        return mask if slopes is None else mask + alibi_bias(slopes, length, dtype)
+        if dtype not in masks:
+            mask = torch.zeros((masked.shape[0], 1, 1, length), dtype=dtype, device=masked.device)
+            mask = mask.masked_fill(masked[:, None, None, :], torch.finfo(dtype).min)
+            masks[dtype] = mask if slopes is None else mask + alibi_bias(slopes, length, dtype)
+        return masks[dtype]
 
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:
         rows = qkv.view(-1, length, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)  # (3, B, H, S, D)
-        out = F.scaled_dot_product_attention(*rows, attn_mask=mask_for(qkv.dtype), dropout_p=dropout_p)
+        out = weigh(*rows.unbind(0), mask_for(qkv.dtype), dropout_p)
         return out.transpose(1, 2).reshape(-1, *qkv.shape[2:])  # (B * S, H, D)
 
     return attend

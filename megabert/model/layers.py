@@ -15,7 +15,7 @@ from .alibi import alibi_slopes
 from .attention import Attend, Planner, plan_as_configured
 from .configuration_megabert import MegaBertConfig
 from .ops import TORCH_OPS, MaskedLoss, Ops
-from .padding import Sequences, as_rows, row_slots, spread
+from .padding import Sequences, Tokens, as_rows, row_slots, spread
 
 
 class Module(nn.Module):
@@ -55,15 +55,18 @@ class Embeddings(Module):
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.norm = Norm(config)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        """Embed the ids, all (T,). Types default to 0; positions count from 0 in each document. Returns (T, E)."""
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        ids = [input_ids, token_type_ids]
-        tables = [self.word_embeddings.weight, self.token_type_embeddings.weight]
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Embed the tokens. Types default to 0; inputs_embeds replace the word embeddings. Returns (T, E)."""
+        input_ids, words, padding_idx = tokens.input_ids, self.word_embeddings.weight, self.word_embeddings.padding_idx
+        if input_ids is None:
+            # Each token looks up its own row of inputs_embeds.
+            assert tokens.inputs_embeds is not None, "tokens have ids or embeddings"
+            words, padding_idx = tokens.inputs_embeds, None
+            input_ids = torch.arange(words.shape[0], device=words.device)
+        types = torch.zeros_like(input_ids) if tokens.token_type_ids is None else tokens.token_type_ids
+        ids, tables = [input_ids, types], [words, self.token_type_embeddings.weight]
         if self.config.position == "learned":
-            assert position_ids is not None, "learned positions need position_ids"
-            ids.append(position_ids)
+            ids.append(tokens.position_ids)
             tables.append(self.position_embeddings.weight)
         return self.ops.embed_layer_norm(
             ids,
@@ -73,7 +76,7 @@ class Embeddings(Module):
             eps=self.config.layer_norm_eps,
             dropout_p=self.dropout_p(self.config.hidden_dropout_prob),
             low_precision=self.low_precision,
-            padding_idx=self.word_embeddings.padding_idx,
+            padding_idx=padding_idx,
         )
 
 

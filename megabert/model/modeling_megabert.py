@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
@@ -25,28 +25,13 @@ from .alibi import alibi_slopes  # noqa: F401
 from .attention import PLANNERS
 from .buckets import plan_buckets  # noqa: F401
 from .configuration_megabert import MegaBertConfig
+from .inputs import Inputs, check_shape, flatten_choices, in_one_graph, read_tokens, refuse_unsupported
 from .layers import Decoder, Embeddings, Encoder, MlmTransform, Norm, Pooler
-from .ops import IGNORE_INDEX, MaskedLoss, upcast
-from .padding import Sequences, Tokens, first_tokens, read_tokens, spread
+from .losses import choice_loss, classification_loss, span_loss, token_loss
+from .ops import MaskedLoss, upcast
+from .padding import Sequences, Tokens, first_tokens, spread_documents
 
 Output = TypeVar("Output", bound=ModelOutput)
-
-# Arguments of transformers' BERT that this model does not have, and why. All others that it does not know are ignored,
-# as in transformers.
-UNSUPPORTED = {
-    "output_attentions": "there are none to return, since no implementation computes a whole attention matrix",
-    "inputs_embeds": "pass input_ids; the embedding lookup and its LayerNorm are one operation",
-    "head_mask": "heads cannot be masked; attention is one operation over all of them",
-    "encoder_hidden_states": "this is an encoder without cross-attention",
-}
-
-
-def refuse_unsupported(arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError for an argument in UNSUPPORTED that is set."""
-    for name, reason in UNSUPPORTED.items():
-        value = arguments.get(name)
-        if value is not None and value is not False:
-            raise ValueError(f"{name}: {reason}.")
 
 
 class MegaBertPreTrainedModel(PreTrainedModel):
@@ -77,6 +62,13 @@ class MegaBertPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(module, (nn.Linear, Decoder, Norm)) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def _read(self, inputs: Inputs, others: Mapping[str, Any]) -> Tokens:
+        """Convert a call's arguments to tokens. others: the arguments that forward() does not name."""
+        refuse_unsupported(others)
+        # A graph cannot leave padding out, except with flash-attn, at which graphs break anyway.
+        static = in_one_graph() and self.config._attn_implementation != "flash_attention_2"
+        return read_tokens(inputs, self.config.hidden_size, static)
 
     def _every_layer(self, output_hidden_states: bool | None) -> bool:
         """Whether this call returns the hidden states of every layer; the config decides where the caller does not."""
@@ -124,14 +116,14 @@ class MegaBertModel(MegaBertPreTrainedModel):
         self, tokens: Tokens, rows: Tensor | None = None, every_layer: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the last hidden states (T, E), or with rows (M,) only those tokens' (M, E); see Encoder.forward."""
-        hidden = self.embeddings(tokens.input_ids, tokens.token_type_ids, tokens.position_ids)
+        hidden = self.embeddings(tokens)
         return self.encoder(hidden, tokens.sequences, rows, every_layer)
 
     def pool(self, hidden: Tensor, sequences: Sequences) -> Tensor:
         """Pool the first token of each document: (T, E) -> (B, E). An empty document has a hidden state of zeros."""
         assert self.pooler is not None, "this model was built without a pooler"
         documents, first = first_tokens(sequences)
-        return self.pooler(spread(hidden.index_select(0, first), documents, sequences.cu_seqlens.shape[0] - 1))
+        return self.pooler(spread_documents(hidden.index_select(0, first), documents, sequences))
 
     def forward(
         self,
@@ -139,14 +131,15 @@ class MegaBertModel(MegaBertPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple:
-        refuse_unsupported(kwargs)
-        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen)
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
+        tokens = self._read(Inputs(*given), kwargs)
         hidden, states = self.encode(tokens, every_layer=self._every_layer(output_hidden_states))
         pooled = None if self.pooler is None else self.pool(hidden, tokens.sequences)
         fields = {"last_hidden_state": tokens.spread(hidden), "pooler_output": pooled}
@@ -184,6 +177,7 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
         input_ids, position_ids: (T,); cu_seqlens: (B + 1,); masked_positions: (M,) indices into T;
         masked_labels: (M,), IGNORE_INDEX where a position is unused. Returns sums, not means.
         """
+        check_shape("masked_labels", masked_labels, tuple(masked_positions.shape), "the shape of masked_positions")
         tokens = Tokens(input_ids, position_ids, None, Sequences(cu_seqlens, max_seqlen))
         hidden, _ = self.bert.encode(tokens, rows=masked_positions.long())
         return self.decoder(self.transform(hidden), masked_labels)
@@ -194,21 +188,24 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         masked_positions: Tensor | None = None,
-        masked_labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | MaskedLoss | tuple:
-        """Compute logits and loss as transformers does; with the fields of a PackedBatch return masked_loss()."""
+        """Compute logits and loss as transformers does; with the fields of a PackedBatch return masked_loss().
+
+        Its masked_labels have no name in the signature, where transformers' Trainer looks for the names of labels.
+        """
         if masked_positions is not None:
-            batch: Any = (input_ids, position_ids, cu_seqlens, max_seqlen, masked_positions, masked_labels)
+            batch: Any = (input_ids, position_ids, cu_seqlens, max_seqlen, masked_positions, kwargs["masked_labels"])
             return self.masked_loss(*batch)
-        refuse_unsupported(kwargs)
-        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen)
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
+        tokens = self._read(Inputs(*given), kwargs)
         hidden, states = self.bert.encode(tokens, every_layer=self._every_layer(output_hidden_states))
         logits = self.decoder(self.transform(hidden))  # (T, V)
         loss = token_loss(logits, labels, tokens)
@@ -216,14 +213,18 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
 
 
 class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
-    """Classifies documents, or with num_labels 1 does a regression. An empty document has a hidden state of zeros."""
+    """Classifies documents, or with num_labels 1 does a regression. An empty document has a hidden state of zeros.
+
+    Its pooler is called pre_classifier, because peft trains and saves every module whose name ends with "classifier".
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels or 2  # transformers' default
-        self.bert = MegaBertModel(config)
+        self.bert = MegaBertModel(config, add_pooling_layer=False)
+        self.pre_classifier = Pooler(config)
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
@@ -234,6 +235,7 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
@@ -242,8 +244,8 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
         **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple:
         """labels: (B,) integers; (B,) floats for a regression; (B, num_labels) for several labels per document."""
-        refuse_unsupported(kwargs)
-        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen)
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
+        tokens = self._read(Inputs(*given), kwargs)
         every_layer = self._every_layer(output_hidden_states)
         if self.config.classifier_pooling == "mean":
             hidden, states = self.bert.encode(tokens, every_layer=every_layer)
@@ -251,11 +253,49 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
         else:
             documents, first = first_tokens(tokens.sequences)
             hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
-            hidden = spread(hidden, documents, tokens.sequences.cu_seqlens.shape[0] - 1)
-        assert self.bert.pooler is not None, "a classifier has a pooler"
-        logits = self.classifier(self.dropout(self.bert.pooler(hidden)))  # (B, num_labels)
-        loss = None if labels is None else classification_loss(logits, labels, self.config)
+            hidden = spread_documents(hidden, documents, tokens.sequences)
+        logits = self.classifier(self.dropout(self.pre_classifier(hidden)))  # (B, num_labels)
+        loss = classification_loss(logits, labels, self.config)
         return self._output(SequenceClassifierOutput, tokens, states, return_dict, loss=loss, logits=logits)
+
+
+class MegaBertForMultipleChoice(MegaBertPreTrainedModel):
+    """Scores C choices per question, each a row of its own."""
+
+    _auto_class = "AutoModelForMultipleChoice"
+
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.bert = MegaBertModel(config, add_pooling_layer=False)
+        self.pre_classifier = Pooler(config)
+        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MultipleChoiceModelOutput | tuple:
+        """input_ids and the other inputs: (B, C, S), inputs_embeds (B, C, S, E); labels: (B,) the right choice."""
+        choices, inputs = flatten_choices(
+            Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
+        tokens = self._read(inputs, kwargs)
+        documents, first = first_tokens(tokens.sequences)
+        every_layer = self._every_layer(output_hidden_states)
+        hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
+        pooled = self.pre_classifier(spread_documents(hidden, documents, tokens.sequences))
+        logits = self.classifier(self.dropout(pooled)).view(-1, choices)  # (B, C)
+        loss = choice_loss(logits, labels)
+        return self._output(MultipleChoiceModelOutput, tokens, states, return_dict, loss=loss, logits=logits)
 
 
 class MegaBertForTokenClassification(MegaBertPreTrainedModel):
@@ -275,14 +315,15 @@ class MegaBertForTokenClassification(MegaBertPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput | tuple:
         """labels: (B, S), IGNORE_INDEX where a token has none."""
-        refuse_unsupported(kwargs)
-        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids)
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        tokens = self._read(Inputs(*given), kwargs)
         hidden, states = self.bert.encode(tokens, every_layer=self._every_layer(output_hidden_states))
         logits = self.classifier(self.dropout(hidden))  # (T, num_labels)
         loss = token_loss(logits, labels, tokens)
@@ -304,6 +345,7 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         output_hidden_states: bool | None = None,
@@ -311,18 +353,11 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput | tuple:
         """start_positions, end_positions: (B,) or (B, 1) slots; those outside the row are ignored, as in BERT."""
-        refuse_unsupported(kwargs)
-        tokens = read_tokens(input_ids, attention_mask, token_type_ids, position_ids)
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        tokens = self._read(Inputs(*given), kwargs)
         hidden, states = self.bert.encode(tokens, every_layer=self._every_layer(output_hidden_states))
         start, end = tokens.spread(self.qa_outputs(hidden)).unbind(dim=-1)  # (B, S) each
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            length = start.shape[1]
-            losses = [
-                F.cross_entropy(upcast(scores), slot.view(-1).clamp(0, length), ignore_index=length)
-                for scores, slot in ((start, start_positions), (end, end_positions))
-            ]
-            loss = (losses[0] + losses[1]) / 2
+        loss = span_loss(start, end, start_positions, end_positions)
         fields = {"loss": loss, "start_logits": start, "end_logits": end}
         return self._output(QuestionAnsweringModelOutput, tokens, states, return_dict, **fields)
 
@@ -344,23 +379,3 @@ def mean_of_documents(hidden: Tensor, cu_seqlens: Tensor, num_keys: Tensor | Non
 
 def classifier_dropout(config: MegaBertConfig) -> float:
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-
-
-def token_loss(logits: Tensor, labels: Tensor | None, tokens: Tokens) -> Tensor | None:
-    """Return the mean cross-entropy of logits (T, C) over the tokens whose label is not IGNORE_INDEX."""
-    if labels is None:
-        return None
-    return F.cross_entropy(upcast(logits), tokens.pick(labels).long(), ignore_index=IGNORE_INDEX)
-
-
-def classification_loss(logits: Tensor, labels: Tensor, config: MegaBertConfig) -> Tensor:
-    """Choose the loss as transformers does: problem_type if set, else by num_labels and the labels' dtype."""
-    kind = config.problem_type
-    if kind is None:
-        integers = not labels.is_floating_point()
-        kind = "regression" if config.num_labels == 1 else "single" if integers else "multi"
-    if kind == "regression":
-        return F.mse_loss(upcast(logits).squeeze(), labels.squeeze().to(upcast(logits).dtype))
-    if kind.startswith("single"):
-        return F.cross_entropy(upcast(logits), labels.view(-1).long())
-    return F.binary_cross_entropy_with_logits(upcast(logits), labels.to(upcast(logits).dtype))

@@ -64,21 +64,25 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, low_precisio
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+def dropout(x: Tensor, dropout_p: float) -> Tensor:
+    """Apply dropout unless the probability is 0; a comparison in `training=` would stop torch.compile(dynamic=True)."""
+    return F.dropout(x, dropout_p) if dropout_p > 0 else x
+
+
 def geglu(x: Tensor, dropout_p: float) -> Tensor:
     """Compute GELU(gate) * value (https://arxiv.org/abs/2002.05202), then dropout, where MosaicBERT has it.
 
     x: (T, 2F), gate first, then value. Exact (erf) GELU. Returns (T, F).
     """
     gate, value = x.chunk(2, dim=-1)
-    return F.dropout(F.gelu(gate) * value, dropout_p, training=dropout_p > 0)
+    return dropout(F.gelu(gate) * value, dropout_p)
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dropout_p: float, low_precision: bool
 ) -> Tensor:
     """Compute LayerNorm(dropout(x) + residual), which ends each half of a post-LN block. All (T, E)."""
-    x = F.dropout(x, dropout_p, training=dropout_p > 0)
-    return layer_norm(x + residual, weight, bias, eps, low_precision)
+    return layer_norm(dropout(x, dropout_p) + residual, weight, bias, eps, low_precision)
 
 
 def embed_layer_norm(
@@ -100,7 +104,7 @@ def embed_layer_norm(
     x = F.embedding(ids[0], tables[0], padding_idx)
     for index, table in zip(ids[1:], tables[1:], strict=True):
         x = x + F.embedding(index, table)
-    return F.dropout(layer_norm(x, weight, bias, eps, low_precision), dropout_p, training=dropout_p > 0)
+    return dropout(layer_norm(x, weight, bias, eps, low_precision), dropout_p)
 
 
 class SummedCrossEntropy(torch.autograd.Function):

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .ops import IGNORE_INDEX
+
 
 class Sequences(NamedTuple):
     """How T tokens divide into B documents.
@@ -43,7 +45,7 @@ def unpad(attention_mask: Tensor) -> Unpadded:
 
 
 def unpad_in_place(attention_mask: Tensor) -> Unpadded:
-    """Unpad for torch.export, in shapes that do not depend on the mask: T is B * S, and padding is computed.
+    """Unpad for one graph, in shapes that do not depend on the mask: T is B * S, and padding is computed.
 
     Each row becomes a document of S slots. Its real tokens come first, in their order, and num_keys counts them.
     """
@@ -67,6 +69,13 @@ def first_tokens(sequences: Sequences) -> tuple[Tensor, Tensor]:
         return torch.arange(sequences.num_keys.shape[0], device=sequences.num_keys.device), starts.long()
     documents = sequences.cu_seqlens.diff().nonzero().flatten()
     return documents, starts[documents].long()
+
+
+def spread_documents(values: Tensor, documents: Tensor, sequences: Sequences) -> Tensor:
+    """Write (M, E), in the order of first_tokens(), to (B, E), with zeros for empty documents."""
+    if sequences.num_keys is not None:
+        return values.masked_fill(sequences.num_keys[:, None] == 0, 0.0)
+    return spread(values, documents, sequences.cu_seqlens.shape[0] - 1)
 
 
 def spread(values: Tensor, indices: Tensor, size: int) -> Tensor:
@@ -102,23 +111,36 @@ def as_rows(sequences: Sequences) -> Sequences:
 class Tokens:
     """The input of one forward pass as T tokens, and how to restore (B, S).
 
-    indices: (T,) position of each token in the flattened rows, or None for a packed batch.
+    inputs_embeds: (T, E), or None where input_ids (T,) say what the tokens are. indices: (T,) position of each token in
+    the flattened rows, or None for a packed batch. shape: of the input, (B, S) or (T,). padding: (B, S), true at
+    padding that is computed, or None.
     """
 
-    input_ids: Tensor
+    input_ids: Tensor | None
     position_ids: Tensor
     token_type_ids: Tensor | None
     sequences: Sequences
+    inputs_embeds: Tensor | None = None
     indices: Tensor | None = None
-    shape: tuple[int, int] = (0, 0)
+    shape: tuple[int, ...] = ()
+    padding: Tensor | None = None
 
-    def pick(self, values: Tensor) -> Tensor:
-        """Select the tokens' values: (B, S), such as labels, -> (T,)."""
-        return values if self.indices is None else values.flatten()[self.indices]
+    def pick_labels(self, labels: Tensor) -> Tensor:
+        """Select the tokens' labels: (B, S) -> (T,); those of computed padding become IGNORE_INDEX."""
+        if self.indices is None:
+            return labels
+        if self.padding is not None:
+            labels = labels.masked_fill(self.padding, IGNORE_INDEX)
+        return labels.flatten()[self.indices]
 
     def spread(self, values: Tensor) -> Tensor:
-        """Restore the rows: (T, ...) -> (B, S, ...). Returns a packed batch unchanged."""
-        return values if self.indices is None else repad(values, self.indices, *self.shape)
+        """Restore the rows, with zeros at padding: (T, ...) -> (B, S, ...). Returns a packed batch unchanged."""
+        if self.indices is None:
+            return values
+        rows = repad(values, self.indices, *self.shape)
+        if self.padding is None:
+            return rows
+        return rows.masked_fill(self.padding.view(*self.padding.shape, *[1] * (rows.dim() - 2)), 0.0)
 
 
 def positions_within(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -126,39 +148,3 @@ def positions_within(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     token = torch.arange(num_tokens, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens.long(), token, right=True) - 1
     return token - cu_seqlens.long()[document]
-
-
-def read_tokens(
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-) -> Tokens:
-    """Convert a packed or a padded call to (T,) tokens. Raises ValueError for ids that are neither (T,) nor (B, S)."""
-    if input_ids is None:
-        raise ValueError("input_ids is missing.")
-    if cu_seqlens is not None:
-        if max_seqlen is None:
-            max_seqlen = max(cu_seqlens.diff().tolist(), default=0)
-        if position_ids is None:
-            position_ids = positions_within(cu_seqlens, len(input_ids))
-        return Tokens(input_ids, position_ids, token_type_ids, Sequences(cu_seqlens, max_seqlen))
-    if input_ids.dim() != 2:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}, expected (batch, length), or (tokens,) with cu_seqlens."
-        )
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    indices, sequences = (unpad_in_place if torch.compiler.is_exporting() else unpad)(attention_mask)
-
-    def flatten(ids: Tensor) -> Tensor:
-        return ids.expand_as(input_ids).flatten()[indices]
-
-    if position_ids is None:
-        # BERT counts slots, not tokens: the first token of a row that is padded on the left has a later position.
-        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-    types = None if token_type_ids is None else flatten(token_type_ids)
-    shape = (input_ids.shape[0], input_ids.shape[1])
-    return Tokens(flatten(input_ids), flatten(position_ids), types, sequences, indices, shape)

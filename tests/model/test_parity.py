@@ -6,7 +6,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from megabert.convert.weight_names import from_megabert, to_megabert_state_dict
+from megabert.convert.weight_names import (
+    add_classifiers_pooler,
+    from_megabert,
+    normalize_our_names,
+    to_megabert,
+    to_megabert_state_dict,
+)
 from megabert.model.buckets import LONGEST_KEPT
 from megabert.model.modeling_megabert import MegaBertForMaskedLM, MegaBertForSequenceClassification
 from tests.model import reference
@@ -88,26 +94,18 @@ def test_bert_equals_transformers_classifier(dtype, tolerance):
     ours = small_model(MegaBertForSequenceClassification, num_labels=3, classifier_dropout=0.0, **BERT).to(dtype)
     theirs = BertForSequenceClassification(hf_config()).to(dtype)
     head = {name: tensor for name, tensor in small_model(**BERT).state_dict().items() if not name.startswith("bert.")}
-    whole = {name: tensor for name, tensor in ours.state_dict().items() if "pooler" not in name} | head
-    whole = {name: tensor for name, tensor in whole.items() if not name.startswith("classifier")}
-    encoder = from_megabert(whole, "bert")
-    rest = {name: tensor for name, tensor in ours.state_dict().items() if "pooler" in name or "classifier" in name}
-    theirs.load_state_dict({name: tensor for name, tensor in encoder.items() if name.startswith("bert.")} | rest)
+    state = from_megabert(normalize_our_names(ours.state_dict()) | head, "bert")
+    theirs.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("cls.")})
     inputs, labels = padded(documents()), torch.tensor([0, 2, 1, 1, 0])
     got, expected = ours(**inputs, labels=labels), theirs(**inputs, labels=labels)
     torch.testing.assert_close(got.logits, expected.logits, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(got.loss, expected.loss, rtol=tolerance, atol=tolerance)
     got.loss.backward()
     expected.loss.backward()
-    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    unused = {name: torch.zeros_like(tensor) for name, tensor in encoder.items() if name.startswith("cls.")}
-    own = {name: grads.pop(name) for name in rest}
-    renamed = (
-        to_megabert_state_dict(grads | {name: unused[name] for name in unused if "decoder.weight" not in name}, "bert")
-        | own
-    )
+    grads = to_megabert({name: parameter.grad for name, parameter in theirs.named_parameters()}, "bert").weights
+    grads = add_classifiers_pooler(grads)
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, renamed[name], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=tolerance, atol=tolerance)
 
 
 class Masks:
