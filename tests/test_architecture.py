@@ -17,6 +17,7 @@ ALLOWED = {
     "megabert.kernels": {"megabert.model"},
     "megabert.training": {
         "megabert.config",
+        "megabert.convert",
         "megabert.data",
         "megabert.files",
         "megabert.kernels",

@@ -3,6 +3,7 @@
 {command} runs/quickstart runs/quickstart/hf
 {command} runs/quickstart runs/quickstart/hf --onnx --average 3
 {command} --verify-only runs/quickstart/hf
+{command} runs/quickstart runs/quickstart/hf-2048 --max-length 2048
 {command} runs/mosaicbert-base mosaicbert-base-published --layout published
 """
 
@@ -27,6 +28,8 @@ class Options:
     """also write onnx/model.onnx and check it with onnxruntime; needs the extra [onnx]"""
     max_shard_size: str = "5GB"
     """maximum size of a weights file; larger weights are written as several files"""
+    max_length: int | None = None
+    """maximum length of a text, tokens; by default the training length, with ALiBi at least 512"""
     layout: Literal["hf", "published"] = "hf"
     """published: the layout of mosaicml/mosaic-bert-base, for a MosaicBERT (a checkpoint, or a MegaBERT folder)"""
 
@@ -53,13 +56,15 @@ def main(prog: str) -> None:
     if options.layout == "published":
         from megabert.convert.to_mosaicbert import export_mosaicbert
 
-        written = export_mosaicbert(Path(options.checkpoint), Path(options.out), options.average)
+        written = export_mosaicbert(Path(options.checkpoint), Path(options.out), options.average, options.max_length)
+        if written.reused:
+            print(f"{options.out}: is already this export, and its files are unchanged")
         print(f"{options.out}: {written.num_tensors} tensors in the published MosaicBERT layout, read back bit for bit")
-        print(f"not in the source, initialized: {', '.join(written.initialized) or 'none'}")
+        print(f"not in the original source, initialized: {', '.join(written.initialized) or 'none'}")
         return
     from megabert.convert.to_hf import ExportOptions, export_checkpoint
 
-    export_options = ExportOptions(options.average, options.onnx, options.max_shard_size)
+    export_options = ExportOptions(options.average, options.onnx, options.max_shard_size, options.max_length)
     report(options.out, export_checkpoint(Path(options.checkpoint), Path(options.out), export_options))
 
 

@@ -39,6 +39,8 @@ def main(prog: str) -> None:
     )
     model = import_model(Path(options.source), Path(options.out), import_options)
     config = model.config
+    if model.reused:
+        print(f"{options.out}: is already the import of this folder, and its files are unchanged")
     num_parameters = sum(tensor.numel() for tensor in model.weights.values())
     print(
         f"{options.out}: {config.num_hidden_layers} layers x {config.hidden_size}, {config.position}, {config.ffn}, "

@@ -4,18 +4,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from megabert.convert.check import folder_record
+from megabert.convert.check.export_record import find_added_files, find_change
+from megabert.convert.check.folder_record import Origin
 from megabert.convert.hf.config import detect_architecture, from_bert_config, from_megabert_config
 from megabert.convert.hf.reader import CONFIG, read_config, read_weights
-from megabert.convert.hf.resize import ImportedModel, resize_positions, resize_vocabulary
+from megabert.convert.hf.resize import ImportedModel, find_special, resize_positions, resize_vocabulary
 from megabert.convert.hf.tokenizer import copy_tokenizer, has_tokenizer, read_hf_tokenizer
 from megabert.convert.hf.writer import write_config, write_weights
-from megabert.convert.weight_names import TIED_DECODER, WORD_EMBEDDINGS, num_layers, to_megabert
+from megabert.convert.weight_names import (
+    TIED_DECODER,
+    add_classifiers_pooler,
+    normalize_our_names,
+    num_layers,
+    strip_wrappers,
+    to_megabert,
+)
 from megabert.files.atomic import replace_folder, staged_folder
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
+# The architecture whose classifier has one row, whatever its number of labels.
+MULTIPLE_CHOICE = {"megabert": "MegaBertForMultipleChoice"} | dict.fromkeys(
+    ("bert", "mosaicbert"), "BertForMultipleChoice"
+)
+# Vocabularies are rounded up to a multiple of at most 128.
+MAX_UNUSED_ROWS = 128
 MLM_HEAD_MODULES = ("transform.dense", "transform.norm")
 MLM_HEAD = [f"{module}.{part}" for module in MLM_HEAD_MODULES for part in ("weight", "bias")] + ["decoder.bias"]
 
@@ -42,16 +59,40 @@ def import_model(source: Path, out: Path, options: ImportOptions = ImportOptions
 
     source: transformers' BERT with any head or none, the published MosaicBERT, or a MegaBERT folder. Tensors are
     renamed and copied but never computed, unless the options request another length or vocabulary. Raises ValueError if
-    our model cannot represent `source` exactly, or if `out` is not empty.
+    our model cannot represent `source` exactly, or if `out` holds anything else. A finished import of the same folder
+    with the same options is read instead of written again.
     """
     out = out.resolve()  # it may be a link
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: is not empty; choose another folder.")
+    origin = folder_record.describe_origin(source, options)
+    if (finished := _read_finished(out, origin)) is not None:
+        return finished
     model = read_and_resize(source, options)
     with staged_folder(out) as folder:
         write_folder(folder, source, model, options)
+        folder_record.write_import_record(folder, origin, model)
         replace_folder(folder, out)
     return model
+
+
+def _read_finished(out: Path, origin: Origin) -> ImportedModel | None:
+    """Return the finished import of the same origin in `out`, or None if it must be written.
+
+    Raises ValueError if `out` holds anything else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    record = folder_record.read_import_record(out)
+    if record is None:
+        raise ValueError(f"{out}: is not empty; choose another folder.")
+    if any(record[name] != origin[name] for name in ("source", "options")):
+        raise ValueError(f"{out}: is the import of another source, or with other options; choose another folder.")
+    if added := find_added_files(out, record):
+        raise ValueError(
+            f"{out / added[0]}: was added to the import there and would be lost. Choose another folder, or remove it."
+        )
+    if record["code"] != origin["code"] or find_change(out, record):
+        return None
+    return read_model(out)._replace(unused=record["unused"], vocabulary=record["vocabulary"], reused=True)
 
 
 def read_and_resize(source: Path, options: ImportOptions = ImportOptions()) -> ImportedModel:
@@ -60,25 +101,50 @@ def read_and_resize(source: Path, options: ImportOptions = ImportOptions()) -> I
     Raises ValueError if our model cannot represent it exactly.
     """
     model = read_model(source, options.seed)
-    tokenizer = read_hf_tokenizer(source) if has_tokenizer(source) or options.tokenizer is not None else None
-    if tokenizer is not None:
-        highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-        if highest >= model.config.vocab_size:
-            raise ValueError(
-                f"{source}: its tokenizer has the id {highest}, but its model only {model.config.vocab_size} rows."
-            )
-    if tokenizer is not None and options.tokenizer is not None:
+    tokenizer = read_hf_tokenizer(source) if has_tokenizer(source) else None
+    if tokenizer is not None and (highest := _highest_id(tokenizer)) >= model.config.vocab_size:
+        raise ValueError(
+            f"{source}: its tokenizer has the id {highest}, but its model only {model.config.vocab_size} rows."
+        )
+    if options.tokenizer is not None:
         new = read_hf_tokenizer(Path(options.tokenizer))
-        model = resize_vocabulary(model, tokenizer, new, options.pad_vocab_to_multiple_of, options.seed)
+        if tokenizer is not None:
+            model = resize_vocabulary(model, tokenizer, new, options.pad_vocab_to_multiple_of, options.seed)
+        else:
+            model = _adopt_tokenizer(source, model, new, options.tokenizer)
     if options.max_length is not None:
         model = resize_positions(model, options.max_length)
     return model
 
 
+def _highest_id(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+
+
+def _adopt_tokenizer(source: Path, model: ImportedModel, tokenizer: Tokenizer, path: str) -> ImportedModel:
+    """Take a tokenizer for the one that a model without a tokenizer was trained with: every row stays.
+
+    Raises ValueError if it cannot be that: its number of tokens, rounded up, must be the model's number of rows, and
+    its padding token the model's.
+    """
+    config, num_tokens = model.config, _highest_id(tokenizer) + 1
+    pad = find_special(tokenizer, "pad")
+    if not 0 <= config.vocab_size - num_tokens < MAX_UNUSED_ROWS or pad not in (None, config.pad_token_id):
+        raise ValueError(
+            f"{path}: has {num_tokens:,} tokens and [PAD] as id {pad}, but the model in {source} has "
+            f"{config.vocab_size:,} rows and pads with id {config.pad_token_id}. That folder has no tokenizer, so this "
+            "cannot be the one that it was trained with. For another vocabulary, first copy that one into the folder."
+        )
+    summary = (
+        f"{source} has no tokenizer: {path} was taken for the one that it was trained with, and no row was changed"
+    )
+    return model._replace(vocabulary=summary)
+
+
 def write_folder(folder: Path, source: Path, model: ImportedModel, options: ImportOptions = ImportOptions()) -> None:
     """Write the model that was read from `source`, with its code, tokenizer and a README.md."""
     write_config(folder, model.config)
-    write_weights(folder, model.weights)
+    write_weights(folder, add_classifiers_pooler(model.weights))
     tokenizer = source if options.tokenizer is None else Path(options.tokenizer)
     copy_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
     (folder / "README.md").write_text(_make_readme(source, model))
@@ -89,25 +155,29 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
 
     Raises ValueError if the config and the tensors do not match, or if a tensor is unknown or missing.
     """
+    folder_record.check_unchanged(source)
     raw = read_config(source)
-    weights = read_weights(source)
+    weights = strip_wrappers(read_weights(source))
     for name, tensor in weights.items():
         if not tensor.is_floating_point() and not name.endswith("_ids"):
             raise ValueError(f"{source}: {name} is {tensor.dtype}, expected floating-point weights.")
     unused: list[str] = []
     if (kind := detect_architecture(source, raw, set(weights))) == "megabert":
         config = from_megabert_config(source, raw)
-        weights = _normalize_names(weights)
+        weights = normalize_our_names(weights)
         missing = [] if any(name in weights for name in MLM_HEAD) else list(MLM_HEAD)
     else:
         weights, missing, unused = to_megabert(weights, kind)
         config = from_bert_config(source, raw, kind)
+    if raw.get("architectures") == [MULTIPLE_CHOICE[kind]]:
+        config.architectures = ["MegaBertForMultipleChoice"]
     check_shapes(source, weights, config, missing)  # before anything is allocated that has the config's sizes
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None):
         raise ValueError(f"{source}: {broken} has values that are not finite: the weights are damaged.")
     weights |= _initialize_head(missing, config, seed)
-    return ImportedModel(config, weights, missing, unused)
+    earlier = [name for name in folder_record.read_initialized(source) if name not in missing]
+    return ImportedModel(config, weights, [*missing, *earlier], unused)
 
 
 def check_shapes(source: Path, weights: dict[str, Tensor], config: MegaBertConfig, missing: list[str]) -> None:
@@ -143,18 +213,10 @@ def _optional_head_shapes(config: MegaBertConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter that a folder may have in addition to the masked language model."""
     width = config.hidden_size
     assert config.num_labels is not None, "transformers sets it from id2label"
-    heads = {"bert.pooler.dense": width, "classifier": config.num_labels, "qa_outputs": 2}
+    labels = 1 if config.architectures == ["MegaBertForMultipleChoice"] else config.num_labels
+    heads = {"bert.pooler.dense": width, "classifier": labels, "qa_outputs": 2}
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, width) for name, rows in heads.items()}
     return shapes | {f"{name}.bias": (rows,) for name, rows in heads.items()}
-
-
-def _normalize_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Use the names of MegaBertForMaskedLM: add the prefix that a bare encoder lacks, remove the tied tensor."""
-    is_bare_encoder = any(name.startswith("embeddings.") for name in weights)
-    named = {f"bert.{name}" if is_bare_encoder else name: tensor for name, tensor in weights.items()}
-    if TIED_DECODER in named and not torch.equal(named.pop(TIED_DECODER), named[WORD_EMBEDDINGS]):
-        raise ValueError(f"{TIED_DECODER} differs from {WORD_EMBEDDINGS}, but this model ties them.")
-    return named
 
 
 def _initialize_head(missing: list[str], config: MegaBertConfig, seed: int) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megabert.convert.check import export_check, export_record
 from megabert.convert.check.export_record import Measurements
 from megabert.convert.deepspeed_checkpoint import TrainedModel, find_checkpoints, read_checkpoints
-from megabert.convert.hf.config import is_transformers_bert, to_bert_config
+from megabert.convert.hf.config import is_transformers_bert, set_max_length, to_bert_config
 from megabert.convert.hf.model_card import make_model_card, read_metrics_at
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.hf.writer import MAX_SHARD_SIZE, MODEL_CODE, check_shard_size, write_config, write_weights
@@ -25,12 +25,13 @@ from megabert.files.checkpoint_format import MANIFEST
 class ExportOptions:
     """average: number of checkpoints whose mean is exported; onnx: also write onnx/model.onnx.
 
-    max_shard_size: of a weights file, such as 5GB.
+    max_shard_size: of a weights file, such as 5GB. max_length: of a text, in tokens; None for choose_max_length()'s.
     """
 
     average: int = 1
     onnx: bool = False
     max_shard_size: str = MAX_SHARD_SIZE
+    max_length: int | None = None
 
     def __post_init__(self):
         check_shard_size(self.max_shard_size)
@@ -57,8 +58,9 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = Expo
     if options.onnx:
         check_installed()
     model = read_checkpoints(checkpoints)
+    max_length = set_max_length(model.config, model.state.max_seq_len, options.max_length)
     with staged_folder(out) as folder:
-        parameters = write_folder(folder, model, checkpoints[0], options)
+        parameters = write_folder(folder, model, checkpoints[0], options, max_length)
         export_record.write_record(folder, fingerprint, model.config.max_position_embeddings, parameters)
         del model, parameters  # the check's process loads the weights again
         measured = export_check.check_new_export(folder, name)
@@ -85,11 +87,16 @@ def fingerprint_export(checkpoints: list[Path], options: ExportOptions) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files) + repr(options).encode()).hexdigest()
 
 
-def write_folder(out: Path, model: TrainedModel, checkpoint: Path, options: ExportOptions) -> dict[str, Tensor]:
-    """Write everything except export.json. Returns the weights by their names in the folder."""
-    copy_tokenizer(checkpoint, out, model.state.max_seq_len)
+def write_folder(
+    out: Path, model: TrainedModel, checkpoint: Path, options: ExportOptions, max_length: int
+) -> dict[str, Tensor]:
+    """Write everything except export.json. Returns the weights by their names in the folder.
+
+    max_length: at which the tokenizer truncates, in tokens.
+    """
     config = deepcopy(model.config)
     config.padding = "unpadded"  # changes only the speed, not the output
+    copy_tokenizer(checkpoint, out, max_length)
     module = export_check.build_model(model.weights, config)
     export_check.write_expected_outputs(module, out, checkpoint)
     if options.onnx:
@@ -103,5 +110,5 @@ def write_folder(out: Path, model: TrainedModel, checkpoint: Path, options: Expo
     write_weights(out, weights, options.max_shard_size)
     metrics = read_metrics_at(checkpoint.parents[1], model.state.step)
     num_parameters = sum(tensor.numel() for tensor in weights.values())
-    make_model_card(config, model.state, metrics, num_parameters, options.average).save(out / "README.md")
+    make_model_card(config, model.state, metrics, num_parameters, options.average, max_length).save(out / "README.md")
     return weights

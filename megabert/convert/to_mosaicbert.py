@@ -9,51 +9,65 @@ from torch import Tensor
 
 from megabert.convert.deepspeed_checkpoint import find_checkpoints, read_checkpoints
 from megabert.convert.from_hf import read_model
-from megabert.convert.hf.config import MOSAICBERT_REPOSITORY, SHARED_SETTINGS, to_mosaicbert_config
+from megabert.convert.hf.config import (
+    MOSAICBERT_HEAD_EPS,
+    MOSAICBERT_REPOSITORY,
+    SHARED_SETTINGS,
+    set_max_length,
+    to_mosaicbert_config,
+)
 from megabert.convert.hf.reader import CONFIG, PYTORCH_BIN
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.weight_names import from_megabert
 from megabert.files.atomic import replace_folder, staged_folder
+from megabert.files.checkpoint_format import files_of
+from megabert.files.hashing import file_sha256
 from megabert.model.configuration_megabert import MegaBertConfig
 
 README = f"""# MosaicBERT, in the layout of the published checkpoints
 
 Its modelling code is that of {MOSAICBERT_REPOSITORY}.
+
+- not in the original source, initialized: {{initialized}}
 """
 
 
 class MosaicBertExport(NamedTuple):
-    """num_tensors: written, counting the tied one twice. initialized: our names of parameters that the source lacks."""
+    """num_tensors: written, counting the tied one twice. initialized: our names of parameters that no source had.
+
+    reused: nothing was written, because the folder has every byte of this export.
+    """
 
     num_tensors: int
     initialized: list[str]
+    reused: bool
 
 
 class SourceModel(NamedTuple):
-    """tokenizer: a folder; max_length: of a text, in tokens."""
+    """tokenizer: a folder. trained_length: longest text in training; max_length: of an export before this, if any."""
 
     weights: dict[str, Tensor]
     config: MegaBertConfig
     tokenizer: Path
-    max_length: int
+    trained_length: int
+    max_length: int | None
     initialized: list[str]
 
 
-def export_mosaicbert(source: Path, out: Path, average: int = 1) -> MosaicBertExport:
+def export_mosaicbert(source: Path, out: Path, average: int = 1, max_length: int | None = None) -> MosaicBertExport:
     """Write a training checkpoint, or a MegaBERT folder, in the published MosaicBERT layout.
 
-    average: number of checkpoints whose mean is exported. Raises ValueError if the model is not a MosaicBERT, if `out`
-    is not empty, or if the folder does not read back as it was written, in which case nothing is left at `out`.
+    average: number of checkpoints whose mean is exported. max_length: of a text, in tokens; None for the default of
+    to_hf.py. Raises ValueError if the published code would not compute the same, if `out` holds anything else, or if
+    the folder does not read back as it was written, in which case nothing is left at `out`.
     """
     out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: is not empty; choose another folder.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; choose another folder.")
     model = _read_source(source, average)
-    if (architecture := (model.config.position, model.config.ffn)) != ("alibi", "geglu"):
-        raise ValueError(
-            f"{source}: has {' and '.join(architecture)}, but the published MosaicBERT layout supports only alibi and "
-            "geglu. Leave out --layout."
-        )
+    _check_is_mosaicbert(source, model)
+    wanted = model.max_length if max_length is None else max_length
+    max_length = set_max_length(model.config, model.trained_length, wanted)
     theirs = {name: tensor.contiguous() for name, tensor in from_megabert(model.weights, "mosaicbert").items()}
     with staged_folder(out) as folder:
         try:
@@ -61,11 +75,39 @@ def export_mosaicbert(source: Path, out: Path, average: int = 1) -> MosaicBertEx
         except RuntimeError as error:
             raise OSError(f"{folder / PYTORCH_BIN}: cannot be written: {error}") from error
         (folder / CONFIG).write_text(json.dumps(to_mosaicbert_config(model.config), indent=1) + "\n")
-        copy_tokenizer(model.tokenizer, folder, model.max_length)
-        (folder / "README.md").write_text(README)
+        copy_tokenizer(model.tokenizer, folder, max_length)
+        (folder / "README.md").write_text(README.format(initialized=", ".join(model.initialized) or "none"))
         _check_reads_back(folder, model)
-        replace_folder(folder, out)
-    return MosaicBertExport(len(theirs), model.initialized)
+        reused = out.is_dir() and _hash_files(folder) == _hash_files(out)
+        if out.is_dir() and any(out.iterdir()) and not reused:
+            raise ValueError(f"{out}: is not empty, and not this export; choose another folder.")
+        if not reused:
+            replace_folder(folder, out)
+    return MosaicBertExport(len(theirs), model.initialized, reused)
+
+
+def _check_is_mosaicbert(source: Path, model: SourceModel) -> None:
+    """Raises ValueError unless the published code computes what our model computes."""
+    config = model.config
+    if (architecture := (config.position, config.ffn)) != ("alibi", "geglu"):
+        raise ValueError(
+            f"{source}: has {' and '.join(architecture)}, but the published MosaicBERT layout supports only alibi and "
+            "geglu. Leave out --layout."
+        )
+    if config.layer_norm_eps != MOSAICBERT_HEAD_EPS:
+        raise ValueError(
+            f"{source}: has layer_norm_eps {config.layer_norm_eps}, but the published MosaicBERT's head always has "
+            f"{MOSAICBERT_HEAD_EPS}. Leave out --layout."
+        )
+    if config.classifier_pooling != "cls" and "classifier.weight" in model.weights:
+        raise ValueError(
+            f"{source}: its classifier pools the {config.classifier_pooling} of all tokens, but the published "
+            "MosaicBERT's the first token. Leave out --layout."
+        )
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    return {name: file_sha256(folder / name) for name in files_of(folder)}
 
 
 def _read_source(source: Path, average: int) -> SourceModel:
@@ -73,10 +115,11 @@ def _read_source(source: Path, average: int) -> SourceModel:
         if average != 1:
             raise ValueError(f"{source}: is a folder with one model; --average needs a run with several checkpoints.")
         model = read_model(source)
-        return SourceModel(model.weights, model.config, source, model.config.max_position_embeddings, model.initialized)
+        length = model.config.max_position_embeddings
+        return SourceModel(model.weights, model.config, source, length, length, model.initialized)
     checkpoints = find_checkpoints(source, average)
     weights, config, state = read_checkpoints(checkpoints)
-    return SourceModel(weights, config, checkpoints[0], state.max_seq_len, [])
+    return SourceModel(weights, config, checkpoints[0], state.max_seq_len, None, [])
 
 
 def _check_reads_back(folder: Path, model: SourceModel) -> None:

@@ -31,7 +31,7 @@ def write_onnx(model: MegaBertForMaskedLM, folder: Path) -> None:
     path.parent.mkdir()
     # The exporter would merge one tensor that is passed twice into one input.
     example = torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
-    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}  # the names of the graph's axes
     # The exporter logs and warns about its own future and about torchvision's operations.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -24,7 +24,7 @@ from megabert.model.modeling_megabert import MegaBertForSequenceClassification
 
 # In the folder: which files it was converted from. A record of another version is not used: the folder is made again.
 ORIGIN = "origin.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class BaseModel(NamedTuple):
@@ -56,7 +56,10 @@ def prepare_base_model(checkpoint: Path, out: Path) -> BaseModel:
         else:
             _convert_checkpoint(source, folder)
         if not (folder / TOKENIZER).is_file():
-            raise ValueError(f"{checkpoint}: has no tokenizer.json and no vocab.txt.")
+            raise ValueError(
+                f"{checkpoint}: has no tokenizer.json and no vocab.txt. Copy the one that it was trained with into the "
+                "folder, or convert the folder with launch/convert_from_hf.py --tokenizer."
+            )
         sha256 = fingerprint(folder)
         write_atomically(folder / ORIGIN, json.dumps(record | {"sha256": sha256}, indent=1).encode())
         replace_folder(folder, out)

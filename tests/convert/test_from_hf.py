@@ -108,8 +108,10 @@ def test_our_own_folder_is_imported_unchanged_and_the_launcher_names_what_is_mis
     assert "not in the source folder, initialized: transform.dense.weight, transform.dense.bias" in done.output
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(weights[f"bert.{name}"], tensor) for name, tensor in model.state_dict().items())
-    with pytest.raises(ValueError, match="out: is not empty; choose another folder"):
-        import_model(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("")
+    with pytest.raises(ValueError, match="other: is not empty; choose another folder"):
+        import_model(tmp_path / "in", tmp_path / "other")
 
 
 def test_untied_embeddings_in_our_own_folder_are_refused(tmp_path):
@@ -152,6 +154,10 @@ def test_pretraining_continues_from_the_folder(corpus, tmp_path):
         ({"hidden_size": "24"}, "hidden_size is '24'"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; this model supports only 'gelu'"),
         ({"is_decoder": True}, "is_decoder is True; this model supports only False"),
+        (
+            {"layer_norm_eps": 1e-5},
+            r"layer_norm_eps is 1e-05, but MosaicBERT's .* head always has 1e-12, .* set layer_norm_eps to 1e-12 there",
+        ),
         ({"layer_norm_eps": "tiny"}, "config.json: model config: layer_norm_eps is 'tiny', expected a number"),
         ({"hidden_dropout_prob": 7}, "hidden_dropout_prob is 7, expected a number from 0 to 1"),
         ({"pad_token_id": 832}, "pad_token_id is 832, expected one of the 832 rows"),

@@ -8,7 +8,7 @@ import torch
 from megabert.convert import to_mosaicbert as module
 from megabert.convert.from_hf import import_model, read_model
 from megabert.convert.to_mosaicbert import export_mosaicbert
-from megabert.model.modeling_megabert import MegaBertModel
+from megabert.model.modeling_megabert import MegaBertForSequenceClassification, MegaBertModel
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.folders import write_published_mosaicbert
 from tests.convert.helpers.small_model import BERT, small_model
@@ -37,8 +37,47 @@ def test_a_checkpoint_is_exported_with_its_tokenizer(corpus, tmp_path):
     back = read_model(tmp_path / "out")
     assert all(torch.equal(back.weights[name], parameter) for name, parameter in model.named_parameters())
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (corpus.tokenizer / "tokenizer.json").read_bytes()
-    with pytest.raises(ValueError, match="out: is not empty; choose another folder"):
+    assert export_mosaicbert(tmp_path / "run", tmp_path / "out").reused
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out: is not empty, and not this export; choose another folder"):
         export_mosaicbert(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_what_the_published_code_would_compute_differently_is_refused(tmp_path):
+    small_model(layer_norm_eps=1e-5).save_pretrained(tmp_path / "eps")
+    with pytest.raises(ValueError, match="eps: has layer_norm_eps 1e-05, but the published MosaicBERT's head always"):
+        export_mosaicbert(tmp_path / "eps", tmp_path / "out")
+    small_model(cls=MegaBertForSequenceClassification, classifier_pooling="mean").save_pretrained(tmp_path / "mean")
+    with pytest.raises(ValueError, match="mean: its classifier pools the mean of all tokens, but .* the first token"):
+        export_mosaicbert(tmp_path / "mean", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eps", "mean"]
+
+
+def test_a_classifier_names_the_head_that_nothing_has_trained_directly_and_after_an_import(run_launcher, tmp_path):
+    classifier = small_model(cls=MegaBertForSequenceClassification, num_labels=3)
+    classifier.save_pretrained(tmp_path / "classifier")
+    import_model(tmp_path / "classifier", tmp_path / "imported")
+    for source in ("classifier", "imported"):
+        done = run_launcher("convert_to_hf.py", tmp_path / source, tmp_path / f"{source}-out", "--layout", "published")
+        assert done.code == 0, done.output
+        assert "not in the original source, initialized: transform.dense.weight, " in done.output
+        assert "initialized: transform.dense.weight" in (tmp_path / f"{source}-out" / "README.md").read_text()
+        state = torch.load(tmp_path / f"{source}-out" / "pytorch_model.bin", weights_only=True)
+        weights = classifier.state_dict()
+        assert torch.equal(state["classifier.weight"], weights["classifier.weight"])
+        assert torch.equal(state["bert.pooler.dense.bias"], weights["pre_classifier.dense.bias"])
+        assert not any(name.startswith("pre_classifier") for name in state)
+
+
+def test_the_longest_text_of_an_export_is_chosen_with_a_flag(run_launcher, corpus, tmp_path):
+    write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer)
+    for flags, length in (((), 512), (("--max-length", "2048"), 2048), (("--max-length", "64"), 64)):
+        out = tmp_path / f"{length}"
+        done = run_launcher("convert_to_hf.py", tmp_path / "run", out, "--layout", "published", *flags)
+        assert done.code == 0, done.output
+        assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == length
+        assert json.loads((out / "config.json").read_text())["alibi_starting_size"] == length
 
 
 def test_other_architectures_are_refused_and_initialized_parameters_are_named(corpus, tmp_path):

@@ -29,6 +29,9 @@ def test_onnx_gives_the_same_answers(run_launcher, corpus, tmp_path):
     megabert.register_auto_classes()  # loads the folder without its code
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForMaskedLM.from_pretrained(out).eval()
     session = onnxruntime.InferenceSession(out / to_onnx.ONNX_MODEL)
+    shapes = {node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())}
+    rows = ["batch", "sequence"]
+    assert shapes == {"input_ids": rows, "attention_mask": rows, "logits": [*rows, 832]}
     questions = [
         "the [MASK] of the module",
         "Returns [MASK].",

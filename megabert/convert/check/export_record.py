@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -13,7 +14,8 @@ from megabert.files.hashing import file_sha256
 
 RECORD = "export.json"
 FORMAT_VERSION = 1  # of export.json; exports without a version are older
-EDITABLE_FILES = {RECORD, "README.md"}
+IMPORT_RECORD = "import.json"  # see folder_record.py
+EDITABLE_FILES = {RECORD, IMPORT_RECORD, "README.md"}
 
 TOLERANCE = 1e-5  # of fp32 logits, relative to the largest one if that is above 1
 ONNX_TOLERANCE = 1e-4  # onnxruntime uses other kernels
@@ -92,20 +94,22 @@ def check_version(folder: Path, record: dict[str, Any]) -> None:
     raise ValueError(f"{folder}: was exported by an older version of MegaBERT, which recorded less. Export it again.")
 
 
-def find_added_files(folder: Path, record: dict[str, Any]) -> list[str]:
-    """List the files in the folder that the export did not write."""
+def find_added_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """List the files in the folder that the export or import did not write."""
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     return sorted(files - record["files"].keys() - EDITABLE_FILES)
 
 
-def find_change(folder: Path, record: dict[str, Any]) -> str | None:
-    """Compare every file with its hash. Returns what is wrong with the first that differs, or None."""
+def find_change(folder: Path, record: Mapping[str, Any], added: bool = True) -> str | None:
+    """Compare every file with its hash. Returns what is wrong with the first that differs, or None.
+
+    added: also report files that the record does not list.
+    """
     for name, digest in record["files"].items():
         if not (folder / name).is_file():
-            return f"{folder / name}: is missing; it was exported"
+            return f"{folder / name}: is missing; it was there when the folder was written"
         if file_sha256(folder / name) != digest:
-            return f"{folder / name}: was changed since it was exported"
+            return f"{folder / name}: was changed since the folder was written"
     # Downloads add files such as .cache/huggingface and .gitattributes, which nothing loads.
-    if added := [name for name in find_added_files(folder, record) if not name.startswith(".")]:
-        return f"{folder / added[0]}: was added since it was exported"
-    return None
+    found = [name for name in find_added_files(folder, record) if not name.startswith(".")] if added else []
+    return f"{folder / found[0]}: was added since the folder was written" if found else None

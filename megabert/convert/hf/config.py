@@ -18,13 +18,17 @@ SHARED_SETTINGS = (
 
 # Settings of transformers' BERT of which our model supports one value, which is also BERT's default.
 FIXED_SETTINGS = {"hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
+# As the published MosaicBERT, which was trained on 128 tokens: ALiBi reads texts that are some times as long.
+ALIBI_LENGTH = 512
 REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 # https://huggingface.co/mosaicml/mosaic-bert-base; "repository--module.Class" is the hub's notation for remote code.
 MOSAICBERT_REPOSITORY = "mosaicml/mosaic-bert-base"
+MOSAICBERT_HEAD_EPS = 1e-12  # of the LayerNorm in its masked language modelling head, whatever its config says
 MOSAICBERT_CLASSES = {
     "AutoConfig": "configuration_bert.BertConfig",
     "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",
+    "AutoModelForSequenceClassification": "bert_layers.BertForSequenceClassification",
 }
 
 
@@ -64,7 +68,14 @@ def from_bert_config(source: Path, raw: dict[str, Any], kind: Kind) -> MegaBertC
         settings |= {"position": "alibi", "ffn": "geglu", "layer_norm_dtype": "bfloat16"}
     else:
         settings |= {"position": "learned", "ffn": "gelu", "layer_norm_dtype": "float32"}
-    return _make_config(source, settings)
+    config = _make_config(source, settings)
+    if kind == "mosaicbert" and config.layer_norm_eps != MOSAICBERT_HEAD_EPS:
+        raise ValueError(
+            f"{source / CONFIG}: layer_norm_eps is {config.layer_norm_eps}, but MosaicBERT's masked language modelling "
+            f"head always has {MOSAICBERT_HEAD_EPS}, and this model has one number for both. Outputs would differ: to "
+            f"accept that, set layer_norm_eps to {MOSAICBERT_HEAD_EPS} there."
+        )
+    return config
 
 
 def _read_labels(raw: dict[str, Any]) -> dict[str, Any]:
@@ -82,6 +93,30 @@ def _make_config(source: Path, settings: dict[str, Any]) -> MegaBertConfig:
         return MegaBertConfig(**settings)
     except ValueError as error:
         raise ValueError(f"{source / CONFIG}: {error}") from error
+
+
+def set_max_length(config: MegaBertConfig, trained: int, wanted: int | None) -> int:
+    """Return the maximum length of a text in an export. With ALiBi also set it in the config, which changes no output.
+
+    trained: the longest piece in training; wanted: None for a default: `trained`, or with ALiBi at least ALIBI_LENGTH.
+    Raises ValueError if learned positions have no row for every token.
+    """
+    alibi = config.position == "alibi"
+    most = MAX_SIZES["max_position_embeddings"] if alibi else config.max_position_embeddings
+    default = max(trained, ALIBI_LENGTH) if alibi else min(trained, most)
+    length = default if wanted is None else wanted
+    if not 3 <= length <= most:
+        raise ValueError(
+            f"--max-length is {length:,}, expected 3 ([CLS], one token, [SEP]) to {most:,}"
+            + (
+                "."
+                if alibi
+                else ", the rows of the learned positions. launch/convert_from_hf.py --max-length adds rows."
+            )
+        )
+    if alibi:
+        config.max_position_embeddings = length
+    return length
 
 
 def is_transformers_bert(config: MegaBertConfig) -> bool:

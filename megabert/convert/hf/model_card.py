@@ -54,15 +54,16 @@ def publishable(value: Any) -> Any:
 
 
 def make_model_card(
-    config: MegaBertConfig, state: State, metrics: Metrics, num_parameters: int, average: int
+    config: MegaBertConfig, state: State, metrics: Metrics, num_parameters: int, average: int, max_length: int
 ) -> ModelCard:
-    """average: number of checkpoints whose mean the weights are."""
+    """average: number of checkpoints whose mean the weights are. max_length: at which the tokenizer truncates."""
     tags = ["megabert", config.position, config.ffn]
     metadata = ModelCardData(library_name="transformers", pipeline_tag="fill-mask", tags=tags)
     name = "MosaicBERT" if config.position == "alibi" else "BERT"
     is_bert = is_transformers_bert(config)
     trust = "" if is_bert else ", trust_remote_code=True"
     rows = _make_rows(config, state, metrics, num_parameters, average)
+    rows.append(("maximum length of a text", _describe_length(config, state, max_length)))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     recipe = yaml.safe_dump(publishable(state.recipe), sort_keys=False).rstrip()
     registration = (
@@ -87,8 +88,8 @@ tokenizer = AutoTokenizer.from_pretrained("this folder"{trust})
 model = AutoModelForMaskedLM.from_pretrained("this folder"{trust})
 ```
 
-{without_trust}AutoModel also works, as do AutoModelForSequenceClassification, -TokenClassification and
--QuestionAnswering, whose heads have yet to be trained.
+{without_trust}AutoModel also works, as do AutoModelForSequenceClassification, -TokenClassification,
+-MultipleChoice and -QuestionAnswering, whose heads have yet to be trained.
 
 ## Recipe
 
@@ -110,7 +111,7 @@ def _make_rows(
         ("data", f"{_describe_data(state)} (sha256 of its manifest {state.corpus[:12]})"),
         ("tokens seen", f"{state.tokens:,}"),
         ("steps", f"{state.step:,} of {state.total_steps:,}"),
-        ("maximum sequence length", f"{state.max_seq_len} tokens"),
+        ("longest text in training", f"{state.max_seq_len} tokens"),
         ("masking", f"{masking['mlm_probability']:.0%}"),
         ("seed", state.recipe["run"]["seed"]),
         ("training time", f"{state.seconds:,.0f} s on {state.world_size} ranks"),
@@ -122,6 +123,13 @@ def _make_rows(
     if average > 1:
         rows.append(("weights", f"the mean of {average} checkpoints, the last of which is that of this step"))
     return [(name, value) for name, value in rows if value is not None]
+
+
+def _describe_length(config: MegaBertConfig, state: State, max_length: int) -> str:
+    text = f"{max_length:,} tokens, at which the tokenizer truncates"
+    if config.position == "alibi" and max_length > state.max_seq_len:
+        text += "; the model has not been trained on texts that long, but ALiBi has no longest text"
+    return text
 
 
 def _describe_data(state: State) -> str:

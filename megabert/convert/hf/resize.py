@@ -31,7 +31,7 @@ class ImportedModel(NamedTuple):
     """A model in our names.
 
     initialized: parameters that the source lacks; unused: parameters of the source that the model does not have;
-    vocabulary: what resize_vocabulary() did, in words.
+    vocabulary: what was done with the tokenizer, in words. reused: it was read from a finished import.
     """
 
     config: MegaBertConfig
@@ -39,6 +39,7 @@ class ImportedModel(NamedTuple):
     initialized: list[str]
     unused: list[str]
     vocabulary: str | None = None
+    reused: bool = False
 
 
 def resize_positions(model: ImportedModel, max_length: int) -> ImportedModel:
@@ -86,7 +87,7 @@ def resize_vocabulary(model: ImportedModel, old: Tokenizer, new: Tokenizer, mult
         )
     weights |= {WORD_EMBEDDINGS: rows, DECODER_BIAS: bias}
     config.vocab_size = num_rows
-    pad = _find_special(new, "pad")
+    pad = find_special(new, "pad")
     config.pad_token_id = config.pad_token_id if pad is None else pad
     numbers = {origin: f"{count:,}" for origin, count in counts.items()}
     summary = "{shared} tokens kept, {composed} the mean of old tokens, {new} initialized".format(**numbers)
@@ -155,6 +156,6 @@ def _find_source_rows(meaning: Meaning, old_ids: dict[Meaning, int], old: Tokeni
     return ids, "composed"
 
 
-def _find_special(tokenizer: Tokenizer, role: str) -> int | None:
+def find_special(tokenizer: Tokenizer, role: str) -> int | None:
     ids = (tokenizer.token_to_id(name) for name, other in SPECIAL_ROLES.items() if other == role)
     return next((number for number in ids if number is not None), None)

@@ -21,6 +21,7 @@ AUTO_CLASSES = {
     "AutoModel": "modeling_megabert.MegaBertModel",
     "AutoModelForMaskedLM": "modeling_megabert.MegaBertForMaskedLM",
     "AutoModelForSequenceClassification": "modeling_megabert.MegaBertForSequenceClassification",
+    "AutoModelForMultipleChoice": "modeling_megabert.MegaBertForMultipleChoice",
     "AutoModelForTokenClassification": "modeling_megabert.MegaBertForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_megabert.MegaBertForQuestionAnswering",
 }
@@ -30,7 +31,7 @@ SHARD_SIZE = re.compile(r"(?=.*[1-9])\d{1,6}(\.\d{1,6})?[KMGT]B")
 
 def write_config(folder: Path, config: MegaBertConfig) -> None:
     """Write config.json and the modelling code that its auto_map names."""
-    config.architectures = ["MegaBertForMaskedLM"]
+    config.architectures = config.architectures or ["MegaBertForMaskedLM"]
     config.auto_map = dict(AUTO_CLASSES)
     config.tokenizer_class = TOKENIZER_CLASS
     config.save_pretrained(folder)

@@ -1,41 +1,46 @@
 """Start a run with the weights of a folder that launch/convert_from_hf.py or launch/convert_to_hf.py wrote."""
 
 import hashlib
-import json
 from pathlib import Path
 
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
 
+from megabert.convert.from_hf import read_model
+from megabert.convert.hf.reader import CONFIG, read_config
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.source import Source
+from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
-TIED_WEIGHT = "decoder.weight"  # the same tensor as the word embeddings
 OTHER_HEADS = ("bert.pooler.", "classifier.", "qa_outputs.")  # pretraining does not use these
+# What changes the output but no tensor's shape. The recipe calls these settings of the model by the same names.
+SAME_SETTINGS = ("num_attention_heads", "position", "ffn", "layer_norm_eps")
+CONVERT = "Convert it with launch/convert_from_hf.py first."
 
 
-def load_initial_weights(model: nn.Module, folder: Path, source: Source) -> None:
+def load_initial_weights(model: MegaBertForMaskedLM, folder: Path, source: Source) -> None:
     """Load a folder's weights into the model. source: the run's shards, whose tokenizer must be the folder's.
 
-    Raises ValueError if the folder holds another kind of model, another shape, or another vocabulary.
+    Raises ValueError if the folder is damaged, or holds another kind of model, another shape, or another vocabulary.
     """
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    files = sorted(folder.glob("model*.safetensors"))
-    if config.get("model_type") != "megabert" or not files:
-        raise ValueError(
-            f"model.init_from {folder}: is not a MegaBERT folder. Convert it with launch/convert_from_hf.py first."
-        )
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        weights |= load_file(file)
-    weights = {name: t for name, t in weights.items() if name != TIED_WEIGHT and not name.startswith(OTHER_HEADS)}
+    is_ours = (folder / CONFIG).is_file() and read_config(folder).get("model_type") == MegaBertConfig.model_type
+    if not is_ours:
+        raise ValueError(f"model.init_from {folder}: is not a MegaBERT folder. {CONVERT}")
+    initial = read_model(folder)
+    weights = {name: tensor for name, tensor in initial.weights.items() if not name.startswith(OTHER_HEADS)}
+    for name in SAME_SETTINGS:
+        theirs, ours = getattr(initial.config, name), getattr(model.config, name)
+        if theirs != ours:
+            raise ValueError(
+                f"model.init_from {folder}: {name} is {theirs!r} in its {CONFIG}, {ours!r} in this recipe. "
+                f"Set model.{name} to {theirs}."
+            )
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     if different := sorted(weights.keys() ^ expected.keys()):
         raise ValueError(
             f"model.init_from {folder}: its parameters differ from this recipe's: {len(different)} exist in only one "
-            f"of them, such as {different[0]}. Set model.num_hidden_layers, model.position and model.ffn as in its "
-            "config.json."
+            f"of them, such as {different[0]}. Set model.num_hidden_layers to {initial.config.num_hidden_layers}."
         )
     for name, shape in expected.items():
         if weights[name].shape != shape:
@@ -52,10 +57,13 @@ def check_vocabulary(folder: Path, source: Source) -> None:
     """Raise ValueError if an id would stand for another token than the one its embedding was trained for."""
     path = folder / TOKENIZER
     if not path.is_file():
-        raise ValueError(f"model.init_from {folder}: has no {TOKENIZER} to compare with the shards' tokenizer.")
+        raise ValueError(
+            f"model.init_from {folder}: has no {TOKENIZER} to compare with the shards' tokenizer. Give it the one that "
+            "it was trained with: launch/convert_from_hf.py --tokenizer."
+        )
     if hashlib.sha256(path.read_bytes()).hexdigest() == source.tokenizer.fingerprint:
         return
-    folder_ids = Tokenizer.from_file(str(path)).get_vocab()
+    folder_ids = read_tokenizer(path).get_vocab()
     shard_ids = Tokenizer.from_buffer(source.read_tokenizer_file()).get_vocab()
     if folder_ids != shard_ids:
         token = min(folder_ids.items() ^ shard_ids.items(), key=lambda item: (item[1], item[0]))[0]

@@ -107,7 +107,7 @@ def test_an_export_can_be_verified_later(run_launcher, exported, tmp_path):
         data = bytearray((copy / file).read_bytes())
         data[-9] ^= 1
         (copy / file).write_bytes(data)
-        with pytest.raises(ValueError, match=f"{file}: was changed since it was exported"):
+        with pytest.raises(ValueError, match=f"{file}: was changed since the folder was written"):
             export_check.verify(copy)
         (copy / file).unlink()
         with pytest.raises(ValueError, match=f"{file}: is missing"):
@@ -172,7 +172,7 @@ def test_a_file_that_was_added_to_an_export_is_found(exported, tmp_path):
         assert export_record.find_change(copy, record) is None
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text("{}")
-        with pytest.raises(ValueError, match=f"{name}: was added since it was exported"):
+        with pytest.raises(ValueError, match=f"{name}: was added since the folder was written"):
             export_check.verify(copy)
         (copy / name).unlink()
 

@@ -44,6 +44,7 @@ def main() -> None:
     check_saving_again(options.folder, options.scratch / "again", load)
     if options.all:
         done["loss"] = check_trainer(options.folder, options.scratch, load)
+        done["best"] = check_best_model(options.folder, options.scratch, load)
         done["sentence_transformers"] = check_sentence_transformers(options.folder, load)
     sys.stdout.write(json.dumps(done) + "\n")
 
@@ -58,9 +59,13 @@ def check_auto_classes(folder: Path, load: dict) -> list[str]:
     import transformers
 
     names = []
-    for head in ("", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
+    heads = ("MaskedLM", "SequenceClassification", "MultipleChoice", "TokenClassification", "QuestionAnswering")
+    for head in ("", *(f"For{head}" for head in heads)):
         model = getattr(transformers, f"AutoModel{head}").from_pretrained(folder, **load).eval()
-        output = model(**tokenize(folder, load))
+        inputs = tokenize(folder, load)
+        if head == "ForMultipleChoice":  # two choices of one question
+            inputs = {name: values[None] for name, values in inputs.items()}
+        output = model(**inputs)
         assert all(value.isfinite().all() for value in output.values()), head
         assert type(model).__module__.startswith("megabert.") == (not load and "MegaBert" in type(model).__name__)
         names.append(type(model).__name__)
@@ -197,6 +202,29 @@ def check_trainer(folder: Path, scratch: Path, load: dict) -> float:
         whole, parts = gradient_norm(8, 1), gradient_norm(2, 4)
         assert abs(whole - parts) < 1e-3 * whole, (whole, parts)
     return after
+
+
+def check_best_model(folder: Path, scratch: Path, load: dict) -> float:
+    """Masked language modelling in Trainer: each evaluation has a loss, and the model with the lowest is loaded."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, **load)
+    rows = [tokenizer(text, padding="max_length", max_length=24, truncation=True) for text in TEXTS * 2]
+    examples = [{**row, "labels": row["input_ids"]} for row in rows]
+    model = AutoModelForMaskedLM.from_pretrained(folder, **load)
+    settings = TrainingArguments(
+        str(scratch / "best"), max_steps=4, per_device_train_batch_size=2, report_to=[], use_cpu=True, seed=3,
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", disable_tqdm=True,
+    )  # fmt: skip
+    training = Trainer(model, settings, train_dataset=examples, eval_dataset=examples)
+    training.train()
+    losses = [line["eval_loss"] for line in training.state.log_history if "eval_loss" in line]
+    assert len(losses) == 2
+    assert training.state.best_metric == min(losses)
+    again = training.evaluate()["eval_loss"]
+    assert abs(again - min(losses)) < 1e-4, (again, losses)
+    return again
 
 
 def check_sentence_transformers(folder: Path, load: dict) -> str:

@@ -46,7 +46,7 @@ def test_a_card_contains_no_secrets_and_no_folders_of_the_machine(corpus, tmp_pa
     raw["recipe"]["run"]["output_dir"] = "/home/someone/runs/best"
     (folder / "state.json").write_text(json.dumps(raw))
     metrics = Metrics(1.0, None, None, None)
-    card = str(make_model_card(model.config, layout.read_state(folder), metrics, 7, 1))
+    card = str(make_model_card(model.config, layout.read_state(folder), metrics, 7, 1, 512))
     assert "https://host/x-{0..9}.tar x 1, x x 2" in card
     assert "output_dir: best" in card
     for private in ("hunter2", "topsecret", "user", "/home", "someone"):

@@ -17,6 +17,7 @@ def start(corpus, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "in" / name).write_bytes((corpus.tokenizer / name).read_bytes())
     import_model(tmp_path / "in", tmp_path / "start")
+    (tmp_path / "start" / "import.json").unlink()  # so that tests may change its files
     return tmp_path / "start"
 
 
@@ -32,10 +33,16 @@ def test_another_folder_shape_or_vocabulary_is_refused(corpus, start, tmp_path):
         load_initial_weights(small_model(), tmp_path, source)
     with pytest.raises(ValueError, match=r"mlp.up.weight has shape \(80, 24\), this recipe's has \(96, 24\)"):
         load_initial_weights(small_model(intermediate_size=48), start, source)
-    with pytest.raises(
-        ValueError, match="exist in only one of them, such as bert.embeddings.position_embeddings.weight"
-    ):
-        load_initial_weights(small_model(position="learned"), start, source)
+    with pytest.raises(ValueError, match="exist in only one of them, such as .* Set model.num_hidden_layers to 2"):
+        load_initial_weights(small_model(num_hidden_layers=3), start, source)
+    for name, other, wanted in (
+        ("position", "learned", "alibi"), ("ffn", "gelu", "geglu"), ("num_attention_heads", 6, 3),
+        ("layer_norm_eps", 1e-5, 1e-12),
+    ):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=rf"{name} is '?{wanted}'? in its config.json, .* Set model.{name} to {wanted}"
+        ):
+            load_initial_weights(small_model(**{name: other}), start, source)
     tokenizer = (start / "tokenizer.json").read_text()
     (start / "tokenizer.json").write_text(tokenizer.replace('"the"', '"thx"').replace('"\u2581the"', '"\u2581thx"'))
     with pytest.raises(ValueError, match="its tokenizer has '.?th[ex]' as id .*, the shards' has it as id"):
