@@ -35,14 +35,14 @@ EXPECTED = "expected .txt, .jsonl (also .gz or .zst), .parquet or .arrow files"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
-def list_input_splits(source: str, options: ReadOptions, left_out: LeftOut) -> list[InputSplit]:
+def list_input_splits(source: str, options: ReadOptions, left_out: LeftOut | None = None) -> list[InputSplit]:
     """List the input splits of a source, in the same order on every run over the same input.
 
     source: "docstrings", a folder of text shards, a file, a folder of .txt, .jsonl, .parquet and .arrow files, a folder
     of save_to_disk, or hf:OWNER/NAME. What is not read is counted in left_out. Raises ValueError if the source does not
     exist or holds nothing readable, and for an option that does not apply to it.
     """
-    splits = _list_input_splits(source, options, left_out)
+    splits = _list_input_splits(source, options, left_out or LeftOut(options.skip_damaged))
     kinds = {split.kind for split in splits}
     for flag, value, needed in (
         ("--encoding", options.encoding, {"txt", "jsonl"}),
@@ -79,13 +79,13 @@ def _list_input_splits(source: str, options: ReadOptions, left_out: LeftOut) -> 
     return splits
 
 
-def read_input_split(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[str]:
+def read_input_split(split: InputSplit, options: ReadOptions, left_out: LeftOut | None = None) -> Iterator[str]:
     """Yield the documents of one input split. Null texts, and with skip_damaged damaged ones, are counted in left_out.
 
     Raises ValueError with file and position if the input is damaged, OSError with the file if it cannot be read.
     """
     try:
-        yield from READERS[split.kind](split, options, left_out)
+        yield from READERS[split.kind](split, options, left_out or LeftOut(options.skip_damaged))
     except OSError as error:
         if error.filename is None:
             raise OSError(error.errno, error.strerror or str(error), split.paths[0]) from error

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep.sources import LeftOut, ReadOptions, list_input_splits, read_input_split
+from data_prep.sources import ReadOptions, list_input_splits, read_input_split
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FULL_BYTES, QUICK_BYTES = 96_000_000, 8_000_000
@@ -37,11 +37,11 @@ print(time.perf_counter() - begin)
 
 def write_corpus(path: Path, size: int) -> int:
     """Write docstrings as .jsonl until `size` bytes, in as many passes as necessary. Returns the bytes of text."""
-    units = list_input_splits("docstrings", ReadOptions(), LeftOut())
+    units = list_input_splits("docstrings", ReadOptions())
     written = passes = 0
     with open(path, "w") as file:
         while written < size:
-            for text in (text for unit in units for text in read_input_split(unit, ReadOptions(), LeftOut())):
+            for text in (text for unit in units for text in read_input_split(unit, ReadOptions())):
                 if len(text) < 200:
                     continue
                 # write_shards.py drops copies of a text, so later passes prefix their number.
