@@ -22,7 +22,8 @@ import sentencepiece
 from tokenizers import Tokenizer, models, processors, trainers
 
 from data_prep.request import belongs_to_request, remove_request, request_hash, write_request
-from data_prep.sources import ReadOptions, list_input_splits, read_input_split, source_state
+from data_prep.source_options import SourceOptions
+from data_prep.sources import LeftOut, list_input_splits, read_input_split, source_state
 from data_prep.tokenizer.existing import MAX_WORD_CHARS, LoadedTokenizer, load_tokenizer, use_bert_components
 from data_prep.tokenizer.from_sentencepiece import differing_lines, to_fast_tokenizer, user_defined_symbols
 from megabert.config import cli
@@ -42,9 +43,7 @@ TOKENIZER_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    source: str = "docstrings"
-    """corpus, as for write_shards.py: docstrings, a file or folder, text shards, hf:OWNER/NAME"""
+class Options(SourceOptions):
     out: str = "data/quickstart/tokenizer"
     """folder to write tokenizer.json and tokenizer_config.json to (and tokenizer.model, if from sentencepiece)"""
     existing: str | None = None
@@ -57,37 +56,27 @@ class Options:
     """whether to fold case, as bert-base-uncased does; applies to an existing vocab.txt too"""
     sample_bytes: int = 10_000_000
     """text to train on, bytes; more takes longer and changes little"""
-    text_key: str = "text"
-    """field (.jsonl) or column (.parquet, hf:) that holds the text"""
-    blank_lines: bool = False
-    """whether blank lines separate the documents of a .txt; otherwise each file is one document"""
-    dataset_config: str | None = None
-    """configuration of a data set hf:OWNER/NAME, such as en"""
-    dataset_split: str = "train"
-    """split of a data set hf:OWNER/NAME"""
     seed: int = 0
     """seed of the sample"""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.vocab_size <= len(SPECIAL_TOKENS):
             raise ValueError(
                 f"vocab_size is {self.vocab_size}, expected more than the {len(SPECIAL_TOKENS)} special tokens."
             )
 
-    @property
-    def read(self) -> ReadOptions:
-        return ReadOptions(self.text_key, self.blank_lines, self.dataset_config, self.dataset_split)
-
 
 def sample_lines(options: Options) -> Iterator[str]:
     """Yield lines of input splits in random order, about sample_bytes in all. Of a large split, only a part is read."""
-    splits = list_input_splits(options.source, options.read)
+    left_out = LeftOut(options.read.skip_damaged)
+    splits = list_input_splits(options.source, options.read, left_out)
     random.Random(options.seed).shuffle(splits)
     read = 0
     for number, split in enumerate(splits):
         share = (options.sample_bytes - read) / max(1, min(SAMPLED_SPLITS, len(splits)) - number)
         limit = read + share
-        for document in read_input_split(split, options.read):
+        for document in read_input_split(split, options.read, left_out):
             for line in document.splitlines():
                 if line := line.strip():
                     read += len(line.encode("utf-8", "replace"))
@@ -221,7 +210,7 @@ def hash_of_request(options: Options) -> str:
         files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
         state = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     else:
-        state = source_state(list_input_splits(options.source, options.read))
+        state = source_state(list_input_splits(options.source, options.read, LeftOut(options.read.skip_damaged)))
     return request_hash(options=asdict(options), source=state)
 
 

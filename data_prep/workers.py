@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from data_prep.sources.base import is_disk_full
 from megabert.data.shards.tokenizer import read_tokenizer
 from megabert.files.subprocesses import exit_with_parent
 
@@ -61,6 +63,21 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
+@contextmanager
+def _naming_shared_memory() -> Iterator[None]:
+    """Say where the space is missing that worker processes need, which is not the output folder."""
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise ValueError(
+            f"no space left for the worker processes in /dev/shm or {tempfile.gettempdir()} ({error.strerror}). Free "
+            "some space there and run the same command again. A container has little in /dev/shm: docker run "
+            "--shm-size=1g gives it more."
+        ) from error
+
+
 def _ignore_result(_: object) -> None:
     pass
 
@@ -70,10 +87,11 @@ class WorkerPool:
 
     def __init__(self, count: int):
         context = multiprocessing.get_context("forkserver")
-        self.counters = context.Array("q", 2)
         self._count = count
         self._other_children = set(multiprocessing.active_children())
-        self._pool = concurrent.futures.ProcessPoolExecutor(count, context, _start_worker, (self.counters,))
+        with _naming_shared_memory():
+            self.counters = context.Array("q", 2)
+            self._pool = concurrent.futures.ProcessPoolExecutor(count, context, _start_worker, (self.counters,))
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -101,7 +119,8 @@ class WorkerPool:
             while True:
                 # Two tasks per worker keep all of them busy. Submitting every task at once would only cost memory.
                 while len(pending) < 2 * self._count and (task := next(remaining, None)) is not None:
-                    with _sigint_blocked():  # an interrupt while a worker starts would leave the worker running
+                    # An interrupt while a worker starts would leave the worker running.
+                    with _naming_shared_memory(), _sigint_blocked():
                         pending.add(self._pool.submit(function, *task))
                 if not pending:
                     return

@@ -22,7 +22,8 @@ import numpy as np
 from data_prep import output_folder
 from data_prep.finished import damaged_files, note_request, read_result_of, restore_tokenizer, was_written_for
 from data_prep.request import request_hash
-from data_prep.sources import ReadOptions, list_input_splits, read_input_split, source_state
+from data_prep.source_options import SourceOptions
+from data_prep.sources import LeftOut, list_input_splits, read_input_split, source_state
 from data_prep.sources.base import INPUT_SPLIT_BYTES, InputSplit, is_disk_full
 from data_prep.workers import Progress, WorkerPool
 from data_prep.writing import length_statistics, shard_writer, sorted_runs
@@ -30,6 +31,7 @@ from data_prep.writing.sorted_runs import TaskSummary, WriteSettings
 from data_prep.writing.unknown_tokens import check_share
 from megabert.config import cli
 from megabert.data.shards.manifest import (
+    FIRST_HELDOUT,
     MANIFEST,
     TOKEN_COUNTS,
     TOKENIZER,
@@ -37,6 +39,7 @@ from megabert.data.shards.manifest import (
     Manifest,
     Shard,
     TokenizerInfo,
+    heldout_that_is_enough,
     write_manifest,
 )
 from megabert.data.shards.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS, encode_npy, token_dtype
@@ -52,21 +55,11 @@ NO_EFFECT_ON_SHARDS = ("out", "workers", "replace", "max_unknown")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    source: str = "docstrings"
-    """docstrings, a folder of text shards, a file or folder of .txt, .jsonl[.gz|.zst] and .parquet, or hf:OWNER/NAME"""
+class Options(SourceOptions):
     out: str = "data/quickstart/text"
     """folder to write shards and manifest.json to"""
     tokenizer: str | None = None
     """tokenizer.json, or a folder with one: write token shards; without it, write text shards"""
-    text_key: str = "text"
-    """field (.jsonl) or column (.parquet, hf:) that holds the text"""
-    blank_lines: bool = False
-    """whether blank lines separate the documents of a .txt; otherwise each file is one document"""
-    dataset_config: str | None = None
-    """configuration of a data set hf:OWNER/NAME, such as en"""
-    dataset_split: str = "train"
-    """split of a data set hf:OWNER/NAME"""
     min_chars: int = 1
     """leave out shorter documents, characters"""
     deduplicate: bool = True
@@ -89,6 +82,7 @@ class Options:
     """largest share of [UNK] among the tokens; more ends the command"""
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.heldout < 1:
             raise ValueError(f"heldout is {self.heldout}, expected a share in [0, 1).")
         if not 1 <= self.chunk_tokens <= MAX_CHUNK_TOKENS:
@@ -98,19 +92,19 @@ class Options:
         if not 0 <= self.max_unknown <= 1:
             raise ValueError(f"max_unknown is {self.max_unknown}, expected a share from 0 to 1.")
 
-    @property
-    def read(self) -> ReadOptions:
-        return ReadOptions(self.text_key, self.blank_lines, self.dataset_config, self.dataset_split)
-
 
 class ShardRequest(NamedTuple):
-    """What a command is asked for. request_hash: of everything that determines the bytes of the shards."""
+    """What a command is asked for.
+
+    request_hash: of everything that determines the bytes of the shards; left_out: files of the source.
+    """
 
     options: Options
     splits: list[InputSplit]
     tokenizer_path: Path | None
     tokenizer: TokenizerInfo | None
     request_hash: str
+    left_out: LeftOut
 
     @property
     def settings(self) -> WriteSettings:
@@ -137,17 +131,18 @@ def resolve_request(options: Options) -> ShardRequest:
             f"{out}: is both --source and --out, so its shards would be replaced while they are read. Choose another "
             "--out."
         )
-    splits = list_input_splits(options.source, options.read)
+    left_out = LeftOut(options.read.skip_damaged)
+    splits = list_input_splits(options.source, options.read, left_out)
     asked = {name: value for name, value in vars(options).items() if name not in NO_EFFECT_ON_SHARDS}
     found = request_hash(options=asked, tokenizer=tokenizer and asdict(tokenizer), source=source_state(splits))
-    return ShardRequest(options, splits, path, tokenizer, found)
+    return ShardRequest(options, splits, path, tokenizer, found, left_out)
 
 
 def group_into_tasks(splits: list[InputSplit]) -> list[list[InputSplit]]:
     """Group input splits, in their order, into tasks."""
     task_bytes = min(TASK_BYTES, max(INPUT_SPLIT_BYTES, sum(split.size for split in splits) // TASKS))
     tasks: list[list[InputSplit]] = []
-    size = task_bytes
+    size = task_bytes + 1  # so that the first input split begins a task, though it may be empty
     for split in splits:
         cost = task_bytes if split.kind == "hub" else split.size  # the hub does not tell the size of a shard
         if size + cost > task_bytes:
@@ -210,8 +205,10 @@ def write_all_shards(settings: WriteSettings, counts: dict[str, int], paths: lis
         progress.close()
 
 
-def build_manifest(request: ShardRequest, counts: dict[str, int], read: int) -> tuple[Manifest, np.ndarray]:
-    """Combine the records of all shards. read: documents of the source.
+def build_manifest(
+    request: ShardRequest, counts: dict[str, int], read: int, first_heldout: float
+) -> tuple[Manifest, np.ndarray]:
+    """Combine the records of all shards. read: documents of the source; first_heldout: as in TaskSummary.
 
     Returns the manifest and how often each token id occurs in the training part, (vocab_size,).
     """
@@ -235,6 +232,7 @@ def build_manifest(request: ShardRequest, counts: dict[str, int], read: int) -> 
     statistics = length_statistics.summarize(lengths, tokens, unit, read)
     if request.tokenizer:
         statistics["unknown_tokens"] = unknown
+    statistics |= {"left_out": request.left_out.counts, FIRST_HELDOUT: first_heldout}
     kind = "tokens" if request.tokenizer else "text"
     return Manifest(kind, splits, statistics, request.tokenizer, request.request_hash), ids
 
@@ -278,13 +276,17 @@ def write_shards(request: ShardRequest) -> Manifest:
     ):
         summaries = write_all_sorted_runs(settings, request.splits, pool)
         read = sum(summary.read for summary in summaries)
+        left_out = request.left_out
+        for summary in summaries:
+            left_out.merge(summary.left_out, summary.examples)
         if not read:
             raise ValueError(
                 f"{options.source}: has no document of at least {options.min_chars} characters; nothing to write."
+                + (f" Left out: {left_out}." if left_out.counts else "")
             )
         counts = shard_counts(options, settings.dtype.itemsize, summaries)
         write_all_shards(settings, counts, sorted_runs.run_paths(settings, summaries), pool)
-        manifest, ids = build_manifest(request, counts, read)
+        manifest, ids = build_manifest(request, counts, read, min(summary.first_heldout for summary in summaries))
         if request.tokenizer_path is not None:
             share = manifest.statistics["unknown_tokens"] / max(1, manifest.statistics["tokens"])
             documents = (text for split in request.splits for text in read_input_split(split, options.read))
@@ -331,6 +333,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{out}: {statistics['documents']:,} documents, {statistics['tokens']:,} {unit}, shards: {parts}")
     if request.tokenizer:
         print(f"{out}: {statistics['unknown_tokens'] / max(1, statistics['tokens']):.2%} of the tokens are [UNK]")
+    if request.left_out.counts:
+        print(f"left out: {request.left_out}")
+    if options.heldout and not any(shard.documents for shard in manifest.splits["heldout"]):
+        print(f"{out}: no document is held out. Write the shards again with {heldout_that_is_enough(statistics)}.")
     return 0
 
 

@@ -40,6 +40,7 @@ FOREIGN = {
     "just": "list",
     "hf": "repo_type include local_dir",
     "git": "porcelain",
+    "docker": "shm_size",
     "tensorboard": "logdir",
 }
 # The options of shell scripts.

@@ -1,15 +1,26 @@
 """List the input splits of a corpus and read the documents of each."""
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_prep.sources import docstrings, hub, jsonl, parquet, text_shards, txt
-from data_prep.sources.base import InputSplit, ReadOptions
+from data_prep.sources import arrow, docstrings, hub, jsonl, parquet, text_shards, txt
+from data_prep.sources.base import (
+    EMPTY_FILE,
+    OTHER_KIND,
+    DamagedError,
+    InputSplit,
+    LeftOut,
+    ReadOptions,
+)
+from data_prep.sources.folders import files_below, kind_of
+from data_prep.sources.lines import list_line_splits
 from megabert.data.shards.manifest import MANIFEST
 
-READERS: dict[str, Callable[[InputSplit, ReadOptions], Iterator[str]]] = {
+READERS: dict[str, Callable[[InputSplit, ReadOptions, LeftOut], Iterator[str]]] = {
+    "arrow": arrow.read,
     "docstrings": docstrings.read,
     "hub": hub.read,
     "jsonl": jsonl.read,
@@ -19,37 +30,66 @@ READERS: dict[str, Callable[[InputSplit, ReadOptions], Iterator[str]]] = {
 }
 # C4 names its compressed JSON Lines files .json.gz. A plain .json may hold anything.
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+TEXT = (".txt", ".txt.gz", ".txt.zst")
+EXPECTED = "expected .txt, .jsonl (also .gz or .zst), .parquet or .arrow files"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
-def list_input_splits(source: str, options: ReadOptions) -> list[InputSplit]:
+def list_input_splits(source: str, options: ReadOptions, left_out: LeftOut | None = None) -> list[InputSplit]:
     """List the input splits of a source, in the same order on every run over the same input.
 
-    source: "docstrings", a folder of text shards, a file, a folder of .txt, .jsonl[.gz|.zst] and .parquet files, or
-    the name of a Hugging Face data set. Raises ValueError if the source does not exist or holds nothing readable.
+    source: "docstrings", a folder of text shards, a file, a folder of .txt, .jsonl, .parquet and .arrow files, a folder
+    of save_to_disk, or hf:OWNER/NAME. What is not read is counted in left_out. Raises ValueError if the source does not
+    exist or holds nothing readable, and for an option that does not apply to it.
     """
-    if source == "docstrings":
-        return docstrings.list_input_splits()
-    path = Path(source)
-    if source.startswith(hub.PREFIX) or (not path.exists() and HUB_NAME.fullmatch(source)):
-        return hub.list_input_splits(source, options)
-    if not path.exists():
-        raise ValueError(
-            f"{source}: no such file or folder; --source takes a file, a folder, hf:OWNER/NAME for a Hugging Face data "
-            "set, or the word docstrings."
-        )
-    if (path / MANIFEST).is_file():
-        return text_shards.list_input_splits(path)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    splits = [split for file in files if file.is_file() for split in _splits_of_file(file, options)]
-    if not splits:
-        raise ValueError(f"{source}: holds no text; expected .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet files.")
+    splits = _list_input_splits(source, options, left_out or LeftOut(options.skip_damaged))
+    kinds = {split.kind for split in splits}
+    for flag, value, needed in (
+        ("--encoding", options.encoding, {"txt", "jsonl"}),
+        ("--blank-lines", options.blank_lines, {"txt"}),
+        ("--dataset-config", options.dataset_config, {"hub"}),
+    ):
+        if value and splits and not kinds & needed:
+            raise ValueError(
+                f"{source}: {flag} has no effect on it: it contains {', '.join(sorted(kinds))}. Omit {flag}."
+            )
     return splits
 
 
-def read_input_split(split: InputSplit, options: ReadOptions) -> Iterator[str]:
-    """Yield the documents of one input split. Raises ValueError with file and position if the input is malformed."""
-    return READERS[split.kind](split, options)
+def _list_input_splits(source: str, options: ReadOptions, left_out: LeftOut) -> list[InputSplit]:
+    if source == "docstrings":
+        return docstrings.list_input_splits()
+    path = Path(source.removeprefix(hub.PREFIX))
+    if arrow.is_saved_data_set(path):
+        return arrow.list_saved(path, options, left_out)
+    if source.startswith(hub.PREFIX):
+        return hub.list_input_splits(source, options)
+    if not os.path.lexists(path):
+        raise ValueError(f"{source}: no such file or folder.{_meant(source)}")
+    kind_of(path)
+    if (path / MANIFEST).is_file():
+        return text_shards.list_input_splits(path)
+    splits, found = [], False
+    for file in files_below(path, arrow.is_saved_data_set, left_out):
+        of_file = _splits_of_file(file, options, left_out)
+        found = found or of_file is not None
+        splits += of_file or []
+    if not found:
+        raise ValueError(f"{source}: holds no text; {EXPECTED}.{f' It holds {left_out}.' if left_out.counts else ''}")
+    return splits
+
+
+def read_input_split(split: InputSplit, options: ReadOptions, left_out: LeftOut | None = None) -> Iterator[str]:
+    """Yield the documents of one input split. Null texts, and with skip_damaged damaged ones, are counted in left_out.
+
+    Raises ValueError with file and position if the input is damaged, OSError with the file if it cannot be read.
+    """
+    try:
+        yield from READERS[split.kind](split, options, left_out or LeftOut(options.skip_damaged))
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror or str(error), split.paths[0]) from error
+        raise
 
 
 def source_state(splits: list[InputSplit]) -> list[list[object]]:
@@ -69,11 +109,38 @@ def source_state(splits: list[InputSplit]) -> list[list[object]]:
     return [*map(list, splits), *([path, *state] for path, state in states.items())]
 
 
-def _splits_of_file(path: Path, options: ReadOptions) -> list[InputSplit]:
-    if path.name.endswith(".txt"):
-        return txt.list_input_splits(path, options)
-    if path.name.endswith(JSON_LINES):
-        return jsonl.list_input_splits(path)
-    if path.name.endswith(".parquet"):
-        return parquet.list_input_splits(path, options)
-    return []
+def _splits_of_file(path: Path, options: ReadOptions, left_out: LeftOut) -> list[InputSplit] | None:
+    """List the input splits of a file, or of the folder of a saved data set. Returns None if it is of another kind."""
+    name = path.name.lower()
+    try:
+        if path.is_dir():
+            return arrow.list_saved(path, options, left_out)
+        if not name.endswith((*TEXT, *JSON_LINES, ".parquet", ".arrow")):
+            left_out.add(OTHER_KIND, str(path))
+            return None
+        if not path.stat().st_size:
+            left_out.add(EMPTY_FILE, str(path))
+            return []
+        if name.endswith(TEXT):
+            return txt.list_input_splits(path, options)
+        if name.endswith(JSON_LINES):
+            return list_line_splits(path, "jsonl", options)
+        return (parquet if name.endswith(".parquet") else arrow).list_input_splits(path, options)
+    except DamagedError as error:
+        left_out.damaged(error)
+        return []
+
+
+def _meant(source: str) -> str:
+    """Say what a source that does not exist may mean."""
+    path = Path(source)
+    beside = [*path.parent.iterdir()] if path.parent.is_dir() else []
+    known = {**{str(path.parent / other.name): str(other) for other in beside}, "docstrings": "docstrings"}
+    close = difflib.get_close_matches(str(path), known, n=1, cutoff=0.8)
+    sentence = f" Did you mean {close[0]}?" if close else ""
+    if HUB_NAME.fullmatch(source):
+        sentence += f" For the data set of this name on the Hugging Face hub, pass hf:{source}."
+    return (
+        f"{sentence} --source takes one file or folder (no pattern, no URL, no command), hf:OWNER/NAME for a Hugging "
+        "Face data set, or the word docstrings."
+    )

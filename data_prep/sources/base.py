@@ -1,8 +1,11 @@
 """Types, limits and error messages that all sources share."""
 
 import errno
-from collections.abc import Iterator
-from typing import IO, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 # About one second of work for a process: small enough to balance the load, large enough to outweigh the scheduling.
 INPUT_SPLIT_BYTES = 4 << 20
@@ -10,7 +13,21 @@ INPUT_SPLIT_BYTES = 4 << 20
 # A document is held in memory whole, and its tokens take some 30 bytes each. A book is 1 MB; more is not one document.
 MAX_DOCUMENT_BYTES = 64 << 20
 
-Kind = Literal["docstrings", "hub", "jsonl", "parquet", "text_shards", "txt"]
+Kind = Literal["arrow", "docstrings", "hub", "jsonl", "parquet", "text_shards", "txt"]
+
+# Why something is left out of a source.
+HIDDEN = "hidden files and folders"
+OTHER_KIND = "files of another kind"
+EMPTY_FILE = "empty files"
+READ_ALREADY = "folders that are read under another name"
+OTHER_SPLIT = "other splits"
+NULL = "null texts"
+DAMAGED = "damaged"
+SHORT = "empty or short texts"
+
+
+class DamagedError(ValueError):
+    """A file or a document that cannot be read as what it claims to be. --on-bad-document skip leaves it out."""
 
 
 class InputSplit(NamedTuple):
@@ -32,35 +49,84 @@ class ReadOptions(NamedTuple):
     """Settings of the readers.
 
     text_key: field or column that holds the text; blank_lines: whether blank lines separate the documents of a .txt;
-    dataset_config, dataset_split: configuration and split of a hub data set.
+    dataset_config, dataset_split: configuration and split of a hub data set; encoding: of text files without a byte
+    order mark, by default UTF-8; skip_damaged: whether damaged documents are left out instead of ending the command.
     """
 
     text_key: str = "text"
     blank_lines: bool = False
     dataset_config: str | None = None
     dataset_split: str = "train"
+    encoding: str | None = None
+    skip_damaged: bool = False
 
 
-def byte_ranges(path: str, size: int, kind: Kind) -> list[InputSplit]:
-    """Cut a file into input splits of equal size. A document belongs to the split in which it begins."""
-    splits = []
-    for start in range(0, size, INPUT_SPLIT_BYTES):
-        stop = min(start + INPUT_SPLIT_BYTES, size)
-        splits.append(InputSplit(kind, (path,), start, stop, stop - start))
-    return splits
+@dataclass
+class LeftOut:
+    """What is left out of a source: how much for each reason, and the first example.
+
+    skip_damaged: whether damaged documents are among it; otherwise the first one raises its error.
+    """
+
+    skip_damaged: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, example: str, count: int = 1) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        self.examples.setdefault(reason, example)
+
+    def damaged(self, error: DamagedError) -> None:
+        """Count what is damaged, or raise the error."""
+        if not self.skip_damaged:
+            raise DamagedError(f"{error} Or pass --on-bad-document skip, which leaves out what is damaged.") from error
+        self.add(DAMAGED, str(error))
+
+    def merge(self, counts: dict[str, int], examples: dict[str, str]) -> None:
+        for reason, count in counts.items():
+            self.add(reason, examples[reason], count)
+
+    def __str__(self) -> str:
+        """List reasons, counts and examples: "empty files: 1 (a.txt), null texts: 2 (such as b.jsonl at byte 0)"."""
+        return ", ".join(
+            f"{reason}: {count:,} ({'such as ' if count > 1 else ''}{self.examples[reason]})"
+            for reason, count in self.counts.items()
+        )
 
 
-def bounded_lines(file: IO[bytes], where: str) -> Iterator[bytes]:
-    """Yield lines. Raises ValueError for a line that is too long to be held in memory."""
-    number = 0
-    while line := file.readline(MAX_DOCUMENT_BYTES + 1):
-        number += 1
-        if len(line) > MAX_DOCUMENT_BYTES:
-            raise ValueError(
-                f"{where}: line {number} from there is longer than {MAX_DOCUMENT_BYTES >> 20} MB, the largest allowed "
-                "document. Cut it into documents."
-            )
-        yield line
+def until_damaged(
+    items: Iterator[T],
+    errors: tuple[type[Exception], ...],
+    explain: Callable[[Exception], DamagedError],
+    left_out: LeftOut,
+) -> Iterator[T]:
+    """Yield the items until reading one raises one of the errors, which counts as damage. What follows is lost.
+
+    explain: makes the error for the user.
+    """
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except errors as error:
+            left_out.damaged(explain(error))
+            return
+        yield item
+
+
+def text_of(row: object, text_key: str, where: str) -> str | None:
+    """Return the text in a field of a row, None if it is null. A dot leads into an object. Raises DamagedError."""
+    value = row
+    for name in [text_key] if isinstance(row, dict) and text_key in row else text_key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise no_field(where, text_key, list(row) if isinstance(row, dict) else [])
+        value = value[name]
+        if value is None:
+            return None
+    if not isinstance(value, str):
+        raise not_text(where, text_key, repr(value)[:40])
+    return value
 
 
 def missing_extra(source: str, package: str) -> ValueError:
@@ -68,18 +134,23 @@ def missing_extra(source: str, package: str) -> ValueError:
     return ValueError(f"{source}: reading it needs the package {package}. Install it: pip install -e '.[prep]'")
 
 
-def no_field(where: str, text_key: str, found: list[str]) -> ValueError:
-    return ValueError(
+def no_field(where: str, text_key: str, found: list[str]) -> DamagedError:
+    return DamagedError(
         f"{where}: has no field {text_key!r}, its fields are: {', '.join(sorted(found)) or 'none'}. "
         "Pass the name of the field that holds the text as --text-key."
     )
 
 
-def not_text(where: str, text_key: str, got: object) -> ValueError:
-    return ValueError(
+def not_text(where: str, text_key: str, got: object) -> DamagedError:
+    return DamagedError(
         f"{where}: field {text_key!r} holds {got}, expected text. "
         "Pass the name of the field that holds the text as --text-key."
     )
+
+
+def too_long(where: str, remedy: str) -> DamagedError:
+    """Make the error for a document that is too large to be held in memory."""
+    return DamagedError(f"{where}: longer than {MAX_DOCUMENT_BYTES >> 20} MB, the largest allowed document. {remedy}")
 
 
 def is_disk_full(error: OSError) -> bool:

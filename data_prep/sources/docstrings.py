@@ -9,10 +9,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from data_prep.sources.base import INPUT_SPLIT_BYTES, InputSplit, ReadOptions
+from data_prep.sources.base import INPUT_SPLIT_BYTES, InputSplit, LeftOut, ReadOptions
 
 
-def read(split: InputSplit, options: ReadOptions) -> Iterator[str]:
+def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[str]:
     for path in split.paths:
         yield from docstrings(Path(path))
 

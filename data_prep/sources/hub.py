@@ -9,7 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.sources.base import InputSplit, ReadOptions, missing_extra, no_field, not_text
+from data_prep.sources.base import (
+    NULL,
+    DamagedError,
+    InputSplit,
+    LeftOut,
+    ReadOptions,
+    missing_extra,
+    text_of,
+    until_damaged,
+)
+from data_prep.sources.folders import files_below
+from data_prep.sources.streams import DAMAGED_ARCHIVE
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -34,23 +45,32 @@ def list_input_splits(source: str, options: ReadOptions) -> list[InputSplit]:
     return [InputSplit("hub", key, shard, num_shards, 1) for shard in range(num_shards)]
 
 
-def read(split: InputSplit, options: ReadOptions) -> Iterator[str]:
-    where = f"{split.paths[0]} shard {split.start}"
-    for row in _open(*split.paths).shard(num_shards=split.stop, index=split.start):
-        if options.text_key not in row:
-            raise no_field(where, options.text_key, list(row))
-        text = row[options.text_key]
-        if text is None:
+def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[str]:
+    where = f"{PREFIX}{split.paths[0]} shard {split.start}"
+    rows = iter(_open(*split.paths).shard(num_shards=split.stop, index=split.start))
+
+    local = Path(split.paths[0]).exists()
+    remedy = f"Pass --source {split.paths[0]}, without {PREFIX}, which names file and place" if local else "Try again"
+
+    def explain(error: Exception) -> DamagedError:
+        return DamagedError(f"{where}: cannot be read: {_describe(error)}. {remedy}.")
+
+    for number, row in enumerate(until_damaged(rows, _reading_errors(), explain, left_out)):
+        try:
+            text = text_of(row, options.text_key, f"{where} row {number}")
+        except DamagedError as error:
+            left_out.damaged(error)
             continue
-        if not isinstance(text, str):
-            raise not_text(where, options.text_key, repr(text)[:40])
-        yield text
+        if text is None:
+            left_out.add(NULL, f"{where} row {number}")
+        else:
+            yield text
 
 
 def files(name: str) -> list[Path]:
     """List the files of a local data set."""
     folder = Path(name)
-    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return list(files_below(folder, lambda _: False, LeftOut())) if folder.is_dir() else []
 
 
 def _revision(name: str) -> str:
@@ -80,6 +100,27 @@ def transport_error() -> type[Exception]:
     return importlib.import_module(package).HTTPError
 
 
+def _describe(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or f"it is empty ({type(error).__name__})"
+
+
+def _reading_errors() -> tuple[type[Exception], ...]:
+    """Return what datasets raises for damaged files, for files of another kind, and without a connection."""
+    import datasets
+    import pyarrow
+
+    return (
+        *DAMAGED_ARCHIVE,
+        ValueError,
+        TypeError,
+        KeyError,
+        OSError,
+        pyarrow.ArrowException,
+        datasets.exceptions.DatasetsError,
+        transport_error(),
+    )
+
+
 @functools.lru_cache(maxsize=4)
 def _open(name: str, config: str, split: str, revision: str) -> "IterableDataset":
     try:
@@ -88,8 +129,7 @@ def _open(name: str, config: str, split: str, revision: str) -> "IterableDataset
         raise missing_extra(PREFIX + name, "datasets") from missing
     try:
         return datasets.load_dataset(name, config or None, split=split, revision=revision or None, streaming=True)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError, transport_error()) as error:
+    except (StopIteration, *_reading_errors()) as error:  # StopIteration: the first file is empty
         raise ValueError(
-            f"{PREFIX}{name}: cannot be opened: {' '.join(str(error).split())} "
-            "See --dataset-config and --dataset-split."
+            f"{PREFIX}{name}: cannot be opened: {_describe(error)}. See --dataset-config and --dataset-split."
         ) from error

@@ -5,39 +5,146 @@ Needs the package pyarrow, which the extra [prep] installs.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
-from data_prep.sources.base import InputSplit, ReadOptions, missing_extra, no_field, not_text
+from data_prep.sources.arrow import check_column, column_of, damage, explain_damage, read_column
+from data_prep.sources.base import DamagedError, InputSplit, LeftOut, ReadOptions, missing_extra, until_damaged
 
 if TYPE_CHECKING:
+    import pyarrow
     import pyarrow.parquet
 
 ROWS_AT_ONCE = 1024  # some kB each, so a few MB in memory
+READ_BYTES = 1 << 20
+INTEGER = 5  # the type of a 32-bit number in Thrift's compact protocol
+# A page is decompressed whole. Writers aim at 1 MB, but those that look at the size once in 1,024 rows exceed it.
+MAX_PAGE_BYTES = 1 << 30
+# A value can be as large as its page and occur in many rows, so rows are converted in batches of this size at most.
+BATCH_BYTES = 64 << 20
+HEADER_BYTES = 1 << 13  # of a page; statistics in it can make it longer
 
 
 def list_input_splits(path: Path, options: ReadOptions) -> list[InputSplit]:
-    """List one input split per row group. Raises ValueError if the file has no such column of text."""
+    """List one input split per row group. Raises DamagedError if the file has no such column of text."""
     file = _open(str(path))
-    schema = file.schema_arrow
-    if options.text_key not in schema.names:
-        raise no_field(str(path), options.text_key, schema.names)
-    kind = schema.field(options.text_key).type
-    if str(kind) not in ("string", "large_string", "string_view"):
-        raise not_text(str(path), options.text_key, kind)
+    check_column(file.schema_arrow, str(path), options.text_key)
     splits = []
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group)
         columns = (rows.column(i) for i in range(rows.num_columns))
-        size = sum(c.total_compressed_size for c in columns if c.path_in_schema == options.text_key)
+        size = sum(
+            c.total_compressed_size for c in columns if f"{c.path_in_schema}.".startswith(f"{options.text_key}.")
+        )
         splits.append(InputSplit("parquet", (str(path),), group, group + 1, size))
     return splits
 
 
-def read(split: InputSplit, options: ReadOptions) -> Iterator[str]:
-    file = _open(split.paths[0])
-    groups = range(split.start, split.stop)
-    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=[options.text_key], use_threads=False):
-        yield from (text for text in batch.column(0).to_pylist() if text is not None)
+def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[str]:
+    path, group = split.paths[0], split.start
+    where = f"{path} row group {group}"
+    for first, batch in until_damaged(_batches(path, group, options), damage(), explain_damage(where), left_out):
+        yield from read_column(column_of(batch, options.text_key), where, first, left_out)
+
+
+def _batches(path: str, group: int, options: ReadOptions) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
+    """Yield record batches, each with the number of its first row in the row group."""
+    file = _open(path)
+    largest = _largest_page(path, file.metadata.row_group(group), options.text_key)
+    rows = min(ROWS_AT_ONCE, max(1, BATCH_BYTES // max(1, largest)))
+    row = 0
+    for batch in file.iter_batches(rows, row_groups=[group], columns=[options.text_key], use_threads=False):
+        yield row, batch
+        row += len(batch)
+
+
+def _columns(
+    rows: "pyarrow.parquet.RowGroupMetaData", text_key: str
+) -> Iterator["pyarrow.parquet.ColumnChunkMetaData"]:
+    """Yield the columns of a row group that belong to a field."""
+    for number in range(rows.num_columns):
+        column = rows.column(number)
+        if f"{column.path_in_schema}.".startswith(f"{text_key}."):
+            yield column
+
+
+def _largest_page(path: str, rows: "pyarrow.parquet.RowGroupMetaData", text_key: str) -> int:
+    """Return the bytes of the largest page, decompressed. Raises DamagedError for a page beyond MAX_PAGE_BYTES."""
+    largest = 0
+    with open(path, "rb") as file:
+        for column in _columns(rows, text_key):
+            offset = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
+            stop = offset + column.total_compressed_size
+            while offset < stop:
+                unpacked, packed, header = _read_page_header(file, path, offset)
+                if not 0 <= unpacked <= MAX_PAGE_BYTES or packed < 0:
+                    raise DamagedError(
+                        f"{path}: the page at byte {offset} takes {unpacked / (1 << 20):,.0f} MB when it is unpacked, "
+                        f"the limit is {MAX_PAGE_BYTES >> 20} MB. Write the file with fewer rows in a page, such as "
+                        "with write_batch_size=16 of pyarrow."
+                    )
+                largest = max(largest, unpacked)
+                offset += header + packed
+    return largest
+
+
+def _read_page_header(file: IO[bytes], path: str, offset: int) -> tuple[int, int, int]:
+    """Return the bytes of the page at an offset: decompressed, compressed, and those of its header."""
+    size = HEADER_BYTES
+    while True:
+        file.seek(offset)
+        data = file.read(size)
+        try:
+            return _parse_page_header(data)
+        except (IndexError, KeyError, RecursionError) as error:
+            if len(data) < size or not isinstance(error, IndexError):
+                raise DamagedError(f"{path}: no page at byte {offset}. Download or write it again.") from error
+        size *= 4
+
+
+def _parse_page_header(data: bytes) -> tuple[int, int, int]:
+    """Parse a PageHeader, whose fields 2 and 3 are the two sizes.
+
+    Thrift's compact protocol: a field begins with a byte of its number, relative to the one before, and its type; a
+    byte 0 ends a struct (https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md).
+    """
+    sizes: dict[int, int] = {}
+    at = number = 0
+    while head := data[at]:
+        number += head >> 4
+        if head & 15 == INTEGER:
+            value, at = _varint(data, at + 1)
+            sizes[number] = (value >> 1) ^ -(value & 1)
+        else:
+            at = _skip(data, at + 1, head & 15)
+    return sizes[2], sizes[3], at + 1
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while data[at] & 128:
+        value |= (data[at] & 127) << shift
+        shift, at = shift + 7, at + 1
+    return value | data[at] << shift, at + 1
+
+
+def _skip(data: bytes, at: int, kind: int) -> int:
+    """Return where a value of Thrift's compact protocol ends that begins at data[at]."""
+    if kind in (1, 2):  # true and false, which are in the type
+        return at
+    if kind == 3:  # a byte
+        return at + 1
+    if kind in (4, 5, 6):  # integers
+        return _varint(data, at)[1]
+    if kind == 7:  # a double
+        return at + 8
+    if kind == 8:  # bytes
+        size, at = _varint(data, at)
+        return at + size
+    if kind != 12:  # no list, set or map is in a PageHeader
+        raise KeyError(kind)
+    while head := data[at]:
+        at = _skip(data, at + 1, head & 15)
+    return at + 1
 
 
 def _open(path: str) -> "pyarrow.parquet.ParquetFile":
@@ -47,6 +154,7 @@ def _open(path: str) -> "pyarrow.parquet.ParquetFile":
     except ImportError as missing:
         raise missing_extra(path, "pyarrow") from missing
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a .parquet file: {error}. Download it again.") from error
+        # Without these two options pyarrow holds all compressed bytes of a row group.
+        return pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DamagedError(f"{path}: not a .parquet file: {error}. Download it again.") from error

@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.sources.base import InputSplit, ReadOptions
+from data_prep.sources.base import DamagedError, InputSplit, LeftOut, ReadOptions
 from megabert.data.shards.manifest import read_manifest
 from megabert.data.shards.sample_format import decode_text, read_sample
 
@@ -22,13 +22,21 @@ def list_input_splits(folder: Path) -> list[InputSplit]:
     ]
 
 
-def read(split: InputSplit, options: ReadOptions) -> Iterator[str]:
-    """Yield the documents of one chunk. Raises ValueError if its checksum is not the one in the manifest."""
+def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[str]:
+    """Yield the documents of one chunk. It is damaged if its checksum is not the one in the manifest."""
     path, crc32 = split.paths
     with open(path, "rb") as file:
         file.seek(split.start)
         data = file.read(split.size)
     where = f"{path} (byte {split.start})"
     if zlib.crc32(data) != int(crc32):
-        raise ValueError(f"{where}: damaged: its checksum differs from the manifest's. Write the text shards again.")
-    yield from decode_text(read_sample(data, where), where)
+        left_out.damaged(
+            DamagedError(f"{where}: damaged: its checksum differs from the manifest's. Write the text shards again.")
+        )
+        return
+    try:
+        texts = decode_text(read_sample(data, where), where)
+    except ValueError as error:
+        left_out.damaged(DamagedError(f"{error} Write the text shards again."))
+        return
+    yield from texts

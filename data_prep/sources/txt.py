@@ -1,62 +1,78 @@
-"""Read .txt files: one document per file, or documents separated by blank lines."""
+"""Read text files: one document per file, or documents separated by blank lines."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.sources.base import MAX_DOCUMENT_BYTES, InputSplit, ReadOptions, bounded_lines, byte_ranges
+from data_prep.sources import base
+from data_prep.sources.base import DamagedError, InputSplit, LeftOut, ReadOptions, too_long
+from data_prep.sources.lines import Line, list_line_splits, read_lines, until_unreadable
+from data_prep.sources.streams import decode, encoding_of, open_bytes
+
+TO_SEPARATE = (
+    "Pass --blank-lines if blank lines separate its documents, or convert it to a .jsonl file with one document per "
+    "line."
+)
 
 
 def list_input_splits(path: Path, options: ReadOptions) -> list[InputSplit]:
-    """List the input splits of a file. Raises ValueError if it is too large to be one document."""
-    size = path.stat().st_size
+    """List the input splits of a file. Raises DamagedError if it is too large to be one document."""
     if options.blank_lines:
-        return byte_ranges(str(path), size, "txt")
-    if size > MAX_DOCUMENT_BYTES:
-        raise ValueError(
-            f"{path}: {size >> 20} MB would be one document, the limit is {MAX_DOCUMENT_BYTES >> 20} MB. Pass "
-            "--blank-lines if blank lines separate its documents, or convert it to a .jsonl file with one document "
-            "per line."
-        )
+        return list_line_splits(path, "txt", options)
+    size = path.stat().st_size
+    if size > base.MAX_DOCUMENT_BYTES:
+        raise too_long(str(path), TO_SEPARATE)
     return [InputSplit("txt", (str(path),), 0, size, size)]
 
 
-def read(split: InputSplit, options: ReadOptions) -> Iterator[str]:
-    if options.blank_lines:
-        for paragraph in _paragraphs(split):
-            yield paragraph.decode("utf-8", "replace")
+def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[str]:
+    if not options.blank_lines:
+        yield from until_unreadable(_whole(split.paths[0], options, left_out), split.paths[0], left_out)
+        return
+    for lines in _paragraphs(split, options, left_out):
+        try:
+            yield decode(b"".join(line.data for line in lines), lines[0].encoding, split.paths[0], lines[0].offset)
+        except DamagedError as error:
+            left_out.damaged(error)
+
+
+def _whole(path: str, options: ReadOptions, left_out: LeftOut) -> Iterator[str]:
+    encoding = encoding_of(path, options.encoding)
+    with open_bytes(path) as file:
+        data = file.read(base.MAX_DOCUMENT_BYTES + 1)
+    if len(data) > base.MAX_DOCUMENT_BYTES:
+        left_out.damaged(too_long(path, TO_SEPARATE))
     else:
-        yield Path(split.paths[0]).read_bytes().decode("utf-8", "replace")
+        yield decode(data[encoding.mark :], encoding, path, encoding.mark)
 
 
-def _paragraphs(split: InputSplit) -> Iterator[bytes]:
-    """Yield paragraphs. One belongs to the byte range in which the blank line before it begins."""
-    path = split.paths[0]
-    with open(path, "rb") as file:
-        offset = split.start
-        if split.start:
-            file.seek(split.start - 1)
-            offset += len(file.readline()) - 1  # skip the rest of a line that began in an earlier range
-        lines: list[bytes] = []
-        size = 0
-        in_range = split.start == 0  # no blank line precedes the first paragraph of the file
-        for line in bounded_lines(file, f"{path} at byte {offset}"):
-            if line.isspace():
-                if lines:
-                    yield b"".join(lines)
-                lines, size = [], 0
-                if offset >= split.stop:
-                    return
-                in_range = True
-            elif in_range:
+def _paragraphs(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[list[Line]]:
+    """Yield the lines of each paragraph. One belongs to the byte range in which the blank line before it begins."""
+    lines: list[Line] = []
+    size = 0
+    in_range = split.start == 0  # no blank line precedes the first paragraph of the file
+    for line in read_lines(split, options, left_out):
+        if line.data.isspace():
+            if size > base.MAX_DOCUMENT_BYTES:
+                left_out.damaged(_endless(lines[0]))
+            elif lines:
+                yield lines
+            lines, size = [], 0
+            in_range = True
+            if line.offset >= split.stop:
+                return
+        elif in_range:
+            size += len(line.data)
+            if size <= base.MAX_DOCUMENT_BYTES:
                 lines.append(line)
-                size += len(line)
-            elif offset >= split.stop:
-                return  # no blank line begins in this range
-            if size > MAX_DOCUMENT_BYTES:
-                raise ValueError(
-                    f"{path} at byte {offset}: more than {MAX_DOCUMENT_BYTES >> 20} MB without a blank line, the "
-                    "largest allowed document. Separate the documents by blank lines, or convert the file to .jsonl."
-                )
-            offset += len(line)
-        if lines:
-            yield b"".join(lines)
+            elif not left_out.skip_damaged:
+                left_out.damaged(_endless(lines[0]))
+        elif line.offset >= split.stop:
+            return  # no blank line begins in this range
+    if size > base.MAX_DOCUMENT_BYTES:
+        left_out.damaged(_endless(lines[0]))
+    elif lines:
+        yield lines
+
+
+def _endless(first: Line) -> DamagedError:
+    return too_long(first.where, "Separate the documents by blank lines, or convert the file to .jsonl.")

@@ -7,6 +7,7 @@ of one shard are contiguous in it and found in O(log n).
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep import workers
-from data_prep.sources import InputSplit, ReadOptions, read_input_split
+from data_prep.sources import InputSplit, LeftOut, ReadOptions, read_input_split
+from data_prep.sources.base import SHORT
 from megabert.data.shards.tokenizer import encode_flat
 from megabert.files.atomic import new_file, write_atomically
 
@@ -64,17 +66,28 @@ class WriteSettings:
 class TaskSummary(NamedTuple):
     """Counts of one task of the first pass.
 
-    runs: sorted runs written; read: documents before copies are dropped; elements: of the payload, per part.
+    runs: sorted runs written; read: documents before copies are dropped; elements: of the payload, per part;
+    first_heldout: the smallest share to hold out that holds out one of them; left_out, examples: as in LeftOut.
     """
 
     runs: int
     read: int
     elements: dict[str, int]
+    first_heldout: float
+    left_out: dict[str, int]
+    examples: dict[str, str]
 
 
 def heldout_below(share: float) -> int:
     """Return the bound below which the first half of a hash means held out. A larger share includes a smaller one."""
     return int(share * 2**64)
+
+
+def share_that_includes(half: int) -> float:
+    """Return the smallest share with three digits that holds out a document, given the first half of its hash."""
+    share = (half + 1) / 2**64
+    exponent = math.floor(math.log10(share)) - 2
+    return round((math.floor(share / 10**exponent) + 1) * 10**exponent, -exponent)
 
 
 def replace_lone_surrogates(text: str) -> tuple[str, bytes]:
@@ -134,6 +147,7 @@ class SortedRunWriter:
         self._lengths: list[np.ndarray] = []
         self._hashes: list[bytes] = []
         self._runs = self._read = 0
+        self._smallest_hash = 1 << 64
         self._elements = dict.fromkeys(PARTS, 0)
 
     def add(self, payload: np.ndarray, lengths: np.ndarray, hashes: list[bytes]) -> None:
@@ -148,16 +162,18 @@ class SortedRunWriter:
         self._lengths.append(lengths)
         self._hashes += hashes
 
-    def finish(self) -> TaskSummary:
+    def finish(self, left_out: LeftOut) -> TaskSummary:
         """Write the last sorted run."""
         if self._hashes:
             self._flush()
-        return TaskSummary(self._runs, self._read, self._elements)
+        first = share_that_includes(self._smallest_hash)
+        return TaskSummary(self._runs, self._read, self._elements, first, left_out.counts, left_out.examples)
 
     def _flush(self) -> None:
         lengths = np.concatenate(self._lengths)
         hashes = np.frombuffer(b"".join(self._hashes), dtype=np.uint64).reshape(-1, 2)
         begins = lengths.cumsum() - lengths
+        self._smallest_hash = min(self._smallest_hash, int(hashes[:, 0].min()))
         held = is_held_out(hashes, self._settings.heldout)
         order = np.lexsort((hashes[:, 0], hashes[:, 1], held))
         # All copies of one text belong to one shard. Many of them would fill the memory of the worker that writes it.
@@ -192,14 +208,17 @@ def is_first_copy(hashes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.ones(min(1, len(hashes)), bool), (hashes[1:] != hashes[:-1]).any(axis=1)])
 
 
-def read_batches(split: InputSplit, settings: WriteSettings) -> Iterator[tuple[list[str], list[bytes]]]:
+def read_batches(
+    split: InputSplit, settings: WriteSettings, left_out: LeftOut
+) -> Iterator[tuple[list[str], list[bytes]]]:
     """Yield batches of an input split's documents, stripped of white space, as text and as UTF-8."""
     texts: list[str] = []
     raws: list[bytes] = []
     size = 0
-    for document in read_input_split(split, settings.read):
+    for document in read_input_split(split, settings.read, left_out):
         text, raw = replace_lone_surrogates(document.strip())
         if len(text) < settings.min_chars:
+            left_out.add(SHORT, split.paths[0])
             continue
         texts.append(text)
         raws.append(raw)
@@ -214,8 +233,9 @@ def read_batches(split: InputSplit, settings: WriteSettings) -> Iterator[tuple[l
 def write_sorted_runs(settings: WriteSettings, task: int, splits: list[InputSplit]) -> None:
     """Write the sorted runs of one task, then its summary. A task without a summary is done again."""
     writer = SortedRunWriter(settings, f"{task:06d}")
+    left_out = LeftOut(settings.read.skip_damaged)
     for split in splits:
-        for texts, raws in read_batches(split, settings):
+        for texts, raws in read_batches(split, settings, left_out):
             tokenizer = workers.worker_tokenizer(settings.tokenizer_path)
             if tokenizer is None:
                 payload = np.frombuffer(b"".join(raws), dtype=np.uint8)
@@ -225,7 +245,7 @@ def write_sorted_runs(settings: WriteSettings, task: int, splits: list[InputSpli
             writer.add(payload, lengths, list(map(text_hash, raws)))
             workers.add_progress(text_bytes=sum(map(len, raws)))
         workers.add_progress(input_bytes=split.size)
-    write_atomically(summary_path(settings, task), json.dumps(writer.finish()._asdict()).encode())
+    write_atomically(summary_path(settings, task), json.dumps(writer.finish(left_out)._asdict()).encode())
 
 
 def summary_path(settings: WriteSettings, task: int) -> Path:

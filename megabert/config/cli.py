@@ -151,6 +151,7 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
 
     Ctrl-C is one line too, with exit code 130 as a shell gives it.
     """
+    open_closed_streams()
     try:
         sys.exit(main() or 0)
     except (ValueError, OSError) as error:
@@ -163,6 +164,18 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         sys.exit(130)
+
+
+def open_closed_streams() -> None:
+    """Open /dev/null in place of stdin, stdout or stderr if the shell has closed it, as `>&-` does.
+
+    Otherwise the next file that is opened would get its number, and what a library prints would be written into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode))
 
 
 def run_and_leave(main: Callable[[], int | None], prog: str) -> NoReturn:

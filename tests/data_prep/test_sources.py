@@ -11,14 +11,19 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import ReadOptions, list_input_splits, read_input_split, source_state
+from data_prep.sources import LeftOut, ReadOptions, list_input_splits, read_input_split, source_state
 from data_prep.sources.docstrings import docstrings
 from data_prep.sources.hub import transport_error
 
 
 def read_all(source: str, **options) -> list[str]:
+    return read_with(source, LeftOut(), **options)
+
+
+def read_with(source: str, left_out: LeftOut, **options) -> list[str]:
     read = ReadOptions(**options)
-    return [text for split in list_input_splits(source, read) for text in read_input_split(split, read)]
+    splits = list_input_splits(str(source), read, left_out)
+    return [text for split in splits for text in read_input_split(split, read, left_out)]
 
 
 def test_docstrings_come_in_the_order_of_the_file(tmp_path):
@@ -54,7 +59,7 @@ def test_byte_ranges_of_a_jsonl_cover_every_line_once(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     texts = ["x" * (i * 7 % 150) for i in range(60)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    assert len(list_input_splits(str(path), ReadOptions())) > 20
+    assert len(list_input_splits(str(path), ReadOptions(), LeftOut())) > 20
     assert read_all(str(path)) == texts
 
 
@@ -73,11 +78,11 @@ def test_the_error_names_a_malformed_line(tmp_path, content, message):
 
 def test_sources_without_text_are_refused(tmp_path, corpus):
     with pytest.raises(ValueError, match="no such file or folder"):
-        list_input_splits(str(tmp_path / "none"), ReadOptions())
-    with pytest.raises(ValueError, match="holds no text; expected .txt, .jsonl"):
-        list_input_splits(str(tmp_path), ReadOptions())
+        list_input_splits(str(tmp_path / "none"), ReadOptions(), LeftOut())
+    with pytest.raises(ValueError, match="holds no text; expected .txt, .jsonl "):
+        list_input_splits(str(tmp_path), ReadOptions(), LeftOut())
     with pytest.raises(ValueError, match="holds tokens shards, expected text to tokenize"):
-        list_input_splits(str(corpus.tokens), ReadOptions())
+        list_input_splits(str(corpus.tokens), ReadOptions(), LeftOut())
 
 
 def paragraphs(text: str) -> list[str]:
@@ -110,23 +115,24 @@ def test_a_file_too_large_for_one_document_is_refused_with_a_remedy(tmp_path, mo
     (tmp_path / "a.txt").write_bytes(b"x\n\n")
     with open(tmp_path / "a.txt", "r+b") as file:
         file.truncate(65 << 20)  # a sparse file, which takes no space on disk
-    with pytest.raises(ValueError, match="65 MB would be one document, the limit is 64 MB. Pass --blank-lines if"):
-        list_input_splits(str(tmp_path / "a.txt"), ReadOptions())
-    with pytest.raises(ValueError, match="a.txt at byte 0: line 3 from there is longer than 64 MB"):
+    with pytest.raises(
+        ValueError, match="a.txt: longer than 64 MB, the largest allowed document. Pass --blank-lines if"
+    ):
+        list_input_splits(str(tmp_path / "a.txt"), ReadOptions(), LeftOut())
+    with pytest.raises(ValueError, match="a.txt at byte 3: longer than 64 MB"):
         read_all(str(tmp_path / "a.txt"), blank_lines=True)
 
 
 def test_documents_that_do_not_end_are_refused(tmp_path, monkeypatch):
-    for module in ("base", "txt"):
-        monkeypatch.setattr(f"data_prep.sources.{module}.MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr("data_prep.sources.base.MAX_DOCUMENT_BYTES", 1000)
     (tmp_path / "a.txt").write_text("a line\n" * 1000)
     with pytest.raises(
-        ValueError, match=r"a\.txt at byte \d+: more than .* without a blank line.*convert the file to \.jsonl"
+        ValueError, match=r"a\.txt at byte 0: longer than .* by blank lines, or convert the file to \.jsonl"
     ):
         read_all(str(tmp_path), blank_lines=True)
     (tmp_path / "a.txt").unlink()
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "' + b"x" * 2000 + b'"}'))
-    with pytest.raises(ValueError, match=r"b\.jsonl\.gz: line 2 from there is longer than .* Cut it into documents"):
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz at line 2: longer than .* Cut the line into documents"):
         read_all(str(tmp_path))
 
 
@@ -158,15 +164,15 @@ def write_parquet(path, texts, **columns):
 def test_parquet_is_read_by_row_groups(tmp_path):
     texts = [f"document {i} \u00e9" if i != 7 else None for i in range(35)]
     write_parquet(tmp_path / "a.parquet", texts, number=list(range(35)))
-    assert len(list_input_splits(str(tmp_path), ReadOptions())) == 4
+    assert len(list_input_splits(str(tmp_path), ReadOptions(), LeftOut())) == 4
     assert read_all(str(tmp_path)) == [text for text in texts if text is not None]
     with pytest.raises(ValueError, match="has no field 'body', its fields are: number, text. Pass .* --text-key"):
-        list_input_splits(str(tmp_path), ReadOptions("body"))
+        list_input_splits(str(tmp_path), ReadOptions("body"), LeftOut())
     with pytest.raises(ValueError, match="field 'number' holds int64, expected text"):
-        list_input_splits(str(tmp_path), ReadOptions("number"))
+        list_input_splits(str(tmp_path), ReadOptions("number"), LeftOut())
     (tmp_path / "b.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(ValueError, match=r"b\.parquet: not a \.parquet file"):
-        list_input_splits(str(tmp_path), ReadOptions())
+        list_input_splits(str(tmp_path), ReadOptions(), LeftOut())
 
 
 def write_hub_folder(folder):
@@ -184,17 +190,17 @@ def write_hub_folder(folder):
 def test_a_data_set_in_the_layout_of_the_hub_is_streamed_by_shards(tmp_path):
     folder = write_hub_folder(tmp_path / "set")
     expected = [f"de {shard} {i}" for shard in range(3) for i in range(4)]
-    assert len(list_input_splits(f"hf:{folder}:de", ReadOptions())) == 3
+    assert len(list_input_splits(f"hf:{folder}:de", ReadOptions(), LeftOut())) == 3
     assert read_all(f"hf:{folder}:de") == expected == read_all(f"hf:{folder}", dataset_config="de")
     with pytest.raises(ValueError, match="names a configuration, but --dataset-config is en. Pass one of the two"):
         read_all(f"hf:{folder}:de", dataset_config="en")
     with pytest.raises(ValueError, match="cannot be opened: .*See --dataset-config and --dataset-split"):
         read_all(f"hf:{folder}:de", dataset_split="test")
-    with pytest.raises(ValueError, match="shard 0: has no field 'body', its fields are: text"):
+    with pytest.raises(ValueError, match="shard 0 row 0: has no field 'body', its fields are: text"):
         read_all(f"hf:{folder}:de", text_key="body")
-    before = source_state(list_input_splits(f"hf:{folder}:de", ReadOptions()))
+    before = source_state(list_input_splits(f"hf:{folder}:de", ReadOptions(), LeftOut()))
     write_parquet(folder / "de" / "train-00000-of-00003.parquet", ["another"])
-    assert source_state(list_input_splits(f"hf:{folder}:de", ReadOptions())) != before
+    assert source_state(list_input_splits(f"hf:{folder}:de", ReadOptions(), LeftOut())) != before
 
 
 def test_a_hub_data_set_is_pinned_to_its_revision(tmp_path, monkeypatch):
@@ -210,10 +216,10 @@ def test_a_hub_data_set_is_pinned_to_its_revision(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub.HfApi, "dataset_info", lambda self, name: type("Info", (), {"sha": f"sha of {name}"}))
-    splits = list_input_splits("allenai/c4", ReadOptions(dataset_config="en"))
+    splits = list_input_splits("hf:allenai/c4", ReadOptions(dataset_config="en"), LeftOut())
     assert calls == [(("allenai/c4", "en"), "sha of allenai/c4", {"split": "train", "streaming": True})]
     assert len(splits) == 3
-    assert next(read_input_split(splits[0], ReadOptions())) == "en 0 0"
+    assert next(read_input_split(splits[0], ReadOptions(), LeftOut())) == "en 0 0"
 
 
 @pytest.mark.parametrize("kind", ["of Python", "of the HTTP client"])
@@ -228,19 +234,21 @@ def test_an_unreachable_hub_is_a_one_line_error(monkeypatch, kind):
     with pytest.raises(
         ValueError, match="hf:allenai/c4: no such data set on the hub, or the hub cannot be reached: no route"
     ):
-        list_input_splits("allenai/c4", ReadOptions())
+        list_input_splits("hf:allenai/c4", ReadOptions(), LeftOut())
 
 
 @pytest.mark.parametrize(
-    ("source", "package"), [("a.parquet", "pyarrow"), ("hf:.", "datasets"), ("hf:a/b", "datasets")]
+    ("source", "package"),
+    [("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("hf:.", "datasets"), ("hf:a/b", "datasets")],
 )
 def test_the_error_names_a_missing_package(tmp_path, monkeypatch, source, package):
-    (tmp_path / "a.parquet").write_bytes(b"")
+    for name in ("a.parquet", "a.arrow"):
+        (tmp_path / name).write_bytes(b"ARROW1")
     monkeypatch.chdir(tmp_path)
     for name in ("pyarrow", "pyarrow.parquet", "datasets", "huggingface_hub"):
         monkeypatch.setitem(sys.modules, name, None)  # import then fails as if it were not installed
     with pytest.raises(ValueError, match=rf"needs the package {package}. Install it: pip install -e '\.\[prep\]'"):
-        list_input_splits(source, ReadOptions())
+        list_input_splits(source, ReadOptions(), LeftOut())
 
 
 def test_write_shards_imports_no_package_that_it_may_not_need():

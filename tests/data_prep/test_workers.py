@@ -1,12 +1,14 @@
 """Tests of the progress on a terminal and in a log, of the worker pool, and of the grouping into tasks."""
 
+import errno
 import operator
+import os
 import re
 import sys
 
 import pytest
 
-from data_prep import workers
+from data_prep import workers, write_shards
 from data_prep.sources.base import InputSplit
 from data_prep.workers import Progress, WorkerPool
 from data_prep.write_shards import TASK_BYTES, group_into_tasks
@@ -72,3 +74,19 @@ def test_input_splits_are_grouped_in_order_and_each_once():
     hub = [InputSplit("hub", ("a/b", "", "train", ""), n, 9, 1) for n in range(9)]
     assert [len(task) for task in group_into_tasks(hub)] == [1] * 9
     assert group_into_tasks([]) == []
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])
+def test_full_shared_memory_is_not_blamed_on_the_output(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", fail)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises((ValueError, OSError)) as found:
+        write_shards.main([f"--source={tmp_path / 'a.txt'}", f"--out={tmp_path / 'out'}"])
+    if error == errno.ENOSPC:
+        assert "no space left for the worker processes in /dev/shm or /tmp" in str(found.value)
+        assert "docker run --shm-size=1g" in str(found.value)
+    else:
+        assert str(found.value) == "[Errno 13] Permission denied"

@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -285,3 +287,41 @@ def test_a_damaged_tokenizer_config_is_refused_before_it_is_copied(tmp_path, cor
     (folder / "tokenizer_config.json").write_bytes(b"")
     with pytest.raises(ValueError, match=r"tokenizer/tokenizer_config\.json: not valid JSON"):
         write_shards.main([f"--source={corpus.jsonl}", f"--tokenizer={folder}", f"--out={tmp_path / 'out'}"])
+
+
+def test_the_share_in_the_message_holds_out_a_document(tmp_path, capsys):
+    """Both write_shards.py and training name it, and following either gives a held-out part."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(20)))
+    command = [f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'out'}", "--workers=1", "--min-shards=1"]
+    write_shards.main([*command, "--heldout=0.001"])
+    found = re.search(
+        r"no document is held out\. Write the shards again with --heldout (\S+) or", capsys.readouterr().out
+    )
+    with pytest.raises(ValueError, match=rf"the heldout part has no documents\. .* with --heldout {found[1]} or more"):
+        open_source(str(tmp_path / "out"), "heldout")
+    write_shards.main([*command, f"--heldout={found[1]}", "--replace"])
+    assert "no document is held out" not in capsys.readouterr().out
+    assert read_manifest(tmp_path / "out").statistics["first_heldout"] == float(found[1])
+    assert len(document_texts(tmp_path / "out", ["heldout"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "closed"),
+    [
+        ("write_shards.py", ">&-"),
+        ("write_shards.py", "2>&-"),
+        ("write_shards.py", "<&- >&- 2>&-"),
+        ("train_tokenizer.py", "2>&-"),
+    ],
+)
+def test_closed_streams_change_neither_exit_code_nor_files(tmp_path, script, closed):
+    (tmp_path / "a.txt").write_text("some text to learn from. " * 100)
+    options = "--model wordpiece --vocab-size 60" if script == "train_tokenizer.py" else "--min-shards 1 --workers 1"
+    command = f"{sys.executable} data_prep/{script} {options} --source"
+    good = f"{command} {tmp_path / 'a.txt'} --out {tmp_path / 'out'} {closed}"
+    subprocess.run(good, shell=True, cwd=REPOSITORY, check=True)
+    assert (tmp_path / "out" / ("tokenizer.json" if "tokenizer" in script else "manifest.json")).is_file()
+    bad = f"{command} /nowhere {closed}"
+    process = subprocess.run(bad, shell=True, cwd=REPOSITORY, check=False, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 1
+    assert process.stderr.count("\n") == ("2>&-" not in closed)

@@ -31,6 +31,9 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 FORMAT = 3
 FORMAT_WITHOUT_HASHES = 2
 
+# Among the statistics: the smallest share that --heldout must have so that a document of the corpus is held out.
+FIRST_HELDOUT = "first_heldout"
+
 # A manifest may come from an untrusted server, and a shard's name becomes a path in the folder or in the cache.
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.tar")
 MAX_CHUNK_BYTES = 1 << 30  # enough for the longest text; a chunk of tokens has less than 2 MB
@@ -133,6 +136,12 @@ def own_hash(raw: dict) -> str:
     """Hash the content of a manifest.json, without the hash in it."""
     content = {name: value for name, value in raw.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def heldout_that_is_enough(statistics: dict) -> str:
+    """Return the flag of write_shards.py that holds out at least one document of this corpus."""
+    share = max(0.001, statistics.get(FIRST_HELDOUT, 0.1))
+    return f"--heldout {share:g} or more" if share < 1 else "more documents and --heldout 0.1"
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -23,6 +23,7 @@ from megabert.data.shards.manifest import (
     Manifest,
     Shard,
     TokenizerInfo,
+    heldout_that_is_enough,
 )
 from megabert.data.shards.sample_format import (
     TokenChunk,
@@ -313,7 +314,8 @@ def open_source(
         shards = tuple(shard for shard in shards if shard.name in set(names))
     shards = tuple(shard for shard in shards if shard.documents)
     if not shards:
-        remedy = "with --heldout 0.001 or more" if part == "heldout" else "from a corpus that has documents"
+        heldout = heldout_that_is_enough(manifest.statistics)
+        remedy = f"with {heldout}" if part == "heldout" else "from a corpus that has documents"
         raise ValueError(f"{folder}: the {part} part has no documents. Write the shards again {remedy}.")
     for problem in _wrong_sizes(storage, shards):
         if on_bad_shard == "stop":

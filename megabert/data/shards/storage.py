@@ -11,7 +11,6 @@ raised with the URL; other errors, such as a missing file, are raised at once.
 import importlib.util
 import io
 import logging
-import math
 import os
 import re
 import subprocess
@@ -41,7 +40,8 @@ BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 PIPE_BUFFER = 1 << 20
 STALLED_S = 60.0  # so long a server may send nothing before the connection counts as broken
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-NUMBER_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
+NUMBER_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 MAX_SHARDS = 100_000
 TAR_NAME = re.compile(r"[^/\s'\"=]+\.tar\b")
 
@@ -353,12 +353,23 @@ def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str]
     return LocalFolder(os.path.expanduser(folder)), names
 
 
+def _names_too_many(location: str) -> bool:
+    """Whether braces name more than MAX_SHARDS shards: the product of what is in each pair, the innermost first."""
+    count, rest = 1, re.sub(r"\\.", "", location)  # a brace behind a backslash is part of a name
+    while count <= MAX_SHARDS and (braces := INNERMOST_BRACES.search(rest)):
+        if numbers := NUMBER_RANGE.fullmatch(braces[1]):
+            count *= abs(int(numbers[2]) - int(numbers[1])) // max(1, int(numbers[3] or 1)) + 1
+        else:
+            count *= braces[1].count(",") + 1
+        rest = rest[: braces.start()] + rest[braces.end() :]
+    return count > MAX_SHARDS
+
+
 def expand_braces(location: str) -> list[str]:
     """Expand {000..099} and {a,b}. Raises ValueError for unbalanced braces, and for more than MAX_SHARDS names."""
     try:
-        # A range is expanded at once, so its size is checked before.
-        sizes = [abs(int(last) - int(first)) for first, last in NUMBER_RANGE.findall(location)]
-        found = list(islice(braceexpand.braceexpand(location), MAX_SHARDS + 1)) if math.prod(sizes) < MAX_SHARDS else []
+        # Ranges and nested braces are expanded at once, so the names are counted before.
+        found = list(islice(braceexpand.braceexpand(location), MAX_SHARDS + 1)) if not _names_too_many(location) else []
     except ValueError as error:
         raise ValueError(f"{location}: {error}. Expected such as train-{{00000..00099}}.tar.") from error
     if not 0 < len(found) <= MAX_SHARDS:

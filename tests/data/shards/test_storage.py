@@ -382,6 +382,7 @@ def test_a_server_without_end_is_stopped(cache, monkeypatch, folder):
 @pytest.mark.parametrize(
     "location",
     ["x-{0..99999999}.tar", "x-{0..999}{0..9999}.tar", "x{0..1" + "0" * 30 + "}.tar", "{a,b}" * 30 + ".tar",
+     "{{a,b}" + "{a,b}" * 30 + ",x}.tar", "x-{0..99999999}{5..5}.tar", r"\\{0..99999999}.tar",
      "pipe:cat x-{0..99999999}.tar", "http://h/x-{000000000..999999999}.tar"],
 )  # fmt: skip
 def test_more_names_than_there_can_be_shards_are_refused_at_once(cache, location):

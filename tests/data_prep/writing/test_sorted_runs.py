@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_prep.sources import ReadOptions, list_input_splits
+from data_prep.sources import LeftOut, ReadOptions, list_input_splits
 from data_prep.writing import shard_writer, sorted_runs
 from data_prep.writing.length_statistics import plot, summarize
 from megabert.data.shards.sample_format import decode_text, read_sample
@@ -46,7 +46,7 @@ def source(tmp_path):
 def both_passes(folder, source, tasks: int, **changes):
     """Write 3 train shards and a held-out shard. Returns their bytes and the task summaries."""
     settings = make_settings(folder, **changes)
-    splits = list_input_splits(str(source), ReadOptions())
+    splits = list_input_splits(str(source), ReadOptions(), LeftOut())
     for number in range(tasks):
         sorted_runs.write_sorted_runs(settings, number, splits[number::tasks])
     summaries = [sorted_runs.read_summary(settings, number) for number in range(tasks)]
@@ -82,7 +82,7 @@ def test_memory_does_not_grow_with_the_size_of_an_input_split(tmp_path, monkeypa
     monkeypatch.setattr(sorted_runs, "BATCH_BYTES", 1 << 16)
     monkeypatch.setattr(sorted_runs, "RUN_BYTES", 1 << 20)
     settings = make_settings(tmp_path / "out")
-    splits = list_input_splits(str(path), ReadOptions())
+    splits = list_input_splits(str(path), ReadOptions(), LeftOut())
     assert len(splits) == 1
     tracemalloc.start()
     sorted_runs.write_sorted_runs(settings, 0, splits)
@@ -106,7 +106,7 @@ def open_files_limit(more: int):
 
 def test_a_shard_from_a_thousand_sorted_runs_needs_few_open_files(tmp_path, source):
     settings = make_settings(tmp_path / "out")
-    sorted_runs.write_sorted_runs(settings, 0, list_input_splits(str(source), ReadOptions()))
+    sorted_runs.write_sorted_runs(settings, 0, list_input_splits(str(source), ReadOptions(), LeftOut()))
     paths = sorted_runs.run_paths(settings, [sorted_runs.read_summary(settings, 0)]) * 1000
     with open_files_limit(32):
         name = shard_writer.write_shard(settings, paths, "train", 0, 50)
@@ -115,7 +115,7 @@ def test_a_shard_from_a_thousand_sorted_runs_needs_few_open_files(tmp_path, sour
 
 def test_a_range_of_a_sorted_run_holds_exactly_its_documents(tmp_path, source):
     settings = make_settings(tmp_path / "out", deduplicate=False)
-    sorted_runs.write_sorted_runs(settings, 0, list_input_splits(str(source), ReadOptions()))
+    sorted_runs.write_sorted_runs(settings, 0, list_input_splits(str(source), ReadOptions(), LeftOut()))
     (path,) = sorted_runs.run_paths(settings, [sorted_runs.read_summary(settings, 0)])
     texts = [json.loads(line)["text"].strip() for line in source.read_text().splitlines()]
     half = {text: np.frombuffer(sorted_runs.text_hash(text.encode()), np.uint64) for text in texts}

@@ -1,0 +1,182 @@
+"""Read Arrow columns of text: .arrow files, and the folders that save_to_disk of the package datasets writes.
+
+Needs the package pyarrow, which the extra [prep] installs.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.sources import base
+from data_prep.sources.base import (
+    NULL,
+    OTHER_SPLIT,
+    DamagedError,
+    InputSplit,
+    LeftOut,
+    ReadOptions,
+    missing_extra,
+    no_field,
+    not_text,
+    too_long,
+    until_damaged,
+)
+
+if TYPE_CHECKING:
+    import pyarrow
+
+DATA_SET = "state.json"
+DATA_SETS = "dataset_dict.json"
+ARROW_FILE = b"ARROW1"  # the first bytes of the file format; the stream format has none
+
+
+def is_saved_data_set(path: Path) -> bool:
+    """Whether save_to_disk wrote this folder."""
+    return bool(_names_in(path / DATA_SET, "_data_files") or _names_in(path / DATA_SETS, "splits"))
+
+
+def list_saved(folder: Path, options: ReadOptions, left_out: LeftOut) -> list[InputSplit]:
+    """List one input split per file of a saved data set, or of its split --dataset-split if it has several.
+
+    Raises ValueError for a split that it has not. Other .arrow files in the folder are caches of datasets.
+    """
+    if splits := _names_in(folder / DATA_SETS, "splits"):
+        if options.dataset_split not in splits:
+            raise ValueError(
+                f"{folder}: has no split {options.dataset_split!r}. Pass one of these as --dataset-split: "
+                f"{', '.join(splits)}."
+            )
+        for split in splits:
+            if split != options.dataset_split:
+                left_out.add(OTHER_SPLIT, str(folder / split))
+        folder = folder / options.dataset_split
+    files = [folder / name for name in _names_in(folder / DATA_SET, "_data_files")]
+    return [split for file in files for split in list_input_splits(file, options)]
+
+
+def list_input_splits(path: Path, options: ReadOptions) -> list[InputSplit]:
+    """Return the one input split of a .arrow file. Raises DamagedError if it has no such column of text."""
+    with _opened(str(path)) as (schema, _):
+        check_column(schema, str(path), options.text_key)
+    size = path.stat().st_size
+    return [InputSplit("arrow", (str(path),), 0, size, size)]
+
+
+def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[str]:
+    path = split.paths[0]
+    for first, batch in until_damaged(_batches(path), damage(), explain_damage(path), left_out):
+        yield from read_column(column_of(batch, options.text_key), path, first, left_out)
+
+
+def check_column(schema: "pyarrow.Schema", where: str, text_key: str) -> None:
+    """Raise DamagedError if a schema has no column of text with this name. A dot leads into a struct."""
+    import pyarrow
+
+    kind = pyarrow.struct(list(schema))
+    for name in [text_key] if text_key in schema.names else text_key.split("."):
+        if not pyarrow.types.is_struct(kind) or kind.get_field_index(name) < 0:
+            raise no_field(where, text_key, schema.names)
+        kind = kind.field(name).type
+    if isinstance(kind, pyarrow.DictionaryType):
+        kind = kind.value_type
+    # A column without any text, as pandas writes it, has the type null.
+    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null()):
+        raise not_text(where, text_key, kind)
+
+
+def column_of(batch: "pyarrow.RecordBatch", text_key: str) -> "pyarrow.Array":
+    """Return the column of a batch. A dot leads into a struct."""
+    if text_key in batch.schema.names:
+        return batch.column(text_key)
+    name, *inner = text_key.split(".")
+    column = batch.column(name)
+    for name in inner:
+        column = column.flatten()[column.type.get_field_index(name)]
+    return column
+
+
+def read_column(column: "pyarrow.Array", where: str, first: int, left_out: LeftOut) -> Iterator[str]:
+    """Yield the texts of a column. first: the number of its first row, for messages."""
+    may_be_long = column.nbytes > base.MAX_DOCUMENT_BYTES
+    for row, value in enumerate(column, first):
+        if may_be_long and value.is_valid and _size(value) > base.MAX_DOCUMENT_BYTES:
+            left_out.damaged(too_long(f"{where}: row {row}", "Cut it into documents."))
+            continue
+        try:
+            text = value.as_py()
+        except UnicodeDecodeError as error:
+            left_out.damaged(
+                DamagedError(f"{where}: row {row} is not valid UTF-8 at its byte {error.start}. Write the file again.")
+            )
+            continue
+        if text is None:
+            left_out.add(NULL, f"{where}: row {row}")
+        else:
+            yield text
+
+
+def damage() -> tuple[type[Exception], ...]:
+    """Return what pyarrow raises for damaged files."""
+    import pyarrow
+
+    return DamagedError, pyarrow.ArrowException, OSError, UnicodeDecodeError
+
+
+def explain_damage(where: str) -> Callable[[Exception], DamagedError]:
+    def explain(error: Exception) -> DamagedError:
+        if isinstance(error, DamagedError):
+            return error
+        return DamagedError(f"{where}: damaged: {' '.join(str(error).split())} Download or write it again.")
+
+    return explain
+
+
+def _size(value: "pyarrow.Scalar") -> int:
+    import pyarrow
+
+    value = value.value if isinstance(value, pyarrow.DictionaryScalar) else value
+    return value.as_buffer().size
+
+
+def _batches(path: str) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
+    row = 0
+    with _opened(path) as (_, batches):
+        for batch in batches:
+            yield row, batch
+            row += len(batch)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple["pyarrow.Schema", Iterator["pyarrow.RecordBatch"]]]:
+    """Open a file in one of Arrow's two formats, the stream of save_to_disk or the file. Yields schema and batches.
+
+    Raises DamagedError for another file.
+    """
+    try:
+        import pyarrow
+    except ImportError as missing:
+        raise missing_extra(path, "pyarrow") from missing
+    try:
+        with pyarrow.memory_map(path) as data:
+            is_file = data.read(len(ARROW_FILE)) == ARROW_FILE
+            data.seek(0)
+            reader = pyarrow.ipc.open_file(data) if is_file else pyarrow.ipc.open_stream(data)
+            numbers = range(reader.num_record_batches) if is_file else ()
+            yield reader.schema, map(reader.get_batch, numbers) if is_file else iter(reader)
+    except pyarrow.ArrowException as error:
+        raise explain_damage(path)(error) from error
+
+
+def _names_in(path: Path, key: str) -> list[str]:
+    """Return the names of files or folders in a file of save_to_disk, [] if it is none."""
+    try:
+        entries = json.loads(path.read_bytes())[key]
+        names = [entry["filename"] if isinstance(entry, dict) else entry for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{path}: {name!r} is not a name in its folder. Save the data set again.")
+    return names

@@ -1,0 +1,190 @@
+"""Tests that every column of text is read, from .parquet, .arrow and save_to_disk, and that damage is named."""
+
+import json
+
+import pytest
+
+from data_prep.sources import LeftOut, ReadOptions, list_input_splits, parquet, read_input_split
+
+pyarrow = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+datasets = pytest.importorskip("datasets")
+
+TEXTS = ["one", None, "two \u4f60", "one"]
+READ = ["one", "two \u4f60", "one"]
+
+
+def read(source, left_out=None, **options) -> list[str]:
+    left_out = LeftOut(options.get("skip_damaged", False)) if left_out is None else left_out
+    read_options = ReadOptions(**options)
+    splits = list_input_splits(str(source), read_options, left_out)
+    return [text for split in splits for text in read_input_split(split, read_options, left_out)]
+
+
+def write(path, **columns) -> None:
+    table = pyarrow.table(columns)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+        return
+    new = pyarrow.ipc.new_file if path.name.startswith("file") else pyarrow.ipc.new_stream
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary", "large dictionary"])
+def test_every_type_of_text_is_read_and_nulls_are_counted(tmp_path, name, kind):
+    large = pyarrow.large_string()
+    column = {
+        "dictionary": lambda: pyarrow.array(TEXTS).dictionary_encode(),
+        "large dictionary": lambda: pyarrow.array(TEXTS, large).dictionary_encode(),
+    }.get(kind, lambda: pyarrow.array(TEXTS, getattr(pyarrow, kind)()))()
+    write(tmp_path / name, text=column, meta=pyarrow.StructArray.from_arrays([column], ["text"]))
+    for key in ("text", "meta.text"):
+        left_out = LeftOut()
+        assert read(tmp_path, left_out, text_key=key) == READ
+        assert left_out.counts == {"null texts": 1}
+        assert "row 1)" in str(left_out)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_columns_without_text_are_refused_and_a_column_of_nulls_is_empty(tmp_path, name):
+    write(tmp_path / name, text=pyarrow.nulls(3), number=[1, 2, 3], meta=[{"text": 1}] * 3)
+    left_out = LeftOut()
+    assert read(tmp_path, left_out) == []
+    assert left_out.counts == {"null texts": 3}
+    for key, message in {
+        "number": "field 'number' holds int64, expected text",
+        "meta": "field 'meta' holds struct<text: int64>, expected text",
+        "meta.text": "field 'meta.text' holds int64",
+        "meta.body": r"has no field 'meta.body', its fields are: meta, number, text.* as --text-key",
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name}: {message}"):
+            read(tmp_path, text_key=key)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_row_that_is_not_utf_8_is_named(tmp_path, name):
+    write(tmp_path / name, text=pyarrow.array([b"a", b"caf\xe9", b"z"]).view(pyarrow.string()))
+    with pytest.raises(ValueError, match=rf"{name}.*: row 1 is not valid UTF-8 at its byte 3"):
+        read(tmp_path)
+    left_out = LeftOut(skip_damaged=True)
+    assert read(tmp_path, left_out, skip_damaged=True) == ["a", "z"]
+    assert left_out.counts == {"damaged": 1}
+
+
+def test_a_damaged_page_is_named_with_its_file(tmp_path):
+    write(tmp_path / "a.parquet", text=[f"document {n * 7919}" for n in range(20_000)])
+    write(tmp_path / "b.parquet", text=["whole"])
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[300:2000] = b"\x55" * 1700
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.parquet row group 0: damaged: .*Download or write it again"):
+        read(tmp_path)
+    left_out = LeftOut(skip_damaged=True)
+    assert read(tmp_path, left_out, skip_damaged=True) == ["whole"]
+    assert left_out.counts == {"damaged": 1}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_half_a_file_is_named(tmp_path, name):
+    write(tmp_path / name, text=[f"document {n * 7919}" for n in range(20_000)])
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=rf"{name}: (not a \.parquet file|damaged): .*again"):
+        read(tmp_path)
+    left_out = LeftOut(skip_damaged=True)
+    assert read(tmp_path, left_out, skip_damaged=True) == []
+    assert left_out.counts == {"damaged": 1}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A data set in two files, and a data set with the splits train and test."""
+    texts = [f"text {n}" for n in range(10)]
+    whole = datasets.Dataset.from_dict({"text": texts})
+    whole.save_to_disk(tmp_path / "one", num_shards=2)
+    test = datasets.Dataset.from_dict({"text": ["of the test split"]})
+    datasets.DatasetDict({"train": whole, "test": test}).save_to_disk(tmp_path / "two")
+    return tmp_path, texts
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_folders_of_save_to_disk_are_read(saved, prefix):
+    folder, texts = saved
+    write(folder / "one" / "cache-0123.arrow", text=["of a cache of datasets"])
+    assert read(f"{prefix}{folder / 'one'}") == texts
+    left_out = LeftOut()
+    assert read(f"{prefix}{folder / 'two'}", left_out) == texts
+    assert left_out.counts == {"other splits": 1}
+    assert read(f"{prefix}{folder / 'two'}", dataset_split="test") == ["of the test split"]
+    with pytest.raises(ValueError, match="two: has no split 'dev'. Pass one of these as --dataset-split: train, test"):
+        read(f"{prefix}{folder / 'two'}", dataset_split="dev")
+
+
+def test_folders_of_save_to_disk_below_a_folder_are_read(saved):
+    folder, texts = saved
+    assert read(folder) == texts * 2
+
+
+def test_a_saved_data_set_cannot_name_files_elsewhere(saved):
+    state = saved[0] / "one" / "state.json"
+    state.write_text(json.dumps({"_data_files": [{"filename": "../two/train/data-00000-of-00001.arrow"}]}))
+    with pytest.raises(ValueError, match=r"state\.json: '\.\./two/.*' is not a name in its folder"):
+        read(saved[0] / "one")
+
+
+def test_a_large_value_in_many_rows_is_not_held_for_all_rows(tmp_path, monkeypatch):
+    """500 rows of 100 kB, from a file of some hundred bytes: only a few are held at once."""
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 1_000_000)
+    table = pyarrow.table({"text": pyarrow.array(["x" * 100_000] * 500)})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 2000
+    assert [len(batch) for _, batch in parquet._batches(str(tmp_path / "a.parquet"), 0, ReadOptions())] == [9] * 55 + [
+        5
+    ]
+
+
+def test_columns_other_than_the_text_may_have_pages_of_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "MAX_PAGE_BYTES", 10_000)
+    write(tmp_path / "a.parquet", text=["a"], image=[b"x" * 100_000])
+    assert read(tmp_path) == ["a"]
+
+
+def test_a_page_that_expands_beyond_the_limit_is_refused(tmp_path, monkeypatch):
+    table = pyarrow.table({"text": ["x" * 100_000] * 20})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    monkeypatch.setattr(parquet, "MAX_PAGE_BYTES", 1_000_000)
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: the page at byte 4 takes 2 MB when it is unpacked.*write_batch_size"
+    ):
+        read(tmp_path)
+    pq.write_table(
+        table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False, write_batch_size=2, data_page_size=1000
+    )
+    assert len(read(tmp_path)) == 20  # as the message says
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"data_page_version": "2.0"}, {"compression": "gzip"}, {"write_page_index": True}]
+)
+@pytest.mark.parametrize("encoding", [None, "PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
+def test_page_headers_of_every_writer_are_understood(tmp_path, options, encoding):
+    texts = [f"document {n * 7919} " * (n % 50) for n in range(5000)]
+    encodings = {"use_dictionary": False, "column_encoding": {"text": encoding}} if encoding else {}
+    pq.write_table(
+        pyarrow.table({"text": texts}), tmp_path / "a.parquet", data_page_size=10_000, **encodings, **options
+    )
+    rows = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0)
+    largest = parquet._largest_page(str(tmp_path / "a.parquet"), rows, "text")
+    assert 5_000 < largest <= rows.column(0).total_uncompressed_size
+    assert read(tmp_path) == texts
+
+
+def test_a_text_beyond_the_limit_of_a_document_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.sources.base.MAX_DOCUMENT_BYTES", 1000)
+    for name in ("a.parquet", "b.arrow"):
+        write(tmp_path / name, text=pyarrow.array(["short", "x" * 2000, "z"]).dictionary_encode())
+        with pytest.raises(ValueError, match=rf"{name}.*: row 1: longer than"):
+            read(tmp_path / name)
+        assert read(tmp_path / name, skip_damaged=True) == ["short", "z"]
