@@ -2,9 +2,11 @@
 # Pretrain on one machine, and start again from the newest checkpoint after every crash:
 #     OUT=runs/mosaicbert-base bash launch/keep_running.sh --recipe mosaicbert-base --data.train /data/shards
 # The arguments are those of launch/pretrain.py, without --run.output_dir; DEEPSPEED holds the launcher's, such as
-# "--num_gpus 4". Ctrl-C or SIGTERM stops it; the ranks save first. launch/restart_policy.sh says when it starts again.
+# "--num_gpus 4". Ctrl-C, SIGTERM or a closed terminal stops it; the ranks save first. A second Ctrl-C ends them at once.
+# launch/restart_policy.sh says when it starts again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source launch/common.sh
 OUT=${OUT:?folder of the run, as run.output_dir}
 DEEPSPEED=${DEEPSPEED:-}
 # Ranks whose launcher is gone save and end within 45 s (megabert/training/distributed/signals.py).
@@ -13,43 +15,42 @@ GRACE_S=60
 source launch/restart_policy.sh
 
 stopping=
-trap stop TERM INT
+group=
+trap stop TERM HUP
+trap interrupt INT
 stop() {
     stopping=yes
-    # Signal the ranks only. The launcher would signal them one after the other, and a save needs all of them; a loader
-    # worker would die. $group is deepspeed, its child is this machine's launcher, whose children are the ranks.
-    pkill -TERM -P "$(pgrep -d, -P "$group")" || true
+    [ -n "$group" ] || exit 143
+    # Signal the ranks only. The launcher would signal them one after the other, and a save needs all of them. $group is
+    # deepspeed, its child is this machine's launcher, whose children are the ranks. Without ranks nothing is saved.
+    pkill -TERM -P "$(pgrep -d, -P "$group")" 2> /dev/null || kill -TERM -- "-$group" 2> /dev/null || true
 }
-alive() { pgrep -g "$group" > /dev/null; }
+interrupt() {
+    if [ -n "$stopping" ]; then kill -KILL -- "-$group" 2> /dev/null || true; else stop; fi
+}
 
 # If this folder cannot be written to, the ranks report it.
 mkdir -p "$OUT" && touch "$OUT/.started" || true
 while true; do
     set_flags "$OUT" "$OUT/.started" "$@"
     began=$SECONDS
-    set -m   # a process group of its own, so that all processes of this attempt can be found
+    port=()   # another run may have the launcher's usual one
+    [[ $DEEPSPEED = *--master_port* ]] || port=(--master_port "$(free_port)")
     # shellcheck disable=SC2086  # several words
-    deepspeed $DEEPSPEED launch/pretrain.py --run.output_dir "$OUT" "${flags[@]}" &
-    group=$!
-    set +m
-    while true; do   # a trapped signal ends wait early
-        code=0
-        wait "$group" || code=$?
-        kill -0 "$group" 2> /dev/null || break
-    done
+    start_group deepspeed "${port[@]}" $DEEPSPEED launch/pretrain.py --run.output_dir "$OUT" "${flags[@]}"
+    wait_for_group
     # A launcher that was killed leaves its ranks behind, and `deepspeed` then exits with 0.
     if alive; then
         [ "$code" -ne 0 ] || code=137
-        for ((i = 0; i < GRACE_S; i++)); do alive || break; sleep 1; done
-        kill -KILL -- "-$group" 2> /dev/null || true
+        end_group $GRACE_S
     fi
     latest=$(newest_checkpoint "$OUT")
     decide "$code" $((SECONDS - began)) "$latest"
     [ -z "$stopping" ] || action=stop
     if [ $action = stop ]; then
         ((crashes <= MAX_CRASHES)) ||
-            echo "keep_running: crash $crashes since checkpoint $latest, the last with exit code $code: giving up"
+            say "keep_running: crash $crashes since checkpoint $latest, the last with exit code $code: giving up"
         exit "$code"
     fi
-    echo "keep_running: ended with exit code $code, starting again from checkpoint $latest"
+    say "keep_running: ended with exit code $code, starting again from checkpoint $latest"
 done

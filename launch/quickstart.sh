@@ -3,7 +3,30 @@
 # Finished stages are reused; after an interruption the same command continues.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash launch/install.sh
+source launch/common.sh
+# Processes of a stage that was asked to stop end within this time: the ranks save first.
+GRACE_S=60
+group=
+trap 'stop 143' TERM
+trap 'stop 129' HUP
+trap 'stop 130' INT
+stop() {
+    trap 'kill -KILL -- "-$group"' INT   # a second Ctrl-C
+    if [ -n "$group" ]; then
+        kill -TERM -- "-$group" 2> /dev/null || true
+        end_group $GRACE_S
+    fi
+    exit "$1"
+}
+# Run a command whose processes do not outlive this script.
+run_stage() {
+    start_group "$@"
+    wait_for_group
+    group=
+    return "$code"
+}
+
+run_stage bash launch/install.sh
 source .venv/bin/activate
 export TOKENIZERS_PARALLELISM=false
 # On a busy machine a thread that spins while it waits takes the core from the thread it waits for: ten times slower.
@@ -12,12 +35,12 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 run=runs/quickstart
 mkdir -p $run
 
-# Run one stage, and write its time to times.tsv until there is a summary: reused stages take no time.
+# Run one named stage, and write its time to times.tsv until there is a summary: reused stages take no time.
 stage() {
     local name=$1 began=${EPOCHREALTIME/,/.} code=0
     shift
-    echo "--- $name"
-    "$@" || code=$?
+    say "--- $name"
+    run_stage "$@" || code=$?
     if [ ! -f $run/summary.json ]; then
         awk -v name="$name" -v a="$began" -v b="${EPOCHREALTIME/,/.}" \
             'BEGIN {printf "%s\t%.2f\n", name, b - a}' >> $run/times.tsv
@@ -29,7 +52,7 @@ stage "corpus: docstrings of the installed packages" bash launch/quickstart/prep
 stage "tokenizer" bash launch/quickstart/prepare.sh tokenizer
 stage "token shards" bash launch/quickstart/prepare.sh tokens
 stage "pretraining" \
-    deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json
+    deepspeed --master_port "$(free_port)" launch/pretrain.py --ds_config ds_configs/zero2.json
 stage "export to Hugging Face" \
     python launch/convert_to_hf.py $run $run/hf
 stage "fine-tuning data" \
@@ -37,9 +60,9 @@ stage "fine-tuning data" \
 stage "fine-tuning" \
     python launch/finetune_glue.py --checkpoint $run/hf --task-file data_prep/tasks/movie-sentiment.yaml \
     --protocol quickstart --baselines --out $run/finetune
-echo "--- summary"
-python launch/quickstart/summarize.py
-cat <<TEXT
+say "--- summary"
+run_stage python launch/quickstart/summarize.py
+cat 2> /dev/null <<TEXT || true
 
 Next: the paper's model, on your corpus:
     python data_prep/write_shards.py --source CORPUS --tokenizer TOKENIZER --out data/mine --heldout 0.001

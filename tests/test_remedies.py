@@ -120,12 +120,14 @@ def module_of(path: Path) -> ModuleType:
 
 def parsers_of(path: Path) -> list[argparse.ArgumentParser]:
     """Return the parsers of a script: run it up to the point where it parses, once for each kind of command."""
-    module = module_of(path)
+    imported = re.search(r"^ +from (megabert\.commands\.\w+) import command$", path.read_text(), re.MULTILINE)
+    module = importlib.import_module(imported[1]) if imported else module_of(path)
     start = getattr(module, "command", None) or module.main
     found = []
     for argv in (["command"], ["command", "--verify-only=folder"]):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", argv)
+            patch.setattr(sys, "excepthook", raise_again)
             patch.setattr(Parser, "parse_args", stop)
             patch.setattr(argparse.ArgumentParser, "parse_args", stop)
             with pytest.raises(Found) as caught:
@@ -138,11 +140,16 @@ def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
     raise Found(parser)
 
 
+def raise_again(_: object, error: BaseException, __: object) -> NoReturn:
+    """Replace sys.excepthook: pretraining ends its process after an unexpected exception."""
+    raise error
+
+
 @cache
 def parsers() -> dict[str, list[argparse.ArgumentParser]]:
     """Return the parsers of every script, by the script's file name."""
     paths = [path for folder in CODE for path in (REPOSITORY / folder).rglob("*.py")]
-    started = re.compile(r'^if __name__ == "__main__":\n( +#.*\n)* +(cli\.run|command)', re.MULTILINE)
+    started = re.compile(r'^if __name__ == "__main__":\n( +(#|signal|from ).*\n|\n)* +(cli\.run|command)', re.MULTILINE)
     scripts = [path for path in paths if started.search(path.read_text())]
     found = {path.name: parsers_of(path) for path in sorted(scripts)}
     for name, module in re.findall(r'"(megabert-\w+)": "([\w.]+)"', (REPOSITORY / "setup.py").read_text()):

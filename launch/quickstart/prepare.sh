@@ -3,6 +3,17 @@
 # With an argument, run only one stage: text, tokenizer or tokens.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source launch/common.sh
+# A signal that ends this script ends the command that it runs, too.
+command=
+trap '[ -z "$command" ] || kill -TERM "$command" 2> /dev/null; exit 143' TERM HUP INT
+run() {
+    "$@" &
+    command=$!
+    wait "$command"
+    command=
+}
+
 data=data/quickstart
 stage=${1:-all}
 
@@ -11,12 +22,12 @@ if [[ $stage != @(text|tokenizer|tokens|all) ]]; then
     exit 2
 fi
 if [[ $stage = @(text|all) ]]; then
-    python data_prep/write_shards.py --source docstrings --min-chars 200 --out $data/text --replace
+    run python data_prep/write_shards.py --source docstrings --min-chars 200 --out $data/text --replace
 fi
 if [[ $stage = @(tokenizer|all) ]]; then
-    python data_prep/train_tokenizer.py --source $data/text --out $data/tokenizer --vocab-size 8192
+    run python data_prep/train_tokenizer.py --source $data/text --out $data/tokenizer --vocab-size 8192
 fi
 if [[ $stage = @(tokens|all) ]]; then
-    python data_prep/write_shards.py --source $data/text --tokenizer $data/tokenizer --out $data/tokens \
+    run python data_prep/write_shards.py --source $data/text --tokenizer $data/tokenizer --out $data/tokens \
         --heldout 0.02 --replace
 fi

@@ -15,7 +15,7 @@ from megabert.commands.pretrain import prepare_quickstart_corpus, set_default_ac
 from megabert.config.ds_config import read_ds_config
 from megabert.config.parser import ds_config_path
 from megabert.config.recipe import Recipe
-from megabert.files.checkpoint_format import find_checkpoint, read_state
+from megabert.files.checkpoint_format import find_checkpoint, list_tags, read_state
 from megabert.training.distributed.signals import SIGNALS, StopSignals
 
 FINISHED = "finished"
@@ -32,21 +32,23 @@ class PretrainResult:
     heldout_loss: float | None
     """nats per masked token at the end; None if the run stopped early"""
     exit_reason: str
-    """finished, or why the run stopped early; it is then saved, and the same call resumes it"""
+    """finished, or why the run stopped early; its steps are then saved, and the same call resumes it"""
 
 
 def pretrain(recipe: Recipe, ds_config: str | Path = "zero2") -> PretrainResult:
     """Train a recipe in this process, on one device, from its newest checkpoint or its start.
 
-    ds_config: a name or a file. Call it in the main thread: SIGTERM and SIGUSR1 make it save and return early. It
-    restores signal handlers, environment variables and the number of threads. Raises ValueError for a recipe, corpus,
-    ds_config or checkpoint that the user must change.
+    ds_config: a name or a file. Call it in the main thread: Ctrl-C (a notebook's stop button), SIGTERM, SIGUSR1 and
+    SIGHUP make it save and return early; a second Ctrl-C raises KeyboardInterrupt at once. It restores signal handlers,
+    environment variables and the number of threads. Raises ValueError for a recipe, corpus, ds_config or checkpoint
+    that the user must change.
     """
     settings = read_ds_config(ds_config_path(str(ds_config)))
     prepare_quickstart_corpus(recipe)
-    stop_signals = StopSignals()
+    stop_signals = StopSignals(embedded=True)
     output_dir = Path(recipe.run.output_dir)
     with restored_process():
+        stop_signals.install_handlers()
         set_default_accelerator()
         from megabert.training import loop
         from megabert.training.distributed.sync import unlock_output_dir
@@ -58,7 +60,8 @@ def pretrain(recipe: Recipe, ds_config: str | Path = "zero2") -> PretrainResult:
     if code == 0:
         result = json.loads((output_dir / "result.json").read_text())
         return PretrainResult(output_dir, result["steps"], result["heldout_loss"], FINISHED)
-    steps = read_state(find_checkpoint(output_dir)).step
+    checkpoints = output_dir / "checkpoints"
+    steps = read_state(find_checkpoint(checkpoints)).step if list_tags(checkpoints) else 0
     return PretrainResult(output_dir, steps, None, stop_signals.reason or "stopped")
 
 

@@ -14,6 +14,7 @@ from megabert.config import cli
 from megabert.config.ds_config import read_ds_config
 from megabert.config.parser import PACKAGE, RecipeParser, ds_config_names, ds_config_path
 from megabert.config.recipe import Recipe
+from megabert.files.subprocesses import end_with_parent
 from megabert.training.distributed.rank_env import rank_of_this_process
 from megabert.training.distributed.signals import StopSignals
 
@@ -34,7 +35,7 @@ def prepare_quickstart_corpus(recipe: Recipe) -> None:
         raise ValueError(f"{QUICKSTART_SHARDS} is missing. Run this command in {CHECKOUT}, which prepares it.")
     if rank_of_this_process() == 0:
         print(f"{QUICKSTART_SHARDS} is missing: preparing the quickstart's corpus, a minute or two", flush=True)
-        done = subprocess.run(["bash", str(script)], check=False)
+        done = subprocess.run(["bash", str(script)], check=False, preexec_fn=end_with_parent)
         if done.returncode:
             raise ValueError(f"preparing {QUICKSTART_SHARDS} failed with exit code {done.returncode}; see above.")
 
@@ -64,6 +65,7 @@ def make_parser(prog: str) -> RecipeParser:
 
 def main(prog: str) -> int:
     stop_signals = StopSignals()
+    stop_signals.install_handlers()
     stop_signals.watch_launcher()
     recipe, options = make_parser(prog).read()
     if options.plot_schedule:

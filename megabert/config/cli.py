@@ -6,18 +6,23 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from megabert.config.settings import check_limits, limits_of
 from megabert.files.redact import redact
+from megabert.files.streams import keep_streams_writable
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 T = TypeVar("T")
+
+EXIT_INTERRUPTED = 130  # after Ctrl-C, as a shell gives it
 
 # The only words that a switch takes as its value: any other word after it is a positional argument.
 SWITCH_VALUES = {"true": "true", "yes": "true", "1": "true", "false": "false", "no": "false", "0": "false"}
@@ -151,7 +156,10 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
 
     Ctrl-C is one line too, with exit code 130 as a shell gives it.
     """
-    open_closed_streams()
+    keep_streams_writable()
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda _, frame: _interrupt(prog, frame))
     try:
         sys.exit(main() or 0)
     except (ValueError, OSError) as error:
@@ -163,30 +171,35 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
-def open_closed_streams() -> None:
-    """Open /dev/null in place of stdin, stdout or stderr if the shell has closed it, as `>&-` does.
-
-    Otherwise the next file that is opened would get its number, and what a library prints would be written into it.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            number = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-            os.set_inheritable(number, True)
-            setattr(sys, name, open(number, mode))
+def _interrupt(prog: str, frame: FrameType | None) -> NoReturn:
+    """Handle Ctrl-C. During an import it ends the process: libraries take a KeyboardInterrupt for a missing module."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{prog}: interrupted\n".encode())
+            os._exit(EXIT_INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def run_and_leave(main: Callable[[], int | None], prog: str) -> NoReturn:
     """Run a command as run() does, flush the output, and exit without Python's shutdown, which threads can block."""
+    code = 1
     try:
         run(main, prog)
     except SystemExit as end:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(end.code or 0))
+        code = int(end.code or 0)
+    # Printed as Python does. Then this process must end, as after any other error.
+    except BaseException as error:  # noqa: BLE001
+        sys.excepthook(type(error), error, error.__traceback__)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def nearest(name: str, known: list[str], prefix: str = "", otherwise: str = " See --help.") -> str:

@@ -5,6 +5,7 @@ The ds_config, not the recipe, says how a run is spread over devices. --help pri
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
@@ -201,11 +202,11 @@ class DataConfig:
 class MaskingConfig:
     """Masked language modelling: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay."""
 
-    mlm_probability: float = setting(0.3, "(0, 1)")
+    mlm_probability: float = setting(0.3, "(0, 1)", may_branch=True)
     """share of maskable tokens to predict in training"""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = setting("constant", may_branch=True)
     """how the share changes to final_mlm_probability over the run"""
-    final_mlm_probability: float = setting(0.15, "(0, 1)")
+    final_mlm_probability: float = setting(0.15, "(0, 1)", may_branch=True)
     """share at the end of a linear or cosine schedule"""
     eval_mlm_probability: float = setting(0.15, "(0, 1)")
     """share in evaluation"""
@@ -220,9 +221,9 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon", "stable_adamw"] = "adamw"
     """muon: Muon for the encoder's matrices, AdamW for the rest; stable_adamw: only at ZeRO stage 0"""
-    lr: float = setting(5e-4, "(0, 10]")
+    lr: float = setting(5e-4, "(0, 10]", may_branch=True)
     """peak learning rate"""
-    muon_lr: float = setting(0.02, "(0, 10]")
+    muon_lr: float = setting(0.02, "(0, 10]", may_branch=True)
     """peak learning rate of Muon's matrices"""
     betas: tuple[float, float] = (0.9, 0.98)
     """decay rates of Adam's two moments"""
@@ -235,13 +236,13 @@ class OptimizerConfig:
     """apply weight decay to biases and LayerNorm weights too"""
     max_grad_norm: float = setting(1.0, "[0, 1e6]")
     """clip the gradient to this norm; 0: no clipping"""
-    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "wsd", "constant"] = setting("linear", may_branch=True)
     """schedule after the warm-up: linear or cosine decay, warm-up-stable-decay, or constant"""
-    warmup: float = setting(0.06, "[0, 1)")
+    warmup: float = setting(0.06, "[0, 1)", may_branch=True)
     """share of the run in which the learning rate rises linearly from 0"""
-    decay: float = setting(0.1, "(0, 1]")
+    decay: float = setting(0.1, "(0, 1]", may_branch=True)
     """wsd: share of the run in which the learning rate decays, by 1 - sqrt"""
-    final_lr: float = setting(0.02, "[0, 1]")
+    final_lr: float = setting(0.02, "[0, 1]", may_branch=True)
     """learning rate at the end of the decay, as a share of the peak"""
 
     def __post_init__(self):
@@ -266,11 +267,11 @@ class RunConfig:
 
     output_dir: str = setting("runs/default", may_change=True)
     """folder for checkpoints, TensorBoard files and run.json"""
-    max_steps: int | None = setting(None, "[1, 1e12]")
+    max_steps: int | None = setting(None, "[1, 1e12]", may_branch=True)
     """length of the run, optimizer steps; set one of this, max_tokens and max_hours"""
-    max_tokens: int | None = setting(None, "[1, 1e18]")
+    max_tokens: int | None = setting(None, "[1, 1e18]", may_branch=True)
     """length of the run, token slots"""
-    max_hours: float | None = setting(None, "(0, 1e5]")
+    max_hours: float | None = setting(None, "(0, 1e5]", may_branch=True)
     """length of the run, hours of wall-clock time since the start of the command, summed over all restarts. The
     learning rate follows the clock and has decayed at the end; the last evaluation and checkpoint come after. Also
     --max-hours"""
@@ -295,6 +296,9 @@ class RunConfig:
     resume: str = setting("auto", may_change=True)
     """auto: resume from the newest checkpoint of output_dir, if there is one; none: start from step 0; or the folder of
     a checkpoint. Also --resume"""
+    branch_from: str | None = setting(None, may_change=True)
+    """a checkpoint, or another run's folder: where output_dir has no checkpoint, start from that one, with its weights,
+    optimizer state, step and place in the data. The length, learning rate and masking of the run may differ"""
     trackers: list[Literal["tensorboard", "csv", "wandb"]] = setting(lambda: ["tensorboard"], may_change=True)
     """where to write curves in addition to metrics.jsonl; wandb must be installed"""
     max_norm_ratio: float = setting(10.0, "[0, 1e6]", may_change=True)
@@ -314,6 +318,11 @@ class RunConfig:
                 f"run has {' and '.join(f'{n} {v}' for n, v in given.items())}, expected only one of them."
             )
         check_limits(self, "run.")
+        if self.branch_from is not None and self.resume not in ("auto", "none"):
+            raise ValueError(
+                f"run.branch_from is {self.branch_from} and run.resume {self.resume}: a run starts from one of them. "
+                "Leave one out."
+            )
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"run.trackers is {self.trackers}, expected each tracker once.")
         if self.keep_every_steps % self.save_every_steps:
@@ -383,7 +392,16 @@ class Recipe:
 
 def may_change_at_resume(name: str) -> bool:
     """Whether "section.setting" may differ between a run and its continuation; unknown settings may not."""
+    return _metadata(name).get("may_change_at_resume", False)
+
+
+def may_change_at_branch(name: str) -> bool:
+    """Whether "section.setting" may differ between a run and a branch of it; unknown settings may not."""
+    return _metadata(name).get("may_change_at_branch", False)
+
+
+def _metadata(name: str) -> Mapping[str, Any]:
     section, _, setting = name.partition(".")
     config = get_type_hints(Recipe).get(section)
     settings = {} if config is None else {one.name: one.metadata for one in dataclasses.fields(config)}
-    return settings.get(setting, {}).get("may_change_at_resume", False)
+    return settings.get(setting, {})

@@ -7,14 +7,19 @@ from typing import Any, get_type_hints
 LIMITS = re.compile(r"([\[(])(\S+), (\S+)([\])])")
 
 
-def setting(default: Any, limits: str | None = None, *, may_change: bool = False) -> Any:
+def setting(default: Any, limits: str | None = None, *, may_change: bool = False, may_branch: bool = False) -> Any:
     """Declare a field of a dataclass of settings.
 
     default: its default, or a type such as list that makes it. limits: the interval of a number, such as "[0, 1)",
     which check_limits checks and --help prints. may_change: whether the setting may differ when a run resumes: it says
-    what is reported, kept or cached, or where data is read from, or it guards a run against bad updates.
+    what is reported, kept or cached, or where data is read from, or it guards a run against bad updates. may_branch:
+    whether it may also differ in a branch (run.branch_from): it says how long a run is, or what changes over it.
     """
-    metadata = {"limits": limits, "may_change_at_resume": may_change}
+    metadata = {
+        "limits": limits,
+        "may_change_at_resume": may_change,
+        "may_change_at_branch": may_change or may_branch,
+    }
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import safe_globals
 
 from megabert.config.recipe import may_change_at_resume
-from megabert.convert.hf.reader import UNPICKLING_ERRORS
 from megabert.convert.weight_names import TIED_DECODER
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.files import checkpoint_format
 from megabert.files.checkpoint_format import State
+from megabert.files.pickles import DEEPSPEED_CLASSES, UNPICKLING_ERRORS, check_pickle
 from megabert.model.configuration_megabert import MegaBertConfig
 
 # Averaged checkpoints must agree in these sections of the recipe, except for settings that may change at a resume.
@@ -90,7 +90,7 @@ def _check_same_run(newest: tuple[Path, State], other: tuple[Path, State]) -> No
 def _run_identity(folder: Path, state: State) -> dict[str, Any]:
     """Collect what all checkpoints of one run have in common, by name."""
     manifest = checkpoint_format.read_manifest(folder)
-    identity = {"corpus": state.corpus, "tokenizer": manifest.get(TOKENIZER, (0, "none"))[1]}
+    identity: dict[str, Any] = {"corpus": state.corpus, "tokenizer": manifest.get(TOKENIZER, (0, "none"))[1]}
     identity["seed"] = state.recipe.get("run", {}).get("seed")
     identity |= {f"model.{name}": value for name, value in state.model.items()}
     for section in IDENTITY_SECTIONS:
@@ -212,19 +212,10 @@ def load_without_executing(path: Path) -> dict[str, Any]:
     """Load a .pt file by DeepSpeed with torch's weights-only unpickler and stand-ins for DeepSpeed's classes.
 
     The file is memory-mapped, so that pages with optimizer moments, which nothing uses, are never read. Raises
-    ValueError if the file names classes that are neither torch's nor DeepSpeed's.
+    ValueError if the file names other classes.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
-    try:
-        names = get_unsafe_globals_in_checkpoint(path)
-    except UNPICKLING_ERRORS as error:
-        raise ValueError(f"{path}: damaged: {error}") from error
-    if foreign := [name for name in names if not name.startswith("deepspeed.")]:
-        raise ValueError(
-            f"{path}: was not read, because it names {', '.join(sorted(foreign))}, which no MegaBERT checkpoint does."
-        )
-    with safe_globals([(_DeepSpeedStub, name) for name in names]):
+    check_pickle(path)
+    with safe_globals([(_DeepSpeedStub, name) for name in DEEPSPEED_CLASSES]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except UNPICKLING_ERRORS as error:

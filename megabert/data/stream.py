@@ -31,6 +31,7 @@ from megabert.data.packing_buffer import PackingBuffer, SourcePosition, StreamId
 from megabert.data.schedule import BatchSchedule, Length, MaskingRate, make_schedule
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.source import Corpus
+from megabert.files.subprocesses import exit_with_parent, use_short_socket_paths
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ T = TypeVar("T")
 LOOK_AHEAD_PIECES = 64
 LOOK_AHEAD_BINS = 4
 PREFETCHED = 4  # batches that each loader worker has ready
+# A loader that gives nothing for this long has failed: even a shard of gigabytes, fetched as a whole, takes less.
+LOADER_TIMEOUT_S = 600
 
 # The purpose of a random number is one part of the key of the counter-based generator; the bin's index is the other.
 MASKING, DROPOUT, HELD_OUT = 1, 2, 3
@@ -83,15 +86,21 @@ def positions_to_json(positions: Mapping[int, Position]) -> dict[str, Any]:
 
 
 def positions_from_json(raw: dict[str, Any], where: str) -> dict[int, Position]:
-    """Parse a checkpoint's streams.json. Raises ValueError, naming it by `where`, if a newer megabert wrote it."""
+    """Parse a checkpoint's streams.json. Raises ValueError if it is damaged, or if a newer megabert wrote it.
+
+    where: names the file in these errors.
+    """
     found = raw.get("format", 1)
     if found not in (1, POSITIONS_FORMAT):
         raise ValueError(
             f"{where}: format {found!r}, but this version of megabert reads formats up to {POSITIONS_FORMAT}. Upgrade "
             "megabert to resume from this checkpoint, or name another one with --run.resume FOLDER."
         )
-    streams = raw if found == 1 else raw["streams"]
-    return {int(stream): Position.from_json(position) for stream, position in streams.items()}
+    try:
+        streams = raw if found == 1 else raw["streams"]
+        return {int(stream): Position.from_json(position) for stream, position in streams.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: damaged: it does not list the positions of streams: {error!r}.") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,12 +215,7 @@ class BatchStream(IterableDataset):
         first_index: int,
     ):
         super().__init__()
-        if config.num_streams % world_size:
-            raise ValueError(
-                f"the data has {config.num_streams} streams, which {world_size} ranks cannot share evenly. Use a "
-                f"number of ranks that divides {config.num_streams}, or set data.max_streams to a multiple of "
-                f"{world_size}."
-            )
+        assert config.num_streams % world_size == 0, "every rank has whole streams"
         for size in config.schedule.step_batches:
             if size % world_size:
                 raise ValueError(f"a step of {size} micro-batches cannot be shared evenly by {world_size} ranks.")
@@ -245,11 +249,16 @@ def worker_count(requested: int, streams_per_rank: int) -> int:
 
 
 def open_loader(dataset: BatchStream, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """Open a loader whose workers pack and mask batches, so that the training process only receives them, in order."""
+    """Open a loader whose workers pack and mask batches, so that the training process only receives them, in order.
+
+    With workers, it raises RuntimeError if no batch arrives for LOADER_TIMEOUT_S, or if a worker dies.
+    """
     streams = dataset.config.num_streams // dataset.world_size
     workers = worker_count(num_workers, streams)
     if workers != num_workers:
         log.info("data.num_workers: %d, because %d do not divide this rank's %d streams", workers, num_workers, streams)
+    if workers:
+        use_short_socket_paths()
     return DataLoader(
         dataset,
         batch_size=None,
@@ -257,6 +266,7 @@ def open_loader(dataset: BatchStream, num_workers: int, pin_memory: bool = False
         collate_fn=_identity,
         worker_init_fn=_init_worker,
         prefetch_factor=PREFETCHED if workers else None,
+        timeout=LOADER_TIMEOUT_S if workers else 0,
         pin_memory=pin_memory,
     )
 
@@ -268,12 +278,16 @@ def _identity(batch: T) -> T:
 def _init_worker(_: int) -> None:
     """Give the worker one thread, because other cores are busy with the model, and let only its parent stop it.
 
-    A stop signal to the whole process group is meant for the rank, which still needs batches to finish its step.
+    A stop signal to the whole process group is meant for the rank, which still needs batches to finish its step. A
+    parent that dies takes the worker with it.
     """
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # a fork shares the rank's, which would take the worker's signals for its own
+    for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    exit_with_parent()  # in a thread that must not take the SIGTERM, either
     threading.Thread(target=_exit_when_parent_asks, name="sigterm", daemon=True).start()
 
 

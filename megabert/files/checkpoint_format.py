@@ -13,13 +13,15 @@ format_version of state.json counts changes of all files but streams.json. 1: fi
 """
 
 import contextlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megabert.files.hashing import file_sha256
+from megabert.files.json_file import read_json
 
 LATEST = "latest"
 MANIFEST = "MANIFEST.json"
@@ -28,6 +30,8 @@ STREAMS = "streams.json"
 TAG = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
 FORMAT_VERSION = 2
+# Settings of the recipe that readers of a checkpoint use.
+NEEDED_SETTINGS = (("data", "max_seq_len"), ("optimizer", "name"))
 # Keys of version 1 that have other names now.
 RENAMED = {
     "adamw": "optimizer_source",
@@ -40,6 +44,8 @@ RENAMED = {
 @dataclass(frozen=True, kw_only=True)
 class State:
     """The contents of state.json."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     step: int
     """optimizer steps done"""
@@ -61,7 +67,7 @@ class State:
     """steps of the whole run"""
     corpus: str
     """fingerprint of the training corpus"""
-    recipe: dict[str, Any]
+    recipe: dict[str, dict[str, Any]]
     ds_config: dict[str, Any]
     """as passed to DeepSpeed"""
     zero_stage: int
@@ -82,6 +88,9 @@ class State:
         """The longest piece of a document in any phase, tokens."""
         lengths = self.recipe["data"]["max_seq_len"]
         return lengths if isinstance(lengths, int) else max(phase["max_seq_len"] for phase in lengths)
+
+
+STATE_TYPES = TypeAdapter(State)
 
 
 def tag_of(step: int) -> str:
@@ -124,27 +133,32 @@ def files_of(folder: Path) -> list[str]:
 def read_state(folder: Path) -> State:
     """Read state.json of any known version. Raises ValueError if it is damaged or its version is unknown."""
     path = folder / STATE
-    try:
-        raw = json.loads(path.read_text())
-        version = raw.get("format_version", 1)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged: {error}") from error
+    raw = read_json(path)
+    version = raw.get("format_version", 1)
     if version not in (1, FORMAT_VERSION):
         raise ValueError(
             f"{path}: has format_version {version!r}, this MegaBERT reads versions 1 to {FORMAT_VERSION}. "
             "Use the MegaBERT that wrote this checkpoint, or a newer one."
         )
     try:
-        return State(**(_from_version_1(raw) if version == 1 else raw))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged: {error!r}") from error
+        state = STATE_TYPES.validate_python(_from_version_1(raw) if version == 1 else raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path}: damaged: {name}: {first['msg']}.") from error
+    for section, setting in NEEDED_SETTINGS:
+        if setting not in state.recipe.get(section, {}):
+            raise ValueError(f"{path}: damaged: recipe: has no {section}.{setting}.")
+    return state
 
 
 def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
     """Convert a state.json without format_version."""
     state = {"used": 0.0, "slowest": 0.0} | raw
     state = {RENAMED.get(key, key): value for key, value in state.items()}
-    return state | {"zero_stage": raw["ds_config"].get("zero_optimization", {}).get("stage", 0)}
+    ds_config = raw.get("ds_config")
+    zero = ds_config.get("zero_optimization") if isinstance(ds_config, dict) else None
+    return state | {"zero_stage": zero.get("stage", 0) if isinstance(zero, dict) else 0}
 
 
 def heldout_losses(folder: Path) -> dict[str, float | None]:
@@ -160,14 +174,12 @@ def heldout_losses(folder: Path) -> dict[str, float | None]:
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """Map each file name to (bytes, sha256). Raises ValueError if the manifest is missing or damaged."""
     try:
-        raw = json.loads((folder / MANIFEST).read_text())
+        raw = read_json(folder / MANIFEST)
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: has no {MANIFEST}, so it is not a complete checkpoint.") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / MANIFEST}: damaged: {error}") from error
     try:
         found = {str(name): (int(size), str(digest)) for name, (size, digest) in raw.items()}
-    except (AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / MANIFEST}: damaged: it does not list files.") from error
     if STATE not in found or not any(name.endswith(".pt") for name in found):
         raise ValueError(f"{folder / MANIFEST}: damaged: it does not list a whole checkpoint.")

@@ -9,13 +9,17 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a metrics.jsonl, without lines that a crash or a power failure cut short."""
+    """Read the records of a metrics.jsonl, without lines that are not records: a crash may have cut them short."""
     if not path.is_file():
         return []
     records = []
     for line in path.read_bytes().split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
+            if isinstance(record, dict) and type(record.get("step")) is int and all(map(_is_number, record.values())):
                 records.append(record)
     return records
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)

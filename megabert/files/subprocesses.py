@@ -1,9 +1,41 @@
-"""Child processes: ending together with the parent, and the last line of what they printed."""
+"""Child processes: where their sockets are, ending with the parent, and the last line of what they printed."""
 
-import multiprocessing
+import ctypes
+import multiprocessing.util
 import os
+import signal
 import stat
+import tempfile
 import threading
+
+# A socket's path has at most 107 bytes. multiprocessing's are $TMPDIR/pymp-12345678/listener-12345678.
+LONGEST_SOCKET_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
+# Opened here, because a process between fork and exec must not open libraries.
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+
+
+def use_short_socket_paths() -> None:
+    """If $TMPDIR is too long for multiprocessing's sockets, keep them elsewhere; call it before children are started.
+
+    The error would otherwise stay in a thread of the child, and the parent would wait for ever. Raises ValueError if
+    there is no other folder.
+    """
+    before = tempfile.gettempdir()
+    if len(os.fsencode(before)) <= LONGEST_SOCKET_FOLDER:
+        return
+    writable = [folder for folder in SHORT_FOLDERS if os.access(folder, os.W_OK | os.X_OK)]
+    if not writable:
+        raise ValueError(
+            f"TMPDIR is {before}, which is too long for sockets, and {', '.join(SHORT_FOLDERS)} cannot be written. Set "
+            f"TMPDIR to a folder with at most {LONGEST_SOCKET_FOLDER} bytes in its path."
+        )
+    tempfile.tempdir = writable[0]
+    try:
+        multiprocessing.util.get_temp_dir()  # makes the folder, once; children inherit it
+    finally:
+        tempfile.tempdir = before
 
 
 def exit_with_parent() -> None:
@@ -26,6 +58,11 @@ def exit_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=exit_after, name="exit-with-parent", daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Let the kernel send this process SIGTERM when the thread that started it ends; the preexec_fn of a command."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_for_end_of_stdin() -> None:

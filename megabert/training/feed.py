@@ -1,6 +1,8 @@
 """The training data of a run: opening the corpora, the shapes of a batch, and this rank's batches."""
 
 import gc
+import multiprocessing
+import multiprocessing.process
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from megabert.config.recipe import DataConfig, Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.masking import masked_count
 from megabert.data.shards.cache import CacheOptions
-from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus
+from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus, stream_count
 from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, open_loader
 from megabert.training.schedule import RunSchedule
 
@@ -34,6 +36,7 @@ class Feed:
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.batches: Iterator[tuple[PackedBatch, int, Position]] = iter(())
+        self.workers: set[multiprocessing.process.BaseProcess] = set()
 
     def open(self, positions: dict[int, Position], first_index: int) -> None:
         """Start loading at bin first_index. positions: of this rank's streams."""
@@ -46,11 +49,30 @@ class Feed:
             positions=positions,
             first_index=first_index,
         )
+        others = set(multiprocessing.active_children())
         self.batches = iter(open_loader(dataset, self.num_workers, self.pin_memory))
+        self.workers = set(multiprocessing.active_children()) - others
 
     def __next__(self) -> tuple[PackedBatch, int, Position]:
-        """The next batch, the number of its stream, and the stream's position after it."""
-        return next(self.batches)
+        """The next batch, the number of its stream, and the stream's position after it.
+
+        Raises ValueError if the loader gives nothing for minutes, or if one of its workers died.
+        """
+        try:
+            return next(self.batches)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            raise ValueError(
+                f"data.train: rank {self.rank} gets no more batches: {str(error).splitlines()[0]}. If a worker was "
+                "killed, perhaps memory is short: lower data.num_workers. If nothing arrives, look at where the "
+                "shards are, or use data.num_workers 0 to see the error."
+            ) from error
+
+    def end_workers(self) -> None:
+        """End workers that give nothing: close() would wait seconds for each of them. No batch can be read after it."""
+        for worker in self.workers:
+            worker.terminate()
 
     def close(self) -> None:
         """End the loader's worker processes."""
@@ -71,6 +93,32 @@ def open_corpora(data: DataConfig) -> tuple[Corpus, Corpus]:
     for source in corpus.sources:
         source.check_files()
     return corpus, held_out
+
+
+def choose_streams(num_splits: int, max_streams: int, world_size: int, saved: int | None) -> int:
+    """Choose the number of a run's data streams. num_splits: of the corpus. saved: the number of a resumed run.
+
+    Raises ValueError, saying what would work, if the ranks cannot share the streams evenly.
+    """
+    num_streams = saved or stream_count(num_splits, max_streams)
+    if num_streams % world_size == 0:
+        return num_streams
+    ranks = max(number for number in range(1, world_size) if num_streams % number == 0)
+    other_ranks = f"use {ranks} {'rank' if ranks == 1 else 'ranks'}"
+    possible = {stream_count(num_splits, limit) for limit in range(1, num_splits + 1)}
+    fitting = [number for number in possible if number % world_size == 0]
+    if saved is not None:
+        remedy = f"A run keeps its streams: {other_ranks}."
+    elif fitting:
+        remedy = f"Set data.max_streams {max(fitting)}, or {other_ranks}."
+    elif stream_count(world_size, world_size) == world_size:
+        remedy = (
+            f"These shards have too few parts ({num_splits}): write them with data_prep/write_shards.py --min_shards "
+            f"{world_size}, or {other_ranks}."
+        )
+    else:
+        remedy = f"The number of streams is a power of two, or three times one: {other_ranks}."
+    raise ValueError(f"the data has {num_streams} streams, which {world_size} ranks cannot share evenly. {remedy}")
 
 
 def stream_config(recipe: Recipe, schedule: RunSchedule, corpus: Corpus, num_streams: int) -> StreamConfig:

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from megabert.config.ds_config import ResolvedDsConfig
-from megabert.config.recipe import may_change_at_resume
+from megabert.config.recipe import may_change_at_branch, may_change_at_resume
 from megabert.config.settings import flatten
 from megabert.files.checkpoint_format import State
 
 # ZeRO stages that partition the optimizer state alike: a run may resume at one of them from a checkpoint of the other.
 SAME_SHARDS = {1, 2}
+NEW_RUN = (
+    "start a new run on its weights, with a fresh optimizer: launch/convert_to_hf.py, for a bert recipe "
+    "launch/convert_from_hf.py, then model.init_from"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,33 +54,87 @@ def check_same_run(path: Path, state: State, current: RunIdentity, corpus: str) 
     current, corpus: this run's identity and the fingerprint of its training corpus.
     """
     saved = RunIdentity.of_checkpoint(state)
-    if changes := _changes(saved.settings, current.settings, absent="not set"):
+    if changed := _names_of_changes(saved.settings, current.settings):
+        shown = _describe(changed, saved.settings, current.settings, absent="not set")
         raise ValueError(
-            f"{path}: was written with other settings: {changes}. Restore them, choose another --run.output_dir, or "
-            "start anew with --run.resume none."
+            f"{path}: was written with other settings: {shown}. Restore them, {_other_ways(path, changed)}, or start "
+            "anew with --run.resume none."
         )
-    if state.corpus != corpus:
-        raise ValueError(
-            f"{path}: was trained on corpus {state.corpus[:12]}, but data.train is {corpus[:12]}. "
-            "Restore that corpus, or choose another --run.output_dir."
-        )
+    _check_corpus(path, state, corpus)
     if (saved.step_batches, saved.total_steps) != (current.step_batches, current.total_steps):
         raise ValueError(
             f"{path}: a step was {saved.step_batches} micro-batches and the run {saved.total_steps} steps; now they "
             f"are {current.step_batches} and {current.total_steps}. Use as many ranks as before, or set "
             "data.global_batch_tokens to a number."
         )
+    _check_engine(path, saved, current)
+
+
+def check_branch(path: Path, state: State, current: RunIdentity, corpus: str) -> None:
+    """Raise ValueError unless this run may branch off from the one that wrote the checkpoint at path.
+
+    As check_same_run, except for the run's length and for the settings that may change at a branch.
+    """
+    saved = RunIdentity.of_checkpoint(state)
+    names = _names_of_changes(saved.settings, current.settings)
+    if changed := [name for name in names if not may_change_at_branch(name)]:
+        shown = _describe(changed, saved.settings, current.settings, absent="not set")
+        raise ValueError(
+            f"run.branch_from {path}: was written with other settings, which a branch keeps: {shown}. Restore them, or "
+            f"{NEW_RUN}."
+        )
+    _check_corpus(path, state, corpus)
+    if saved.step_batches != current.step_batches:
+        raise ValueError(
+            f"run.branch_from {path}: a step was {saved.step_batches} micro-batches and is {current.step_batches}. Use "
+            "as many ranks as before, or set data.global_batch_tokens to a number."
+        )
+    if saved.total_steps != current.total_steps and _changes_over_run(current.settings):
+        raise ValueError(
+            f"run.branch_from {path}: batch or length change over the run (data.batch_warmup, data.max_seq_len), so a "
+            f"branch is as long as the run itself: {saved.total_steps} steps, not {current.total_steps}."
+        )
+    if state.step >= current.total_steps:
+        raise ValueError(
+            f"run.branch_from {path}: has done {state.step} steps already, and this run has {current.total_steps}. Set "
+            "run.max_steps to more: it counts the steps before the branch, too."
+        )
+    _check_engine(path, saved, current)
+
+
+def _check_corpus(path: Path, state: State, corpus: str) -> None:
+    if state.corpus != corpus:
+        raise ValueError(
+            f"{path}: was trained on corpus {state.corpus[:12]}, but data.train is {corpus[:12]}. "
+            f"Restore that corpus, choose another --run.output_dir, or {NEW_RUN}."
+        )
+
+
+def _changes_over_run(settings: dict[str, Any]) -> bool:
+    """Whether the data depend on the run's length: waiting pieces of documents have the length of their phase."""
+    return bool(settings["data.batch_warmup"]) or isinstance(settings["data.max_seq_len"], list)
+
+
+def _other_ways(path: Path, changed: list[str]) -> str:
+    """Name how to train on with other values of these settings: a branch if it may change them, or a new run."""
+    if all(may_change_at_branch(name) for name in changed):
+        return f"start a branch in another folder with --run.branch_from {path} --run.output_dir FOLDER"
+    return f"choose another --run.output_dir, {NEW_RUN}"
+
+
+def _check_engine(path: Path, saved: RunIdentity, current: RunIdentity) -> None:
+    """Raise ValueError if the weights or the optimizer state cannot be loaded, or mean something else here."""
     if saved.optimizer_source != current.optimizer_source:
         raise ValueError(
             f"{path}: was written with the optimizer of {saved.optimizer_source}, whose state the optimizer of "
             f"{current.optimizer_source} cannot load. Install {saved.optimizer_source}'s, or use --run.ops torch for "
             "both."
         )
-    if changes := _changes(saved.numerics, current.numerics, absent="off"):
+    if changed := _names_of_changes(saved.numerics, current.numerics):
+        shown = _describe(changed, saved.numerics, current.numerics, absent="off")
         raise ValueError(
-            f"{path}: was trained with other arithmetic: {changes}. Restore that in the ds_config "
-            '(torch_autocast.enabled "auto" depends on the device: set true or false), or start a new run on its '
-            "weights with model.init_from."
+            f"{path}: was trained with other arithmetic: {shown}. Restore that in the ds_config "
+            f'(torch_autocast.enabled "auto" depends on the device: set true or false), or {NEW_RUN}.'
         )
     _check_shards(path, saved, current)
 
@@ -92,14 +150,16 @@ def _check_shards(path: Path, saved: RunIdentity, current: RunIdentity) -> None:
     if stage != current.zero_stage and not {stage, current.zero_stage} <= SAME_SHARDS:
         raise ValueError(
             f"{path}: was written at ZeRO stage {stage}, this is stage {current.zero_stage}, which partitions the "
-            f"optimizer state differently (only 1 and 2 are alike). Use stage {stage}; or start a new run on its "
-            "weights, with a fresh optimizer: launch/convert_to_hf.py, for a bert recipe launch/convert_from_hf.py, "
-            "then model.init_from."
+            f"optimizer state differently (only 1 and 2 are alike). Use stage {stage}; or {NEW_RUN}."
         )
 
 
-def _changes(saved: dict[str, Any], current: dict[str, Any], absent: str) -> str:
-    """Describe every value that differs; a missing value equals None. absent: how to print a missing value."""
-    names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
+def _names_of_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """List every name whose values differ; a missing value equals None."""
+    return sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
+
+
+def _describe(names: list[str], saved: dict[str, Any], current: dict[str, Any], absent: str) -> str:
+    """Describe both values of these names. absent: how to print a missing value."""
     shown = [[repr(settings[name]) if name in settings else absent for settings in (saved, current)] for name in names]
     return "; ".join(f"{name} was {was} and is {now}" for name, (was, now) in zip(names, shown, strict=True))

@@ -19,7 +19,7 @@ from megabert.training.checkpointing import resume
 from megabert.training.checkpointing.writer import set_aside_after
 from megabert.training.distributed.device import peak_memory_bytes
 from megabert.training.distributed.process import init_distributed
-from megabert.training.distributed.signals import EXIT_REQUEUE, StopSignals
+from megabert.training.distributed.signals import EXIT_REQUEUE, PEER_REASON, StopRequested, StopSignals
 from megabert.training.distributed.watchdog import PeerWatchdog
 from megabert.training.engine import start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, evaluate
@@ -29,7 +29,6 @@ from megabert.training.plan import RunPlan, make_plan
 from megabert.training.run import Run, TrainState, build_run
 from megabert.training.schedule import lr_factor
 from megabert.training.telemetry.flops import step_flops
-from megabert.training.telemetry.timers import StepTimer
 
 RESULT = "result.json"
 # One line for each update that the guard skipped.
@@ -43,18 +42,19 @@ def train(run: Run) -> str | None:
     every, state, stop_reason = run.plan.recipe.run, run.state, None
     while not run.is_finished and stop_reason is None:
         lr = set_learning_rate(run.engine, run.plan, state)
-        batches, before = next_batches(run.plan, run.feed, state, run.meter.timer)
-        sums = take_step(run, batches)
-        stop_reason = sync_step(run, batches, before, sums)
-        if every.rollback_after and state.guard.skipped_in_a_row >= every.rollback_after:
+        done, stop_reason = train_step(run)
+        if not done:
+            run.feed.end_workers()
+        elif every.rollback_after and state.guard.skipped_in_a_row >= every.rollback_after:
             roll_back(run)
             continue
         last = run.is_finished or stop_reason is not None
-        saving = state.step % every.save_every_steps == 0 or last
+        saving = state.step > state.saved_step and (state.step % every.save_every_steps == 0 or last)
         if state.step % every.log_every_steps == 0 or saving:
             # Before a save too, so that the checkpoint contains all counts.
             report(run, lr)
-        if state.step % every.eval_every_steps == 0 or run.is_finished or (saving and every.keep_best):
+        due = done and state.step % every.eval_every_steps == 0
+        if due or run.is_finished or (saving and every.keep_best):
             evaluate_held_out(run)
         if saving:
             save(run)
@@ -77,26 +77,54 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: T
     return config.lr * factor
 
 
-def next_batches(
-    plan: RunPlan, feed: Feed, state: TrainState, timer: StepTimer
-) -> tuple[list[PackedBatch], dict[int, Position]]:
-    """Load this rank's micro-batches of the next step. Also returns the positions of their streams before the step."""
-    batches, before = [], {}
+def train_step(run: Run) -> tuple[bool, str | None]:
+    """Do one step. Returns whether it was done, and the reason to stop early, if there is one.
+
+    It is not done, and nothing has changed, if a stop is requested while a rank waits for data.
+    """
+    loaded = next_batches(run)
+    num_masked = sum_masked(run, loaded)
+    if loaded is None or num_masked is None:
+        return False, run.signals.reason or PEER_REASON
+    batches, before = take_positions(run.state, loaded, run.plan)
+    sums = take_step(run, batches, num_masked)
+    stop_reason = sync_step(run, batches, before, sums)
+    run.signals.first_step_done()
+    return True, stop_reason
+
+
+def next_batches(run: Run) -> list[tuple[PackedBatch, int, Position]] | None:
+    """Load this rank's micro-batches of the next step, each with its stream and the stream's position after it.
+
+    Returns None if a stop is requested while this rank waits for them.
+    """
+    plan, state = run.plan, run.state
     step_batches = plan.schedule.stages.at(state.next_index).step_batches
-    with timer.time("data"):
-        for _ in range(step_batches // plan.world_size):
-            batch, stream, position = next(feed)
-            before.setdefault(stream, state.positions.get(stream, Position()))
-            state.positions[stream] = position
-            batches.append(batch)
-    state.next_index += step_batches
-    return batches, before
+    try:
+        with run.meter.timer.time("data"), run.signals.interrupting():
+            return [next(run.feed) for _ in range(step_batches // plan.world_size)]
+    except StopRequested:
+        return None
 
 
-def take_step(run: Run, batches: list[PackedBatch]) -> torch.Tensor:
-    """Run forward and backward for every micro-batch, then one update. Returns the MaskedLoss sums, (3,) fp64."""
+def take_positions(
+    state: TrainState, loaded: list[tuple[PackedBatch, int, Position]], plan: RunPlan
+) -> tuple[list[PackedBatch], dict[int, Position]]:
+    """Advance the state by the loaded micro-batches of a step. Also returns their streams' positions before it."""
+    before: dict[int, Position] = {}
+    for _, stream, position in loaded:
+        before.setdefault(stream, state.positions.get(stream, Position()))
+        state.positions[stream] = position
+    state.next_index += plan.schedule.stages.at(state.next_index).step_batches
+    return [batch for batch, _, _ in loaded], before
+
+
+def take_step(run: Run, batches: list[PackedBatch], num_masked: torch.Tensor) -> torch.Tensor:
+    """Run forward and backward for every micro-batch, then one update. Returns the MaskedLoss sums, (3,) fp64.
+
+    num_masked: of all ranks, from `sum_masked`.
+    """
     engine, timer = run.engine, run.meter.timer
-    num_masked = global_count(sum(batch.num_masked for batch in batches), engine.device)
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     run.gate.start_step()
     for batch in batches:
@@ -117,12 +145,16 @@ def take_step(run: Run, batches: list[PackedBatch]) -> torch.Tensor:
     return sums
 
 
-def global_count(value: int, device: torch.device) -> torch.Tensor:
-    """Sum over ranks, at least 1. The result stays on the device, so that the host does not wait for it."""
-    total = torch.tensor(float(value), device=device)
-    deepspeed.comm.all_reduce(total)
+def sum_masked(run: Run, loaded: list[tuple[PackedBatch, int, Position]] | None) -> torch.Tensor | None:
+    """Sum the masked tokens of a step over ranks, at least 1; None if a rank has no batches.
+
+    The host waits for the result. That costs nothing: at this moment the device has no work left.
+    """
+    counts = [float(sum(batch.num_masked for batch, _, _ in loaded or [])), float(loaded is None)]
+    total, without_batches = packed = torch.tensor(counts, device=run.engine.device)
+    deepspeed.comm.all_reduce(packed)
     # A batch without a masked token has a loss of 0, not 0 / 0.
-    return total.clamp(min=1)
+    return None if without_batches.item() else total.clamp(min=1)
 
 
 def seed_dropout(seed: int, index: int) -> None:
@@ -156,7 +188,7 @@ def sync_step(run: Run, batches: list[PackedBatch], before: dict[int, Position],
         log_skipped_update(run, before, counts[0] / max(1.0, counts[2]))
     if not any_stop:
         return None
-    return run.signals.reason or "another rank was asked to stop"
+    return run.signals.reason or PEER_REASON
 
 
 def log_skipped_update(run: Run, before: dict[int, Position], loss: float) -> None:
@@ -182,7 +214,7 @@ def roll_back(run: Run) -> None:
     plan, state = run.plan, run.state
     skipped = state.guard.skipped_in_a_row
     run.writer.wait()
-    path = resume.newest(plan.checkpoints, up_to=state.step - skipped)
+    path = resume.newest(plan.checkpoints, up_to=state.step - skipped) or state.branched_from
     if path is None:
         raise ValueError(
             f"{skipped} updates in a row were skipped, and {plan.checkpoints} has no checkpoint to return to. "
@@ -280,6 +312,7 @@ def save(run: Run) -> None:
     """Start to write a checkpoint; with run.async_save it is complete some steps later."""
     began = time.perf_counter()
     run.writer.save(run.engine, run.to_checkpoint(), run.state.positions, run.feed.corpus.sources[0])
+    run.state.saved_step = run.state.step
     if run.probe_runner is not None:
         run.probe_runner.checkpoint_saved(run.state.step)
     run.meter.excluded_seconds += time.perf_counter() - began
@@ -288,12 +321,12 @@ def save(run: Run) -> None:
 def pretrain(recipe: Recipe, ds_config: DsConfig, signals: StopSignals) -> int:
     """Run a recipe from its start, or from its last checkpoint, to its end. Every rank calls this.
 
-    signals: takes over this process's SIGTERM and SIGUSR1. Returns the exit code: 0 at the end, or EXIT_REQUEUE after a
+    signals: its handlers must be installed. Returns the exit code: 0 at the end, or EXIT_REQUEUE after a
     requested stop, with a checkpoint saved. Raises ValueError for a corpus, recipe, ds_config or checkpoint that the
     user must change.
     """
     rank, world_size = init_distributed()
-    with PeerWatchdog(rank, world_size):
+    with PeerWatchdog(rank, world_size, signals):
         plan = make_plan(recipe, ds_config, rank, world_size)
         run = build_run(plan, signals)
         return run_training(run)
@@ -305,9 +338,8 @@ def run_training(run: Run) -> int:
     try:
         stop_reason = train(run)
         if stop_reason is not None:
-            run.log_line(
-                f"stopped at step {state.step}: {stop_reason}; checkpoint saved, run the same command to resume"
-            )
+            saved = "checkpoint saved, " if state.step else ""
+            run.log_line(f"stopped at step {state.step}: {stop_reason}; {saved}run the same command to resume")
     finally:
         if run.probe_runner is not None:
             run.probe_runner.stop()

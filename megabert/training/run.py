@@ -1,12 +1,13 @@
 """A run: its plan, its training state, and the services that act on them; how they are opened and restored."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import deepspeed
 import torch
 
 from megabert.config.recipe import Recipe
-from megabert.data.shards.source import Corpus, stream_count
+from megabert.data.shards.source import Corpus
 from megabert.data.stream import Position
 from megabert.files.checkpoint_format import State
 from megabert.files.redact import redact_all
@@ -19,7 +20,7 @@ from megabert.training.distributed.signals import StopSignals
 from megabert.training.distributed.sync import broadcast_from_rank0, check_shared_folder, lock_output_dir
 from megabert.training.engine import model_of, start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, open_held_out
-from megabert.training.feed import Feed, open_corpora, stream_config
+from megabert.training.feed import Feed, choose_streams, open_corpora, stream_config
 from megabert.training.optim.guard import Guard, UpdateGate
 from megabert.training.plan import RunPlan
 from megabert.training.telemetry import probe, trackers
@@ -39,6 +40,10 @@ class TrainState:
     time_budget: TimeBudget
     step: int = 0
     """optimizer steps done"""
+    saved_step: int = 0
+    """step of the newest checkpoint"""
+    branched_from: Path | None = None
+    """the checkpoint of another run that this process has started from"""
     next_index: int = 0
     """the first bin not used yet"""
     positions: dict[int, Position] = field(default_factory=dict)
@@ -57,7 +62,7 @@ class TrainState:
         """Continue from a checkpoint. positions: of this rank's streams."""
         self.guard.restore(saved.guard)
         self.time_budget.resume(saved.wall_seconds, saved.max_step_seconds)
-        self.step, self.next_index = saved.step, saved.next_index
+        self.step, self.saved_step, self.next_index = saved.step, saved.step, saved.next_index
         self.positions = positions
         self.tokens, self.seconds = saved.tokens, saved.seconds
         self.rolled_back_bins = [(first, last) for first, last in saved.rolled_back_bins]
@@ -66,7 +71,7 @@ class TrainState:
         """Return to a checkpoint, but skip the bins used since then and keep counting their tokens and time."""
         self.rolled_back_bins.append((saved.next_index, self.next_index))
         self.guard.restore(saved.guard | {"skipped": self.guard.skipped, "in_a_row": 0})
-        self.step = saved.step
+        self.step = self.saved_step = saved.step
         self.positions = positions
 
 
@@ -132,13 +137,13 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     if problem := trackers.why_unavailable(recipe.run.trackers):
         raise ValueError(problem)
     state = TrainState(Guard(recipe.run.max_norm_ratio), TimeBudget(plan.budget_s))
-    signals.install_handlers()
     check_shared_folder(plan.checkpoints, rank, world_size)
     lock_output_dir(plan.output_dir, rank, world_size)
     corpus, held_out_corpus = broadcast_from_rank0(lambda: open_inputs(recipe), rank, world_size)
-    checkpoint = find_checkpoint(recipe.run.resume, plan.checkpoints, plan.identity, corpus.fingerprint, rank)
+    checkpoint = find_checkpoint(recipe.run, plan.checkpoints, plan.identity, corpus.fingerprint, rank)
     if checkpoint is not None:
         state.restore(checkpoint.state, checkpoint.positions)
+        state.branched_from = checkpoint.path if checkpoint.branched else None
     feed = make_feed(plan, corpus, checkpoint)
     # Before the model: the loader's workers fork from a small process, and have batches ready when the model is built.
     feed.open(state.positions, state.next_index)
@@ -182,7 +187,8 @@ def open_inputs(recipe: Recipe) -> tuple[Corpus, Corpus]:
 def make_feed(plan: RunPlan, corpus: Corpus, checkpoint: Checkpoint | None) -> Feed:
     """Make this rank's feed. A resumed run has as many data streams as before, on any number of ranks."""
     data = plan.recipe.data
-    num_streams = checkpoint.state.num_streams if checkpoint else stream_count(corpus.num_splits, data.max_streams)
+    saved = checkpoint.state.num_streams if checkpoint else None
+    num_streams = choose_streams(corpus.num_splits, data.max_streams, plan.world_size, saved)
     return Feed(
         corpus,
         stream_config(plan.recipe, plan.schedule, corpus, num_streams),

@@ -74,8 +74,7 @@ class BareLoop:
 def engine_step(run: Run) -> None:
     """Do what train() of training/loop.py does per step, with a report after every step."""
     lr = loop.set_learning_rate(run.engine, run.plan, run.state)
-    batches, before = loop.next_batches(run.plan, run.feed, run.state, run.meter.timer)
-    loop.sync_step(run, batches, before, loop.take_step(run, batches))
+    loop.train_step(run)
     loop.report(run, lr)
 
 

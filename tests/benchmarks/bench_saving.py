@@ -64,8 +64,7 @@ def window(run: Run, steps: int, save: bool) -> float:
         loop.save(run)
     for _ in range(steps):
         loop.set_learning_rate(run.engine, run.plan, run.state)
-        batches, before = loop.next_batches(run.plan, run.feed, run.state, run.meter.timer)
-        loop.sync_step(run, batches, before, loop.take_step(run, batches))
+        loop.train_step(run)
     run.writer.wait()
     return time.perf_counter() - started_at
 

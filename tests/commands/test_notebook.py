@@ -40,7 +40,7 @@ assert process() == before, process()
 
 # SIGTERM after some steps.
 def stop():
-    while not os.path.exists(f"{out}/d/metrics.jsonl"):
+    while not os.path.exists(f"{out}/d/metrics.jsonl") or not os.path.getsize(f"{out}/d/metrics.jsonl"):
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGTERM)
 thread = threading.Thread(target=stop)

@@ -64,3 +64,37 @@ def test_a_process_that_nobody_watches_goes_on():
 @pytest.mark.parametrize(("text", "line"), [("", ""), ("one\n two \n\n", "two"), ("\n \n", ""), ("only", "only")])
 def test_the_last_line_that_says_something(text, line):
     assert last_line(text) == line
+
+
+SOCKETS = """
+import multiprocessing, sys, tempfile
+from multiprocessing.connection import Listener
+from megabert.files.subprocesses import use_short_socket_paths
+use_short_socket_paths()
+with Listener(family="AF_UNIX") as listener:
+    print(len(listener.address) <= 107, tempfile.gettempdir())
+"""
+
+
+@pytest.mark.parametrize("length", [40, 76, 130])
+def test_sockets_have_short_paths_whatever_tmpdir_is(tmp_path, length):
+    folder = tmp_path / "x"
+    folder = folder.with_name("x" * max(1, length - len(str(folder)) + 1))
+    folder.mkdir()
+    env = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", SOCKETS], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == f"True {folder}\n", done.stderr
+
+
+def test_a_command_gets_sigterm_when_its_parent_is_killed():
+    script = """
+import subprocess, sys
+from megabert.files.subprocesses import end_with_parent
+subprocess.run(["bash", "-c", "echo $$; sleep 600"], preexec_fn=end_with_parent)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    assert not psutil.wait_procs([child], timeout=5)[1]
+    parent.wait()

@@ -60,10 +60,12 @@ def main() -> None:
     parser = RecipeParser("many_runs.py")
     parser.add_argument("--ds_config")
     code = 0
+    signals = StopSignals()
+    signals.install_handlers()
     for flags in json.loads(os.environ["RUNS"]):
         recipe, options = parser.read(flags)
         try:
-            code = loop.pretrain(recipe, read_ds_config(options.ds_config), StopSignals())
+            code = loop.pretrain(recipe, read_ds_config(options.ds_config), signals)
         except ValueError as error:
             sys.stderr.write(f"pretrain: {error}\n")
             code = 1

@@ -15,10 +15,10 @@ from megabert.training import loop
 take_step = loop.take_step
 
 
-def recorded_step(run, batches):
+def recorded_step(run, batches, num_masked):
     with open(f"{os.environ['WITNESS']}-{deepspeed.comm.get_rank()}.jsonl", "a") as file:
         file.write(json.dumps({"step": run.state.step + 1, "bins": [batch.index for batch in batches]}) + "\n")
-    return take_step(run, batches)
+    return take_step(run, batches, num_masked)
 
 
 loop.take_step = recorded_step

@@ -1,9 +1,11 @@
 """launch/keep_running.sh restarts after crashes, never twice in one folder, and gives up on a run that cannot work."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -80,12 +82,20 @@ def test_a_run_that_is_killed_and_restarted_ends_bitwise_as_if_undisturbed(corpu
 def fake_deepspeed(folder: Path, monkeypatch, script: str) -> None:
     """Make a repository whose deepspeed is a script."""
     (folder / "launch").mkdir(parents=True)
-    for name in ("keep_running.sh", "restart_policy.sh"):
+    for name in ("keep_running.sh", "restart_policy.sh", "common.sh"):
         shutil.copy(REPOSITORY / "launch" / name, folder / "launch")
     (folder / "bin").mkdir()
     (folder / "bin/deepspeed").write_text(f"#!/usr/bin/env bash\necho $@ >> {folder}/starts\n{script}\n")
     (folder / "bin/deepspeed").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+
+def running(folder: Path) -> subprocess.Popen:
+    """Start keep_running.sh with the fake deepspeed, and wait until that has started."""
+    env = os.environ | {"OUT": str(folder / "out")}
+    process = subprocess.Popen(["bash", str(folder / "launch/keep_running.sh")], env=env)
+    wait_for("start", (folder / "starts").exists, folder / "starts")
+    return process
 
 
 def attempts(folder: Path, *flags: str, **variables: str) -> tuple[int, int]:
@@ -125,3 +135,73 @@ def test_the_users_resume_holds_until_this_command_has_a_checkpoint(tmp_path, mo
     assert attempts(tmp_path, "--run.resume", "none") == (0, 3)
     begins = [line.split("--run.resume")[1:] for line in (tmp_path / "starts").read_text().splitlines()]
     assert begins == [[" none"], [" none"], [" auto"]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_stops_it_after_the_ranks_have_saved(tmp_path, monkeypatch, number):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "def stop(*_):\n    (folder / 'saved').touch()\n    sys.exit(85)\n"
+        "signal.signal(signal.SIGTERM, stop)\n(folder / 'up').touch()\ntime.sleep(600)\n"
+    )
+    launcher = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, {str(script)!r}]).returncode)"
+    fake_deepspeed(tmp_path, monkeypatch, f"{sys.executable} -c '{launcher.replace(chr(39), chr(34))}'")
+    process = running(tmp_path)
+    wait_for("the rank", (tmp_path / "up").exists, tmp_path / "starts")
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    assert process.wait(30) == 85
+    assert (tmp_path / "saved").exists()
+    assert not any(map(alive, everyone))
+    assert len((tmp_path / "starts").read_text().splitlines()) == 1
+
+
+def test_a_second_ctrl_c_ends_ranks_that_do_not_save(tmp_path, monkeypatch):
+    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    fake_deepspeed(tmp_path, monkeypatch, f"{sys.executable} -c '{program}'")
+    process = running(tmp_path)
+    time.sleep(1)
+    everyone = psutil.Process(process.pid).children(recursive=True)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert process.wait(30) in (137, 143)
+    assert not any(map(alive, everyone))
+
+
+def test_the_users_resume_is_dropped_in_either_form(tmp_path, monkeypatch):
+    """Started with a checkpoint of its own choice, crashed after another: the second attempt takes the new one."""
+    latest = tmp_path / "out/checkpoints/latest"
+    script = f"case $(wc -l < {tmp_path}/starts) in 1) mkdir -p {latest.parent}; echo step-2 > {latest}; exit 86;; esac"
+    fake_deepspeed(tmp_path, monkeypatch, script)
+    for flags in (["--run.resume", "X"], ["--run.resume=X"], ["--resume", "X"], ["--resume=X"]):
+        for path in (latest, tmp_path / "starts", tmp_path / "out/.started"):
+            path.unlink(missing_ok=True)
+        assert attempts(tmp_path, "--recipe", "r", *flags, "--run.seed=3") == (0, 2)
+        first, second = [line.split("--recipe r ")[1] for line in (tmp_path / "starts").read_text().splitlines()]
+        assert first == " ".join([*flags, "--run.seed=3"])
+        assert second == "--run.seed=3 --run.resume auto"
+
+
+@pytest.mark.parametrize("redirection", [">&- 2>&-", "| head -0", "> /dev/full 2>&1"])
+def test_output_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, redirection):
+    script = f"echo a line 2> /dev/null || true; case $(wc -l < {tmp_path}/starts) in [12]) exit 137;; esac"
+    fake_deepspeed(tmp_path, monkeypatch, script)
+    shell = f"bash {tmp_path}/launch/keep_running.sh {redirection}; exit ${{PIPESTATUS[0]}}"
+    env = os.environ | {"OUT": str(tmp_path / "out")}
+    assert subprocess.run(["bash", "-c", shell], env=env, check=False, timeout=60).returncode == 0
+    assert len((tmp_path / "starts").read_text().splitlines()) == 3
+
+
+def test_two_runs_on_one_machine_get_different_ports(tmp_path, monkeypatch):
+    fake_deepspeed(tmp_path, monkeypatch, "exit 0")
+    for variables in ({}, {}, {"DEEPSPEED": "--master_port 29501"}):
+        attempts(tmp_path, **variables)
+    first, second, given = [
+        re.findall(r"--master_port (\d+)", line) for line in (tmp_path / "starts").read_text().splitlines()
+    ]
+    assert len(first) == len(second) == 1
+    assert first != second
+    assert given == ["29501"]

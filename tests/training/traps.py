@@ -105,6 +105,26 @@ def flipped_bit(stage: int) -> bool:
         return other.load_checkpoint(folder)[0] is not None and not torch.equal(weights(other), weights(engine))
 
 
+def loads_any_pickle() -> bool:
+    """Return whether loading a checkpoint runs what a pickle in it says."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_with(**zero(1))
+        step(engine)
+        engine.save_checkpoint(folder, tag="one")
+        file = Path(folder, "one", "mp_rank_00_model_states.pt")
+        torch.save(torch.load(file, weights_only=False) | {"extra": _MakesFolder(folder)}, file)
+        engine_with(**zero(1)).load_checkpoint(folder)
+        return Path(folder, "made").exists()
+
+
+class _MakesFolder:
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (f"{self.folder}/made",)
+
+
 def client_state_overwrites() -> int:
     """Return engine.global_steps after loading a checkpoint of step 1 whose client_state has 99."""
     with tempfile.TemporaryDirectory() as folder:
@@ -247,6 +267,7 @@ def main() -> None:
         "saves_in_place": saves_in_place(),
         "flipped_bit_loads": flipped_bit(0),
         "client_state_overwrites": client_state_overwrites(),
+        "loads_any_pickle": loads_any_pickle(),
         "nothing_to_load": nothing_to_load(),
         "refuses_another_world_size": refuses_another_world_size(),
         "universal_load_at_stage_3": universal_load_at_stage_3(),

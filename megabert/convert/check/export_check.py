@@ -18,6 +18,7 @@ from megabert.convert.check.export_record import CHECK_TEXTS, RECORD, Measuremen
 from megabert.convert.hf.reader import check_code_stays_inside
 from megabert.convert.hf.writer import save_tensors
 from megabert.data.shards.manifest import TOKENIZER
+from megabert.files.subprocesses import end_with_parent
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
@@ -94,7 +95,15 @@ def run_in_subprocess(folder: Path) -> Measurements:
         # transformers copies a folder's code into this cache, under the folder's name only.
         environment = os.environ | {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-P", str(SUBPROCESS_SCRIPT), str(folder.resolve())]
-        done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command,
+            cwd=scratch,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=end_with_parent,
+        )
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
         raise ValueError(reason)

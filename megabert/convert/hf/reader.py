@@ -3,7 +3,6 @@
 import json
 import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megabert.data.shards.manifest import TOKENIZER_CONFIG
+from megabert.files.pickles import UNPICKLING_ERRORS
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -28,17 +28,6 @@ MAX_SIZES = {
     "type_vocab_size": 100_000,
     "num_labels": 100_000,
 }
-# What torch's unpickler raises for bytes that are not a pickle of tensors.
-UNPICKLING_ERRORS = (
-    UnpicklingError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    AssertionError,
-    TypeError,
-    ValueError,
-    AttributeError,
-)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Resuming: find a whole checkpoint, check that it belongs to this run, and load it into the engine."""
 
-import json
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,36 +7,48 @@ from typing import NamedTuple
 
 import deepspeed
 
+from megabert.config.recipe import RunConfig
 from megabert.data.stream import Position, positions_from_json
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
+from megabert.files.json_file import read_json
+from megabert.files.pickles import check_pickle
 from megabert.training.checkpointing import universal
 from megabert.training.distributed import deepspeed_compat
 from megabert.training.distributed.sync import gather_dicts
-from megabert.training.identity import RunIdentity, check_same_run
+from megabert.training.identity import RunIdentity, check_branch, check_same_run
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint on disk. positions: of this rank's data streams."""
+    """A checkpoint on disk. positions: of this rank's data streams. branched: whether it is another run's."""
 
     path: Path
     state: State
     positions: dict[int, Position]
+    branched: bool = False
 
 
-def find_checkpoint(resume: str, folder: Path, identity: RunIdentity, corpus: str, rank: int) -> Checkpoint | None:
-    """Find the checkpoint that this run resumes from, if any; every rank calls this and gets the same one.
+def find_checkpoint(
+    settings: RunConfig, folder: Path, identity: RunIdentity, corpus: str, rank: int
+) -> Checkpoint | None:
+    """Find the checkpoint that this run starts from, if any; every rank calls this and gets the same one.
 
-    resume, folder: as for `find`. identity, corpus: of this run, and the fingerprint of its training corpus.
-    Raises ValueError if the checkpoint belongs to another run.
+    folder: of this run's checkpoints. identity, corpus: of this run, and the fingerprint of its training corpus. Raises
+    ValueError if the checkpoint belongs to another run, or if this run cannot be a branch of it.
     """
-    path = find(resume, folder)
-    if path is None:
+    path = find(settings.resume, folder)
+    if path is not None:
+        checkpoint = read_checkpoint(path, rank, identity.world_size)
+        check_same_run(path, checkpoint.state, identity, corpus)
+        return checkpoint
+    if settings.branch_from is None:
         return None
-    checkpoint = read_checkpoint(path, rank, identity.world_size)
-    check_same_run(path, checkpoint.state, identity, corpus)
+    path = find(settings.branch_from, folder)
+    assert path is not None, "a named checkpoint is found, or it is an error"
+    checkpoint = read_checkpoint(path, rank, identity.world_size)._replace(branched=True)
+    check_branch(path, checkpoint.state, identity, corpus)
     return checkpoint
 
 
@@ -77,22 +88,43 @@ def newest(folder: Path, up_to: int | None = None) -> Path | None:
 def read_checkpoint(path: Path, rank: int, world_size: int) -> Checkpoint:
     """Read a checkpoint's state.json, and the positions in its streams.json that belong to this rank."""
     file = path / layout.STREAMS
-    positions = positions_from_json(json.loads(file.read_text()), str(file))
+    positions = positions_from_json(read_json(file), str(file))
     own = {stream: position for stream, position in positions.items() if stream % world_size == rank}
     return Checkpoint(path, layout.read_state(path), own)
 
 
 def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
-    """Load a checkpoint into the engine; every rank calls this. Raises ValueError if DeepSpeed finds none."""
+    """Load a checkpoint into the engine; every rank calls this.
+
+    Raises ValueError if DeepSpeed finds none, or if one of its files would do more than hold values when it is loaded.
+    """
+    check_pickles(path)
     is_universal = engine.load_universal_checkpoint()
     with universal.converted(path) if is_universal else nullcontext(path) as folder:
         settings = deepspeed_compat.group_settings(engine) if is_universal else []
-        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        with deepspeed_compat.loading_only_weights():
+            loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if loaded is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint there.")
         if is_universal:
             deepspeed_compat.repair_universal_load(engine, settings)
     deepspeed_compat.partition_after_load(engine)
+
+
+def check_pickles(path: Path) -> None:
+    """Raise ValueError, on all ranks, if a checkpoint's pickles name foreign classes; each rank reads a part of them.
+
+    Also those files that the manifest does not list: DeepSpeed finds its files by their names.
+    """
+    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    problem = None
+    try:
+        for file in sorted(path.rglob("*.pt"))[rank::world_size]:
+            check_pickle(file)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    if problems := gather_dicts({} if problem is None else {rank: problem}):
+        raise ValueError(problems[min(problems)])
 
 
 def _check_together(path: Path) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed
 
 from megabert.files import checkpoint_format as layout
-from megabert.training.distributed.deepspeed_compat import convert_to_universal
+from megabert.training.distributed.deepspeed_compat import convert_to_universal, loading_only_weights
 from megabert.training.distributed.sync import gather_dicts
 
 
@@ -49,7 +49,8 @@ def _convert(path: Path, out: Path) -> str | None:
     try:
         shutil.rmtree(out.parent, ignore_errors=True)
         out.mkdir(parents=True)
-        convert_to_universal(path, out)
+        with loading_only_weights():
+            convert_to_universal(path, out)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(out.parent, ignore_errors=True)
         return f"{type(error).__name__}: {error}"

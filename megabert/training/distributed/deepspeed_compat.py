@@ -10,7 +10,8 @@ import os
 import tempfile
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,16 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import nn
+from torch.serialization import safe_globals
+
+from megabert.files.pickles import DEEPSPEED_CLASSES
 
 # Keys of a parameter group that are not its settings: DeepSpeed's own list, and what the training loop sets before
 # each step.
 NOT_SETTINGS = ("params", "lr")
+# torch.load reads this environment variable in every call; it outweighs the argument weights_only.
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_DEEPSPEED_NAMES = [name.rsplit(".", 1) for name in DEEPSPEED_CLASSES]
 
 
 def skip_shm_comm_build() -> None:
@@ -76,6 +83,26 @@ def zero_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float]:
 def num_parameters(model: nn.Module) -> int:
     """Count the whole model's parameters, also those that ZeRO 3 has partitioned. Canary: numel_at_stage_3."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def loading_only_weights() -> Iterator[None]:
+    """Let every torch.load in the block, all of which are DeepSpeed's, build nothing but tensors and DEEPSPEED_CLASSES.
+
+    DeepSpeed asks torch to run whatever a pickle says. Canary: loads_any_pickle.
+    """
+    classes: list[Any] = [
+        (getattr(import_module(module), name), f"{module}.{name}") for module, name in _DEEPSPEED_NAMES
+    ]
+    before = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        with safe_globals(classes):
+            yield
+    finally:
+        os.environ.pop(FORCE_WEIGHTS_ONLY)
+        if before is not None:
+            os.environ[FORCE_WEIGHTS_ONLY] = before
 
 
 class _CaptureEngine(TorchCheckpointEngine):

@@ -17,6 +17,11 @@ def training_device() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
+def backend_name() -> str:
+    """Return torch.distributed's backend for the accelerator, such as gloo or nccl."""
+    return get_accelerator().communication_backend_name()
+
+
 def device_name(device: torch.device) -> str:
     """Return torch's name of the card, or "cpu"."""
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)

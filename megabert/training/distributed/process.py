@@ -1,20 +1,38 @@
 """Join the process group and set up this rank's process."""
 
 import ctypes
+import errno
 import os
+import resource
+import socket
 from datetime import timedelta
 
 import deepspeed
 import torch
+import torch.distributed
 
 from megabert.training.distributed import deepspeed_compat
-from megabert.training.distributed.device import training_device
+from megabert.training.distributed.device import backend_name, training_device
 from megabert.training.distributed.gloo import ring_all_gather
-from megabert.training.distributed.rank_env import rank_variables
+from megabert.training.distributed.rank_env import (
+    LOOPBACK,
+    are_ranks_on_one_machine,
+    rank_variables,
+    ranks_on_this_machine,
+)
 
 # How long a collective waits for other ranks: while rank 0 prepares the quickstart's corpus, they wait for minutes.
 # The watchdog notices a dead rank at once (distributed/watchdog.py).
 TIMEOUT = timedelta(minutes=30)
+
+# A rank holds shards, batches of its loader workers and DeepSpeed's files open, 40 to 100 in all; rank 0 also the
+# connections of a store and of a watchdog to each rank.
+LEAST_OPEN_FILES, FILES_PER_RANK = 128, 4
+
+OTHER_PORT = (
+    "Perhaps another run has the port. Choose another one: deepspeed --master_port PORT, or MASTER_PORT=PORT for "
+    "launch/slurm/pretrain.sbatch."
+)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3), from glibc's malloc.h
 
@@ -24,15 +42,72 @@ def init_distributed() -> tuple[int, int]:
     deepspeed_compat.ignore_deprecated_collectives()
     deepspeed_compat.skip_shm_comm_build()
     os.environ.update(rank_variables())
+    allow_open_files(LEAST_OPEN_FILES + FILES_PER_RANK * int(os.environ["WORLD_SIZE"]))
     if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (ranks_on_this_machine() or 1)))
+    join_process_group(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    try:
+        deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"the ranks cannot meet at {address}: {str(error).splitlines()[0]} {OTHER_PORT}") from error
     # Called on a GPU too: it sets the current device, from which NCCL sends Python objects.
     if training_device().type == "cpu":
         keep_freed_memory()
         deepspeed_compat.replace_all_gather(ring_all_gather)
     return deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+
+
+def join_process_group(rank: int, world_size: int) -> None:
+    """Join the process group if all ranks are on this machine, so that no other machine can connect to it.
+
+    By itself, torch's store listens on every network interface, and gloo on the one of the host's name. torchrun has
+    opened a store before its ranks start, and several machines need theirs: there, DeepSpeed joins the group later.
+    """
+    if torch.distributed.is_initialized() or not are_ranks_on_one_machine():
+        return
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = torch.distributed.HashStore() if world_size == 1 else open_store(rank, world_size)
+    torch.distributed.init_process_group(backend_name(), store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+
+
+def open_store(rank: int, world_size: int) -> torch.distributed.Store:
+    """Open the store through which ranks find each other, on the loopback interface; rank 0 serves it.
+
+    Raises ValueError if the port is taken.
+    """
+    port, listening = int(os.environ["MASTER_PORT"]), None
+    if rank == 0:
+        try:
+            server = socket.create_server((LOOPBACK, port), backlog=world_size)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+            raise ValueError(
+                f"port {port}, where the ranks of this run meet, cannot be used: {os.strerror(error.errno or 0)}. "
+                f"{OTHER_PORT}"
+            ) from error
+        port, listening = server.getsockname()[1], server.detach()  # the store closes it
+    return torch.distributed.TCPStore(
+        LOOPBACK, port, world_size, is_master=rank == 0, timeout=TIMEOUT, master_listen_fd=listening
+    )
+
+
+def allow_open_files(needed: int) -> None:
+    """Raise this process's limit of open files as far as the system lets it. Raises ValueError if that is too low.
+
+    Each later failure would have another form, in a thread or a C++ library, and some would leave ranks waiting.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ValueError(
+            f"a process may open only {hard} files here (ulimit -Hn), expected at least {needed}. Raise the limit, as "
+            f"with ulimit -n {max(4096, needed)} in the shell that starts the run."
+        )
 
 
 def keep_freed_memory() -> None:

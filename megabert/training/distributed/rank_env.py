@@ -1,11 +1,14 @@
 """Read this process's rank from the environment variables of its launcher, without importing torch."""
 
+import ipaddress
 import os
 from collections.abc import Mapping
 
+LOOPBACK = "127.0.0.1"
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-SINGLE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+SINGLE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": LOOPBACK}
 DEFAULT_PORT = "29500"  # torchrun's default, too
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # ranks on this machine, from torchrun and from the deepspeed launcher
 ANY_FREE_PORT = "0"  # for a single process: no other one has to know the port
 # Everything that makes a process believe that it is a rank.
 RANK_VARIABLES = (*SINGLE_PROCESS, "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -27,3 +30,25 @@ def rank_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 def rank_of_this_process() -> int:
     """Return this process's rank among all processes of the run."""
     return int(rank_variables()["RANK"])
+
+
+def ranks_on_this_machine(environ: Mapping[str, str] = os.environ) -> int | None:
+    """Return how many ranks run on this machine; None if the launcher does not say."""
+    given = next((environ[name] for name in LOCAL_SIZES if environ.get(name)), None)
+    return None if given is None else int(given)
+
+
+def are_ranks_on_one_machine(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether all ranks run on this machine, as far as the launcher says."""
+    variables = rank_variables(environ)
+    if "SLURM_STEP_ID" in environ and environ.get("SLURM_STEP_NUM_NODES") == "1":
+        return True
+    here = ranks_on_this_machine(environ)
+    return here == int(variables["WORLD_SIZE"]) or _is_loopback(variables.get("MASTER_ADDR", LOOPBACK))
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a name
+        return address == "localhost"

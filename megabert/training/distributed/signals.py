@@ -1,42 +1,128 @@
-"""Turn SIGTERM, SIGUSR1 and the death of the launcher into a stop request, which the loop reads once per step."""
+"""Turn signals, and the death of the launcher, into a request to stop that the training loop reads once per step."""
 
 import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 import psutil
+
+from megabert.config.cli import EXIT_INTERRUPTED
 
 log = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 85  # exit code of a run that stopped early, saved, and should be started again
-# SLURM sends SIGTERM before it kills a job, and SIGUSR1 if sbatch --signal asks for it.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# SLURM sends SIGTERM before it kills a job, and SIGUSR1 if sbatch --signal asks for it. A terminal sends SIGINT for
+# Ctrl-C, and SIGHUP when it is closed.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 DEEPSPEED_COMMANDS = ("deepspeed", "ds", "deepspeed.launcher.runner")
 POLL_S = 1.0
 # Time to finish a step and save after the launcher has died; then this process exits, whatever it is waiting for.
 GRACE_S = 45.0
+# A second SIGINT within this time belongs to the same Ctrl-C: a terminal and a launcher may both have sent one.
+SAME_INTERRUPT_S = 0.5
+PEER_REASON = "another rank was asked to stop"
+
+
+class StopRequested(BaseException):
+    """A stop signal ended a wait of the main thread. Not an Exception: no library on the way may swallow it."""
 
 
 class StopSignals:
     """Collects requests to stop this process. reason: why to stop, or None.
 
-    A request only sets the reason. At the end of a step all ranks agree to stop, save, and exit with EXIT_REQUEUE.
+    A request sets the reason. At the end of a step all ranks agree to stop, save, and exit with EXIT_REQUEUE. While
+    the main thread waits for data, a request raises StopRequested there. Before the first step is done there is nothing
+    to save: a request then ends the process at once. So does a second Ctrl-C.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, embedded: bool = False) -> None:
+        """embedded: the process continues after the run, as a notebook's does. It is never ended: the first step is
+        awaited, too, and a second Ctrl-C raises KeyboardInterrupt.
+        """
+        self.embedded = embedded
         self.reason: str | None = None
+        self.tell_peers: Callable[[], None] = _do_nothing
+        self._has_stepped = False
+        self._interruptible = False
+        self._interrupted_at: float | None = None
+        self._lock = threading.RLock()  # a signal handler may interrupt another
 
     def install_handlers(self) -> None:
-        """Handle SIGTERM and SIGUSR1; call this in the main thread."""
+        """Handle SIGNALS; call this in the main thread. A signal that is ignored, as SIGHUP under nohup, stays so."""
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+        if not self.embedded:
+            # A Python handler only runs once the main thread leaves C++, which may be in a collective or a compiler.
+            # C writes the signal's number to this socket at once, and a thread of its own reads it.
+            receiver, sender = socket.socketpair()
+            sender.setblocking(False)
+            signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._read_numbers, args=(receiver, sender), name="signals", daemon=True).start()
+
+    def first_step_done(self) -> None:
+        """From now on a request is met at the end of a step."""
+        self._has_stepped = True
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Raise StopRequested in the block as soon as a stop is requested, or if it has been already."""
+        before, self._interruptible = self._interruptible, True
+        try:
+            if self.reason is not None:
+                raise StopRequested(self.reason)
+            yield
+        finally:
+            self._interruptible = before
+
+    def request(self, reason: str) -> None:
+        """Ask this process to stop, and tell the other ranks; any thread may call this."""
+        with self._lock:
+            if self.reason is not None:
+                return
+            self.reason = reason
+        if reason != PEER_REASON:
+            self.tell_peers()
+        if not self._has_stepped and not self.embedded:
+            _end(f"{reason} before the first step was done: nothing to save", EXIT_REQUEUE)
+        if self._interruptible and threading.current_thread() is not threading.main_thread():
+            # Wakes the main thread from a system call; _on_signal then raises.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        self.reason = self.reason or f"received {signal.Signals(number).name}"
+        """Runs in the main thread."""
+        if self.embedded and self._is_second_interrupt(number):
+            raise KeyboardInterrupt
+        if self.embedded or self._has_stepped:
+            self.request(_describe(number))
+        if self._interruptible:
+            raise StopRequested(self.reason)
+
+    def _read_numbers(self, receiver: socket.socket, _sender: socket.socket) -> None:
+        """Runs in a thread of its own. _sender: kept open."""
+        while numbers := receiver.recv(64):
+            for number in set(numbers) & set(SIGNALS):
+                if self._is_second_interrupt(number):
+                    _end("interrupted again: ending without saving", EXIT_INTERRUPTED)
+                if number == signal.SIGINT and not self._has_stepped:
+                    self.tell_peers()
+                    _end("interrupted", EXIT_INTERRUPTED)
+                self.request(_describe(number))
+
+    def _is_second_interrupt(self, number: int) -> bool:
+        if number != signal.SIGINT:
+            return False
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+        return now - self._interrupted_at > SAME_INTERRUPT_S
 
     def watch_launcher(self) -> None:
         """Start a thread that requests a stop once the deepspeed launcher, or the `deepspeed` command, is gone.
@@ -63,8 +149,23 @@ class StopSignals:
         os._exit(1)  # a rank that waits for dead peers cannot be interrupted otherwise, and would keep the port in use
 
     def _request_stop(self, reason: str) -> None:
-        self.reason = self.reason or reason
         log.warning("%s: stopping after a checkpoint", reason)
+        self.request(reason)
+
+
+def _describe(number: int) -> str:
+    return f"received {signal.Signals(number).name}"
+
+
+def _do_nothing() -> None:
+    """A run of one rank has no peers to tell."""
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """End this process without returning to the main thread, which may be anywhere."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"pretrain: {message}\n".encode())
+    os._exit(code)
 
 
 def _deepspeed_command_of(launcher: psutil.Process) -> int | None:

@@ -1,6 +1,8 @@
 """A watchdog that ends all ranks as soon as one of them dies, and names that rank in the log."""
 
 import contextlib
+import hmac
+import ipaddress
 import json
 import logging
 import os
@@ -14,6 +16,9 @@ from typing import Any
 
 import torch.distributed
 
+from megabert.training.distributed.rank_env import LOOPBACK, are_ranks_on_one_machine
+from megabert.training.distributed.signals import PEER_REASON, StopSignals
+
 log = logging.getLogger(__name__)
 
 EXIT_PEER_LOST = 86  # exit code of a rank that ended because another one is gone
@@ -21,11 +26,13 @@ CONNECT_TIMEOUT_S = 120.0  # for all ranks to connect to rank 0; they have just 
 # A host that does not answer is given up after 10 + 4 x 5 s.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 30_000}
 GOODBYE = "goodbye"
-MESSAGE_TIMEOUT_S = 5.0  # to send one message, or to receive one whose first byte has arrived
+STOP = "stop"  # unlike all other messages, this one may be followed by another
+MESSAGE_TIMEOUT_S = 5.0  # to send one message; for a new connection, to introduce itself
 PEER_DIED = "is gone: its process or its machine died"
 # Time between learning that another rank failed and ending: if all ranks fail for the same reason, each can log it.
 END_DELAY_S = 3.0
 MAX_MESSAGE_BYTES = 2000
+PENDING, STRANGER, RANK = "pending", "stranger", "rank"  # what a new connection turns out to be
 
 
 class PeerWatchdog:
@@ -33,12 +40,15 @@ class PeerWatchdog:
 
     Gloo and NCCL wait for a dead peer until their timeout, or fail with nothing but an address. Here every rank keeps
     a TCP connection to rank 0. The kernel closes the connections of a process that dies, and keepalive probes detect
-    a dead host. Rank 0 forwards which rank it was.
+    a dead host. Rank 0 forwards which rank it was. A request to stop travels the same way.
     """
 
-    def __init__(self, rank: int, world_size: int):
-        """Connect; every rank calls this in a process group with its device set. Raises ValueError if one cannot."""
-        self.rank, self.host = rank, socket.gethostname()
+    def __init__(self, rank: int, world_size: int, signals: StopSignals | None = None):
+        """Connect; every rank calls this in a process group with its device set. Raises ValueError if one cannot.
+
+        signals: those of this rank; a stop that one rank is asked for is passed on to those of all ranks.
+        """
+        self.rank, self.host, self.signals = rank, socket.gethostname(), signals
         self.peers: dict[int, _Peer] = {}
         self.closing = threading.Event()  # once set, no message ends this process any more
         self.peer_failed = threading.Event()
@@ -46,6 +56,7 @@ class PeerWatchdog:
         if world_size == 1:
             return
         server = _listen(world_size) if rank == 0 else None
+        # Only ranks know the token: it travels through the process group.
         address: list[Any] = [server and (server.getsockname()[1], secrets.token_hex(16), self.host)]
         torch.distributed.broadcast_object_list(address)
         port, token, rank0_host = address[0]
@@ -57,10 +68,12 @@ class PeerWatchdog:
         # Without this, a loader worker would keep its dead parent's connection open.
         os.register_at_fork(after_in_child=self._close)
         self.thread.start()
+        if signals is not None:
+            signals.tell_peers = lambda: self._send_all(STOP)
 
     def _connect(self, port: int, token: str, rank0_host: str) -> None:
         """Connect to rank 0 and introduce this rank."""
-        address = os.environ["MASTER_ADDR"]
+        address = LOOPBACK if are_ranks_on_one_machine() else os.environ["MASTER_ADDR"]
         try:
             connection = socket.create_connection((address, port), timeout=CONNECT_TIMEOUT_S)
         except OSError as error:
@@ -72,39 +85,48 @@ class PeerWatchdog:
         self.peers[0].send(json.dumps({"token": token, "rank": self.rank, "host": self.host}))
 
     def _accept(self, server: socket.socket, token: str, world_size: int) -> None:
-        """Accept a connection from every other rank.
+        """Accept a connection from every other rank, and close those of strangers.
 
-        All connections are read concurrently: a stranger that sends nothing, such as a port scanner, delays no rank.
+        All connections are read concurrently, each as its bytes arrive: a stranger delays no rank, however slowly it
+        sends. Whoever has not introduced itself after MESSAGE_TIMEOUT_S is disconnected.
         """
         deadline = time.monotonic() + CONNECT_TIMEOUT_S
-        selector = selectors.DefaultSelector()
-        selector.register(server, selectors.EVENT_READ, None)
         server.settimeout(MESSAGE_TIMEOUT_S)
-        while len(self.peers) < world_size - 1:
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-            if not ready or time.monotonic() > deadline:
-                missing = sorted(set(range(1, world_size)) - self.peers.keys())
-                raise ValueError(
-                    f"ranks {missing} did not connect to rank 0 on {self.host}, port {server.getsockname()[1]}, within "
-                    f"{CONNECT_TIMEOUT_S:.0f} s. Open all ports between the nodes."
-                )
-            for key, _ in ready:
-                if key.data is None:
-                    if accepted := _none_if_lost(server.accept):
-                        peer = _Peer(accepted[0], "")
-                        selector.register(peer.connection, selectors.EVENT_READ, peer)
-                    continue
-                peer = key.data
-                selector.unregister(peer.connection)
-                hello = _parse_json(peer.receive())
-                if hello.get("token") == token:
-                    peer.host = hello["host"]
-                    self.peers[hello["rank"]] = peer
-                else:
+        strangers: dict[_Peer, float] = {}
+        with selectors.DefaultSelector() as selector:
+            selector.register(server, selectors.EVENT_READ, None)
+            while len(self.peers) < world_size - 1:
+                ready, now = selector.select(min(1.0, max(0.0, deadline - time.monotonic()))), time.monotonic()
+                if now > deadline:
+                    raise _not_connected(set(range(1, world_size)) - self.peers.keys(), self.host, server)
+                for key, _ in ready:
+                    if key.data is None:
+                        if accepted := _none_if_lost(server.accept):
+                            peer = _Peer(accepted[0], "")
+                            strangers[peer] = now + MESSAGE_TIMEOUT_S
+                            selector.register(peer.connection, selectors.EVENT_READ, peer)
+                    elif self._greet(key.data, token) != PENDING:
+                        selector.unregister(key.fileobj)
+                        del strangers[key.data]
+                for peer in [peer for peer, until in strangers.items() if now > until]:
+                    selector.unregister(peer.connection)
+                    del strangers[peer]
                     peer.close()
-        for key in list(selector.get_map().values()):
-            if key.data is not None:
-                key.data.close()
+        for peer in strangers:
+            peer.close()
+
+    def _greet(self, peer: "_Peer", token: str) -> str:
+        """Read what a new connection has sent. Returns whether it is a rank's, a stranger's, or still unknown."""
+        lines = peer.receive()
+        if lines == []:
+            return PENDING
+        hello = _parse_json(lines[0]) if lines else {}
+        if not hmac.compare_digest(str(hello.get("token")).encode(), token.encode()):
+            peer.close()
+            return STRANGER
+        peer.host = hello["host"]
+        self.peers[hello["rank"]] = peer
+        return RANK
 
     def __enter__(self) -> "PeerWatchdog":
         return self
@@ -128,17 +150,30 @@ class PeerWatchdog:
             self.thread.join(END_DELAY_S)  # until the other ranks have said goodbye too
 
     def _watch(self) -> None:
-        """Read each peer's one message; end this process unless it is a goodbye."""
+        """Read each peer's messages; end this process at any other than a goodbye or a request to stop."""
         selector = selectors.DefaultSelector()
         for rank, peer in self.peers.items():
             selector.register(peer.connection, selectors.EVENT_READ, rank)
         while selector.get_map():
             for key, _ in selector.select():
                 peer = self.peers[key.data]
-                message = peer.receive()
+                lines = peer.receive()
+                if lines and STOP in lines:
+                    self._stop()
+                    lines = [line for line in lines if line != STOP]
+                if lines == []:
+                    continue
                 selector.unregister(peer.connection)
+                message = lines[0] if lines else ""
                 if message != GOODBYE and not self.closing.is_set():
                     self._end(message or f"rank {key.data} on {peer.host} {PEER_DIED}")
+
+    def _stop(self) -> None:
+        """Another rank was asked to stop: ask this one too, and on rank 0 all others."""
+        if self.rank == 0:
+            self._send_all(STOP)
+        if self.signals is not None:
+            self.signals.request(PEER_REASON)
 
     def _end(self, message: str) -> None:
         """Forward the message, and end this process unless it is already failing on its own."""
@@ -158,15 +193,32 @@ class PeerWatchdog:
 
 
 def _listen(backlog: int) -> socket.socket:
-    """Listen on a free port, on IPv6 and IPv4 if the machine has both."""
+    """Listen on a free port, only where ranks can come from.
+
+    That is the loopback interface if all are on this machine; else the one of MASTER_ADDR. If MASTER_ADDR is no address
+    of this machine's network, as where a host's own name stands for 127.0.1.1, it is every interface.
+    """
+    if are_ranks_on_one_machine():
+        return socket.create_server((LOOPBACK, 0), backlog=backlog)
+    with contextlib.suppress(OSError):
+        for family, _, _, _, address in socket.getaddrinfo(os.environ["MASTER_ADDR"], 0, type=socket.SOCK_STREAM):
+            if not ipaddress.ip_address(address[0]).is_loopback:
+                return socket.create_server(address[:2], family=family, backlog=backlog)
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # IPv6 may be built in but disabled
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
     return socket.create_server(("", 0), backlog=backlog)
 
 
+def _not_connected(missing: set[int], host: str, server: socket.socket) -> ValueError:
+    return ValueError(
+        f"ranks {sorted(missing)} did not connect to rank 0 on {host}, port {server.getsockname()[1]}, within "
+        f"{CONNECT_TIMEOUT_S:.0f} s. Open all ports between the nodes."
+    )
+
+
 class _Peer:
-    """A connection on which each side sends one line. host: the other side's machine."""
+    """A connection on which each side sends lines. host: the other side's machine."""
 
     def __init__(self, connection: socket.socket, host: str):
         connection.settimeout(MESSAGE_TIMEOUT_S)
@@ -174,17 +226,20 @@ class _Peer:
         for option, value in KEEPALIVE.items():
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self.connection, self.host = connection, host
-        self.reader = connection.makefile("rb")
+        self.received = b""  # of a line that is not complete
 
     def send(self, message: str) -> None:
         _none_if_lost(lambda: self.connection.sendall(message.encode() + b"\n"))
 
-    def receive(self) -> str:
-        """Return the next line; empty if the connection is lost."""
-        return (_none_if_lost(lambda: self.reader.readline(MAX_MESSAGE_BYTES)) or b"").decode(errors="replace").strip()
+    def receive(self) -> list[str] | None:
+        """Return the lines that the arrived bytes complete; None if the connection is lost. Does not wait for more."""
+        arrived = _none_if_lost(lambda: self.connection.recv(MAX_MESSAGE_BYTES))
+        *lines, self.received = (self.received + (arrived or b"")).split(b"\n")
+        if not lines and (not arrived or len(self.received) > MAX_MESSAGE_BYTES):
+            return None
+        return [line.decode(errors="replace").strip() for line in lines]
 
     def close(self) -> None:
-        self.reader.close()
         self.connection.close()
 
 

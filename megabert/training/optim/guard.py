@@ -47,9 +47,12 @@ class Guard:
         return {"norms": list(self.norms), "skipped": self.skipped, "in_a_row": self.skipped_in_a_row}
 
     def restore(self, raw: dict[str, Any]) -> None:
-        """Load the history that `to_json` returned."""
-        self.norms = deque(raw["norms"], maxlen=NORM_WINDOW)
-        self.skipped, self.skipped_in_a_row = raw["skipped"], raw["in_a_row"]
+        """Load the history that `to_json` returned. Raises ValueError for anything else."""
+        try:
+            self.norms = deque(map(float, raw["norms"]), maxlen=NORM_WINDOW)
+            self.skipped, self.skipped_in_a_row = int(raw["skipped"]), int(raw["in_a_row"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the checkpoint's state.json is damaged: guard: {error!r}.") from error
 
 
 class UpdateGate:

@@ -4,7 +4,6 @@ OUTPUT_DIR/probe/step-00001000.json  the score of a finished probe
 OUTPUT_DIR/probe/step-00001000.log   the output of its process
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 
 from megabert.config.recipe import ProbeConfig
 from megabert.files.checkpoint_format import step_of, tag_of
+from megabert.files.json_file import read_json
 from megabert.files.metrics_format import METRICS, read_metrics
 from megabert.files.subprocesses import last_line
 from megabert.training.distributed.rank_env import RANK_VARIABLES
@@ -164,10 +164,12 @@ class ProbeRunner:
 
 def _read_score(path: Path) -> dict[str, Any]:
     """Read a score file: at least "score", 0 to 1, and "tokens", those that the checkpoint was trained on."""
-    result = json.loads(path.read_text())
-    if (version := result.get("format_version", 1)) > SCORE_VERSION:
+    result = read_json(path)
+    if (version := result.get("format_version", 1)) not in range(1, SCORE_VERSION + 1):
         raise ValueError(
-            f"{path}: has format_version {version}, expected at most {SCORE_VERSION}. Update MegaBERT, or delete the "
-            "file to leave its score out."
+            f"{path}: has format_version {version!r}, expected at most {SCORE_VERSION}. Update MegaBERT, or delete "
+            "the file to leave its score out."
         )
+    if not all(isinstance(result.get(name), (int, float)) for name in ("score", "tokens")):
+        raise ValueError(f"{path}: damaged: it has no score, or no tokens. Delete it to leave its score out.")
     return result

@@ -17,6 +17,7 @@ import yaml
 
 from megabert.data.shards.source import Corpus
 from megabert.files.atomic import write_atomically
+from megabert.files.json_file import read_json
 from megabert.files.redact import redact, redact_all
 from megabert.training.checkpointing.resume import Checkpoint
 from megabert.training.distributed.device import device_name
@@ -48,7 +49,8 @@ def start_messages(
     if checkpoint is not None:
         state = checkpoint.state
         done = f" of {plan.schedule.total_steps}" if hours is None else f", {state.wall_seconds / 3600:.2f} hours"
-        yield f"resumed from {checkpoint.path}: step {state.step}{done}"
+        verb = "branched off from" if checkpoint.branched else "resumed from"
+        yield f"{verb} {checkpoint.path}: step {state.step}{done}"
 
 
 def write_run_json(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: int) -> None:
@@ -87,12 +89,11 @@ def attempt_facts(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: i
 def _attempts(path: Path) -> list[dict[str, Any]]:
     """The attempts in a run.json; none if the file is missing or damaged."""
     try:
-        last = json.loads(path.read_bytes())
+        last = read_json(path)
     except (FileNotFoundError, ValueError):
         return []
-    if not isinstance(last, dict):
-        return []
-    return [last, *last.pop("earlier", [])]
+    earlier = last.pop("earlier", [])
+    return [last, *(earlier if isinstance(earlier, list) else [])]
 
 
 def versions() -> dict[str, str]:

@@ -164,7 +164,7 @@ def test_damage_is_named(folder):
 @pytest.mark.parametrize("text", ["[]", "{}", '{"state.json": 3}', '{"state.json": [1, "x"]}'])
 def test_a_manifest_that_lists_no_whole_checkpoint_is_damage(folder, text):
     (folder / layout.MANIFEST).write_text(text)
-    with pytest.raises(ValueError, match=r"MANIFEST.json: damaged: it does not list"):
+    with pytest.raises(ValueError, match=r"MANIFEST.json: damaged: it (does not list|holds a list)"):
         layout.read_manifest(folder)
 
 
@@ -197,7 +197,7 @@ VERSION_1 = {
 
 def test_a_state_of_version_1_is_read(folder):
     (folder / layout.STATE).write_text(json.dumps(VERSION_1 | {"heldout_loss": 2.5, "used": 60.0, "slowest": 2.0}))
-    assert layout.read_state(folder) == dataclasses.replace(STATE, rolled_back_bins=[[4, 6]], heldout_loss=2.5)
+    assert layout.read_state(folder) == dataclasses.replace(STATE, rolled_back_bins=[(4, 6)], heldout_loss=2.5)
     (folder / layout.STATE).write_text(json.dumps(VERSION_1))
     state = layout.read_state(folder)
     assert (state.zero_stage, state.wall_seconds, state.max_step_seconds, state.heldout_loss) == (2, 0.0, 0.0, None)
@@ -214,3 +214,27 @@ def test_a_state_of_an_unknown_version_is_refused(folder, version):
 def test_no_checkpoint_is_named(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint here"):
         layout.find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": "four"}, "step: Input should be a valid integer"),
+        ({"recipe": {"data": 3}}, "recipe.data: Input should be a valid dictionary"),
+        ({"recipe": {}}, "recipe: has no data.max_seq_len"),
+        ({"rolled_back_bins": [[1]]}, r"rolled_back_bins.0.1: Field required"),
+        ({"ds_config": []}, "ds_config: Input should be a valid dictionary"),
+        ({"surprise": 1}, "surprise: Unexpected keyword argument"),
+    ],
+)
+def test_a_state_of_wrong_types_is_refused_in_one_line(folder, changes, message):
+    write_state(folder, **changes)
+    with pytest.raises(ValueError, match=f"state.json: damaged: {message}") as error:
+        layout.read_state(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("raw", [{}, {"norms": 1, "skipped": 0, "in_a_row": 0}, {"norms": [], "skipped": "x"}])
+def test_a_damaged_history_of_norms_is_named(raw):
+    with pytest.raises(ValueError, match=r"state.json is damaged: guard: \w+Error"):
+        Guard(0.0).restore(raw)

@@ -4,23 +4,41 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
 import torch
 
+from megabert.config.cli import EXIT_INTERRUPTED
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
-from megabert.training.distributed.signals import EXIT_REQUEUE, StopSignals
+from megabert.training.distributed import signals
+from megabert.training.distributed.signals import (
+    EXIT_REQUEUE,
+    PEER_REASON,
+    SIGNALS,
+    StopRequested,
+    StopSignals,
+)
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.processes import start, wait_for_step
-from tests.helpers.runs import Corpus, ds_config_in, finish_ranks, pretrain_command, run_command, start_ranks
+from tests.helpers.runs import Corpus, ds_config_in, finish_ranks, patched, pretrain_command, run_command, start_ranks
 
 ENDLESS = "--run.max_steps=1000000"
 
 
 @pytest.mark.parametrize(
-    ("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGTERM, 2), (signal.SIGUSR1, 2)]
+    ("number", "workers"),
+    [
+        (signal.SIGTERM, 0),
+        (signal.SIGINT, 0),
+        (signal.SIGTERM, 2),
+        (signal.SIGUSR1, 2),
+        (signal.SIGINT, 2),
+        (signal.SIGHUP, 2),
+    ],
 )
 def test_after_a_signal_a_run_saves_and_asks_to_be_requeued(corpus: Corpus, tmp_path, number, workers):
     """The signal goes to the rank, or with loader workers to the process group, as SLURM and terminals send it."""
@@ -118,15 +136,155 @@ def test_after_a_signal_to_the_deepspeed_command_alone_the_ranks_save(corpus: Co
     assert list((tmp_path / "checkpoints").glob("step-*"))
 
 
-def test_a_signal_only_sets_the_reason():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    stop_signals = StopSignals()
-    try:
-        stop_signals.install_handlers()
-        assert stop_signals.reason is None
-        signal.raise_signal(signal.SIGUSR1)
-        signal.raise_signal(signal.SIGTERM)
-        assert stop_signals.reason == "received SIGUSR1"
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+@pytest.fixture
+def embedded() -> Iterator[StopSignals]:
+    """The signals of a run in a process that continues, such as this one."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    stop_signals = StopSignals(embedded=True)
+    stop_signals.install_handlers()
+    yield stop_signals
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_sets_the_reason_once(embedded: StopSignals, number):
+    assert embedded.reason is None
+    signal.raise_signal(number)
+    signal.raise_signal(signal.SIGUSR1)
+    assert embedded.reason == f"received {signal.Signals(number).name}"
+
+
+def test_a_second_interrupt_is_not_met_by_waiting(embedded: StopSignals, monkeypatch):
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)  # the same Ctrl-C, sent by a launcher too
+    monkeypatch.setattr(signals, "SAME_INTERRUPT_S", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_request_ends_a_wait_for_data_and_tells_the_other_ranks(embedded: StopSignals):
+    """Whether it comes during the wait, from any thread, or before it."""
+    told = []
+    embedded.tell_peers = lambda: told.append(embedded.reason)
+    timer = threading.Timer(0.1, embedded.request, ["the launcher is gone"])
+    timer.start()
+    for _ in range(2):
+        with pytest.raises(StopRequested, match="the launcher is gone"), embedded.interrupting():
+            time.sleep(60)
+    assert told == ["the launcher is gone"]
+
+
+def test_what_another_rank_passed_on_is_not_sent_back(embedded: StopSignals):
+    told = []
+    embedded.tell_peers = lambda: told.append(embedded.reason)
+    embedded.request(PEER_REASON)
+    assert embedded.reason == PEER_REASON
+    assert told == []
+
+
+def test_an_ignored_hangup_stays_ignored(embedded: StopSignals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    embedded.install_handlers()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+HANGING = """
+import time
+from megabert.data import stream
+usual = stream.open_stream
+def hanging(*arguments):
+    for item in usual(*arguments):
+        if item[0].index >= 10:
+            time.sleep(600)
+        yield item
+stream.open_stream = hanging
+"""
+
+
+@pytest.mark.parametrize(("ranks", "workers", "number"), [(1, 0, signal.SIGTERM), (2, 2, signal.SIGHUP)])
+def test_a_rank_that_waits_for_data_saves_and_ends(corpus: Corpus, tmp_path, ranks, workers, number):
+    """Five steps of two bins; then no rank gets more. The signal goes to the last rank only."""
+    command = patched(pretrain_command(corpus, tmp_path, ENDLESS, f"--data.num_workers={workers}"))
+    processes = start_ranks(command, ranks, PATCH=HANGING)
+    wait_for_step(processes[0], tmp_path, 5)
+    time.sleep(0.5)
+    began = time.monotonic()
+    processes[-1].send_signal(number)
+    done = finish_ranks(processes, timeout_s=60)
+    assert [process.returncode for process in processes] == [EXIT_REQUEUE] * ranks, done.output
+    assert time.monotonic() - began < 20
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-00000005"
+    assert re.search("stopped at step 5: .*; checkpoint saved", done.output)
+
+
+def test_a_stop_while_waiting_changes_no_bit_of_the_rest(corpus: Corpus, tmp_path):
+    process = start(patched(pretrain_command(corpus, tmp_path / "a", "--run.max_steps=7")), PATCH=HANGING)
+    wait_for_step(process, tmp_path / "a", 5)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == EXIT_REQUEUE
+    for out in ("a", "b"):
+        done = run_command(pretrain_command(corpus, tmp_path / out, "--run.max_steps=7"), OMP_NUM_THREADS="1")
+        assert done.code == 0, done.output
+    first, second = (read_checkpoint(tmp_path / out)[0] for out in ("a", "b"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+SLOW_START = "import time; from megabert.training import loop; loop.make_plan = lambda *_: time.sleep(600)"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_REQUEUE), (signal.SIGINT, EXIT_INTERRUPTED)])
+def test_before_the_first_step_a_signal_ends_the_run_at_once(corpus: Corpus, tmp_path, number, code):
+    process = start(patched(pretrain_command(corpus, tmp_path, ENDLESS)), PATCH=SLOW_START)
+    time.sleep(3)
+    began = time.monotonic()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == code, output
+    assert time.monotonic() - began < 5
+    assert len(output.splitlines()) == 1, output
+
+
+def test_a_second_interrupt_ends_a_run_that_does_not_save(corpus: Corpus, tmp_path):
+    """Here because saving takes for ever."""
+    patch = "import time; from megabert.training import loop; loop.save = lambda _: time.sleep(600)"
+    process = start(patched(pretrain_command(corpus, tmp_path, ENDLESS)), PATCH=patch)
+    wait_for_step(process, tmp_path, 3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert output.endswith("pretrain: interrupted again: ending without saving\n")
+
+
+def test_loader_workers_end_with_their_rank(corpus: Corpus, tmp_path):
+    process = start(pretrain_command(corpus, tmp_path, ENDLESS, "--data.num_workers=2"))
+    wait_for_step(process, tmp_path, 3)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    assert not psutil.wait_procs(workers, timeout=5)[1]
+
+
+def test_a_hangup_under_nohup_is_ignored(corpus: Corpus, tmp_path):
+    command = patched(pretrain_command(corpus, tmp_path, "--run.max_steps=200"))
+    process = start(command, PATCH="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    wait_for_step(process, tmp_path, 3)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+
+def test_ctrl_c_at_the_deepspeed_command_saves(corpus: Corpus, tmp_path):
+    """A terminal sends it to the whole process group: the command, its launcher and the ranks."""
+    process = start(pretrain_command(corpus, tmp_path, ENDLESS, "--data.num_workers=2", ranks=2))
+    wait_for_step(process, tmp_path, 3)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=90)
+    assert not psutil.wait_procs(descendants, timeout=60)[1]
+    assert re.search("received SIG(INT|TERM); checkpoint saved", output), output
+    assert list((tmp_path / "checkpoints").glob("step-*"))

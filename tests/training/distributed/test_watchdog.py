@@ -1,5 +1,6 @@
 """A rank that dies ends all other ranks, which name it in their logs; no process is left."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from megabert.training.distributed import watchdog
+from megabert.training.distributed.signals import PEER_REASON, StopSignals
 from megabert.training.distributed.watchdog import EXIT_PEER_LOST, PEER_DIED, PeerWatchdog
 from tests.helpers import warm
 from tests.helpers.ports import free_port
@@ -21,6 +23,12 @@ from tests.helpers.runs import Corpus, finish_ranks, pretrain_command
 from tests.helpers.runs import start_ranks as warm_ranks
 
 HOST = socket.gethostname()
+OWN_ADDRESSES = [
+    address.address
+    for addresses in psutil.net_if_addrs().values()
+    for address in addresses
+    if address.family == socket.AF_INET and not address.address.startswith("127.")
+]
 
 
 def start_ranks(folder: Path, *actions: str) -> list[warm.Process]:
@@ -101,6 +109,89 @@ def test_strangers_delay_no_rank(monkeypatch):
     for connection in (*strangers, *ranks, server):
         connection.close()
     rank0._close()
+
+
+def test_a_greeting_that_drips_holds_no_rank(monkeypatch):
+    """A connection that sends a byte now and then is closed after MESSAGE_TIMEOUT_S."""
+    monkeypatch.setattr(watchdog, "MESSAGE_TIMEOUT_S", 0.5)
+    rank0, server = PeerWatchdog(0, 1), watchdog._listen(4)
+    stranger = socket.create_connection(server.getsockname())
+    accepting = threading.Thread(target=rank0._accept, args=(server, "secret", 2), daemon=True)
+    accepting.start()
+    began = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() < began + 20:
+            stranger.sendall(b"{")
+            time.sleep(0.1)
+    assert 0.4 < time.monotonic() - began < 10
+    assert accepting.is_alive()
+    rank = socket.create_connection(server.getsockname())
+    rank.sendall(b'{"token": "secret", ')
+    time.sleep(0.1)  # a greeting may arrive in parts
+    rank.sendall(b'"rank": 1, "host": "node1"}\n')
+    accepting.join(10)
+    assert {number: peer.host for number, peer in rank0.peers.items()} == {1: "node1"}
+    for connection in (stranger, rank, server):
+        connection.close()
+    rank0._close()
+
+
+@pytest.mark.parametrize(
+    ("variables", "address"),
+    [
+        ({}, "127.0.0.1"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "127.0.0.1"),
+        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "node0"}, "127.0.0.1"),
+        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "1", "MASTER_ADDR": "10.255.0.77"}, "::"),  # not an address of this machine
+        *[({"WORLD_SIZE": "2", "LOCAL_SIZE": "1", "MASTER_ADDR": own}, own) for own in OWN_ADDRESSES],
+    ],
+)
+def test_rank_0_listens_only_where_ranks_are(monkeypatch, variables, address):
+    for name in ("WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if address == "::" and not socket.has_dualstack_ipv6():
+        address = "0.0.0.0"
+    with watchdog._listen(1) as server:
+        assert server.getsockname()[0] == address
+
+
+def listening_addresses(pid: int) -> set[str]:
+    connections = psutil.Process(pid).net_connections("inet")
+    return {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_on_one_machine_listens_on_the_loopback_interface_only(corpus: Corpus, tmp_path, ranks):
+    """The store, gloo and the watchdog."""
+    processes = warm_ranks(pretrain_command(corpus, tmp_path, "--run.max_steps=100000"), ranks)
+    wait_for_step(processes[0], tmp_path, 3)
+    found = [listening_addresses(process.pid) for process in processes]
+    for process in processes:
+        process.terminate()
+    finish_ranks(processes, timeout_s=60)
+    assert set().union(*found) <= {"127.0.0.1"}
+    assert ranks == 1 or found[0] == {"127.0.0.1"}
+
+
+def test_a_stop_is_passed_on_to_all_ranks_once():
+    """Rank 1 is asked to stop; rank 0 passes it on to rank 2, which is not confused by hearing it twice."""
+    pairs = {rank: socket.socketpair() for rank in (1, 2)}
+    rank0, asked = PeerWatchdog(0, 1), []
+    rank0.signals = StopSignals(embedded=True)
+    rank0.signals.request = asked.append  # type: ignore[method-assign]
+    rank0.peers = {rank: watchdog._Peer.__new__(watchdog._Peer) for rank in pairs}
+    for rank, peer in rank0.peers.items():
+        peer.connection, peer.host, peer.received = pairs[rank][0], f"node{rank}", b""
+    rank0.thread.start()
+    pairs[1][1].sendall(b"stop\nstop\n")
+    assert pairs[2][1].recv(100) == b"stop\n"
+    pairs[1][1].sendall(b"goodbye\n")
+    pairs[2][1].sendall(b"goodbye\n")
+    rank0.thread.join(10)
+    assert not rank0.thread.is_alive()
+    assert asked == [PEER_REASON]
 
 
 def test_ranks_that_do_not_connect_are_named(monkeypatch):

@@ -1,0 +1,38 @@
+# Functions that the launch scripts share: output that never ends a script, and commands that end with their script.
+
+# A closed stdout or stderr (`>&-`) becomes /dev/null: else the next file that is opened would take its place.
+{ true >&1; } 2> /dev/null || exec > /dev/null
+{ true >&2; } 2> /dev/null || exec 2> /dev/null
+trap '' PIPE   # of a reader that has left, as in `| head`
+
+# Print a line; a closed pipe or a full disk under the log does not matter.
+say() { echo "$@" 2> /dev/null || true; }
+
+# Print a port of this machine that nothing uses at the moment.
+free_port() { python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+# Start a command in a process group of its own, so that all of its processes can be found; set `group` to its id.
+start_group() {
+    set -m
+    "$@" &
+    group=$!
+    set +m
+}
+
+alive() { pgrep -g "$group" > /dev/null; }
+
+# Wait for the command of start_group; set `code` to its exit code. A trapped signal ends bash's own wait early.
+wait_for_group() {
+    while true; do
+        code=0
+        wait "$group" || code=$?
+        kill -0 "$group" 2> /dev/null || break
+    done
+}
+
+# Wait $1 seconds at most for the other processes of the group, and kill those that are left.
+end_group() {
+    local i
+    for ((i = 0; i < 10 * $1; i++)); do alive || return 0; sleep 0.1; done
+    kill -KILL -- "-$group" 2> /dev/null || true
+}

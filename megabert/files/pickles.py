@@ -1,0 +1,46 @@
+"""Which classes the pickles of a checkpoint may name; no pickle is ever executed."""
+
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+# Besides tensors and plain containers, DeepSpeed's files name these classes, all of which only hold values.
+DEEPSPEED_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+# What torch's unpickler raises for bytes that are not a pickle of tensors.
+UNPICKLING_ERRORS = (
+    UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    AssertionError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)
+
+
+def check_pickle(path: Path) -> None:
+    """Raise ValueError unless a .pt file is what torch.save writes, of tensors, containers and DEEPSPEED_CLASSES.
+
+    The file is not loaded: only the names in it are read. Older formats of torch.save are refused.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: damaged, or not in a format that MegaBERT writes.")
+    try:
+        names = get_unsafe_globals_in_checkpoint(path)
+    except UNPICKLING_ERRORS as error:
+        raise ValueError(f"{path}: damaged: {str(error).splitlines()[0]}") from error
+    if foreign := sorted(set(names) - set(DEEPSPEED_CLASSES)):
+        raise ValueError(
+            f"{path}: was not read, because it names {', '.join(foreign)}, which no MegaBERT checkpoint does. It was "
+            "not written by MegaBERT, or was changed later: do not trust its folder."
+        )
