@@ -1,6 +1,5 @@
 """The fine-tuning command: check all inputs, run the jobs, and report the results."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from megabert.finetune.jobs.job import TFIDF, FinetuneJob, JobContext, WorkerSlo
 from megabert.finetune.jobs.runner import Runner
 from megabert.finetune.options import FinetuneOptions
 from megabert.finetune.protocol import MNLI, Protocol, read_protocol
-from megabert.finetune.results.report import as_markdown, as_results, plot_scores, summarize
+from megabert.finetune.results.report import as_markdown, as_results, plot_scores, summarize, write_results
 from megabert.finetune.results.submission import write_submission
 from megabert.finetune.tasks.readers import check_data, locate_data
 from megabert.finetune.tasks.task import GLUE, Task, glue_tasks, read_task
@@ -102,7 +101,7 @@ def report(
     summary = summarize(jobs, runner.results)
     results = as_results(options.checkpoint, context.base, protocol, without_mnli, summary)
     table = as_markdown(results, tasks)
-    write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
+    write_results(out / "results.json", results)
     write_atomically(out / "results.md", table.encode())
     plot_scores(results, out / "results.png")
     print(f"\n{table}")

@@ -77,40 +77,77 @@ def test_a_task_added_later_starts_from_the_model_that_mnli_kept(options_for, in
     assert rte["request"]["start"] == before["mnli-pretrained-c0-s1"]["model"]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"status": "do', b"[]", b'{"status": "done"}', None])
-def test_an_incomplete_result_is_made_again(options_for, in_process, tmp_path, content):
-    (tmp_path / "tiny.yaml").write_text(PROTOCOL)
+DEEP = b'{"a": ' * 100_000
+BROKEN = {
+    "empty": (b"", "is damaged, not valid JSON"),
+    "cut": (b'{"status": "do', "is damaged, not valid JSON"),
+    "a list": (b"[]", "is damaged, not a JSON object"),
+    "deep": (DEEP, "is damaged, not valid JSON"),
+    "not UTF-8": (b"\xff\xfe{", "is damaged, not valid JSON"),
+    "without a version": (b'{"status": "done"}', "has format_version 1, expected 2"),
+    "of wrong types": (b'{"format_version": 2, "status": "done", "scores": 3, "request": []}', "was changed since"),
+    "not a number": (b'{"format_version": 2, "status": "done", "score": NaN}', "was changed since"),
+    "missing": (None, None),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), BROKEN.values(), ids=BROKEN)
+def test_a_damaged_result_is_made_again_with_the_reason(options_for, in_process, tmp_path, capsys, content, reason):
     assert run_finetuning(options_for(tasks="sst2")) == 0
     before, path = results_of_jobs(tmp_path / "out"), tmp_path / "out/jobs/sst2-pretrained-c0-s2.json"
     if content is None:
         path.unlink()
     else:
         path.write_bytes(content)
+    capsys.readouterr()
     assert run_finetuning(options_for(tasks="sst2")) == 0
     assert changed(before, tmp_path / "out") == ["sst2-pretrained-c0-s2"]
+    lines = [line for line in capsys.readouterr().out.split("\n") if str(path) in line]
+    assert len(lines) == (reason is not None)
+    assert all(reason in line and line.endswith("It does not count, and the job runs again.") for line in lines)
 
 
-@pytest.mark.parametrize(("version", "rerun"), [(None, []), (1, []), (2, ["sst2-pretrained-c0-s2"])])
-def test_a_result_of_another_format_version_is_made_again(options_for, in_process, tmp_path, version, rerun):
-    """Without a version it is of the first one."""
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("score", 0.97), ("scores", {"accuracy": 0.97}), ("seconds", 0.0), ("train_examples", 67_349), ("seed", 2)],
+)
+def test_an_edited_result_does_not_reach_the_table(options_for, in_process, tmp_path, capsys, part, value):
     assert run_finetuning(options_for(tasks="sst2")) == 0
-    path = tmp_path / "out/jobs/sst2-pretrained-c0-s2.json"
+    out = tmp_path / "out"
+    path, before = out / "jobs/sst2-pretrained-c0-s1.json", json.loads((out / "results.json").read_text())
     result = json.loads(path.read_text())
-    assert result.pop("format_version") == 1
-    path.write_text(json.dumps(result if version is None else result | {"format_version": version}))
-    before = results_of_jobs(tmp_path / "out")
+    holder = result["request"]["training"] if part == "seed" else result
+    holder[part] = value
+    path.write_text(json.dumps(result))
+    capsys.readouterr()
     assert run_finetuning(options_for(tasks="sst2")) == 0
-    assert changed(before, tmp_path / "out") == rerun
+    assert f"{path}: was changed since it was written: its content has another hash. It does not count" in (
+        capsys.readouterr().out
+    )
+    after = json.loads((out / "results.json").read_text())
+    assert after["average"] == before["average"]
+    assert after["tasks"]["sst2"]["pretrained"]["scores"] == before["tasks"]["sst2"]["pretrained"]["scores"]
+    assert "97.00" not in (out / "results.md").read_text()
 
 
-def test_lost_or_damaged_files_of_a_job_are_made_again(options_for, in_process, tmp_path):
+def test_the_result_of_another_job_does_not_count(options_for, in_process, tmp_path):
+    assert run_finetuning(options_for(tasks="sst2")) == 0
+    out, before = tmp_path / "out", results_of_jobs(tmp_path / "out")
+    shutil.copyfile(out / "jobs/sst2-pretrained-c0-s1.json", out / "jobs/sst2-pretrained-c0-s2.json")
+    assert run_finetuning(options_for(tasks="sst2")) == 0
+    assert results_of_jobs(out)["sst2-pretrained-c0-s2"]["request"] == before["sst2-pretrained-c0-s2"]["request"]
+
+
+def test_lost_or_damaged_files_of_a_job_are_made_again(options_for, in_process, tmp_path, capsys):
     options, out = options_for(tasks="mnli,rte", submission=True), tmp_path / "out"
     assert run_finetuning(options) == 0
     labels = labels_in(out / "submission.zip")
     mnli = out / "jobs/mnli-pretrained-c0-s1"
     for path in out.glob("jobs/*.npz"):
         path.write_bytes(path.read_bytes()[:-9])
+    capsys.readouterr()
     assert run_finetuning(options) == 0
+    assert "s1.npz: the predictions there are missing or were changed. The job runs again." in capsys.readouterr().out
     assert labels_in(out / "submission.zip") == labels
     for path in out.glob("jobs/*.npz"):
         path.unlink()

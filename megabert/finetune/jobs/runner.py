@@ -1,6 +1,5 @@
 """Run fine-tuning jobs in parallel processes, and reuse the results of jobs that are done already."""
 
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 
-from megabert.files.atomic import write_atomically
 from megabert.files.hashing import file_sha256
 from megabert.files.lock import LockHeldError, acquire
 from megabert.files.subprocesses import exit_with_parent, last_line
@@ -25,10 +23,11 @@ from megabert.finetune.jobs.job import (
     label_with_kept_model,
     run_job,
 )
+from megabert.finetune.record import read_record, write_record
 from megabert.finetune.tasks.readers import file_hashes
 
-# Of OUT/jobs/NAME.json. Files without a version are of version 1; a job whose file has another version is run again.
-FORMAT_VERSION = 1
+# Of OUT/jobs/NAME.json. A job whose file has another version is run again.
+FORMAT_VERSION = 2
 # Exit code of a job's process if another command runs the same job (EX_TEMPFAIL of sysexits.h).
 BUSY = 75
 
@@ -45,6 +44,7 @@ class Runner:
     def __init__(self, jobs: list[FinetuneJob], context: JobContext, log: Callable[[str], None]):
         self.jobs, self.context, self.log = jobs, context, log
         self.results: dict[str, Result] = {}
+        self.logged: set[str] = set()
         self.data_hashes = {
             job.task.name: file_hashes(job.task, context.data, ["train", *job.task.dev.values()]) for job in jobs
         }
@@ -132,14 +132,20 @@ class Runner:
             "labelling": self.test_hashes[job.name],
         }
 
+    def _log_once(self, line: str) -> None:
+        if line not in self.logged:
+            self.logged.add(line)
+            self.log(line)
+
     def _reuse_result(self, job: FinetuneJob) -> bool:
         """Use the stored result of a job, if its training was the same and a model that others start from is intact."""
         start = self._start_model(job)
-        result = read_result(self.context, job)
+        result = read_result(self.context, job, self._log_once)
         if start is None or result is None or not is_same_training(result, self._request(job, start[1])):
             return False
         others_start_here = job.keep_model and any(other.from_mnli for other in self.jobs)
         if others_start_here and not kept_model_is_intact(self.context, job, result):
+            self._log_once(f"{self.context.jobs / job.name}: the model there is missing or was changed. The job runs again.")
             return False
         self.results[job.name] = result | {"score": job.score(result["scores"])}
         return True
@@ -147,9 +153,12 @@ class Runner:
     def _has_test_labels(self, job: FinetuneJob) -> bool:
         """Return whether a job that is done labelled the present test sets, and its file is intact."""
         result, path = self.results[job.name], self.context.jobs / f"{job.name}.npz"
-        if result["request"]["labelling"] != self.test_hashes[job.name] or not path.is_file():
+        if result["request"]["labelling"] != self.test_hashes[job.name]:
             return False
-        return file_sha256(path) == result["labels_sha256"]
+        if path.is_file() and file_sha256(path) == result["labels_sha256"]:
+            return True
+        self._log_once(f"{path}: the predictions there are missing or were changed. The job runs again.")
+        return False
 
     def _fail_without_mnli(self, job: FinetuneJob) -> bool:
         if not job.from_mnli or any(self.results[other.name]["status"] == "done" for other in self._mnli_jobs()):
@@ -159,7 +168,7 @@ class Runner:
 
     def _record_result(self, job: FinetuneJob, exitcode: int | None) -> None:
         """Record how the process of a job ended."""
-        result = read_result(self.context, job)
+        result = read_result(self.context, job, self._log_once)
         if exitcode == 0 and result is not None:
             self.results[job.name] = result | {"score": job.score(result["scores"])}
             scores = ", ".join(f"{name} {value:.4f}" for name, value in result["scores"].items())
@@ -181,20 +190,26 @@ class Runner:
 
 
 def write_result(context: JobContext, job: FinetuneJob, result: Result) -> None:
-    record = {"format_version": FORMAT_VERSION, **result}
-    write_atomically(context.jobs / f"{job.name}.json", json.dumps(record, indent=1).encode())
+    write_record(result_path(context, job), result, FORMAT_VERSION)
 
 
-def read_result(context: JobContext, job: FinetuneJob) -> Result | None:
-    """Return the stored result of a job; None if it is missing, incomplete, of another version or failed."""
+def result_path(context: JobContext, job: FinetuneJob) -> Path:
+    return context.jobs / f"{job.name}.json"
+
+
+def read_result(context: JobContext, job: FinetuneJob, log: Callable[[str], None]) -> Result | None:
+    """Return the stored result of a job; None if the job failed or did not run, or its file cannot be used, with why.
+
+    log: called with the reason.
+    """
     try:
-        result = json.loads((context.jobs / f"{job.name}.json").read_bytes())
-    except (FileNotFoundError, ValueError):
+        result = read_record(result_path(context, job), FORMAT_VERSION)
+    except FileNotFoundError:
         return None
-    if not isinstance(result, dict) or result.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+    except ValueError as error:
+        log(f"{error}. It does not count, and the job runs again.")
         return None
-    is_complete = {"request", "scores", "seconds"} <= result.keys()
-    return result if result.get("status") == "done" and is_complete else None
+    return result if result.get("status") == "done" else None
 
 
 def is_same_training(result: Result, request: dict[str, Any]) -> bool:
@@ -251,7 +266,7 @@ def run_and_write(
     job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: Path, request: dict[str, Any]
 ) -> None:
     """Run a job and write its result; if it kept the model of this very training, only label the test sets again."""
-    stored = read_result(context, job) if job.keep_model else None
+    stored = read_result(context, job, print) if job.keep_model else None
     if stored and is_same_training(stored, request) and kept_model_is_intact(context, job, stored):
         result = stored | label_with_kept_model(job, context, slot)
     else:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megabert.files.checkpoint_format import list_tags, read_state
+from megabert.files.checkpoint_format import STATE, State, check_files, list_tags, read_state
 from megabert.finetune.results.report import read_results
 from megabert.plots.pareto import Panel
 
@@ -53,9 +53,16 @@ def checkpoints_of(run: Path) -> list[Path]:
         raise ValueError(f"{run}: has no checkpoints/step-...; expected the output folder of a pretraining run.")
     found = [run / "checkpoints" / tag for tag in reversed(tags)]
     for checkpoint in found:
-        if read_state(checkpoint).wall_seconds <= 0:
+        if read_cost(checkpoint).wall_seconds <= 0:
             raise ValueError(f"{checkpoint}: does not record its hours; an older version wrote it.")
     return found
+
+
+def read_cost(checkpoint: Path) -> State:
+    """Read the state of a checkpoint. Raises ValueError if it is damaged, or was changed since it was written."""
+    if problem := check_files(checkpoint, [STATE]):
+        raise ValueError(f"{problem}. Its cost cannot be trusted: restore the file, or remove the checkpoint.")
+    return read_state(checkpoint)
 
 
 def measure(run: str, checkpoint: Path, results: Path, dollars_per_gpu_hour: float) -> Point:
@@ -67,7 +74,7 @@ def measure(run: str, checkpoint: Path, results: Path, dollars_per_gpu_hour: flo
     found = read_results(results)
     if found["average"] is None:
         raise ValueError(f"{results}: has no average ({found['average_of']}).")
-    state = read_state(checkpoint)
+    state = read_cost(checkpoint)
     hours = state.wall_seconds / 3600
     price = hours * state.world_size * dollars_per_gpu_hour if dollars_per_gpu_hour else None
     return Point(run, state.step, found["average"], hours, state.tokens, price)

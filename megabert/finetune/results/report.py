@@ -1,6 +1,5 @@
 """Results of all jobs as results.json, as a Markdown table and as a bar chart."""
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 from megabert.finetune.base_model import BaseModel
 from megabert.finetune.jobs.job import PRETRAINED, RANDOM_INIT, TFIDF, FinetuneJob
 from megabert.finetune.protocol import MNLI, Protocol
+from megabert.finetune.record import read_record, write_record
 from megabert.finetune.tasks.task import EIGHT, Task
 from megabert.plots.score_bars import Bar, plot_score_bars
 
-# Of results.json. Files without a version are of version 1.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of results.json
 TITLES = {
     PRETRAINED: "fine-tuned, pretrained",
     RANDOM_INIT: "fine-tuned, from random weights",
@@ -101,7 +100,6 @@ def as_results(
     """Return the content of results.json."""
     mean, title = average(summary)
     return {
-        "format_version": FORMAT_VERSION,
         "checkpoint": checkpoint,
         "checkpoint_sha256": base.sha256,
         "protocol": protocol.name,
@@ -113,12 +111,18 @@ def as_results(
     }
 
 
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    write_record(path, results, FORMAT_VERSION)
+
+
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a results.json. Raises ValueError for another version."""
-    results = json.loads(path.read_text())
-    if (version := results.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
-        raise ValueError(f"{path}: has format_version {version}, expected {FORMAT_VERSION}. Run the fine-tuning again.")
-    return results
+    """Read a results.json. Raises ValueError if it is missing, damaged, changed by hand or of another version."""
+    try:
+        return read_record(path, FORMAT_VERSION)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file. Run the fine-tuning first.") from error
+    except ValueError as error:
+        raise ValueError(f"{error}. Run the fine-tuning again: it reuses its jobs and writes the file anew.") from error
 
 
 def _percent(value: float | None) -> str:

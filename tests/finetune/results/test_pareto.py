@@ -1,6 +1,7 @@
 """launch/pareto.py on checkpoints of two runs of a model that trains in milliseconds."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megabert.files.checkpoint_format import MANIFEST, STATE
 from megabert.files.hashing import file_sha256
 from megabert.finetune.results import pareto
 from megabert.finetune.results.pareto import Point
+from megabert.finetune.results.report import write_results
 from megabert.plots.pareto import plot_pareto
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
@@ -94,6 +96,41 @@ def test_two_runs_give_a_table_a_plot_and_records(corpus, tmp_path, launch):
     assert (tmp_path / "pareto/pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_results_that_were_changed_are_refused_with_a_remedy(corpus, tmp_path, launch):
+    checkpoint = run_of(tmp_path / "run", corpus, 0, {1: 3600.0}) / "checkpoints/step-00000001"
+    path = tmp_path / "results.json"
+    write_results(path, {"average": None, "average_of": "mean of nothing"})
+    with pytest.raises(ValueError, match="has no average .mean of nothing."):
+        pareto.measure("run", checkpoint, path, 0.0)
+    write_results(path, {"average": 0.5})
+    assert pareto.measure("run", checkpoint, path, 0.0).score == 0.5
+    edited = path.read_text().replace("0.5", "0.97")
+    for content, reason in (
+        (edited, "was changed since it was written: its content has another hash"),
+        ('{"average": 0.97}', "has format_version 1, expected 2"),
+        ('{"format_version": 2, "average": NaN}', "was changed since it was written"),
+        ('{"a":' * 100_000, "is damaged, not valid JSON"),
+        ("[0.97]", "is damaged, not a JSON object"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=re.escape(f"{path}: {reason}")) as error:
+            pareto.measure("run", checkpoint, path, 0.0)
+        assert str(error.value).endswith("Run the fine-tuning again: it reuses its jobs and writes the file anew.")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"results\.json: no such file\. Run the fine-tuning first"):
+        pareto.measure("run", checkpoint, path, 0.0)
+
+
+def test_a_cost_that_was_edited_is_refused(corpus, tmp_path, launch):
+    run = run_of(tmp_path / "run", corpus, 0, {1: 3600.0})
+    path = run / "checkpoints/step-00000001" / STATE
+    path.write_text(path.read_text().replace("3600.0", "1800.0"))
+    code, _, error = launch(f"--runs={run}", "--tasks=sst2")
+    assert (code, error.count("\n")) == (1, 1)
+    assert f"{path} is damaged: its hash differs from the one in {MANIFEST}. Its cost cannot be trusted" in error
+    assert not (tmp_path / "pareto").exists()
+
+
 def test_checkpoints_without_a_score_or_a_cost_are_refused_before_any_training(corpus, tmp_path, launch):
     run = run_of(tmp_path / "run", corpus, 0, {1: 0.0})
     for more, message in (
@@ -106,14 +143,4 @@ def test_checkpoints_without_a_score_or_a_cost_are_refused_before_any_training(c
         assert message in error
     with pytest.raises(ValueError, match="has no checkpoints/step-"):
         pareto.checkpoints_of(tmp_path)
-    (tmp_path / "results.json").write_text('{"average": null, "average_of": "mean of nothing"}')
-    with pytest.raises(ValueError, match="has no average .mean of nothing."):
-        pareto.measure("run", run / "checkpoints/step-00000001", tmp_path / "results.json", 0.0)
-    (tmp_path / "results.json").write_text('{"format_version": 2, "average": 0.5}')
-    with pytest.raises(
-        ValueError, match=r"results\.json: has format_version 2, expected 1\. Run the fine-tuning again"
-    ):
-        pareto.measure("run", run / "checkpoints/step-00000001", tmp_path / "results.json", 0.0)
-    (tmp_path / "results.json").write_text('{"average": 0.5}')
-    assert pareto.measure("run", run / "checkpoints/step-00000001", tmp_path / "results.json", 0.0).score == 0.5
     assert not (tmp_path / "pareto").exists()
