@@ -23,6 +23,7 @@ Name = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is
 # Bounds for files of settings, far above any real one.
 MAX_FILE_BYTES = 10_000_000
 MAX_VALUES = 100_000
+MAX_DEPTH = 100  # pydantic reads 200 levels
 
 TAG = "tag:yaml.org,2002:"
 PLAIN = {TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
@@ -59,7 +60,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     An empty file gives {}. Raises ValueError, in one line with the file's name, for invalid YAML and for valid YAML
     that is mostly a slip: duplicate keys, keys that are not strings, aliases inside their own anchor, dates, explicit
-    tags, a file without keys, and a file of more than MAX_FILE_BYTES or, with its aliases replaced, MAX_VALUES.
+    tags, a file without keys, and a file of more than MAX_FILE_BYTES or, with its aliases replaced, MAX_VALUES or
+    MAX_DEPTH levels.
     """
     try:
         data = _load(read_small_file(path))
@@ -278,21 +280,25 @@ def _load(data: bytes) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _count_values(node, {}) > MAX_VALUES:
+        values, depth = _measure(node, {})
+        if values > MAX_VALUES:
             _refuse(node, f"aliases make more than {MAX_VALUES:,} values.")
+        if depth > MAX_DEPTH:
+            _refuse(node, f"is nested {depth} levels deep, expected at most {MAX_DEPTH}.")
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
-    """Count the values below a node, those of an alias each time that it is used. known: counts by node."""
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Count the values below a node and its levels, those of an alias each time that it is used. known: by node."""
     if id(node) not in known:
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
         else:
             parts = node.value if isinstance(node, yaml.SequenceNode) else []
-        known[id(node)] = 1 + sum(_count_values(part, known) for part in parts)
+        found = [_measure(part, known) for part in parts]
+        known[id(node)] = 1 + sum(count for count, _ in found), 1 + max((depth for _, depth in found), default=0)
     return known[id(node)]
 
 

@@ -145,7 +145,9 @@ class Runner:
             return False
         others_start_here = job.keep_model and any(other.from_mnli for other in self.jobs)
         if others_start_here and not kept_model_is_intact(self.context, job, result):
-            self._log_once(f"{self.context.jobs / job.name}: the model there is missing or was changed. The job runs again.")
+            self._log_once(
+                f"{self.context.jobs / job.name}: the model there is missing or was changed. The job runs again."
+            )
             return False
         self.results[job.name] = result | {"score": job.score(result["scores"])}
         return True

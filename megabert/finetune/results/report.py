@@ -155,6 +155,9 @@ def as_markdown(results: dict[str, Any], tasks: list[Task]) -> str:
                 notes.append(f"- {task}: the best of {part['candidates']} candidates, chosen by this same score")
             if part["counting"]:
                 notes.append(f"- {task}, {TITLES[contender]}: the score is only {' and '.join(part['counting'])}")
+    notes += [
+        f"- {task.name}: scored on the file that it was trained on" for task in tasks if task.scores_training_file
+    ]
     lines.append(
         f"| **average** | {TITLES[PRETRAINED]} | {_percent(results['average'])} | | | {results['average_of']} | | | |"
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import hstack
+from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 
@@ -17,11 +18,18 @@ def predict_tfidf(
     """Return predictions for every set of `others`, and the seconds that training took.
 
     Trains a logistic regression, or a ridge regression. The features of a pair are the absolute difference and the
-    product of its two texts' features.
+    product of its two texts' features. Where these cannot learn, since the texts have no words or the labels are all
+    the same, it predicts the most frequent label, or the mean.
     """
     start = time.perf_counter()
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    vectorizer.fit(train.first + (train.second or []))
+    texts, words = train.first + (train.second or []), vectorizer.build_analyzer()
+    if len(set(train.labels or [])) < 2 or not any(map(words, texts)):
+        constant: Any = DummyRegressor() if is_regression else DummyClassifier()
+        constant.fit(train.first, train.labels)
+        predictions = {name: constant.predict(examples.first) for name, examples in others.items()}
+        return predictions, time.perf_counter() - start
+    vectorizer.fit(texts)
 
     def features(examples: Examples):
         first: Any = vectorizer.transform(examples.first)

@@ -14,6 +14,9 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 REGRESSION_METRICS = ("pearson", "spearman")
 
 
+COMMAND_OR_ADDRESS = re.compile(r"\s*(pipe|hf|[A-Za-z][\w+.-]*(?=://)):", re.IGNORECASE)
+
+
 class Examples(NamedTuple):
     """The examples of one split.
 
@@ -72,6 +75,10 @@ class Task:
     @property
     def is_regression(self) -> bool:
         return not self.labels
+
+    @property
+    def scores_training_file(self) -> bool:
+        return bool(self.files) and self.files["train"] == self.files["validation"]
 
 
 def _splits(train: TsvLayout, test: TsvLayout) -> dict[str, TsvLayout]:
@@ -218,6 +225,8 @@ class TaskFile:
             raise ValueError(f"name is {self.name}, which is a GLUE task; choose another.")
         if not 1 <= len(self.texts) <= 2:
             raise ValueError(f"texts has {len(self.texts)} columns, expected 1, or 2 for pairs.")
+        if len(set(self.texts)) < len(self.texts):
+            raise ValueError(f"texts names the column {self.texts[0]} twice.")
         if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels):
             raise ValueError(
                 f"labels is {', '.join(self.labels)}, expected two or more different names, or none at all."
@@ -227,6 +236,8 @@ class TaskFile:
         for key in ("label", "train", "dev", "test"):
             if getattr(self, key) == "":
                 raise ValueError(f"{key} is empty.")
+        for key in ("train", "dev", "test"):
+            _check_path(key, getattr(self, key))
         self._check_metrics()
 
     def _check_metrics(self) -> None:
@@ -238,10 +249,23 @@ class TaskFile:
         expected = f"expected some of {', '.join(fitting)}."
         if not self.metrics:
             raise ValueError(f"metrics is empty, {expected}")
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"metrics is {', '.join(self.metrics)}, which has one twice, {expected}")
         for name in self.metrics:
             if name not in fitting:
                 kind = f"{len(self.labels)} labels" if self.labels else "a regression (no labels)"
                 raise ValueError(f"metrics has {name!r}, which does not fit {kind}: {expected}")
+
+
+def _check_path(key: str, path: str | None) -> None:
+    """Raise ValueError for what other programs read as a command or an address: a task file may come with data."""
+    if path is not None and (match := COMMAND_OR_ADDRESS.match(path)):
+        raise ValueError(
+            f"{key} begins with {match[0]}, expected a file: a task file may come with data, so it names files only, "
+            "and never a command or an address."
+        )
+    if path is not None and "\0" in path:
+        raise ValueError(f"{key} is {path!r}, expected the name of a file.")
 
 
 def glue_tasks(names: str) -> list[Task]:

@@ -131,7 +131,7 @@ def test_missing_files_and_unreadable_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="has no examples"):
         read_split(GLUE["sst2"], tmp_path, "train")
     (tmp_path / "SST-2/train.tsv").write_bytes(b"sentence\tlabel\ngood\t1\n\xff\xfe\t0\n")
-    with pytest.raises(ValueError, match=r"SST-2/train\.tsv, after line \d: not UTF-8"):
+    with pytest.raises(ValueError, match=r"SST-2/train\.tsv, line 3: not UTF-8: byte 1 is 0xff"):
         read_split(GLUE["sst2"], tmp_path, "train")
     (tmp_path / "sst2").mkdir()
     (tmp_path / "sst2/train-0.parquet").write_bytes(b"not parquet at all")
@@ -176,7 +176,7 @@ def test_numbers_without_names_are_refused_unless_the_readme_names_them(tmp_path
     assert read_split(task, tmp_path, "train").labels == [1, 0]
     table = pyarrow.table({"sentence1": ["a", None], "sentence2": ["c", "d"], "label": [0, 1]})
     pyarrow.parquet.write_table(table, folder / "train-0.parquet")
-    with pytest.raises(ValueError, match=r"train-0\.parquet, row 1, column sentence1: is None, expected a string"):
+    with pytest.raises(ValueError, match=r"train-0\.parquet, row 1, column sentence1: is null, expected a string"):
         read_split(task, tmp_path, "train")
     pyarrow.parquet.write_table(table.drop(["sentence2"]), folder / "train-0.parquet")
     with pytest.raises(ValueError, match="has no column sentence2, only sentence1, label"):
@@ -241,6 +241,17 @@ def test_a_users_task_reads_csv_and_tsv_files(tmp_path):
         ("name: own", "name: own\nname: other", "line 2: duplicate key name"),
         ("metrics: [accuracy, f1]", "metrics: []", "metrics is empty, expected some of accuracy, f1, matthews"),
         ("train: own.csv", "train: ''", "train is empty"),
+        ("[text]", "[text, text]", "texts names the column text twice"),
+        ("[accuracy, f1]", "[accuracy, accuracy]", "metrics is accuracy, accuracy, which has one twice"),
+        ("train: own.csv", "train: 'pipe:touch pwned'", "train begins with pipe:, expected a file: a task file may"),
+        ("dev: own.tsv", "dev: ' PIPE:touch pwned'", "dev begins with .*PIPE:, expected a file"),
+        ("dev: own.tsv", "dev: https://host/x.tsv", "dev begins with https:, expected a file"),
+        ("dev: own.tsv", "dev: own.tsv\ntest: 'hf:a/b'", "test begins with hf:, expected a file"),
+        ("dev: own.tsv", 'dev: "a\\0b"', "dev is 'a.x00b', expected the name of a file"),
+        ("name: own", "name: own\nclass_path: os.system", "unknown key class_path"),
+        ("name: own", "name: !!python/object/apply:os.system [id]", "explicit tags are not supported"),
+        ("labels: [bad, good]", "labels: " + "[" * 300 + "]" * 300, "line 1: is nested 301 levels deep"),
+        (OWN, "{a: " * 2000 + "1" + "}" * 2000, r"own\.yaml: not valid YAML: maximum"),
         (OWN, "[", "not valid YAML"),
     ],
 )
