@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megabert.config import cli
+from megabert.config.settings import setting
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Options:
     """as in launch/finetune_glue.py"""
     out: str = "runs/pareto"
     """folder for pareto.png, pareto.md, pareto.json and a folder per checkpoint"""
-    dollars_per_gpu_hour: float = 0.0
+    dollars_per_gpu_hour: float = setting(0.0, "[0, 1e6]")
     """price of one device for one hour; 0: no dollars"""
     ops: Literal["auto", "torch", "fused"] = "auto"
     """as in launch/finetune_glue.py"""
@@ -37,8 +38,6 @@ class Options:
     def __post_init__(self):
         if not self.folders:
             raise ValueError("--runs is missing: output folders of pretraining runs, separated by commas.")
-        if not 0 <= self.dollars_per_gpu_hour < float("inf"):
-            raise ValueError(f"--dollars-per-gpu-hour is {self.dollars_per_gpu_hour}, expected 0 or more.")
 
     @property
     def folders(self) -> list[Path]:

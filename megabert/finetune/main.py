@@ -173,7 +173,7 @@ def parse_shard(shard: str) -> tuple[int, int]:
     """Parse PART/PARTS: 3/8 -> (3, 8), and nothing -> (0, 1). Raises ValueError for anything else."""
     if not shard:
         return 0, 1
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
     if not match or int(match[1]) >= int(match[2]):
         raise ValueError(f"--shard {shard}: expected PART/PARTS, such as 0/8 to 7/8.")
     return int(match[1]), int(match[2])
@@ -183,8 +183,6 @@ def worker_slots(workers: int, num_jobs: int) -> list[WorkerSlot]:
     """Return a slot per GPU; without one, a slot per core: small models gain more from that than from threads."""
     devices = local_devices()
     cores = len(os.sched_getaffinity(0))
-    if workers < 0:
-        raise ValueError(f"--workers is {workers}, expected 0 (one per GPU or core) or more.")
     default = cores if devices[0] == torch.device("cpu") else len(devices)
     count = max(1, min(workers or default, num_jobs))
     return [WorkerSlot(devices[index % len(devices)], max(1, cores // count)) for index in range(count)]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megabert.config.settings import check_limits, setting
+
 
 @dataclass(frozen=True)
 class FinetuneOptions:
@@ -24,7 +26,7 @@ class FinetuneOptions:
     """also fine-tune the same architecture from random weights, and train TF-IDF with a linear model"""
     submission: bool = False
     """label the test sets, and write the zip file for GLUE's server"""
-    workers: int = 0
+    workers: int = setting(0, "[0, 1024]")
     """jobs at a time; 0: one per GPU, or one per CPU core"""
     shard: str = ""
     """run only part I of N of the jobs, as I/N: for a SLURM array (launch/slurm/finetune_glue.sbatch)"""
@@ -32,6 +34,7 @@ class FinetuneOptions:
     """implementation of the model's operations, as run.ops in pretraining"""
 
     def __post_init__(self):
+        check_limits(self, "--")
         if not self.checkpoint:
             raise ValueError(
                 "--checkpoint is missing: a pretraining run, an exported folder, or a Hugging Face folder."

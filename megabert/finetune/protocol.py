@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import Any, Literal
 from pydantic import FiniteFloat
 
 from megabert.config.cli import nearest
+from megabert.config.settings import check_limits, required, setting, shortened
 from megabert.config.strict_yaml import build, check_keys, read_dataclass
 from megabert.finetune.tasks.task import GLUE, Metric, Task
+
+# Each seed and candidate of a task is a job of minutes or hours.
+MAX_SEEDS, MAX_CANDIDATES = 1000, 10_000
 
 MNLI = "mnli"
 CHECKPOINT = "checkpoint"
@@ -21,29 +26,30 @@ CHECKPOINT = "checkpoint"
 class Settings:
     """Hyper-parameters of one fine-tuning. The learning rate warms up and decays to 0, both linearly."""
 
-    lr: FiniteFloat
+    lr: FiniteFloat = required("(0, 10]")
     """peak learning rate"""
-    epochs: int
+    epochs: int = required("[1, 1e6]")
     """passes over the training examples"""
-    batch_size: int
+    batch_size: int = required("[1, 65536]")
     """examples per step"""
-    weight_decay: FiniteFloat = 0.0
+    weight_decay: FiniteFloat = setting(0.0, "[0, 100]")
     """torch's convention: each step multiplies weights by 1 - lr * weight_decay"""
     decoupled_decay: bool = False
     """each step at the peak learning rate multiplies weights by 1 - weight_decay, as in Composer's DecoupledAdamW"""
-    max_seq_len: int = 256
+    max_seq_len: int = setting(256, "[8, 1048576]")
     """truncate longer examples, tokens; a model with fewer learned positions truncates to those"""
-    warmup: FiniteFloat = 0.06
+    warmup: FiniteFloat = setting(0.06, "[0, 1]")
     """share of the steps that warms up"""
-    beta1: FiniteFloat = 0.9
-    beta2: FiniteFloat = 0.98
-    eps: FiniteFloat = 1e-6
-    max_grad_norm: FiniteFloat = 0.0
+    beta1: FiniteFloat = setting(0.9, "[0, 1)")
+    beta2: FiniteFloat = setting(0.98, "[0, 1)")
+    eps: FiniteFloat = setting(1e-6, "[1e-30, 0.1]")
+    """of AdamW; a smaller one is 0 in fp32, and updates NaN"""
+    max_grad_norm: FiniteFloat = setting(0.0, "[0, 1e6]")
     """clip the gradient to this norm; 0: never"""
     decay_norms_and_biases: bool = True
-    dropout: FiniteFloat | None = None
+    dropout: FiniteFloat | None = setting(None, "[0, 1)")
     """on hidden states and before the classifier; null: as in the model's config"""
-    attention_dropout: FiniteFloat | None = None
+    attention_dropout: FiniteFloat | None = setting(None, "[0, 1)")
     """null: as in the model's config"""
     pooling: Literal["cls", "mean"] = "cls"
     """input of the classifier: the first token or the mean of all; the mean suits encoders trained only briefly"""
@@ -51,31 +57,15 @@ class Settings:
     """scale the embeddings back to their initial norm: the outputs stay, but AdamW turns the embeddings faster"""
     precision: Literal["auto", "fp32"] = "auto"
     """auto: bf16 where the device is fast at it"""
-    max_train_examples: int = 0
+    max_train_examples: int = setting(0, "[0, 1e9]")
     """train on a random subset of this size, the same for every seed; 0: on all"""
-    max_dev_examples: int = 0
+    max_dev_examples: int = setting(0, "[0, 1e9]")
     """score a random subset of this size; 0: all"""
 
     def __post_init__(self):
-        minimums = {
-            "lr": 1e-12,
-            "epochs": 1,
-            "batch_size": 1,
-            "weight_decay": 0,
-            "max_seq_len": 8,
-            "eps": 1e-30,
-            "max_grad_norm": 0,
-            "max_train_examples": 0,
-            "max_dev_examples": 0,
-        }
-        for name, minimum in minimums.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {minimum}.")
-        for name in ("beta1", "beta2", "dropout", "attention_dropout"):
-            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}, expected 0 or more, and less than 1.")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup is {self.warmup}, expected 0 to 1.")
+        check_limits(self)
+        if self.decoupled_decay and self.weight_decay >= 1:
+            raise ValueError(f"weight_decay is {self.weight_decay}, expected less than 1 with decoupled_decay.")
 
     @property
     def torch_decay(self) -> float:
@@ -146,9 +136,11 @@ class ProtocolFile:
 
 def _check_seeds(seeds: tuple[int, ...] | None) -> None:
     if seeds is not None and (not seeds or not all(0 <= seed < 2**63 for seed in seeds)):
-        raise ValueError(f"seeds is {list(seeds)}, expected a list of integers from 0 to 2**63 - 1.")
+        raise ValueError(f"seeds is {shortened(list(seeds))}, expected a list of integers from 0 to 2**63 - 1.")
     if seeds is not None and len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds is {list(seeds)}, which has a seed twice.")
+        raise ValueError(f"seeds is {shortened(list(seeds))}, which has a seed twice.")
+    if seeds is not None and len(seeds) > MAX_SEEDS:
+        raise ValueError(f"seeds has {len(seeds):,} of them, expected at most {MAX_SEEDS:,}.")
 
 
 def _check_sweep(sweep: dict[str, tuple[Any, ...]]) -> None:
@@ -206,6 +198,8 @@ def _plan(path: Path, file: ProtocolFile, key: str, own: dict[str, Any]) -> Task
     check_keys(path, section.sweep, FIELDS, f"{key}.sweep")
     settings = file.settings | {name: value for name, value in own.items() if name in FIELDS}
     sweep = file.sweep | section.sweep
+    if (count := math.prod(map(len, sweep.values()))) > MAX_CANDIDATES:
+        raise ValueError(f"{path}: {key}.sweep: has {count:,} combinations, expected at most {MAX_CANDIDATES:,}.")
     candidates = tuple(
         build(Settings, settings | dict(zip(sweep, values, strict=True)), path, key)
         for values in itertools.product(*sweep.values())

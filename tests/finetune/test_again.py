@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from megabert.finetune.main import run_finetuning
-from tests.finetune.conftest import PROTOCOL
 from tests.finetune.layouts import write_tsv
 
 

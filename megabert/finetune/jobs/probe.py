@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from megabert.config import cli
+from megabert.config.settings import setting
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import read_state
 from megabert.files.subprocesses import exit_with_parent
@@ -32,7 +33,7 @@ class Options:
     """as in launch/finetune_glue.py"""
     protocol: str = "quick"
     """as in launch/finetune_glue.py; its first candidate and first seed are used"""
-    max_examples: int = 1000
+    max_examples: int = setting(1000, "[1, 1e9]")
     """examples to train on, and to score"""
     checkpoint: str = ""
     """checkpoint of a pretraining run"""

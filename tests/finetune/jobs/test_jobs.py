@@ -14,7 +14,7 @@ import pytest
 from megabert.finetune.base_model import BaseModel
 from megabert.finetune.jobs.job import FinetuneJob, JobContext
 from megabert.finetune.jobs.runner import Runner
-from megabert.finetune.main import parse_shard, run_finetuning, worker_slots
+from megabert.finetune.main import parse_shard, run_finetuning
 from megabert.finetune.protocol import Settings
 from megabert.finetune.results.report import average
 from megabert.finetune.results.submission import FILES, as_tsv
@@ -70,7 +70,9 @@ def test_one_command_runs_glue(options_for, in_process, tmp_path, capsys):
 def test_a_failed_job_is_left_out_of_the_mean_and_runs_again(options_for, tmp_path):
     """In real processes, as the command runs them."""
     options, path = options_for(tasks="rte,mnli"), tmp_path / "tiny.yaml"
-    path.write_text(PROTOCOL.replace("rte: {", "rte: {sweep: {lr: [1.0e+30]}, precision: fp32, epochs: 2, "))
+    path.write_text(
+        PROTOCOL.replace("rte: {", "rte: {sweep: {lr: [10.0]}, weight_decay: 100, precision: fp32, epochs: 20, ")
+    )
     assert run_finetuning(options) == 1
     table = (tmp_path / "out/results.md").read_text()
     assert "| rte | fine-tuned, pretrained | - | - | 0 of 2 |" in table
@@ -94,7 +96,7 @@ def test_tasks_that_start_from_mnli_need_it_to_be_chosen_and_to_succeed(options_
     assert run_finetuning(options_for(tasks="rte", allow_no_mnli=True)) == 0
     assert "NOT the protocol: rte started from the checkpoint" in (tmp_path / "out/results.md").read_text()
     path = tmp_path / "tiny.yaml"
-    path.write_text(PROTOCOL.replace("mnli: {", "mnli: {lr: 1.0e+30, epochs: 2, precision: fp32, "))
+    path.write_text(PROTOCOL.replace("mnli: {", "mnli: {lr: 10.0, weight_decay: 100, epochs: 20, precision: fp32, "))
     assert run_finetuning(options_for(tasks="rte,mnli")) == 1
     assert (
         "FAILED: rte-pretrained-c0-s1: MNLI failed, whose model it starts from"
@@ -181,11 +183,12 @@ def holds_open(path: Path) -> bool:
 
 def test_wrong_flags_are_refused(options_for):
     assert parse_shard("3/8") == (3, 8)
-    for wrong in ("8/8", "3", "a/b"):
+    for wrong in ("8/8", "3", "a/b", "\u0663/8", "0/" + "9" * 5000):
         with pytest.raises(ValueError, match="expected PART/PARTS"):
             parse_shard(wrong)
-    with pytest.raises(ValueError, match="--workers is -1"):
-        worker_slots(-1, 3)
+    for number in (-1, 1025, 10**12):
+        with pytest.raises(ValueError, match=rf"--workers is {number}, expected a number in \[0, 1024\]"):
+            options_for(workers=number)
     with pytest.raises(ValueError, match="ax: it has only a test set"):
         run_finetuning(options_for(tasks="ax"))
 

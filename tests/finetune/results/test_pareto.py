@@ -136,7 +136,10 @@ def test_checkpoints_without_a_score_or_a_cost_are_refused_before_any_training(c
     for more, message in (
         (["--tasks=wnli"], "--tasks wnli: it counts in no average"),
         (["--tasks=sst2"], "step-00000001: does not record its hours; an older version wrote it"),
-        (["--tasks=sst2", "--dollars-per-gpu-hour=-1"], "--dollars-per-gpu-hour is -1.0, expected 0 or more"),
+        (
+            ["--tasks=sst2", "--dollars-per-gpu-hour=-1"],
+            "--dollars_per_gpu_hour is -1.0, expected a number in [0, 1e6]",
+        ),
     ):
         code, _, error = launch(f"--runs={run}", *more)
         assert (code, error.count("\n")) == (2 if "dollars" in message else 1, 1), error
