@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,9 +13,10 @@ from megabert.files.atomic import write_atomically
 from megabert.files.lock import LockHeldError, acquire, acquire_read_write
 from megabert.finetune.base_model import prepare_base_model
 from megabert.finetune.jobs.job import TFIDF, FinetuneJob, JobContext, WorkerSlot, plan_jobs, tokenizer_for
-from megabert.finetune.jobs.runner import Runner
+from megabert.finetune.jobs.runner import Runner, best_jobs, is_done
 from megabert.finetune.options import FinetuneOptions
 from megabert.finetune.protocol import MNLI, Protocol, read_protocol
+from megabert.finetune.results.kept_models import check_model_folders, export_model, is_exportable, model_folder
 from megabert.finetune.results.report import as_markdown, as_results, plot_scores, summarize, write_results
 from megabert.finetune.results.submission import write_submission
 from megabert.finetune.tasks.readers import check_data, locate_data
@@ -38,7 +40,9 @@ def run_finetuning(options: FinetuneOptions) -> int:
     folder = locate_data(options.data, tasks)
     out = Path(options.out)
     check_data(tasks, folder, options.submission)
-    jobs = plan_jobs(tasks, protocol, options.baselines, options.submission)
+    jobs = plan_jobs(tasks, protocol, options.baselines, options.submission, options.keep_models)
+    if options.keep_models:
+        check_model_folders(out, tasks)
     slots = worker_slots(options.workers, len(jobs))
     out.mkdir(parents=True, exist_ok=True)
     with lock_output(out, part if parts > 1 else None):
@@ -54,8 +58,11 @@ def run_finetuning(options: FinetuneOptions) -> int:
         runner.run(slots, lambda index: index % parts == part)
         if parts > 1:
             return report_part(runner, part, parts)
-        runner.label_test_sets(slots)
-        return report(options, tasks, protocol, without_mnli, runner)
+        runner.remove_models()
+        runner.complete_best(slots, lambda job, result: is_exportable(context, job, result))
+        code = report(options, tasks, protocol, without_mnli, runner)
+        export_best_models(runner)
+        return code
 
 
 @contextmanager
@@ -123,6 +130,22 @@ def report_submission(tasks: list[Task], runner: Runner) -> None:
         print(f"{out}/submission.zip{incomplete}")
     if own := [task.name for task in tasks if task.name not in GLUE and task.test]:
         print(f"{out}/predictions: {', '.join(own)}")
+
+
+def export_best_models(runner: Runner) -> None:
+    """Export the model of each task's best job, if asked for, and print where it is and what the check measured."""
+    out, done = runner.context.out, [job for job in runner.jobs if is_done(runner.results, job)]
+    for job in [job for job in best_jobs(runner.jobs, runner.results) if job.is_exported]:
+        result = runner.results[job.name]
+        count = sum((other.task, other.contender) == (job.task, job.contender) for other in done)
+        measured = export_model(runner.context, job, result, count)
+        if not job.keep_model:
+            shutil.rmtree(runner.context.jobs / job.name, ignore_errors=True)
+        print(
+            f"{model_folder(out, job.task)}: {job.name}, the best of {count} by its score {100 * result['score']:.2f}; "
+            f"loads in transformers {measured['transformers']} without megabert, logits differ by at most "
+            f"{measured['max_difference']:.1e}"
+        )
 
 
 def report_part(runner: Runner, part: int, parts: int) -> int:

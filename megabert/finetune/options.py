@@ -26,6 +26,8 @@ class FinetuneOptions:
     """also fine-tune the same architecture from random weights, and train TF-IDF with a linear model"""
     submission: bool = False
     """label the test sets, and write the zip file for GLUE's server"""
+    keep_models: bool = False
+    """export the model of each task's best run, by its score on the evaluation sets, to OUT/models/TASK"""
     workers: int = setting(0, "[0, 1024]")
     """jobs at a time; 0: one per GPU, or one per CPU core"""
     shard: str = ""

@@ -7,14 +7,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from megabert.convert.check import export_record
-from megabert.convert.check.export_record import CHECK_TEXTS, RECORD, Measurements
+from megabert.convert.check.export_record import CHECK_PAIRS, CHECK_TEXTS, RECORD, Measurements
 from megabert.convert.hf.reader import check_code_stays_inside
 from megabert.convert.hf.writer import save_tensors
 from megabert.data.shards.manifest import TOKENIZER
@@ -43,18 +44,29 @@ def build_model(weights: dict[str, Tensor], config: MegaBertConfig) -> MegaBertF
     return model.eval().requires_grad_(False)
 
 
-def write_expected_outputs(model: MegaBertForMaskedLM, folder: Path, checkpoint: Path) -> None:
-    """Write the token ids of the check's texts, from the checkpoint's tokenizer, and the model's logits for them."""
+def write_expected_outputs(
+    model: PreTrainedModel, folder: Path, checkpoint: Path, max_length: int | None = None, pairs: bool = False
+) -> None:
+    """Write the token ids of the check's texts, from the checkpoint's tokenizer, and the model's logits for them.
+
+    max_length: tokens at which a text is cut, by default the model's maximum; pairs: whether the texts are pairs.
+    """
     tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER))
     tokenizer.enable_padding(pad_id=model.config.pad_token_id)
-    tokenizer.enable_truncation(model.config.max_position_embeddings)
-    encodings = tokenizer.encode_batch(list(CHECK_TEXTS))
-    input_ids = torch.tensor([encoding.ids for encoding in encodings])
-    attention_mask = torch.tensor([encoding.attention_mask for encoding in encodings])
+    tokenizer.enable_truncation(max_length or model.config.max_position_embeddings)
+    texts: Any = list(zip(CHECK_TEXTS, CHECK_PAIRS, strict=True)) if pairs else list(CHECK_TEXTS)
+    encodings = tokenizer.encode_batch(texts)
+    inputs = {
+        "input_ids": torch.tensor([encoding.ids for encoding in encodings]),
+        "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
+    }
+    if pairs and model.config.type_vocab_size > 1:
+        inputs["token_type_ids"] = torch.tensor([encoding.type_ids for encoding in encodings])
     with torch.no_grad():
-        logits = model(input_ids, attention_mask).logits[attention_mask.bool()]  # (T, V)
-    tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "logits": logits.contiguous()}
-    save_tensors(tensors, folder / EXPECTED_OUTPUTS)
+        logits = model(**inputs).logits
+    if logits.dim() == 3:  # of each token
+        logits = logits[inputs["attention_mask"].bool()]  # (T, V)
+    save_tensors(inputs | {"logits": logits.contiguous()}, folder / EXPECTED_OUTPUTS)
     shutil.copymode(folder / TOKENIZER, folder / EXPECTED_OUTPUTS)
 
 

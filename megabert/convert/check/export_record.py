@@ -29,6 +29,7 @@ CHECK_TEXTS = (
     "and passed to the function, which must not modify them. Lines that begin with a number sign are comments.",
     "The [MASK] of M\u00fcnchen is na\u00efve:  3.14 \u2264 \u03c0? \u6771\u4eac, don't_stop\u2028(e-mail) \U0001f600!",
 )
+CHECK_PAIRS = CHECK_TEXTS[::-1]  # the second texts, for a model that reads pairs
 
 
 class Measurements(TypedDict):
@@ -44,12 +45,15 @@ class Measurements(TypedDict):
     reused: NotRequired[bool]
 
 
-def write_record(folder: Path, checkpoint: str, max_length: int, parameters: dict[str, Tensor]) -> None:
+def write_record(
+    folder: Path, checkpoint: str, max_length: int, parameters: dict[str, Tensor], pairs: bool | None = None
+) -> None:
     """Write export.json, before the check.
 
     checkpoint: fingerprint of what was exported; max_length: tokens at which the check truncates texts; parameters: by
-    their names in the folder.
+    their names in the folder; pairs: None for a masked language model, else whether a classifier reads pairs of texts.
     """
+    classifier = {"classifies": "pairs" if pairs else "texts", "text_pairs": CHECK_PAIRS if pairs else None}
     record = {
         "format_version": FORMAT_VERSION,
         "checkpoint": checkpoint,
@@ -57,6 +61,7 @@ def write_record(folder: Path, checkpoint: str, max_length: int, parameters: dic
         "onnx_tolerance": ONNX_TOLERANCE,
         "texts": CHECK_TEXTS,
         "max_length": max_length,
+        **({} if pairs is None else classifier),
         "files": {name: file_sha256(folder / name) for name in files_of(folder) if name not in EDITABLE_FILES},
         "parameters": {name: hashlib.sha256(tensor.numpy().data).hexdigest() for name, tensor in parameters.items()},
     }

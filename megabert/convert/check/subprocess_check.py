@@ -27,7 +27,10 @@ def main(folder: Path) -> dict[str, float | str]:
     transformers.logging.set_verbosity_error()
     record = json.loads((folder / "export.json").read_text())
     expected = load_file(folder / "export_check.safetensors")
-    model, info = transformers.AutoModelForMaskedLM.from_pretrained(
+    # "classifies" is missing in the record of a masked language model.
+    classifies = "classifies" in record
+    auto_class = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForMaskedLM
+    model, info = auto_class.from_pretrained(
         folder, trust_remote_code=True, local_files_only=True, output_loading_info=True
     )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -35,16 +38,16 @@ def main(folder: Path) -> dict[str, float | str]:
         sys.exit(f"weights do not match the model: {wrong}")
     check_parameters(model, record["parameters"])
     check_tokenizer(folder, record, expected)
-    inputs = expected["input_ids"], expected["attention_mask"]
+    inputs = {name: tensor for name, tensor in expected.items() if name != "logits"}
     with torch.no_grad():
-        logits = model.eval()(*inputs).logits
+        logits = model.eval()(**inputs).logits
     measured = {
         "max_difference": check_logits(logits, expected, record["tolerance"], "logits"),
         "largest_logit": float(expected["logits"].abs().max()),
         "transformers": transformers.__version__,
     }
     if (folder / ONNX_MODEL).is_file():
-        logits = run_onnx(folder / ONNX_MODEL, *inputs)
+        logits = run_onnx(folder / ONNX_MODEL, **inputs)
         measured["onnx_max_difference"] = check_logits(logits, expected, record["onnx_tolerance"], "ONNX logits")
     return measured
 
@@ -67,8 +70,11 @@ def check_tokenizer(folder: Path, record: dict[str, Any], expected: dict[str, Te
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     assert tokenizer is not None, "the folder has a tokenizer.json"
     length = record["max_length"]
-    encoded = tokenizer(record["texts"], padding=True, truncation=True, max_length=length, return_tensors="pt")
-    for name in ("input_ids", "attention_mask"):
+    pairs = record.get("text_pairs")
+    encoded = tokenizer(record["texts"], pairs, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    for name in sorted(expected.keys() - {"logits"}):
+        if name not in encoded:
+            sys.exit(f"the tokenizer gives no {name}")
         if encoded[name].shape != expected[name].shape:
             got, wanted = tuple(encoded[name].shape), tuple(expected[name].shape)
             sys.exit(f"the tokenizer gives {name} of shape {got}, the checkpoint's gives {wanted}")
@@ -77,9 +83,9 @@ def check_tokenizer(folder: Path, record: dict[str, Any], expected: dict[str, Te
 
 
 def check_logits(logits: Tensor, expected: dict[str, Tensor], tolerance: float, name: str) -> float:
-    """Return the largest difference at real tokens; exit if it exceeds the tolerance."""
+    """Return the largest difference at real tokens, or of texts; exit if it exceeds the tolerance."""
     wanted = expected["logits"]
-    got = logits[expected["attention_mask"].bool()]
+    got = logits[expected["attention_mask"].bool()] if logits.dim() == 3 else logits
     if got.shape != wanted.shape:
         sys.exit(f"{name} have shape {tuple(got.shape)}, expected {tuple(wanted.shape)}")
     difference = float((got - wanted).abs().max())

@@ -3,7 +3,7 @@
 OUT/jobs/NAME.json   the request and the scores, or the reason of a failure
 OUT/jobs/NAME.log    output of the job's process
 OUT/jobs/NAME.npz    predictions on the test sets, if asked for
-OUT/jobs/NAME/       the fine-tuned model, if another task starts from it
+OUT/jobs/NAME/       the fine-tuned model, if another task starts from it, or until the best of a task is exported
 OUT/jobs/NAME.lock   which process runs the job
 """
 
@@ -47,6 +47,8 @@ class FinetuneJob:
     """whether it starts from the encoder that was fine-tuned on MNLI"""
     keep_model: bool = False
     """whether other jobs may start from its model"""
+    is_exported: bool = False
+    """whether its model is exported if it is the task's best"""
     test_sets: tuple[tuple[Task, str], ...] = ()
     """task and split of each test set to label"""
     score_metrics: tuple[str, ...] = ()
@@ -57,6 +59,10 @@ class FinetuneJob:
         if self.contender == TFIDF:
             return f"{self.task.name}-{TFIDF}"
         return f"{self.task.name}-{self.contender}-c{self.candidate}-s{self.seed}"
+
+    @property
+    def saves_model(self) -> bool:
+        return self.keep_model or self.is_exported
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -99,8 +105,10 @@ class WorkerSlot(NamedTuple):
     threads: int
 
 
-def plan_jobs(tasks: list[Task], protocol: Protocol, baselines: bool, submission: bool) -> list[FinetuneJob]:
-    """List every job, MNLI's first.
+def plan_jobs(
+    tasks: list[Task], protocol: Protocol, baselines: bool, submission: bool, keep_models: bool = False
+) -> list[FinetuneJob]:
+    """List every job, MNLI's first. keep_models: whether each task's best model is exported.
 
     A task starts from MNLI's encoder if the protocol asks for it and MNLI is among the tasks.
     """
@@ -122,12 +130,13 @@ def plan_jobs(tasks: list[Task], protocol: Protocol, baselines: bool, submission
                     seed=seed,
                     from_mnli=plan.start == MNLI and has_mnli,
                     keep_model=keep,
+                    is_exported=keep_models,
                     test_sets=tuple(test_sets),
                     score_metrics=plan.metrics,
                 )
                 jobs.append(job)
                 if baselines:
-                    plain = {"from_mnli": False, "keep_model": False, "test_sets": ()}
+                    plain = {"from_mnli": False, "keep_model": False, "is_exported": False, "test_sets": ()}
                     jobs.append(dataclasses.replace(job, contender=RANDOM_INIT, **plain))
         if baselines:
             job = FinetuneJob(
@@ -164,7 +173,7 @@ def run_job(job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: Path
         }
         result = {**stats._asdict(), "examples_per_s": stats.examples / stats.seconds}
         result |= label_test_sets(job, context, slot, model, start)
-        if job.keep_model:
+        if job.saves_model:
             save_model(model, start, context.jobs / job.name)
             result["model"] = fingerprint(context.jobs / job.name)
     scores = score_all(task, predictions, devs)

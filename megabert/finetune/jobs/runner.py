@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -63,16 +64,26 @@ class Runner:
         pending = [job for index, job in enumerate(self.jobs) if selected(index) and job.name not in self.results]
         self._run_jobs(pending, slots, self._reuse_result)
 
-    def label_test_sets(self, slots: list[WorkerSlot]) -> None:
-        """Run each task's best job again if its predictions on the test sets are missing or outdated.
+    def complete_best(self, slots: list[WorkerSlot], is_complete: Callable[[FinetuneJob, Result], bool]) -> None:
+        """Run each task's best job again if its predictions on the test sets are missing, or if it is not complete.
 
-        That is the case if the job ran before they were asked for or before a test set changed, or if their file is
+        The predictions are, if the job ran before they were asked for or before a test set changed, or if their file is
         lost. The job trains again, unless it kept its model. Repeated, because another job may be the best one then.
         """
-        while outdated := [job for job in best_jobs(self.jobs, self.results) if not self._has_test_labels(job)]:
-            for job in outdated:
+        while incomplete := [job for job in best_jobs(self.jobs, self.results) if not self._is_whole(job, is_complete)]:
+            for job in incomplete:
                 del self.results[job.name]
-            self._run_jobs(outdated, slots, lambda job: False)
+            self._run_jobs(incomplete, slots, lambda job: False)
+
+    def _is_whole(self, job: FinetuneJob, is_complete: Callable[[FinetuneJob, Result], bool]) -> bool:
+        return self._has_test_labels(job) and is_complete(job, self.results[job.name])
+
+    def remove_models(self) -> None:
+        """Remove the models that jobs saved for export, except those of each task's best job so far."""
+        best = [job.name for job in best_jobs(self.jobs, self.results)]
+        for job in self.jobs:
+            if job.is_exported and not job.keep_model and job.name in self.results and job.name not in best:
+                shutil.rmtree(self.context.jobs / job.name, ignore_errors=True)
 
     def _run_jobs(
         self, pending: list[FinetuneJob], slots: list[WorkerSlot], is_done: Callable[[FinetuneJob], bool]
@@ -153,7 +164,9 @@ class Runner:
         return True
 
     def _has_test_labels(self, job: FinetuneJob) -> bool:
-        """Return whether a job that is done labelled the present test sets, and its file is intact."""
+        """Return whether a job that is done labelled the present test sets, if it has any, and its file is intact."""
+        if not job.test_sets:
+            return True
         result, path = self.results[job.name], self.context.jobs / f"{job.name}.npz"
         if result["request"]["labelling"] != self.test_hashes[job.name]:
             return False
@@ -175,6 +188,7 @@ class Runner:
             self.results[job.name] = result | {"score": job.score(result["scores"])}
             scores = ", ".join(f"{name} {value:.4f}" for name, value in result["scores"].items())
             self.log(f"{job.name}: {scores} ({result['seconds']:.0f} s)")
+            self.remove_models()
         elif exitcode == BUSY:
             self.log(f"{job.name}: another command is running it")
         elif exitcode is not None and exitcode < 0:
@@ -229,14 +243,18 @@ def kept_model_is_intact(context: JobContext, job: FinetuneJob, result: Result) 
 
 
 def best_jobs(jobs: list[FinetuneJob], results: dict[str, Result]) -> list[FinetuneJob]:
-    """Return, for each task with test sets to label, the job with the best score, if one is done."""
+    """Return, for each task, the job with the best score on the evaluation sets; of equal ones the first."""
     best: dict[str, FinetuneJob] = {}
     for job in jobs:
-        if job.contender == PRETRAINED and job.test_sets and results.get(job.name, {}).get("status") == "done":
+        if job.contender == PRETRAINED and is_done(results, job):
             best_so_far = best.setdefault(job.task.name, job)
             if results[job.name]["score"] > results[best_so_far.name]["score"]:
                 best[job.task.name] = job
     return list(best.values())
+
+
+def is_done(results: dict[str, Result], job: FinetuneJob) -> bool:
+    return results.get(job.name, {}).get("status") == "done"
 
 
 def start_process(job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: Path, request: dict[str, Any]) -> Any:
@@ -268,7 +286,7 @@ def run_and_write(
     job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: Path, request: dict[str, Any]
 ) -> None:
     """Run a job and write its result; if it kept the model of this very training, only label the test sets again."""
-    stored = read_result(context, job, print) if job.keep_model else None
+    stored = read_result(context, job, print) if job.saves_model else None
     if stored and is_same_training(stored, request) and kept_model_is_intact(context, job, stored):
         result = stored | label_with_kept_model(job, context, slot)
     else:

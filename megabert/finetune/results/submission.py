@@ -35,7 +35,7 @@ def write_submission(jobs: list[FinetuneJob], results: dict[str, dict[str, Any]]
     """
     for_server, own = context.out / "submission", context.out / "predictions"
     written = []
-    for job in best_jobs(jobs, results):
+    for job in [job for job in best_jobs(jobs, results) if job.test_sets]:
         with np.load(context.jobs / f"{job.name}.npz") as sets:
             for task, split in job.test_sets:
                 name, labels = f"{task.name}/{split}", sets[f"{task.name}/{split}"]
