@@ -69,6 +69,18 @@ def test_some_parts_can_run_again_and_numbers_beyond_the_last_are_refused(part):
         )
 
 
+def test_a_job_that_is_no_array_and_a_wrong_number_of_parts_are_refused(part):
+    for variables, message in (
+        ({"SLURM_ARRAY_TASK_ID": ""}, "this is not a part of an array: run sbatch --array=0-7"),
+        ({"PARTS": "many"}, "PARTS is 'many', expected the number of parts, 1 or more"),
+        ({"PARTS": "0"}, "PARTS is '0', expected the number of parts"),
+        ({"SLURM_ARRAY_TASK_COUNT": ""}, "PARTS is '', expected the number of parts"),
+    ):
+        wrong = part(0, 8, **variables)
+        assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+        assert wrong.stderr.startswith(message)
+
+
 @pytest.mark.slurm
 @pytest.mark.nightly
 def test_an_array_and_one_after_it_run_every_job_once(options_for, tmp_path, cluster):
