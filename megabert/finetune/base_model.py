@@ -71,7 +71,7 @@ def _read_prepared(out: Path, record: dict[str, Any]) -> BaseModel | None:
     try:
         found = json.loads((out / ORIGIN).read_bytes())
         sha256 = fingerprint(out)
-    except (OSError, ValueError):  # missing or incomplete
+    except (OSError, ValueError, RecursionError):  # missing or incomplete
         return None
     return BaseModel(out, sha256) if found == record | {"sha256": sha256} else None
 

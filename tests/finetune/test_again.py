@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megabert.finetune.jobs import runner
 from megabert.finetune.main import run_finetuning
 from tests.finetune.layouts import write_tsv
 
@@ -127,6 +128,24 @@ def test_an_edited_result_does_not_reach_the_table(options_for, in_process, tmp_
     assert after["average"] == before["average"]
     assert after["tasks"]["sst2"]["pretrained"]["scores"] == before["tasks"]["sst2"]["pretrained"]["scores"]
     assert "97.00" not in (out / "results.md").read_text()
+
+
+def test_data_that_change_during_a_job_are_an_error_and_not_a_result(options_for, in_process, tmp_path, monkeypatch):
+    data = write_tsv(tmp_path / "data")
+    options, run_job = options_for(tasks="cola", data=str(data)), runner.run_job
+
+    def edit_then_run(*arguments):
+        with open(data / "CoLA/train.tsv", "a") as file:
+            file.write("gj04\t1\t\tthe cat sat\n")
+        return run_job(*arguments)
+
+    monkeypatch.setattr(runner, "run_job", edit_then_run)
+    assert run_finetuning(options) == 1
+    assert f"{data}: files of cola were changed while the command ran. Run it again." in (
+        (tmp_path / "out/results.md").read_text()
+    )
+    monkeypatch.undo()
+    assert {result["status"] for result in results_of_jobs(tmp_path / "out").values()} == {"failed"}
 
 
 def test_the_result_of_another_job_does_not_count(options_for, in_process, tmp_path):

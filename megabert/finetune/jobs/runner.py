@@ -291,4 +291,13 @@ def run_and_write(
         result = stored | label_with_kept_model(job, context, slot)
     else:
         result = run_job(job, context, slot, start)
+    check_data_is_the_same(job, context, request)
     write_result(context, job, result | {"request": request, "status": "done"})
+
+
+def check_data_is_the_same(job: FinetuneJob, context: JobContext, request: dict[str, Any]) -> None:
+    """Raise ValueError if a file of the job was changed since the command began, whose hashes the result will have."""
+    data = file_hashes(job.task, context.data, ["train", *job.task.dev.values()])
+    tests = {f"{task.name}/{split}": file_hashes(task, context.data, [split]) for task, split in job.test_sets}
+    if (data, tests) != (request["data"], request["labelling"]):
+        raise ValueError(f"{context.data}: files of {job.task.name} were changed while the command ran. Run it again.")

@@ -231,6 +231,8 @@ class TaskFile:
             raise ValueError(
                 f"labels is {', '.join(self.labels)}, expected two or more different names, or none at all."
             )
+        if odd := [name for name in self.labels if set(name) & set("\t\r\n\0")]:
+            raise ValueError(f"labels has {odd[0]!r}, expected names without tabs and line breaks.")
         if self.label in self.texts:
             raise ValueError(f"label is {self.label}, which is one of the texts.")
         for key in ("label", "train", "dev", "test"):

@@ -241,6 +241,7 @@ def test_a_users_task_reads_csv_and_tsv_files(tmp_path):
         ("name: own", "name: own\nname: other", "line 2: duplicate key name"),
         ("metrics: [accuracy, f1]", "metrics: []", "metrics is empty, expected some of accuracy, f1, matthews"),
         ("train: own.csv", "train: ''", "train is empty"),
+        ("[bad, good]", '["b\\tad", good]', "labels has 'b.tad', expected names without tabs and line breaks"),
         ("[text]", "[text, text]", "texts names the column text twice"),
         ("[accuracy, f1]", "[accuracy, accuracy]", "metrics is accuracy, accuracy, which has one twice"),
         ("train: own.csv", "train: 'pipe:touch pwned'", "train begins with pipe:, expected a file: a task file may"),
