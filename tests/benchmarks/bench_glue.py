@@ -37,6 +37,7 @@ from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
     DataCollatorWithPadding,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
 )
@@ -109,7 +110,9 @@ class Theirs:
             logging_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy=sampling,
         )  # fmt: skip
         collator = DataCollatorWithPadding(self.tokenizer)
-        return Trainer(model, arguments, train_dataset=rows, data_collator=collator)  # type: ignore[arg-type]
+        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)  # type: ignore[arg-type]
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
     def warmup(self, settings: Settings, examples: int) -> int:
         return max(1, round(settings.warmup * settings.epochs * -(-examples // settings.batch_size)))
