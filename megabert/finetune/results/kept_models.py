@@ -15,8 +15,7 @@ from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.hf.writer import MODEL_CODE, write_config, write_weights
 from megabert.convert.to_hf import check_replaceable
 from megabert.convert.weight_names import from_megabert
-from megabert.data.shards.manifest import TOKENIZER
-from megabert.data.shards.tokenizer import TOKENIZER_CONFIG
+from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.atomic import replace_folder, staged_folder
 from megabert.finetune.base_model import load_model
 from megabert.finetune.jobs.job import FinetuneJob, JobContext, has_token_types, tokenizer_for
