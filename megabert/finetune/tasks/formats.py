@@ -127,7 +127,7 @@ def _column(path: Path, header: list[str], name: str) -> int:
     """Return the index of a column. Raises ValueError unless the header has it once."""
     if header.count(name) != 1:
         problem = "has two columns" if name in header else "has no column"
-        found = shortened(", ".join(header).strip() or "nothing").strip("'\"")
+        found = _brief(", ".join(header).strip()) or "nothing"
         raise ValueError(f"{path}, line 1: {problem} {name}, only {found}.")
     return header.index(name)
 
@@ -150,12 +150,12 @@ def _read_jsonl(path: Path, layout: TsvLayout) -> Iterator[Row]:
         try:
             row = json.loads(line, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not valid JSON: {one_line(error)}") from error
+            raise ValueError(f"{where}: not valid JSON: {_brief(one_line(error))}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: is {shortened(row)}, expected an object with {', '.join(wanted)}.")
         for name in wanted:
             if name not in row:
-                raise ValueError(f"{where}: has no column {name}, only {', '.join(row) or 'nothing'}.")
+                raise ValueError(f"{where}: has no column {name}, only {_brief(', '.join(row)) or 'nothing'}.")
         yield Row(where, tuple(row[name] for name in layout.texts), row[layout.label] if layout.label else None)
 
 
@@ -176,7 +176,7 @@ def _read_parquet(task: Task, path: Path, layout: TsvLayout) -> Iterator[Row]:
         raise ValueError(f"{path}: needs pyarrow: pip install 'megabert[prep]'.") from error
     wanted = [*layout.texts, *([] if layout.label is None else [layout.label])]
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             schema = file.schema_arrow
             _check_parquet(path, file, wanted)
             names = None
@@ -199,7 +199,7 @@ def _check_parquet(path: Path, file: Any, wanted: list[str]) -> None:
     for name in wanted:
         if (count := columns.count(name)) != 1:
             raise ValueError(
-                f"{path}: has {f'{count} columns' if count else 'no column'} {name}, only {', '.join(columns)}."
+                f"{path}: has {f'{count} columns' if count else 'no column'} {name}, only {_brief(', '.join(columns))}."
             )
     for number in range(file.metadata.num_row_groups):
         if (size := file.metadata.row_group(number).total_byte_size) > MAX_ROW_GROUP_BYTES:
@@ -216,3 +216,8 @@ def _name(label: Any, names: list[str] | None, where: str, layout: TsvLayout) ->
     if label not in range(len(names)):
         raise ValueError(f"{where}, column {layout.label}: is {label}, expected 0 to {len(names) - 1}.")
     return names[label]
+
+
+def _brief(text: str) -> str:
+    """Cut a text of a message to 300 characters."""
+    return text if len(text) <= 300 else f"{text[:297]}..."

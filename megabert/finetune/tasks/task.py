@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from megabert.config.cli import nearest
+from megabert.config.settings import shortened
 from megabert.config.strict_yaml import Name, read_dataclass
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -219,7 +220,7 @@ class TaskFile:
         # The task's name becomes a part of file names.
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
             raise ValueError(
-                f"name is {self.name!r}, expected letters, digits, '.', '_' and '-', and no '.' at the start."
+                f"name is {shortened(self.name)}, expected letters, digits, '.', '_' and '-', and no '.' at the start."
             )
         if self.name in GLUE:
             raise ValueError(f"name is {self.name}, which is a GLUE task; choose another.")
@@ -229,7 +230,7 @@ class TaskFile:
             raise ValueError(f"texts names the column {self.texts[0]} twice.")
         if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels):
             raise ValueError(
-                f"labels is {', '.join(self.labels)}, expected two or more different names, or none at all."
+                f"labels is {shortened(list(self.labels))}, expected two or more different names, or none at all."
             )
         if odd := [name for name in self.labels if set(name) & set("\t\r\n\0")]:
             raise ValueError(f"labels has {odd[0]!r}, expected names without tabs and line breaks.")
@@ -256,7 +257,7 @@ class TaskFile:
         for name in self.metrics:
             if name not in fitting:
                 kind = f"{len(self.labels)} labels" if self.labels else "a regression (no labels)"
-                raise ValueError(f"metrics has {name!r}, which does not fit {kind}: {expected}")
+                raise ValueError(f"metrics has {shortened(name)}, which does not fit {kind}: {expected}")
 
 
 def _check_path(key: str, path: str | None) -> None:

@@ -62,8 +62,13 @@ def write_table(path: Path, **columns: object) -> None:
 
 @pytest.mark.parametrize("encode", [lambda column: column, lambda column: column.dictionary_encode()])
 def test_a_parquet_file_gives_them_too(tmp_path, encode: Callable):
-    write_table(tmp_path / "a.parquet", text=encode(pyarrow.array(TEXTS)), label=encode(pyarrow.array(LABELS)))
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": encode(pyarrow.array(TEXTS)), "label": encode(pyarrow.array(LABELS))})
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True, compression="none")
     assert read_split(task_of("a.parquet"), tmp_path, "train") == Examples(TEXTS, None, [1, 0, 1])
+    path.write_bytes(path.read_bytes().replace(b"good film", b"goof film", 1))
+    with pytest.raises(ValueError, match=r"a\.parquet: not a parquet file that can be read: .*CRC"):
+        read_split(task_of("a.parquet"), tmp_path, "train")
 
 
 def test_a_number_is_the_label_of_this_name_in_every_format(tmp_path, monkeypatch):
