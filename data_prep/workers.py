@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data_prep.sources.base import is_disk_full
 from megabert.data.shards.tokenizer import read_tokenizer
-from megabert.files.subprocesses import exit_with_parent
+from megabert.files.subprocesses import exit_with_parent, use_short_socket_paths
 
 R = TypeVar("R")
 
@@ -86,6 +86,7 @@ class WorkerPool:
     """A pool of processes, used as a context manager. An exception that leaves the context ends them at once."""
 
     def __init__(self, count: int):
+        use_short_socket_paths()
         context = multiprocessing.get_context("forkserver")
         self._count = count
         self._other_children = set(multiprocessing.active_children())

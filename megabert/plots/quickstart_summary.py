@@ -1,6 +1,5 @@
 """The summary that the quickstart prints: its figures, five predicted masks, and a plot of the loss."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from megabert.files.json_file import read_json
 from megabert.files.metrics_format import METRICS, read_metrics
 
 SENTENCES = (
@@ -47,7 +47,7 @@ def plot_loss(run: Path, unigram_loss: float, out: Path) -> None:
     records = read_metrics(run / METRICS)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    masking = json.loads((run / "run.json").read_text())["recipe"]["masking"]
+    masking = read_json(run / "run.json")["recipe"]["masking"]
     curves = (("loss", "training", "mlm_probability"), ("heldout_loss", "held out", "eval_mlm_probability"))
     for key, name, probability in curves:
         points = [(record["tokens"] / 1e6, record[key]) for record in records if key in record]
@@ -71,7 +71,7 @@ def summarize(
 
     finetuning: content of the fine-tuning's results.json. Seconds are wall-clock and include start-up.
     """
-    result = json.loads((run / "result.json").read_text())
+    result = read_json(run / "result.json")
     means = {name: part["mean"] for name, part in finetuning["tasks"]["movie-sentiment"].items()}
     return {
         "unigram_loss": result["unigram_loss"],

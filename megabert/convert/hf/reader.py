@@ -1,6 +1,5 @@
 """Read untrusted Hugging Face folders: run no code, open no file outside, allocate no more than the files contain."""
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megabert.data.shards.manifest import TOKENIZER_CONFIG
+from megabert.files import json_file
 from megabert.files.pickles import UNPICKLING_ERRORS
 
 CONFIG = "config.json"
@@ -31,16 +31,10 @@ MAX_SIZES = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises ValueError if the file does not exist or contains anything else."""
+    """Read a JSON object. Raises ValueError, naming the file, for anything else and for a missing file."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: contains a {type(value).__name__}, expected an object.")
-    return value
+    return json_file.read_json(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -326,7 +326,16 @@ def open_source(
             f"{folder}: holds text, expected tokens. Name a tokenizer with data.tokenizer to tokenize it on the fly, "
             "or write token shards with data_prep/write_shards.py --tokenizer."
         )
-    path = find_tokenizer(tokenizer)[0] if manifest.kind == "text" and tokenizer else None
+    path = None
+    if tokenizer is not None:
+        path, info = find_tokenizer(tokenizer)
+        if manifest.tokenizer is not None:
+            if info.fingerprint != manifest.tokenizer.fingerprint:
+                raise ValueError(
+                    f"{folder}: written with tokenizer {manifest.tokenizer.fingerprint[:12]}, but data.tokenizer "
+                    f"{path} is {info.fingerprint[:12]}. Remove data.tokenizer, or write the shards again with it."
+                )
+            path = None
     return Source(folder, storage, manifest, shards, path)
 
 

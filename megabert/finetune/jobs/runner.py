@@ -14,7 +14,7 @@ import torch
 
 from megabert.files.hashing import file_sha256
 from megabert.files.lock import LockHeldError, acquire
-from megabert.files.subprocesses import exit_with_parent, last_line
+from megabert.files.subprocesses import exit_with_parent, last_line, use_short_socket_paths
 from megabert.finetune.base_model import fingerprint
 from megabert.finetune.jobs.job import (
     PRETRAINED,
@@ -259,6 +259,7 @@ def is_done(results: dict[str, Result], job: FinetuneJob) -> bool:
 
 def start_process(job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: Path, request: dict[str, Any]) -> Any:
     """Start the process of a job."""
+    use_short_socket_paths()
     processes = multiprocessing.get_context("forkserver")
     # Importing torch takes seconds: the server does it once for all jobs.
     processes.set_forkserver_preload([__name__])

@@ -319,3 +319,13 @@ def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(ValueError, match=rf"{name}: the manifest lists it, but it cannot be read"):
         open_source(str(folder)).check_files()
+
+
+def test_the_tokenizer_of_a_recipe_must_exist_and_be_that_of_token_shards(corpus, tmp_path):
+    assert open_source(str(corpus.tokens), tokenizer=str(corpus.tokenizer)).tokenizer_path is None
+    with pytest.raises(ValueError, match=r"/nonexistent: no such tokenizer"):
+        open_source(str(corpus.tokens), tokenizer="/nonexistent")
+    other = tmp_path / "tokenizer.json"
+    other.write_bytes((corpus.tokenizer / TOKENIZER).read_bytes() + b"\n")
+    with pytest.raises(ValueError, match=r"Remove data.tokenizer, or write the shards again"):
+        open_source(str(corpus.tokens), tokenizer=str(other))
