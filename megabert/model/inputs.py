@@ -29,7 +29,8 @@ class Inputs(NamedTuple):
     """The arguments of a forward pass that describe its tokens, as the caller gave them.
 
     Padded: attention_mask, token_type_ids and position_ids are (B, S), as is input_ids; inputs_embeds replaces it and
-    is (B, S, E). Packed, with cu_seqlens: (T,) and (T, E), without an attention_mask.
+    is (B, S, E); position_ids may be (1, S), for every row. Packed, with cu_seqlens: (T,) and (T, E), without an
+    attention_mask.
     """
 
     input_ids: Tensor | None = None
@@ -92,6 +93,8 @@ def read_tokens(inputs: Inputs, hidden_size: int, static: bool = False) -> Token
     if embeds is not None:
         check_shape("inputs_embeds", embeds, (*shape, hidden_size), "its width is the model's hidden_size")
     same = "the shape of input_ids" if ids is not None else "that of inputs_embeds without its last dimension"
+    if inputs.position_ids is not None and num_dims == 2 and tuple(inputs.position_ids.shape) == (1, shape[1]):
+        inputs = inputs._replace(position_ids=inputs.position_ids.expand(shape))
     for name in ("token_type_ids", "position_ids"):
         if (values := getattr(inputs, name)) is not None:
             check_shape(name, values, shape, same)
