@@ -91,9 +91,12 @@ def compare_loaders(corpus: Corpus, folder: Path, rounds: int, seconds: float) -
     sum(islice(alone, 48))  # fills every stream's packing buffer
     loaders = {
         "ours": counted(iter(open_loader(stream(corpus, config), 1))),
+        "memory_mapped": peers.packed_tokens(peers.MemoryMapped(pieces, VOCAB, T, folder / "tokens.bin")),
+        "greedy": peers.packed_tokens(peers.Greedy(pieces, VOCAB, T)),
         "datasets": peers.real_tokens(peers.huggingface_loader(pieces, VOCAB, folder / "arrow")),
         "mosaicml_streaming": peers.real_tokens(peers.streaming_loader(pieces, VOCAB, folder / "mds")),
     }
+    loaders["streaming_greedy"] = peers.packed_tokens(peers.GreedyStreaming(folder / "mds", VOCAB, T))
     for tokens in loaders.values():
         sum(islice(tokens, 48))
     rates: dict[str, list[float]] = {name: [] for name in ("alone", *loaders)}
@@ -106,7 +109,8 @@ def compare_loaders(corpus: Corpus, folder: Path, rounds: int, seconds: float) -
         print(f"  {name:20} {statistics.median(values) / 1e6:8.2f} M tokens/s")
     return {"loader_tokens_per_s_core": statistics.median(rates["alone"])} | {
         f"loader_vs_{name}": statistics.median(a / b for a, b in zip(rates["ours"], rates[name], strict=True))
-        for name in ("datasets", "mosaicml_streaming")
+        for name in loaders
+        if name != "ours"
     }
 
 

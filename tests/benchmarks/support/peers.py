@@ -1,19 +1,23 @@
 """Other loaders for comparison with ours, each set up for speed.
 
-Both get the pieces that our loader would make: cut to the cap, with [CLS] and [SEP], as arrays of ids. One DataLoader
-worker reads, collates and masks; the tokens that it delivers are counted without padding.
+All get the pieces that our loader would make: cut to the cap, with [CLS] and [SEP], as arrays of ids. One DataLoader
+worker reads, packs or collates, and masks; the tokens that it delivers are counted without padding.
+
+Three are what a user who needs speed would write, with masking in numpy: blocks of a memory-mapped file of tokens,
+pieces in memory packed greedily, and the same packing of mosaicml-streaming's samples. Two have transformers' collator.
 """
 
 import importlib
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, models
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).resolve().parents[3] / ".peers"
@@ -97,3 +101,73 @@ def streaming_loader(pieces: list[np.ndarray], vocab_size: int, folder: Path) ->
         return collate([{"input_ids": sample["input_ids"].astype(np.int64)} for sample in samples])
 
     return DataLoader(dataset, batch_size=BATCH, num_workers=1, collate_fn=as_lists, prefetch_factor=4)
+
+
+def masked(ids: np.ndarray, rng: np.random.Generator, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask 30 % of the tokens as BERT does. Returns ids and labels, (T,) int64."""
+    chosen = (rng.random(len(ids)) < 0.3) & (ids >= len(SPECIALS))
+    labels = np.where(chosen, ids, -100)
+    kind = rng.random(len(ids))
+    ids = np.where(chosen & (kind < 0.8), SPECIALS.index("[MASK]"), ids)
+    others = rng.integers(len(SPECIALS), vocab_size, len(ids))
+    return torch.from_numpy(np.where(chosen & (kind >= 0.9), others, ids)), torch.from_numpy(labels)
+
+
+class MemoryMapped(IterableDataset):
+    """Random blocks of T tokens of one memory-mapped file of uint16."""
+
+    def __init__(self, pieces: list[np.ndarray], vocab_size: int, bin_tokens: int, file: Path):
+        self.vocab_size, self.bin_tokens, self.file = vocab_size, bin_tokens, file
+        if not file.exists():
+            np.concatenate(pieces).astype(np.uint16).tofile(file)
+
+    def __iter__(self) -> Iterator[tuple]:
+        tokens, rng = np.memmap(self.file, dtype=np.uint16, mode="r"), np.random.default_rng(0)
+        while True:
+            begin = rng.integers(len(tokens) - self.bin_tokens)
+            yield (
+                *masked(tokens[begin : begin + self.bin_tokens].astype(np.int64), rng, self.vocab_size),
+                self.bin_tokens,
+            )
+
+
+class Greedy(IterableDataset):
+    """Shuffled pieces, packed greedily into bins of T tokens with their boundaries."""
+
+    def __init__(self, pieces: Iterable[np.ndarray] | None, vocab_size: int, bin_tokens: int):
+        self.pieces, self.vocab_size, self.bin_tokens = pieces, vocab_size, bin_tokens
+
+    def samples(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yield one pass over the pieces."""
+        assert isinstance(self.pieces, list)
+        return (self.pieces[index] for index in rng.permutation(len(self.pieces)))
+
+    def __iter__(self) -> Iterator[tuple]:
+        rng, held, total = np.random.default_rng(0), [], 0
+        while True:
+            for piece in self.samples(rng):
+                if total + len(piece) > self.bin_tokens:
+                    cu_seqlens = torch.from_numpy(np.cumsum([0, *map(len, held)]))
+                    yield (*masked(np.concatenate(held), rng, self.vocab_size), total, cu_seqlens)
+                    held, total = [], 0
+                held.append(piece)
+                total += len(piece)
+
+
+class GreedyStreaming(Greedy):
+    """The same packing of mosaicml-streaming's samples."""
+
+    def __init__(self, folder: Path, vocab_size: int, bin_tokens: int):
+        super().__init__(None, vocab_size, bin_tokens)
+        streaming = import_streaming()
+        streaming.base.util.clean_stale_shared_memory()
+        self.dataset = streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
+
+    def samples(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yield one pass over the samples."""
+        return (sample["input_ids"].astype(np.int64) for sample in self.dataset)
+
+
+def packed_tokens(dataset: IterableDataset) -> Iterator[int]:
+    """Yield the tokens of each bin, which one worker makes."""
+    return (int(bin_[2]) for bin_ in DataLoader(dataset, batch_size=None, num_workers=1, prefetch_factor=4))
