@@ -239,7 +239,7 @@ class OptimizerConfig:
     schedule: Literal["linear", "cosine", "wsd", "constant"] = setting("linear", may_branch=True)
     """schedule after the warm-up: linear or cosine decay, warm-up-stable-decay, or constant"""
     warmup: float = setting(0.06, "[0, 1)", may_branch=True)
-    """share of the run in which the learning rate rises linearly from 0"""
+    """share of the run in which the learning rate rises linearly, from 1 / warm-up steps of the peak"""
     decay: float = setting(0.1, "(0, 1]", may_branch=True)
     """wsd: share of the run in which the learning rate decays, by 1 - sqrt"""
     final_lr: float = setting(0.02, "[0, 1]", may_branch=True)
