@@ -5,6 +5,7 @@ import ast
 import importlib.util
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -21,6 +22,7 @@ from megabert.config.cli import Parser, split_flag
 from megabert.config.ds_config import NOT_SUPPORTED
 from megabert.config.ds_schema import DsSettings
 from megabert.config.parser import RecipeParser
+from megabert.training.distributed.signals import SIGNALS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CODE = ("megabert", "launch", "data_prep")
@@ -124,6 +126,7 @@ def parsers_of(path: Path) -> list[argparse.ArgumentParser]:
     module = importlib.import_module(imported[1]) if imported else module_of(path)
     start = getattr(module, "command", None) or module.main
     found = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     for argv in (["command"], ["command", "--verify-only=folder"]):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", argv)
@@ -133,6 +136,10 @@ def parsers_of(path: Path) -> list[argparse.ArgumentParser]:
             with pytest.raises(Found) as caught:
                 start()
         found.append(caught.value.parser)
+    # Training handles signals before it parses its flags.
+    signal.set_wakeup_fd(-1)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return found
 
 

@@ -38,7 +38,7 @@ def check_pickle(path: Path) -> None:
     try:
         names = get_unsafe_globals_in_checkpoint(path)
     except UNPICKLING_ERRORS as error:
-        raise ValueError(f"{path}: damaged: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: damaged: {next(iter(str(error).splitlines()), repr(error))}") from error
     if foreign := sorted(set(names) - set(DEEPSPEED_CLASSES)):
         raise ValueError(
             f"{path}: was not read, because it names {', '.join(foreign)}, which no MegaBERT checkpoint does. It was "

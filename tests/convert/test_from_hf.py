@@ -267,10 +267,10 @@ def test_damaged_and_inconsistent_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no model.safetensors and no pytorch_model.bin"):
         read_model(tmp_path / "in")
     (tmp_path / "in" / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="contains a list, expected an object"):
+    with pytest.raises(ValueError, match="it holds a list, expected an object"):
         read_model(tmp_path / "in")
     (tmp_path / "in" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="it is not JSON"):
         read_model(tmp_path / "in")
 
 

@@ -122,7 +122,7 @@ class _MakesFolder:
         self.folder = folder
 
     def __reduce__(self):
-        return os.mkdir, (f"{self.folder}/made",)
+        return os.makedirs, (f"{self.folder}/made", 0o777, True)  # it is loaded twice
 
 
 def client_state_overwrites() -> int:

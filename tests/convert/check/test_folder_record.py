@@ -88,8 +88,8 @@ DAMAGES = {
     "cut in its header": (cut(100), "model.safetensors: damaged"),
     "empty": (cut(0), "model.safetensors: damaged"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "has no model.safetensors and no pytorch_model.bin"),
-    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
-    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json: contains a list"),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: damaged: it is not JSON"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json: damaged: it holds a list"),
     "text for a size": (lambda folder: edit_json(folder / "config.json", hidden_size="24"), "hidden_size is '24'"),
 }
 

@@ -56,7 +56,7 @@ def test_a_card_contains_no_secrets_and_no_folders_of_the_machine(corpus, tmp_pa
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"unigram_loss": "low"}', '{"unigram_loss": null}'])
 def test_a_result_without_the_number_gives_none(tmp_path, text):
     (tmp_path / "result.json").write_text(text)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "heldout_loss": "x"}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "heldout_loss": "x"}\n')
     assert read_metrics_at(tmp_path, 1) == Metrics(2.5, None, None, None)
     (tmp_path / "result.json").write_text('{"unigram_loss": 6.5}')
     assert read_metrics_at(tmp_path, 1).unigram_loss == 6.5
