@@ -26,7 +26,12 @@ VOCAB_SIZE = 800
 CLUSTER = {"slurm": ["slurmctld", "slurmd", "sbatch", "munged"], "namespaces": ["ip"]}
 
 
+# Where the tests start whole runs. They go first, so that no core waits for the last of them.
+SLOW = ("test_end_to_end.py", "training/", "launch/", "cluster/", "kernels/test_interpreter.py", "finetune/", "convert/")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not str(item.path.relative_to(Path(__file__).parent)).startswith(SLOW))
     needs = {"gpu": 1, "multi_gpu": 2}
     for item in items:
         for mark, programs in CLUSTER.items():

@@ -16,5 +16,5 @@ if [ $# -eq 0 ] || [ "$1" = --lint ]; then
     pyrefly check
     [ $# -eq 0 ] || exit 0
 fi
-# One test process per core; a file's tests stay together, so that its fixtures are made once.
-pytest -n auto --dist loadfile --durations=25 "$@"
+# One test process per core; a file's tests stay together, so that its fixtures are made once. The order is conftest.py's.
+pytest -n auto --dist loadfile --no-loadscope-reorder --durations=25 "$@"
