@@ -27,7 +27,15 @@ CLUSTER = {"slurm": ["slurmctld", "slurmd", "sbatch", "munged"], "namespaces": [
 
 
 # Where the tests start whole runs. They go first, so that no core waits for the last of them.
-SLOW = ("test_end_to_end.py", "training/", "launch/", "cluster/", "kernels/test_interpreter.py", "finetune/", "convert/")
+SLOW = (
+    "test_end_to_end.py",
+    "training/",
+    "launch/",
+    "cluster/",
+    "kernels/test_interpreter.py",
+    "finetune/",
+    "convert/",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

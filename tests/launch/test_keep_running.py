@@ -159,10 +159,11 @@ def test_a_signal_stops_it_after_the_ranks_have_saved(tmp_path, monkeypatch, num
 
 
 def test_a_second_ctrl_c_ends_ranks_that_do_not_save(tmp_path, monkeypatch):
-    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    program = "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    program += f'pathlib.Path("{tmp_path}/up").touch(); time.sleep(600)'
     fake_deepspeed(tmp_path, monkeypatch, f"{sys.executable} -c '{program}'")
     process = running(tmp_path)
-    time.sleep(1)
+    wait_for("the rank", (tmp_path / "up").exists, tmp_path / "starts")
     everyone = psutil.Process(process.pid).children(recursive=True)
     for _ in range(2):
         process.send_signal(signal.SIGINT)

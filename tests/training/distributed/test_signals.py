@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from megabert.training.distributed.signals import (
     StopSignals,
 )
 from megabert.training.telemetry.reporter import read_metrics
+from tests.helpers import warm
 from tests.helpers.processes import start, wait_for_step
 from tests.helpers.runs import Corpus, ds_config_in, finish_ranks, patched, pretrain_command, run_command, start_ranks
 
@@ -231,28 +233,46 @@ def test_a_stop_while_waiting_changes_no_bit_of_the_rest(corpus: Corpus, tmp_pat
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-SLOW_START = "import time; from megabert.training import loop; loop.make_plan = lambda *_: time.sleep(600)"
+# {name} of the loop makes the file {file} and then takes for ever.
+SLOW = """
+import pathlib, time
+from megabert.training import loop
+def slow(*_):
+    pathlib.Path({file!r}).touch()
+    time.sleep(600)
+loop.{name} = slow
+"""
+
+
+def wait_for_file(process: warm.Process, file: Path) -> None:
+    while not file.exists():
+        assert process.poll() is None, "the run has ended"
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_REQUEUE), (signal.SIGINT, EXIT_INTERRUPTED)])
 def test_before_the_first_step_a_signal_ends_the_run_at_once(corpus: Corpus, tmp_path, number, code):
-    process = start(patched(pretrain_command(corpus, tmp_path, ENDLESS)), PATCH=SLOW_START)
-    time.sleep(3)
+    began_plan = tmp_path / "began"
+    patch = SLOW.format(name="make_plan", file=str(began_plan))
+    process = start(patched(pretrain_command(corpus, tmp_path, ENDLESS)), PATCH=patch)
+    wait_for_file(process, began_plan)
     began = time.monotonic()
     process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == code, output
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # 0.2 s on a quiet machine
     assert len(output.splitlines()) == 1, output
 
 
 def test_a_second_interrupt_ends_a_run_that_does_not_save(corpus: Corpus, tmp_path):
     """Here because saving takes for ever."""
-    patch = "import time; from megabert.training import loop; loop.save = lambda _: time.sleep(600)"
+    began_save = tmp_path / "began"
+    patch = SLOW.format(name="save", file=str(began_save))
     process = start(patched(pretrain_command(corpus, tmp_path, ENDLESS)), PATCH=patch)
     wait_for_step(process, tmp_path, 3)
     process.send_signal(signal.SIGINT)
-    time.sleep(1.5)
+    wait_for_file(process, began_save)
+    time.sleep(1.5)  # two Ctrl-C within a second are one
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
