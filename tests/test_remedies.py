@@ -37,7 +37,7 @@ FOREIGN = {
     " array parsable dependency",
     "pip": "no_binary disable_pip_version_check extra_index_url no_build_isolation no_deps target",
     "apt-get": "no_install_recommends",
-    "pytest": "durations dist",
+    "pytest": "durations dist no_loadscope_reorder",
     "ruff": "check fix select force_exclude",
     "just": "list",
     "hf": "repo_type include local_dir",
