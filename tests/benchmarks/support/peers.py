@@ -8,6 +8,7 @@ pieces in memory packed greedily, and the same packing of mosaicml-streaming's s
 """
 
 import importlib
+import shutil
 import subprocess
 import sys
 import types
@@ -45,7 +46,7 @@ def import_streaming() -> types.ModuleType:
     """Import mosaicml-streaming with an empty torchvision, which only its image datasets use."""
     install()
     sys.path.append(str(FOLDER))
-    if importlib.util.find_spec("torchvision") is None:
+    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is None:
         for name in (
             "torchvision",
             "torchvision.datasets",
@@ -159,9 +160,10 @@ class GreedyStreaming(Greedy):
 
     def __init__(self, folder: Path, vocab_size: int, bin_tokens: int):
         super().__init__(None, vocab_size, bin_tokens)
-        streaming = import_streaming()
-        streaming.base.util.clean_stale_shared_memory()
-        self.dataset = streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
+        copy = folder.with_name("mds-greedy")  # two data sets may not share a folder
+        if not copy.is_dir():
+            shutil.copytree(folder, copy)
+        self.dataset = import_streaming().StreamingDataset(local=str(copy), shuffle=True, batch_size=BATCH)
 
     def samples(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """Yield one pass over the samples."""
