@@ -72,7 +72,7 @@ def test_imports_run_one_way(module):
 
 
 def test_no_circles():
-    levels({name: imports_of(name) & modules().keys() - {name} for name in modules()})
+    assert levels({name: imports_of(name) & modules().keys() - {name} for name in modules()}).keys() == modules().keys()
 
 
 PACKAGES = sorted({path.parent for path in modules().values()} - {REPOSITORY})

@@ -65,7 +65,7 @@ def _list_input_splits(source: str, options: ReadOptions, left_out: LeftOut) -> 
     if source.startswith(hub.PREFIX):
         return hub.list_input_splits(source, options)
     if not os.path.lexists(path):
-        raise ValueError(f"{source}: no such file or folder.{_meant(source)}")
+        raise ValueError(f"{source}: no such file or folder.{_suggestion(source)}")
     kind_of(path)
     if (path / MANIFEST).is_file():
         return text_shards.list_input_splits(path)
@@ -131,8 +131,8 @@ def _splits_of_file(path: Path, options: ReadOptions, left_out: LeftOut) -> list
         return []
 
 
-def _meant(source: str) -> str:
-    """Say what a source that does not exist may mean."""
+def _suggestion(source: str) -> str:
+    """Return a sentence that suggests a source for one that does not exist."""
     path = Path(source)
     beside = [*path.parent.iterdir()] if path.parent.is_dir() else []
     known = {**{str(path.parent / other.name): str(other) for other in beside}, "docstrings": "docstrings"}

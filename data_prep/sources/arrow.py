@@ -71,7 +71,7 @@ def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator
 
 
 def check_column(schema: "pyarrow.Schema", where: str, text_key: str) -> None:
-    """Raise DamagedError if a schema has no column of text with this name. A dot leads into a struct."""
+    """Raise DamagedError if a schema has no column of text with this name; "a.b" is field b of struct a."""
     import pyarrow
 
     kind = pyarrow.struct(list(schema))
@@ -87,7 +87,7 @@ def check_column(schema: "pyarrow.Schema", where: str, text_key: str) -> None:
 
 
 def column_of(batch: "pyarrow.RecordBatch", text_key: str) -> "pyarrow.Array":
-    """Return the column of a batch. A dot leads into a struct."""
+    """Return the column of a batch; "a.b" is field b of struct a."""
     if text_key in batch.schema.names:
         return batch.column(text_key)
     name, *inner = text_key.split(".")

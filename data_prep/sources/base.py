@@ -27,7 +27,7 @@ SHORT = "empty or short texts"
 
 
 class DamagedError(ValueError):
-    """A file or a document that cannot be read as what it claims to be. --on-bad-document skip leaves it out."""
+    """A file or a document that is not in its format. --on-bad-document skip leaves it out."""
 
 
 class InputSplit(NamedTuple):
@@ -116,7 +116,7 @@ def until_damaged(
 
 
 def text_of(row: object, text_key: str, where: str) -> str | None:
-    """Return the text in a field of a row, None if it is null. A dot leads into an object. Raises DamagedError."""
+    """Return the text in a field of a row, None if it is null. "a.b" is field b of field a. Raises DamagedError."""
     value = row
     for name in [text_key] if isinstance(row, dict) and text_key in row else text_key.split("."):
         if not isinstance(value, dict) or name not in value:

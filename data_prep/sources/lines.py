@@ -107,7 +107,7 @@ def _bounded_lines(
 def _skip_partial_line(file: IO[bytes], split: InputSplit) -> int:
     """Skip the rest of a line that began in an earlier byte range. Returns the offset of the next line.
 
-    A line that goes on behind the byte range is not read to its end: nothing begins in this range.
+    A line that continues beyond the byte range is not read to its end, since no line begins in this range.
     """
     offset = split.start - 1
     file.seek(offset)

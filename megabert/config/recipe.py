@@ -5,11 +5,10 @@ The ds_config, not the recipe, says how a run is spread over devices. --help pri
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from megabert.config.settings import check_limits, check_range, required, setting, with_lists
+from megabert.config.settings import check_limits, check_range, metadata_of, required, setting, with_lists
 
 # Settings for the length of a run: a recipe has exactly one of them.
 LENGTHS = ("max_steps", "max_tokens", "max_hours")
@@ -392,16 +391,9 @@ class Recipe:
 
 def may_change_at_resume(name: str) -> bool:
     """Whether "section.setting" may differ between a run and its continuation; unknown settings may not."""
-    return _metadata(name).get("may_change_at_resume", False)
+    return metadata_of(Recipe, name).get("may_change_at_resume", False)
 
 
 def may_change_at_branch(name: str) -> bool:
     """Whether "section.setting" may differ between a run and a branch of it; unknown settings may not."""
-    return _metadata(name).get("may_change_at_branch", False)
-
-
-def _metadata(name: str) -> Mapping[str, Any]:
-    section, _, setting = name.partition(".")
-    config = get_type_hints(Recipe).get(section)
-    settings = {} if config is None else {one.name: one.metadata for one in dataclasses.fields(config)}
-    return settings.get(setting, {})
+    return metadata_of(Recipe, name).get("may_change_at_branch", False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 LIMITS = re.compile(r"([\[(])(\S+), (\S+)([\])])")
@@ -52,6 +53,14 @@ def limits_of(settings: type, prefix: str = "") -> dict[str, str]:
         if dataclasses.is_dataclass(types[field.name]):
             found |= limits_of(types[field.name], f"{name}.")
     return found
+
+
+def metadata_of(settings: type, name: str) -> Mapping[str, Any]:
+    """The metadata of "section.field" in a dataclass of dataclasses, {} for an unknown name."""
+    section, _, setting = name.partition(".")
+    config = get_type_hints(settings).get(section)
+    fields = {} if config is None else {field.name: field.metadata for field in dataclasses.fields(config)}
+    return fields.get(setting, {})
 
 
 def check_range(name: str, value: float, limits: str) -> None:

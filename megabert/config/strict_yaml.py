@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from megabert.config.cli import nearest
 from megabert.config.settings import shortened
+from megabert.files.limits import read_bounded
 
 T = TypeVar("T")
 
@@ -78,11 +79,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def read_small_file(path: Path) -> bytes:
     """Read a file of settings. Raises ValueError if it has more than MAX_FILE_BYTES."""
-    with path.open("rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: has more than {MAX_FILE_BYTES:,} bytes, expected a file of settings.")
-    return data
+    return read_bounded(path, MAX_FILE_BYTES)
 
 
 def parse_value(text: str) -> Any:

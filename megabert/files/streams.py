@@ -1,4 +1,4 @@
-"""Standard streams that end no command: one that is closed, whose reader has left, or whose disk is full."""
+"""Keep a command running when a standard stream is closed, its reader has ended, or its disk is full."""
 
 import errno
 import io
@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# What a stream says whose other end is gone. There is nobody left to be told.
+# Errors of a stream whose other end is closed. No message can reach a reader then.
 GONE = {errno.EPIPE, errno.EBADF, errno.EIO}
 
 
 class _LossyFile(io.FileIO):
-    """A file that drops what cannot be written. report: called at the first loss that somebody can still be told of."""
+    """A file that drops what cannot be written. report: called with the first error that is not one of GONE."""
 
     def __init__(self, number: int, report: Callable[[OSError], None]):
         super().__init__(number, "w", closefd=False)
@@ -29,20 +29,21 @@ class _LossyFile(io.FileIO):
 
 
 def keep_streams_writable() -> None:
-    """Open /dev/null for a standard stream that is closed (`>&-`), and let stdout and stderr drop what they must.
+    """Open /dev/null for each standard stream that is closed (`>&-`), and make stdout and stderr ignore write errors.
 
-    What a command is for lies in its files: its messages must not end it. A stream that a program has replaced stays.
+    A command's results are files, so an error of its messages must not end it. A stream that a program has replaced
+    stays as it is.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            # The lowest number that is free: else the next file to be opened would get it, and print() wrote into it.
+            # It gets the lowest free number. Otherwise the next file would get it, and print() would write there.
             os.set_inheritable(number := os.open(os.devnull, os.O_RDWR), True)
             setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))
             setattr(sys, f"__{name}__", getattr(sys, name))
     for name in ("stdout", "stderr"):
         usual = getattr(sys, name)
         if usual is getattr(sys, f"__{name}__") and isinstance(usual, io.TextIOWrapper):
-            raw = _LossyFile(usual.fileno(), _tell_stderr if name == "stdout" else _tell_nobody)
+            raw = _LossyFile(usual.fileno(), _report_on_stderr if name == "stdout" else _ignore)
             lossy = io.TextIOWrapper(
                 raw if usual.write_through else io.BufferedWriter(raw),  # type: ignore[arg-type]
                 encoding=usual.encoding,
@@ -53,9 +54,9 @@ def keep_streams_writable() -> None:
             setattr(sys, name, lossy)
 
 
-def _tell_stderr(error: OSError) -> None:
+def _report_on_stderr(error: OSError) -> None:
     sys.stderr.write(f"stdout: {error.strerror}: what was printed is incomplete\n")
 
 
-def _tell_nobody(_: OSError) -> None:
-    """Where stderr cannot be written, no message can be."""
+def _ignore(_: OSError) -> None:
+    """Report nothing: stderr itself cannot be written."""

@@ -19,9 +19,9 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
-from megabert.data.shards.limits import read_bounded
 from megabert.data.shards.sample_format import SPECIAL_TOKENS, Kind, encode_npy, read_npy
 from megabert.files.atomic import write_atomically
+from megabert.files.limits import read_bounded
 
 MANIFEST = "manifest.json"
 CHUNKS = "chunks.npy"

@@ -15,7 +15,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megabert.data.shards.cache import CacheOptions, ExpectedFile, WrongContentError
-from megabert.data.shards.limits import read_bounded
 from megabert.data.shards.manifest import (
     MAX_TOKENIZER_BYTES,
     TOKENIZER,
@@ -35,6 +34,7 @@ from megabert.data.shards.sample_format import (
 from megabert.data.shards.side_files import SideFiles, check_tokenizer_config, fetch_manifest
 from megabert.data.shards.storage import Storage, open_storage
 from megabert.data.shards.tokenizer import encode_flat, find_tokenizer, read_tokenizer
+from megabert.files.limits import read_bounded
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ import fsspec
 from tenacity import Future, RetryError, Retrying, retry_if_exception, stop_after_attempt, wait_chain, wait_fixed
 
 from megabert.data.shards.cache import PERMANENT_ERRORS, CacheOptions, ExpectedFile, WholeFileReader, WrongContentError
-from megabert.data.shards.limits import LimitedWriter, TooLongError, read_bounded, too_long
+from megabert.files.limits import LimitedWriter, TooLongError, read_bounded, too_long
 
 if TYPE_CHECKING:
     from webdataset.gopen import Pipe

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from megabert.data.shards.limits import read_bounded
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TokenizerInfo
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
+from megabert.files.limits import read_bounded
 
 # Encoded once, since some damage makes only the first use of a tokenizer fail.
 PROBE = "A b\u0301 \uac00 1"

@@ -7,10 +7,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers.implementations import BertWordPieceTokenizer
 
-from megabert.data.shards.limits import read_bounded
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.files.limits import read_bounded
 
 VOCAB = "vocab.txt"
 ADDED_TOKENS = "added_tokens.json"

@@ -144,6 +144,9 @@ def test_what_others_add_to_a_folder_is_no_damage(folders, readers, tmp_path):
     (folder / "1_Pooling" / "config.json").write_text("{}")
     for read in readers.values():
         read(folder)
+    imported, expected = read_model(tmp_path / "out").weights, read_model(folders["export"]).weights
+    assert imported.keys() == expected.keys()
+    assert all(torch.equal(imported[name], expected[name]) for name in expected)
 
 
 def test_a_finished_import_is_reused_and_a_damaged_one_made_again(run_launcher, folders, tmp_path):
