@@ -31,6 +31,11 @@ class Options:
 
 def main(prog: str) -> None:
     options = cli.read_flags(Options, prog, __doc__ or "")
+    if not Path(options.source).is_dir():
+        raise ValueError(
+            f"{options.source}: no such folder. For a model on the Hugging Face hub, download it first: "
+            f"hf download {options.source} --local-dir FOLDER"
+        )
     # Imported after the flags are read: torch takes seconds to load.
     from megabert.convert.from_hf import ImportOptions, import_model
 

@@ -236,3 +236,10 @@ def test_a_tokenizer_is_given_to_a_model_without_one(corpus, tmp_path):
     tokenizer = json.loads((corpus.tokenizer / "tokenizer.json").read_text())
     (tmp_path / "larger" / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "tokens kept" in str(import_model(tmp_path / "larger", tmp_path / "other", options).vocabulary)
+
+
+def test_the_name_of_a_model_on_the_hub_is_answered_with_how_to_get_it(run_launcher, tmp_path):
+    done = run_launcher("convert_from_hf.py", "bert-base-uncased", tmp_path / "out")
+    assert done.code == 1
+    assert "bert-base-uncased: no such folder." in done.output
+    assert "hf download bert-base-uncased --local-dir FOLDER" in done.output
