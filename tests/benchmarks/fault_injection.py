@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-from support.command_faults import CommandFaults, commands
+from support.command_faults import kill_commands
 from support.corpus import write_text_shards
 from support.report import write
 
@@ -342,30 +342,11 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def kill_commands(options: argparse.Namespace, base: Path) -> int:
-    """Kill the commands around pretraining, in turns; returns the exit code."""
-    rng = random.Random(options.seed)
-    faults = []
-    for command in commands(base / "inputs"):
-        folder = base / command.name
-        folder.mkdir()
-        faults.append(CommandFaults(command, folder))
-    for number in range(len(faults) if options.quick else options.rounds):
-        print(f"round {number + 1}: {faults[number % len(faults)].strike(rng)}", flush=True)
-    totals = {name: sum(one.counts[name] for one in faults) for name in faults[0].counts}
-    print(", ".join(f"{count} {name}" for name, count in totals.items()))
-    write(totals, options.json)
-    good = totals["same_bytes"] == totals["kills"] and not totals["half_outputs"] and not totals["orphans"]
-    if good:
-        shutil.rmtree(base)
-    return 0 if good else 1
-
-
 def main() -> int:
     options = read_arguments()
     base = Path(tempfile.mkdtemp(prefix="fault-injection-"))
     if options.commands:
-        return kill_commands(options, base)
+        return kill_commands(base, options.seed, None if options.quick else options.rounds, options.json)
     config = json.loads((REPOSITORY / "ds_configs/zero2.json").read_text())
     config["torch_autocast"]["enabled"] = False
     ds_config = base / "zero2.json"

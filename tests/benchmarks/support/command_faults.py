@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from support.report import write
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MARK = "MEGABERT_FAULT_ROUND"
@@ -144,3 +145,25 @@ def _marked(mark: str) -> Iterator[psutil.Process]:
                 yield process
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
+
+
+def kill_commands(base: Path, seed: int, rounds: int | None, file: Path | None) -> int:
+    """Kill the commands around pretraining, in turns; returns the exit code.
+
+    rounds: kills in all; None: one of each command. file: for the figures.
+    """
+    rng = random.Random(seed)
+    faults = []
+    for command in commands(base / "inputs"):
+        folder = base / command.name
+        folder.mkdir()
+        faults.append(CommandFaults(command, folder))
+    for number in range(rounds or len(faults)):
+        print(f"round {number + 1}: {faults[number % len(faults)].strike(rng)}", flush=True)
+    totals = {name: sum(one.counts[name] for one in faults) for name in faults[0].counts}
+    print(", ".join(f"{count} {name}" for name, count in totals.items()))
+    write(totals, file)
+    good = totals["same_bytes"] == totals["kills"] and not totals["half_outputs"] and not totals["orphans"]
+    if good:
+        shutil.rmtree(base)
+    return 0 if good else 1
