@@ -21,13 +21,15 @@ start_group() {
 
 alive() { pgrep -g "$group" > /dev/null; }
 
-# Wait for the command of start_group; set `code` to its exit code. A trapped signal ends bash's own wait early.
+# Wait for the command of start_group; set `code` to its exit code. A trapped signal ends bash's own wait early, with the
+# signal's code; the last wait, for a command that has ended, returns the command's.
 wait_for_group() {
     while true; do
-        code=0
-        wait "$group" || code=$?
+        wait "$group" || true
         kill -0 "$group" 2> /dev/null || break
     done
+    code=0
+    wait "$group" || code=$?
 }
 
 # Wait $1 seconds at most for the other processes of the group, and kill those that are left.

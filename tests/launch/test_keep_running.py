@@ -158,6 +158,18 @@ def test_a_signal_stops_it_after_the_ranks_have_saved(tmp_path, monkeypatch, num
     assert len((tmp_path / "starts").read_text().splitlines()) == 1
 
 
+def test_the_exit_code_is_the_commands_if_it_ends_while_the_signal_is_handled(tmp_path):
+    script = (
+        "source launch/common.sh; trap 'kill -TERM $group; sleep 1' USR1; "
+        f"start_group bash -c 'trap \"exit 85\" TERM; touch {tmp_path}/up; while true; do sleep 0.1; done'; "
+        "wait_for_group; exit $code"
+    )
+    process = subprocess.Popen(["bash", "-euc", script], cwd=REPOSITORY)
+    wait_for("the command", (tmp_path / "up").exists, tmp_path / "up")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(30) == 85
+
+
 def test_a_second_ctrl_c_ends_ranks_that_do_not_save(tmp_path, monkeypatch):
     program = "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     program += f'pathlib.Path("{tmp_path}/up").touch(); time.sleep(600)'

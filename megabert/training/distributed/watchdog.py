@@ -124,7 +124,7 @@ class PeerWatchdog:
         if not hmac.compare_digest(str(hello.get("token")).encode(), token.encode()):
             peer.close()
             return STRANGER
-        peer.host = hello["host"]
+        peer.host, peer.unread = hello["host"], lines[1:]
         self.peers[hello["rank"]] = peer
         return RANK
 
@@ -153,20 +153,24 @@ class PeerWatchdog:
         """Read each peer's messages; end this process at any other than a goodbye or a request to stop."""
         selector = selectors.DefaultSelector()
         for rank, peer in self.peers.items():
-            selector.register(peer.connection, selectors.EVENT_READ, rank)
+            if not peer.unread or self._stays(rank, peer.unread):
+                selector.register(peer.connection, selectors.EVENT_READ, rank)
         while selector.get_map():
             for key, _ in selector.select():
-                peer = self.peers[key.data]
-                lines = peer.receive()
-                if lines and STOP in lines:
-                    self._stop()
-                    lines = [line for line in lines if line != STOP]
-                if lines == []:
-                    continue
-                selector.unregister(peer.connection)
-                message = lines[0] if lines else ""
-                if message != GOODBYE and not self.closing.is_set():
-                    self._end(message or f"rank {key.data} on {peer.host} {PEER_DIED}")
+                if not self._stays(key.data, self.peers[key.data].receive()):
+                    selector.unregister(key.fileobj)
+
+    def _stays(self, rank: int, lines: list[str] | None) -> bool:
+        """Act on what a peer has sent, None for a lost connection. Returns False if nothing more comes from it."""
+        if lines and STOP in lines:
+            self._stop()
+            lines = [line for line in lines if line != STOP]
+        if lines == []:
+            return True
+        message = lines[0] if lines else ""
+        if message != GOODBYE and not self.closing.is_set():
+            self._end(message or f"rank {rank} on {self.peers[rank].host} {PEER_DIED}")
+        return False
 
     def _stop(self) -> None:
         """Another rank was asked to stop: ask this one too, and on rank 0 all others."""
@@ -227,6 +231,7 @@ class _Peer:
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self.connection, self.host = connection, host
         self.received = b""  # of a line that is not complete
+        self.unread: list[str] = []  # lines that came together with the introduction
 
     def send(self, message: str) -> None:
         _none_if_lost(lambda: self.connection.sendall(message.encode() + b"\n"))

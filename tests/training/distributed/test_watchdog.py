@@ -15,7 +15,7 @@ import pytest
 
 from megabert.training.distributed import watchdog
 from megabert.training.distributed.signals import PEER_REASON, StopSignals
-from megabert.training.distributed.watchdog import EXIT_PEER_LOST, PEER_DIED, PeerWatchdog
+from megabert.training.distributed.watchdog import EXIT_PEER_LOST, GOODBYE, PEER_DIED, STOP, PeerWatchdog
 from tests.helpers import warm
 from tests.helpers.ports import free_port
 from tests.helpers.processes import start, wait_for_step
@@ -87,6 +87,22 @@ def test_ranks_that_fail_together_each_log_their_own_error(tmp_path):
         assert code == 1
         assert f"rank {rank} has a bad shard" in output
         assert "ending rank" not in output
+
+
+@pytest.mark.parametrize("last", [GOODBYE, "rank 1 on node1 failed: ValueError: a bad shard", ""])
+def test_what_a_rank_sends_together_with_its_introduction_is_read(monkeypatch, last):
+    """A rank that ends at once has sent all it has to say before rank 0 reads anything."""
+    rank0, server, ends = PeerWatchdog(0, 1), watchdog._listen(1), []
+    monkeypatch.setattr(rank0, "_end", ends.append)
+    with socket.create_connection(("127.0.0.1", server.getsockname()[1])) as connection:
+        hello = json.dumps({"token": "secret", "rank": 1, "host": "node1"})
+        connection.sendall("".join(f"{line}\n" for line in (hello, STOP, last) if line).encode())
+    with server:
+        rank0._accept(server, "secret", 2)
+    rank0.thread.start()
+    rank0.thread.join(30)
+    assert not rank0.thread.is_alive()
+    assert ends == {GOODBYE: [], "": [f"rank 1 on node1 {PEER_DIED}"]}.get(last, [last])
 
 
 def test_strangers_delay_no_rank(monkeypatch):
@@ -183,7 +199,8 @@ def test_a_stop_is_passed_on_to_all_ranks_once():
     rank0.signals.request = asked.append  # type: ignore[method-assign]
     rank0.peers = {rank: watchdog._Peer.__new__(watchdog._Peer) for rank in pairs}
     for rank, peer in rank0.peers.items():
-        peer.connection, peer.host, peer.received = pairs[rank][0], f"node{rank}", b""
+        peer.connection, peer.host, peer.received, peer.unread = pairs[rank][0], f"node{rank}", b"", []
+        pairs[rank][1].settimeout(30)
     rank0.thread.start()
     pairs[1][1].sendall(b"stop\nstop\n")
     assert pairs[2][1].recv(100) == b"stop\n"
