@@ -24,6 +24,11 @@ READ_AT_START = ("PYTHONPATH", "PYTHONSTARTUP", "LD_PRELOAD", "DS_ACCELERATOR", 
 AT_START = dict(os.environ)
 SCRIPTS = (
     "launch/pretrain.py",
+    "launch/finetune_glue.py",
+    "launch/pareto.py",
+    "launch/convert_to_hf.py",
+    "launch/convert_from_hf.py",
+    "launch/quickstart/summarize.py",
     "tests/helpers/many_runs.py",
     "tests/training/distributed/watchdog_rank.py",
     "tests/helpers/inject.py",

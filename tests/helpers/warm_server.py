@@ -23,10 +23,13 @@ MAX_REQUEST = 1 << 20  # bytes
 
 
 def preload() -> None:
-    """Import what a training run imports. None of it starts threads or sets a device up, so that a fork is safe."""
+    """Import what training, fine-tuning and conversion import. None of it starts threads or sets a device up."""
     # DeepSpeed imports it when it makes a ZeRO optimizer, and with it torch's compiler, which takes over a second.
 
     import megabert.convert.deepspeed_checkpoint
+    import megabert.convert.from_hf
+    import megabert.convert.to_hf
+    import megabert.finetune.main
     import megabert.training.loop  # noqa: F401
 
     # The garbage collector of a forked process need not visit, and copy, all these objects.

@@ -69,7 +69,7 @@ def trained(model, ops, inputs, autocast=False):
 @pytest.mark.parametrize(
     ("kind", "lengths", "short"),
     cases(
-        per_push=[("mosaicbert", [9, 1], 8), ("padded", [4, 4], attention.SHORT)],
+        per_push=[("mosaicbert", [9, 1], 8)],
         nightly=product(KINDS, [[20, 1, 9], [130, 5]], [attention.SHORT]),
     ),
 )

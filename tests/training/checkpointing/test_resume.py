@@ -1,5 +1,6 @@
 """A resumed run ends bitwise like an uninterrupted one, in weights and optimizer state, at every ZeRO stage."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,25 +55,32 @@ def checkpoint_of(out: Path, step: int = STOPPED) -> Path:
     return out / "checkpoints" / layout.tag_of(step)
 
 
+ONE_RANK = ("zero0", "zero1", "zero2", "zero2_offload", "zero3")
+SOME = {
+    1: [("zero0", True), ("zero1", False), ("zero2", True), ("zero3", True)],
+    2: [("zero1", False), ("zero3", True)],
+}
+ALL = {1: list(product(ONE_RANK, (False, True))), 2: list(product(("zero1", "zero2", "zero3"), (False, True)))}
+
+
 @pytest.mark.parametrize(
-    ("stages", "ranks"), [(["zero0", "zero1", "zero2", "zero2_offload", "zero3"], 1), (["zero1", "zero2", "zero3"], 2)]
+    ("cases", "ranks"),
+    [(cases, ranks) for ranks, cases in SOME.items()]
+    + [pytest.param(cases, ranks, marks=pytest.mark.nightly) for ranks, cases in ALL.items()],
 )
-def test_a_resumed_run_ends_bitwise_the_same(corpus: Corpus, tmp_path, stages, ranks):
+def test_a_resumed_run_ends_bitwise_the_same(corpus: Corpus, tmp_path, cases, ranks):
     """In fp32 and bf16. One process makes all runs; test_signals.py and fault_injection.py start new processes."""
     folders, runs = [], []
-    for stage in stages:
-        for bf16 in (False, True):
-            folder = tmp_path / f"{stage}-{bf16}"
-            folder.mkdir()
-            config = ds_config_in(stage, folder, bf16)
-            folders.append(folder)
-            runs.append(flags_of(corpus, folder / "whole", config, PLAIN, SAVING))
-            resume = f"--run.resume={checkpoint_of(folder / 'whole')}"
-            runs.append(flags_of(corpus, folder / "resumed", config, PLAIN, resume))
-    whole, other = (
-        tmp_path / "zero1-False/whole",
-        tmp_path / "zero2-False/zero2-fp32.json",
-    )  # stage 2 resumes from stage 1
+    for stage, bf16 in cases:
+        folder = tmp_path / f"{stage}-{bf16}"
+        folder.mkdir()
+        config = ds_config_in(stage, folder, bf16)
+        folders.append(folder)
+        runs.append(flags_of(corpus, folder / "whole", config, PLAIN, SAVING))
+        resume = f"--run.resume={checkpoint_of(folder / 'whole')}"
+        runs.append(flags_of(corpus, folder / "resumed", config, PLAIN, resume))
+    # Stage 2 resumes from stage 1.
+    whole, other = tmp_path / "zero1-False/whole", ds_config_in("zero2", tmp_path, bf16=False)
     runs.append(flags_of(corpus, tmp_path / "other", other, PLAIN, f"--run.resume={checkpoint_of(whole)}"))
     done = run_many(runs, ranks)
     assert done.code == 0, done.output
@@ -92,21 +100,29 @@ def test_saving_does_not_change_a_run(corpus: Corpus, tmp_path):
     assert_same_end(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_run_resumes_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path):
+# The stage of a run, and the one at which it goes on.
+FOLLOWS = {"zero0": "zero0", "zero1": "zero2", "zero2": "zero1", "zero3": "zero3"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "counts"),
+    [(["zero2", "zero3"], [1, 3]), pytest.param(list(FOLLOWS), [1, 3], marks=pytest.mark.nightly)],
+)
+def test_a_run_resumes_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path, stages, counts):
     """Data, masks and dropout stay the same, so losses differ by rounding only. Stages 1 and 2 are interchangeable."""
     batch = "--data.global_batch_tokens=1536"
-    configs = {stage: ds_config_in(stage, tmp_path, bf16=False) for stage in ("zero0", "zero1", "zero2", "zero3")}
-    follows = {"zero0": "zero0", "zero1": "zero2", "zero2": "zero1", "zero3": "zero3"}
-    done = run_many([flags_of(corpus, tmp_path / stage, configs[stage], PLAIN, SAVING, batch) for stage in configs], 2)
+    configs = {stage: ds_config_in(stage, tmp_path, bf16=False) for stage in FOLLOWS}
+    done = run_many([flags_of(corpus, tmp_path / stage, configs[stage], PLAIN, SAVING, batch) for stage in stages], 2)
     assert done.code == 0, done.output
-    for ranks in (1, 3):
+    for ranks in counts:
         runs = []
-        for stage, other in follows.items():
+        for stage in stages:
             resume = f"--run.resume={checkpoint_of(tmp_path / stage)}"
-            runs.append(flags_of(corpus, tmp_path / f"{stage}-{ranks}", configs[other], PLAIN, batch, resume))
+            config = configs[FOLLOWS[stage]]
+            runs.append(flags_of(corpus, tmp_path / f"{stage}-{ranks}", config, PLAIN, batch, resume))
         done = run_many(runs, ranks)
         assert done.code == 0, done.output
-        for stage in follows:
+        for stage in stages:
             stayed, moved = (losses_of(tmp_path / out) for out in (stage, f"{stage}-{ranks}"))
             assert len(stayed) == STEPS
             assert moved == pytest.approx(stayed[STOPPED:], rel=1e-6)
@@ -117,19 +133,20 @@ def test_a_run_resumes_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path):
                 assert_groups_are_right(torch.load(file, weights_only=False)["optimizer_state_dict"])
 
 
-def test_ranks_and_accumulation_give_one_curve_for_twenty_steps(corpus: Corpus, tmp_path):
-    """1 rank x 8 micro-batches, 2 x 4 and 4 x 2, with dropout: losses equal to 1e-6, weights to 1e-4.
+@pytest.mark.parametrize("more_ranks", [[4], pytest.param([2, 4, 8], marks=pytest.mark.nightly)])
+def test_ranks_and_accumulation_give_one_curve_for_twenty_steps(corpus: Corpus, tmp_path, more_ranks):
+    """1 rank x 8 micro-batches, 4 x 2 and others, with dropout: losses equal to 1e-6, weights to 1e-4.
 
     The biases of the keys are not compared: they add the same number to every score of a query, which softmax ignores,
     so their gradient is only rounding, which Adam scales up to full steps.
     """
     config = ds_config_in("zero2", tmp_path, bf16=False)
     settings = ["--data.global_batch_tokens=2048", "--run.max_steps=20"]
-    for ranks in (1, 2, 4):
+    for ranks in (1, *more_ranks):
         done = run_many([flags_of(corpus, tmp_path / str(ranks), config, *settings)], ranks)
         assert done.code == 0, done.output
     expected = read_checkpoint(tmp_path / "1")[0]
-    for ranks in ("2", "4"):
+    for ranks in map(str, more_ranks):
         assert losses_of(tmp_path / ranks) == pytest.approx(losses_of(tmp_path / "1"), rel=1e-6)
         for name, weight in read_checkpoint(tmp_path / ranks)[0].items():
             pair = [weight, expected[name]]

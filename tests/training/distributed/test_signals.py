@@ -124,6 +124,7 @@ def test_ranks_end_when_their_launcher_is_killed_during_start_up(corpus: Corpus,
     assert not alive
 
 
+@pytest.mark.nightly
 def test_after_a_signal_to_the_deepspeed_command_alone_the_ranks_save(corpus: Corpus, tmp_path):
     """The command forwards no signals. Its ranks notice that it is gone."""
     process = start(pretrain_command(corpus, tmp_path, ENDLESS, launcher=True))
@@ -290,7 +291,7 @@ def test_loader_workers_end_with_their_rank(corpus: Corpus, tmp_path):
 
 
 def test_a_hangup_under_nohup_is_ignored(corpus: Corpus, tmp_path):
-    command = patched(pretrain_command(corpus, tmp_path, "--run.max_steps=200"))
+    command = patched(pretrain_command(corpus, tmp_path, "--run.max_steps=40"))
     process = start(command, PATCH="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)")
     wait_for_step(process, tmp_path, 3)
     process.send_signal(signal.SIGHUP)
@@ -298,9 +299,10 @@ def test_a_hangup_under_nohup_is_ignored(corpus: Corpus, tmp_path):
     assert process.returncode == 0, output
 
 
-def test_ctrl_c_at_the_deepspeed_command_saves(corpus: Corpus, tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_ctrl_c_at_the_deepspeed_command_saves(corpus: Corpus, tmp_path, ranks):
     """A terminal sends it to the whole process group: the command, its launcher and the ranks."""
-    process = start(pretrain_command(corpus, tmp_path, ENDLESS, "--data.num_workers=2", ranks=2))
+    process = start(pretrain_command(corpus, tmp_path, ENDLESS, "--data.num_workers=2", ranks=ranks, launcher=True))
     wait_for_step(process, tmp_path, 3)
     descendants = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)

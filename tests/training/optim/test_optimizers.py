@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 
 from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.parser import RecipeParser
@@ -20,7 +21,7 @@ from megabert.training.optim.optimizers import (
 )
 from megabert.training.schedule import lr_factor
 from megabert.training.telemetry.reporter import read_metrics
-from tests.helpers.runs import Corpus, ds_config_in, pretrain_command, run_command, run_ranks
+from tests.helpers.runs import Corpus, ds_config_in, finish_ranks, patched, pretrain_command, run_command, start_ranks
 from tests.model.small import small_model
 
 SETTINGS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.01}
@@ -144,15 +145,20 @@ def test_optimizers_that_train_rightly_are_not_refused():
     assert why_not(OptimizerConfig(name="stable_adamw"), ResolvedDsConfig({})) is None
 
 
-def train(corpus: Corpus, out: Path, stage: int, *more: str, ranks: int = 1) -> list[float]:
-    """The losses of a run."""
+# Compiling Newton-Schulz takes seconds in every process, and these tests need milliseconds of it.
+EAGER = "import torch._dynamo; torch._dynamo.config.disable = True"
+
+
+def train(corpus: Corpus, out: Path, stage: int, *more: str, ranks: int = 1, patch: str = "") -> list[float]:
+    """The losses of a run. patch: code that every rank runs first."""
     out.mkdir()
     ds_config = ds_config_in(f"zero{stage}", out, bf16=False)
     if stage == 3:
         config = json.loads(ds_config.read_text())
         config["zero_optimization"]["reduce_scatter"] = False
         ds_config.write_text(json.dumps(config))
-    done = run_ranks(corpus, out, *more, ds_config=ds_config, ranks=ranks)
+    command = patched(pretrain_command(corpus, out, *more, ds_config=ds_config))
+    done = finish_ranks(start_ranks(command, ranks, PATCH=patch))
     assert done.code == 0, done.output
     return [record["loss"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
 
@@ -164,11 +170,12 @@ def matrices(out: Path, step: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def test_muon_takes_equal_steps_at_every_stage_and_resumes(corpus, tmp_path):
+@pytest.mark.parametrize("patch", [EAGER, pytest.param("", marks=pytest.mark.nightly)], ids=["eager", "compiled"])
+def test_muon_takes_equal_steps_at_every_stage_and_resumes(corpus, tmp_path, patch):
     """Newton-Schulz runs in bf16, so another order of sums shows; a resumed run repeats its own order."""
     muon = ["--optimizer.name=muon", "--optimizer.max_grad_norm=0", "--run.max_steps=4", "--run.save_every_steps=2"]
-    two = train(corpus, tmp_path / "2", 2, *muon)
-    assert train(corpus, tmp_path / "3", 3, *muon, ranks=2) == pytest.approx(two, rel=1e-3)
+    two = train(corpus, tmp_path / "2", 2, *muon, patch=patch)
+    assert train(corpus, tmp_path / "3", 3, *muon, ranks=2, patch=patch) == pytest.approx(two, rel=1e-3)
     change = matrices(tmp_path / "2", 4) - matrices(tmp_path / "2", 2)
     # An orthogonal step of 32 x 32 moves each number by lr / sqrt(32); the last two steps have 60 and 30 % of the peak.
     assert change.square().mean().sqrt() == pytest.approx(0.9 * 0.02 * 32**-0.5, rel=0.5)
@@ -176,12 +183,13 @@ def test_muon_takes_equal_steps_at_every_stage_and_resumes(corpus, tmp_path):
     # Rounding in bf16 makes 2 to 10 % of the change, depending on how the CPU multiplies.
     assert apart.norm() < 0.2 * change.norm()
     middle = tmp_path / "2" / "checkpoints" / "step-00000002"
-    assert train(corpus, tmp_path / "again", 2, *muon, f"--run.resume={middle}") == two[2:]
+    assert train(corpus, tmp_path / "again", 2, *muon, f"--run.resume={middle}", patch=patch) == two[2:]
     assert torch.equal(matrices(tmp_path / "again", 4), matrices(tmp_path / "2", 4))
 
 
-def test_muon_orthogonalizes_at_stage_0_and_leaves_the_rest_to_adamw():
+def test_muon_orthogonalizes_at_stage_0_and_leaves_the_rest_to_adamw(monkeypatch):
     """Newton-Schulz makes singular values about 1, and scales tall matrices by sqrt(rows / columns)."""
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     model = small_model().float()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     config = OptimizerConfig(name="muon", muon_lr=0.02, lr=1e-3, weight_decay=0.0)
