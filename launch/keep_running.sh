@@ -3,7 +3,7 @@
 #     OUT=runs/mosaicbert-base bash launch/keep_running.sh --recipe mosaicbert-base --data.train /data/shards
 # The arguments are those of launch/pretrain.py, without --run.output_dir; DEEPSPEED holds the launcher's, such as
 # "--num_gpus 4". Ctrl-C, SIGTERM or a closed terminal stops it; the ranks save first. A second Ctrl-C ends them at once.
-# launch/restart_policy.sh says when it starts again.
+# launch/shared/restart_policy.sh says when it starts again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -12,7 +12,7 @@ DEEPSPEED=${DEEPSPEED:-}
 # Ranks whose launcher is gone save and end within 45 s (megabert/training/distributed/signals.py).
 GRACE_S=60
 [ ! -f .venv/bin/activate ] || source .venv/bin/activate
-source launch/restart_policy.sh
+source launch/shared/restart_policy.sh
 
 stopping=
 group=

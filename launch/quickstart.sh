@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
+source launch/shared/gpu.sh
 # Processes of a stage that was asked to stop end within this time: the ranks save first.
 GRACE_S=60
 group=
@@ -31,7 +32,9 @@ source .venv/bin/activate
 export TOKENIZERS_PARALLELISM=false
 # On a busy machine a thread that spins while it waits takes the core from the thread it waits for: ten times slower.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-[ -e /dev/nvidiactl ] || export DS_ACCELERATOR=cpu
+# The deepspeed launcher starts one rank per GPU, and would find none where torch sees none.
+sees_gpu() { python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }
+{ { has_nvidia_gpu || [ -e /dev/kfd ]; } && sees_gpu; } || export DS_ACCELERATOR=cpu
 run=runs/quickstart
 mkdir -p $run
 

@@ -124,7 +124,7 @@ def test_launchers_stay_small(path):
 
 def test_nothing_but_two_files_asks_what_device_this_is():
     for name, path in modules().items():
-        if name not in ("megabert.training.distributed.device", "megabert.kernels.resolve") and name.startswith(
+        if name not in ("megabert.training.distributed.device", "megabert.kernels.devices") and name.startswith(
             "megabert"
         ):
             text = path.read_text()

@@ -34,7 +34,7 @@ FOREIGN = {
     "torchrun": "nproc_per_node nnodes standalone module",
     "srun": "output open_mode cpus_per_task kill_on_bad_exit wait",
     "sbatch": "nodes ntasks ntasks_per_node gpus_per_node cpus_per_task time signal requeue open_mode output job_name"
-    " array parsable dependency",
+    " array parsable dependency gpus_per_task gpu_bind",
     "pip": "no_binary disable_pip_version_check extra_index_url no_build_isolation no_deps target",
     "apt-get": "no_install_recommends",
     "pytest": "durations dist no_loadscope_reorder",

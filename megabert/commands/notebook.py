@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megabert.commands.pretrain import prepare_quickstart_corpus, set_default_accelerator
+from megabert.commands.pretrain import prepare_quickstart_corpus
 from megabert.config.ds_config import read_ds_config
 from megabert.config.parser import ds_config_path
 from megabert.config.recipe import Recipe
@@ -49,7 +49,9 @@ def pretrain(recipe: Recipe, ds_config: str | Path = "zero2") -> PretrainResult:
     output_dir = Path(recipe.run.output_dir)
     with restored_process():
         stop_signals.install_handlers()
-        set_default_accelerator()
+        from megabert.training.distributed.accelerator import choose_accelerator
+
+        choose_accelerator()
         from megabert.training import loop
         from megabert.training.distributed.sync import unlock_output_dir
 

@@ -5,7 +5,6 @@
 """
 
 import logging
-import os
 import subprocess
 from pathlib import Path
 from typing import NoReturn
@@ -40,11 +39,6 @@ def prepare_quickstart_corpus(recipe: Recipe) -> None:
             raise ValueError(f"preparing {QUICKSTART_SHARDS} failed with exit code {done.returncode}; see above.")
 
 
-def set_default_accelerator() -> None:
-    """Tell DeepSpeed which accelerator to use, unless the user has; without this it tries several and warns."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidiactl").exists() else "cpu")
-
-
 def make_parser(prog: str) -> RecipeParser:
     in_checkout = prog.endswith(".py")
     shown = {"{command}": f"deepspeed {prog}" if in_checkout else prog}
@@ -75,9 +69,11 @@ def main(prog: str) -> int:
         return 0
     ds_config = read_ds_config(ds_config_path(options.ds_config))
     prepare_quickstart_corpus(recipe)
-    set_default_accelerator()
     logging.basicConfig(level=logging.INFO if rank_of_this_process() == 0 else logging.WARNING, format="%(message)s")
     # Imported after recipe and ds_config are checked: torch and DeepSpeed take seconds to load.
+    from megabert.training.distributed.accelerator import choose_accelerator
+
+    choose_accelerator()
     from megabert.training.loop import pretrain
 
     return pretrain(recipe, ds_config, stop_signals)

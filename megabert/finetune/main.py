@@ -22,7 +22,8 @@ from megabert.finetune.results.submission import write_submission
 from megabert.finetune.tasks.readers import check_data, locate_data
 from megabert.finetune.tasks.task import GLUE, Task, glue_tasks, read_task
 from megabert.finetune.training import Backend, build_model, uses_bf16
-from megabert.kernels.resolve import local_devices, resolve
+from megabert.kernels.devices import local_devices, why_gpu_is_unused
+from megabert.kernels.resolve import resolve
 
 LOCK = "glue.lock"  # in OUT
 LOCK_TIMEOUT_S = 2.0  # the jobs of a killed command end within this time
@@ -205,6 +206,8 @@ def parse_shard(shard: str) -> tuple[int, int]:
 def worker_slots(workers: int, num_jobs: int) -> list[WorkerSlot]:
     """Return a slot per GPU; without one, a slot per core: small models gain more from that than from threads."""
     devices = local_devices()
+    if problem := why_gpu_is_unused():
+        print(f"fine-tuning on the CPU: {problem}", flush=True)
     cores = len(os.sched_getaffinity(0))
     default = cores if devices[0] == torch.device("cpu") else len(devices)
     count = max(1, min(workers or default, num_jobs))

@@ -15,7 +15,8 @@ from megabert.convert.hf.tokenizer import read_hf_tokenizer
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.finetune.protocol import Settings
 from megabert.finetune.tasks.task import Examples, Task
-from megabert.kernels.resolve import has_fast_bf16, resolve
+from megabert.kernels.devices import has_fast_bf16
+from megabert.kernels.resolve import resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification

@@ -10,33 +10,34 @@ attn_implementation.
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Literal, NamedTuple
 
 import torch
 import torch._dynamo
-from packaging.version import Version
+import torch.distributed
+from packaging.version import InvalidVersion, Version
 
 from megabert.kernels import HEAD_DIMS, MAX_WIDTH
 from megabert.kernels.cpu import CPU_OPS, why_not_compiled
+from megabert.kernels.devices import OLDEST_CAPABILITY, why_no_launch
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.ops import TORCH_OPS, Ops
 
 log = logging.getLogger(__name__)
 
-FLASH_OLDEST = Version("2.4")  # the first with alibi_slopes
-TRITON_OLDEST = Version("3.7")  # tests/kernels run the kernels with 3.7.1
-OLDEST_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores
+FLASH_OLDEST = "2.4"  # the first with alibi_slopes
+TRITON_OLDEST = "3.6"  # of torch 2.11; its kernels compile with the same registers as those of 3.7.1, which tests run
 
-# Modules to look for, and the distribution that knows their version. apex is recognised by its C extension, because
-# PyPI's package of that name is another project.
+# Modules to look for, and the distributions that may contain them and know their version. apex is recognised by its C
+# extension, because PyPI's package of that name is another project.
 MODULES = {
-    "flash_attn": "flash-attn",
-    "triton": "triton",
-    "amp_C": None,
-    "deepspeed.ops.adam.fused_adam_op": None,
+    "flash_attn": ("flash-attn",),
+    "triton": ("triton", "pytorch-triton", "pytorch-triton-rocm"),
+    "amp_C": (),
+    "deepspeed.ops.adam.fused_adam_op": (),
 }
 
 # Each combination of dropout, dtypes and shapes that happen to be equal compiles once. At torch's limit of 8 a process
@@ -44,16 +45,23 @@ MODULES = {
 RECOMPILE_LIMIT = 64
 
 
+def nothing_wrong() -> str | None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What the choice depends on.
 
-    capability: of a CUDA device. installed: module -> version, "" where the version is unknown.
+    capability: of a CUDA device. installed: module -> version, "" where the version is unknown. is_amd: torch's ROCm
+    build, which calls its devices "cuda" too. try_triton: launches a kernel; returns why that fails, or None.
     """
 
     device_type: str
     capability: tuple[int, int] | None = None
     installed: Mapping[str, str]
+    is_amd: bool = False
+    try_triton: Callable[[], str | None] = field(default=nothing_wrong, compare=False)
 
     def lacks(self, module: str) -> bool:
         return module not in self.installed
@@ -61,29 +69,45 @@ class Machine:
 
 def inspect_machine(device: torch.device) -> Machine:
     """Find the device's capability and the installed modules, without importing them."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     # Only CUDA devices use these modules, and looking for DeepSpeed's extension imports DeepSpeed.
-    modules = [module for module in MODULES if device.type == "cuda" and _is_installed(module)]
-    installed = {module: metadata.version(name) if (name := MODULES[module]) else "" for module in modules}
-    return Machine(device_type=device.type, capability=capability, installed=installed)
+    if device.type != "cuda":
+        return Machine(device_type=device.type, installed={})
+    found = {module: _version_of(module) for module in MODULES if _is_installed(module)}
+    return Machine(
+        device_type=device.type,
+        capability=torch.cuda.get_device_capability(device),
+        installed={module: version for module, version in found.items() if version is not None},
+        is_amd=torch.version.hip is not None,
+        try_triton=lambda: why_no_launch(device),
+    )
 
 
 def _is_installed(module: str) -> bool:
+    """Whether a module can be imported. A folder without code is not one: flash-attn-4 leaves such a flash_attn."""
     package = module.split(".")[0]
-    return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        return False
+    return module == package or importlib.util.find_spec(module) is not None
 
 
-def local_devices() -> list[torch.device]:
-    """Return all CUDA devices of this machine, or its CPU."""
-    count = torch.cuda.device_count()
-    return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+def _version_of(module: str) -> str | None:
+    """Return a module's version, "" if it has none, and None if the distribution that it should come from is absent."""
+    if not MODULES[module]:
+        return ""
+    for name in MODULES[module]:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether a CPU or CUDA device multiplies bf16 natively. On a CPU that does not, bf16 is much slower than fp32."""
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+def _is_older(version: str, oldest: str) -> bool:
+    try:
+        return Version(version).release < Version(oldest).release
+    except InvalidVersion:
+        return True
 
 
 def why_not_flash(
@@ -95,13 +119,13 @@ def why_not_flash(
         return f"flash-attn needs a CUDA device, this is {machine.device_type}"
     if machine.lacks("flash_attn"):
         return "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
-    if (version := Version(machine.installed["flash_attn"])) < FLASH_OLDEST:
+    if _is_older(version := machine.installed["flash_attn"], FLASH_OLDEST):
         return f"flash-attn {version} is older than {FLASH_OLDEST}, the first with ALiBi"
     if config.padding == "padded":
         return "model.padding padded computes the padding, which flash-attn leaves out"
-    if not bf16:
-        return "flash-attn computes in bf16, and torch_autocast is off"
-    return _why_too_old("flash-attn", machine)
+    if too_old := _why_too_old("flash-attn", machine):
+        return too_old
+    return None if bf16 else "flash-attn computes in bf16, and torch_autocast is off"
 
 
 def why_not_triton(operation: str, config: MegaBertConfig, bf16: bool, machine: Machine) -> str | None:
@@ -110,18 +134,22 @@ def why_not_triton(operation: str, config: MegaBertConfig, bf16: bool, machine: 
         return f"Triton needs a CUDA device, this is {machine.device_type}"
     if machine.lacks("triton"):
         return "Triton is not installed (pip install -e '.[kernels]')"
-    if (version := Version(machine.installed["triton"])) < TRITON_OLDEST:
+    if _is_older(version := machine.installed["triton"], TRITON_OLDEST):
         return f"Triton {version} is older than {TRITON_OLDEST} (pip install -e '.[kernels]')"
+    if too_old := _why_too_old("Triton", machine):
+        return too_old
     if config.hidden_size > MAX_WIDTH and "norm" in operation:
         return f"Triton's LayerNorm takes rows of up to {MAX_WIDTH}, model.hidden_size is {config.hidden_size}"
     if operation == "attention" and config.head_dim not in HEAD_DIMS:
         return f"Triton's attention takes head sizes {', '.join(map(str, HEAD_DIMS))}, this one is {config.head_dim}"
     if operation == "attention" and not bf16:
         return "Triton's attention computes in bf16, and torch_autocast is off"
-    return _why_too_old("Triton", machine)
+    return machine.try_triton()
 
 
 def _why_too_old(name: str, machine: Machine) -> str | None:
+    if machine.is_amd:
+        return f"{name} is used on NVIDIA's GPUs only, this is AMD's"
     if machine.capability is None or machine.capability >= OLDEST_CAPABILITY:
         return None
     needed, got = (".".join(map(str, x)) for x in (OLDEST_CAPABILITY, machine.capability))
@@ -204,11 +232,28 @@ def resolve(
             raise ValueError(
                 f"run.ops is fused, but {'; '.join(reasons[operation])}. Fix one of these, or use run.ops auto."
             )
-    log.info("%s", _describe(chosen, reasons, name))
+    line = _describe(chosen, reasons, name)
+    warnings = [] if name == "torch" else slow_choices(chosen["attention"], bf16, machine)
+    log.log(logging.WARNING if warnings and _is_first_rank() else logging.INFO, "%s", ". ".join([line, *warnings]))
     sources = {"PyTorch": plain, "flash-attn": plain._replace(attention=PLANNERS["flash_attention_2"])}
     if "Triton" in chosen.values():
         sources["Triton"] = triton_ops()
     return Ops(**{operation: getattr(sources[source], operation) for operation, source in chosen.items()})
+
+
+def slow_choices(attention: str, bf16: bool, machine: Machine) -> list[str]:
+    """Return a sentence for each choice that makes training on this GPU several times slower than it could be."""
+    found = []
+    if machine.device_type == "cuda" and attention == "PyTorch":
+        found.append("SLOW: PyTorch's attention makes one call per document length in each layer")
+    old = machine.device_type == "cuda" and machine.capability is not None and machine.capability < OLDEST_CAPABILITY
+    if bf16 and old:
+        found.append("SLOW: this GPU emulates bf16; set torch_autocast.enabled to auto in the ds_config")
+    return found
+
+
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _describe(chosen: Mapping[str, str], reasons: Mapping[str, list[str]], name: str) -> str:

@@ -7,7 +7,8 @@ import torch
 
 from megabert.config.ds_config import DsConfig, ResolvedDsConfig
 from megabert.config.recipe import Recipe
-from megabert.kernels.resolve import Implementation, has_fast_bf16
+from megabert.kernels.devices import has_fast_bf16
+from megabert.kernels.resolve import Implementation
 from megabert.training.distributed.device import training_device
 from megabert.training.identity import RunIdentity, fixed_settings
 from megabert.training.optim.optimizers import choose_optimizer

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+from packaging.version import Version
 
-from megabert.kernels import cpu
+from megabert.kernels import cpu, devices
 from megabert.kernels import resolve as resolving
 from megabert.kernels.resolve import (
     Machine,
@@ -21,6 +22,7 @@ from megabert.kernels.resolve import (
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.ops import TORCH_OPS, Ops
+from tests.helpers.runs import REPOSITORY
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 A100 = Machine(device_type="cuda", capability=(8, 0), installed={"flash_attn": "2.8.3", "triton": "3.7.1"})
@@ -69,6 +71,52 @@ def test_without_flash_attn_attention_is_from_triton(stand_in, caplog):
         assert line == (
             "ops: all from Triton (flash-attn is not installed (pip install flash-attn --no-build-isolation))"
         )
+
+
+def test_triton_of_the_oldest_torch_that_we_take_is_used(stand_in, caplog):
+    """torch 2.11 has Triton 3.6; nightly builds of torch name their Triton otherwise."""
+    for version in ("3.6.0", "3.6.0+git9844da95", "3.8.0a0"):
+        assert resolve_and_log(caplog, "auto", having(without(A100, "flash_attn"), triton=version))[0] == stand_in
+
+
+def test_a_triton_that_cannot_launch_is_not_used_and_the_reason_is_logged(caplog):
+    broken = dataclasses.replace(without(A100, "flash_attn"), try_triton=lambda: "Triton cannot launch a kernel: why")
+    ops, line = resolve_and_log(caplog, "auto", broken)
+    assert ops == TORCH_OPS._replace(attention=PLANNERS["sdpa"])
+    assert line.count("Triton cannot launch a kernel: why") == 1
+    with pytest.raises(ValueError, match="run.ops is fused, but .*Triton cannot launch a kernel: why"):
+        resolve("fused", CUDA, CONFIG, True, broken)
+
+
+def test_pytorchs_attention_on_a_gpu_is_a_warning_of_the_first_rank(monkeypatch, caplog):
+    poor = without(A100, "flash_attn", "triton")
+    slow = "SLOW: PyTorch's attention makes one call per document length in each layer"
+    _, line = resolve_and_log(caplog, "auto", poor)
+    assert line.endswith(f". {slow}")
+    assert caplog.records[0].levelname == "WARNING"
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    resolve_and_log(caplog, "auto", poor)
+    assert caplog.records[0].levelname == "INFO"
+    assert slow not in resolve_and_log(caplog, "torch", poor)[1]
+    assert slow not in resolve_and_log(caplog, "auto", LAPTOP)[1]
+
+
+def test_old_cards_train_in_fp32_with_plain_pytorch_and_say_so(caplog):
+    v100 = dataclasses.replace(A100, capability=(7, 0))
+    ops, line = resolve_and_log(caplog, "auto", v100, bf16=False)
+    assert ops == TORCH_OPS._replace(attention=PLANNERS["sdpa"])
+    assert "Triton needs compute capability 8.0, this is 7.0" in line
+    assert "torch_autocast is off" not in line, "switching it on would not help"
+    line = resolve_and_log(caplog, "auto", v100, bf16=True)[1]
+    assert line.endswith("SLOW: this GPU emulates bf16; set torch_autocast.enabled to auto in the ds_config")
+
+
+def test_amds_cards_take_plain_pytorch(caplog):
+    amd = dataclasses.replace(A100, capability=(9, 4), is_amd=True)
+    ops, line = resolve_and_log(caplog, "auto", amd)
+    assert ops == TORCH_OPS._replace(attention=PLANNERS["sdpa"])
+    assert "Triton is used on NVIDIA's GPUs only, this is AMD's" in line
 
 
 def test_without_triton_the_other_operations_are_from_pytorch(caplog):
@@ -142,6 +190,7 @@ def test_fused_fails_if_an_operation_cannot_be_fused(machine, message):
         (A100, CONFIG, True, None),
         (LAPTOP, CONFIG, True, "flash-attn needs a CUDA device, this is cpu"),
         (without(A100, "flash_attn"), CONFIG, True, "flash-attn is not installed"),
+        (having(A100, flash_attn="unknown"), CONFIG, True, "flash-attn unknown is older than 2.4"),
         (having(A100, flash_attn="2.3.6"), CONFIG, True, "flash-attn 2.3.6 is older than 2.4, the first with ALiBi"),
         (A100, MegaBertConfig(padding="padded"), True, "model.padding padded computes the padding"),
         (A100, CONFIG, False, "flash-attn computes in bf16, and torch_autocast is off"),
@@ -161,7 +210,7 @@ def test_reasons_against_flash_attn(machine, config, bf16, reason):
         ("geglu", A100, CONFIG, False, None),
         ("geglu", LAPTOP, CONFIG, True, "Triton needs a CUDA device, this is cpu"),
         ("geglu", without(A100, "triton"), CONFIG, True, "Triton is not installed"),
-        ("geglu", having(A100, triton="3.4.0"), CONFIG, True, "Triton 3.4.0 is older than 3.7"),
+        ("geglu", having(A100, triton="3.4.0"), CONFIG, True, "Triton 3.4.0 is older than 3.6"),
         ("geglu", dataclasses.replace(A100, capability=(7, 0)), CONFIG, True, "Triton needs compute capability 8.0"),
         ("layer_norm", A100, MegaBertConfig(hidden_size=12_288), True, "Triton's LayerNorm takes rows of up to 8192"),
         ("geglu", A100, MegaBertConfig(hidden_size=12_288), True, None),
@@ -191,6 +240,29 @@ def test_installed_modules_are_is_installed_by_name(monkeypatch):
     assert inspect_machine(CUDA) == Machine(
         device_type="cuda", capability=(9, 0), installed={"flash_attn": "2.8.3", "amp_C": ""}
     )
+
+
+def test_what_flash_attn_4_leaves_behind_is_not_flash_attn(monkeypatch, tmp_path):
+    """Installed alone it makes a folder flash_attn without code of its own, and no distribution of that name."""
+    (tmp_path / "flash_attn/cute").mkdir(parents=True)
+    (tmp_path / "flash_attn/cute/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert inspect_machine(CUDA).lacks("flash_attn")
+    (tmp_path / "flash_attn/__init__.py").touch()  # as some of its releases do
+    assert inspect_machine(CUDA).lacks("flash_attn")
+
+
+def test_a_module_is_found_by_any_of_its_distributions(monkeypatch):
+    monkeypatch.setattr(resolving.metadata, "version", {"pytorch-triton": "3.6.0+git1"}.__getitem__)
+    monkeypatch.setattr(resolving.metadata, "PackageNotFoundError", KeyError)
+    assert resolving._version_of("triton") == "3.6.0+git1"
+    assert resolving._version_of("flash_attn") is None
+
+
+def test_the_extra_has_a_triton_that_is_not_too_old():
+    [pin] = [line for line in (REPOSITORY / "constraints.txt").read_text().split() if line.startswith("triton==")]
+    assert Version(pin.removeprefix("triton==")) >= Version(resolving.TRITON_OLDEST)
 
 
 def test_only_modules_that_can_be_imported_are_installed():
@@ -247,7 +319,49 @@ def test_megabert_works_where_triton_is_not_installed():
         "import torch, megabert.training.engine;"
         "from megabert.kernels.resolve import resolve; from megabert.model.modeling_megabert import MegaBertConfig;"
         "resolve('auto', torch.device('cpu'), MegaBertConfig(), True);"
-        "print([name for name in sys.modules if name.startswith('megabert.kernels.')])"
+        "print(sorted(name for name in sys.modules if name.startswith('megabert.kernels.')))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1:] == ["['megabert.kernels.cpu', 'megabert.kernels.resolve']"], done.stderr
+    assert done.stdout.splitlines()[-1:] == [
+        "['megabert.kernels.cpu', 'megabert.kernels.devices', 'megabert.kernels.resolve']"
+    ], done.stderr
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (None, None),
+        (RuntimeError("Failed to find C compiler. Please"), "there is no C compiler (install gcc, or set CC)"),
+        (subprocess.CalledProcessError(1, ["/usr/bin/gcc"]), "{header} is missing (install Python's development"),
+        (PermissionError(13, "Permission denied", "/x"), "[Errno 13] Permission denied: '/x' (set TRITON_CACHE_DIR"),
+        (AssertionError("libcuda.so cannot found!\nmore"), "libcuda.so cannot found!"),
+        (RuntimeError("a trivial kernel gives 3.0"), "a trivial kernel gives 3.0"),
+    ],
+)
+def test_why_no_launch_names_what_is_missing(monkeypatch, tmp_path, error, reason):
+    def launch(device):
+        if error:
+            raise error
+
+    compiler = tmp_path / "gcc"
+    compiler.touch(0o755)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path) if "C compiler" not in str(error) else "/nowhere")
+    monkeypatch.setattr(devices.sysconfig, "get_paths", lambda: {"include": "/no/include"})
+    monkeypatch.setattr(devices, "launch", launch)
+    devices.why_no_launch.cache_clear()
+    got = devices.why_no_launch(CUDA)
+    devices.why_no_launch.cache_clear()
+    if reason is None:
+        assert got is None
+    else:
+        assert got.startswith(f"Triton cannot launch a kernel: {reason.format(header='/no/include/Python.h')}")
+
+
+@pytest.mark.triton
+def test_a_broken_triton_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton.runtime.errors", None)
+    devices.why_no_launch.cache_clear()
+    assert devices.why_no_launch(CUDA).startswith("Triton cannot be imported: ")
+    devices.why_no_launch.cache_clear()

@@ -81,9 +81,9 @@ def test_a_run_that_is_killed_and_restarted_ends_bitwise_as_if_undisturbed(corpu
 
 def fake_deepspeed(folder: Path, monkeypatch, script: str) -> None:
     """Make a repository whose deepspeed is a script."""
-    (folder / "launch").mkdir(parents=True)
-    for name in ("keep_running.sh", "restart_policy.sh", "common.sh"):
-        shutil.copy(REPOSITORY / "launch" / name, folder / "launch")
+    (folder / "launch/shared").mkdir(parents=True)
+    for name in ("keep_running.sh", "shared/restart_policy.sh", "common.sh"):
+        shutil.copy(REPOSITORY / "launch" / name, folder / "launch" / name)
     (folder / "bin").mkdir()
     (folder / "bin/deepspeed").write_text(f"#!/usr/bin/env bash\necho $@ >> {folder}/starts\n{script}\n")
     (folder / "bin/deepspeed").chmod(0o755)

@@ -1,4 +1,4 @@
-"""launch/restart_policy.sh: which attempts are followed by another, and from which checkpoint it starts."""
+"""launch/shared/restart_policy.sh: which attempts are followed by another, and from which checkpoint it starts."""
 
 import os
 import subprocess
@@ -10,8 +10,16 @@ from tests.helpers.runs import REPOSITORY
 
 
 def bash(script: str, *arguments: str, **variables: str) -> list[str]:
-    """Run a script after launch/restart_policy.sh; return the lines that it prints."""
-    command = ["bash", "-euo", "pipefail", "-c", f"source launch/restart_policy.sh\n{script}", "bash", *arguments]
+    """Run a script after launch/shared/restart_policy.sh; return the lines that it prints."""
+    command = [
+        "bash",
+        "-euo",
+        "pipefail",
+        "-c",
+        f"source launch/shared/restart_policy.sh\n{script}",
+        "bash",
+        *arguments,
+    ]
     env = {"PATH": os.environ["PATH"]} | variables
     done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,17 @@ def training_device() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
+def visible_gpus() -> int | None:
+    """Return how many GPUs this process sees; None where it trains on the CPU."""
+    accelerator = get_accelerator()
+    return None if accelerator.device_name() == "cpu" else accelerator.device_count()
+
+
+def gpu_id(device: torch.device) -> str:
+    """Return the UUID of a CUDA device, which is the same for all processes of a machine."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
 def backend_name() -> str:
     """Return torch.distributed's backend for the accelerator, such as gloo or nccl."""
     return get_accelerator().communication_backend_name()

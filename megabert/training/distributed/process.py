@@ -12,7 +12,8 @@ import torch
 import torch.distributed
 
 from megabert.training.distributed import deepspeed_compat
-from megabert.training.distributed.device import backend_name, training_device
+from megabert.training.distributed.accelerator import choose_own_gpu, claim_gpu
+from megabert.training.distributed.device import backend_name, gpu_id, training_device, visible_gpus
 from megabert.training.distributed.gloo import ring_all_gather
 from megabert.training.distributed.rank_env import (
     LOOPBACK,
@@ -42,6 +43,8 @@ def init_distributed() -> tuple[int, int]:
     deepspeed_compat.ignore_deprecated_collectives()
     deepspeed_compat.skip_shm_comm_build()
     os.environ.update(rank_variables())
+    if (visible := visible_gpus()) is not None:
+        choose_own_gpu(visible)
     allow_open_files(LEAST_OPEN_FILES + FILES_PER_RANK * int(os.environ["WORLD_SIZE"]))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (ranks_on_this_machine() or 1)))
@@ -52,9 +55,13 @@ def init_distributed() -> tuple[int, int]:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"the ranks cannot meet at {address}: {str(error).splitlines()[0]} {OTHER_PORT}") from error
     # Called on a GPU too: it sets the current device, from which NCCL sends Python objects.
-    if training_device().type == "cpu":
+    device = training_device()
+    if device.type == "cpu":
         keep_freed_memory()
         deepspeed_compat.replace_all_gather(ring_all_gather)
+    elif device.type == "cuda":
+        # Before the first collective: NCCL fails, or waits, if two ranks have one GPU.
+        claim_gpu(torch.distributed.distributed_c10d._get_default_store(), socket.gethostname(), gpu_id(device))
     return deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
 
 

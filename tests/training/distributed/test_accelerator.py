@@ -1,0 +1,89 @@
+"""Which accelerator and which GPU a rank uses, for made-up machines."""
+
+import pytest
+import torch
+
+from megabert.kernels import devices
+from megabert.training.distributed.accelerator import choose_accelerator, choose_own_gpu, claim_gpu
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Make up a machine: whether it has an NVIDIA driver, whether torch has GPU code, whether torch sees a GPU."""
+
+    def make(driver: bool, cuda_build: bool, sees: bool):
+        file = tmp_path / "nvidiactl"
+        file.touch() if driver else file.unlink(missing_ok=True)
+        monkeypatch.setattr(devices, "NVIDIA_FILES", (file,))
+        monkeypatch.setattr(torch.version, "cuda", "13.0" if cuda_build else None)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda_build", "sees", "environ", "chosen", "warned"),
+    [
+        (True, True, True, {}, "cuda", False),
+        (False, True, True, {}, "cuda", False),  # WSL2 without the file, ROCm
+        (False, False, False, {}, "cpu", False),
+        (True, True, False, {}, "cpu", True),  # an old driver, or a job without a GPU on a machine with some
+        (True, True, False, {"CUDA_VISIBLE_DEVICES": ""}, "cpu", False),
+        (True, False, False, {"DS_ACCELERATOR": "cpu"}, "cpu", False),
+        (True, True, True, {"DS_ACCELERATOR": "cpu"}, "cpu", False),
+    ],
+)
+def test_torch_is_asked_whether_there_is_a_gpu(machine, caplog, driver, cuda_build, sees, environ, chosen, warned):
+    machine(driver, cuda_build, sees)
+    choose_accelerator(environ)
+    assert environ["DS_ACCELERATOR"] == chosen
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warned
+    if warned:
+        assert "sees no GPU" in caplog.text
+        assert "DS_ACCELERATOR=cpu" in caplog.text
+
+
+def test_a_cpu_build_of_torch_on_a_machine_with_a_gpu_is_refused_and_the_advice_works(machine):
+    machine(driver=True, cuda_build=False, sees=False)
+    with pytest.raises(ValueError, match="is a CPU build.* TORCH_BUILD=gpu bash launch/install.sh, or set DS_ACC"):
+        choose_accelerator({})
+    machine(driver=True, cuda_build=True, sees=True)  # after that install
+    environ: dict[str, str] = {}
+    choose_accelerator(environ)
+    assert environ == {"DS_ACCELERATOR": "cuda"}
+
+
+SRUN = {"SLURM_STEP_ID": "0", "RANK": "5"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "visible", "index"),
+    [
+        ({"RANK": "5", "LOCAL_RANK": "1"}, 4, "1"),
+        (SRUN | {"LOCAL_RANK": "5"}, 8, "5"),
+        (SRUN | {"LOCAL_RANK": "5"}, 1, "0"),  # --gpus-per-task=1
+        (SRUN | {"LOCAL_RANK": "3"}, 2, "1"),  # two GPUs for each task
+    ],
+)
+def test_a_rank_uses_a_gpu_that_it_sees(environ, visible, index):
+    environ = dict(environ)
+    choose_own_gpu(visible, environ)
+    assert environ["LOCAL_RANK"] == index
+
+
+def test_more_ranks_than_gpus_are_refused():
+    with pytest.raises(ValueError, match="rank 5 is number 2 of this machine, counted from 0, but only 2 GPUs"):
+        choose_own_gpu(2, {"RANK": "5", "LOCAL_RANK": "2"})
+    with pytest.raises(ValueError, match="DS_ACCELERATOR is cuda, but torch sees no GPU here"):
+        choose_own_gpu(0, {"RANK": "0", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cuda"})
+
+
+def test_two_ranks_on_one_gpu_are_refused():
+    """SLURM with more tasks than GPUs: each rank's number fits, and NCCL would stop with a traceback."""
+    store = torch.distributed.HashStore()
+    claim_gpu(store, "node0", "GPU-1")
+    claim_gpu(store, "node0", "GPU-2")
+    claim_gpu(store, "node1", "GPU-1")
+    with pytest.raises(ValueError, match="two ranks would use the same GPU GPU-1 of node0.*--gpus-per-task=1"):
+        claim_gpu(store, "node0", "GPU-1")
