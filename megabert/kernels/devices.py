@@ -34,7 +34,8 @@ def why_gpu_is_unused(environ: Mapping[str, str] = os.environ) -> str | None:
     if not can_torch_use_gpus():
         return (
             f"this machine has an NVIDIA GPU, but the installed torch {torch.__version__} is a CPU build, as "
-            f"launch/install.sh installs where it finds no GPU. Run TORCH_BUILD=gpu bash launch/install.sh, or {CPU_WISH}."
+            "launch/install.sh installs where it finds no GPU. "
+            f"Run TORCH_BUILD=gpu bash launch/install.sh, or {CPU_WISH}."
         )
     if environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
         return None

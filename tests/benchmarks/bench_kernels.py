@@ -3,23 +3,34 @@
     python tests/benchmarks/bench_kernels.py [--quick] [--json FILE]
 
 The shapes are those of MosaicBERT-Base on 8,192 tokens, 30 % of them masked, in documents of 128 tokens, then of 512.
-Each figure is the median of many runs of forward and backward together, in bf16 autocast. --quick times fewer runs.
+Each figure is the median of many replays of a CUDA graph of forward and backward, in bf16 autocast. --quick times fewer
+runs.
 """
 
 import statistics
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from support import report
 
+from megabert.kernels.resolve import inspect_machine, torch_ops, triton_ops
+from megabert.model.alibi import alibi_slopes
+from megabert.model.attention import PLANNERS, Planner
+from megabert.model.ops import Ops
+from megabert.model.padding import Sequences
+from megabert.training.telemetry.cards import card_named
+
 TOKENS, MASKED, HIDDEN, WIDTH, VOCAB, HEADS, LAYERS = 8192, 2458, 768, 3072, 30_528, 12, 12
 HEAD_DIM = HIDDEN // HEADS
 DROPOUT = 0.1
+# Equal sets of inputs that are used in turn: together more than the caches of an H100 or B200 hold.
+SETS = 3
 
-# Peak bf16 FLOP/s and bytes/s, from NVIDIA's data sheets. That 85 % of the bandwidth and 65 % of the FLOP/s can be
-# reached is an assumption.
-GPUS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12)}  # A100-80GB, H100 SXM
+# Bf16 FLOP/s and bytes/s. That 85 % of the bandwidth and 65 % of the FLOP/s can be reached is an assumption.
+GPUS = {name: (card.bf16 or card.fp32, card.bandwidth) for name in ("A100", "H100") for card in [card_named(name)]}
 REACHABLE_BYTES, REACHABLE_FLOPS = 0.85, 0.65
 
 
@@ -95,67 +106,117 @@ def estimate() -> dict[str, float]:
     return figures
 
 
-def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
+class Contender(NamedTuple):
+    """One implementation. forward takes the leaves; leaves: what backward computes gradients of."""
+
+    forward: Callable[..., torch.Tensor]
+    leaves: list[torch.Tensor]
 
 
-def contenders() -> dict[str, dict[str, Callable[[], torch.Tensor]]]:
-    """Return operation -> implementation -> a call that returns a scalar to differentiate."""
-    from megabert.kernels.resolve import inspect_machine, torch_ops, triton_ops
-    from megabert.model.alibi import alibi_slopes
-    from megabert.model.attention import PLANNERS
-    from megabert.model.padding import Sequences
-
-    x, residual, gated = leaf(TOKENS, HIDDEN), leaf(TOKENS, HIDDEN), leaf(TOKENS, 2 * WIDTH)
-    weight, bias = leaf(HIDDEN, dtype=torch.float32), leaf(HIDDEN, dtype=torch.float32)
-    ids = [torch.randint(VOCAB, (TOKENS,), device="cuda"), torch.zeros(TOKENS, device="cuda", dtype=torch.long)]
-    tables = [leaf(VOCAB, HIDDEN, dtype=torch.float32), leaf(2, HIDDEN, dtype=torch.float32)]
-    hidden, decoder_bias = leaf(MASKED, HIDDEN), leaf(VOCAB, dtype=torch.float32)
-    labels = torch.randint(VOCAB, (MASKED,), device="cuda")
-    options = {"eps": 1e-12, "dropout_p": DROPOUT, "low_precision": True}
-
-    def calls(ops) -> dict[str, Callable[[], torch.Tensor]]:
-        return {
-            "geglu": lambda: ops.geglu(gated, DROPOUT).sum(),
-            "add_layer_norm": lambda: ops.add_layer_norm(x, residual, weight, bias, **options).sum(),
-            "embed_layer_norm": lambda: ops.embed_layer_norm(ids, tables, weight, bias, **options).sum(),
-            "masked_cross_entropy": lambda: ops.masked_cross_entropy(hidden, tables[0], decoder_bias, labels).loss_sum,
-        }
-
-    plain = calls(torch_ops())
-    found = {name: {"Triton": call, "eager": plain[name]} for name, call in calls(triton_ops()).items()}
-    for name, call in plain.items():
-        found[name]["compiled"] = torch.compile(call)
-    planners = {"Triton": triton_ops().attention, "eager": PLANNERS["sdpa"]}
-    if not inspect_machine(torch.device("cuda")).lacks("flash_attn"):
-        planners["flash-attn"] = PLANNERS["flash_attention_2"]
-    qkv, slopes = leaf(TOKENS, 3, HEADS, HEAD_DIM), alibi_slopes(HEADS).cuda()
-    for length in (128, 512):
-        sequences = Sequences(torch.arange(0, TOKENS + 1, length, device="cuda", dtype=torch.int32), length)
-        found[f"attention_{length}"] = {
-            name: (lambda planner=planner, s=sequences: planner(s, slopes, HEAD_DIM)(qkv, 0.0).sum())
-            for name, planner in planners.items()
-            if planner is not None
-        }
+def implementations(device: torch.device) -> dict[str, tuple[Ops, Planner]]:
+    """Return the implementations that this device has: operations, and the planner of attention."""
+    plain = torch_ops()
+    found: dict[str, tuple[Ops, Planner]] = {"eager": (plain, PLANNERS["sdpa"])}
+    if device.type == "cuda":
+        fused = triton_ops()
+        found = {"Triton": (fused, fused.attention), **found}
+        if not inspect_machine(device).lacks("flash_attn"):
+            found["flash-attn"] = (plain, PLANNERS["flash_attention_2"])
     return found
 
 
-def time_s(call: Callable[[], torch.Tensor], repeats: int) -> float:
-    """Return the median time of forward and backward, with a cold L2 cache, as inside a model."""
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+def contenders(device: torch.device, tokens: int = TOKENS) -> dict[str, dict[str, Contender]]:
+    """Return operation -> implementation -> contender, with random inputs."""
+
+    def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    masked, fp32 = max(1, round(MASKED / TOKENS * tokens)), torch.float32
+    norm = [leaf(HIDDEN, dtype=fp32), leaf(HIDDEN, dtype=fp32)]
+    tables = [leaf(VOCAB, HIDDEN, dtype=fp32), leaf(2, HIDDEN, dtype=fp32)]
+    ids = [torch.randint(VOCAB, (tokens,), device=device), torch.zeros(tokens, device=device, dtype=torch.long)]
+    labels = torch.randint(VOCAB, (masked,), device=device)
+    options = {"eps": 1e-12, "dropout_p": DROPOUT, "low_precision": True}
+    found: dict[str, dict[str, Contender]] = {}
+
+    def add(name: str, source: str, forward: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> None:
+        found.setdefault(name, {})[source] = Contender(forward, leaves)
+        if source == "eager" and device.type == "cuda" and not name.startswith("attention"):
+            found[name]["compiled"] = Contender(torch.compile(forward), leaves)
+
+    for source, (ops, planner) in implementations(device).items():
+        for length in (128, 512):
+            bounds = torch.arange(0, tokens + 1, length, device=device, dtype=torch.int32)
+            attend = planner(Sequences(bounds, length), alibi_slopes(HEADS).to(device), HEAD_DIM)
+            qkv = leaf(int(bounds[-1]), 3, HEADS, HEAD_DIM)
+            add(f"attention_{length}", source, lambda qkv, attend=attend: attend(qkv, 0.0), [qkv])
+        if source == "flash-attn":
+            continue
+        rows = [leaf(tokens, HIDDEN), leaf(tokens, HIDDEN), *norm]
+        add("geglu", source, lambda x, ops=ops: ops.geglu(x, DROPOUT), [leaf(tokens, 2 * WIDTH)])
+        add("add_layer_norm", source, lambda *x, ops=ops: ops.add_layer_norm(*x, **options), rows)
+        add(
+            "embed_layer_norm",
+            source,
+            lambda words, types, *x, ops=ops: ops.embed_layer_norm(ids, [words, types], *x, **options),
+            [*tables, *norm],
+        )
+        add(
+            "masked_cross_entropy",
+            source,
+            lambda *x, ops=ops: ops.masked_cross_entropy(*x, labels).loss_sum,
+            [leaf(masked, HIDDEN), tables[0], leaf(VOCAB, dtype=fp32)],
+        )
+    return found
+
+
+def passes(contender: Contender, sets: int) -> Callable[[], None]:
+    """Return a call that does forward and backward once for each of several equal sets of inputs.
+
+    The inputs are used in turn, so that a cache that holds one set is of no use, as inside a model. The gradient of the
+    output is ready and random; gradients are returned, not added to others.
+    """
+    device = contender.leaves[0].device.type
+    copies = [[x.detach().clone().requires_grad_() for x in contender.leaves] for _ in range(sets)]
+
+    def forward(leaves: list[torch.Tensor]) -> torch.Tensor:
+        # Without the cache of casts, which would keep weights of one pass for the next.
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            return contender.forward(*leaves)
+
+    upstream = [torch.randn_like(forward(leaves)) for leaves in copies]
+
+    def work() -> None:
+        for leaves, gradient in zip(copies, upstream, strict=True):
+            torch.autograd.grad(forward(leaves), leaves, gradient)
+
+    return work
+
+
+def time_s(contender: Contender, repeats: int, sets: int = SETS) -> float:
+    """Return the median time of one forward and backward. On a GPU a CUDA graph is replayed, without Python's time."""
+    work = passes(contender, sets)
+    if contender.leaves[0].device.type != "cuda":
+        work()
+        return statistics.median(timeit.repeat(work, number=1, repeat=repeats)) / sets
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles and tunes what it will
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
     times = []
-    for repeat in range(repeats + 5):
-        flush.zero_()
+    for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = call()
-        loss.backward()
+        graph.replay()
         end.record()
-        torch.cuda.synchronize()
-        if repeat >= 5:
-            times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times) / sets
 
 
 def measure(repeats: int) -> dict[str, float]:
@@ -164,8 +225,8 @@ def measure(repeats: int) -> dict[str, float]:
         "| operation | implementation | us | GB/s of the formula's bytes | speed-up over eager |\n|---|---|---|---|---|"
     )
     figures = {}
-    for operation, implementations in contenders().items():
-        times = {name: time_s(call, repeats) for name, call in implementations.items()}
+    for operation, found in contenders(torch.device("cuda")).items():
+        times = {name: time_s(contender, repeats) for name, contender in found.items()}
         for name, seconds in times.items():
             figures[f"{operation}_{name.lower().replace('-', '_')}_us"] = seconds * 1e6
             rate = WORK[operation].moved_bytes / seconds / 1e9

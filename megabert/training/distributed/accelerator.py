@@ -38,8 +38,8 @@ def choose_own_gpu(visible: int, environ: MutableMapping[str, str] = os.environ)
     local_rank = int(environ["LOCAL_RANK"])
     if local_rank >= visible and "SLURM_STEP_ID" not in environ:
         raise ValueError(
-            f"rank {environ['RANK']} is number {local_rank} of this machine, counted from 0, but only {visible} GPUs are "
-            "visible. Start one rank per GPU, as with deepspeed --num_gpus or torchrun --nproc-per-node."
+            f"rank {environ['RANK']} is number {local_rank} of this machine, counted from 0, but only {visible} GPUs "
+            "are visible. Start one rank per GPU, as with deepspeed --num_gpus or torchrun --nproc-per-node."
         )
     environ["LOCAL_RANK"] = str(local_rank % visible)
 

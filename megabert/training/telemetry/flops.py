@@ -5,26 +5,16 @@ everything after the last layer's attention on masked tokens only; matrix produc
 addition as two FLOPs; the backward pass as twice the forward pass, without recomputation.
 """
 
+import logging
 import time
 
 import torch
 
 from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.training.telemetry.cards import find_card
 
-# Dense bf16 tensor-core peaks, FLOP/s, from NVIDIA's data sheets, by a part of torch's name for the card.
-PEAKS = {
-    "A100": 312e12,
-    "A800": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "V100": 125e12,
-}
+log = logging.getLogger(__name__)
+
 TRIALS = 5
 
 
@@ -40,13 +30,16 @@ def step_flops(config: MegaBertConfig, tokens: float, masked: float, squared_len
 
 
 def peak_flops(device: torch.device, name: str, config: MegaBertConfig, dtype: torch.dtype) -> float | None:
-    """Return the peak FLOP/s of one rank's device; None for a card that the table lacks. name: torch's, or "cpu".
+    """Return the peak FLOP/s of one rank's device in the precision of a run; None, and a line in the log, if unknown.
 
-    A CPU is measured: the best of a few matrix products of the model's own shape on this process's threads.
+    name: torch's name of the card, or "cpu". dtype: of the matrix products, bf16 or fp32. A CPU is measured: the best of a few matrix products of the model's own shape on this process's threads.
     """
     if device.type != "cpu":
-        known = [part for part in PEAKS if part in name]
-        return PEAKS[max(known, key=len)] if known else None
+        card = find_card(name)
+        peak = None if card is None else card.bf16 if dtype == torch.bfloat16 else card.fp32
+        if peak is None:
+            log.info("no MFU is reported: telemetry/cards.py knows no %s peak of %s", dtype, name)
+        return peak
     rows, width, out = 4096, config.hidden_size, config.intermediate_size
     x, weight = torch.randn(rows, width, dtype=dtype), torch.randn(out, width, dtype=dtype)
     best = float("inf")
