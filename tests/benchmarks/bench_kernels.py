@@ -23,7 +23,7 @@ from megabert.model.ops import Ops
 from megabert.model.padding import Sequences
 from megabert.training.telemetry.cards import card_named
 
-TOKENS, MASKED, HIDDEN, WIDTH, VOCAB, HEADS, LAYERS = 8192, 2458, 768, 3072, 30_528, 12, 12
+TOKENS, MASKED, HIDDEN, WIDTH, VOCAB, HEADS = 8192, 2458, 768, 3072, 30_528, 12
 HEAD_DIM = HIDDEN // HEADS
 DROPOUT = 0.1
 # Equal sets of inputs that are used in turn: together more than the caches of an H100 or B200 hold.
@@ -73,18 +73,6 @@ def bound_s(work: Work, gpu: str) -> float:
     return work.moved_bytes / (bandwidth * REACHABLE_BYTES) + work.flops / (flops * REACHABLE_FLOPS)
 
 
-def model_bound(gpu: str, elements: int) -> float:
-    """Return the tokens/s of a training step in which each layer moves `elements` bf16 numbers per hidden unit.
-
-    The traffic of the matrix products is not counted.
-    """
-    flops, bandwidth = GPUS[gpu]
-    layer = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * WIDTH) + 4 * 128 * HIDDEN
-    forward = LAYERS * layer + MASKED / TOKENS * 2 * (HIDDEN * HIDDEN + HIDDEN * VOCAB)
-    moved = LAYERS * elements * HIDDEN * 2
-    return 1 / (3 * forward / (flops * REACHABLE_FLOPS) + moved / (bandwidth * REACHABLE_BYTES))
-
-
 def estimate() -> dict[str, float]:
     print("Theoretical estimate, not run on a GPU.\n")
     print("| operation, forward + backward | MB | GFLOP | " + " | ".join(f"{gpu}, us" for gpu in GPUS) + " |")
@@ -95,14 +83,6 @@ def estimate() -> dict[str, float]:
         figures |= {f"estimate_{name}_{gpu.lower()}_us": time for gpu, time in times.items()}
         cells = " | ".join(f"{time:.0f}" for time in times.values())
         print(f"| {name} | {work.moved_bytes / 1e6:.1f} | {work.flops / 1e9:.1f} | {cells} |")
-    # Numbers moved per hidden unit and layer: by eager operations, counted one by one; by fused ones, from the
-    # docstrings.
-    print("\n| MosaicBERT-Base, S = 128, tokens/s, estimate | " + " | ".join(GPUS) + " |\n|---|" + "---|" * len(GPUS))
-    for label, elements in (("operation by operation", 147), ("fused", 49)):
-        bounds = {gpu: model_bound(gpu, elements) for gpu in GPUS}
-        key = label.split()[0]
-        figures |= {f"estimate_{key}_{gpu.lower()}_tokens_per_s": x for gpu, x in bounds.items()}
-        print(f"| {label} | " + " | ".join(f"{x / 1000:,.0f}k" for x in bounds.values()) + " |")
     return figures
 
 

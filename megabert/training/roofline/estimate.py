@@ -1,0 +1,151 @@
+"""Predicts a run on GPUs: memory, tokens/s, MFU, hours and dollars, and what bounds them."""
+
+from dataclasses import dataclass
+
+from megabert.config.recipe import ModelConfig, Recipe
+from megabert.training.roofline.memory import Memory, memory_of_rank, num_weights
+from megabert.training.roofline.work import (
+    BANDWIDTH,
+    GAPS,
+    HOST_PER_LAYER,
+    Batch,
+    batch_of,
+    needed_flops,
+    operations,
+)
+from megabert.training.telemetry.cards import Card
+
+# GPUs of one machine, whose links are the cards' own. Between machines each GPU has a port of 400 Gb/s.
+MACHINE = 8
+PORT = 50e9
+# The share of a link that an all-reduce of tens of megabytes reaches.
+LINK_SHARE = 0.7
+# BERT's, rounded up; a run's own tokenizer decides.
+VOCAB_SIZE = 30_528
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One step: seconds by part, over all its micro-batches. tokens: real ones of all ranks."""
+
+    tokens: float
+    flops: float
+    seconds: dict[str, float]
+    memory: Memory
+    card: Card
+    gpus: int
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Real tokens per second and GPU."""
+        return self.tokens / self.step_s / self.gpus
+
+    @property
+    def mfu(self) -> float:
+        return self.flops / (self.step_s * self.gpus * (self.card.bf16 or self.card.fp32))
+
+    @property
+    def bounds(self) -> list[str]:
+        """The three parts that take longest."""
+        return sorted(self.seconds, key=lambda part: -self.seconds[part])[:3]
+
+
+def predict(
+    model: ModelConfig, batch: Batch, card: Card, *, gpus: int, accumulation: int, zero_stage: int,
+    vocab_size: int = VOCAB_SIZE,
+) -> Prediction:  # fmt: skip
+    """Predict a step of `accumulation` micro-batches on each of `gpus` ranks."""
+    bf16 = card.bf16 is not None
+    seconds = {op.name: op.seconds(card, bf16) * accumulation for op in operations(model, vocab_size, batch, bf16)}
+    if model.checkpoint_every:
+        # Forward is a third of the work of a layer, and is done again.
+        for name in ("layers' products", "attention"):
+            seconds[name] *= 1 + 1 / 3 / model.checkpoint_every
+    busy = sum(seconds.values())
+    seconds["gaps and waits"] = busy * GAPS
+    seconds["Python"] = max(0.0, accumulation * HOST_PER_LAYER * model.num_hidden_layers - busy)
+    weights = num_weights(model, vocab_size)
+    seconds["communication"] = communication_s(weights, card, gpus, zero_stage, accumulation)
+    shared_by = gpus if zero_stage else 1
+    seconds["optimizer"] = 28 * weights / shared_by / (card.bandwidth * BANDWIDTH)
+    memory = memory_of_rank(
+        model, vocab_size=vocab_size, zero_stage=zero_stage, ranks=gpus, tokens=round(batch.slots), bf16=bf16
+    )
+    return Prediction(
+        tokens=batch.tokens * accumulation * gpus,
+        flops=needed_flops(model, vocab_size, batch) * accumulation * gpus,
+        seconds=seconds,
+        memory=memory,
+        card=card,
+        gpus=gpus,
+    )
+
+
+def communication_s(weights: float, card: Card, gpus: int, zero_stage: int, accumulation: int) -> float:
+    """Return the seconds that a step waits for fp32 gradients and weights; none of it is hidden behind other work.
+
+    Every stage reduces gradients and ZeRO gathers weights: together 2 (n - 1) / n times their bytes. ZeRO 2 reduces in
+    every micro-batch, and ZeRO 3 also gathers the weights twice in each.
+    """
+    if gpus == 1:
+        return 0.0
+    link = LINK_SHARE * (card.link if gpus <= MACHINE else min(card.link, PORT))
+    passes = 2.0
+    if zero_stage == 2:
+        passes = accumulation + 1.0
+    elif zero_stage == 3:
+        passes = 3.0 * accumulation
+    return passes * (gpus - 1) / gpus * 4 * weights / link
+
+
+def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Prediction:
+    """Predict a recipe's step at its full batch and last length. Raises ValueError if the ranks cannot share it."""
+    data = recipe.data
+    batch = batch_of(
+        recipe.model, data.micro_batch_tokens, data.lengths[-1][0], data.documents, recipe.masking.mlm_probability
+    )
+    total = gpus if data.global_batch_tokens == "auto" else data.global_batch_tokens // data.micro_batch_tokens
+    if total % gpus:
+        raise ValueError(
+            f"{gpus} GPUs cannot share the recipe's {total} micro-batches per step evenly. Pass another --gpus, or "
+            "change data.micro_batch_tokens in the recipe."
+        )
+    multiple = recipe.model.pad_vocab_to_multiple_of
+    return predict(
+        recipe.model, batch, card, gpus=gpus, accumulation=total // gpus, zero_stage=zero_stage,
+        vocab_size=-(-VOCAB_SIZE // multiple) * multiple,
+    )  # fmt: skip
+
+
+def hours_of(recipe: Recipe, prediction: Prediction) -> float:
+    """Return the hours of the whole run."""
+    run = recipe.run
+    if run.max_hours is not None:
+        return run.max_hours
+    steps = run.max_steps if run.max_steps is not None else (run.max_tokens or 0) / prediction.tokens
+    return steps * prediction.step_s / 3600
+
+
+def describe(recipe: Recipe, prediction: Prediction, price: float | None) -> str:
+    """Write the prediction as lines for the screen. price: dollars per GPU and hour."""
+    card, memory, hours = prediction.card, prediction.memory, hours_of(recipe, prediction)
+    fits = "fits" if memory.total <= 0.95 * card.memory else "DOES NOT FIT: halve data.micro_batch_tokens"
+    parts = sorted(prediction.seconds.items(), key=lambda part: -part[1])
+    lines = [
+        "Predicted, not measured: no GPU has run this code.",
+        f"memory per rank   {memory.total / 1e9:.1f} of {card.memory / 1e9:.0f} GB ({fits}): states "
+        f"{memory.states / 1e9:.1f}, kept for backward {memory.kept / 1e9:.1f}, work {memory.work / 1e9:.1f}",
+        f"tokens/s          {prediction.tokens_per_s / 1000:,.0f}k per GPU, "
+        f"{prediction.tokens_per_s * prediction.gpus / 1000:,.0f}k in all",
+        f"MFU               {100 * prediction.mfu:.0f} % of {(card.bf16 or card.fp32) / 1e12:.0f} TFLOP/s in "
+        f"{'bf16' if card.bf16 else 'fp32'}",
+        f"a step            {1000 * prediction.step_s:.0f} ms: "
+        + ", ".join(f"{name} {100 * spent / prediction.step_s:.0f} %" for name, spent in parts if spent),
+        f"the run           {hours:.1f} hours, {hours * prediction.gpus:,.0f} GPU hours"
+        + ("" if price is None else f", ${hours * prediction.gpus * price:,.0f}"),
+    ]
+    return "\n".join(lines)

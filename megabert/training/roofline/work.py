@@ -1,0 +1,140 @@
+"""The operations of a micro-batch: their FLOPs, the bytes that they move, and the time that a card needs for them.
+
+One set of efficiencies for all models and cards, fixed before any comparison with published runs.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from megabert.config.recipe import ModelConfig
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.training.roofline.memory import num_weights
+from megabert.training.telemetry.cards import Card
+from megabert.training.telemetry.flops import step_flops
+
+# Shares of a card's peaks that are reached. Faster cards reach less, because the same products fill them less: the
+# share is that of an A100, and falls with each doubling of the peak.
+A100_PEAK = 312e12
+PRODUCTS, PRODUCTS_FALL = 0.68, 0.08
+ATTENTION, ATTENTION_FALL = 0.35, 0.06
+BANDWIDTH = 0.85
+# LayerNorm's backward pass reads and writes in rows, with sums of the weights' gradient.
+ROWS = 0.6
+# Python and launches, seconds per layer of a micro-batch; they overlap with the GPU's work.
+HOST_PER_LAYER = 1.6e-3
+# Of the GPU's time: waits at the end of a step, gaps between kernels.
+GAPS = 0.03
+
+# Web documents in tokens, as tests/benchmarks draw them: their logarithm has this mean and standard deviation.
+LOG_LENGTH = NormalDist(5.5, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch. tokens: real ones; slots: computed, with padding; masked: tokens to predict; attended: the mean
+    number of keys per token and layer."""
+
+    tokens: float
+    slots: float
+    masked: float
+    attended: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """flops and moved_bytes of forward and backward together. share, fall: of the peak, as for PRODUCTS."""
+
+    name: str
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+    share: float = PRODUCTS
+    fall: float = PRODUCTS_FALL
+    bandwidth: float = BANDWIDTH
+
+    def seconds(self, card: Card, bf16: bool = True) -> float:
+        peak = card.bf16 if bf16 and card.bf16 else card.fp32
+        share = self.share - self.fall * math.log2(max(peak, A100_PEAK / 4) / A100_PEAK)
+        return max(self.flops / (peak * min(share, 0.8)), self.moved_bytes / (card.bandwidth * self.bandwidth))
+
+    def is_compute_bound(self, card: Card) -> bool:
+        return self.flops / (card.bf16 or card.fp32) > self.moved_bytes / card.bandwidth
+
+
+def piece_lengths(longest: int, documents: str) -> tuple[float, float]:
+    """Return the mean length of a document's pieces, and the mean of the squares over the mean, with [CLS] and [SEP].
+
+    documents: truncate or split, as data.documents.
+    """
+    sums = [0.0, 0.0, 0.0]
+    for index in range(1000):
+        length = math.exp(LOG_LENGTH.inv_cdf((index + 0.5) / 1000))
+        pieces = 1 if documents == "truncate" else max(1, math.ceil(length / (longest - 2)))
+        piece = min(max(length / pieces + 2, 3), longest)
+        sums = [sums[0] + pieces, sums[1] + pieces * piece, sums[2] + pieces * piece**2]
+    return sums[1] / sums[0], sums[2] / sums[1]
+
+
+def batch_of(model: ModelConfig, tokens: int, longest: int, documents: str, masking: float) -> Batch:
+    """Return what a bin of real tokens computes; a padded model computes every document at the longest length."""
+    mean, attended = piece_lengths(longest, documents)
+    padded = model.padding == "padded"
+    return Batch(
+        tokens=tokens,
+        slots=tokens * longest / mean if padded else tokens,
+        masked=masking * tokens,
+        attended=longest if padded else attended,
+    )
+
+
+def needed_flops(model: ModelConfig, vocab_size: int, batch: Batch) -> float:
+    """Return the FLOPs that the real tokens of a micro-batch need, as MFU counts them."""
+    return step_flops(_config(model, vocab_size), batch.tokens, batch.masked, batch.tokens * batch.attended)
+
+
+def _config(model: ModelConfig, vocab_size: int) -> MegaBertConfig:
+    return MegaBertConfig(
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        intermediate_size=model.intermediate_size,
+        ffn=model.ffn,
+    )
+
+
+def operations(model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = True) -> list[Operation]:
+    """Return the operations of a micro-batch. The bytes of elementwise ones are those of kernels/*.py's docstrings."""
+    size = 2 if bf16 else 4
+    width, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    gated = model.ffn == "geglu"
+    slots, masked = batch.slots, batch.masked
+    # Of a padded model the last layer computes all slots.
+    last = slots if model.padding == "padded" else masked
+    attention = layers * 2 * width * slots * batch.attended * 3 * 2
+    config = _config(model, vocab_size)
+    products = step_flops(config, slots, last, 0)
+    vocabulary = 3 * 2 * masked * (width * width + width * vocab_size)
+    products -= 3 * 2 * last * (width * width + width * vocab_size)
+    up = 2 * inner if gated else inner
+    weights = layers * (4 * width * width + width * up + inner * width)
+    stream = 4 if model.layer_norm_dtype == "float32" or not bf16 else 2
+    rows = 2 * layers * slots * width
+    # GeGLU reads and writes 8 F numbers; GELU in PyTorch 5 F.
+    activation = layers * slots * inner * size * (8 if gated else 5)
+    operands = 3 * size * (layers * slots * (6 * width + width + up + inner + width) + weights)
+    return [
+        Operation(name="layers' products", flops=products, moved_bytes=operands),
+        Operation(
+            name="vocabulary and loss", flops=vocabulary,
+            moved_bytes=4 * size * masked * vocab_size + 40 * vocab_size * width
+        ),
+        Operation(
+            name="attention", flops=attention * 7 / 6, moved_bytes=layers * slots * 12 * width * size,
+            share=ATTENTION, fall=ATTENTION_FALL,
+        ),
+        Operation(name="MLP's activation", moved_bytes=activation),
+        Operation(name="LayerNorm", moved_bytes=rows * (3 * (size + stream) + 2 * stream), bandwidth=ROWS),
+        Operation(name="sums of gradients", moved_bytes=3 * rows * stream + layers * slots * 5 * width * size),
+        Operation(name="casts, gradients of weights", moved_bytes=num_weights(model, vocab_size) * (12 + 28)),
+    ]  # fmt: skip

@@ -1,0 +1,115 @@
+"""The prediction of a run on GPUs: its formulas, its limits, and the command."""
+
+import dataclasses
+
+import pytest
+
+from launch import estimate as command
+from megabert.config.parser import load_recipe, recipe_names
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.training.roofline.estimate import communication_s, hours_of, predict_recipe
+from megabert.training.roofline.memory import memory_of_rank, num_weights
+from megabert.training.roofline.work import batch_of, needed_flops, operations, piece_lengths
+from megabert.training.telemetry.cards import card_named
+from tests.benchmarks.bench_estimate import CLOSE, RUNS
+
+H100 = card_named("h100")
+BASE = load_recipe("mosaicbert-base")
+
+
+@pytest.mark.parametrize("ffn", ["geglu", "gelu"])
+def test_weights_are_those_of_the_model(ffn):
+    position = "alibi" if ffn == "geglu" else "learned"
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    small |= {"ffn": ffn, "position": position, "max_position_embeddings": 64}
+    model = MegaBertForMaskedLM(MegaBertConfig(vocab_size=97, **small))
+    assert num_weights(dataclasses.replace(BASE.model, **small), 97) == sum(x.numel() for x in model.parameters())
+
+
+@pytest.mark.parametrize(("tokens", "gib"), [(14_720, 5.2), (58_880, 19.8)])
+def test_what_is_kept_is_what_a_walk_of_the_model_on_fake_tensors_kept(tokens, gib):
+    """The walk saved tensors of mosaicbert-base with the Triton kernels and counted each storage once."""
+    memory = memory_of_rank(BASE.model, vocab_size=30_528, zero_stage=1, ranks=8, tokens=tokens)
+    assert memory.kept == pytest.approx(gib * 2**30, rel=0.1)
+
+
+def test_memory_falls_with_ranks_and_stages_and_recomputation():
+    def states(stage, ranks):
+        return memory_of_rank(BASE.model, vocab_size=30_528, zero_stage=stage, ranks=ranks, tokens=1024).states
+
+    weights = num_weights(BASE.model, 30_528)
+    assert states(0, 8) == states(0, 1) == 16 * weights
+    assert states(1, 64) < states(1, 8) < states(1, 1)
+    assert states(3, 64) < states(2, 64) < states(1, 64)
+    every = dataclasses.replace(BASE.model, gradient_checkpointing="every_layer")
+    kept = [memory_of_rank(x, vocab_size=30_528, zero_stage=1, ranks=1, tokens=8192).kept for x in (BASE.model, every)]
+    assert kept[1] < kept[0] / 5
+
+
+def test_pieces_of_web_documents():
+    mean, attended = piece_lengths(128, "truncate")
+    assert 110 < mean < attended < 128
+    assert piece_lengths(100_000, "split")[0] == pytest.approx(2.718 ** (5.5 + 0.5), rel=0.1)
+
+
+def test_operations_have_at_least_the_needed_flops_and_a_padded_model_has_more():
+    for name, most in (("mosaicbert-base", 1.1), ("bert-base", 1.4)):
+        recipe = load_recipe(name)
+        batch = batch_of(recipe.model, 14_720, 128, "truncate", recipe.masking.mlm_probability)
+        done = sum(operation.flops for operation in operations(recipe.model, 30_528, batch))
+        needed = needed_flops(recipe.model, 30_528, batch)
+        assert needed < done < most * needed, name
+
+
+def test_communication_grows_with_stages_and_machines():
+    assert communication_s(1e8, H100, 1, 2, 4) == 0
+    one, two, many = (communication_s(1e8, H100, *rest) for rest in ((8, 1, 4), (8, 2, 4), (64, 1, 4)))
+    assert one < two
+    assert many > 5 * one
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_has_a_prediction(name):
+    recipe = load_recipe(name)
+    prediction = predict_recipe(recipe, H100, 2, 1)
+    assert 0 < prediction.mfu < 0.7
+    assert hours_of(recipe, prediction) > 0
+
+
+def test_a_faster_card_and_more_gpus_take_less_time():
+    hours = [
+        hours_of(BASE, predict_recipe(BASE, card_named(card), gpus, 1))
+        for card, gpus in (("t4", 8), ("a100", 8), ("h100", 8), ("h100", 32))
+    ]
+    assert hours == sorted(hours, reverse=True)
+
+
+def test_every_published_run_is_met_or_has_a_reason():
+    for run in RUNS:
+        assert abs(run.error()) <= CLOSE or run.reason, run.name
+
+
+def call(capsys, monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", ["launch/estimate.py", *flags])
+    command.main()
+    return capsys.readouterr().out
+
+
+def test_the_command_prints_price_and_memory_and_refuses_what_it_cannot_predict(capsys, monkeypatch):
+    out = call(capsys, monkeypatch, "--recipe", "mosaicbert-large", "--gpu", "a100", "--gpus", "8", "--price", "2.5")
+    assert "Predicted, not measured: no GPU has run this code." in out
+    assert "GPU hours, $" in out
+    out = call(capsys, monkeypatch, "--gpu", "t4", "--gpus", "1")
+    assert "TFLOP/s in fp32" in out
+    out = call(capsys, monkeypatch, "--gpu", "t4", "--gpus", "1", "--micro_batch_tokens", "58880")
+    assert "DOES NOT FIT: halve data.micro_batch_tokens" in out
+    for flags, message in (
+        (["--gpu", "h1"], "no GPU is called h1 here, expected one of: a100"),
+        (["--gpus", "7"], "7 GPUs cannot share the recipe's 32 micro-batches per step evenly"),
+        (["--gpus", "0"], "--gpus is 0, expected 1 to"),
+        (["--zero", "4"], "--zero is 4, expected 0 to 3"),
+        (["--price", "-1"], "--price is -1.0, expected more than 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(capsys, monkeypatch, *flags)
