@@ -1,0 +1,119 @@
+"""The acceptance of MegaBERT on one GPU, in ten minutes: eight parts, a table, and a JSON file of each part.
+
+    python tests/gpu/accept.py --out DIR [--tokens SHARDS] [--only 0,2] [--dry-run]
+
+Each part is a process of its own with a limit of time; a part that fails does not stop the others. Exit code 1 if one
+of the parts 1 to 5 failed. It needs no network, only torch from 2.11, Triton from 3.6, this package's other
+requirements, and the quickstart's shards (bash launch/quickstart/prepare.sh). --dry-run walks all parts on the CPU with
+a tiny model. It has not been run on a GPU yet.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests/benchmarks")]
+
+from tests.gpu import parts  # noqa: E402
+
+
+class Part(NamedTuple):
+    name: str
+    limit_s: int
+    expected: str
+    run: object
+
+
+PARTS = [
+    Part("machine", 30, "all operations from Triton", parts.machine),
+    Part("kernels", 120, "all tests pass", parts.kernels),
+    Part("host's waits", 60, f"at most {parts.MOST_WAITS} a step", parts.host_waits),
+    Part("curves", 100, "differences below 1e-3, 2e-2, 1e-5", parts.curves),
+    Part("crash", 110, "the same losses, 1 update skipped", parts.crash),
+    Part("speeds", 150, "as launch/estimate.py predicts", parts.speeds),
+    Part("kernel times", 110, "60 % of the bandwidth", parts.kernel_times),
+    Part("profile", 40, "trace below 16 MiB", parts.where_time_goes),
+]
+REQUIRED = range(1, 6)
+
+
+def run_part(number: int, options: argparse.Namespace) -> None:
+    """Run one part in this process, and write its JSON file."""
+    out = options.out / f"part{number}"
+    out.mkdir(parents=True, exist_ok=True)
+    outcome = PARTS[number].run(parts.Setup(out, options.tokens, options.dry_run))  # type: ignore[operator]
+    (options.out / f"{number}.json").write_text(json.dumps(outcome._asdict(), indent=1, default=str))
+
+
+def start_part(number: int, options: argparse.Namespace) -> dict[str, object]:
+    """Run one part in a process of its own. Returns what it wrote, or why it failed."""
+    command = [
+        sys.executable,
+        __file__,
+        "--part",
+        str(number),
+        "--out",
+        str(options.out),
+        "--tokens",
+        str(options.tokens),
+    ]
+    result = options.out / f"{number}.json"
+    result.unlink(missing_ok=True)
+    env = os.environ | {"DS_ACCELERATOR": "cpu" if options.dry_run else "cuda"}
+    process = subprocess.Popen(
+        command + (["--dry-run"] if options.dry_run else []), env=env, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    limit = PARTS[number].limit_s * (5 if options.dry_run else 1)
+    try:
+        output = process.communicate(timeout=limit)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = f"{process.communicate()[0]}\nit ran longer than {limit} s"
+    if result.is_file():
+        return json.loads(result.read_text())
+    lines = output.strip().splitlines() or [f"exit code {process.returncode}"]
+    failed: dict[str, object] = {"passed": False, "figure": lines[-1][:100], "found": {"output": output[-4000:]}}
+    result.write_text(json.dumps(failed, indent=1))
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files and logs")
+    parser.add_argument("--tokens", type=Path, default=REPOSITORY / "data/quickstart/tokens", help="token shards")
+    parser.add_argument("--only", default="", help="numbers of the parts to run, such as 0,2; default: all")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    if not (options.tokens / "manifest.json").is_file():
+        parser.error(f"{options.tokens} has no manifest.json. Run bash launch/quickstart/prepare.sh, or pass --tokens.")
+    if options.part is not None:
+        run_part(options.part, options)
+        return 0
+    if not options.dry_run and not parts.torch.cuda.is_available():
+        parser.error("torch sees no GPU here. --dry-run walks all parts on the CPU.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = [int(number) for number in options.only.split(",")] if options.only else list(range(len(PARTS)))
+    print("| part | passed | s | figure | expected |\n|---|---|---|---|---|", flush=True)
+    passed = {}
+    for number in chosen:
+        began = time.perf_counter()
+        result = start_part(number, options)
+        passed[number] = bool(result["passed"])
+        cells = [f"{number} {PARTS[number].name}", "yes" if passed[number] else "NO"]
+        cells += [f"{time.perf_counter() - began:.0f}", str(result["figure"]), PARTS[number].expected]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    return int(not all(passed[number] for number in chosen if number in REQUIRED))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""The parts of accept.py: each returns whether it passed, its figures for the table, and all that it found."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megabert.files.metrics_format import read_metrics
+from tests.helpers.runs import TINY, last_of_each
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STAGES = ("0", "1", "2")
+MOST_WAITS = 7
+# Differences of losses: fp32 on the GPU and on the CPU; bf16 by kernels and by PyTorch; ZeRO 0 and 2.
+SAME_FP32, SAME_BF16, SAME_STAGES = 1e-3, 0.02, 1e-5
+
+
+class Outcome(NamedTuple):
+    passed: bool
+    figure: str
+    found: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """out: folder of this part. tokens: shards. dry: tiny models, on the CPU."""
+
+    out: Path
+    tokens: Path
+    dry: bool
+
+    @property
+    def accelerator(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    def flags(self, recipe: str, *more: str) -> list[str]:
+        tiny = TINY if self.dry else []
+        return last_of_each(
+            [f"--recipe={recipe}", f"--data.train={self.tokens}", "--run.log_every_steps=1", *tiny, *more]
+        )
+
+    def run(self, command: list[str], **environment: str) -> None:
+        """Run a command and keep its output; raise with its last lines if it fails."""
+        env = os.environ | {"DS_ACCELERATOR": self.accelerator} | environment
+        with open(self.out / "log.txt", "a+") as log:
+            start = log.tell()
+            code = subprocess.run(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log, check=False).returncode
+            log.seek(start)
+            if code:
+                raise RuntimeError(f"{' '.join(command)} ended with {code}:\n{log.read()[-3000:]}")
+
+    def train(
+        self, name: str, flags: list[str], ds_config: str | Path = "zero2", **environment: str
+    ) -> list[dict[str, float]]:
+        """Run launch/pretrain.py. Returns its metrics."""
+        folder = self.out / name
+        command = [sys.executable, "launch/pretrain.py", f"--ds_config={ds_config}", f"--run.output_dir={folder}"]
+        self.run([*command, *flags], **environment)
+        return read_metrics(folder / "metrics.jsonl")
+
+
+def losses(metrics: list[dict[str, float]]) -> list[float]:
+    return [point["loss"] for point in metrics if "loss" in point]
+
+
+def largest_difference(one: list[float], other: list[float]) -> float:
+    """Return the largest difference of two curves, relative to the second; infinite if their lengths differ."""
+    if len(one) != len(other) or not one:
+        return math.inf
+    return max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
+
+
+def machine(setup: Setup) -> Outcome:
+    """Versions, the card, the chosen operations, and the rates of a copy, a product and an empty launch."""
+    import logging
+
+    import transformers
+
+    from megabert.kernels.resolve import resolve
+    from megabert.model.configuration_megabert import MegaBertConfig
+    from megabert.training.telemetry.cards import find_card
+
+    device = torch.device(setup.accelerator)
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megabert.kernels.resolve")
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    resolve("auto", device, MegaBertConfig(), bf16=True)
+    size = 256 if setup.dry else 8192
+    x, y = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    data = torch.randn(size * size, device=device)
+    rates = {
+        "copy_gb_per_s": 2 * 4 * size**2 / timed(device, data.clone) / 1e9,
+        "product_tflops": 2 * size**3 / timed(device, lambda: x @ y) / 1e12,
+        "launch_us": 1e6 * timed(device, lambda: data[:1].add_(1)),
+    }
+    name = "cpu" if setup.dry else torch.cuda.get_device_name()
+    card = find_card(name)
+    found = {"torch": torch.__version__, "transformers": transformers.__version__, "card": name, "ops": lines[-1]}
+    known = "in the table" if card else "not in telemetry/cards.py"
+    passed = setup.dry or "all from Triton" in lines[-1] or "PyTorch" not in lines[-1].split("(")[0]
+    return Outcome(passed, f"{name} ({known}), {rates['product_tflops']:.3g} TFLOP/s", found | rates)
+
+
+def timed(device: torch.device, work, times: int = 20) -> float:
+    """Return the seconds of one call, in many calls without a wait between them."""
+    for _ in range(2):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / times
+
+
+def kernels(setup: Setup) -> Outcome:
+    """The tests with the mark gpu, without those that compile or compare speeds."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "not compiled and not faster_than_eager"]
+    setup.run([*command, "tests/kernels/test_gpu.py", "tests/gpu"])
+    summary = (setup.out / "log.txt").read_text().strip().splitlines()[-1]
+    return Outcome("passed" in summary or setup.dry, summary.strip("= "), {"summary": summary})
+
+
+def host_waits(setup: Setup) -> Outcome:
+    """The host's waits for the GPU in the third step, at each ZeRO stage."""
+    found: dict[str, object] = {}
+    counts = []
+    for stage in STAGES:
+        flags = setup.flags("mosaicbert-base", "--run.max_steps=3")
+        setup.run([sys.executable, "-m", "tests.gpu.steps", "waits", stage, str(setup.out), *flags])
+        found[f"zero{stage}"] = report = json.loads((setup.out / f"waits{stage}.json").read_text())
+        counts.append(report["waits"])
+    return Outcome(max(counts) <= MOST_WAITS, f"waits {counts} at ZeRO {', '.join(STAGES)}", found)
+
+
+def curves(setup: Setup) -> Outcome:
+    """The quickstart's losses: fp32 on the GPU and on the CPU, bf16 by kernels and by PyTorch, ZeRO 0 and 2."""
+    flags = setup.flags("quickstart", f"--run.max_steps={4 if setup.dry else 60}", "--run.eval_tokens=1024")
+    flags = [flag for flag in flags if not flag.startswith("--run.ops")]
+    configs = {
+        (stage, bf16): precise(setup.out, stage, bf16) for stage, bf16 in (("2", False), ("2", True), ("0", False))
+    }
+    plain = [*flags, "--run.ops=torch"]
+    curve = {
+        "cpu": losses(setup.train("cpu", plain, configs["2", False], DS_ACCELERATOR="cpu")),
+        "fp32": losses(setup.train("fp32", plain, configs["2", False])),
+        "stage0": losses(setup.train("stage0", plain, configs["0", False])),
+        "bf16": losses(setup.train("bf16", plain, configs["2", True])),
+        "kernels": losses(setup.train("kernels", [*flags, "--run.ops=auto"], configs["2", True])),
+    }
+    far = {
+        "fp32": largest_difference(curve["fp32"], curve["cpu"]),
+        "bf16": largest_difference(curve["kernels"], curve["bf16"]),
+        "stages": largest_difference(curve["stage0"], curve["fp32"]),
+    }
+    passed = far["fp32"] <= SAME_FP32 and far["bf16"] <= SAME_BF16 and far["stages"] <= SAME_STAGES
+    return Outcome(passed, ", ".join(f"{name} {value:.1e}" for name, value in far.items()), far | curve)
+
+
+def precise(out: Path, stage: str, bf16: bool) -> Path:
+    """Write one of our ds_configs with its precision fixed."""
+    config = json.loads((REPOSITORY / f"ds_configs/zero{stage}.json").read_text())
+    config["torch_autocast"]["enabled"] = bf16
+    path = out / f"zero{stage}-{'bf16' if bf16 else 'fp32'}.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def crash(setup: Setup) -> Outcome:
+    """A run that is killed after a save and resumed ends as one that is not; an injected NaN skips one update."""
+    steps = 6 if setup.dry else 30
+    flags = setup.flags("mosaicbert-base", f"--run.max_steps={steps}", f"--run.save_every_steps={steps // 3}")
+    flags = last_of_each([*flags, "--run.eval_tokens=65536" if not setup.dry else "--run.eval_tokens=768"])
+    whole = losses(setup.train("whole", flags))
+    folder = setup.out / "killed"
+    command = [sys.executable, "launch/pretrain.py", "--ds_config=zero2", f"--run.output_dir={folder}", *flags]
+    env = os.environ | {"DS_ACCELERATOR": setup.accelerator}
+    with open(setup.out / "log.txt", "a") as log:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log, start_new_session=True)
+    while process.poll() is None and not list((folder / "checkpoints").glob("*step-*")):
+        time.sleep(0.01)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    killed = {point["step"]: point["loss"] for point in setup.train("killed", flags) if "loss" in point}
+    same = list(killed.values()) == whole
+    # Bins of the third step; the loss of each becomes NaN.
+    fault = json.dumps({"bins": [4], "factor": "nan", "added": 0})
+    self_flags = [f"--run.output_dir={setup.out / 'nan'}", "--ds_config=zero2", *flags]
+    setup.run([sys.executable, "tests/helpers/inject.py", *self_flags], INJECT=fault)
+    skipped = json.loads((setup.out / "nan/result.json").read_text())["skipped_updates"]
+    figure = f"{'the same' if same else 'OTHER'} losses, {skipped} update skipped"
+    return Outcome(same and skipped == 1, figure, {"whole": whole, "killed": killed, "skipped": skipped})
+
+
+def speeds(setup: Setup) -> Outcome:
+    """Tokens/s of whole runs, by micro-batch and ZeRO stage, beside the prediction."""
+    steps = 3 if setup.dry else 8
+    rows: dict[str, object] = {}
+    best = 0.0
+    cases = [("mosaicbert-base", tokens, stage) for tokens in (14_720, 58_880) for stage in ("1", "2")]
+    cases += [("mosaicbert-base", 117_760, "1"), ("bert-base", 14_720, "1")]
+    for recipe, tokens, stage in cases[:2] if setup.dry else cases:
+        batch = [] if setup.dry else [f"--data.micro_batch_tokens={tokens}", f"--data.global_batch_tokens={4 * tokens}"]
+        more = [] if setup.dry else ["--model.pad_vocab_to_multiple_of=30528", "--run.eval_tokens=65536"]
+        flags = setup.flags(recipe, f"--run.max_steps={steps}", *batch, *more)
+        points = setup.train(f"{recipe}-{tokens}-{stage}", flags, f"zero{stage}")
+        last = [point for point in points if "tokens_per_s" in point][-1]
+        kept = {name: last[name] for name in ("tokens_per_s", "mfu", "memory_gb", "seconds_per_step") if name in last}
+        rows[f"{recipe}, {tokens} tokens, ZeRO {stage}"] = kept
+        best = max(best, last["tokens_per_s"])
+    return Outcome(best > 0, f"at best {best:,.0f} tokens/s", rows)
+
+
+def kernel_times(setup: Setup) -> Outcome:
+    """Each kernel by replayed graphs, and the programs of LayerNorm's backward pass."""
+    from tests.benchmarks import bench_kernels
+
+    device = torch.device(setup.accelerator)
+    found: dict[str, object] = {}
+    for operation, contenders in bench_kernels.contenders(device, 512 if setup.dry else 8192).items():
+        for source, contender in contenders.items():
+            seconds = bench_kernels.time_s(contender, 1 if setup.dry else 20, sets=1 if setup.dry else 3)
+            rate = bench_kernels.WORK[operation].moved_bytes / seconds / 1e9
+            found[f"{operation}, {source}"] = {"us": 1e6 * seconds, "gb_per_s": rate}
+    mine = [value["gb_per_s"] for name, value in found.items() if "Triton" in name]  # type: ignore[index]
+    slowest = f"slowest kernel moves {min(mine):.0f} GB/s" if mine else "no kernel here"
+    return Outcome(True, slowest, found)
+
+
+def where_time_goes(setup: Setup) -> Outcome:
+    """The fifteen kernels of a step that take longest."""
+    flags = setup.flags("mosaicbert-base", "--run.max_steps=3")
+    setup.run([sys.executable, "-m", "tests.gpu.steps", "profile", "1", str(setup.out), *flags])
+    found = json.loads((setup.out / "profile1.json").read_text())
+    size = (setup.out / "trace.json").stat().st_size
+    first = re.sub(r"[<(].*", "", next(iter(found["top_ms"])))
+    return Outcome(size < 16 * 2**20, f"first {first}, trace {size / 2**20:.1f} MiB", found)
