@@ -26,6 +26,9 @@ R = TypeVar("R")
 # Seconds between two lines of progress in a log. A terminal shows a bar instead.
 LOG_EVERY_S = 30.0
 
+# What the workers of both commands import.
+PRELOADED = ("data_prep.writing.shard_writer", "megabert.config.cli")
+
 # In a worker: bytes read so far by all workers, of the input and of the text in it.
 _counters: Any = None
 
@@ -88,6 +91,8 @@ class WorkerPool:
     def __init__(self, count: int):
         use_short_socket_paths()
         context = multiprocessing.get_context("forkserver")
+        # The modules are imported once, in the process that all workers are forked from, instead of in every worker.
+        context.set_forkserver_preload(["__main__", *PRELOADED])
         self._count = count
         self._other_children = set(multiprocessing.active_children())
         with _naming_shared_memory():

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeVar
 T = TypeVar("T")
 
 # About one second of work for a process: small enough to balance the load, large enough to outweigh the scheduling.
-INPUT_SPLIT_BYTES = 4 << 20
+INPUT_SPLIT_BYTES = 2 << 20
 
 # A document is held in memory whole, and its tokens take some 30 bytes each. A book is 1 MB; more is not one document.
 MAX_DOCUMENT_BYTES = 64 << 20
