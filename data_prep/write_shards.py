@@ -24,7 +24,9 @@ from data_prep.finished import damaged_files, note_request, read_result_of, rest
 from data_prep.request import request_hash
 from data_prep.source_options import SourceOptions
 from data_prep.sources import LeftOut, list_input_splits, read_input_split, source_state
-from data_prep.sources.base import INPUT_SPLIT_BYTES, InputSplit, is_disk_full
+from data_prep.sources.base import INPUT_SPLIT_BYTES, TOKEN_KINDS, InputSplit, is_disk_full
+from data_prep.sources.tokens.check import check_tokenizer
+from data_prep.sources.tokens.ids import IdRule, make_rule
 from data_prep.workers import Progress, WorkerPool
 from data_prep.writing import length_statistics, shard_writer, sorted_runs
 from data_prep.writing.sorted_runs import TaskSummary, WriteSettings
@@ -44,7 +46,7 @@ from megabert.data.shards.manifest import (
 )
 from megabert.data.shards.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS, encode_npy, token_dtype
 from megabert.data.shards.side_files import check_tokenizer_config
-from megabert.data.shards.tokenizer import find_tokenizer
+from megabert.data.shards.tokenizer import find_tokenizer, read_tokenizer
 from megabert.files.atomic import write_atomically
 
 # A source is divided into about this many tasks, each of at most TASK_BYTES: enough to keep every core busy to the end.
@@ -78,6 +80,8 @@ class Options(SourceOptions):
     """seed of the order within shards"""
     replace: bool = False
     """whether to replace finished shards in `out` that were made with another source, tokenizer or other settings"""
+    document_end: str | None = None
+    """of a source of tokens: the token at which documents end, such as [SEP]; without it they end where the files say"""
     max_unknown: float = 0.05
     """largest share of [UNK] among the tokens; more ends the command"""
 
@@ -96,13 +100,15 @@ class Options(SourceOptions):
 class ShardRequest(NamedTuple):
     """What a command is asked for.
 
-    request_hash: of everything that determines the bytes of the shards; left_out: files of the source.
+    ids: which ids a source of tokens may have; request_hash: of everything that determines the bytes of the shards;
+    left_out: files of the source.
     """
 
     options: Options
     splits: list[InputSplit]
     tokenizer_path: Path | None
     tokenizer: TokenizerInfo | None
+    ids: IdRule | None
     request_hash: str
     left_out: LeftOut
 
@@ -119,6 +125,7 @@ class ShardRequest(NamedTuple):
             deduplicate=o.deduplicate,
             chunk_tokens=o.chunk_tokens,
             seed=o.seed,
+            ids=self.ids,
         )
 
 
@@ -133,9 +140,36 @@ def resolve_request(options: Options) -> ShardRequest:
         )
     left_out = LeftOut(options.read.skip_damaged)
     splits = list_input_splits(options.source, options.read, left_out)
+    ids = rule_of(options, splits, path, tokenizer)
     asked = {name: value for name, value in vars(options).items() if name not in NO_EFFECT_ON_SHARDS}
     found = request_hash(options=asked, tokenizer=tokenizer and asdict(tokenizer), source=source_state(splits))
-    return ShardRequest(options, splits, path, tokenizer, found, left_out)
+    return ShardRequest(options, splits, path, tokenizer, ids, found, left_out)
+
+
+def rule_of(
+    options: Options, splits: list[InputSplit], path: Path | None, tokenizer: TokenizerInfo | None
+) -> IdRule | None:
+    """Return which ids a source of tokens may have, None for text. Raises ValueError if the tokenizer is not theirs."""
+    tokens = [split for split in splits if split.kind in TOKEN_KINDS]
+    if not tokens:
+        if options.document_end is not None:
+            raise ValueError(f"{options.source}: --document-end has no effect on text. Omit it.")
+        return None
+    first, others = tokens[0].paths[0], [split for split in splits if split.kind not in TOKEN_KINDS]
+    if others:
+        raise ValueError(
+            f"{options.source}: holds tokens ({first}) and text ({others[0].paths[0]}). Pass one of them as --source."
+        )
+    if path is None or tokenizer is None:
+        raise ValueError(f"{first}: holds tokens. Pass the tokenizer that they were made with as --tokenizer.")
+    if options.min_chars != Options.min_chars:
+        raise ValueError(f"{first}: holds tokens, on which --min-chars has no effect. Omit it.")
+    end = None if options.document_end is None else read_tokenizer(path).token_to_id(options.document_end)
+    if options.document_end is not None and end is None:
+        raise ValueError(f"{path}: has no token {options.document_end!r}. Pass one of its tokens as --document-end.")
+    rule = make_rule(tokenizer, end)
+    print(check_tokenizer(tokens, options.read, rule, path))
+    return rule
 
 
 def group_into_tasks(splits: list[InputSplit]) -> list[list[InputSplit]]:
@@ -289,7 +323,8 @@ def write_shards(request: ShardRequest) -> Manifest:
         manifest, ids = build_manifest(request, counts, read, min(summary.first_heldout for summary in summaries))
         if request.tokenizer_path is not None:
             share = manifest.statistics["unknown_tokens"] / max(1, manifest.statistics["tokens"])
-            documents = (text for split in request.splits for text in read_input_split(split, options.read))
+            text = [split for split in request.splits if split.kind not in TOKEN_KINDS]
+            documents = (document for split in text for document in read_input_split(split, options.read))
             check_share(share, options.max_unknown, request.tokenizer_path, documents)
         write_metadata(request, manifest, ids)
     return manifest

@@ -10,6 +10,7 @@ from data_prep.sources import arrow, docstrings, hub, jsonl, parquet, text_shard
 from data_prep.sources.base import (
     EMPTY_FILE,
     OTHER_KIND,
+    TOKEN_KINDS,
     DamagedError,
     InputSplit,
     LeftOut,
@@ -17,6 +18,7 @@ from data_prep.sources.base import (
 )
 from data_prep.sources.folders import files_below, kind_of
 from data_prep.sources.lines import list_line_splits
+from data_prep.sources.tokens import datatrove, mds, megatron
 from megabert.data.shards.manifest import MANIFEST
 
 READERS: dict[str, Callable[[InputSplit, ReadOptions, LeftOut], Iterator[str]]] = {
@@ -24,6 +26,7 @@ READERS: dict[str, Callable[[InputSplit, ReadOptions, LeftOut], Iterator[str]]] 
     "docstrings": docstrings.read,
     "hub": hub.read,
     "jsonl": jsonl.read,
+    "mds": mds.read,
     "parquet": parquet.read,
     "text_shards": text_shards.read,
     "txt": txt.read,
@@ -31,7 +34,7 @@ READERS: dict[str, Callable[[InputSplit, ReadOptions, LeftOut], Iterator[str]]] 
 # C4 names its compressed JSON Lines files .json.gz. A plain .json may hold anything.
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 TEXT = (".txt", ".txt.gz", ".txt.zst")
-EXPECTED = "expected .txt, .jsonl (also .gz or .zst), .parquet or .arrow files"
+EXPECTED = "expected .txt, .jsonl (also .gz or .zst), .parquet or .arrow files, MDS shards, or tokens (.bin and .idx, .ds)"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -70,7 +73,7 @@ def _list_input_splits(source: str, options: ReadOptions, left_out: LeftOut) -> 
     if (path / MANIFEST).is_file():
         return text_shards.list_input_splits(path)
     splits, found = [], False
-    for file in files_below(path, arrow.is_saved_data_set, left_out):
+    for file in files_below(path, _is_one_source, left_out):
         of_file = _splits_of_file(file, options, left_out)
         found = found or of_file is not None
         splits += of_file or []
@@ -84,6 +87,8 @@ def read_input_split(split: InputSplit, options: ReadOptions, left_out: LeftOut 
 
     Raises ValueError with file and position if the input is damaged, OSError with the file if it cannot be read.
     """
+    if split.kind in TOKEN_KINDS:
+        raise ValueError(f"{split.paths[0]}: holds tokens, expected text.")
     try:
         yield from READERS[split.kind](split, options, left_out or LeftOut(options.skip_damaged))
     except OSError as error:
@@ -114,7 +119,11 @@ def _splits_of_file(path: Path, options: ReadOptions, left_out: LeftOut) -> list
     name = path.name.lower()
     try:
         if path.is_dir():
+            if mds.is_mds(path):
+                return mds.list_input_splits(path, options)
             return arrow.list_saved(path, options, left_out)
+        if name.endswith((".bin", ".idx", datatrove.SUFFIX, *datatrove.BESIDE)):
+            return _splits_of_tokens(path, options, left_out)
         if not name.endswith((*TEXT, *JSON_LINES, ".parquet", ".arrow")):
             left_out.add(OTHER_KIND, str(path))
             return None
@@ -129,6 +138,26 @@ def _splits_of_file(path: Path, options: ReadOptions, left_out: LeftOut) -> list
     except DamagedError as error:
         left_out.damaged(error)
         return []
+
+
+def _is_one_source(folder: Path) -> bool:
+    return arrow.is_saved_data_set(folder) or mds.is_mds(folder)
+
+
+def _splits_of_tokens(path: Path, options: ReadOptions, left_out: LeftOut) -> list[InputSplit] | None:
+    """List the input splits of a file that holds tokens or their index, by its suffix; None if it holds neither."""
+    name = path.name.lower()
+    if name.endswith(datatrove.BESIDE) and path.with_suffix("").is_file():
+        return []
+    if name.endswith(datatrove.SUFFIX):
+        return datatrove.list_input_splits(path, options)
+    index = megatron.index_of(path)
+    if index.is_file() and megatron.is_index(index):
+        if not path.with_suffix(".bin").is_file():
+            raise DamagedError(f"{path.with_suffix('.bin')}: no such file, but its index is there. Copy it there.")
+        return [] if name.endswith(".idx") else megatron.list_input_splits(path, options)
+    left_out.add(OTHER_KIND, str(path))
+    return None
 
 
 def _suggestion(source: str) -> str:

@@ -19,7 +19,9 @@ import numpy as np
 
 from data_prep import workers
 from data_prep.sources import InputSplit, LeftOut, ReadOptions, read_input_split
-from data_prep.sources.base import SHORT
+from data_prep.sources.base import SHORT, TOKEN_KINDS
+from data_prep.sources.tokens import read_token_split
+from data_prep.sources.tokens.ids import IdRule
 from megabert.data.shards.tokenizer import encode_flat
 from megabert.files.atomic import new_file, write_atomically
 
@@ -45,7 +47,7 @@ class WriteSettings:
     """Settings of both passes, the same for every worker.
 
     tokenizer_path: None for text shards; dtype: of the payload, which is token ids or UTF-8 bytes;
-    heldout: share of documents to hold out.
+    heldout: share of documents to hold out; ids: which ids a source of tokens may have, None if it is text.
     """
 
     out: Path
@@ -57,6 +59,7 @@ class WriteSettings:
     deduplicate: bool
     chunk_tokens: int
     seed: int
+    ids: IdRule | None = None
 
     @property
     def work(self) -> Path:
@@ -235,17 +238,36 @@ def write_sorted_runs(settings: WriteSettings, task: int, splits: list[InputSpli
     writer = SortedRunWriter(settings, f"{task:06d}")
     left_out = LeftOut(settings.read.skip_damaged)
     for split in splits:
-        for texts, raws in read_batches(split, settings, left_out):
-            tokenizer = workers.worker_tokenizer(settings.tokenizer_path)
-            if tokenizer is None:
-                payload = np.frombuffer(b"".join(raws), dtype=np.uint8)
-                lengths = np.fromiter(map(len, raws), np.int64, len(raws))
-            else:
-                payload, lengths = encode_flat(tokenizer, texts, settings.dtype)
-            writer.add(payload, lengths, list(map(text_hash, raws)))
-            workers.add_progress(text_bytes=sum(map(len, raws)))
+        add = _add_tokens if split.kind in TOKEN_KINDS else _add_text
+        add(writer, split, settings, left_out)
         workers.add_progress(input_bytes=split.size)
     write_atomically(summary_path(settings, task), json.dumps(writer.finish(left_out)._asdict()).encode())
+
+
+def _add_text(writer: SortedRunWriter, split: InputSplit, settings: WriteSettings, left_out: LeftOut) -> None:
+    for texts, raws in read_batches(split, settings, left_out):
+        tokenizer = workers.worker_tokenizer(settings.tokenizer_path)
+        if tokenizer is None:
+            payload = np.frombuffer(b"".join(raws), dtype=np.uint8)
+            lengths = np.fromiter(map(len, raws), np.int64, len(raws))
+        else:
+            payload, lengths = encode_flat(tokenizer, texts, settings.dtype)
+        writer.add(payload, lengths, list(map(text_hash, raws)))
+        workers.add_progress(text_bytes=sum(map(len, raws)))
+
+
+def _add_tokens(writer: SortedRunWriter, split: InputSplit, settings: WriteSettings, left_out: LeftOut) -> None:
+    assert settings.ids is not None, "a source of tokens has a rule for its ids"
+    for batch in read_token_split(split, settings.read, settings.ids, left_out):
+        # In 4 bytes, so that the same ids have the same hash whatever type a file has them in.
+        raw, ends = batch.ids.astype("<u4").tobytes(), 4 * batch.lengths.cumsum()
+        filled = np.flatnonzero(batch.lengths)
+        if len(filled) < len(ends):
+            left_out.add(SHORT, split.paths[0], len(ends) - len(filled))
+        spans = zip((ends - 4 * batch.lengths)[filled].tolist(), ends[filled].tolist(), strict=True)
+        hashes = [hashlib.blake2b(raw[a:b], digest_size=HASH_BYTES).digest() for a, b in spans]
+        if hashes:
+            writer.add(batch.ids.astype(settings.dtype), batch.lengths[filled], hashes)
 
 
 def summary_path(settings: WriteSettings, task: int) -> Path:
