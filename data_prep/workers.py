@@ -47,6 +47,18 @@ def add_progress(input_bytes: int = 0, text_bytes: int = 0) -> None:
             _counters[1] += text_bytes
 
 
+@contextmanager
+def own_counters() -> Iterator[Any]:
+    """Count in the block what this process reads alone: yields [bytes of input, bytes of text]."""
+    global _counters
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a task of its own
+    before, _counters = _counters, multiprocessing.Array("q", 2)
+    try:
+        yield _counters
+    finally:
+        _counters = before
+
+
 def _start_worker(counters: Any) -> None:
     global _counters
     _counters = counters
@@ -96,8 +108,8 @@ class WorkerPool:
         self._count = count
         self._other_children = set(multiprocessing.active_children())
         with _naming_shared_memory():
-            self.counters = context.Array("q", 2)
-            self._pool = concurrent.futures.ProcessPoolExecutor(count, context, _start_worker, (self.counters,))
+            self._counters = context.Array("q", 2)
+            self._pool = concurrent.futures.ProcessPoolExecutor(count, context, _start_worker, (self._counters,))
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -107,6 +119,11 @@ class WorkerPool:
         if kind is not None:
             for child in set(multiprocessing.active_children()) - self._other_children:
                 child.terminate()
+
+    def counters(self) -> tuple[int, int]:
+        """Return how many bytes are read so far, of the input and of the text in it."""
+        read, text = self._counters[:]
+        return read, text
 
     def run(
         self,

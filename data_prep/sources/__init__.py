@@ -34,7 +34,9 @@ READERS: dict[str, Callable[[InputSplit, ReadOptions, LeftOut], Iterator[str]]] 
 # C4 names its compressed JSON Lines files .json.gz. A plain .json may hold anything.
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 TEXT = (".txt", ".txt.gz", ".txt.zst")
-EXPECTED = "expected .txt, .jsonl (also .gz or .zst), .parquet or .arrow files, MDS shards, or tokens (.bin and .idx, .ds)"
+EXPECTED = (
+    "expected .txt, .jsonl (also .gz or .zst), .parquet or .arrow files, MDS shards, or tokens (.bin and .idx, .ds)"
+)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -116,8 +116,12 @@ class SortedRun:
 
     HEADER = np.dtype([("train", "<i8"), ("heldout", "<i8")])
 
-    def __init__(self, path: Path, dtype: np.dtype):
-        data = np.memmap(path, mode="r")
+    @classmethod
+    def open(cls, path: Path, dtype: np.dtype) -> "SortedRun":
+        return cls(np.memmap(path, mode="r"), dtype)
+
+    def __init__(self, data: np.ndarray, dtype: np.dtype):
+        """data: bytes of the file, which may be mapped into memory."""
         header = data[: self.HEADER.itemsize].view(self.HEADER)[0]
         self._train, total = int(header["train"]), int(header["train"] + header["heldout"])
         columns = data[self.HEADER.itemsize : self.HEADER.itemsize + 24 * total].reshape(3, 8 * total)
@@ -138,12 +142,44 @@ class SortedRun:
         return payload, np.diff(ends, prepend=begin), hashes
 
 
-class SortedRunWriter:
-    """Collects documents and writes them as sorted runs `stem`-000.run, `stem`-001.run, ... of at most RUN_BYTES."""
+class SortedDocuments(NamedTuple):
+    """Documents in the order of their hashes. Document i is payload[begins[i] : begins[i] + lengths[i]]."""
 
-    def __init__(self, settings: WriteSettings, stem: str):
+    payload: np.ndarray
+    begins: np.ndarray
+    lengths: np.ndarray
+    hashes: np.ndarray
+
+    def gathered(self) -> Iterator[np.ndarray]:
+        """Yield the payload in the order of the documents, some thousand at a time."""
+        for at in range(0, len(self.begins), GATHERED_DOCUMENTS):
+            some = slice(at, at + GATHERED_DOCUMENTS)
+            spans = zip(self.begins[some].tolist(), (self.begins[some] + self.lengths[some]).tolist(), strict=True)
+            yield np.concatenate([self.payload[a:b] for a, b in spans])
+
+
+def write_columns(file: BinaryIO, documents: SortedDocuments, train: int) -> None:
+    """Write a sorted run. train: how many of the documents belong to the training part, which come first."""
+    header = np.array([(train, len(documents.begins) - train)], SortedRun.HEADER)
+    for piece in (header, documents.hashes[:, 1], documents.hashes[:, 0], documents.lengths.cumsum()):
+        file.write(np.ascontiguousarray(piece).data)
+    for payload in documents.gathered():
+        file.write(payload.data)
+
+
+def write_run(file: BinaryIO, part: str, documents: SortedDocuments, some: slice) -> None:
+    """Write a sorted run of some documents, which belong to one part."""
+    begins = documents.begins[some]
+    chosen = SortedDocuments(documents.payload, begins, documents.lengths[some], documents.hashes[some])
+    write_columns(file, chosen, len(begins) if part == "train" else 0)
+
+
+class SortedRunWriter:
+    """Collects the documents of a task and writes them as sorted runs of at most RUN_BYTES."""
+
+    def __init__(self, settings: WriteSettings, task: int):
         self._settings = settings
-        self._stem = stem
+        self._task = task
         # Pages that are never written take no memory.
         self._buffer = np.empty(RUN_BYTES // settings.dtype.itemsize, settings.dtype)
         self._used = 0
@@ -185,16 +221,10 @@ class SortedRunWriter:
         train = int((~held[order]).sum())
         for part, documents in (("train", order[:train]), ("heldout", order[train:])):
             self._elements[part] += int(lengths[documents].sum())
-        header = np.array([(train, len(order) - train)], SortedRun.HEADER)
-        pieces = [header, hashes[order, 1], hashes[order, 0], lengths[order].cumsum()]
-        with new_file(self._settings.work / "runs" / f"{self._stem}-{self._runs:03d}.run") as temporary:
+        sorted_documents = SortedDocuments(self._buffer, begins[order], lengths[order], hashes[order])
+        with new_file(run_path(self._settings, self._task, self._runs)) as temporary:
             with open(temporary, "wb") as file:
-                for piece in pieces:
-                    file.write(np.ascontiguousarray(piece).data)
-                for at in range(0, len(order), GATHERED_DOCUMENTS):
-                    some = order[at : at + GATHERED_DOCUMENTS]
-                    spans = zip(begins[some].tolist(), (begins[some] + lengths[some]).tolist(), strict=True)
-                    file.write(np.concatenate([self._buffer[a:b] for a, b in spans]).data)
+                write_columns(file, sorted_documents, train)
                 file.flush()
                 os.fsync(file.fileno())
         self._runs += 1
@@ -235,7 +265,7 @@ def read_batches(
 
 def write_sorted_runs(settings: WriteSettings, task: int, splits: list[InputSplit]) -> None:
     """Write the sorted runs of one task, then its summary. A task without a summary is done again."""
-    writer = SortedRunWriter(settings, f"{task:06d}")
+    writer = SortedRunWriter(settings, task)
     left_out = LeftOut(settings.read.skip_damaged)
     for split in splits:
         add = _add_tokens if split.kind in TOKEN_KINDS else _add_text
@@ -278,7 +308,6 @@ def read_summary(settings: WriteSettings, task: int) -> TaskSummary:
     return TaskSummary(**json.loads(summary_path(settings, task).read_bytes()))
 
 
-def run_paths(settings: WriteSettings, summaries: list[TaskSummary]) -> list[Path]:
-    """List the sorted runs of all tasks."""
-    folder = settings.work / "runs"
-    return [folder / f"{n:06d}-{i:03d}.run" for n, summary in enumerate(summaries) for i in range(summary.runs)]
+def run_path(settings: WriteSettings, task: int, number: int) -> Path:
+    """Return the file of a task's sorted run."""
+    return settings.work / "runs" / f"{task:06d}-{number:03d}.run"

@@ -61,8 +61,8 @@ def clean(batch: TokenBatch, rule: IdRule, left_out: LeftOut) -> TokenBatch:
         at = int(np.flatnonzero((ids < 0) | (ids >= rule.vocab_size))[0])
         raise ValueError(
             f"{batch.where}: document {batch.first + int(np.searchsorted(ends, at, side='right'))} contains the id "
-            f"{int(ids[at])}, but the tokenizer has only the ids below {rule.vocab_size}. Pass the tokenizer that these "
-            "tokens were made with as --tokenizer."
+            f"{int(ids[at])}, but the tokenizer has only the ids below {rule.vocab_size}. Pass the tokenizer that "
+            "these tokens were made with as --tokenizer."
         )
     is_special = np.zeros(rule.vocab_size, bool)
     is_special[list(rule.special)] = True
@@ -92,7 +92,7 @@ def _without_inner(
 ) -> np.ndarray:
     """Return which documents have no special token between other tokens; the others count as damaged.
 
-    kept: places of the other tokens; span: where in `kept` each document begins and ends; owner: its number in the file.
+    kept: places of the other tokens; span: where in `kept` each document begins and ends; owner: its number.
     """
     low, high = span
     good = np.ones(len(low), bool)

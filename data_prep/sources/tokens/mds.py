@@ -202,10 +202,8 @@ def _value(sample: bytes, sizes: list[int | None], column: int) -> bytes | None:
     """Return one column of a sample: the sizes of columns without a fixed size come first. None if it is cut."""
     at, found = 0, []
     for size in sizes:
-        if size is None or not size:
-            size = int.from_bytes(sample[at : at + 4], "little")
-            at += 4
-        found.append(size)
+        found.append(size or int.from_bytes(sample[at : at + 4], "little"))
+        at += 0 if size else 4
     begin = at + sum(found[:column])
     if at + sum(found) != len(sample):
         return None

@@ -21,7 +21,7 @@ AGAIN = "Copy both files again, or write them again."
 
 
 class Index(NamedTuple):
-    """lengths: tokens of each sequence; begins: its first byte; documents: the first sequence of each, and their end."""
+    """lengths: tokens of each sequence; begins: its first byte; documents: the first sequence of each, and the end."""
 
     dtype: np.dtype
     lengths: np.ndarray

@@ -137,11 +137,19 @@ def cut(path: Path, by: int) -> None:
         ("megatron/a.idx", lambda path: cut(path, 8), r"a\.idx: has \d+ bytes, expected \d+\. Copy both"),
         ("megatron/a.bin", Path.unlink, r"a\.bin: no such file, but its index is there\. Copy it there"),
         ("datatrove/a.ds", lambda path: cut(path, 2), r"a\.ds: has 18 bytes, but its index says 10 tokens of 2 or 4"),
-        ("datatrove/a.ds.index", lambda path: cut(path, 3), r"a\.ds\.index: has 29 bytes, expected 8 for each document"),
+        (
+            "datatrove/a.ds.index",
+            lambda path: cut(path, 3),
+            r"a\.ds\.index: has 29 bytes, expected 8 for each document",
+        ),
         ("datatrove/a.ds.index", Path.unlink, r"a\.ds\.index: no such file, so it is unknown where the documents"),
         ("mds/shard.00001.mds", lambda path: cut(path, 1), r"00001\.mds: has \d+ bytes, but index\.json says \d+"),
         ("mds/shard.00001.mds", Path.unlink, r"00001\.mds: no such file, but .*index\.json lists it"),
-        ("mds/shard.00000.mds", lambda p: p.write_bytes(b"\xff" * p.stat().st_size), "says that it has 4294967295 samp"),
+        (
+            "mds/shard.00000.mds",
+            lambda p: p.write_bytes(b"\xff" * p.stat().st_size),
+            "says that it has 4294967295 samp",
+        ),
     ],
 )
 def test_damaged_and_cut_files_are_refused_with_their_names(tmp_path, name, change, message):
@@ -185,7 +193,10 @@ def test_ids_of_another_tokenizer_of_the_same_size_are_noticed(tmp_path, corpus,
     other = tmp_path / "tokenizer.json"
     other.write_text(json.dumps(raw))
     assert Tokenizer.from_file(str(other)).get_vocab_size() == rule.vocab_size
-    try:
-        assert "Few: if this is no sensible text" in check_tokenizer(splits, ReadOptions(), rule, other)
-    except ValueError as error:
-        assert "were made with another tokenizer" in str(error)
+    assert "Few: if this is no sensible text" in check_tokenizer(splits, ReadOptions(), rule, other)
+    pieces = range(400, 700)  # no text is tokenized to the same pieces in a row
+    write_datatrove(tmp_path / "a.ds", [[number, *pieces] for number in range(300, 320)])
+    with pytest.raises(
+        ValueError, match=r"a\.ds: the ids of \d+% of .*were made with another tokenizer: pass that one"
+    ):
+        check_tokenizer(splits[:1], ReadOptions(), rule, path)
