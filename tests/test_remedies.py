@@ -178,6 +178,7 @@ def known_flags() -> dict[str, set[str]]:
             flags[path.name] = {name.replace("-", "_") for name in added} | {"json", "quick"}
     flags["pretrain.sbatch"] = flags["keep_running.sh"] = flags["pretrain.py"]
     flags["finetune_glue.sbatch"] = flags["finetune_glue.py"]
+    flags["write_shards.sbatch"] = flags["write_shards.py"]
     return flags
 
 

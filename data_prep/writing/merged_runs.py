@@ -71,11 +71,13 @@ def merge_runs(settings: WriteSettings, group: Group, counts: ShardCounts) -> st
     The file has the byte at which each shard's documents begin, train before held-out, and the end; then, for each
     shard, a sorted run of only its documents.
     """
+    path = group_path(settings, group.number)
+    if path.is_file():  # the process that wrote it died before it could say so; its sorted runs may be gone
+        return path.name
     paths = [sorted_runs.run_path(settings, *run) for run in group.runs]
     size = sum(path.stat().st_size for path in paths)
     # Shards that are read together, so that at most about RUN_BYTES are in memory.
     together = max(1, sum(counts.values()) * sorted_runs.RUN_BYTES // max(1, size))
-    path = group_path(settings, group.number)
     with new_file(path) as temporary:
         with open(temporary, "wb") as file:
             begins = np.zeros(sum(counts.values()) + 1, "<i8")
