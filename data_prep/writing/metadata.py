@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.finished import note_request
+from data_prep.request import note_request
 from data_prep.writing import length_statistics, shard_writer
 from data_prep.writing.shard_request import ShardRequest
 from megabert.data.shards.manifest import (

@@ -101,8 +101,8 @@ def _run_task(mark: str, expected: str, function: Callable[..., R], task: tuple[
 
 def _import_ray() -> ModuleType:
     try:
-        import ray
-        import ray.exceptions
+        import ray  # pyrefly: ignore[missing-import] # of the extra [ray]
+        import ray.exceptions  # pyrefly: ignore[missing-import]
     except ImportError as missing:
         raise ValueError("--engine ray needs the package ray. Install it: pip install -e '.[ray]'") from missing
     return ray

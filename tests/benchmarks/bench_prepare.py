@@ -43,7 +43,7 @@ def passes_with_parts() -> tuple[str, ...]:
 
 
 def write_on_ray(flags: list[str], out: Path) -> None:
-    from ray.cluster_utils import Cluster
+    from ray.cluster_utils import Cluster  # pyrefly: ignore[missing-import]
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)

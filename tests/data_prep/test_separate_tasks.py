@@ -144,7 +144,7 @@ write_shards.main(sys.argv[1:])
 
 @pytest.mark.ray
 def test_a_ray_cluster_writes_the_same_bytes(command, whole, tmp_path):
-    from ray.cluster_utils import Cluster
+    from ray.cluster_utils import Cluster  # pyrefly: ignore[missing-import]
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
@@ -159,7 +159,7 @@ def test_a_ray_cluster_writes_the_same_bytes(command, whole, tmp_path):
 @pytest.mark.nightly
 def test_a_ray_cluster_that_loses_a_worker_in_each_pass_writes_the_same_bytes(command, whole, tmp_path, monkeypatch):
     """Two nodes with one core each. Once in each pass a process that runs a task is killed."""
-    from ray.cluster_utils import Cluster
+    from ray.cluster_utils import Cluster  # pyrefly: ignore[missing-import]
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)

@@ -104,9 +104,13 @@ class _Ranges(io.RawIOBase):
         self._url = url
         if url not in _SIZES:
             _fresh_info(url)
-        self._size = _SIZES[url]
+        size = _SIZES[url]
         self._at, self._next_bytes = 0, FIRST_BYTES
-        self._whole: IO[bytes] | None = _download(url) if self._size is None else None
+        self._whole: IO[bytes] | None = _download(url) if size is None else None
+        if self._whole is not None:
+            size = self._whole.seek(0, os.SEEK_END)
+        assert size is not None, "a file that is fetched whole has a size"
+        self._size = size
 
     def readable(self) -> bool:
         return True
@@ -115,11 +119,7 @@ class _Ranges(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_END and self._size is None:
-            assert self._whole is not None, "without a size the file is fetched whole"
-            offset += self._whole.seek(0, os.SEEK_END)
-        else:
-            offset += {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        offset += {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         self._at = max(0, offset)
         return self._at
 
@@ -139,6 +139,7 @@ class _Ranges(io.RawIOBase):
             self._next_bytes = min(2 * self._next_bytes, LAST_BYTES)
             fetch = functools.partial(_system(self._url).cat_file, self._url, start=self._at, end=self._at + size)
             data = _fetched(self._url, fetch) if size else b""
+            assert isinstance(data, bytes), "files are opened in binary mode"
             if len(data) == size:
                 return data
             if len(data) < size:
@@ -183,7 +184,8 @@ def _fresh_info(url: str) -> dict[str, Any]:
     system = _system(url)
     system.invalidate_cache()
     info = _fetched(url, functools.partial(system.info, url))
-    _SIZES[url] = info.get("size")
+    size = info.get("size")
+    _SIZES[url] = None if size is None else int(size)
     return {"size": None, "type": "file"} | info
 
 

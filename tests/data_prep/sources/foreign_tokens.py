@@ -67,8 +67,8 @@ def _sample(number: int, document: list[int], encoding: str) -> bytes:
 def write_with_the_packages(folder: Path, documents: Documents) -> dict[str, Path]:
     """Write with megatron-core, mosaicml-streaming and datatrove. Returns {name: source}."""
     import torch
-    from datatrove.pipeline.tokens.tokenizer import TokenizedFile
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from datatrove.pipeline.tokens.tokenizer import TokenizedFile  # pyrefly: ignore[missing-import]
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # pyrefly: ignore[missing-import]
 
     for name in ("megatron", "datatrove"):
         (folder / name).mkdir()
@@ -98,6 +98,6 @@ def _import_streaming() -> types.ModuleType:
         module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
         module.VisionDataset, module.to_tensor = object, None  # pyrefly: ignore[missing-attribute]
         sys.modules.setdefault(module.__name__, module)
-    import streaming
+    import streaming  # pyrefly: ignore[missing-import]
 
     return streaming
