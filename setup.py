@@ -74,6 +74,8 @@ setup(
         "cuda": ["flash-attn>=2.4"],
         "kernels": ["triton==3.7.1"],
         "prep": PREP,
+        # For write_shards.py --engine ray only.
+        "ray": ["ray>=2.40"],
         "onnx": ONNX,
         # setuptools: a test builds the wheel.
         "dev": ["hypothesis", "pyrefly", "pytest", "pytest-xdist", "ruff", "setuptools>=70.1", *PREP, *ONNX],

@@ -5,13 +5,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_prep.request import belongs_to_request, write_request
 from data_prep.writing.length_statistics import PLOT
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG, Manifest, read_manifest
 from megabert.files.atomic import write_atomically
 from megabert.files.hashing import file_sha256
-
-NOTE_FORMAT = 1
 
 
 def read_result_of(out: Path, request_hash: str) -> Manifest | None:
@@ -21,15 +18,6 @@ def read_result_of(out: Path, request_hash: str) -> Manifest | None:
     except ValueError:  # missing, damaged, or of another format version: cannot be reused
         return None
     return manifest if manifest.request == request_hash else None
-
-
-def note_request(out: Path, request_hash: str) -> None:
-    """Record beside the shards what they are written for, so that it is known without a manifest too."""
-    write_request(out, NOTE_FORMAT, request_hash)
-
-
-def was_written_for(out: Path, request_hash: str) -> bool:
-    return belongs_to_request(out, NOTE_FORMAT, request_hash)
 
 
 def damaged_files(out: Path, manifest: Manifest, workers: int) -> list[str]:

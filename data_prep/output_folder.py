@@ -6,27 +6,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.finished import was_written_for
-from data_prep.request import belongs_to_request, remove_request, write_request
+from data_prep.request import belongs_to_request, remove_request, was_written_for, write_request
 from data_prep.writing.length_statistics import PLOT
 from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS
 from megabert.files.lock import LockHeldError, acquire
 
 LOCK = "lock"
+PLAN = "plan.jsonl"  # of separate_tasks.py
 WRITTEN_SHARD = re.compile(r"(train|heldout)-\d{5}\.tar")
 
 # Version of everything in out/.work: request file, sorted runs, task summaries and shard records. Unfinished work of
 # another version is removed and done again. Increase it whenever one of these formats changes.
-WORK_FORMAT = 2
+WORK_FORMAT = 3
+
+
+def check_replaceable(out: Path, request: str, replace: bool) -> None:
+    """Raises ValueError if a folder holds finished shards of another request, which only --replace replaces."""
+    if (out / MANIFEST).is_file() and not (replace or was_written_for(out, request)):
+        raise ValueError(
+            f"{out}: holds finished shards of another source, tokenizer or other settings. Choose another --out, or "
+            "pass --replace."
+        )
 
 
 @contextmanager
 def locked_work_folder(out: Path, request: str, replace: bool = False) -> Iterator[Path]:
+    """As opened_work_folder, and remove the folder when the block ends without an exception."""
+    with opened_work_folder(out, request, replace) as work:
+        yield work
+        shutil.rmtree(work)
+
+
+@contextmanager
+def opened_work_folder(out: Path, request: str, replace: bool = False) -> Iterator[Path]:
     """Lock out/.work and yield it. Unfinished work of the same request in it is kept, other work is removed.
 
-    The folder is removed when the block ends without an exception. replace: whether shards without a manifest may be
-    replaced. Raises ValueError if another command holds the lock, or if `out` holds shards without a manifest that were
-    not written for this request.
+    replace: whether shards without a manifest may be replaced. Raises ValueError if another command holds the lock, or
+    if `out` holds shards without a manifest that were not written for this request.
     """
     work = out / ".work"
     known = (out / MANIFEST).exists() or was_written_for(out, request) or replace
@@ -52,7 +68,6 @@ def locked_work_folder(out: Path, request: str, replace: bool = False) -> Iterat
         for name in ("runs", "shards"):
             (work / name).mkdir(exist_ok=True)
         yield work
-        shutil.rmtree(work)
     finally:
         lock.release()
 
@@ -78,6 +93,7 @@ def _remove_earlier_results(out: Path, work: Path) -> None:
         path.unlink(missing_ok=True)
     for folder in (work, out):
         remove_request(folder)
+    (work / PLAN).unlink(missing_ok=True)
     for name in ("runs", "shards"):
         shutil.rmtree(work / name, ignore_errors=True)
 

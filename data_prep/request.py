@@ -9,6 +9,7 @@ from megabert.files.atomic import write_atomically
 from megabert.files.hashing import file_sha256
 
 REQUEST = "request"
+NOTE_FORMAT = 1
 
 
 def request_hash(**parts: object) -> str:
@@ -30,6 +31,15 @@ def belongs_to_request(folder: Path, version: int, request: str) -> bool:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # missing, or not of this version
         return False
     return data == _content(version, request, found)
+
+
+def note_request(out: Path, request_hash: str) -> None:
+    """Record beside the shards what they are written for, so that it is known without a manifest too."""
+    write_request(out, NOTE_FORMAT, request_hash)
+
+
+def was_written_for(out: Path, request_hash: str) -> bool:
+    return belongs_to_request(out, NOTE_FORMAT, request_hash)
 
 
 def remove_request(folder: Path) -> None:

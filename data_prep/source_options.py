@@ -10,7 +10,7 @@ from data_prep.sources.streams import check_encoding
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
     source: str = "docstrings"
-    """docstrings; a file or folder of .txt, .jsonl (also .gz, .zst), .parquet or .arrow; text shards; hf:OWNER/NAME"""
+    """docstrings; a file, folder or URL of .txt, .jsonl (also .gz, .zst), .parquet or .arrow; tokens; hf:OWNER/NAME"""
     text_key: str = "text"
     """field (.jsonl) or column (.parquet, .arrow, hf:) that holds the text; meta.text is the field text in meta"""
     blank_lines: bool = False

@@ -26,6 +26,9 @@ R = TypeVar("R")
 # Seconds between two lines of progress in a log. A terminal shows a bar instead.
 LOG_EVERY_S = 30.0
 
+# What the workers of both commands import.
+PRELOADED = ("data_prep.writing.shard_writer", "megabert.config.cli")
+
 # In a worker: bytes read so far by all workers, of the input and of the text in it.
 _counters: Any = None
 
@@ -42,6 +45,18 @@ def add_progress(input_bytes: int = 0, text_bytes: int = 0) -> None:
         with _counters.get_lock():
             _counters[0] += input_bytes
             _counters[1] += text_bytes
+
+
+@contextmanager
+def own_counters() -> Iterator[Any]:
+    """Count in the block what this process reads alone: yields [bytes of input, bytes of text]."""
+    global _counters
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a task of its own
+    before, _counters = _counters, multiprocessing.Array("q", 2)
+    try:
+        yield _counters
+    finally:
+        _counters = before
 
 
 def _start_worker(counters: Any) -> None:
@@ -88,11 +103,13 @@ class WorkerPool:
     def __init__(self, count: int):
         use_short_socket_paths()
         context = multiprocessing.get_context("forkserver")
+        # The modules are imported once, in the process that all workers are forked from, instead of in every worker.
+        context.set_forkserver_preload(["__main__", *PRELOADED])
         self._count = count
         self._other_children = set(multiprocessing.active_children())
         with _naming_shared_memory():
-            self.counters = context.Array("q", 2)
-            self._pool = concurrent.futures.ProcessPoolExecutor(count, context, _start_worker, (self.counters,))
+            self._counters = context.Array("q", 2)
+            self._pool = concurrent.futures.ProcessPoolExecutor(count, context, _start_worker, (self._counters,))
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -102,6 +119,11 @@ class WorkerPool:
         if kind is not None:
             for child in set(multiprocessing.active_children()) - self._other_children:
                 child.terminate()
+
+    def counters(self) -> tuple[int, int]:
+        """Return how many bytes are read so far, of the input and of the text in it."""
+        read, text = self._counters[:]
+        return read, text
 
     def run(
         self,

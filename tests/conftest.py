@@ -26,6 +26,9 @@ VOCAB_SIZE = 800
 CLUSTER = {"slurm": ["slurmctld", "slurmd", "sbatch", "munged"], "namespaces": ["ip"]}
 
 
+# Marks of tests of data_prep that use packages of other projects.
+PREPARATION = {"foreign_tokens": "megatron streaming datatrove", "ray": "ray"}
+
 # Where the tests start whole runs. They go first, so that no core waits for the last of them.
 SLOW = (
     "test_end_to_end.py",
@@ -51,6 +54,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs Triton: bash launch/install.sh dev,kernels"))
         if item.get_closest_marker("peft") and find_spec("peft") is None:
             item.add_marker(pytest.mark.skip(reason="needs peft: pip install peft"))
+        for mark, packages in PREPARATION.items():
+            if item.get_closest_marker(mark) and not all(find_spec(name) for name in packages.split()):
+                item.add_marker(pytest.mark.skip(reason=f"needs {packages}: see data_prep/README.md"))
         if item.get_closest_marker("mosaic") and "MOSAIC_REFERENCE" not in os.environ:
             item.add_marker(
                 pytest.mark.skip(reason="needs MOSAIC_REFERENCE: see tests/convert/test_mosaic_reference.py")

@@ -44,6 +44,7 @@ FOREIGN = {
     "git": "porcelain",
     "docker": "shm_size",
     "tensorboard": "logdir",
+    "ray": "head address",
 }
 # The options of shell scripts.
 OWN_ARGUMENTS = {"install_gpu.sh": "no_apex", "run.sh": "lint"}
@@ -178,6 +179,7 @@ def known_flags() -> dict[str, set[str]]:
             flags[path.name] = {name.replace("-", "_") for name in added} | {"json", "quick"}
     flags["pretrain.sbatch"] = flags["keep_running.sh"] = flags["pretrain.py"]
     flags["finetune_glue.sbatch"] = flags["finetune_glue.py"]
+    flags["write_shards.sbatch"] = flags["write_shards.py"]
     return flags
 
 

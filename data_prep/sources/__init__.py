@@ -3,13 +3,14 @@
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from data_prep.sources import arrow, docstrings, hub, jsonl, parquet, text_shards, txt
 from data_prep.sources.base import (
     EMPTY_FILE,
     OTHER_KIND,
+    TOKEN_KINDS,
     DamagedError,
     InputSplit,
     LeftOut,
@@ -17,6 +18,8 @@ from data_prep.sources.base import (
 )
 from data_prep.sources.folders import files_below, kind_of
 from data_prep.sources.lines import list_line_splits
+from data_prep.sources.remote import RemotePath, describe, is_remote, remote_files, size_of
+from data_prep.sources.tokens import datatrove, mds, megatron
 from megabert.data.shards.manifest import MANIFEST
 
 READERS: dict[str, Callable[[InputSplit, ReadOptions, LeftOut], Iterator[str]]] = {
@@ -24,6 +27,7 @@ READERS: dict[str, Callable[[InputSplit, ReadOptions, LeftOut], Iterator[str]]] 
     "docstrings": docstrings.read,
     "hub": hub.read,
     "jsonl": jsonl.read,
+    "mds": mds.read,
     "parquet": parquet.read,
     "text_shards": text_shards.read,
     "txt": txt.read,
@@ -31,7 +35,9 @@ READERS: dict[str, Callable[[InputSplit, ReadOptions, LeftOut], Iterator[str]]] 
 # C4 names its compressed JSON Lines files .json.gz. A plain .json may hold anything.
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 TEXT = (".txt", ".txt.gz", ".txt.zst")
-EXPECTED = "expected .txt, .jsonl (also .gz or .zst), .parquet or .arrow files"
+EXPECTED = (
+    "expected .txt, .jsonl (also .gz or .zst), .parquet or .arrow files, MDS shards, or tokens (.bin and .idx, .ds)"
+)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -39,8 +45,8 @@ def list_input_splits(source: str, options: ReadOptions, left_out: LeftOut | Non
     """List the input splits of a source, in the same order on every run over the same input.
 
     source: "docstrings", a folder of text shards, a file, a folder of .txt, .jsonl, .parquet and .arrow files, a folder
-    of save_to_disk, or hf:OWNER/NAME. What is not read is counted in left_out. Raises ValueError if the source does not
-    exist or holds nothing readable, and for an option that does not apply to it.
+    of save_to_disk, a URL, or hf:OWNER/NAME. What is not read is counted in left_out. Raises ValueError if the source
+    does not exist or holds nothing readable, and for an option that does not apply to it.
     """
     splits = _list_input_splits(source, options, left_out or LeftOut(options.skip_damaged))
     kinds = {split.kind for split in splits}
@@ -59,6 +65,8 @@ def list_input_splits(source: str, options: ReadOptions, left_out: LeftOut | Non
 def _list_input_splits(source: str, options: ReadOptions, left_out: LeftOut) -> list[InputSplit]:
     if source == "docstrings":
         return docstrings.list_input_splits()
+    if is_remote(source):
+        return _splits_of_files(source, remote_files(source, left_out), options, left_out)
     path = Path(source.removeprefix(hub.PREFIX))
     if arrow.is_saved_data_set(path):
         return arrow.list_saved(path, options, left_out)
@@ -69,13 +77,21 @@ def _list_input_splits(source: str, options: ReadOptions, left_out: LeftOut) -> 
     kind_of(path)
     if (path / MANIFEST).is_file():
         return text_shards.list_input_splits(path)
+    return _splits_of_files(source, files_below(path, _is_one_source, left_out), options, left_out)
+
+
+def _splits_of_files(
+    source: str, files: Iterable[Path | RemotePath], options: ReadOptions, left_out: LeftOut
+) -> list[InputSplit]:
     splits, found = [], False
-    for file in files_below(path, arrow.is_saved_data_set, left_out):
+    for file in files:
         of_file = _splits_of_file(file, options, left_out)
         found = found or of_file is not None
         splits += of_file or []
     if not found:
-        raise ValueError(f"{source}: holds no text; {EXPECTED}.{f' It holds {left_out}.' if left_out.counts else ''}")
+        slash = " A folder of a web server ends with a slash." if source.startswith("http") else ""
+        held = f" It holds {left_out}." if left_out.counts else ""
+        raise ValueError(f"{source}: holds no text; {EXPECTED}.{held}{slash}")
     return splits
 
 
@@ -84,6 +100,8 @@ def read_input_split(split: InputSplit, options: ReadOptions, left_out: LeftOut 
 
     Raises ValueError with file and position if the input is damaged, OSError with the file if it cannot be read.
     """
+    if split.kind in TOKEN_KINDS:
+        raise ValueError(f"{split.paths[0]}: holds tokens, expected text.")
     try:
         yield from READERS[split.kind](split, options, left_out or LeftOut(options.skip_damaged))
     except OSError as error:
@@ -97,11 +115,14 @@ def source_state(splits: list[InputSplit]) -> list[list[object]]:
 
     The mtime of installed Python packages does not count: a reinstallation changes it.
     """
-    states: dict[str, tuple[int, int]] = {}
+    states: dict[str, tuple[int, int | str]] = {}
     for split in splits:
         paths = map(str, hub.files(split.paths[0])) if split.kind == "hub" else split.paths
         for path in paths:
-            if path not in states and os.path.isfile(path):
+            if path not in states and split.kind != "hub" and is_remote(path):
+                file = describe(path)
+                states[path] = file.size, file.version
+            elif path not in states and os.path.isfile(path):
                 state = os.stat(path)
                 states[path] = state.st_size, 0 if split.kind == "docstrings" else state.st_mtime_ns
         if split.kind == "hub":
@@ -109,16 +130,20 @@ def source_state(splits: list[InputSplit]) -> list[list[object]]:
     return [*map(list, splits), *([path, *state] for path, state in states.items())]
 
 
-def _splits_of_file(path: Path, options: ReadOptions, left_out: LeftOut) -> list[InputSplit] | None:
+def _splits_of_file(path: Path | RemotePath, options: ReadOptions, left_out: LeftOut) -> list[InputSplit] | None:
     """List the input splits of a file, or of the folder of a saved data set. Returns None if it is of another kind."""
     name = path.name.lower()
     try:
-        if path.is_dir():
+        if isinstance(path, Path) and path.is_dir():
+            if mds.is_mds(path):
+                return mds.list_input_splits(path, options)
             return arrow.list_saved(path, options, left_out)
+        if isinstance(path, Path) and name.endswith((".bin", ".idx", datatrove.SUFFIX, *datatrove.BESIDE)):
+            return _splits_of_tokens(path, options, left_out)
         if not name.endswith((*TEXT, *JSON_LINES, ".parquet", ".arrow")):
             left_out.add(OTHER_KIND, str(path))
             return None
-        if not path.stat().st_size:
+        if not size_of(path):
             left_out.add(EMPTY_FILE, str(path))
             return []
         if name.endswith(TEXT):
@@ -131,6 +156,26 @@ def _splits_of_file(path: Path, options: ReadOptions, left_out: LeftOut) -> list
         return []
 
 
+def _is_one_source(folder: Path) -> bool:
+    return arrow.is_saved_data_set(folder) or mds.is_mds(folder)
+
+
+def _splits_of_tokens(path: Path, options: ReadOptions, left_out: LeftOut) -> list[InputSplit] | None:
+    """List the input splits of a file that holds tokens or their index, by its suffix; None if it holds neither."""
+    name = path.name.lower()
+    if name.endswith(datatrove.BESIDE) and path.with_suffix("").is_file():
+        return []
+    if name.endswith(datatrove.SUFFIX):
+        return datatrove.list_input_splits(path, options)
+    index = megatron.index_of(path)
+    if index.is_file() and megatron.is_index(index):
+        if not path.with_suffix(".bin").is_file():
+            raise DamagedError(f"{path.with_suffix('.bin')}: no such file, but its index is there. Copy it there.")
+        return [] if name.endswith(".idx") else megatron.list_input_splits(path, options)
+    left_out.add(OTHER_KIND, str(path))
+    return None
+
+
 def _suggestion(source: str) -> str:
     """Return a sentence that suggests a source for one that does not exist."""
     path = Path(source)
@@ -141,6 +186,6 @@ def _suggestion(source: str) -> str:
     if HUB_NAME.fullmatch(source):
         sentence += f" For the data set of this name on the Hugging Face hub, pass hf:{source}."
     return (
-        f"{sentence} --source takes one file or folder (no pattern, no URL, no command), hf:OWNER/NAME for a Hugging "
-        "Face data set, or the word docstrings."
+        f"{sentence} --source takes one file or folder (no pattern, no command) or the URL of one, hf:OWNER/NAME for "
+        "a Hugging Face data set, or the word docstrings."
     )

@@ -23,6 +23,7 @@ from data_prep.sources.base import (
     too_long,
     until_damaged,
 )
+from data_prep.sources.remote import RemotePath, is_remote, open_file, size_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -56,11 +57,11 @@ def list_saved(folder: Path, options: ReadOptions, left_out: LeftOut) -> list[In
     return [split for file in files for split in list_input_splits(file, options)]
 
 
-def list_input_splits(path: Path, options: ReadOptions) -> list[InputSplit]:
+def list_input_splits(path: Path | RemotePath, options: ReadOptions) -> list[InputSplit]:
     """Return the one input split of a .arrow file. Raises DamagedError if it has no such column of text."""
     with _opened(str(path)) as (schema, _):
         check_column(schema, str(path), options.text_key)
-    size = path.stat().st_size
+    size = size_of(path)
     return [InputSplit("arrow", (str(path),), 0, size, size)]
 
 
@@ -159,7 +160,7 @@ def _opened(path: str) -> Iterator[tuple["pyarrow.Schema", Iterator["pyarrow.Rec
     except ImportError as missing:
         raise missing_extra(path, "pyarrow") from missing
     try:
-        with pyarrow.memory_map(path) as data:
+        with pyarrow.PythonFile(open_file(path), "r") if is_remote(path) else pyarrow.memory_map(path) as data:
             is_file = data.read(len(ARROW_FILE)) == ARROW_FILE
             data.seek(0)
             reader = pyarrow.ipc.open_file(data) if is_file else pyarrow.ipc.open_stream(data)

@@ -8,12 +8,16 @@ from typing import Literal, NamedTuple, TypeVar
 T = TypeVar("T")
 
 # About one second of work for a process: small enough to balance the load, large enough to outweigh the scheduling.
-INPUT_SPLIT_BYTES = 4 << 20
+INPUT_SPLIT_BYTES = 2 << 20
 
 # A document is held in memory whole, and its tokens take some 30 bytes each. A book is 1 MB; more is not one document.
 MAX_DOCUMENT_BYTES = 64 << 20
 
-Kind = Literal["arrow", "docstrings", "hub", "jsonl", "parquet", "text_shards", "txt"]
+Kind = Literal[
+    "arrow", "datatrove", "docstrings", "hub", "jsonl", "mds", "mds_tokens", "megatron", "parquet", "text_shards", "txt"
+]
+# Kinds whose documents are token ids already.
+TOKEN_KINDS = ("datatrove", "mds_tokens", "megatron")
 
 # Why something is left out of a source.
 HIDDEN = "hidden files and folders"
@@ -34,7 +38,8 @@ class InputSplit(NamedTuple):
     """The part of a source that one process reads at a time.
 
     paths: files; for a hub data set its name, configuration, split and revision.
-    start, stop: byte range of the only file; row groups of a .parquet file; for the hub, shard `start` of `stop`.
+    start, stop: byte range of the only file; row groups of a .parquet file; documents of a file of tokens; for the hub,
+    shard `start` of `stop`.
     size: bytes of input, for the progress bar.
     """
 

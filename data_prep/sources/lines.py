@@ -6,6 +6,7 @@ from typing import IO, NamedTuple
 
 from data_prep.sources import base
 from data_prep.sources.base import DamagedError, InputSplit, Kind, LeftOut, ReadOptions, too_long, until_damaged
+from data_prep.sources.remote import RemotePath, size_of
 from data_prep.sources.streams import (
     COMPRESSED,
     DAMAGED_ARCHIVE,
@@ -19,6 +20,7 @@ from data_prep.sources.streams import (
     open_bytes,
 )
 
+REMOTE_FACTOR = 16
 WHOLE_FILE = 1 << 62  # an end of a byte range that no file reaches
 
 
@@ -35,14 +37,16 @@ class Line(NamedTuple):
         return decode(self.data, self.encoding, self.where, self.offset)
 
 
-def list_line_splits(path: Path, kind: Kind, options: ReadOptions) -> list[InputSplit]:
+def list_line_splits(path: Path | RemotePath, kind: Kind, options: ReadOptions) -> list[InputSplit]:
     """Cut a file into byte ranges of equal size. A file that must be read from its beginning is one input split."""
-    size = path.stat().st_size
+    size = size_of(path)
+    # A request of an object store costs as much time as some MB.
+    split_bytes = base.INPUT_SPLIT_BYTES * (REMOTE_FACTOR if isinstance(path, RemotePath) else 1)
     if is_compressed(str(path)) or not encoding_of(str(path), options.encoding).has_plain_line_ends:
         return [InputSplit(kind, (str(path),), 0, WHOLE_FILE, size)]
     splits = []
-    for start in range(0, size, base.INPUT_SPLIT_BYTES):
-        stop = min(start + base.INPUT_SPLIT_BYTES, size)
+    for start in range(0, size, split_bytes):
+        stop = min(start + split_bytes, size)
         splits.append(InputSplit(kind, (str(path),), start, stop, stop - start))
     return splits
 

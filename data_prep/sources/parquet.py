@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 from data_prep.sources.arrow import check_column, column_of, damage, explain_damage, read_column
 from data_prep.sources.base import DamagedError, InputSplit, LeftOut, ReadOptions, missing_extra, until_damaged
+from data_prep.sources.remote import RemotePath, is_remote, open_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -24,7 +25,7 @@ BATCH_BYTES = 64 << 20
 HEADER_BYTES = 1 << 13  # of a page; statistics in it can make it longer
 
 
-def list_input_splits(path: Path, options: ReadOptions) -> list[InputSplit]:
+def list_input_splits(path: Path | RemotePath, options: ReadOptions) -> list[InputSplit]:
     """List one input split per row group. Raises DamagedError if the file has no such column of text."""
     file = _open(str(path))
     check_column(file.schema_arrow, str(path), options.text_key)
@@ -70,7 +71,7 @@ def _columns(
 def _largest_page(path: str, rows: "pyarrow.parquet.RowGroupMetaData", text_key: str) -> int:
     """Return the bytes of the largest page, decompressed. Raises DamagedError for a page beyond MAX_PAGE_BYTES."""
     largest = 0
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         for column in _columns(rows, text_key):
             offset = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
             stop = offset + column.total_compressed_size
@@ -155,6 +156,7 @@ def _open(path: str) -> "pyarrow.parquet.ParquetFile":
         raise missing_extra(path, "pyarrow") from missing
     try:
         # Without these two options pyarrow holds all compressed bytes of a row group.
-        return pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False)
+        source = open_file(path) if is_remote(path) else path
+        return pyarrow.parquet.ParquetFile(source, buffer_size=READ_BYTES, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise DamagedError(f"{path}: not a .parquet file: {error}. Download it again.") from error

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 import zstandard
 
 from data_prep.sources.base import DamagedError
+from data_prep.sources.remote import open_file
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -82,8 +83,8 @@ def encoding_of(path: str, asked: str | None) -> Encoding:
 
 @contextmanager
 def open_bytes(path: str) -> Iterator[IO[bytes]]:
-    """Open a file; .gz and .zst are decompressed. Reading a damaged archive raises one of DAMAGED_ARCHIVE."""
-    with open(path, "rb") as raw:
+    """Open a file or URL; .gz and .zst are decompressed. Reading a damaged archive raises one of DAMAGED_ARCHIVE."""
+    with open_file(path) as raw:
         if path.lower().endswith(".gz"):
             yield io.BufferedReader(gzip.GzipFile(fileobj=raw), READ_BYTES)
         elif path.lower().endswith(".zst"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from data_prep.sources import base
 from data_prep.sources.base import DamagedError, InputSplit, LeftOut, ReadOptions, too_long
 from data_prep.sources.lines import Line, list_line_splits, read_lines, until_unreadable
+from data_prep.sources.remote import RemotePath, size_of
 from data_prep.sources.streams import decode, encoding_of, open_bytes
 
 TO_SEPARATE = (
@@ -14,11 +15,11 @@ TO_SEPARATE = (
 )
 
 
-def list_input_splits(path: Path, options: ReadOptions) -> list[InputSplit]:
+def list_input_splits(path: Path | RemotePath, options: ReadOptions) -> list[InputSplit]:
     """List the input splits of a file. Raises DamagedError if it is too large to be one document."""
     if options.blank_lines:
         return list_line_splits(path, "txt", options)
-    size = path.stat().st_size
+    size = size_of(path)
     if size > base.MAX_DOCUMENT_BYTES:
         raise too_long(str(path), TO_SEPARATE)
     return [InputSplit("txt", (str(path),), 0, size, size)]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import secrets
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from data_prep.writing.length_statistics import LONGEST_COUNTED
-from data_prep.writing.sorted_runs import SortedRun, WriteSettings, is_first_copy
+from data_prep.writing.merged_runs import ShardCounts, collect, read_shard
+from data_prep.writing.sorted_runs import WriteSettings
 from megabert.data.shards.manifest import Chunk, Shard
 from megabert.data.shards.sample_format import TokenChunk, encode_text, encode_tokens, write_sample
 from megabert.files.atomic import new_file
@@ -47,18 +49,25 @@ def record_path(settings: WriteSettings, part: str, number: int) -> Path:
     return settings.work / "shards" / f"{shard_name(part, number)}.npz"
 
 
-def write_shard(settings: WriteSettings, runs: list[Path], part: str, number: int, total: int) -> str:
-    """Write shard `number` of `total`, then its record. A shard without a record is written again. Returns its name."""
-    documents = _collect(settings, runs, part, number, total)
+def write_shard(settings: WriteSettings, files: list[Path], part: str, number: int, counts: ShardCounts) -> str:
+    """Write a shard, then its record. A shard without a record is written again. Returns its name.
+
+    files: sorted runs or merged files; counts: shards of each part.
+    """
+    documents = _collect(settings, files, part, number, counts)
     rng = np.random.default_rng([settings.seed, number, part == "heldout"])
     # The normalizer of a tokenizer can leave nothing of a text, such as of a control character.
     order = rng.permutation(np.flatnonzero(documents.lengths))
     name = shard_name(part, number)
-    with new_file(settings.work / "shards" / name) as temporary:
+    # Two machines may write the same shard, if one of them is thought to be dead.
+    temporary = settings.work / "shards" / f"{name}.{secrets.token_hex(4)}.tmp"
+    try:
         with open(temporary, "wb") as file:
             chunks = _write_chunks(file, name, documents, order, settings)
         size, sha256 = hash_and_sync(temporary)
-    os.replace(settings.work / "shards" / name, settings.out / name)
+        os.replace(temporary, settings.out / name)
+    finally:
+        temporary.unlink(missing_ok=True)
     shard = Shard(name, sha256, size, len(order), int(chunks[:, 3].sum()), chunks)
     kept = documents.lengths[order]
     lengths = np.bincount(np.minimum(kept, LONGEST_COUNTED), minlength=LONGEST_COUNTED + 1)
@@ -67,19 +76,10 @@ def write_shard(settings: WriteSettings, runs: list[Path], part: str, number: in
     return name
 
 
-def _collect(settings: WriteSettings, runs: list[Path], part: str, number: int, total: int) -> Documents:
-    """Return the documents of a shard, sorted by hash and without copies. Only one sorted run is open at a time."""
-    low, high = ((1 << 64) * i // total for i in (number, number + 1))
-    pieces = [SortedRun(path, settings.dtype).read(part, low, high) for path in runs]
-    payload, lengths, hashes = (np.concatenate(column) for column in zip(*pieces, strict=True))
-    del pieces
-    begins = lengths.cumsum() - lengths
-    # Copies of one text are equal, so if they are kept, their order does not matter.
-    order = np.lexsort((hashes[:, 0], hashes[:, 1]))
-    if settings.deduplicate:
-        order = order[is_first_copy(hashes[order])]
-    spans = zip(begins[order].tolist(), (begins[order] + lengths[order]).tolist(), strict=True)
-    return Documents(np.concatenate([payload[:0], *(payload[a:b] for a, b in spans)]), lengths[order])
+def _collect(settings: WriteSettings, files: list[Path], part: str, number: int, counts: ShardCounts) -> Documents:
+    """Return the documents of a shard, sorted by hash and without copies. Only one file is open at a time."""
+    found = collect(settings, [read_shard(path, settings, part, number, counts) for path in files])
+    return Documents(np.concatenate([found.payload[:0], *found.gathered()]), found.lengths)
 
 
 def _write_chunks(

@@ -13,13 +13,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from data_prep import workers
 from data_prep.sources import InputSplit, LeftOut, ReadOptions, read_input_split
-from data_prep.sources.base import SHORT
+from data_prep.sources.base import SHORT, TOKEN_KINDS
+from data_prep.sources.tokens import read_token_split
+from data_prep.sources.tokens.ids import IdRule
 from megabert.data.shards.tokenizer import encode_flat
 from megabert.files.atomic import new_file, write_atomically
 
@@ -45,7 +47,7 @@ class WriteSettings:
     """Settings of both passes, the same for every worker.
 
     tokenizer_path: None for text shards; dtype: of the payload, which is token ids or UTF-8 bytes;
-    heldout: share of documents to hold out.
+    heldout: share of documents to hold out; ids: which ids a source of tokens may have, None if it is text.
     """
 
     out: Path
@@ -57,6 +59,7 @@ class WriteSettings:
     deduplicate: bool
     chunk_tokens: int
     seed: int
+    ids: IdRule | None = None
 
     @property
     def work(self) -> Path:
@@ -113,8 +116,12 @@ class SortedRun:
 
     HEADER = np.dtype([("train", "<i8"), ("heldout", "<i8")])
 
-    def __init__(self, path: Path, dtype: np.dtype):
-        data = np.memmap(path, mode="r")
+    @classmethod
+    def open(cls, path: Path, dtype: np.dtype) -> "SortedRun":
+        return cls(np.memmap(path, mode="r"), dtype)
+
+    def __init__(self, data: np.ndarray, dtype: np.dtype):
+        """data: bytes of the file, which may be mapped into memory."""
         header = data[: self.HEADER.itemsize].view(self.HEADER)[0]
         self._train, total = int(header["train"]), int(header["train"] + header["heldout"])
         columns = data[self.HEADER.itemsize : self.HEADER.itemsize + 24 * total].reshape(3, 8 * total)
@@ -135,12 +142,44 @@ class SortedRun:
         return payload, np.diff(ends, prepend=begin), hashes
 
 
-class SortedRunWriter:
-    """Collects documents and writes them as sorted runs `stem`-000.run, `stem`-001.run, ... of at most RUN_BYTES."""
+class SortedDocuments(NamedTuple):
+    """Documents in the order of their hashes. Document i is payload[begins[i] : begins[i] + lengths[i]]."""
 
-    def __init__(self, settings: WriteSettings, stem: str):
+    payload: np.ndarray
+    begins: np.ndarray
+    lengths: np.ndarray
+    hashes: np.ndarray
+
+    def gathered(self) -> Iterator[np.ndarray]:
+        """Yield the payload in the order of the documents, some thousand at a time."""
+        for at in range(0, len(self.begins), GATHERED_DOCUMENTS):
+            some = slice(at, at + GATHERED_DOCUMENTS)
+            spans = zip(self.begins[some].tolist(), (self.begins[some] + self.lengths[some]).tolist(), strict=True)
+            yield np.concatenate([self.payload[a:b] for a, b in spans])
+
+
+def write_columns(file: BinaryIO, documents: SortedDocuments, train: int) -> None:
+    """Write a sorted run. train: how many of the documents belong to the training part, which come first."""
+    header = np.array([(train, len(documents.begins) - train)], SortedRun.HEADER)
+    for piece in (header, documents.hashes[:, 1], documents.hashes[:, 0], documents.lengths.cumsum()):
+        file.write(np.ascontiguousarray(piece).data)
+    for payload in documents.gathered():
+        file.write(payload.data)
+
+
+def write_run(file: BinaryIO, part: str, documents: SortedDocuments, some: slice) -> None:
+    """Write a sorted run of some documents, which belong to one part."""
+    begins = documents.begins[some]
+    chosen = SortedDocuments(documents.payload, begins, documents.lengths[some], documents.hashes[some])
+    write_columns(file, chosen, len(begins) if part == "train" else 0)
+
+
+class SortedRunWriter:
+    """Collects the documents of a task and writes them as sorted runs of at most RUN_BYTES."""
+
+    def __init__(self, settings: WriteSettings, task: int):
         self._settings = settings
-        self._stem = stem
+        self._task = task
         # Pages that are never written take no memory.
         self._buffer = np.empty(RUN_BYTES // settings.dtype.itemsize, settings.dtype)
         self._used = 0
@@ -182,16 +221,10 @@ class SortedRunWriter:
         train = int((~held[order]).sum())
         for part, documents in (("train", order[:train]), ("heldout", order[train:])):
             self._elements[part] += int(lengths[documents].sum())
-        header = np.array([(train, len(order) - train)], SortedRun.HEADER)
-        pieces = [header, hashes[order, 1], hashes[order, 0], lengths[order].cumsum()]
-        with new_file(self._settings.work / "runs" / f"{self._stem}-{self._runs:03d}.run") as temporary:
+        sorted_documents = SortedDocuments(self._buffer, begins[order], lengths[order], hashes[order])
+        with new_file(run_path(self._settings, self._task, self._runs)) as temporary:
             with open(temporary, "wb") as file:
-                for piece in pieces:
-                    file.write(np.ascontiguousarray(piece).data)
-                for at in range(0, len(order), GATHERED_DOCUMENTS):
-                    some = order[at : at + GATHERED_DOCUMENTS]
-                    spans = zip(begins[some].tolist(), (begins[some] + lengths[some]).tolist(), strict=True)
-                    file.write(np.concatenate([self._buffer[a:b] for a, b in spans]).data)
+                write_columns(file, sorted_documents, train)
                 file.flush()
                 os.fsync(file.fileno())
         self._runs += 1
@@ -232,20 +265,39 @@ def read_batches(
 
 def write_sorted_runs(settings: WriteSettings, task: int, splits: list[InputSplit]) -> None:
     """Write the sorted runs of one task, then its summary. A task without a summary is done again."""
-    writer = SortedRunWriter(settings, f"{task:06d}")
+    writer = SortedRunWriter(settings, task)
     left_out = LeftOut(settings.read.skip_damaged)
     for split in splits:
-        for texts, raws in read_batches(split, settings, left_out):
-            tokenizer = workers.worker_tokenizer(settings.tokenizer_path)
-            if tokenizer is None:
-                payload = np.frombuffer(b"".join(raws), dtype=np.uint8)
-                lengths = np.fromiter(map(len, raws), np.int64, len(raws))
-            else:
-                payload, lengths = encode_flat(tokenizer, texts, settings.dtype)
-            writer.add(payload, lengths, list(map(text_hash, raws)))
-            workers.add_progress(text_bytes=sum(map(len, raws)))
+        add = _add_tokens if split.kind in TOKEN_KINDS else _add_text
+        add(writer, split, settings, left_out)
         workers.add_progress(input_bytes=split.size)
     write_atomically(summary_path(settings, task), json.dumps(writer.finish(left_out)._asdict()).encode())
+
+
+def _add_text(writer: SortedRunWriter, split: InputSplit, settings: WriteSettings, left_out: LeftOut) -> None:
+    for texts, raws in read_batches(split, settings, left_out):
+        tokenizer = workers.worker_tokenizer(settings.tokenizer_path)
+        if tokenizer is None:
+            payload = np.frombuffer(b"".join(raws), dtype=np.uint8)
+            lengths = np.fromiter(map(len, raws), np.int64, len(raws))
+        else:
+            payload, lengths = encode_flat(tokenizer, texts, settings.dtype)
+        writer.add(payload, lengths, list(map(text_hash, raws)))
+        workers.add_progress(text_bytes=sum(map(len, raws)))
+
+
+def _add_tokens(writer: SortedRunWriter, split: InputSplit, settings: WriteSettings, left_out: LeftOut) -> None:
+    assert settings.ids is not None, "a source of tokens has a rule for its ids"
+    for batch in read_token_split(split, settings.read, settings.ids, left_out):
+        # In 4 bytes, so that the same ids have the same hash whatever type a file has them in.
+        raw, ends = batch.ids.astype("<u4").tobytes(), 4 * batch.lengths.cumsum()
+        filled = np.flatnonzero(batch.lengths)
+        if len(filled) < len(ends):
+            left_out.add(SHORT, split.paths[0], len(ends) - len(filled))
+        spans = zip((ends - 4 * batch.lengths)[filled].tolist(), ends[filled].tolist(), strict=True)
+        hashes = [hashlib.blake2b(raw[a:b], digest_size=HASH_BYTES).digest() for a, b in spans]
+        if hashes:
+            writer.add(batch.ids.astype(settings.dtype), batch.lengths[filled], hashes)
 
 
 def summary_path(settings: WriteSettings, task: int) -> Path:
@@ -256,7 +308,6 @@ def read_summary(settings: WriteSettings, task: int) -> TaskSummary:
     return TaskSummary(**json.loads(summary_path(settings, task).read_bytes()))
 
 
-def run_paths(settings: WriteSettings, summaries: list[TaskSummary]) -> list[Path]:
-    """List the sorted runs of all tasks."""
-    folder = settings.work / "runs"
-    return [folder / f"{n:06d}-{i:03d}.run" for n, summary in enumerate(summaries) for i in range(summary.runs)]
+def run_path(settings: WriteSettings, task: int, number: int) -> Path:
+    """Return the file of a task's sorted run."""
+    return settings.work / "runs" / f"{task:06d}-{number:03d}.run"

@@ -19,8 +19,9 @@ def check_share(share: float, limit: float, tokenizer: Path, documents: Iterable
     if share <= limit:
         return
     examples = ", ".join(map(repr, itertools.islice(unknown_texts(tokenizer, documents), EXAMPLES)))
+    such_as = f", such as {examples}" if examples else ""
     raise ValueError(
-        f"{tokenizer}: makes {share:.1%} of the tokens of this corpus {SPECIAL_TOKENS['unk']}, such as {examples}; at "
+        f"{tokenizer}: makes {share:.1%} of the tokens of this corpus {SPECIAL_TOKENS['unk']}{such_as}; at "
         f"most {limit:.1%} are allowed. Use a tokenizer that was trained on such text, or if this is intended, pass "
         f"--max-unknown {min(1.0, round(share + 0.01, 2))}: the work that is done is kept."
     )

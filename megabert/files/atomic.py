@@ -32,9 +32,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 def new_file(path: Path) -> AbstractContextManager[Path]:
     """Yield a temporary name beside `path`, and rename it to `path` if the block succeeds, or else remove it.
 
-    For files that several processes may write: each has a temporary name of its own. The caller syncs it to disk.
+    For files that several processes may write, on any machines: each has a temporary name of its own. The caller syncs
+    it to disk.
     """
-    return _renamed_to(path, path.with_name(f"{path.name}.{os.getpid()}.tmp"))
+    return _renamed_to(path, path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp"))
 
 
 @contextmanager

@@ -123,6 +123,8 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 def encode_flat(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids of all texts end to end, without special tokens, and the length of each text (int64)."""
-    ids = encode(tokenizer, texts)
-    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    return np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum())), lengths
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
+    # Only one text's ids are held as Python numbers at a time.
+    ids = chain.from_iterable(encoding.ids for encoding in encodings)
+    return np.fromiter(ids, dtype, int(lengths.sum())), lengths

@@ -154,7 +154,7 @@ def test_empty_files_before_the_first_document_are_reported(tmp_path, capsys):
             "allenai/c4",
             "no such file or folder.*For the data set of this name on the Hugging Face hub, pass hf:allenai/c4",
         ),
-        ("*.txt", r"no such file or folder.*takes one file or folder \(no pattern, no URL, no command\)"),
+        ("*.txt", r"no such file or folder.*takes one file or folder \(no pattern, no command\) or the URL of one"),
         ("pipe:cat x", "no such file or folder.*no command"),
     ],
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_prep.sources import LeftOut, ReadOptions, list_input_splits
-from data_prep.writing import shard_writer, sorted_runs
+from data_prep.writing import merged_runs, shard_writer, sorted_runs
 from data_prep.writing.length_statistics import plot, summarize
 from megabert.data.shards.sample_format import decode_text, read_sample
 
@@ -50,11 +50,12 @@ def both_passes(folder, source, tasks: int, **changes):
     for number in range(tasks):
         sorted_runs.write_sorted_runs(settings, number, splits[number::tasks])
     summaries = [sorted_runs.read_summary(settings, number) for number in range(tasks)]
-    paths = sorted_runs.run_paths(settings, summaries)
+    counts = {"train": 3, "heldout": 1}
+    reads = merged_runs.plan_reads(settings, summaries, counts)
+    for group in reads.groups:
+        merged_runs.merge_runs(settings, group, counts)
     names = [
-        shard_writer.write_shard(settings, paths, part, i, total)
-        for part, total in (("train", 3), ("heldout", 1))
-        for i in range(total)
+        shard_writer.write_shard(settings, reads.files, part, i, counts) for part in counts for i in range(counts[part])
     ]
     return {name: (folder / name).read_bytes() for name in names}, summaries
 
@@ -70,6 +71,13 @@ def test_the_number_of_sorted_runs_does_not_change_the_shards(tmp_path, source, 
     assert sum(s.runs for s in summaries) > 80
     assert sum(s.read for s in summaries) == 2500
     assert many == one
+    monkeypatch.setattr(merged_runs, "CACHED_BYTES", 0)
+    monkeypatch.setattr(merged_runs, "READ_BYTES", 8000)
+    merged, _ = both_passes(tmp_path / "merged", source, 5, deduplicate=deduplicate)
+    assert merged == one
+    files = [path.name for path in (tmp_path / "merged/.work/runs").iterdir() if path.suffix != ".json"]
+    assert 5 < len(files) < 20
+    assert all(name.endswith(".merged") for name in files)
 
 
 def test_memory_does_not_grow_with_the_size_of_an_input_split(tmp_path, monkeypatch):
@@ -107,22 +115,22 @@ def open_files_limit(more: int):
 def test_a_shard_from_a_thousand_sorted_runs_needs_few_open_files(tmp_path, source):
     settings = make_settings(tmp_path / "out")
     sorted_runs.write_sorted_runs(settings, 0, list_input_splits(str(source), ReadOptions(), LeftOut()))
-    paths = sorted_runs.run_paths(settings, [sorted_runs.read_summary(settings, 0)]) * 1000
+    paths = [sorted_runs.run_path(settings, 0, 0)] * 1000
     with open_files_limit(32):
-        name = shard_writer.write_shard(settings, paths, "train", 0, 50)
+        name = shard_writer.write_shard(settings, paths, "train", 0, {"train": 50, "heldout": 1})
     assert (settings.out / name).stat().st_size > 0
 
 
 def test_a_range_of_a_sorted_run_holds_exactly_its_documents(tmp_path, source):
     settings = make_settings(tmp_path / "out", deduplicate=False)
     sorted_runs.write_sorted_runs(settings, 0, list_input_splits(str(source), ReadOptions(), LeftOut()))
-    (path,) = sorted_runs.run_paths(settings, [sorted_runs.read_summary(settings, 0)])
+    path = sorted_runs.run_path(settings, 0, 0)
     texts = [json.loads(line)["text"].strip() for line in source.read_text().splitlines()]
     half = {text: np.frombuffer(sorted_runs.text_hash(text.encode()), np.uint64) for text in texts}
     bounds = [0, 1, 1 << 62, 3 << 62, (1 << 64) - 1, 1 << 64]
     for part in sorted_runs.PARTS:
         for low, high in pairwise(bounds):
-            payload, lengths, hashes = sorted_runs.SortedRun(path, settings.dtype).read(part, low, high)
+            payload, lengths, hashes = sorted_runs.SortedRun.open(path, settings.dtype).read(part, low, high)
             ends = lengths.cumsum()
             found = [payload[end - n : end].tobytes().decode() for end, n in zip(ends, lengths, strict=True)]
             expected = [

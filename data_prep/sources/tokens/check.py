@@ -1,0 +1,44 @@
+"""Check on a few documents that their token ids were made with a tokenizer."""
+
+import itertools
+from pathlib import Path
+
+from data_prep.sources.base import InputSplit, LeftOut, ReadOptions
+from data_prep.sources.tokens import datatrove, read_token_split
+from data_prep.sources.tokens.ids import IdRule
+from megabert.data.shards.tokenizer import encode, read_tokenizer
+
+DOCUMENTS = 100  # of each input split that is looked at
+TOKENS = 2048  # longer documents are not tokenized again
+EXAMPLE_CHARS = 60
+# Share of documents whose text gets the same ids again. It was 0.90 to 1 with the right tokenizer, 0 to 0.54 with one
+# whose ids were shuffled (tests/data_prep/sources/test_tokens.py). A right one that is not reversible may be between.
+WRONG, DOUBTFUL = 0.2, 0.75
+
+
+def check_tokenizer(splits: list[InputSplit], options: ReadOptions, rule: IdRule, path: Path) -> str:
+    """Tokenize the text of some documents again. Returns a sentence about the result, with the beginning of a document.
+
+    Raises ValueError if the ids are clearly not those of this tokenizer.
+    """
+    tokenizer = read_tokenizer(path)
+    documents: list[list[int]] = []
+    for split in (splits[0], splits[len(splits) // 2], splits[-1]):
+        for batch in itertools.islice(read_token_split(split, options, rule, LeftOut(True)), 1):
+            ends = batch.lengths.cumsum()
+            spans = zip((ends - batch.lengths)[:DOCUMENTS].tolist(), ends.tolist(), strict=False)
+            documents += [batch.ids[a:b].tolist() for a, b in spans if a < b <= a + TOKENS]
+    if not documents:
+        return f"{splits[0].paths[0]}: no document is short enough to compare it with {path}"
+    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in documents]
+    share = sum(a == b for a, b in zip(documents, encode(tokenizer, texts), strict=True)) / len(documents)
+    found = f"the ids of {share:.0%} of {len(documents)} documents are those that {path} gives their text"
+    where, example = splits[0].paths[0], repr(texts[0][:EXAMPLE_CHARS])
+    if share < WRONG:
+        name = datatrove.tokenizer_name(Path(where)) if splits[0].kind == "datatrove" else None
+        raise ValueError(
+            f"{where}: {found}; one begins with {example}. So they were made with another tokenizer: pass "
+            f"{name or 'that one'} as --tokenizer."
+        )
+    doubt = "" if share >= DOUBTFUL else ". Few: if this is no sensible text, pass another --tokenizer"
+    return f"{where}: {found}; one begins with {example}{doubt}"
