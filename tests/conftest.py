@@ -38,6 +38,12 @@ SLOW = (
 )
 
 
+def has_transformers_js() -> bool:
+    from megabert.convert.targets.transformers_js import find_node
+
+    return find_node() is not None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not str(item.path.relative_to(Path(__file__).parent)).startswith(SLOW))
     needs = {"gpu": 1, "multi_gpu": 2}
@@ -51,6 +57,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs Triton: bash launch/install.sh dev,kernels"))
         if item.get_closest_marker("peft") and find_spec("peft") is None:
             item.add_marker(pytest.mark.skip(reason="needs peft: pip install peft"))
+        if item.get_closest_marker("serving"):
+            missing = [name for name in ("gguf", "sentence_transformers") if find_spec(name) is None]
+            if missing:
+                item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}: pip install '.[serving]'"))
+        if item.get_closest_marker("node") and not has_transformers_js():
+            item.add_marker(
+                pytest.mark.skip(reason="needs Node.js and npm install @huggingface/transformers, NODE_PATH")
+            )
         if item.get_closest_marker("mosaic") and "MOSAIC_REFERENCE" not in os.environ:
             item.add_marker(
                 pytest.mark.skip(reason="needs MOSAIC_REFERENCE: see tests/convert/test_mosaic_reference.py")

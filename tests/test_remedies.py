@@ -42,7 +42,7 @@ FOREIGN = {
     "just": "list",
     "hf": "repo_type include local_dir",
     "git": "porcelain",
-    "docker": "shm_size",
+    "docker": "shm_size model_id",
     "tensorboard": "logdir",
 }
 # The options of shell scripts.
@@ -270,7 +270,7 @@ def test_a_text_that_names_what_no_parser_knows_is_found(text):
 
 def test_what_the_parsers_know_is_not_reported():
     assert not problems(
-        "python launch/convert_to_hf.py --onnx RUN OUT\nSet --run.resume=none or zero_optimization.stage."
+        "python launch/convert_to_hf.py --for onnx RUN OUT\nSet --run.resume=none or zero_optimization.stage."
     )
     assert not problems("--\0 and --run.\0 are made while it runs; model.safetensors and data.noun are files.")
 
