@@ -11,6 +11,8 @@ from torch import Tensor
 
 from megabert.model.configuration_megabert import MegaBertConfig
 
+SAME_TEXT = 0.9
+
 
 class Differs(ValueError):
     """A target's own program gives something else than the checkpoint; the message says what."""
@@ -100,15 +102,26 @@ def largest_difference(got: np.ndarray, wanted: np.ndarray, tolerance: float, wh
 
 
 def smallest_cosine(got: np.ndarray, wanted: np.ndarray, least: float, what: str) -> float:
-    """Return the smallest cosine of two (N, E). Raises Differs below `least`."""
+    """Return the smallest cosine of two (N, E). Raises Differs below `least`.
+
+    Embeddings of different texts have much in common, which hides a wrong token. The mean cosine of what is left
+    without the mean of all texts must therefore be at least SAME_TEXT.
+    """
     if got.shape != wanted.shape:
         raise Differs(f"{what} have shape {got.shape}, expected {wanted.shape}")
     got, wanted = got.astype(np.float64), wanted.astype(np.float64)
-    lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(wanted, axis=1)
-    cosine = float(((got * wanted).sum(axis=1) / np.maximum(lengths, 1e-30)).min())
+    cosine = float(_cosines(got, wanted).min())
     if not cosine >= least:  # also true for NaN
         raise Differs(f"{what}: the smallest cosine is {cosine:.6f}, less than {least}")
+    own = float(_cosines(got - got.mean(axis=0), wanted - wanted.mean(axis=0)).mean())
+    if not own >= SAME_TEXT:
+        raise Differs(f"{what}: without what all texts have in common, the mean cosine is {own:.3f}")
     return cosine
+
+
+def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return (one * other).sum(axis=1) / np.maximum(lengths, 1e-30)
 
 
 def mean_of_tokens(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
