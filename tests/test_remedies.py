@@ -44,6 +44,9 @@ FOREIGN = {
     "git": "porcelain",
     "docker": "shm_size model_id",
     "tensorboard": "logdir",
+    "llama-server": "embedding pooling",
+    "infinity_emb": "model_id trust_remote_code",
+    "vllm": "runner",
 }
 # The options of shell scripts.
 OWN_ARGUMENTS = {"install_gpu.sh": "no_apex", "run.sh": "lint"}

@@ -172,7 +172,7 @@ def prove(folder: Path, expected: Expected) -> Proof | NotOpened:
     what = f"embeddings of {PROVEN} texts by {path.name}"
     pooled = jina_port.embed(model, [expected.ids[row] for row in texts])
     difference = largest_difference(pooled, expected.pooled[texts], TOLERANCE, what)
-    note = "the ids were not compared; pip install 'megabert[serving]' and --verify-only repeats it with llama.cpp"
+    note = "the ids were not compared: with the extra [serving], verifying the folder uses llama.cpp itself"
     program = "an independent port of llama.cpp's equations in fp64, not llama.cpp itself,"
     return Proof(program, "1", difference, what, (note,))
 
