@@ -109,4 +109,4 @@ def test_a_bert_needs_llama_cpp_itself(corpus, tmp_path, skipped_checks, monkeyp
     outcome = registry.read_outcomes(tmp_path / "hf")["gguf"]
     assert outcome["not_opened"].startswith("not opened here: needs llama-cpp-python")
     names = gguf_file.read_file(tmp_path / "hf/gguf/model-f32.gguf").tensors.keys()
-    assert {"position_embd.weight", "blk.1.ffn_up.bias"} <= names
+    assert {"position_embd.weight", "encoder.layer.1.mlp.gated_layers.bias"} <= names
