@@ -11,8 +11,10 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megabert/__init__.py").rea
 # For data_prep only: .parquet files, and data sets of the Hugging Face hub.
 PREP = ["datasets>=3", "pyarrow>=16"]
 
-# For megabert-export --onnx only.
+# For megabert-export --for only: to write ONNX and GGUF, and to open what is written with the programs themselves.
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+GGUF = ["gguf>=0.17"]
+SERVING = ["sentence-transformers>=5", "llama-cpp-python>=0.3.16", *ONNX, *GGUF]
 
 COMMANDS = {
     "megabert-pretrain": "megabert.commands.pretrain",
@@ -34,7 +36,7 @@ setup(
     packages=[*find_packages(include=["megabert*", "data_prep*"]), "megabert.ds_configs"],
     package_dir={"megabert.ds_configs": "ds_configs"},
     package_data={
-        "megabert": ["recipes/*.yaml", "finetune/protocols/*.yaml"],
+        "megabert": ["recipes/*.yaml", "finetune/protocols/*.yaml", "convert/targets/programs/*.mjs"],
         "megabert.ds_configs": ["*.json"],
         "data_prep": ["tasks/*.yaml"],
     },
@@ -77,6 +79,8 @@ setup(
         # For write_shards.py --engine ray only.
         "ray": ["ray>=2.40"],
         "onnx": ONNX,
+        "gguf": GGUF,
+        "serving": SERVING,
         # setuptools: a test builds the wheel.
         "dev": ["hypothesis", "pyrefly", "pytest", "pytest-xdist", "ruff", "setuptools>=70.1", *PREP, *ONNX],
     },

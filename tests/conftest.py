@@ -41,6 +41,12 @@ SLOW = (
 )
 
 
+def has_transformers_js() -> bool:
+    from megabert.convert.targets.transformers_js import find_node
+
+    return find_node() is not None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not str(item.path.relative_to(Path(__file__).parent)).startswith(SLOW))
     needs = {"gpu": 1, "multi_gpu": 2}
@@ -57,6 +63,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark, packages in PREPARATION.items():
             if item.get_closest_marker(mark) and not all(find_spec(name) for name in packages.split()):
                 item.add_marker(pytest.mark.skip(reason=f"needs {packages}: see data_prep/README.md"))
+        if item.get_closest_marker("serving"):
+            missing = [name for name in ("gguf", "sentence_transformers") if find_spec(name) is None]
+            if missing:
+                item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}: pip install '.[serving]'"))
+        if item.get_closest_marker("node") and not has_transformers_js():
+            item.add_marker(
+                pytest.mark.skip(reason="needs Node.js and npm install @huggingface/transformers, NODE_PATH")
+            )
         if item.get_closest_marker("mosaic") and "MOSAIC_REFERENCE" not in os.environ:
             item.add_marker(
                 pytest.mark.skip(reason="needs MOSAIC_REFERENCE: see tests/convert/test_mosaic_reference.py")

@@ -42,9 +42,12 @@ FOREIGN = {
     "just": "list",
     "hf": "repo_type include local_dir",
     "git": "porcelain",
-    "docker": "shm_size",
+    "docker": "shm_size model_id",
     "tensorboard": "logdir",
     "ray": "head address",
+    "llama-server": "embedding pooling",
+    "infinity_emb": "model_id trust_remote_code",
+    "vllm": "runner",
 }
 # The options of shell scripts.
 OWN_ARGUMENTS = {"install_gpu.sh": "no_apex", "run.sh": "lint"}
@@ -272,7 +275,7 @@ def test_a_text_that_names_what_no_parser_knows_is_found(text):
 
 def test_what_the_parsers_know_is_not_reported():
     assert not problems(
-        "python launch/convert_to_hf.py --onnx RUN OUT\nSet --run.resume=none or zero_optimization.stage."
+        "python launch/convert_to_hf.py --for onnx RUN OUT\nSet --run.resume=none or zero_optimization.stage."
     )
     assert not problems("--\0 and --run.\0 are made while it runs; model.safetensors and data.noun are files.")
 

@@ -73,4 +73,7 @@ def test_it_says_what_is_missing_where_there_is_no_checkout(site, tmp_path):
 
 def test_help_shows_the_command_as_it_is_installed(site, tmp_path):
     done = run(site, tmp_path, "megabert-export", "--help")
-    assert "\nmegabert-export runs/quickstart runs/quickstart/hf --onnx --average 3\n" in done.stdout
+    assert (
+        "\nmegabert-export runs/quickstart runs/quickstart/hf --for onnx,sentence-transformers --average 3\n"
+        in done.stdout
+    )

@@ -1,7 +1,7 @@
 """Export a training checkpoint to a Hugging Face folder, and check that the folder loads and gives the same logits.
 
 {command} runs/quickstart runs/quickstart/hf
-{command} runs/quickstart runs/quickstart/hf --onnx --average 3
+{command} runs/quickstart runs/quickstart/hf --for onnx,sentence-transformers --average 3
 {command} --verify-only runs/quickstart/hf
 {command} runs/quickstart runs/quickstart/hf-2048 --max-length 2048
 {command} runs/mosaicbert-base mosaicbert-base-published --layout published
@@ -24,8 +24,9 @@ class Options:
     """folder to write"""
     average: int = 1
     """export the mean of the weights of this many checkpoints: that one and those before it"""
-    onnx: bool = False
-    """also write onnx/model.onnx and check it with onnxruntime; needs the extra [onnx]"""
+    for_: str = ""
+    """other programs to write files for, a list with commas: sentence-transformers, onnx, onnx-int8, jina, gguf,
+    transformers.js. Each is opened and compared with the checkpoint, and removed if it differs"""
     max_shard_size: str = "5GB"
     """maximum size of a weights file; larger weights are written as several files"""
     max_length: int | None = None
@@ -34,8 +35,8 @@ class Options:
     """published: the layout of mosaicml/mosaic-bert-base, for a MosaicBERT (a checkpoint, or a MegaBERT folder)"""
 
     def __post_init__(self):
-        if self.layout == "published" and (self.onnx or self.max_shard_size != "5GB"):
-            raise ValueError("--layout published writes one pickle: --onnx and --max-shard-size do not apply to it.")
+        if self.layout == "published" and (self.for_ or self.max_shard_size != "5GB"):
+            raise ValueError("--layout published writes one pickle: --for and --max-shard-size do not apply to it.")
 
 
 @dataclass(frozen=True)
@@ -44,39 +45,58 @@ class VerifyOptions:
     """folder that this command wrote: check it again, write nothing. Runs the folder's own modelling code"""
 
 
-def main(prog: str) -> None:
+def main(prog: str) -> int:
     if any(cli.split_flag(word)[0] == "--verify_only" for word in sys.argv[1:]):
-        folder = cli.read_flags(VerifyOptions, prog, __doc__ or "").verify_only
-        # Imported after the flags are read: torch takes seconds to load.
-        from megabert.convert.check.export_check import verify
-
-        report(folder, verify(Path(folder)))
-        return
+        return verify(cli.read_flags(VerifyOptions, prog, __doc__ or "").verify_only)
     options = cli.read_flags(Options, prog, __doc__ or "")
-    if options.layout == "published":
-        from megabert.convert.to_mosaicbert import export_mosaicbert
-
-        written = export_mosaicbert(Path(options.checkpoint), Path(options.out), options.average, options.max_length)
-        if written.reused:
-            print(f"{options.out}: is already this export, and its files are unchanged")
-        print(f"{options.out}: {written.num_tensors} tensors in the published MosaicBERT layout, read back bit for bit")
-        print(f"not in the original source, initialized: {', '.join(written.initialized) or 'none'}")
-        return
-    from megabert.convert.to_hf import ExportOptions, export_checkpoint
-
-    export_options = ExportOptions(options.average, options.onnx, options.max_shard_size, options.max_length)
-    report(options.out, export_checkpoint(Path(options.checkpoint), Path(options.out), export_options))
+    return export_published(options) if options.layout == "published" else export(options)
 
 
-def report(folder: str, measured: Mapping[str, Any]) -> None:
+def verify(folder: str) -> int:
+    # Imported after the flags are read: torch takes seconds to load.
+    from megabert.convert.check import export_check
+    from megabert.convert.targets.registry import verify_targets
+
+    return report(folder, export_check.verify(Path(folder)), verify_targets(Path(folder)))
+
+
+def export_published(options: Options) -> int:
+    from megabert.convert.to_mosaicbert import export_mosaicbert
+
+    written = export_mosaicbert(Path(options.checkpoint), Path(options.out), options.average, options.max_length)
+    if written.reused:
+        print(f"{options.out}: is already this export, and its files are unchanged")
+    print(f"{options.out}: {written.num_tensors} tensors in the published MosaicBERT layout, read back bit for bit")
+    print(f"not in the original source, initialized: {', '.join(written.initialized) or 'none'}")
+    return 0
+
+
+def export(options: Options) -> int:
+    from megabert.convert.targets.registry import parse_names, read_outcomes
+    from megabert.convert.to_hf import ExportOptions, explain_targets, export_checkpoint
+
+    targets = parse_names(options.for_)
+    export_options = ExportOptions(options.average, targets, options.max_shard_size, options.max_length)
+    checkpoint, out = Path(options.checkpoint), Path(options.out)
+    for note in explain_targets(checkpoint, export_options):
+        print(note, flush=True)
+    measured = export_checkpoint(checkpoint, out, export_options)
+    return report(options.out, measured, read_outcomes(out))
+
+
+def report(folder: str, measured: Mapping[str, Any], outcomes: Mapping[str, Any]) -> int:
+    """Print what was measured. Returns the exit code: 1 if a target failed."""
+    from megabert.convert.targets.registry import describe
+
     if measured.get("reused"):
         print(f"{folder}: is already an export of this checkpoint, and its files are unchanged since it was checked")
     print(
         f"{folder}: loads in transformers {measured['transformers']} without megabert, "
         f"logits differ by at most {measured['max_difference']:.1e}"
     )
-    if "onnx_max_difference" in measured:
-        print(f"{folder}/onnx/model.onnx: its logits differ by at most {measured['onnx_max_difference']:.1e}")
+    for name, outcome in outcomes.items():
+        print(f"{folder}: {describe(name, outcome)}", file=sys.stderr if "failed" in outcome else sys.stdout)
+    return int(any("failed" in outcome for outcome in outcomes.values()))
 
 
 def command(prog: str = "megabert-export") -> NoReturn:

@@ -35,7 +35,7 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
 class Parser(ArgumentParser):
     """jsonargparse's parser, stricter: no abbreviations, no empty values, no flag twice; errors name the nearest flag.
 
-    A field of type bool is a switch: `--onnx` means `--onnx true`. `--some-flag` and `--some_flag` are the same flag.
+    A field of type bool is a switch: `--replace` means `--replace true`. `--some-flag` and `--some_flag` are the same.
     """
 
     def __init__(self, prog: str = "", description: str = "", **nested: Any):
@@ -49,7 +49,17 @@ class Parser(ArgumentParser):
             for action in self._actions:
                 if action.dest == key:
                     action.help = f"{action.help} (range {limits})"
+        self._rename_keywords()
         return added
+
+    def _rename_keywords(self) -> None:
+        """Call the flag of a field --for whose name, for_, ends in an underscore, because `for` is Python's."""
+        for action in self._actions:
+            if action.option_strings == [f"--{action.dest}"] and action.dest.endswith("_"):
+                del self._option_string_actions[f"--{action.dest}"]
+                action.option_strings = [f"--{action.dest[:-1]}"]
+                action.metavar = action.dest[:-1].upper()
+                self._option_string_actions[action.option_strings[0]] = action
 
     def known_keys(self) -> list[str]:
         """List every dotted name that a flag sets."""

@@ -13,23 +13,26 @@ from megabert.convert.check.export_record import Measurements
 from megabert.convert.deepspeed_checkpoint import TrainedModel, find_checkpoints, read_checkpoints
 from megabert.convert.hf.config import is_transformers_bert, set_max_length, to_bert_config
 from megabert.convert.hf.model_card import make_model_card, read_metrics_at
+from megabert.convert.hf.reader import read_json
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.hf.writer import MAX_SHARD_SIZE, MODEL_CODE, check_shard_size, write_config, write_weights
-from megabert.convert.to_onnx import check_installed, write_onnx
+from megabert.convert.targets import probe, registry
 from megabert.convert.weight_names import from_megabert
+from megabert.data.shards.manifest import TOKENIZER
 from megabert.files.atomic import replace_folder, staged_folder
-from megabert.files.checkpoint_format import MANIFEST
+from megabert.files.checkpoint_format import MANIFEST, read_state
+from megabert.model.configuration_megabert import MegaBertConfig
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """average: number of checkpoints whose mean is exported; onnx: also write onnx/model.onnx.
+    """average: number of checkpoints whose mean is exported; targets: names of other formats, see targets/registry.py.
 
     max_shard_size: of a weights file, such as 5GB. max_length: of a text, in tokens; None for choose_max_length()'s.
     """
 
     average: int = 1
-    onnx: bool = False
+    targets: tuple[str, ...] = ()
     max_shard_size: str = MAX_SHARD_SIZE
     max_length: int | None = None
 
@@ -51,12 +54,11 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = Expo
     name, out = str(out), out.resolve()
     fingerprint = fingerprint_export(checkpoints, options)
     record = export_record.read_record(out)
-    if record and record["checkpoint"] == fingerprint and "measured" in record:
+    if record and record["checkpoint"] == fingerprint and "measured" in record and is_complete(record):
         if not export_record.find_change(out, record):
             return record["measured"] | {"reused": True}
     check_replaceable(out, record)
-    if options.onnx:
-        check_installed()
+    check_limits(checkpoints[0], options)
     model = read_checkpoints(checkpoints)
     max_length = set_max_length(model.config, model.state.max_seq_len, options.max_length)
     with staged_folder(out) as folder:
@@ -64,8 +66,41 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = Expo
         export_record.write_record(folder, fingerprint, model.config.max_position_embeddings, parameters)
         del model, parameters  # the check's process loads the weights again
         measured = export_check.check_new_export(folder, name)
+        if options.targets:
+            add_targets(folder, options.targets)
         replace_folder(folder, out)
     return measured
+
+
+def is_complete(record: dict[str, Any]) -> bool:
+    """Whether every target of an earlier export was proven; one that was not may succeed now."""
+    return all("opened" in outcome for outcome in record.get("targets", {}).values())
+
+
+def explain_targets(checkpoint: Path, options: ExportOptions) -> list[str]:
+    """Return what a user should know of the wanted targets before they are written, one line each.
+
+    checkpoint: as in export_checkpoint(). Raises ValueError if a target cannot be written for this model.
+    """
+    return check_limits(find_checkpoints(checkpoint.resolve(), options.average)[0], options)
+
+
+def check_limits(checkpoint: Path, options: ExportOptions) -> list[str]:
+    """As explain_targets(), for a checkpoint's folder."""
+    if not options.targets:
+        return []
+    state = read_state(checkpoint)
+    config = MegaBertConfig(**state.model)
+    max_length = set_max_length(config, state.max_seq_len, options.max_length)
+    return registry.check_targets(options.targets, config, read_json(checkpoint / TOKENIZER), max_length)
+
+
+def add_targets(folder: Path, names: tuple[str, ...]) -> None:
+    """Write the targets into a checked export, and what became of each into export.json and the model card."""
+    outcomes = registry.write_targets(folder, names)
+    export_record.add_targets(folder, outcomes)
+    with open(folder / "README.md", "a", encoding="utf-8") as card:
+        card.write(registry.make_card_section(outcomes))
 
 
 def check_replaceable(out: Path, record: dict[str, Any] | None) -> None:
@@ -99,8 +134,8 @@ def write_folder(
     copy_tokenizer(checkpoint, out, max_length)
     module = export_check.build_model(model.weights, config)
     export_check.write_expected_outputs(module, out, checkpoint)
-    if options.onnx:
-        write_onnx(module, out)
+    if options.targets:
+        probe.write_expected(module, out, max_length)
     weights = model.weights
     if is_transformers_bert(config):
         weights = from_megabert(weights, "bert", duplicates=False)

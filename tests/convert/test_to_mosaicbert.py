@@ -110,7 +110,7 @@ def test_a_folder_that_does_not_read_back_is_removed(tmp_path, monkeypatch):
         export_mosaicbert(tmp_path / "in", tmp_path / "out")
 
 
-def test_the_layout_is_one_file_without_onnx(run_launcher, tmp_path):
-    done = run_launcher("convert_to_hf.py", tmp_path, tmp_path / "out", "--layout=published", "--onnx")
+def test_the_layout_is_one_file_without_other_targets(run_launcher, tmp_path):
+    done = run_launcher("convert_to_hf.py", tmp_path, tmp_path / "out", "--layout=published", "--for=onnx")
     assert done.code == 2
     assert "--layout published writes one pickle" in done.output

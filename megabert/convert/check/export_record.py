@@ -18,7 +18,6 @@ IMPORT_RECORD = "import.json"  # see folder_record.py
 EDITABLE_FILES = {RECORD, IMPORT_RECORD, "README.md"}
 
 TOLERANCE = 1e-5  # of fp32 logits, relative to the largest one if that is above 1
-ONNX_TOLERANCE = 1e-4  # onnxruntime uses other kernels
 
 # Real sentences of different lengths, with what tokenizers treat differently: case, accents, other scripts, numbers,
 # spaces, and the mask token.
@@ -41,7 +40,6 @@ class Measurements(TypedDict):
     max_difference: float
     largest_logit: float
     transformers: str
-    onnx_max_difference: NotRequired[float]
     reused: NotRequired[bool]
 
 
@@ -58,19 +56,31 @@ def write_record(
         "format_version": FORMAT_VERSION,
         "checkpoint": checkpoint,
         "tolerance": TOLERANCE,
-        "onnx_tolerance": ONNX_TOLERANCE,
         "texts": CHECK_TEXTS,
         "max_length": max_length,
         **({} if pairs is None else classifier),
-        "files": {name: file_sha256(folder / name) for name in files_of(folder) if name not in EDITABLE_FILES},
+        "files": _hash_files(folder),
         "parameters": {name: hashlib.sha256(tensor.numpy().data).hexdigest() for name, tensor in parameters.items()},
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def add_measurements(folder: Path, measured: Measurements) -> None:
-    record = read_json(folder / RECORD) | {"measured": measured}
+    _add(folder, {"measured": measured})
+
+
+def add_targets(folder: Path, outcomes: Mapping[str, Any]) -> None:
+    """Record what became of each target, and the hashes of the files that they added."""
+    _add(folder, {"targets": outcomes, "files": _hash_files(folder)})
+
+
+def _add(folder: Path, more: dict[str, Any]) -> None:
+    record = read_json(folder / RECORD) | more
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    return {name: file_sha256(folder / name) for name in files_of(folder) if name not in EDITABLE_FILES}
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

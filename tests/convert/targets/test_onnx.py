@@ -1,37 +1,57 @@
-"""onnxruntime gives the model's logits for any batch size, length and mask."""
+"""onnxruntime gives the model's states and logits for any batch size, length and mask."""
+
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from onnx import numpy_helper
+from transformers import AutoTokenizer
 
-import megabert
-from megabert.convert import to_onnx
+from megabert.convert.targets import onnx_graphs
 from megabert.model.modeling_megabert import (
+    MegaBertForMaskedLM,
     MegaBertForQuestionAnswering,
     MegaBertForSequenceClassification,
     MegaBertForTokenClassification,
     MegaBertModel,
 )
-from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import BERT, small_model
 
+ROWS = ["batch", "sequence"]
 
-def test_onnx_gives_the_same_answers(run_launcher, corpus, tmp_path):
-    """transformers and onnxruntime agree on texts of several lengths, one by one and in a batch."""
+
+@pytest.fixture(scope="module")
+def bert_graph(tmp_path_factory) -> tuple[MegaBertForMaskedLM, Path]:
+    """A BERT with large attention weights, with which a wrong distance shows, and its graph."""
+    model = small_model(**BERT).eval()
+    with torch.no_grad():
+        for layer in model.bert.encoder.layers:
+            layer.attention.qkv.weight.mul_(5)
+    path = tmp_path_factory.mktemp("bert") / "model.onnx"
+    onnx_graphs.write_graph(onnx_graphs.MaskedLmGraph(model), path, ["logits", "last_hidden_state"])
+    return model, path
+
+
+@pytest.fixture(params=["bert", "mosaicbert"])
+def graph(request, served, bert_graph) -> tuple[MegaBertForMaskedLM, Path]:
+    if request.param == "bert":
+        return bert_graph
+    return MegaBertForMaskedLM.from_pretrained(served).eval(), served / onnx_graphs.MASKED_LM
+
+
+def test_the_graphs_answer_texts_of_any_length(served):
     import onnxruntime
 
-    run, out = tmp_path / "run", tmp_path / "hf"
-    write_checkpoint(run, small_model(), corpus.tokenizer)
-    done = run_launcher("convert_to_hf.py", run, out, "--onnx")
-    assert done.code == 0, done.output
-    assert "onnx/model.onnx: its logits differ by at most" in done.output
-    megabert.register_auto_classes()  # loads the folder without its code
-    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForMaskedLM.from_pretrained(out).eval()
-    session = onnxruntime.InferenceSession(out / to_onnx.ONNX_MODEL)
+    model, tokenizer = MegaBertForMaskedLM.from_pretrained(served).eval(), AutoTokenizer.from_pretrained(served)
+    session = onnxruntime.InferenceSession(served / onnx_graphs.MASKED_LM)
+    encoder = onnxruntime.InferenceSession(served / onnx_graphs.ENCODER)
     shapes = {node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())}
-    rows = ["batch", "sequence"]
-    assert shapes == {"input_ids": rows, "attention_mask": rows, "logits": [*rows, 832]}
+    inputs = {"input_ids": ROWS, "attention_mask": ROWS}
+    assert shapes == inputs | {"logits": [*ROWS, 832], "last_hidden_state": [*ROWS, 24]}
+    shapes = {node.name: node.shape for node in (*encoder.get_inputs(), *encoder.get_outputs())}
+    assert shapes == inputs | {"last_hidden_state": [*ROWS, 24]}
     questions = [
         "the [MASK] of the module",
         "Returns [MASK].",
@@ -49,17 +69,12 @@ def test_onnx_gives_the_same_answers(run_launcher, corpus, tmp_path):
         assert (got[asked].argmax(-1) == expected[asked].argmax(-1)).all()
 
 
-@pytest.mark.parametrize("changes", [BERT, {}], ids=["bert", "mosaicbert"])
-def test_every_mask_gives_the_same_logits(tmp_path, changes):
-    """A token is real where the mask is not 0, anywhere in the row. Large weights make a wrong distance show."""
+def test_every_mask_gives_the_same_logits(graph):
+    """A token is real where the mask is not 0, anywhere in the row."""
     import onnxruntime
 
-    model = small_model(**changes).eval()
-    with torch.no_grad():
-        for layer in model.bert.encoder.layers:
-            layer.attention.qkv.weight.mul_(5)
-    to_onnx.write_onnx(model, tmp_path)
-    session = onnxruntime.InferenceSession(tmp_path / to_onnx.ONNX_MODEL)
+    model, path = graph
+    session = onnxruntime.InferenceSession(path)
     masks = {
         "whole": torch.ones(3, 40, dtype=torch.int64),
         "one token": torch.ones(1, 1, dtype=torch.int64),
@@ -78,6 +93,35 @@ def test_every_mask_gives_the_same_logits(tmp_path, changes):
         assert torch.equal(expected, ones), name
         real = mask != 0
         torch.testing.assert_close(torch.from_numpy(got)[real], expected[real], rtol=0, atol=1e-4, msg=name)
+
+
+def edit_initializer(file: str, change, longest: int = 200):
+    """Change the largest matrix of a graph with sides of at most `longest`: the table of words has 832 rows."""
+
+    def damage(folder: Path) -> None:
+        graph = onnx.load(folder / file)
+        tensors = [
+            tensor for tensor in graph.graph.initializer if len(tensor.dims) == 2 and max(tensor.dims) <= longest
+        ]
+        tensor = max(tensors, key=lambda tensor: int(np.prod(tensor.dims)))
+        tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), tensor.name))
+        onnx.save(graph, folder / file)
+
+    return damage
+
+
+DAMAGES = {
+    "a wrong weight": ("onnx", edit_initializer("onnx/model.onnx", lambda matrix: matrix * np.float32(1.01))),
+    "swapped halves": ("onnx", edit_initializer("onnx/model_mlm.onnx", lambda matrix: np.roll(matrix, 40, -1).copy())),
+    "int8": ("onnx-int8", edit_initializer("onnx/model_quantized.onnx", lambda words: np.roll(words, 1, 0), 832)),
+    "no graph": ("onnx", lambda folder: (folder / "onnx/model.onnx").write_bytes(b"no graph")),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found(write_damaged, name):
+    target, damage = DAMAGES[name]
+    assert any(word in write_damaged(target, damage) for word in ("differ by", "mean cosine", "cannot be opened"))
 
 
 @pytest.mark.parametrize(
@@ -104,9 +148,3 @@ def test_the_graph_of_every_head_gives_the_same_outputs(cls, changes):
         for name, value in expected.items():
             real = mask != 0 if value.shape[:2] == shape else slice(None)  # outputs at padding are meaningless
             torch.testing.assert_close(got[name][real], value[real], rtol=0, atol=1e-5, msg=name)
-
-
-def test_missing_onnx_packages_are_named(monkeypatch):
-    monkeypatch.setattr(to_onnx, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"--onnx needs onnx, onnxscript, onnxruntime: pip install 'megabert\[onnx\]'"):
-        to_onnx.check_installed()

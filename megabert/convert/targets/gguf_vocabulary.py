@@ -1,0 +1,128 @@
+"""Describe a tokenizer.json in GGUF's terms: WordPiece as llama.cpp's bert, unigram as its t5."""
+
+import base64
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Tokenizer
+
+from megabert.data.shards.sample_format import SPECIAL_TOKENS
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # llama.cpp's types of tokens
+NEVER = -1e12  # the score of a token that no text contains
+SPACE = "\u2581"
+RULES = ("nmt_nfkc_cf", "nmt_nfkc", "nfkc_cf", "nfkc", "identity")  # sentencepiece's own
+
+
+class Vocabulary(NamedTuple):
+    """tokens, types, scores: one for each row of the model. charsmap: sentencepiece's rules, empty for none.
+
+    settings: further keys below tokenizer.ggml. specials: id of each role, such as cls.
+    """
+
+    model: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]
+    charsmap: bytes
+    settings: dict[str, bool]
+    specials: dict[str, int]
+
+
+def check_vocabulary(raw: dict[str, Any]) -> None:
+    """Raises ValueError if llama.cpp cannot tokenize with this tokenizer.json."""
+    kind = raw["model"]["type"]
+    if kind not in ("WordPiece", "Unigram"):
+        raise ValueError(
+            f"--for gguf: the tokenizer is {kind}. llama.cpp knows such vocabularies by a list of hashes, in which "
+            "one of your own is not. Leave gguf out, or train on a tokenizer of --model unigram or wordpiece."
+        )
+    if raw["model"].get("byte_fallback"):
+        raise ValueError(
+            "--for gguf: the tokenizer falls back to bytes, which llama.cpp does not do for unigram vocabularies. "
+            "Leave gguf out."
+        )
+    normalizer = raw.get("normalizer") or {}
+    if kind == "WordPiece":
+        named = normalizer.get("type") == "BertNormalizer" and (raw.get("pre_tokenizer") or {}).get("type")
+        if named != "BertPreTokenizer" or not (normalizer["clean_text"] and normalizer["handle_chinese_chars"]):
+            raise ValueError(
+                "--for gguf: the WordPiece tokenizer does not split words as BERT's does, and llama.cpp knows no other "
+                "way. Leave gguf out."
+            )
+
+
+def describe_vocabulary(raw: dict[str, Any], rows: int, lines: list[str]) -> Vocabulary:
+    """Describe the tokenizer. rows: of the model's table; lines: with which the rules of sentencepiece are told apart.
+
+    Only the comparison of ids with llama.cpp's own shows that the description is right.
+    """
+    tokenizer = Tokenizer.from_str(json.dumps(raw | {"truncation": None, "padding": None}))
+    added = {token["id"]: token for token in raw["added_tokens"]}
+    names = dict(enumerate([""] * rows)) | {i: t for t, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    unknown = tokenizer.token_to_id(SPECIAL_TOKENS["unk"])
+    types = [_type_of(i, names[i], added, unknown) for i in range(rows)]
+    specials = {role: tokenizer.token_to_id(token) for role, token in SPECIAL_TOKENS.items()}
+    known = {role: number for role, number in specials.items() if number is not None}
+    tokens = [names[i] or f"[unused{i}]" for i in range(rows)]
+    if raw["model"]["type"] == "WordPiece":
+        words = [_as_phrase(token) if kind == NORMAL else token for token, kind in zip(tokens, types, strict=True)]
+        lowercase = bool(raw["normalizer"]["lowercase"])
+        accents = raw["normalizer"]["strip_accents"]
+        settings = {
+            "normalizer.lowercase": lowercase,
+            "normalizer.strip_accents": lowercase if accents is None else bool(accents),
+        }
+        return Vocabulary("bert", words, types, [0.0] * rows, b"", settings, known)
+    scores = [score for _, score in raw["model"]["vocab"]]
+    scores = [scores[i] if types[i] == NORMAL and i < len(scores) else NEVER for i in range(rows)]
+    settings = {
+        "add_space_prefix": tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith(SPACE),
+        "remove_extra_whitespaces": "  " not in _normalizer_of(tokenizer)("a  b").replace(SPACE, " "),
+        "add_bos_token": True,
+        "add_eos_token": True,
+    }
+    return Vocabulary("t5", tokens, types, scores, _find_charsmap(raw, tokenizer, lines), settings, known)
+
+
+def _type_of(number: int, name: str, added: dict[int, dict[str, Any]], unknown: int | None) -> int:
+    if number == unknown:
+        return UNKNOWN
+    if number in added:
+        return CONTROL if added[number]["special"] else USER_DEFINED
+    return NORMAL if name else UNUSED
+
+
+def _as_phrase(token: str) -> str:
+    """Mark the tokens that begin a word, as llama.cpp expects, and not those that continue it."""
+    return token.removeprefix("##") if token.startswith("##") else SPACE + token
+
+
+def _normalizer_of(tokenizer: Tokenizer) -> Callable[[str], str]:
+    return (lambda text: text) if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str
+
+
+def _find_charsmap(raw: dict[str, Any], tokenizer: Tokenizer, lines: list[str]) -> bytes:
+    """Find the rules of sentencepiece that normalize the lines as the tokenizer does, or else take the tokenizer's own.
+
+    A tokenizer of ours has steps around its `Precompiled` (data_prep/tokenizer/normalizer.py), which llama.cpp does not
+    know, but which give what the whole map of sentencepiece gives.
+    """
+    theirs = _normalizer_of(tokenizer)
+    wanted = [_without_spaces(theirs(line)) for line in lines]
+    for rule in RULES:
+        normalizer = sentencepiece.SentencePieceNormalizer(rule_name=rule)
+        if [_without_spaces(normalizer.normalize(line)) for line in lines] == wanted:
+            spec = sentencepiece_model_pb2.NormalizerSpec()
+            spec.ParseFromString(normalizer.serialized_normalizer_spec())
+            return spec.precompiled_charsmap
+    steps = (raw.get("normalizer") or {}).get("normalizers") or [raw.get("normalizer") or {}]
+    own = [step["precompiled_charsmap"] for step in steps if step.get("type") == "Precompiled"]
+    return base64.b64decode(own[0]) if own else b""
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.replace(SPACE, " ").split())

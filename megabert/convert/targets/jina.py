@@ -1,0 +1,148 @@
+"""Target jina: MosaicBERT in the layout of JinaBERT v2, which has the same equations, for TEI's own engine."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megabert import __version__
+from megabert.convert.hf.reader import CONFIG, SAFETENSORS
+from megabert.convert.hf.writer import save_tensors
+from megabert.convert.targets import jina_port, sentence_transformers
+from megabert.convert.targets.frame import Differs, Expected, Proof, Source, Target, largest_difference
+from megabert.convert.targets.probe import read_tokenizer
+from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
+from megabert.model.configuration_megabert import MegaBertConfig
+
+FOLDER = "jina"
+# TEI makes a table of heads x length x length in fp32: 200 MB for 12 heads and this length.
+LONGEST = 2048
+PROVEN = 200  # texts; the port computes in fp64
+TOLERANCE = 1e-5
+# transformers and vLLM would take the folder for a BERT and draw the parameters that it lacks at random. A table of
+# positions with one row, which no program that knows the layout reads, makes them refuse it.
+GUARD = "embeddings.position_embeddings.weight"
+LAYER = {
+    "attention.out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "mlp.down": "mlp.wo",
+    "mlp_norm": "mlp.layernorm",
+}
+USE = """docker run -p 8080:80 -v "$PWD/this folder":/data ghcr.io/huggingface/text-embeddings-inference:cpu-1.8 \\
+    --model-id /data/jina
+curl 127.0.0.1:8080/embed -H 'Content-Type: application/json' -d '{"inputs": "a text"}'"""
+
+
+def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
+    if (config.position, config.ffn) != ("alibi", "geglu"):
+        raise ValueError(
+            f"--for jina: the model has {config.position} and {config.ffn}, but the layout is that of alibi and geglu. "
+            "Leave jina out: a folder without modelling code is read by TEI and vLLM as it is."
+        )
+    notes = ["it has the encoder only, and is for TEI; transformers and vLLM do not know the layout and refuse it"]
+    if max_length > LONGEST:
+        notes.append(f"TEI holds a table of heads x length x length, so there texts are cut at {LONGEST:,} tokens")
+    return notes
+
+
+def to_jina(weights: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """Rename the encoder's weights, and split the fused query, key and value."""
+    theirs = {
+        f"embeddings.{name}.weight": weights[f"bert.embeddings.{name}.weight"]
+        for name in ("word_embeddings", "token_type_embeddings")
+    }
+    for part in ("weight", "bias"):
+        theirs[f"embeddings.LayerNorm.{part}"] = weights[f"bert.embeddings.norm.{part}"]
+    for layer in range(num_layers):
+        a, b = f"bert.encoder.layers.{layer}.", f"encoder.layer.{layer}."
+        for part in ("weight", "bias"):
+            split = weights[f"{a}attention.qkv.{part}"].chunk(3)
+            for name, tensor in zip(("query", "key", "value"), split, strict=True):
+                theirs[f"{b}attention.self.{name}.{part}"] = tensor
+            theirs |= {f"{b}{new}.{part}": weights[f"{a}{old}.{part}"] for old, new in LAYER.items()}
+        theirs[f"{b}mlp.gated_layers.weight"] = weights[f"{a}mlp.up.weight"]
+    return theirs
+
+
+def make_config(config: MegaBertConfig, length: int) -> dict[str, Any]:
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+             "type_vocab_size", "pad_token_id", "layer_norm_eps", "hidden_dropout_prob",
+             "attention_probs_dropout_prob", "initializer_range")  # fmt: skip
+    return {
+        # By this name TEI tells the layout from BERT's.
+        "_name_or_path": "jinaai/jina-bert-implementation",
+        "model_type": "bert",
+        "architectures": ["JinaBertModel"],
+        "position_embedding_type": "alibi",
+        "feed_forward_type": "geglu",
+        "hidden_act": "gelu",
+        "emb_pooler": "mean",
+        "torch_dtype": "float32",
+        "max_position_embeddings": length,
+    } | {name: getattr(config, name) for name in names}
+
+
+def write(source: Source, folder: Path) -> str:
+    out, length = folder / FOLDER, min(source.max_length, LONGEST)
+    out.mkdir()
+    (out / CONFIG).write_text(json.dumps(make_config(source.config, length), indent=1) + "\n")
+    tensors = to_jina(source.weights, source.config.num_hidden_layers)
+    tensors[GUARD] = torch.zeros(1, source.config.hidden_size)
+    save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, out / SAFETENSORS)
+    shutil.copymode(out / CONFIG, out / SAFETENSORS)
+    shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
+    settings = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8")) | {"model_max_length": length}
+    (out / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
+    sentence_transformers.write(source._replace(max_length=length), out)
+    return f"megabert {__version__}"
+
+
+def prove(folder: Path, expected: Expected) -> Proof:
+    """Compare the states of the export check's texts, and embeddings of some texts, with those of the port in fp64."""
+    out = folder / FOLDER
+    model = jina_port.read_folder(out)
+    _check_ids(out, expected, model.max_length)
+    _check_pooling(out)
+    texts = [row for row in range(PROVEN) if len(expected.ids[row]) <= model.max_length]
+    pooled = jina_port.embed(model, [expected.ids[row] for row in texts])
+    embeddings = f"embeddings of {len(texts)} texts"
+    ids, mask = (torch.from_numpy(expected.inputs[name]) for name in ("input_ids", "attention_mask"))
+    real = mask.bool()
+    differences = [largest_difference(pooled, expected.pooled[texts], TOLERANCE, embeddings)]
+    states = jina_port.encode(model, ids, mask)[real].numpy()
+    differences.append(largest_difference(states, expected.states, TOLERANCE, "states"))
+    note = _describe_tanh(jina_port.encode(model.to(torch.float32), ids, mask, tanh=True)[real].numpy(), states)
+    what = f"states and {embeddings}"
+    return Proof(
+        "an independent port of TEI's equations in fp64, not TEI itself,", "1", max(differences), what, (note,)
+    )
+
+
+def _describe_tanh(approximate: np.ndarray, states: np.ndarray) -> str:
+    difference = np.abs(approximate - states).max()
+    return f"TEI computes in fp32 with GELU's tanh approximation, which changes states by up to {difference:.1e}"
+
+
+def _check_ids(out: Path, expected: Expected, length: int) -> None:
+    """Raises Differs if the folder's tokenizer gives other ids."""
+    encodings = read_tokenizer(out, length).encode_batch(expected.texts)
+    for text, encoding, wanted in zip(expected.texts, encodings, expected.ids, strict=True):
+        if encoding.ids != wanted and len(wanted) <= length:
+            raise Differs(f"the tokenizer gives other ids for {text[:60]!r}")
+
+
+def _check_pooling(out: Path) -> None:
+    """Raises Differs unless the folder tells servers to take the mean of all tokens, as our embeddings do."""
+    pooling = json.loads((out / "1_Pooling/config.json").read_text())
+    chosen = sorted(name for name, value in pooling.items() if name.startswith("pooling_mode_") and value)
+    if chosen != ["pooling_mode_mean_tokens"]:
+        raise Differs(
+            f"1_Pooling/config.json pools by {', '.join(chosen) or 'nothing'}, expected the mean of all tokens"
+        )
+
+
+TARGET = Target("jina", check, write, prove, USE, language="bash")

@@ -1,0 +1,191 @@
+"""Targets onnx and onnx-int8: graphs of the encoder and of the masked language model, for any batch size and length."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megabert.convert.check.export_check import build_model
+from megabert.convert.targets.frame import (
+    Differs,
+    Expected,
+    Proof,
+    Source,
+    Target,
+    batches,
+    largest_difference,
+    mean_of_tokens,
+    smallest_cosine,
+)
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
+
+ENCODER = "onnx/model.onnx"  # where optimum, TEI, Infinity and sentence-transformers look for the encoder
+MASKED_LM = "onnx/model_mlm.onnx"
+QUANTIZED = "onnx/model_quantized.onnx"  # optimum's name, and that of transformers.js for dtype q8
+STATES, LOGITS = "last_hidden_state", "logits"
+OPSET = 18  # the oldest that torch's exporter writes without a conversion
+TOLERANCE = 1e-4  # onnxruntime uses other kernels
+INT8_COSINE = 0.99
+SMALL = 256  # narrower models lose more to 8 bits
+USE = """import onnxruntime  # with the inputs of AutoTokenizer: input_ids and attention_mask, int64
+session = onnxruntime.InferenceSession("this folder/onnx/model.onnx")  # model_mlm.onnx also gives logits
+states = session.run(["last_hidden_state"], {"input_ids": ids, "attention_mask": mask})[0]"""
+USE_INT8 = """import onnxruntime
+session = onnxruntime.InferenceSession("this folder/onnx/model_quantized.onnx")
+states = session.run(["last_hidden_state"], {"input_ids": ids, "attention_mask": mask})[0]"""
+
+
+class EncoderGraph(nn.Module):
+    def __init__(self, model: MegaBertForMaskedLM):
+        super().__init__()
+        self.bert = model.bert
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.bert(input_ids, attention_mask).last_hidden_state
+
+
+class MaskedLmGraph(nn.Module):
+    """Gives both outputs, because a program that knows one file asks it for either."""
+
+    def __init__(self, model: MegaBertForMaskedLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.model(input_ids, attention_mask, output_hidden_states=True)
+        return output.logits, output.hidden_states[-1]
+
+
+def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
+    return []
+
+
+def write(source: Source, folder: Path) -> str:
+    model = build_model(source.weights, source.config)
+    (folder / ENCODER).parent.mkdir()
+    write_graph(EncoderGraph(model), folder / ENCODER, [STATES])
+    write_graph(MaskedLmGraph(model), folder / MASKED_LM, [LOGITS, STATES])
+    return f"torch {torch.__version__}"
+
+
+def write_graph(module: nn.Module, path: Path, outputs: list[str]) -> None:
+    """Write a graph, and its weights beside it as NAME.data if they are too large for one file.
+
+    The model computes only on real tokens, whose number depends on the data and cannot be expressed in a graph.
+    torch.export therefore traces a path that computes all B * S positions and masks the padded keys
+    (padding.unpad_in_place). What a graph gives at padding is meaningless.
+    """
+    # The exporter would merge one tensor that is passed twice into one input.
+    example = torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}  # the names of the graph's axes
+    with _silent_exporter():
+        program = torch.onnx.export(
+            module.eval(),
+            example,
+            input_names=["input_ids", "attention_mask"],
+            output_names=outputs,
+            dynamic_shapes={"input_ids": sizes, "attention_mask": sizes},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None, "dynamo's exporter returns the program"
+        program.save(path, external_data=None)
+
+
+@contextmanager
+def _silent_exporter() -> Iterator[None]:
+    """Hide what the exporter logs and warns about its own future and about torchvision's operations."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def prove(folder: Path, expected: Expected) -> Proof:
+    """Compare states and logits of the export check's texts, and means of the states of all texts."""
+    import onnxruntime
+
+    encoder, masked_lm = (_open(folder / name) for name in (ENCODER, MASKED_LM))
+    feed = {name: expected.inputs[name] for name in ("input_ids", "attention_mask")}
+    real = feed["attention_mask"].astype(bool)
+    (states,) = encoder.run([STATES], feed)
+    logits, again = masked_lm.run([LOGITS, STATES], feed)
+    pooled = embed(encoder, expected)
+    differences = [
+        largest_difference(states[real], expected.states, TOLERANCE, f"{ENCODER}: states"),
+        largest_difference(logits[real], expected.inputs[LOGITS], TOLERANCE, f"{MASKED_LM}: logits"),
+        largest_difference(again[real], expected.states, TOLERANCE, f"{MASKED_LM}: states"),
+        largest_difference(pooled, expected.pooled, TOLERANCE, f"{ENCODER}: embeddings"),
+    ]
+    measure = f"logits, states, and embeddings of {len(expected.texts):,} texts"
+    return Proof("onnxruntime", onnxruntime.__version__, max(differences), measure)
+
+
+def check_int8(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
+    notes = ["int8 changes the embeddings: it is kept only if every cosine with the model's is at least 0.99"]
+    if config.hidden_size < SMALL:
+        notes.append(f"a model of width {config.hidden_size} may lose more than that; wider ones rarely do")
+    return notes
+
+
+def write_int8(source: Source, folder: Path) -> str:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    logging.getLogger().addFilter(_is_no_advice)
+    try:
+        quantize_dynamic(folder / ENCODER, folder / QUANTIZED, per_channel=True, weight_type=QuantType.QInt8)
+    finally:
+        logging.getLogger().removeFilter(_is_no_advice)
+    return f"onnxruntime {version('onnxruntime')}"
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "pre-processing before quantization" not in record.getMessage()
+
+
+def prove_int8(folder: Path, expected: Expected) -> Proof:
+    import onnxruntime
+
+    pooled = embed(_open(folder / QUANTIZED), expected)
+    what = f"embeddings of {len(expected.texts):,} texts"
+    cosine = smallest_cosine(pooled, expected.pooled, INT8_COSINE, what)
+    note = f"int8 costs agreement: the smallest cosine with the model's embeddings is {cosine:.4f}"
+    return Proof("onnxruntime", onnxruntime.__version__, 1 - cosine, f"1 - cosine of {what}", (note,))
+
+
+def embed(session: Any, expected: Expected, output: str = STATES) -> np.ndarray:
+    """Run every text through the graph and average its states: (N, E)."""
+    pooled = np.zeros_like(expected.pooled)
+    for group, rows, mask in batches(expected.ids, 0):
+        (states,) = session.run([output], {"input_ids": rows, "attention_mask": mask})
+        pooled[group] = mean_of_tokens(states, mask)
+    return pooled
+
+
+def _open(path: Path) -> Any:
+    """Open a graph on the CPU. Raises Differs if onnxruntime cannot."""
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.RuntimeException) as error:
+        raise Differs(f"{path.name} cannot be opened: {str(error).splitlines()[0]}") from error
+
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+TARGET = Target("onnx", check, write, prove, USE, packages=PACKAGES, extra="onnx")
+INT8 = Target(
+    "onnx-int8", check_int8, write_int8, prove_int8, USE_INT8, packages=PACKAGES, extra="onnx", requires=("onnx",)
+)

@@ -1,0 +1,126 @@
+"""The texts with which targets are compared: made of the vocabulary and of many scripts, and the model's answers."""
+
+import json
+import random
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+from megabert.convert.check.export_check import EXPECTED_OUTPUTS
+from megabert.convert.targets.frame import Expected, batches
+from megabert.data.shards.manifest import TOKENIZER
+from megabert.model.modeling_megabert import MegaBertForMaskedLM
+
+# Written only if there are targets. The texts are stored, so that another version can repeat the comparison.
+TEXTS = "target_check.json"
+ANSWERS = "target_check.safetensors"
+
+NUM_TEXTS = 1000
+NUM_LINES = 10_000  # of which only the ids are compared
+LONGEST = 512  # tokens of the longest text, if the model reads that many
+MARKERS = ("##", "\u2581", "\u0120")
+PUNCTUATION = ", . ; : ! ? ' \" ( ) - / & % $ # @ * + = < > [ ] _ ~".split()
+# First and last character of blocks of letters: Latin, Greek, Cyrillic, Armenian, Hebrew, Arabic, Devanagari, Thai,
+# Georgian, more Latin and Greek, signs, kana, Chinese, Korean, full-width forms, emoji.
+SCRIPTS = (
+    (0xC0, 0x24F), (0x391, 0x3CE), (0x400, 0x45F), (0x531, 0x556), (0x5D0, 0x5EA), (0x621, 0x64A), (0x905, 0x939),
+    (0xE01, 0xE2E), (0x10D0, 0x10F0), (0x1E00, 0x1EFF), (0x1F00, 0x1F15), (0x2190, 0x21FF), (0x3041, 0x3096),
+    (0x30A1, 0x30FA), (0x4E00, 0x9FA5), (0xAC00, 0xD7A3), (0xFF01, 0xFF5E), (0x1F600, 0x1F64F),
+)  # fmt: skip
+
+
+def make_texts(tokenizer: Tokenizer, count: int, longest: int, seed: int = 17) -> list[str]:
+    """Make texts of words of the vocabulary, in small and capital letters, with letters of many scripts.
+
+    Most are short, because a comparison computes all of them; one in a hundred has up to `longest` tokens. The same
+    tokenizer, count, longest and seed give the same texts.
+    """
+    rng = random.Random(seed)
+    words = _words(tokenizer)
+    texts = []
+    for number in range(count):
+        size = rng.randint(longest // 8, longest) if number % 100 == 0 else min(12, 1 + int(rng.expovariate(0.4)))
+        texts.append(" ".join(_word(rng, words) for _ in range(size)))
+    return texts
+
+
+def _words(tokenizer: Tokenizer) -> list[str]:
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokens = sorted(tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+    words = [token for token, _ in tokens if token not in special]
+    for marker in MARKERS:
+        words = [word.removeprefix(marker) for word in words]
+    # A byte-level vocabulary writes other letters as bytes; and specials must not appear inside a word.
+    return [word for word in words if word.isalnum()] or ["a"]
+
+
+def _word(rng: random.Random, words: list[str]) -> str:
+    kind = rng.random()
+    if kind < 0.08:
+        return rng.choice(PUNCTUATION)
+    if kind < 0.16:
+        first, last = rng.choice(SCRIPTS)
+        letters = (chr(rng.randint(first, last)) for _ in range(rng.randint(1, 5)))
+        return "".join(letter for letter in letters if letter.isprintable()) or "x"
+    word = rng.choice(words) + (rng.choice(words) if kind < 0.3 else "")
+    if kind > 0.97:
+        return unicodedata.normalize("NFD", word)
+    if kind > 0.85:
+        return word.upper() if kind > 0.95 else word.capitalize()
+    return word + (rng.choice(PUNCTUATION[:6]) if kind > 0.75 else "")
+
+
+def read_tokenizer(folder: Path, max_length: int) -> Tokenizer:
+    """Read a folder's tokenizer, cutting texts at max_length tokens and padding none."""
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    return tokenizer
+
+
+def write_expected(model: MegaBertForMaskedLM, folder: Path, max_length: int) -> None:
+    """Write the texts and the states that the checkpoint's model gives for them. The export check's must exist."""
+    tokenizer = read_tokenizer(folder, max_length)
+    texts = make_texts(tokenizer, NUM_TEXTS, min(LONGEST, max_length))
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    pooled = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+    with torch.no_grad():
+        for group, rows, mask in batches(ids, model.config.pad_token_id or 0):
+            states = model.bert(torch.from_numpy(rows), torch.from_numpy(mask)).last_hidden_state
+            real = torch.from_numpy(mask)[:, :, None].to(states.dtype)
+            pooled[group] = ((states * real).sum(dim=1) / real.sum(dim=1)).float().numpy()
+        inputs = load_file(folder / EXPECTED_OUTPUTS)
+        states = model.bert(*(torch.from_numpy(inputs[name]) for name in ("input_ids", "attention_mask")))
+    real_states = states.last_hidden_state[torch.from_numpy(inputs["attention_mask"]).bool()].float()
+    save_file({"pooled": pooled, "states": real_states.numpy()}, folder / ANSWERS)
+    (folder / ANSWERS).chmod((folder / TOKENIZER).stat().st_mode)  # safetensors lets only the owner read
+    (folder / TEXTS).write_text(json.dumps(texts, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+
+
+def read_expected(folder: Path, max_length: int) -> Expected:
+    """Read what write_expected() wrote; the ids are the tokenizer's again."""
+    texts: Any = json.loads((folder / TEXTS).read_text(encoding="utf-8"))
+    ids = [encoding.ids for encoding in read_tokenizer(folder, max_length).encode_batch(texts)]
+    answers = load_file(folder / ANSWERS)
+    return Expected(texts, ids, answers["pooled"], load_file(folder / EXPECTED_OUTPUTS), answers["states"])
+
+
+def make_lines(folder: Path) -> list[str]:
+    """Make the lines whose ids another program must give too, of the folder's vocabulary."""
+    return make_texts(Tokenizer.from_file(str(folder / TOKENIZER)), NUM_LINES, LONGEST // 8, seed=18)
+
+
+def lines_with_ids(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Yield those lines and their ids, which are never cut."""
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    lines = make_lines(folder)
+    for line, encoding in zip(lines, tokenizer.encode_batch(lines), strict=True):
+        yield line, encoding.ids

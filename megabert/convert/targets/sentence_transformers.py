@@ -1,0 +1,61 @@
+"""Target sentence-transformers: the files beside the model that say how a text's embedding is made from its states."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megabert import __version__
+from megabert.convert.targets.frame import Expected, NotOpened, Proof, Source, Target, largest_difference
+from megabert.convert.targets.programs.run import run_python
+from megabert.model.configuration_megabert import MegaBertConfig
+
+TOLERANCE = 1e-5
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
+POOLINGS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+USE = """from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("this folder", trust_remote_code=True)
+vectors = model.encode(["a text", "another text"])"""
+
+
+def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
+    return []
+
+
+def write(source: Source, folder: Path) -> str:
+    write_pooling(source, folder)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": source.max_length, "do_lower_case": False})
+    settings = {"__version__": {}, "model_type": "SentenceTransformer", "similarity_fn_name": "cosine"}
+    _write_json(folder / "config_sentence_transformers.json", settings | {"prompts": {}, "default_prompt_name": None})
+    return f"megabert {__version__}"
+
+
+def write_pooling(source: Source, folder: Path) -> None:
+    """Write modules.json and 1_Pooling/config.json, which TEI reads too: the mean of all tokens' states."""
+    _write_json(folder / "modules.json", MODULES)
+    pooling: dict[str, Any] = {"word_embedding_dimension": source.config.hidden_size}
+    pooling |= {f"pooling_mode_{name}": name == "mean_tokens" for name in POOLINGS} | {"include_prompt": True}
+    _write_json(folder / "1_Pooling/config.json", pooling)
+
+
+def prove(folder: Path, expected: Expected) -> Proof | NotOpened:
+    """Compare the embeddings that the library gives, in a process without megabert, with means of the states."""
+    if find_spec("sentence_transformers") is None:
+        return NotOpened("sentence-transformers: pip install 'megabert[serving]'")
+    answer = run_python("open_sentence_transformers.py", folder, expected.texts)
+    what = f"embeddings of {len(expected.texts):,} texts"
+    difference = largest_difference(np.load(answer.array), expected.pooled, TOLERANCE, what)
+    return Proof("sentence-transformers", answer.version, difference, what)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+TARGET = Target("sentence-transformers", check, write, prove, USE)

@@ -1,0 +1,135 @@
+"""Target transformers.js: the graph, a config and a tokenizer as that library reads them, in a folder of their own."""
+
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megabert.convert.hf.config import SHARED_SETTINGS
+from megabert.convert.targets import onnx_graphs
+from megabert.convert.targets.frame import Differs, Expected, NotOpened, Proof, Source, Target, largest_difference
+from megabert.convert.targets.js_normalizer import check_same_ids, to_js_tokenizer
+from megabert.convert.targets.probe import lines_with_ids
+from megabert.convert.targets.programs.run import HERE, run
+from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
+from megabert.model.configuration_megabert import MegaBertConfig
+
+FOLDER = "transformers.js"
+PACKAGE = "@huggingface/transformers"
+TOLERANCE = 1e-4
+TEXTS = 200  # of which embeddings are compared: one at a time
+MOST_BYTES = 1_900_000_000  # a graph of 2 GB or more is several files, which the library must be told of
+USE = """import { pipeline } from '@huggingface/transformers';
+const fill = await pipeline('fill-mask', 'this folder/transformers.js', { dtype: 'fp32' });
+console.log(await fill('A text with a [MASK].'));"""
+
+
+class Node(NamedTuple):
+    """program: node; modules: the node_modules folder with the package."""
+
+    program: str
+    modules: Path
+    version: str
+
+
+def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
+    layer = config.hidden_size * (4 * config.hidden_size + 3 * config.intermediate_size)
+    size = 4 * (config.vocab_size * config.hidden_size + config.num_hidden_layers * layer)
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"--for transformers.js: the graph would have {size / 1e9:.1f} GB, and the library reads one file of less "
+            "than 2 GB. Leave transformers.js out."
+        )
+    return ["feature extraction computes the logits too, because one graph serves both pipelines; use dtype fp32"]
+
+
+def write(source: Source, folder: Path) -> str:
+    out = folder / FOLDER
+    (out / "onnx").mkdir(parents=True)
+    shutil.copyfile(folder / onnx_graphs.MASKED_LM, out / onnx_graphs.ENCODER)
+    settings = {name: getattr(source.config, name) for name in SHARED_SETTINGS}
+    # The library chooses its classes by these two names; what is computed is in the graph.
+    named = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+    _write_json(out / "config.json", named | settings)
+    tokenizer = to_js_tokenizer(source.tokenizer)
+    check_same_ids(source.tokenizer, tokenizer, lines_with_ids(folder))
+    _write_json(out / TOKENIZER, tokenizer)
+    shutil.copyfile(folder / TOKENIZER_CONFIG, out / TOKENIZER_CONFIG)
+    return f"torch {version('torch')}"
+
+
+def prove(folder: Path, expected: Expected) -> Proof | NotOpened:
+    """Compare ids, the best word for each [MASK], and embeddings with what the library gives under Node.js."""
+    node = find_node()
+    if node is None:
+        return NotOpened(f"Node.js, and npm install {PACKAGE} in the folder where the command runs, or in NODE_PATH")
+    lines, ids = zip(*lines_with_ids(folder), strict=True)
+    longest = max(len(row) for row in expected.ids)
+    texts = [row for row in range(TEXTS) if len(expected.ids[row]) < longest]
+    mask, questions, answers = _questions(folder, expected)
+    command = [node.program, str(HERE / "open_transformers_js.mjs"), str(node.modules)]
+    answer = run(
+        command, folder / FOLDER, [expected.texts[row] for row in texts], lines=list(lines), questions=questions
+    )
+    if wrong := [row for row, row_ids in enumerate(ids) if answer.ids[row] != row_ids]:
+        row = wrong[0]
+        raise Differs(
+            f"{len(wrong):,} of {len(ids):,} lines have other ids, such as {lines[row][:60]!r}: "
+            f"{answer.ids[row][:12]}, expected {ids[row][:12]}"
+        )
+    if answer.words != answers:
+        raise Differs(f"for {mask} it answers {answer.words}, expected {answers}")
+    what = f"embeddings of {len(texts)} texts"
+    pooled = np.array(answer.rows, dtype=np.float32)
+    difference = largest_difference(pooled, expected.pooled[texts], TOLERANCE, what)
+    note = f"the ids of {len(ids):,} lines and the first answers of fill-mask are equal"
+    return Proof("transformers.js", node.version, difference, what, (note,))
+
+
+def find_node() -> Node | None:
+    """Find Node.js, and the package in node_modules of this folder or those above it, or in NODE_PATH."""
+    program = shutil.which("node")
+    here = Path.cwd()
+    places = [folder / "node_modules" for folder in (here, *here.parents)]
+    places += [Path(part) for part in os.environ.get("NODE_PATH", "").split(os.pathsep) if part]
+    found = [place for place in places if (place / PACKAGE / "package.json").is_file()]
+    if program is None or not found:
+        return None
+    return Node(program, found[0], json.loads((found[0] / PACKAGE / "package.json").read_text())["version"])
+
+
+def _questions(folder: Path, expected: Expected) -> tuple[str, list[str], list[int]]:
+    """Return the mask token, the export check's texts that have one, and the ids that the checkpoint puts there."""
+    mask = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8")).get("mask_token")
+    texts = json.loads((folder / "export.json").read_text(encoding="utf-8"))["texts"]
+    asked = [row for row, text in enumerate(texts) if mask and text.count(mask) == 1]
+    ids, real = expected.inputs["input_ids"], expected.inputs["attention_mask"].astype(bool)
+    number = {token["content"]: token["id"] for token in _read_json(folder / TOKENIZER)["added_tokens"]}.get(mask)
+    best = expected.inputs["logits"].argmax(axis=-1)
+    answers = [int(best[(ids == number)[real] & (np.nonzero(real)[0] == row)][0]) for row in asked]
+    return mask or "", [texts[row] for row in asked], answers
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+TARGET = Target(
+    "transformers.js",
+    check,
+    write,
+    prove,
+    USE,
+    language="js",
+    packages=onnx_graphs.PACKAGES,
+    extra="onnx",
+    requires=("onnx",),
+)

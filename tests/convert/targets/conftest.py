@@ -1,0 +1,65 @@
+"""Finished exports for targets to be added to, made once and in this process."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megabert.convert import to_hf
+from megabert.convert.check import export_check
+from megabert.convert.targets import registry
+from megabert.convert.targets.frame import Source
+from megabert.files.checkpoint_format import files_of
+from tests.convert.helpers.checkpoints import write_checkpoint
+from tests.convert.helpers.small_model import small_model
+
+TARGETS = ("onnx", "onnx-int8", "jina")
+# How the names of each target's files begin.
+OWN = {"onnx": ("onnx/model.onnx", "onnx/model_mlm"), "onnx-int8": ("onnx/model_quantized",), "jina": ("jina/",)}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(corpus, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("targets") / "run"
+    write_checkpoint(run, small_model(), corpus.tokenizer)
+    return run
+
+
+@pytest.fixture(scope="session")
+def served(checkpoint) -> Path:
+    """An export with targets, without the check in another process. A test that changes it must copy it first."""
+    out = checkpoint.parent / "hf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_check, "run_in_subprocess", lambda folder: {"max_difference": 0.0, "transformers": "0"})
+        to_hf.export_checkpoint(checkpoint, out, to_hf.ExportOptions(targets=TARGETS))
+    return out
+
+
+@pytest.fixture
+def write_damaged(served, tmp_path, monkeypatch) -> Callable[[str, Callable[[Path], object]], str]:
+    """Write one target again, then damage its files before the proof. Returns why it failed; nothing of it is left."""
+
+    def write_damaged(name: str, damage: Callable[[Path], object]) -> str:
+        target = registry.TARGETS[name]
+        own = [file for file in files_of(served) if file.startswith(OWN[name])]
+        folder = shutil.copytree(served, tmp_path / "base", dirs_exist_ok=True)
+        registry.remove_files(folder, set(own))
+        before = files_of(folder)
+
+        def write(source: Source, folder: Path) -> str:
+            for file in own:
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(served / file, folder / file)
+            damage(folder)
+            return "a damaged program"
+
+        monkeypatch.setitem(registry.TARGETS, name, replace(target, write=write, requires=()))
+        outcome = registry.write_targets(folder, (name,))[name]
+        assert "opened" not in outcome, "the proof passed"
+        assert files_of(folder) == before
+        assert not [path for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())]
+        return outcome["failed"]
+
+    return write_damaged

@@ -1,0 +1,84 @@
+"""The layout of JinaBERT v2 computes what the model does; every kind of damage is found, and then nothing is left."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForMaskedLM
+
+from megabert.convert.targets import jina_port
+from megabert.model.alibi import alibi_slopes
+from megabert.model.modeling_megabert import MegaBertModel
+from tests.convert.helpers.folders import edit_json
+
+
+def swap_halves(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat(tensor.chunk(2)[::-1])
+
+
+def edit_weights(name, change):
+    def damage(folder):
+        path = folder / "jina/model.safetensors"
+        tensors = load_file(path)
+        save_file(tensors | {name: change(tensors[name])}, path)
+
+    return damage
+
+
+def shift_ids(folder):
+    path = folder / "jina/tokenizer.json"
+    raw = json.loads(path.read_text())
+    vocab = raw["model"]["vocab"]
+    raw["model"]["vocab"] = [*vocab[:10], vocab[-1], *vocab[10:-1]]
+    path.write_text(json.dumps(raw))
+
+
+LAYER = "encoder.layer.1."
+DAMAGES = {
+    "a wrong weight": edit_weights(f"{LAYER}mlp.wo.bias", lambda bias: bias * 1.01),
+    "swapped halves": edit_weights(f"{LAYER}mlp.gated_layers.weight", swap_halves),
+    "query for key": edit_weights(f"{LAYER}attention.self.key.weight", lambda key: key.flip(0)),
+    "other slopes": lambda folder: edit_json(folder / "jina/config.json", num_attention_heads=2),
+    "another pooling": lambda folder: edit_json(
+        folder / "jina/1_Pooling/config.json", pooling_mode_cls_token=True, pooling_mode_mean_tokens=False
+    ),
+    "shifted ids": shift_ids,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found(write_damaged, name):
+    expected = {"another pooling": "pools by pooling_mode_cls_token", "shifted ids": "gives other ids"}
+    assert expected.get(name, "differ by") in write_damaged("jina", DAMAGES[name])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 16, 20])
+def test_the_slopes_are_ours(heads):
+    torch.testing.assert_close(torch.tensor(jina_port.slopes(heads)), alibi_slopes(heads), rtol=1e-6, atol=0)
+
+
+def test_the_port_gives_our_states_in_fp64(served):
+    """To rounding errors of fp64: what the proof measures is the rounding of fp32."""
+    model = MegaBertModel.from_pretrained(served, dtype=torch.float64, add_pooling_layer=False).eval()
+    ids = torch.randint(5, 800, (3, 40))
+    mask = (torch.arange(40) < torch.tensor([[40], [7], [1]])).long()
+    with torch.no_grad():
+        ours = model(ids, mask).last_hidden_state
+    theirs = jina_port.encode(jina_port.read_folder(served / "jina"), ids, mask)
+    torch.testing.assert_close(theirs[mask.bool()], ours[mask.bool()], rtol=0, atol=1e-12)
+
+
+def test_programs_that_do_not_know_the_layout_refuse_it(served):
+    """They would take it for a BERT, draw what it lacks at random, and answer."""
+    for auto_class in (AutoModel, AutoModelForMaskedLM):
+        with pytest.raises(RuntimeError, match=r"size mismatch|mismatched|ignore_mismatched_sizes"):
+            auto_class.from_pretrained(served / "jina")
+
+
+def test_the_servers_settings(served):
+    """TEI tells the layout by these settings."""
+    config = json.loads((served / "jina/config.json").read_text())
+    assert config["_name_or_path"] == "jinaai/jina-bert-implementation"
+    assert (config["model_type"], config["position_embedding_type"]) == ("bert", "alibi")
+    assert config["max_position_embeddings"] <= 2048

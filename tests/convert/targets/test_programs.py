@@ -1,0 +1,102 @@
+"""The programs themselves: sentence-transformers, llama.cpp and transformers.js, which most machines lack."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from megabert.convert import to_hf
+from megabert.convert.targets import js_normalizer, registry, sentence_transformers, transformers_js
+from megabert.convert.targets.frame import Differs, NotOpened
+from megabert.convert.targets.probe import make_texts, read_expected, read_tokenizer
+
+
+def lines_with_ids(tokenizer):
+    lines = make_texts(tokenizer, 300, 64)
+    return [(line, tokenizer.encode(line).ids) for line in lines]
+
+
+@pytest.fixture
+def raw(corpus) -> dict:
+    return json.loads((corpus.tokenizer / "tokenizer.json").read_text())
+
+
+def test_a_map_of_characters_becomes_explicit_steps_with_the_same_ids(corpus, raw, monkeypatch):
+    """For the first characters of Unicode; the nightly test takes all."""
+    monkeypatch.setattr(js_normalizer, "_characters", lambda: [chr(code) for code in range(1, 0x600)])
+    check_steps(corpus, raw)
+
+
+@pytest.mark.nightly
+def test_every_character_has_the_same_ids(corpus, raw):
+    check_steps(corpus, raw)
+
+
+def check_steps(corpus, raw):
+    lines = lines_with_ids(read_tokenizer(corpus.tokenizer, 512))
+    new = js_normalizer.to_js_tokenizer(raw)
+    steps = new["normalizer"]["normalizers"]
+    assert {"type": "Lowercase"} in steps
+    assert "Precompiled" not in {step["type"] for step in steps}
+    js_normalizer.check_same_ids(raw, new, lines)
+    without = [step for step in steps if step["type"] != "Lowercase"]
+    with pytest.raises(Differs, match="cannot be written in steps that JavaScript has"):
+        js_normalizer.check_same_ids(raw, new | {"normalizer": new["normalizer"] | {"normalizers": without}}, lines)
+
+
+def test_a_tokenizer_without_a_map_stays_as_it_is(raw):
+    plain = raw | {"normalizer": {"type": "Lowercase"}}
+    assert js_normalizer.to_js_tokenizer(plain) is plain
+
+
+def test_what_is_missing_is_named(served, monkeypatch):
+    monkeypatch.setattr(sentence_transformers, "find_spec", lambda name: None)
+    monkeypatch.setattr(transformers_js, "find_node", lambda: None)
+    for module, needs in ((sentence_transformers, "megabert[serving]"), (transformers_js, "Node.js, and npm install")):
+        outcome = module.prove(served, None)
+        assert isinstance(outcome, NotOpened)
+        assert needs in outcome.needs
+
+
+@pytest.mark.serving
+@pytest.mark.nightly
+def test_sentence_transformers_gives_our_embeddings_and_finds_another_pooling(
+    served, checkpoint, tmp_path, monkeypatch
+):
+    expected = read_expected(served, registry.read_max_length(served))
+    target = registry.TARGETS["sentence-transformers"]
+    to_hf.export_checkpoint(checkpoint, tmp_path / "hf", to_hf.ExportOptions(targets=(target.name,)))
+    proof = target.prove(tmp_path / "hf", expected)
+    assert proof.difference <= sentence_transformers.TOLERANCE
+
+    def write(source, folder):
+        wrote = target.write(source, folder)
+        pooling = json.loads((folder / "1_Pooling/config.json").read_text())
+        pooling |= {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}
+        (folder / "1_Pooling/config.json").write_text(json.dumps(pooling))
+        return wrote
+
+    monkeypatch.setitem(registry.TARGETS, target.name, replace(target, write=write))
+    to_hf.export_checkpoint(checkpoint, tmp_path / "other", to_hf.ExportOptions(targets=(target.name,)))
+    assert "embeddings of 1,000 texts differ by" in registry.read_outcomes(tmp_path / "other")[target.name]["failed"]
+    assert not (tmp_path / "other/modules.json").exists()
+
+
+def keep_case(raw):
+    new = js_normalizer.to_js_tokenizer(raw)
+    steps = [step for step in new["normalizer"]["normalizers"] if step["type"] != "Lowercase"]
+    return new | {"normalizer": {"type": "Sequence", "normalizers": steps}}
+
+
+@pytest.mark.node
+@pytest.mark.nightly
+def test_transformers_js_gives_our_ids_words_and_embeddings(checkpoint, tmp_path, skipped_checks, monkeypatch):
+    options = to_hf.ExportOptions(targets=("onnx", "transformers.js"))
+    to_hf.export_checkpoint(checkpoint, tmp_path / "hf", options)
+    outcome = registry.read_outcomes(tmp_path / "hf")["transformers.js"]
+    assert outcome["opened"]["program"] == "transformers.js", outcome
+    monkeypatch.setattr(transformers_js, "to_js_tokenizer", keep_case)
+    monkeypatch.setattr(transformers_js, "check_same_ids", lambda *_: None)
+    to_hf.export_checkpoint(checkpoint, tmp_path / "other", options)
+    assert "lines have other ids" in registry.read_outcomes(tmp_path / "other")["transformers.js"]["failed"]
+    assert not (tmp_path / "other/transformers.js").exists()
