@@ -133,8 +133,9 @@ class DataConfig:
     """most pieces in one bin; auto: 4 x micro_batch_tokens / median piece length"""
     num_workers: int = setting(2, "[0, 256]", may_change=True)
     """loader processes per rank, rounded down to a divisor of streams / ranks; 0: pack in the training process"""
-    max_streams: int = setting(192, "[1, 1048576]")
-    """most streams that the shards are divided into; the number of streams is fixed for the whole run"""
+    ranks: list[int] | None = setting(None, may_change=True)
+    """numbers of ranks that the run may have, such as [48, 56, 64]: the number of streams, which is fixed at the start of
+    a run, becomes a multiple of them. Default: the ranks that it starts with; divisors of the streams work too"""
     on_bad_shard: Literal["stop", "skip"] = setting("stop", may_change=True)
     """what to do with a damaged chunk of a shard: stop the run, or skip the chunk, count it and log it"""
     cache_dir: str = setting("~/.cache/megabert/shards", may_change=True)
@@ -156,6 +157,8 @@ class DataConfig:
             raise ValueError(
                 f"data.train is {self.train}, expected a path, or a list of {{shards: PATH, weight: NUMBER}}."
             )
+        if self.ranks is not None and (not self.ranks or min(self.ranks) < 1):
+            raise ValueError(f"data.ranks is {self.ranks}, expected numbers of ranks from 1 on, such as [48, 64].")
         if not self.corpora:
             raise ValueError("data.train is an empty list, expected at least one corpus.")
         self._check_batch()

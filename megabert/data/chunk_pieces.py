@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megabert.data.order import ChunkId, Documents
 from megabert.data.packing import SPECIALS_PER_PIECE, Pieces, cut
 from megabert.data.shards.manifest import TokenizerInfo
-from megabert.data.shards.sample_format import TokenChunk
 
 
 class PieceOptions(NamedTuple):
@@ -65,13 +65,6 @@ class PhaseSnapshot(NamedTuple):
     taken: np.ndarray
 
 
-class ChunkId(NamedTuple):
-    """A chunk's position in its stream: the entry in the stream's list of splits, and the chunk within that split."""
-
-    entry: int
-    chunk: int
-
-
 @dataclass
 class ChunkPieces:
     """The pieces of one chunk in a packing buffer. Only `taken` and `num_waiting` change after construction.
@@ -114,37 +107,37 @@ class ChunkPieces:
 def cut_chunk(
     chunk_id: ChunkId,
     used_before: int,
-    data: TokenChunk | None,
+    documents: Documents | None,
     options: PieceOptions,
     tokenizer: TokenizerInfo,
     snapshots: list[PhaseSnapshot | None],
 ) -> ChunkPieces:
-    """Cut a chunk into pieces, leaving out what earlier phases put into bins. data is None for a damaged chunk."""
-    if data is None:
+    """Cut a chunk into pieces, leaving out what earlier phases put into bins. documents is None for a damaged chunk."""
+    if documents is None:
         none = np.empty(0, dtype=np.int64)
         taken = none.astype(bool)
         return ChunkPieces(chunk_id, used_before, none, none, none, none, taken, 0, tuple(snapshots), damaged=True)
-    intervals, used_tokens = remaining_intervals(data.lengths, options, snapshots)
+    intervals, used_tokens = remaining_intervals(documents, options, snapshots)
     pieces = cut(intervals.size, *options)
     start = intervals.start[pieces.document] + pieces.start
     used_offset = intervals.used_offset[pieces.document] + pieces.start
-    ids, begins, lengths = frame(data.tokens, start, pieces.size, tokenizer)
+    ids, begins, lengths = frame(documents.tokens, start, pieces.size, tokenizer)
     taken = np.zeros(len(start), bool)
     return ChunkPieces(chunk_id, used_before, ids, begins, lengths, used_offset, taken, used_tokens, tuple(snapshots))
 
 
 def remaining_intervals(
-    lengths: np.ndarray, options: PieceOptions, snapshots: list[PhaseSnapshot | None]
+    documents: Documents, options: PieceOptions, snapshots: list[PhaseSnapshot | None]
 ) -> tuple[Intervals, int]:
     """Find the tokens that earlier phases left unused.
 
-    lengths: (documents,) raw tokens. Returns the intervals, and the used tokens of the chunk when it was first loaded.
+    Returns the intervals, and the used tokens of the chunk when it was first loaded.
     """
     earlier = [snapshot for snapshot in snapshots if snapshot is not None]
     first = options._replace(max_seq_len=earlier[0].max_seq_len) if earlier else options
-    size = lengths.astype(np.int64)
+    size = documents.size
     used = np.minimum(size, first.max_seq_len - SPECIALS_PER_PIECE) if first.truncate else size
-    intervals = Intervals(size.cumsum() - size, size, used.cumsum() - used)
+    intervals = Intervals(documents.start, size, used.cumsum() - used)
     for snapshot in earlier:
         pieces = cut(intervals.size, snapshot.max_seq_len, options.truncate)
         intervals = _untaken(intervals, pieces, snapshot.taken, options.truncate)
@@ -159,20 +152,12 @@ def frame(
     start, size: (n,) of each piece in tokens. Returns the ids, and (n,) begin and length of each piece in them.
     """
     lengths = size + SPECIALS_PER_PIECE
-    ends = lengths.cumsum()
-    begins = ends - lengths
-    num_text = int(size.sum())
-    if num_text == len(tokens):  # every token, in order
-        text = tokens
-    else:
-        text = tokens[np.arange(num_text) + np.repeat(start - (size.cumsum() - size), size)]
-    ids = np.empty(int(lengths.sum()), dtype=tokens.dtype)
-    is_text = np.ones(len(ids), dtype=bool)
-    is_text[begins] = is_text[ends - 1] = False
-    ids[is_text] = text
-    ids[begins] = tokenizer.special_ids["cls"]
-    ids[ends - 1] = tokenizer.special_ids["sep"]
-    return ids, begins, lengths
+    begins = lengths.cumsum() - lengths
+    # [SEP] of one piece and [CLS] of the next are one array; the first one's [SEP] and the last one's [CLS] are cut off.
+    between = np.array([tokenizer.special_ids["sep"], tokenizer.special_ids["cls"]], dtype=tokens.dtype)
+    parts = [between] * (2 * len(size) + 1)
+    parts[1::2] = [tokens[a:b] for a, b in zip(start.tolist(), (start + size).tolist(), strict=True)]
+    return np.concatenate(parts)[1:-1], begins, lengths
 
 
 def _untaken(intervals: Intervals, pieces: Pieces, taken: np.ndarray, truncate: bool) -> Intervals:

@@ -1,8 +1,8 @@
 """The packing buffer of one stream: pieces of every source that wait to be packed into bins.
 
-A source cursor reads one source's share of the stream: splits n, n + N, ... of that source. With several sources,
-pieces are merged in the order of (used tokens of their source before them) / weight, so that every stretch of the
-stream holds the sources in proportion to their weights.
+A source cursor reads one source's share of the stream, in the order of order.py. Pieces are merged in the order of
+(used tokens of their source before them) / weight, so that every stretch of the stream holds the sources in proportion
+to their weights.
 """
 
 import logging
@@ -11,17 +11,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from itertools import count, pairwise
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from megabert.data.batch import Bin
-from megabert.data.chunk_pieces import Bits, ChunkId, ChunkPieces, PhaseSnapshot, PieceOptions, cut_chunk
+from megabert.data.chunk_pieces import Bits, ChunkPieces, PhaseSnapshot, PieceOptions, cut_chunk
+from megabert.data.order import ChunkId, ChunkRef, SourceOrder, StreamId
 from megabert.data.packing import choose_pieces
 from megabert.data.shards.cache import read_ahead_pool
 from megabert.data.shards.sample_format import TokenChunk
-from megabert.data.shards.source import Corpus, DamagedShardError, Source, SplitOrder
+from megabert.data.shards.source import Corpus, DamagedShardError, Source
 
 log = logging.getLogger(__name__)
 
@@ -82,52 +83,10 @@ class SourcePosition:
         return replace(self, pieces=(0,) * len(self.pieces), taken=Bits(0, b""), phases=phases)
 
 
-class StreamId(NamedTuple):
-    """Stream `number` of `num_streams`. seed: of the order of splits; None reads every split once, in order."""
-
-    number: int
-    num_streams: int
-    seed: int | None
-
-
-class ChunkRef(NamedTuple):
-    """Where a chunk is: chunk_id in the stream, (shard, chunk) in the source."""
-
-    chunk_id: ChunkId
-    shard: int
-    chunk: int
-
-
-def list_splits(source: Source, stream: StreamId, source_index: int, first: int) -> Iterator[tuple[int, int]]:
-    """First stage: (entry, index of the split) from entry `first` on. source_index: of the source in the corpus."""
-    if stream.seed is None:
-        yield from ((entry, entry) for entry in range(first, len(source.splits)))
-        return
-    order = SplitOrder(len(source.splits), stream.seed, source_index)
-    for entry in count(first):
-        yield entry, order[stream.number + entry * stream.num_streams]
-
-
-def list_chunks(splits: Iterator[tuple[int, int]], source: Source, first: int) -> Iterator[ChunkRef]:
-    """Second stage: each split's chunks in order; the next split's shard is prefetched meanwhile.
-
-    first: the first chunk to give of the first split.
-    """
-    upcoming = next(splits, None)
-    while upcoming is not None:
-        entry, split = upcoming[0], source.splits[upcoming[1]]
-        upcoming = next(splits, None)
-        if upcoming is not None:
-            source.prefetch(source.splits[upcoming[1]].shard)
-        for chunk in range(split.first + first, split.last):
-            yield ChunkRef(ChunkId(entry, chunk - split.first), split.shard, chunk)
-        first = 0
-
-
 def read_chunks(
     refs: Iterator[ChunkRef], source: Source, known_damaged: frozenset[ChunkId], on_bad_shard: str
-) -> Iterator[tuple[ChunkId, TokenChunk | None]]:
-    """Third stage: the tokens of every chunk; None for a damaged chunk if on_bad_shard is "skip".
+) -> Iterator[tuple[ChunkRef, TokenChunk | None]]:
+    """Read the tokens of every chunk; None for a damaged chunk if on_bad_shard is "skip".
 
     known_damaged: chunks that were damaged in the run to resume; they are skipped again even if they were repaired
     since. Raises DamagedShardError for a damaged chunk if on_bad_shard is not "skip", and when more chunks in a row
@@ -152,7 +111,7 @@ def read_chunks(
         consecutive = consecutive + 1 if data is None else 0
         if consecutive > source.num_chunks:
             raise DamagedShardError(f"{source.folder}: none of its {source.num_chunks} chunks can be read.")
-        yield ref.chunk_id, data
+        yield ref, data
 
 
 def _read_ahead(
@@ -190,8 +149,8 @@ class SourceCursor:
         self._tokenizer = source.tokenizer
         self._options = options
         self._start = position
-        splits = list_splits(source, stream, source_index, position.entry)
-        refs = list_chunks(splits, source, position.chunk)
+        self._order = SourceOrder(source, stream, source_index, self.weight)
+        refs = self._order.chunks_from(ChunkId(position.entry, position.chunk))
         self._reader = read_chunks(refs, source, frozenset(position.damaged), corpus.on_bad_shard)
         self._restore(position)
 
@@ -218,8 +177,9 @@ class SourceCursor:
         if (read := next(self._reader, None)) is None:
             self.ended = True
             return None
-        chunk_id, data = read
-        chunk = cut_chunk(chunk_id, self.used_tokens, data, self._options, self._tokenizer, snapshots)
+        ref, data = read
+        documents = None if data is None else self._order.documents(ref, data)
+        chunk = cut_chunk(ref.chunk_id, self.used_tokens, documents, self._options, self._tokenizer, snapshots)
         self.chunks.append(chunk)
         self.used_tokens += chunk.used_tokens
         self.skipped += chunk.damaged
@@ -228,11 +188,15 @@ class SourceCursor:
     @property
     def loaded_until(self) -> float:
         """The merge key up to which all pieces of this source are loaded."""
-        return np.inf if self.ended else float(self.merge_key(np.array(self.used_tokens)))
+        return np.inf if self.ended else float(self._merge_key(self._order.window.place(self.used_tokens)))
 
-    def merge_key(self, used_before: np.ndarray) -> np.ndarray:
-        """Give the merge order of pieces. used_before: used tokens of this source and stream before each piece."""
-        return (used_before + self._offset) / self.weight
+    def merge_keys(self, chunk: ChunkPieces, pieces: np.ndarray) -> np.ndarray:
+        """Give the merge order of pieces of a chunk, by their indices in it."""
+        offset = chunk.used_offset[pieces]
+        return self._merge_key(self._order.window.place(chunk.used_before, offset, chunk.used_tokens))
+
+    def _merge_key(self, place: np.ndarray) -> np.ndarray:
+        return (place + self._offset) / self.weight
 
     def drop_finished(self) -> list[ChunkPieces]:
         """Drop the oldest chunks without waiting pieces. One chunk always stays, because the position refers to it."""
@@ -285,13 +249,12 @@ class PackingBuffer:
         self.cursors = [SourceCursor(corpus, n, stream, options, position) for n, position in enumerate(positions)]
         self._corpus, self._stream = corpus, stream
         self._chunks: dict[int, ChunkPieces] = {}
-        self._next_key = count()
-        # A table of the waiting pieces, one entry for each in every column.
+        # A table of the waiting pieces, one entry for each in every column. A chunk's key is made of its
+        # source and its ChunkId, so that it is the same in a resumed stream.
         self._chunk_key = np.empty(0, dtype=np.int64)
         self._piece = np.empty(0, dtype=np.int64)  # index in its chunk
         self._length = np.empty(0, dtype=np.int64)
         self._merge_key = np.empty(0, dtype=np.float64)
-        self._source = np.empty(0, dtype=np.int64)
         # The first pieces of the table, whose predecessors are all loaded.
         self._num_ready = 0
         for cursor in self.cursors:
@@ -325,8 +288,9 @@ class PackingBuffer:
         lengths = self._length[: self._num_ready]
         near = int(np.searchsorted(lengths.cumsum(), look_ahead, side="right"))
         chosen = choose_pieces(lengths[:near], tokens, max_documents, self.options.max_seq_len)
+        # Neighbouring pieces of a chunk are taken together: most of a bin is a few runs of them.
+        chosen = chosen[np.lexsort((self._piece[chosen], self._chunk_key[chosen]))]
         chunk_key, piece = self._chunk_key[chosen], self._piece[chosen]
-        # Neighbouring pieces are taken together: most of a bin is a few long runs of them.
         breaks = np.flatnonzero((np.diff(chunk_key) != 0) | (np.diff(piece) != 1)) + 1
         bounds = [0, *breaks.tolist(), len(chosen)]
         parts = [
@@ -345,27 +309,24 @@ class PackingBuffer:
         return tuple(cursor.position() for cursor in self.cursors)
 
     def _append(self, cursor: SourceCursor, chunk: ChunkPieces) -> None:
-        key = next(self._next_key)
+        key = (cursor.source_index << 56) + (chunk.chunk_id.entry << 24) + chunk.chunk_id.chunk
         self._chunks[key] = chunk
         waiting = np.flatnonzero(~chunk.taken)
-        merge_key = cursor.merge_key(chunk.used_before + chunk.used_offset[waiting])
         self._chunk_key = np.concatenate([self._chunk_key, np.full(len(waiting), key)])
         self._piece = np.concatenate([self._piece, waiting])
         self._length = np.concatenate([self._length, chunk.lengths[waiting]])
-        self._merge_key = np.concatenate([self._merge_key, merge_key])
-        self._source = np.concatenate([self._source, np.full(len(waiting), cursor.source_index)])
+        self._merge_key = np.concatenate([self._merge_key, cursor.merge_keys(chunk, waiting)])
 
     def _sort(self) -> None:
-        if len(self.cursors) == 1:
-            self._num_ready = len(self._length)
-            return
-        # Equal keys are ordered by source: a resumed stream loads chunks in another order, and must give the same one.
-        self._select(np.lexsort((self._source, self._merge_key)))
+        # Of equal merge keys, the lowest chunk comes first. The table of one source is in this order already.
+        by_chunk = (self._chunk_key, self._merge_key)
+        one = len(self.cursors) == 1
+        self._select(np.argsort(self._merge_key, kind="stable") if one else np.lexsort(by_chunk))
         self._num_ready = int(np.searchsorted(self._merge_key, min(cursor.loaded_until for cursor in self.cursors)))
 
     def _select(self, rows: np.ndarray) -> None:
         """Keep only these rows of the table, in this order."""
-        for name in ("_chunk_key", "_piece", "_length", "_merge_key", "_source"):
+        for name in ("_chunk_key", "_piece", "_length", "_merge_key"):
             setattr(self, name, getattr(self, name)[rows])
 
     def _drop_finished(self) -> None:

@@ -7,7 +7,7 @@ step, on any number of ranks that divides N.
 
 The stages of a stream are generators, each of which consumes the one before:
 
-    splits -> chunks -> pieces of every source (packing_buffer.py) -> bins -> batches
+    splits -> chunks -> documents (order.py) -> pieces of every source (packing_buffer.py) -> bins -> batches
 """
 
 import logging
@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from megabert.data.batch import Bin, PackedBatch, Shapes, lay_out
 from megabert.data.chunk_pieces import PieceOptions
 from megabert.data.masking import masked_count
+from megabert.data.order import StreamId
 from megabert.data.packing import SPECIALS_PER_PIECE
-from megabert.data.packing_buffer import PackingBuffer, SourcePosition, StreamId
+from megabert.data.packing_buffer import PackingBuffer, SourcePosition
 from megabert.data.schedule import BatchSchedule, Length, MaskingRate, make_schedule
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.source import Corpus
@@ -48,8 +49,9 @@ LOADER_TIMEOUT_S = 600
 
 # The purpose of a random number is one part of the key of the counter-based generator; the bin's index is the other.
 MASKING, DROPOUT, HELD_OUT = 1, 2, 3
-# The format of a checkpoint's streams.json: 2 is {"format": 2, "streams": {NUMBER: POSITION}}; 1 had the streams alone.
-POSITIONS_FORMAT = 2
+# The format of a checkpoint's streams.json, {"format": 3, "streams": {NUMBER: POSITION}}. Formats 1, without the key
+# "format", and 2 are of another order of the documents.
+POSITIONS_FORMAT = 3
 
 # Evaluation does not use the run's seed, so that held-out losses of different runs are about the same masked tokens.
 EVALUATION_SEED = 0
@@ -85,20 +87,31 @@ def positions_to_json(positions: Mapping[int, Position]) -> dict[str, Any]:
     return {"format": POSITIONS_FORMAT, "streams": streams}
 
 
-def positions_from_json(raw: dict[str, Any], where: str) -> dict[int, Position]:
-    """Parse a checkpoint's streams.json. Raises ValueError if it is damaged, or if a newer megabert wrote it.
+def positions_from_json(raw: dict[str, Any], where: str, new_pass: bool = False) -> dict[int, Position]:
+    """Parse a checkpoint's streams.json. Raises ValueError if it is damaged, or of another version.
 
-    where: names the file in these errors.
+    where: names the file in these errors. new_pass: give streams of an earlier version, which had another order of
+    documents, at the start of a pass over the data; only their counts of bins are kept.
     """
     found = raw.get("format", 1)
-    if found not in (1, POSITIONS_FORMAT):
+    if found not in (1, 2, POSITIONS_FORMAT):
         raise ValueError(
             f"{where}: format {found!r}, but this version of megabert reads formats up to {POSITIONS_FORMAT}. Upgrade "
             "megabert to resume from this checkpoint, or name another one with --run.resume FOLDER."
         )
+    if found != POSITIONS_FORMAT and not new_pass:
+        checkpoint = os.path.dirname(where) or where
+        raise ValueError(
+            f"{where}: format {found}: written by an earlier version of megabert, which read documents in another order "
+            "and could put copies of one into a batch. To keep weights, optimizer and step and begin a new pass over "
+            f"the data, start a branch: --run.branch_from {checkpoint} --run.output_dir FOLDER. To finish the run in the "
+            "old order, use the version that began it."
+        )
     try:
+        if found == POSITIONS_FORMAT:
+            return {int(stream): Position.from_json(position) for stream, position in raw["streams"].items()}
         streams = raw if found == 1 else raw["streams"]
-        return {int(stream): Position.from_json(position) for stream, position in streams.items()}
+        return {int(stream): Position(position["bins"]) for stream, position in streams.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: damaged: it does not list the positions of streams: {error!r}.") from error
 
@@ -157,7 +170,7 @@ def open_stream(
 
     Bins after the position but below first_index are packed and dropped: a rollback resumes behind them.
     """
-    stream_id = StreamId(stream, config.num_streams, config.seed)
+    stream_id = StreamId(stream, config.num_streams, config.seed, config.bin_tokens)
     bins = position.bins
     # The waiting pieces were cut for the last bin that was issued.
     last_index = max(0, bins - 1) * config.num_streams + stream
@@ -305,7 +318,7 @@ def held_out_batches(corpus: Corpus, config: StreamConfig, mlm_probability: floa
     the run's last phase.
     """
     config = evaluation_config(config, mlm_probability)
-    buffer = PackingBuffer(corpus, StreamId(0, 1, None), config.piece_options(0), ())
+    buffer = PackingBuffer(corpus, StreamId(0, 1, None, config.bin_tokens), config.piece_options(0), ())
     bins = iter(lambda: next_bin(buffer, config), None)
     return [
         make_batch(

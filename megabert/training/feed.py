@@ -10,7 +10,7 @@ from megabert.config.recipe import DataConfig, Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.masking import masked_count
 from megabert.data.shards.cache import CacheOptions
-from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus, stream_count
+from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus
 from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, open_loader
 from megabert.training.schedule import RunSchedule
 
@@ -93,32 +93,6 @@ def open_corpora(data: DataConfig) -> tuple[Corpus, Corpus]:
     for source in corpus.sources:
         source.check_files()
     return corpus, held_out
-
-
-def choose_streams(num_splits: int, max_streams: int, world_size: int, saved: int | None) -> int:
-    """Choose the number of a run's data streams. num_splits: of the corpus. saved: the number of a resumed run.
-
-    Raises ValueError, saying what would work, if the ranks cannot share the streams evenly.
-    """
-    num_streams = saved or stream_count(num_splits, max_streams)
-    if num_streams % world_size == 0:
-        return num_streams
-    ranks = max(number for number in range(1, world_size) if num_streams % number == 0)
-    other_ranks = f"use {ranks} {'rank' if ranks == 1 else 'ranks'}"
-    possible = {stream_count(num_splits, limit) for limit in range(1, num_splits + 1)}
-    fitting = [number for number in possible if number % world_size == 0]
-    if saved is not None:
-        remedy = f"A run keeps its streams: {other_ranks}."
-    elif fitting:
-        remedy = f"Set data.max_streams {max(fitting)}, or {other_ranks}."
-    elif stream_count(world_size, world_size) == world_size:
-        remedy = (
-            f"These shards have too few parts ({num_splits}): write them with data_prep/write_shards.py --min_shards "
-            f"{world_size}, or {other_ranks}."
-        )
-    else:
-        remedy = f"The number of streams is a power of two, or three times one: {other_ranks}."
-    raise ValueError(f"the data has {num_streams} streams, which {world_size} ranks cannot share evenly. {remedy}")
 
 
 def stream_config(recipe: Recipe, schedule: RunSchedule, corpus: Corpus, num_streams: int) -> StreamConfig:

@@ -11,6 +11,8 @@ from megabert.files.checkpoint_format import State
 
 # ZeRO stages that partition the optimizer state alike: a run may resume at one of them from a checkpoint of the other.
 SAME_SHARDS = {1, 2}
+# Settings of earlier versions that no longer exist and change nothing that a checkpoint does not say itself.
+REMOVED_SETTINGS = {"data.max_streams"}
 NEW_RUN = (
     "start a new run on its weights, with a fresh optimizer: launch/convert_to_hf.py, for a bert recipe "
     "launch/convert_from_hf.py, then model.init_from"
@@ -45,7 +47,11 @@ class RunIdentity:
 
 def fixed_settings(recipe: dict[str, Any]) -> dict[str, Any]:
     """The settings of a recipe, given as nested dicts, that may not change at a resume, by dotted name."""
-    return {name: value for name, value in flatten(recipe).items() if not may_change_at_resume(name)}
+    return {
+        name: value
+        for name, value in flatten(recipe).items()
+        if not may_change_at_resume(name) and name not in REMOVED_SETTINGS
+    }
 
 
 def check_same_run(path: Path, state: State, current: RunIdentity, corpus: str) -> None:

@@ -220,7 +220,7 @@ def roll_back(run: Run) -> None:
             f"{skipped} updates in a row were skipped, and {plan.checkpoints} has no checkpoint to return to. "
             "Lower optimizer.lr or run.save_every_steps."
         )
-    checkpoint = resume.read_checkpoint(path, plan.rank, plan.world_size)
+    checkpoint = resume.read_checkpoint(path, plan.rank, plan.world_size, branched=path == state.branched_from)
     if sum(first == checkpoint.state.next_index for first, _ in state.rolled_back_bins) >= MAX_ROLLBACKS:
         raise ValueError(
             f"{skipped} updates in a row were skipped, for the {MAX_ROLLBACKS + 1}th time after {path}, so the data is "

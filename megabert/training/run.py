@@ -7,6 +7,7 @@ import deepspeed
 import torch
 
 from megabert.config.recipe import Recipe
+from megabert.data.ranks import choose_streams
 from megabert.data.shards.source import Corpus
 from megabert.data.stream import Position
 from megabert.files.checkpoint_format import State
@@ -20,7 +21,7 @@ from megabert.training.distributed.signals import StopSignals
 from megabert.training.distributed.sync import broadcast_from_rank0, check_shared_folder, lock_output_dir
 from megabert.training.engine import model_of, start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, open_held_out
-from megabert.training.feed import Feed, choose_streams, open_corpora, stream_config
+from megabert.training.feed import Feed, open_corpora, stream_config
 from megabert.training.optim.guard import Guard, UpdateGate
 from megabert.training.plan import RunPlan
 from megabert.training.telemetry import probe, trackers
@@ -188,7 +189,7 @@ def make_feed(plan: RunPlan, corpus: Corpus, checkpoint: Checkpoint | None) -> F
     """Make this rank's feed. A resumed run has as many data streams as before, on any number of ranks."""
     data = plan.recipe.data
     saved = checkpoint.state.num_streams if checkpoint else None
-    num_streams = choose_streams(corpus.num_splits, data.max_streams, plan.world_size, saved)
+    num_streams = choose_streams(data.ranks, data.num_workers, plan.world_size, saved)
     return Feed(
         corpus,
         stream_config(plan.recipe, plan.schedule, corpus, num_streams),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megabert.config.recipe import OptimizerConfig, Recipe
+from megabert.data import ranks
 from megabert.data.schedule import BatchSchedule, Length, MaskingRate, make_schedule
 from megabert.optim.lr_schedule import warmup_and_decay
 
@@ -30,6 +31,7 @@ def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
     first = data.batch_warmup_from and data.batch_warmup_from // data.micro_batch_tokens
     lengths = [Length(*phase) for phase in data.lengths]
     stages = make_schedule(steps, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
+    ranks.check_warmup(stages.step_batches, data.micro_batch_tokens, world_size)
     if masking.schedule == "constant":
         rate = MaskingRate.constant(masking.mlm_probability)
     else:
@@ -43,16 +45,7 @@ def batches_per_step(recipe: Recipe, world_size: int) -> int:
     data = recipe.data
     if data.global_batch_tokens == "auto":
         return world_size
-    total = data.global_batch_tokens // data.micro_batch_tokens
-    if total % world_size:
-        raise ValueError(
-            f"data.global_batch_tokens {data.global_batch_tokens} is {total} micro-batches of "
-            f"{data.micro_batch_tokens} tokens, which {world_size} ranks cannot share evenly. Choose a "
-            "data.micro_batch_tokens that gives each rank the same number, another number of ranks, or a "
-            "data.global_batch_tokens that is a multiple of "
-            f"{world_size} x {data.micro_batch_tokens} = {world_size * data.micro_batch_tokens}."
-        )
-    return total
+    return ranks.batches_per_step(data.global_batch_tokens, data.micro_batch_tokens, data.longest, world_size)
 
 
 def total_steps(recipe: Recipe, step_batches: int) -> int:

@@ -26,6 +26,7 @@ from support.report import read_arguments, write
 
 from data_prep import train_tokenizer, write_shards
 from megabert.data.masking import masked_count
+from megabert.data.order import cut_into_splits
 from megabert.data.packing import SPECIALS_PER_PIECE, cut
 from megabert.data.schedule import Length, MaskingRate, make_schedule
 from megabert.data.shards.source import Corpus, open_corpus
@@ -185,7 +186,7 @@ def resume_seconds(corpus: Corpus, folder: Path, epochs: int, repeats: int) -> f
     batches = iter(stream(corpus, config_of(corpus)))
     positions: dict[int, Position] = {}
     index = 0
-    wanted = epochs * len(corpus.sources[0].splits) // 24
+    wanted = epochs * len(cut_into_splits(corpus.sources[0], 24)) // 24
     while len(positions) < 24 or min(p.sources[0].entry for p in positions.values()) < wanted or index % 24:
         batch, number, position = next(batches)
         positions[number] = position

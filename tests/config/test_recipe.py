@@ -83,7 +83,8 @@ def test_the_saved_recipe_reads_back(tmp_path):
         (["--recipe=bert-base", "--data.max_seq_len=1024"], "has only model.max_position_embeddings = 512 positions"),
         (["--run.save_every_steps=0"], "run.save_every_steps is 0, expected a number in [1, 1e12]"),
         (["--run.rollback_after=-1"], "run.rollback_after is -1, expected a number in [0, 1e6]"),
-        (["--data.max_streams=0"], "data.max_streams is 0, expected a number in [1, 1048576]"),
+        (["--data.ranks=[0]"], "data.ranks is [0], expected numbers of ranks from 1 on, such as [48, 64]"),
+        (["--data.ranks=[]"], "data.ranks is [], expected numbers of ranks from 1 on, such as [48, 64]"),
         (["--run.log_every_steps=0"], "run.log_every_steps is 0, expected a number in [1, 1e12]"),
     ],
 )
@@ -138,7 +139,7 @@ def test_every_setting_has_an_answer_to_whether_it_may_change_at_a_resume():
     names = flatten(Recipe(run=RunConfig(max_steps=1)).to_dict())
     may_change = {name for name in names if may_change_at_resume(name)}
     probe = {"task", "data", "protocol", "every_steps", "max_examples"}
-    data = {"train", "heldout", "tokenizer", "num_workers", "on_bad_shard", "cache_dir", "cache_gb"}
+    data = {"train", "heldout", "tokenizer", "num_workers", "on_bad_shard", "cache_dir", "cache_gb", "ranks"}
     run = {
         "output_dir", "log_every_steps", "eval_every_steps", "eval_tokens", "save_every_steps", "keep_checkpoints",
         "keep_every_steps", "keep_best", "async_save", "resume", "trackers", "max_norm_ratio", "rollback_after", "ops",

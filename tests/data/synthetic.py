@@ -42,6 +42,11 @@ class NoStorage:
         return name
 
 
+def index_of(chunks: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return the rows of chunks.npy, as far as the order of reading depends on them."""
+    return np.array([[0, 0, len(lengths), sum(lengths), 0] for lengths in chunks], dtype=np.int64)
+
+
 class SyntheticSource(Source):
     """shards: the lengths of the documents of each chunk of each shard. damaged: (shard, chunk) that cannot be read."""
 
@@ -53,7 +58,7 @@ class SyntheticSource(Source):
         self.all_lengths = [length for chunks in shards for chunk in chunks for length in chunk]
         tokenizer = TokenizerInfo("f" * 64, vocab_size or first_id + total, SPECIALS, tuple(SPECIALS.values()))
         listed = tuple(
-            Shard(f"train-{n:05d}.tar", "", 0, sum(map(len, chunks)), sum(map(sum, chunks)), np.zeros((len(chunks), 5)))
+            Shard(f"train-{n:05d}.tar", "", 0, sum(map(len, chunks)), sum(map(sum, chunks)), index_of(chunks))
             for n, chunks in enumerate(shards)
         )
         median = {"median_document_tokens": int(np.median(self.all_lengths))}

@@ -5,18 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabert.data.chunk_pieces import Bits, ChunkId, PhaseSnapshot, PieceOptions, cut_chunk, frame, remaining_intervals
+from megabert.data.chunk_pieces import Bits, PhaseSnapshot, PieceOptions, cut_chunk, frame, remaining_intervals
+from megabert.data.order import ChunkId, Documents
 from megabert.data.packing import cut
 from megabert.data.shards.manifest import TokenizerInfo
-from megabert.data.shards.sample_format import TokenChunk
 
 TOKENIZER = TokenizerInfo("f" * 64, 100_000, {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}, (0, 1, 2, 3, 4))
 lengths_of_documents = st.lists(st.integers(0, 300), min_size=1, max_size=20)
 
 
-def chunk_of(lengths: list[int]) -> TokenChunk:
+def chunk_of(lengths: list[int]) -> Documents:
     """Number the tokens from 5 on, so that a missing or repeated token shows."""
-    return TokenChunk(np.arange(5, 5 + sum(lengths), dtype=np.uint32), np.array(lengths, dtype=np.int32))
+    size = np.array(lengths, dtype=np.int64)
+    return Documents(np.arange(5, 5 + sum(lengths), dtype=np.uint32), size.cumsum() - size, size)
 
 
 def text_of(ids: np.ndarray) -> list[int]:
@@ -67,9 +68,8 @@ def test_a_new_phase_cuts_only_the_waiting_tokens(lengths, phases, truncate, see
 
 def test_waiting_neighbours_of_one_document_are_joined():
     """Of 10 tokens in 5 pieces, the second piece is in a bin: the 2 tokens before it and the 6 after it are left."""
-    lengths = np.array([10])
     taken = np.array([False, True, False, False, False])
-    left, used = remaining_intervals(lengths, PieceOptions(6, False), [PhaseSnapshot(4, taken)])
+    left, used = remaining_intervals(chunk_of([10]), PieceOptions(6, False), [PhaseSnapshot(4, taken)])
     assert used == 10
     assert (left.start.tolist(), left.size.tolist(), left.used_offset.tolist()) == ([0, 4], [2, 6], [0, 4])
     assert cut(left.size, 6, False).size.tolist() == [2, 3, 3]

@@ -2,16 +2,17 @@
 
 import json
 import sys
-from itertools import islice
+from itertools import islice, takewhile
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megabert.data.order import ChunkId, SourceOrder, StreamId
 from megabert.data.packing import SPECIALS_PER_PIECE
 from megabert.data.schedule import Length
-from megabert.data.shards.source import Corpus, DamagedShardError, SplitOrder, stream_count
+from megabert.data.shards.source import Corpus, DamagedShardError
 from megabert.data.stream import (
     BatchStream,
     Position,
@@ -67,6 +68,11 @@ def mixture() -> Corpus:
     return corpus_of(first, second, weights=(3, 1))
 
 
+def order_of(source: SyntheticSource, config: StreamConfig, stream: int) -> SourceOrder:
+    """Return the order in which a stream reads a corpus of this source alone."""
+    return SourceOrder(source, StreamId(stream, config.num_streams, config.seed, config.bin_tokens), 0, 1.0)
+
+
 def check_batch(batch, config: StreamConfig) -> None:
     cu_seqlens, ids = batch.cu_seqlens.numpy(), originals(batch)
     lengths = np.diff(cu_seqlens)
@@ -103,37 +109,29 @@ corpora = st.builds(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(corpora, st.integers(8, 40), st.integers(1, 6), st.sampled_from([1, 2, 3, 4, 6, 8]))
 def test_every_token_appears_exactly_once_per_pass(source, max_seq_len, multiple, num_streams):
     """Read all streams to the end of their part of the first two passes: every token appears twice."""
     corpus = corpus_of(source)
     config = config_of(corpus, max_seq_len * multiple, num_streams, lengths=[Length(max_seq_len, 1.0)])
     seen = np.zeros(source.tokens, dtype=int)
-    reached = []
     for stream in range(num_streams):
-        wanted = -(-(2 * len(source.splits) - stream) // num_streams)  # entries of the first two passes
-        pieces: list[np.ndarray] = []
-        for batch, position in open_stream(corpus, config, stream, Position()):
-            pieces += pieces_of(batch)
-            if position.sources[0].entry >= wanted:  # the oldest waiting piece is of a later pass
-                break
+        order = order_of(source, config, stream)
+        pieces = [np.empty(0, dtype=np.int64)]
+        if order.epoch_of(0) < 2:
+            for batch, position in open_stream(corpus, config, stream, Position()):
+                pieces += pieces_of(batch)
+                if order.epoch_of(position.sources[0].entry) >= 2:  # the oldest waiting piece is of a later pass
+                    break
         counts = np.bincount(np.concatenate(pieces) - FIRST_ID, minlength=source.tokens)
-        order = SplitOrder(len(source.splits), config.seed)
         expected = np.zeros(source.tokens, dtype=int)
-        for entry in range(wanted):
-            split = source.splits[order[stream + entry * num_streams]]
-            for chunk in range(split.first, split.last):
-                expected[source.chunks[split.shard, chunk].tokens.astype(int) - FIRST_ID] += 1
-        # The stream gave every token of these passes, and otherwise only tokens of the splits that follow.
+        for ref in takewhile(lambda ref: ref.epoch < 2, order.chunks_from(ChunkId(0, 0))):
+            documents = order.documents(ref, source.chunks[ref.shard, ref.chunk])
+            for start, size in zip(documents.start, documents.size, strict=True):
+                expected[documents.tokens[start : start + size].astype(int) - FIRST_ID] += 1
         assert (counts >= expected).all()
-        extra = counts - expected
-        ahead = [source.splits[order[stream + (wanted + i) * num_streams]] for i in range(50)]
-        allowed = {t for s in ahead for c in range(s.first, s.last) for t in source.chunks[s.shard, c].tokens.tolist()}
-        assert set(np.flatnonzero(extra) + FIRST_ID) <= allowed
         seen += expected
-        reached.append(wanted)
-    assert sum(reached) == 2 * len(source.splits)
     assert (seen == 2).all()
 
 
@@ -171,7 +169,7 @@ def test_bins_do_not_depend_on_ranks_or_workers(which, world_size, workers, requ
         assert all(same(batch, expected[batch.index]) for batch, _, _ in mine)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_resuming_is_bitwise_on_any_number_of_ranks(data):
     """Resume after any step, in any length phase, in mixtures, and during a batch warm-up."""
@@ -195,9 +193,9 @@ def test_resuming_is_bitwise_on_any_number_of_ranks(data):
         truncate=data.draw(st.booleans()),
     )
     world_size = data.draw(st.sampled_from([w for w in (1, 2, 3, 4, 6, 8, 12) if num_streams % w == 0]))
-    total = 40 * num_streams
+    total = 24 * num_streams
     whole = rank_batches(corpus, config, total)
-    done = data.draw(st.integers(0, 30)) * num_streams
+    done = data.draw(st.integers(0, 20)) * num_streams
     positions = positions_after(whole[:done])
     for rank in range(world_size):
         count = (total - done) // world_size
@@ -210,9 +208,8 @@ def test_resuming_is_bitwise_on_any_number_of_ranks(data):
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 @pytest.mark.parametrize("documents", ["split", "truncate"])
 def test_resuming_is_bitwise_around_a_length_change(corpus, offset, documents):
-    """28 splits in 8 streams; the length changes at step 10, and the run stops one step before, at or after it."""
+    """The length changes at step 10, and the run stops one step before, at or after it."""
     source = SyntheticSource(random_shards(np.random.default_rng(5), 28))
-    assert len(source.splits) == 28
     corpus = corpus_of(source)
     lengths = [Length(16, 0.5), Length(48, 1.0)]
     config = config_of(corpus, steps=20, lengths=lengths, truncate=documents == "truncate")
@@ -231,7 +228,7 @@ def test_a_length_change_neither_loses_nor_repeats_tokens(corpus):
     seen = np.zeros(source.tokens, dtype=int)
     for batch, position in open_stream(corpus, config, 0, Position()):
         np.add.at(seen, np.concatenate(pieces_of(batch)) - FIRST_ID, 1)
-        if position.sources[0].entry >= len(source.splits):
+        if order_of(source, config, 0).epoch_of(position.sources[0].entry):
             break
     assert seen.min() == 1
     assert (seen > 1).mean() < 0.5
@@ -266,7 +263,7 @@ def test_a_mixture_reads_every_token_of_a_source_once_per_pass(mixture):
     seen = np.zeros(sum(s.tokens for s in mixture.sources), dtype=int)
     for batch, position in open_stream(mixture, config, 0, Position()):
         np.add.at(seen, np.concatenate(pieces_of(batch)) - FIRST_ID, 1)
-        if position.sources[0].entry >= len(source.splits):
+        if order_of(source, config, 0).epoch_of(position.sources[0].entry):
             break
     assert seen[: source.tokens].min() == 1
 
@@ -289,15 +286,19 @@ def test_a_damaged_chunk_stops_the_run_or_is_skipped_and_counted(caplog):
     assert counts == sorted(counts)
     assert counts[-1] >= 2
     # A chunk that was repaired before a resume is still skipped where it was skipped, so that the bins stay the same.
-    for done in range(0, 200, 26):
+    compared = 0
+    for done in range(0, 196, 14):
         repaired = corpus_of(source, on_bad_shard="skip")
         positions = positions_after(whole[:done])
         skipped_chunks = {chunk_id for p in positions.values() for chunk_id in p.sources[0].damaged}
         rest = rank_batches(skipping, config, 200 - done, positions=positions, first=done)
         assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
-        if skipped_chunks:
+        later = [sum(p.skipped for p in positions_after(whole[:end]).values()) for end in (done, done + 2)]
+        if skipped_chunks and later[0] == later[1]:  # no other damaged chunk is read meanwhile
+            compared += 1
             rest = rank_batches(repaired, config, 2, positions=positions, first=done)
             assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
+    assert compared
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (3, 1), (1, 1, 1)])
@@ -344,11 +345,11 @@ def test_damage_before_a_resume_loses_only_that_chunk():
     for done in (3, 8, 21):
         whole = rank_batches(corpus, config, done)
         position = whole[-1][2].sources[0]
-        split = source.splits[SplitOrder(len(source.splits), config.seed)[position.entry]]
-        damaged.damaged = {(split.shard, split.first + position.chunk)}
+        place = next(order_of(source, config, 0).chunks_from(ChunkId(position.entry, position.chunk)))
+        damaged.damaged = {(place.shard, place.chunk)}
         positions = positions_after(whole)
         rest = rank_batches(corpus_of(damaged, on_bad_shard="skip"), config, 50, positions=positions, first=done)
-        lost = set(damaged.chunks[split.shard, split.first + position.chunk].tokens.tolist())
+        lost = set(damaged.chunks[place.shard, place.chunk].tokens.tolist())
         wanted = rank_batches(corpus, config, 40, positions=positions, first=done)
         after, expected = (
             {int(t) for batch, _, _ in part for piece in pieces_of(batch) for t in piece} for part in (rest, wanted)
@@ -366,7 +367,7 @@ def test_short_documents_do_not_pile_up_in_the_buffer():
     config = StreamConfig(**(vars(config) | {"max_documents": {512: 64}}))
     positions = [position for _, _, position in rank_batches(corpus, config, 400)]
     assert max(len(json.dumps(position.to_json())) for position in positions) <= 16_384
-    assert max(len(position.sources[0].pieces) for position in positions) <= 6
+    assert max(len(position.sources[0].pieces) for position in positions) <= 16
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +380,7 @@ def positions(mixture) -> dict[int, Position]:
 def test_positions_keep_their_format(positions):
     """These keys are in the checkpoints of every run."""
     raw = positions_to_json(positions)
-    assert (raw["format"], list(raw["streams"])) == (2, [str(stream) for stream in range(8)])
+    assert (raw["format"], list(raw["streams"])) == (3, [str(stream) for stream in range(8)])
     position = raw["streams"]["0"]
     assert list(position) == ["bins", "lanes"]
     keys = ["entry", "chunk", "used_tokens", "pieces", "taken", "past", "damaged", "skipped"]
@@ -388,24 +389,21 @@ def test_positions_keep_their_format(positions):
     assert positions_from_json(json.loads(json.dumps(raw)), "here") == positions
 
 
-def test_positions_without_a_version_are_read(positions):
-    raw = {stream: position.to_json() for stream, position in positions.items()}
-    assert positions_from_json(json.loads(json.dumps(raw)), "here") == positions
+@pytest.mark.parametrize("version", [1, 2])
+def test_positions_of_another_order_are_refused_but_may_begin_a_branch(positions, version):
+    streams = {str(stream): position.to_json() for stream, position in positions.items()}
+    raw = streams if version == 1 else {"format": 2, "streams": streams}
+    message = rf"runs/a/streams.json: format {version}: .* start a branch: --run.branch_from runs/a --run.output_dir"
+    with pytest.raises(ValueError, match=message):
+        positions_from_json(raw, "runs/a/streams.json")
+    begun = positions_from_json(raw, "here", new_pass=True)
+    assert begun == {stream: Position(position.bins) for stream, position in positions.items()}
 
 
 def test_positions_of_a_newer_version_are_refused():
-    message = "streams.json: format 3, but this version of megabert reads formats up to 2. Upgrade megabert"
+    message = "streams.json: format 4, but this version of megabert reads formats up to 3. Upgrade megabert"
     with pytest.raises(ValueError, match=message):
-        positions_from_json({"format": 3, "streams": {}}, "streams.json")
-
-
-def test_every_epoch_has_its_own_permutation_of_the_splits():
-    order = SplitOrder(10, seed=1)
-    epochs = [[order[e * 10 + i] for i in range(10)] for e in range(3)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
-    assert [order[i] for i in (25, 3, 25)] == [epochs[2][5], epochs[0][3], epochs[2][5]]
-    assert [SplitOrder(10, seed=1, source=1)[i] for i in range(10)] != epochs[0]
+        positions_from_json({"format": 4, "streams": {}}, "streams.json")
 
 
 @pytest.mark.parametrize("longest", [1, 40, 4000])
@@ -460,7 +458,7 @@ def test_max_documents_has_a_minimum(corpus):
 
 
 EXITING = """
-from itertools import islice
+from itertools import islice, takewhile
 from megabert.data.stream import BatchStream, open_loader
 from tests.data.synthetic import SyntheticSource, config_of, corpus_of
 
@@ -480,7 +478,3 @@ def test_a_process_can_exit_while_its_workers_run():
 
 def test_the_worker_count_is_rounded_down_to_a_divisor():
     assert [worker_count(requested, 8) for requested in (0, 1, 3, 4, 7, 20)] == [0, 1, 2, 4, 4, 8]
-
-
-def test_the_stream_count_is_a_power_of_two_or_three_times_one():
-    assert [stream_count(n, 192) for n in (1, 5, 24, 28, 100, 5000)] == [1, 4, 24, 24, 96, 192]

@@ -17,7 +17,7 @@ from data_prep import output_folder, write_shards
 from data_prep.writing import sorted_runs
 from megabert.data.shards.manifest import read_manifest
 from megabert.data.shards.sample_format import decode_text, read_sample
-from megabert.data.shards.source import MIN_SPLITS, open_source
+from megabert.data.shards.source import open_source
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -182,10 +182,6 @@ def test_statistics_are_in_the_manifest_and_in_a_plot(corpus):
     assert statistics["median_document_tokens"] == sorted(lengths)[(len(lengths) - 1) // 2]
     assert statistics["documents_of_length_at_most"]["64"] == sum(n <= 64 for n in lengths)
     assert (corpus.tokens / "statistics.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_default_number_of_shards_is_enough_for_the_splits_of_training():
-    assert write_shards.Options().min_shards == MIN_SPLITS
 
 
 def copy_of_shards(corpus, tmp_path) -> tuple[list[str], Path]:

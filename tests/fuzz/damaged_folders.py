@@ -21,6 +21,7 @@ from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.convert.from_hf import read_and_resize
 from megabert.convert.hf.tokenizer import read_hf_tokenizer
 from megabert.convert.to_hf import export_checkpoint
+from megabert.data.order import cut_into_splits
 from megabert.data.shards.source import open_corpus
 from megabert.data.stream import positions_from_json
 from megabert.files import checkpoint_format as layout
@@ -116,7 +117,7 @@ def _read_shards(folder: Path) -> dict[str, str]:
         source = corpus.sources[0]
         chunks = [source.read_chunk(shard, i) for shard, s in enumerate(source.shards) for i in range(len(s.chunks))]
         found[f"{part} tokens"] = _digest([array for chunk in chunks for array in chunk])
-        found[f"{part} splits"] = repr(source.splits)
+        found[f"{part} splits"] = _digest(list(cut_into_splits(source, 8)))
         found[f"{part} median"] = repr(source.median_document_tokens)
     found["shares"] = _digest([corpus.token_shares])
     found["special ids"] = repr(sorted(source.tokenizer.special_ids.items()))

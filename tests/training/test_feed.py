@@ -1,6 +1,5 @@
 """Training on mixtures, with changing lengths, on text, from pipes, and on damaged shards."""
 
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,9 +11,7 @@ from data_prep import write_shards
 from megabert.config.parser import RecipeParser
 from megabert.config.recipe import DataConfig, LengthPhase
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
-from megabert.data.shards.source import open_corpus
 from megabert.files.checkpoint_format import read_state
-from megabert.training.feed import choose_streams
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.runs import TINY, Corpus, last_of_each, patched, pretrain_command, run_command
 
@@ -146,40 +143,6 @@ def test_reading_shards_needs_no_torch(corpus: Corpus):
     """So that data preparation and checks start quickly."""
     done = run_command([sys.executable, "-c", START, str(corpus.tokens)])
     assert done.output.split()[-2:] == ["True", "False"]
-
-
-@pytest.mark.parametrize(
-    ("num_splits", "max_streams", "ranks", "saved", "remedy"),
-    [
-        (1, 192, 2, None, r"These shards have too few parts \(1\): write them with .*--min_shards 2, or use 1 rank."),
-        (24, 192, 16, None, "Set data.max_streams 16, or use 12 ranks."),
-        (24, 3, 2, None, "Set data.max_streams 24, or use 1 rank."),
-        (24, 192, 5, None, "The number of streams is a power of two, or three times one: use 4 ranks."),
-        (24, 192, 7, 24, "A run keeps its streams: use 6 ranks."),
-    ],
-)
-def test_ranks_that_cannot_share_the_streams_are_told_what_works(num_splits, max_streams, ranks, saved, remedy):
-    with pytest.raises(ValueError, match=f"which {ranks} ranks cannot share evenly. {remedy}") as error:
-        choose_streams(num_splits, max_streams, ranks, saved)
-    if advised := re.search(r"max_streams (\d+)", str(error.value)):
-        assert choose_streams(num_splits, int(advised[1]), ranks, None) == int(advised[1])
-    if advised := re.search(r"use (\d+) rank", str(error.value)):
-        assert choose_streams(num_splits, max_streams, int(advised[1]), saved) % int(advised[1]) == 0
-
-
-def test_shards_that_are_written_as_advised_feed_more_ranks(corpus: Corpus, tmp_path):
-    """From two chunks, which are two streams at most, to 32 shards for 32 ranks."""
-    few, many = tmp_path / "few", tmp_path / "many"
-    common = [f"--source={corpus.jsonl}", f"--tokenizer={corpus.tokenizer}"]
-    write_shards.main([*common, f"--out={few}", "--min_shards=1", "--chunk_tokens=131072"])
-    splits = open_corpus([(str(few), 1.0)]).num_splits
-    assert splits < 32
-    with pytest.raises(ValueError, match="--min_shards 32") as error:
-        choose_streams(splits, 192, 32, None)
-    advised = re.search(r"--min_shards (\d+)", str(error.value))
-    assert advised is not None
-    write_shards.main([*common, f"--out={many}", f"--min_shards={advised[1]}", "--chunk_tokens=131072"])
-    assert choose_streams(open_corpus([(str(many), 1.0)]).num_splits, 192, 32, None) == 32
 
 
 def test_a_loader_that_gives_nothing_ends_the_run_with_its_name(corpus: Corpus, tmp_path):

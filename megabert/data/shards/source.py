@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -38,24 +36,12 @@ from megabert.files.limits import read_bounded
 
 log = logging.getLogger(__name__)
 
-# The shards of a source with fewer shards than this are cut into equal ranges of chunks: enough for 3 streams on each
-# of 8 ranks. Many more would only make the ranges shorter than a read-ahead.
-MIN_SPLITS = 24
-
 # Text that is tokenized on the fly has no token statistics. They are estimated from this many chunks.
 SAMPLED_CHUNKS = 16
 
 
 class DamagedShardError(ValueError):
     """A shard that is missing, truncated or different from its manifest. The message names shard and chunk."""
-
-
-class Split(NamedTuple):
-    """The chunks [first, last) of one shard."""
-
-    shard: int
-    first: int
-    last: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,16 +85,6 @@ class Source:
     def reported_damaged(self) -> set[tuple[int, int]]:
         """(shard, chunk) of the damaged chunks that this process has logged."""
         return set()
-
-    @cached_property
-    def splits(self) -> list[Split]:
-        """The splits of the shards: one for each shard, or several equal ranges of chunks where shards are few."""
-        pieces = max(1, -(-MIN_SPLITS // len(self.shards)))
-        splits = []
-        for number, shard in enumerate(self.shards):
-            bounds = np.linspace(0, len(shard.chunks), min(pieces, len(shard.chunks)) + 1).round().astype(int).tolist()
-            splits += [Split(number, a, b) for a, b in pairwise(bounds)]
-        return splits
 
     def read_chunk(self, shard: int, chunk: int) -> TokenChunk:
         """Read one chunk's tokens. Raises DamagedShardError if it is damaged, OSError if it cannot be fetched."""
@@ -244,11 +220,6 @@ class Corpus:
         return sum(source.tokens for source in self.sources)
 
     @property
-    def num_splits(self) -> int:
-        """The splits of the source that has most; the others are read more than once meanwhile."""
-        return max(len(source.splits) for source in self.sources)
-
-    @property
     def fingerprint(self) -> str:
         """A hash of these shards in this mixture."""
         if len(self.sources) == 1:
@@ -312,7 +283,7 @@ def open_source(
         if unknown := sorted(set(names) - known):
             raise ValueError(f"{folder}: {unknown[0]} is not among the manifest's {len(known)} {part} shards.")
         shards = tuple(shard for shard in shards if shard.name in set(names))
-    shards = tuple(shard for shard in shards if shard.documents)
+    shards = tuple(shard for shard in shards if shard.documents and shard.tokens)
     if not shards:
         heldout = heldout_that_is_enough(manifest.statistics)
         remedy = f"with {heldout}" if part == "heldout" else "from a corpus that has documents"
@@ -362,30 +333,3 @@ def check_same_tokenizer(source: Source, other: Source) -> None:
             f"{other.folder}: written with tokenizer {second.fingerprint[:12]}, but {source.folder} with "
             f"{first.fingerprint[:12]}. Write one of them again with the {TOKENIZER} of the other."
         )
-
-
-def stream_count(num_splits: int, max_streams: int) -> int:
-    """Return N, the streams of a run: the largest 2^a or 3 * 2^a up to both num_splits and max_streams."""
-    limit = min(num_splits, max_streams)
-    return max(n for a in range(limit.bit_length()) for n in (1 << a, 3 << a) if n <= limit)
-
-
-class SplitOrder:
-    """The endless list of a source's splits: one seeded permutation for each epoch, one epoch after another.
-
-    Stream n of N reads the entries n, n + N, n + 2N, ... source: index of the source, each of which has its own order.
-    """
-
-    def __init__(self, num_splits: int, seed: int, source: int = 0):
-        self.num_splits = num_splits
-        self.seed = seed
-        self.source = source
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
-
-    def __getitem__(self, entry: int) -> int:
-        epoch, index = divmod(entry, self.num_splits)
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch, self.source]).permutation(self.num_splits)
-            self._epoch = epoch
-        return int(self._order[index])

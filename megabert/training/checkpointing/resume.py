@@ -47,7 +47,7 @@ def find_checkpoint(
         return None
     path = find(settings.branch_from, folder)
     assert path is not None, "a named checkpoint is found, or it is an error"
-    checkpoint = read_checkpoint(path, rank, identity.world_size)._replace(branched=True)
+    checkpoint = read_checkpoint(path, rank, identity.world_size, branched=True)
     check_branch(path, checkpoint.state, identity, corpus)
     return checkpoint
 
@@ -85,12 +85,15 @@ def newest(folder: Path, up_to: int | None = None) -> Path | None:
     return None
 
 
-def read_checkpoint(path: Path, rank: int, world_size: int) -> Checkpoint:
-    """Read a checkpoint's state.json, and the positions in its streams.json that belong to this rank."""
+def read_checkpoint(path: Path, rank: int, world_size: int, branched: bool = False) -> Checkpoint:
+    """Read a checkpoint's state.json, and the positions in its streams.json that belong to this rank.
+
+    branched: for a branch, which begins a new pass over the data where an earlier version read them in another order.
+    """
     file = path / layout.STREAMS
-    positions = positions_from_json(read_json(file), str(file))
+    positions = positions_from_json(read_json(file), str(file), new_pass=branched)
     own = {stream: position for stream, position in positions.items() if stream % world_size == rank}
-    return Checkpoint(path, layout.read_state(path), own)
+    return Checkpoint(path, layout.read_state(path), own, branched)
 
 
 def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:

@@ -1,6 +1,5 @@
 """Sources: splits, reading chunks, damaged and missing shards, mixtures and tokenizers."""
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -42,16 +41,6 @@ def test_chunks_read_by_byte_range_equal_the_whole_shard(corpus):
     for number, sample in enumerate(samples):
         whole = np.load(io.BytesIO(sample["tokens.npy"]))
         assert np.array_equal(source.read_chunk(0, number).tokens, whole)
-
-
-def test_splits_cover_every_chunk_once(corpus):
-    source = open_source(str(corpus.tokens))
-    few = dataclasses.replace(source, shards=source.shards[:3])
-    for part in (source, few):
-        splits = part.splits
-        covered = [(s.shard, chunk) for s in splits for chunk in range(s.first, s.last)]
-        assert covered == [(i, c) for i, shard in enumerate(part.shards) for c in range(len(shard.chunks))]
-        assert all(s.last > s.first for s in splits)
 
 
 def test_brace_notation_selects_shards_of_one_manifest(corpus):

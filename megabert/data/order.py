@@ -1,0 +1,227 @@
+"""The order in which streams read a source: every pass deals out and mixes its documents anew.
+
+A pass over a source is an epoch. Its splits are shuffled and dealt to the streams; a stream reads several splits at
+once, their chunks in shuffled order, and the documents of each chunk in shuffled order, spread over a window of
+several chunks. All of it is a function of (seed, epoch), so a position says only how many chunks have been read.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from megabert.data.shards.sample_format import TokenChunk
+from megabert.data.shards.source import Source
+
+# Shares of an epoch differ by one split at most, so with at least this many splits a stream they differ by a quarter.
+# More of them mix better where that only takes whole chunks.
+LEAST_SPLITS_PER_STREAM, MOST_SPLITS_PER_STREAM = 4, 16
+
+# The share of a document's bin-mates that may be its bin-mates again in the next epoch because they are in the same
+# chunk; the same again because they are in the same split.
+REPEATED_BINMATES = 0.004
+# Limits of what a stream reads at once, for tiny splits or chunks and very long bins.
+MOST_SPLITS_AT_ONCE = 16
+MOST_CHUNKS_AT_ONCE = 64
+
+# Text shards count characters; this is English in a vocabulary of 32,768.
+CHARACTERS_PER_TOKEN = 4.5
+
+
+class StreamId(NamedTuple):
+    """Stream `number` of `num_streams`. seed: of the order; None reads every chunk once, in order.
+
+    bin_tokens: T, with which the window grows.
+    """
+
+    number: int
+    num_streams: int
+    seed: int | None
+    bin_tokens: int
+
+
+class ChunkId(NamedTuple):
+    """A chunk's position in its stream: the first entry of a group of splits, and the chunk within that group."""
+
+    entry: int
+    chunk: int
+
+
+class ChunkRef(NamedTuple):
+    """A chunk to read: chunk_id in the stream, (shard, chunk) in the source, and which part of its documents.
+
+    part, parts: the documents are dealt into `parts` parts, of which this stream reads number `part`.
+    """
+
+    chunk_id: ChunkId
+    epoch: int
+    shard: int
+    chunk: int
+    part: int
+    parts: int
+
+
+class Documents(NamedTuple):
+    """The documents of a chunk that a stream reads, in its order. start, size: (n,) of each, raw tokens in `tokens`."""
+
+    tokens: np.ndarray
+    start: np.ndarray
+    size: np.ndarray
+
+
+class Splits(NamedTuple):
+    """Each split is the chunks [first, last) of one shard, or part `part` of `parts` of one chunk; (n,) each."""
+
+    shard: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    part: np.ndarray
+    parts: np.ndarray
+
+    def __len__(self) -> int:  # the number of splits, not of columns
+        return self.shard.size
+
+
+@lru_cache(maxsize=32)
+def cut_into_splits(source: Source, num_streams: int) -> Splits:
+    """Cut a source into at least LEAST_SPLITS_PER_STREAM splits for each stream.
+
+    They are shards, ranges of chunks or parts of chunks. Only a source with fewer documents than that has fewer splits.
+    """
+    counts = np.array([len(shard.chunks) for shard in source.shards])
+    wanted, total = LEAST_SPLITS_PER_STREAM * num_streams, int(counts.sum())
+    if total >= wanted:
+        if len(counts) < wanted:
+            wanted = min(total, MOST_SPLITS_PER_STREAM * num_streams)
+        shard, number, ranges = _enumerate(np.minimum(counts, -(-counts * wanted // total)))
+        first, last = number * counts[shard] // ranges, (number + 1) * counts[shard] // ranges
+        return Splits(shard, first, last, np.zeros_like(shard), np.ones_like(shard))
+    documents = np.concatenate([shard.chunks[:, 2] for shard in source.shards]).astype(np.int64)
+    chunk, part, parts = _enumerate(np.clip(documents, 1, -(-wanted // total)))
+    shard, number, _ = _enumerate(counts)
+    return Splits(shard[chunk], number[chunk], number[chunk] + 1, part, parts)
+
+
+def _enumerate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[2, 1] -> owner [0, 0, 1], number within its owner [0, 1, 0], the owner's count [2, 2, 1]."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
+    return owner, number, counts[owner]
+
+
+@lru_cache(maxsize=32)
+def _shuffled(num_splits: int, seed: int, epoch: int, source: int) -> np.ndarray:
+    """The order of all splits in one epoch, shared by the streams of a process."""
+    return np.random.default_rng([seed, epoch, source]).permutation(num_splits)
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a source's documents are spread: those of a chunk over the next `chunks` chunks.
+
+    chunk_tokens: mean tokens of a chunk, C. `place` gives a piece's place in the order of the stream.
+    """
+
+    chunks: int
+    chunk_tokens: float
+
+    def place(self, used_before: np.ndarray | int, offset: np.ndarray | int = 0, used_tokens: int = 1) -> np.ndarray:
+        """Return used tokens of the stream before a piece, on average.
+
+        used_before: used tokens before its chunk. offset: used tokens of the chunk before it, of used_tokens.
+        """
+        spread = max(1.0, self.chunks * self.chunk_tokens / max(1, used_tokens))
+        at = used_before + np.asarray(offset) * spread
+        # In the stretch [i C, (i + 1) C) documents of i + 1 chunks stand, each with 1 / `chunks` of a chunk's tokens; of
+        # `chunks` chunks once the window is full. The places count what stands before, so that they grow as tokens do.
+        full = np.minimum(at // self.chunk_tokens, self.chunks - 1)
+        return (self.chunk_tokens * full * (full + 1) / 2 + (full + 1) * (at - full * self.chunk_tokens)) / self.chunks
+
+
+class SourceOrder:
+    """The order in which one stream reads one source.
+
+    Stream n of N reads the entries n, n + N, n + 2N, ... of the endless list of the shuffled epochs. The entries of one
+    epoch are read in groups of `at_once` splits. share: of the source's tokens among those of a bin.
+    """
+
+    def __init__(self, source: Source, stream: StreamId, source_index: int, share: float):
+        self._source, self._stream, self._index = source, stream, source_index
+        self.splits = cut_into_splits(source, stream.num_streams)
+        tokens = source.tokens / (1 if source.tokenizer_path is None else CHARACTERS_PER_TOKEN)
+        bins = max(1e-9, tokens / (share * stream.bin_tokens))  # of this source, in an epoch of all streams
+        chunks = max(1, int((self.splits.last - self.splits.first).sum()))
+        # A share `share / n` of a document's bin-mates is from its own split, of n that are read at once. Each of them
+        # is in the document's bin again with one chance in the bins of n splits. The same holds for chunks.
+        at_once, window = (
+            math.ceil(math.sqrt(share * parts / (bins * REPEATED_BINMATES))) for parts in (len(self.splits), chunks)
+        )
+        self.at_once = min(MOST_SPLITS_AT_ONCE, max(1, at_once))
+        self.window = Window(min(MOST_CHUNKS_AT_ONCE, max(1, window)), max(1.0, tokens / chunks))
+
+    def epoch_of(self, entry: int) -> int:
+        return (self._stream.number + entry * self._stream.num_streams) // len(self.splits)
+
+    def group(self, entry: int) -> range:
+        """Return the entries of this stream that are read together with `entry`."""
+        epoch = self.epoch_of(entry)
+        begin, end = (
+            max(0, -(-(e * len(self.splits) - self._stream.number) // self._stream.num_streams))
+            for e in (epoch, epoch + 1)
+        )
+        first = entry - (entry - begin) % self.at_once
+        return range(first, min(first + self.at_once, end))
+
+    def chunks_of(self, group: range) -> np.ndarray:
+        """Return the chunks of a group in the order of reading: (n, 4) of shard, chunk, part, parts."""
+        seed, num_streams, splits = self._stream.seed, self._stream.num_streams, self.splits
+        assert seed is not None, "an order without a seed has no groups"
+        epoch = self.epoch_of(group.start)
+        order = _shuffled(len(splits), seed, epoch, self._index)
+        entries = self._stream.number + np.arange(group.start, group.stop) * num_streams - epoch * len(splits)
+        chosen = order[entries]
+        split, number, _ = _enumerate((splits.last - splits.first)[chosen])
+        chosen = chosen[split]
+        rows = np.stack(
+            [splits.shard[chosen], splits.first[chosen] + number, splits.part[chosen], splits.parts[chosen]], 1
+        )
+        # The numbers are one larger than they need be because a seed that ends in zeros is the same without them.
+        return np.random.default_rng([seed, epoch, self._index, int(entries[0]) + 1]).permutation(rows)
+
+    def chunks_from(self, first: ChunkId) -> Iterator[ChunkRef]:
+        """Yield the chunks to read, beginning with `first`. Shards of the next group are prefetched meanwhile."""
+        if self._stream.seed is None:
+            every = ((n, chunk) for n, shard in enumerate(self._source.shards) for chunk in range(len(shard.chunks)))
+            for number, (shard, chunk) in enumerate(every):
+                if number >= first.chunk:
+                    yield ChunkRef(ChunkId(0, number), 0, shard, chunk, 0, 1)
+            return
+        group, rows = self.group(first.entry), self.chunks_of(self.group(first.entry))
+        number = first.chunk
+        while True:
+            following = self.group(group.stop)
+            upcoming = self.chunks_of(following)
+            for shard in np.unique(upcoming[:, 0]).tolist():
+                self._source.prefetch(shard)
+            epoch = self.epoch_of(group.start)
+            for n in range(number, len(rows)):
+                yield ChunkRef(ChunkId(group.start, n), epoch, *rows[n].tolist())
+            group, rows, number = following, upcoming, 0
+
+    def documents(self, ref: ChunkRef, data: TokenChunk) -> Documents:
+        """Return the documents of a chunk that this stream reads, in the order of this epoch."""
+        size = data.lengths.astype(np.int64)
+        start = size.cumsum() - size
+        if self._stream.seed is None:
+            return Documents(data.tokens, start, size)
+        rng = np.random.default_rng([self._stream.seed, ref.epoch, self._index, ref.shard + 1, ref.chunk + 1])
+        order = rng.permutation(len(size))
+        if ref.parts > 1:
+            # A document belongs to the part in which its middle is, so that parts have the same number of tokens.
+            middle = 2 * size[order].cumsum() - size[order]
+            part = middle * ref.parts // max(1, 2 * int(size.sum()))
+            order = order[np.minimum(part, ref.parts - 1) == ref.part]
+        return Documents(data.tokens, start[order], size[order])

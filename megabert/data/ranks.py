@@ -1,0 +1,107 @@
+"""How many streams a run has, and which numbers of ranks can share its streams and its micro-batches."""
+
+import math
+from collections.abc import Sequence
+
+# Without data.ranks, runs on few ranks have this many streams, so that they train on the same bins.
+USUAL_STREAMS = 192
+# Streams of one loader worker: a slow shard then delays one stream in eight.
+STREAMS_PER_WORKER = 8
+MOST_STREAMS = 1 << 20
+
+
+def count_streams(ranks: Sequence[int], num_workers: int) -> int:
+    """Return N, the streams of a new run that any of these numbers of ranks can share, each with whole workers.
+
+    Raises ValueError if N would be above MOST_STREAMS.
+    """
+    workers = max(1, num_workers)
+    step = math.lcm(USUAL_STREAMS, math.lcm(*ranks) * workers)
+    num_streams = step * max(1, -(-STREAMS_PER_WORKER * max(ranks) * workers // step))
+    if num_streams > MOST_STREAMS:
+        raise ValueError(
+            f"data.ranks {list(ranks)} with data.num_workers {num_workers} needs {num_streams:,} streams, more than "
+            f"{MOST_STREAMS:,}: the least common multiple of {USUAL_STREAMS} and of ranks x workers. List fewer numbers "
+            "in data.ranks, or numbers with more divisors in common."
+        )
+    return num_streams
+
+
+def possible_ranks(*shared: int) -> list[int]:
+    """Return the numbers of ranks that divide all of these counts of streams or micro-batches."""
+    common = math.gcd(*shared)
+    small = [number for number in range(1, math.isqrt(common) + 1) if common % number == 0]
+    return sorted({*small, *(common // number for number in small)})
+
+
+def describe(ranks: Sequence[int], near: int) -> str:
+    """Name the numbers of ranks next to `near`: "48 or 64 ranks"."""
+    below = [number for number in ranks if number < near][-2:]
+    above = [number for number in ranks if number > near][:1]
+    names = [str(number) for number in (*below, *above)]
+    return f"{', '.join(names[:-1])}{' or ' if names[1:] else ''}{names[-1]} {'rank' if names == ['1'] else 'ranks'}"
+
+
+def choose_streams(ranks: Sequence[int] | None, num_workers: int, world_size: int, saved: int | None) -> int:
+    """Choose the number of a run's data streams. ranks: data.ranks. saved: the number of a resumed run.
+
+    Raises ValueError, naming numbers of ranks that work, if the ranks cannot share the streams evenly.
+    """
+    num_streams = saved or count_streams(ranks or [world_size], num_workers)
+    if num_streams % world_size == 0:
+        return num_streams
+    others = describe(possible_ranks(num_streams), world_size)
+    if saved is not None:
+        raise ValueError(
+            f"this run has {saved} data streams from its start to its end, which {world_size} ranks cannot share "
+            f"evenly. Use {others}; a new run can list {world_size} in data.ranks."
+        )
+    raise ValueError(
+        f"data.ranks {list(ranks or ())} gives {num_streams} data streams, which {world_size} ranks cannot share "
+        f"evenly. Add {world_size} to data.ranks, or use {others}."
+    )
+
+
+def batches_per_step(global_batch_tokens: int, micro_batch_tokens: int, longest: int, world_size: int) -> int:
+    """Return the micro-batches of one optimizer step over all ranks. longest: the least micro_batch_tokens.
+
+    Raises ValueError, naming what works, if the ranks cannot share them evenly.
+    """
+    total = global_batch_tokens // micro_batch_tokens
+    if total % world_size == 0:
+        return total
+    ways = [f"use {describe(possible_ranks(total), world_size)}"]
+    if micro := _fitting_micro_batch(global_batch_tokens, micro_batch_tokens, longest, world_size):
+        ways.append(f"set data.micro_batch_tokens {micro}")
+    multiple = world_size * micro_batch_tokens
+    ways.append(f"set data.global_batch_tokens {max(1, round(global_batch_tokens / multiple)) * multiple}")
+    raise ValueError(
+        f"data.global_batch_tokens {global_batch_tokens} is {total} micro-batches of {micro_batch_tokens} tokens, "
+        f"which {world_size} ranks cannot share evenly. To train on {world_size} ranks, {' or '.join(ways[1:])}; or "
+        f"{ways[0]}."
+    )
+
+
+def check_warmup(step_batches: Sequence[int], micro_batch_tokens: int, world_size: int) -> None:
+    """Raise ValueError, naming what works, if the ranks cannot share the steps of a batch warm-up evenly.
+
+    step_batches: micro-batches of the steps of each stage, ascending.
+    """
+    if all(size % world_size == 0 for size in step_batches):
+        return
+    full = step_batches[-1]
+    first = next(size for size in possible_ranks(full) if size >= step_batches[0] and size % world_size == 0)
+    raise ValueError(
+        f"data.batch_warmup_from gives steps of {', '.join(map(str, step_batches))} micro-batches, which {world_size} "
+        f"ranks cannot share evenly. Set data.batch_warmup_from {first * micro_batch_tokens}, or use "
+        f"{describe(possible_ranks(*step_batches), world_size)}."
+    )
+
+
+def _fitting_micro_batch(
+    global_batch_tokens: int, micro_batch_tokens: int, longest: int, world_size: int
+) -> int | None:
+    """Return the largest micro-batch, up to the present one, of which every rank has the same number; None if none."""
+    share, rest = divmod(global_batch_tokens, world_size)
+    fitting = [size for size in possible_ranks(share) if longest <= size <= micro_batch_tokens] if share else []
+    return None if rest or not fitting else max(fitting)

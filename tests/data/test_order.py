@@ -1,0 +1,131 @@
+"""The order of documents: no copies in a batch, other bin-mates in every epoch, equal shares, weights from the start."""
+
+from itertools import takewhile
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megabert.data.order import ChunkId, SourceOrder, StreamId, cut_into_splits
+from megabert.data.packing_buffer import PackingBuffer
+from megabert.data.schedule import Length
+from megabert.data.stream import next_bin
+from tests.data import synthetic
+from tests.data.synthetic import FIRST_ID, SyntheticSource, random_shards
+from tests.helpers.order_quality import (
+    NumberedSource,
+    config_of,
+    copies_in_batch,
+    mixture_of,
+    reads_per_chunk,
+    repeated_binmates,
+)
+
+sources = st.builds(
+    lambda seed, shards, chunks, documents: random_shards(np.random.default_rng(seed), shards, chunks, documents),
+    st.integers(0, 10_000),
+    st.integers(1, 30),
+    st.integers(1, 4),
+    st.integers(1, 12),
+).filter(lambda shards: any(length for chunks in shards for lengths in chunks for length in lengths))
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@given(sources, st.integers(1, 300))
+def test_the_streams_share_every_document_of_an_epoch(shards, num_streams):
+    """In each of two epochs, every document is read by one stream, once."""
+    source = SyntheticSource(shards)
+    seen = np.zeros((2, source.tokens), dtype=int)
+    for stream in range(num_streams):
+        order = SourceOrder(source, StreamId(stream, num_streams, 3, 128), 0, 1.0)
+        for ref in takewhile(lambda ref: ref.epoch < 2, order.chunks_from(ChunkId(0, 0))):
+            documents = order.documents(ref, source.chunks[ref.shard, ref.chunk])
+            for start, size in zip(documents.start, documents.size, strict=True):
+                seen[ref.epoch, documents.tokens[start : start + size].astype(int) - FIRST_ID] += 1
+    assert (seen == 1).all()
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(sources, min_size=1, max_size=2), st.sampled_from([2, 8, 40]), st.booleans(), st.integers(0, 99))
+def test_no_piece_is_twice_in_a_batch_before_its_source_has_been_through(corpora, num_streams, truncate, seed):
+    """Among the first N bins, a piece has one copy for each epoch of its source that a stream has begun."""
+    first, parts = FIRST_ID, []
+    vocab = FIRST_ID + sum(sum(map(sum, chunks)) for shards in corpora for chunks in shards)
+    for shards in corpora:
+        parts.append(SyntheticSource(shards, first_id=first, vocab_size=vocab))
+        first += parts[-1].tokens
+    corpus = synthetic.corpus_of(*parts, weights=np.random.default_rng(seed).random(len(parts)) + 0.1)
+    config = synthetic.config_of(corpus, 64, num_streams, lengths=[Length(32, 1.0)], truncate=truncate, seed=seed)
+    copies = np.zeros(vocab, dtype=int)
+    epochs = [0] * len(parts)
+    for stream in range(num_streams):
+        stream_id = StreamId(stream, num_streams, config.seed, config.bin_tokens)
+        buffer = PackingBuffer(corpus, stream_id, config.piece_options(0), ())
+        chosen = next_bin(buffer, config)
+        assert chosen is not None
+        np.add.at(copies, np.concatenate(chosen.parts), 1)
+        for number, cursor in enumerate(buffer.cursors):
+            if not cursor.chunks:
+                continue
+            order = SourceOrder(parts[number], stream_id, number, corpus.weights[number])
+            epochs[number] = max(epochs[number], order.epoch_of(cursor.chunks[-1].chunk_id.entry))
+    for part, epoch in zip(parts, epochs, strict=True):
+        assert copies[part.first_id : part.first_id + part.tokens].max() <= 1 + epoch
+
+
+@pytest.mark.parametrize(("num_shards", "chunks", "num_streams"), [(1, 100, 8), (24, 1, 24), (3, 8, 96), (1, 1, 8)])
+def test_shares_of_an_epoch_are_nearly_equal(num_shards, chunks, num_streams):
+    """So no stream begins the second epoch while another is in the first half of the first one."""
+    source = NumberedSource(num_shards, chunks, documents=400)
+    tokens = []
+    for stream in range(num_streams):
+        order = SourceOrder(source, StreamId(stream, num_streams, 3, 4096), 0, 1.0)
+        refs = takewhile(lambda ref: ref.epoch == 0, order.chunks_from(ChunkId(0, 0)))
+        tokens.append(sum(order.documents(ref, source.read_chunk(ref.shard, ref.chunk)).size.sum() for ref in refs))
+    assert sum(tokens) == source.tokens
+    assert min(tokens) >= 0.6 * np.mean(tokens)
+
+
+def test_a_small_source_of_a_mixture_has_no_copies_in_a_batch():
+    """24 shards of a mixture of 192 streams: with as few splits as shards, a batch had 8 copies of a document."""
+    large = NumberedSource(192, 4)
+    small = NumberedSource(24, 30, first_id=FIRST_ID + large.num_documents)
+    corpus = mixture_of(large, small, weights=(0.9, 0.1))
+    numbers = range(small.first_id, small.first_id + small.num_documents)
+    assert copies_in_batch(corpus, config_of(corpus, 192, 2048), numbers, count=3) == 1
+
+
+@pytest.mark.parametrize(("num_shards", "chunks", "bin_tokens"), [(24, 12, 1024), (300, 1, 1024), (3, 96, 1024)])
+def test_documents_have_other_bin_mates_in_the_next_epoch(num_shards, chunks, bin_tokens):
+    """When only shards were shuffled, 61 % of a document's bin-mates were so again. Chance is 0.1 %."""
+    source = NumberedSource(num_shards, chunks)
+    corpus = mixture_of(source)
+    assert repeated_binmates(corpus, config_of(corpus, 4, bin_tokens), source.num_documents) <= 0.01
+
+
+def test_chunks_are_read_once_where_there_are_enough():
+    """Only a source with fewer chunks than 4 for each stream is read more than once for one use."""
+    source = NumberedSource(24, 12)
+    corpus = mixture_of(source)
+    assert reads_per_chunk(corpus, config_of(corpus, 4, 1024), 2 * source.tokens) == pytest.approx(1, abs=0.15)
+
+
+def test_few_documents_make_fewer_splits_than_streams():
+    splits = cut_into_splits(SyntheticSource([[[5, 6], [7]]]), 1000)
+    assert (splits.shard.tolist(), splits.first.tolist(), splits.part.tolist()) == ([0, 0, 0], [0, 0, 1], [0, 1, 0])
+
+
+def test_epochs_differ_and_their_groups_end_with_them():
+    source = NumberedSource(10, 1, documents=4)
+    order = SourceOrder(source, StreamId(0, 1, 3, 64), 0, 1.0)
+    entries, entry = [], 0
+    while order.epoch_of(entry) < 3:
+        group = order.group(entry)
+        assert {order.epoch_of(e) for e in group} == {order.epoch_of(entry)}
+        assert all(order.group(e) == group for e in group)
+        entries.append((order.epoch_of(entry), order.chunks_of(group)[:, 0].tolist()))
+        entry = group.stop
+    epochs = [[n for e, shards in entries if e == epoch for n in shards] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
