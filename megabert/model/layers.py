@@ -217,7 +217,7 @@ class Encoder(Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute every slot of (B, S), as an encoder without unpadding does; then return the real tokens."""
         padded = as_rows(sequences)
-        slots = row_slots(sequences)
+        slots = row_slots(sequences, hidden.shape[0])
         num_slots = (len(padded.cu_seqlens) - 1) * padded.max_seqlen
         hidden = spread(hidden, slots, num_slots)
         attend = self._plan(padded, hidden)
