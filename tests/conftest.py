@@ -58,6 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("triton") and find_spec("triton") is None:
             item.add_marker(pytest.mark.skip(reason="needs Triton: bash launch/install.sh dev,kernels"))
+        if item.get_closest_marker("compiler") and shutil.which("g++") is None:
+            item.add_marker(pytest.mark.skip(reason="needs a C++ compiler: apt-get install g++"))
         if item.get_closest_marker("peft") and find_spec("peft") is None:
             item.add_marker(pytest.mark.skip(reason="needs peft: pip install peft"))
         for mark, packages in PREPARATION.items():

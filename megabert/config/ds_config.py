@@ -165,6 +165,8 @@ class DsConfig:
                 )
         settings: dict[str, Any] = _supported(self.settings, self.path) | from_recipe
         settings["torch_autocast"] = {"enabled": False} | settings.get("torch_autocast", {})
+        # DeepSpeed's default makes the host wait for the device twice in every micro-batch.
+        settings["timers"] = {"throughput": {"enabled": False}} | settings.get("timers", {})
         if settings["torch_autocast"]["enabled"] == "auto":
             settings["torch_autocast"]["enabled"] = fast_bf16
         resolved = ResolvedDsConfig(settings)

@@ -49,15 +49,16 @@ class PackedBatch:
     """One packed and masked bin. All bins of a phase have the same shapes.
 
     buffer: int32, the storage of all tensors, so that one copy moves a batch between processes or to the device.
-    max_seqlen: longest piece of the phase, the same for all its bins. index: the bin's global index. num_masked: labels
-    in use. num_tokens: real tokens, specials counted, filler not. sum_squared_lengths: over real pieces, for counting
-    the FLOPs of attention.
+    max_seqlen: longest piece of the phase, the same for all its bins. index: the bin's global index. num_documents:
+    places of cu_seqlens in use, filler counted. num_masked: labels in use. num_tokens: real tokens, specials counted,
+    filler not. sum_squared_lengths: over real pieces, for counting the FLOPs of attention.
     """
 
     buffer: torch.Tensor
     shapes: Shapes
     max_seqlen: int
     index: int
+    num_documents: int
     num_masked: int
     num_tokens: int
     sum_squared_lengths: int
@@ -103,7 +104,8 @@ class PackedBatch:
         """Return the keyword arguments of the model's forward, on its device."""
         buffer = self.buffer.to(device, non_blocking=True)
         parts = self.shapes.parts().items()
-        return {name: buffer[begin : begin + size] for name, (begin, size) in parts} | {"max_seqlen": self.max_seqlen}
+        tensors = {name: buffer[begin : begin + size] for name, (begin, size) in parts}
+        return tensors | {"max_seqlen": self.max_seqlen, "num_documents": self.num_documents}
 
 
 class Bin(NamedTuple):
@@ -153,6 +155,7 @@ def lay_out(
         shapes=shapes,
         max_seqlen=max_seq_len,
         index=index,
+        num_documents=len(lengths),
         num_masked=count,
         num_tokens=num_tokens,
         sum_squared_lengths=int(np.dot(chosen.lengths, chosen.lengths)),

@@ -38,6 +38,17 @@ def cut(lengths: np.ndarray, max_seq_len: int, truncate: bool) -> Pieces:
     return Pieces(document, start, size)
 
 
+def pieces_per_token(lengths: np.ndarray, documents: np.ndarray, max_seq_len: int, truncate: bool) -> float:
+    """Return how many pieces cut() makes per token of the pieces, specials counted; 0.0 without documents.
+
+    lengths: raw tokens, also fractions; documents: how many documents have each of them.
+    """
+    room = max_seq_len - SPECIALS_PER_PIECE
+    counts = np.minimum(np.ceil(lengths / room), 1) if truncate else np.ceil(lengths / room)
+    tokens = (np.minimum(lengths, room) if truncate else lengths) + SPECIALS_PER_PIECE * counts
+    return float(documents @ counts) / max(1.0, float(documents @ tokens))
+
+
 def choose_pieces(lengths: np.ndarray, capacity: int, max_pieces: int, max_seq_len: int) -> np.ndarray:
     """Choose the pieces of one bin from those waiting: the oldest first, then the ones that fill the end best.
 

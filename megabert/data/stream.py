@@ -11,6 +11,7 @@ The stages of a stream are generators, each of which consumes the one before:
 """
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -27,7 +28,7 @@ from megabert.data.batch import Bin, PackedBatch, Shapes, lay_out
 from megabert.data.chunk_pieces import PieceOptions
 from megabert.data.masking import masked_count
 from megabert.data.order import StreamId
-from megabert.data.packing import SPECIALS_PER_PIECE
+from megabert.data.packing import SPECIALS_PER_PIECE, pieces_per_token
 from megabert.data.packing_buffer import PackingBuffer, SourcePosition
 from megabert.data.schedule import BatchSchedule, Length, MaskingRate, make_schedule
 from megabert.data.shards.manifest import TokenizerInfo
@@ -134,12 +135,13 @@ class StreamConfig:
 
     def __post_init__(self):
         for stage in self.schedule.stages:
-            least = -(-2 * self.bin_tokens // stage.max_seq_len)  # filler may need half of them
+            # A bin of the longest pieces has T / S; each shorter piece needs a part of a place more.
+            least = -(-5 * self.bin_tokens // (4 * stage.max_seq_len))
             most = self.max_documents[stage.max_seq_len]
             if most < least:
                 raise ValueError(
                     f"data.max_documents is {most}, expected at least {least}: "
-                    f"twice the {self.bin_tokens} tokens in pieces of {stage.max_seq_len}."
+                    f"1.25 times the {self.bin_tokens} tokens in pieces of {stage.max_seq_len}."
                 )
 
     def shapes(self, max_seq_len: int) -> Shapes:
@@ -157,8 +159,24 @@ def philox(seed: int, purpose: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def default_max_documents(corpus: Corpus, bin_tokens: int, max_seq_len: int) -> int:
-    """Return D_max: four times the pieces of median length that fill a bin, so that few bins reach it."""
+def default_max_documents(corpus: Corpus, bin_tokens: int, max_seq_len: int, truncate: bool) -> int:
+    """Return D_max: the pieces of a bin by the corpus's lengths, and room for chance, so that few bins reach it.
+
+    Of several sources the one with the shortest pieces counts, because a bin may be full of them.
+    """
+    known = [source.document_lengths() for source in corpus.sources]
+    lengths = [item for item in known if item is not None]
+    if len(lengths) < len(known):
+        return four_medians(corpus, bin_tokens, max_seq_len)
+    # At least the pieces of a bin without one short piece: a sample may have no document.
+    rate = max(1 / max_seq_len, *(pieces_per_token(*item, max_seq_len, truncate) for item in lengths))
+    mean = bin_tokens * rate
+    # Pieces of different lengths: their number in a bin varies by up to about its square root.
+    return math.ceil(mean + max(mean / 4, 4 * math.sqrt(mean)))
+
+
+def four_medians(corpus: Corpus, bin_tokens: int, max_seq_len: int) -> int:
+    """Return D_max of corpora without a histogram of lengths, and of runs whose checkpoints do not record it."""
     median = min(corpus.median_document_tokens + SPECIALS_PER_PIECE, max_seq_len)
     return -(-4 * bin_tokens // max(SPECIALS_PER_PIECE + 1, median))
 

@@ -9,7 +9,7 @@ checkpoints/step-00000250/              exists only when complete
     MANIFEST.json                       size and sha256 of every file above
 
 format_version of state.json counts changes of all files but streams.json. 1: files without this key, see
-`_from_version_1`.
+`_from_version_1`. 2: without max_documents.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ STATE = "state.json"
 STREAMS = "streams.json"
 TAG = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Settings of the recipe that readers of a checkpoint use.
 NEEDED_SETTINGS = (("data", "max_seq_len"), ("optimizer", "name"))
 # Keys of version 1 that have other names now.
@@ -81,6 +81,8 @@ class State:
     """[first, last) ranges of bins that rollbacks skipped"""
     heldout_loss: float | None = None
     """nats per masked token, if measured at this step"""
+    max_documents: dict[int, int] | None = None
+    """most pieces in one bin, by max_seq_len; None before version 3"""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -135,7 +137,7 @@ def read_state(folder: Path) -> State:
     path = folder / STATE
     raw = read_json(path)
     version = raw.get("format_version", 1)
-    if version not in (1, FORMAT_VERSION):
+    if version not in range(1, FORMAT_VERSION + 1):
         raise ValueError(
             f"{path}: has format_version {version!r}, this MegaBERT reads versions 1 to {FORMAT_VERSION}. "
             "Use the MegaBERT that wrote this checkpoint, or a newer one."

@@ -364,9 +364,8 @@ def plan_triton(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> A
     """Plan as in model/attention.py: cut the tiles once for all layers, without synchronising with the device."""
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head size {head_dim}: the Triton attention computes {HEAD_DIMS}. Use run.ops torch.")
-    cu_seqlens, longest, num_keys = sequences
-    cu_seqlens = cu_seqlens.contiguous()
-    short = longest <= SHORT and head_dim <= 64
+    cu_seqlens, num_keys = sequences.cu_seqlens.contiguous(), sequences.num_keys
+    short = sequences.max_seqlen <= SHORT and head_dim <= 64
 
     # By rows. Not functools.cache, which torch.compile cannot trace.
     tiles_by_rows: dict[int, Tensor] = {}

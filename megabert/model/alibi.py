@@ -10,7 +10,7 @@ def alibi_slopes(num_heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the slopes (H,): 2^(-8/n), 2^(-16/n), ... for n a power of two.
 
     For any other n: the slopes of the next lower power of two, then every other slope of the next higher one, as in the
-    authors' code. Not cached: a cached tensor that torch.export creates while tracing is useless outside the trace.
+    authors' code.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]

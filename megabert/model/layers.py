@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .alibi import alibi_slopes
 from .attention import Attend, Planner, plan_as_configured
 from .configuration_megabert import MegaBertConfig
+from .inputs import in_one_graph
 from .ops import TORCH_OPS, MaskedLoss, Ops
 from .padding import Sequences, Tokens, as_rows, row_slots, spread
 
@@ -162,6 +163,7 @@ class Encoder(Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         # Recompute the activations of every k-th layer in the backward pass; 0 for none.
         self.checkpoint_every = 0
+        self.slopes: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
     @property
@@ -200,12 +202,20 @@ class Encoder(Module):
         return hidden, states if every_layer else []
 
     def _plan(self, sequences: Sequences, hidden: Tensor) -> Attend:
-        slopes = None
-        if self.config.position == "alibi":
-            # Kernels take fp32 slopes; an fp64 model computes in fp64 throughout.
-            dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-            slopes = alibi_slopes(self.config.num_attention_heads, dtype).to(hidden.device)
+        slopes = self._slopes(hidden) if self.config.position == "alibi" else None
         return self.planner(sequences, slopes, self.config.head_dim)
+
+    def _slopes(self, hidden: Tensor) -> Tensor:
+        """Return ALiBi's slopes (H,) on the device of hidden: copying them in every pass would wait for it."""
+        # Kernels take fp32 slopes; an fp64 model computes in fp64 throughout.
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        num_heads, key = self.config.num_attention_heads, (dtype, hidden.device)
+        if in_one_graph():  # a tensor of a trace is useless outside it, and one from outside is a constant in it
+            return alibi_slopes(num_heads, dtype).to(hidden.device)
+        if key not in self.slopes:
+            with torch.inference_mode(False):  # a tensor of inference mode would be useless in training
+                self.slopes[key] = alibi_slopes(num_heads, dtype).to(hidden.device)
+        return self.slopes[key]
 
     def _run(self, index: int, layer: nn.Module, hidden: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
         if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
@@ -217,7 +227,7 @@ class Encoder(Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute every slot of (B, S), as an encoder without unpadding does; then return the real tokens."""
         padded = as_rows(sequences)
-        slots = row_slots(sequences)
+        slots = row_slots(sequences, hidden.shape[0])
         num_slots = (len(padded.cu_seqlens) - 1) * padded.max_seqlen
         hidden = spread(hidden, slots, num_slots)
         attend = self._plan(padded, hidden)

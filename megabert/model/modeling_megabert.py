@@ -171,14 +171,16 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
         max_seqlen: int,
         masked_positions: Tensor,
         masked_labels: Tensor,
+        num_documents: int | None = None,
     ) -> MaskedLoss:
         """Compute the training loss: the end of the last layer, the head and the loss are on masked tokens only.
 
         input_ids, position_ids: (T,); cu_seqlens: (B + 1,); masked_positions: (M,) indices into T;
-        masked_labels: (M,), IGNORE_INDEX where a position is unused. Returns sums, not means.
+        masked_labels: (M,), IGNORE_INDEX where a position is unused; num_documents: all later documents are empty.
+        Returns sums, not means.
         """
         check_shape("masked_labels", masked_labels, tuple(masked_positions.shape), "the shape of masked_positions")
-        tokens = Tokens(input_ids, position_ids, None, Sequences(cu_seqlens, max_seqlen))
+        tokens = Tokens(input_ids, position_ids, None, Sequences(cu_seqlens, max_seqlen, num_documents=num_documents))
         hidden, _ = self.bert.encode(tokens, rows=masked_positions.long())
         return self.decoder(self.transform(hidden), masked_labels)
 
@@ -203,7 +205,7 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
         """
         if masked_positions is not None:
             batch: Any = (input_ids, position_ids, cu_seqlens, max_seqlen, masked_positions, kwargs["masked_labels"])
-            return self.masked_loss(*batch)
+            return self.masked_loss(*batch, num_documents=kwargs.get("num_documents"))
         given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
         tokens = self._read(Inputs(*given), kwargs)
         hidden, states = self.bert.encode(tokens, every_layer=self._every_layer(output_hidden_states))

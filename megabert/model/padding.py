@@ -19,11 +19,13 @@ class Sequences(NamedTuple):
     max_seqlen: an upper bound on the longest document, in tokens.
     num_keys: None, or (B,) int32: every document occupies max_seqlen slots, of which the first num_keys hold real
         tokens; the rest is padding that is computed but never attended to.
+    num_documents: None, or a number of documents after which all others are empty.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     num_keys: Tensor | None = None
+    num_documents: int | None = None
 
 
 class Unpadded(NamedTuple):
@@ -88,20 +90,25 @@ def repad(values: Tensor, indices: Tensor, batch_size: int, length: int) -> Tens
     return spread(values, indices, batch_size * length).view(batch_size, length, *values.shape[1:])
 
 
-def row_slots(sequences: Sequences) -> Tensor:
+def row_slots(sequences: Sequences, num_tokens: int) -> Tensor:
     """Return each token's slot in rows of max_seqlen slots: document * max_seqlen + position in the document.
 
-    Returns (T,) int64. Needs cu_seqlens[-1] == T.
+    num_tokens: T, which cu_seqlens[-1] must equal; reading that on a GPU would wait for it. Returns (T,) int64.
     """
     cu_seqlens, length = sequences.cu_seqlens.long(), sequences.max_seqlen
-    token = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    token = torch.arange(num_tokens, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens, token, right=True) - 1
     return document * length + token - cu_seqlens[document]
 
 
 def as_rows(sequences: Sequences) -> Sequences:
-    """Describe the same documents laid out as padded rows of max_seqlen slots each."""
+    """Describe the same documents laid out as padded rows of max_seqlen slots each, without those after num_documents.
+
+    A packed batch has a fixed number of places for documents. Rows for unused places would cost as much as real ones.
+    """
     cu_seqlens, length = sequences.cu_seqlens, sequences.max_seqlen
+    if sequences.num_documents is not None:
+        cu_seqlens = cu_seqlens[: sequences.num_documents + 1]
     lengths = cu_seqlens.diff()
     rows = torch.arange(len(lengths) + 1, device=cu_seqlens.device, dtype=torch.int32) * length
     return Sequences(rows, length, num_keys=lengths)

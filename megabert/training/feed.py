@@ -11,7 +11,8 @@ from megabert.data.batch import PackedBatch
 from megabert.data.masking import masked_count
 from megabert.data.shards.cache import CacheOptions
 from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus
-from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, open_loader
+from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, four_medians, open_loader
+from megabert.files.checkpoint_format import State
 from megabert.training.schedule import RunSchedule
 
 
@@ -95,15 +96,30 @@ def open_corpora(data: DataConfig) -> tuple[Corpus, Corpus]:
     return corpus, held_out
 
 
-def stream_config(recipe: Recipe, schedule: RunSchedule, corpus: Corpus, num_streams: int) -> StreamConfig:
-    """The shapes of a batch, from the recipe and the corpus."""
+def choose_max_documents(data: DataConfig, corpus: Corpus, saved: State | None) -> dict[int, int]:
+    """Choose the most pieces of a bin, for each max_seq_len of the run. saved: of a resumed run, which keeps its bins.
+
+    A bin that has that many pieces would have others with another number.
+    """
+    lengths, tokens, truncate = (
+        [length for length, _ in data.lengths],
+        data.micro_batch_tokens,
+        data.documents == "truncate",
+    )
+    if data.max_documents != "auto":
+        return dict.fromkeys(lengths, data.max_documents)
+    if saved is None:
+        return {length: default_max_documents(corpus, tokens, length, truncate) for length in lengths}
+    if saved.max_documents is None:
+        return {length: four_medians(corpus, tokens, length) for length in lengths}
+    return saved.max_documents
+
+
+def stream_config(
+    recipe: Recipe, schedule: RunSchedule, max_documents: dict[int, int], num_streams: int
+) -> StreamConfig:
+    """The shapes of a batch. max_documents: from `choose_max_documents`."""
     data, masking = recipe.data, schedule.masking
-    max_documents = {
-        length: default_max_documents(corpus, data.micro_batch_tokens, length)
-        if data.max_documents == "auto"
-        else data.max_documents
-        for length, _ in data.lengths
-    }
     return StreamConfig(
         bin_tokens=data.micro_batch_tokens,
         schedule=schedule.stages,

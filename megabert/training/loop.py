@@ -17,7 +17,7 @@ from megabert.data.stream import DROPOUT, Position, philox
 from megabert.files.atomic import write_atomically
 from megabert.training.checkpointing import resume
 from megabert.training.checkpointing.writer import set_aside_after
-from megabert.training.distributed.device import peak_memory_bytes
+from megabert.training.distributed.device import peak_memory_bytes, to_device
 from megabert.training.distributed.process import init_distributed
 from megabert.training.distributed.signals import EXIT_REQUEUE, PEER_REASON, StopRequested, StopSignals
 from megabert.training.distributed.watchdog import PeerWatchdog
@@ -151,7 +151,7 @@ def sum_masked(run: Run, loaded: list[tuple[PackedBatch, int, Position]] | None)
     The host waits for the result. That costs nothing: at this moment the device has no work left.
     """
     counts = [float(sum(batch.num_masked for batch, _, _ in loaded or [])), float(loaded is None)]
-    total, without_batches = packed = torch.tensor(counts, device=run.engine.device)
+    total, without_batches = packed = to_device(counts, torch.float32, run.engine.device)
     deepspeed.comm.all_reduce(packed)
     # A batch without a masked token has a loss of 0, not 0 / 0.
     return None if without_batches.item() else total.clamp(min=1)
@@ -173,7 +173,7 @@ def sync_step(run: Run, batches: list[PackedBatch], before: dict[int, Position],
     wall_seconds = state.time_budget.elapsed() if run.plan.rank == 0 else 0.0
     squared_lengths = sum(batch.sum_squared_lengths for batch in batches)
     own = [tokens, slots, squared_lengths, stop_requested, save_failed, wall_seconds]
-    packed = torch.cat([sums, torch.tensor(own, dtype=torch.float64, device=run.engine.device)])
+    packed = torch.cat([sums, to_device(own, torch.float64, run.engine.device)])
     with meter.timer.time("agree"):
         deepspeed.comm.all_reduce(packed)
     *counts, any_stop, any_failure, wall_seconds = packed.tolist()  # waits for the device
@@ -226,6 +226,7 @@ def roll_back(run: Run) -> None:
             f"{skipped} updates in a row were skipped, for the {MAX_ROLLBACKS + 1}th time after {path}, so the data is "
             f"not the cause. Lower optimizer.lr, or look at {SKIPPED}."
         )
+    run.gate.detach()
     run.engine.destroy()
     del run.engine
     gc.collect()
@@ -265,15 +266,15 @@ def report(run: Run, lr: float) -> None:
         "seconds": state.seconds,
         "tokens_per_s": meter.tokens / seconds,
         "tokens_per_s_per_rank": meter.tokens / seconds / world_size,
-        "slowest_rank": ranks[:, 0].min().item(),
-        "fastest_rank": ranks[:, 0].max().item(),
+        "slowest_rank": min(speed for speed, _ in ranks),
+        "fastest_rank": max(speed for speed, _ in ranks),
         "seconds_per_step": seconds / steps,
         "fill": meter.tokens / max(1.0, meter.slots),
         "loader_wait": parts["data"] / seconds,
         **{f"time/{part}": spent / steps for part, spent in parts.items()},
         "memory_gb": peak_memory_bytes(run.engine.device) / 1e9,
         **mfu,
-        "skipped_chunks": ranks[:, 1].sum().item(),
+        "skipped_chunks": sum(skipped for _, skipped in ranks),
     }
     if run.reporter is not None and meter.steps:
         if state.time_budget.limit is not None:
@@ -283,12 +284,12 @@ def report(run: Run, lr: float) -> None:
     meter.reset()
 
 
-def gather_ranks(plan: RunPlan, own: list[float], device: torch.device) -> torch.Tensor:
-    """Gather a few numbers from every rank: (ranks, numbers), fp64."""
+def gather_ranks(plan: RunPlan, own: list[float], device: torch.device) -> list[list[float]]:
+    """Gather a few numbers from every rank. The host waits for them once."""
     table = torch.zeros(plan.world_size, len(own), dtype=torch.float64, device=device)
-    table[plan.rank] = torch.tensor(own, dtype=torch.float64)
+    table[plan.rank] = to_device(own, torch.float64, device)
     deepspeed.comm.all_reduce(table)
-    return table
+    return table.tolist()
 
 
 def evaluate_held_out(run: Run) -> None:

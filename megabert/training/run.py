@@ -21,7 +21,7 @@ from megabert.training.distributed.signals import StopSignals
 from megabert.training.distributed.sync import broadcast_from_rank0, check_shared_folder, lock_output_dir
 from megabert.training.engine import model_of, start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, open_held_out
-from megabert.training.feed import Feed, open_corpora, stream_config
+from megabert.training.feed import Feed, choose_max_documents, open_corpora, stream_config
 from megabert.training.optim.guard import Guard, UpdateGate
 from megabert.training.plan import RunPlan
 from megabert.training.telemetry import probe, trackers
@@ -118,6 +118,7 @@ class Run:
             max_step_seconds=state.time_budget.max_step,
             world_size=plan.world_size,
             num_streams=self.feed.config.num_streams,
+            max_documents=self.feed.config.max_documents,
             step_batches=plan.schedule.step_batches,
             total_steps=plan.schedule.total_steps,
             corpus=self.feed.corpus.fingerprint,
@@ -186,13 +187,14 @@ def open_inputs(recipe: Recipe) -> tuple[Corpus, Corpus]:
 
 
 def make_feed(plan: RunPlan, corpus: Corpus, checkpoint: Checkpoint | None) -> Feed:
-    """Make this rank's feed. A resumed run has as many data streams as before, on any number of ranks."""
+    """Make this rank's feed. A resumed run has as many data streams as before, on any number of ranks, and its bins."""
     data = plan.recipe.data
     saved = checkpoint.state.num_streams if checkpoint else None
     num_streams = choose_streams(data.ranks, data.num_workers, plan.world_size, saved)
+    max_documents = choose_max_documents(data, corpus, checkpoint.state if checkpoint else None)
     return Feed(
         corpus,
-        stream_config(plan.recipe, plan.schedule, corpus, num_streams),
+        stream_config(plan.recipe, plan.schedule, max_documents, num_streams),
         rank=plan.rank,
         world_size=plan.world_size,
         num_workers=data.num_workers,

@@ -48,7 +48,7 @@ def config_of(corpus: Corpus, cap: int = CAP, bin_tokens: int = T, num_streams: 
     return StreamConfig(
         bin_tokens=bin_tokens,
         schedule=make_schedule(1_000_000, num_streams, [Length(cap, 1.0)]),
-        max_documents={cap: default_max_documents(corpus, bin_tokens, cap)},
+        max_documents={cap: default_max_documents(corpus, bin_tokens, cap, False)},
         max_masked=masked_count(bin_tokens, 0.3),
         masking=MaskingRate.constant(0.3),
         truncate=False,

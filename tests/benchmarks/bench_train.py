@@ -136,7 +136,7 @@ def contenders_of(name: str, row: Row, quick: bool) -> list[Contender]:
     """
     chosen = [ours("mosaicbert", row), hf_bert(row), hf_modernbert(row)]
     if name == "base_128":
-        chosen.append(ours("bert", row))
+        chosen.append(ours("bert, unpadded", row))
     if not quick:
         chosen.append(hf_bert(row, attention_dropout=0.0))
     if name == "mini_128" and not quick:

@@ -31,6 +31,15 @@ def test_the_ds_configs_differ_only_in_zero_optimization():
     assert len({json.dumps(raw, sort_keys=True) for raw in rest.values()}) == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "enabled"), [({}, False), ({"timers": {}}, False), ({"timers": {"throughput": {"enabled": True}}}, True)]
+)
+def test_deepspeeds_timer_which_waits_for_the_device_is_off_unless_it_is_asked_for(given, enabled):
+    assert resolve(given).settings["timers"]["throughput"]["enabled"] is enabled
+    for path in FOLDER.glob("*.json"):
+        assert read_ds_config(path).settings["timers"] == {"throughput": {"enabled": False}}
+
+
 def keys(kind: type, above: str = "") -> Iterator[str]:
     """Yield the dotted name of every setting of a ds_config that is supported."""
     for name, type_ in get_type_hints(kind).items():

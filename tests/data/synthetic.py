@@ -108,7 +108,10 @@ def config_of(
     return StreamConfig(
         bin_tokens=bin_tokens,
         schedule=schedule,
-        max_documents={length: default_max_documents(corpus, bin_tokens, length) for length, _ in lengths},
+        max_documents={
+            length: default_max_documents(corpus, bin_tokens, length, changes.get("truncate", False))
+            for length, _ in lengths
+        },
         max_masked=masked_count(bin_tokens, probability),
         masking=changes.get("masking", MaskingRate.constant(probability)),
         truncate=changes.get("truncate", False),
@@ -137,6 +140,6 @@ def same(first: PackedBatch, second: PackedBatch) -> bool:
     if first.__getstate__().keys() != second.__getstate__().keys():
         return False
     names = first.shapes.parts()
-    plain = ("shapes", "max_seqlen", "index", "num_masked", "num_tokens", "sum_squared_lengths")
+    plain = ("shapes", "max_seqlen", "index", "num_documents", "num_masked", "num_tokens", "sum_squared_lengths")
     tensors = all(getattr(first, name).equal(getattr(second, name)) for name in names)
     return tensors and all(getattr(first, name) == getattr(second, name) for name in plain)

@@ -1,10 +1,11 @@
 """Packing: cutting documents into pieces and choosing the pieces of a bin."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megabert.data.packing import SPECIALS_PER_PIECE, choose_pieces, cut, filler_lengths
+from megabert.data.packing import SPECIALS_PER_PIECE, choose_pieces, cut, filler_lengths, pieces_per_token
 
 lengths_of_documents = st.lists(st.integers(0, 2000), min_size=1, max_size=50)
 
@@ -65,3 +66,11 @@ def test_bins_are_full_for_real_lengths():
 def test_filler_is_cut_into_sequences():
     assert filler_lengths(300, 128).tolist() == [128, 128, 44]
     assert filler_lengths(0, 128).tolist() == []
+
+
+@given(st.lists(st.integers(0, 900), max_size=20), st.integers(3, 300), st.booleans())
+def test_pieces_per_token_counts_what_cut_makes(lengths, max_seq_len, truncate):
+    lengths = np.array(lengths, np.int64)
+    pieces = cut(lengths, max_seq_len, truncate)
+    expected = len(pieces.size) / max(1, pieces.size.sum() + SPECIALS_PER_PIECE * len(pieces.size))
+    assert pieces_per_token(lengths, np.ones(len(lengths)), max_seq_len, truncate) == pytest.approx(expected)

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megabert.data.order import ChunkId, SourceOrder, StreamId
+from data_prep.writing.length_statistics import LONGEST_COUNTED, summarize
 from megabert.data.packing import SPECIALS_PER_PIECE
 from megabert.data.schedule import Length
 from megabert.data.shards.source import Corpus, DamagedShardError
@@ -17,7 +18,9 @@ from megabert.data.stream import (
     BatchStream,
     Position,
     StreamConfig,
+    default_max_documents,
     filler_batch,
+    four_medians,
     held_out_batches,
     open_loader,
     open_stream,
@@ -453,8 +456,30 @@ def test_ranks_must_divide_every_step(corpus):
 
 def test_max_documents_has_a_minimum(corpus):
     config = config_of(corpus)
-    with pytest.raises(ValueError, match="max_documents is 4, expected at least 8"):
+    with pytest.raises(ValueError, match="max_documents is 4, expected at least 5"):
         StreamConfig(**(vars(config) | {"max_documents": {32: 4}}))
+
+
+@pytest.mark.parametrize(
+    ("truncate", "bin_tokens", "most"), [(True, 14_720, 190), (False, 14_720, 194), (False, 1024, 23)]
+)
+def test_places_for_documents_suffice_and_are_few(truncate, bin_tokens, most):
+    """Lengths as of web documents: the places that the histogram gives suffice for nearly every bin, and fill it."""
+    rng = np.random.default_rng(4)
+    lengths = np.clip(rng.lognormal(5.0, 1.0, 6000), 3, 4000).astype(int)
+    source = SyntheticSource([[part.tolist()] for part in lengths.reshape(24, -1)])
+    corpus = corpus_of(source)
+    assert default_max_documents(corpus, bin_tokens, 128, truncate) == four_medians(corpus, bin_tokens, 128)
+    counts = np.bincount(lengths, minlength=LONGEST_COUNTED + 1)
+    source.manifest.statistics.update(summarize(counts, int(lengths.sum()), "tokens", len(lengths)))
+    config = config_of(corpus, bin_tokens, 1, lengths=[Length(128, 1.0)], step_batches=1, truncate=truncate)
+    assert config.max_documents == {128: most}
+    batches = [batch for batch, _, _ in rank_batches(corpus, config, 60)]
+    assert sum(batch.num_documents == most for batch in batches) <= 1
+    assert np.mean([batch.num_tokens for batch in batches]) > 0.99 * bin_tokens
+    for batch in batches:
+        assert (batch.cu_seqlens.diff() > 0).sum() == batch.num_documents
+        assert batch.cu_seqlens[batch.num_documents] == bin_tokens
 
 
 EXITING = """

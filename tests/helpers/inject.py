@@ -1,19 +1,26 @@
 """Run launch/pretrain.py with a fault: multiply the loss of some bins by a factor, or add to it, as bad data would.
 
+It also prints how many optimizers are in memory when a rollback builds its engine.
+
 INJECT='{"bins": [6, 7], "factor": "nan", "added": 0}' python tests/helpers/inject.py ...
 """
 
+import gc
 import json
 import os
 import runpy
+import sys
 from pathlib import Path
+
+import torch
 
 from megabert.data.batch import PackedBatch
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.training import loop
 
 FAULT = json.loads(os.environ["INJECT"])
 current = -1
-inputs, loss = PackedBatch.model_inputs, MegaBertForMaskedLM.masked_loss
+inputs, loss, start = PackedBatch.model_inputs, MegaBertForMaskedLM.masked_loss, loop.start_engine
 
 
 def model_inputs(batch: PackedBatch, device):
@@ -30,6 +37,14 @@ def masked_loss(model, *args, **options):
     return output
 
 
+def start_engine(*arguments):
+    optimizers = sum(isinstance(found, torch.optim.Optimizer) for found in gc.get_objects())
+    sys.stdout.write(f"optimizers before the rollback's engine: {optimizers}\n")
+    sys.stdout.flush()
+    return start(*arguments)
+
+
+loop.start_engine = start_engine
 PackedBatch.model_inputs = model_inputs
 MegaBertForMaskedLM.masked_loss = masked_loss
 runpy.run_path(str(Path(__file__).parents[2] / "launch/pretrain.py"), run_name="__main__")

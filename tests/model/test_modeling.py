@@ -155,6 +155,18 @@ def test_masked_rows_give_the_loss_and_gradients_of_all_rows():
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-10, msg=name)
 
 
+def test_slopes_are_made_once_and_serve_training_after_inference_mode():
+    model = small_model()
+    inputs = packed(documents())
+    with torch.inference_mode():
+        model(**inputs)
+    (first,) = model.bert.encoder.slopes.values()
+    model(**inputs).logits.sum().backward()
+    assert model.bert.encoder.slopes == {(torch.float64, torch.device("cpu")): first}
+    model.float()(**inputs)
+    assert len(model.bert.encoder.slopes) == 2
+
+
 def test_every_head_runs_on_padded_rows():
     inputs = padded(documents())
     batch, length = inputs["input_ids"].shape

@@ -197,6 +197,25 @@ def test_the_padded_baseline_computes_its_padding(padding):
     assert linear == 2 * (in_layers + in_head)
 
 
+def test_the_padded_baseline_computes_no_rows_for_unused_places_of_documents():
+    """A trainer's batch has more places than documents, all later ones empty; num_documents says where they begin."""
+    model = small_model(padding="padded", **BERT)
+    exact = packed(documents())
+    tokens = len(exact["input_ids"])
+    rows = torch.arange(0, tokens, 3)
+    batch = exact | {"position_ids": torch.arange(tokens) % 12, "masked_positions": rows, "masked_labels": rows}
+    unused = torch.full((20,), tokens, dtype=torch.int32)
+    with_places = batch | {"cu_seqlens": torch.cat([batch["cu_seqlens"], unused]), "num_documents": len(documents())}
+
+    def loss_and_flops(inputs: dict) -> tuple[torch.Tensor, int]:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            return model(**inputs).loss_sum, counter.get_total_flops()
+
+    (expected, needed), (got, computed) = loss_and_flops(batch), loss_and_flops(with_places)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    assert computed == needed > 0
+
+
 def test_the_last_layer_and_the_head_compute_masked_rows_only():
     model, inputs = small_model(), packed(documents())
     rows = torch.tensor([0, 3, 9, 20], dtype=torch.int32)

@@ -1,5 +1,6 @@
 """Training on mixtures, with changing lengths, on text, from pipes, and on damaged shards."""
 
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ from data_prep import write_shards
 from megabert.config.parser import RecipeParser
 from megabert.config.recipe import DataConfig, LengthPhase
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
-from megabert.files.checkpoint_format import read_state
+from megabert.data.shards.source import open_corpus
+from megabert.data.stream import four_medians
+from megabert.files.checkpoint_format import State, read_state
+from megabert.training.feed import choose_max_documents
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.runs import TINY, Corpus, last_of_each, patched, pretrain_command, run_command
 
@@ -163,3 +167,41 @@ def test_training_under_a_long_tmpdir_has_batches(corpus: Corpus, tmp_path):
     done = run_command(command, timeout_s=120, TMPDIR=str(folder))
     assert done.code == 0, done.output
     assert len(recorded(tmp_path / "run", "loss")) == 3
+
+
+def test_a_resumed_run_keeps_the_places_for_documents_of_its_bins(corpus: Corpus):
+    opened = open_corpus([(str(corpus.tokens), 1.0)])
+    data = DataConfig(train=str(corpus.tokens), max_seq_len=32, micro_batch_tokens=1024)
+    first = choose_max_documents(data, opened, None)
+    assert 40 <= first[32] <= 64
+    saved = State(**dict.fromkeys(field.name for field in dataclasses.fields(State)) | {"max_documents": {32: 99}})
+    assert choose_max_documents(data, opened, saved) == {32: 99}
+    before_version_3 = dataclasses.replace(saved, max_documents=None)
+    assert choose_max_documents(data, opened, before_version_3) == {32: four_medians(opened, 1024, 32)} != first
+    assert choose_max_documents(dataclasses.replace(data, max_documents=70), opened, saved) == {32: 70}
+
+
+# Prints the tokens that the layer computes in each forward pass, and the slots that the bin's documents need.
+COUNT_SLOTS = """
+from megabert.data.batch import PackedBatch
+from megabert.model.layers import Block
+forward, inputs = Block.forward, PackedBatch.model_inputs
+def counting(block, hidden, *arguments):
+    print("SLOTS", hidden.shape[0], flush=True)
+    return forward(block, hidden, *arguments)
+def showing(batch, device):
+    print("BIN", int((batch.cu_seqlens.diff() > 0).sum()) * batch.max_seqlen, flush=True)
+    return inputs(batch, device)
+Block.forward, PackedBatch.model_inputs = counting, showing
+"""
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.nightly), 3])
+def test_a_padded_baseline_computes_the_slots_of_its_documents_only(corpus: Corpus, tmp_path, stage):
+    settings = ["--model.padding=padded", "--model.num_hidden_layers=1", "--run.max_steps=1", "--run.eval_tokens=256"]
+    command = patched(pretrain_command(corpus, tmp_path, *settings, ds_config=f"zero{stage}"))
+    done = run_command(command, PATCH=COUNT_SLOTS)
+    assert done.code == 0, done.output
+    slots, needed = ([int(n) for n in re.findall(rf"{word} (\d+)", done.output)] for word in ("SLOTS", "BIN"))
+    assert len(slots) == len(needed) >= 3
+    assert all(computed <= 1.1 * least for computed, least in zip(slots, needed, strict=True))

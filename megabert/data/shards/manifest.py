@@ -228,6 +228,8 @@ def _find_problem(manifest: Manifest) -> str | None:
     median = statistics.get("median_document_tokens")
     if info is not None and (type(median) is not int or median < 0):
         return "no median_document_tokens among its statistics"
+    if info is not None and not _is_histogram(statistics.get("length_histogram")):
+        return "a length_histogram that does not list documents and tokens"
     if not isinstance(manifest.files, dict) or not all(_is_sha256(digest) for digest in manifest.files.values()):
         return "files without a sha256"
     shards = [shard for part in manifest.splits.values() for shard in part]
@@ -276,6 +278,16 @@ def _find_shard_problem(shard: Shard) -> str | None:
             f"{tokens}"
         )
     return None
+
+
+def _is_histogram(value: object) -> bool:
+    """Tell whether a value is a histogram of lengths, or None, as in manifests that lack it."""
+    if not isinstance(value, dict):
+        return value is None
+    documents, tokens = value.get("documents"), value.get("tokens")
+    if not isinstance(documents, list) or not isinstance(tokens, list) or len(documents) != len(tokens):
+        return False
+    return all(type(count) is int and 0 <= count < 1 << 62 for count in documents + tokens)
 
 
 def _is_sha256(value: object) -> bool:

@@ -149,8 +149,24 @@ class Source:
     def median_document_tokens(self) -> int:
         if self.tokenizer_path is None:
             return int(self.manifest.statistics["median_document_tokens"])
-        lengths = np.concatenate([chunk.lengths for chunk in self._sample()])
+        lengths = self._sampled_lengths
         return int(np.median(lengths)) if len(lengths) else 1
+
+    @cached_property
+    def _sampled_lengths(self) -> np.ndarray:
+        """(documents,) lengths in tokens of a sample of a text source's documents."""
+        return np.concatenate([chunk.lengths for chunk in self._sample()])
+
+    def document_lengths(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return lengths in tokens, and how many documents have about each of them; None if the manifest lacks that."""
+        if self.tokenizer_path is not None:
+            return self._sampled_lengths, np.ones(len(self._sampled_lengths))
+        histogram = self.manifest.statistics.get("length_histogram")
+        if histogram is None:
+            return None
+        documents, tokens = np.array(histogram["documents"]), np.array(histogram["tokens"])
+        used = documents > 0
+        return tokens[used] / documents[used], documents[used]
 
     @cached_property
     def token_counts(self) -> np.ndarray:

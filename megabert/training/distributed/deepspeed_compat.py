@@ -76,7 +76,7 @@ def zero_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float]:
 
     engine.get_global_grad_norm() still returns the previous step's norm at that moment. Canary: norm_within_step.
     """
-    optimizer: Any = engine.optimizer  # not the engine: a rollback frees it before it builds the next one
+    optimizer: Any = engine.optimizer
     return lambda: float(optimizer._global_grad_norm)
 
 

@@ -38,6 +38,12 @@ def device_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
+def to_device(values: list[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Copy a few numbers to the device; the host does not wait for the copy."""
+    host = torch.tensor(values, dtype=dtype)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
 def event_class() -> Any:
     """Return the accelerator's class of timing events; None on a CPU."""
     return get_accelerator().Event

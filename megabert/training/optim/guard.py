@@ -71,6 +71,10 @@ class UpdateGate:
         self.norm = math.nan
         self.applied: bool | None = None
 
+    def detach(self) -> None:
+        """Forget the engine, so that its weights and optimizer state are freed before another one is built."""
+        self.clipped_parameters = self.zero_norm = None
+
     def start_step(self) -> None:
         """Forget the decision on the previous step."""
         self.norm, self.applied = math.nan, None

@@ -130,8 +130,9 @@ def _contender(name: str, model: nn.Module, compute_loss: Callable, draw: Callab
 
 
 def ours(name: str, row: Row, checkpoint_every: int = 0) -> Contender:
-    """Build MegaBERT's MosaicBERT, or with name "bert" its BERT, with the operations of run.ops auto."""
-    classic = {"position": "learned", "ffn": "gelu", "attention_probs_dropout_prob": 0.1} if name == "bert" else {}
+    """Build MegaBERT's MosaicBERT, or with a name that begins with "bert" its BERT, with the ops of run.ops auto."""
+    bert = {"position": "learned", "ffn": "gelu", "attention_probs_dropout_prob": 0.1}
+    classic = bert if name.startswith("bert") else {}
     config = MegaBertConfig(
         vocab_size=VOCAB,
         hidden_size=row.hidden,

@@ -81,6 +81,11 @@ def shard(raw):
         (lambda raw: raw.pop("statistics"), "not a manifest of write_shards.py: KeyError"),
         (lambda raw: raw.update(statistics=[]), "statistics that are not a table"),
         (lambda raw: raw.update(statistics={}), "no median_document_tokens among its statistics"),
+        (lambda raw: raw["statistics"].update(length_histogram=[]), "a length_histogram that does not list documents"),
+        (
+            lambda raw: raw["statistics"].update(length_histogram={"documents": [1, 2], "tokens": [1, -2]}),
+            "a length_histogram that does not list documents",
+        ),
         (lambda raw: raw["tokenizer"].update(fingerprint=5), "a fingerprint 5"),
         (lambda raw: shard(raw).update(num_chunks=1), r"its shards have 1 chunks, chunks\.npy has 2"),
         (lambda raw: shard(raw).update(tokens=15), "3 documents of 15 tokens, its chunks have 3 of 14"),

@@ -204,10 +204,19 @@ def test_a_state_of_version_1_is_read(folder):
     check(state=state)
 
 
-@pytest.mark.parametrize("version", [3, 0, "2", None])
+def test_a_state_of_version_2_is_read_and_does_not_say_how_many_documents_a_bin_has(folder):
+    raw = dataclasses.asdict(STATE)
+    del raw["max_documents"]
+    (folder / layout.STATE).write_text(json.dumps(raw | {"format_version": 2}))
+    assert layout.read_state(folder) == dataclasses.replace(STATE, format_version=2)
+    write_state(folder, max_documents={32: 19})
+    assert layout.read_state(folder).max_documents == {32: 19}
+
+
+@pytest.mark.parametrize("version", [4, 0, "2", None])
 def test_a_state_of_an_unknown_version_is_refused(folder, version):
     write_state(folder, format_version=version)
-    with pytest.raises(ValueError, match=r"reads versions 1 to 2. Use the MegaBERT that wrote this checkpoint"):
+    with pytest.raises(ValueError, match=r"reads versions 1 to 3. Use the MegaBERT that wrote this checkpoint"):
         layout.read_state(folder)
 
 

@@ -1,0 +1,134 @@
+"""The real training step on a fake CUDA device: what the host waits for, precisions, products, bytes and launches.
+
+Nothing is computed: tensors have shapes only. What a GPU computes, and how fast, these tests cannot say.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.runs import REPOSITORY
+
+pytestmark = [pytest.mark.compiler, pytest.mark.triton]
+
+HERE = Path(__file__).parent
+LIBRARY = "no_op_cuda"
+MICRO_BATCHES = 2
+HIDDEN, FFN, HEADS = 768, 3072, 12
+
+# Every wait of a step that is allowed, and why. None of them may happen more than once in a step, so none between
+# micro-batches, but EPILOGUE at ZeRO 2: with overlap_comm it waits after every micro-batch. So ZeRO 1 is faster.
+OF_EVERY_STAGE = {
+    "read(item) megabert/training/loop.py:sum_masked": "whether every rank has batches, while the device has no work",
+    "read(tolist) megabert/training/loop.py:sync_step": "the step's counts, and whether a rank wants to stop",
+}
+OF_STAGE_0 = {"read(float) megabert/training/optim/guard.py:allows_step": "the guard judges the norm before the update"}
+EPILOGUE = "synchronize deepspeed/runtime/zero/stage_1_and_2.py:independent_gradient_partition_epilogue"
+OF_ZERO = {
+    "read(float) megabert/training/distributed/deepspeed_compat.py:<lambda>": "the guard, as at stage 0",
+    EPILOGUE: "DeepSpeed reduces the last gradients",
+    "copy deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace": "DeepSpeed copies the number -1",
+    "read(bool) deepspeed/runtime/utils.py:is_invalid_grad_norm": "DeepSpeed judges the norm",
+}
+
+# Operations on the device per micro-batch at ZeRO 1, with MICRO_BATCHES in a step, by recipe, ranks and layers. A
+# single rank owns every gradient, and DeepSpeed takes the norm of each.
+LAUNCHES = {
+    ("mosaicbert-base", 8, 2): 214,
+    ("mosaicbert-base", 1, 12): 984.5,
+    ("mosaicbert-base", 8, 12): 776,
+    ("bert-base", 1, 12): 1142,
+    ("bert-base", 8, 12): 914,
+}
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that makes torch believe in a CUDA device."""
+    spec = find_spec("torch")
+    assert spec is not None
+    torch = Path(str(spec.origin)).parent
+    built = tmp_path_factory.mktemp("library") / f"{LIBRARY}.so"
+    flags = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
+    command = ["g++", *flags, str(HERE / f"{LIBRARY}.cpp"), "-o", str(built), "-lc10", "-ltorch_cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return built
+
+
+def walk(library: Path, recipe: str, stage: int, ranks: int, layers: int) -> dict[str, Any]:
+    """Run walk.py and return what it prints."""
+    spec = find_spec("torch")
+    assert spec is not None
+    environment = os.environ | {
+        "LD_PRELOAD": str(library),
+        "LD_LIBRARY_PATH": str(Path(str(spec.origin)).parent / "lib"),
+        "PYTHONPATH": str(REPOSITORY),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(HERE / "walk.py"), recipe, *map(str, (stage, ranks, MICRO_BATCHES, layers))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def allowed_waits(stage: int) -> dict[str, int]:
+    """How often each allowed wait may happen in a step."""
+    allowed = dict.fromkeys(OF_EVERY_STAGE | (OF_ZERO if stage else OF_STAGE_0), 1)
+    return allowed | {EPILOGUE: MICRO_BATCHES} if stage == 2 else allowed
+
+
+def kept_bytes(recipe: str, found: dict[str, Any], layers: int) -> float:
+    """Bytes that autograd keeps for a micro-batch's backward pass under bf16 autocast, from shapes alone.
+
+    Per slot of a layer: its input, which is the residual of the first LayerNorm, q, k, v, attention's output and
+    log-sum-exp; the input, mean and scale of both LayerNorms; the first one's output, the up-projection and the
+    activation. In an fp32 residual stream products keep a bf16 copy of their input beside the residual.
+    """
+    slots, masked = found["slots"], found["masked"]
+    gated = recipe.startswith("mosaic")
+    rows = masked if gated else slots  # of the last layer after attention; a padded model computes every slot
+    residual = 0 if gated else 4 * HIDDEN
+    before = residual + 10 * HIDDEN + 4 * HEADS
+    after = residual + 2 * (2 * HIDDEN + 8) + 2 * HIDDEN + (6 if gated else 4) * FFN
+    layer = slots * (before + after)
+    last = slots * before + rows * after
+    # The layers' weights in bf16; the decoder's in bf16, and its gradient, which the loss computes at once, in fp32.
+    weights = 2 * layers * (4 * HIDDEN**2 + (3 if gated else 2) * HIDDEN * FFN) + 6 * HIDDEN * found["vocabulary"]
+    return (layers - 1) * layer + last + weights
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "ranks", "layers"),
+    [
+        ("mosaicbert-base", 1, 8, 2),
+        *(
+            pytest.param(recipe, stage, ranks, 12, marks=pytest.mark.nightly)
+            for recipe, stage, ranks in product(("mosaicbert-base", "bert-base"), (0, 1, 2), (1, 8))
+        ),
+    ],
+)
+def test_a_step_on_a_gpu(library, recipe, stage, ranks, layers):
+    found = walk(library, recipe, stage, ranks, layers)
+    assert found["steps_applied"] == 2
+    allowed = allowed_waits(stage)
+    assert {wait: count for wait, count in found["waits"].items() if count > allowed.get(wait, 0)} == {}
+    assert found["evaluation_waits"] == {"read(tolist) megabert/training/evaluate.py:evaluate": 1}
+    residual = "torch.bfloat16 cuda" if recipe.startswith("mosaic") else "torch.float32 cuda"
+    assert found["residual"] == [residual]
+    assert found["gradients"] == ["torch.float32 cuda"]
+    assert found["reduced"] == ["torch.float32"] or (ranks == 1 and not found["reduced"])
+    assert found["loss_dtype"] == "torch.float32"
+    assert found["wide_products"] == 0
+    assert 0.9 <= found["flops_over_needed"] <= 1.1
+    assert found["kept_bytes"] == pytest.approx(kept_bytes(recipe, found, layers), rel=0.1)
+    if stage == 1:
+        assert found["launches_per_micro_batch"] == pytest.approx(LAUNCHES[recipe, ranks, layers], rel=0.05)

@@ -1,0 +1,203 @@
+"""Take steps of the real training loop on a fake CUDA device and print what happened there, as one line of JSON.
+
+    LD_PRELOAD=LIBRARY python tests/gpu_walk/walk.py RECIPE ZERO_STAGE RANKS MICRO_BATCHES LAYERS
+
+It is rank 0 of RANKS, whose collectives do nothing. The first step warms up, the second is the one that is described,
+and an evaluation after it.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import types
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megabert.config.ds_config import read_ds_config
+from megabert.config.parser import ds_config_path, load_recipe
+from megabert.data.batch import Bin, PackedBatch, Shapes, lay_out
+from megabert.data.masking import masked_count
+from megabert.data.shards.manifest import TokenizerInfo
+from megabert.data.stream import MASKING, Position, philox
+from megabert.kernels.resolve import triton_ops
+from megabert.model.layers import Block
+from megabert.training import engine as engine_module
+from megabert.training import loop
+from megabert.training.distributed import deepspeed_compat
+from megabert.training.evaluate import evaluate
+from megabert.training.optim.guard import Guard, UpdateGate
+from megabert.training.plan import make_plan
+from megabert.training.run import TrainState
+from megabert.training.telemetry.flops import step_flops
+from megabert.training.telemetry.reporter import Meter
+from megabert.training.telemetry.timers import TimeBudget
+from tests.gpu_walk import fake_cuda
+from tests.gpu_walk.fake_cuda import LOG
+
+VOCAB = 30_522  # of BERT's own tokenizer
+TOKENIZER = TokenizerInfo("f" * 64, VOCAB, {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}, (0, 100, 101))
+MAX_SEQ_LEN, MEAN_PIECE = 128, 115  # of C4's documents, truncated to 128 tokens
+
+
+def make_batch(index: int, bin_tokens: int, probability: float) -> PackedBatch:
+    """Make a full bin of pieces, most of which have MAX_SEQ_LEN tokens."""
+    rng = np.random.default_rng(index)
+    lengths = np.where(rng.random(bin_tokens) < 0.75, MAX_SEQ_LEN, rng.integers(20, MAX_SEQ_LEN, bin_tokens))
+    count = int(np.searchsorted(lengths.cumsum(), bin_tokens))
+    lengths = np.append(lengths[:count], bin_tokens - lengths[:count].sum())
+    ids = rng.integers(1000, VOCAB, bin_tokens)
+    shapes = Shapes(bin_tokens, -(-5 * bin_tokens // (4 * MEAN_PIECE)), masked_count(bin_tokens, probability))
+    return lay_out(
+        Bin([ids], lengths),
+        shapes,
+        index=index,
+        max_seq_len=MAX_SEQ_LEN,
+        mlm_probability=probability,
+        tokenizer=TOKENIZER,
+        rng=philox(17, MASKING, index),
+    )
+
+
+def put_on_device(model: nn.Module) -> nn.Module:
+    """Replace the parameters by fake ones on "cuda"; Module.to() cannot move fake tensors."""
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in moved:
+                    moved[parameter] = nn.Parameter(torch.empty(parameter.shape, device="cuda"))
+                module._parameters[name] = moved[parameter]
+    nn.Module.to = lambda module, *arguments, **options: module  # pyrefly: ignore[bad-assignment]
+    return model
+
+
+def start(recipe_name: str, stage: int, ranks: int, micro_batches: int, layers: int) -> types.SimpleNamespace:
+    """Build what training/loop.py needs of a Run: the real plan, engine, gate and meter."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": "0"}
+    torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    deepspeed_compat.skip_shm_comm_build()
+    deepspeed.init_distributed(dist_backend="fake", verbose=False)
+    tokens = load_recipe(recipe_name).data.micro_batch_tokens
+    recipe = load_recipe(
+        recipe_name,
+        data={"global_batch_tokens": micro_batches * ranks * tokens},
+        model={"num_hidden_layers": layers},
+    )
+    plan = make_plan(recipe, read_ds_config(ds_config_path(f"zero{stage}")), 0, ranks)
+    engine_module.resolve = lambda *arguments: triton_ops()  # pyrefly: ignore[bad-assignment]
+    model: Any = put_on_device(
+        engine_module.build_model(plan.recipe, TOKENIZER, torch.device("cpu"), plan.ds_config.bf16)
+    )
+    state = TrainState(Guard(recipe.run.max_norm_ratio), TimeBudget(None))
+    gate = UpdateGate(state.guard, recipe.optimizer.max_grad_norm)
+    made = [make_batch(index, tokens, recipe.masking.mlm_probability) for index in range(micro_batches)]
+    return types.SimpleNamespace(
+        plan=plan,
+        state=state,
+        engine=engine_module.build_engine(plan, model, plan.ds_config.settings, gate),
+        gate=gate,
+        batches=made,
+        meter=Meter(fake_cuda.Event),
+        signals=types.SimpleNamespace(reason=None, interrupting=contextlib.nullcontext, first_step_done=lambda: None),
+        writer=types.SimpleNamespace(problem=None),
+        reporter=None,
+    )
+
+
+class Kept:
+    """Counts the bytes that autograd keeps for the backward pass, without the parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.device.type == "cuda" and storage._cdata not in self.parameters:
+            self.storages[storage._cdata] = storage
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+def describe(run: types.SimpleNamespace) -> dict[str, Any]:
+    """Describe the logged step."""
+    model = run.engine.module
+    batch, count = run.batches[0], len(run.batches)
+    tokens = batch.shapes.bin_tokens
+    # A padded baseline needs its padding.
+    slots = batch.num_documents * batch.max_seqlen if model.config.padding == "padded" else tokens
+    masked = len(batch.masked_positions)
+    needed = step_flops(model.config, slots, masked, 0)
+    if model.config.padding == "padded":  # its last layer computes every slot
+        width = model.config.hidden_size
+        needed += 6 * (slots - masked) * (width * width + 2 * width * model.config.intermediate_size)
+    in_operations = 6 * masked * model.config.hidden_size * model.config.vocab_size  # the loss is one operation
+    return {
+        "waits": dict(LOG.waits),
+        "launches_per_micro_batch": sum(LOG.launches.values()) / count,
+        "launches": dict(LOG.launches.most_common()),
+        "flops_over_needed": LOG.flops / count / (needed - in_operations),
+        "wide_products": LOG.wide_products,
+        "tokens": tokens,
+        "masked": masked,
+        "slots": slots,
+        "vocabulary": model.config.vocab_size,
+    }
+
+
+def walk(run: types.SimpleNamespace) -> dict[str, Any]:
+    """Take two steps and describe the second."""
+    model = run.engine.module
+    residual: set[str] = set()
+    reduced: set[str] = set()
+    gradients: set[str] = set()
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.register_forward_hook(lambda module, inputs, out: residual.add(f"{out.dtype} {out.device.type}"))
+    all_reduce = torch.distributed.all_reduce
+
+    def reducing(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if LOG.on and tensor.numel() > 16:
+            reduced.add(str(tensor.dtype))
+        return all_reduce(tensor, *arguments, **options)
+
+    torch.distributed.all_reduce = reducing
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradients.add(f"{gradient.dtype} {gradient.device.type}"))
+    run.feed = ((batch, 0, Position()) for _ in range(3) for batch in run.batches)
+    loop.train_step(run)
+    LOG.on = True
+    loop.train_step(run)
+    LOG.on = False
+    found = describe(run)
+    kept = Kept(model)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+        output = run.engine(**run.batches[0].model_inputs(run.engine.device))
+    found |= {"kept_bytes": kept.bytes, "loss_dtype": str(output.loss_sum.dtype), "steps_applied": run.meter.steps}
+    return found | {"residual": sorted(residual), "reduced": sorted(reduced), "gradients": sorted(gradients)}
+
+
+def main() -> None:
+    fake_cuda.install()
+    with fake_cuda.fake_device(), LOG:
+        run = start(sys.argv[1], *map(int, sys.argv[2:]))
+        found = walk(run)
+        LOG.reset()
+        LOG.on, LOG.answer = True, 1.0  # a count to divide by
+        evaluate(run.engine, run.batches)
+        found["evaluation_waits"] = dict(LOG.waits)
+        sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
