@@ -4,6 +4,7 @@ With cu_seqlens a call is packed: every tensor is (T, ...). Without, tensors are
 are unpadded at the start of the forward pass, and its results are padded again at the end.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -26,10 +27,11 @@ from .attention import PLANNERS
 from .buckets import plan_buckets  # noqa: F401
 from .configuration_megabert import MegaBertConfig
 from .inputs import Inputs, check_shape, flatten_choices, in_one_graph, read_tokens, refuse_unsupported
-from .layers import Decoder, Embeddings, Encoder, MlmTransform, Norm, Pooler
+from .layers import Attention, Decoder, Embeddings, Encoder, GatedMlp, Mlp, MlmTransform, Norm, Pooler
 from .losses import choice_loss, classification_loss, span_loss, token_loss
 from .ops import MaskedLoss, upcast
 from .padding import Sequences, Tokens, first_tokens, spread_documents
+from .windows import plan_windows  # noqa: F401
 
 Output = TypeVar("Output", bound=ModelOutput)
 
@@ -50,11 +52,17 @@ class MegaBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
-    _no_split_modules = ["Block", "Embeddings"]  # noqa: RUF012 (transformers reads it as a class attribute)
+    _no_split_modules = ["PostNormBlock", "PreNormBlock", "Embeddings"]  # noqa: RUF012 (transformers reads it as a class attribute)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise as BERT: weights from N(0, initializer_range), [PAD]'s row and biases 0, LayerNorm 1 and 0."""
-        if isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
+        """Initialise as BERT: weights from N(0, initializer_range), [PAD]'s row and biases 0, LayerNorm 1 and 0.
+
+        With norm_position "pre" as ModernBERT (https://arxiv.org/abs/2412.13663, appendix A): from normal distributions
+        cut off at two standard deviations, which are smaller for what is added to the residual stream.
+        """
+        if self.config.norm_position == "pre":
+            self._init_weights_pre_norm(module)
+        elif isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
             nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])
@@ -62,6 +70,29 @@ class MegaBertPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(module, (nn.Linear, Decoder, Norm)) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def _init_weights_pre_norm(self, module: nn.Module) -> None:
+        """Initialise the weights that this module owns, or, after its parts, those of an output projection in it."""
+        width, std = self.config.hidden_size, self.config.initializer_range
+        stds: dict[nn.Module | None, float] = {}
+        if isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
+            stds[module] = std
+        out = {Attention: "out", Mlp: "down", GatedMlp: "down", MlmTransform: "dense"}.get(type(module))
+        if out is not None:
+            stds[getattr(module, out)] = std / math.sqrt(2 * self.config.num_hidden_layers)
+        if isinstance(module, MegaBertPreTrainedModel):
+            stds |= {getattr(module, name, None): width**-0.5 for name in ("classifier", "qa_outputs")}
+        for part, its_std in stds.items():
+            if part is not None:
+                nn.init.trunc_normal_(part.weight, std=its_std, a=-2 * its_std, b=2 * its_std)
+
+    def _transform(self, hidden: Tensor) -> Tensor:
+        """Apply the transform that ModernBERT's classifiers have before their last layer, or nothing."""
+        return self.transform(hidden) if self.config.has_transform_head else hidden
+
+    def _pool(self, hidden: Tensor) -> Tensor:
+        """Apply ModernBERT's transform or BERT's pooler to one hidden state per document."""
+        return self.transform(hidden) if self.config.has_transform_head else self.pre_classifier(hidden)
 
     def _read(self, inputs: Inputs, others: Mapping[str, Any]) -> Tokens:
         """Convert a call's arguments to tokens. others: the arguments that forward() does not name."""
@@ -92,7 +123,7 @@ class MegaBertPreTrainedModel(PreTrainedModel):
 
 
 class MegaBertModel(MegaBertPreTrainedModel):
-    """The embeddings, the encoder and optionally the pooler."""
+    """The embeddings, the encoder and optionally the pooler, which ModernBERT does not have."""
 
     _auto_class = "AutoModel"
 
@@ -102,7 +133,7 @@ class MegaBertModel(MegaBertPreTrainedModel):
             raise ValueError(f"attn_implementation is {name!r}, expected one of {', '.join(PLANNERS)}.")
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.pooler = Pooler(config) if add_pooling_layer else None
+        self.pooler = Pooler(config) if add_pooling_layer and not config.has_transform_head else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -117,7 +148,7 @@ class MegaBertModel(MegaBertPreTrainedModel):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the last hidden states (T, E), or with rows (M,) only those tokens' (M, E); see Encoder.forward."""
         hidden = self.embeddings(tokens)
-        return self.encoder(hidden, tokens.sequences, rows, every_layer)
+        return self.encoder(hidden, tokens, rows, every_layer)
 
     def pool(self, hidden: Tensor, sequences: Sequences) -> Tensor:
         """Pool the first token of each document: (T, E) -> (B, E). An empty document has a hidden state of zeros."""
@@ -216,6 +247,7 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
     """Classifies documents, or with num_labels 1 does a regression. An empty document has a hidden state of zeros.
 
     Its pooler is called pre_classifier, because peft trains and saves every module whose name ends with "classifier".
+    Where it has ModernBERT's transform instead, that has the name and the weights of the masked language model's.
     """
 
     _auto_class = "AutoModelForSequenceClassification"
@@ -224,7 +256,10 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels or 2  # transformers' default
         self.bert = MegaBertModel(config, add_pooling_layer=False)
-        self.pre_classifier = Pooler(config)
+        if config.has_transform_head:
+            self.transform = MlmTransform(config)
+        else:
+            self.pre_classifier = Pooler(config)
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
@@ -254,7 +289,7 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
             documents, first = first_tokens(tokens.sequences)
             hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
             hidden = spread_documents(hidden, documents, tokens.sequences)
-        logits = self.classifier(self.dropout(self.pre_classifier(hidden)))  # (B, num_labels)
+        logits = self.classifier(self.dropout(self._pool(hidden)))  # (B, num_labels)
         loss = classification_loss(logits, labels, self.config)
         return self._output(SequenceClassifierOutput, tokens, states, return_dict, loss=loss, logits=logits)
 
@@ -267,7 +302,10 @@ class MegaBertForMultipleChoice(MegaBertPreTrainedModel):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.bert = MegaBertModel(config, add_pooling_layer=False)
-        self.pre_classifier = Pooler(config)
+        if config.has_transform_head:
+            self.transform = MlmTransform(config)
+        else:
+            self.pre_classifier = Pooler(config)
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
@@ -292,7 +330,7 @@ class MegaBertForMultipleChoice(MegaBertPreTrainedModel):
         documents, first = first_tokens(tokens.sequences)
         every_layer = self._every_layer(output_hidden_states)
         hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
-        pooled = self.pre_classifier(spread_documents(hidden, documents, tokens.sequences))
+        pooled = self._pool(spread_documents(hidden, documents, tokens.sequences))
         logits = self.classifier(self.dropout(pooled)).view(-1, choices)  # (B, C)
         loss = choice_loss(logits, labels)
         return self._output(MultipleChoiceModelOutput, tokens, states, return_dict, loss=loss, logits=logits)
@@ -305,6 +343,8 @@ class MegaBertForTokenClassification(MegaBertPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels or 2  # transformers' default
         self.bert = MegaBertModel(config, add_pooling_layer=False)
+        if config.has_transform_head:
+            self.transform = MlmTransform(config)
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
@@ -325,7 +365,7 @@ class MegaBertForTokenClassification(MegaBertPreTrainedModel):
         given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         tokens = self._read(Inputs(*given), kwargs)
         hidden, states = self.bert.encode(tokens, every_layer=self._every_layer(output_hidden_states))
-        logits = self.classifier(self.dropout(hidden))  # (T, num_labels)
+        logits = self.classifier(self.dropout(self._transform(hidden)))  # (T, num_labels)
         loss = token_loss(logits, labels, tokens)
         return self._output(TokenClassifierOutput, tokens, states, return_dict, loss=loss, logits=tokens.spread(logits))
 
@@ -336,6 +376,9 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.bert = MegaBertModel(config, add_pooling_layer=False)
+        if config.has_transform_head:
+            self.transform = MlmTransform(config)
+            self.dropout = nn.Dropout(classifier_dropout(config))
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -356,6 +399,8 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
         given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         tokens = self._read(Inputs(*given), kwargs)
         hidden, states = self.bert.encode(tokens, every_layer=self._every_layer(output_hidden_states))
+        if self.config.has_transform_head:
+            hidden = self.dropout(self.transform(hidden))
         start, end = tokens.spread(self.qa_outputs(hidden)).unbind(dim=-1)  # (B, S) each
         loss = span_loss(start, end, start_positions, end_positions)
         fields = {"loss": loss, "start_logits": start, "end_logits": end}
