@@ -12,6 +12,7 @@ from torch import Tensor
 from megabert.convert.check import export_check, export_record
 from megabert.convert.check.export_record import Measurements
 from megabert.convert.deepspeed_checkpoint import TrainedModel, find_checkpoints, read_checkpoints
+from megabert.convert.gte_files import to_gte_file
 from megabert.convert.hf.config import set_max_length, to_bert_config
 from megabert.convert.hf.model_card import make_model_card, read_metrics_at
 from megabert.convert.hf.native import native_kind, to_gte_config, to_modernbert_config
@@ -20,7 +21,7 @@ from megabert.convert.hf.resize import find_special
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.hf.writer import MAX_SHARD_SIZE, MODEL_CODE, check_shard_size, write_config, write_weights
 from megabert.convert.to_onnx import check_installed, write_onnx
-from megabert.convert.weight_names import from_megabert, to_gte_file
+from megabert.convert.weight_names import from_megabert
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer
@@ -48,8 +49,8 @@ class ExportOptions:
 def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = ExportOptions()) -> Measurements:
     """Export a checkpoint, or reuse an unchanged export of the same checkpoint. Returns what the export check measured.
 
-    A model with the architecture of transformers' BERT, ModernBERT or GTE becomes that. Any other becomes a folder with a copy
-    of megabert/model, which loads with trust_remote_code=True where megabert is not installed.
+    A model with the architecture of transformers' BERT, ModernBERT or GTE becomes that. Any other becomes a folder with
+    a copy of megabert/model, which loads with trust_remote_code=True where megabert is not installed.
 
     checkpoint: its folder, or a run's folder for its newest. Raises ValueError if there is no complete checkpoint, if
     `out` contains anything but an export, or if the check fails, in which case `out` stays as it was.
@@ -116,7 +117,9 @@ def write_folder(
     return weights
 
 
-def write_model(out: Path, weights: dict[str, Tensor], config: MegaBertConfig, max_shard_size: str) -> dict[str, Tensor]:
+def write_model(
+    out: Path, weights: dict[str, Tensor], config: MegaBertConfig, max_shard_size: str
+) -> dict[str, Tensor]:
     """Write config, code and weights, as transformers' own model where one computes the same.
 
     The folder must have its tokenizer. Returns the weights by the names that they have in the loaded model.

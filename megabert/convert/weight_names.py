@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from megabert.convert.gte_files import normalize_gte
+
 Kind = Literal["mosaicbert", "bert", "modernbert", "gte"]
 
 
@@ -66,19 +68,6 @@ GTE_LAYER = {
     "mlp.down": "mlp.down_proj",
     "mlp_norm": "post_mlp_layernorm",
 }
-# The names in files of GTE, which transformers 5 and other programs read, by those in transformers' class.
-GTE_FILE_NAMES = {
-    ".layers.": ".encoder.layer.",
-    "self_attn.o_proj": "attention.o_proj",
-    "post_attention_layernorm": "attn_ln",
-    "post_mlp_layernorm": "mlp_ln",
-    "lm_head.layer_norm": "lm_head.norm",
-}
-# Tensors that are one in the files, in the order of their parts there: the gate is the second half.
-GTE_FILE_PARTS = {
-    "attention.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.up_gate_proj": ("mlp.up_proj", "mlp.gate_proj"),
-}
 PARTS = ("weight", "bias")
 TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
 WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
@@ -114,7 +103,7 @@ def bert_table(num_layers: int) -> list[WeightMapping]:
 
 
 def modernbert_table(num_layers: int) -> list[WeightMapping]:
-    """transformers' ModernBertForMaskedLM: no biases but the decoder's; the first layer has no norm before attention."""
+    """transformers' ModernBertForMaskedLM: one bias, the decoder's; no norm before the first attention."""
     table = [
         WeightMapping(WORD_EMBEDDINGS, ("model.embeddings.tok_embeddings.weight",), ("decoder.weight",)),
         WeightMapping("decoder.bias", ("decoder.bias",)),
@@ -241,37 +230,6 @@ def normalize_modernbert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add the prefix that a bare encoder lacks, and that strip_wrappers() takes for a wrapper's."""
     bare = ("embeddings.", "layers.", "final_norm.")
     return {f"model.{name}" if name.startswith(bare) else name: tensor for name, tensor in state.items()}
-
-
-def normalize_gte(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Use the names of transformers' class for those of files, and add the prefix that a bare encoder lacks."""
-    prefix = "gte." if any(name.startswith("embeddings.") for name in state) else ""
-    normalized: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        name = prefix + name
-        name = f"gte.{name.removeprefix('new.')}" if name.startswith("new.") else name
-        for native, in_file in GTE_FILE_NAMES.items():
-            name = name.replace(in_file, native)
-        whole = next((whole for whole in GTE_FILE_PARTS if f"{whole}." in name), None)
-        parts = (name,) if whole is None else [name.replace(whole, part) for part in GTE_FILE_PARTS[whole]]
-        if tensor.dim() == 0 or len(tensor) % len(parts):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected a multiple of {len(parts)} rows.")
-        normalized |= dict(zip(parts, tensor.chunk(len(parts)), strict=True))
-    return normalized
-
-
-def to_gte_file(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Use the names of files for those of transformers' class: the inverse of normalize_gte()."""
-    state, named = dict(state), {}
-    for whole, parts in GTE_FILE_PARTS.items():
-        for name in [name for name in state if parts[0] in name]:
-            named[name.replace(parts[0], whole)] = torch.cat([state.pop(name.replace(parts[0], part)) for part in parts])
-    for name, tensor in (named | state).items():
-        named.pop(name, None)
-        for native, in_file in GTE_FILE_NAMES.items():
-            name = name.replace(native, in_file)
-        named[f"new.{name.removeprefix('gte.')}" if name.startswith("gte.") else name] = tensor
-    return named
 
 
 NORMALIZE = {"modernbert": normalize_modernbert, "gte": normalize_gte}

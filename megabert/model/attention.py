@@ -40,7 +40,6 @@ class Planner(Protocol):
     ) -> Attend: ...
 
 
-
 def plan_eager(sequences: Sequences, slopes: Tensor | None, head_dim: int, reach: int | None = None) -> Attend:
     """Compute the equation as it is written: document by document, or over padded rows."""
 
@@ -126,9 +125,7 @@ def _plan_by_length(cu_seqlens: Tensor, slopes: Tensor | None) -> Attend:
     return attend
 
 
-def _plan_rows(
-    sequences: Sequences, slopes: Tensor | None, reach: int | None, weigh: Callable[..., Tensor]
-) -> Attend:
+def _plan_rows(sequences: Sequences, slopes: Tensor | None, reach: int | None, weigh: Callable[..., Tensor]) -> Attend:
     """Attend over padded rows (B, S) and compute their padding; padded keys are masked, as in a padded baseline.
 
     weigh: (query, key, value, mask, dropout_p), each (B, H, S, D), as in PyTorch's scaled_dot_product_attention.

@@ -6,6 +6,7 @@ F MLP width, V vocabulary, M masked tokens.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .alibi import alibi_slopes
 from .attention import Attend, Planner, plan_as_configured
 from .configuration_megabert import MegaBertConfig
-from .ops import TORCH_OPS, MaskedLoss, Ops, dropout, rope_table
+from .ops import TORCH_OPS, MaskedLoss, Ops, dropout, rope_table, upcast
 from .padding import Sequences, Tokens, as_rows, row_slots, spread
 
 
@@ -325,6 +326,42 @@ class Pooler(Module):
 
     def forward(self, first: Tensor) -> Tensor:
         return torch.tanh(self.dense(first))
+
+
+def mean_of_documents(hidden: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None = None) -> Tensor:
+    """Average (T, E) over each document: (B, E), in fp32 where hidden is half precision, zeros for an empty document.
+
+    num_keys: (B,) as in Sequences, for documents that all occupy the same number of slots.
+    """
+    if num_keys is not None:
+        rows = upcast(hidden).view(num_keys.shape[0], -1, hidden.shape[1])  # (B, S, E)
+        real = torch.arange(rows.shape[1], device=hidden.device) < num_keys[:, None]
+        return (rows * real[:, :, None]).sum(dim=1) / num_keys.clamp(min=1)[:, None]
+    lengths = cu_seqlens.diff().long()
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
+    sums = upcast(hidden.new_zeros(len(lengths), hidden.shape[1])).index_add(0, document, upcast(hidden))
+    return sums / lengths.clamp(min=1)[:, None]
+
+
+def classifier_dropout(config: MegaBertConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+def pre_norm_stds(module: nn.Module, config: MegaBertConfig) -> dict[nn.Module, float]:
+    """Return which weights to initialise when a module's turn comes, after its parts', and from which deviation.
+
+    Smaller for what is added to the residual stream, as in ModernBERT (https://arxiv.org/abs/2412.13663, appendix A).
+    """
+    stds: dict[nn.Module, float] = {}
+    if isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
+        stds[module] = config.initializer_range
+    out = {Attention: "out", Mlp: "down", GatedMlp: "down", MlmTransform: "dense"}.get(type(module))
+    if out is not None:
+        stds[getattr(module, out)] = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    for name in ("classifier", "qa_outputs"):
+        if isinstance(last := getattr(module, name, None), nn.Linear):
+            stds[last] = config.hidden_size**-0.5
+    return stds
 
 
 def set_ops(model: nn.Module, ops: Ops) -> None:

@@ -4,11 +4,9 @@ With cu_seqlens a call is packed: every tensor is (T, ...). Without, tensors are
 are unpadded at the start of the forward pass, and its results are padded again at the end.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
@@ -27,9 +25,19 @@ from .attention import PLANNERS
 from .buckets import plan_buckets  # noqa: F401
 from .configuration_megabert import MegaBertConfig
 from .inputs import Inputs, check_shape, flatten_choices, in_one_graph, read_tokens, refuse_unsupported
-from .layers import Attention, Decoder, Embeddings, Encoder, GatedMlp, Mlp, MlmTransform, Norm, Pooler
+from .layers import (
+    Decoder,
+    Embeddings,
+    Encoder,
+    MlmTransform,
+    Norm,
+    Pooler,
+    classifier_dropout,
+    mean_of_documents,
+    pre_norm_stds,
+)
 from .losses import choice_loss, classification_loss, span_loss, token_loss
-from .ops import MaskedLoss, upcast
+from .ops import MaskedLoss
 from .padding import Sequences, Tokens, first_tokens, spread_documents
 from .windows import plan_windows  # noqa: F401
 
@@ -61,7 +69,8 @@ class MegaBertPreTrainedModel(PreTrainedModel):
         cut off at two standard deviations, which are smaller for what is added to the residual stream.
         """
         if self.config.norm_position == "pre":
-            self._init_weights_pre_norm(module)
+            for part, std in pre_norm_stds(module, self.config).items():
+                nn.init.trunc_normal_(part.weight, std=std, a=-2 * std, b=2 * std)
         elif isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
             nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -71,28 +80,17 @@ class MegaBertPreTrainedModel(PreTrainedModel):
         if isinstance(module, (nn.Linear, Decoder, Norm)) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def _init_weights_pre_norm(self, module: nn.Module) -> None:
-        """Initialise the weights that this module owns, or, after its parts, those of an output projection in it."""
-        width, std = self.config.hidden_size, self.config.initializer_range
-        stds: dict[nn.Module | None, float] = {}
-        if isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
-            stds[module] = std
-        out = {Attention: "out", Mlp: "down", GatedMlp: "down", MlmTransform: "dense"}.get(type(module))
-        if out is not None:
-            stds[getattr(module, out)] = std / math.sqrt(2 * self.config.num_hidden_layers)
-        if isinstance(module, MegaBertPreTrainedModel):
-            stds |= {getattr(module, name, None): width**-0.5 for name in ("classifier", "qa_outputs")}
-        for part, its_std in stds.items():
-            if part is not None:
-                nn.init.trunc_normal_(part.weight, std=its_std, a=-2 * its_std, b=2 * its_std)
+    def _add_head(self, config: MegaBertConfig, of_documents: bool = False) -> None:
+        """Add what stands before a classifier's last layer: ModernBERT's transform, or for documents BERT's pooler."""
+        if config.has_transform_head:
+            self.transform = MlmTransform(config)
+        elif of_documents:
+            self.pre_classifier = Pooler(config)
 
     def _transform(self, hidden: Tensor) -> Tensor:
-        """Apply the transform that ModernBERT's classifiers have before their last layer, or nothing."""
-        return self.transform(hidden) if self.config.has_transform_head else hidden
-
-    def _pool(self, hidden: Tensor) -> Tensor:
-        """Apply ModernBERT's transform or BERT's pooler to one hidden state per document."""
-        return self.transform(hidden) if self.config.has_transform_head else self.pre_classifier(hidden)
+        """Apply what _add_head() added."""
+        head = getattr(self, "transform", None) or getattr(self, "pre_classifier", None)
+        return hidden if head is None else head(hidden)
 
     def _read(self, inputs: Inputs, others: Mapping[str, Any]) -> Tokens:
         """Convert a call's arguments to tokens. others: the arguments that forward() does not name."""
@@ -256,10 +254,7 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels or 2  # transformers' default
         self.bert = MegaBertModel(config, add_pooling_layer=False)
-        if config.has_transform_head:
-            self.transform = MlmTransform(config)
-        else:
-            self.pre_classifier = Pooler(config)
+        self._add_head(config, of_documents=True)
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
@@ -289,7 +284,7 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
             documents, first = first_tokens(tokens.sequences)
             hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
             hidden = spread_documents(hidden, documents, tokens.sequences)
-        logits = self.classifier(self.dropout(self._pool(hidden)))  # (B, num_labels)
+        logits = self.classifier(self.dropout(self._transform(hidden)))  # (B, num_labels)
         loss = classification_loss(logits, labels, self.config)
         return self._output(SequenceClassifierOutput, tokens, states, return_dict, loss=loss, logits=logits)
 
@@ -302,10 +297,7 @@ class MegaBertForMultipleChoice(MegaBertPreTrainedModel):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.bert = MegaBertModel(config, add_pooling_layer=False)
-        if config.has_transform_head:
-            self.transform = MlmTransform(config)
-        else:
-            self.pre_classifier = Pooler(config)
+        self._add_head(config, of_documents=True)
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
@@ -330,7 +322,7 @@ class MegaBertForMultipleChoice(MegaBertPreTrainedModel):
         documents, first = first_tokens(tokens.sequences)
         every_layer = self._every_layer(output_hidden_states)
         hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
-        pooled = self._pool(spread_documents(hidden, documents, tokens.sequences))
+        pooled = self._transform(spread_documents(hidden, documents, tokens.sequences))
         logits = self.classifier(self.dropout(pooled)).view(-1, choices)  # (B, C)
         loss = choice_loss(logits, labels)
         return self._output(MultipleChoiceModelOutput, tokens, states, return_dict, loss=loss, logits=logits)
@@ -343,8 +335,7 @@ class MegaBertForTokenClassification(MegaBertPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels or 2  # transformers' default
         self.bert = MegaBertModel(config, add_pooling_layer=False)
-        if config.has_transform_head:
-            self.transform = MlmTransform(config)
+        self._add_head(config)
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
@@ -376,9 +367,8 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.bert = MegaBertModel(config, add_pooling_layer=False)
-        if config.has_transform_head:
-            self.transform = MlmTransform(config)
-            self.dropout = nn.Dropout(classifier_dropout(config))
+        self._add_head(config)
+        self.dropout = nn.Dropout(classifier_dropout(config) if config.has_transform_head else 0.0)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -399,28 +389,7 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
         given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         tokens = self._read(Inputs(*given), kwargs)
         hidden, states = self.bert.encode(tokens, every_layer=self._every_layer(output_hidden_states))
-        if self.config.has_transform_head:
-            hidden = self.dropout(self.transform(hidden))
-        start, end = tokens.spread(self.qa_outputs(hidden)).unbind(dim=-1)  # (B, S) each
+        start, end = tokens.spread(self.qa_outputs(self.dropout(self._transform(hidden)))).unbind(dim=-1)  # (B, S) each
         loss = span_loss(start, end, start_positions, end_positions)
         fields = {"loss": loss, "start_logits": start, "end_logits": end}
         return self._output(QuestionAnsweringModelOutput, tokens, states, return_dict, **fields)
-
-
-def mean_of_documents(hidden: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None = None) -> Tensor:
-    """Average (T, E) over each document: (B, E), in fp32 where hidden is half precision, zeros for an empty document.
-
-    num_keys: (B,) as in Sequences, for documents that all occupy the same number of slots.
-    """
-    if num_keys is not None:
-        rows = upcast(hidden).view(num_keys.shape[0], -1, hidden.shape[1])  # (B, S, E)
-        real = torch.arange(rows.shape[1], device=hidden.device) < num_keys[:, None]
-        return (rows * real[:, :, None]).sum(dim=1) / num_keys.clamp(min=1)[:, None]
-    lengths = cu_seqlens.diff().long()
-    document = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
-    sums = upcast(hidden.new_zeros(len(lengths), hidden.shape[1])).index_add(0, document, upcast(hidden))
-    return sums / lengths.clamp(min=1)[:, None]
-
-
-def classifier_dropout(config: MegaBertConfig) -> float:
-    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout

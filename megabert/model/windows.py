@@ -80,7 +80,11 @@ class WindowAttention(torch.autograd.Function):
         """qkv: (T, 3, H, D). Returns (T, H, D)."""
         num_tokens, _, heads, size = qkv.shape
         parts = _to_blocks(qkv, window)
-        query, key, value = parts[0, :, window.size : -window.size], _around(parts[1], window), _around(parts[2], window)
+        query, key, value = (
+            parts[0, :, window.size : -window.size],
+            _around(parts[1], window),
+            _around(parts[2], window),
+        )
         weights = _weights(query.reshape(-1, window.size, size), key, window)
         kept = dropout(torch.ones_like(weights), dropout_p) if dropout_p > 0 else None
         out = torch.bmm(weights if kept is None else weights * kept, value)  # (H * N, B, D)

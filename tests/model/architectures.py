@@ -1,4 +1,4 @@
-"""The architectures that tests run over, as changes of MegaBertConfig, and transformers' models with the same weights."""
+"""The architectures that tests run over, and transformers' models with the same weights."""
 
 from typing import Any
 
@@ -43,7 +43,10 @@ def their_model(cls: type, ours: nn.Module, kind: Any, **changes: Any) -> nn.Mod
     """Build transformers' model with the weights of one of our heads."""
     theirs = cls(their_config(ours.config, **changes)).to(next(ours.parameters()).dtype)
     state = dict(ours.state_dict())
-    for name in ("decoder.bias", *(["transform.dense.weight", "transform.norm.weight"] if kind == "modernbert" else [])):
+    for name in (
+        "decoder.bias",
+        *(["transform.dense.weight", "transform.norm.weight"] if kind == "modernbert" else []),
+    ):
         state.setdefault(name, torch.zeros(1))  # of a head that this model does not have
     heads = {name: state.pop(name) for name in list(state) if name.startswith(("classifier.", "qa_outputs."))}
     renamed = from_megabert(state, kind) | {name.replace("qa_outputs", "classifier"): x for name, x in heads.items()}
@@ -61,7 +64,10 @@ def their_gradients(theirs: nn.Module) -> dict[str, Tensor]:
 def our_gradients(ours: nn.Module, kind: Any, names: set[str]) -> dict[str, Tensor]:
     """Return our gradients by the names of transformers' parameters."""
     grads = {name: parameter.grad for name, parameter in ours.named_parameters() if name != TIED_DECODER}
-    for name in ("decoder.bias", *(["transform.dense.weight", "transform.norm.weight"] if kind == "modernbert" else [])):
+    for name in (
+        "decoder.bias",
+        *(["transform.dense.weight", "transform.norm.weight"] if kind == "modernbert" else []),
+    ):
         grads.setdefault(name, torch.zeros(1))
     heads = {name: grads.pop(name) for name in list(grads) if name.startswith(("classifier.", "qa_outputs."))}
     renamed = from_megabert(grads, kind, duplicates=False)
@@ -72,7 +78,7 @@ def our_gradients(ours: nn.Module, kind: Any, names: set[str]) -> dict[str, Tens
 
 @pytest.fixture
 def exact_rope(monkeypatch):
-    """Let transformers' ModernBERT rotate in the dtype of the model: it rounds queries and keys to fp32, in fp64 too."""
+    """Let transformers' ModernBERT rotate in the dtype of the model: it rounds queries and keys to fp32."""
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         cos, sin, half = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim), modeling_modernbert.rotate_half

@@ -43,7 +43,7 @@ def assert_close(got, expected, tolerance, what=""):
 def assert_same_gradients(ours, theirs, kind, tolerance):
     expected = their_gradients(theirs)
     got = our_gradients(ours, kind, set(expected))
-    assert {id(grad) for grad in got.values()} and got.keys() == expected.keys()
+    assert got.keys() == expected.keys()
     largest = max(float(grad.abs().max()) for grad in expected.values())
     for name, grad in expected.items():
         torch.testing.assert_close(
@@ -157,8 +157,8 @@ def test_lengths_of_1_2_and_8192(architecture, length):
         assert_close(ours(**packed([part])).logits, theirs(part[None]).logits[0], 1e-10)
 
 
-def test_parameters_of_modernbert_are_transformers(architecture="modernbert"):
-    ours = model_of(architecture)
+def test_parameters_of_modernbert_are_transformers():
+    ours = model_of("modernbert")
     theirs = their_model(ModernBertForMaskedLM, ours, "modernbert")
     assert sum(x.numel() for x in ours.parameters()) == sum(x.numel() for x in theirs.parameters())
     assert not [name for name, _ in ours.named_parameters() if name.endswith("bias") and name != "decoder.bias"]

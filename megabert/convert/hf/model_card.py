@@ -14,7 +14,6 @@ from megabert.files.metrics_format import METRICS, read_metrics
 from megabert.files.redact import redact
 from megabert.model.configuration_megabert import MegaBertConfig
 
-
 # By native_kind(). A model of the last kind is MosaicBERT with RoPE, which transformers calls GTE.
 NAMES = {"bert": "BERT", "modernbert": "ModernBERT", "gte": "RoPE MosaicBERT (GTE)"}
 

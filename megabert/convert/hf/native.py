@@ -158,7 +158,9 @@ def _theta(source: Path, raw: dict[str, Any], part: str | None, old_name: str, d
     for settings in (parameters, scaling or {}):
         kind = settings.get("rope_type", settings.get("type", "default"))
         if kind != "default" or settings.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"{path}: RoPE is {settings!r}; this model supports only rope_type 'default' of all features.")
+            raise ValueError(
+                f"{path}: RoPE is {settings!r}; this model supports only rope_type 'default' of all features."
+            )
     theta = parameters.get("rope_theta", raw.get(old_name))
     return default if theta is None else theta
 
