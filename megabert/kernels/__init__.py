@@ -23,18 +23,23 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(kernel: str, head_dim: int, dropout: bool) -> Tile:
-    """Return the largest tile that spills no register on sm_80, sm_90a and sm_100a. Not tuned for time."""
+def tile_of(kernel: str, head_dim: int, dropout: bool, window: bool = False) -> Tile:
+    """Return the largest tile that spills no register on sm_80, sm_90a and sm_100a. Not tuned for time.
+
+    Those of "forward" and "query" have the same number of rows.
+    """
     wide = head_dim > 64
+    if kernel in ("forward", "query") and window and dropout:
+        return Tile(64 if wide else 128, 32, 8, 2 if wide or kernel == "query" else 1)
     if kernel == "forward":
         return Tile(128, 32 if wide and dropout else 64, 8, 1 if dropout and not wide else 2)
     if kernel == "query":
         return Tile(128, 32 if wide else 64, 8, 2)
     if kernel == "short":
-        return Tile(SHORT, 32 if dropout else 64, 8, 1)
+        return Tile(SHORT, 32 if dropout or window else 64, 8, 1)
     assert kernel == "key", kernel
     if head_dim <= 32:
         return Tile(64, 64, 4, 1)
     if not dropout:
         return Tile(64, 64, 8, 2)
-    return Tile(32, 64, 8, 2) if wide else Tile(64, 32, 4, 1)
+    return Tile(32, 64, 8, 2) if wide or window else Tile(64, 32, 4, 1)

@@ -277,7 +277,7 @@ def tiles_of(cu_seqlens: Tensor, num_tokens: int, rows: int) -> Tensor:
 
 def _constants(kernel: str, qkv: Tensor, reach: int | None, dropout_p: float) -> dict[str, Any]:
     _, _, heads, size = qkv.shape
-    tile = tile_of(kernel, size, dropout_p > 0)
+    tile = tile_of(kernel, size, dropout_p > 0, reach is not None)
     shape = {"H": heads, "D": size, "ROWS": tile.rows, "COLUMNS": tile.columns, "REACH": reach}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return shape | {"DROPOUT": dropout_p > 0, "ACC": accumulator(qkv)} | options
@@ -381,8 +381,8 @@ def plan_triton(sequences: Sequences, slopes: Tensor | None, head_dim: int, reac
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:
         """(T, 3, H, D) -> (T, H, D)."""
         dropout = dropout_p > 0
-        row_tiles = tiles(qkv.shape[0], tile_of("forward", head_dim, dropout).rows)
-        key_tiles = None if short else tiles(qkv.shape[0], tile_of("key", head_dim, dropout).columns)
+        row_tiles = tiles(qkv.shape[0], tile_of("forward", head_dim, dropout, reach is not None).rows)
+        key_tiles = None if short else tiles(qkv.shape[0], tile_of("key", head_dim, dropout, reach is not None).columns)
         seed = draw_seed(qkv, dropout_p)
         shared = (cu_seqlens, num_keys, slopes, seed, row_tiles, key_tiles, reach, dropout_p)
         return Attention.apply(qkv.contiguous(), *shared)

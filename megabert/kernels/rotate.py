@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows of a program: (token, head) pairs.
-ROWS = 16
+# Numbers of a program's first halves: 16 of each thread, which reads and writes 16 bytes at once.
+NUMBERS = 2048
 
 
 @triton.jit
@@ -40,8 +40,10 @@ def turn(qkv: Tensor, table: Tensor, sign: float) -> Tensor:
     _, _, heads, size = qkv.shape
     rows = qkv.numel() // size
     if rows:
-        shape = {"H": heads, "HALF": size // 2, "BLOCK": ROWS, "SIZE": triton.next_power_of_2(size // 2)}
-        rotate_kernel[(triton.cdiv(rows, ROWS),)](qkv, table, out, rows, sign, **shape)
+        pairs = triton.next_power_of_2(size // 2)
+        block = max(1, NUMBERS // pairs)
+        shape = {"H": heads, "HALF": size // 2, "BLOCK": block, "SIZE": pairs}
+        rotate_kernel[(triton.cdiv(rows, block),)](qkv, table, out, rows, sign, **shape)
     return out
 
 
