@@ -23,9 +23,10 @@ IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 
 MODERNBERT_4 = {
     "attention_bias": False, "classifier_activation": "gelu", "classifier_pooling": "mean", "decoder_bias": True,
     "embedding_dropout": 0.0, "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0,
-    "hidden_activation": "gelu", "initializer_cutoff_factor": 2.0, "layer_norm_eps": 1e-05, "local_attention": 6, "local_rope_theta": 10000.0,
-    "mlp_bias": False, "mlp_dropout": 0.0, "norm_bias": False, "norm_eps": 1e-05, "position_embedding_type": "absolute",
-    "sparse_prediction": False, "torch_dtype": "float32", "transformers_version": "4.47.0.dev0",
+    "hidden_activation": "gelu", "initializer_cutoff_factor": 2.0, "layer_norm_eps": 1e-05, "local_attention": 6,
+    "local_rope_theta": 10000.0, "mlp_bias": False, "mlp_dropout": 0.0, "norm_bias": False, "norm_eps": 1e-05,
+    "position_embedding_type": "absolute", "sparse_prediction": False, "torch_dtype": "float32",
+    "transformers_version": "4.47.0.dev0",
 }  # fmt: skip
 MMBERT = MODERNBERT_4 | {
     "local_rope_theta": 160000.0,
