@@ -42,4 +42,6 @@ def tile_of(kernel: str, head_dim: int, dropout: bool, window: bool = False) -> 
         return Tile(64, 64, 4, 1)
     if not dropout:
         return Tile(64, 64, 8, 2)
-    return Tile(32, 64, 8, 2) if wide or window else Tile(64, 32, 4, 1)
+    if wide:
+        return Tile(32, 64, 8, 2)
+    return Tile(32 if window else 64, 32, 4, 1)
