@@ -43,9 +43,10 @@ BERT_LAYER = SHARED_LAYER | {
     "mlp.down": "output.dense",
     "mlp_norm": "output.LayerNorm",
 }
+THEIR_MODEL = "model"  # the encoder in ModernBERT's names
 MODERNBERT = {
-    "bert.embeddings.norm": "model.embeddings.norm",
-    "bert.encoder.final_norm": "model.final_norm",
+    "bert.embeddings.norm": f"{THEIR_MODEL}.embeddings.norm",
+    "bert.encoder.final_norm": f"{THEIR_MODEL}.final_norm",
     "transform.dense": "head.dense",
     "transform.norm": "head.norm",
 }
@@ -105,12 +106,12 @@ def bert_table(num_layers: int) -> list[WeightMapping]:
 def modernbert_table(num_layers: int) -> list[WeightMapping]:
     """transformers' ModernBertForMaskedLM: one bias, the decoder's; no norm before the first attention."""
     table = [
-        WeightMapping(WORD_EMBEDDINGS, ("model.embeddings.tok_embeddings.weight",), ("decoder.weight",)),
+        WeightMapping(WORD_EMBEDDINGS, (f"{THEIR_MODEL}.embeddings.tok_embeddings.weight",), ("decoder.weight",)),
         WeightMapping("decoder.bias", ("decoder.bias",)),
         *_map_modules(MODERNBERT, ("weight",)),
     ]
     for layer in range(num_layers):
-        ours, theirs = f"bert.encoder.layers.{layer}.", f"model.layers.{layer}."
+        ours, theirs = f"bert.encoder.layers.{layer}.", f"{THEIR_MODEL}.layers.{layer}."
         names = {a: b for a, b in MODERNBERT_LAYER.items() if layer or a != "attention_norm"}
         table += _map_modules({ours + a: theirs + b for a, b in names.items()}, ("weight",))
     return table
@@ -162,7 +163,7 @@ OUR_LAYERS = "bert.encoder.layers"
 LAYERS: dict[Kind, str] = {
     "mosaicbert": "bert.encoder.layer",
     "bert": "bert.encoder.layer",
-    "modernbert": "model.layers",
+    "modernbert": f"{THEIR_MODEL}.layers",
     "gte": "gte.layers",
 }
 

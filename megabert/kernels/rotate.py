@@ -4,6 +4,8 @@ The backward pass is the rotation by the opposite angles, so that nothing but th
 number: each pass reads and writes 3 * H * D numbers per token, and reads D of the table, 6 * H * D * s + 4 * D bytes.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -42,7 +44,7 @@ def turn(qkv: Tensor, table: Tensor, sign: float) -> Tensor:
     if rows:
         pairs = triton.next_power_of_2(size // 2)
         block = max(1, NUMBERS // pairs)
-        shape = {"H": heads, "HALF": size // 2, "BLOCK": block, "SIZE": pairs}
+        shape: dict[str, Any] = {"H": heads, "HALF": size // 2, "BLOCK": block, "SIZE": pairs}
         rotate_kernel[(triton.cdiv(rows, block),)](qkv, table, out, rows, sign, **shape)
     return out
 

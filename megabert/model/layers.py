@@ -7,6 +7,7 @@ F MLP width, V vocabulary, M masked tokens.
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -347,15 +348,16 @@ def classifier_dropout(config: MegaBertConfig) -> float:
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 
 
-def pre_norm_stds(module: nn.Module, config: MegaBertConfig) -> dict[nn.Module, float]:
+def pre_norm_stds(module: nn.Module, config: MegaBertConfig) -> dict[Any, float]:
     """Return which weights to initialise when a module's turn comes, after its parts', and from which deviation.
 
     Smaller for what is added to the residual stream, as in ModernBERT (https://arxiv.org/abs/2412.13663, appendix A).
     """
-    stds: dict[nn.Module, float] = {}
+    stds: dict[Any, float] = {}
     if isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
         stds[module] = config.initializer_range
-    out = {Attention: "out", Mlp: "down", GatedMlp: "down", MlmTransform: "dense"}.get(type(module))
+    outputs: dict[type[nn.Module], str] = {Attention: "out", Mlp: "down", GatedMlp: "down", MlmTransform: "dense"}
+    out = outputs.get(type(module))
     if out is not None:
         stds[getattr(module, out)] = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
     for name in ("classifier", "qa_outputs"):

@@ -57,13 +57,15 @@ def their_model(cls: type, ours: nn.Module, kind: Any, **changes: Any) -> nn.Mod
     return theirs
 
 
-def their_gradients(theirs: nn.Module) -> dict[str, Tensor]:
+def their_gradients(theirs: nn.Module) -> dict[str, Any]:
     return {name: parameter.grad for name, parameter in theirs.named_parameters()}
 
 
-def our_gradients(ours: nn.Module, kind: Any, names: set[str]) -> dict[str, Tensor]:
+def our_gradients(ours: nn.Module, kind: Any, names: set[str]) -> dict[str, Any]:
     """Return our gradients by the names of transformers' parameters."""
-    grads = {name: parameter.grad for name, parameter in ours.named_parameters() if name != TIED_DECODER}
+    grads: dict[str, Any] = {
+        name: parameter.grad for name, parameter in ours.named_parameters() if name != TIED_DECODER
+    }
     for name in (
         "decoder.bias",
         *(["transform.dense.weight", "transform.norm.weight"] if kind == "modernbert" else []),

@@ -36,7 +36,9 @@ MOSAICBERT_CLASSES = {
 def detect_architecture(source: Path, raw: dict[str, Any], tensor_names: set[str]) -> Literal["megabert"] | Kind:
     """Tell which of the five architectures a folder contains. Raises ValueError if it is another one."""
     model_type = raw.get("model_type")
-    if model_type in (MegaBertConfig.model_type, "modernbert", "gte"):
+    if model_type == MegaBertConfig.model_type:
+        return "megabert"
+    if model_type == "modernbert" or model_type == "gte":
         return model_type
     if model_type != "bert":
         raise ValueError(
