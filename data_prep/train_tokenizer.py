@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import sentencepiece
-from tokenizers import Tokenizer, models, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_prep.request import belongs_to_request, remove_request, request_hash, write_request
 from data_prep.source_options import SourceOptions
@@ -50,8 +50,9 @@ class Options(SourceOptions):
     """convert this instead of training: vocab.txt, a sentencepiece .model, tokenizer.json, or a Hugging Face folder"""
     vocab_size: int = 8192
     """number of pieces, including special tokens"""
-    model: Literal["unigram", "bpe", "wordpiece"] = "unigram"
-    """type of the model: unigram or bpe of sentencepiece, or wordpiece as in BERT"""
+    model: Literal["unigram", "bpe", "wordpiece", "byte_bpe"] = "unigram"
+    """type of the model: unigram or bpe of sentencepiece, wordpiece as in BERT, or byte_bpe: BPE of bytes, without
+    [UNK], as in ModernBERT"""
     lowercase: bool = True
     """whether to fold case, as bert-base-uncased does; applies to an existing vocab.txt too"""
     sample_bytes: int = 10_000_000
@@ -91,6 +92,8 @@ def train(options: Options) -> LoadedTokenizer:
     """Train a tokenizer. Raises ValueError if the corpus is too small."""
     if options.model == "wordpiece":
         return LoadedTokenizer(train_wordpiece(options))
+    if options.model == "byte_bpe":
+        return LoadedTokenizer(train_byte_bpe(options))
     model = train_sentencepiece(options)
     return LoadedTokenizer(to_fast_tokenizer(model), model)
 
@@ -114,6 +117,29 @@ def train_wordpiece(options: Options) -> Tokenizer:
             f"{options.source}: {options.vocab_size} pieces are fewer than its characters. Pass --vocab-size {needed} "
             "or more."
         )
+    return tokenizer
+
+
+def train_byte_bpe(options: Options) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk"]))
+    folding = [normalizers.Lowercase()] if options.lowercase else []
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *folding])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if options.vocab_size < (needed := len(alphabet) + len(SPECIAL_TOKENS)):
+        raise ValueError(f"{options.vocab_size} pieces are fewer than all bytes. Pass --vocab-size {needed} or more.")
+    trainer = trainers.BpeTrainer(
+        vocab_size=options.vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    lines = iter(sample_lines(options))
+    if (first := next(lines, None)) is None:
+        raise ValueError(f"{options.source}: has no text to train on. Use more text.")
+    tokenizer.train_from_iterator(itertools.chain([first], lines), trainer)
     return tokenizer
 
 

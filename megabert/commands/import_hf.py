@@ -1,4 +1,4 @@
-"""Convert a Hugging Face folder of a BERT or a MosaicBERT to a MegaBERT folder, to pretrain or fine-tune from.
+"""Convert a Hugging Face folder of a BERT, ModernBERT, GTE or MosaicBERT to a MegaBERT folder.
 
 {command} bert-base-uncased/ runs/bert-start
 {command} bert-base-uncased/ longer --max-length 1024 --tokenizer data/my-tokenizer

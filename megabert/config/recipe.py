@@ -4,77 +4,14 @@ The ds_config, not the recipe, says how a run is spread over devices. --help pri
 """
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megabert.config.model_section import ModelConfig
 from megabert.config.settings import check_limits, check_range, metadata_of, required, setting, with_lists
 
 # Settings for the length of a run: a recipe has exactly one of them.
 LENGTHS = ("max_steps", "max_tokens", "max_hours")
-CHECKPOINTING = re.compile(r"none|every_layer|every_(\d+)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The encoder's architecture."""
-
-    num_hidden_layers: int = setting(12, "[1, 1000]")
-    """number of layers"""
-    hidden_size: int = setting(768, "[1, 65536]")
-    """width of the residual stream, features"""
-    num_attention_heads: int = setting(12, "[1, 1024]")
-    """attention heads per layer"""
-    intermediate_size: int = setting(3072, "[1, 1048576]")
-    """width of the MLP, features (geglu: of each half)"""
-    position: Literal["alibi", "learned"] = "alibi"
-    """alibi: attention scores get a bias of -slope * distance; learned: position embeddings"""
-    ffn: Literal["geglu", "gelu"] = "geglu"
-    """geglu: gated MLP; gelu: BERT's MLP"""
-    layer_norm_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """precision of LayerNorm and the residual stream under bf16 autocast"""
-    layer_norm_eps: float = setting(1e-12, "(0, 0.1]")
-    """added to the variance in LayerNorm"""
-    hidden_dropout: float = setting(0.1, "[0, 1)")
-    """dropout probability of embeddings, of each block's outputs, and inside the GLU"""
-    attention_dropout: float = setting(0.0, "[0, 1)")
-    """dropout probability of attention weights"""
-    padding: Literal["unpadded", "padded"] = "unpadded"
-    """padded: compute the padding too, as the BERT baseline does"""
-    max_position_embeddings: int = setting(512, "[1, 1048576]")
-    """rows of the position table, tokens; used only by position: learned"""
-    pad_vocab_to_multiple_of: int = setting(64, "[1, 65536]")
-    """round the number of embedding rows up to a multiple of this"""
-    initializer_range: float = setting(0.02, "(0, 1]")
-    """standard deviation of the initial weights"""
-    z_loss: float = setting(0.0, "[0, 1]")
-    """add z_loss * log(sum of exp(logits))^2 to the training loss of each masked token, to keep logits small; 1e-4 is
-    usual"""
-    init_from: str | None = None
-    """folder written by launch/convert_from_hf.py: start with its weights. A resumed run uses its checkpoint instead"""
-    gradient_checkpointing: str = "none"
-    """recompute activations in the backward pass: none, every_layer or every_K (every K-th layer)"""
-
-    def __post_init__(self):
-        check_limits(self, "model.")
-        if not CHECKPOINTING.fullmatch(self.gradient_checkpointing) or self.checkpoint_every < 0:
-            raise ValueError(
-                f"model.gradient_checkpointing is {self.gradient_checkpointing!r}, "
-                "expected none, every_layer or every_K with K >= 1, such as every_2."
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"model.hidden_size is {self.hidden_size}, expected a multiple of "
-                f"model.num_attention_heads ({self.num_attention_heads})."
-            )
-
-    @property
-    def checkpoint_every(self) -> int:
-        """0: no layer is recomputed; 1: every layer; K: every K-th layer."""
-        if self.gradient_checkpointing == "none":
-            return 0
-        number = self.gradient_checkpointing.removeprefix("every_")
-        return 1 if number == "layer" else int(number) or -1
 
 
 @dataclass(frozen=True, kw_only=True)

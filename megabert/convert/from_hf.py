@@ -10,7 +10,7 @@ from torch import Tensor
 from megabert.convert.check import folder_record
 from megabert.convert.check.export_record import find_added_files, find_change
 from megabert.convert.check.folder_record import Origin
-from megabert.convert.hf.config import detect_architecture, from_bert_config, from_megabert_config
+from megabert.convert.hf.config import detect_architecture, from_megabert_config, from_their_config
 from megabert.convert.hf.reader import CONFIG, read_config, read_weights
 from megabert.convert.hf.resize import ImportedModel, find_special, resize_positions, resize_vocabulary
 from megabert.convert.hf.tokenizer import copy_tokenizer, has_tokenizer, read_hf_tokenizer
@@ -57,10 +57,11 @@ class ImportOptions:
 def import_model(source: Path, out: Path, options: ImportOptions = ImportOptions()) -> ImportedModel:
     """Convert the folder `source` and write the result to `out`.
 
-    source: transformers' BERT with any head or none, the published MosaicBERT, or a MegaBERT folder. Tensors are
-    renamed and copied but never computed, unless the options request another length or vocabulary. Raises ValueError if
-    our model cannot represent `source` exactly, or if `out` holds anything else. A finished import of the same folder
-    with the same options is read instead of written again.
+    source: transformers' BERT with any head or none, its ModernBERT or GTE with a masked language modelling head or
+    none, the published MosaicBERT, or a MegaBERT folder. Tensors are renamed and copied but never computed, unless the
+    options request another length or vocabulary. Raises ValueError if our model cannot represent `source` exactly, or
+    if `out` holds anything else. A finished import of the same folder with the same options is read instead of written
+    again.
     """
     out = out.resolve()  # it may be a link
     origin = folder_record.describe_origin(source, options)
@@ -165,11 +166,12 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
     if (kind := detect_architecture(source, raw, set(weights))) == "megabert":
         config = from_megabert_config(source, raw)
         weights = normalize_our_names(weights)
-        missing = [] if any(name in weights for name in MLM_HEAD) else list(MLM_HEAD)
+        head = [name for name in MLM_HEAD if name in expected_shapes(config)]
+        missing = [] if any(name in weights for name in head) else head
     else:
         weights, missing, unused = to_megabert(weights, kind)
-        config = from_bert_config(source, raw, kind)
-    if raw.get("architectures") == [MULTIPLE_CHOICE[kind]]:
+        config = from_their_config(source, raw, kind)
+    if raw.get("architectures") == [MULTIPLE_CHOICE.get(kind)]:
         config.architectures = ["MegaBertForMultipleChoice"]
     check_shapes(source, weights, config, missing)  # before anything is allocated that has the config's sizes
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
@@ -182,7 +184,7 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
 
 def check_shapes(source: Path, weights: dict[str, Tensor], config: MegaBertConfig, missing: list[str]) -> None:
     """Raises ValueError unless the tensors, except for the missing ones, have the shapes that the config implies."""
-    layers = num_layers(weights, "layers")
+    layers = num_layers(weights)
     if layers != config.num_hidden_layers:
         raise ValueError(f"{source}: has weights of {layers} layers, but its {CONFIG} has {config.num_hidden_layers}.")
     expected = expected_shapes(config)

@@ -1,6 +1,7 @@
 """Export a training checkpoint to a Hugging Face folder, and check that the folder gives the checkpoint's logits."""
 
 import hashlib
+import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,19 @@ from torch import Tensor
 from megabert.convert.check import export_check, export_record
 from megabert.convert.check.export_record import Measurements
 from megabert.convert.deepspeed_checkpoint import TrainedModel, find_checkpoints, read_checkpoints
-from megabert.convert.hf.config import is_transformers_bert, set_max_length, to_bert_config
+from megabert.convert.gte_files import to_gte_file
+from megabert.convert.hf.config import set_max_length, to_bert_config
 from megabert.convert.hf.model_card import make_model_card, read_metrics_at
-from megabert.convert.hf.reader import read_json
+from megabert.convert.hf.native import native_kind, to_gte_config, to_modernbert_config
+from megabert.convert.hf.reader import CONFIG, read_json
+from megabert.convert.hf.resize import find_special
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.hf.writer import MAX_SHARD_SIZE, MODEL_CODE, check_shard_size, write_config, write_weights
 from megabert.convert.targets import probe, registry
 from megabert.convert.weight_names import from_megabert
 from megabert.data.shards.manifest import TOKENIZER
+from megabert.data.shards.sample_format import SPECIAL_TOKENS
+from megabert.data.shards.tokenizer import read_tokenizer
 from megabert.files.atomic import replace_folder, staged_folder
 from megabert.files.checkpoint_format import MANIFEST, read_state
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -43,8 +49,8 @@ class ExportOptions:
 def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = ExportOptions()) -> Measurements:
     """Export a checkpoint, or reuse an unchanged export of the same checkpoint. Returns what the export check measured.
 
-    A model with BERT's architecture becomes transformers' own BertForMaskedLM. Any other becomes a folder with a copy
-    of megabert/model, which loads with trust_remote_code=True where megabert is not installed.
+    A model with the architecture of transformers' BERT, ModernBERT or GTE becomes that. Any other becomes a folder with
+    a copy of megabert/model, which loads with trust_remote_code=True where megabert is not installed.
 
     checkpoint: its folder, or a run's folder for its newest. Raises ValueError if there is no complete checkpoint, if
     `out` contains anything but an export, or if the check fails, in which case `out` stays as it was.
@@ -136,14 +142,32 @@ def write_folder(
     export_check.write_expected_outputs(module, out, checkpoint)
     if options.targets:
         probe.write_expected(module, out, max_length)
-    weights = model.weights
-    if is_transformers_bert(config):
-        weights = from_megabert(weights, "bert", duplicates=False)
-        to_bert_config(config).save_pretrained(out)
-    else:
-        write_config(out, config)
-    write_weights(out, weights, options.max_shard_size)
+    weights = write_model(out, model.weights, config, options.max_shard_size)
     metrics = read_metrics_at(checkpoint.parents[1], model.state.step)
     num_parameters = sum(tensor.numel() for tensor in weights.values())
     make_model_card(config, model.state, metrics, num_parameters, options.average, max_length).save(out / "README.md")
     return weights
+
+
+def write_model(
+    out: Path, weights: dict[str, Tensor], config: MegaBertConfig, max_shard_size: str
+) -> dict[str, Tensor]:
+    """Write config, code and weights, as transformers' own model where one computes the same.
+
+    The folder must have its tokenizer. Returns the weights by the names that they have in the loaded model.
+    """
+    kind = native_kind(config)
+    if kind is None:
+        write_config(out, config)
+        write_weights(out, weights, max_shard_size)
+        return weights
+    named = from_megabert(weights, kind, duplicates=False)
+    if kind == "bert":
+        to_bert_config(config).save_pretrained(out)
+    else:
+        tokenizer = read_tokenizer(out / TOKENIZER)
+        special = {role: number for role in SPECIAL_TOKENS if (number := find_special(tokenizer, role)) is not None}
+        raw = (to_modernbert_config if kind == "modernbert" else to_gte_config)(config, special)
+        (out / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    write_weights(out, to_gte_file(named) if kind == "gte" else named, max_shard_size)
+    return named

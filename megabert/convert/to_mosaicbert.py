@@ -89,6 +89,13 @@ def export_mosaicbert(source: Path, out: Path, average: int = 1, max_length: int
 def _check_is_mosaicbert(source: Path, model: SourceModel) -> None:
     """Raises ValueError unless the published code computes what our model computes."""
     config = model.config
+    post_norm = MegaBertConfig(vocab_size=config.vocab_size, pad_token_id=config.pad_token_id)
+    for name in ("norm_position", "bias", "norm_bias", "global_attention_every", "token_types"):
+        if (value := getattr(config, name)) != (needed := getattr(post_norm, name)):
+            raise ValueError(
+                f"{source}: has {name} {value}, but the published MosaicBERT layout supports only {needed}. "
+                "Leave out --layout."
+            )
     if (architecture := (config.position, config.ffn)) != ("alibi", "geglu"):
         raise ValueError(
             f"{source}: has {' and '.join(architecture)}, but the published MosaicBERT layout supports only alibi and "

@@ -1,13 +1,15 @@
-"""Rename weights between MegaBERT, the published MosaicBERT checkpoints, and transformers' BERT."""
+"""Rename weights between MegaBERT, the published MosaicBERT checkpoints, and transformers' BERT, ModernBERT and GTE."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Kind = Literal["mosaicbert", "bert"]
+from megabert.convert.gte_files import normalize_gte
+
+Kind = Literal["mosaicbert", "bert", "modernbert", "gte"]
 
 
 class WeightMapping(NamedTuple):
@@ -41,7 +43,34 @@ BERT_LAYER = SHARED_LAYER | {
     "mlp.down": "output.dense",
     "mlp_norm": "output.LayerNorm",
 }
+THEIR_MODEL = "model"  # the encoder in ModernBERT's names
+MODERNBERT = {
+    "bert.embeddings.norm": f"{THEIR_MODEL}.embeddings.norm",
+    "bert.encoder.final_norm": f"{THEIR_MODEL}.final_norm",
+    "transform.dense": "head.dense",
+    "transform.norm": "head.norm",
+}
+MODERNBERT_LAYER = {
+    "attention_norm": "attn_norm",
+    "attention.qkv": "attn.Wqkv",
+    "attention.out": "attn.Wo",
+    "mlp_norm": "mlp_norm",
+    "mlp.up": "mlp.Wi",
+    "mlp.down": "mlp.Wo",
+}
+GTE = {
+    "bert.embeddings.norm": "gte.embeddings.LayerNorm",
+    "transform.dense": "lm_head.dense",
+    "transform.norm": "lm_head.layer_norm",
+}
+GTE_LAYER = {
+    "attention.out": "self_attn.o_proj",
+    "attention_norm": "post_attention_layernorm",
+    "mlp.down": "mlp.down_proj",
+    "mlp_norm": "post_mlp_layernorm",
+}
 PARTS = ("weight", "bias")
+TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
 WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 TIED_DECODER = "decoder.weight"  # the same tensor as the word embeddings
 THEIR_DECODER = "cls.predictions.decoder"
@@ -74,21 +103,69 @@ def bert_table(num_layers: int) -> list[WeightMapping]:
     return table
 
 
+def modernbert_table(num_layers: int) -> list[WeightMapping]:
+    """transformers' ModernBertForMaskedLM: one bias, the decoder's; no norm before the first attention."""
+    table = [
+        WeightMapping(WORD_EMBEDDINGS, (f"{THEIR_MODEL}.embeddings.tok_embeddings.weight",), ("decoder.weight",)),
+        WeightMapping("decoder.bias", ("decoder.bias",)),
+        *_map_modules(MODERNBERT, ("weight",)),
+    ]
+    for layer in range(num_layers):
+        ours, theirs = f"bert.encoder.layers.{layer}.", f"{THEIR_MODEL}.layers.{layer}."
+        names = {a: b for a, b in MODERNBERT_LAYER.items() if layer or a != "attention_norm"}
+        table += _map_modules({ours + a: theirs + b for a, b in names.items()}, ("weight",))
+    return table
+
+
+def gte_table(num_layers: int, token_types: bool = True) -> list[WeightMapping]:
+    """transformers' GteForMaskedLM: separate query, key and value, and separate gate and value of the MLP."""
+    embeddings = "gte.embeddings."
+    table = [
+        WeightMapping(WORD_EMBEDDINGS, (f"{embeddings}word_embeddings.weight",), ("lm_head.decoder.weight",)),
+        WeightMapping("decoder.bias", ("lm_head.decoder.bias",)),
+        *_map_modules(GTE),
+    ]
+    if token_types:
+        table.append(WeightMapping(TOKEN_TYPES, (f"{embeddings}token_type_embeddings.weight",)))
+    for layer in range(num_layers):
+        ours, theirs = f"bert.encoder.layers.{layer}.", f"gte.layers.{layer}."
+        table += _map_modules({ours + a: theirs + b for a, b in GTE_LAYER.items()})
+        halves = tuple(f"{theirs}mlp.{name}_proj.weight" for name in ("gate", "up"))
+        table.append(WeightMapping(f"{ours}mlp.up.weight", halves))
+        for part in PARTS:
+            names = tuple(f"{theirs}self_attn.{name}_proj.{part}" for name in ("q", "k", "v"))
+            table.append(WeightMapping(f"{ours}attention.qkv.{part}", names))
+    return table
+
+
 def _outside_layers(decoder_bias: list[str]) -> list[WeightMapping]:
-    token_types = "bert.embeddings.token_type_embeddings.weight"
     return [
         WeightMapping(WORD_EMBEDDINGS, (WORD_EMBEDDINGS,), (f"{THEIR_DECODER}.weight",)),
-        WeightMapping(token_types, (token_types,)),
+        WeightMapping(TOKEN_TYPES, (TOKEN_TYPES,)),
         WeightMapping("decoder.bias", (decoder_bias[0],), tuple(decoder_bias[1:])),
         *_map_modules(SHARED),
     ]
 
 
-def _map_modules(names: Mapping[str, str]) -> list[WeightMapping]:
-    return [WeightMapping(f"{ours}.{part}", (f"{theirs}.{part}",)) for ours, theirs in names.items() for part in PARTS]
+def _map_modules(names: Mapping[str, str], parts: tuple[str, ...] = PARTS) -> list[WeightMapping]:
+    return [WeightMapping(f"{ours}.{part}", (f"{theirs}.{part}",)) for ours, theirs in names.items() for part in parts]
 
 
-TABLES = {"mosaicbert": mosaicbert_table, "bert": bert_table}
+def _table(kind: Kind, num_layers: int, names: Collection[str]) -> list[WeightMapping]:
+    """names: of a state dict of either side, which may or may not have token types."""
+    if kind == "gte":
+        return gte_table(num_layers, any("token_type_embeddings" in name for name in names))
+    return {"mosaicbert": mosaicbert_table, "bert": bert_table, "modernbert": modernbert_table}[kind](num_layers)
+
+
+# What stands before the number of a layer in each model's names.
+OUR_LAYERS = "bert.encoder.layers"
+LAYERS: dict[Kind, str] = {
+    "mosaicbert": "bert.encoder.layer",
+    "bert": "bert.encoder.layer",
+    "modernbert": f"{THEIR_MODEL}.layers",
+    "gte": "gte.layers",
+}
 
 MLM_HEAD_PREFIXES = ("transform.", "decoder.")  # our masked language modelling head
 SAME_NAME_PREFIXES = ("bert.pooler.dense.", "classifier.", "qa_outputs.")  # both sides use these names
@@ -114,8 +191,8 @@ def to_megabert(state: Mapping[str, Tensor], kind: Kind) -> RenamedWeights:
 
     Raises ValueError if a name is unknown or missing, or if a tied tensor differs from the one that it is tied to.
     """
-    state = normalize_names(state)
-    table = TABLES[kind](num_layers(state, "layer"))
+    state = normalize_names(state) if kind in ("bert", "mosaicbert") else NORMALIZE[kind](state)
+    table = _table(kind, num_layers(state, LAYERS[kind]), state)
     head = [entry for entry in table if entry.ours.startswith(MLM_HEAD_PREFIXES)]
     missing = [entry.ours for entry in head]
     if any(name in state for entry in head for name in entry.theirs):
@@ -123,7 +200,7 @@ def to_megabert(state: Mapping[str, Tensor], kind: Kind) -> RenamedWeights:
     table = [entry for entry in table if entry.ours not in missing]
     required = {name for entry in table for name in entry.theirs}
     duplicates = {name for entry in table for name in entry.duplicates}
-    same = {name for name in state if name.startswith(SAME_NAME_PREFIXES)}
+    same = {name for name in state if name.startswith(SAME_NAME_PREFIXES) and kind in ("bert", "mosaicbert")}
     unused = {name for name in state if name.startswith(UNUSED_PREFIXES)}
     _check_names(state, required, duplicates | same | unused, kind)
     ours = {name: state[name] for name in sorted(same)}
@@ -148,6 +225,15 @@ def normalize_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if new not in BUFFERS:
             normalized[new] = tensor
     return normalized
+
+
+def normalize_modernbert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the prefix that a bare encoder lacks, and that strip_wrappers() takes for a wrapper's."""
+    bare = ("embeddings.", "layers.", "final_norm.")
+    return {f"model.{name}" if name.startswith(bare) else name: tensor for name, tensor in state.items()}
+
+
+NORMALIZE = {"modernbert": normalize_modernbert, "gte": normalize_gte}
 
 
 def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -205,7 +291,7 @@ def from_megabert(state: Mapping[str, Tensor], kind: Kind, duplicates: bool = Tr
 
     duplicates: also return the tensors that have a second name, as their state_dict() does and their files need not.
     """
-    table = TABLES[kind](num_layers(state, "layers"))
+    table = _table(kind, num_layers(state, OUR_LAYERS), state)
     if "classifier.weight" in state and not any(name.startswith(MLM_HEAD_PREFIXES) for name in state):
         table = [entry for entry in table if not entry.ours.startswith(MLM_HEAD_PREFIXES)]
     same = {name for name in state if name.startswith(SAME_NAME_PREFIXES)}
@@ -219,12 +305,12 @@ def from_megabert(state: Mapping[str, Tensor], kind: Kind, duplicates: bool = Tr
     return theirs
 
 
-def num_layers(state: Mapping[str, Tensor], word: str) -> int:
-    """Count the layers in a state dict. word: the name before a layer's number, "layer" in theirs, "layers" in ours.
+def num_layers(state: Mapping[str, Tensor], before: str = OUR_LAYERS) -> int:
+    """Count the layers in a state dict. before: what stands before a layer's number, see LAYERS.
 
     Raises ValueError if a number below the highest is missing, so that one huge number cannot make a huge table.
     """
-    numbers = {match[1] for name in state if (match := re.match(rf"bert\.encoder\.{word}\.([0-9]+)\.", name))}
+    numbers = {match[1] for name in state if (match := re.match(rf"{re.escape(before)}\.([0-9]+)\.", name))}
     for number in range(len(numbers)):
         if str(number) not in numbers:
             highest = max(numbers, key=lambda digits: (len(digits), digits))

@@ -132,7 +132,8 @@ def build_model(
     torch.manual_seed(seed)
     model = MegaBertForSequenceClassification(config)
     if pretrained:
-        weights = {name: t for name, t in read_weights(folder).items() if name.startswith(("bert.", "pre_classifier."))}
+        used = ("bert.", "transform." if config.has_transform_head else "pre_classifier.")
+        weights = {name: t for name, t in read_weights(folder).items() if name.startswith(used)}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         missing = [name for name in missing if not name.startswith(("pre_classifier.", "classifier."))]
         unexpected = [name for name in unexpected if not name.startswith("bert.pooler.")]

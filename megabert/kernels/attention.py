@@ -1,4 +1,4 @@
-"""Attention within documents with ALiBi from its slopes, without a bias, scores or weights in memory.
+"""Attention within documents, with ALiBi from its slopes or without, and no bias, scores or weights in memory.
 
 The forward pass is FlashAttention-2's (https://arxiv.org/abs/2307.08691): softmax in one sweep over the keys. The
 backward pass computes the weights again from the saved log-sum-exp. Each gradient is written once, by one program:
@@ -15,16 +15,19 @@ tiles, whose sizes are in tile_of. For each head, a document of L tokens moves:
                                                         above: k and v, then q, dout, lse and delta for every tile,
                                                         mostly from the cache
 and a few bytes per tile to find its document. An explicit bias and weights would move L * L * s several times.
+
+With a reach R, a tile sweeps only over the tiles that hold a token at most R away from one of its own: at most
+ceil((rows + 2R) / columns) + 1 of them instead of K(L), so that a long document moves bytes in proportion to L.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megabert.kernels import HEAD_DIMS
+from megabert.kernels import HEAD_DIMS, SHORT, tile_of
 from megabert.kernels.dropout import GROUP, draw_seed, keep_scale, threshold, tile_factor
 from megabert.kernels.layer_norm import accumulator, accumulator_dtype
 from megabert.model.attention import Attend
@@ -32,8 +35,6 @@ from megabert.model.padding import Sequences
 
 # The hardware's exponential is 2^x.
 LOG2E = tl.constexpr(1.4426950408889634)
-# Documents up to this length fit one program's registers, for heads of up to 64.
-SHORT = 128
 
 
 @triton.jit
@@ -50,6 +51,24 @@ def document_of(TILES, CU, KEYS, tile):
 
 
 @triton.jit
+def near(first, size: tl.constexpr, end, step: tl.constexpr, REACH: tl.constexpr):
+    """Return the tiles of `step` to sweep over for `size` places from `first`: where the first begins, and the end."""
+    if REACH is None:
+        return 0, end
+    # A multiple of step, so that dropout's masks do not depend on the reach.
+    return tl.maximum(first - REACH, 0) // step * step, tl.minimum(end, first + size + REACH)
+
+
+@triton.jit
+def visible(rows, columns, length, keys, REACH: tl.constexpr):
+    """Return which queries are there and see which keys, (R, C)."""
+    seen = (rows[:, None] < length) & (columns[None, :] < keys)
+    if REACH is not None:
+        seen = seen & (tl.abs(rows[:, None] - columns[None, :]) <= REACH)
+    return seen
+
+
+@triton.jit
 def scores(q, k, rows, columns, SLOPES, head, scale, ACC: tl.constexpr):
     """Return the base-2 exponents of the weights, (R, C): log2(e) * (q k^T / sqrt(D) - slope * |i - j|)."""
     s = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision="ieee") * (scale * LOG2E)
@@ -62,7 +81,7 @@ def scores(q, k, rows, columns, SLOPES, head, scale, ACC: tl.constexpr):
 @triton.jit
 def forward_kernel(
     QKV, OUT, LSE, TILES, CU, KEYS, SLOPES, SEED, T, scale, below, kept,
-    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     DROPOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
@@ -76,15 +95,18 @@ def forward_kernel(
     row_max = tl.full((ROWS,), float("-inf"), ACC)
     row_sum = tl.zeros((ROWS,), ACC)
     weighted_sum = tl.zeros((ROWS, D), ACC)
-    for block in range(0, keys, COLUMNS):
+    begin, end = near(first, ROWS, keys, COLUMNS, REACH)
+    for block in range(begin, end, COLUMNS):
         columns = block + tl.arange(0, COLUMNS)
         is_key = columns[:, None] < keys
         key = query + H * D + columns[:, None] * (3 * H * D) + dims[None, :]
         k = tl.load(key, mask=is_key, other=0.0)
         v = tl.load(key + H * D, mask=is_key, other=0.0)
         s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
-        s = tl.where(columns[None, :] < keys, s, float("-inf"))
+        s = tl.where(visible(rows, columns, ROWS + first, keys, REACH), s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
+        if REACH is not None:
+            new_max = tl.maximum(new_max, -1e30)  # a row that sees no key of this tile: its exponents stay -inf
         rescale = tl.exp2(row_max - new_max)
         weights = tl.exp2(s - new_max[:, None])
         row_sum = row_sum * rescale + tl.sum(weights, 1)
@@ -93,6 +115,8 @@ def forward_kernel(
         weighted_sum *= rescale[:, None]
         weighted_sum = tl.dot(weights.to(v.dtype), v, weighted_sum, out_dtype=ACC, input_precision="ieee")
         row_max = new_max
+    if REACH is not None:
+        row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # padding that is far from every key gives 0
     inside = rows < length
     tl.store(LSE + head * T + start + rows, row_max + tl.log2(row_sum), mask=inside)
     out = OUT + start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
@@ -102,7 +126,7 @@ def forward_kernel(
 @triton.jit
 def query_kernel(
     QKV, OUT, DOUT, LSE, DELTA, DQKV, TILES, CU, KEYS, SLOPES, SEED, T, scale, below, kept,
-    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     DROPOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of a tile of queries, and each row's delta = sum(out * dout), which key_kernel needs too."""
@@ -123,14 +147,15 @@ def query_kernel(
     tl.store(DELTA + row_at, delta, mask=rows < length)
     lse = tl.load(LSE + row_at, mask=rows < length, other=0.0)
     dq = tl.zeros((ROWS, D), ACC)
-    for block in range(0, keys, COLUMNS):
+    begin, end = near(first, ROWS, keys, COLUMNS, REACH)
+    for block in range(begin, end, COLUMNS):
         columns = block + tl.arange(0, COLUMNS)
         is_key = columns[:, None] < keys
         key = QKV + base + H * D + columns[:, None] * (3 * H * D) + dims[None, :]
         k = tl.load(key, mask=is_key, other=0.0)
         v = tl.load(key + H * D, mask=is_key, other=0.0)
         s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
-        weights = tl.where(columns[None, :] < keys, tl.exp2(s - lse[:, None]), 0.0)
+        weights = tl.where(visible(rows, columns, ROWS + first, keys, REACH), tl.exp2(s - lse[:, None]), 0.0)
         dweights = tl.dot(dout, tl.trans(v), out_dtype=ACC, input_precision="ieee")
         if DROPOUT:
             dweights *= tile_factor(tl.load(SEED), start + rows, block // GROUP, head, below, kept, COLUMNS)
@@ -142,7 +167,7 @@ def query_kernel(
 @triton.jit
 def key_kernel(
     QKV, DOUT, LSE, DELTA, DQKV, TILES, CU, KEYS, SLOPES, SEED, T, scale, below, kept,
-    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     DROPOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of a tile of COLUMNS keys."""
@@ -159,7 +184,8 @@ def key_kernel(
     v = tl.load(QKV + base + key + H * D, mask=is_key, other=0.0)
     dk = tl.zeros((COLUMNS, D), ACC)
     dv = tl.zeros((COLUMNS, D), ACC)
-    for block in range(0, length, ROWS):
+    begin, end = near(first, COLUMNS, length, ROWS, REACH)
+    for block in range(begin, end, ROWS):
         rows = block + tl.arange(0, ROWS)
         inside = rows[:, None] < length
         q = tl.load(QKV + base + rows[:, None] * (3 * H * D) + dims[None, :], mask=inside, other=0.0)
@@ -169,7 +195,7 @@ def key_kernel(
         lse = tl.load(LSE + row_at, mask=rows < length, other=0.0)
         delta = tl.load(DELTA + row_at, mask=rows < length, other=0.0)
         s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
-        weights = tl.where(inside & (columns[None, :] < keys), tl.exp2(s - lse[:, None]), 0.0)
+        weights = tl.where(visible(rows, columns, length, keys, REACH), tl.exp2(s - lse[:, None]), 0.0)
         dweights = tl.dot(dout, tl.trans(v), out_dtype=ACC, input_precision="ieee")
         if DROPOUT:
             factor = tile_factor(tl.load(SEED), start + rows, first // GROUP, head, below, kept, COLUMNS)
@@ -188,7 +214,7 @@ def key_kernel(
 @triton.jit
 def short_kernel(
     QKV, OUT, DOUT, LSE, DQKV, CU, KEYS, SLOPES, SEED, T, scale, below, kept,
-    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, REACH: tl.constexpr,
     DROPOUT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Compute dq, dk and dv of a whole document of at most ROWS tokens, COLUMNS keys at a time."""
@@ -218,7 +244,7 @@ def short_kernel(
         k = tl.load(QKV + base + key, mask=columns[:, None] < keys, other=0.0)
         v = tl.load(QKV + base + key + H * D, mask=columns[:, None] < keys, other=0.0)
         s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
-        weights = tl.where(inside & (columns[None, :] < keys), tl.exp2(s - lse[:, None]), 0.0)
+        weights = tl.where(visible(rows, columns, length, keys, REACH), tl.exp2(s - lse[:, None]), 0.0)
         dweights = tl.dot(dout, tl.trans(v), out_dtype=ACC, input_precision="ieee")
         if DROPOUT:
             factor = tile_factor(tl.load(SEED), start + rows, block // GROUP, head, below, kept, COLUMNS)
@@ -235,32 +261,6 @@ def short_kernel(
     tl.store(DQKV + base + query, (dq * scale).to(DQKV.dtype.element_ty), mask=inside)
 
 
-class Tile(NamedTuple):
-    """The block sizes of a kernel: what one program holds and what it reads per step; its warps and pipeline stages."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
-def tile_of(kernel: str, head_dim: int, dropout: bool) -> Tile:
-    """Return the largest tile that spills no register on sm_80, sm_90a and sm_100a. Not tuned for time."""
-    wide = head_dim > 64
-    if kernel == "forward":
-        return Tile(128, 32 if wide and dropout else 64, 8, 1 if dropout and not wide else 2)
-    if kernel == "query":
-        return Tile(128, 32 if wide else 64, 8, 2)
-    if kernel == "short":
-        return Tile(SHORT, 32 if dropout else 64, 8, 1)
-    assert kernel == "key", kernel
-    if head_dim <= 32:
-        return Tile(64, 64, 4, 1)
-    if not dropout:
-        return Tile(64, 64, 8, 2)
-    return Tile(32, 64, 8, 2) if wide else Tile(64, 32, 4, 1)
-
-
 def tiles_of(cu_seqlens: Tensor, num_tokens: int, rows: int) -> Tensor:
     """Cut every document into tiles of `rows` without synchronising with the device. Returns (tiles, 2) int32.
 
@@ -275,10 +275,10 @@ def tiles_of(cu_seqlens: Tensor, num_tokens: int, rows: int) -> Tensor:
     return torch.stack([document, (tile - first[document]) * rows], dim=1).int()
 
 
-def _constants(kernel: str, qkv: Tensor, dropout_p: float) -> dict[str, Any]:
+def _constants(kernel: str, qkv: Tensor, reach: int | None, dropout_p: float) -> dict[str, Any]:
     _, _, heads, size = qkv.shape
-    tile = tile_of(kernel, size, dropout_p > 0)
-    shape = {"H": heads, "D": size, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    tile = tile_of(kernel, size, dropout_p > 0, reach is not None)
+    shape = {"H": heads, "D": size, "ROWS": tile.rows, "COLUMNS": tile.columns, "REACH": reach}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return shape | {"DROPOUT": dropout_p > 0, "ACC": accumulator(qkv)} | options
 
@@ -291,14 +291,14 @@ def _numbers(qkv: Tensor, dropout_p: float) -> tuple[int, float, int, float]:
 @torch.library.custom_op("megabert::attention", mutates_args=())
 def forward(
     qkv: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None, slopes: Tensor | None, seed: Tensor | None,
-    row_tiles: Tensor, dropout_p: float,
+    row_tiles: Tensor, reach: int | None, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return out (T, H, D) and each row's log-sum-exp in base 2, (H, T)."""
     out, lse = _outputs(qkv)
     if qkv.numel():
         forward_kernel[(row_tiles.shape[0], qkv.shape[2])](
             qkv, out, lse, row_tiles, cu_seqlens, num_keys, slopes, seed, *_numbers(qkv, dropout_p),
-            **_constants("forward", qkv, dropout_p),
+            **_constants("forward", qkv, reach, dropout_p),
         )  # fmt: skip
     return out, lse
 
@@ -306,7 +306,8 @@ def forward(
 @torch.library.custom_op("megabert::attention_backward", mutates_args=())
 def backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None,
-    slopes: Tensor | None, seed: Tensor | None, row_tiles: Tensor, key_tiles: Tensor | None, dropout_p: float,
+    slopes: Tensor | None, seed: Tensor | None, row_tiles: Tensor, key_tiles: Tensor | None, reach: int | None,
+    dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """Return dqkv (T, 3, H, D). key_tiles None: no document is longer than SHORT, and each takes one program."""
     dqkv = torch.empty_like(qkv)
@@ -316,14 +317,14 @@ def backward(
     shared = (cu_seqlens, num_keys, slopes, seed, *_numbers(qkv, dropout_p))
     if key_tiles is None:
         grid = (cu_seqlens.shape[0] - 1, heads)
-        short_kernel[grid](qkv, out, dout, lse, dqkv, *shared, **_constants("short", qkv, dropout_p))
+        short_kernel[grid](qkv, out, dout, lse, dqkv, *shared, **_constants("short", qkv, reach, dropout_p))
         return dqkv
     delta = torch.empty_like(lse)
     query_kernel[(row_tiles.shape[0], heads)](
-        qkv, out, dout, lse, delta, dqkv, row_tiles, *shared, **_constants("query", qkv, dropout_p)
+        qkv, out, dout, lse, delta, dqkv, row_tiles, *shared, **_constants("query", qkv, reach, dropout_p)
     )
     key_kernel[(key_tiles.shape[0], heads)](
-        qkv, dout, lse, delta, dqkv, key_tiles, *shared, **_constants("key", qkv, dropout_p)
+        qkv, dout, lse, delta, dqkv, key_tiles, *shared, **_constants("key", qkv, reach, dropout_p)
     )
     return dqkv
 
@@ -334,12 +335,12 @@ def _outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @forward.register_fake
-def _(qkv, cu_seqlens, num_keys, slopes, seed, row_tiles, dropout_p):
+def _(qkv, cu_seqlens, num_keys, slopes, seed, row_tiles, reach, dropout_p):
     return _outputs(qkv)
 
 
 @backward.register_fake
-def _(dout, qkv, out, lse, cu_seqlens, num_keys, slopes, seed, row_tiles, key_tiles, dropout_p):
+def _(dout, qkv, out, lse, cu_seqlens, num_keys, slopes, seed, row_tiles, key_tiles, reach, dropout_p):
     return torch.empty_like(qkv)
 
 
@@ -347,25 +348,26 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx, qkv: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None, slopes: Tensor | None, seed: Tensor | None,
-        row_tiles: Tensor, key_tiles: Tensor | None, dropout_p: float,
+        row_tiles: Tensor, key_tiles: Tensor | None, reach: int | None, dropout_p: float,
     ) -> Tensor:  # fmt: skip
-        out, lse = forward(qkv, cu_seqlens, num_keys, slopes, seed, row_tiles, dropout_p)
+        out, lse = forward(qkv, cu_seqlens, num_keys, slopes, seed, row_tiles, reach, dropout_p)
         ctx.save_for_backward(qkv, out, lse, cu_seqlens, num_keys, slopes, seed, row_tiles, key_tiles)
-        ctx.dropout_p = dropout_p
+        ctx.reach, ctx.dropout_p = reach, dropout_p
         return out
 
     @staticmethod
     def backward(ctx, dout: Tensor):  # type: ignore[override]
-        dqkv = backward(dout.contiguous(), *ctx.saved_tensors, ctx.dropout_p)
-        return dqkv, None, None, None, None, None, None, None
+        dqkv = backward(dout.contiguous(), *ctx.saved_tensors, ctx.reach, ctx.dropout_p)
+        return dqkv, None, None, None, None, None, None, None, None
 
 
-def plan_triton(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Attend:
+def plan_triton(sequences: Sequences, slopes: Tensor | None, head_dim: int, reach: int | None = None) -> Attend:
     """Plan as in model/attention.py: cut the tiles once for all layers, without synchronising with the device."""
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head size {head_dim}: the Triton attention computes {HEAD_DIMS}. Use run.ops torch.")
     cu_seqlens, num_keys = sequences.cu_seqlens.contiguous(), sequences.num_keys
     short = sequences.max_seqlen <= SHORT and head_dim <= 64
+    reach = None if reach is not None and reach >= sequences.max_seqlen - 1 else reach
 
     # By rows. Not functools.cache, which torch.compile cannot trace.
     tiles_by_rows: dict[int, Tensor] = {}
@@ -378,9 +380,10 @@ def plan_triton(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> A
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:
         """(T, 3, H, D) -> (T, H, D)."""
         dropout = dropout_p > 0
-        row_tiles = tiles(qkv.shape[0], tile_of("forward", head_dim, dropout).rows)
-        key_tiles = None if short else tiles(qkv.shape[0], tile_of("key", head_dim, dropout).columns)
+        row_tiles = tiles(qkv.shape[0], tile_of("forward", head_dim, dropout, reach is not None).rows)
+        key_tiles = None if short else tiles(qkv.shape[0], tile_of("key", head_dim, dropout, reach is not None).columns)
         seed = draw_seed(qkv, dropout_p)
-        return Attention.apply(qkv.contiguous(), cu_seqlens, num_keys, slopes, seed, row_tiles, key_tiles, dropout_p)
+        shared = (cu_seqlens, num_keys, slopes, seed, row_tiles, key_tiles, reach, dropout_p)
+        return Attention.apply(qkv.contiguous(), *shared)
 
     return attend

@@ -21,6 +21,7 @@ from packaging.version import InvalidVersion, Version
 
 from megabert.kernels import HEAD_DIMS, MAX_WIDTH
 from megabert.kernels.cpu import CPU_OPS, why_not_compiled
+from megabert.kernels.cpu_rotate import rotate
 from megabert.kernels.devices import OLDEST_CAPABILITY, why_no_launch
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -174,9 +175,11 @@ def triton_ops() -> Ops:
     from megabert.kernels.cross_entropy import masked_cross_entropy
     from megabert.kernels.embed_layer_norm import embed_layer_norm
     from megabert.kernels.geglu import geglu
+    from megabert.kernels.rotate import rotate as rotate_by_triton
 
     return Ops(
         attention=plan_triton,
+        rotate=rotate_by_triton,
         layer_norm=layer_norm,
         geglu=geglu,
         add_layer_norm=add_layer_norm,
@@ -196,9 +199,10 @@ def cpu_ops(config: MegaBertConfig, bf16: bool) -> tuple[Ops, str]:
     if reason := why_not_cpu_fused(config, bf16):
         return torch_ops(), f"attention {attention}, the rest plain PyTorch ({reason})"
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-    fused = "geglu, add_layer_norm, embed_layer_norm, masked_cross_entropy fused by torch.compile"
+    rotate_too = "rotate, " if config.position == "rope" else ""
+    fused = f"{rotate_too}geglu, add_layer_norm, embed_layer_norm, masked_cross_entropy fused by torch.compile"
     description = f"attention {attention}; {fused}; layer_norm, the head's, plain PyTorch"
-    return CPU_OPS._replace(attention=PLANNERS["sdpa"]), description
+    return CPU_OPS._replace(attention=PLANNERS["sdpa"], rotate=rotate), description
 
 
 def resolve(
@@ -218,7 +222,7 @@ def resolve(
         ops, description = cpu_ops(config, bf16)
         log.info("ops: %s", description)
         return ops
-    plain = torch_ops()
+    plain, has_rope = torch_ops(), config.position == "rope"
     chosen, reasons = {}, {}
     for operation in Ops._fields:
         why_not: dict[str, str | None] = {}
@@ -232,7 +236,8 @@ def resolve(
             raise ValueError(
                 f"run.ops is fused, but {'; '.join(reasons[operation])}. Fix one of these, or use run.ops auto."
             )
-    line = _describe(chosen, reasons, name)
+    used = {operation: source for operation, source in chosen.items() if operation != "rotate" or has_rope}
+    line = _describe(used, reasons, name)
     warnings = [] if name == "torch" else slow_choices(chosen["attention"], bf16, machine)
     log.log(logging.WARNING if warnings and _is_first_rank() else logging.INFO, "%s", ". ".join([line, *warnings]))
     sources = {"PyTorch": plain, "flash-attn": plain._replace(attention=PLANNERS["flash_attention_2"])}

@@ -1,10 +1,12 @@
 """Attention within documents: the implementations that transformers' attn_implementation names.
 
-A *planner* takes (sequences, alibi_slopes, head_dim) once per forward pass and returns `attend(qkv, dropout_p)`, which
-every layer calls: (T, 3, H, D) -> (T, H, D). Document boundaries and ALiBi's bias are prepared once, for all layers.
+A *planner* takes (sequences, alibi_slopes, head_dim, reach) once per forward pass and returns `attend(qkv, dropout_p)`,
+which every layer calls: (T, 3, H, D) -> (T, H, D). Document boundaries and ALiBi's bias are prepared once, for all
+layers. reach: a token sees this many tokens on each side of it, and itself; None for its whole document.
 
     eager               plan_eager         the equation, document by document or over padded rows: the specification
     sdpa                plan_sdpa          padded rows: PyTorch's fused attention with a mask
+                                           with a reach: explicit matrices, see windows.py
                                            on a CPU without dropout: explicit matrices, see buckets.py
                                            otherwise: PyTorch's fused attention, one call per document length
     flash_attention_2   plan_flash         flash-attn's varlen kernel
@@ -16,6 +18,7 @@ import functools
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +29,18 @@ from .buckets import exact_buckets, invert, plan_buckets, token_slots
 from .configuration_megabert import MegaBertConfig
 from .ops import dropout
 from .padding import Sequences
+from .windows import plan_windows
 
 Attend = Callable[[Tensor, float], Tensor]
-Planner = Callable[[Sequences, Tensor | None, int], Attend]
 
 
-def plan_eager(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Attend:
+class Planner(Protocol):
+    def __call__(
+        self, sequences: Sequences, slopes: Tensor | None, head_dim: int, reach: int | None = None, /
+    ) -> Attend: ...
+
+
+def plan_eager(sequences: Sequences, slopes: Tensor | None, head_dim: int, reach: int | None = None) -> Attend:
     """Compute the equation as it is written: document by document, or over padded rows."""
 
     def weigh(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout_p: float) -> Tensor:
@@ -40,13 +49,13 @@ def plan_eager(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> At
         return dropout(torch.softmax(scores, dim=-1), dropout_p) @ value
 
     if sequences.num_keys is not None:
-        return _plan_rows(sequences, slopes, weigh)
+        return _plan_rows(sequences, slopes, reach, weigh)
     bounds = sequences.cu_seqlens.tolist()
 
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:
         outputs = []
         for part in qkv.split([b - a for a, b in pairwise(bounds)]):
-            bias = None if slopes is None else alibi_bias(slopes, len(part), qkv.dtype)[0]
+            bias = score_bias(slopes, reach, len(part), qkv)
             query, key, value = part.permute(1, 2, 0, 3)  # each (H, L, D)
             outputs.append(weigh(query, key, value, bias, dropout_p).transpose(0, 1))  # (L, H, D)
         return torch.cat(outputs)
@@ -54,14 +63,30 @@ def plan_eager(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> At
     return attend
 
 
-def plan_sdpa(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Attend:
+def score_bias(slopes: Tensor | None, reach: int | None, length: int, like: Tensor) -> Tensor | None:
+    """Return what is added to the scores of a document: ALiBi's bias, and the mask of what is out of reach.
+
+    Broadcasts to (H, length, length), in the dtype and on the device of `like`.
+    """
+    bias = None if slopes is None else alibi_bias(slopes, length, like.dtype)[0]
+    if reach is None or reach >= length - 1:
+        return bias
+    place = torch.arange(length, device=like.device)
+    out_of_reach = (place[:, None] - place[None, :]).abs() > reach
+    bias = like.new_zeros(1, length, length) if bias is None else bias
+    return bias.masked_fill(out_of_reach, torch.finfo(like.dtype).min)
+
+
+def plan_sdpa(sequences: Sequences, slopes: Tensor | None, head_dim: int, reach: int | None = None) -> Attend:
     """Attend without padding, in several documents at once: those of equal, or on a CPU of nearly equal length.
 
     On a CPU this is faster than one padded batch, which computes the square of its padding, and than a loop over the
     documents, which makes more calls.
     """
     if sequences.num_keys is not None:
-        return _plan_rows(sequences, slopes, F.scaled_dot_product_attention)
+        return _plan_rows(sequences, slopes, reach, F.scaled_dot_product_attention)
+    if reach is not None and reach < sequences.max_seqlen - 1:
+        return plan_windows(sequences.cu_seqlens, slopes, head_dim, reach)
     by_length = functools.cache(lambda: _plan_by_length(sequences.cu_seqlens, slopes))
     if not sequences.cu_seqlens.is_cpu:
         return by_length()
@@ -100,7 +125,7 @@ def _plan_by_length(cu_seqlens: Tensor, slopes: Tensor | None) -> Attend:
     return attend
 
 
-def _plan_rows(sequences: Sequences, slopes: Tensor | None, weigh: Callable[..., Tensor]) -> Attend:
+def _plan_rows(sequences: Sequences, slopes: Tensor | None, reach: int | None, weigh: Callable[..., Tensor]) -> Attend:
     """Attend over padded rows (B, S) and compute their padding; padded keys are masked, as in a padded baseline.
 
     weigh: (query, key, value, mask, dropout_p), each (B, H, S, D), as in PyTorch's scaled_dot_product_attention.
@@ -117,6 +142,9 @@ def _plan_rows(sequences: Sequences, slopes: Tensor | None, weigh: Callable[...,
             mask = torch.zeros((masked.shape[0], 1, 1, length), dtype=dtype, device=masked.device)
             mask = mask.masked_fill(masked[:, None, None, :], torch.finfo(dtype).min)
             masks[dtype] = mask if slopes is None else mask + alibi_bias(slopes, length, dtype)
+            if reach is not None:
+                out_of_reach = (position[:, None] - position[None, :]).abs() > reach
+                masks[dtype] = masks[dtype].masked_fill(out_of_reach, torch.finfo(dtype).min)
         return masks[dtype]
 
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:
@@ -127,8 +155,8 @@ def _plan_rows(sequences: Sequences, slopes: Tensor | None, weigh: Callable[...,
     return attend
 
 
-def plan_flash(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Attend:
-    """Call flash-attn's varlen kernel with its own ALiBi (flash-attn >= 2.4). Not run on a GPU yet."""
+def plan_flash(sequences: Sequences, slopes: Tensor | None, head_dim: int, reach: int | None = None) -> Attend:
+    """Call flash-attn's varlen kernel with its own ALiBi and window (flash-attn >= 2.4). Not run on a GPU yet."""
     # flash-attn is optional and imported only where it was asked for.
     from flash_attn import flash_attn_varlen_qkvpacked_func  # pyrefly: ignore[missing-import]
 
@@ -141,6 +169,7 @@ def plan_flash(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> At
             sequences.cu_seqlens,
             sequences.max_seqlen,
             dropout_p=dropout_p,
+            window_size=(-1, -1) if reach is None else (reach, reach),
             alibi_slopes=slopes,
             deterministic=True,
         )
@@ -151,6 +180,8 @@ def plan_flash(sequences: Sequences, slopes: Tensor | None, head_dim: int) -> At
 PLANNERS: dict[str, Planner] = {"eager": plan_eager, "sdpa": plan_sdpa, "flash_attention_2": plan_flash}
 
 
-def plan_as_configured(config: MegaBertConfig, sequences: Sequences, slopes: Tensor | None, head_dim: int) -> Attend:
+def plan_as_configured(
+    config: MegaBertConfig, sequences: Sequences, slopes: Tensor | None, head_dim: int, reach: int | None = None
+) -> Attend:
     """Plan with the implementation that the config names now: transformers lets callers change it at any time."""
-    return PLANNERS[config._attn_implementation or "sdpa"](sequences, slopes, head_dim)
+    return PLANNERS[config._attn_implementation or "sdpa"](sequences, slopes, head_dim, reach)

@@ -2,7 +2,8 @@
 
 from transformers import PretrainedConfig
 
-POSITIONS = ("alibi", "learned")
+POSITIONS = ("alibi", "learned", "rope")
+NORM_POSITIONS = ("post", "pre")
 FFNS = ("geglu", "gelu")
 PADDINGS = ("unpadded", "padded")
 CLASSIFIER_POOLINGS = ("cls", "mean")
@@ -10,9 +11,19 @@ LAYER_NORM_DTYPES = ("bfloat16", "float32")
 
 
 class MegaBertConfig(PretrainedConfig):
-    """MosaicBERT (https://arxiv.org/abs/2312.17482) by default; the settings of its ablations turn it back into BERT.
+    """MosaicBERT (https://arxiv.org/abs/2312.17482) by default; other settings make it BERT, ModernBERT or GTE.
 
-    position: "alibi" adds -slope * |i - j| to the scores; "learned" adds a position embedding.
+    position: "alibi" adds -slope * |i - j| to the scores; "learned" adds a position embedding; "rope" rotates queries
+        and keys (https://arxiv.org/abs/2104.09864).
+    rope_theta: base of RoPE's wavelengths; local_rope_theta: that of local layers, None for the same.
+    norm_position: "post" normalises after each residual sum, as BERT; "pre" before attention (except in the first
+        layer) and MLP, and once at the end, as ModernBERT (https://arxiv.org/abs/2412.13663).
+    bias: of the linear layers of attention, MLP and head; norm_bias: of every LayerNorm. The decoder always has one,
+        the up-projection of "geglu" never.
+    global_attention_every: layers 0, k, 2k... attend to whole documents, the others to local_attention_window tokens:
+        half of it, rounded down, on each side of a token, in addition to the token itself.
+    type_vocab_size: 0 for no token type embeddings; token_type_ids are then ignored, as in ModernBERT.
+    attention_output_dropout_prob: after attention's output projection; None means hidden_dropout_prob.
     ffn: "geglu" is GELU(gate) * value without biases in the up-projection; "gelu" is BERT's plain MLP.
     layer_norm_dtype: "bfloat16" keeps LayerNorm and the residual stream in the autocast dtype when
         autocast is on; "float32" computes them in fp32. Without autocast both use the weights' dtype.
@@ -36,11 +47,19 @@ class MegaBertConfig(PretrainedConfig):
         type_vocab_size: int = 2,
         max_position_embeddings: int = 512,
         position: str = "alibi",
+        rope_theta: float = 10_000.0,
+        local_rope_theta: float | None = None,
+        norm_position: str = "post",
+        bias: bool = True,
+        norm_bias: bool = True,
+        global_attention_every: int = 1,
+        local_attention_window: int | None = None,
         ffn: str = "geglu",
         layer_norm_dtype: str = "bfloat16",
         layer_norm_eps: float = 1e-12,
         hidden_dropout_prob: float = 0.1,
         attention_probs_dropout_prob: float = 0.0,
+        attention_output_dropout_prob: float | None = None,
         classifier_dropout: float | None = None,
         classifier_pooling: str = "cls",
         initializer_range: float = 0.02,
@@ -58,11 +77,19 @@ class MegaBertConfig(PretrainedConfig):
         self.type_vocab_size = type_vocab_size
         self.max_position_embeddings = max_position_embeddings
         self.position = position
+        self.rope_theta = rope_theta
+        self.local_rope_theta = local_rope_theta
+        self.norm_position = norm_position
+        self.bias = bias
+        self.norm_bias = norm_bias
+        self.global_attention_every = global_attention_every
+        self.local_attention_window = local_attention_window
         self.ffn = ffn
         self.layer_norm_dtype = layer_norm_dtype
         self.layer_norm_eps = layer_norm_eps
         self.hidden_dropout_prob = hidden_dropout_prob
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.attention_output_dropout_prob = attention_output_dropout_prob
         self.classifier_dropout = classifier_dropout
         self.classifier_pooling = classifier_pooling
         self.initializer_range = initializer_range
@@ -76,6 +103,7 @@ class MegaBertConfig(PretrainedConfig):
         """Raise ValueError for a setting outside its range."""
         choices = {
             "position": POSITIONS,
+            "norm_position": NORM_POSITIONS,
             "ffn": FFNS,
             "padding": PADDINGS,
             "layer_norm_dtype": LAYER_NORM_DTYPES,
@@ -89,9 +117,10 @@ class MegaBertConfig(PretrainedConfig):
                 f"model config: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}."
             )
+        self._check_positions()
         probabilities = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
-        if self.classifier_dropout is not None:
-            probabilities.append("classifier_dropout")
+        optional = ("attention_output_dropout_prob", "classifier_dropout")
+        probabilities += [name for name in optional if getattr(self, name) is not None]
         for name in probabilities:
             probability = getattr(self, name)
             if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
@@ -111,6 +140,62 @@ class MegaBertConfig(PretrainedConfig):
                 f"expected one of the {self.vocab_size} rows of the vocabulary."
             )
 
+    def _check_positions(self) -> None:
+        """Raise ValueError for settings of positions and windows that contradict each other or have no effect."""
+        if reason := self._why_not_positions():
+            raise ValueError(f"model config: {reason}")
+        for name in ("bias", "norm_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"model config: {name} is {getattr(self, name)!r}, expected true or false.")
+
+    def _why_not_positions(self) -> str | None:
+        """Return why the settings of positions and windows make no sense together, or None."""
+        position, every, window = self.position, self.global_attention_every, self.local_attention_window
+        thetas = {name: getattr(self, name) for name in ("rope_theta", "local_rope_theta")}
+        for name, theta in thetas.items():
+            if theta is not None and (not isinstance(theta, (int, float)) or not 1 < theta < float("inf")):
+                return f"{name} is {theta!r}, expected a number above 1."
+        if position != "rope" and (thetas["rope_theta"] != 10_000 or thetas["local_rope_theta"] is not None):
+            name = "local_rope_theta" if thetas["local_rope_theta"] is not None else "rope_theta"
+            return f"{name} is {thetas[name]}, which has no effect with position {position}. Leave it out."
+        if position == "rope" and self.head_dim % 2:
+            return f"position rope rotates pairs of features, but the head size is {self.head_dim}, an odd number."
+        if type(every) is not int or every < 1:
+            return f"global_attention_every is {every!r}, expected a number from 1."
+        if window is not None and (type(window) is not int or window < 2):
+            return f"local_attention_window is {window!r}, expected a number from 2: one token on each side."
+        if (every > 1) != (window is not None):
+            return (
+                f"global_attention_every is {every} and local_attention_window {window}: local layers need "
+                "a window, and a window needs local layers. Set both, or neither."
+            )
+        if every == 1 and thetas["local_rope_theta"] is not None:
+            return (
+                f"local_rope_theta is {thetas['local_rope_theta']}, but global_attention_every 1 makes "
+                "every layer global. Leave it out."
+            )
+        return None
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens that a local layer sees on each side of a token; None where every layer is global."""
+        return None if self.local_attention_window is None else self.local_attention_window // 2
+
+    def is_local(self, layer: int) -> bool:
+        return layer % self.global_attention_every > 0
+
+    @property
+    def token_types(self) -> bool:
+        return self.type_vocab_size > 0
+
+    @property
+    def has_transform_head(self) -> bool:
+        """Whether classifiers transform hidden states as the masked language model does, and there is no pooler.
+
+        So ModernBERT, whose classifiers start from the weights of that transform.
+        """
+        return self.norm_position == "pre"

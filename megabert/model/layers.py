@@ -6,6 +6,8 @@ F MLP width, V vocabulary, M masked tokens.
 """
 
 import functools
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from .alibi import alibi_slopes
 from .attention import Attend, Planner, plan_as_configured
 from .configuration_megabert import MegaBertConfig
 from .inputs import in_one_graph
-from .ops import TORCH_OPS, MaskedLoss, Ops
+from .ops import TORCH_OPS, MaskedLoss, Ops, dropout, rope_table, upcast
 from .padding import Sequences, Tokens, as_rows, row_slots, spread
 
 
@@ -41,17 +43,22 @@ class Norm(Module):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size)) if config.norm_bias else None
+
+    def parameters_for_ops(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias; the operations always add a bias, which is 0 where the model has none."""
+        return self.weight, torch.zeros_like(self.weight) if self.bias is None else self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.layer_norm(x, self.weight, self.bias, self.config.layer_norm_eps, self.low_precision)
+        return self.ops.layer_norm(x, *self.parameters_for_ops(), self.config.layer_norm_eps, self.low_precision)
 
 
 class Embeddings(Module):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if config.token_types:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         if config.position == "learned":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.norm = Norm(config)
@@ -64,16 +71,17 @@ class Embeddings(Module):
             assert tokens.inputs_embeds is not None, "tokens have ids or embeddings"
             words, padding_idx = tokens.inputs_embeds, None
             input_ids = torch.arange(words.shape[0], device=words.device)
-        types = torch.zeros_like(input_ids) if tokens.token_type_ids is None else tokens.token_type_ids
-        ids, tables = [input_ids, types], [words, self.token_type_embeddings.weight]
+        ids, tables = [input_ids], [words]
+        if self.config.token_types:
+            ids.append(torch.zeros_like(input_ids) if tokens.token_type_ids is None else tokens.token_type_ids)
+            tables.append(self.token_type_embeddings.weight)
         if self.config.position == "learned":
             ids.append(tokens.position_ids)
             tables.append(self.position_embeddings.weight)
         return self.ops.embed_layer_norm(
             ids,
             tables,
-            self.norm.weight,
-            self.norm.bias,
+            *self.norm.parameters_for_ops(),
             eps=self.config.layer_norm_eps,
             dropout_p=self.dropout_p(self.config.hidden_dropout_prob),
             low_precision=self.low_precision,
@@ -92,8 +100,7 @@ class AddNorm(Norm):
         return self.ops.add_layer_norm(
             x,
             residual,
-            self.weight,
-            self.bias,
+            *self.parameters_for_ops(),
             eps=self.config.layer_norm_eps,
             dropout_p=self.dropout_p(self.dropout),
             low_precision=self.low_precision,
@@ -103,8 +110,8 @@ class AddNorm(Norm):
 class Attention(Module):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
 
     def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
         """hidden (T, E) -> (T, E), or with rows (M,) only those tokens, (M, E)."""
@@ -120,47 +127,81 @@ class GatedMlp(Module):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down(self.ops.geglu(self.up(hidden), self.dropout_p(self.config.hidden_dropout_prob)))
 
 
 class Mlp(Module):
-    """BERT's MLP: dropout after the down-projection, in the AddNorm that follows."""
+    """BERT's MLP: dropout after the down-projection, in the block."""
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down(nn.functional.gelu(self.up(hidden)))
 
 
 class Block(Module):
-    """One post-LN layer: attention, add and norm, MLP, add and norm."""
+    """One layer: attention and MLP, each added to the residual stream; subclasses say where the norms are."""
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         gated = config.ffn == "geglu"
         self.attention = Attention(config)
-        self.attention_norm = AddNorm(config, config.hidden_dropout_prob)
         self.mlp = GatedMlp(config) if gated else Mlp(config)
-        self.mlp_norm = AddNorm(config, 0.0 if gated else config.hidden_dropout_prob)
+        self.attention_dropout = config.hidden_dropout_prob
+        if config.attention_output_dropout_prob is not None:
+            self.attention_dropout = config.attention_output_dropout_prob
+        self.mlp_dropout = 0.0 if gated else config.hidden_dropout_prob
 
     def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """hidden (T, E) -> (T, E). With rows (M,), everything after attention is computed for those tokens only."""
+        raise NotImplementedError
+
+
+class PostNormBlock(Block):
+    """BERT's order: attention, add and norm, MLP, add and norm."""
+
+    def __init__(self, config: MegaBertConfig):
+        super().__init__(config)
+        self.attention_norm = AddNorm(config, self.attention_dropout)
+        self.mlp_norm = AddNorm(config, self.mlp_dropout)
+
+    def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         mixed = self.attention(hidden, attend, rows)
         residual = hidden if rows is None else hidden.index_select(0, rows)
         hidden = self.attention_norm(mixed, residual)
         return self.mlp_norm(self.mlp(hidden), hidden)
 
 
+class PreNormBlock(Block):
+    """ModernBERT's order: norm, attention, add, norm, MLP, add. The embeddings' norm is the first layer's first."""
+
+    def __init__(self, config: MegaBertConfig, first: bool):
+        super().__init__(config)
+        self.attention_norm = nn.Identity() if first else Norm(config)
+        self.mlp_norm = Norm(config)
+
+    def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        mixed = self.attention(self.attention_norm(hidden), attend, rows)
+        residual = hidden if rows is None else hidden.index_select(0, rows)
+        hidden = residual + dropout(mixed, self.dropout_p(self.attention_dropout))
+        return hidden + dropout(self.mlp(self.mlp_norm(hidden)), self.dropout_p(self.mlp_dropout))
+
+
+def make_block(config: MegaBertConfig, layer: int) -> Block:
+    return PostNormBlock(config) if config.norm_position == "post" else PreNormBlock(config, first=layer == 0)
+
+
 class Encoder(Module):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(make_block(config, layer) for layer in range(config.num_hidden_layers))
+        self.final_norm = Norm(config) if config.norm_position == "pre" else nn.Identity()
         # Recompute the activations of every k-th layer in the backward pass; 0 for none.
         self.checkpoint_every = 0
         self.slopes: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -181,29 +222,46 @@ class Encoder(Module):
         self.planner: Planner = ops.attention or functools.partial(plan_as_configured, self.config)
 
     def forward(
-        self, hidden: Tensor, sequences: Sequences, rows: Tensor | None = None, every_layer: bool = False
+        self, hidden: Tensor, tokens: Tokens, rows: Tensor | None = None, every_layer: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """Encode hidden (T, E).
 
         rows: (M,) tokens to return; None means all. Returns the last hidden states, (M, E) or (T, E), and with
-        every_layer the (T, E) before each layer and after the last one.
+        every_layer the (T, E) before each layer and the last ones.
         """
+        sequences, position_ids = tokens.sequences, tokens.position_ids
         if self.config.padding == "padded" and sequences.num_keys is None:
-            return self._forward_padded(hidden, sequences, rows, every_layer)
-        attend = self._plan(sequences, hidden)
+            return self._forward_padded(hidden, sequences, position_ids, rows, every_layer)
+        attend = self._plan(sequences, position_ids, hidden)
         last = len(self.layers) - 1
         states = []
         for index, layer in enumerate(self.layers):
             states.append(hidden)
-            hidden = self._run(index, layer, hidden, attend, rows if index == last and not every_layer else None)
+            its_rows = rows if index == last and not every_layer else None
+            hidden = self._run(index, layer, hidden, attend[self.config.is_local(index)], its_rows)
+        hidden = self.final_norm(hidden)
         states.append(hidden)
         if rows is not None and (every_layer or last < 0):
             hidden = hidden.index_select(0, rows)
         return hidden, states if every_layer else []
 
-    def _plan(self, sequences: Sequences, hidden: Tensor) -> Attend:
-        slopes = self._slopes(hidden) if self.config.position == "alibi" else None
-        return self.planner(sequences, slopes, self.config.head_dim)
+    def _plan(self, sequences: Sequences, position_ids: Tensor, hidden: Tensor) -> dict[bool, Attend]:
+        """Return the attention of global layers, and as [True] that of local ones if there are any."""
+        config = self.config
+        slopes = self._slopes(hidden) if config.position == "alibi" else None
+        plans = {False: self.planner(sequences, slopes, config.head_dim)}
+        if config.reach is not None:
+            plans[True] = self.planner(sequences, slopes, config.head_dim, config.reach)
+        if config.position == "rope":
+            thetas = {False: config.rope_theta, True: config.local_rope_theta or config.rope_theta}
+            plans = {
+                local: self._rotated(attend, rope_table(position_ids, config.head_dim, thetas[local]))
+                for local, attend in plans.items()
+            }
+        return plans
+
+    def _rotated(self, attend: Attend, table: Tensor) -> Attend:
+        return lambda qkv, dropout_p: attend(self.ops.rotate(qkv, table), dropout_p)
 
     def _slopes(self, hidden: Tensor) -> Tensor:
         """Return ALiBi's slopes (H,) on the device of hidden: copying them in every pass would wait for it."""
@@ -223,19 +281,21 @@ class Encoder(Module):
         return layer(hidden, attend, rows)
 
     def _forward_padded(
-        self, hidden: Tensor, sequences: Sequences, rows: Tensor | None, every_layer: bool
+        self, hidden: Tensor, sequences: Sequences, position_ids: Tensor, rows: Tensor | None, every_layer: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute every slot of (B, S), as an encoder without unpadding does; then return the real tokens."""
         padded = as_rows(sequences)
         slots = row_slots(sequences, hidden.shape[0])
         num_slots = (len(padded.cu_seqlens) - 1) * padded.max_seqlen
         hidden = spread(hidden, slots, num_slots)
-        attend = self._plan(padded, hidden)
+        if self.config.position == "rope":
+            position_ids = spread(position_ids, slots, num_slots)
+        attend = self._plan(padded, position_ids, hidden)
         states = []
         for index, layer in enumerate(self.layers):
             states.append(hidden.index_select(0, slots))
-            hidden = self._run(index, layer, hidden, attend, None)
-        hidden = hidden.index_select(0, slots)
+            hidden = self._run(index, layer, hidden, attend[self.config.is_local(index)], None)
+        hidden = self.final_norm(hidden.index_select(0, slots))
         states.append(hidden)
         hidden = hidden if rows is None else hidden.index_select(0, rows)
         return hidden, states if every_layer else []
@@ -246,7 +306,7 @@ class MlmTransform(Module):
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
         self.norm = Norm(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -278,6 +338,43 @@ class Pooler(Module):
 
     def forward(self, first: Tensor) -> Tensor:
         return torch.tanh(self.dense(first))
+
+
+def mean_of_documents(hidden: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None = None) -> Tensor:
+    """Average (T, E) over each document: (B, E), in fp32 where hidden is half precision, zeros for an empty document.
+
+    num_keys: (B,) as in Sequences, for documents that all occupy the same number of slots.
+    """
+    if num_keys is not None:
+        rows = upcast(hidden).view(num_keys.shape[0], -1, hidden.shape[1])  # (B, S, E)
+        real = torch.arange(rows.shape[1], device=hidden.device) < num_keys[:, None]
+        return (rows * real[:, :, None]).sum(dim=1) / num_keys.clamp(min=1)[:, None]
+    lengths = cu_seqlens.diff().long()
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
+    sums = upcast(hidden.new_zeros(len(lengths), hidden.shape[1])).index_add(0, document, upcast(hidden))
+    return sums / lengths.clamp(min=1)[:, None]
+
+
+def classifier_dropout(config: MegaBertConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+def pre_norm_stds(module: nn.Module, config: MegaBertConfig) -> dict[Any, float]:
+    """Return which weights to initialise when a module's turn comes, after its parts', and from which deviation.
+
+    Smaller for what is added to the residual stream, as in ModernBERT (https://arxiv.org/abs/2412.13663, appendix A).
+    """
+    stds: dict[Any, float] = {}
+    if isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
+        stds[module] = config.initializer_range
+    outputs: dict[type[nn.Module], str] = {Attention: "out", Mlp: "down", GatedMlp: "down", MlmTransform: "dense"}
+    out = outputs.get(type(module))
+    if out is not None:
+        stds[getattr(module, out)] = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    for name in ("classifier", "qa_outputs"):
+        if isinstance(last := getattr(module, name, None), nn.Linear):
+            stds[last] = config.hidden_size**-0.5
+    return stds
 
 
 def set_ops(model: nn.Module, ops: Ops) -> None:

@@ -7,7 +7,6 @@ are unpadded at the start of the forward pass, and its results are padded again 
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
@@ -26,10 +25,21 @@ from .attention import PLANNERS
 from .buckets import plan_buckets  # noqa: F401
 from .configuration_megabert import MegaBertConfig
 from .inputs import Inputs, check_shape, flatten_choices, in_one_graph, read_tokens, refuse_unsupported
-from .layers import Decoder, Embeddings, Encoder, MlmTransform, Norm, Pooler
+from .layers import (
+    Decoder,
+    Embeddings,
+    Encoder,
+    MlmTransform,
+    Norm,
+    Pooler,
+    classifier_dropout,
+    mean_of_documents,
+    pre_norm_stds,
+)
 from .losses import choice_loss, classification_loss, span_loss, token_loss
-from .ops import MaskedLoss, upcast
+from .ops import MaskedLoss
 from .padding import Sequences, Tokens, first_tokens, spread_documents
+from .windows import plan_windows  # noqa: F401
 
 Output = TypeVar("Output", bound=ModelOutput)
 
@@ -50,11 +60,18 @@ class MegaBertPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
-    _no_split_modules = ["Block", "Embeddings"]  # noqa: RUF012 (transformers reads it as a class attribute)
+    _no_split_modules = ["PostNormBlock", "PreNormBlock", "Embeddings"]  # noqa: RUF012 (transformers reads it as a class attribute)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise as BERT: weights from N(0, initializer_range), [PAD]'s row and biases 0, LayerNorm 1 and 0."""
-        if isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
+        """Initialise as BERT: weights from N(0, initializer_range), [PAD]'s row and biases 0, LayerNorm 1 and 0.
+
+        With norm_position "pre" as ModernBERT (https://arxiv.org/abs/2412.13663, appendix A): from normal distributions
+        cut off at two standard deviations, which are smaller for what is added to the residual stream.
+        """
+        if self.config.norm_position == "pre":
+            for part, std in pre_norm_stds(module, self.config).items():
+                nn.init.trunc_normal_(part.weight, std=std, a=-2 * std, b=2 * std)
+        elif isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
             nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])
@@ -62,6 +79,18 @@ class MegaBertPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(module, (nn.Linear, Decoder, Norm)) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def _add_head(self, config: MegaBertConfig, of_documents: bool = False) -> None:
+        """Add what stands before a classifier's last layer: ModernBERT's transform, or for documents BERT's pooler."""
+        if config.has_transform_head:
+            self.transform = MlmTransform(config)
+        elif of_documents:
+            self.pre_classifier = Pooler(config)
+
+    def _transform(self, hidden: Tensor) -> Tensor:
+        """Apply what _add_head() added."""
+        head = getattr(self, "transform", None) or getattr(self, "pre_classifier", None)
+        return hidden if head is None else head(hidden)
 
     def _read(self, inputs: Inputs, others: Mapping[str, Any]) -> Tokens:
         """Convert a call's arguments to tokens. others: the arguments that forward() does not name."""
@@ -92,7 +121,7 @@ class MegaBertPreTrainedModel(PreTrainedModel):
 
 
 class MegaBertModel(MegaBertPreTrainedModel):
-    """The embeddings, the encoder and optionally the pooler."""
+    """The embeddings, the encoder and optionally the pooler, which ModernBERT does not have."""
 
     _auto_class = "AutoModel"
 
@@ -102,7 +131,7 @@ class MegaBertModel(MegaBertPreTrainedModel):
             raise ValueError(f"attn_implementation is {name!r}, expected one of {', '.join(PLANNERS)}.")
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.pooler = Pooler(config) if add_pooling_layer else None
+        self.pooler = Pooler(config) if add_pooling_layer and not config.has_transform_head else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -117,7 +146,7 @@ class MegaBertModel(MegaBertPreTrainedModel):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the last hidden states (T, E), or with rows (M,) only those tokens' (M, E); see Encoder.forward."""
         hidden = self.embeddings(tokens)
-        return self.encoder(hidden, tokens.sequences, rows, every_layer)
+        return self.encoder(hidden, tokens, rows, every_layer)
 
     def pool(self, hidden: Tensor, sequences: Sequences) -> Tensor:
         """Pool the first token of each document: (T, E) -> (B, E). An empty document has a hidden state of zeros."""
@@ -218,6 +247,7 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
     """Classifies documents, or with num_labels 1 does a regression. An empty document has a hidden state of zeros.
 
     Its pooler is called pre_classifier, because peft trains and saves every module whose name ends with "classifier".
+    Where it has ModernBERT's transform instead, that has the name and the weights of the masked language model's.
     """
 
     _auto_class = "AutoModelForSequenceClassification"
@@ -226,7 +256,7 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels or 2  # transformers' default
         self.bert = MegaBertModel(config, add_pooling_layer=False)
-        self.pre_classifier = Pooler(config)
+        self._add_head(config, of_documents=True)
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
@@ -256,7 +286,7 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
             documents, first = first_tokens(tokens.sequences)
             hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
             hidden = spread_documents(hidden, documents, tokens.sequences)
-        logits = self.classifier(self.dropout(self.pre_classifier(hidden)))  # (B, num_labels)
+        logits = self.classifier(self.dropout(self._transform(hidden)))  # (B, num_labels)
         loss = classification_loss(logits, labels, self.config)
         return self._output(SequenceClassifierOutput, tokens, states, return_dict, loss=loss, logits=logits)
 
@@ -269,7 +299,7 @@ class MegaBertForMultipleChoice(MegaBertPreTrainedModel):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.bert = MegaBertModel(config, add_pooling_layer=False)
-        self.pre_classifier = Pooler(config)
+        self._add_head(config, of_documents=True)
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
@@ -294,7 +324,7 @@ class MegaBertForMultipleChoice(MegaBertPreTrainedModel):
         documents, first = first_tokens(tokens.sequences)
         every_layer = self._every_layer(output_hidden_states)
         hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
-        pooled = self.pre_classifier(spread_documents(hidden, documents, tokens.sequences))
+        pooled = self._transform(spread_documents(hidden, documents, tokens.sequences))
         logits = self.classifier(self.dropout(pooled)).view(-1, choices)  # (B, C)
         loss = choice_loss(logits, labels)
         return self._output(MultipleChoiceModelOutput, tokens, states, return_dict, loss=loss, logits=logits)
@@ -307,6 +337,7 @@ class MegaBertForTokenClassification(MegaBertPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels or 2  # transformers' default
         self.bert = MegaBertModel(config, add_pooling_layer=False)
+        self._add_head(config)
         self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
@@ -327,7 +358,7 @@ class MegaBertForTokenClassification(MegaBertPreTrainedModel):
         given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         tokens = self._read(Inputs(*given), kwargs)
         hidden, states = self.bert.encode(tokens, every_layer=self._every_layer(output_hidden_states))
-        logits = self.classifier(self.dropout(hidden))  # (T, num_labels)
+        logits = self.classifier(self.dropout(self._transform(hidden)))  # (T, num_labels)
         loss = token_loss(logits, labels, tokens)
         return self._output(TokenClassifierOutput, tokens, states, return_dict, loss=loss, logits=tokens.spread(logits))
 
@@ -338,6 +369,8 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.bert = MegaBertModel(config, add_pooling_layer=False)
+        self._add_head(config)
+        self.dropout = nn.Dropout(classifier_dropout(config) if config.has_transform_head else 0.0)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -358,26 +391,7 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
         given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         tokens = self._read(Inputs(*given), kwargs)
         hidden, states = self.bert.encode(tokens, every_layer=self._every_layer(output_hidden_states))
-        start, end = tokens.spread(self.qa_outputs(hidden)).unbind(dim=-1)  # (B, S) each
+        start, end = tokens.spread(self.qa_outputs(self.dropout(self._transform(hidden)))).unbind(dim=-1)  # (B, S) each
         loss = span_loss(start, end, start_positions, end_positions)
         fields = {"loss": loss, "start_logits": start, "end_logits": end}
         return self._output(QuestionAnsweringModelOutput, tokens, states, return_dict, **fields)
-
-
-def mean_of_documents(hidden: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None = None) -> Tensor:
-    """Average (T, E) over each document: (B, E), in fp32 where hidden is half precision, zeros for an empty document.
-
-    num_keys: (B,) as in Sequences, for documents that all occupy the same number of slots.
-    """
-    if num_keys is not None:
-        rows = upcast(hidden).view(num_keys.shape[0], -1, hidden.shape[1])  # (B, S, E)
-        real = torch.arange(rows.shape[1], device=hidden.device) < num_keys[:, None]
-        return (rows * real[:, :, None]).sum(dim=1) / num_keys.clamp(min=1)[:, None]
-    lengths = cu_seqlens.diff().long()
-    document = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
-    sums = upcast(hidden.new_zeros(len(lengths), hidden.shape[1])).index_add(0, document, upcast(hidden))
-    return sums / lengths.clamp(min=1)[:, None]
-
-
-def classifier_dropout(config: MegaBertConfig) -> float:
-    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout

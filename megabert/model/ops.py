@@ -29,6 +29,7 @@ class Ops(NamedTuple):
     """
 
     attention: Callable | None
+    rotate: Callable
     layer_norm: Callable
     geglu: Callable
     add_layer_norm: Callable
@@ -49,6 +50,27 @@ def residual_dtype(dtype: torch.dtype, device_type: str, low_precision: bool) ->
     if not torch.is_autocast_enabled(device_type):
         return dtype
     return torch.get_autocast_dtype(device_type) if low_precision else torch.float32
+
+
+def rope_table(position_ids: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Return cosine and sine of RoPE's angles, (T, 2, D / 2) fp32: position * theta^(-2i / D) for feature i.
+
+    In fp32 for every dtype of the model, as in transformers, so that models in fp64 and fp32 are the same function.
+    """
+    feature = torch.arange(0, head_dim, 2, dtype=torch.float, device=position_ids.device)
+    angles = position_ids[:, None].float() * (1.0 / theta ** (feature / head_dim))
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def rotate(qkv: Tensor, table: Tensor) -> Tensor:
+    """Rotate queries and keys by RoPE's angles (https://arxiv.org/abs/2104.09864); values stay.
+
+    Features i and i + D / 2 are a pair. qkv: (T, 3, H, D); table: rope_table()'s. Returns (T, 3, H, D).
+    """
+    cosine, sine = table.to(upcast(qkv).dtype)[:, :, None, None].unbind(1)  # (T, 1, 1, D / 2) each
+    first, second = upcast(qkv[:, :2]).chunk(2, dim=-1)  # (T, 2, H, D / 2) each
+    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return torch.cat([rotated.to(qkv.dtype), qkv[:, 2:]], dim=1)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, low_precision: bool) -> Tensor:
@@ -151,6 +173,7 @@ def masked_cross_entropy(
 
 TORCH_OPS = Ops(
     attention=None,
+    rotate=rotate,
     layer_norm=layer_norm,
     geglu=geglu,
     add_layer_norm=add_layer_norm,

@@ -1,11 +1,11 @@
 """The identity of a run: the properties that it must share with a checkpoint to resume from it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megabert.config.ds_config import ResolvedDsConfig
-from megabert.config.recipe import may_change_at_branch, may_change_at_resume
+from megabert.config.recipe import ModelConfig, may_change_at_branch, may_change_at_resume
 from megabert.config.settings import flatten
 from megabert.files.checkpoint_format import State
 
@@ -35,7 +35,8 @@ class RunIdentity:
     @classmethod
     def of_checkpoint(cls, state: State) -> "RunIdentity":
         return cls(
-            settings=fixed_settings(state.recipe),
+            # A setting of the model that the version which wrote the checkpoint did not have has its default.
+            settings=fixed_settings({"model": asdict(ModelConfig())}) | fixed_settings(state.recipe),
             step_batches=state.step_batches,
             total_steps=state.total_steps,
             optimizer_source=state.optimizer_source,

@@ -1,17 +1,22 @@
 """Each recipe builds the published model with the published settings."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import GteConfig, GteForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
 from megabert.config.parser import RecipeParser
+from megabert.convert.hf.native import to_gte_config, to_modernbert_config
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.engine import model_config
 from megabert.training.schedule import lr_factor
 
 SPECIAL = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
+MODERNBERT_SPECIAL = {"unk": 50_280, "cls": 50_281, "sep": 50_282, "pad": 50_283, "mask": 50_284}
+MODERNBERT_TOKENIZER = TokenizerInfo("ModernBERT", 50_368, MODERNBERT_SPECIAL, tuple(MODERNBERT_SPECIAL.values()))
 BERT_TOKENIZER = TokenizerInfo("bert-base-uncased", 30_522, SPECIAL, tuple(SPECIAL.values()))
 
 
@@ -20,6 +25,7 @@ BERT_TOKENIZER = TokenizerInfo("bert-base-uncased", 30_522, SPECIAL, tuple(SPECI
     [
         ("mosaicbert-base", 137_400_384),
         ("mosaicbert-large", 435_221_312),
+        ("mosaicbert-rope-base", 137_400_384),
         ("bert-base", 109_514_298),
         ("bert-large", 335_174_458),
     ],
@@ -67,3 +73,48 @@ def test_the_baseline_differs_only_where_the_paper_says():
         "padding",
         "pad_vocab_to_multiple_of",
     }
+
+
+@pytest.mark.parametrize("name", ["mosaicbert-rope-base", "modernbert-base", "modernbert-large", "modernbert-continue"])
+def test_parameter_counts_are_those_of_transformers_classes(name):
+    tokenizer = BERT_TOKENIZER if name.startswith("mosaic") else MODERNBERT_TOKENIZER
+    recipe, _ = RecipeParser("pretrain", "").read(["--recipe", name])
+    config = model_config(recipe.model, tokenizer)
+    make, cls, model_cls = (
+        (to_gte_config, GteConfig, GteForMaskedLM)
+        if name.startswith("mosaic")
+        else (to_modernbert_config, ModernBertConfig, ModernBertForMaskedLM)
+    )
+    with torch.device("meta"):
+        ours, theirs = MegaBertForMaskedLM(config), model_cls(cls(**make(config, {})))
+    counts = []
+    for model in (ours, theirs):
+        model.tie_weights()
+        counts.append(sum(parameter.numel() for parameter in model.parameters()))
+    assert counts[0] == counts[1]
+    if name == "modernbert-base":  # published: 149 M, 395 M
+        assert round(counts[0] / 1e6) == 150
+    if name == "modernbert-large":
+        assert round(counts[0] / 1e6) == 396
+
+
+def test_the_architecture_of_modernbert_is_the_default_of_transformers():
+    recipe, _ = RecipeParser("pretrain", "").read(["--recipe", "modernbert-base"])
+    made = ModernBertConfig(**to_modernbert_config(model_config(recipe.model, MODERNBERT_TOKENIZER), {})).to_dict()
+    published = ModernBertConfig().to_dict()
+    own = {"max_position_embeddings", "architectures", "dtype", "global_rope_theta", "local_rope_theta"}
+    own |= {"global_attn_every_n_layers", "classifier_dropout"}
+    different = {name for name in published.keys() | made.keys() if made.get(name) != published.get(name)}
+    assert different <= own
+
+
+def test_modernbert_continue_is_modernbert_base():
+    base, more = (RecipeParser("p", "").read(["--recipe", f"modernbert-{name}"])[0] for name in ("base", "continue"))
+    assert dataclasses.replace(more.model, init_from=None) == base.model
+    assert lr_factor(1000, 1000, more.optimizer) == pytest.approx(0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("path", sorted(Path("megabert/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_runs_at_zero_2(path):
+    recipe, _ = RecipeParser("pretrain", "").read(["--recipe", path.stem])
+    assert recipe.optimizer.name != "stable_adamw"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megabert.data.order import ChunkId, SourceOrder, StreamId
 from data_prep.writing.length_statistics import LONGEST_COUNTED, summarize
+from megabert.data.order import ChunkId, SourceOrder, StreamId
 from megabert.data.packing import SPECIALS_PER_PIECE
 from megabert.data.schedule import Length
 from megabert.data.shards.source import Corpus, DamagedShardError

@@ -148,3 +148,35 @@ def test_attention(capability, head_dim, dropout_p, max_seqlen):
     backward = short or ["attention.query_kernel", "attention.key_kernel"]
     assert [launch.name for launch in launches] == ["attention.forward_kernel", *backward]
     assert_good_code(launches, capability, tensor_cores=[launch.name for launch in launches])
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "dropout_p", "max_seqlen"),
+    cases(
+        per_push=[(LEAST_SHARED_MEMORY, 64, 0.0, 512)],
+        nightly=[
+            (capability, *head, longest) for capability, head, longest in product(CAPABILITIES, HEADS, [128, 512])
+        ],
+    ),
+)
+def test_attention_with_a_window_and_without_alibi(capability, head_dim, dropout_p, max_seqlen):
+    from megabert.kernels.attention import plan_triton
+    from megabert.model.padding import Sequences
+
+    sequences = Sequences(torch.tensor([0, 40, 64], dtype=torch.int32), max_seqlen)
+    attend = plan_triton(sequences, None, head_dim, 64)
+    launches = launches_of(lambda: attend(leaf(64, 3, 12, head_dim), dropout_p).sum().backward())
+    assert_good_code(launches, capability, tensor_cores=[launch.name for launch in launches])
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim"),
+    cases(per_push=[(LEAST_SHARED_MEMORY, 64)], nightly=product(CAPABILITIES, [16, 32, 64, 128])),
+)
+def test_rotate(capability, head_dim):
+    from megabert.kernels.rotate import rotate
+
+    table = torch.zeros(64, 2, head_dim // 2)
+    launches = launches_of(lambda: rotate(leaf(64, 3, 12, head_dim), table).sum().backward())
+    assert [launch.name for launch in launches] == ["rotate.rotate_kernel"] * 2
+    assert_good_code(launches, capability)

@@ -323,7 +323,7 @@ def test_megabert_works_where_triton_is_not_installed():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == [
-        "['megabert.kernels.cpu', 'megabert.kernels.devices', 'megabert.kernels.resolve']"
+        "['megabert.kernels.cpu', 'megabert.kernels.cpu_rotate', 'megabert.kernels.devices', 'megabert.kernels.resolve']"
     ], done.stderr
 
 

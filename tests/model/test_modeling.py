@@ -257,9 +257,28 @@ def test_dropout_only_while_training():
 
 
 def test_wrong_settings_and_shapes_are_refused():
-    with pytest.raises(ValueError, match="position is 'rope', expected one of alibi, learned"):
-        MegaBertConfig(position="rope")
+    with pytest.raises(ValueError, match="position is 'rotary', expected one of alibi, learned, rope"):
+        MegaBertConfig(position="rotary")
     with pytest.raises(ValueError, match="hidden_size 768 is not a multiple of num_attention_heads 7"):
         MegaBertConfig(num_attention_heads=7)
     with pytest.raises(ValueError, match=r"input_ids has shape \(5,\), expected \(batch, length\)"):
         small_model()(torch.arange(5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"rope_theta": 160_000.0}, "rope_theta is 160000.0, which has no effect with position alibi"),
+        ({"position": "rope", "hidden_size": 21, "num_attention_heads": 3}, "the head size is 7, an odd number"),
+        ({"position": "rope", "rope_theta": 0.5}, "rope_theta is 0.5, expected a number above 1"),
+        ({"global_attention_every": 3}, "global_attention_every is 3 and local_attention_window None: .* Set both"),
+        ({"local_attention_window": 128}, "a window needs local layers"),
+        ({"global_attention_every": 3, "local_attention_window": 1}, "window is 1, expected a number from 2"),
+        ({"position": "rope", "local_rope_theta": 10_000.0}, "makes every layer global"),
+        ({"norm_position": "middle"}, "norm_position is 'middle', expected one of post, pre"),
+        ({"bias": "no"}, "bias is 'no', expected true or false"),
+    ],
+)
+def test_settings_that_make_no_sense_together_are_refused(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        MegaBertConfig(**settings)

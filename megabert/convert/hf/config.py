@@ -1,4 +1,4 @@
-"""Convert model configs between MegaBERT, transformers' BERT and the published MosaicBERT."""
+"""Convert model configs between MegaBERT, transformers' models and the published MosaicBERT."""
 
 from inspect import signature
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from transformers import BertConfig
 
+from megabert.convert.hf.native import from_gte_config, from_modernbert_config
 from megabert.convert.hf.reader import CONFIG, MAX_SIZES
 from megabert.convert.weight_names import Kind
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -33,12 +34,16 @@ MOSAICBERT_CLASSES = {
 
 
 def detect_architecture(source: Path, raw: dict[str, Any], tensor_names: set[str]) -> Literal["megabert"] | Kind:
-    """Tell which of the three architectures a folder contains. Raises ValueError if it is another one."""
+    """Tell which of the five architectures a folder contains. Raises ValueError if it is another one."""
     model_type = raw.get("model_type")
     if model_type == MegaBertConfig.model_type:
         return "megabert"
+    if model_type == "modernbert" or model_type == "gte":
+        return model_type
     if model_type != "bert":
-        raise ValueError(f"{source / CONFIG}: model_type is {model_type!r}, expected 'bert' or 'megabert'.")
+        raise ValueError(
+            f"{source / CONFIG}: model_type is {model_type!r}, expected 'bert', 'modernbert', 'gte' or 'megabert'."
+        )
     return "mosaicbert" if any(".Wqkv." in name for name in tensor_names) else "bert"
 
 
@@ -50,6 +55,14 @@ def from_megabert_config(source: Path, raw: dict[str, Any]) -> MegaBertConfig:
         )
     known = {*signature(MegaBertConfig.__init__).parameters} - {"self", "kwargs"}
     return _make_config(source, {name: value for name, value in raw.items() if name in known} | _read_labels(raw))
+
+
+def from_their_config(source: Path, raw: dict[str, Any], kind: Kind) -> MegaBertConfig:
+    """Convert another model's config. Raises ValueError for a setting that our model does not support."""
+    if kind in ("bert", "mosaicbert"):
+        return from_bert_config(source, raw, kind)
+    settings = (from_modernbert_config if kind == "modernbert" else from_gte_config)(source, raw)
+    return _make_config(source, settings | _read_labels(raw))
 
 
 def from_bert_config(source: Path, raw: dict[str, Any], kind: Kind) -> MegaBertConfig:
@@ -96,32 +109,27 @@ def _make_config(source: Path, settings: dict[str, Any]) -> MegaBertConfig:
 
 
 def set_max_length(config: MegaBertConfig, trained: int, wanted: int | None) -> int:
-    """Return the maximum length of a text in an export. With ALiBi also set it in the config, which changes no output.
+    """Return the maximum length of a text in an export. Where positions have no table, also set it in the config.
 
     trained: the longest piece in training; wanted: None for a default: `trained`, or with ALiBi at least ALIBI_LENGTH.
     Raises ValueError if learned positions have no row for every token.
     """
-    alibi = config.position == "alibi"
-    most = MAX_SIZES["max_position_embeddings"] if alibi else config.max_position_embeddings
-    default = max(trained, ALIBI_LENGTH) if alibi else min(trained, most)
+    limited = config.position == "learned"
+    most = config.max_position_embeddings if limited else MAX_SIZES["max_position_embeddings"]
+    default = max(trained, ALIBI_LENGTH) if config.position == "alibi" else min(trained, most)
     length = default if wanted is None else wanted
     if not 3 <= length <= most:
         raise ValueError(
             f"--max-length is {length:,}, expected 3 ([CLS], one token, [SEP]) to {most:,}"
             + (
-                "."
-                if alibi
-                else ", the rows of the learned positions. launch/convert_from_hf.py --max-length adds rows."
+                ", the rows of the learned positions. launch/convert_from_hf.py --max-length adds rows."
+                if limited
+                else "."
             )
         )
-    if alibi:
+    if not limited:
         config.max_position_embeddings = length
     return length
-
-
-def is_transformers_bert(config: MegaBertConfig) -> bool:
-    """Whether transformers' own BERT has this architecture."""
-    return config.position == "learned" and config.ffn == "gelu"
 
 
 def to_bert_config(config: MegaBertConfig) -> BertConfig:

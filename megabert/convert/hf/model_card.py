@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from megabert.convert.hf.config import is_transformers_bert
+from megabert.convert.hf.native import native_kind
 from megabert.convert.hf.reader import read_json
 from megabert.files.checkpoint_format import State
 from megabert.files.metrics_format import METRICS, read_metrics
 from megabert.files.redact import redact
 from megabert.model.configuration_megabert import MegaBertConfig
+
+# By native_kind(). A model of the last kind is MosaicBERT with RoPE, which transformers calls GTE.
+NAMES = {"bert": "BERT", "modernbert": "ModernBERT", "gte": "RoPE MosaicBERT (GTE)"}
 
 
 class Metrics(NamedTuple):
@@ -59,9 +62,9 @@ def make_model_card(
     """average: number of checkpoints whose mean the weights are. max_length: at which the tokenizer truncates."""
     tags = ["megabert", config.position, config.ffn]
     metadata = ModelCardData(library_name="transformers", pipeline_tag="fill-mask", tags=tags)
-    name = "MosaicBERT" if config.position == "alibi" else "BERT"
-    is_bert = is_transformers_bert(config)
-    trust = "" if is_bert else ", trust_remote_code=True"
+    kind = native_kind(config)
+    name = NAMES[kind] if kind else "MosaicBERT" if config.position == "alibi" else "BERT"
+    trust = "" if kind else ", trust_remote_code=True"
     rows = _make_rows(config, state, metrics, num_parameters, average)
     rows.append(("maximum length of a text", _describe_length(config, state, max_length)))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -69,7 +72,7 @@ def make_model_card(
     registration = (
         "With `megabert` installed, `megabert.register_auto_classes()` makes `trust_remote_code` unnecessary.\n"
     )
-    without_trust = "" if is_bert else registration
+    without_trust = "" if kind else registration
     return ModelCard(f"""---
 {metadata.to_yaml()}
 ---

@@ -43,8 +43,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(check_inside(folder, CONFIG) if path.is_file() else path)
     for name, largest in MAX_SIZES.items():
         size = config.get(name, 1)
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= largest:
-            raise ValueError(f"{path}: {name} is {size!r}, expected a number from 1 to {largest:,}.")
+        least = 0 if name == "type_vocab_size" else 1
+        if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= largest:
+            raise ValueError(f"{path}: {name} is {size!r}, expected a number from {least} to {largest:,}.")
     _check_labels(path, config)
     if config.get("quantization_config") is not None:
         raise ValueError(f"{path}: has a quantization_config; quantized weights are not supported.")

@@ -19,7 +19,7 @@ MAX_TABLE_NUMEL = 2**31  # 8 GiB in fp32: the largest vocabularies have 250,000 
 SPECIAL_ROLES = {
     name: role for role in ("pad", "unk", "cls", "sep", "mask") for name in (f"[{role.upper()}]", f"<{role}>")
 }
-SPECIAL_ROLES |= {"<s>": "cls", "</s>": "sep"}
+SPECIAL_ROLES |= {"<s>": "cls", "</s>": "sep", "<bos>": "cls", "<eos>": "sep"}
 
 # GPT-2's byte-level tokenizers write printable bytes as themselves, and the others as characters from U+0100 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]

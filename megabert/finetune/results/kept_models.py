@@ -10,7 +10,8 @@ import torch
 
 from megabert.convert.check import export_check, export_record
 from megabert.convert.check.export_record import Measurements
-from megabert.convert.hf.config import is_transformers_bert, to_bert_config
+from megabert.convert.hf.config import to_bert_config
+from megabert.convert.hf.native import native_kind
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.hf.writer import MODEL_CODE, write_config, write_weights
 from megabert.convert.to_hf import check_replaceable
@@ -157,7 +158,7 @@ def _write_model(folder: Path, model: MegaBertForSequenceClassification, task: T
 
 
 def _is_plain_bert(config: MegaBertConfig) -> bool:
-    return is_transformers_bert(config) and config.classifier_pooling == "cls"
+    return native_kind(config) == "bert" and config.classifier_pooling == "cls"
 
 
 def _make_card(config: MegaBertConfig, job: FinetuneJob, result: Result, num_jobs: int) -> str:

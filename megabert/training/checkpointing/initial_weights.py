@@ -15,7 +15,10 @@ from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
 OTHER_HEADS = ("bert.pooler.", "classifier.", "qa_outputs.")  # pretraining does not use these
 # What changes the output but no tensor's shape. The recipe calls these settings of the model by the same names.
-SAME_SETTINGS = ("num_attention_heads", "position", "ffn", "layer_norm_eps")
+SAME_SETTINGS = (
+    "num_attention_heads", "position", "rope_theta", "local_rope_theta", "norm_position", "bias", "norm_bias",
+    "token_types", "global_attention_every", "local_attention_window", "ffn", "layer_norm_eps",
+)  # fmt: skip
 CONVERT = "Convert it with launch/convert_from_hf.py first."
 
 
@@ -32,9 +35,10 @@ def load_initial_weights(model: MegaBertForMaskedLM, folder: Path, source: Sourc
     for name in SAME_SETTINGS:
         theirs, ours = getattr(initial.config, name), getattr(model.config, name)
         if theirs != ours:
+            wanted = {None: "null", True: "true", False: "false"}.get(theirs, theirs)
             raise ValueError(
                 f"model.init_from {folder}: {name} is {theirs!r} in its {CONFIG}, {ours!r} in this recipe. "
-                f"Set model.{name} to {theirs}."
+                f"Set model.{name} to {wanted}."
             )
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     if different := sorted(weights.keys() ^ expected.keys()):

@@ -19,13 +19,19 @@ TRIALS = 5
 
 
 def step_flops(config: MegaBertConfig, tokens: float, masked: float, squared_lengths: float) -> float:
-    """Return the FLOPs of one step's forward and backward. squared_lengths: sum over documents of length^2."""
+    """Return the FLOPs of one step's forward and backward. squared_lengths: sum over documents of length^2.
+
+    A local layer counts a whole window for every token, or whole documents where that is less.
+    """
     width, layers = config.hidden_size, config.num_hidden_layers
     matrices = 3 if config.ffn == "geglu" else 2  # the MLP's: gate, value and down, or up and down
     after_attention = width * width + matrices * width * config.intermediate_size  # per layer and token
     products = tokens * (layers * 3 * width * width + (layers - 1) * after_attention)
     products += masked * (after_attention + width * width + width * config.vocab_size)
-    products += layers * 2 * width * squared_lengths
+    local = sum(config.is_local(layer) for layer in range(layers))
+    products += (layers - local) * 2 * width * squared_lengths
+    if config.reach is not None:
+        products += local * 2 * width * min(squared_lengths, tokens * (2 * config.reach + 1))
     return 3 * 2 * products
 
 

@@ -4,6 +4,7 @@ A test compares them with what DeepSpeed's own reader finds in them.
 """
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megabert.config.recipe import Recipe, RunConfig
 from megabert.convert.weight_names import TIED_DECODER, WORD_EMBEDDINGS
 from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
+from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
 
@@ -73,8 +75,7 @@ def _share(flat: Tensor, rank: int, world_size: int, multiple: int) -> Tensor:
 
 def write_state(folder: Path, model: MegaBertForMaskedLM, step: int, stage: int, world_size: int) -> None:
     config = model.config.to_dict()
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    kept = (*sizes, "max_position_embeddings", "position", "ffn", "layer_norm_dtype", "pad_token_id", "padding")
+    kept = signature(MegaBertConfig.__init__).parameters.keys() - {"self", "kwargs"}
     recipe = Recipe(run=RunConfig(max_steps=step))
     state = layout.State(
         step=step, next_index=step, tokens=1000 * step, seconds=1.0, world_size=world_size, num_streams=1,

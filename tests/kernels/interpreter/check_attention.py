@@ -32,16 +32,16 @@ def qkv_for(sequences, heads, size, dtype=FP32):
     return torch.randn(int(sequences.cu_seqlens[-1]), 3, heads, size).to(dtype)
 
 
-def plain(sequences, slopes, size):
+def plain(sequences, slopes, size, reach=None):
     """The specification, in the precision of its input."""
-    return lambda qkv: plan_eager(sequences, None if slopes is None else slopes.to(qkv.dtype), size)(qkv, 0.0)
+    return lambda qkv: plan_eager(sequences, None if slopes is None else slopes.to(qkv.dtype), size, reach)(qkv, 0.0)
 
 
-def ours(sequences, slopes, size, dropout_p=0.0):
+def ours(sequences, slopes, size, dropout_p=0.0, reach=None):
     def function(qkv):
         if dropout_p:
             torch.manual_seed(5)
-        return kernels.plan_triton(sequences, slopes, size)(qkv, dropout_p)
+        return kernels.plan_triton(sequences, slopes, size, reach)(qkv, dropout_p)
 
     return function
 
@@ -67,6 +67,57 @@ def test_equals_the_specification(name, dtype):
     sequences = packed(CASES[name])
     slopes = alibi_slopes(2)
     assert_as_good(ours(sequences, slopes, 64), plain(sequences, slopes, 64), [qkv_for(sequences, 2, 64, dtype)])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "reach", "alibi", "short", "dtype"),
+    cases(
+        per_push=[([70, 1, 0, 20], 20, False, 8, FP32), ([40, 7], 3, True, kernels.SHORT, BF16)],
+        nightly=product(
+            [[70, 1, 0, 20], [300], [64, 65]], [1, 20, 64, 400], [False, True], [8, kernels.SHORT], [FP32, BF16]
+        ),
+    ),
+)
+def test_equals_it_with_a_window(monkeypatch, lengths, reach, alibi, short, dtype):
+    monkeypatch.setattr(kernels, "SHORT", short)
+    sequences, slopes = packed(lengths), alibi_slopes(2) if alibi else None
+    qkv = qkv_for(sequences, 2, 32, dtype)
+    assert_as_good(ours(sequences, slopes, 32, reach=reach), plain(sequences, slopes, 32, reach), [qkv])
+
+
+@pytest.mark.nightly
+def test_is_the_specification_with_a_window_in_fp64():
+    sequences = packed([20, 140])
+    qkv = qkv_for(sequences, 2, 32, torch.float64)
+    assert (ours(sequences, None, 32, reach=9)(qkv) - plain(sequences, None, 32, 9)(qkv)).abs().max() < 1e-12
+
+
+def test_padded_rows_with_a_window_attend_to_no_padding():
+    rows = packed([40, 40])._replace(num_keys=torch.tensor([40, 11], dtype=torch.int32))
+    qkv = qkv_for(rows, 2, 32, torch.float64)
+    got, wanted = ours(rows, None, 32, reach=5)(qkv), plain(rows, None, 32, 5)(qkv)
+    real = torch.cat([torch.arange(40), torch.arange(40, 51)])
+    assert (got[real] - wanted[real]).abs().max() < 1e-12
+    assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("dropout_p", cases(per_push=[], nightly=[[0.0], [0.3]]))
+def test_gradients_with_a_window(monkeypatch, dropout_p):
+    monkeypatch.setattr(kernels, "SHORT", 8)
+    sequences = packed([20, 0, 3])
+    assert_gradients(ours(sequences, None, 16, dropout_p, reach=4), [qkv_for(sequences, 2, 16)])
+
+
+@pytest.mark.nightly
+def test_a_window_moves_bytes_in_proportion_to_the_length():
+    moved = []
+    for length in (1024, 2048):
+        sequences = packed([length])
+        qkv = qkv_for(sequences, 1, 16, BF16).requires_grad_()
+        with counted() as traffic:
+            ours(sequences, None, 16, reach=64)(qkv).sum().backward()
+        moved.append(traffic.total)
+    assert moved[1] == pytest.approx(2 * moved[0], rel=0.1)
 
 
 SHORT_AND_LONG = [[70, 3], [131, 40]]
@@ -278,8 +329,8 @@ def test_torch_compile_sees_one_operation(monkeypatch, lengths, short):
     tiles = kernels.tiles_of(sequences.cu_seqlens, len(qkv), 128)
     key_tiles = None if max(lengths) <= short else kernels.tiles_of(sequences.cu_seqlens, len(qkv), 64)
     shared = (sequences.cu_seqlens, None, slopes, None, tiles)
-    assert torch.library.opcheck(kernels.forward, (qkv, *shared, 0.0), **tests)
-    out, lse = kernels.forward(qkv, *shared, 0.0)
-    assert torch.library.opcheck(kernels.backward, (out, qkv, out, lse, *shared, key_tiles, 0.0), **tests)
+    assert torch.library.opcheck(kernels.forward, (qkv, *shared, None, 0.0), **tests)
+    out, lse = kernels.forward(qkv, *shared, None, 0.0)
+    assert torch.library.opcheck(kernels.backward, (out, qkv, out, lse, *shared, key_tiles, None, 0.0), **tests)
     compiled = torch.compile(ours(sequences, slopes, 32), fullgraph=True, backend="aot_eager")
     assert_as_good(compiled, plain(sequences, slopes, 32), [qkv])

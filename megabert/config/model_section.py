@@ -1,0 +1,90 @@
+"""The recipe's section `model`: the encoder's architecture."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from megabert.config.settings import check_limits, setting
+
+CHECKPOINTING = re.compile(r"none|every_layer|every_(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder's architecture."""
+
+    num_hidden_layers: int = setting(12, "[1, 1000]")
+    """number of layers"""
+    hidden_size: int = setting(768, "[1, 65536]")
+    """width of the residual stream, features"""
+    num_attention_heads: int = setting(12, "[1, 1024]")
+    """attention heads per layer"""
+    intermediate_size: int = setting(3072, "[1, 1048576]")
+    """width of the MLP, features (geglu: of each half)"""
+    position: Literal["alibi", "learned", "rope"] = "alibi"
+    """alibi: attention scores get a bias of -slope * distance; learned: position embeddings; rope: rotated queries and
+    keys"""
+    rope_theta: float = setting(10_000.0, "(1, 1e12]")
+    """base of RoPE's wavelengths"""
+    local_rope_theta: float | None = setting(None, "(1, 1e12]")
+    """the same for local layers; null: model.rope_theta"""
+    norm_position: Literal["post", "pre"] = "post"
+    """post: a norm after each residual sum, as BERT; pre: before attention and MLP, and a final norm, as ModernBERT"""
+    bias: bool = True
+    """whether the linear layers of attention, MLP and head have biases"""
+    norm_bias: bool = True
+    """whether LayerNorm has a bias"""
+    token_types: bool = True
+    """whether there are embeddings of two token types"""
+    global_attention_every: int = setting(1, "[1, 1000]")
+    """layers 0, k, 2k... attend to whole documents, the others to a window; 1: all to whole documents"""
+    local_attention_window: int | None = setting(None, "[2, 1048576]")
+    """tokens that a local layer sees around a token, half of them on each side"""
+    ffn: Literal["geglu", "gelu"] = "geglu"
+    """geglu: gated MLP; gelu: BERT's MLP"""
+    layer_norm_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """precision of LayerNorm and the residual stream under bf16 autocast"""
+    layer_norm_eps: float = setting(1e-12, "(0, 0.1]")
+    """added to the variance in LayerNorm"""
+    hidden_dropout: float = setting(0.1, "[0, 1)")
+    """dropout probability of embeddings, of each block's outputs, and inside the GLU"""
+    attention_dropout: float = setting(0.0, "[0, 1)")
+    """dropout probability of attention weights"""
+    attention_output_dropout: float | None = setting(None, "[0, 1)")
+    """dropout probability after attention's output projection; null: model.hidden_dropout"""
+    padding: Literal["unpadded", "padded"] = "unpadded"
+    """padded: compute the padding too, as the BERT baseline does"""
+    max_position_embeddings: int = setting(512, "[1, 1048576]")
+    """rows of the position table, tokens; used only by position: learned"""
+    pad_vocab_to_multiple_of: int = setting(64, "[1, 65536]")
+    """round the number of embedding rows up to a multiple of this"""
+    initializer_range: float = setting(0.02, "(0, 1]")
+    """standard deviation of the initial weights"""
+    z_loss: float = setting(0.0, "[0, 1]")
+    """add z_loss * log(sum of exp(logits))^2 to the training loss of each masked token, to keep logits small; 1e-4 is
+    usual"""
+    init_from: str | None = None
+    """folder written by launch/convert_from_hf.py: start with its weights. A resumed run uses its checkpoint instead"""
+    gradient_checkpointing: str = "none"
+    """recompute activations in the backward pass: none, every_layer or every_K (every K-th layer)"""
+
+    def __post_init__(self):
+        check_limits(self, "model.")
+        if not CHECKPOINTING.fullmatch(self.gradient_checkpointing) or self.checkpoint_every < 0:
+            raise ValueError(
+                f"model.gradient_checkpointing is {self.gradient_checkpointing!r}, "
+                "expected none, every_layer or every_K with K >= 1, such as every_2."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.hidden_size is {self.hidden_size}, expected a multiple of "
+                f"model.num_attention_heads ({self.num_attention_heads})."
+            )
+
+    @property
+    def checkpoint_every(self) -> int:
+        """0: no layer is recomputed; 1: every layer; K: every K-th layer."""
+        if self.gradient_checkpointing == "none":
+            return 0
+        number = self.gradient_checkpointing.removeprefix("every_")
+        return 1 if number == "layer" else int(number) or -1

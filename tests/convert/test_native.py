@@ -1,0 +1,169 @@
+"""ModernBERT and GTE folders of transformers: read, trained models written as them, and back without a changed bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMaskedLM, GteConfig, GteForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
+
+from megabert.convert import from_hf, to_hf
+from megabert.convert.deepspeed_checkpoint import read_checkpoint
+from megabert.convert.hf.native import native_kind
+from tests.convert.helpers.checkpoints import write_checkpoint
+from tests.convert.helpers.small_model import SHAPE, small_model
+from tests.model.architectures import ARCHITECTURES
+
+EVEN = {"num_attention_heads": 2}
+SIZES = {name: SHAPE[name] for name in SHAPE if name != "max_position_embeddings"} | EVEN
+IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+# Parts of published config.json files: ModernBERT's and Ettin's of transformers 4, mmBERT's, and those of transformers
+# 5. Both give the same model.
+MODERNBERT_4 = {
+    "attention_bias": False, "classifier_activation": "gelu", "classifier_pooling": "mean", "decoder_bias": True,
+    "embedding_dropout": 0.0, "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0,
+    "hidden_activation": "gelu", "initializer_cutoff_factor": 2.0, "layer_norm_eps": 1e-05, "local_attention": 6,
+    "local_rope_theta": 10000.0, "mlp_bias": False, "mlp_dropout": 0.0, "norm_bias": False, "norm_eps": 1e-05,
+    "position_embedding_type": "absolute", "sparse_prediction": False, "torch_dtype": "float32",
+    "transformers_version": "4.47.0.dev0",
+}  # fmt: skip
+MMBERT = MODERNBERT_4 | {
+    "local_rope_theta": 160000.0,
+    "position_embedding_type": "sans_pos",
+    "classifier_pooling": "cls",
+}
+
+
+def randomized(model):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator).mul_(0.3)
+    return model.eval()
+
+
+def logits_of(model):
+    ids = torch.randint(5, 800, (2, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def assert_same_logits(folder, theirs):
+    read = from_hf.read_model(folder)
+    model = to_hf.export_check.build_model(read.weights, read.config)
+    torch.testing.assert_close(logits_of(model), logits_of(theirs), rtol=1e-5, atol=2e-5)
+    return read
+
+
+@pytest.mark.parametrize("layout", ["of transformers 5", "of transformers 4", "mmBERT", "every layer global"])
+def test_modernbert_folders_are_read(tmp_path, layout):
+    old = {"of transformers 4": MODERNBERT_4, "mmBERT": MMBERT}.get(layout)
+    settings = SIZES | IDS | {"num_hidden_layers": 4, "local_attention": 6}
+    every = 1 if layout == "every layer global" else 3
+    if old is not None:
+        settings |= old
+    theirs = randomized(ModernBertForMaskedLM(ModernBertConfig(**settings | {"global_attn_every_n_layers": every})))
+    theirs.save_pretrained(tmp_path)
+    if old is not None:
+        raw = {"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"], **settings}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+    read = assert_same_logits(tmp_path, theirs)
+    assert read.initialized == read.unused == []
+    assert read.config.global_attention_every == every
+    assert read.config.reach == (None if every == 1 else 3)
+
+
+def test_a_bare_modernbert_gets_a_head(tmp_path):
+    config = ModernBertConfig(**SIZES | IDS)
+    ModernBertForMaskedLM(config).model.save_pretrained(tmp_path)
+    read = from_hf.read_model(tmp_path)
+    assert read.initialized == ["decoder.bias", "transform.dense.weight", "transform.norm.weight"]
+
+
+@pytest.mark.parametrize("types", [0, 1, 2])
+def test_gte_folders_are_read(tmp_path, types):
+    config = GteConfig(
+        **SIZES, pad_token_id=0, type_vocab_size=types, rope_parameters={"rope_type": "default", "rope_theta": 2e4}
+    )
+    theirs = randomized(GteForMaskedLM(config))
+    theirs.save_pretrained(tmp_path)
+    read = assert_same_logits(tmp_path, theirs)
+    assert (read.config.rope_theta, read.config.type_vocab_size) == (2e4, types)
+    native = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items() if "decoder.weight" not in name}
+    save_file(native, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = from_hf.read_model(tmp_path)
+    assert all(torch.equal(again.weights[name], tensor) for name, tensor in read.weights.items()), "names of the class"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"attention_bias": True}, "attention_bias is True; this model supports only False"),
+        ({"hidden_activation": "silu"}, "hidden_activation is 'silu'; this model supports only 'gelu'"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types is .* the first and then every k-th"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE is .* supports only rope_type 'default'"),
+        ({"architectures": ["ModernBertForSequenceClassification"]}, "Convert the model that it was fine-tuned from"),
+        ({"local_attention": 1}, "local_attention_window is 1, expected a number from 2"),
+        ({"mlp_dropout": 0.1}, "mlp_dropout 0.1; this model has one dropout for both. Set them to the same"),
+        ({"global_attn_every_n_layers": 0, "layer_types": None}, "global_attn_every_n_layers is 0, expected a number"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False; this model supports only True"),
+    ],
+)  # fmt: skip
+def test_what_this_model_cannot_compute_is_refused(modernbert_folder, tmp_path, change, reason):
+    shutil.copytree(modernbert_folder, tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"config.json: .*{reason}"):
+        from_hf.read_model(tmp_path / "in")
+
+
+@pytest.fixture(scope="module")
+def modernbert_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("modernbert")
+    ModernBertForMaskedLM(ModernBertConfig(**SIZES | IDS)).save_pretrained(folder)
+    return folder
+
+
+def check_export(architecture, corpus, tmp_path):
+    """Export a checkpoint; read the folder with transformers and with ours, and write the result again."""
+    kind, cls = {"modernbert": ("modernbert", ModernBertForMaskedLM), "rope-mosaicbert": ("gte", GteForMaskedLM)}[
+        architecture
+    ]
+    changes = EVEN | ARCHITECTURES[architecture] | {"attention_output_dropout_prob": 0.1}
+    model = small_model(**changes)
+    assert native_kind(model.config) == kind
+    write_checkpoint(tmp_path / "run", model, corpus.tokenizer)
+    to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    folder = tmp_path / "hf"
+    theirs, info = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert type(theirs) is cls
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not list(folder.glob("*.py"))
+    assert "trust_remote_code" not in (folder / "README.md").read_text()
+    read = assert_same_logits(folder, theirs.eval())
+    weights = read_checkpoint(tmp_path / "run")[0]
+    assert weights.keys() == read.weights.keys()
+    assert all(torch.equal(weights[name], read.weights[name]) for name in weights), "ours -> transformers' -> ours"
+    written = tmp_path / "again"
+    written.mkdir()
+    shutil.copy(folder / "tokenizer.json", written)
+    to_hf.write_model(written, read.weights, read.config, "5GB")
+    first, second = (load_file(path / "model.safetensors") for path in (folder, written))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first), "transformers' -> ours -> transformers'"
+
+
+@pytest.mark.usefixtures("skipped_checks")
+@pytest.mark.parametrize("architecture", ["modernbert", "rope-mosaicbert"])
+def test_models_become_transformers_own_and_come_back_bit_for_bit(architecture, corpus, tmp_path):
+    check_export(architecture, corpus, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("architecture", ["modernbert", "rope-mosaicbert"])
+def test_the_check_in_a_foreign_process_passes(architecture, corpus, tmp_path):
+    check_export(architecture, corpus, tmp_path)
+    measured = json.loads((tmp_path / "hf/export.json").read_text())["measured"]
+    assert measured["max_difference"] < 1e-4
+    assert measured["largest_logit"] > 0.1
