@@ -305,6 +305,9 @@ class RunConfig:
     are not finite"""
     rollback_after: int = setting(5, "[0, 1e6]", may_change=True)
     """skipped updates in a row after which to return to the last checkpoint and leave out those batches; 0: never"""
+    hang_timeout_s: float = setting(60.0, "[0, 86400]", may_change=True)
+    """end the run, and name the rank, if one of several ranks makes no progress for so many seconds; before its first
+    step, and while PyTorch compiles, five times as many. 0: never"""
     ops: Literal["auto", "torch", "fused"] = setting("auto", may_change=True)
     """kernels. auto: the fastest that run on this device; torch: plain PyTorch; fused: fused kernels, or an error"""
     compile: bool = False

@@ -12,6 +12,7 @@ from megabert.data.masking import masked_count
 from megabert.data.shards.cache import CacheOptions
 from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus, stream_count
 from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, open_loader
+from megabert.training.distributed.watchdog import RankLostError
 from megabert.training.schedule import RunSchedule
 
 
@@ -56,14 +57,14 @@ class Feed:
     def __next__(self) -> tuple[PackedBatch, int, Position]:
         """The next batch, the number of its stream, and the stream's position after it.
 
-        Raises ValueError if the loader gives nothing for minutes, or if one of its workers died.
+        Raises RankLostError if the loader gives nothing for minutes, or if one of its workers died.
         """
         try:
             return next(self.batches)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader"):
                 raise
-            raise ValueError(
+            raise RankLostError(
                 f"data.train: rank {self.rank} gets no more batches: {str(error).splitlines()[0]}. If a worker was "
                 "killed, perhaps memory is short: lower data.num_workers. If nothing arrives, look at where the "
                 "shards are, or use data.num_workers 0 to see the error."

@@ -16,6 +16,7 @@ from megabert.training.checkpointing.resume import Checkpoint, find_checkpoint
 from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space, set_aside_after
 from megabert.training.distributed.deepspeed_compat import num_parameters
 from megabert.training.distributed.device import device_name, event_class
+from megabert.training.distributed.heartbeat import progress
 from megabert.training.distributed.signals import StopSignals
 from megabert.training.distributed.sync import broadcast_from_rank0, check_shared_folder, lock_output_dir
 from megabert.training.engine import model_of, start_engine
@@ -137,9 +138,12 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     if problem := trackers.why_unavailable(recipe.run.trackers):
         raise ValueError(problem)
     state = TrainState(Guard(recipe.run.max_norm_ratio), TimeBudget(plan.budget_s))
+    progress.enter("checking the output folder")
     check_shared_folder(plan.checkpoints, rank, world_size)
     lock_output_dir(plan.output_dir, rank, world_size)
+    progress.enter("opening the corpus")
     corpus, held_out_corpus = broadcast_from_rank0(lambda: open_inputs(recipe), rank, world_size)
+    progress.enter("checking the checkpoint", long=True)
     checkpoint = find_checkpoint(recipe.run, plan.checkpoints, plan.identity, corpus.fingerprint, rank)
     if checkpoint is not None:
         state.restore(checkpoint.state, checkpoint.positions)
@@ -147,8 +151,10 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     feed = make_feed(plan, corpus, checkpoint)
     # Before the model: the loader's workers fork from a small process, and have batches ready when the model is built.
     feed.open(state.positions, state.next_index)
+    progress.enter("reading held-out text")
     held_out = open_held_out(recipe, held_out_corpus, corpus, feed.config, rank, world_size)
     gate = UpdateGate(state.guard, recipe.optimizer.max_grad_norm)
+    progress.enter("building the model")
     engine = start_engine(plan, corpus, gate, checkpoint)
     model = model_of(engine)
     size = num_parameters(model)
