@@ -85,7 +85,7 @@ def open_corpora(data: DataConfig) -> tuple[Corpus, Corpus]:
     """Open the training and the held-out corpus. Raises ValueError if one is missing or their tokenizers differ."""
     options = {
         "tokenizer": data.tokenizer,
-        "cache": CacheOptions(Path(data.cache_dir), data.cache_gb << 30),
+        "cache": CacheOptions(Path(data.cache_dir), data.cache_gb << 30, data.store_patience_s),
         "on_bad_shard": data.on_bad_shard,
     }
     corpus = open_corpus(data.corpora, **options)

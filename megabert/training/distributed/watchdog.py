@@ -208,14 +208,12 @@ class PeerWatchdog:
 
     def _stays(self, rank: int, lines: list[str] | None) -> bool:
         """Act on what a peer has sent, None for a lost connection. Returns False if nothing more comes from it."""
-        rest = []
+        if lines and STOP in lines:
+            self._stop()
         for line in lines or []:
-            if line == STOP:
-                self._stop()
-            elif line.startswith(BEAT):
+            if line.startswith(BEAT):
                 self.detector.hear(rank, Beat.from_line(line.removeprefix(BEAT)), time.monotonic())
-            else:
-                rest.append(line)
+        rest = [line for line in lines or [] if line != STOP and not line.startswith(BEAT)]
         if lines is not None and not rest:
             return True
         message = rest[0] if rest else ""
