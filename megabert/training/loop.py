@@ -282,6 +282,8 @@ def report(run: Run, lr: float) -> None:
         **mfu,
         "skipped_chunks": ranks[:, 1].sum().item(),
     }
+    if (message := run.straggler.update(ranks[:, 0].tolist())) is not None:
+        run.log_line(message)
     if run.reporter is not None and meter.steps:
         if state.time_budget.limit is not None:
             left = max(0.0, state.time_budget.limit - state.time_budget.used)

@@ -18,7 +18,12 @@ from megabert.training.distributed.deepspeed_compat import num_parameters
 from megabert.training.distributed.device import device_name, event_class
 from megabert.training.distributed.heartbeat import progress
 from megabert.training.distributed.signals import StopSignals
-from megabert.training.distributed.sync import broadcast_from_rank0, check_shared_folder, lock_output_dir
+from megabert.training.distributed.sync import (
+    broadcast_from_rank0,
+    check_shared_folder,
+    gather_hosts,
+    lock_output_dir,
+)
 from megabert.training.engine import model_of, start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, open_held_out
 from megabert.training.feed import Feed, choose_streams, open_corpora, stream_config
@@ -29,6 +34,7 @@ from megabert.training.telemetry.flops import peak_flops
 from megabert.training.telemetry.probe import ProbeRunner
 from megabert.training.telemetry.provenance import start_messages, write_run_json
 from megabert.training.telemetry.reporter import Meter, Reporter
+from megabert.training.telemetry.straggler import Straggler
 from megabert.training.telemetry.timers import TimeBudget
 from megabert.training.telemetry.trackers import open_trackers
 
@@ -94,6 +100,7 @@ class Run:
     """FLOP/s of this rank's device, if known"""
     reporter: Reporter | None
     """only on rank 0"""
+    straggler: Straggler
     probe_runner: ProbeRunner | None = None
     """only on rank 0, and only if the recipe has a probe"""
 
@@ -173,6 +180,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
         model_config=model.config,
         peak_flops=peak_flops(plan.device, device_name(plan.device), model.config, precision),
         reporter=reporter,
+        straggler=Straggler(gather_hosts(world_size)),
     )
     if reporter is not None:
         for message in start_messages(plan, corpus, feed.config.num_streams, size, checkpoint):

@@ -12,6 +12,10 @@ START_FACTOR = 5.0
 # collective (process.py).
 LONG_S = 1800.0
 MAX_NAMED = 8
+# A large micro-batch may take a CPU minutes: a part of a step may take so many times as long as the longest of the last
+# two steps did.
+SLOWER = 3.0
+COMPUTING = ("forward", "backward", "optimizer")
 
 
 class Beat(NamedTuple):
@@ -50,13 +54,17 @@ class Progress:
         self.timeout_s, self.waits_for_store_at = timeout_s, waits_for_store_at
         self.step = self.count = 0
         self.long = self.compiling = self.started = False
+        self.longest_s = self.longest_before_s = 0.0  # part of this step and of the one before
+        self.part, self.entered_at = "", time.monotonic()
         self.enter("starting")
 
     def enter(self, part: str, *, long: bool = False) -> None:
         """Begin a part of the run. long: it may take LONG_S."""
-        self.part, self.long = part, long
+        now = time.monotonic()
+        if self.part in COMPUTING:
+            self.longest_s = max(self.longest_s, now - self.entered_at)
+        self.part, self.long, self.entered_at, self.moved_at = part, long, now, now
         self.count += 1
-        self.advance()
 
     def advance(self) -> None:
         """Report progress within a part."""
@@ -65,6 +73,7 @@ class Progress:
     def step_done(self, step: int) -> None:
         """Report a step. step: steps done so far."""
         self.step, self.started = step, True
+        self.longest_s, self.longest_before_s = 0.0, self.longest_s
         self.advance()
 
     def compile_began(self, _: object = None) -> None:
@@ -78,6 +87,7 @@ class Progress:
 
     def beat(self) -> Beat:
         limit_s = self.timeout_s * (START_FACTOR if self.compiling or not self.started else 1.0)
+        limit_s = max(limit_s, SLOWER * self.longest_s, SLOWER * self.longest_before_s)
         if self.long:
             limit_s = max(limit_s, LONG_S)
         age_s = time.monotonic() - max(self.moved_at, self.waits_for_store_at())

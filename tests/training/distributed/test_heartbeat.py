@@ -105,6 +105,23 @@ def test_the_limit_follows_what_a_rank_does(monkeypatch):
     assert progress.beat().limit_s == LONG_S
 
 
+def test_a_step_that_takes_minutes_raises_the_limit_while_it_does(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress()
+    progress.restart(60.0)
+    for step, seconds in enumerate((50.0, 40.0, 1.0, 1.0), start=1):
+        for part in ("forward", "backward", "agree"):
+            progress.enter(part)
+            now[0] += seconds
+        progress.step_done(step)
+        assert progress.beat().limit_s == max(60.0, {1: 150.0, 2: 120.0, 3: 60.0, 4: 60.0}[step])
+    progress.enter("backward")
+    now[0] += 30.0
+    progress.enter("agree")
+    assert progress.beat().limit_s == 90.0
+
+
 def test_pytorch_says_when_it_compiles():
     from torch._dynamo.callback import callback_handler
 
