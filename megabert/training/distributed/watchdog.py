@@ -144,7 +144,7 @@ class PeerWatchdog:
         if not hmac.compare_digest(str(hello.get("token")).encode(), token.encode()):
             peer.close()
             return STRANGER
-        peer.host, peer.unread = hello["host"], lines[1:]
+        peer.host, peer.unread = hello["host"], (lines or [])[1:]
         self.peers[hello["rank"]] = peer
         return RANK
 
