@@ -33,7 +33,6 @@ interrupt() {
 mkdir -p "$OUT" && touch "$OUT/.started" || true
 while true; do
     set_flags "$OUT" "$OUT/.started" "$@"
-    began=$SECONDS
     port=()   # another run may have the launcher's usual one
     [[ $DEEPSPEED = *--master_port* ]] || port=(--master_port "$(free_port)")
     # shellcheck disable=SC2086  # several words
@@ -45,7 +44,7 @@ while true; do
         end_group $GRACE_S
     fi
     latest=$(newest_checkpoint "$OUT")
-    decide "$code" $((SECONDS - began)) "$latest"
+    decide "$code" "$latest"
     [ -z "$stopping" ] || action=stop
     if [ $action = stop ]; then
         ((crashes <= MAX_CRASHES)) ||

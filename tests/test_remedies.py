@@ -31,10 +31,12 @@ OTHER_TEXTS = ("*.md", "*.sh", "*.sbatch", "*.yaml", "*.yml", "hostfile.example"
 # The options of other programs that our texts name.
 FOREIGN = {
     "deepspeed": "num_gpus num_nodes hostfile include exclude launcher master_addr master_port module no_local_rank",
-    "torchrun": "nproc_per_node nnodes standalone module",
-    "srun": "output open_mode cpus_per_task kill_on_bad_exit wait",
+    "torchrun": "nproc_per_node nnodes standalone module rdzv_backend rdzv_endpoint rdzv_id max_restarts",
+    "srun": "output open_mode cpus_per_task kill_on_bad_exit wait nodes ntasks nodelist container_image"
+    " container_mounts mem",
+    "apptainer": "nv",
     "sbatch": "nodes ntasks ntasks_per_node gpus_per_node cpus_per_task time signal requeue open_mode output job_name"
-    " array parsable dependency gpus_per_task gpu_bind",
+    " array parsable dependency exclude gpus_per_task gpu_bind",
     "pip": "no_binary disable_pip_version_check extra_index_url no_build_isolation no_deps target",
     "apt-get": "no_install_recommends",
     "pytest": "durations dist no_loadscope_reorder",

@@ -67,7 +67,7 @@ def test_it_trains_without_the_checkout(site, corpus: Corpus, tmp_path):
 
 def test_it_says_what_is_missing_where_there_is_no_checkout(site, tmp_path):
     done = run(site, tmp_path, "megabert-pretrain")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "megabert-pretrain: data/quickstart/tokens is missing. Write shards with megabert-shards" in done.stdout
 
 

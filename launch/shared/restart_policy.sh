@@ -1,19 +1,18 @@
 # Decides what follows an attempt to train; launch/keep_running.sh and launch/slurm/pretrain.sbatch source this file.
 
 MAX_CRASHES=${MAX_CRASHES:-3}   # restarts after crashes without a new checkpoint between them
-QUICK_S=60                      # an attempt that fails with exit code 1 before this is an error of the user
 crashed_at=()                   # the newest checkpoint at each crash so far
 
 # Print the name of the newest checkpoint of the output folder $1, or none.
 newest_checkpoint() { cat "$1/checkpoints/latest" 2> /dev/null || echo none; }
 
-# Set `action` to stop or again for an attempt that ended with exit code $1 after $2 seconds, when $3 is the newest
-# checkpoint. For a crash, add $3 to `crashed_at` and set `crashes` to their number at this checkpoint.
-#     0: done   2, or 1 at once: an error of the user   85: stopped on request, and saved   anything else: a crash
+# Set `action` to stop or again for an attempt that ended with exit code $1, when $2 is the newest checkpoint. For a
+# crash, add $2 to `crashed_at` and set `crashes` to their number at this checkpoint. launch/README.md lists the codes:
+#     0: done   2: a mistake of the user   85: stopped on request, and saved   anything else: a crash
 decide() {
-    local code=$1 seconds=$2 latest=$3 checkpoint
+    local code=$1 latest=$2 checkpoint
     action=again crashes=0
-    if ((code == 0 || code == 2 || (code == 1 && seconds < QUICK_S))); then
+    if ((code == 0 || code == 2)); then
         action=stop
     elif ((code != 85)); then
         crashed_at+=("$latest")
@@ -22,6 +21,20 @@ decide() {
         done
         ((crashes <= MAX_CRASHES)) || action=stop
     fi
+}
+
+# Print the host of the one rank that the last line of a log among $@ names as the cause of a crash, if one does.
+crashed_host() {
+    local log last
+    for log; do
+        last=$(tail -n 1 -- "$log" 2> /dev/null || true)
+        # Ranks that stand still together are named together: none of their hosts is known to be the cause.
+        [[ ! $last =~ ^rank\ [0-9]+\ on\ [^:]*,\ rank\ [0-9]+\ on ]] || continue
+        if [[ $last =~ ^rank\ [0-9]+\ on\ ([^\ :,]+)\ .*\;\ ending\ rank ]]; then
+            echo "${BASH_REMATCH[1]}"
+            return
+        fi
+    done
 }
 
 # Set `flags` to the user's flags ($3 and on) for the next attempt in the output folder $1. Once a checkpoint is newer

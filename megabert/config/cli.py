@@ -23,6 +23,9 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 T = TypeVar("T")
 
 EXIT_INTERRUPTED = 130  # after Ctrl-C, as a shell gives it
+EXIT_MISTAKE = 2  # of a user, in a flag or in what it names
+# What Python raises for a name that is wrong or that this user may not open; a network file system may be away instead.
+WRONG_NAMES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 # The only words that a switch takes as its value: any other word after it is a positional argument.
 SWITCH_VALUES = {"true": "true", "yes": "true", "1": "true", "false": "false", "no": "false", "0": "false"}
@@ -161,8 +164,16 @@ def read_flags(options: type[T], prog: str, description: str, argv: Sequence[str
         parser.error(str(error))
 
 
-def run(main: Callable[[], int | None], prog: str) -> NoReturn:
-    """Run a command and exit with its code; a ValueError or OSError is one line on stderr and exit code 1.
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of a training run that this error ends; launch/README.md lists all of them.
+
+    An error of another kind than a mistake has it as its attribute `exit_code`.
+    """
+    return getattr(error, "exit_code", EXIT_MISTAKE if isinstance(error, (ValueError, *WRONG_NAMES)) else 1)
+
+
+def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseException], int] = lambda _: 1) -> NoReturn:
+    """Run a command and exit with its code; a ValueError or OSError is one line on stderr and exit code code_of(error).
 
     Ctrl-C is one line too, with exit code 130 as a shell gives it.
     """
@@ -178,7 +189,7 @@ def run(main: Callable[[], int | None], prog: str) -> NoReturn:
         if "Original Traceback" in message:
             message = re.sub(r"^[\w.]*Error: ", "", message.strip().splitlines()[-1])
         sys.stderr.write(f"{prog}: {redact(message)}\n")
-        sys.exit(1)
+        sys.exit(code_of(error))
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         sys.exit(EXIT_INTERRUPTED)
@@ -197,10 +208,13 @@ def _interrupt(prog: str, frame: FrameType | None) -> NoReturn:
 
 
 def run_and_leave(main: Callable[[], int | None], prog: str) -> NoReturn:
-    """Run a command as run() does, flush the output, and exit without Python's shutdown, which threads can block."""
+    """Run a training command as run() does, with exit_code(error) for errors, and flush the output.
+
+    It exits without Python's shutdown, which threads can block.
+    """
     code = 1
     try:
-        run(main, prog)
+        run(main, prog, exit_code)
     except SystemExit as end:
         code = int(end.code or 0)
     # Printed as Python does. Then this process must end, as after any other error.

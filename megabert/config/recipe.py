@@ -77,6 +77,8 @@ class DataConfig:
     """what to do with a damaged chunk of a shard: stop the run, or skip the chunk, count it and log it"""
     cache_dir: str = setting("~/.cache/megabert/shards", may_change=True)
     """local folder for shards that cannot be read in parts: from a pipe, or a server without byte ranges"""
+    store_patience_s: float = setting(900.0, "[1, 86400]", may_change=True)
+    """how long to try again where a store or a server fails, seconds; then the run ends with exit code 75"""
     cache_gb: int = setting(64, "[1, 1048576]", may_change=True)
     """size limit of cache_dir, GiB; should hold one shard per stream of this machine's ranks"""
 
@@ -245,6 +247,9 @@ class RunConfig:
     are not finite"""
     rollback_after: int = setting(5, "[0, 1e6]", may_change=True)
     """skipped updates in a row after which to return to the last checkpoint and leave out those batches; 0: never"""
+    hang_timeout_s: float = setting(60.0, "[0, 86400]", may_change=True)
+    """end the run, and name the rank, if one of several ranks makes no progress for so many seconds; before its first
+    step, and while PyTorch compiles, five times as many. 0: never"""
     ops: Literal["auto", "torch", "fused"] = setting("auto", may_change=True)
     """kernels. auto: the fastest that run on this device; torch: plain PyTorch; fused: fused kernels, or an error"""
     compile: bool = False

@@ -6,10 +6,8 @@ to their weights.
 """
 
 import logging
-import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -20,7 +18,7 @@ from megabert.data.batch import Bin
 from megabert.data.chunk_pieces import Bits, ChunkPieces, PhaseSnapshot, PieceOptions, cut_chunk
 from megabert.data.order import ChunkId, ChunkRef, SourceOrder, StreamId
 from megabert.data.packing import choose_pieces
-from megabert.data.shards.cache import read_ahead_pool
+from megabert.data.shards.read_ahead import read_ahead
 from megabert.data.shards.sample_format import TokenChunk
 from megabert.data.shards.source import Corpus, DamagedShardError, Source
 
@@ -107,27 +105,11 @@ def read_chunks(
             return None
 
     consecutive = 0
-    for ref, data in _read_ahead(refs, read, source.storage.read_ahead):
+    for ref, data in read_ahead(refs, read, source.storage.read_ahead):
         consecutive = consecutive + 1 if data is None else 0
         if consecutive > source.num_chunks:
             raise DamagedShardError(f"{source.folder}: none of its {source.num_chunks} chunks can be read.")
         yield ref, data
-
-
-def _read_ahead(
-    refs: Iterator[ChunkRef], read: Callable[[ChunkRef], TokenChunk | None], depth: int
-) -> Iterator[tuple[ChunkRef, TokenChunk | None]]:
-    """Read chunks in order, with up to `depth` reads ahead of the consumer."""
-    if not depth:
-        yield from ((ref, read(ref)) for ref in refs)
-        return
-    pending: deque[tuple[ChunkRef, Future[TokenChunk | None]]] = deque()
-    for ref in refs:
-        pending.append((ref, read_ahead_pool(os.getpid()).submit(read, ref)))
-        if len(pending) > depth:
-            oldest, future = pending.popleft()
-            yield oldest, future.result()
-    yield from ((oldest, future.result()) for oldest, future in pending)
 
 
 class SourceCursor:

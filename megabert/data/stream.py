@@ -45,7 +45,8 @@ T = TypeVar("T")
 LOOK_AHEAD_PIECES = 64
 LOOK_AHEAD_BINS = 4
 PREFETCHED = 4  # batches that each loader worker has ready
-# A loader that gives nothing for this long has failed: even a shard of gigabytes, fetched as a whole, takes less.
+# A loader that gives nothing for this long, beyond the patience with its stores, has failed: even a shard of gigabytes,
+# fetched as a whole, takes less.
 LOADER_TIMEOUT_S = 600
 
 # The purpose of a random number is one part of the key of the counter-based generator; the bin's index is the other.
@@ -282,12 +283,14 @@ def worker_count(requested: int, streams_per_rank: int) -> int:
 def open_loader(dataset: BatchStream, num_workers: int, pin_memory: bool = False) -> DataLoader:
     """Open a loader whose workers pack and mask batches, so that the training process only receives them, in order.
 
-    With workers, it raises RuntimeError if no batch arrives for LOADER_TIMEOUT_S, or if a worker dies.
+    With workers, it raises RuntimeError if no batch arrives for LOADER_TIMEOUT_S and its stores' patience, or if a
+    worker dies.
     """
     streams = dataset.config.num_streams // dataset.world_size
     workers = worker_count(num_workers, streams)
     if workers != num_workers:
         log.info("data.num_workers: %d, because %d do not divide this rank's %d streams", workers, num_workers, streams)
+    patience_s = max(source.storage.patience_s for source in dataset.corpus.sources)
     if workers:
         use_short_socket_paths()
     return DataLoader(
@@ -297,7 +300,7 @@ def open_loader(dataset: BatchStream, num_workers: int, pin_memory: bool = False
         collate_fn=_identity,
         worker_init_fn=_init_worker,
         prefetch_factor=PREFETCHED if workers else None,
-        timeout=LOADER_TIMEOUT_S if workers else 0,
+        timeout=LOADER_TIMEOUT_S + int(patience_s) if workers else 0,
         pin_memory=pin_memory,
     )
 

@@ -17,6 +17,7 @@ from megabert.training.checkpointing import resume, universal
 from megabert.training.checkpointing.initial_weights import load_initial_weights
 from megabert.training.checkpointing.resume import Checkpoint
 from megabert.training.distributed.deepspeed_compat import gate_optimizer_step, zero_norm_reader
+from megabert.training.distributed.heartbeat import watch_compiler
 from megabert.training.optim.guard import UpdateGate
 from megabert.training.optim.optimizers import parameter_groups
 from megabert.training.plan import RunPlan
@@ -35,6 +36,7 @@ def start_engine(
     ):
         settings = universal.with_universal_loading(settings)
     engine = build_engine(plan, model, settings, gate)
+    watch_compiler()
     if checkpoint is not None:
         resume.load(engine, checkpoint.path)
     return engine

@@ -11,6 +11,7 @@ from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.shards.source import Corpus
 from megabert.data.stream import StreamConfig, filler_batch, held_out_batches
+from megabert.training.distributed.heartbeat import progress
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: list[PackedBatch]) -> E
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     with torch.no_grad():
         for batch in batches:
+            progress.advance()
             sums += torch.stack([part.double() for part in engine(**batch.model_inputs(engine.device))])
     engine.train()
     deepspeed.comm.all_reduce(sums)

@@ -13,6 +13,7 @@ from megabert.data.shards.cache import CacheOptions
 from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus
 from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, four_medians, open_loader
 from megabert.files.checkpoint_format import State
+from megabert.training.distributed.watchdog import RankLostError
 from megabert.training.schedule import RunSchedule
 
 
@@ -57,14 +58,14 @@ class Feed:
     def __next__(self) -> tuple[PackedBatch, int, Position]:
         """The next batch, the number of its stream, and the stream's position after it.
 
-        Raises ValueError if the loader gives nothing for minutes, or if one of its workers died.
+        Raises RankLostError if the loader gives nothing for minutes, or if one of its workers died.
         """
         try:
             return next(self.batches)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader"):
                 raise
-            raise ValueError(
+            raise RankLostError(
                 f"data.train: rank {self.rank} gets no more batches: {str(error).splitlines()[0]}. If a worker was "
                 "killed, perhaps memory is short: lower data.num_workers. If nothing arrives, look at where the "
                 "shards are, or use data.num_workers 0 to see the error."
@@ -85,7 +86,7 @@ def open_corpora(data: DataConfig) -> tuple[Corpus, Corpus]:
     """Open the training and the held-out corpus. Raises ValueError if one is missing or their tokenizers differ."""
     options = {
         "tokenizer": data.tokenizer,
-        "cache": CacheOptions(Path(data.cache_dir), data.cache_gb << 30),
+        "cache": CacheOptions(Path(data.cache_dir), data.cache_gb << 30, data.store_patience_s),
         "on_bad_shard": data.on_bad_shard,
     }
     corpus = open_corpus(data.corpora, **options)

@@ -18,6 +18,7 @@ from megabert.files.atomic import write_atomically
 from megabert.training.checkpointing import resume
 from megabert.training.checkpointing.writer import set_aside_after
 from megabert.training.distributed.device import peak_memory_bytes, to_device
+from megabert.training.distributed.heartbeat import progress
 from megabert.training.distributed.process import init_distributed
 from megabert.training.distributed.signals import EXIT_REQUEUE, PEER_REASON, StopRequested, StopSignals
 from megabert.training.distributed.watchdog import PeerWatchdog
@@ -53,6 +54,7 @@ def train(run: Run) -> str | None:
         if state.step % every.log_every_steps == 0 or saving:
             # Before a save too, so that the checkpoint contains all counts.
             report(run, lr)
+        progress.step_done(state.step)
         due = done and state.step % every.eval_every_steps == 0
         if due or run.is_finished or (saving and every.keep_best):
             evaluate_held_out(run)
@@ -60,6 +62,7 @@ def train(run: Run) -> str | None:
             save(run)
         if run.probe_runner is not None:
             run.probe_runner.poll()
+    progress.enter("finishing", long=True)
     run.writer.wait()
     if run.probe_runner is not None and run.is_finished:
         run.probe_runner.finish()
@@ -150,6 +153,7 @@ def sum_masked(run: Run, loaded: list[tuple[PackedBatch, int, Position]] | None)
 
     The host waits for the result. That costs nothing: at this moment the device has no work left.
     """
+    progress.enter("waiting for the other ranks' data")
     counts = [float(sum(batch.num_masked for batch, _, _ in loaded or [])), float(loaded is None)]
     total, without_batches = packed = to_device(counts, torch.float32, run.engine.device)
     deepspeed.comm.all_reduce(packed)
@@ -180,6 +184,7 @@ def sync_step(run: Run, batches: list[PackedBatch], before: dict[int, Position],
     state.step += 1
     state.time_budget.update(wall_seconds)
     if any_failure:
+        progress.enter("saving", long=True)
         run.writer.wait()  # raises on every rank
     if run.gate.finish_step():
         meter.add_step(counts)
@@ -213,6 +218,7 @@ def roll_back(run: Run) -> None:
     """
     plan, state = run.plan, run.state
     skipped = state.guard.skipped_in_a_row
+    progress.enter("rolling back", long=True)
     run.writer.wait()
     path = resume.newest(plan.checkpoints, up_to=state.step - skipped) or state.branched_from
     if path is None:
@@ -242,6 +248,7 @@ def roll_back(run: Run) -> None:
 
 def report(run: Run, lr: float) -> None:
     """Write one line of the log and one record of the metrics. lr: of the last step."""
+    progress.enter("reporting")
     state, meter, world_size = run.state, run.meter, run.plan.world_size
     seconds = meter.seconds()
     state.tokens += int(meter.tokens)
@@ -276,6 +283,8 @@ def report(run: Run, lr: float) -> None:
         **mfu,
         "skipped_chunks": sum(skipped for _, skipped in ranks),
     }
+    if (message := run.straggler.update(ranks[:, 0].tolist())) is not None:
+        run.log_line(message)
     if run.reporter is not None and meter.steps:
         if state.time_budget.limit is not None:
             left = max(0.0, state.time_budget.limit - state.time_budget.used)
@@ -294,6 +303,7 @@ def gather_ranks(plan: RunPlan, own: list[float], device: torch.device) -> list[
 
 def evaluate_held_out(run: Run) -> None:
     """Evaluate, and report how far the loss is below the unigram loss."""
+    progress.enter("evaluating")
     began = time.perf_counter()
     state, unigram = run.state, run.held_out.unigram_loss
     state.evaluation, state.evaluated_step = evaluate(run.engine, run.held_out.batches), state.step
@@ -311,6 +321,7 @@ def evaluate_held_out(run: Run) -> None:
 
 def save(run: Run) -> None:
     """Start to write a checkpoint; with run.async_save it is complete some steps later."""
+    progress.enter("saving", long=True)
     began = time.perf_counter()
     run.writer.save(run.engine, run.to_checkpoint(), run.state.positions, run.feed.corpus.sources[0])
     run.state.saved_step = run.state.step
@@ -327,7 +338,7 @@ def pretrain(recipe: Recipe, ds_config: DsConfig, signals: StopSignals) -> int:
     user must change.
     """
     rank, world_size = init_distributed()
-    with PeerWatchdog(rank, world_size, signals):
+    with PeerWatchdog(rank, world_size, signals, recipe.run.hang_timeout_s):
         plan = make_plan(recipe, ds_config, rank, world_size)
         run = build_run(plan, signals)
         return run_training(run)

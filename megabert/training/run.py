@@ -17,8 +17,14 @@ from megabert.training.checkpointing.resume import Checkpoint, find_checkpoint
 from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space, set_aside_after
 from megabert.training.distributed.deepspeed_compat import num_parameters
 from megabert.training.distributed.device import device_name, event_class
+from megabert.training.distributed.heartbeat import progress
 from megabert.training.distributed.signals import StopSignals
-from megabert.training.distributed.sync import broadcast_from_rank0, check_shared_folder, lock_output_dir
+from megabert.training.distributed.sync import (
+    broadcast_from_rank0,
+    check_shared_folder,
+    gather_hosts,
+    lock_output_dir,
+)
 from megabert.training.engine import model_of, start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, open_held_out
 from megabert.training.feed import Feed, choose_max_documents, open_corpora, stream_config
@@ -29,6 +35,7 @@ from megabert.training.telemetry.flops import peak_flops
 from megabert.training.telemetry.probe import ProbeRunner
 from megabert.training.telemetry.provenance import start_messages, write_run_json
 from megabert.training.telemetry.reporter import Meter, Reporter
+from megabert.training.telemetry.straggler import Straggler
 from megabert.training.telemetry.timers import TimeBudget
 from megabert.training.telemetry.trackers import open_trackers
 
@@ -94,6 +101,7 @@ class Run:
     """FLOP/s of this rank's device, if known"""
     reporter: Reporter | None
     """only on rank 0"""
+    straggler: Straggler
     probe_runner: ProbeRunner | None = None
     """only on rank 0, and only if the recipe has a probe"""
 
@@ -139,9 +147,12 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     if problem := trackers.why_unavailable(recipe.run.trackers):
         raise ValueError(problem)
     state = TrainState(Guard(recipe.run.max_norm_ratio), TimeBudget(plan.budget_s))
+    progress.enter("checking the output folder")
     check_shared_folder(plan.checkpoints, rank, world_size)
     lock_output_dir(plan.output_dir, rank, world_size)
+    progress.enter("opening the corpus")
     corpus, held_out_corpus = broadcast_from_rank0(lambda: open_inputs(recipe), rank, world_size)
+    progress.enter("checking the checkpoint", long=True)
     checkpoint = find_checkpoint(recipe.run, plan.checkpoints, plan.identity, corpus.fingerprint, rank)
     if checkpoint is not None:
         state.restore(checkpoint.state, checkpoint.positions)
@@ -149,8 +160,10 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     feed = make_feed(plan, corpus, checkpoint)
     # Before the model: the loader's workers fork from a small process, and have batches ready when the model is built.
     feed.open(state.positions, state.next_index)
+    progress.enter("reading held-out text")
     held_out = open_held_out(recipe, held_out_corpus, corpus, feed.config, rank, world_size)
     gate = UpdateGate(state.guard, recipe.optimizer.max_grad_norm)
+    progress.enter("building the model")
     engine = start_engine(plan, corpus, gate, checkpoint)
     model = model_of(engine)
     size = num_parameters(model)
@@ -169,6 +182,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
         model_config=model.config,
         peak_flops=peak_flops(plan.device, device_name(plan.device), model.config, precision),
         reporter=reporter,
+        straggler=Straggler(gather_hosts(world_size)),
     )
     if reporter is not None:
         for message in start_messages(plan, corpus, feed.config.num_streams, size, checkpoint):

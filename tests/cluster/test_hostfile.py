@@ -70,7 +70,7 @@ def test_a_folder_that_is_not_shared_is_refused_before_the_first_step(corpus: Co
     out.mkdir()
     process = on_both(corpus, tmp_path, out, "--run.max_steps=6", unshared=f"{SECOND}:{out}")
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, output
+    assert process.returncode == 2, output
     assert f"{out}/checkpoints: {SECOND} cannot read or write files that rank 0 creates there" in output
     assert not (out / "metrics.jsonl").exists()
 

@@ -146,5 +146,5 @@ def test_a_failing_command_is_not_retried(corpus: Corpus, tmp_path, cluster):
     while ended.get("JobState") not in ("FAILED", "COMPLETED") and time.monotonic() < until:
         time.sleep(0.2)
         ended = job.facts()
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0")
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
     assert "manifest.json: no such file" in (tmp_path / "logs" / f"{job.id}-rank0.log").read_text()

@@ -140,10 +140,11 @@ def test_every_setting_has_an_answer_to_whether_it_may_change_at_a_resume():
     may_change = {name for name in names if may_change_at_resume(name)}
     probe = {"task", "data", "protocol", "every_steps", "max_examples"}
     data = {"train", "heldout", "tokenizer", "num_workers", "on_bad_shard", "cache_dir", "cache_gb", "ranks"}
+    data |= {"store_patience_s"}
     run = {
         "output_dir", "log_every_steps", "eval_every_steps", "eval_tokens", "save_every_steps", "keep_checkpoints",
         "keep_every_steps", "keep_best", "async_save", "resume", "trackers", "max_norm_ratio", "rollback_after", "ops",
-        "branch_from",
+        "branch_from", "hang_timeout_s",
     }  # fmt: skip
     assert may_change == {f"probe.{n}" for n in probe} | {f"data.{n}" for n in data} | {f"run.{n}" for n in run}
     assert not may_change_at_resume("run.unknown")

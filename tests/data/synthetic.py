@@ -22,6 +22,7 @@ class NoStorage:
     """The storage of a source whose chunks are in memory."""
 
     read_ahead = 0
+    patience_s = 0.0
 
     def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
         raise NotImplementedError

@@ -48,6 +48,7 @@ def run_many(
 def main() -> None:
     import deepspeed
 
+    from megabert.config.cli import exit_code
     from megabert.config.ds_config import read_ds_config
     from megabert.config.parser import RecipeParser
     from megabert.training import loop
@@ -68,7 +69,7 @@ def main() -> None:
             code = loop.pretrain(recipe, read_ds_config(options.ds_config), signals)
         except ValueError as error:
             sys.stderr.write(f"pretrain: {error}\n")
-            code = 1
+            code = exit_code(error)
         if code:
             break
     sys.stdout.flush()

@@ -111,8 +111,8 @@ def test_it_gives_up_after_crashes_without_a_new_checkpoint(tmp_path, monkeypatc
 
 
 def test_an_error_of_the_user_is_not_retried(tmp_path, monkeypatch):
-    fake_deepspeed(tmp_path, monkeypatch, "exit 1")
-    assert attempts(tmp_path) == (1, 1)
+    fake_deepspeed(tmp_path, monkeypatch, "exit 2")
+    assert attempts(tmp_path) == (2, 1)
 
 
 def test_a_new_checkpoint_resets_the_count_and_a_stop_is_no_crash(tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megabert.training.distributed.heartbeat import Beat, HangDetector
+from megabert.training.distributed.watchdog import PEER_DIED
 from tests.helpers.runs import REPOSITORY
 
 
@@ -27,30 +29,51 @@ def bash(script: str, *arguments: str, **variables: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("code", "seconds", "expected"),
+    ("code", "expected"),
     [
-        (0, 5, "stop 0"),  # done
-        (2, 5, "stop 0"),  # a wrong flag
-        (1, 59, "stop 0"),  # a wrong path, say
-        (1, 60, "again 1"),  # a crash after a minute of training
-        (85, 5, "again 0"),  # stopped on request, and saved
-        (137, 5, "again 1"),  # killed
+        (0, "stop 0"),  # done
+        (2, "stop 0"),  # a mistake of the user
+        (85, "again 0"),  # stopped on request, and saved
+        (1, "again 1"),
+        (75, "again 1"),  # a store stayed away
+        (87, "again 1"),  # a rank hung
+        (137, "again 1"),  # killed
     ],
 )
-def test_one_attempt(code, seconds, expected):
-    assert bash('decide "$1" "$2" step-5; echo $action $crashes', str(code), str(seconds)) == [expected]
+def test_one_attempt(code, expected):
+    assert bash('decide "$1" step-5; echo $action $crashes', str(code)) == [expected]
 
 
 def test_crashes_count_until_there_is_a_new_checkpoint():
-    script = 'for latest; do decide 137 100 "$latest"; echo $action $crashes; done'
+    script = 'for latest; do decide 137 "$latest"; echo $action $crashes; done'
     assert bash(script, "none", "none", "step-1", "step-1", "step-1", MAX_CRASHES="2") == [
         "again 1", "again 2", "again 1", "again 2", "stop 3",
     ]  # fmt: skip
 
 
 def test_a_stop_between_two_crashes_does_not_reset_their_count():
-    script = "decide 137 9 none; decide 85 9 none; decide 137 9 none; echo $action $crashes"
+    script = "decide 137 none; decide 85 none; decide 137 none; echo $action $crashes"
     assert bash(script, MAX_CRASHES="1") == ["stop 2"]
+
+
+def test_the_host_of_a_crash_is_read_from_the_last_line_that_the_watchdog_writes(tmp_path):
+    ranks = HangDetector(60.0, {0: "n1", 1: "n2"}, 0.0)
+    together = ranks.verdict(1000.0)
+    ranks.hear(0, Beat(12, 40, "agree", 0.0, 60.0), 1000.0)
+    alone = ranks.verdict(1000.0)
+    lines = {
+        f"rank 1 on n2 {PEER_DIED}; ending rank 0 on n1": ["n2"],
+        "rank 3 on n2.site failed: RuntimeError: CUDA error: a, b; ending rank 0 on n1": ["n2.site"],
+        f"{alone}; ending rank 0 on n1": ["n2"],
+        f"{together}; ending rank 0 on n1": [],
+        "step 12/200  loss 1.000": [],
+        "": [],
+    }
+    for number, (line, host) in enumerate(lines.items()):
+        log = tmp_path / str(number)
+        log.write_text(f"rank 7 on n7 {PEER_DIED}; ending rank 0 on n1\nattempt 2\n{line}\n")
+        assert bash('crashed_host "$@"', str(tmp_path / "missing"), str(log)) == host, line
+    assert bash("crashed_host") == []
 
 
 def flags(folder: Path, *given: str) -> list[str]:

@@ -143,6 +143,6 @@ def test_a_mistyped_flag(corpus, tmp_path):
 
 def test_a_world_size_that_does_not_divide_the_batch(corpus, tmp_path):
     done = run_ranks(corpus, tmp_path, "--data.global_batch_tokens=768", STEPS, ranks=2)
-    assert done.code == 1
+    assert done.code == 2
     assert "3 micro-batches of 256 tokens, which 2 ranks cannot share evenly" in done.output
     assert "Traceback" not in done.output

@@ -22,10 +22,14 @@ PERMANENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno
 
 
 class CacheOptions(NamedTuple):
-    """folder: for shards that cannot be read in part. max_bytes: its size limit; the least recently read shards go."""
+    """folder: for shards that cannot be read in part. max_bytes: its size limit; the least recently read shards go.
+
+    patience_s: how long to try again where shards come from a store that fails.
+    """
 
     folder: Path = Path("~/.cache/megabert/shards")
     max_bytes: int = 64 << 30
+    patience_s: float = 900.0
 
 
 class ExpectedFile(NamedTuple):

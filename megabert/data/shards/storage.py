@@ -4,28 +4,26 @@
     https://host/c4   s3://bucket/c4                      remote: byte ranges through fsspec
     pipe:aws s3 cp s3://bucket/c4/train-{000..999}.tar -  a command that prints a file: whole shards in a local cache
 
-A storage returns bytes by file name and does not interpret them. Network errors are retried for half a minute, then
-raised with the URL; other errors, such as a missing file, are raised at once.
+A storage returns bytes by file name and does not interpret them. Network errors are retried for data.store_patience_s,
+then raised with the URL; other errors, such as a missing file, are raised at once.
 """
 
-import importlib.util
 import io
 import logging
 import os
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import braceexpand
 import fsspec
-from tenacity import Future, RetryError, Retrying, retry_if_exception, stop_after_attempt, wait_chain, wait_fixed
 
-from megabert.data.shards.cache import PERMANENT_ERRORS, CacheOptions, ExpectedFile, WholeFileReader, WrongContentError
+from megabert.data.shards.cache import CacheOptions, ExpectedFile, WholeFileReader, WrongContentError
+from megabert.data.shards.patience import Hedge, retrying, waiting_for_store
 from megabert.files.limits import LimitedWriter, TooLongError, read_bounded, too_long
 
 if TYPE_CHECKING:
@@ -33,12 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-# Seconds between attempts: half a minute in all, which is longer than a load balancer or a restarted server needs.
-BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+COMMAND_PATIENCE_S = 30.0
 PIPE_BUFFER = 1 << 20
-STALLED_S = 60.0  # so long a server may send nothing before the connection counts as broken
+STALLED_S = 30.0  # so long a server may send nothing before the connection counts as broken
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBER_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
@@ -49,7 +44,8 @@ TAR_NAME = re.compile(r"[^/\s'\"=]+\.tar\b")
 class Storage(Protocol):
     """Where the files of a corpus are.
 
-    read_ahead: number of reads to have in flight. read: bytes [offset, offset + size) of a file, fewer where it ends.
+    read_ahead: least number of reads to have in flight; 0: read when needed. patience_s: how long a read is tried
+    again. read: bytes [offset, offset + size) of a file, fewer where it ends.
     read_whole: a small file; ValueError if it has more than max_bytes. size: bytes of a file, None where that is not
     cheap to know. prefetch: start to fetch a file that will be read soon. discard: remove a cached copy that is
     damaged; True if there was one, so that reading the file again makes sense. url: the name of a file in messages.
@@ -57,6 +53,8 @@ class Storage(Protocol):
 
     @property
     def read_ahead(self) -> int: ...
+    @property
+    def patience_s(self) -> float: ...
     def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes: ...
     def read_whole(self, name: str, max_bytes: int) -> bytes: ...
     def size(self, name: str) -> int | None: ...
@@ -71,6 +69,7 @@ class LocalFolder:
 
     folder: str
     read_ahead = 0
+    patience_s = 0.0
 
     def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
         descriptor = os.open(self.url(name), os.O_RDONLY)
@@ -103,7 +102,8 @@ class RemoteFolder:
     read_ahead = 2  # an object store answers in about the time that training on a chunk takes
 
     def __init__(self, folder: str, cache: CacheOptions):
-        self.folder = folder.rstrip("/")
+        self.folder, self.patience_s = folder.rstrip("/"), cache.patience_s
+        self._hedge = Hedge()
         self._whole_files = WholeFileReader(self.folder, cache)
         self._has_ranges = True
         self._systems: dict[int, fsspec.AbstractFileSystem] = {}
@@ -139,23 +139,21 @@ class RemoteFolder:
 
     def _download(self, name: str, max_bytes: int, offset: int | None = None) -> bytes:
         """Return a file, or max_bytes of it from offset on. Raises TooLongError as soon as more than that arrives."""
-        buffer = io.BytesIO()
 
-        def copy() -> None:
-            buffer.seek(0)
-            buffer.truncate()
+        def copy() -> bytes:
+            buffer = io.BytesIO()
             self._copy(name, buffer.write, max_bytes, offset)
+            return buffer.getvalue()
 
-        retrying(copy, self.url(name))
-        return buffer.getvalue()
+        return retrying(lambda: self._hedge(copy, self.url(name)), self.url(name), self.patience_s)
 
     def _fetch(self, name: str, path: Path, expected: ExpectedFile) -> None:
         def copy() -> None:
             with open(path, "wb") as file:
-                self._copy(name, file.write, expected.bytes)
+                self._copy(name, _reporting(file.write), expected.bytes)
 
         with _wrong_content(expected):
-            retrying(copy, self.url(name))
+            retrying(copy, self.url(name), self.patience_s)
 
     def _copy(self, name: str, write: Callable[[bytes], object], max_bytes: int, offset: int | None = None) -> None:
         system, url = self._open(), self.url(name)
@@ -181,7 +179,7 @@ class CommandStorage:
     read_ahead = 0
 
     def __init__(self, command: str, cache: CacheOptions):
-        self.command = command
+        self.command, self.patience_s = command, cache.patience_s
         self._whole_files = WholeFileReader(command, cache)
 
     def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
@@ -194,7 +192,8 @@ class CommandStorage:
             return buffer.getvalue()
 
         try:
-            return retrying(collect, self.url(name))
+            # A command that fails does not say whether it is wrong; the small files are read first.
+            return retrying(collect, self.url(name), min(self.patience_s, COMMAND_PATIENCE_S))
         except TooLongError as error:
             raise too_long(self.url(name), max_bytes) from error
 
@@ -214,10 +213,10 @@ class CommandStorage:
     def _fetch(self, name: str, path: Path, expected: ExpectedFile) -> None:
         def copy() -> None:
             with open(path, "wb") as file:
-                copy_pipe(self.url(name), LimitedWriter(file.write, expected.bytes))
+                copy_pipe(self.url(name), LimitedWriter(_reporting(file.write), expected.bytes))
 
         with _wrong_content(expected):
-            retrying(copy, self.url(name))
+            retrying(copy, self.url(name), self.patience_s)
 
 
 @contextmanager
@@ -226,6 +225,16 @@ def _wrong_content(expected: ExpectedFile) -> Iterator[None]:
         yield
     except TooLongError as error:
         raise WrongContentError(f"more bytes arrived than the {expected.bytes} of the manifest") from error
+
+
+def _reporting(write: Callable[[bytes], object]) -> Callable[[bytes], object]:
+    """Let every part of a download that arrives count as waiting for a store, which is no hang."""
+
+    def reporting_write(data: bytes) -> object:
+        waiting_for_store()
+        return write(data)
+
+    return reporting_write
 
 
 def copy_pipe(url: str, file: LimitedWriter) -> None:
@@ -240,76 +249,11 @@ def copy_pipe(url: str, file: LimitedWriter) -> None:
             raise
 
 
-def retrying(action: Callable[[], T], url: str) -> T:
-    """Run an action that needs the network, and repeat it after a pause if it fails.
-
-    Raises OSError with the URL when every attempt failed or a server refuses. Errors that another attempt cannot cure
-    (no such file, no permission, a full disk) are raised as they are, without another attempt.
-    """
-    attempts = Retrying(
-        retry=retry_if_exception(_is_temporary),
-        wait=wait_chain(*(wait_fixed(pause) for pause in BACKOFF_S)),
-        stop=stop_after_attempt(len(BACKOFF_S) + 1),
-        before_sleep=lambda state: log.warning(
-            "%s: %s; trying again in %.0f s", url, _describe(_error_of(state.outcome)), state.upcoming_sleep
-        ),
-    )
-    try:
-        return attempts(action)
-    except RetryError as failed:
-        last, seconds = _error_of(failed.last_attempt), attempts.statistics["delay_since_first_attempt"]
-        raise OSError(f"{url}: failed {len(BACKOFF_S) + 1} times over {seconds:.0f} s: {_describe(last)}") from last
-    except network_errors() as error:
-        if _status_of(error):
-            raise OSError(f"{url}: {_describe(error)}") from error
-        raise
-
-
-def _is_temporary(error: BaseException) -> bool:
-    """Tell whether another attempt may succeed after this error."""
-    if isinstance(error, FileNotFoundError) or not isinstance(error, network_errors()):
-        return False
-    if getattr(error, "errno", None) in PERMANENT_ERRORS:
-        return False
-    status = _status_of(error)
-    return not 400 <= status < 500 or status in (408, 429)  # 408: timeout, 429: too many requests
-
-
-def _error_of(attempt: Future | None) -> BaseException:
-    error = attempt.exception() if attempt else None
-    assert error is not None, "only a failed attempt is repeated"
-    return error
-
-
-def _status_of(error: BaseException) -> int:
-    """Return the HTTP status of an error, 0 if it has none."""
-    return getattr(error, "status", 0)
-
-
-def _describe(error: BaseException) -> str:
-    status = _status_of(error)
-    return f"HTTP {status} {getattr(error, 'message', '')}" if status else repr(error)
-
-
 def open_pipe(url: str) -> "Pipe":
     """Open pipe:COMMAND with webdataset's opener, whose read() and close() raise OSError if the command failed."""
     import webdataset  # imports torch, which nothing else in this file needs
 
     return webdataset.gopen(url)  # pyrefly: ignore[bad-return] # a pipe, because of its scheme
-
-
-def network_errors() -> tuple[type[BaseException], ...]:
-    """Return the exceptions that the installed libraries raise for a broken connection."""
-    found: list[type[BaseException]] = [OSError, EOFError, TimeoutError, subprocess.SubprocessError]
-    if importlib.util.find_spec("aiohttp"):
-        import aiohttp
-
-        found.append(aiohttp.ClientError)
-    if importlib.util.find_spec("botocore"):
-        from botocore.exceptions import BotoCoreError  # pyrefly: ignore[missing-import] # comes with s3fs
-
-        found.append(BotoCoreError)
-    return tuple(found)
 
 
 def file_system(url: str) -> fsspec.AbstractFileSystem:

@@ -15,6 +15,7 @@ from megabert.files.json_file import read_json
 from megabert.files.pickles import check_pickle
 from megabert.training.checkpointing import universal
 from megabert.training.distributed import deepspeed_compat
+from megabert.training.distributed.heartbeat import progress
 from megabert.training.distributed.sync import gather_dicts
 from megabert.training.identity import RunIdentity, check_branch, check_same_run
 
@@ -101,6 +102,7 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
 
     Raises ValueError if DeepSpeed finds none, or if one of its files would do more than hold values when it is loaded.
     """
+    progress.enter("loading the checkpoint", long=True)
     check_pickles(path)
     is_universal = engine.load_universal_checkpoint()
     with universal.converted(path) if is_universal else nullcontext(path) as folder:

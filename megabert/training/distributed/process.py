@@ -11,7 +11,7 @@ import deepspeed
 import torch
 import torch.distributed
 
-from megabert.training.distributed import deepspeed_compat
+from megabert.training.distributed import deepspeed_compat, flight_recorder
 from megabert.training.distributed.accelerator import choose_own_gpu, claim_gpu
 from megabert.training.distributed.device import backend_name, gpu_id, training_device, visible_gpus
 from megabert.training.distributed.gloo import ring_all_gather
@@ -21,6 +21,7 @@ from megabert.training.distributed.rank_env import (
     rank_variables,
     ranks_on_this_machine,
 )
+from megabert.training.distributed.watchdog import RankLostError
 
 # How long a collective waits for other ranks: while rank 0 prepares the quickstart's corpus, they wait for minutes.
 # The watchdog notices a dead rank at once (distributed/watchdog.py).
@@ -45,6 +46,9 @@ def init_distributed() -> tuple[int, int]:
     os.environ.update(rank_variables())
     if (visible := visible_gpus()) is not None:
         choose_own_gpu(visible)
+    flight_recorder.switch_on()
+    # Else every gloo group of W ranks opens W connections in each of them at once; few are ever used.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     allow_open_files(LEAST_OPEN_FILES + FILES_PER_RANK * int(os.environ["WORLD_SIZE"]))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (ranks_on_this_machine() or 1)))
@@ -53,7 +57,7 @@ def init_distributed() -> tuple[int, int]:
         deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     except torch.distributed.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ValueError(f"the ranks cannot meet at {address}: {str(error).splitlines()[0]} {OTHER_PORT}") from error
+        raise RankLostError(f"the ranks cannot meet at {address}: {str(error).splitlines()[0]} {OTHER_PORT}") from error
     # Called on a GPU too: it sets the current device, from which NCCL sends Python objects.
     device = training_device()
     if device.type == "cpu":
@@ -83,7 +87,7 @@ def join_process_group(rank: int, world_size: int) -> None:
 def open_store(rank: int, world_size: int) -> torch.distributed.Store:
     """Open the store through which ranks find each other, on the loopback interface; rank 0 serves it.
 
-    Raises ValueError if the port is taken.
+    Raises RankLostError if the port is taken.
     """
     port, listening = int(os.environ["MASTER_PORT"]), None
     if rank == 0:
@@ -92,7 +96,7 @@ def open_store(rank: int, world_size: int) -> torch.distributed.Store:
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
-            raise ValueError(
+            raise RankLostError(
                 f"port {port}, where the ranks of this run meet, cannot be used: {os.strerror(error.errno or 0)}. "
                 f"{OTHER_PORT}"
             ) from error

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import socket
 from collections.abc import Mapping
 
 LOOPBACK = "127.0.0.1"
@@ -30,6 +31,11 @@ def rank_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 def rank_of_this_process() -> int:
     """Return this process's rank among all processes of the run."""
     return int(rank_variables()["RANK"])
+
+
+def host_name(environ: Mapping[str, str] = os.environ) -> str:
+    """Return the name of this machine, as SLURM calls it if it started this process."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def ranks_on_this_machine(environ: Mapping[str, str] = os.environ) -> int | None:

@@ -22,6 +22,7 @@ EXIT_REQUEUE = 85  # exit code of a run that stopped early, saved, and should be
 # Ctrl-C, and SIGHUP when it is closed.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 DEEPSPEED_COMMANDS = ("deepspeed", "ds", "deepspeed.launcher.runner")
+SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # by deepspeed's, and by torchrun
 POLL_S = 1.0
 # Time to finish a step and save after the launcher has died; then this process exits, whatever it is waiting for.
 GRACE_S = 45.0
@@ -125,12 +126,12 @@ class StopSignals:
         return now - self._interrupted_at > SAME_INTERRUPT_S
 
     def watch_launcher(self) -> None:
-        """Start a thread that requests a stop once the deepspeed launcher, or the `deepspeed` command, is gone.
+        """Start a thread that requests a stop once deepspeed's launcher, the `deepspeed` command or torchrun is gone.
 
-        Call this before anything else: a launcher that died earlier goes unnoticed. Does nothing if the deepspeed
-        launcher did not start this process: such a run may outlive its shell.
+        Call this before anything else: a launcher that died earlier goes unnoticed. Does nothing if neither of them
+        started this process: such a run may outlive its shell.
         """
-        if "CROSS_RANK" not in os.environ:  # the launcher sets it
+        if not any(name in os.environ for name in SET_BY_LAUNCHERS):
             return
         threading.Thread(target=self._watch, args=(os.getppid(),), name="launcher-watch", daemon=True).start()
 

@@ -13,6 +13,7 @@ import deepspeed
 import torch.distributed
 
 from megabert.files.lock import Lock, LockHeldError, acquire
+from megabert.training.distributed.rank_env import host_name
 
 T = TypeVar("T")
 
@@ -30,6 +31,14 @@ def gather_dicts(part: dict[Any, Any], group: torch.distributed.ProcessGroup | N
     parts: list[Any] = [None] * deepspeed.comm.get_world_size(group)
     torch.distributed.all_gather_object(parts, part, group=group)
     return {key: value for part in parts for key, value in part.items()}
+
+
+def gather_hosts(world_size: int) -> list[str]:
+    """Return the host of every rank; every rank calls this."""
+    hosts = [host_name()] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(hosts, host_name())
+    return hosts
 
 
 def broadcast_from_rank0(work: Callable[[], T], rank: int, world_size: int) -> T:

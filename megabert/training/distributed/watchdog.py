@@ -1,4 +1,4 @@
-"""A watchdog that ends all ranks as soon as one of them dies, and names that rank in the log."""
+"""A watchdog that ends all ranks as soon as one of them dies or hangs, and names that rank in the log."""
 
 import contextlib
 import hmac
@@ -6,6 +6,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import secrets
 import selectors
 import socket
@@ -16,17 +17,24 @@ from typing import Any
 
 import torch.distributed
 
-from megabert.training.distributed.rank_env import LOOPBACK, are_ranks_on_one_machine
+from megabert.config.cli import exit_code
+from megabert.data.shards.patience import waited_for_store_at
+from megabert.training.distributed import flight_recorder
+from megabert.training.distributed.heartbeat import BEAT_S, Beat, HangDetector, progress
+from megabert.training.distributed.rank_env import LOOPBACK, are_ranks_on_one_machine, host_name
 from megabert.training.distributed.signals import PEER_REASON, StopSignals
 
 log = logging.getLogger(__name__)
 
-EXIT_PEER_LOST = 86  # exit code of a rank that ended because another one is gone
+# Exit codes of a rank that ended because another one is gone, or hangs (launch/README.md lists all codes).
+EXIT_PEER_LOST, EXIT_HANG = 86, 87
 CONNECT_TIMEOUT_S = 120.0  # for all ranks to connect to rank 0; they have just met in init_distributed
 # A host that does not answer is given up after 10 + 4 x 5 s.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 30_000}
 GOODBYE = "goodbye"
-STOP = "stop"  # unlike all other messages, this one may be followed by another
+STOP = "stop"  # unlike all other messages, this one and a beat may be followed by another
+BEAT, HANG = "beat ", "hang: "  # what such messages begin with
+FAILED = re.compile(r"exit (\d+): (.*)")  # a message with the exit code for all ranks
 MESSAGE_TIMEOUT_S = 5.0  # to send one message; for a new connection, to introduce itself
 PEER_DIED = "is gone: its process or its machine died"
 # Time between learning that another rank failed and ending: if all ranks fail for the same reason, each can log it.
@@ -35,20 +43,30 @@ MAX_MESSAGE_BYTES = 2000
 PENDING, STRANGER, RANK = "pending", "stranger", "rank"  # what a new connection turns out to be
 
 
+class RankLostError(OSError):
+    """A rank or a loader worker that is gone or out of reach, and no mistake of the user."""
+
+    exit_code = EXIT_PEER_LOST
+
+
 class PeerWatchdog:
     """A context manager around a run: ends this process if another rank fails, and the other ranks if this one does.
 
     Gloo and NCCL wait for a dead peer until their timeout, or fail with nothing but an address. Here every rank keeps
     a TCP connection to rank 0. The kernel closes the connections of a process that dies, and keepalive probes detect
-    a dead host. Rank 0 forwards which rank it was. A request to stop travels the same way.
+    a dead host. Rank 0 forwards which rank it was. A request to stop travels the same way, and so does every few
+    seconds how far a rank is (heartbeat.py): rank 0 names the rank that hangs, and the others notice if rank 0 does.
     """
 
-    def __init__(self, rank: int, world_size: int, signals: StopSignals | None = None):
-        """Connect; every rank calls this in a process group with its device set. Raises ValueError if one cannot.
+    def __init__(self, rank: int, world_size: int, signals: StopSignals | None = None, hang_timeout_s: float = 0.0):
+        """Connect; every rank calls this in a process group with its device set. Raises RankLostError if one cannot.
 
         signals: those of this rank; a stop that one rank is asked for is passed on to those of all ranks.
+        hang_timeout_s: run.hang_timeout_s; 0 does not look for hangs.
         """
-        self.rank, self.host, self.signals = rank, socket.gethostname(), signals
+        self.rank, self.host, self.signals = rank, host_name(), signals
+        self.hang_timeout_s, self.detector = hang_timeout_s, HangDetector(hang_timeout_s, {}, 0.0)
+        progress.restart(hang_timeout_s, waited_for_store_at)
         self.peers: dict[int, _Peer] = {}
         self.closing = threading.Event()  # once set, no message ends this process any more
         self.peer_failed = threading.Event()
@@ -67,6 +85,8 @@ class PeerWatchdog:
             self._connect(port, token, rank0_host)
         # Without this, a loader worker would keep its dead parent's connection open.
         os.register_at_fork(after_in_child=self._close)
+        hosts = {number: peer.host for number, peer in self.peers.items()} | ({0: self.host} if rank == 0 else {})
+        self.detector = HangDetector(hang_timeout_s, hosts, time.monotonic())
         self.thread.start()
         if signals is not None:
             signals.tell_peers = lambda: self._send_all(STOP)
@@ -77,7 +97,7 @@ class PeerWatchdog:
         try:
             connection = socket.create_connection((address, port), timeout=CONNECT_TIMEOUT_S)
         except OSError as error:
-            raise ValueError(
+            raise RankLostError(
                 f"rank {self.rank} on {self.host} cannot connect to rank 0 at {address}, port {port}: {error}. "
                 "Open all ports between the nodes."
             ) from error
@@ -124,7 +144,7 @@ class PeerWatchdog:
         if not hmac.compare_digest(str(hello.get("token")).encode(), token.encode()):
             peer.close()
             return STRANGER
-        peer.host, peer.unread = hello["host"], lines[1:]
+        peer.host, peer.unread = hello["host"], (lines or [])[1:]
         self.peers[hello["rank"]] = peer
         return RANK
 
@@ -140,7 +160,11 @@ class PeerWatchdog:
         else:
             self.closing.set()
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            self._send_all(f"rank {self.rank} on {self.host} failed: {reason}"[:MAX_MESSAGE_BYTES])
+            message = f"rank {self.rank} on {self.host} failed: {reason}"
+            # After a crash the others say that they have lost a rank.
+            if error is not None and (code := exit_code(error)) != 1:
+                message = f"exit {code}: {message}"
+            self._send_all(message[: MAX_MESSAGE_BYTES - 1])
         self.closing.set()
 
     def _send_all(self, message: str) -> None:
@@ -155,19 +179,44 @@ class PeerWatchdog:
         for rank, peer in self.peers.items():
             if not peer.unread or self._stays(rank, peer.unread):
                 selector.register(peer.connection, selectors.EVENT_READ, rank)
+        # Often enough that a hang is named soon after its limit.
+        period_s = min(BEAT_S, self.hang_timeout_s / 4) if self.hang_timeout_s else None
+        beaten_at = time.monotonic()
         while selector.get_map():
-            for key, _ in selector.select():
+            for key, _ in selector.select(period_s):
                 if not self._stays(key.data, self.peers[key.data].receive()):
                     selector.unregister(key.fileobj)
+                    self.detector.forget(key.data)
+            if period_s is not None and (now := time.monotonic()) >= beaten_at + period_s:
+                self._beat(now, was_stopped=now > beaten_at + 2 * period_s + MESSAGE_TIMEOUT_S)
+                beaten_at = now
+
+    def _beat(self, now: float, was_stopped: bool) -> None:
+        """Tell the peers how far this rank is, and end if one hangs. was_stopped: this process itself was, until now.
+
+        A job that was suspended continues: for a process that was stopped, all limits begin anew.
+        """
+        if was_stopped:
+            progress.advance()
+            self.detector.restart(now)
+        beat = progress.beat()
+        self._send_all(BEAT + beat.to_line())
+        if self.rank == 0:
+            self.detector.hear(0, beat, now)
+        if (verdict := self.detector.verdict(now)) and not self.closing.is_set():
+            self._end(HANG + verdict)
 
     def _stays(self, rank: int, lines: list[str] | None) -> bool:
         """Act on what a peer has sent, None for a lost connection. Returns False if nothing more comes from it."""
         if lines and STOP in lines:
             self._stop()
-            lines = [line for line in lines if line != STOP]
-        if lines == []:
+        for line in lines or []:
+            if line.startswith(BEAT):
+                self.detector.hear(rank, Beat.from_line(line.removeprefix(BEAT)), time.monotonic())
+        rest = [line for line in lines or [] if line != STOP and not line.startswith(BEAT)]
+        if lines is not None and not rest:
             return True
-        message = lines[0] if lines else ""
+        message = rest[0] if rest else ""
         if message != GOODBYE and not self.closing.is_set():
             self._end(message or f"rank {rank} on {self.peers[rank].host} {PEER_DIED}")
         return False
@@ -187,9 +236,15 @@ class PeerWatchdog:
         if not message.endswith(PEER_DIED):
             time.sleep(END_DELAY_S)
         if not self.closing.is_set():
+            code = EXIT_PEER_LOST
+            if failed := FAILED.fullmatch(message):
+                code, message = int(failed[1]), failed[2]
+            if message.startswith(HANG):
+                code, message = EXIT_HANG, message.removeprefix(HANG)
+                log.error("%s", flight_recorder.write_record(self.rank))
             log.error("%s; ending rank %d on %s", message, self.rank, self.host)
             logging.shutdown()
-            os._exit(EXIT_PEER_LOST)  # the main thread may be in a collective, which nothing can interrupt
+            os._exit(code)  # the main thread may be in a collective, which nothing can interrupt
 
     def _close(self) -> None:
         for peer in self.peers.values():
@@ -214,8 +269,8 @@ def _listen(backlog: int) -> socket.socket:
     return socket.create_server(("", 0), backlog=backlog)
 
 
-def _not_connected(missing: set[int], host: str, server: socket.socket) -> ValueError:
-    return ValueError(
+def _not_connected(missing: set[int], host: str, server: socket.socket) -> RankLostError:
+    return RankLostError(
         f"ranks {sorted(missing)} did not connect to rank 0 on {host}, port {server.getsockname()[1]}, within "
         f"{CONNECT_TIMEOUT_S:.0f} s. Open all ports between the nodes."
     )

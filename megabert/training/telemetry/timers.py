@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from megabert.training.distributed.heartbeat import progress
+
 PARTS = ("data", "forward", "backward", "optimizer", "agree")
 
 
@@ -68,7 +70,8 @@ class StepTimer:
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
-        """Time the block as one of PARTS."""
+        """Time the block as one of PARTS, which the peers of this rank hear of."""
+        progress.enter(part)
         if self.event_class is None or part == "data":  # the host does this work itself
             started_at = time.perf_counter()
             yield

@@ -12,17 +12,29 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from megabert.data.shards import side_files, storage
+from megabert.config.cli import exit_code
+from megabert.data.shards import patience, side_files
 from megabert.data.shards.cache import CacheOptions, ExpectedFile, ShardCache, WrongContentError
 from megabert.data.shards.manifest import MANIFEST
+from megabert.data.shards.patience import (
+    LONGEST_PAUSE_S,
+    Hedge,
+    RefusedError,
+    StoreAwayError,
+    retrying,
+    waited_for_store_at,
+)
+from megabert.data.shards.read_ahead import read_ahead
 from megabert.data.shards.source import DamagedShardError, open_source
-from megabert.data.shards.storage import CommandStorage, RemoteFolder, open_storage, retrying
+from megabert.data.shards.storage import CommandStorage, RemoteFolder, open_storage
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -79,7 +91,7 @@ def serve():
 
 @pytest.fixture
 def cache(tmp_path):
-    return CacheOptions(tmp_path / "cache", 1 << 30)
+    return CacheOptions(tmp_path / "cache", 1 << 30, patience_s=0.1)
 
 
 @pytest.fixture
@@ -89,7 +101,8 @@ def folder(corpus, tmp_path):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(storage, "BACKOFF_S", (0.01, 0.02))
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(patience, "SAID_AFTER_S", 0.0)
 
 
 def every_chunk(source) -> list:
@@ -127,22 +140,25 @@ def test_whole_shards_are_fetched_from_a_server_without_byte_ranges(corpus, serv
 def test_a_network_error_is_retried(corpus, serve, cache, caplog):
     url, handler = serve(corpus.tokens, failures=2)
     assert same_tokens(open_source(url, cache=cache), corpus)
-    assert caplog.text.count("trying again in") == 2
+    assert caplog.text.count("trying again for") == 2
     assert handler.failures == 0
 
 
 def test_a_lasting_network_error_raises_with_the_url(corpus, serve, cache):
     url, _ = serve(corpus.tokens, failures=10**6)
     source = open_source(url, cache=cache)
-    with pytest.raises(OSError, match=rf"{url}/train-00000\.tar: failed 3 times over \d+ s"):
+    with pytest.raises(
+        OSError, match=rf"{url}/train-00000\.tar: failed \d+ times over \d+ s: HTTP 503 .*data.store_patience_s"
+    ) as error:
         source.read_chunk(0, 0)
+    assert exit_code(error.value) == 75
 
 
 def test_an_unreachable_server_raises_with_the_url(cache):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # without listen(), connections are refused
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/c4"
-        with pytest.raises(OSError, match=rf"{url}/manifest\.json: failed 3 times"):
+        with pytest.raises(OSError, match=rf"{url}/manifest\.json: failed \d+ times"):
             open_source(url, cache=cache)
 
 
@@ -177,7 +193,7 @@ def test_shards_of_a_command_are_kept_in_the_cache(corpus, cache):
 
 
 def test_a_failing_command_raises_with_its_name(corpus, cache):
-    with pytest.raises(OSError, match=r"pipe:cat /nowhere/manifest\.json: failed 3 times"):
+    with pytest.raises(OSError, match=r"pipe:cat /nowhere/manifest\.json: failed \d+ times"):
         open_source("pipe:cat /nowhere/train-{00000..00001}.tar", cache=cache)
     with pytest.raises(ValueError, match="contains no shard name"):
         open_source("pipe:cat everything", cache=cache)
@@ -280,7 +296,7 @@ def test_errors_that_another_attempt_cannot_cure_are_raised_at_once(error):
         raise error
 
     with pytest.raises(type(error)) as raised:
-        retrying(fail, "here")
+        retrying(fail, "here", 60.0)
     assert raised.value is error
     assert len(attempts) == 1
 
@@ -293,18 +309,105 @@ def test_a_failing_action_is_repeated_until_it_succeeds(caplog):
             raise errors.pop(0)
         return "done"
 
-    assert retrying(act, "here") == "done"
+    assert retrying(act, "here", 60.0) == "done"
     assert caplog.messages == [
-        "here: TimeoutError('first'); trying again in 0 s",
-        "here: EOFError('second'); trying again in 0 s",
+        "here: TimeoutError('first'); trying again for 0 s",
+        "here: EOFError('second'); trying again for 0 s",
     ]
 
 
 def test_a_refusing_server_is_not_asked_again(corpus, serve, cache, caplog):
     url, _ = serve(corpus.tokens, failures=10**6, status=403)
-    with pytest.raises(OSError, match=rf"{url}/train-00000\.tar: HTTP 403"):
+    with pytest.raises(OSError, match=rf"{url}/train-00000\.tar: HTTP 403 .*signed URL have expired, renew") as error:
         open_source(url, cache=cache).read_chunk(0, 0)
+    assert exit_code(error.value) == 2
     assert "trying again" not in caplog.text
+
+
+def test_credentials_that_s3fs_reports_as_expired_are_told_apart_from_a_disk():
+    def expired():
+        raise PermissionError("The provided token has expired.")  # as s3fs does: without an errno
+
+    with pytest.raises(RefusedError, match=r"s3://b/c: .*The provided token has expired.*renew them"):
+        retrying(expired, "s3://b/c", 60.0)
+
+
+def test_ranks_that_fail_together_do_not_return_together(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.25)
+    monkeypatch.setattr(patience, "_pause", pauses.append)
+    clock = count()
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+
+    def fail():
+        raise TimeoutError
+
+    for _ in range(2):
+        with pytest.raises(StoreAwayError):
+            retrying(fail, "here", 60.0)
+    half = len(pauses) // 2
+    assert pauses[:half] != pauses[half : 2 * half]
+    assert max(pauses) <= LONGEST_PAUSE_S
+
+
+def test_a_slow_request_is_made_a_second_time_and_the_first_answer_counts(monkeypatch, caplog):
+    monkeypatch.setattr(patience, "SLOW_S", 0.05)
+    started, released = [], threading.Event()
+
+    def request() -> int:
+        started.append(1)
+        number = len(started)
+        if number == 1:
+            released.wait(30)
+        return number
+
+    before = waited_for_store_at()
+    assert Hedge()(request, "here") == 2
+    released.set()
+    assert "here: no answer for" in caplog.text
+    assert waited_for_store_at() > before, "its peers know that this is no hang"
+
+
+def test_two_failing_requests_raise_and_one_that_succeeds_is_enough(monkeypatch):
+    monkeypatch.setattr(patience, "SLOW_S", 0.05)
+    started = []
+
+    def request() -> str:
+        started.append(1)
+        if len(started) == 1:
+            time.sleep(0.2)
+            raise TimeoutError("the first")
+        time.sleep(0.4)
+        return "the second"
+
+    assert Hedge()(request, "here") == "the second"
+    with pytest.raises(ZeroDivisionError):
+        Hedge()(lambda: 1 // 0, "here")
+
+
+def test_reads_ahead_are_counted_in_seconds_of_training(monkeypatch):
+    """One result a second: ten seconds of them would be ten reads, of which eight are allowed."""
+    now, read = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    results = read_ahead(range(100), lambda item: read.append(item) or item, 2)
+    for expected in range(20):
+        now[0] += 1.0
+        assert next(results) == (expected, expected)
+    assert wait_until(lambda: len(read) == 20 + 8)
+    slow = read_ahead(range(100, 200), lambda item: read.append(item) or item, 2)
+    for _ in range(20):
+        now[0] += 60.0
+        next(slow)
+    assert wait_until(lambda: sum(item >= 100 for item in read) == 20 + 2)
+    assert list(read_ahead("abc", str.upper, 0)) == [("a", "A"), ("b", "B"), ("c", "C")]
+
+
+def wait_until(condition) -> bool:
+    for _ in range(500):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_concurrent_readers_fetch_a_shard_once(tmp_path):

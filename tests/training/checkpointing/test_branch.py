@@ -68,7 +68,7 @@ def test_after_its_end_a_run_goes_on_as_its_refusal_says(corpus: Corpus, tmp_pat
     run, config = trunk
     longer = [*WSD, "--run.max_steps=10", "--optimizer.lr=1e-3"]
     refused = run_command(pretrain_command(corpus, run, *longer, ds_config=config))
-    assert refused.code == 1
+    assert refused.code == 2
     assert "optimizer.lr was 0.002 and is 0.001; run.max_steps was 8 and is 10" in refused.output
     advice = re.search(r"--run\.branch_from (\S+) --run\.output_dir FOLDER", refused.output)
     assert advice is not None, refused.output
@@ -108,7 +108,7 @@ def test_a_run_whose_lengths_follow_its_end_branches_at_the_same_length_only(cor
             flags_of(corpus, tmp_path / "longer", config, *settings, "--run.max_steps=6", branch),
         ]
     )
-    assert done.code == 1
+    assert done.code == 2
     assert "so a branch is as long as the run itself: 4 steps, not 6" in done.output
     first, second = (read_checkpoint(out)[0] for out in (run, tmp_path / "same"))
     assert all(torch.equal(first[name], second[name]) for name in first)

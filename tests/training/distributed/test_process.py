@@ -6,13 +6,14 @@ import socket
 import pytest
 
 from megabert.training.distributed import process
+from megabert.training.distributed.watchdog import EXIT_PEER_LOST, RankLostError
 from tests.helpers.runs import Corpus, finish_ranks, pretrain_command, run_command, start_ranks
 
 
 def test_a_taken_port_is_named_with_the_remedy(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
-        with pytest.raises(ValueError, match=r"port \d+, .* Address already in use.*--master_port PORT") as error:
+        with pytest.raises(RankLostError, match=r"port \d+, .* Address already in use.*--master_port PORT") as error:
             process.open_store(0, 2)
     assert "\n" not in str(error.value)
 
@@ -31,7 +32,7 @@ def test_a_limit_of_open_files_is_raised_or_named(monkeypatch):
 def test_a_run_with_too_few_open_files_ends_with_one_line(corpus: Corpus, tmp_path):
     command = pretrain_command(corpus, tmp_path, "--run.max_steps=2", "--data.num_workers=2")
     done = run_command(["bash", "-c", 'ulimit -n 40; exec "$@"', "bash", *command], timeout_s=60)
-    assert done.code == 1
+    assert done.code == 2
     assert len(done.output.splitlines()) == 1
     assert "a process may open only 40 files here" in done.output
 
@@ -41,5 +42,5 @@ def test_two_runs_at_one_port_do_not_wait_for_each_other(corpus: Corpus, tmp_pat
         port = str(other.getsockname()[1])
         [rank0] = start_ranks(pretrain_command(corpus, tmp_path), 1, WORLD_SIZE="2", MASTER_PORT=port)
         done = finish_ranks([rank0], timeout_s=60)
-    assert done.code == 1
+    assert done.code == EXIT_PEER_LOST
     assert f"port {port}, where the ranks of this run meet, cannot be used" in done.output.splitlines()[-1]

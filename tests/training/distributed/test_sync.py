@@ -99,6 +99,6 @@ os._exit = write_and_exit
 def test_an_error_on_rank_0_is_raised_on_every_rank(corpus: Corpus, tmp_path):
     """Otherwise the other ranks would wait for a message that is never sent."""
     done = run_ranks(corpus, tmp_path, "--data.train=/nowhere", "--run.max_steps=1", ranks=2)
-    assert done.code == 1
+    assert done.code == 2
     assert "/nowhere/manifest.json: no such file" in done.output
     assert "Traceback" not in done.output

@@ -13,9 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megabert.config.cli import EXIT_MISTAKE
 from megabert.training.distributed import watchdog
 from megabert.training.distributed.signals import PEER_REASON, StopSignals
-from megabert.training.distributed.watchdog import EXIT_PEER_LOST, GOODBYE, PEER_DIED, STOP, PeerWatchdog
+from megabert.training.distributed.watchdog import (
+    EXIT_PEER_LOST,
+    GOODBYE,
+    PEER_DIED,
+    STOP,
+    PeerWatchdog,
+    RankLostError,
+)
 from tests.helpers import warm
 from tests.helpers.ports import free_port
 from tests.helpers.processes import start, wait_for_step
@@ -31,13 +39,13 @@ OWN_ADDRESSES = [
 ]
 
 
-def start_ranks(folder: Path, *actions: str) -> list[warm.Process]:
+def start_ranks(folder: Path, *actions: str, **environment: str) -> list[warm.Process]:
     """Start one process per action, each with a log file of its own, and wait until the watchdog connects them."""
     shared = {"WORLD_SIZE": str(len(actions)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank, action in enumerate(actions):
         command = [sys.executable, "tests/training/distributed/watchdog_rank.py", action]
-        env = os.environ | shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        env = os.environ | shared | environment | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}
         ranks.append(warm.popen(command, env, folder / f"{rank}.log"))
     deadline = time.monotonic() + 60
     while not all("connected" in (folder / f"{rank}.log").read_text() for rank in range(len(actions))):
@@ -75,7 +83,7 @@ def test_a_rank_that_dies_is_named_and_ends_the_others(tmp_path, dead, others):
 def test_a_rank_that_fails_alone_sends_the_others_its_error(tmp_path):
     results = results_of(tmp_path, start_ranks(tmp_path, "wait", "raise"))
     assert results[0] == (
-        EXIT_PEER_LOST,
+        EXIT_MISTAKE,
         f"rank 1 on {HOST} failed: ValueError: rank 1 has a bad shard; ending rank 0 on {HOST}\n",
     )
     assert results[1][0] == 1
@@ -213,7 +221,7 @@ def test_a_stop_is_passed_on_to_all_ranks_once():
 
 def test_ranks_that_do_not_connect_are_named(monkeypatch):
     monkeypatch.setattr(watchdog, "CONNECT_TIMEOUT_S", 0.2)
-    with watchdog._listen(4) as server, pytest.raises(ValueError, match=r"ranks \[1, 2\] did not connect to rank 0"):
+    with watchdog._listen(4) as server, pytest.raises(RankLostError, match=r"ranks \[1, 2\] did not connect to rank 0"):
         PeerWatchdog(0, 1)._accept(server, "secret", 3)
 
 

@@ -2,6 +2,8 @@
 
 RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=12345 python tests/training/distributed/watchdog_rank.py \
     {return,wait,raise,all_reduce}
+
+HANG_TIMEOUT_S: as run.hang_timeout_s, 0 without it.
 """
 
 import logging
@@ -13,12 +15,19 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
+from megabert.training.distributed import flight_recorder
+from megabert.training.distributed.heartbeat import progress
 from megabert.training.distributed.watchdog import PeerWatchdog
 
 logging.basicConfig(format="%(message)s")
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+flight_recorder.switch_on()
 torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
-with PeerWatchdog(rank, world_size):
+hang_timeout_s = float(os.environ.get("HANG_TIMEOUT_S", "0"))
+with PeerWatchdog(rank, world_size, hang_timeout_s=hang_timeout_s):
+    progress.step_done(12)
+    progress.enter("data")
+    time.sleep(hang_timeout_s / 2)  # two beats
     sys.stdout.write("connected\n")
     sys.stdout.flush()
     match sys.argv[1]:
@@ -27,4 +36,5 @@ with PeerWatchdog(rank, world_size):
         case "raise":
             raise ValueError(f"rank {rank} has a bad shard")
         case "all_reduce":
+            progress.enter("agree")
             torch.distributed.all_reduce(torch.zeros(1))

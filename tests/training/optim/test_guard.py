@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_is_refused_even_if_its_gradient_is(corpus: Co
 
 def test_a_run_without_any_update_fails(corpus: Corpus, tmp_path):
     done = run_with(corpus, tmp_path, [*range(9)], "nan", "--run.max_steps=2", "--run.rollback_after=0", stage="zero0")
-    assert done.code == 1
+    assert done.code == 2
     assert "all 2 updates were skipped, see skipped.jsonl" in done.output
     assert not (tmp_path / "result.json").exists()
 
@@ -165,11 +165,11 @@ def test_after_several_in_a_row_the_run_rolls_back_and_skips_their_data(corpus: 
 
 def test_a_rollback_without_a_checkpoint_or_without_success_is_an_error(corpus: Corpus, tmp_path):
     done = run_with(corpus, tmp_path / "a", list(range(99)), "nan", "--run.max_steps=9", "--run.rollback_after=2")
-    assert done.code == 1
+    assert done.code == 2
     assert "2 updates in a row were skipped" in done.output
     assert "no checkpoint to return to" in done.output
     settings = ["--run.max_steps=9", "--run.rollback_after=2", "--run.save_every_steps=1"]
     done = run_with(corpus, tmp_path / "b", list(range(2, 999)), "nan", *settings)
-    assert done.code == 1
+    assert done.code == 2
     assert "the data is not the cause" in done.output
     assert "Traceback" not in done.output

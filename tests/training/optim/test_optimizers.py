@@ -216,6 +216,6 @@ def test_stable_adamw_trains_at_stage_0_and_is_refused_above(corpus, tmp_path):
     curve = train(corpus, tmp_path / "run", 0, *more)
     assert curve[-1] < curve[0] - 0.05
     done = run_command(pretrain_command(corpus, tmp_path / "refused", *more, ds_config="zero2"))
-    assert done.code == 1
+    assert done.code == 2
     assert "optimizer.name stable_adamw measures the update of whole weight matrices" in done.output
     assert "Traceback" not in done.output

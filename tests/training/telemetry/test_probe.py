@@ -92,7 +92,7 @@ def test_a_kill_loses_no_score_no_bit_and_leaves_no_process(corpus: Corpus, tmp_
 def test_a_task_that_cannot_be_probed_is_refused_before_the_training(corpus: Corpus, tmp_path, task):
     (tmp_path / "about.tsv").write_text("text\tabout\nsome words\tmaybe\n")
     done = run_command(pretrain_command(corpus, tmp_path / "out", *SETTINGS, *task))
-    assert done.code == 1
+    assert done.code == 2
     lines = done.output.strip().splitlines()
     assert lines[-1].startswith(f"launch/pretrain.py: probe: {tmp_path}/about.tsv, line 2, column about")
     assert not (tmp_path / "out" / METRICS).exists()

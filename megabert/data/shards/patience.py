@@ -1,0 +1,189 @@
+"""Patience with stores: pauses between attempts, a second request for a slow one, and when a rank last waited."""
+
+import functools
+import importlib.util
+import logging
+import mmap
+import os
+import statistics
+import struct
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from megabert.data.shards.cache import PERMANENT_ERRORS
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+# A random part of 0.25, 0.5, 1, 2, 4, 5, 5, ... s: ranks that failed together do not return together, and soon after an
+# outage all are back. Then they ask about as often as in training.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
+SAID_AFTER_S = 10.0  # a wait of this length is logged with its URL
+SLOW_S, SLOW_FACTOR = 1.0, 5.0  # a request that takes longer than both, in medians, is made a second time
+REQUEST_THREADS = 32  # of one process: two for each thread of the read-ahead
+_TIME = struct.Struct("d")
+
+
+class StoreAwayError(OSError):
+    """A store that has not answered for as long as the user wants to wait."""
+
+    exit_code = 75  # as sysexits.h names a failure that may pass
+
+
+class RefusedError(PermissionError):
+    """A store that refuses a request, which another attempt cannot cure."""
+
+
+@functools.cache
+def _shared() -> mmap.mmap:
+    """Return memory that this process shares with the workers that it forks from now on."""
+    return mmap.mmap(-1, _TIME.size)
+
+
+def waited_for_store_at() -> float:
+    """Return when this rank last waited for a store, as of time.monotonic(); 0 if never. Call it before a fork."""
+    return _TIME.unpack(_shared()[:])[0]
+
+
+def waiting_for_store() -> None:
+    """Say that this process waits for a store at this moment, and has not lost its patience."""
+    _shared()[:] = _TIME.pack(time.monotonic())
+
+
+def retrying(action: Callable[[], T], url: str, patience_s: float) -> T:
+    """Run an action that needs the network, and repeat it after a pause if it fails, for patience_s at most.
+
+    Raises StoreAwayError with the URL when it fails for longer, RefusedError when a server refuses. Errors that another
+    attempt cannot cure (no such file, a full disk) are raised as they are.
+    """
+    attempts = Retrying(
+        retry=retry_if_exception(_is_temporary),
+        wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
+        stop=stop_after_delay(patience_s),
+        before_sleep=lambda state: _say(url, state),
+        sleep=_pause,
+    )
+    try:
+        return attempts(action)
+    except RetryError as failed:
+        last, seconds = _error_of(failed.last_attempt), attempts.statistics["delay_since_first_attempt"]
+        raise StoreAwayError(
+            f"{url}: failed {failed.last_attempt.attempt_number} times over {seconds:.0f} s: {_describe(last)}. If it "
+            "needs longer, raise data.store_patience_s."
+        ) from last
+    except network_errors() as error:
+        if _is_refusal(error):
+            raise RefusedError(
+                f"{url}: {_describe(error)}. The store refuses this request: if credentials or a signed URL have "
+                "expired, renew them, then run the same command again."
+            ) from error
+        if status := _status_of(error):
+            raise OSError(f"{url}: HTTP {status} {getattr(error, 'message', '')}") from error
+        raise
+
+
+def _pause(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        waiting_for_store()
+        time.sleep(min(1.0, left))
+
+
+def _say(url: str, state: RetryCallState) -> None:
+    if (state.seconds_since_start or 0.0) >= SAID_AFTER_S:
+        log.warning(
+            "%s: %s; trying again for %.0f s", url, _describe(_error_of(state.outcome)), state.seconds_since_start
+        )
+
+
+class Hedge:
+    """Makes a request a second time if the first is unusually slow, and returns what arrives first."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=64)  # of the last requests
+
+    def __call__(self, request: Callable[[], T], url: str) -> T:
+        """Return request(); it runs in other threads, twice at once where the first is slow. Raises what it raises."""
+        began, said = time.monotonic(), False
+        pool = _request_pool(os.getpid())
+        running = {pool.submit(self._timed, request)}
+        slow_s = max(SLOW_S, SLOW_FACTOR * statistics.median(self._seconds)) if self._seconds else SLOW_S
+        done, running = wait(running, timeout=slow_s)
+        if not done:
+            running.add(pool.submit(self._timed, request))
+        while True:
+            answers = [future for future in done if future.exception() is None]
+            if answers or not running:
+                return (answers or list(done))[0].result()
+            waiting_for_store()
+            if not said and time.monotonic() - began > SAID_AFTER_S:
+                said = True
+                log.warning("%s: no answer for %.0f s", url, SAID_AFTER_S)
+            done, running = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+
+    def _timed(self, request: Callable[[], T]) -> T:
+        began = time.monotonic()
+        answer = request()
+        self._seconds.append(time.monotonic() - began)
+        return answer
+
+
+@functools.cache
+def _request_pool(process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process that wait for answers; a fork has none of its parent's."""
+    return ThreadPoolExecutor(REQUEST_THREADS, thread_name_prefix="request")
+
+
+def _is_temporary(error: BaseException) -> bool:
+    """Tell whether another attempt may succeed after this error."""
+    if isinstance(error, FileNotFoundError) or not isinstance(error, network_errors()) or _is_refusal(error):
+        return False
+    if getattr(error, "errno", None) in PERMANENT_ERRORS:
+        return False
+    status = _status_of(error)
+    return not 400 <= status < 500 or status in (408, 429)  # 408: timeout, 429: too many requests
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Tell whether a store refuses the credentials. s3fs raises PermissionError without an errno, a disk with one."""
+    if isinstance(error, PermissionError):
+        return error.errno is None
+    return _status_of(error) in (401, 403)
+
+
+def _error_of(attempt: Future | None) -> BaseException:
+    error = attempt.exception() if attempt else None
+    assert error is not None, "only a failed attempt is repeated"
+    return error
+
+
+def _status_of(error: BaseException) -> int:
+    """Return the HTTP status of an error, 0 if it has none."""
+    return getattr(error, "status", 0)
+
+
+def _describe(error: BaseException) -> str:
+    status = _status_of(error)
+    return f"HTTP {status} {getattr(error, 'message', '')}" if status else repr(error)
+
+
+def network_errors() -> tuple[type[BaseException], ...]:
+    """Return the exceptions that the installed libraries raise for a broken connection."""
+    found: list[type[BaseException]] = [OSError, EOFError, TimeoutError, subprocess.SubprocessError]
+    if importlib.util.find_spec("aiohttp"):
+        import aiohttp
+
+        found.append(aiohttp.ClientError)
+    if importlib.util.find_spec("botocore"):
+        from botocore.exceptions import BotoCoreError  # pyrefly: ignore[missing-import] # comes with s3fs
+
+        found.append(BotoCoreError)
+    return tuple(found)

@@ -1,0 +1,31 @@
+"""The straggler: a rank that computes more slowly than the others time after time, which all of them wait for."""
+
+import statistics
+from collections.abc import Sequence
+
+SLOWER = 0.9  # than this share of the median rate
+IN_A_ROW = 3  # reports of the log: one alone may be chance, such as a compilation
+
+
+class Straggler:
+    """Finds a rank that is much slower than the median in several reports in a row, and names it once."""
+
+    def __init__(self, hosts: Sequence[str]):
+        """hosts: of the ranks."""
+        self.hosts = hosts
+        self.rank, self.in_a_row = -1, 0
+
+    def update(self, rates: Sequence[float]) -> str | None:
+        """Take the tokens/s of each rank in its own computing; return a line for the log when a straggler is found."""
+        slowest, median = min(range(len(rates)), key=rates.__getitem__), statistics.median(rates)
+        if rates[slowest] >= SLOWER * median:
+            self.rank, self.in_a_row = -1, 0
+            return None
+        self.in_a_row = self.in_a_row + 1 if slowest == self.rank else 1
+        self.rank = slowest
+        if self.in_a_row != IN_A_ROW:
+            return None
+        return (
+            f"straggler: rank {slowest} on {self.hosts[slowest]} computes {rates[slowest]:,.0f} tokens/s, the median "
+            f"rank {median:,.0f}; all ranks wait for it"
+        )
