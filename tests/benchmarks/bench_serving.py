@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from tests.convert.helpers.checkpoints import write_checkpoint
 BATCH = 32
 LONGEST = 512
 QUICK = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
-Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Encode = Callable[[np.ndarray, np.ndarray], Any]
 
 
 def by_torch(model: torch.nn.Module) -> Encode:
