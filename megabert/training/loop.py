@@ -283,7 +283,7 @@ def report(run: Run, lr: float) -> None:
         **mfu,
         "skipped_chunks": sum(skipped for _, skipped in ranks),
     }
-    if (message := run.straggler.update(ranks[:, 0].tolist())) is not None:
+    if (message := run.straggler.update([speed for speed, _ in ranks])) is not None:
         run.log_line(message)
     if run.reporter is not None and meter.steps:
         if state.time_budget.limit is not None:

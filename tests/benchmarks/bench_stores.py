@@ -59,7 +59,7 @@ def train(location: str, bins: int, step_s: float) -> tuple[float, float, list[t
     config = StreamConfig(
         bin_tokens=BIN_TOKENS,
         schedule=make_schedule(10**6, STREAMS, [Length(512, 1.0)]),
-        max_documents={512: default_max_documents(corpus, BIN_TOKENS, 512)},
+        max_documents={512: default_max_documents(corpus, BIN_TOKENS, 512, truncate=False)},
         max_masked=masked_count(BIN_TOKENS, 0.3),
         masking=MaskingRate.constant(0.3),
         truncate=False,

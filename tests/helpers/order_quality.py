@@ -58,7 +58,7 @@ def config_of(
     return StreamConfig(
         bin_tokens=bin_tokens,
         schedule=make_schedule(1_000_000, num_streams, [Length(cap, 1.0)]),
-        max_documents={cap: default_max_documents(corpus, bin_tokens, cap)},
+        max_documents={cap: default_max_documents(corpus, bin_tokens, cap, truncate=False)},
         max_masked=masked_count(bin_tokens, 0.3),
         masking=MaskingRate.constant(0.3),
         truncate=truncate,

@@ -13,7 +13,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import fsspec
 
 from data_prep.sources.base import HIDDEN, LeftOut
-from megabert.data.shards.storage import URL, file_system, network_errors, retrying
+from megabert.data.shards.patience import network_errors, retrying
+from megabert.data.shards.storage import URL, file_system
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -25,6 +26,7 @@ FIRST_BYTES, LAST_BYTES = 1 << 16, 4 << 20
 # What in fsspec's description of a file changes with its content.
 VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "last_commit", "updated", "created", "sha256")
 HTTP = ("http://", "https://")
+PATIENCE_S = 30.0
 
 # Sizes of the files that this process has asked for, so that opening one again takes no request.
 _SIZES: dict[str, int | None] = {}
@@ -203,7 +205,7 @@ def _version(info: dict[str, Any]) -> str:
 def _fetched(url: str, action: Callable[[], T]) -> T:
     """Run an action that needs the network, repeated for half a minute. Raises UnreachableError."""
     try:
-        return retrying(action, url)
+        return retrying(action, url, PATIENCE_S, remedy="")
     except FileNotFoundError as error:
         raise UnreachableError(
             f"{url}: no such file or folder. A folder of a web server must end with a slash, and its page must have "

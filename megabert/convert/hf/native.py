@@ -52,6 +52,14 @@ def native_kind(config: MegaBertConfig) -> NativeKind | None:
     return None
 
 
+def is_mosaicbert(config: MegaBertConfig) -> bool:
+    """Return whether the layers are MosaicBERT's: post-norm with all biases, ALiBi, GeGLU, and global attention."""
+    biased = config.bias and config.norm_bias
+    everywhere = config.global_attention_every == 1
+    block = (config.position, config.ffn, config.norm_position)
+    return block == ("alibi", "geglu", "post") and biased and everywhere and config.token_types
+
+
 def from_modernbert_config(source: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of MegaBertConfig. Raises ValueError for what our model does not support."""
     _check(source, raw, MODERNBERT_FIXED, "modernbert")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megabert.convert.hf.config import is_transformers_bert
+from megabert.convert.hf.native import is_mosaicbert, native_kind
 from megabert.convert.targets import jina_port
 from megabert.convert.targets.frame import (
     Differs,
@@ -57,9 +57,10 @@ vector = model.embed("a text")"""
 
 
 def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
-    if not is_transformers_bert(config) and (config.position, config.ffn) != ("alibi", "geglu"):
+    if native_kind(config) != "bert" and not is_mosaicbert(config):
         raise ValueError(
-            f"--for gguf: llama.cpp has no model with {config.position} and {config.ffn} together. Leave gguf out."
+            f"--for gguf: only MosaicBERT and BERT are written, and this is a model with {config.position}, {config.ffn} "
+            f"and {config.norm_position}-norm layers. Leave gguf out."
         )
     check_vocabulary(tokenizer)
     notes = ["it has the encoder only; llama.cpp computes GELU in half precision"]
@@ -71,7 +72,7 @@ def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) ->
 def to_gguf(source: Source) -> dict[str, Tensor]:
     """Rename the encoder's weights."""
     config, weights = source.config, source.weights
-    if is_transformers_bert(config):
+    if native_kind(config) == "bert":
         biases = {name: weights[name] for name in weights if name.endswith("mlp.up.bias")}
         renamed = {f"blk.{name.split('.')[3]}.ffn_up.bias": bias for name, bias in biases.items()}
         renamed[POSITIONS] = weights["bert.embeddings.position_embeddings.weight"]
@@ -101,7 +102,7 @@ def _write_file(source: Source, tensors: dict[str, Tensor], folder: Path, kind: 
     import gguf
 
     config = source.config
-    bert = is_transformers_bert(config)
+    bert = native_kind(config) == "bert"
     path = folder / FOLDER / f"model-{kind}.gguf"
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_architecture(config)])
     writer.add_name("BERT" if bert else "MosaicBERT")
@@ -129,7 +130,7 @@ def _write_file(source: Source, tensors: dict[str, Tensor], folder: Path, kind: 
 def _architecture(config: MegaBertConfig) -> Any:
     import gguf
 
-    return gguf.MODEL_ARCH.BERT if is_transformers_bert(config) else gguf.MODEL_ARCH.JINA_BERT_V2
+    return gguf.MODEL_ARCH.BERT if native_kind(config) == "bert" else gguf.MODEL_ARCH.JINA_BERT_V2
 
 
 def _add_vocabulary(writer: Any, source: Source, folder: Path) -> None:

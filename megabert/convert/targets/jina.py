@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megabert import __version__
+from megabert.convert.hf.native import is_mosaicbert
 from megabert.convert.hf.reader import CONFIG, SAFETENSORS
 from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets import jina_port, sentence_transformers
@@ -38,9 +39,10 @@ curl 127.0.0.1:8080/embed -H 'Content-Type: application/json' -d '{"inputs": "a 
 
 
 def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
-    if (config.position, config.ffn) != ("alibi", "geglu"):
+    if not is_mosaicbert(config):
         raise ValueError(
-            f"--for jina: the model has {config.position} and {config.ffn}, but the layout is that of alibi and geglu. "
+            f"--for jina: the model has {config.position}, {config.ffn} and {config.norm_position}-norm layers, but the "
+            "layout is MosaicBERT's: alibi, geglu and post-norm. "
             "Leave jina out: a folder without modelling code is read by TEI and vLLM as it is."
         )
     notes = ["it has the encoder only, and is for TEI; transformers and vLLM do not know the layout and refuse it"]

@@ -30,6 +30,7 @@ SAID_AFTER_S = 10.0  # a wait of this length is logged with its URL
 SLOW_S, SLOW_FACTOR = 1.0, 5.0  # a request that takes longer than both, in medians, is made a second time
 REQUEST_THREADS = 32  # of one process: two for each thread of the read-ahead
 _TIME = struct.Struct("d")
+LONGER = ". If it needs longer, raise data.store_patience_s."
 
 
 class StoreAwayError(OSError):
@@ -58,10 +59,10 @@ def waiting_for_store() -> None:
     _shared()[:] = _TIME.pack(time.monotonic())
 
 
-def retrying(action: Callable[[], T], url: str, patience_s: float) -> T:
+def retrying(action: Callable[[], T], url: str, patience_s: float, remedy: str = LONGER) -> T:
     """Run an action that needs the network, and repeat it after a pause if it fails, for patience_s at most.
 
-    Raises StoreAwayError with the URL when it fails for longer, RefusedError when a server refuses. Errors that another
+    remedy: what a user can do if that is too short. Raises StoreAwayError with the URL when it fails for longer, RefusedError when a server refuses. Errors that another
     attempt cannot cure (no such file, a full disk) are raised as they are.
     """
     attempts = Retrying(
@@ -76,8 +77,8 @@ def retrying(action: Callable[[], T], url: str, patience_s: float) -> T:
     except RetryError as failed:
         last, seconds = _error_of(failed.last_attempt), attempts.statistics["delay_since_first_attempt"]
         raise StoreAwayError(
-            f"{url}: failed {failed.last_attempt.attempt_number} times over {seconds:.0f} s: {_describe(last)}. If it "
-            "needs longer, raise data.store_patience_s."
+            f"{url}: failed {failed.last_attempt.attempt_number} times over {seconds:.0f} s: {_describe(last)}"
+            f"{remedy}"
         ) from last
     except network_errors() as error:
         if _is_refusal(error):
