@@ -44,7 +44,7 @@ FOREIGN = {
     "git": "porcelain",
     "docker": "shm_size",
     "tensorboard": "logdir",
-    "ray": "head address",
+    "ray": "head address ray_address",
 }
 # The options of shell scripts.
 OWN_ARGUMENTS = {"install_gpu.sh": "no_apex", "run.sh": "lint"}
