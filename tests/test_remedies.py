@@ -46,7 +46,7 @@ FOREIGN = {
     "git": "porcelain",
     "docker": "shm_size model_id",
     "tensorboard": "logdir",
-    "ray": "head address",
+    "ray": "head address ray_address",
     "llama-server": "embedding pooling",
     "infinity_emb": "model_id trust_remote_code",
     "vllm": "runner",

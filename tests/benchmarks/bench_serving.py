@@ -51,7 +51,9 @@ def by_onnx(path: Path) -> Encode:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda ids, mask: np.asarray(session.run(["last_hidden_state"], {"input_ids": ids, "attention_mask": mask})[0])
+    return lambda ids, mask: np.asarray(
+        session.run(["last_hidden_state"], {"input_ids": ids, "attention_mask": mask})[0]
+    )
 
 
 def make_export(folder: Path, quick: bool, texts: list[str]) -> Path:

@@ -77,8 +77,7 @@ def retrying(action: Callable[[], T], url: str, patience_s: float, remedy: str =
     except RetryError as failed:
         last, seconds = _error_of(failed.last_attempt), attempts.statistics["delay_since_first_attempt"]
         raise StoreAwayError(
-            f"{url}: failed {failed.last_attempt.attempt_number} times over {seconds:.0f} s: {_describe(last)}"
-            f"{remedy}"
+            f"{url}: failed {failed.last_attempt.attempt_number} times over {seconds:.0f} s: {_describe(last)}{remedy}"
         ) from last
     except network_errors() as error:
         if _is_refusal(error):
