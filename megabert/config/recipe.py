@@ -71,8 +71,7 @@ class DataConfig:
     num_workers: int = setting(2, "[0, 256]", may_change=True)
     """loader processes per rank, rounded down to a divisor of streams / ranks; 0: pack in the training process"""
     ranks: list[int] | None = setting(None, may_change=True)
-    """numbers of ranks that the run may have, such as [48, 56, 64]: the number of streams, which is fixed at the start of
-    a run, becomes a multiple of them. Default: the ranks that it starts with; divisors of the streams work too"""
+    """numbers of ranks that the run may have, such as [48, 56, 64]; default: what it starts with and divisors of N"""
     on_bad_shard: Literal["stop", "skip"] = setting("stop", may_change=True)
     """what to do with a damaged chunk of a shard: stop the run, or skip the chunk, count it and log it"""
     cache_dir: str = setting("~/.cache/megabert/shards", may_change=True)
@@ -94,7 +93,7 @@ class DataConfig:
             )
         if isinstance(self.train, str) and self.train.startswith("["):
             raise ValueError(
-                f"data.train is {self.train}, expected a path, or a list of {{shards: PATH, weight: NUMBER}}."
+                f"data.train is {self.train}, expected a path or a list of {{shards: PATH, weight: NUMBER}}."
             )
         if self.ranks is not None and (not self.ranks or min(self.ranks) < 1):
             raise ValueError(f"data.ranks is {self.ranks}, expected numbers of ranks from 1 on, such as [48, 64].")

@@ -153,7 +153,7 @@ def frame(
     """
     lengths = size + SPECIALS_PER_PIECE
     begins = lengths.cumsum() - lengths
-    # [SEP] of one piece and [CLS] of the next are one array; the first one's [SEP] and the last one's [CLS] are cut off.
+    # [SEP] of one piece and [CLS] of the next are one array; what is too much at both ends is cut off.
     between = np.array([tokenizer.special_ids["sep"], tokenizer.special_ids["cls"]], dtype=tokens.dtype)
     parts = [between] * (2 * len(size) + 1)
     parts[1::2] = [tokens[a:b] for a, b in zip(start.tolist(), (start + size).tolist(), strict=True)]

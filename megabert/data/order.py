@@ -135,7 +135,7 @@ class Window:
         """
         spread = max(1.0, self.chunks * self.chunk_tokens / max(1, used_tokens))
         at = used_before + np.asarray(offset) * spread
-        # In the stretch [i C, (i + 1) C) documents of i + 1 chunks stand, each with 1 / `chunks` of a chunk's tokens; of
+        # In the stretch [i C, (i + 1) C) stand documents of i + 1 chunks, 1 / `chunks` of the tokens of each; and of
         # `chunks` chunks once the window is full. The places count what stands before, so that they grow as tokens do.
         full = np.minimum(at // self.chunk_tokens, self.chunks - 1)
         return (self.chunk_tokens * full * (full + 1) / 2 + (full + 1) * (at - full * self.chunk_tokens)) / self.chunks

@@ -20,9 +20,9 @@ def count_streams(ranks: Sequence[int], num_workers: int) -> int:
     num_streams = step * max(1, -(-STREAMS_PER_WORKER * max(ranks) * workers // step))
     if num_streams > MOST_STREAMS:
         raise ValueError(
-            f"data.ranks {list(ranks)} with data.num_workers {num_workers} needs {num_streams:,} streams, more than "
-            f"{MOST_STREAMS:,}: the least common multiple of {USUAL_STREAMS} and of ranks x workers. List fewer numbers "
-            "in data.ranks, or numbers with more divisors in common."
+            f"data.ranks {list(ranks)} with data.num_workers {num_workers} needs {num_streams:,} streams, more "
+            f"than {MOST_STREAMS:,}: the least common multiple of {USUAL_STREAMS} and of ranks x workers. List fewer "
+            "numbers in data.ranks, or numbers with more divisors in common."
         )
     return num_streams
 

@@ -104,10 +104,10 @@ def positions_from_json(raw: dict[str, Any], where: str, new_pass: bool = False)
     if found != POSITIONS_FORMAT and not new_pass:
         checkpoint = os.path.dirname(where) or where
         raise ValueError(
-            f"{where}: format {found}: written by an earlier version of megabert, which read documents in another order "
-            "and could put copies of one into a batch. To keep weights, optimizer and step and begin a new pass over "
-            f"the data, start a branch: --run.branch_from {checkpoint} --run.output_dir FOLDER. To finish the run in the "
-            "old order, use the version that began it."
+            f"{where}: format {found}: written by an earlier version of megabert, which read documents in another "
+            "order and could put copies of one into a batch. To keep weights, optimizer and step and begin a new pass "
+            f"over the data, start a branch: --run.branch_from {checkpoint} --run.output_dir FOLDER. To finish the run "
+            "in the old order, use the version that began it."
         )
     try:
         if found == POSITIONS_FORMAT:

@@ -12,7 +12,7 @@ from megabert.files.checkpoint_format import State
 # ZeRO stages that partition the optimizer state alike: a run may resume at one of them from a checkpoint of the other.
 SAME_SHARDS = {1, 2}
 # Settings of earlier versions that no longer exist and change nothing that a checkpoint does not say itself.
-REMOVED_SETTINGS = {"data.max_streams"}
+REMOVED_SETTINGS = {f"data.{name}" for name in ("max_streams",)}
 NEW_RUN = (
     "start a new run on its weights, with a fresh optimizer: launch/convert_to_hf.py, for a bert recipe "
     "launch/convert_from_hf.py, then model.init_from"

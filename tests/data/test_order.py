@@ -1,4 +1,4 @@
-"""The order of documents: no copies in a batch, other bin-mates in every epoch, equal shares, weights from the start."""
+"""The order of documents: no copies in a batch, other bin-mates in every epoch, equal shares of the streams."""
 
 from itertools import takewhile
 

@@ -53,8 +53,7 @@ def test_a_rank_count_that_is_not_listed_is_told_what_works(world_size):
 def count_fits(ranks: list[int]) -> bool:
     try:
         return count_streams(ranks, 2) > 0
-    except ValueError as error:
-        assert "List fewer numbers in data.ranks" in str(error)
+    except ValueError:
         return False
 
 
