@@ -59,8 +59,8 @@ vector = model.embed("a text")"""
 def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
     if native_kind(config) != "bert" and not is_mosaicbert(config):
         raise ValueError(
-            f"--for gguf: only MosaicBERT and BERT are written, and this is a model with {config.position}, {config.ffn} "
-            f"and {config.norm_position}-norm layers. Leave gguf out."
+            f"--for gguf: only MosaicBERT and BERT are written, and this model has {config.position}, {config.ffn} and "
+            f"{config.norm_position}-norm layers. Leave gguf out."
         )
     check_vocabulary(tokenizer)
     notes = ["it has the encoder only; llama.cpp computes GELU in half precision"]

@@ -41,8 +41,8 @@ curl 127.0.0.1:8080/embed -H 'Content-Type: application/json' -d '{"inputs": "a 
 def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
     if not is_mosaicbert(config):
         raise ValueError(
-            f"--for jina: the model has {config.position}, {config.ffn} and {config.norm_position}-norm layers, but the "
-            "layout is MosaicBERT's: alibi, geglu and post-norm. "
+            f"--for jina: the model has {config.position}, {config.ffn} and {config.norm_position}-norm layers, but "
+            "the layout is MosaicBERT's: alibi, geglu and post-norm. "
             "Leave jina out: a folder without modelling code is read by TEI and vLLM as it is."
         )
     notes = ["it has the encoder only, and is for TEI; transformers and vLLM do not know the layout and refuse it"]

@@ -62,8 +62,9 @@ def waiting_for_store() -> None:
 def retrying(action: Callable[[], T], url: str, patience_s: float, remedy: str = LONGER) -> T:
     """Run an action that needs the network, and repeat it after a pause if it fails, for patience_s at most.
 
-    remedy: what a user can do if that is too short. Raises StoreAwayError with the URL when it fails for longer, RefusedError when a server refuses. Errors that another
-    attempt cannot cure (no such file, a full disk) are raised as they are.
+    remedy: what a user can do if that is too short. Raises StoreAwayError with the URL when it fails for longer,
+    RefusedError when a server refuses. Errors that another attempt cannot cure (no such file, a full disk) are raised
+    as they are.
     """
     attempts = Retrying(
         retry=retry_if_exception(_is_temporary),
