@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megabert.files.checkpoint_format import list_tags
+from megabert.files.checkpoint_format import list_tags, step_of
 from megabert.training.distributed import signals
 from megabert.training.distributed.signals import StopSignals
 from tests.helpers import warm
@@ -36,11 +36,11 @@ def test_a_rank_watches_the_launcher_that_started_it(monkeypatch, variable):
     assert watched == ([] if variable is None else [os.getppid()])
 
 
-def torchrun(corpus: Corpus, out: Path, *more: str) -> tuple[warm.Process, list[psutil.Process]]:
-    """Start two ranks and wait for their fifth step; returns the agent and the ranks."""
+def torchrun(corpus: Corpus, out: Path, *more: str, step: int = 5) -> tuple[warm.Process, list[psutil.Process]]:
+    """Start two ranks and wait until they have done a step; returns the agent and the ranks."""
     command = pretrain_command(corpus, out, *more)[1:]
     agent = start([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command])
-    wait_for_step(agent, out, 5)
+    wait_for_step(agent, out, step)
     return agent, psutil.Process(agent.pid).children()
 
 
@@ -72,6 +72,6 @@ def test_a_pod_that_is_deleted_saves_and_its_successor_resumes(corpus: Corpus, t
     _, alive = psutil.wait_procs(ranks, timeout=10)
     assert not alive
     [tag] = list_tags(tmp_path / "checkpoints")
-    again, ranks = torchrun(corpus, tmp_path, ENDLESS)
+    again, _ = torchrun(corpus, tmp_path, ENDLESS, step=step_of(tag) + 2)
     again.send_signal(signal.SIGTERM)
     assert f"resumed from {tmp_path}/checkpoints/{tag}" in again.communicate(timeout=90)[0]

@@ -110,11 +110,15 @@ def watch_compiler() -> None:
 
 
 class HangDetector:
-    """Judges the beats of other ranks, and on rank 0 its own: it says which rank keeps the run from going on."""
+    """Judges the beats of ranks: it says which rank keeps the run from going on.
+
+    Rank 0 judges all ranks. The others hear rank 0 alone, do not know whom it waits for, and judge its silence only.
+    """
 
     def __init__(self, timeout_s: float, hosts: dict[int, str], now: float):
         """timeout_s: run.hang_timeout_s. hosts: of the ranks to judge. now: as of time.monotonic()."""
         self.timeout_s, self.hosts = timeout_s, hosts
+        self.hears_all = len(hosts) > 1  # rank 0 is one of them
         first = Beat(0, 0, "starting", 0.0, START_FACTOR * timeout_s)
         self.beats = dict.fromkeys(hosts, (now, first))
 
@@ -142,6 +146,8 @@ class HangDetector:
         }
         if silent:
             return self._describe(silent, "sent no sign of life")
+        if not self.hears_all:
+            return None
         least = min((beat.count for _, beat in self.beats.values()), default=0)
         behind = {
             rank: (now - heard_at + beat.age_s, beat.limit_s)

@@ -47,8 +47,10 @@ def init_distributed() -> tuple[int, int]:
     if (visible := visible_gpus()) is not None:
         choose_own_gpu(visible)
     flight_recorder.switch_on()
-    # Else every gloo group of W ranks opens W connections in each of them at once; few are ever used.
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    # Else every gloo group of W ranks opens W connections in each of them at once; few are ever used. Not under
+    # torchrun: connections that are made late need its store, which is gone when the ranks save after its death.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     allow_open_files(LEAST_OPEN_FILES + FILES_PER_RANK * int(os.environ["WORLD_SIZE"]))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (ranks_on_this_machine() or 1)))
