@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from data_prep import workers
 from data_prep.sources import InputSplit, LeftOut, ReadOptions, read_input_split
-from data_prep.sources.base import SHORT, TOKEN_KINDS
+from data_prep.sources.base import SHORT, TOKEN_KINDS, DamagedError
 from data_prep.sources.tokens import read_token_split
 from data_prep.sources.tokens.ids import IdRule
 from megabert.data.shards.tokenizer import encode_flat
@@ -38,8 +37,6 @@ RUN_DOCUMENTS = 500_000
 BATCH_BYTES = 1 << 20
 # Documents that are copied into sorted order by one call.
 GATHERED_DOCUMENTS = 4096
-
-SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -93,13 +90,22 @@ def share_that_includes(half: int) -> float:
     return round((math.floor(share / 10**exponent) + 1) * 10**exponent, -exponent)
 
 
-def replace_lone_surrogates(text: str) -> tuple[str, bytes]:
-    """Return a text and its UTF-8. JSON can spell half a surrogate pair, which is no character: it becomes U+FFFD."""
+def to_utf8(text: str, path: str) -> bytes:
+    """Return the UTF-8 of a document. Raises DamagedError for what a string can hold, but no text contains."""
     try:
-        return text, text.encode()
-    except UnicodeEncodeError:
-        text = SURROGATES.sub("\ufffd", text)
-        return text, text.encode()
+        raw = text.encode()
+    except UnicodeEncodeError as error:
+        raise _no_text(text, path, error.start, "half of a surrogate pair") from error
+    if b"\0" in raw:
+        raise _no_text(text, path, text.index("\0"), "a NUL")
+    return raw
+
+
+def _no_text(text: str, path: str, at: int, what: str) -> DamagedError:
+    return DamagedError(
+        f"{path}: a document has {what} as its character {at}, which no text contains: {text[at : at + 40]!r}. "
+        "Remove it."
+    )
 
 
 def text_hash(raw: bytes) -> bytes:
@@ -249,7 +255,12 @@ def read_batches(
     raws: list[bytes] = []
     size = 0
     for document in read_input_split(split, settings.read, left_out):
-        text, raw = replace_lone_surrogates(document.strip())
+        text = document.strip()
+        try:
+            raw = to_utf8(text, split.paths[0])
+        except DamagedError as error:
+            left_out.damaged(error)
+            continue
         if len(text) < settings.min_chars:
             left_out.add(SHORT, split.paths[0])
             continue

@@ -44,7 +44,7 @@ class ModelConfig:
     """geglu: gated MLP; gelu: BERT's MLP"""
     layer_norm_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """precision of LayerNorm and the residual stream under bf16 autocast"""
-    layer_norm_eps: float = setting(1e-12, "(0, 0.1]")
+    layer_norm_eps: float = setting(1e-12, "[1e-30, 0.1]")
     """added to the variance in LayerNorm"""
     hidden_dropout: float = setting(0.1, "[0, 1)")
     """dropout probability of embeddings, of each block's outputs, and inside the GLU"""

@@ -167,7 +167,7 @@ class OptimizerConfig:
     """peak learning rate of Muon's matrices"""
     betas: tuple[float, float] = (0.9, 0.98)
     """decay rates of Adam's two moments"""
-    eps: float = setting(1e-6, "(0, 0.1]")
+    eps: float = setting(1e-6, "[1e-30, 0.1]")
     """added to Adam's denominator"""
     weight_decay: float = setting(0.01, "[0, 100]")
     """in torch's convention: each step multiplies weights by 1 - lr * weight_decay. Composer's convention, used by

@@ -53,7 +53,15 @@ def read_checkpoints(folders: list[Path]) -> TrainedModel:
                 weights[name] += tensor
         for tensor in weights.values():
             tensor.div_(len(folders))
-    return TrainedModel(weights, MegaBertConfig(**states[0].model), states[0])
+    return TrainedModel(weights, config_of(states[0], folders[0]), states[0])
+
+
+def config_of(state: State, folder: Path) -> MegaBertConfig:
+    """Return the architecture of a checkpoint. Raises ValueError, naming its state.json."""
+    try:
+        return MegaBertConfig(**state.model)
+    except ValueError as error:
+        raise ValueError(f"{folder / checkpoint_format.STATE}: {error}") from error
 
 
 def find_checkpoints(path: Path, count: int = 1) -> list[Path]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megabert.convert.check import export_check, export_record
 from megabert.convert.check.export_record import Measurements
-from megabert.convert.deepspeed_checkpoint import TrainedModel, find_checkpoints, read_checkpoints
+from megabert.convert.deepspeed_checkpoint import TrainedModel, config_of, find_checkpoints, read_checkpoints
 from megabert.convert.gte_files import to_gte_file
 from megabert.convert.hf.config import set_max_length, to_bert_config
 from megabert.convert.hf.model_card import make_model_card, read_metrics_at
@@ -96,7 +96,7 @@ def check_limits(checkpoint: Path, options: ExportOptions) -> list[str]:
     if not options.targets:
         return []
     state = read_state(checkpoint)
-    config = MegaBertConfig(**state.model)
+    config = config_of(state, checkpoint)
     max_length = set_max_length(config, state.max_seq_len, options.max_length)
     return registry.check_targets(options.targets, config, read_json(checkpoint / TOKENIZER), max_length)
 

@@ -8,6 +8,12 @@ FFNS = ("geglu", "gelu")
 PADDINGS = ("unpadded", "padded")
 CLASSIFIER_POOLINGS = ("cls", "mean")
 LAYER_NORM_DTYPES = ("bfloat16", "float32")
+# Sizes and the smallest value of each.
+SIZES = {
+    "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 0, "num_attention_heads": 1, "intermediate_size": 1,
+    "type_vocab_size": 0, "max_position_embeddings": 1,
+}  # fmt: skip
+SMALLEST_EPS = 1e-30  # far smaller ones are 0 in fp32, and a constant row then becomes NaN
 
 
 class MegaBertConfig(PretrainedConfig):
@@ -112,6 +118,9 @@ class MegaBertConfig(PretrainedConfig):
         for name, known in choices.items():
             if (got := getattr(self, name)) not in known:
                 raise ValueError(f"model config: {name} is {got!r}, expected one of {', '.join(known)}.")
+        for name, least in SIZES.items():
+            if type(size := getattr(self, name)) is not int or size < least:
+                raise ValueError(f"model config: {name} is {size!r}, expected a whole number from {least}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model config: hidden_size {self.hidden_size} is not a multiple of "
@@ -126,8 +135,8 @@ class MegaBertConfig(PretrainedConfig):
             if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
                 raise ValueError(f"model config: {name} is {probability!r}, expected a number from 0 to 1.")
         eps = self.layer_norm_eps
-        if not isinstance(eps, float) or not 0 < eps < 1:
-            raise ValueError(f"model config: layer_norm_eps is {eps!r}, expected a number between 0 and 1.")
+        if not isinstance(eps, float) or not SMALLEST_EPS <= eps < 1:
+            raise ValueError(f"model config: layer_norm_eps is {eps!r}, expected a number from {SMALLEST_EPS} to 1.")
         for name in ("initializer_range", "z_loss"):
             number = getattr(self, name)
             if not isinstance(number, (int, float)) or not 0 <= number < float("inf"):

@@ -98,6 +98,8 @@ def read_tokens(inputs: Inputs, hidden_size: int, static: bool = False) -> Token
     for name in ("token_type_ids", "position_ids"):
         if (values := getattr(inputs, name)) is not None:
             check_shape(name, values, shape, same)
+    if inputs.max_seqlen is not None and inputs.cu_seqlens is None:
+        raise ValueError("max_seqlen was passed without cu_seqlens, which says where documents begin and end.")
     if inputs.cu_seqlens is not None:
         return _read_packed(inputs, inputs.cu_seqlens, shape[0])
     if inputs.attention_mask is not None:

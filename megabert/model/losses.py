@@ -54,14 +54,13 @@ def span_loss(
 
     Positions outside the row are ignored, as in BERT.
     """
-    if start_positions is None or end_positions is None:
-        return None
     batch, length = start.shape
     losses = []
     for name, scores, positions in (("start_positions", start, start_positions), ("end_positions", end, end_positions)):
-        slots = _integers(name, _column(name, positions, batch, "one slot per row")).clamp(0, length)
-        losses.append(F.cross_entropy(upcast(scores), slots, ignore_index=length))
-    return (losses[0] + losses[1]) / 2
+        if positions is not None:
+            slots = _integers(name, _column(name, positions, batch, "one slot per row")).clamp(0, length)
+            losses.append(F.cross_entropy(upcast(scores), slots, ignore_index=length))
+    return (losses[0] + losses[1]) / 2 if len(losses) == 2 else None
 
 
 def _column(name: str, values: Tensor, batch: int, meaning: str) -> Tensor:

@@ -121,7 +121,10 @@ class MegaBertPreTrainedModel(PreTrainedModel):
 
 
 class MegaBertModel(MegaBertPreTrainedModel):
-    """The embeddings, the encoder and optionally the pooler, which ModernBERT does not have."""
+    """The embeddings, the encoder and optionally the pooler, which ModernBERT does not have.
+
+    position_ids count with learned positions and RoPE only: ALiBi's distances are those of the tokens' places.
+    """
 
     _auto_class = "AutoModel"
 
@@ -233,8 +236,17 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
         Its masked_labels have no name in the signature, where transformers' Trainer looks for the names of labels.
         """
         if masked_positions is not None:
-            batch: Any = (input_ids, position_ids, cu_seqlens, max_seqlen, masked_positions, kwargs["masked_labels"])
-            return self.masked_loss(*batch, num_documents=kwargs.get("num_documents"))
+            batch: dict[str, Any] = {
+                "input_ids": input_ids,
+                "position_ids": position_ids,
+                "cu_seqlens": cu_seqlens,
+                "max_seqlen": max_seqlen,
+                "masked_positions": masked_positions,
+                "masked_labels": kwargs.get("masked_labels"),
+            }
+            if missing := [name for name, value in batch.items() if value is None]:
+                raise ValueError(f"masked_positions are those of a PackedBatch, which has {', '.join(missing)} too.")
+            return self.masked_loss(**batch, num_documents=kwargs.get("num_documents"))
         given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
         tokens = self._read(Inputs(*given), kwargs)
         hidden, states = self.bert.encode(tokens, every_layer=self._every_layer(output_hidden_states))

@@ -117,11 +117,22 @@ def test_an_answer_is_one_slot_per_row(name, shape):
         ({"position_ids": torch.zeros(28)}, r"position_ids has shape \(28,\), expected \(29,\)"),
         ({"token_type_ids": torch.zeros(1, dtype=torch.long)}, r"token_type_ids has shape \(1,\), expected \(29,\)"),
         ({"masked_positions": torch.zeros(3), "masked_labels": torch.zeros(2)}, r"masked_labels has .*\(3,\)"),
+        ({"masked_positions": torch.zeros(3)}, "those of a PackedBatch, which has .*masked_labels too"),
     ],
 )  # fmt: skip
 def test_a_packed_call_that_contradicts_itself_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         small_model()(**packed(documents()) | changes)
+
+
+def test_a_length_without_documents_is_refused():
+    with pytest.raises(ValueError, match="max_seqlen was passed without cu_seqlens"):
+        small_model()(IDS, max_seqlen=6)
+
+
+def test_an_answer_with_one_end_is_checked_too():
+    with pytest.raises(ValueError, match=r"start_positions has shape \(2, 5\), expected \(2,\)"):
+        small_model(MegaBertForQuestionAnswering)(IDS, start_positions=torch.ones(2, 5, dtype=torch.long))
 
 
 @pytest.mark.parametrize(

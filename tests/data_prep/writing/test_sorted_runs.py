@@ -9,12 +9,14 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data_prep.sources import LeftOut, ReadOptions, list_input_splits
+from data_prep.sources.base import DamagedError
 from data_prep.writing import merged_runs, shard_writer, sorted_runs
 from data_prep.writing.length_statistics import plot, summarize
-from megabert.data.shards.sample_format import decode_text, read_sample
 
 
 def make_settings(folder, **changes) -> sorted_runs.WriteSettings:
@@ -143,14 +145,30 @@ def test_a_range_of_a_sorted_run_holds_exactly_its_documents(tmp_path, source):
             assert [tuple(row) for row in hashes] == [tuple(half[text]) for text in found]
 
 
-def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
-    shards, _ = both_passes(tmp_path / "out", tmp_path / "a.jsonl", 1, heldout=0.0)
-    data = [data[:-1024] for name, data in shards.items() if len(data) > 1024]
-    assert sorted(text for part in data for text in decode_text(read_sample(part, "here"), "here")) == [
-        "a\ufffdb",
-        "\U0001f600",
-    ]
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\\ud800b", r"a.jsonl: a document has half of a surrogate pair as its character 1, .*: '\\ud800b'\. Remove"),
+        ("a\\u0000b", r"a.jsonl: a document has a NUL as its character 1, which no text contains: '\\x00b'\. Remove"),
+    ],
+)
+def test_what_no_text_contains_is_damage_in_every_source(text, message):
+    with pytest.raises(DamagedError, match=message):
+        sorted_runs.to_utf8(json.loads(f'"{text}"'), "a.jsonl")
+    assert sorted_runs.to_utf8(json.loads(r'"\ud83d\ude00"'), "a.jsonl") == "\U0001f600".encode()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt"])
+def test_documents_that_are_no_text_stop_or_are_left_out_and_counted(tmp_path, name):
+    path, texts = tmp_path / name, ["good", "a\0b"]
+    if name == "a.jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    elif name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    else:
+        path.write_text("\n\n".join(texts))
+    with pytest.raises(ValueError, match=f"{path}: .* NUL"):
+        both_passes(tmp_path / "stop", path, 1, heldout=0.0)
 
 
 def test_statistics_match_the_lengths():
