@@ -53,10 +53,12 @@ def document_of(TILES, CU, KEYS, tile):
 @triton.jit
 def near(first, size: tl.constexpr, end, step: tl.constexpr, REACH: tl.constexpr):
     """Return the tiles of `step` to sweep over for `size` places from `first`: where the first begins, and the end."""
-    if REACH is None:
-        return 0, end
-    # A multiple of step, so that dropout's masks do not depend on the reach.
-    return tl.maximum(first - REACH, 0) // step * step, tl.minimum(end, first + size + REACH)
+    begin = 0
+    if REACH is not None:
+        # A multiple of step, so that dropout's masks do not depend on the reach.
+        begin = tl.maximum(first - REACH, 0) // step * step
+        end = tl.minimum(end, first + size + REACH)
+    return begin, end
 
 
 @triton.jit

@@ -20,8 +20,8 @@ import torch.distributed
 from packaging.version import InvalidVersion, Version
 
 from megabert.kernels import HEAD_DIMS, MAX_WIDTH
-from megabert.kernels.cpu import CPU_OPS, why_not_compiled
-from megabert.kernels.cpu_rotate import rotate
+from megabert.kernels.cpu.compiled import CPU_OPS, why_not_compiled
+from megabert.kernels.cpu.rotate import rotate
 from megabert.kernels.devices import OLDEST_CAPABILITY, why_no_launch
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig

@@ -30,7 +30,7 @@ import torch
 from support import report
 from support.contenders import DEVICE, ROWS, VOCAB, Contender, Row, hf_bert, hf_modernbert, needed_flops, ours
 
-from megabert.kernels import cpu
+from megabert.kernels.cpu import compiled as cpu
 
 QUICK_ROWS = ("mini_128", "mini_512", "small_512")
 MOST_ROUNDS = 15

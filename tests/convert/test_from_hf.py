@@ -162,7 +162,7 @@ def test_pretraining_continues_from_the_folder(corpus, tmp_path):
         ({"hidden_dropout_prob": 7}, "hidden_dropout_prob is 7, expected a number from 0 to 1"),
         ({"pad_token_id": 832}, "pad_token_id is 832, expected one of the 832 rows"),
         ({"id2label": {"yes": "1"}}, "id2label has the keys yes, expected numbers"),
-        ({"model_type": "gpt2"}, "model_type is 'gpt2', expected 'bert' or 'megabert'"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', expected 'bert', 'modernbert', 'gte' or 'megabert'"),
     ],
 )
 def test_a_config_that_does_not_match_the_weights_is_refused(tmp_path, changes, message):

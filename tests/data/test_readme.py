@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from megabert.data.batch import Bin, Shapes, lay_out
-from megabert.data.chunk_pieces import ChunkId, PieceOptions, cut_chunk
+from megabert.data.chunk_pieces import PieceOptions, cut_chunk
+from megabert.data.order import ChunkId, Documents
 from megabert.data.packing import choose_pieces
 from megabert.data.shards.manifest import TokenizerInfo
-from megabert.data.shards.sample_format import TokenChunk
 from megabert.data.stream import MASKING, philox
 from tests.helpers.runs import REPOSITORY
 
@@ -23,7 +23,8 @@ def line(name: str, *parts: list[int]) -> str:
 
 def test_the_worked_example_is_what_the_code_computes():
     tokens = np.concatenate(DOCUMENTS).astype(np.uint16)
-    chunk = TokenChunk(tokens, np.array([len(document) for document in DOCUMENTS], np.int32))
+    size = np.array([len(document) for document in DOCUMENTS])
+    chunk = Documents(tokens, size.cumsum() - size, size)
     cut = cut_chunk(ChunkId(0, 0), 0, chunk, PieceOptions(8, truncate=False), TOKENIZER, [])
     pieces = np.split(cut.ids, cut.begins[1:])
     chosen = choose_pieces(cut.lengths, capacity=20, max_pieces=6, max_seq_len=8)

@@ -11,7 +11,7 @@ import pytest
 from data_prep import workers, write_shards
 from data_prep.sources.base import InputSplit
 from data_prep.workers import Progress, WorkerPool
-from data_prep.write_shards import TASK_BYTES, group_into_tasks
+from data_prep.writing.passes import TASK_BYTES, group_into_tasks
 
 
 @pytest.fixture

@@ -26,16 +26,16 @@ class NumberedSource(Source):
         self.documents, self.chunks_per_shard, self.first_id = documents, chunks_per_shard, first_id
         self.num_documents = num_shards * chunks_per_shard * documents
         lengths = np.random.default_rng(first_id).lognormal(4.5, 0.8, self.num_documents)
-        self.document_lengths = np.clip(lengths, 8, 126).astype(np.int32)
+        self.all_lengths = np.clip(lengths, 8, 126).astype(np.int32)
         chunks = np.zeros((num_shards * chunks_per_shard, 5), dtype=np.int64)
-        chunks[:, 2], chunks[:, 3] = documents, self.document_lengths.reshape(len(chunks), documents).sum(1)
+        chunks[:, 2], chunks[:, 3] = documents, self.all_lengths.reshape(len(chunks), documents).sum(1)
         shards = tuple(
             Shard(f"train-{n:05d}.tar", "", 0, int(part[:, 2].sum()), int(part[:, 3].sum()), part)
             for n, part in enumerate(np.split(chunks, num_shards))
         )
         special = tuple(SPECIALS.values())
         tokenizer = TokenizerInfo("f" * 64, first_id + self.num_documents, SPECIALS, special)
-        statistics = {"median_document_tokens": int(np.median(self.document_lengths))}
+        statistics = {"median_document_tokens": int(np.median(self.all_lengths))}
         manifest = Manifest("tokens", {"train": shards}, statistics, tokenizer)
         super().__init__("numbered", NoStorage(), manifest, shards)
         self.reads = 0
@@ -43,7 +43,7 @@ class NumberedSource(Source):
     def read_chunk(self, shard: int, chunk: int) -> TokenChunk:
         self.reads += 1
         first = (shard * self.chunks_per_shard + chunk) * self.documents
-        lengths = self.document_lengths[first : first + self.documents]
+        lengths = self.all_lengths[first : first + self.documents]
         numbers = np.arange(self.first_id + first, self.first_id + first + self.documents, dtype=np.uint32)
         return TokenChunk(np.repeat(numbers, lengths), lengths)
 
@@ -119,5 +119,5 @@ def reads_per_chunk(corpus: Corpus, config: StreamConfig, tokens: int) -> float:
     source.reads = given = 0
     streams = [bins_of(corpus, config, stream) for stream in range(config.num_streams)]
     while given < tokens:
-        given += sum(source.document_lengths[next(stream) - FIRST_ID].sum() for stream in streams)
+        given += sum(source.all_lengths[next(stream) - FIRST_ID].sum() for stream in streams)
     return source.reads * source.tokens / source.num_chunks / given

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megabert.kernels import cpu
+from megabert.kernels.cpu import compiled as cpu
 from megabert.kernels.resolve import RECOMPILE_LIMIT
 from megabert.model import buckets, ops
 from megabert.model.alibi import alibi_slopes

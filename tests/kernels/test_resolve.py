@@ -8,8 +8,9 @@ import pytest
 import torch
 from packaging.version import Version
 
-from megabert.kernels import cpu, devices
+from megabert.kernels import devices
 from megabert.kernels import resolve as resolving
+from megabert.kernels.cpu import compiled as cpu
 from megabert.kernels.resolve import (
     Machine,
     choose_adamw,
@@ -322,7 +323,7 @@ def test_megabert_works_where_triton_is_not_installed():
         "print(sorted(name for name in sys.modules if name.startswith('megabert.kernels.')))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    loaded = [f"megabert.kernels.{name}" for name in ("cpu", "cpu_rotate", "devices", "resolve")]
+    loaded = [f"megabert.kernels.{name}" for name in ("cpu", "cpu.compiled", "cpu.rotate", "devices", "resolve")]
     assert done.stdout.splitlines()[-1:] == [str(loaded)], done.stderr
 
 

@@ -6,7 +6,7 @@ from transformers import BertConfig, BertForMultipleChoice
 from transformers.utils.generic import find_labels
 
 from megabert.convert.weight_names import add_classifiers_pooler, normalize_our_names, to_megabert
-from megabert.kernels import cpu
+from megabert.kernels.cpu import compiled as cpu
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import (
     MegaBertForMaskedLM,
@@ -116,7 +116,10 @@ def test_an_answer_is_one_slot_per_row(name, shape):
         ({"attention_mask": torch.ones(29)}, "attention_mask was passed with cu_seqlens"),
         ({"position_ids": torch.zeros(28)}, r"position_ids has shape \(28,\), expected \(29,\)"),
         ({"token_type_ids": torch.zeros(1, dtype=torch.long)}, r"token_type_ids has shape \(1,\), expected \(29,\)"),
-        ({"masked_positions": torch.zeros(3), "masked_labels": torch.zeros(2)}, r"masked_labels has .*\(3,\)"),
+        (
+            {"position_ids": torch.zeros(29), "masked_positions": torch.zeros(3), "masked_labels": torch.zeros(2)},
+            r"masked_labels has .*\(3,\)",
+        ),
         ({"masked_positions": torch.zeros(3)}, "those of a PackedBatch, which has .*masked_labels too"),
     ],
 )  # fmt: skip

@@ -186,15 +186,15 @@ def test_a_resumed_run_keeps_the_places_for_documents_of_its_bins(corpus: Corpus
 # Prints the tokens that the layer computes in each forward pass, and the slots that the bin's documents need.
 COUNT_SLOTS = """
 from megabert.data.batch import PackedBatch
-from megabert.model.layers import Block
-forward, inputs = Block.forward, PackedBatch.model_inputs
+from megabert.model.layers import PostNormBlock
+forward, inputs = PostNormBlock.forward, PackedBatch.model_inputs
 def counting(block, hidden, *arguments):
     print("SLOTS", hidden.shape[0], flush=True)
     return forward(block, hidden, *arguments)
 def showing(batch, device):
     print("BIN", int((batch.cu_seqlens.diff() > 0).sum()) * batch.max_seqlen, flush=True)
     return inputs(batch, device)
-Block.forward, PackedBatch.model_inputs = counting, showing
+PostNormBlock.forward, PackedBatch.model_inputs = counting, showing
 """
 
 

@@ -108,6 +108,6 @@ def test_what_a_target_cannot_do_is_said_before_it_is_written(checkpoint, bert, 
     assert [note.split(":")[0] for note in notes] == ["onnx-int8", "onnx-int8", "jina", "jina"]
     assert "a model of width 24 may lose more" in notes[1]
     assert "texts are cut at 2,048 tokens" in notes[3]
-    with pytest.raises(ValueError, match="--for jina: the model has learned and gelu"):
+    with pytest.raises(ValueError, match="--for jina: the model has learned, gelu and post-norm layers"):
         to_hf.export_checkpoint(bert[0], tmp_path / "hf", to_hf.ExportOptions(targets=("jina",)))
     assert not (tmp_path / "hf").exists()

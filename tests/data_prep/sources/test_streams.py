@@ -181,7 +181,7 @@ def test_the_rest_of_a_long_line_is_not_read_beyond_the_byte_range(tmp_path):
         file.truncate(200 << 20)  # NULs, which take no space on disk
     splits = list_input_splits(str(tmp_path), ReadOptions(), LeftOut())
     tracemalloc.start()
-    assert [list(read_input_split(split, ReadOptions(), LeftOut())) for split in splits[1:]] == [[]] * 49
+    assert [list(read_input_split(split, ReadOptions(), LeftOut())) for split in splits[1:]] == [[]] * (len(splits) - 1)
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
 

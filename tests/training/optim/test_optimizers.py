@@ -187,9 +187,9 @@ def test_muon_takes_equal_steps_at_every_stage_and_resumes(corpus, tmp_path, pat
     assert torch.equal(matrices(tmp_path / "again", 4), matrices(tmp_path / "2", 4))
 
 
-def test_muon_orthogonalizes_at_stage_0_and_leaves_the_rest_to_adamw(monkeypatch):
+@torch._dynamo.config.patch(disable=True)
+def test_muon_orthogonalizes_at_stage_0_and_leaves_the_rest_to_adamw():
     """Newton-Schulz makes singular values about 1, and scales tall matrices by sqrt(rows / columns)."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     model = small_model().float()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     config = OptimizerConfig(name="muon", muon_lr=0.02, lr=1e-3, weight_decay=0.0)

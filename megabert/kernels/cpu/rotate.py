@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megabert.kernels.cpu import compiled
+from megabert.kernels.cpu.compiled import compiled
 from megabert.model.ops import upcast
 
 

@@ -1,0 +1,1 @@
+"""The operations for a CPU, fused by torch.compile."""
