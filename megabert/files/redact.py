@@ -3,27 +3,62 @@
 import re
 from typing import Any
 
-# scheme://user:password@host/path?query#fragment. A query may be a signature; a user may be a token.
-URL = re.compile(r"([a-zA-Z][\w+.-]*://)(?:[^/\s]*@)?([^\s?#'\"]*)([?#][^\s'\"]*)?")
+# scheme://user:password@host/path;parameters?query#fragment, with slashes as JSON may escape them. A query or a
+# parameter may be a signature; a user may be a token; a password may contain a slash.
+URL = re.compile(
+    r"([a-zA-Z][\w+.-]*:\\?/\\?/)(?:[^/\s]*@|[^/\s'\":]*:(?!\d+/)[^\s'\"]*@)?([^\s;?#'\"]*)([;?#][^\s'\"]*)?"
+)
+# Tokens that services mark by how they begin.
+TOKEN = re.compile(r"\b(hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-|AKIA)[\w-]{6,}")
 SECRET = r"[\w-]*(?:token|key|secret|passw(?:or)?d|signature|credential|cookie|authorization)[\w-]*"
-# What commands such as curl take as secrets: headers, options, variables, logins.
-HEADER = re.compile(rf"(?i)(['\"\s]{SECRET}\s*:\s*)[^'\"\n]+")
-OPTION = re.compile(rf"(?i)(--{SECRET}[ =]|\b{SECRET}=)['\"]?[^\s'\"&]+")
-LOGIN = re.compile(r"(\s-(?:u|-user|-proxy-user)[ =]?)['\"]?[^\s'\"]+")
+HEADER = re.compile(rf"(?i)(['\"]{SECRET}\s*:\s*)[^'\"\n]+")
+COMMAND = re.compile(r"(pipe:)([^\n]*)")
+WORD = re.compile(r"'[^'\n]*'|\"[^\"\n]*\"|\S+")
+VARIABLE = re.compile(r"(\w+=)(?!\.\.\.)\S+")
+PLACE = re.compile(r"[a-zA-Z][\w+.-]*:\\?/\\?/|[./{]|-$")  # how a URL, a path or stdout begins, which is no secret
 HIDDEN = "..."
 
 
 def redact(text: str) -> str:
-    """Hide users, passwords and queries of URLs, and the secrets of pipe: commands, in a text of any kind.
+    """Hide users, passwords and queries of URLs, and what pipe: commands take as options, in a text of any kind.
 
     "https://me:pw@host/x.tar?sig=1 is missing" -> "https://host/x.tar?... is missing"
     """
     text = URL.sub(lambda url: url[1] + url[2] + (url[3][0] + HIDDEN if url[3] else ""), text)
-    if "pipe:" not in text:
-        return text
-    for secret in (HEADER, OPTION, LOGIN):
-        text = secret.sub(rf"\1{HIDDEN}", text)
-    return text
+    text = TOKEN.sub(rf"\1{HIDDEN}", text)
+    return COMMAND.sub(lambda command: command[1] + _redact_command(command[2]), text)
+
+
+def _redact_command(text: str) -> str:
+    """Hide the values of options and variables, and quoted words, of a command that a message may follow.
+
+    Any option may take a secret, so only URLs, paths and words that follow no option are shown.
+    """
+    parts, end, after_option = [], 0, False
+    for match in WORD.finditer(HEADER.sub(rf"\1{HIDDEN}", text)):
+        word = match[0]
+        parts.append(match.string[end : match.start()])
+        end = match.end()
+        is_option = word.startswith("-") and len(word) > 1 and word[1] not in ":.,'\")"
+        parts.append(_redact_word(word, after_option, is_option))
+        after_option = is_option and "=" not in word
+        if word[-1] in ":." and not word.endswith(HIDDEN):  # here a message begins
+            break
+    rest = HEADER.sub(rf"\1{HIDDEN}", text)[end:]
+    return "".join(parts) + rest
+
+
+def _redact_word(word: str, after_option: bool, is_option: bool) -> str:
+    if is_option:
+        name, equals, _ = word.partition("=")
+        if equals:
+            return f"{name}={HIDDEN}"
+        return word if word.startswith("--") or len(word) == 2 else f"{word[:2]}{HIDDEN}"
+    if word[0] in "'\"" and word[-1] == word[0] and len(word) > 1:
+        return word if HIDDEN in word or PLACE.match(word[1:]) else f"{word[0]}{HIDDEN}{word[0]}"
+    if after_option and not PLACE.match(word):
+        return HIDDEN
+    return VARIABLE.sub(rf"\1{HIDDEN}", word) if VARIABLE.match(word) else word
 
 
 def redact_all(value: Any) -> Any:

@@ -23,10 +23,33 @@ from megabert.files.redact import redact, redact_all
         ("pipe:AWS_SECRET_ACCESS_KEY=abc aws s3 cp s3://b/x -", "pipe:AWS_SECRET_ACCESS_KEY=... aws s3 cp s3://b/x -"),
         ("pipe:gcat --token abc x.tar", "pipe:gcat --token ... x.tar"),
         ("pipe:cat tokens.tar", "pipe:cat tokens.tar"),
+        ("https://me:p/w@host/x", "https://host/x"),
+        ("https://host:80/pkg@1.0/x", "https://host:80/pkg@1.0/x"),
+        (r"https:\/\/me:pw@h\/x", r"https:\/\/h\/x"),
+        ("https://h/x;token=abc", "https://h/x;..."),
+        ("login with hf_abcdefghijk failed", "login with hf_... failed"),
+        ("pipe:curl -H 'X-Auth: abc' https://h/x", "pipe:curl -H '...' https://h/x"),
+        ("pipe:curl -b 'session=abc' https://h/x", "pipe:curl -b '...' https://h/x"),
+        ("pipe:curl -su me:pw https://h/x", "pipe:curl -s... ... https://h/x"),
+        ("pipe:curl --oauth2-bearer abc https://h/x", "pipe:curl --oauth2-bearer ... https://h/x"),
+        ("pipe:gpg --passphrase pw -d /x.gpg", "pipe:gpg --passphrase ... -d /x.gpg"),
+        ("pipe:sshpass -p pw ssh h cat /x", "pipe:sshpass -p ... ssh h cat /x"),
+        ("pipe:sshpass -ppw ssh h cat /x", "pipe:sshpass -p... ... h cat /x"),
+        ("pipe:openssl enc -d -k pw -in /x", "pipe:openssl enc -d -k ... -i... /x"),
+        (
+            "pipe:cat /x.tar: exit code 1. Pass --data.train FOLDER",
+            "pipe:cat /x.tar: exit code 1. Pass --data.train FOLDER",
+        ),
+        (
+            "'pipe:aws s3 cp s3://b/c-{0..3}.tar -': ended with 1: token=5",
+            "'pipe:aws s3 cp s3://b/c-{0..3}.tar -': ended with 1: token=5",
+        ),
+        ("https://h/micro_batch_tokens=4", "https://h/micro_batch_tokens=4"),
     ],
 )
 def test_secrets_are_hidden(text, shown):
     assert redact(text) == shown
+    assert redact(shown) == shown
 
 
 def test_nested_values_are_redacted():
