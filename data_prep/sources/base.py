@@ -120,6 +120,11 @@ def until_damaged(
         yield item
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is no part of a source: a program's own, or what macOS adds to an archive."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def text_of(row: object, text_key: str, where: str) -> str | None:
     """Return the text in a field of a row, None if it is null. "a.b" is field b of field a. Raises DamagedError."""
     value = row

@@ -5,7 +5,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_prep.sources.base import HIDDEN, READ_ALREADY, LeftOut
+from data_prep.sources.base import HIDDEN, READ_ALREADY, LeftOut, is_hidden
 
 
 def files_below(folder: Path, is_source: Callable[[Path], bool], left_out: LeftOut) -> Iterator[Path]:
@@ -53,7 +53,6 @@ def _visible(folder: Path, left_out: LeftOut) -> list[Path]:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise ValueError(f"{folder}: cannot be listed: {error.strerror}. Mend it, or remove it.") from error
-    for name in names:
-        if name.startswith("."):
-            left_out.add(HIDDEN, str(folder / name))
-    return [folder / name for name in names if not name.startswith(".")]
+    for name in filter(is_hidden, names):
+        left_out.add(HIDDEN, str(folder / name))
+    return [folder / name for name in names if not is_hidden(name)]

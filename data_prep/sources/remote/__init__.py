@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 
-from data_prep.sources.base import HIDDEN, LeftOut
+from data_prep.sources.base import HIDDEN, LeftOut, is_hidden
 from megabert.data.shards.patience import network_errors, retrying
 from megabert.data.shards.storage import URL, file_system
 
@@ -80,7 +80,7 @@ def remote_files(url: str, left_out: LeftOut) -> Iterator[RemotePath]:
         entries = _fetched(path, functools.partial(system.ls, path, detail=False))
         names = sorted({entry if is_web else system.unstrip_protocol(entry) for entry in entries} - {path})
         for name in reversed(names):
-            if posixpath.basename(name.rstrip("/")).startswith("."):
+            if is_hidden(posixpath.basename(name.rstrip("/"))):
                 left_out.add(HIDDEN, name)
             elif "?" not in name:  # a link that sorts the page
                 stack.append(name)

@@ -61,13 +61,13 @@ def test_many_links_between_folders_are_followed_once(tmp_path):
 
 
 def test_hidden_files_are_left_out_and_counted(folder):
-    for name in ("._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "link/.DS_Store"):
+    for name in ("._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "link/.DS_Store", "__MACOSX/a.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("hidden")
     (folder / ".broken").symlink_to("nowhere")
     left_out = LeftOut()
     assert read(folder, left_out) == ["a", "b"]
-    assert left_out.counts == {"hidden files and folders": 4}
+    assert left_out.counts == {"hidden files and folders": 5}
     assert read(folder / "._a.txt") == ["hidden"] == read(folder / ".ipynb_checkpoints")
 
 
