@@ -104,7 +104,7 @@ def reused(request: ShardRequest) -> bool:
         if separate_tasks.plan_path(out).is_file():
             raise ValueError(
                 f"{separate_tasks.plan_path(out)}: separate commands with --step may be writing there. End them and "
-                "remove this file to continue in one command, or go on with --step."
+                "remove this file to continue in one command, or continue with --step."
             )
         return False
     damaged = set(damaged_files(out, finished, options.workers))

@@ -28,6 +28,7 @@ OTHER_SPLIT = "other splits"
 NULL = "null texts"
 DAMAGED = "damaged"
 SHORT = "empty or short texts"
+NO_TEXT = "docstrings with characters that no text contains"
 
 
 class DamagedError(ValueError):
@@ -118,6 +119,24 @@ def until_damaged(
             left_out.damaged(explain(error))
             return
         yield item
+
+
+def to_utf8(text: str, path: str) -> bytes:
+    """Return the UTF-8 of a document. Raises DamagedError for what a string can hold, but no text contains."""
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError as error:
+        raise _no_text(text, path, error.start, "half of a surrogate pair") from error
+    if b"\0" in raw:
+        raise _no_text(text, path, text.index("\0"), "a NUL")
+    return raw
+
+
+def _no_text(text: str, path: str, at: int, what: str) -> DamagedError:
+    return DamagedError(
+        f"{path}: a document has {what} as its character {at}, which no text contains: {text[at : at + 40]!r}. "
+        "Remove it."
+    )
 
 
 def is_hidden(name: str) -> bool:

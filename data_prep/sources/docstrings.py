@@ -9,12 +9,19 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from data_prep.sources.base import INPUT_SPLIT_BYTES, InputSplit, LeftOut, ReadOptions
+from data_prep.sources.base import INPUT_SPLIT_BYTES, NO_TEXT, DamagedError, InputSplit, LeftOut, ReadOptions, to_utf8
 
 
 def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[str]:
     for path in split.paths:
-        yield from docstrings(Path(path))
+        for text in docstrings(Path(path)):
+            try:
+                to_utf8(text, path)
+            except DamagedError as error:
+                # Nobody who trains on installed packages can mend them.
+                left_out.add(NO_TEXT, str(error))
+                continue
+            yield text
 
 
 def docstrings(path: Path) -> Iterator[str]:

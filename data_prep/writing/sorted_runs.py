@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep import workers
 from data_prep.sources import InputSplit, LeftOut, ReadOptions, read_input_split
-from data_prep.sources.base import SHORT, TOKEN_KINDS, DamagedError
+from data_prep.sources.base import SHORT, TOKEN_KINDS, DamagedError, to_utf8
 from data_prep.sources.tokens import read_token_split
 from data_prep.sources.tokens.ids import IdRule
 from megabert.data.shards.tokenizer import encode_flat
@@ -88,24 +88,6 @@ def share_that_includes(half: int) -> float:
     share = (half + 1) / 2**64
     exponent = math.floor(math.log10(share)) - 2
     return round((math.floor(share / 10**exponent) + 1) * 10**exponent, -exponent)
-
-
-def to_utf8(text: str, path: str) -> bytes:
-    """Return the UTF-8 of a document. Raises DamagedError for what a string can hold, but no text contains."""
-    try:
-        raw = text.encode()
-    except UnicodeEncodeError as error:
-        raise _no_text(text, path, error.start, "half of a surrogate pair") from error
-    if b"\0" in raw:
-        raise _no_text(text, path, text.index("\0"), "a NUL")
-    return raw
-
-
-def _no_text(text: str, path: str, at: int, what: str) -> DamagedError:
-    return DamagedError(
-        f"{path}: a document has {what} as its character {at}, which no text contains: {text[at : at + 40]!r}. "
-        "Remove it."
-    )
 
 
 def text_hash(raw: bytes) -> bytes:

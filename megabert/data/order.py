@@ -135,8 +135,8 @@ class Window:
         """
         spread = max(1.0, self.chunks * self.chunk_tokens / max(1, used_tokens))
         at = used_before + np.asarray(offset) * spread
-        # In the stretch [i C, (i + 1) C) stand documents of i + 1 chunks, 1 / `chunks` of the tokens of each; and of
-        # `chunks` chunks once the window is full. The places count what stands before, so that they grow as tokens do.
+        # The places [i C, (i + 1) C) hold documents of i + 1 chunks, and of `chunks` chunks once the window is full: a
+        # share 1 / `chunks` of each one's tokens. A place is the number of tokens before it, so it grows as they do.
         full = np.minimum(at // self.chunk_tokens, self.chunks - 1)
         return (self.chunk_tokens * full * (full + 1) / 2 + (full + 1) * (at - full * self.chunk_tokens)) / self.chunks
 

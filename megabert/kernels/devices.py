@@ -14,7 +14,7 @@ import torch
 NVIDIA_FILES = (Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 OLDEST_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores
 C_COMPILER = "install gcc, or set CC"
-CPU_WISH = "set DS_ACCELERATOR=cpu to train on the CPU"
+TRAIN_ON_CPU = "set DS_ACCELERATOR=cpu to train on the CPU"
 
 
 def torch_sees_a_gpu() -> bool:
@@ -35,14 +35,14 @@ def why_gpu_is_unused(environ: Mapping[str, str] = os.environ) -> str | None:
         return (
             f"this machine has an NVIDIA GPU, but the installed torch {torch.__version__} is a CPU build, as "
             "launch/install.sh installs where it finds no GPU. "
-            f"Run TORCH_BUILD=gpu bash launch/install.sh, or {CPU_WISH}."
+            f"Run TORCH_BUILD=gpu bash launch/install.sh, or {TRAIN_ON_CPU}."
         )
     if environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
         return None
     return (
         f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU. If nvidia-smi lists one, the "
         f"driver is older than CUDA {torch.version.cuda}: update it, or install a torch for an older CUDA. If this job "
-        f"has no GPU, {CPU_WISH}."
+        f"has no GPU, {TRAIN_ON_CPU}."
     )
 
 

@@ -5,17 +5,14 @@ import subprocess
 
 import pytest
 
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.runs import REPOSITORY, make_printing_venv
 
 SCRIPT = REPOSITORY / "launch/slurm/write_shards.sbatch"
 
 
 @pytest.fixture
 def run(tmp_path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/activate").write_text(f'PATH="{tmp_path}/bin:$PATH"\n')
-    (tmp_path / "bin/python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "bin/python").chmod(0o755)
+    make_printing_venv(tmp_path)
 
     def start(**variables: str) -> tuple[int, list[str]]:
         env = {"PATH": os.environ["PATH"], "VENV": str(tmp_path), "OUT": "out"} | variables

@@ -11,7 +11,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import LeftOut, ReadOptions, list_input_splits, read_input_split, source_state
+from data_prep.sources import InputSplit, LeftOut, ReadOptions, list_input_splits, read_input_split, source_state
 from data_prep.sources.docstrings import docstrings
 from data_prep.sources.hub import transport_error
 
@@ -36,6 +36,15 @@ def test_docstrings_come_in_the_order_of_the_file(tmp_path):
     assert list(docstrings(path)) == ["Module.", "Class.", "Method.", "Inner."]
     path.write_text("def broken(:\n")
     assert list(docstrings(path)) == []
+
+
+def test_docstrings_that_are_no_text_are_left_out_and_counted(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text('"""Module."""\ndef f():\n    "a\\0b"\ndef g():\n    "c\\ud800"\n')
+    left_out = LeftOut()
+    split = InputSplit("docstrings", (str(path),), 0, 0, 1)
+    assert list(read_input_split(split, ReadOptions(), left_out)) == ["Module."]
+    assert left_out.counts == {"docstrings with characters that no text contains": 2}
 
 
 def test_every_format_yields_its_documents(tmp_path):

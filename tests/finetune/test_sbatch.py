@@ -12,7 +12,7 @@ import pytest
 
 from megabert.finetune.main import parse_shard, run_finetuning
 from tests.cluster.test_slurm import cluster as cluster
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.runs import REPOSITORY, make_printing_venv
 
 SCRIPT = REPOSITORY / "launch/slurm/finetune_glue.sbatch"
 
@@ -20,10 +20,7 @@ SCRIPT = REPOSITORY / "launch/slurm/finetune_glue.sbatch"
 @pytest.fixture
 def part(tmp_path):
     """Run one part of an array, with the variables that SLURM and the user set."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/activate").write_text(f'PATH="{tmp_path}/bin:$PATH"\n')
-    (tmp_path / "bin/python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "bin/python").chmod(0o755)
+    make_printing_venv(tmp_path)
 
     def run(number: int, count: int, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         slurm = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_COUNT": str(count)}

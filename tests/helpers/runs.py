@@ -107,6 +107,14 @@ def run_ranks(corpus: Corpus, out: Path, *more: str, ranks: int, ds_config: str 
     return finish_ranks(start_ranks(pretrain_command(corpus, out, *more, ds_config=ds_config), ranks))
 
 
+def make_printing_venv(folder: Path) -> None:
+    """Write a virtual environment whose python only prints its arguments, one on each line."""
+    (folder / "bin").mkdir()
+    (folder / "bin/activate").write_text(f'PATH="{folder}/bin:$PATH"\n')
+    (folder / "bin/python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (folder / "bin/python").chmod(0o755)
+
+
 def ds_config_in(name: str, folder: Path, bf16: bool) -> Path:
     """One of ours with its precision fixed, which otherwise is what the machine is fast at."""
     config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())

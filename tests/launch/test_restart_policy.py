@@ -58,9 +58,9 @@ def test_a_stop_between_two_crashes_does_not_reset_their_count():
 
 def test_the_host_of_a_crash_is_read_from_the_last_line_that_the_watchdog_writes(tmp_path):
     ranks = HangDetector(60.0, {0: "n1", 1: "n2"}, 0.0)
-    together = ranks.verdict(1000.0)
-    ranks.hear(0, Beat(12, 40, "agree", 0.0, 60.0), 1000.0)
-    alone = ranks.verdict(1000.0)
+    together = ranks.find_hang(1000.0)
+    ranks.update(0, Beat(12, 40, "agree", 0.0, 60.0), 1000.0)
+    alone = ranks.find_hang(1000.0)
     lines = {
         f"rank 1 on n2 {PEER_DIED}; ending rank 0 on n1": ["n2"],
         "rank 3 on n2.site failed: RuntimeError: CUDA error: a, b; ending rank 0 on n1": ["n2.site"],

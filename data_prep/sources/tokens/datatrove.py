@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.sources import base
 from data_prep.sources.base import DamagedError, InputSplit, LeftOut, ReadOptions
-from data_prep.sources.tokens.ids import TokenBatch, batches_of
+from data_prep.sources.tokens.ids import TokenBatch, batches_of, cut_at_documents
 
 SUFFIX = ".ds"
 BESIDE = (".ds.index", ".ds.metadata", ".ds.loss")
@@ -23,14 +22,7 @@ def list_input_splits(path: Path, options: ReadOptions) -> list[InputSplit]:
     itemsize = _dtype(path, ends).itemsize
     if (np.diff(ends.astype(np.int64), prepend=0) < 0).any():
         raise DamagedError(f"{path}.index: its documents are not in order. {AGAIN}")
-    edges = np.concatenate([[0], ends.astype(np.int64)]) * itemsize
-    splits, start = [], 0
-    while start < len(ends):
-        stop = int(np.searchsorted(edges, edges[start] + base.INPUT_SPLIT_BYTES, side="right")) - 1
-        stop = min(max(stop, start + 1), len(ends))
-        splits.append(InputSplit("datatrove", (str(path),), start, stop, int(edges[stop] - edges[start])))
-        start = stop
-    return splits
+    return cut_at_documents("datatrove", path, np.concatenate([[0], ends.astype(np.int64)]) * itemsize)
 
 
 def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[TokenBatch]:

@@ -1,12 +1,13 @@
 """Check the ids of tokenized documents, cut the documents where they end, and remove special tokens at their ends."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from data_prep.sources import base
-from data_prep.sources.base import DamagedError, LeftOut, too_long
+from data_prep.sources.base import DamagedError, InputSplit, LeftOut, too_long
 from megabert.data.shards.manifest import TokenizerInfo
 
 # Ids that are read at a time, as for text: large enough to outweigh the call, small enough to hold.
@@ -36,6 +37,17 @@ def make_rule(tokenizer: TokenizerInfo, document_end: int | None) -> IdRule:
     if document_end is not None:
         special.add(document_end)
     return IdRule(tokenizer.vocab_size, tuple(sorted(special)), document_end)
+
+
+def cut_at_documents(kind: Literal["datatrove", "megatron"], path: Path, edges: np.ndarray) -> list[InputSplit]:
+    """Cut a file into input splits of whole documents. edges: (documents + 1,) bytes between which documents are."""
+    splits, start = [], 0
+    while start < len(edges) - 1:
+        stop = int(np.searchsorted(edges, edges[start] + base.INPUT_SPLIT_BYTES, side="right")) - 1
+        stop = min(max(stop, start + 1), len(edges) - 1)
+        splits.append(InputSplit(kind, (str(path),), start, stop, int(edges[stop] - edges[start])))
+        start = stop
+    return splits
 
 
 def batches_of(ids: np.ndarray, ends: np.ndarray, where: str, first: int, left_out: LeftOut) -> Iterator[TokenBatch]:

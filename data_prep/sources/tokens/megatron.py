@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.sources import base
 from data_prep.sources.base import DamagedError, InputSplit, LeftOut, ReadOptions
-from data_prep.sources.tokens.ids import TokenBatch, batches_of
+from data_prep.sources.tokens.ids import TokenBatch, batches_of, cut_at_documents
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("documents", "<u8")])
@@ -43,13 +42,7 @@ def list_input_splits(path: Path, options: ReadOptions) -> list[InputSplit]:
     index = read_index(path)
     _check(path, index)
     begins = np.append(index.begins, path.stat().st_size)[index.documents]
-    splits, start = [], 0
-    while start < len(begins) - 1:
-        stop = int(np.searchsorted(begins, begins[start] + base.INPUT_SPLIT_BYTES, side="right")) - 1
-        stop = min(max(stop, start + 1), len(begins) - 1)
-        splits.append(InputSplit("megatron", (str(path),), start, stop, int(begins[stop] - begins[start])))
-        start = stop
-    return splits
+    return cut_at_documents("megatron", path, begins)
 
 
 def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[TokenBatch]:

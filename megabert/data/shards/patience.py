@@ -26,7 +26,7 @@ T = TypeVar("T")
 # A random part of 0.25, 0.5, 1, 2, 4, 5, 5, ... s: ranks that failed together do not return together, and soon after an
 # outage all are back. Then they ask about as often as in training.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
-SAID_AFTER_S = 10.0  # a wait of this length is logged with its URL
+LOG_AFTER_S = 10.0  # a wait of this length is logged with its URL
 SLOW_S, SLOW_FACTOR = 1.0, 5.0  # a request that takes longer than both, in medians, is made a second time
 REQUEST_THREADS = 32  # of one process: two for each thread of the read-ahead
 _TIME = struct.Struct("d")
@@ -55,7 +55,7 @@ def waited_for_store_at() -> float:
 
 
 def waiting_for_store() -> None:
-    """Say that this process waits for a store at this moment, and has not lost its patience."""
+    """Record that this process waits for a store at this moment."""
     _shared()[:] = _TIME.pack(time.monotonic())
 
 
@@ -70,7 +70,7 @@ def retrying(action: Callable[[], T], url: str, patience_s: float, remedy: str =
         retry=retry_if_exception(_is_temporary),
         wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
         stop=stop_after_delay(patience_s),
-        before_sleep=lambda state: _say(url, state),
+        before_sleep=lambda state: _log_retry(url, state),
         sleep=_pause,
     )
     try:
@@ -98,8 +98,8 @@ def _pause(seconds: float) -> None:
         time.sleep(min(1.0, left))
 
 
-def _say(url: str, state: RetryCallState) -> None:
-    if (state.seconds_since_start or 0.0) >= SAID_AFTER_S:
+def _log_retry(url: str, state: RetryCallState) -> None:
+    if (state.seconds_since_start or 0.0) >= LOG_AFTER_S:
         log.warning(
             "%s: %s; trying again for %.0f s", url, _describe(_error_of(state.outcome)), state.seconds_since_start
         )
@@ -113,7 +113,7 @@ class Hedge:
 
     def __call__(self, request: Callable[[], T], url: str) -> T:
         """Return request(); it runs in other threads, twice at once where the first is slow. Raises what it raises."""
-        began, said = time.monotonic(), False
+        began, logged = time.monotonic(), False
         pool = _request_pool(os.getpid())
         running = {pool.submit(self._timed, request)}
         slow_s = max(SLOW_S, SLOW_FACTOR * statistics.median(self._seconds)) if self._seconds else SLOW_S
@@ -125,9 +125,9 @@ class Hedge:
             if answers or not running:
                 return (answers or list(done))[0].result()
             waiting_for_store()
-            if not said and time.monotonic() - began > SAID_AFTER_S:
-                said = True
-                log.warning("%s: no answer for %.0f s", url, SAID_AFTER_S)
+            if not logged and time.monotonic() - began > LOG_AFTER_S:
+                logged = True
+                log.warning("%s: no answer for %.0f s", url, LOG_AFTER_S)
             done, running = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
 
     def _timed(self, request: Callable[[], T]) -> T:

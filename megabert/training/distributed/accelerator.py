@@ -33,8 +33,8 @@ def choose_own_gpu(visible: int, environ: MutableMapping[str, str] = os.environ)
     GPUs of a machine to each rank. Raises ValueError if there are fewer GPUs than ranks.
     """
     if not visible:
-        wish = environ.get("DS_ACCELERATOR")
-        raise ValueError(f"DS_ACCELERATOR is {wish}, but torch sees no GPU here. Unset it, or set it to cpu.")
+        name = environ.get("DS_ACCELERATOR")
+        raise ValueError(f"DS_ACCELERATOR is {name}, but torch sees no GPU here. Unset it, or set it to cpu.")
     local_rank = int(environ["LOCAL_RANK"])
     if local_rank >= visible and "SLURM_STEP_ID" not in environ:
         raise ValueError(

@@ -110,48 +110,49 @@ def watch_compiler() -> None:
 
 
 class HangDetector:
-    """Judges the beats of ranks: it says which rank keeps the run from going on.
+    """Finds the ranks that hang, from the heartbeats that this rank receives.
 
-    Rank 0 judges all ranks. The others hear rank 0 alone, do not know whom it waits for, and judge its silence only.
+    Rank 0 receives those of all ranks. The others receive rank 0's only, do not know for which rank it waits, and
+    notice only if it sends nothing.
     """
 
     def __init__(self, timeout_s: float, hosts: dict[int, str], now: float):
-        """timeout_s: run.hang_timeout_s. hosts: of the ranks to judge. now: as of time.monotonic()."""
+        """timeout_s: run.hang_timeout_s. hosts: of the ranks that send heartbeats. now: as of time.monotonic()."""
         self.timeout_s, self.hosts = timeout_s, hosts
-        self.hears_all = len(hosts) > 1  # rank 0 is one of them
+        self.has_all_ranks = len(hosts) > 1  # rank 0 is one of them
         first = Beat(0, 0, "starting", 0.0, START_FACTOR * timeout_s)
         self.beats = dict.fromkeys(hosts, (now, first))
 
-    def hear(self, rank: int, beat: Beat, now: float) -> None:
+    def update(self, rank: int, beat: Beat, now: float) -> None:
         self.beats[rank] = (now, beat)
 
     def forget(self, rank: int) -> None:
-        """Judge a rank no more: it has ended."""
+        """Expect no more heartbeats of a rank: it has ended."""
         self.beats.pop(rank, None)
 
     def restart(self, now: float) -> None:
-        """Count from now on: this process was stopped itself, as when a job is suspended, and has heard nothing."""
+        """Count from now on: this process was stopped itself, as when a job is suspended, and has received nothing."""
         self.beats = {rank: (now, beat) for rank, (_, beat) in self.beats.items()}
 
-    def verdict(self, now: float) -> str | None:
+    def find_hang(self, now: float) -> str | None:
         """Name the ranks that hang; None if none does.
 
         A rank hangs if it has sent nothing for too long, whatever it was doing; or if no other rank is further behind,
         and it has been in the same place for longer than its limit. The others wait for it.
         """
         silent = {
-            rank: now - heard_at
-            for rank, (heard_at, beat) in self.beats.items()
-            if now - heard_at > min(beat.limit_s, START_FACTOR * self.timeout_s)
+            rank: now - received_at
+            for rank, (received_at, beat) in self.beats.items()
+            if now - received_at > min(beat.limit_s, START_FACTOR * self.timeout_s)
         }
         if silent:
-            return self._describe(silent, "sent no sign of life")
-        if not self.hears_all:
+            return self._describe(silent, "sent no heartbeat")
+        if not self.has_all_ranks:
             return None
         least = min((beat.count for _, beat in self.beats.values()), default=0)
         behind = {
-            rank: (now - heard_at + beat.age_s, beat.limit_s)
-            for rank, (heard_at, beat) in self.beats.items()
+            rank: (now - received_at + beat.age_s, beat.limit_s)
+            for rank, (received_at, beat) in self.beats.items()
             if beat.count == least
         }
         if behind and all(age_s > limit_s for age_s, limit_s in behind.values()):

@@ -202,9 +202,9 @@ class PeerWatchdog:
         beat = progress.beat()
         self._send_all(BEAT + beat.to_line())
         if self.rank == 0:
-            self.detector.hear(0, beat, now)
-        if (verdict := self.detector.verdict(now)) and not self.closing.is_set():
-            self._end(HANG + verdict)
+            self.detector.update(0, beat, now)
+        if (hang := self.detector.find_hang(now)) and not self.closing.is_set():
+            self._end(HANG + hang)
 
     def _stays(self, rank: int, lines: list[str] | None) -> bool:
         """Act on what a peer has sent, None for a lost connection. Returns False if nothing more comes from it."""
@@ -212,7 +212,7 @@ class PeerWatchdog:
             self._stop()
         for line in lines or []:
             if line.startswith(BEAT):
-                self.detector.hear(rank, Beat.from_line(line.removeprefix(BEAT)), time.monotonic())
+                self.detector.update(rank, Beat.from_line(line.removeprefix(BEAT)), time.monotonic())
         rest = [line for line in lines or [] if line != STOP and not line.startswith(BEAT)]
         if lines is not None and not rest:
             return True

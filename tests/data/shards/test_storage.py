@@ -102,7 +102,7 @@ def folder(corpus, tmp_path):
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
     monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(patience, "SAID_AFTER_S", 0.0)
+    monkeypatch.setattr(patience, "LOG_AFTER_S", 0.0)
 
 
 def every_chunk(source) -> list:

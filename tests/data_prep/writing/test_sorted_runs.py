@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.sources import LeftOut, ReadOptions, list_input_splits
-from data_prep.sources.base import DamagedError
+from data_prep.sources.base import DamagedError, to_utf8
 from data_prep.writing import merged_runs, shard_writer, sorted_runs
 from data_prep.writing.length_statistics import plot, summarize
 
@@ -154,8 +154,8 @@ def test_a_range_of_a_sorted_run_holds_exactly_its_documents(tmp_path, source):
 )
 def test_what_no_text_contains_is_damage_in_every_source(text, message):
     with pytest.raises(DamagedError, match=message):
-        sorted_runs.to_utf8(json.loads(f'"{text}"'), "a.jsonl")
-    assert sorted_runs.to_utf8(json.loads(r'"\ud83d\ude00"'), "a.jsonl") == "\U0001f600".encode()
+        to_utf8(json.loads(f'"{text}"'), "a.jsonl")
+    assert to_utf8(json.loads(r'"\ud83d\ude00"'), "a.jsonl") == "\U0001f600".encode()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt"])

@@ -27,7 +27,7 @@ def detector(*beats: Beat, timeout_s: float = 60.0) -> HangDetector:
     """All of these beats, of ranks 0, 1, ..., have arrived at time 0."""
     found = HangDetector(timeout_s, {rank: f"n{rank}" for rank in range(len(beats))}, 0.0)
     for rank, beat in enumerate(beats):
-        found.hear(rank, beat, 0.0)
+        found.update(rank, beat, 0.0)
     return found
 
 
@@ -42,10 +42,10 @@ def test_a_beat_survives_the_line_it_is_sent_in():
 
 def test_a_silent_rank_is_named_with_its_place():
     ranks = detector(beat(40, "agree"), beat(39, "forward"))
-    ranks.hear(0, beat(40, "agree", 55.0), 55.0)
-    assert ranks.verdict(59.0) is None
-    assert ranks.verdict(61.0) == (
-        "rank 1 on n1 (step 12, forward) has sent no sign of life for 61 s: its process, GPU or file system hangs. If "
+    ranks.update(0, beat(40, "agree", 55.0), 55.0)
+    assert ranks.find_hang(59.0) is None
+    assert ranks.find_hang(61.0) == (
+        "rank 1 on n1 (step 12, forward) has sent no heartbeat for 61 s: its process, GPU or file system hangs. If "
         "it only needs longer, raise run.hang_timeout_s"
     )
 
@@ -53,28 +53,28 @@ def test_a_silent_rank_is_named_with_its_place():
 def test_of_ranks_that_wait_for_each_other_the_one_behind_is_named():
     """None has moved for a minute: those in the all-reduce wait for the one that is still loading."""
     ranks = detector(beat(41, "agree", 61.0), beat(40, "data", 62.0), beat(41, "agree", 61.0))
-    assert "rank 1 on n1 (step 12, data) has made no progress for 62 s" in str(ranks.verdict(0.0))
+    assert "rank 1 on n1 (step 12, data) has made no progress for 62 s" in str(ranks.find_hang(0.0))
 
 
 @pytest.mark.parametrize("culprit", [beat(40, "saving", 200.0, LONG_S), beat(40, "data", 1.0), beat(40, "x", 90, 300)])
 def test_ranks_that_wait_for_one_that_works_are_no_hang(culprit):
     """One that saves, waits within a store's patience, or compiles."""
-    assert detector(culprit, beat(41, "agree", 200.0)).verdict(0.0) is None
+    assert detector(culprit, beat(41, "agree", 200.0)).find_hang(0.0) is None
 
 
 def test_a_rank_that_stands_still_in_the_same_place_as_one_that_moves_is_not_judged():
-    assert detector(beat(40, "evaluating", 61.0), beat(40, "evaluating", 2.0)).verdict(0.0) is None
+    assert detector(beat(40, "evaluating", 61.0), beat(40, "evaluating", 2.0)).find_hang(0.0) is None
 
 
 def test_a_rank_that_hears_rank_0_alone_judges_its_silence_only():
     """Rank 0 stands still because it waits for another rank, which it will name."""
-    heard = detector(beat(41, "agree", 500.0))
-    assert heard.verdict(59.0) is None
-    assert "rank 0 on n0 (step 12, agree) has sent no sign of life for 61 s" in str(heard.verdict(61.0))
+    found = detector(beat(41, "agree", 500.0))
+    assert found.find_hang(59.0) is None
+    assert "rank 0 on n0 (step 12, agree) has sent no heartbeat for 61 s" in str(found.find_hang(61.0))
 
 
 def test_ranks_that_hang_together_are_counted():
-    found = detector(*[beat(40, "agree", 61.0)] * 1024).verdict(0.0)
+    found = detector(*[beat(40, "agree", 61.0)] * 1024).find_hang(0.0)
     assert found is not None
     assert "rank 0 on n0 (step 12, agree), rank 1 on n1" in found
     assert "1016 more have made no progress" in found
@@ -84,11 +84,11 @@ def test_ranks_that_hang_together_are_counted():
 def test_an_ended_rank_and_a_suspended_job_are_no_hang():
     ranks = detector(beat(40, "agree"), beat(40, "agree"))
     ranks.restart(5000.0)
-    assert ranks.verdict(5001.0) is None
-    assert ranks.verdict(5061.0) is not None
+    assert ranks.find_hang(5001.0) is None
+    assert ranks.find_hang(5061.0) is not None
     ranks.forget(0)
     ranks.forget(1)
-    assert ranks.verdict(5061.0) is None
+    assert ranks.find_hang(5061.0) is None
 
 
 def test_the_limit_follows_what_a_rank_does(monkeypatch):
@@ -171,7 +171,7 @@ def test_a_stopped_rank_is_named_and_ends_the_others(tmp_path, stopped):
     assert time.monotonic() - began < 15
     ranks[stopped].kill()
     output = results_of(tmp_path, ranks)[other][1].splitlines()
-    named = rf"rank {stopped} on {HOST} \(step 12, data\) has (sent no sign of life|made no progress) for \d+ s: "
+    named = rf"rank {stopped} on {HOST} \(step 12, data\) has (sent no heartbeat|made no progress) for \d+ s: "
     assert re.match(named, output[-1]), output
     assert output[-1].endswith(f"; ending rank {other} on {HOST}")
     assert output[-2] == f"the last collectives of rank {other}: {prefix}{other}, for torchfrtrace"
