@@ -14,7 +14,7 @@ from megabert.convert.weight_names import TIED_DECODER
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.files import checkpoint_format
 from megabert.files.checkpoint_format import State
-from megabert.files.pickles import DEEPSPEED_CLASSES, UNPICKLING_ERRORS, check_pickle
+from megabert.files.pickles import DEEPSPEED_CLASSES, GETATTR, UNPICKLING_ERRORS, check_pickle
 from megabert.model.configuration_megabert import MegaBertConfig
 
 # Averaged checkpoints must agree in these sections of the recipe, except for settings that may change at a resume.
@@ -223,7 +223,7 @@ def load_without_executing(path: Path) -> dict[str, Any]:
     ValueError if the file names other classes.
     """
     check_pickle(path)
-    with safe_globals([(_DeepSpeedStub, name) for name in DEEPSPEED_CLASSES]):
+    with safe_globals([(_DeepSpeedStub, name) for name in (*DEEPSPEED_CLASSES, GETATTR)]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except UNPICKLING_ERRORS as error:

@@ -13,6 +13,9 @@ DEEPSPEED_CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
+# Python 3.11.0 to 3.11.3 pickle a member of an enumeration as a call of this. Readers put a function in its place that
+# returns nothing else.
+GETATTR = "builtins.getattr"
 # What torch's unpickler raises for bytes that are not a pickle of tensors.
 UNPICKLING_ERRORS = (
     UnpicklingError,
@@ -39,7 +42,7 @@ def check_pickle(path: Path) -> None:
         names = get_unsafe_globals_in_checkpoint(path)
     except UNPICKLING_ERRORS as error:
         raise ValueError(f"{path}: damaged: {next(iter(str(error).splitlines()), repr(error))}") from error
-    if foreign := sorted(set(names) - set(DEEPSPEED_CLASSES)):
+    if foreign := sorted(set(names) - {*DEEPSPEED_CLASSES, GETATTR}):
         raise ValueError(
             f"{path}: was not read, because it names {', '.join(foreign)}, which no MegaBERT checkpoint does. It was "
             "not written by MegaBERT, or was changed later: do not trust its folder."

@@ -50,6 +50,7 @@ TRAPS = {
     "flipped_bit_loads": (True, "files/checkpoint_format.py: a manifest has the hash of every file"),
     "client_state_overwrites": (99, "training/checkpointing/writer.py keeps the state in a file of its own"),
     "loads_any_pickle": (True, f"{COMPAT} loading_only_weights, and files/pickles.py"),
+    "stage_is_an_enum": (True, f"{COMPAT} pickle_enums_by_value and enum_member"),
     "nothing_to_load": (True, "training/checkpointing/resume.py load: it loads only what was found before"),
     "refuses_another_world_size": (True, f"{COMPAT} convert_to_universal"),
     "universal_load_at_stage_3": ({"weight_decay": [0.5, 0.5], "steps": 1}, f"{COMPAT} repair_universal_load"),

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,11 @@ def flipped_bit(stage: int) -> bool:
         file.write_bytes(raw)
         other = engine_with(**zero(stage))
         return other.load_checkpoint(folder)[0] is not None and not torch.equal(weights(other), weights(engine))
+
+
+def stage_is_an_enum() -> bool:
+    """Return whether a checkpoint holds ZeRO's stage as a member of an enumeration."""
+    return isinstance(engine_with(**zero(2)).optimizer.state_dict()["zero_stage"], Enum)
 
 
 def loads_any_pickle() -> bool:
@@ -268,6 +274,7 @@ def main() -> None:
         "flipped_bit_loads": flipped_bit(0),
         "client_state_overwrites": client_state_overwrites(),
         "loads_any_pickle": loads_any_pickle(),
+        "stage_is_an_enum": stage_is_an_enum(),
         "nothing_to_load": nothing_to_load(),
         "refuses_another_world_size": refuses_another_world_size(),
         "universal_load_at_stage_3": universal_load_at_stage_3(),

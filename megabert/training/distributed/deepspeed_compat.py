@@ -5,12 +5,14 @@ function.
 """
 
 import contextlib
+import copyreg
 import io
 import os
 import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ import deepspeed.comm.comm
 import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import nn
 from torch.serialization import safe_globals
 
-from megabert.files.pickles import DEEPSPEED_CLASSES
+from megabert.files.pickles import DEEPSPEED_CLASSES, GETATTR
 
 # Keys of a parameter group that are not its settings: DeepSpeed's own list, and what the training loop sets before
 # each step.
@@ -44,6 +47,18 @@ def skip_shm_comm_build() -> None:
 def ignore_deprecated_collectives() -> None:
     """Hide PyTorch's warnings about names of collectives that DeepSpeed still calls. Canary: deprecated_collectives."""
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def pickle_enums_by_value() -> None:
+    """Write ZeRO's stage into checkpoints as later versions of Python do. Canary: stage_is_an_enum."""
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
+
+
+def enum_member(enumeration: type[Enum], name: str) -> Enum:
+    """Return what getattr returns for an enumeration. Raises ValueError for anything else. Canary: stage_is_an_enum."""
+    if not (isinstance(enumeration, type) and issubclass(enumeration, Enum) and name in enumeration.__members__):
+        raise ValueError(f"a checkpoint asks for the attribute {name!r} of {enumeration!r}, which it does not need.")
+    return enumeration[name]
 
 
 def replace_all_gather(all_gather: Callable[..., Any]) -> None:
@@ -94,6 +109,7 @@ def loading_only_weights() -> Iterator[None]:
     classes: list[Any] = [
         (getattr(import_module(module), name), f"{module}.{name}") for module, name in _DEEPSPEED_NAMES
     ]
+    classes.append((enum_member, GETATTR))
     before = os.environ.get(FORCE_WEIGHTS_ONLY)
     os.environ[FORCE_WEIGHTS_ONLY] = "1"
     try:

@@ -43,6 +43,7 @@ def init_distributed() -> tuple[int, int]:
     """Join the process group under any launcher (see distributed/rank_env.py). Returns (rank, world size)."""
     deepspeed_compat.ignore_deprecated_collectives()
     deepspeed_compat.skip_shm_comm_build()
+    deepspeed_compat.pickle_enums_by_value()
     os.environ.update(rank_variables())
     if (visible := visible_gpus()) is not None:
         choose_own_gpu(visible)

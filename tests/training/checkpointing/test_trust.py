@@ -9,11 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.files import checkpoint_format as layout
 from megabert.files.pickles import check_pickle
-from megabert.training.distributed.deepspeed_compat import FORCE_WEIGHTS_ONLY, loading_only_weights
+from megabert.training.distributed.deepspeed_compat import (
+    FORCE_WEIGHTS_ONLY,
+    loading_only_weights,
+    pickle_enums_by_value,
+)
 from tests.helpers.many_runs import flags_of, run_many
 from tests.helpers.runs import Corpus, ds_config_in
 
@@ -44,6 +51,34 @@ def forge(path: Path, evil: Evil, form: str) -> None:
         content = torch.load(path, weights_only=False)
         torch.save(content | {"evil": evil}, path, _use_new_zipfile_serialization=form == "zip")
     with_hash(path)
+
+
+class Attribute:
+    """Is pickled as a member of an enumeration is by Python 3.11.0 to 3.11.3."""
+
+    def __init__(self, owner: type, name: str):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_a_checkpoint_of_an_early_python_3_11_is_read(tmp_path):
+    path = tmp_path / "states.pt"
+    torch.save({"zero_stage": Attribute(ZeroStageEnum, "gradients")}, path)
+    check_pickle(path)
+    with loading_only_weights():
+        assert torch.load(path)["zero_stage"] is ZeroStageEnum.gradients
+    for owner, name in ((ZeroStageEnum, "mro"), (LossScaler, "backward")):
+        torch.save({"evil": Attribute(owner, name)}, path)
+        with loading_only_weights(), pytest.raises(ValueError, match=f"asks for the attribute '{name}'"):
+            torch.load(path)
+
+
+def test_our_checkpoints_hold_no_calls(tmp_path):
+    pickle_enums_by_value()
+    torch.save({"zero_stage": ZeroStageEnum.gradients}, tmp_path / "states.pt")
+    assert get_unsafe_globals_in_checkpoint(tmp_path / "states.pt") == ["deepspeed.runtime.zero.config.ZeroStageEnum"]
 
 
 @pytest.fixture(scope="module")
