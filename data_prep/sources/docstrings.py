@@ -17,9 +17,9 @@ def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator
         for text in docstrings(Path(path)):
             try:
                 to_utf8(text, path)
-            except DamagedError as error:
+            except DamagedError:
                 # Nobody who trains on installed packages can mend them.
-                left_out.add(NO_TEXT, str(error))
+                left_out.add(NO_TEXT, path)
                 continue
             yield text
 
