@@ -58,8 +58,9 @@ class DataConfig:
     the run; the last until is 1"""
     documents: Literal["split", "truncate"] = "split"
     """what to do with longer documents: split them evenly into pieces, or truncate them to the first piece"""
-    micro_batch_tokens: int = setting(65_536, "[3, 2^24]")
-    """tokens per bin: the batch that one rank computes at once"""
+    micro_batch_tokens: int | Literal["auto"] = setting(65_536, "[3, 2^24]")
+    """tokens per bin: the batch that one rank computes at once. auto: as many as the card's memory holds, by a formula;
+    a resumed run keeps them"""
     global_batch_tokens: int | Literal["auto"] = setting(524_288, "[1, 2^40]")
     """token slots per optimizer step over all ranks; auto: micro_batch_tokens x ranks (for the quickstart)"""
     batch_warmup: float = setting(0.0, "[0, 1)")
@@ -86,7 +87,7 @@ class DataConfig:
         untils = [until for _, until in self.lengths]
         if not self.lengths or untils != sorted({*untils}) or untils[-1] != 1:
             raise ValueError(f"data.max_seq_len has phases until {untils}, expected rising shares, the last of them 1.")
-        if self.micro_batch_tokens < self.longest:
+        if self.micro_batch_tokens != "auto" and self.micro_batch_tokens < self.longest:
             raise ValueError(
                 f"data.micro_batch_tokens is {self.micro_batch_tokens}, "
                 f"expected at least data.max_seq_len ({self.longest})."
@@ -102,7 +103,13 @@ class DataConfig:
         self._check_batch()
 
     def _check_batch(self) -> None:
-        full, first, micro = self.global_batch_tokens, self.batch_warmup_from, self.micro_batch_tokens
+        full, first = self.global_batch_tokens, self.batch_warmup_from
+        # auto divides them.
+        micro = 1 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
+        if self.micro_batch_tokens == full == "auto":
+            raise ValueError(
+                "data.micro_batch_tokens and data.global_batch_tokens are both auto, expected a number for one of them."
+            )
         if full != "auto" and full % micro:
             raise ValueError(
                 f"data.global_batch_tokens is {full}, expected a multiple of data.micro_batch_tokens ({micro})."
@@ -117,6 +124,12 @@ class DataConfig:
                 f"data.batch_warmup_from is {first}, expected a multiple of data.micro_batch_tokens ({micro}) "
                 f"that divides data.global_batch_tokens ({full})."
             )
+
+    @property
+    def bin_tokens(self) -> int:
+        """micro_batch_tokens, once training/micro_batch/choose.py has chosen a number for auto."""
+        assert self.micro_batch_tokens != "auto", "data.micro_batch_tokens auto is not resolved"
+        return self.micro_batch_tokens
 
     @property
     def corpora(self) -> list[tuple[str, float]]:
@@ -327,6 +340,10 @@ class Recipe:
                 f"data.max_seq_len is {data.longest}, but model.position learned has only "
                 f"model.max_position_embeddings = {model.max_position_embeddings} positions. Raise that setting too."
             )
+
+    def with_micro_batch(self, tokens: int) -> "Recipe":
+        """Return the recipe with another micro-batch. Raises ValueError if it does not divide the batch."""
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, micro_batch_tokens=tokens))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts and lists, ready for YAML or JSON."""

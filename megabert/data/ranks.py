@@ -82,6 +82,28 @@ def batches_per_step(global_batch_tokens: int, micro_batch_tokens: int, longest:
     )
 
 
+def micro_batch_sizes(
+    global_batch_tokens: int, first_batch_tokens: int | None, longest: int, ranks: Sequence[int], most: int
+) -> list[int]:
+    """Return the micro-batches, of `longest` to `most` tokens, of which every rank gets the same number in each step.
+
+    first_batch_tokens: of a batch warm-up. ranks: the present number of ranks, and others that the run may have, which
+    count if they can share the batch at all. Raises ValueError, naming what works, if there is none.
+    """
+    batches = [batch for batch in (global_batch_tokens, first_batch_tokens) if batch is not None]
+    shares = [batch // number for batch in batches for number in ranks if batch % number == 0]
+    sizes = [size for size in possible_ranks(*shares) if longest <= size <= most] if shares else []
+    if sizes and global_batch_tokens % ranks[0] == 0:
+        return sizes
+    unit = ranks[0] * max(longest, 1024)
+    raise ValueError(
+        f"data.micro_batch_tokens auto: no number of tokens from {longest} to {most} divides data.global_batch_tokens "
+        f"{global_batch_tokens} evenly between {ranks[0]} ranks. Set data.global_batch_tokens "
+        f"{max(1, round(global_batch_tokens / unit)) * unit}, or use "
+        f"{describe(possible_ranks(global_batch_tokens), ranks[0])}."
+    )
+
+
 def check_warmup(step_batches: Sequence[int], micro_batch_tokens: int, world_size: int) -> None:
     """Raise ValueError, naming what works, if the ranks cannot share the steps of a batch warm-up evenly.
 

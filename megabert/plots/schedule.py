@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megabert.config.recipe import Recipe
+from megabert.training.micro_batch.sizes import micro_batch_on_cpu
 from megabert.training.schedule import lr_factor, make_run_schedule
 
 DRAWN_POINTS = 2000
@@ -13,6 +14,8 @@ DRAWN_POINTS = 2000
 
 def plot_schedule(recipe: Recipe, out: Path) -> None:
     """Plot every schedule of a recipe against its steps. Raises ValueError for schedules that a run would refuse."""
+    if recipe.data.micro_batch_tokens == "auto":
+        recipe = recipe.with_micro_batch(micro_batch_on_cpu(recipe, 1))
     schedule = make_run_schedule(recipe, 1)
     total, plan, masking = schedule.total_steps, schedule.stages, schedule.masking
     steps = np.unique(np.linspace(0, total - 1, DRAWN_POINTS).round().astype(int))
@@ -22,7 +25,7 @@ def plot_schedule(recipe: Recipe, out: Path) -> None:
     curves = {
         "learning rate": [recipe.optimizer.lr * lr_factor(step, total, recipe.optimizer) for step in steps.tolist()],
         "masked share": [masking.at(index) for index in bins],
-        "batch, token slots": [plan.at(index).step_batches * recipe.data.micro_batch_tokens for index in bins],
+        "batch, token slots": [plan.at(index).step_batches * recipe.data.bin_tokens for index in bins],
         "max_seq_len, tokens": [plan.at(index).max_seq_len for index in bins],
     }
     figure = Figure(figsize=(8, 9), layout="constrained")

@@ -104,7 +104,7 @@ def choose_max_documents(data: DataConfig, corpus: Corpus, saved: State | None) 
     """
     lengths, tokens, truncate = (
         [length for length, _ in data.lengths],
-        data.micro_batch_tokens,
+        data.bin_tokens,
         data.documents == "truncate",
     )
     if data.max_documents != "auto":
@@ -122,10 +122,10 @@ def stream_config(
     """The shapes of a batch. max_documents: from `choose_max_documents`."""
     data, masking = recipe.data, schedule.masking
     return StreamConfig(
-        bin_tokens=data.micro_batch_tokens,
+        bin_tokens=data.bin_tokens,
         schedule=schedule.stages,
         max_documents=max_documents,
-        max_masked=masked_count(data.micro_batch_tokens, masking.highest),
+        max_masked=masked_count(data.bin_tokens, masking.highest),
         masking=masking,
         truncate=data.documents == "truncate",
         seed=recipe.run.seed,

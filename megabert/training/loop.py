@@ -25,6 +25,7 @@ from megabert.training.distributed.watchdog import PeerWatchdog
 from megabert.training.engine import start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, evaluate
 from megabert.training.feed import Feed
+from megabert.training.micro_batch.choose import resolve_micro_batch
 from megabert.training.optim.optimizers import peak_lr
 from megabert.training.plan import RunPlan, make_plan
 from megabert.training.run import Run, TrainState, build_run
@@ -173,7 +174,7 @@ def sync_step(run: Run, batches: list[PackedBatch], before: dict[int, Position],
     """
     state, meter = run.state, run.meter
     stop_requested, save_failed = float(run.signals.reason is not None), float(run.writer.problem is not None)
-    tokens, slots = sum(batch.num_tokens for batch in batches), len(batches) * run.plan.recipe.data.micro_batch_tokens
+    tokens, slots = sum(batch.num_tokens for batch in batches), len(batches) * run.plan.recipe.data.bin_tokens
     wall_seconds = state.time_budget.elapsed() if run.plan.rank == 0 else 0.0
     squared_lengths = sum(batch.sum_squared_lengths for batch in batches)
     own = [tokens, slots, squared_lengths, stop_requested, save_failed, wall_seconds]
@@ -339,6 +340,8 @@ def pretrain(recipe: Recipe, ds_config: DsConfig, signals: StopSignals) -> int:
     """
     rank, world_size = init_distributed()
     with PeerWatchdog(rank, world_size, signals, recipe.run.hang_timeout_s):
+        progress.enter("choosing the micro-batch")
+        recipe = resolve_micro_batch(recipe, ds_config, rank, world_size)
         plan = make_plan(recipe, ds_config, rank, world_size)
         run = build_run(plan, signals)
         return run_training(run)

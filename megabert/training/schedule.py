@@ -28,10 +28,10 @@ def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
     step_batches = batches_per_step(recipe, world_size)
     steps = total_steps(recipe, step_batches)
     data, masking = recipe.data, recipe.masking
-    first = data.batch_warmup_from and data.batch_warmup_from // data.micro_batch_tokens
+    first = data.batch_warmup_from and data.batch_warmup_from // data.bin_tokens
     lengths = [Length(*phase) for phase in data.lengths]
     stages = make_schedule(steps, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
-    ranks.check_warmup(stages.step_batches, data.micro_batch_tokens, world_size)
+    ranks.check_warmup(stages.step_batches, data.bin_tokens, world_size)
     if masking.schedule == "constant":
         rate = MaskingRate.constant(masking.mlm_probability)
     else:
@@ -45,7 +45,7 @@ def batches_per_step(recipe: Recipe, world_size: int) -> int:
     data = recipe.data
     if data.global_batch_tokens == "auto":
         return world_size
-    return ranks.batches_per_step(data.global_batch_tokens, data.micro_batch_tokens, data.longest, world_size)
+    return ranks.batches_per_step(data.global_batch_tokens, data.bin_tokens, data.longest, world_size)
 
 
 def total_steps(recipe: Recipe, step_batches: int) -> int:
@@ -54,7 +54,7 @@ def total_steps(recipe: Recipe, step_batches: int) -> int:
         return recipe.run.max_steps
     if recipe.run.max_tokens is None:
         return ENDLESS
-    return max(1, recipe.run.max_tokens // (step_batches * recipe.data.micro_batch_tokens))
+    return max(1, recipe.run.max_tokens // (step_batches * recipe.data.bin_tokens))
 
 
 def lr_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:

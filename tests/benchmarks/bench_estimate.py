@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from support import report
 
 from megabert.config.recipe import ModelConfig
+from megabert.training.micro_batch.batch import Batch
 from megabert.training.roofline.estimate import predict
-from megabert.training.roofline.work import Batch
 from megabert.training.telemetry.cards import card_named
 
 CLOSE = 0.2

@@ -5,6 +5,7 @@ Import it before DeepSpeed, in a process with the library of no_op_cuda.cpp prel
 
 import contextlib
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,6 +35,9 @@ class Log(TorchDispatchMode):
         super().__init__()
         self.on = False
         self.answer = 0.0  # what the host reads from the device
+        self.live = 0  # bytes of the device's tensors
+        self.peak = 0  # the most of them so far
+        self.known: set[int] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -53,10 +57,11 @@ class Log(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self._count_bytes(outputs)
         if not self.on:
             return out
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         devices = {tensor.device.type for tensor in inputs + outputs}
         # A number on the host may take part in an operation on the device, unless it is copied there.
         copied = [tensor for tensor in inputs + outputs if tensor.dim() or "copy" in str(func)]
@@ -71,6 +76,23 @@ class Log(TorchDispatchMode):
                 self.flops += 2 * left.numel() * right.shape[-1]
                 self.wide_products += left.dtype != torch.bfloat16
         return out
+
+    def _count_bytes(self, outputs: list[torch.Tensor]) -> None:
+        """Count new storages of the device, until they are freed."""
+        for tensor in outputs:
+            if tensor.device.type != "cuda":
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.known:
+                self.known.add(key)
+                weakref.finalize(storage, self._freed, key, size)
+                self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
 
 
 LOG = Log()

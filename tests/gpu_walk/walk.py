@@ -43,6 +43,7 @@ from tests.gpu_walk.fake_cuda import LOG
 
 VOCAB = 30_522  # of BERT's own tokenizer
 TOKENIZER = TokenizerInfo("f" * 64, VOCAB, {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}, (0, 100, 101))
+TOKENS = 14_720  # of a micro-batch, where the recipe leaves it open
 MAX_SEQ_LEN, MEAN_PIECE = 128, 115  # of C4's documents, truncated to 128 tokens
 
 
@@ -84,10 +85,16 @@ def start(recipe_name: str, stage: int, ranks: int, micro_batches: int, layers: 
     torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     deepspeed_compat.skip_shm_comm_build()
     deepspeed.init_distributed(dist_backend="fake", verbose=False)
-    tokens = load_recipe(recipe_name).data.micro_batch_tokens
+    given = load_recipe(recipe_name).data.micro_batch_tokens
+    tokens = TOKENS if given == "auto" else given
     recipe = load_recipe(
         recipe_name,
-        data={"global_batch_tokens": micro_batches * ranks * tokens},
+        data={
+            "micro_batch_tokens": tokens,
+            "global_batch_tokens": micro_batches * ranks * tokens,
+            "batch_warmup": 0,
+            "batch_warmup_from": None,
+        },
         model={"num_hidden_layers": layers},
     )
     plan = make_plan(recipe, read_ds_config(ds_config_path(f"zero{stage}")), 0, ranks)
@@ -152,6 +159,7 @@ def describe(run: types.SimpleNamespace) -> dict[str, Any]:
         "masked": masked,
         "slots": slots,
         "vocabulary": model.config.vocab_size,
+        "layers": model.config.num_hidden_layers,
     }
 
 
@@ -176,10 +184,11 @@ def walk(run: types.SimpleNamespace) -> dict[str, Any]:
         parameter.register_hook(lambda gradient: gradients.add(f"{gradient.dtype} {gradient.device.type}"))
     run.feed = ((batch, 0, Position()) for _ in range(3) for batch in run.batches)
     loop.train_step(run)
+    states, LOG.peak = LOG.live, 0
     LOG.on = True
     loop.train_step(run)
     LOG.on = False
-    found = describe(run)
+    found = describe(run) | {"state_bytes": states, "peak_bytes": LOG.peak}
     kept = Kept(model)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
         output = run.engine(**run.batches[0].model_inputs(run.engine.device))

@@ -49,6 +49,11 @@ def event_class() -> Any:
     return get_accelerator().Event
 
 
+def memory_bytes(device: torch.device) -> int | None:
+    """Return the whole memory of a card; None on a CPU."""
+    return None if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory this process has used so far: allocated on the device, or resident memory on a CPU."""
     if device.type == "cpu":

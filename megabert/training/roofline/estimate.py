@@ -3,16 +3,10 @@
 from dataclasses import dataclass
 
 from megabert.config.recipe import ModelConfig, Recipe
-from megabert.training.roofline.memory import Memory, memory_of_rank, num_weights
-from megabert.training.roofline.work import (
-    BANDWIDTH,
-    GAPS,
-    HOST_PER_LAYER,
-    Batch,
-    batch_of,
-    needed_flops,
-    operations,
-)
+from megabert.training.micro_batch.batch import Batch, batch_of
+from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
+from megabert.training.micro_batch.sizes import largest_micro_batch
+from megabert.training.roofline.work import BANDWIDTH, GAPS, HOST_PER_LAYER, needed_flops, operations
 from megabert.training.telemetry.cards import Card
 
 # GPUs of one machine, whose links are the cards' own. Between machines each GPU has a port of 400 Gb/s.
@@ -34,6 +28,7 @@ class Prediction:
     memory: Memory
     card: Card
     gpus: int
+    accumulation: int
 
     @property
     def step_s(self) -> float:
@@ -72,9 +67,7 @@ def predict(
     seconds["communication"] = communication_s(weights, card, gpus, zero_stage, accumulation)
     shared_by = gpus if zero_stage else 1
     seconds["optimizer"] = 28 * weights / shared_by / (card.bandwidth * BANDWIDTH)
-    memory = memory_of_rank(
-        model, vocab_size=vocab_size, zero_stage=zero_stage, ranks=gpus, tokens=round(batch.slots), bf16=bf16
-    )
+    memory = memory_of_rank(model, batch, vocab_size=vocab_size, zero_stage=zero_stage, ranks=gpus, bf16=bf16)
     return Prediction(
         tokens=batch.tokens * accumulation * gpus,
         flops=needed_flops(model, vocab_size, batch) * accumulation * gpus,
@@ -82,6 +75,7 @@ def predict(
         memory=memory,
         card=card,
         gpus=gpus,
+        accumulation=accumulation,
     )
 
 
@@ -104,20 +98,30 @@ def communication_s(weights: float, card: Card, gpus: int, zero_stage: int, accu
 
 def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Prediction:
     """Predict a recipe's step at its full batch and last length. Raises ValueError if the ranks cannot share it."""
-    data = recipe.data
-    batch = batch_of(
-        recipe.model, data.micro_batch_tokens, data.lengths[-1][0], data.documents, recipe.masking.mlm_probability
-    )
-    total = gpus if data.global_batch_tokens == "auto" else data.global_batch_tokens // data.micro_batch_tokens
+    data, multiple = recipe.data, recipe.model.pad_vocab_to_multiple_of
+    vocab_size = -(-VOCAB_SIZE // multiple) * multiple
+
+    def batch_of_tokens(tokens: int) -> Batch:
+        return batch_of(recipe.model, tokens, data.lengths[-1][0], data.documents, recipe.masking.mlm_probability)
+
+    def memory_of(tokens: int) -> Memory:
+        return memory_of_rank(
+            recipe.model, batch_of_tokens(tokens), vocab_size=vocab_size, zero_stage=zero_stage, ranks=gpus,
+            bf16=card.bf16 is not None,
+        )  # fmt: skip
+
+    tokens = data.micro_batch_tokens
+    if tokens == "auto":
+        tokens = largest_micro_batch(recipe, gpus, memory_of, card.memory)
+    total = gpus if data.global_batch_tokens == "auto" else data.global_batch_tokens // tokens
     if total % gpus:
         raise ValueError(
             f"{gpus} GPUs cannot share the recipe's {total} micro-batches per step evenly. Pass another --gpus, or "
             "change data.micro_batch_tokens in the recipe."
         )
-    multiple = recipe.model.pad_vocab_to_multiple_of
     return predict(
-        recipe.model, batch, card, gpus=gpus, accumulation=total // gpus, zero_stage=zero_stage,
-        vocab_size=-(-VOCAB_SIZE // multiple) * multiple,
+        recipe.model, batch_of_tokens(tokens), card, gpus=gpus, accumulation=total // gpus, zero_stage=zero_stage,
+        vocab_size=vocab_size,
     )  # fmt: skip
 
 
@@ -133,10 +137,12 @@ def hours_of(recipe: Recipe, prediction: Prediction) -> float:
 def describe(recipe: Recipe, prediction: Prediction, price: float | None) -> str:
     """Write the prediction as lines for the screen. price: dollars per GPU and hour."""
     card, memory, hours = prediction.card, prediction.memory, hours_of(recipe, prediction)
-    fits = "fits" if memory.total <= 0.95 * card.memory else "DOES NOT FIT: halve data.micro_batch_tokens"
+    fits = "fits" if memory.fits(card.memory) else "DOES NOT FIT: halve data.micro_batch_tokens"
     parts = sorted(prediction.seconds.items(), key=lambda part: -part[1])
+    micro_batch = prediction.tokens / prediction.gpus / prediction.accumulation
     lines = [
         "Predicted, not measured: no GPU has run this code.",
+        f"micro-batch       {micro_batch:,.0f} tokens, {prediction.accumulation} on each GPU in a step",
         f"memory per rank   {memory.total / 1e9:.1f} of {card.memory / 1e9:.0f} GB ({fits}): states "
         f"{memory.states / 1e9:.1f}, kept for backward {memory.kept / 1e9:.1f}, work {memory.work / 1e9:.1f}",
         f"tokens/s          {prediction.tokens_per_s / 1000:,.0f}k per GPU, "

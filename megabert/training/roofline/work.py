@@ -5,11 +5,11 @@ One set of efficiencies for all models and cards, fixed before any comparison wi
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 from megabert.config.recipe import ModelConfig
 from megabert.model.configuration_megabert import MegaBertConfig
-from megabert.training.roofline.memory import num_weights
+from megabert.training.micro_batch.batch import Batch
+from megabert.training.micro_batch.memory import num_weights
 from megabert.training.telemetry.cards import Card
 from megabert.training.telemetry.flops import step_flops
 
@@ -25,20 +25,6 @@ ROWS = 0.6
 HOST_PER_LAYER = 1.6e-3
 # Of the GPU's time: waits at the end of a step, gaps between kernels.
 GAPS = 0.03
-
-# Web documents in tokens, as tests/benchmarks draw them: their logarithm has this mean and standard deviation.
-LOG_LENGTH = NormalDist(5.5, 1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One micro-batch. tokens: real ones; slots: computed, with padding; masked: tokens to predict; attended: the mean
-    number of keys per token and layer."""
-
-    tokens: float
-    slots: float
-    masked: float
-    attended: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,32 +45,6 @@ class Operation:
 
     def is_compute_bound(self, card: Card) -> bool:
         return self.flops / (card.bf16 or card.fp32) > self.moved_bytes / card.bandwidth
-
-
-def piece_lengths(longest: int, documents: str) -> tuple[float, float]:
-    """Return the mean length of a document's pieces, and the mean of the squares over the mean, with [CLS] and [SEP].
-
-    documents: truncate or split, as data.documents.
-    """
-    sums = [0.0, 0.0, 0.0]
-    for index in range(1000):
-        length = math.exp(LOG_LENGTH.inv_cdf((index + 0.5) / 1000))
-        pieces = 1 if documents == "truncate" else max(1, math.ceil(length / (longest - 2)))
-        piece = min(max(length / pieces + 2, 3), longest)
-        sums = [sums[0] + pieces, sums[1] + pieces * piece, sums[2] + pieces * piece**2]
-    return sums[1] / sums[0], sums[2] / sums[1]
-
-
-def batch_of(model: ModelConfig, tokens: int, longest: int, documents: str, masking: float) -> Batch:
-    """Return what a bin of real tokens computes; a padded model computes every document at the longest length."""
-    mean, attended = piece_lengths(longest, documents)
-    padded = model.padding == "padded"
-    return Batch(
-        tokens=tokens,
-        slots=tokens * longest / mean if padded else tokens,
-        masked=masking * tokens,
-        attended=longest if padded else attended,
-    )
 
 
 def needed_flops(model: ModelConfig, vocab_size: int, batch: Batch) -> float:

@@ -8,9 +8,10 @@ from launch import estimate as command
 from megabert.config.parser import load_recipe, recipe_names
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.training.micro_batch.batch import Batch, batch_of, piece_lengths
+from megabert.training.micro_batch.memory import memory_of_rank, num_weights
 from megabert.training.roofline.estimate import communication_s, hours_of, predict_recipe
-from megabert.training.roofline.memory import memory_of_rank, num_weights
-from megabert.training.roofline.work import batch_of, needed_flops, operations, piece_lengths
+from megabert.training.roofline.work import needed_flops, operations
 from megabert.training.telemetry.cards import card_named
 from tests.benchmarks.bench_estimate import CLOSE, RUNS
 
@@ -27,23 +28,27 @@ def test_weights_are_those_of_the_model(ffn):
     assert num_weights(dataclasses.replace(BASE.model, **small), 97) == sum(x.numel() for x in model.parameters())
 
 
+def memory(tokens, model=BASE.model, **options):
+    batch = Batch(tokens=tokens, slots=tokens, masked=0.3 * tokens, attended=0)
+    return memory_of_rank(model, batch, vocab_size=30_528, **options)
+
+
 @pytest.mark.parametrize(("tokens", "gib"), [(14_720, 5.2), (58_880, 19.8)])
 def test_what_is_kept_is_what_a_walk_of_the_model_on_fake_tensors_kept(tokens, gib):
     """The walk saved tensors of mosaicbert-base with the Triton kernels and counted each storage once."""
-    memory = memory_of_rank(BASE.model, vocab_size=30_528, zero_stage=1, ranks=8, tokens=tokens)
-    assert memory.kept == pytest.approx(gib * 2**30, rel=0.1)
+    assert memory(tokens, zero_stage=1, ranks=8).kept == pytest.approx(gib * 2**30, rel=0.1)
 
 
 def test_memory_falls_with_ranks_and_stages_and_recomputation():
     def states(stage, ranks):
-        return memory_of_rank(BASE.model, vocab_size=30_528, zero_stage=stage, ranks=ranks, tokens=1024).states
+        return memory(1024, zero_stage=stage, ranks=ranks).states
 
     weights = num_weights(BASE.model, 30_528)
     assert states(0, 8) == states(0, 1) == 16 * weights
     assert states(1, 64) < states(1, 8) < states(1, 1)
     assert states(3, 64) < states(2, 64) < states(1, 64)
     every = dataclasses.replace(BASE.model, gradient_checkpointing="every_layer")
-    kept = [memory_of_rank(x, vocab_size=30_528, zero_stage=1, ranks=1, tokens=8192).kept for x in (BASE.model, every)]
+    kept = [memory(58_880, model, zero_stage=1, ranks=1).kept for model in (BASE.model, every)]
     assert kept[1] < kept[0] / 5
 
 
@@ -102,11 +107,17 @@ def test_the_command_prints_price_and_memory_and_refuses_what_it_cannot_predict(
     assert "GPU hours, $" in out
     out = call(capsys, monkeypatch, "--gpu", "t4", "--gpus", "1")
     assert "TFLOP/s in fp32" in out
+    out = call(capsys, monkeypatch, "--gpu", "h100", "--gpus", "8")
+    assert "micro-batch       58,880 tokens, 1 on each GPU in a step" in out
     out = call(capsys, monkeypatch, "--gpu", "t4", "--gpus", "1", "--micro_batch_tokens", "58880")
     assert "DOES NOT FIT: halve data.micro_batch_tokens" in out
     for flags, message in (
         (["--gpu", "h1"], "no GPU is called h1 here, expected one of: a100"),
-        (["--gpus", "7"], "7 GPUs cannot share the recipe's 32 micro-batches per step evenly"),
+        (["--gpus", "7"], "evenly between 7 ranks. Set data.global_batch_tokens 473088, or use 4, 5 or 8 ranks"),
+        (
+            ["--gpus", "7", "--micro_batch_tokens", "14720"],
+            "7 GPUs cannot share the recipe's 32 micro-batches per step evenly",
+        ),
         (["--gpus", "0"], "--gpus is 0, expected 1 to"),
         (["--zero", "4"], "--zero is 4, expected 0 to 3"),
         (["--price", "-1"], "--price is -1.0, expected more than 0"),

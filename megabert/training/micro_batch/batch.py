@@ -1,0 +1,47 @@
+"""A micro-batch of web documents in numbers: its tokens, padding, masked tokens and attended keys."""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from megabert.config.recipe import ModelConfig
+
+# Web documents in tokens, as tests/benchmarks draw them: their logarithm has this mean and standard deviation.
+LOG_LENGTH = NormalDist(5.5, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch. tokens: real ones; slots: computed, with padding; masked: tokens to predict; attended: the mean
+    number of keys per token and layer."""
+
+    tokens: float
+    slots: float
+    masked: float
+    attended: float
+
+
+def piece_lengths(longest: int, documents: str) -> tuple[float, float]:
+    """Return the mean length of a document's pieces, and the mean of the squares over the mean, with [CLS] and [SEP].
+
+    documents: truncate or split, as data.documents.
+    """
+    sums = [0.0, 0.0, 0.0]
+    for index in range(1000):
+        length = math.exp(LOG_LENGTH.inv_cdf((index + 0.5) / 1000))
+        pieces = 1 if documents == "truncate" else max(1, math.ceil(length / (longest - 2)))
+        piece = min(max(length / pieces + 2, 3), longest)
+        sums = [sums[0] + pieces, sums[1] + pieces * piece, sums[2] + pieces * piece**2]
+    return sums[1] / sums[0], sums[2] / sums[1]
+
+
+def batch_of(model: ModelConfig, tokens: int, longest: int, documents: str, masking: float) -> Batch:
+    """Return what a bin of real tokens computes; a padded model computes every document at the longest length."""
+    mean, attended = piece_lengths(longest, documents)
+    padded = model.padding == "padded"
+    return Batch(
+        tokens=tokens,
+        slots=tokens * longest / mean if padded else tokens,
+        masked=masking * tokens,
+        attended=longest if padded else attended,
+    )

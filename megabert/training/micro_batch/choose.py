@@ -1,0 +1,123 @@
+"""Chooses the number of data.micro_batch_tokens auto at a run's first start, and keeps it at every other start."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabert.config.ds_config import DsConfig, ResolvedDsConfig
+from megabert.config.recipe import Recipe, RunConfig
+from megabert.files.checkpoint_format import State, find_checkpoint, list_tags, read_state
+from megabert.kernels.devices import has_fast_bf16
+from megabert.training.distributed.device import memory_bytes, training_device
+from megabert.training.distributed.sync import broadcast_from_rank0, gather_dicts
+from megabert.training.feed import choose_max_documents, open_corpora
+from megabert.training.micro_batch.batch import Batch
+from megabert.training.micro_batch.memory import Memory, memory_of_rank
+from megabert.training.micro_batch.sizes import largest_micro_batch, micro_batch_on_cpu
+
+log = logging.getLogger(__name__)
+
+
+def resolve_micro_batch(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -> Recipe:
+    """Return the recipe with a number for data.micro_batch_tokens; every rank calls this and gets the same one.
+
+    Raises ValueError if no micro-batch, or not that of the run's checkpoint, fits into the ranks' memory.
+    """
+    if recipe.data.micro_batch_tokens != "auto":
+        return recipe
+    found = gather_dicts({rank: memory_bytes(training_device())})
+    cards = [card for card in found.values() if card is not None]
+    chooser = Chooser(recipe, ds_config, world_size, min(cards) if cards else None)
+    tokens = broadcast_from_rank0(chooser.choose, rank, world_size)
+    return recipe.with_micro_batch(tokens)
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses for a run on world_size ranks. card_bytes: memory of the smallest card; None on CPUs."""
+
+    recipe: Recipe
+    ds_config: DsConfig
+    world_size: int
+    card_bytes: float | None
+
+    def choose(self) -> int:
+        """Return the number of the run's checkpoint, or the largest that fits. Call on one rank."""
+        saved = saved_state(self.recipe.run)
+        return self._new() if saved is None else self._kept(saved)
+
+    def _new(self) -> int:
+        if self.card_bytes is None:
+            tokens = micro_batch_on_cpu(self.recipe, self.world_size)
+            log.info("data.micro_batch_tokens auto is %d on CPUs", tokens)
+            return tokens
+        corpus, _ = open_corpora(self.recipe.data)
+        multiple = self.recipe.model.pad_vocab_to_multiple_of
+        vocab_size = -(-corpus.tokenizer.vocab_size // multiple) * multiple
+
+        def memory_of(tokens: int) -> Memory:
+            documents = choose_max_documents(self.recipe.with_micro_batch(tokens).data, corpus, None)
+            return self._memory(tokens, documents, vocab_size, self.stage)
+
+        tokens = largest_micro_batch(self.recipe, self.world_size, memory_of, self.card_bytes)
+        needed = _gb(memory_of(tokens).total)
+        log.info("data.micro_batch_tokens auto is %d: about %s of %s", tokens, needed, _gb(self.card_bytes))
+        return tokens
+
+    def _kept(self, saved: State) -> int:
+        """Return a checkpoint's number. Raises ValueError, naming what helps, if it does not fit."""
+        tokens = int(saved.recipe["data"]["micro_batch_tokens"])
+        documents, vocab_size = saved.max_documents or {}, saved.model["vocab_size"]
+        needed = self._memory(tokens, documents, vocab_size, self.stage)
+        if self.card_bytes is None or needed.fits(self.card_bytes):
+            log.info("data.micro_batch_tokens auto is %d, as in the checkpoint", tokens)
+            return tokens
+        zero2 = self._memory(tokens, documents, vocab_size, 2)
+        other = "use ds_configs/zero2.json, " if self.stage == 1 and zero2.fits(self.card_bytes) else ""
+        raise ValueError(
+            f"data.micro_batch_tokens auto: the run's checkpoint has {tokens}, which a resumed run keeps and which "
+            f"needs about {_gb(needed.total)} at ZeRO {self.stage} on {self.world_size} ranks; the card has "
+            f"{_gb(self.card_bytes)}. To resume, {other}use cards with more memory, or set data.micro_batch_tokens "
+            f"{tokens} to try it; or start anew with --run.resume none."
+        )
+
+    @property
+    def stage(self) -> int:
+        return ResolvedDsConfig(self.ds_config.settings).zero_stage
+
+    def _memory(self, tokens: int, max_documents: dict[int, int], vocab_size: int, stage: int) -> Memory:
+        """max_documents: by max_seq_len. A padded model computes at most so many documents of that length."""
+        masking = self.recipe.masking
+        share = max(masking.mlm_probability, masking.final_mlm_probability if masking.schedule != "constant" else 0)
+        slots = tokens
+        if self.recipe.model.padding == "padded":
+            slots = max((length * count for length, count in max_documents.items()), default=tokens)
+        enabled = self.ds_config.settings.get("torch_autocast", {}).get("enabled", False)
+        return memory_of_rank(
+            self.recipe.model,
+            Batch(tokens=tokens, slots=slots, masked=share * tokens, attended=0),
+            vocab_size=vocab_size,
+            zero_stage=stage,
+            ranks=self.world_size,
+            bf16=has_fast_bf16(training_device()) if enabled == "auto" else enabled,
+        )
+
+
+def saved_state(run: RunConfig) -> State | None:
+    """Return the state of a checkpoint that the run starts from; all of a run have the same micro-batch.
+
+    resume.find checks their files; here a damaged state is only passed over.
+    """
+    if run.resume not in ("auto", "none"):
+        return read_state(find_checkpoint(Path(run.resume)))
+    checkpoints = Path(run.output_dir, "checkpoints")
+    for tag in list_tags(checkpoints) if run.resume == "auto" else []:
+        try:
+            return read_state(checkpoints / tag)
+        except (ValueError, OSError) as error:
+            log.warning("checkpoint %s is damaged and not used: %s", tag, error)
+    return None if run.branch_from is None else read_state(find_checkpoint(Path(run.branch_from)))
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
