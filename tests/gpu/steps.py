@@ -27,12 +27,15 @@ def open_run(stage: str, flags: list[str]) -> Run:
     choose_accelerator()
     from megabert.training.distributed.process import init_distributed
     from megabert.training.distributed.signals import StopSignals
+    from megabert.training.micro_batch.choose import resolve_micro_batch
     from megabert.training.plan import make_plan
     from megabert.training.run import build_run
 
     recipe, _ = RecipeParser("tests/gpu/steps.py").read(flags)
     ds_config = read_ds_config(REPOSITORY / f"ds_configs/zero{stage}.json")
-    return build_run(make_plan(recipe, ds_config, *init_distributed()), StopSignals())
+    rank, world_size = init_distributed()
+    recipe = resolve_micro_batch(recipe, ds_config, rank, world_size)
+    return build_run(make_plan(recipe, ds_config, rank, world_size), StopSignals())
 
 
 def step(run: Run) -> None:
