@@ -55,7 +55,7 @@ stage "corpus: docstrings of the installed packages" bash launch/quickstart/prep
 stage "tokenizer" bash launch/quickstart/prepare.sh tokenizer
 stage "token shards" bash launch/quickstart/prepare.sh tokens
 stage "pretraining" \
-    deepspeed --master_port "$(free_port)" launch/pretrain.py --ds_config ds_configs/zero2.json
+    deepspeed --master_port "$(free_port)" launch/pretrain.py --ds_config ds_configs/zero0.json
 stage "export to Hugging Face" \
     python launch/convert_to_hf.py $run $run/hf
 stage "fine-tuning data" \

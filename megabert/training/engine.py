@@ -16,7 +16,11 @@ from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.checkpointing import resume, universal
 from megabert.training.checkpointing.initial_weights import load_initial_weights
 from megabert.training.checkpointing.resume import Checkpoint
-from megabert.training.distributed.deepspeed_compat import gate_optimizer_step, zero_norm_reader
+from megabert.training.distributed.deepspeed_compat import (
+    gate_optimizer_step,
+    skip_reduction_of_one_rank,
+    zero_norm_reader,
+)
 from megabert.training.distributed.heartbeat import watch_compiler
 from megabert.training.optim.guard import UpdateGate
 from megabert.training.optim.optimizers import parameter_groups
@@ -105,6 +109,8 @@ def build_engine(
     # At stage 0 the guard computes the gradient's norm and clips; above, ZeRO does.
     if plan.ds_config.zero_stage == 0:
         gate.clipped_parameters = list(engine.parameters())
+        if plan.world_size == 1:
+            skip_reduction_of_one_rank(engine)
     else:
         gate.zero_norm = zero_norm_reader(engine)
     return engine

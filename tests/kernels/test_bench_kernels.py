@@ -3,7 +3,8 @@
 import torch
 
 from tests.benchmarks.bench_kernels import WORK, Contender, contenders, passes, time_s
-from tests.benchmarks.bench_train import peak_of
+from tests.benchmarks.bench_train import peak_of, ratio_figures
+from tests.benchmarks.support.contenders import Row, hf_modernbert, ours
 
 
 def test_every_operation_runs_with_small_inputs():
@@ -38,8 +39,27 @@ def test_a_pass_takes_the_inputs_in_turn_and_keeps_no_gradient():
     assert contender.leaves[0].grad is None
 
 
-def test_a_peak_that_varies_is_said():
-    assert peak_of([90.0, 100.0, 91.0]) == (100.0, None)
-    peak, warning = peak_of([80.0, 100.0])
-    assert peak == 100.0
-    assert warning.startswith("the rate of the matrix products varied by 20% between rounds")
+def test_a_peak_that_varies_is_said_beside_the_mfu():
+    assert peak_of([90.0, 100.0, 91.0]) == (100.0, "")
+    assert peak_of([80.0, 100.0]) == (100.0, " (peak varied by 20%)")
+
+
+def test_the_faster_hf_bert_is_the_one_that_is_compared_first():
+    names = ["mosaicbert", "hf_bert, no attention dropout", "hf_bert"]
+    speeds = [[8.0, 9.0, 8.0], [2.0, 3.0, 2.0], [1.0, 1.0, 1.0]]
+    figures = ratio_figures("mini_512", names, speeds)
+    assert figures["mini_512_vs_hf_bert"] == 8.0
+    assert figures["mini_512_vs_faster_hf_bert"] == figures["mini_512_vs_hf_bert_no_attention_dropout"] == 4.0
+    same = ratio_figures("modernbert_mini_512", ["modernbert", "hf_modernbert, same architecture"], speeds[:2])
+    assert same == {"modernbert_mini_512_vs_hf_modernbert_same": 4.0}
+
+
+def test_the_rows_of_modernbert_have_the_architecture_that_they_are_compared_with():
+    row = Row(2, 32, 2, 48, cap=32, tokens=64, rows=2, family="modernbert", vocab=2048)
+    own, theirs = ours("modernbert", row), hf_modernbert(row)
+    assert own.architecture.local_attention_window == theirs.model.config.local_attention
+    assert [own.architecture.is_local(layer) for layer in range(2)] == [
+        kind == "sliding_attention" for kind in theirs.model.config.layer_types
+    ]
+    sizes = [sum(parameter.numel() for parameter in contender.model.parameters()) for contender in (own, theirs)]
+    assert sizes[0] == sizes[1]

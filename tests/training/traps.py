@@ -194,6 +194,24 @@ def norm_within_step() -> list[float]:
     return norms
 
 
+def one_rank_is_reduced() -> list[bool]:
+    """Return whether stage 0 reduces the gradients of one rank, by default and where it is told not to."""
+    found = []
+    for reduces in (True, False):
+        engine, buckets = engine_with(**zero(0)), []
+        engine.enable_backward_allreduce = engine.enable_backward_allreduce and reduces
+        usual = engine.allreduce_bucket
+
+        def counted(*args: Any, usual: Any = usual, buckets: list[Any] = buckets, **options: Any) -> Any:
+            buckets.append(args)
+            return usual(*args, **options)
+
+        engine.allreduce_bucket = counted
+        step(engine)
+        found.append(bool(buckets))
+    return found
+
+
 def numel_at_stage_3() -> list[int]:
     return [parameter.numel() for parameter in engine_with(**zero(3)).module.parameters()]
 
@@ -266,6 +284,7 @@ def main() -> None:
         "nan_at_stage_2": nan_at_stage(2),
         "norm_at_stage_0": norm_at_stage_0(),
         "norm_within_step": norm_within_step(),
+        "one_rank_is_reduced": one_rank_is_reduced(),
         "numel_at_stage_3": numel_at_stage_3(),
         "mistyped_stage": mistyped_stage(),
         "autocast_reduces_in": autocast_reduces_in(),

@@ -95,6 +95,15 @@ def zero_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float]:
     return lambda: float(optimizer._global_grad_norm)
 
 
+def skip_reduction_of_one_rank(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let a single rank at ZeRO stage 0 keep its gradients where they are.
+
+    DeepSpeed copies all of them into one buffer, "reduces" it over the one rank, and copies them back.
+    Canary: one_rank_is_reduced.
+    """
+    engine.enable_backward_allreduce = False
+
+
 def num_parameters(model: nn.Module) -> int:
     """Count the whole model's parameters, also those that ZeRO 3 has partitioned. Canary: numel_at_stage_3."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())

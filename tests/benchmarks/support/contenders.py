@@ -1,12 +1,15 @@
 """The models that bench_train.py compares, and one optimizer step of each on real tokens.
 
-All have the same layers, width, heads and FFN, bf16 autocast, torch's fused AdamW, 30 % masking, and their own default
-dropout: 0.1 on hidden states; BERT also 0.1 on attention weights; ModernBERT none. With dropout on attention weights,
-PyTorch's attention on a CPU does not use its fused kernel, so hf_bert is also measured without it.
+All of a row have the same layers, width, heads and FFN, bf16 autocast, torch's fused AdamW, 30 % masking, and their own
+default dropout: 0.1 on hidden states; BERT also 0.1 on attention weights; ModernBERT none. With dropout on attention
+weights, PyTorch's attention on a CPU does not use its fused kernel, so hf_bert is also measured without it.
+
+In the rows modernbert_* MegaBERT trains ModernBERT's architecture itself: windows of 128 tokens, whole documents in
+every third layer. transformers 5.23 has no form of it without padding on a CPU: only flash-attn reads packed rows.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +34,8 @@ LOWEST_ID = 1000
 class Row(NamedTuple):
     """One size of model and one cap on documents.
 
-    tokens: of a bin of MegaBERT; rows: of a padded batch of the others.
+    tokens: of a bin of MegaBERT; rows: of a padded batch of the others. family: MegaBERT's architecture, mosaicbert or
+    modernbert. log_length: mean of the logarithm of a document's tokens; 5.5 is that of web pages.
     """
 
     layers: int
@@ -41,14 +45,22 @@ class Row(NamedTuple):
     cap: int
     tokens: int
     rows: int
+    family: str = "mosaicbert"
+    log_length: float = 5.5
+    vocab: int = VOCAB
+    dropout: float = 0.1
 
 
 ROWS = {
+    "quickstart": Row(3, 160, 5, 384, cap=128, tokens=1024, rows=8, vocab=8192, dropout=0.0),
     "mini_128": Row(4, 256, 4, 1024, cap=128, tokens=4096, rows=32),
     "mini_512": Row(4, 256, 4, 1024, cap=512, tokens=4096, rows=16),
     "small_512": Row(6, 512, 8, 2048, cap=512, tokens=4096, rows=16),
     "base_128": Row(12, 768, 12, 3072, cap=128, tokens=8192, rows=32),
 }
+for size in ("mini_512", "small_512", "base_128"):
+    ROWS[f"modernbert_{size}"] = ROWS[size]._replace(family="modernbert")
+ROWS["modernbert_small_2048"] = ROWS["modernbert_small_512"]._replace(cap=2048, tokens=8192, rows=8, log_length=6.5)
 
 
 if DEVICE.type == "cuda":
@@ -59,7 +71,8 @@ class Contender(NamedTuple):
     """A model and its optimizer.
 
     compute_loss(inputs) returns the mean over masked tokens. draw(rng) returns a step's batches and the lengths of its
-    documents. ffn_matrices: 3 for a gated FFN, 2 for BERT's. compiles: the first step calls a compiler.
+    documents. architecture: MegaBERT's configuration of the same architecture, for the FLOPs that it needs. compiles:
+    the first step calls a compiler.
     """
 
     name: str
@@ -67,7 +80,7 @@ class Contender(NamedTuple):
     optimizer: torch.optim.Optimizer
     compute_loss: Callable[[dict], Tensor]
     draw: Callable[[np.random.Generator], tuple[list[dict], list[int]]]
-    ffn_matrices: int
+    architecture: MegaBertConfig
     compiles: bool = False
 
     def step(self, batches: list[dict]) -> None:
@@ -81,20 +94,20 @@ class Contender(NamedTuple):
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def document_lengths(rng: np.random.Generator, cap: int) -> Iterator[int]:
-    """Draw from Lognormal(5.5, 1.0), the lengths of web documents, cut at the cap; at least [CLS], a token, [SEP]."""
+def document_lengths(rng: np.random.Generator, row: Row) -> Iterator[int]:
+    """Draw from Lognormal(row.log_length, 1.0), cut at the cap; at least [CLS], a token, [SEP]."""
     while True:
-        yield int(np.clip(rng.lognormal(5.5, 1.0), 3, cap))
+        yield int(np.clip(rng.lognormal(row.log_length, 1.0), 3, row.cap))
 
 
 def draw_packed(rng: np.random.Generator, row: Row) -> tuple[list[dict], list[int]]:
     """Draw one bin of exactly row.tokens real tokens; its last document is cut to fit."""
     lengths: list[int] = []
-    for length in document_lengths(rng, row.cap):
+    for length in document_lengths(rng, row):
         lengths.append(min(length, row.tokens - sum(lengths)))
         if sum(lengths) == row.tokens:
             break
-    ids = torch.from_numpy(rng.integers(LOWEST_ID, VOCAB, row.tokens))
+    ids = torch.from_numpy(rng.integers(LOWEST_ID, row.vocab, row.tokens))
     masked = np.sort(rng.choice(row.tokens, round(MASKED * row.tokens), replace=False))
     positions = torch.from_numpy(masked.astype(np.int32))
     bin_ = {
@@ -111,10 +124,10 @@ def draw_packed(rng: np.random.Generator, row: Row) -> tuple[list[dict], list[in
 def draw_padded(rng: np.random.Generator, row: Row) -> tuple[list[dict], list[int]]:
     """Draw rows padded to the longest of each batch, in as many batches as come nearest to row.tokens real tokens."""
     batches, drawn = [], []
-    source = document_lengths(rng, row.cap)
+    source = document_lengths(rng, row)
     while not batches or sum(drawn) * (len(batches) + 0.5) / len(batches) < row.tokens:
         lengths = [next(source) for _ in range(row.rows)]
-        ids = torch.from_numpy(rng.integers(LOWEST_ID, VOCAB, (row.rows, max(lengths))))
+        ids = torch.from_numpy(rng.integers(LOWEST_ID, row.vocab, (row.rows, max(lengths))))
         mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
         hidden = torch.from_numpy(rng.random(ids.shape) < MASKED) & mask.bool()
         labels = torch.where(hidden, ids, -100)
@@ -123,24 +136,40 @@ def draw_padded(rng: np.random.Generator, row: Row) -> tuple[list[dict], list[in
     return batches, drawn
 
 
-def _contender(name: str, model: nn.Module, compute_loss: Callable, draw: Callable, gated: bool) -> Contender:
+def _contender(
+    name: str, model: nn.Module, compute_loss: Callable, draw: Callable, architecture: MegaBertConfig
+) -> Contender:
     model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
-    return Contender(name, model.train(), optimizer, compute_loss, draw, 3 if gated else 2)
+    return Contender(name, model.train(), optimizer, compute_loss, draw, architecture)
 
 
-def ours(name: str, row: Row, checkpoint_every: int = 0) -> Contender:
-    """Build MegaBERT's MosaicBERT, or with a name that begins with "bert" its BERT, with the ops of run.ops auto."""
-    bert = {"position": "learned", "ffn": "gelu", "attention_probs_dropout_prob": 0.1}
-    classic = bert if name.startswith("bert") else {}
-    config = MegaBertConfig(
-        vocab_size=VOCAB,
+def architecture_of(row: Row, family: str) -> MegaBertConfig:
+    """Return MegaBERT's configuration of mosaicbert, bert or modernbert in a row's size."""
+    families: dict[str, dict[str, Any]] = {
+        "mosaicbert": {},
+        "bert": {"position": "learned", "ffn": "gelu", "attention_probs_dropout_prob": 0.1},
+        "modernbert": {
+            "position": "rope", "rope_theta": 160_000.0, "local_rope_theta": 10_000.0, "global_attention_every": 3,
+            "local_attention_window": 128, "norm_position": "pre", "bias": False, "norm_bias": False,
+            "type_vocab_size": 0, "layer_norm_dtype": "float32",
+        },
+    }  # fmt: skip
+    return MegaBertConfig(
+        vocab_size=row.vocab,
         hidden_size=row.hidden,
         num_hidden_layers=row.layers,
         num_attention_heads=row.heads,
         intermediate_size=row.ffn,
-        **classic,
+        max_position_embeddings=max(512, row.cap),
+        hidden_dropout_prob=0.0 if family == "modernbert" else row.dropout,
+        **families[family],
     )
+
+
+def ours(name: str, row: Row, checkpoint_every: int = 0) -> Contender:
+    """Build the model that a name begins with: "mosaicbert", "bert" or "modernbert", with the ops of run.ops auto."""
+    config = architecture_of(row, name.split(",")[0])
     model = MegaBertForMaskedLM(config)
     set_ops(model, resolve("auto", DEVICE, config, bf16=True))
     model.bert.encoder.checkpoint_every = checkpoint_every
@@ -149,18 +178,19 @@ def ours(name: str, row: Row, checkpoint_every: int = 0) -> Contender:
         output = model(**inputs)
         return output.loss_sum / output.num_targets
 
-    contender = _contender(name, model, compute_loss, lambda rng: draw_packed(rng, row), gated=not classic)
+    contender = _contender(name, model, compute_loss, lambda rng: draw_packed(rng, row), config)
     return contender._replace(compiles=True)
 
 
 def hf_bert(row: Row, attention_dropout: float = 0.1) -> Contender:
     """Build transformers' BERT with its defaults, or without attention dropout, which lets it use the faster kernel."""
     config = BertConfig(
-        vocab_size=VOCAB,
+        vocab_size=row.vocab,
         hidden_size=row.hidden,
         num_hidden_layers=row.layers,
         num_attention_heads=row.heads,
         intermediate_size=row.ffn,
+        hidden_dropout_prob=row.dropout,
         attention_probs_dropout_prob=attention_dropout,
         attn_implementation="sdpa",
     )
@@ -170,17 +200,19 @@ def hf_bert(row: Row, attention_dropout: float = 0.1) -> Contender:
         model,
         lambda inputs: model(**inputs).loss,
         lambda rng: draw_padded(rng, row),
-        gated=False,
+        architecture_of(row, "bert"),
     )
 
 
 def hf_modernbert(row: Row) -> Contender:
+    """Build transformers' ModernBERT with its defaults: windows of 128, whole documents in every third layer."""
     config = ModernBertConfig(
-        vocab_size=VOCAB,
+        vocab_size=row.vocab,
         hidden_size=row.hidden,
         num_hidden_layers=row.layers,
         num_attention_heads=row.heads,
         intermediate_size=row.ffn,
+        max_position_embeddings=8192,
         pad_token_id=0,
         bos_token_id=101,
         eos_token_id=102,
@@ -191,19 +223,15 @@ def hf_modernbert(row: Row) -> Contender:
     )
     model = ModernBertForMaskedLM(config)
     return _contender(
-        "hf_modernbert", model, lambda inputs: model(**inputs).loss, lambda rng: draw_padded(rng, row), gated=True
+        "hf_modernbert",
+        model,
+        lambda inputs: model(**inputs).loss,
+        lambda rng: draw_padded(rng, row),
+        architecture_of(row, "modernbert"),
     )
 
 
-def needed_flops(row: Row, lengths: list[int], ffn_matrices: int) -> float:
+def needed_flops(architecture: MegaBertConfig, lengths: list[int]) -> float:
     """Return the FLOPs of a step, as telemetry/flops.py counts them; other work of a contender does not count."""
-    config = MegaBertConfig(
-        vocab_size=VOCAB,
-        hidden_size=row.hidden,
-        num_hidden_layers=row.layers,
-        num_attention_heads=row.heads,
-        intermediate_size=row.ffn,
-        ffn="geglu" if ffn_matrices == 3 else "gelu",
-    )
     tokens = sum(lengths)
-    return step_flops(config, tokens, round(MASKED * tokens), sum(length**2 for length in lengths))
+    return step_flops(architecture, tokens, round(MASKED * tokens), sum(length**2 for length in lengths))

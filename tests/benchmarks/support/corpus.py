@@ -53,27 +53,33 @@ def write_token_shards(folder: Path, num_shards: int, shard_tokens: int) -> None
     write_manifest(folder, Manifest("tokens", {"train": tuple(shards)}, statistics, tokenizer))
 
 
-def write_text_shards(folder: Path) -> Path:
+def write_text_shards(folder: Path, texts: int = 600, chunk_tokens: int = 2048) -> Path:
     """Write shards of random sentences, with a tokenizer and a held-out part, for a run to train on.
 
     Returns the folder of the shards. This runs in a process of its own, because data_prep's workers import everything
     that the main program imports.
     """
-    subprocess.run([sys.executable, __file__, str(folder)], check=True)
+    subprocess.run([sys.executable, __file__, str(folder), str(texts), str(chunk_tokens)], check=True)
     return folder / "tokens"
 
 
-def _write_text_shards(folder: Path) -> None:
+def _write_text_shards(folder: Path, num_texts: int, chunk_tokens: int) -> None:
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(400)]
-    texts = [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(600)]
+    texts = [" ".join(rng.choices(words, k=rng.randint(20, 120))) for _ in range(num_texts)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     source, tokenizer, tokens = (folder / name for name in ("corpus.jsonl", "tokenizer", "tokens"))
     train_tokenizer.main([f"--source={source}", f"--out={tokenizer}", "--vocab_size=400"])
     write_shards.main(
-        [f"--source={source}", f"--tokenizer={tokenizer}", f"--out={tokens}", "--heldout=0.1", "--chunk_tokens=2048"]
+        [
+            f"--source={source}",
+            f"--tokenizer={tokenizer}",
+            f"--out={tokens}",
+            "--heldout=0.1",
+            f"--chunk_tokens={chunk_tokens}",
+        ]
     )
 
 
 if __name__ == "__main__":
-    _write_text_shards(Path(sys.argv[1]))
+    _write_text_shards(Path(sys.argv[1]), *map(int, sys.argv[2:]))
