@@ -19,9 +19,13 @@ from tqdm import tqdm
 
 from data_prep.sources.base import is_disk_full
 from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.files.limits import allow_open_files
 from megabert.files.subprocesses import exit_with_parent, use_short_socket_paths
 
 R = TypeVar("R")
+
+# Open files of the command itself, and for each worker: its pipes, and the end of the fork server's.
+LEAST_OPEN_FILES, FILES_PER_WORKER = 32, 4
 
 # Seconds between two lines of progress in a log. A terminal shows a bar instead.
 LOG_EVERY_S = 30.0
@@ -102,6 +106,7 @@ class WorkerPool:
 
     def __init__(self, count: int):
         use_short_socket_paths()
+        allow_open_files(LEAST_OPEN_FILES + FILES_PER_WORKER * count)
         context = multiprocessing.get_context("forkserver")
         # The modules are imported once, in the process that all workers are forked from, instead of in every worker.
         context.set_forkserver_preload(["__main__", *PRELOADED])

@@ -4,6 +4,7 @@ import errno
 import operator
 import os
 import re
+import resource
 import sys
 
 import pytest
@@ -12,6 +13,12 @@ from data_prep import workers, write_shards
 from data_prep.sources.base import InputSplit
 from data_prep.workers import Progress, WorkerPool
 from data_prep.writing.passes import TASK_BYTES, group_into_tasks
+
+
+def test_too_few_open_files_are_named_before_a_worker_starts(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 20))
+    with pytest.raises(ValueError, match=r"only 20 files here .* expected at least 40\."):
+        WorkerPool(2)
 
 
 @pytest.fixture
