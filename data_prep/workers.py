@@ -73,13 +73,22 @@ def _start_worker(counters: Any) -> None:
 
 
 @contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Defer Ctrl-C to the end of the block. Threads that are started in the block never receive it."""
+def _sigint_deferred() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the block. Threads and processes that are started in the block never receive it.
+
+    It is blocked for this thread, and noted by a handler, since a thread of a library may receive it instead.
+    """
+    handler, noted = signal.getsignal(signal.SIGINT), []
+    if callable(handler):
+        signal.signal(signal.SIGINT, lambda number, frame: noted.append((number, frame)))
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        signal.signal(signal.SIGINT, handler)
+    if callable(handler) and noted:
+        handler(*noted[-1])
 
 
 @contextmanager
@@ -148,7 +157,7 @@ class WorkerPool:
                 # Two tasks per worker keep all of them busy. Submitting every task at once would only cost memory.
                 while len(pending) < 2 * self._count and (task := next(remaining, None)) is not None:
                     # An interrupt while a worker starts would leave the worker running.
-                    with _naming_shared_memory(), _sigint_blocked():
+                    with _naming_shared_memory(), _sigint_deferred():
                         pending.add(self._pool.submit(function, *task))
                 if not pending:
                     return

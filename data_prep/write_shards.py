@@ -10,6 +10,12 @@ command continues where it stopped when it is run again, and ends with the same 
 work between machines.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager

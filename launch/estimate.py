@@ -3,6 +3,12 @@
 python launch/estimate.py --recipe mosaicbert-base --gpu h100 --gpus 8 --price 2.5
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from megabert.config import cli
 from megabert.config.parser import load_recipe
 

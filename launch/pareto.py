@@ -5,6 +5,12 @@ python launch/pareto.py --runs runs/mosaicbert-base,runs/bert-base --data glue_d
 After an interruption the same command continues.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
 from dataclasses import dataclass
 from pathlib import Path

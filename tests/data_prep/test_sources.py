@@ -76,6 +76,7 @@ def test_byte_ranges_of_a_jsonl_cover_every_line_once(tmp_path, monkeypatch):
     ("content", "message"),
     [
         ('{"text": "a"}\n{"text"', r"a\.jsonl at byte 14: not valid JSON"),
+        ('{"text": "a", "text": "b"}', r"a\.jsonl at byte 0: not valid JSON: the key 'text' appears twice"),
         ('{"body": "a"}\n', r"a\.jsonl at byte 0: has no field 'text', its fields are: body.*--text-key"),
     ],
 )

@@ -1,6 +1,5 @@
 """Read the tokenizer of a folder of transformers: tokenizer.json or vocab.txt, and the tokens beside them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.files.json_file import parse_json
 from megabert.files.limits import read_bounded
 
 VOCAB = "vocab.txt"
@@ -80,7 +80,7 @@ def read_json_files(files: dict[str, Path]) -> dict[str, dict[str, Any]]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(read_bounded(path, MAX_TOKENIZER_BYTES))
+        value = parse_json(read_bounded(path, MAX_TOKENIZER_BYTES))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -261,6 +261,7 @@ def test_the_case_of_a_vocabulary_is_judged_by_shares(wordpiece, tmp_path):
             "tokenizer.json: ",
         ),
         ("tokenizer.json", "{", "not valid JSON"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0, "a": 1}}}', "the key 'a' appears twice"),
         ("tokenizer.json", "{}", "not a tokenizer"),
         ("a.model", "noise", "not a sentencepiece model"),
         (".", None, "holds neither tokenizer.json nor a vocab.txt of BERT's"),
