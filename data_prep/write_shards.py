@@ -166,6 +166,8 @@ def report(request: ShardRequest, manifest: Manifest) -> None:
         print(f"left out: {request.left_out}")
     if options.heldout and not any(shard.documents for shard in manifest.splits["heldout"]):
         print(f"{out}: no document is held out. Write the shards again with {heldout_that_is_enough(statistics)}.")
+    elif options.heldout and not any(shard.documents for shard in manifest.splits["train"]):
+        print(f"{out}: every document is held out. Write the shards again with a smaller --heldout.")
 
 
 def command(prog: str = "megabert-shards") -> NoReturn:

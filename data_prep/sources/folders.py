@@ -11,7 +11,7 @@ from data_prep.sources.base import HIDDEN, READ_ALREADY, LeftOut, is_hidden
 def files_below(folder: Path, is_source: Callable[[Path], bool], left_out: LeftOut) -> Iterator[Path]:
     """Yield the files below a folder in the order of their paths, and the folders that are a source as a whole.
 
-    Hidden files and folders, and a file or folder that a link names once more, are left out. Raises ValueError for anything
+    Hidden files and folders, and what a link names once more, are left out. Raises ValueError for anything
     that cannot be read: a link without a target, a pipe, a folder without permission.
     """
     seen: dict[tuple[int, int], Path] = {}

@@ -13,7 +13,6 @@ from typing import NoReturn
 
 from megabert.config import cli
 
-
 # A model of the hub: OWNER/NAME, or NAME alone.
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 

@@ -299,6 +299,10 @@ def test_the_share_in_the_message_holds_out_a_document(tmp_path, capsys):
     assert "no document is held out" not in capsys.readouterr().out
     assert read_manifest(tmp_path / "out").statistics["first_heldout"] == float(found[1])
     assert len(document_texts(tmp_path / "out", ["heldout"])) == 1
+    write_shards.main([*command, "--heldout=0.9999", "--replace"])
+    assert "every document is held out. Write the shards again with a smaller --heldout." in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"the train part has no documents\. .* with a smaller --heldout"):
+        open_source(str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
