@@ -26,6 +26,7 @@ from data_prep.request import REQUEST
 from data_prep.workers import Progress, WorkerPool
 from data_prep.writing.length_statistics import PLOT
 from megabert.config import cli
+from megabert.config.settings import setting
 from megabert.data.shards.manifest import (
     CHUNKS,
     MANIFEST,
@@ -48,12 +49,8 @@ from megabert.files.hashing import file_sha256
 class Options:
     folder: str
     """folder with a manifest.json"""
-    workers: int = os.cpu_count() or 1
+    workers: int = setting(os.cpu_count() or 1, "[1, 1024]")
     """processes"""
-
-    def __post_init__(self):
-        if self.workers < 1:
-            raise ValueError(f"workers is {self.workers}, expected at least 1.")
 
 
 @dataclass

@@ -146,9 +146,12 @@ def test_an_empty_corpus_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--heldout=1.5", "heldout is 1.5, expected a share in [0, 1)"),
-        ("--chunk_tokens=0", "chunk_tokens is 0, expected 1 to 131072"),
-        ("--workers=0", "must be at least 1"),
+        ("--heldout=1.5", "heldout is 1.5, expected a number in [0, 1)"),
+        ("--chunk_tokens=0", "chunk_tokens is 0, expected a number in [1, 131072]"),
+        ("--workers=0", "workers is 0, expected a number in [1, 1024]"),
+        ("--workers=1000000000000", "workers is 1000000000000, expected a number in [1, 1024]"),
+        ("--min-shards=1000000000000", "min_shards is 1000000000000, expected a number in [1, 2^20]"),
+        ("--seed=-1", "seed is -1, expected a number in [0, 2^63)"),
         ("--sorce=x", "unknown setting --sorce. Did you mean --source?"),
     ],
 )
