@@ -34,6 +34,10 @@ NO_TEXT = "docstrings with characters that no text contains"
 class DamagedError(ValueError):
     """A file or a document that is not in its format. --on-bad-document skip leaves it out."""
 
+    def __init__(self, message: str):
+        # What libraries say of damage may have several lines.
+        super().__init__(" ".join(line.strip() for line in message.splitlines() if line.strip()))
+
 
 class InputSplit(NamedTuple):
     """The part of a source that one process reads at a time.
