@@ -6,6 +6,12 @@ Prints one problem per line, with shard, chunk and byte. The exit code is 0 with
 folder holds no shards or the command line is wrong.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import os
 import sys
 import zlib
@@ -20,6 +26,7 @@ from data_prep.request import REQUEST
 from data_prep.workers import Progress, WorkerPool
 from data_prep.writing.length_statistics import PLOT
 from megabert.config import cli
+from megabert.config.settings import setting
 from megabert.data.shards.manifest import (
     CHUNKS,
     MANIFEST,
@@ -42,12 +49,8 @@ from megabert.files.hashing import file_sha256
 class Options:
     folder: str
     """folder with a manifest.json"""
-    workers: int = os.cpu_count() or 1
+    workers: int = setting(os.cpu_count() or 1, "[1, 1024]")
     """processes"""
-
-    def __post_init__(self):
-        if self.workers < 1:
-            raise ValueError(f"workers is {self.workers}, expected at least 1.")
 
 
 @dataclass

@@ -7,6 +7,12 @@ The result has BERT's five special tokens. If it comes from sentencepiece, lines
 tokenizers, and the number of lines with different ids is printed.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import io
 import itertools
 import json
@@ -27,6 +33,7 @@ from data_prep.sources import LeftOut, list_input_splits, read_input_split, sour
 from data_prep.tokenizer.existing import MAX_WORD_CHARS, LoadedTokenizer, load_tokenizer, use_bert_components
 from data_prep.tokenizer.from_sentencepiece import differing_lines, to_fast_tokenizer, user_defined_symbols
 from megabert.config import cli
+from megabert.config.settings import setting
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer
@@ -48,24 +55,17 @@ class Options(SourceOptions):
     """folder to write tokenizer.json and tokenizer_config.json to (and tokenizer.model, if from sentencepiece)"""
     existing: str | None = None
     """convert this instead of training: vocab.txt, a sentencepiece .model, tokenizer.json, or a Hugging Face folder"""
-    vocab_size: int = 8192
+    vocab_size: int = setting(8192, "[6, 2^24]")
     """number of pieces, including special tokens"""
     model: Literal["unigram", "bpe", "wordpiece", "byte_bpe"] = "unigram"
     """type of the model: unigram or bpe of sentencepiece, wordpiece as in BERT, or byte_bpe: BPE of bytes, without
     [UNK], as in ModernBERT"""
     lowercase: bool = True
     """whether to fold case, as bert-base-uncased does; applies to an existing vocab.txt too"""
-    sample_bytes: int = 10_000_000
+    sample_bytes: int = setting(10_000_000, "[1, 2^40]")
     """text to train on, bytes; more takes longer and changes little"""
-    seed: int = 0
+    seed: int = setting(0, "[0, 2^63)")
     """seed of the sample"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.vocab_size <= len(SPECIAL_TOKENS):
-            raise ValueError(
-                f"vocab_size is {self.vocab_size}, expected more than the {len(SPECIAL_TOKENS)} special tokens."
-            )
 
 
 def sample_lines(options: Options) -> Iterator[str]:

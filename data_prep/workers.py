@@ -19,9 +19,13 @@ from tqdm import tqdm
 
 from data_prep.sources.base import is_disk_full
 from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.files.limits import allow_open_files
 from megabert.files.subprocesses import exit_with_parent, use_short_socket_paths
 
 R = TypeVar("R")
+
+# Open files of the command itself, and for each worker: its pipes, and the end of the fork server's.
+LEAST_OPEN_FILES, FILES_PER_WORKER = 32, 4
 
 # Seconds between two lines of progress in a log. A terminal shows a bar instead.
 LOG_EVERY_S = 30.0
@@ -69,13 +73,22 @@ def _start_worker(counters: Any) -> None:
 
 
 @contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Defer Ctrl-C to the end of the block. Threads that are started in the block never receive it."""
+def _sigint_deferred() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the block. Threads and processes that are started in the block never receive it.
+
+    It is blocked for this thread, and noted by a handler, since a thread of a library may receive it instead.
+    """
+    handler, noted = signal.getsignal(signal.SIGINT), []
+    if callable(handler):
+        signal.signal(signal.SIGINT, lambda number, frame: noted.append((number, frame)))
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        signal.signal(signal.SIGINT, handler)
+    if callable(handler) and noted:
+        handler(*noted[-1])
 
 
 @contextmanager
@@ -102,6 +115,7 @@ class WorkerPool:
 
     def __init__(self, count: int):
         use_short_socket_paths()
+        allow_open_files(LEAST_OPEN_FILES + FILES_PER_WORKER * count)
         context = multiprocessing.get_context("forkserver")
         # The modules are imported once, in the process that all workers are forked from, instead of in every worker.
         context.set_forkserver_preload(["__main__", *PRELOADED])
@@ -143,7 +157,7 @@ class WorkerPool:
                 # Two tasks per worker keep all of them busy. Submitting every task at once would only cost memory.
                 while len(pending) < 2 * self._count and (task := next(remaining, None)) is not None:
                     # An interrupt while a worker starts would leave the worker running.
-                    with _naming_shared_memory(), _sigint_blocked():
+                    with _naming_shared_memory(), _sigint_deferred():
                         pending.add(self._pool.submit(function, *task))
                 if not pending:
                     return

@@ -10,6 +10,12 @@ command continues where it stopped when it is run again, and ends with the same 
 work between machines.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -160,6 +166,8 @@ def report(request: ShardRequest, manifest: Manifest) -> None:
         print(f"left out: {request.left_out}")
     if options.heldout and not any(shard.documents for shard in manifest.splits["heldout"]):
         print(f"{out}: no document is held out. Write the shards again with {heldout_that_is_enough(statistics)}.")
+    elif options.heldout and not any(shard.documents for shard in manifest.splits["train"]):
+        print(f"{out}: every document is held out. Write the shards again with a smaller --heldout.")
 
 
 def command(prog: str = "megabert-shards") -> NoReturn:

@@ -3,6 +3,12 @@
 python launch/estimate.py --recipe mosaicbert-base --gpu h100 --gpus 8 --price 2.5
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from megabert.config import cli
 from megabert.config.parser import load_recipe
 
@@ -19,8 +25,8 @@ def main() -> None:
     for name, lowest, highest in (("gpus", 1, 1 << 20), ("zero", 0, 3)):
         if not lowest <= getattr(options, name) <= highest:
             raise ValueError(f"--{name} is {getattr(options, name)}, expected {lowest} to {highest}.")
-    if options.price is not None and not options.price > 0:
-        raise ValueError(f"--price is {options.price}, expected more than 0.")
+    if options.price is not None and not 0 < options.price <= 1e6:
+        raise ValueError(f"--price is {options.price}, expected more than 0 and at most 1e6.")
     given = {"micro_batch_tokens": options.micro_batch_tokens} if options.micro_batch_tokens is not None else {}
     recipe = load_recipe(options.recipe, data=given)
     # Imported after the flags are checked: torch takes seconds to load.

@@ -1,9 +1,13 @@
 """Fine-tune the checkpoints of several runs, and plot score against hours, tokens and dollars, a line per run.
 
 python launch/pareto.py --runs runs/mosaicbert-base,runs/bert-base --data glue_dir --dollars-per-gpu-hour 2.5
-
 After an interruption the same command continues.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import json
 from dataclasses import dataclass

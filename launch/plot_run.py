@@ -3,6 +3,12 @@
 python launch/plot_run.py runs/mosaicbert-base runs/bert-base --out runs.png
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from pathlib import Path
 
 from megabert.config import cli

@@ -23,7 +23,7 @@ TOKEN_KINDS = ("datatrove", "mds_tokens", "megatron")
 HIDDEN = "hidden files and folders"
 OTHER_KIND = "files of another kind"
 EMPTY_FILE = "empty files"
-READ_ALREADY = "folders that are read under another name"
+READ_ALREADY = "files and folders that are read under another name"
 OTHER_SPLIT = "other splits"
 NULL = "null texts"
 DAMAGED = "damaged"
@@ -33,6 +33,10 @@ NO_TEXT = "docstrings with characters that no text contains"
 
 class DamagedError(ValueError):
     """A file or a document that is not in its format. --on-bad-document skip leaves it out."""
+
+    def __init__(self, message: str):
+        # What libraries say of damage may have several lines.
+        super().__init__(" ".join(line.strip() for line in message.splitlines() if line.strip()))
 
 
 class InputSplit(NamedTuple):

@@ -11,7 +11,7 @@ from data_prep.sources.base import HIDDEN, READ_ALREADY, LeftOut, is_hidden
 def files_below(folder: Path, is_source: Callable[[Path], bool], left_out: LeftOut) -> Iterator[Path]:
     """Yield the files below a folder in the order of their paths, and the folders that are a source as a whole.
 
-    Hidden files and folders, and a folder that a link names once more, are left out. Raises ValueError for anything
+    Hidden files and folders, and what a link names once more, are left out. Raises ValueError for anything
     that cannot be read: a link without a target, a pipe, a folder without permission.
     """
     seen: dict[tuple[int, int], Path] = {}
@@ -19,15 +19,12 @@ def files_below(folder: Path, is_source: Callable[[Path], bool], left_out: LeftO
     while stack:
         path = stack.pop()
         state = kind_of(path)
-        if stat.S_ISREG(state.st_mode):
-            yield path
-            continue
         identity = state.st_dev, state.st_ino
         if identity in seen:
             left_out.add(READ_ALREADY, f"{path}, which is {seen[identity]}")
             continue
         seen[identity] = path
-        if is_source(path):
+        if stat.S_ISREG(state.st_mode) or is_source(path):
             yield path
         else:
             stack.extend(reversed(_visible(path, left_out)))

@@ -159,4 +159,4 @@ def _open(path: str) -> "pyarrow.parquet.ParquetFile":
         source = open_file(path) if is_remote(path) else path
         return pyarrow.parquet.ParquetFile(source, buffer_size=READ_BYTES, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DamagedError(f"{path}: not a .parquet file: {error}. Download it again.") from error
+        raise DamagedError(f"{path}: not a .parquet file: {str(error).strip()}. Download it again.") from error

@@ -10,7 +10,7 @@ from data_prep.tokenizer.from_sentencepiece import to_fast_tokenizer
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer
-from megabert.data.shards.tokenizer_folder import FILES, VOCAB, read_folder_tokenizer, special_token_names
+from megabert.data.shards.tokenizer_folder import FILES, VOCAB, is_berts, read_folder_tokenizer, special_token_names
 
 MAX_WORD_CHARS = 100  # as in BERT: a longer word is [UNK]
 # In a cased vocabulary a third of the pieces have capitals. In an uncased one, names such as <S> may have some.
@@ -54,20 +54,26 @@ def _load_folder(folder: Path, lowercase: bool) -> LoadedTokenizer:
     files = {name: folder / name for name in FILES if (folder / name).is_file()}
     if TOKENIZER in files:
         return LoadedTokenizer(rename_special_tokens(read_folder_tokenizer(files), special_token_names(files)))
-    if VOCAB in files:
+    if VOCAB in files and is_berts(files):
         return LoadedTokenizer(_from_vocab(files[VOCAB], files, lowercase))
-    if sentencepiece_models := sorted(folder.glob("*.model")):
-        return load_tokenizer(sentencepiece_models[0], lowercase)
-    # Other files, such as vocab.json with merges.txt, are left to transformers.
+    models = sorted(folder.glob("*.model"))
+    if models and not files and not (folder / "config.json").is_file():
+        return load_tokenizer(models[0], lowercase)
+    return _load_with_transformers(folder, models)
+
+
+def _load_with_transformers(folder: Path, models: list[Path]) -> LoadedTokenizer:
+    """Load what only transformers' own class knows, such as the ids that XLM-RoBERTa gives the pieces of its .model."""
     from transformers import AutoTokenizer
 
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         backend = loaded.backend_tokenizer
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+        remedy = f" For the ids of the sentencepiece model alone, pass --existing {models[0]}." if models else ""
         raise ValueError(
-            f"{folder}: holds neither {TOKENIZER}, {VOCAB} nor a .model, and transformers cannot load it: "
-            f"{' '.join(str(error).split())}"
+            f"{folder}: holds neither {TOKENIZER} nor a {VOCAB} of BERT's, and transformers cannot load it: "
+            f"{' '.join(str(error).split())[:300]}.{remedy}"
         ) from error
     roles = {role: getattr(loaded, f"{role}_token") for role in (*SPECIAL_TOKENS, *INSTEAD.values())}
     return LoadedTokenizer(rename_special_tokens(Tokenizer.from_str(backend.to_str()), roles))

@@ -60,9 +60,11 @@ def plot(statistics: dict[str, Any]) -> bytes:
         for cap in CAPS if unit == "tokens" else ():
             axes.axvline(cap, color="gray", linestyle=":")
             share = counts[edges[:-1] >= cap].sum() / max(1, counts.sum())
-            axes.annotate(
+            note = axes.annotate(
                 f" {share:.0%}\n >{cap}", (cap, 0.98), xycoords=("data", "axes fraction"), va="top", fontsize=7
             )
+            # Beyond the longest document it is not drawn, and would leave no room for the axes.
+            note.set_in_layout(False)
     lower.set_xscale("log", base=2)
     lower.xaxis.set_major_formatter("{x:,.0f}")
     lower.set_xlim(1, 2 * edges[:-1][np.array(histogram["documents"]) > 0].max(initial=1))

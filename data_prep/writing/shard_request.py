@@ -15,6 +15,7 @@ from data_prep.sources.base import TOKEN_KINDS, InputSplit
 from data_prep.sources.tokens.check import check_tokenizer
 from data_prep.sources.tokens.ids import IdRule, make_rule
 from data_prep.writing.sorted_runs import WriteSettings
+from megabert.config.settings import setting
 from megabert.data.shards.manifest import MANIFEST, TokenizerInfo
 from megabert.data.shards.sample_format import MAX_CHUNK_TOKENS, token_dtype
 from megabert.data.shards.tokenizer import find_tokenizer, read_tokenizer
@@ -31,27 +32,27 @@ class Options(SourceOptions):
     """folder to write shards and manifest.json to"""
     tokenizer: str | None = None
     """tokenizer.json, or a folder with one: write token shards; without it, write text shards"""
-    min_chars: int = 1
+    min_chars: int = setting(1, "[0, 2^26]")
     """leave out shorter documents, characters"""
     deduplicate: bool = True
     """whether to leave out exact copies of a document"""
-    heldout: float = 0.0
+    heldout: float = setting(0.0, "[0, 1)")
     """share of the documents to hold out for evaluation, chosen by a hash of their text"""
-    min_shards: int = 24
+    min_shards: int = setting(24, "[1, 2^20]")
     """minimum number of training shards; 24 are enough for up to 8 ranks"""
-    shard_mb: int = 64
+    shard_mb: int = setting(64, "[1, 2^20]")
     """approximate maximum size of a shard, MB"""
-    chunk_tokens: int = MAX_CHUNK_TOKENS
+    chunk_tokens: int = setting(MAX_CHUNK_TOKENS, "[1, 131072]")
     """maximum tokens (bytes, for text) of a chunk; a longer document is cut, or if text, gets a chunk of its own"""
-    workers: int = os.cpu_count() or 1
+    workers: int = setting(os.cpu_count() or 1, "[1, 1024]")
     """processes"""
-    seed: int = 0
+    seed: int = setting(0, "[0, 2^63)")
     """seed of the order within shards"""
     replace: bool = False
     """whether to replace finished shards in `out` that were made with another source, tokenizer or other settings"""
     document_end: str | None = None
     """of a source of tokens: the token at which documents end, such as [SEP]; by default they end as the files say"""
-    max_unknown: float = 0.05
+    max_unknown: float = setting(0.05, "[0, 1]")
     """largest share of [UNK] among the tokens; more ends the command"""
     step: Step | None = None
     """do one part of the work, so that many machines can share it: plan, runs, merge, shards, finish, in this order"""
@@ -64,14 +65,6 @@ class Options(SourceOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.heldout < 1:
-            raise ValueError(f"heldout is {self.heldout}, expected a share in [0, 1).")
-        if not 1 <= self.chunk_tokens <= MAX_CHUNK_TOKENS:
-            raise ValueError(f"chunk_tokens is {self.chunk_tokens}, expected 1 to {MAX_CHUNK_TOKENS}.")
-        if min(self.min_shards, self.shard_mb, self.workers) < 1:
-            raise ValueError("min_shards, shard_mb and workers must be at least 1.")
-        if not 0 <= self.max_unknown <= 1:
-            raise ValueError(f"max_unknown is {self.max_unknown}, expected a share from 0 to 1.")
         numbers = TASK.fullmatch(self.task)
         if not numbers or int(numbers[1]) >= int(numbers[2]):
             raise ValueError(f"task is {self.task!r}, expected i/N with i from 0 to N - 1, such as 0/64 or 63/64.")

@@ -6,11 +6,15 @@
 Then pretrain with --recipe bert-base --model.init_from runs/bert-start, or fine-tune with --checkpoint runs/bert-start.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from megabert.config import cli
+
+# A model of the hub: OWNER/NAME, or NAME alone.
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,12 @@ class Options:
 
 def main(prog: str) -> None:
     options = cli.read_flags(Options, prog, __doc__ or "")
-    if not Path(options.source).is_dir():
-        raise ValueError(
-            f"{options.source}: no such folder. For a model on the Hugging Face hub, download it first: "
-            f"hf download {options.source} --local-dir FOLDER"
-        )
+    source = Path(options.source)
+    if source.is_file():
+        raise ValueError(f"{source}: is a file, expected the folder of a model: with config.json and its weights.")
+    if not source.is_dir():
+        hub = f" For the model on the Hugging Face hub, download it first: hf download {source} --local-dir FOLDER"
+        raise ValueError(f"{source}: no such folder.{hub if HUB_NAME.fullmatch(options.source) else ''}")
     # Imported after the flags are read: torch takes seconds to load.
     from megabert.convert.from_hf import ImportOptions, import_model
 

@@ -3,8 +3,6 @@
 This module imports neither DeepSpeed nor torch. ds_configs/README.md describes the settings for users.
 """
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from megabert.config.ds_schema import DsSettings
 from megabert.config.settings import shortened
 from megabert.config.strict_yaml import build, read_small_file
+from megabert.files.json_file import parse_json
 
 # Keys whose values follow from the recipe, and the recipe settings that determine them.
 OWNED_BY_RECIPE = {
@@ -188,7 +187,7 @@ def read_ds_config(path: str | Path) -> DsConfig:
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such ds_config; pass a file such as ds_configs/zero2.json.") from error
     try:
-        raw = json.loads(data, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        raw = parse_json(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(raw, dict):
@@ -245,15 +244,6 @@ def _is_on(section: Any) -> bool:
     if isinstance(section, dict):
         return section.get("enabled", True) is not False and any(_is_on(value) for value in section.values())
     return bool(section)
-
-
-def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} appears twice.")
-        found[key] = value
-    return found
 
 
 def _no_constant(name: str) -> None:

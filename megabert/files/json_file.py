@@ -1,10 +1,24 @@
-"""Read JSON files that may be damaged."""
+"""Read JSON that may be damaged, or that gives a key twice."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 1 << 28  # a hundred times what a checkpoint's largest JSON file has
+
+
+def parse_json(data: bytes | str, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """Parse JSON. Raises ValueError for a key that appears twice: Python would take the last, and others the first."""
+    return json.loads(data, object_pairs_hook=_unique, parse_constant=parse_constant)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} appears twice")
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -14,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path}: damaged: it has more than {MAX_BYTES >> 20} MiB.")
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: it is not JSON: {error}.") from error
     if not isinstance(value, dict):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.sources import InputSplit, LeftOut, ReadOptions, list_input_splits, read_input_split, source_state
+from data_prep.sources.base import DamagedError
 from data_prep.sources.docstrings import docstrings
 from data_prep.sources.hub import transport_error
 
@@ -76,6 +78,7 @@ def test_byte_ranges_of_a_jsonl_cover_every_line_once(tmp_path, monkeypatch):
     ("content", "message"),
     [
         ('{"text": "a"}\n{"text"', r"a\.jsonl at byte 14: not valid JSON"),
+        ('{"text": "a", "text": "b"}', r"a\.jsonl at byte 0: not valid JSON: the key 'text' appears twice"),
         ('{"body": "a"}\n', r"a\.jsonl at byte 0: has no field 'text', its fields are: body.*--text-key"),
     ],
 )
@@ -83,6 +86,13 @@ def test_the_error_names_a_malformed_line(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_all(str(tmp_path))
+
+
+def test_what_a_library_says_of_damage_is_one_line():
+    """pyarrow ends some of its messages with a line break."""
+    error = DamagedError("a.parquet: not a .parquet file: Invalid data\n. Download it again.")
+    assert str(error) == "a.parquet: not a .parquet file: Invalid data . Download it again."
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_sources_without_text_are_refused(tmp_path, corpus):

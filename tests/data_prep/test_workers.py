@@ -4,7 +4,10 @@ import errno
 import operator
 import os
 import re
+import resource
+import signal
 import sys
+import threading
 
 import pytest
 
@@ -12,6 +15,34 @@ from data_prep import workers, write_shards
 from data_prep.sources.base import InputSplit
 from data_prep.workers import Progress, WorkerPool
 from data_prep.writing.passes import TASK_BYTES, group_into_tasks
+
+
+def test_too_few_open_files_are_named_before_a_worker_starts(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 20))
+    with pytest.raises(ValueError, match=r"only 20 files here .* expected at least 40\."):
+        WorkerPool(2)
+
+
+def test_ctrl_c_waits_for_the_start_of_a_worker_whichever_thread_gets_it():
+    done = []
+
+    def start_a_worker():
+        with workers._sigint_deferred():
+            other = threading.Thread(target=lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+            unblocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as in a library's own thread
+            other.start()
+            other.join()
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+            done.append(True)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start_a_worker()
+        assert done
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

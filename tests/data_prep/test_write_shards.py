@@ -146,9 +146,12 @@ def test_an_empty_corpus_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--heldout=1.5", "heldout is 1.5, expected a share in [0, 1)"),
-        ("--chunk_tokens=0", "chunk_tokens is 0, expected 1 to 131072"),
-        ("--workers=0", "must be at least 1"),
+        ("--heldout=1.5", "heldout is 1.5, expected a number in [0, 1)"),
+        ("--chunk_tokens=0", "chunk_tokens is 0, expected a number in [1, 131072]"),
+        ("--workers=0", "workers is 0, expected a number in [1, 1024]"),
+        ("--workers=1000000000000", "workers is 1000000000000, expected a number in [1, 1024]"),
+        ("--min-shards=1000000000000", "min_shards is 1000000000000, expected a number in [1, 2^20]"),
+        ("--seed=-1", "seed is -1, expected a number in [0, 2^63)"),
         ("--sorce=x", "unknown setting --sorce. Did you mean --source?"),
     ],
 )
@@ -299,6 +302,10 @@ def test_the_share_in_the_message_holds_out_a_document(tmp_path, capsys):
     assert "no document is held out" not in capsys.readouterr().out
     assert read_manifest(tmp_path / "out").statistics["first_heldout"] == float(found[1])
     assert len(document_texts(tmp_path / "out", ["heldout"])) == 1
+    write_shards.main([*command, "--heldout=0.9999", "--replace"])
+    assert "every document is held out. Write the shards again with a smaller --heldout." in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"the train part has no documents\. .* with a smaller --heldout"):
+        open_source(str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

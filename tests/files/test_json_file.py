@@ -22,6 +22,7 @@ def test_an_object_is_read(tmp_path):
         (b"null", "holds a NoneType, expected an object"),
         (b'{"a": ' + b"[" * 100_000, "not JSON: maximum recursion depth"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (b'{"a": [{"b": 1, "b": 2}]}', "not JSON: the key 'b' appears twice"),
         (b'{"a": "\xff"}', "not JSON: 'utf-8' codec"),
         (b'{"a": "' + b"x" * 2000 + b'"}', "more than 0 MiB"),
     ],

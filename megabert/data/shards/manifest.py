@@ -21,6 +21,7 @@ import numpy as np
 
 from megabert.data.shards.sample_format import SPECIAL_TOKENS, Kind, encode_npy, read_npy
 from megabert.files.atomic import write_atomically
+from megabert.files.json_file import parse_json
 from megabert.files.limits import read_bounded
 
 MANIFEST = "manifest.json"
@@ -160,7 +161,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 def parse_manifest(data: bytes, chunks: bytes, where: str) -> Manifest:
     """Parse the bytes of manifest.json and chunks.npy. Raises ValueError, naming the file by `where`."""
     try:
-        raw = json.loads(data)
+        raw = parse_json(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from error
     found = raw.get("format") if isinstance(raw, dict) else None

@@ -301,8 +301,11 @@ def open_source(
         shards = tuple(shard for shard in shards if shard.name in set(names))
     shards = tuple(shard for shard in shards if shard.documents and shard.tokens)
     if not shards:
-        heldout = heldout_that_is_enough(manifest.statistics)
-        remedy = f"with {heldout}" if part == "heldout" else "from a corpus that has documents"
+        remedy = "from a corpus that has documents"
+        if any(shard.documents for other in manifest.splits.values() for shard in other):
+            remedy = "with a smaller --heldout"
+            if part == "heldout":
+                remedy = f"with {heldout_that_is_enough(manifest.statistics)}"
         raise ValueError(f"{folder}: the {part} part has no documents. Write the shards again {remedy}.")
     for problem in _wrong_sizes(storage, shards):
         if on_bad_shard == "stop":

@@ -1,7 +1,6 @@
 """Find and read a tokenizer.json, its special tokens, and encode texts with it."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer
 
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TokenizerInfo
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
+from megabert.files.json_file import parse_json
 from megabert.files.limits import read_bounded
 
 # Encoded once, since some damage makes only the first use of a tokenizer fail.
@@ -63,7 +63,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
 def parse_tokenizer(data: bytes, where: str) -> Tokenizer:
     """Parse the bytes of a tokenizer.json, as read_tokenizer does. where: names it in errors."""
     try:
-        raw = json.loads(data)
+        raw = parse_json(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {error}. Fetch or write it again.") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or "added_tokens" not in raw:

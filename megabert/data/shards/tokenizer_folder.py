@@ -1,6 +1,5 @@
 """Read the tokenizer of a folder of transformers: tokenizer.json or vocab.txt, and the tokens beside them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.files.json_file import parse_json
 from megabert.files.limits import read_bounded
 
 VOCAB = "vocab.txt"
@@ -19,6 +19,10 @@ FILES = (TOKENIZER, TOKENIZER_CONFIG, VOCAB, ADDED_TOKENS, SPECIAL_TOKENS_MAP)
 TOKEN_FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}
 # These classes load a tokenizer.json as it is; others change its normalizer as tokenizer_config.json says.
 PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+# These split a text as BERT's own class does, by vocab.txt. Others with a vocab.txt (BertJapanese, RoFormer, Bertweet,
+# ESM) do not.
+BERTS = "Bert ConvBert DistilBert Electra LayoutLM Lxmert MobileBert RetriBert Splinter SqueezeBert"
+BERT_CLASSES = {f"{name}Tokenizer{fast}" for name in BERTS.split() for fast in ("", "Fast")}
 # Settings of tokenizer_config.json, and what BERT's normalizer calls them.
 NORMALIZER_SETTINGS = {
     "do_lower_case": "lowercase",
@@ -42,11 +46,22 @@ def read_folder_tokenizer(files: dict[str, Path], lowercase: bool = True) -> Tok
         tokenizer = read_tokenizer(path)
         if settings.get("tokenizer_class") not in PLAIN_CLASSES:
             _change_normalizer(path.parent, tokenizer, settings)
+    elif not is_berts(files):
+        raise ValueError(
+            f"{path}: {TOKENIZER_CONFIG} names {settings['tokenizer_class']}, which splits texts otherwise than BERT. "
+            f"For the weights alone, remove {VOCAB} from a copy of the folder."
+        )
     else:
         tokenizer = _from_vocab(path, settings, lowercase)
     _add_tokens(path, tokenizer, _parse_added_tokens(path.parent, settings, contents[ADDED_TOKENS]))
     tokenizer.encode_special_tokens = True  # as read_tokenizer(): "[MASK]" in a text is text
     return tokenizer
+
+
+def is_berts(files: dict[str, Path]) -> bool:
+    """Whether the tokenizer of a folder with a vocab.txt is one of BERT's, as far as tokenizer_config.json says."""
+    name = read_json_files(files)[TOKENIZER_CONFIG].get("tokenizer_class")
+    return name in PLAIN_CLASSES or name in BERT_CLASSES
 
 
 def special_token_names(files: dict[str, Path]) -> dict[str, str]:
@@ -65,7 +80,7 @@ def read_json_files(files: dict[str, Path]) -> dict[str, dict[str, Any]]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(read_bounded(path, MAX_TOKENIZER_BYTES))
+        value = parse_json(read_bounded(path, MAX_TOKENIZER_BYTES))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):

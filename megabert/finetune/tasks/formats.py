@@ -6,7 +6,6 @@ error, neither can name the line of a wrong label, and neither notices a missing
 
 import csv
 import gzip
-import json
 import logging
 import zlib
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 from megabert.config.settings import shortened
 from megabert.config.strict_yaml import one_line
+from megabert.files.json_file import parse_json
 from megabert.finetune.tasks.label_names import read_label_names
 from megabert.finetune.tasks.task import Task, TsvLayout
 
@@ -148,7 +148,7 @@ def _read_jsonl(path: Path, layout: TsvLayout) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_unique)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not valid JSON: {_brief(one_line(error))}") from error
         if not isinstance(row, dict):
@@ -157,15 +157,6 @@ def _read_jsonl(path: Path, layout: TsvLayout) -> Iterator[Row]:
             if name not in row:
                 raise ValueError(f"{where}: has no column {name}, only {_brief(', '.join(row)) or 'nothing'}.")
         yield Row(where, tuple(row[name] for name in layout.texts), row[layout.label] if layout.label else None)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of JSON. Raises ValueError for a key that occurs twice."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"has two columns {next(name for name in names if names.count(name) > 1)}")
-    return row
 
 
 def _read_parquet(task: Task, path: Path, layout: TsvLayout) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from megabert.convert.hf.reader import CONFIG, read_config
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.source import Source
 from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.files.checkpoint_format import STATE, list_tags
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
@@ -19,7 +20,6 @@ SAME_SETTINGS = (
     "num_attention_heads", "position", "rope_theta", "local_rope_theta", "norm_position", "bias", "norm_bias",
     "token_types", "global_attention_every", "local_attention_window", "ffn", "layer_norm_eps",
 )  # fmt: skip
-CONVERT = "Convert it with launch/convert_from_hf.py first."
 
 
 def load_initial_weights(model: MegaBertForMaskedLM, folder: Path, source: Source) -> None:
@@ -29,7 +29,7 @@ def load_initial_weights(model: MegaBertForMaskedLM, folder: Path, source: Sourc
     """
     is_ours = (folder / CONFIG).is_file() and read_config(folder).get("model_type") == MegaBertConfig.model_type
     if not is_ours:
-        raise ValueError(f"model.init_from {folder}: is not a MegaBERT folder. {CONVERT}")
+        raise ValueError(f"model.init_from {folder}: is not a MegaBERT folder. {_how_to_convert(folder)}")
     initial = read_model(folder)
     weights = {name: tensor for name, tensor in initial.weights.items() if not name.startswith(OTHER_HEADS)}
     for name in SAME_SETTINGS:
@@ -55,6 +55,17 @@ def load_initial_weights(model: MegaBertForMaskedLM, folder: Path, source: Sourc
             )
     check_vocabulary(folder, source)
     model.load_state_dict(weights, strict=False)
+
+
+def _how_to_convert(folder: Path) -> str:
+    if list_tags(folder / "checkpoints") or (folder / STATE).is_file():
+        return (
+            "It is a run or a checkpoint: run.branch_from continues it, and launch/convert_to_hf.py (for a bert or "
+            "modernbert recipe then launch/convert_from_hf.py) makes a folder for init_from."
+        )
+    if not (folder / CONFIG).is_file():
+        return f"It has no {CONFIG}; expected the folder of a model."
+    return "Convert it with launch/convert_from_hf.py first."
 
 
 def check_vocabulary(folder: Path, source: Source) -> None:

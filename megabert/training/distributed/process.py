@@ -3,7 +3,6 @@
 import ctypes
 import errno
 import os
-import resource
 import socket
 from datetime import timedelta
 
@@ -11,6 +10,7 @@ import deepspeed
 import torch
 import torch.distributed
 
+from megabert.files.limits import allow_open_files
 from megabert.training.distributed import deepspeed_compat, flight_recorder
 from megabert.training.distributed.accelerator import choose_own_gpu, claim_gpu
 from megabert.training.distributed.device import backend_name, gpu_id, training_device, visible_gpus
@@ -107,21 +107,6 @@ def open_store(rank: int, world_size: int) -> torch.distributed.Store:
     return torch.distributed.TCPStore(
         LOOPBACK, port, world_size, is_master=rank == 0, timeout=TIMEOUT, master_listen_fd=listening
     )
-
-
-def allow_open_files(needed: int) -> None:
-    """Raise this process's limit of open files as far as the system lets it. Raises ValueError if that is too low.
-
-    Each later failure would have another form, in a thread or a C++ library, and some would leave ranks waiting.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(
-            f"a process may open only {hard} files here (ulimit -Hn), expected at least {needed}. Raise the limit, as "
-            f"with ulimit -n {max(4096, needed)} in the shell that starts the run."
-        )
 
 
 def keep_freed_memory() -> None:

@@ -243,3 +243,11 @@ def test_the_name_of_a_model_on_the_hub_is_answered_with_how_to_get_it(run_launc
     assert done.code == 1
     assert "bert-base-uncased: no such folder." in done.output
     assert "hf download bert-base-uncased --local-dir FOLDER" in done.output
+
+
+def test_what_can_be_no_model_on_the_hub_is_not_looked_for_there(run_launcher, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    done = run_launcher("convert_from_hf.py", tmp_path / "model.safetensors", tmp_path / "out")
+    assert "model.safetensors: is a file, expected the folder of a model" in done.output
+    done = run_launcher("convert_from_hf.py", tmp_path / "none", tmp_path / "out")
+    assert done.output.endswith("none: no such folder.\n")

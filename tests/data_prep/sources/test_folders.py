@@ -30,7 +30,13 @@ def folder(tmp_path):
 def test_linked_folders_are_read(folder):
     assert read(folder) == ["a", "b"]
     (folder / "c.txt").symlink_to(folder.parent / "linked" / "deep" / "b.txt")
-    assert read(folder) == ["a", "b", "b"]
+    (folder / "d.txt").hardlink_to(folder / "a.txt")
+    left_out = LeftOut()
+    assert read(folder, left_out) == ["a", "b"]
+    assert left_out.counts == {"files and folders that are read under another name": 2}
+    (folder.parent / "elsewhere.txt").write_text("c")
+    (folder / "e.txt").symlink_to(folder.parent / "elsewhere.txt")
+    assert read(folder) == ["a", "b", "c"]
 
 
 def test_a_change_behind_a_link_changes_the_state_of_the_source(folder):
@@ -46,7 +52,7 @@ def test_circles_of_links_end(folder):
     (folder / "z").symlink_to("link")
     left_out = LeftOut()
     assert read(folder, left_out) == ["a", "b"]
-    assert left_out.counts == {"folders that are read under another name": 2}
+    assert left_out.counts == {"files and folders that are read under another name": 2}
     assert str(folder / "link" / "up") in str(left_out)
 
 

@@ -203,6 +203,39 @@ def test_a_folder_gives_the_ids_of_transformers(tmp_path, case, has_json):
         assert ours("the boat covid19")["input_ids"] == [2, 5, 6, 16, 3]
 
 
+SENTENCEPIECE_FOLDERS = {
+    # XLM-RoBERTa's ids are the model's, moved by one, behind other special tokens; ALBERT folds case itself.
+    "XLMRobertaTokenizer": ("sentencepiece.bpe.model", {}),
+    "AlbertTokenizer": ("spiece.model", {"pad_id": 0, "unk_id": 1, "pad_piece": "<pad>", "bos_id": -1, "eos_id": -1,
+                                         "control_symbols": ["[CLS]", "[SEP]", "[MASK]"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE_FOLDERS)
+def test_a_sentencepiece_model_beside_settings_gives_the_ids_of_transformers(tmp_path, texts, kind):
+    file, options = SENTENCEPIECE_FOLDERS[kind]
+    (tmp_path / file).write_bytes(train(texts, normalization_rule_name="nmt_nfkc", **options))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "do_lower_case": True}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    if kind == "AlbertTokenizer":
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"covid19": len(theirs)}))
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        assert theirs.convert_tokens_to_ids("covid19") == len(theirs) - 1
+    ours = AutoTokenizer.from_pretrained(convert(tmp_path, tmp_path / "out"))
+    for text in ("the Tensor covid19", *texts[:5]):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+def test_a_vocab_file_of_another_class_is_not_taken_for_berts(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(PIECES) + "\n")
+    settings = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "basic"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="nor a vocab.txt of BERT's, and transformers cannot load it"):
+        convert(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="names BertJapaneseTokenizer, which splits .* remove vocab.txt"):
+        read_hf_tokenizer(tmp_path)
+
+
 def test_the_case_of_a_vocabulary_is_judged_by_shares(wordpiece, tmp_path):
     """An uncased vocabulary may have a few pieces with capitals, and a cased one many."""
     path = vocab_file(wordpiece[True], tmp_path)
@@ -228,9 +261,10 @@ def test_the_case_of_a_vocabulary_is_judged_by_shares(wordpiece, tmp_path):
             "tokenizer.json: ",
         ),
         ("tokenizer.json", "{", "not valid JSON"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0, "a": 1}}}', "the key 'a' appears twice"),
         ("tokenizer.json", "{}", "not a tokenizer"),
         ("a.model", "noise", "not a sentencepiece model"),
-        (".", None, "holds neither tokenizer.json, vocab.txt nor a .model"),
+        (".", None, "holds neither tokenizer.json nor a vocab.txt of BERT's"),
     ],
 )
 def test_files_that_are_no_tokenizer_are_refused(tmp_path, name, content, message):

@@ -119,7 +119,7 @@ DAMAGED = {
     "text is null": ("a.jsonl", ROW * 2 + b'{"text": null, "label": "bad"}', "line 3, column text: is null, expected"),
     "text is a number": ("a.jsonl", b'{"text": 3, "label": "bad"}', "line 1, column text: is 3, expected a string"),
     "no column": ("a.jsonl", ROW + b'{"texts": "x"}', "line 2: has no column text, only texts"),
-    "two columns": ("a.jsonl", b'{"text": "x", "text": "y"}', "line 1: not valid JSON: has two columns text"),
+    "two columns": ("a.jsonl", b'{"text": "x", "text": "y"}', "line 1: not valid JSON: the key 'text' appears twice"),
     "not an object": ("a.jsonl", ROW + b"[1]\n", "line 2: is \\[1\\], expected an object with text, label"),
     "cut": ("a.jsonl", ROW + ROW[:12], "line 2: not valid JSON: Expecting"),
     "deep": ("a.jsonl", ROW + b"[" * 100_000, "line 2: not valid JSON: maximum recursion depth"),

@@ -29,8 +29,16 @@ def test_the_weights_of_the_folder_are_loaded(corpus, start):
 
 def test_another_folder_shape_or_vocabulary_is_refused(corpus, start, tmp_path):
     source = open_source(str(corpus.tokens))
+    with pytest.raises(ValueError, match=r"is not a MegaBERT folder. It has no config\.json"):
+        load_initial_weights(small_model(), tmp_path, source)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="is not a MegaBERT folder. Convert it with launch/convert_from_hf.py"):
         load_initial_weights(small_model(), tmp_path, source)
+    (tmp_path / "run" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
+    for path in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000004"):
+        with pytest.raises(ValueError, match=r"a run or a checkpoint: run.branch_from continues it, .*convert_to_hf"):
+            load_initial_weights(small_model(), path, source)
     with pytest.raises(ValueError, match=r"mlp.up.weight has shape \(80, 24\), this recipe's has \(96, 24\)"):
         load_initial_weights(small_model(intermediate_size=48), start, source)
     with pytest.raises(ValueError, match="exist in only one of them, such as .* Set model.num_hidden_layers to 2"):

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from megabert.files.limits import allow_open_files
 from megabert.training.distributed import process
 from megabert.training.distributed.watchdog import EXIT_PEER_LOST, RankLostError
 from tests.helpers.runs import Corpus, finish_ranks, pretrain_command, run_command, start_ranks
@@ -22,11 +23,11 @@ def test_a_limit_of_open_files_is_raised_or_named(monkeypatch):
     asked = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 4096))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
-    process.allow_open_files(132)
+    allow_open_files(132)
     assert asked == [(4096, 4096)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
     with pytest.raises(ValueError, match=r"only 40 files here .* expected at least 132\. .*ulimit -n 4096"):
-        process.allow_open_files(132)
+        allow_open_files(132)
 
 
 def test_a_run_with_too_few_open_files_ends_with_one_line(corpus: Corpus, tmp_path):
