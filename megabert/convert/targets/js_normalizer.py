@@ -104,6 +104,4 @@ def check_same_ids(raw: dict[str, Any], new: dict[str, Any], lines: Iterable[tup
     wanted += [encoding.ids for encoding in tokenizer.encode_batch(every)]
     for text, encoding, ids in zip([*texts, *every], other.encode_batch([*texts, *every]), wanted, strict=True):
         if encoding.ids != ids:
-            raise Differs(
-                f"the tokenizer's normalizer cannot be written in steps that JavaScript has: {text[:60]!r} differs"
-            )
+            raise Differs(f"the normalizer cannot be written in steps that JavaScript has: {text[:60]!r} differs")
