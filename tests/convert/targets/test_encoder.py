@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from megabert.convert.targets import encoder, probe, registry
 from megabert.convert.targets.frame import Differs
 from tests.convert.helpers.folders import edit_json
-from tests.convert.helpers.small_model import SHAPE
+from tests.convert.helpers.small_model import SHAPE, small_model
 
 V, E, F = SHAPE["vocab_size"], SHAPE["hidden_size"], SHAPE["intermediate_size"]
 GTE = {
@@ -153,6 +153,6 @@ def test_damage_is_found(name, export_native, tmp_path):
         encoder.prove(folder, probe.read_expected(folder, registry.read_max_length(folder)))
 
 
-def test_a_mosaicbert_is_sent_to_jina(served):
+def test_a_mosaicbert_is_sent_to_jina():
     with pytest.raises(ValueError, match="which are those of no BERT, GTE or ModernBERT. .* --for jina"):
-        registry.check_targets(("encoder",), registry.read_model(served).config, {}, 40)
+        registry.check_targets(("encoder",), small_model().config, {}, 40)

@@ -24,7 +24,7 @@ from megabert.convert.targets.frame import (
 )
 from megabert.convert.targets.jina import to_jina
 from megabert.convert.targets.llama import gguf_native
-from megabert.convert.targets.llama.gguf_vocabulary import check_vocabulary, composes, describe_vocabulary
+from megabert.convert.targets.llama.gguf_vocabulary import Vocabulary, check_vocabulary, composes, describe_vocabulary
 from megabert.convert.targets.probe import lines_with_ids, make_lines
 from megabert.convert.targets.programs.run import run_python
 from megabert.data.shards.manifest import TOKENIZER
@@ -121,13 +121,14 @@ def modernbert_names(num_layers: int) -> dict[str, str]:
 
 def write(source: Source, folder: Path) -> str:
     (folder / FOLDER).mkdir()
+    vocabulary = describe_vocabulary(source.tokenizer, source.config.vocab_size, make_lines(folder)[::10])
     tensors = to_gguf(source)
     for kind in FILES:
-        _write_file(source, tensors, folder, kind)
+        _write_file(source, tensors, vocabulary, folder, kind)
     return f"gguf {version('gguf')}"
 
 
-def _write_file(source: Source, tensors: dict[str, Tensor], folder: Path, kind: str) -> None:
+def _write_file(source: Source, tensors: dict[str, Tensor], vocabulary: Vocabulary, folder: Path, kind: str) -> None:
     import gguf
 
     config = source.config
@@ -149,7 +150,7 @@ def _write_file(source: Source, tensors: dict[str, Tensor], folder: Path, kind: 
         writer.add_token_type_count(config.type_vocab_size)
     if config.position == "rope":
         _add_positions(writer, config)
-    _add_vocabulary(writer, source, folder)
+    _add_vocabulary(writer, vocabulary)
     for name, tensor in tensors.items():
         data, stored = _quantize(name, tensor.contiguous().numpy(), kind)
         writer.add_tensor(name, data, raw_dtype=stored)
@@ -174,9 +175,7 @@ def _add_positions(writer: Any, config: MegaBertConfig) -> None:
         writer.add_sliding_window_pattern(config.global_attention_every)
 
 
-def _add_vocabulary(writer: Any, source: Source, folder: Path) -> None:
-    lines = make_lines(folder)[::10]
-    vocabulary = describe_vocabulary(source.tokenizer, source.config.vocab_size, lines)
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.splits)
     writer.add_token_list(vocabulary.tokens)

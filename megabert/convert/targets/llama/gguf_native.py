@@ -92,12 +92,11 @@ def _make_model(content: Content) -> PreTrainedModel:
     layers, every = settings["block_count"], settings.get("attention.sliding_window_pattern", 1)
     thetas = {"full_attention": settings["rope.freq_base"]}
     thetas["sliding_attention"] = settings.get("rope.freq_base_swa", settings["rope.freq_base"])
-    config = ModernBertConfig(
-        **sizes,
-        norm_eps=epsilon,
-        local_attention=settings.get("attention.sliding_window", 128),
-        layer_types=["sliding_attention" if layer % every else "full_attention" for layer in range(layers)],
-        rope_parameters={kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()},
-        bos_token_id=None, eos_token_id=None, cls_token_id=None, sep_token_id=None,
-    )  # fmt: skip
+    special: dict[str, Any] = dict.fromkeys(f"{role}_token_id" for role in ("bos", "eos", "cls", "sep"))
+    positions: dict[str, Any] = {
+        "layer_types": ["sliding_attention" if layer % every else "full_attention" for layer in range(layers)],
+        "local_attention": settings.get("attention.sliding_window", 128),
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()},
+    }
+    config = ModernBertConfig(**sizes, **special, **positions, norm_eps=epsilon)
     return ModernBertModel(config).double().eval()
