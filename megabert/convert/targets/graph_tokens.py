@@ -67,9 +67,10 @@ def encode(model: MegaBertModel, input_ids: Tensor, found: GraphTokens) -> Tenso
         )
 
     model.encoder.planner = plan
-    ids = input_ids.flatten().index_select(0, found.indices)
+    places = torch.arange(length, device=input_ids.device).expand(batch, length)
+    ids, position_ids = (values.flatten().index_select(0, found.indices) for values in (input_ids, places))
     # num_keys is None: the encoder gets real tokens only, and the planner knows the rows.
-    tokens = Tokens(ids, found.indices % length, None, Sequences(bounds, length))
+    tokens = Tokens(ids, position_ids, None, Sequences(bounds, length))
     return model.encode(tokens)[0]
 
 
