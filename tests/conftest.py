@@ -69,6 +69,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             missing = [name for name in ("gguf", "sentence_transformers") if find_spec(name) is None]
             if missing:
                 item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}: pip install '.[serving]'"))
+        if item.get_closest_marker("llama_cpp") and find_spec("llama_cpp") is None:
+            item.add_marker(pytest.mark.skip(reason="needs llama-cpp-python: pip install '.[serving]'"))
         if item.get_closest_marker("node") and not has_transformers_js():
             item.add_marker(
                 pytest.mark.skip(reason="needs Node.js and npm install @huggingface/transformers, NODE_PATH")

@@ -180,6 +180,8 @@ def to_modernbert_config(config: MegaBertConfig, special_ids: dict[str, int]) ->
     thetas = {FULL: config.rope_theta, SLIDING: local_theta}
     return _common(config, "modernbert", special_ids) | MODERNBERT_FIXED | {
         "norm_eps": config.layer_norm_eps,
+        "layer_norm_eps": config.layer_norm_eps,  # vLLM reads both, and the next, which changes no output
+        "deterministic_flash_attn": False,
         "initializer_cutoff_factor": 2.0,
         "embedding_dropout": config.hidden_dropout_prob,
         "mlp_dropout": config.hidden_dropout_prob,

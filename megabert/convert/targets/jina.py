@@ -14,8 +14,8 @@ from megabert.convert.hf.native import is_mosaicbert
 from megabert.convert.hf.reader import CONFIG, SAFETENSORS
 from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets import jina_port, sentence_transformers
-from megabert.convert.targets.frame import Differs, Expected, Proof, Source, Target, largest_difference
-from megabert.convert.targets.probe import read_tokenizer
+from megabert.convert.targets.frame import Expected, Proof, Source, Target, largest_difference
+from megabert.convert.targets.probe import check_ids
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.model.configuration_megabert import MegaBertConfig
 
@@ -43,7 +43,7 @@ def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) ->
         raise ValueError(
             f"--for jina: the model has {config.position}, {config.ffn} and {config.norm_position}-norm layers, but "
             "the layout is MosaicBERT's: alibi, geglu and post-norm. "
-            "Leave jina out: a folder without modelling code is read by TEI and vLLM as it is."
+            "Leave jina out, and write this model with --for encoder."
         )
     notes = ["it has the encoder only, and is for TEI; transformers and vLLM do not know the layout and refuse it"]
     if max_length > LONGEST:
@@ -107,8 +107,8 @@ def prove(folder: Path, expected: Expected) -> Proof:
     """Compare the states of the export check's texts, and embeddings of some texts, with those of the port in fp64."""
     out = folder / FOLDER
     model = jina_port.read_folder(out)
-    _check_ids(out, expected, model.max_length)
-    _check_pooling(out)
+    check_ids(out, expected, model.max_length)
+    sentence_transformers.check_pooling(out)
     texts = [row for row in range(PROVEN) if len(expected.ids[row]) <= model.max_length]
     pooled = jina_port.embed(model, [expected.ids[row] for row in texts])
     embeddings = f"embeddings of {len(texts)} texts"
@@ -127,24 +127,6 @@ def prove(folder: Path, expected: Expected) -> Proof:
 def _describe_tanh(approximate: np.ndarray, states: np.ndarray) -> str:
     difference = np.abs(approximate - states).max()
     return f"TEI computes in fp32 with GELU's tanh approximation, which changes states by up to {difference:.1e}"
-
-
-def _check_ids(out: Path, expected: Expected, length: int) -> None:
-    """Raises Differs if the folder's tokenizer gives other ids."""
-    encodings = read_tokenizer(out, length).encode_batch(expected.texts)
-    for text, encoding, wanted in zip(expected.texts, encodings, expected.ids, strict=True):
-        if encoding.ids != wanted and len(wanted) <= length:
-            raise Differs(f"the tokenizer gives other ids for {text[:60]!r}")
-
-
-def _check_pooling(out: Path) -> None:
-    """Raises Differs unless the folder tells servers to take the mean of all tokens, as our embeddings do."""
-    pooling = json.loads((out / "1_Pooling/config.json").read_text())
-    chosen = sorted(name for name, value in pooling.items() if name.startswith("pooling_mode_") and value)
-    if chosen != ["pooling_mode_mean_tokens"]:
-        raise Differs(
-            f"1_Pooling/config.json pools by {', '.join(chosen) or 'nothing'}, expected the mean of all tokens"
-        )
 
 
 TARGET = Target("jina", check, write, prove, USE, language="bash")

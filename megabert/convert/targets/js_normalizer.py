@@ -1,8 +1,9 @@
-"""Rewrite a tokenizer.json whose characters are folded by sentencepiece's map, which JavaScript ignores.
+"""Rewrite a tokenizer.json for JavaScript, which ignores sentencepiece's map and lowers a Greek letter in another way.
 
 transformers.js reads `Precompiled` as a fixed clean-up and NFKC: it never lowers a letter. The map is therefore written
 as steps that both libraries have: NFKC, `Lowercase`, and a replacement of each character that these two change in
-another way than the map does.
+another way than the map does. Without a map, only sigma at the end of a word, which JavaScript lowers to another letter
+than elsewhere, is lowered by a replacement of its own.
 """
 
 import json
@@ -18,17 +19,20 @@ from megabert.convert.targets.frame import Differs
 SPACE = "\u2581"
 PRIVATE = 0xF0000  # no character has a meaning there, and no step changes one
 INERT = "\u4e00"
+SIGMA, LOWER_SIGMA = "\u03a3", "\u03c3"
 LINE = 64  # characters that are compared at once
 UNUSED_CATEGORIES = ("Cn", "Co", "Cs")
 
 
 def to_js_tokenizer(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the tokenizer.json with its map in explicit steps; unchanged if it has none."""
+    """Return the tokenizer.json with its map in explicit steps; unchanged if it has none and keeps case."""
     normalizer = raw.get("normalizer") or {}
     steps = normalizer.get("normalizers") or [normalizer]
     kinds = [step.get("type") for step in steps]
     if "Precompiled" not in kinds:
-        return raw
+        lowers = "Lowercase" in kinds or any(step.get("lowercase") for step in steps)
+        new = [_replace({"String": SIGMA}, LOWER_SIGMA), *steps]
+        return raw | {"normalizer": {"type": "Sequence", "normalizers": new}} if lowers else raw
     place = kinds.index("Precompiled")
     # What stands before the map only prepares for pairs of characters, and NFC composes them; NFKC has done so.
     new = [*_explicit_steps(raw), *(step for step in steps[place + 1 :] if step.get("type") != "NFC")]
@@ -62,8 +66,7 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
 def _is_kept(text: str, wanted: str, lowers: bool) -> bool:
     """Whether NFKC and lowering give what is wanted, in Python's and JavaScript's Unicode and the older one of Rust."""
     python, rust = unicodedata.normalize("NFKC", text), normalizers.NFKC().normalize_str(text)
-    # JavaScript lowers a sigma at the end of a word in another way than elsewhere.
-    if lowers and "\u03a3" in python:
+    if lowers and SIGMA in python:
         return False
     return wanted == _lower(python, lowers) == _lower(rust, lowers)
 
@@ -101,4 +104,4 @@ def check_same_ids(raw: dict[str, Any], new: dict[str, Any], lines: Iterable[tup
     wanted += [encoding.ids for encoding in tokenizer.encode_batch(every)]
     for text, encoding, ids in zip([*texts, *every], other.encode_batch([*texts, *every]), wanted, strict=True):
         if encoding.ids != ids:
-            raise Differs(f"the tokenizer's map cannot be written in steps that JavaScript has: {text[:60]!r} differs")
+            raise Differs(f"the normalizer cannot be written in steps that JavaScript has: {text[:60]!r} differs")

@@ -24,6 +24,7 @@ from megabert.convert.targets.frame import (
     mean_of_tokens,
     smallest_cosine,
 )
+from megabert.convert.targets.graph_tokens import encode, find_tokens, spread
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
@@ -49,7 +50,8 @@ class EncoderGraph(nn.Module):
         self.bert = model.bert
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.bert(input_ids, attention_mask).last_hidden_state
+        found = find_tokens(attention_mask)
+        return spread(encode(self.bert, input_ids, found), found)
 
 
 class MaskedLmGraph(nn.Module):
@@ -60,8 +62,10 @@ class MaskedLmGraph(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.model(input_ids, attention_mask, output_hidden_states=True)
-        return output.logits, output.hidden_states[-1]
+        found = find_tokens(attention_mask)
+        hidden = encode(self.model.bert, input_ids, found)
+        logits = self.model.decoder(self.model.transform(hidden))
+        return spread(logits, found), spread(hidden, found)
 
 
 def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
@@ -79,9 +83,7 @@ def write(source: Source, folder: Path) -> str:
 def write_graph(module: nn.Module, path: Path, outputs: list[str]) -> None:
     """Write a graph, and its weights beside it as NAME.data if they are too large for one file.
 
-    The model computes only on real tokens, whose number depends on the data and cannot be expressed in a graph.
-    torch.export therefore traces a path that computes all B * S positions and masks the padded keys
-    (padding.unpad_in_place). What a graph gives at padding is meaningless.
+    Only attention computes the padding; see graph_tokens.py. What a graph gives at padding is 0.
     """
     # The exporter would merge one tensor that is passed twice into one input.
     example = torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)

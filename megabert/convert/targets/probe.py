@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from megabert.convert.check.export_check import EXPECTED_OUTPUTS
-from megabert.convert.targets.frame import Expected, batches
+from megabert.convert.targets.frame import Differs, Expected, batches
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
@@ -109,6 +109,14 @@ def read_expected(folder: Path, max_length: int) -> Expected:
     ids = [encoding.ids for encoding in read_tokenizer(folder, max_length).encode_batch(texts)]
     answers = load_file(folder / ANSWERS)
     return Expected(texts, ids, answers["pooled"], load_file(folder / EXPECTED_OUTPUTS), answers["states"])
+
+
+def check_ids(folder: Path, expected: Expected, length: int) -> None:
+    """Raises Differs if the folder's tokenizer gives other ids for the texts of at most `length` tokens."""
+    encodings = read_tokenizer(folder, length).encode_batch(expected.texts)
+    for text, encoding, wanted in zip(expected.texts, encodings, expected.ids, strict=True):
+        if encoding.ids != wanted and len(wanted) <= length:
+            raise Differs(f"the tokenizer gives other ids for {text[:60]!r}")
 
 
 def make_lines(folder: Path) -> list[str]:

@@ -7,8 +7,9 @@ from typing import Any, NotRequired, TypedDict
 
 from megabert.convert.check import export_record
 from megabert.convert.from_hf import read_model
-from megabert.convert.targets import gguf_file, jina, onnx_graphs, sentence_transformers, transformers_js
+from megabert.convert.targets import encoder, jina, onnx_graphs, sentence_transformers, transformers_js
 from megabert.convert.targets.frame import Differs, Expected, NotOpened, Source, Target
+from megabert.convert.targets.llama import gguf_file
 from megabert.convert.targets.probe import read_expected
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.checkpoint_format import files_of
@@ -19,6 +20,7 @@ ALL = (
     sentence_transformers.TARGET,
     onnx_graphs.TARGET,
     onnx_graphs.INT8,
+    encoder.TARGET,
     jina.TARGET,
     gguf_file.TARGET,
     transformers_js.TARGET,

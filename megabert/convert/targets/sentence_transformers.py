@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megabert import __version__
-from megabert.convert.targets.frame import Expected, NotOpened, Proof, Source, Target, largest_difference
+from megabert.convert.targets.frame import Differs, Expected, NotOpened, Proof, Source, Target, largest_difference
 from megabert.convert.targets.programs.run import run_python
 from megabert.model.configuration_megabert import MegaBertConfig
 
@@ -41,6 +41,16 @@ def write_pooling(source: Source, folder: Path) -> None:
     pooling: dict[str, Any] = {"word_embedding_dimension": source.config.hidden_size}
     pooling |= {f"pooling_mode_{name}": name == "mean_tokens" for name in POOLINGS} | {"include_prompt": True}
     _write_json(folder / "1_Pooling/config.json", pooling)
+
+
+def check_pooling(folder: Path) -> None:
+    """Raises Differs unless the folder tells servers to take the mean of all tokens, as our embeddings do."""
+    pooling = json.loads((folder / "1_Pooling/config.json").read_text())
+    chosen = sorted(name for name, value in pooling.items() if name.startswith("pooling_mode_") and value)
+    if chosen != ["pooling_mode_mean_tokens"]:
+        raise Differs(
+            f"1_Pooling/config.json pools by {', '.join(chosen) or 'nothing'}, expected the mean of all tokens"
+        )
 
 
 def prove(folder: Path, expected: Expected) -> Proof | NotOpened:

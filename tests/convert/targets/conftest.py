@@ -1,5 +1,6 @@
 """Finished exports for targets to be added to, made once and in this process."""
 
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,11 +10,12 @@ import pytest
 
 from megabert.convert import to_hf
 from megabert.convert.check import export_check
-from megabert.convert.targets import registry
+from megabert.convert.targets import probe, registry
 from megabert.convert.targets.frame import Source
 from megabert.files.checkpoint_format import files_of
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
+from tests.model.architectures import ARCHITECTURES
 
 TARGETS = ("onnx", "onnx-int8", "jina")
 # How the names of each target's files begin.
@@ -35,6 +37,26 @@ def served(checkpoint) -> Path:
         patch.setattr(export_check, "run_in_subprocess", lambda folder: {"max_difference": 0.0, "transformers": "0"})
         to_hf.export_checkpoint(checkpoint, out, to_hf.ExportOptions(targets=TARGETS))
     return out
+
+
+@pytest.fixture(scope="session")
+def export_native(corpus, tmp_path_factory) -> Callable[[str], Path]:
+    """Export a model of an architecture that transformers has, as encoder too; fewer texts. Copy it to change it."""
+
+    @functools.cache
+    def export_native(architecture: str) -> Path:
+        folder = tmp_path_factory.mktemp(architecture)
+        model = small_model(**ARCHITECTURES[architecture] | {"num_attention_heads": 2})
+        write_checkpoint(folder / "run", model, corpus.tokenizer)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                export_check, "run_in_subprocess", lambda folder: {"max_difference": 0.0, "transformers": "0"}
+            )
+            patch.setattr(probe, "NUM_TEXTS", 200)
+            to_hf.export_checkpoint(folder / "run", folder / "hf", to_hf.ExportOptions(targets=("encoder",)))
+        return folder / "hf"
+
+    return export_native
 
 
 @pytest.fixture

@@ -1,18 +1,22 @@
-"""GGUF files hold the model, a port of llama.cpp's equations computes its states, and damage is found."""
+"""GGUF files hold the model, llama.cpp or what stands for it computes its states, and damage is found."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_prep import train_tokenizer
 from megabert.convert import to_hf
-from megabert.convert.targets import gguf_file, registry
-from megabert.convert.targets.gguf_vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, check_vocabulary
-from megabert.convert.targets.gguf_vocabulary import describe_vocabulary as describe
+from megabert.convert.targets import probe, registry
+from megabert.convert.targets.llama import gguf_file, gguf_native
+from megabert.convert.targets.llama.gguf_vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, check_vocabulary, composes
+from megabert.convert.targets.llama.gguf_vocabulary import describe_vocabulary as describe
 from tests.convert.helpers.checkpoints import write_checkpoint
-from tests.convert.helpers.small_model import BERT, small_model
+from tests.convert.helpers.small_model import small_model
 from tests.convert.hf.test_resize import WORDPIECE, wordpiece
+from tests.model.architectures import ARCHITECTURES
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,8 @@ def test_a_wordpiece_vocabulary_marks_the_beginnings_of_words():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"type": "BPE"}}, "the tokenizer is BPE. llama.cpp knows such vocabularies by a list of hashes"),
+        ({"model": {"type": "WordLevel"}}, "the tokenizer is WordLevel, which llama.cpp does not know"),
+        ({"model": {"type": "BPE"}}, "does not split words into bytes as GPT-2's and ModernBERT's do"),
         ({"model": {"type": "Unigram", "byte_fallback": True}}, "falls back to bytes"),
         ({"model": {"type": "WordPiece"}}, "does not split words as BERT's does"),
     ],
@@ -57,6 +62,32 @@ def test_a_wordpiece_vocabulary_marks_the_beginnings_of_words():
 def test_vocabularies_that_llama_cpp_cannot_have_are_refused(unigram, changes, message):
     with pytest.raises(ValueError, match=message):
         check_vocabulary(unigram | changes | {"normalizer": None})
+
+
+BYTE_BPE = {
+    "model": {"type": "BPE", "vocab": {"[UNK]": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"], "unk_token": "[UNK]"},
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "added_tokens": [],
+}
+
+
+def test_a_byte_level_vocabulary_keeps_its_merges():
+    raw = BYTE_BPE | {"normalizer": {"type": "NFC"}}
+    assert "ids are equal for texts that are composed already" in check_vocabulary(raw)[0]
+    assert composes(raw)
+    assert check_vocabulary(BYTE_BPE) == []
+    assert not composes(BYTE_BPE)
+    for merges in (["a b"], [["a", "b"]]):  # as tokenizer.json may write them
+        vocabulary = describe(raw | {"model": raw["model"] | {"merges": merges}}, 5, [])
+        assert (vocabulary.model, vocabulary.splits, vocabulary.merges) == ("gpt2", "modern-bert", ["a b"])
+        assert vocabulary.tokens == ["[UNK]", "a", "b", "ab", "[unused4]"]
+        assert vocabulary.types == [UNKNOWN, NORMAL, NORMAL, NORMAL, UNUSED]
+
+
+def test_a_byte_level_vocabulary_without_case_is_refused():
+    steps = [{"type": "NFC"}, {"type": "Lowercase"}]
+    with pytest.raises(ValueError, match="normalizes texts by Lowercase, NFC, .* a tokenizer with --lowercase false"):
+        check_vocabulary(BYTE_BPE | {"normalizer": {"type": "Sequence", "normalizers": steps}})
 
 
 @pytest.fixture
@@ -69,9 +100,9 @@ def files(checkpoint, tmp_path, skipped_checks) -> Path:
 def test_the_files_hold_the_model(files):
     outcome = registry.read_outcomes(files)["gguf"]
     assert outcome["opened"]["difference"] <= 1e-4
-    exact = gguf_file.read_file(files / "gguf/model-f32.gguf")
+    exact = gguf_file.read_content(files / "gguf/model-f32.gguf")
     for kind, tolerance in (("f16", 1e-3), ("q8_0", 2e-2)):
-        rounded = gguf_file.read_file(files / f"gguf/model-{kind}.gguf")
+        rounded = gguf_file.read_content(files / f"gguf/model-{kind}.gguf")
         assert rounded.tensors.keys() == exact.tensors.keys()
         for name, tensor in exact.tensors.items():
             np.testing.assert_allclose(rounded.tensors[name], tensor, rtol=0, atol=tolerance)
@@ -82,7 +113,7 @@ def swap_halves(name: str, tensor: np.ndarray) -> np.ndarray:
 
 
 def change_weight(name: str, tensor: np.ndarray) -> np.ndarray:
-    return tensor * np.float32(1.01) if name.endswith("1.attn_output.bias") else tensor
+    return tensor * np.float32(1.01) if name.endswith(("1.attn_output.bias", "1.attn_output.weight")) else tensor
 
 
 def shift_rows(name: str, tensor: np.ndarray) -> np.ndarray:
@@ -101,12 +132,57 @@ def test_damage_is_found(checkpoint, tmp_path, skipped_checks, monkeypatch, dama
     assert not (tmp_path / "hf/gguf").exists()
 
 
-@pytest.mark.serving
-def test_a_bert_needs_llama_cpp_itself(corpus, tmp_path, skipped_checks, monkeypatch):
+@pytest.fixture(params=["bert", "modernbert"])
+def native(request, export_native, tmp_path, monkeypatch) -> Path:
+    """An export of a model that transformers has, too, without the target. llama.cpp counts as missing."""
     monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
-    write_checkpoint(tmp_path / "run", small_model(**BERT), corpus.tokenizer)
-    to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf", to_hf.ExportOptions(targets=("gguf",)))
+    monkeypatch.setattr(probe, "NUM_LINES", 200)
+    return shutil.copytree(export_native(request.param), tmp_path / "hf")
+
+
+@pytest.mark.serving
+def test_transformers_own_model_computes_the_same_with_what_the_file_holds(native, monkeypatch):
+    outcome = registry.write_targets(native, ("gguf",))["gguf"]
+    assert outcome["opened"]["program"] == "transformers' own model in fp64, not llama.cpp itself,"
+    assert outcome["opened"]["difference"] <= 1e-5
+    content = gguf_file.read_content(native / "gguf/model-f32.gguf")
+    assert content.tensors["token_embd.weight"].shape == (832, 24)
+    expected = probe.read_expected(native, 40)
+    least = {"rope.freq_base": 1e3, "rope.freq_base_swa": 1e3, "attention.sliding_window": 2}
+    settings = least if content.architecture == "modern-bert" else {"attention.layer_norm_epsilon": 1e-2}
+    for name, value in settings.items():
+        assert name in content.settings
+        wrong = content._replace(settings=content.settings | {name: value})
+        pooled = gguf_native.embed(wrong, expected.ids[:20])
+        assert np.abs(pooled - expected.pooled[:20]).max() > gguf_file.TOLERANCE, name
+    quantize = gguf_file._quantize
+    for damage in (swap_halves, change_weight, shift_rows):
+
+        def damaged(name, tensor, kind, damage=damage):
+            return quantize(name, np.ascontiguousarray(damage(name, tensor)), kind)
+
+        monkeypatch.setattr(gguf_file, "_quantize", damaged)
+        shutil.rmtree(native / "gguf")
+        assert "differ by" in registry.write_targets(native, ("gguf",))["gguf"]["failed"]
+        assert not (native / "gguf").exists()
+        (native / "gguf").mkdir()
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.serving
+@pytest.mark.nightly
+@pytest.mark.parametrize("model", ["byte_bpe", "unigram", "wordpiece"])
+@pytest.mark.parametrize("architecture", ["mosaicbert", "bert", "modernbert"])
+def test_llama_cpp_gives_our_ids_and_embeddings(architecture, model, corpus, tmp_path, skipped_checks):
+    train_tokenizer.main(
+        [f"--source={corpus.jsonl}", f"--out={tmp_path / 'tokenizer'}", "--vocab_size=800", f"--model={model}"]
+        + ["--lowercase=false"] * (model == "byte_bpe")
+    )
+    changes = {"num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 300}
+    write_checkpoint(tmp_path / "run", small_model(**ARCHITECTURES[architecture] | changes), tmp_path / "tokenizer")
+    options = to_hf.ExportOptions(targets=("gguf",), max_length=300)
+    to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf", options)
     outcome = registry.read_outcomes(tmp_path / "hf")["gguf"]
-    assert outcome["not_opened"].startswith("not opened here: needs llama-cpp-python")
-    names = gguf_file.read_file(tmp_path / "hf/gguf/model-f32.gguf").tensors.keys()
-    assert {"position_embd.weight", "encoder.layer.1.mlp.gated_layers.bias"} <= names
+    assert outcome["opened"]["program"] == "llama.cpp by llama-cpp-python", outcome
+    assert outcome["opened"]["difference"] <= 1e-4
+    assert "the ids of 10,000 lines are equal" in outcome["opened"]["measure"]

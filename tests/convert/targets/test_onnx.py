@@ -18,27 +18,32 @@ from megabert.model.modeling_megabert import (
     MegaBertModel,
 )
 from tests.convert.helpers.small_model import BERT, small_model
+from tests.model.architectures import ARCHITECTURES
 
 ROWS = ["batch", "sequence"]
 
 
-@pytest.fixture(scope="module")
-def bert_graph(tmp_path_factory) -> tuple[MegaBertForMaskedLM, Path]:
-    """A BERT with large attention weights, with which a wrong distance shows, and its graph."""
-    model = small_model(**BERT).eval()
+def make_graph(changes, path) -> tuple[MegaBertForMaskedLM, Path]:
+    """Write the graph of a model with large attention weights, with which a wrong distance shows."""
+    model = small_model(**changes, num_attention_heads=2).eval()
     with torch.no_grad():
         for layer in model.bert.encoder.layers:
             layer.attention.qkv.weight.mul_(5)
-    path = tmp_path_factory.mktemp("bert") / "model.onnx"
     onnx_graphs.write_graph(onnx_graphs.MaskedLmGraph(model), path, ["logits", "last_hidden_state"])
     return model, path
 
 
-@pytest.fixture(params=["bert", "mosaicbert"])
-def graph(request, served, bert_graph) -> tuple[MegaBertForMaskedLM, Path]:
-    if request.param == "bert":
-        return bert_graph
-    return MegaBertForMaskedLM.from_pretrained(served).eval(), served / onnx_graphs.MASKED_LM
+NIGHTLY = ("bert", "rope-mosaicbert")
+GRAPHS = ["mosaicbert", "modernbert", *(pytest.param(name, marks=pytest.mark.nightly) for name in NIGHTLY)]
+
+
+@pytest.fixture(params=GRAPHS)
+def graph(request, served, tmp_path) -> tuple[MegaBertForMaskedLM, Path]:
+    """One layer of a ModernBERT is global and one local."""
+    if request.param == "mosaicbert":
+        return MegaBertForMaskedLM.from_pretrained(served).eval(), served / onnx_graphs.MASKED_LM
+    fewer = {"num_hidden_layers": 2, "global_attention_every": 2} if request.param == "modernbert" else {}
+    return make_graph(ARCHITECTURES[request.param] | fewer, tmp_path / "model.onnx")
 
 
 def test_the_graphs_answer_texts_of_any_length(served):

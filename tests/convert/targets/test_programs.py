@@ -4,11 +4,16 @@ import json
 from dataclasses import replace
 
 import pytest
+from tokenizers import Tokenizer
 
+from data_prep import train_tokenizer
 from megabert.convert import to_hf
 from megabert.convert.targets import js_normalizer, registry, sentence_transformers, transformers_js
 from megabert.convert.targets.frame import Differs, NotOpened
 from megabert.convert.targets.probe import make_texts, read_expected, read_tokenizer
+from tests.convert.helpers.checkpoints import write_checkpoint
+from tests.convert.helpers.small_model import small_model
+from tests.model.architectures import ARCHITECTURES
 
 
 def lines_with_ids(tokenizer):
@@ -40,12 +45,26 @@ def check_steps(corpus, raw):
     assert "Precompiled" not in {step["type"] for step in steps}
     js_normalizer.check_same_ids(raw, new, lines)
     without = [step for step in steps if step["type"] != "Lowercase"]
-    with pytest.raises(Differs, match="cannot be written in steps that JavaScript has"):
+    with pytest.raises(Differs, match="the normalizer cannot be written in steps that JavaScript has"):
         js_normalizer.check_same_ids(raw, new | {"normalizer": new["normalizer"] | {"normalizers": without}}, lines)
 
 
-def test_a_tokenizer_without_a_map_stays_as_it_is(raw):
-    plain = raw | {"normalizer": {"type": "Lowercase"}}
+@pytest.mark.parametrize("normalizer", [{"type": "Lowercase"}, {"type": "BertNormalizer", "lowercase": True}])
+def test_a_tokenizer_without_a_map_lowers_sigma_before_javascript_does(raw, normalizer):
+    """Which makes another letter of it at the end of a word."""
+    bert = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None}
+    plain = raw | {"normalizer": normalizer | (bert if len(normalizer) > 1 else {})}
+    new = js_normalizer.to_js_tokenizer(plain)
+    assert [step["type"] for step in new["normalizer"]["normalizers"]] == ["Replace", normalizer["type"]]
+    before, after = (Tokenizer.from_str(json.dumps(content)).normalizer.normalize_str for content in (plain, new))
+    for text in ("\u039f\u03a3 \u03a3\u039f", "I\u0307 \u0130 THE \u00c9", "A"):
+        assert after(text) == before(text)
+    assert "\u03c2" not in after("\u039f\u03a3")
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}, {"type": "BertNormalizer", "lowercase": False}])
+def test_a_tokenizer_that_keeps_case_stays_as_it_is(raw, normalizer):
+    plain = raw | {"normalizer": normalizer}
     assert js_normalizer.to_js_tokenizer(plain) is plain
 
 
@@ -100,3 +119,22 @@ def test_transformers_js_gives_our_ids_words_and_embeddings(checkpoint, tmp_path
     to_hf.export_checkpoint(checkpoint, tmp_path / "other", options)
     assert "lines have other ids" in registry.read_outcomes(tmp_path / "other")["transformers.js"]["failed"]
     assert not (tmp_path / "other/transformers.js").exists()
+
+
+PROGRAMS = ("sentence-transformers", "onnx", "onnx-int8", "transformers.js")
+
+
+@pytest.mark.serving
+@pytest.mark.node
+@pytest.mark.nightly
+@pytest.mark.parametrize("model", ["byte_bpe", "unigram", "wordpiece"])
+@pytest.mark.parametrize("architecture", ["modernbert", "rope-mosaicbert"])
+def test_every_program_opens_models_with_rope_and_windows(architecture, model, corpus, tmp_path, skipped_checks):
+    train_tokenizer.main(
+        [f"--source={corpus.jsonl}", f"--out={tmp_path / 'tokenizer'}", "--vocab_size=800", f"--model={model}"]
+    )
+    changes = {"num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 300}
+    write_checkpoint(tmp_path / "run", small_model(**ARCHITECTURES[architecture] | changes), tmp_path / "tokenizer")
+    to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf", to_hf.ExportOptions(targets=PROGRAMS, max_length=300))
+    outcomes = registry.read_outcomes(tmp_path / "hf")
+    assert {name for name, outcome in outcomes.items() if "opened" in outcome} == set(PROGRAMS), outcomes

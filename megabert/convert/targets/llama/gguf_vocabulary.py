@@ -1,4 +1,4 @@
-"""Describe a tokenizer.json in GGUF's terms: WordPiece as llama.cpp's bert, unigram as its t5."""
+"""Describe a tokenizer.json in GGUF's terms: WordPiece as llama.cpp's bert, unigram as its t5, BPE as its gpt2."""
 
 import base64
 import json
@@ -14,13 +14,18 @@ from megabert.data.shards.sample_format import SPECIAL_TOKENS
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # llama.cpp's types of tokens
 NEVER = -1e12  # the score of a token that no text contains
 SPACE = "\u2581"
+# ByteLevel in tokenizer.json, as it may be written.
+GPT2_SPLITS = [
+    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": trim} for trim in (True, False)
+]
 RULES = ("nmt_nfkc_cf", "nmt_nfkc", "nfkc_cf", "nfkc", "identity")  # sentencepiece's own
 
 
 class Vocabulary(NamedTuple):
     """tokens, types, scores: one for each row of the model. charsmap: sentencepiece's rules, empty for none.
 
-    settings: further keys below tokenizer.ggml. specials: id of each role, such as cls.
+    settings: further keys below tokenizer.ggml. specials: id of each role, such as cls. splits: llama.cpp's name for
+    the way in which words are told apart. merges: those of BPE, "a b" each.
     """
 
     model: str
@@ -30,16 +35,17 @@ class Vocabulary(NamedTuple):
     charsmap: bytes
     settings: dict[str, bool]
     specials: dict[str, int]
+    splits: str = "default"
+    merges: list[str] = []  # noqa: RUF012 # never changed
 
 
-def check_vocabulary(raw: dict[str, Any]) -> None:
-    """Raises ValueError if llama.cpp cannot tokenize with this tokenizer.json."""
+def check_vocabulary(raw: dict[str, Any]) -> list[str]:
+    """Return what a user should know. Raises ValueError if llama.cpp cannot tokenize with this tokenizer.json."""
     kind = raw["model"]["type"]
+    if kind == "BPE":
+        return _check_bpe(raw)
     if kind not in ("WordPiece", "Unigram"):
-        raise ValueError(
-            f"--for gguf: the tokenizer is {kind}. llama.cpp knows such vocabularies by a list of hashes, in which "
-            "one of your own is not. Leave gguf out, or train on a tokenizer of --model unigram or wordpiece."
-        )
+        raise ValueError(f"--for gguf: the tokenizer is {kind}, which llama.cpp does not know. Leave gguf out.")
     if raw["model"].get("byte_fallback"):
         raise ValueError(
             "--for gguf: the tokenizer falls back to bytes, which llama.cpp does not do for unigram vocabularies. "
@@ -53,6 +59,37 @@ def check_vocabulary(raw: dict[str, Any]) -> None:
                 "--for gguf: the WordPiece tokenizer does not split words as BERT's does, and llama.cpp knows no other "
                 "way. Leave gguf out."
             )
+    return []
+
+
+def _check_bpe(raw: dict[str, Any]) -> list[str]:
+    """As check_vocabulary(), for BPE: llama.cpp splits words by a list of known expressions, and normalizes nothing."""
+    model = raw["model"]
+    if raw.get("pre_tokenizer") not in GPT2_SPLITS or model.get("byte_fallback") or model.get("ignore_merges"):
+        raise ValueError(
+            "--for gguf: the BPE tokenizer does not split words into bytes as GPT-2's and ModernBERT's do, and no "
+            "other way is written. Leave gguf out."
+        )
+    steps = _steps(raw)
+    if steps - {"NFC"}:
+        raise ValueError(
+            f"--for gguf: the BPE tokenizer normalizes texts by {', '.join(sorted(steps))}, and llama.cpp changes "
+            "none before BPE, not even case. Leave gguf out, or train on a tokenizer with --lowercase false."
+        )
+    if not steps:
+        return []
+    return ["llama.cpp does not compose accents (NFC) before BPE: ids are equal for texts that are composed already"]
+
+
+def composes(raw: dict[str, Any]) -> bool:
+    """Whether texts must be composed (NFC) before llama.cpp gives the tokenizer's ids."""
+    return raw["model"]["type"] == "BPE" and _steps(raw) == {"NFC"}
+
+
+def _steps(raw: dict[str, Any]) -> set[str]:
+    normalizer = raw.get("normalizer")
+    steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
+    return {step["type"] for step in steps}
 
 
 def describe_vocabulary(raw: dict[str, Any], rows: int, lines: list[str]) -> Vocabulary:
@@ -77,6 +114,10 @@ def describe_vocabulary(raw: dict[str, Any], rows: int, lines: list[str]) -> Voc
             "normalizer.strip_accents": lowercase if accents is None else bool(accents),
         }
         return Vocabulary("bert", words, types, [0.0] * rows, b"", settings, known)
+    if raw["model"]["type"] == "BPE":
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in raw["model"]["merges"]]
+        settings = {"add_bos_token": True, "add_eos_token": True, "add_sep_token": False, "add_space_prefix": False}
+        return Vocabulary("gpt2", tokens, types, [], b"", settings, known, "modern-bert", merges)
     scores = [score for _, score in raw["model"]["vocab"]]
     scores = [scores[i] if types[i] == NORMAL and i < len(scores) else NEVER for i in range(rows)]
     settings = {

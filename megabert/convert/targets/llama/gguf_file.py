@@ -1,5 +1,7 @@
-"""Target gguf: the encoder for llama.cpp, as a BERT or a JinaBERT v2, in fp32, in fp16 and with 8-bit weights."""
+"""Target gguf: the encoder for llama.cpp, as a BERT, ModernBERT or JinaBERT v2, in fp32, fp16 and 8 bits."""
 
+import json
+import unicodedata
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,17 +16,18 @@ from megabert.convert.targets import jina_port
 from megabert.convert.targets.frame import (
     Differs,
     Expected,
-    NotOpened,
     Proof,
     Source,
     Target,
     largest_difference,
     smallest_cosine,
 )
-from megabert.convert.targets.gguf_vocabulary import check_vocabulary, describe_vocabulary
 from megabert.convert.targets.jina import to_jina
+from megabert.convert.targets.llama import gguf_native
+from megabert.convert.targets.llama.gguf_vocabulary import Vocabulary, check_vocabulary, composes, describe_vocabulary
 from megabert.convert.targets.probe import lines_with_ids, make_lines
 from megabert.convert.targets.programs.run import run_python
+from megabert.data.shards.manifest import TOKENIZER
 from megabert.model.configuration_megabert import MegaBertConfig
 
 FOLDER = "gguf"
@@ -49,6 +52,20 @@ LAYER_NAMES = {
     "mlp.wo": "ffn_down",
     "mlp.layernorm": "layer_output_norm",
 }
+# Our names of ModernBERT's modules, to GGUF's.
+MODERNBERT_NAMES = {
+    "bert.embeddings.word_embeddings": "token_embd",
+    "bert.embeddings.norm": "token_embd_norm",
+    "bert.encoder.final_norm": "output_norm",
+}
+MODERNBERT_LAYER_NAMES = {
+    "attention_norm": "attn_norm",
+    "attention.qkv": "attn_qkv",
+    "attention.out": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+}
 POSITIONS = "position_embd.weight"
 ALWAYS_F32 = ("token_types.weight", POSITIONS)  # llama.cpp adds these as they are
 USE = """from llama_cpp import LLAMA_POOLING_TYPE_MEAN, Llama
@@ -57,13 +74,12 @@ vector = model.embed("a text")"""
 
 
 def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
-    if native_kind(config) != "bert" and not is_mosaicbert(config):
+    if native_kind(config) not in ("bert", "modernbert") and not is_mosaicbert(config):
         raise ValueError(
-            f"--for gguf: only MosaicBERT and BERT are written, and this model has {config.position}, {config.ffn} and "
-            f"{config.norm_position}-norm layers. Leave gguf out."
+            f"--for gguf: llama.cpp computes MosaicBERT, BERT and ModernBERT, and this model has {config.position}, "
+            f"{config.ffn} and {config.norm_position}-norm layers. Leave gguf out."
         )
-    check_vocabulary(tokenizer)
-    notes = ["it has the encoder only; llama.cpp computes GELU in half precision"]
+    notes = ["it has the encoder only; llama.cpp computes GELU in half precision", *check_vocabulary(tokenizer)]
     if config.hidden_size % BLOCK or config.intermediate_size % BLOCK:
         notes.append(f"rows whose length is no multiple of {BLOCK} stay in fp16 in the q8_0 file")
     return notes
@@ -72,6 +88,9 @@ def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) ->
 def to_gguf(source: Source) -> dict[str, Tensor]:
     """Rename the encoder's weights."""
     config, weights = source.config, source.weights
+    if native_kind(config) == "modernbert":
+        names = modernbert_names(config.num_hidden_layers)
+        return {names[name]: tensor for name, tensor in weights.items() if name in names}  # the head has no place
     if native_kind(config) == "bert":
         biases = {name: weights[name] for name in weights if name.endswith("mlp.up.bias")}
         renamed = {f"blk.{name.split('.')[3]}.ffn_up.bias": bias for name, bias in biases.items()}
@@ -90,22 +109,33 @@ def gguf_names(num_layers: int) -> dict[str, str]:
     return {f"{theirs}.{part}": f"{new}.{part}" for theirs, new in modules.items() for part in ("weight", "bias")}
 
 
+def modernbert_names(num_layers: int) -> dict[str, str]:
+    """Map our name of each tensor of a ModernBERT's encoder to GGUF's."""
+    modules = dict(MODERNBERT_NAMES)
+    for layer in range(num_layers):
+        modules |= {
+            f"bert.encoder.layers.{layer}.{ours}": f"blk.{layer}.{new}" for ours, new in MODERNBERT_LAYER_NAMES.items()
+        }
+    return {f"{ours}.weight": f"{new}.weight" for ours, new in modules.items()}
+
+
 def write(source: Source, folder: Path) -> str:
     (folder / FOLDER).mkdir()
+    vocabulary = describe_vocabulary(source.tokenizer, source.config.vocab_size, make_lines(folder)[::10])
     tensors = to_gguf(source)
     for kind in FILES:
-        _write_file(source, tensors, folder, kind)
+        _write_file(source, tensors, vocabulary, folder, kind)
     return f"gguf {version('gguf')}"
 
 
-def _write_file(source: Source, tensors: dict[str, Tensor], folder: Path, kind: str) -> None:
+def _write_file(source: Source, tensors: dict[str, Tensor], vocabulary: Vocabulary, folder: Path, kind: str) -> None:
     import gguf
 
     config = source.config
-    bert = native_kind(config) == "bert"
     path = folder / FOLDER / f"model-{kind}.gguf"
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_architecture(config)])
-    writer.add_name("BERT" if bert else "MosaicBERT")
+    architecture, name = _architecture(config)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name(name)
     writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7}[kind])  # llama_ftype in llama.h
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
@@ -116,8 +146,11 @@ def _write_file(source: Source, tensors: dict[str, Tensor], folder: Path, kind: 
     writer.add_layer_norm_eps(config.layer_norm_eps)
     writer.add_causal_attention(False)
     writer.add_pooling_type(gguf.PoolingType.MEAN)
-    writer.add_token_type_count(config.type_vocab_size)
-    _add_vocabulary(writer, source, folder)
+    if config.token_types:
+        writer.add_token_type_count(config.type_vocab_size)
+    if config.position == "rope":
+        _add_positions(writer, config)
+    _add_vocabulary(writer, vocabulary)
     for name, tensor in tensors.items():
         data, stored = _quantize(name, tensor.contiguous().numpy(), kind)
         writer.add_tensor(name, data, raw_dtype=stored)
@@ -127,20 +160,30 @@ def _write_file(source: Source, tensors: dict[str, Tensor], folder: Path, kind: 
     writer.close()
 
 
-def _architecture(config: MegaBertConfig) -> Any:
-    import gguf
+def _architecture(config: MegaBertConfig) -> tuple[str, str]:
+    """Return llama.cpp's name of the architecture, and the model's."""
+    names = {"bert": ("bert", "BERT"), "modernbert": ("modern-bert", "ModernBERT")}
+    return names.get(native_kind(config) or "", ("jina-bert-v2", "MosaicBERT"))
 
-    return gguf.MODEL_ARCH.BERT if native_kind(config) == "bert" else gguf.MODEL_ARCH.JINA_BERT_V2
+
+def _add_positions(writer: Any, config: MegaBertConfig) -> None:
+    """Add RoPE's thetas and the window: llama.cpp's layers 0, k, 2k... are global, too."""
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.local_attention_window is not None:
+        writer.add_rope_freq_base_swa(config.local_rope_theta or config.rope_theta)
+        writer.add_sliding_window(config.local_attention_window)
+        writer.add_sliding_window_pattern(config.global_attention_every)
 
 
-def _add_vocabulary(writer: Any, source: Source, folder: Path) -> None:
-    lines = make_lines(folder)[::10]
-    vocabulary = describe_vocabulary(source.tokenizer, source.config.vocab_size, lines)
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(vocabulary.splits)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores(vocabulary.scores)
     if vocabulary.charsmap:
         writer.add_precompiled_charsmap(vocabulary.charsmap)
     for name, value in vocabulary.settings.items():
@@ -161,21 +204,24 @@ def _quantize(name: str, tensor: np.ndarray, kind: str) -> tuple[np.ndarray, Any
     return gguf.quants.quantize(tensor, stored), stored
 
 
-def prove(folder: Path, expected: Expected) -> Proof | NotOpened:
+def prove(folder: Path, expected: Expected) -> Proof:
     """Compare embeddings and ids with llama.cpp's; where it is missing, read a file back and let the port compute."""
     if find_spec("llama_cpp") is not None:
         return _prove_by_llama_cpp(folder, expected)
     path = folder / FOLDER / "model-f32.gguf"
-    model = read_file(path)
-    if POSITIONS in model.tensors:
-        return NotOpened("llama-cpp-python: pip install 'megabert[serving]'")
     texts = range(PROVEN)
+    ids = [expected.ids[row] for row in texts]
+    content = read_content(path)
     what = f"embeddings of {PROVEN} texts by {path.name}"
-    pooled = jina_port.embed(model, [expected.ids[row] for row in texts])
+    if content.architecture in gguf_native.NAMES:
+        pooled = gguf_native.embed(content, ids)
+        program, version_found = "transformers' own model in fp64, not llama.cpp itself,", version("transformers")
+    else:
+        pooled = jina_port.embed(as_jina(content), ids)
+        program, version_found = "an independent port of llama.cpp's equations in fp64, not llama.cpp itself,", "1"
     difference = largest_difference(pooled, expected.pooled[texts], TOLERANCE, what)
     note = "the ids were not compared: with the extra [serving], verifying the folder uses llama.cpp itself"
-    program = "an independent port of llama.cpp's equations in fp64, not llama.cpp itself,"
-    return Proof(program, "1", difference, what, (note,))
+    return Proof(program, version_found, difference, what, (note,))
 
 
 def _prove_by_llama_cpp(folder: Path, expected: Expected) -> Proof:
@@ -183,6 +229,9 @@ def _prove_by_llama_cpp(folder: Path, expected: Expected) -> Proof:
     longest = max(len(row) for row in expected.ids)
     # A text that was cut has no end in common: llama.cpp cuts in another way.
     texts = [row for row, text in enumerate(expected.ids) if len(text) < longest]
+    if composes(json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))):
+        lines = tuple(unicodedata.normalize("NFC", line) for line in lines)
+        texts = [row for row in texts if unicodedata.is_normalized("NFC", expected.texts[row])]
     least = []
     version_found = ""
     for kind, wanted in FILES.items():
@@ -202,23 +251,27 @@ def _prove_by_llama_cpp(folder: Path, expected: Expected) -> Proof:
     return Proof("llama.cpp by llama-cpp-python", version_found, 1 - least[0], measure, (note,))
 
 
-def read_file(path: Path) -> jina_port.JinaBert:
-    """Read a file back by the package gguf, with the names of JinaBERT v2's layout. Raises Differs for missing tensors.
-
-    A BERT's own tensors, which that layout lacks, keep their names.
-    """
+def read_content(path: Path) -> gguf_native.Content:
+    """Read a file back by the package gguf."""
     import gguf
 
     reader = gguf.GGUFReader(path)
-    field = {name.partition(".")[2]: value.contents() for name, value in reader.fields.items()}
+    architecture = reader.fields["general.architecture"].contents()
+    settings = {name.removeprefix(f"{architecture}."): value.contents() for name, value in reader.fields.items()}
     tensors = {
         tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).double()
         for tensor in reader.tensors
     }
-    back = {new: theirs for theirs, new in gguf_names(field["block_count"]).items()}
-    renamed = {back.get(name, name): tensor for name, tensor in tensors.items()}
-    sizes = (field["block_count"], field["attention.head_count"], field["attention.layer_norm_epsilon"])
-    return jina_port.JinaBert(renamed, *sizes, field["context_length"])
+    return gguf_native.Content(architecture, settings, tensors)
+
+
+def as_jina(content: gguf_native.Content) -> jina_port.JinaBert:
+    """Give the content the names of JinaBERT v2's layout. Raises Differs for missing tensors."""
+    settings = content.settings
+    back = {new: theirs for theirs, new in gguf_names(settings["block_count"]).items()}
+    renamed = {back.get(name, name): tensor for name, tensor in content.tensors.items()}
+    sizes = (settings["block_count"], settings["attention.head_count"], settings["attention.layer_norm_epsilon"])
+    return jina_port.JinaBert(renamed, *sizes, settings["context_length"])
 
 
 TARGET = Target("gguf", check, write, prove, USE, packages=("gguf",), extra="gguf")

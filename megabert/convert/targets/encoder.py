@@ -1,0 +1,97 @@
+"""Target encoder: transformers' own BERT, GTE or ModernBERT without its head, as TEI and vLLM read them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel
+
+from megabert import __version__
+from megabert.convert.gte_files import to_gte_file
+from megabert.convert.hf.native import NativeKind, native_kind
+from megabert.convert.hf.reader import CONFIG, SAFETENSORS
+from megabert.convert.hf.writer import save_tensors
+from megabert.convert.targets import sentence_transformers
+from megabert.convert.targets.frame import (
+    Differs,
+    Expected,
+    Proof,
+    Source,
+    Target,
+    batches,
+    largest_difference,
+    mean_of_tokens,
+)
+from megabert.convert.targets.probe import check_ids
+from megabert.convert.weight_names import from_megabert
+from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
+from megabert.model.configuration_megabert import MegaBertConfig
+
+FOLDER = "encoder"
+TOLERANCE = 1e-5
+PROVEN = 200  # texts
+# vLLM chooses its class by this name, and stops at a tensor that the encoder does not have or that has a prefix.
+ARCHITECTURES: dict[NativeKind, str] = {"bert": "BertModel", "modernbert": "ModernBertModel", "gte": "GteModel"}
+PREFIXES: dict[NativeKind, str] = {"bert": "bert.", "modernbert": "model.", "gte": "new."}
+USE = """docker run -p 8080:80 -v "$PWD/this folder":/data ghcr.io/huggingface/text-embeddings-inference:cpu-1.8 \\
+    --model-id /data/encoder
+vllm serve "this folder/encoder" --runner pooling"""
+
+
+def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
+    if native_kind(config) is None:
+        raise ValueError(
+            f"--for encoder: the model has {config.position}, {config.ffn} and {config.norm_position}-norm layers, "
+            "which are those of no BERT, GTE or ModernBERT. Leave encoder out; a MosaicBERT is written for TEI with "
+            "--for jina."
+        )
+    return ["it has the encoder only, for TEI and vLLM, which do not read a folder with another head"]
+
+
+def write(source: Source, folder: Path) -> str:
+    kind = native_kind(source.config)
+    assert kind is not None, "check() refuses other models"
+    out = folder / FOLDER
+    out.mkdir()
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | {"architectures": [ARCHITECTURES[kind]]}
+    (out / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    named = from_megabert(source.weights, kind, duplicates=False)
+    named = to_gte_file(named) if kind == "gte" else named
+    prefix = PREFIXES[kind]
+    bare = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
+    save_tensors({name: tensor.contiguous() for name, tensor in bare.items()}, out / SAFETENSORS)
+    shutil.copymode(out / CONFIG, out / SAFETENSORS)
+    for name in (TOKENIZER, TOKENIZER_CONFIG):
+        shutil.copyfile(folder / name, out / name)
+    sentence_transformers.write(source, out)
+    return f"megabert {__version__}"
+
+
+def prove(folder: Path, expected: Expected) -> Proof:
+    """Compare embeddings with those of transformers' own class; the servers themselves are not run here."""
+    import transformers
+
+    out = folder / FOLDER
+    settings = json.loads((out / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    check_ids(out, expected, int(settings["model_max_length"]))
+    sentence_transformers.check_pooling(out)
+    model, loaded = AutoModel.from_pretrained(out, output_loading_info=True, local_files_only=True)
+    wrong = {name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loaded[kind]}
+    # BERT's pooler is trained with next sentences only, which no recipe does, and no embedding uses it.
+    if left := sorted(str(name) for name in wrong if not str(name).startswith("pooler.")):
+        raise Differs(f"transformers finds parameters that are missing or too many, such as {left[0]}")
+    model = model.eval()
+    what = f"embeddings of {PROVEN} texts"
+    pooled = expected.pooled[:PROVEN].copy()
+    with torch.no_grad():
+        for group, rows, mask in batches(expected.ids[:PROVEN], 0):
+            states = model(torch.from_numpy(rows), attention_mask=torch.from_numpy(mask)).last_hidden_state
+            pooled[group] = mean_of_tokens(states.numpy(), mask)
+    difference = largest_difference(pooled, expected.pooled[:PROVEN], TOLERANCE, what)
+    note = "the servers were not run; a test compares the folder with the names and settings that they read"
+    return Proof("transformers", transformers.__version__, difference, what, (note,))
+
+
+TARGET = Target("encoder", check, write, prove, USE, language="bash")
