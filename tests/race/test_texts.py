@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from race import command as race_command
 from race import scoring
 from race.sides.baseline import Rows
 from race.texts import corpora, prose
@@ -106,11 +107,11 @@ def test_packages_that_cannot_be_had(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", ["run.py", "ablation.py"])
 def test_the_commands_name_accelerate_if_it_is_missing(script, monkeypatch, capsys):
     folder, find = REPOSITORY / "tests/benchmarks", importlib.util.find_spec
-    monkeypatch.setattr("sys.path", [str(folder / "race"), str(folder), str(REPOSITORY)])
+    monkeypatch.setattr("sys.path", [str(folder / "race"), *sys.path])
     monkeypatch.setattr("sys.argv", [script])
     missing = lambda name, *rest: None if name == "accelerate" else find(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", missing)
-    monkeypatch.setattr("race.command.find_spec", missing)
+    monkeypatch.setattr(race_command, "find_spec", missing)
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(folder / "race" / script), run_name="__main__")
     assert end.value.code == 2

@@ -22,7 +22,8 @@ class Records:
         """path: the file to append to."""
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        for file in [*sorted(committed.glob("*.jsonl")), path]:
+        # Each file once: path may be in that folder.
+        for file in dict.fromkeys([*sorted(committed.glob("*.jsonl")), path]):
             self.rows += read_records(file)
 
     def find(self, **fields: Any) -> Iterator[dict[str, Any]]:
