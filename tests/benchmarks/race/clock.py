@@ -1,0 +1,135 @@
+"""The race's clock: a training's seconds are its start-up and its steps, times a step's seconds measured in turns.
+
+Every round times the reference, the baseline's default settings, and then each contender. A contender's step is the
+median over the rounds of its ratio to the reference. The reference's own step is its processor time divided by the
+number of cores. So other load on the machine does not change how many steps a budget buys, as long as it slows both
+alike. The start-up, mostly compilation, is measured in a new process with an empty cache, as a number of steps of that
+process. Every start-up and every round is a record.
+"""
+
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from race.records import Records, hash_of
+from race.sides.baseline import Baseline
+from race.texts.corpora import Corpus
+from support.report import machine
+
+REFERENCE = Baseline()
+ROUNDS = 5
+STEPS, WARM_UP_STEPS = 9, 3
+COLD_STEPS = 14
+
+
+class Contender(Protocol):
+    """One side with its settings."""
+
+    @property
+    def side(self) -> str: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
+    @property
+    def profile(self) -> dict[str, Any]: ...
+    def train(self, corpus: Corpus, steps: int, seed: int, out: Path) -> Path: ...
+    def step_seconds(self, corpus: Corpus, steps: int, out: Path) -> list[float]: ...
+    def load(self, folder: Path) -> Any: ...
+
+
+class Clock(NamedTuple):
+    """startup_s: before and beside the steps. step_s: of one step. ratios: to the reference's step, in each round."""
+
+    startup_s: float
+    step_s: float
+    ratios: list[float]
+
+    def steps_in(self, budget_s: float) -> int:
+        """Return the steps that a budget buys; 0 if it does not pay for the start-up."""
+        return max(0, math.floor((budget_s - self.startup_s) / self.step_s + 1e-9))
+
+    def seconds(self, steps: int) -> float:
+        return self.startup_s + steps * self.step_s
+
+
+def profile_of(contender: Contender) -> str:
+    return hash_of([contender.side, contender.profile])
+
+
+def measure(contenders: Sequence[Contender], corpus: Corpus, records: Records) -> None:
+    """Measure what the records lack on this machine and corpus: start-ups, and rounds in turns."""
+    here = {**place(corpus), "load": os.getloadavg()[0]}
+    profiles = {profile_of(contender): contender for contender in contenders}
+    for name, contender in profiles.items():
+        if records.last(kind="startup", profile=name, **place(corpus)) is None:
+            with tempfile.TemporaryDirectory() as scratch:
+                steps = startup_steps(contender, corpus, Path(scratch))
+            print(f"clock: start-up {steps:.1f} steps, {contender.side} {contender.profile}", flush=True)
+            records.append({"kind": "startup", "profile": name, **here, "steps": steps, "settings": contender.profile})
+    while lacking := {name: each for name, each in profiles.items() if len(rounds(name, corpus, records)) < ROUNDS}:
+        with tempfile.TemporaryDirectory() as scratch:
+            wall, cpu = REFERENCE.reference_step(corpus, STEPS, WARM_UP_STEPS, Path(scratch))
+            taken = {name: turn(contender, corpus, Path(scratch)) for name, contender in lacking.items()}
+        print(f"clock: a round of {len(taken)} contenders; the reference's step took {wall:.3f} s", flush=True)
+        records.append({"kind": "round", **here, "reference_s": wall, "reference_cpu_s": cpu, "step_s": taken})
+
+
+def place(corpus: Corpus) -> dict[str, Any]:
+    """Return what a measured time depends on, besides the contender."""
+    return {"corpus": corpus.hash, "cpu": machine()["cpu"], "cores": machine()["cores"]}
+
+
+def rounds(profile: str, corpus: Corpus, records: Records) -> list[float]:
+    """Return a profile's ratio to the reference in each round that has it."""
+    found = records.find(kind="round", **place(corpus))
+    return [row["step_s"][profile] / row["reference_s"] for row in found if profile in row["step_s"]]
+
+
+def find(contender: Contender, corpus: Corpus, records: Records) -> Clock | None:
+    """Return the contender's clock on this machine, if it was measured."""
+    profile = profile_of(contender)
+    startup = records.last(kind="startup", profile=profile, **place(corpus))
+    ratios = rounds(profile, corpus, records)
+    if startup is None or len(ratios) < ROUNDS:
+        return None
+    # Those of the first rounds on this machine, so that later rounds do not change the steps of a budget.
+    first = list(records.find(kind="round", **place(corpus)))[:ROUNDS]
+    reference = statistics.median(row["reference_cpu_s"] for row in first) / first[0]["cores"]
+    step = statistics.median(ratios[:ROUNDS]) * reference
+    return Clock(startup["steps"] * step, step, ratios[:ROUNDS])
+
+
+def turn(contender: Contender, corpus: Corpus, scratch: Path) -> float:
+    """Return the mean seconds of a step after the first ones."""
+    return statistics.mean(contender.step_seconds(corpus, STEPS, scratch)[WARM_UP_STEPS:])
+
+
+def startup_steps(contender: Contender, corpus: Corpus, scratch: Path) -> float:
+    """Return by how much the first steps take longer than later ones where nothing is compiled, in steps."""
+    with tempfile.TemporaryDirectory() as cache, environment(TORCHINDUCTOR_CACHE_DIR=cache):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            seconds = pool.submit(contender.step_seconds, corpus, COLD_STEPS, scratch).result()
+    return excess_steps(seconds)
+
+
+def excess_steps(seconds: Sequence[float]) -> float:
+    """seconds: of each step. [9, 1, 1, 1] -> 8.0"""
+    steady = statistics.median(seconds[len(seconds) // 2 :])
+    return max(0.0, sum(seconds) / steady - len(seconds))
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,174 @@
+"""The command of the race: prepare the texts, search both sides' settings, train the final seeds, print the result."""
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import transformers
+from race import clock, scoring
+from race.clock import Contender
+from race.records import Records
+from race.result import Result, compare, print_result
+from race.sides.baseline import Baseline
+from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, Plan, baseline_grid, open_baselines, open_ours, our_grid
+from race.sides.ours import Ours
+from race.texts import corpora, prose
+from race.trials import Track, halve, loss_of
+from support import report
+
+from megabert.files.lock import LockHeldError, acquire
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that run.py and ablation.py share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed and a small budget: at most ten minutes")
+    parser.add_argument("--json", type=Path, help="file to write {figures, machine} to")
+    parser.add_argument(
+        "--corpus", choices=corpora.NAMES, help="only this text; default: both, with --quick docstrings"
+    )
+    parser.add_argument("--out", type=Path, help="folder for records and trials; default: runs/race or runs/race-quick")
+    return parser
+
+
+def read_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the flags, and check what both commands need."""
+    options = parser.parse_args()
+    if find_spec("accelerate") is None:
+        parser.error("transformers' Trainer needs accelerate: pip install accelerate")
+    options.out = options.out or corpora.REPOSITORY / ("runs/race-quick" if options.quick else "runs/race")
+    return options
+
+
+def prepared(options: argparse.Namespace) -> list[corpora.Corpus]:
+    """Make the texts. One that cannot be downloaded is left out, with a line."""
+    names = [options.corpus] if options.corpus else ["docstrings"] if options.quick else list(corpora.NAMES)
+    found = []
+    for name in names:
+        try:
+            found.append(corpora.prepare(name))
+        except prose.UnreachableError as error:
+            print(f"{name}: left out, since its packages cannot be downloaded: {error}", flush=True)
+    if not found:
+        raise SystemExit("no text to race on: connect to a Debian mirror, or pass --corpus docstrings.")
+    return found
+
+
+def best_baseline(track: Track, plan: Plan, quick: bool, kind: str) -> Baseline:
+    """Search the baseline's settings."""
+    grid = baseline_grid(quick)
+    print(f"baseline: {len(grid)} settings", flush=True)
+    best = search(track, grid, plan, plan.baseline_rungs)
+    return search(track, open_baselines(best), plan, plan.baseline_rungs[-1:]) if kind == "open" else best
+
+
+def best_of_ours(track: Track, plan: Plan, quick: bool, kind: str) -> Ours:
+    grid = our_grid(quick)
+    print(f"ours: {len(grid)} settings", flush=True)
+    best = search(track, grid, plan, plan.our_rungs)
+    return search(track, open_ours(best), plan, plan.our_rungs[-1:]) if kind == "open" else best
+
+
+def search(track: Track, grid: Sequence[Any], plan: Plan, rungs: Sequence[float]) -> Any:
+    """Return the best setting of a grid. Its clock is measured first."""
+    clock.measure(grid, track.corpus, track.records)
+    return halve(track, grid, [plan.budget_s / rung for rung in rungs])[0][1]
+
+
+def final_trials(track: Track, contender: Contender, budget_s: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Train the seeds of one attempt, with fine-tuning."""
+    steps = track.clock(contender).steps_in(budget_s)
+    return [track.trial(contender, steps, seed, scored=bool(track.tasks)) for seed in seeds]
+
+
+def choose_budgets(track: Track, ours: Ours, plan: Plan, line: float) -> tuple[list[float], float]:
+    """Fix the budgets to try, by a search seed: the shortest that reaches the line, and all longer ones.
+
+    Also returns by how many nats the loss falls when the time grows e-fold, between the last two budgets tried.
+    """
+    budgets = sorted(plan.budget_s / share for share in plan.ladder)
+    clock_of_ours = track.clock(ours)
+    tried: list[tuple[float, float]] = []
+    for number, budget in enumerate(budgets):
+        steps = clock_of_ours.steps_in(budget)
+        if not steps:
+            continue
+        loss = loss_of(track.trial(ours, steps, SEARCH_SEEDS[1]))
+        print(f"  search seed, {budget:.0f} s, {steps} steps: loss {loss:.3f}, line {line:.3f}", flush=True)
+        tried.append((budget, loss))
+        if loss <= line and len(tried) > 1:
+            budgets = budgets[number:]
+            break
+    else:
+        budgets = budgets[-1:]
+    (first, before), (last, after) = tried[-2:] if len(tried) > 1 else [(1.0, 1.0), (math.e, 0.0)]
+    return budgets, max(1e-3, (before - after) / math.log(last / first))
+
+
+def race(track: Track, plan: Plan, options: argparse.Namespace) -> Result:
+    """Run the whole race on one text."""
+    baseline = best_baseline(track, plan, options.quick, options.kind)
+    finals = final_trials(track, baseline, plan.budget_s, plan.final_seeds(0))
+    ours = best_of_ours(track, plan, options.quick, options.kind)
+    line = statistics.mean(map(loss_of, finals))
+    budgets, slope = choose_budgets(track, ours, plan, line)
+
+    def attempt(number: int, budget: float) -> list[dict[str, Any]]:
+        return final_trials(track, ours, budget, plan.final_seeds(1 + number))
+
+    return compare(track, (baseline, finals), (ours, attempt), budgets, slope)
+
+
+@contextmanager
+def open_tracks(options: argparse.Namespace, plan: Plan) -> Iterator[list[Track]]:
+    """Lock the output folder for this command, and prepare a track per text."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = acquire(options.out / "race.lock")
+    except LockHeldError as error:
+        raise SystemExit(f"{options.out}: process {error.pid} races there. Wait for it, or pass --out.") from error
+    try:
+        texts = prepared(options)
+        tasks, missing = scoring.available_tasks()
+        for line in missing:
+            print(f"score: {line}", flush=True)
+        records, scored = Records(options.out / "records.jsonl"), [] if missing else tasks
+        yield [Track(corpus, records, options.out, scored, plan.examples) for corpus in texts]
+    finally:
+        lock.release()
+
+
+def main(description: str) -> None:
+    parser = make_parser(description)
+    parser.add_argument("--class", dest="kind", choices=("same-size", "open"), default="same-size")
+    options = read_options(parser)
+    plan = QUICK if options.quick else FULL
+    results = []
+    with open_tracks(options, plan) as tracks:
+        for track in tracks:
+            results.append(race(track, plan, options))
+            print_result(track.corpus.name, results[-1], plan)
+    if options.quick:
+        print("--quick: one seed, a small budget and few settings. This shows that the race runs; it is no result.")
+    figures = figures_of(results, options.kind, plan)
+    print(figures)
+    report.write(figures, options.json, quick=options.quick)
+
+
+def figures_of(results: Sequence[Result], kind: str, plan: Plan) -> dict[str, float]:
+    """Return the figures: of several texts the smallest speedup and the largest p-value."""
+    name = kind.replace("-", "_")
+    figures: dict[str, float] = {"seeds": plan.seeds, "p_value": max(result.p_value for result in results)}
+    losses = [result.loss_speedup for result in results]
+    scores = [result.score_speedup for result in results if result.score_speedup is not None]
+    figures[f"{name}_loss_speedup"] = min(losses)
+    if scores:
+        figures[f"{name}_score_speedup"] = min(scores)
+    return figures

@@ -1,0 +1,254 @@
+"""The race's rules: records that outlive a kill, the clock's arithmetic, statistics, fresh seeds, fair searches."""
+
+import itertools
+import json
+import math
+
+import pytest
+from race import clock, trials, variants
+from race.clock import Clock, excess_steps
+from race.records import COMMITTED, Records, read_records
+from race.result import why_no_score
+from race.sides.baseline import Baseline
+from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, SHAPES, baseline_grid, open_ours, our_grid
+from race.sides.ours import Ours
+from race.significance import Line, beats, first_to_reach, permutation_p, ratio_interval
+from race.trials import Track
+
+from megabert import load_recipe
+
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+
+
+class Fake:
+    """A contender whose loss is known. trained: what was trained, as (name, steps, seed)."""
+
+    side = "ours"
+
+    def __init__(self, name="a", seconds=1.0, killed_at=None):
+        self.name, self.seconds, self.killed_at = name, seconds, killed_at
+        self.trained = []
+
+    @property
+    def settings(self):
+        return {"name": self.name}
+
+    profile = settings
+
+    def train(self, corpus, steps, seed, out):
+        if len(self.trained) == self.killed_at:
+            raise KeyboardInterrupt
+        self.trained.append((self.name, steps, seed))
+        if self.name == "broken":
+            raise ValueError("all updates were skipped")
+        return out
+
+    def load(self, folder):
+        return self.name
+
+    def reference_step(self, corpus, steps, warm_up, out):
+        Fake.turns.append(self.name)
+        return self.seconds * Fake.load, self.seconds
+
+    def step_seconds(self, corpus, steps, out):
+        Fake.turns.append(self.name)
+        return [self.seconds * Fake.load] * steps
+
+
+class FakeCorpus:
+    name, hash = "text", "1234"
+
+
+@pytest.fixture
+def track(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials.scoring, "held_out_loss", lambda model, corpus: float(ord(model)))
+    monkeypatch.setattr(Track, "clock", lambda self, contender: Clock(1.0, 0.5, [1.0]))
+    return Track(FakeCorpus(), Records(tmp_path / "records.jsonl", tmp_path), tmp_path / "out", [], 0)
+
+
+def test_half_a_line_of_a_killed_command_costs_one_record(tmp_path):
+    path = tmp_path / "out/records.jsonl"
+    records = Records(path, tmp_path)
+    records.append({"kind": "trial", "loss": 1.0})
+    with open(path, "ab") as file:
+        file.write(b'{"kind": "trial", "lo')
+    again = Records(path, tmp_path)
+    again.append({"kind": "trial", "loss": 2.0})
+    assert [row["loss"] for row in Records(path, tmp_path).find(kind="trial")] == [1.0, 2.0]
+    assert again.last(kind="trial") == {"kind": "trial", "loss": 2.0}
+    assert again.last(kind="clock") is None
+
+
+def test_committed_records_count_too(tmp_path):
+    (tmp_path / "earlier.jsonl").write_text('{"kind": "trial", "seed": 1}\n')
+    assert Records(tmp_path / "none/records.jsonl", tmp_path).last(kind="trial") == {"kind": "trial", "seed": 1}
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.jsonl")), ids=lambda path: path.name)
+def test_the_committed_records_are_whole(path):
+    rows = list(read_records(path))
+    assert len(rows) == len(path.read_text().splitlines())
+    assert all(row["kind"] in ("startup", "round", "trial") and row["corpus"] for row in rows)
+
+
+def test_a_search_goes_on_where_it_was_killed(track, tmp_path):
+    names = "dabc"
+    killed = [Fake(name, killed_at=0 if name == "b" else None) for name in names]
+    with pytest.raises(KeyboardInterrupt):
+        trials.halve(track, killed, [3, 6])
+    again, contenders = Records(tmp_path / "records.jsonl", tmp_path), [Fake(name) for name in names]
+    resumed = Track(track.corpus, again, track.out, [], 0)
+    ranked = trials.halve(resumed, contenders, [3, 6])
+    # 3 s buy 4 steps and 6 s buy 10; "d" and "a" were trained for 3 s already, and the best two of four went on.
+    assert [contender.trained for contender in contenders] == [
+        [], [("a", 10, SEARCH_SEEDS[0])], [("b", 4, 1), ("b", 10, 1)], [("c", 4, 1)],
+    ]  # fmt: skip
+    assert [(loss, contender.name) for loss, contender in ranked] == [(97.0, "a"), (98.0, "b")]
+
+
+def test_a_setting_that_fails_is_recorded_as_the_worst(track):
+    ranked = trials.halve(track, [Fake("broken"), Fake("a")], [3])
+    assert [loss for loss, _ in ranked] == [97.0, math.inf]
+    assert track.records.last(loss=None)["failed"] == "all updates were skipped"
+    assert trials.halve(track, [Fake("a")], [1])[0][0] == math.inf, "the budget does not pay for the start-up"
+
+
+def test_a_budget_buys_the_steps_that_fit():
+    ours = Clock(startup_s=2.0, step_s=0.1, ratios=[])
+    assert [ours.steps_in(budget) for budget in (1.0, 2.0, 2.05, 2.1, 12.0)] == [0, 0, 0, 1, 100]
+    assert ours.seconds(100) == pytest.approx(12.0)
+    assert excess_steps([9, 1, 1, 1]) == 8.0
+    assert excess_steps([1, 1, 1, 1]) == 0.0
+
+
+def test_the_clock_measures_in_turns_and_other_load_does_not_change_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(clock, "REFERENCE", Fake("reference", 1.0))
+    monkeypatch.setattr(clock, "startup_steps", lambda *_: 4.0)
+    cores = clock.place(FakeCorpus())["cores"]
+    found = []
+    for load in (1.0, 7.0):
+        Fake.load, Fake.turns = load, []
+        records = Records(tmp_path / f"{load}.jsonl", tmp_path / "committed")
+        contenders = [Fake("a", 0.5), Fake("b", 0.25)]
+        clock.measure(contenders, FakeCorpus(), records)
+        assert Fake.turns == ["reference", "a", "b"] * 5
+        found.append([clock.find(contender, FakeCorpus(), records) for contender in contenders])
+    # The reference's step takes 1 s of processor time.
+    assert found[0] == found[1] == [
+        Clock(4 * step / cores, step / cores, [step] * 5) for step in (0.5, 0.25)
+    ]  # fmt: skip
+    clock.measure([*contenders, Fake("c")], FakeCorpus(), records)
+    assert Fake.turns[15:] == ["reference", "c"] * 5, "what has a clock is not measured again"
+
+
+def test_a_clock_that_was_killed_goes_on_with_the_next_round(tmp_path, monkeypatch):
+    Fake.load, Fake.turns = 1.0, []
+    monkeypatch.setattr(clock, "REFERENCE", Fake("reference", 1.0))
+    monkeypatch.setattr(clock, "startup_steps", lambda *_: 4.0)
+    records = Records(tmp_path / "records.jsonl", tmp_path)
+    monkeypatch.setattr(clock, "ROUNDS", 3)
+    clock.measure([Fake("a")], FakeCorpus(), records)
+    monkeypatch.setattr(clock, "ROUNDS", 5)
+    again = Records(tmp_path / "records.jsonl", tmp_path)
+    assert clock.find(Fake("a"), FakeCorpus(), again) is None
+    clock.measure([Fake("a")], FakeCorpus(), again)
+    assert [row["kind"] for row in again.rows] == ["startup"] + ["round"] * 5
+
+
+def test_permutation_p_counts_splits():
+    assert permutation_p([1, 2, 3], [4, 5, 6]) == 1 / 20
+    assert permutation_p([4, 5, 6], [1, 2, 3]) == 1.0
+    assert permutation_p([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) == 1 / math.comb(10, 5) < 0.01
+    assert permutation_p([2.0], [2.0]) == 1.0
+
+
+def test_the_interval_comes_from_seeds_and_rounds():
+    assert ratio_interval([4.0] * 5, [4.0] * 5, 3.0, 1.0, [2.0] * 5) == pytest.approx((3.0, 3.0))
+    # A mean that is 0.7 nats better, at 1 nat for a time e times as long, means a ratio e^0.7 times as large.
+    assert ratio_interval([4.7] * 5, [4.0] * 5, 3.0, 1.0, [2.0] * 5) == pytest.approx((3 * math.exp(0.7),) * 2)
+    seeds = ratio_interval([4.0, 4.1, 3.9], [4.0, 4.1, 3.9], 3.0, 1.0, [2.0] * 5)
+    # The mean of 3 of these values has a standard deviation of 0.0471.
+    assert seeds == pytest.approx([3 * math.exp(sign * 1.96 * 0.0471 * 2**0.5) for sign in (-1, 1)], rel=0.04)
+    low, high = ratio_interval([4.0] * 3, [4.0] * 3, 3.0, 1.0, [1.5, 2.0, 2.5])
+    assert (low, high) == pytest.approx((3 * 0.75, 3 * 1.25))
+
+
+def test_misses_count():
+    line = Line([4.0, 4.1, 4.2])
+    values = {10: [5.0] * 3, 20: [4.11] * 3, 30: [3.0, 3.1, 3.2], 40: [1.0] * 3}
+    verdict = first_to_reach(line, sorted(values), lambda number, budget: values[budget])
+    assert [attempt.budget_s for attempt in verdict.attempts] == [10, 20, 30]
+    assert verdict.reached
+    assert verdict.p_value == pytest.approx(3 / 20)
+    missed = first_to_reach(line, [10, 20], lambda number, budget: values[budget])
+    assert (missed.reached, missed.p_value) == (False, 1.0)
+
+
+@pytest.mark.parametrize("plan", [FULL, QUICK])
+def test_no_seed_is_used_for_two_purposes(plan):
+    used = [SEARCH_SEEDS, *(plan.final_seeds(attempt) for attempt in range(1 + len(plan.ladder)))]
+    seeds = list(itertools.chain(*used))
+    assert len(seeds) == len(set(seeds))
+    assert len(plan.final_seeds(3)) == plan.seeds
+
+
+def test_the_baseline_has_enough_settings_and_one_size():
+    grid = baseline_grid(quick=False)
+    assert len({json.dumps(each.settings) for each in grid}) == len(grid) >= 24
+    assert {each.layout for each in grid} == {"documents", "blocks"}
+    assert {each.batch for each in grid} == {8, 16, 32, 64}
+    assert {each.masking for each in grid} == {0.15, 0.3}
+    assert {each.dropout for each in grid} == {0.0, 0.1}
+    assert len({each.warmup for each in grid}) > 1 < len({each.initializer_range for each in grid})
+    assert {(each.layers, each.width) for each in grid} == {(4, 256)}
+    assert Baseline(lr=1.0).profile == Baseline(masking=0.3).profile != Baseline(dropout=0.1).profile
+
+
+def test_our_settings_are_recipes_of_the_same_size():
+    grid = our_grid(quick=False)
+    assert len({json.dumps(each.settings) for each in grid}) == len(grid)
+    names = ("model.num_hidden_layers", "model.hidden_size", "optimizer.final_lr")
+    assert {tuple(each.settings[name] for name in names) for each in grid} == {(4, 256, 0.0)}
+    # Reading a recipe is slow, so only those with settings that none before them has are read.
+    known: set[str] = set()
+    for each in grid:
+        if not known >= each.settings.keys():
+            recipe_of(each)
+        known |= each.settings.keys()
+    sizes = [tuple(each.settings[f"model.{name}"] for name in SIZES) for each in open_ours(grid[0])]
+    assert sizes == [*SHAPES]
+
+
+def recipe_of(contender):
+    sections = {}
+    for name, value in contender.settings.items():
+        section, setting = name.split(".")
+        sections.setdefault(section, {})[setting] = value
+    return load_recipe("quickstart", **sections)
+
+
+def test_the_ablation_changes_one_thing_at_a_time():
+    contenders = variants.contenders()
+    assert next(iter(contenders)) == "BERT"
+    for name, settings in contenders.items():
+        changed = sum(value != variants.BERT[key] for key, value in settings.items())
+        assert changed == {"BERT": 0, "MosaicBERT": 5}.get(name, 1)
+    recipe = recipe_of(Ours(contenders["MosaicBERT"]))
+    model = recipe.model
+    assert (model.position, model.ffn, model.padding) == ("alibi", "geglu", "unpadded")
+    assert recipe.masking.mlm_probability == 0.3
+    table = variants.as_table({"BERT": [variants.Point(600.0, 4.5, 0.01, 0.7512, 0.004)]}, FULL)
+    assert table.splitlines()[-1] == "| BERT | 4.500, std 0.010 | 75.12, std 0.40 |"
+
+
+def test_the_score_line_counts_only_where_pretraining_shows(track):
+    twins = [0.5, 0.51, 0.49, 0.5, 0.5]
+    near = [{"scores": [0.5], "random_twin": [twin]} for twin in twins]
+    far = [{"scores": [0.6, 0.62], "random_twin": [twin]} for twin in twins]
+    assert why_no_score(track, far) == "a task has no data"
+    scored = Track(track.corpus, track.records, track.out, ["a task"], 0)
+    assert "is not 3 standard errors above its random twin's 0.500 (5 seeds)" in str(why_no_score(scored, near))
+    assert why_no_score(scored, far) is None
+    assert "(1 seeds)" in str(why_no_score(scored, far[:1]))
+    assert beats([1.0, 1.2], [0.0, 0.2], 3.0)
+    assert not beats([1.0, 1.2], [0.8, 1.0], 3.0)
