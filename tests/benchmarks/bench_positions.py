@@ -4,7 +4,7 @@
 
 Three models differ in `model.position` alone: alibi, rope and learned, whose position table has 1,024 rows. They are
 the quickstart's recipe and train on the same bins. The corpus is the docstrings of installed packages, where the
-docstrings of one Python file are one document. Every 20th file is held out; of those, texts of 1,022 tokens are
+docstrings of one Python file are one document. Every 12th file is held out; of those, texts of 1,022 tokens are
 read at once, with [CLS] and [SEP], and the loss of the same 15 % of masked tokens is averaged over positions.
 cut_loss: the same tokens, where the text is read in pieces of 128.
 POSITION_loss_LAST: over the positions from the previous limit to LAST. POSITION_beyond: loss beyond 128 less the loss
@@ -47,7 +47,7 @@ MASKED_SHARE = 0.15
 TOKENS, QUICK_TOKENS = 1_700_000, 40_960
 TEXTS, QUICK_TEXTS = 200, 8
 QUICK_FILES = 8  # every 8th file of the corpus
-HOLD_OUT_EVERY = 20
+HOLD_OUT_EVERY = 12
 CURVE_STEP = 32  # positions that one point of a curve averages
 
 
