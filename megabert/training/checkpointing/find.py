@@ -1,0 +1,45 @@
+"""Find the checkpoint that a run starts from; imports no torch."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from megabert.files import checkpoint_format as layout
+
+log = logging.getLogger(__name__)
+
+# Returns what is wrong with a checkpoint's files, or None.
+Check = Callable[[Path], str | None]
+
+
+def find(resume: str, folder: Path, check: Check) -> Path | None:
+    """Choose the checkpoint to resume from.
+
+    resume: the setting run.resume; auto falls back to an older checkpoint if the newest is damaged, and logs that.
+    Raises ValueError if a named checkpoint is missing or damaged, and if there are checkpoints but all are damaged.
+    """
+    if resume == "none":
+        return None
+    if resume != "auto":
+        named = layout.find_checkpoint(Path(resume))
+        if problem := check(named):
+            raise ValueError(f"{named}: cannot resume from it: {problem}. Name another one, or use --run.resume auto.")
+        return named
+    found = newest(folder, check)
+    if found is None and (tags := layout.list_tags(folder)):
+        raise ValueError(
+            f"{folder}: all {len(tags)} checkpoints are damaged. Remove them, or use --run.resume none, to start anew."
+        )
+    return found
+
+
+def newest(folder: Path, check: Check, up_to: int | None = None) -> Path | None:
+    """Return the newest undamaged checkpoint, of step `up_to` at most. Logs the damaged ones."""
+    for tag in layout.list_tags(folder):
+        if up_to is not None and layout.step_of(tag) > up_to:
+            continue
+        problem = check(folder / tag)
+        if problem is None:
+            return folder / tag
+        log.warning("checkpoint %s is damaged and not used: %s", tag, problem)
+    return None
