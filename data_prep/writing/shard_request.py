@@ -23,7 +23,17 @@ from megabert.data.shards.tokenizer import find_tokenizer, read_tokenizer
 Step = Literal["plan", "runs", "merge", "shards", "finish"]
 PARALLEL_STEPS = ("runs", "merge", "shards")
 TASK = re.compile(r"(\d{1,6})/(\d{1,6})")
-NO_EFFECT_ON_SHARDS = ("out", "workers", "replace", "max_unknown", "step", "task", "engine", "ray_address")
+NO_EFFECT_ON_SHARDS = (
+    "out",
+    "workers",
+    "replace",
+    "trust_tokenizer",
+    "max_unknown",
+    "step",
+    "task",
+    "engine",
+    "ray_address",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +62,8 @@ class Options(SourceOptions):
     """whether to replace finished shards in `out` that were made with another source, tokenizer or other settings"""
     document_end: str | None = None
     """of a source of tokens: the token at which documents end, such as [SEP]; by default they end as the files say"""
+    trust_tokenizer: bool = False
+    """of a source of tokens: accept the tokenizer although it gives few documents the same ids again"""
     max_unknown: float = setting(0.05, "[0, 1]")
     """largest share of [UNK] among the tokens; more ends the command"""
     step: Step | None = None
@@ -152,5 +164,5 @@ def rule_of(
     if options.document_end is not None and end is None:
         raise ValueError(f"{path}: has no token {options.document_end!r}. Pass one of its tokens as --document-end.")
     rule = make_rule(tokenizer, end)
-    print(check_tokenizer(tokens, options.read, rule, path))
+    print(check_tokenizer(tokens, options.read, rule, path, options.trust_tokenizer))
     return rule

@@ -2,6 +2,7 @@
 
 {command} --ds_config {zero2}
 {command} --ds_config {zero2} --recipe mosaicbert-base --data.train '/data/c4/train-{00000..01023}.tar'
+{command} --dry-run 64 --recipe mosaicbert-base --data.train /data/c4
 """
 
 import logging
@@ -10,15 +11,22 @@ from pathlib import Path
 from typing import NoReturn
 
 from megabert.config import cli
-from megabert.config.ds_config import read_ds_config
+from megabert.config.ds_config import DsConfig, read_ds_config
 from megabert.config.parser import PACKAGE, RecipeParser, ds_config_names, ds_config_path
 from megabert.config.recipe import Recipe
 from megabert.files.subprocesses import end_with_parent
 from megabert.training.distributed.rank_env import rank_of_this_process
 from megabert.training.distributed.signals import StopSignals
+from megabert.training.roofline.dry_run import dry_run
 
 QUICKSTART_SHARDS = "data/quickstart/tokens"
 CHECKOUT = PACKAGE.parent
+
+
+class PreparationError(ValueError):
+    """The quickstart's corpus could not be prepared, for a reason that the scripts have printed."""
+
+    exit_code = 1
 
 
 def prepare_quickstart_corpus(recipe: Recipe) -> None:
@@ -36,7 +44,7 @@ def prepare_quickstart_corpus(recipe: Recipe) -> None:
         print(f"{QUICKSTART_SHARDS} is missing: preparing the quickstart's corpus, a minute or two", flush=True)
         done = subprocess.run(["bash", str(script)], check=False, preexec_fn=end_with_parent)
         if done.returncode:
-            raise ValueError(f"preparing {QUICKSTART_SHARDS} failed with exit code {done.returncode}; see above.")
+            raise PreparationError(f"preparing {QUICKSTART_SHARDS} failed with exit code {done.returncode}; see above.")
 
 
 def make_parser(prog: str) -> RecipeParser:
@@ -53,8 +61,23 @@ def make_parser(prog: str) -> RecipeParser:
         help=f"ZeRO stage, precision and offload for DeepSpeed: one of {', '.join(ds_config_names())}, or a JSON file",
     )
     parser.add_argument("--plot_schedule", default=None, help="only draw the recipe's schedules, to this .png")
+    parser.add_argument(
+        "--dry_run",
+        type=int,
+        default=None,
+        help="train nothing: check settings, corpus, checkpoint, disk and memory for this number of ranks, in seconds",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher; leave it alone")
     return parser
+
+
+def print_dry_run(recipe: Recipe, ds_config: DsConfig, ranks: int) -> int:
+    """Print what a dry run finds. Returns the exit code of the first reason to refuse the run, or 0."""
+    codes = []
+    for finding in dry_run(recipe, ds_config, ranks):
+        print(finding, flush=True)
+        codes.append(finding.code)
+    return next((code for code in codes if code), 0)
 
 
 def main(prog: str) -> int:
@@ -68,6 +91,8 @@ def main(prog: str) -> int:
         plot_schedule(recipe, Path(options.plot_schedule))
         return 0
     ds_config = read_ds_config(ds_config_path(options.ds_config))
+    if options.dry_run is not None:
+        return print_dry_run(recipe, ds_config, options.dry_run) if rank_of_this_process() == 0 else 0
     prepare_quickstart_corpus(recipe)
     logging.basicConfig(level=logging.INFO if rank_of_this_process() == 0 else logging.WARNING, format="%(message)s")
     # Imported after recipe and ds_config are checked: torch and DeepSpeed take seconds to load.

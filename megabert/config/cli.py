@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from megabert.config.settings import check_limits, limits_of
+from megabert.files.disk import WRONG_NAMES
 from megabert.files.redact import redact
 from megabert.files.streams import keep_streams_writable
 
@@ -24,8 +25,6 @@ T = TypeVar("T")
 
 EXIT_INTERRUPTED = 130  # after Ctrl-C, as a shell gives it
 EXIT_MISTAKE = 2  # of a user, in a flag or in what it names
-# What Python raises for a name that is wrong or that this user may not open; a network file system may be away instead.
-WRONG_NAMES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 # The only words that a switch takes as its value: any other word after it is a positional argument.
 SWITCH_VALUES = {"true": "true", "yes": "true", "1": "true", "false": "false", "no": "false", "0": "false"}

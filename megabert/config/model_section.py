@@ -81,6 +81,30 @@ class ModelConfig:
                 f"model.num_attention_heads ({self.num_attention_heads})."
             )
 
+        if reason := self._why_not_positions():
+            raise ValueError(reason)
+
+    def _why_not_positions(self) -> str | None:
+        """Return why the settings of positions and windows make no sense together, or None."""
+        every, window, local_theta = self.global_attention_every, self.local_attention_window, self.local_rope_theta
+        if self.position != "rope" and (self.rope_theta != 10_000 or local_theta is not None):
+            name = "rope_theta" if local_theta is None else "local_rope_theta"
+            return f"model.{name} has no effect with model.position {self.position}. Leave it out, or set that to rope."
+        if self.position == "rope" and self.hidden_size // self.num_attention_heads % 2:
+            return (
+                f"model.position rope rotates pairs of features, but model.hidden_size {self.hidden_size} over "
+                f"{self.num_attention_heads} heads is an odd number of them. Set model.hidden_size to a multiple of "
+                f"{2 * self.num_attention_heads}."
+            )
+        if (every > 1) != (window is not None):
+            return (
+                f"model.global_attention_every is {every} and model.local_attention_window {window}: local layers need "
+                "a window, and a window needs local layers. Set both, or neither."
+            )
+        if every == 1 and local_theta is not None:
+            return "model.local_rope_theta has no effect where every layer is global. Leave it out."
+        return None
+
     @property
     def checkpoint_every(self) -> int:
         """0: no layer is recomputed; 1: every layer; K: every K-th layer."""

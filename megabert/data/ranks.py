@@ -27,6 +27,11 @@ def count_streams(ranks: Sequence[int], num_workers: int) -> int:
     return num_streams
 
 
+def worker_count(requested: int, streams_per_rank: int) -> int:
+    """Round down to a divisor of a rank's streams, so that every worker has whole streams."""
+    return max((n for n in range(1, requested + 1) if streams_per_rank % n == 0), default=0)
+
+
 def possible_ranks(*shared: int) -> list[int]:
     """Return the numbers of ranks that divide all of these counts of streams or micro-batches."""
     common = math.gcd(*shared)
@@ -42,7 +47,9 @@ def describe(ranks: Sequence[int], near: int) -> str:
     return f"{', '.join(names[:-1])}{' or ' if names[1:] else ''}{names[-1]} {'rank' if names == ['1'] else 'ranks'}"
 
 
-def choose_streams(ranks: Sequence[int] | None, num_workers: int, world_size: int, saved: int | None) -> int:
+def choose_streams(
+    ranks: Sequence[int] | None, num_workers: int, world_size: int, saved: int | None, step_batches: Sequence[int] = ()
+) -> int:
     """Choose the number of a run's data streams. ranks: data.ranks. saved: the number of a resumed run.
 
     Raises ValueError, naming numbers of ranks that work, if the ranks cannot share the streams evenly.
@@ -50,7 +57,7 @@ def choose_streams(ranks: Sequence[int] | None, num_workers: int, world_size: in
     num_streams = saved or count_streams(ranks or [world_size], num_workers)
     if num_streams % world_size == 0:
         return num_streams
-    others = describe(possible_ranks(num_streams), world_size)
+    others = describe(possible_ranks(num_streams, *step_batches), world_size)
     if saved is not None:
         raise ValueError(
             f"this run has {saved} data streams from its start to its end, which {world_size} ranks cannot share "
@@ -62,15 +69,19 @@ def choose_streams(ranks: Sequence[int] | None, num_workers: int, world_size: in
     )
 
 
-def batches_per_step(global_batch_tokens: int, micro_batch_tokens: int, longest: int, world_size: int) -> int:
+def batches_per_step(
+    global_batch_tokens: int, micro_batch_tokens: int, longest: int, world_size: int, num_streams: int = 0
+) -> int:
     """Return the micro-batches of one optimizer step over all ranks. longest: the least micro_batch_tokens.
+
+    num_streams: of the run, which its ranks share too; 0: those that its number of ranks gives.
 
     Raises ValueError, naming what works, if the ranks cannot share them evenly.
     """
     total = global_batch_tokens // micro_batch_tokens
     if total % world_size == 0:
         return total
-    ways = [f"use {describe(possible_ranks(total), world_size)}"]
+    ways = [f"use {describe(possible_ranks(total, num_streams), world_size)}"]
     if micro := _fitting_micro_batch(global_batch_tokens, micro_batch_tokens, longest, world_size):
         ways.append(f"set data.micro_batch_tokens {micro}")
     multiple = world_size * micro_batch_tokens
@@ -104,10 +115,10 @@ def micro_batch_sizes(
     )
 
 
-def check_warmup(step_batches: Sequence[int], micro_batch_tokens: int, world_size: int) -> None:
+def check_warmup(step_batches: Sequence[int], micro_batch_tokens: int, world_size: int, num_streams: int = 0) -> None:
     """Raise ValueError, naming what works, if the ranks cannot share the steps of a batch warm-up evenly.
 
-    step_batches: micro-batches of the steps of each stage, ascending.
+    step_batches: micro-batches of the steps of each stage, ascending. num_streams: as for batches_per_step.
     """
     if all(size % world_size == 0 for size in step_batches):
         return
@@ -116,7 +127,7 @@ def check_warmup(step_batches: Sequence[int], micro_batch_tokens: int, world_siz
     raise ValueError(
         f"data.batch_warmup_from gives steps of {', '.join(map(str, step_batches))} micro-batches, which {world_size} "
         f"ranks cannot share evenly. Set data.batch_warmup_from {first * micro_batch_tokens}, or use "
-        f"{describe(possible_ranks(*step_batches), world_size)}."
+        f"{describe(possible_ranks(*step_batches, num_streams), world_size)}."
     )
 
 

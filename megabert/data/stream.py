@@ -11,7 +11,6 @@ The stages of a stream are generators, each of which consumes the one before:
 """
 
 import logging
-import math
 import os
 import signal
 import threading
@@ -25,14 +24,16 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megabert.data.batch import Bin, PackedBatch, Shapes, lay_out
+from megabert.data.bin_shape import check_max_documents
 from megabert.data.chunk_pieces import PieceOptions
 from megabert.data.masking import masked_count
 from megabert.data.order import StreamId
-from megabert.data.packing import SPECIALS_PER_PIECE, pieces_per_token
 from megabert.data.packing_buffer import PackingBuffer, SourcePosition
+from megabert.data.ranks import worker_count
 from megabert.data.schedule import BatchSchedule, Length, MaskingRate, make_schedule
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.source import Corpus
+from megabert.files.checkpoint_format import STREAMS_FORMAT, check_streams_format
 from megabert.files.subprocesses import exit_with_parent, use_short_socket_paths
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,6 @@ LOADER_TIMEOUT_S = 600
 
 # The purpose of a random number is one part of the key of the counter-based generator; the bin's index is the other.
 MASKING, DROPOUT, HELD_OUT = 1, 2, 3
-# The format of a checkpoint's streams.json, {"format": 3, "streams": {NUMBER: POSITION}}. Formats 1, without the key
-# "format", and 2 are of another order of the documents.
-POSITIONS_FORMAT = 3
 
 # Evaluation does not use the run's seed, so that held-out losses of different runs are about the same masked tokens.
 EVALUATION_SEED = 0
@@ -86,7 +84,7 @@ class Position:
 def positions_to_json(positions: Mapping[int, Position]) -> dict[str, Any]:
     """Return the content of a checkpoint's streams.json. positions: of every stream, by its number."""
     streams = {str(stream): positions[stream].to_json() for stream in sorted(positions)}
-    return {"format": POSITIONS_FORMAT, "streams": streams}
+    return {"format": STREAMS_FORMAT, "streams": streams}
 
 
 def positions_from_json(raw: dict[str, Any], where: str, new_pass: bool = False) -> dict[int, Position]:
@@ -95,22 +93,9 @@ def positions_from_json(raw: dict[str, Any], where: str, new_pass: bool = False)
     where: names the file in these errors. new_pass: give streams of an earlier version, which had another order of
     documents, at the start of a pass over the data; only their counts of bins are kept.
     """
-    found = raw.get("format", 1)
-    if found not in (1, 2, POSITIONS_FORMAT):
-        raise ValueError(
-            f"{where}: format {found!r}, but this version of megabert reads formats up to {POSITIONS_FORMAT}. Upgrade "
-            "megabert to resume from this checkpoint, or name another one with --run.resume FOLDER."
-        )
-    if found != POSITIONS_FORMAT and not new_pass:
-        checkpoint = os.path.dirname(where) or where
-        raise ValueError(
-            f"{where}: format {found}: written by an earlier version of megabert, which read documents in another "
-            "order and could put copies of one into a batch. To keep weights, optimizer and step and begin a new pass "
-            f"over the data, start a branch: --run.branch_from {checkpoint} --run.output_dir FOLDER. To finish the run "
-            "in the old order, use the version that began it."
-        )
+    found = check_streams_format(raw, where, new_pass)
     try:
-        if found == POSITIONS_FORMAT:
+        if found == STREAMS_FORMAT:
             return {int(stream): Position.from_json(position) for stream, position in raw["streams"].items()}
         streams = raw if found == 1 else raw["streams"]
         return {int(stream): Position(position["bins"]) for stream, position in streams.items()}
@@ -136,14 +121,7 @@ class StreamConfig:
 
     def __post_init__(self):
         for stage in self.schedule.stages:
-            # A bin of the longest pieces has T / S; each shorter piece needs a part of a place more.
-            least = -(-5 * self.bin_tokens // (4 * stage.max_seq_len))
-            most = self.max_documents[stage.max_seq_len]
-            if most < least:
-                raise ValueError(
-                    f"data.max_documents is {most}, expected at least {least}: "
-                    f"1.25 times the {self.bin_tokens} tokens in pieces of {stage.max_seq_len}."
-                )
+            check_max_documents(self.max_documents[stage.max_seq_len], self.bin_tokens, stage.max_seq_len)
 
     def shapes(self, max_seq_len: int) -> Shapes:
         return Shapes(self.bin_tokens, self.max_documents[max_seq_len], self.max_masked)
@@ -158,28 +136,6 @@ def philox(seed: int, purpose: int, index: int) -> np.random.Generator:
     key = np.array([seed, purpose], dtype=np.uint64)
     counter = np.array([0, 0, index, 0], dtype=np.uint64)  # 2^128 numbers between two bins
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-
-def default_max_documents(corpus: Corpus, bin_tokens: int, max_seq_len: int, truncate: bool) -> int:
-    """Return D_max: the pieces of a bin by the corpus's lengths, and room for chance, so that few bins reach it.
-
-    Of several sources the one with the shortest pieces counts, because a bin may be full of them.
-    """
-    known = [source.document_lengths() for source in corpus.sources]
-    lengths = [item for item in known if item is not None]
-    if len(lengths) < len(known):
-        return four_medians(corpus, bin_tokens, max_seq_len)
-    # At least the pieces of a bin without one short piece: a sample may have no document.
-    rate = max(1 / max_seq_len, *(pieces_per_token(*item, max_seq_len, truncate) for item in lengths))
-    mean = bin_tokens * rate
-    # Pieces of different lengths: their number in a bin varies by up to about its square root.
-    return math.ceil(mean + max(mean / 4, 4 * math.sqrt(mean)))
-
-
-def four_medians(corpus: Corpus, bin_tokens: int, max_seq_len: int) -> int:
-    """Return D_max of corpora without a histogram of lengths, and of runs whose checkpoints do not record it."""
-    median = min(corpus.median_document_tokens + SPECIALS_PER_PIECE, max_seq_len)
-    return -(-4 * bin_tokens // max(SPECIALS_PER_PIECE + 1, median))
 
 
 def open_stream(
@@ -273,11 +229,6 @@ class BatchStream(IterableDataset):
             assert batch.index == index, f"stream {stream} gave bin {batch.index}, expected {index}"
             yield batch, stream, after
             index += parts * self.world_size
-
-
-def worker_count(requested: int, streams_per_rank: int) -> int:
-    """Round down to a divisor of a rank's streams, so that every worker has whole streams."""
-    return max((n for n in range(1, requested + 1) if streams_per_rank % n == 0), default=0)
 
 
 def open_loader(dataset: BatchStream, num_workers: int, pin_memory: bool = False) -> DataLoader:

@@ -13,6 +13,7 @@ format_version of state.json counts changes of all files but streams.json. 1: fi
 """
 
 import contextlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ STREAMS = "streams.json"
 TAG = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
 FORMAT_VERSION = 3
+# The format of streams.json, {"format": 3, "streams": {NUMBER: POSITION}}. Formats 1, without the key "format", and 2
+# are of another order of the documents.
+STREAMS_FORMAT = 3
 # Settings of the recipe that readers of a checkpoint use.
 NEEDED_SETTINGS = (("data", "max_seq_len"), ("optimizer", "name"))
 # Keys of version 1 that have other names now.
@@ -163,6 +167,33 @@ def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
     return state | {"zero_stage": zero.get("stage", 0) if isinstance(zero, dict) else 0}
 
 
+def check_streams_format(raw: dict[str, Any], where: str, new_pass: bool = False) -> int:
+    """Return the format of a streams.json. Raises ValueError for one of a version that cannot be resumed from.
+
+    where: names the file in errors. new_pass: allow earlier formats, of which only the counts of bins are used.
+    """
+    found = raw.get("format", 1)
+    if found not in (1, 2, STREAMS_FORMAT):
+        raise ValueError(
+            f"{where}: format {found!r}, but this version of megabert reads formats up to {STREAMS_FORMAT}. Upgrade "
+            "megabert to resume from this checkpoint, or name another one with --run.resume FOLDER."
+        )
+    if found != STREAMS_FORMAT and not new_pass:
+        checkpoint = os.path.dirname(where) or where
+        raise ValueError(
+            f"{where}: format {found}: written by an earlier version of megabert, which read documents in another "
+            "order and could put copies of one into a batch. To keep weights, optimizer and step and begin a new pass "
+            f"over the data, start a branch: --run.branch_from {checkpoint} --run.output_dir FOLDER. To finish the run "
+            "in the old order, use the version that began it."
+        )
+    return found
+
+
+def bytes_of(num_parameters: int, zero_stage: int) -> int:
+    """Return the size of a checkpoint of AdamW: fp32 weights and two moments. ZeRO 1 and 2 store the weights twice."""
+    return num_parameters * (16 if zero_stage in (1, 2) else 12)
+
+
 def heldout_losses(folder: Path) -> dict[str, float | None]:
     """Map the tag of every checkpoint of a run to its held-out loss; None if not measured or not readable."""
     losses: dict[str, float | None] = dict.fromkeys(list_tags(folder))
@@ -188,8 +219,11 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     return found
 
 
-def check_files(folder: Path, names: list[str] | None = None) -> str | None:
-    """Compare files with the manifest. Returns the first problem, or None. names: check only these files."""
+def check_files(folder: Path, names: list[str] | None = None, hashes: bool = True) -> str | None:
+    """Compare files with the manifest. Returns the first problem, or None.
+
+    names: check only these files. hashes: whether to read them, and not only compare their sizes.
+    """
     manifest = read_manifest(folder)
     for name in sorted(manifest) if names is None else names:
         size, digest = manifest[name]
@@ -198,6 +232,6 @@ def check_files(folder: Path, names: list[str] | None = None) -> str | None:
             return f"{path} is missing"
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size} bytes, expected {size}"
-        if file_sha256(path) != digest:
+        if hashes and file_sha256(path) != digest:
             return f"{path} is damaged: its hash differs from the one in {MANIFEST}"
     return None

@@ -4,15 +4,12 @@ import gc
 import multiprocessing
 import multiprocessing.process
 from collections.abc import Iterator
-from pathlib import Path
 
-from megabert.config.recipe import DataConfig, Recipe
+from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.masking import masked_count
-from megabert.data.shards.cache import CacheOptions
-from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus
-from megabert.data.stream import BatchStream, Position, StreamConfig, default_max_documents, four_medians, open_loader
-from megabert.files.checkpoint_format import State
+from megabert.data.shards.source import Corpus
+from megabert.data.stream import BatchStream, Position, StreamConfig, open_loader
 from megabert.training.distributed.watchdog import RankLostError
 from megabert.training.schedule import RunSchedule
 
@@ -80,40 +77,6 @@ class Feed:
         """End the loader's worker processes."""
         self.batches = iter(())
         gc.collect()
-
-
-def open_corpora(data: DataConfig) -> tuple[Corpus, Corpus]:
-    """Open the training and the held-out corpus. Raises ValueError if one is missing or their tokenizers differ."""
-    options = {
-        "tokenizer": data.tokenizer,
-        "cache": CacheOptions(Path(data.cache_dir), data.cache_gb << 30, data.store_patience_s),
-        "on_bad_shard": data.on_bad_shard,
-    }
-    corpus = open_corpus(data.corpora, **options)
-    held_out = open_corpus([(data.heldout, 1.0)] if data.heldout else data.corpora, "heldout", **options)
-    check_same_tokenizer(corpus.sources[0], held_out.sources[0])
-    for source in corpus.sources:
-        source.check_files()
-    return corpus, held_out
-
-
-def choose_max_documents(data: DataConfig, corpus: Corpus, saved: State | None) -> dict[int, int]:
-    """Choose the most pieces of a bin, for each max_seq_len of the run. saved: of a resumed run, which keeps its bins.
-
-    A bin that has that many pieces would have others with another number.
-    """
-    lengths, tokens, truncate = (
-        [length for length, _ in data.lengths],
-        data.bin_tokens,
-        data.documents == "truncate",
-    )
-    if data.max_documents != "auto":
-        return dict.fromkeys(lengths, data.max_documents)
-    if saved is None:
-        return {length: default_max_documents(corpus, tokens, length, truncate) for length in lengths}
-    if saved.max_documents is None:
-        return {length: four_medians(corpus, tokens, length) for length in lengths}
-    return saved.max_documents
 
 
 def stream_config(

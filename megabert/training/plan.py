@@ -11,6 +11,7 @@ from megabert.kernels.devices import has_fast_bf16
 from megabert.kernels.resolve import Implementation
 from megabert.training.distributed.device import training_device
 from megabert.training.identity import RunIdentity, fixed_settings
+from megabert.training.limits import why_not_compile
 from megabert.training.optim.optimizers import choose_optimizer
 from megabert.training.schedule import RunSchedule, make_run_schedule
 
@@ -53,7 +54,7 @@ def make_plan(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -
         world_size=world_size,
         fast_bf16=has_fast_bf16(device),
     )
-    if recipe.run.compile and (reason := why_not_compile(device, resolved.zero_stage)):
+    if recipe.run.compile and (reason := why_not_compile(device.type, resolved.zero_stage)):
         raise ValueError(reason)
     optimizer = choose_optimizer(recipe, resolved, device)
     identity = RunIdentity(
@@ -75,18 +76,3 @@ def make_plan(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -
         schedule=schedule,
         identity=identity,
     )
-
-
-def why_not_compile(device: torch.device, zero_stage: int) -> str | None:
-    """Return why torch.compile cannot be applied to the whole model, or None. Not run on a GPU yet."""
-    if device.type == "cpu":
-        return (
-            "run.compile true on a CPU: run.ops auto already compiles each operation there, and attention, which "
-            "depends on the documents' lengths, would be compiled again at every step. Set run.compile false."
-        )
-    if zero_stage == 3:
-        return (
-            "run.compile true at ZeRO 3: fetching weights breaks the graph in every layer. Use ds_configs/zero2.json, "
-            "or set run.compile false."
-        )
-    return None

@@ -15,6 +15,7 @@ from megabert.files.redact import redact_all
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.training.checkpointing.resume import Checkpoint, find_checkpoint
 from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space, set_aside_after
+from megabert.training.corpora import choose_max_documents, open_corpora
 from megabert.training.distributed.deepspeed_compat import num_parameters
 from megabert.training.distributed.device import device_name, event_class
 from megabert.training.distributed.heartbeat import progress
@@ -27,10 +28,12 @@ from megabert.training.distributed.sync import (
 )
 from megabert.training.engine import model_of, start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, open_held_out
-from megabert.training.feed import Feed, choose_max_documents, open_corpora, stream_config
+from megabert.training.feed import Feed, stream_config
+from megabert.training.limits import why_no_trackers
 from megabert.training.optim.guard import Guard, UpdateGate
 from megabert.training.plan import RunPlan
-from megabert.training.telemetry import probe, trackers
+from megabert.training.schedule import shared_batches
+from megabert.training.telemetry import probe
 from megabert.training.telemetry.flops import peak_flops
 from megabert.training.telemetry.probe import ProbeRunner
 from megabert.training.telemetry.provenance import start_messages, write_run_json
@@ -144,7 +147,7 @@ class Run:
 def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     """Open the data, build the engine and the services, and restore the newest checkpoint if there is one."""
     recipe, rank, world_size = plan.recipe, plan.rank, plan.world_size
-    if problem := trackers.why_unavailable(recipe.run.trackers):
+    if problem := why_no_trackers(recipe.run.trackers):
         raise ValueError(problem)
     state = TrainState(Guard(recipe.run.max_norm_ratio), TimeBudget(plan.budget_s))
     progress.enter("checking the output folder")
@@ -204,7 +207,9 @@ def make_feed(plan: RunPlan, corpus: Corpus, checkpoint: Checkpoint | None) -> F
     """Make this rank's feed. A resumed run has as many data streams as before, on any number of ranks, and its bins."""
     data = plan.recipe.data
     saved = checkpoint.state.num_streams if checkpoint else None
-    num_streams = choose_streams(data.ranks, data.num_workers, plan.world_size, saved)
+    num_streams = choose_streams(
+        data.ranks, data.num_workers, plan.world_size, saved, shared_batches(plan.recipe, plan.schedule)
+    )
     max_documents = choose_max_documents(data, corpus, checkpoint.state if checkpoint else None)
     return Feed(
         corpus,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megabert.config.recipe import OptimizerConfig, Recipe
+from megabert.config.recipe import DataConfig, OptimizerConfig, Recipe
 from megabert.data import ranks
 from megabert.data.schedule import BatchSchedule, Length, MaskingRate, make_schedule
 from megabert.optim.lr_schedule import warmup_and_decay
@@ -31,7 +31,7 @@ def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
     first = data.batch_warmup_from and data.batch_warmup_from // data.bin_tokens
     lengths = [Length(*phase) for phase in data.lengths]
     stages = make_schedule(steps, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
-    ranks.check_warmup(stages.step_batches, data.bin_tokens, world_size)
+    ranks.check_warmup(stages.step_batches, data.bin_tokens, world_size, listed_streams(data))
     if masking.schedule == "constant":
         rate = MaskingRate.constant(masking.mlm_probability)
     else:
@@ -45,7 +45,19 @@ def batches_per_step(recipe: Recipe, world_size: int) -> int:
     data = recipe.data
     if data.global_batch_tokens == "auto":
         return world_size
-    return ranks.batches_per_step(data.global_batch_tokens, data.bin_tokens, data.longest, world_size)
+    return ranks.batches_per_step(
+        data.global_batch_tokens, data.bin_tokens, data.longest, world_size, listed_streams(data)
+    )
+
+
+def listed_streams(data: DataConfig) -> int:
+    """The streams of a new run whose numbers of ranks are listed; 0 if its first number of ranks decides."""
+    return ranks.count_streams(data.ranks, data.num_workers) if data.ranks else 0
+
+
+def shared_batches(recipe: Recipe, schedule: RunSchedule) -> list[int]:
+    """The numbers of micro-batches that ranks must share evenly; none if each rank has one of each step."""
+    return [] if recipe.data.global_batch_tokens == "auto" else schedule.stages.step_batches
 
 
 def total_steps(recipe: Recipe, step_batches: int) -> int:

@@ -25,6 +25,7 @@ from support.corpus import VOCAB, write_token_shards
 from support.report import read_arguments, write
 
 from data_prep import train_tokenizer, write_shards
+from megabert.data.bin_shape import default_max_documents
 from megabert.data.masking import masked_count
 from megabert.data.order import cut_into_splits
 from megabert.data.packing import SPECIALS_PER_PIECE, cut
@@ -34,7 +35,6 @@ from megabert.data.stream import (
     BatchStream,
     Position,
     StreamConfig,
-    default_max_documents,
     open_loader,
     positions_to_json,
 )

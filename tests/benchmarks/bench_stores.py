@@ -22,11 +22,12 @@ from pathlib import Path
 from support.corpus import write_token_shards
 from support.report import read_arguments, write
 
+from megabert.data.bin_shape import default_max_documents
 from megabert.data.masking import masked_count
 from megabert.data.schedule import Length, MaskingRate, make_schedule
 from megabert.data.shards.cache import CacheOptions
 from megabert.data.shards.source import open_corpus
-from megabert.data.stream import BatchStream, StreamConfig, default_max_documents, open_loader
+from megabert.data.stream import BatchStream, StreamConfig, open_loader
 
 BIN_TOKENS, STREAMS, WORKERS, WARM_UP = 65_536, 8, 2, 16
 # Of the server: share of requests that hang, for how long, share that get a 503; request at which an outage begins.

@@ -6,13 +6,14 @@ from itertools import pairwise
 import numpy as np
 
 from megabert.data.batch import PackedBatch
+from megabert.data.bin_shape import default_max_documents
 from megabert.data.masking import masked_count
 from megabert.data.schedule import Length, MaskingRate, make_schedule
 from megabert.data.shards.cache import ExpectedFile
 from megabert.data.shards.manifest import Manifest, Shard, TokenizerInfo
 from megabert.data.shards.sample_format import TokenChunk
 from megabert.data.shards.source import Corpus, DamagedShardError, Source
-from megabert.data.stream import StreamConfig, default_max_documents
+from megabert.data.stream import StreamConfig
 
 SPECIALS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 FIRST_ID = 5

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.writing.length_statistics import LONGEST_COUNTED, summarize
+from megabert.data.bin_shape import default_max_documents, four_medians
 from megabert.data.order import ChunkId, SourceOrder, StreamId
 from megabert.data.packing import SPECIALS_PER_PIECE
 from megabert.data.schedule import Length
@@ -18,9 +19,7 @@ from megabert.data.stream import (
     BatchStream,
     Position,
     StreamConfig,
-    default_max_documents,
     filler_batch,
-    four_medians,
     held_out_batches,
     open_loader,
     open_stream,

@@ -67,7 +67,7 @@ def main() -> None:
         recipe, options = parser.read(flags)
         try:
             code = loop.pretrain(recipe, read_ds_config(options.ds_config), signals)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             sys.stderr.write(f"pretrain: {error}\n")
             code = exit_code(error)
         if code:

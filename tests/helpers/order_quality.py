@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megabert.data.bin_shape import default_max_documents
 from megabert.data.masking import masked_count
 from megabert.data.order import StreamId
 from megabert.data.packing_buffer import PackingBuffer
@@ -12,7 +13,7 @@ from megabert.data.schedule import Length, MaskingRate, make_schedule
 from megabert.data.shards.manifest import Manifest, Shard, TokenizerInfo
 from megabert.data.shards.sample_format import TokenChunk
 from megabert.data.shards.source import Corpus, Source
-from megabert.data.stream import StreamConfig, default_max_documents, next_bin
+from megabert.data.stream import StreamConfig, next_bin
 from tests.data.synthetic import FIRST_ID, SPECIALS, NoStorage
 
 

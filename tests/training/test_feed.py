@@ -13,11 +13,11 @@ from data_prep import write_shards
 from megabert.config.parser import RecipeParser
 from megabert.config.recipe import DataConfig, LengthPhase
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
+from megabert.data.bin_shape import four_medians
 from megabert.data.shards.source import open_corpus
-from megabert.data.stream import four_medians
 from megabert.files.checkpoint_format import State, read_state
+from megabert.training.corpora import choose_max_documents
 from megabert.training.distributed.watchdog import EXIT_PEER_LOST
-from megabert.training.feed import choose_max_documents
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.runs import TINY, Corpus, last_of_each, patched, pretrain_command, run_command
 

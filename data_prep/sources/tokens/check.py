@@ -12,14 +12,16 @@ DOCUMENTS = 100  # of each input split that is looked at
 TOKENS = 2048  # longer documents are not tokenized again
 EXAMPLE_CHARS = 60
 # Share of documents whose text gets the same ids again. It was 0.90 to 1 with the right tokenizer; with one whose ids
-# were shuffled 0 (BPE), 0.31 (WordPiece) and 0.54 to 0.63 (unigram). A right one that is not reversible may be between.
-WRONG, DOUBTFUL = 0.2, 0.75
+# were shuffled 0 (BPE), 0.31 (WordPiece) and 0.54 to 0.63 (unigram). A right one that does not restore its text may be
+# below; then only a reader of the text can tell.
+ENOUGH = 0.75
 
 
-def check_tokenizer(splits: list[InputSplit], options: ReadOptions, rule: IdRule, path: Path) -> str:
+def check_tokenizer(splits: list[InputSplit], options: ReadOptions, rule: IdRule, path: Path, trusted: bool) -> str:
     """Tokenize the text of some documents again. Returns a sentence about the result, with the beginning of a document.
 
-    Raises ValueError if the ids are clearly not those of this tokenizer.
+    trusted: whether the user says that the tokenizer is the right one. Raises ValueError if the ids do not look like
+    those of this tokenizer, and it is not trusted.
     """
     tokenizer = read_tokenizer(path)
     documents: list[list[int]] = []
@@ -34,11 +36,11 @@ def check_tokenizer(splits: list[InputSplit], options: ReadOptions, rule: IdRule
     share = sum(a == b for a, b in zip(documents, encode(tokenizer, texts), strict=True)) / len(documents)
     found = f"the ids of {share:.0%} of {len(documents)} documents are those that {path} gives their text"
     where, example = splits[0].paths[0], repr(texts[0][:EXAMPLE_CHARS])
-    if share < WRONG:
+    if share < ENOUGH and not trusted:
         name = datatrove.tokenizer_name(Path(where)) if splits[0].kind == "datatrove" else None
         raise ValueError(
-            f"{where}: {found}; one begins with {example}. So they were made with another tokenizer: pass "
-            f"{name or 'that one'} as --tokenizer."
+            f"{where}: {found}; one begins with {example}. If that is no sensible text, they were made with another "
+            f"tokenizer: pass {name or 'that one'} as --tokenizer. If it is, this tokenizer does not restore its text "
+            "exactly: pass --trust-tokenizer, too."
         )
-    doubt = "" if share >= DOUBTFUL else ". Few: if this is no sensible text, pass another --tokenizer"
-    return f"{where}: {found}; one begins with {example}{doubt}"
+    return f"{where}: {found}; one begins with {example}"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from megabert.files.disk import as_mistake
 from megabert.files.hashing import file_sha256
 from megabert.files.lock import acquire, lock_folder
 
@@ -106,7 +107,8 @@ class ShardCache:
     def get(self, name: str, fetch: Callable[[Path], None], expected: ExpectedFile) -> Path:
         """Return the path of a cached file, after fetching it if necessary; one process at a time fetches a file.
 
-        Raises WrongContentError if the fetched file is not the expected one, ValueError if the cache cannot be written.
+        Raises WrongContentError if the fetched file is not the expected one, ValueError if the cache cannot be written,
+        DiskError if its disk is full.
         """
         path = self.folder / name
         if self._is_cached(path, expected.bytes):
@@ -118,10 +120,11 @@ class ShardCache:
                     self._fetch(path, fetch, expected)
         except OSError as error:
             if error.errno in PERMANENT_ERRORS or not self.folder.is_dir():
-                raise ValueError(
+                message = (
                     f"{self.folder}: cannot keep shards there: {error.strerror}. Name another folder with "
                     "data.cache_dir, or keep less with data.cache_gb."
-                ) from error
+                )
+                raise as_mistake(error, message) from error
             raise
         return path
 

@@ -1,5 +1,6 @@
 """Read the small files beside the shards, and compare each with what the manifest says of it."""
 
+import errno
 import hashlib
 import json
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from megabert.data.shards.manifest import (
     Manifest,
     parse_manifest,
 )
+from megabert.data.shards.patience import StoreAwayError
 from megabert.data.shards.sample_format import read_npy
 from megabert.data.shards.storage import Storage
 from megabert.data.shards.tokenizer import describe_tokenizer
+from megabert.files.disk import DiskError
 
 
 def fetch_manifest(storage: Storage) -> Manifest:
@@ -76,12 +79,17 @@ class SideFiles:
     def read(self, name: str) -> bytes | None:
         """Read a file, or return None if there is none.
 
-        Raises ValueError if it is not the one that the manifest lists, or is listed and missing.
+        Raises ValueError if it is not the one that the manifest lists, or is listed and missing; StoreAwayError or
+        DiskError if its store or its disk fails.
         """
         url, expected = self.storage.url(name), self.manifest.files.get(name)
         try:
             data = self.storage.read_whole(name, MAX_TOKENIZER_BYTES)
+        except StoreAwayError:
+            raise
         except OSError as error:  # a web server may answer with any status for a missing file
+            if error.errno in (errno.EIO, errno.ESTALE):
+                raise DiskError(f"{url}: cannot be read: {error}") from error
             if expected is None:
                 return None
             raise ValueError(

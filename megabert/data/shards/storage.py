@@ -23,7 +23,9 @@ import braceexpand
 import fsspec
 
 from megabert.data.shards.cache import CacheOptions, ExpectedFile, WholeFileReader, WrongContentError
+from megabert.data.shards.manifest import MANIFEST
 from megabert.data.shards.patience import Hedge, retrying, waiting_for_store
+from megabert.files.disk import DiskError
 from megabert.files.limits import LimitedWriter, TooLongError, read_bounded, too_long
 
 if TYPE_CHECKING:
@@ -72,7 +74,15 @@ class LocalFolder:
     patience_s = 0.0
 
     def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
-        descriptor = os.open(self.url(name), os.O_RDONLY)
+        try:
+            descriptor = os.open(self.url(name), os.O_RDONLY)
+        except FileNotFoundError as missing:
+            # Then the file system is away. Each shard would count as missing, and might be skipped.
+            if not os.path.exists(self.url(MANIFEST)):
+                raise DiskError(
+                    f"{self.folder}: is gone since the run began, with all shards. Mount it again."
+                ) from missing
+            raise
         try:
             return os.pread(descriptor, size, offset)
         finally:

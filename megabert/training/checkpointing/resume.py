@@ -1,6 +1,5 @@
 """Resuming: find a whole checkpoint, check that it belongs to this run, and load it into the engine."""
 
-import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -11,15 +10,14 @@ from megabert.config.recipe import RunConfig
 from megabert.data.stream import Position, positions_from_json
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
+from megabert.files.disk import DiskError, as_mistake, is_mistake
 from megabert.files.json_file import read_json
 from megabert.files.pickles import check_pickle
-from megabert.training.checkpointing import universal
+from megabert.training.checkpointing import find, universal
 from megabert.training.distributed import deepspeed_compat
 from megabert.training.distributed.heartbeat import progress
 from megabert.training.distributed.sync import gather_dicts
 from megabert.training.identity import RunIdentity, check_branch, check_same_run
-
-log = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
@@ -39,51 +37,23 @@ def find_checkpoint(
     folder: of this run's checkpoints. identity, corpus: of this run, and the fingerprint of its training corpus. Raises
     ValueError if the checkpoint belongs to another run, or if this run cannot be a branch of it.
     """
-    path = find(settings.resume, folder)
+    path = find.find(settings.resume, folder, check_together)
     if path is not None:
         checkpoint = read_checkpoint(path, rank, identity.world_size)
         check_same_run(path, checkpoint.state, identity, corpus)
         return checkpoint
     if settings.branch_from is None:
         return None
-    path = find(settings.branch_from, folder)
+    path = find.find(settings.branch_from, folder, check_together)
     assert path is not None, "a named checkpoint is found, or it is an error"
     checkpoint = read_checkpoint(path, rank, identity.world_size, branched=True)
     check_branch(path, checkpoint.state, identity, corpus)
     return checkpoint
 
 
-def find(resume: str, folder: Path) -> Path | None:
-    """Choose the checkpoint to resume from; every rank calls this and gets the same one.
-
-    resume: the setting run.resume; auto falls back to an older checkpoint if the newest is damaged, and logs that.
-    Raises ValueError if a named checkpoint is missing or damaged, and if there are checkpoints but all are damaged.
-    """
-    if resume == "none":
-        return None
-    if resume != "auto":
-        named = layout.find_checkpoint(Path(resume))
-        if problem := _check_together(named):
-            raise ValueError(f"{named}: cannot resume from it: {problem}. Name another one, or use --run.resume auto.")
-        return named
-    found = newest(folder)
-    if found is None and (tags := layout.list_tags(folder)):
-        raise ValueError(
-            f"{folder}: all {len(tags)} checkpoints are damaged. Remove them, or use --run.resume none, to start anew."
-        )
-    return found
-
-
 def newest(folder: Path, up_to: int | None = None) -> Path | None:
     """The newest undamaged checkpoint, of step `up_to` at most; every rank calls this. Logs the damaged ones."""
-    for tag in layout.list_tags(folder):
-        if up_to is not None and layout.step_of(tag) > up_to:
-            continue
-        problem = _check_together(folder / tag)
-        if problem is None:
-            return folder / tag
-        log.warning("checkpoint %s is damaged and not used: %s", tag, problem)
-    return None
+    return find.newest(folder, check_together, up_to)
 
 
 def read_checkpoint(path: Path, rank: int, world_size: int, branched: bool = False) -> Checkpoint:
@@ -122,24 +92,39 @@ def check_pickles(path: Path) -> None:
     Also those files that the manifest does not list: DeepSpeed finds its files by their names.
     """
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-    problem = None
+    problem: ValueError | DiskError | None = None
     try:
         for file in sorted(path.rglob("*.pt"))[rank::world_size]:
             check_pickle(file)
-    except (ValueError, OSError) as error:
-        problem = str(error)
+    except ValueError as error:
+        problem = error
+    except OSError as error:
+        problem = as_mistake(error, f"{path}: cannot be read: {error}")
     if problems := gather_dicts({} if problem is None else {rank: problem}):
-        raise ValueError(problems[min(problems)])
+        raise problems[min(problems)]
 
 
-def _check_together(path: Path) -> str | None:
-    """Check a checkpoint's files, each rank a part of them. Returns the first problem that any rank found."""
+def check_together(path: Path) -> str | None:
+    """Check a checkpoint's files, each rank a part of them. Returns the first problem that any rank found.
+
+    Raises DiskError, on all ranks, if the file system fails: that does not mean that the checkpoint is damaged.
+    """
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     try:
         names = sorted(layout.read_manifest(path))
         problem = layout.check_files(path, names[rank::world_size])
-    except (ValueError, OSError) as error:
-        # OSError: a file system that fails, or that denies access.
+    except ValueError as error:
         problem = str(error)
+    except OSError as error:
+        problem = str(error) if is_mistake(error) else DiskError(unreadable(path, error))
     problems = gather_dicts({} if problem is None else {rank: problem})
+    if failed := [problem for problem in problems.values() if isinstance(problem, DiskError)]:
+        raise failed[0]
     return problems[min(problems)] if problems else None
+
+
+def unreadable(path: Path, error: OSError) -> str:
+    return (
+        f"{path}: cannot be read, which does not mean that it is damaged: {error}. Run the same command again when the "
+        "file system answers; if it never does, resume from an older checkpoint with --run.resume FOLDER."
+    )

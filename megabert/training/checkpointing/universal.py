@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 
 from megabert.files import checkpoint_format as layout
+from megabert.files.disk import DiskError
 from megabert.training.distributed.deepspeed_compat import convert_to_universal, loading_only_weights
 from megabert.training.distributed.sync import gather_dicts
 
@@ -29,7 +30,7 @@ def converted(path: Path) -> Iterator[Path]:
 
     An ordinary ZeRO checkpoint can only be loaded by as many ranks as wrote it. The universal format has one file per
     parameter and optimizer state, and takes about twice the checkpoint's bytes while the block runs. Raises
-    ValueError if it cannot be written.
+    DiskError if it cannot be written.
     """
     rank = deepspeed.comm.get_rank()
     # A folder of its own, because the converter also writes a `latest_universal` file next to its result.
@@ -37,7 +38,7 @@ def converted(path: Path) -> Iterator[Path]:
     problem = _convert(path, folder / path.name) if rank == 0 else None
     problems = gather_dicts({} if problem is None else {rank: problem})
     if problems:
-        raise ValueError(f"{path}: cannot be converted for this number of ranks: {problems[0]}")
+        raise DiskError(f"{path}: cannot be converted for this number of ranks: {problems[0]}")
     yield folder / path.name
     deepspeed.comm.barrier()
     if rank == 0:

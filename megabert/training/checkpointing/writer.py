@@ -23,6 +23,7 @@ from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import State, step_of
+from megabert.files.disk import DiskError, as_mistake
 from megabert.training.distributed.deepspeed_compat import capture_checkpoint
 from megabert.training.distributed.sync import gather_dicts
 
@@ -105,7 +106,7 @@ class CheckpointWriter:
         """Start writing a checkpoint, after the previous one is complete.
 
         positions: of this rank's streams. source: the shards whose tokenizer is stored in the checkpoint. Raises
-        ValueError, on all ranks, if the previous checkpoint failed, or without overlap if this one did.
+        DiskError, on all ranks, if the previous checkpoint failed, or without overlap if this one did.
         """
         self.wait()
         small_files: dict[str, bytes] = {}
@@ -123,14 +124,14 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is complete. Raises ValueError, on all ranks, if it could not be written."""
+        """Wait until the last checkpoint is complete. Raises DiskError, on all ranks, if it could not be written."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
         if self.problem is None and not self.finished:
             self.problem = "the last checkpoint was not finished; the error is logged above."
         if self.problem is not None:
-            raise ValueError(self.problem)
+            raise DiskError(self.problem)
 
     def _write(self, parts: CheckpointParts) -> None:
         """Write the checkpoint. On failure set self.problem, to the same message on all ranks."""
@@ -237,10 +238,8 @@ def set_aside_after(folder: Path, step: int) -> None:
 
 
 def check_disk_space(folder: Path, num_parameters: int, stage: int, retention: Retention) -> None:
-    """Before a run, warn if its checkpoints will not fit. Raises ValueError, on all ranks, if none can be written.
-
-    AdamW's checkpoint has 12 bytes per parameter: fp32 weights and two moments. ZeRO 1 and 2 store the weights twice.
-    """
+    """Before a run, warn if its checkpoints will not fit. Raises ValueError or DiskError, on all ranks, if none can be
+    written."""
     problem, rank = None, deepspeed.comm.get_rank()
     if rank == 0:
         try:
@@ -248,11 +247,13 @@ def check_disk_space(folder: Path, num_parameters: int, stage: int, retention: R
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            problem = f"{folder}: checkpoints cannot be written here: {error}. Choose another run.output_dir."
+            problem = as_mistake(
+                error, f"{folder}: checkpoints cannot be written here: {error}. Choose another run.output_dir."
+            )
     if problems := gather_dicts({} if problem is None else {rank: problem}):
-        raise ValueError(problems[0])
+        raise problems[0]
     # An old checkpoint is deleted after the new one is complete, so for a moment there is one more than is kept.
-    size, missing = num_parameters * (16 if stage in (1, 2) else 12), retention.last + 1 - len(layout.list_tags(folder))
+    size, missing = layout.bytes_of(num_parameters, stage), retention.last + 1 - len(layout.list_tags(folder))
     free = shutil.disk_usage(folder).free
     if rank == 0 and missing * size > free:
         log.warning(

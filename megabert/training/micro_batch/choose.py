@@ -2,15 +2,15 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from megabert.config.ds_config import DsConfig, ResolvedDsConfig
-from megabert.config.recipe import Recipe, RunConfig
-from megabert.files.checkpoint_format import State, find_checkpoint, list_tags, read_state
+from megabert.config.recipe import Recipe
+from megabert.files.checkpoint_format import State
 from megabert.kernels.devices import has_fast_bf16
+from megabert.training.checkpointing import find
+from megabert.training.corpora import choose_max_documents, open_corpora
 from megabert.training.distributed.device import memory_bytes, training_device
 from megabert.training.distributed.sync import broadcast_from_rank0, gather_dicts
-from megabert.training.feed import choose_max_documents, open_corpora
 from megabert.training.micro_batch.batch import Batch
 from megabert.training.micro_batch.memory import Memory, memory_of_rank
 from megabert.training.micro_batch.sizes import largest_micro_batch, micro_batch_on_cpu
@@ -43,7 +43,7 @@ class Chooser:
 
     def choose(self) -> int:
         """Return the number of the run's checkpoint, or the largest that fits. Call on one rank."""
-        saved = saved_state(self.recipe.run)
+        saved = find.saved_state(self.recipe.run)
         return self._new() if saved is None else self._kept(saved)
 
     def _new(self) -> int:
@@ -101,22 +101,6 @@ class Chooser:
             ranks=self.world_size,
             bf16=has_fast_bf16(training_device()) if enabled == "auto" else enabled,
         )
-
-
-def saved_state(run: RunConfig) -> State | None:
-    """Return the state of a checkpoint that the run starts from; all of a run have the same micro-batch.
-
-    resume.find checks their files; here a damaged state is only passed over.
-    """
-    if run.resume not in ("auto", "none"):
-        return read_state(find_checkpoint(Path(run.resume)))
-    checkpoints = Path(run.output_dir, "checkpoints")
-    for tag in list_tags(checkpoints) if run.resume == "auto" else []:
-        try:
-            return read_state(checkpoints / tag)
-        except (ValueError, OSError) as error:
-            log.warning("checkpoint %s is damaged and not used: %s", tag, error)
-    return None if run.branch_from is None else read_state(find_checkpoint(Path(run.branch_from)))
 
 
 def _gb(size: float) -> str:

@@ -11,39 +11,18 @@ from megabert.config.recipe import OptimizerConfig, Recipe
 from megabert.kernels.resolve import Implementation, choose_adamw
 from megabert.model.layers import Block
 from megabert.optim.parameter_groups import Groups, decay_groups
+from megabert.training.optim.limits import why_not_optimizer
 
 
 def choose_optimizer(recipe: Recipe, ds_config: ResolvedDsConfig, device: torch.device) -> Implementation:
     """Choose the optimizer's implementation. Raises ValueError if it would train wrongly under this ds_config."""
-    if reason := why_not(recipe.optimizer, ds_config):
+    if reason := why_not_optimizer(recipe.optimizer, ds_config):
         raise ValueError(reason)
     if recipe.optimizer.name == "muon":
         return Implementation(make_muon, "DeepSpeed", "with PyTorch's AdamW for all but the encoder's matrices")
     if recipe.optimizer.name == "stable_adamw":
         return Implementation(StableAdamW, "MegaBERT", "PyTorch has none")
     return choose_adamw(recipe.run.ops, device, ds_config.offloads_optimizer)
-
-
-def why_not(config: OptimizerConfig, ds_config: ResolvedDsConfig) -> str | None:
-    """Return why this optimizer would train wrongly under this ds_config, or None."""
-    stage = ds_config.zero_stage
-    if config.name == "stable_adamw" and stage > 0:
-        return (
-            f"optimizer.name stable_adamw measures the update of whole weight matrices, but ZeRO {stage} gives it flat "
-            "pieces of several. Use ds_configs/zero0.json, or optimizer.name adamw."
-        )
-    if config.name != "muon":
-        return None
-    if config.max_grad_norm:
-        return (
-            f"optimizer.max_grad_norm is {config.max_grad_norm}, but with Muon ZeRO clips the orthogonalized updates "
-            "instead of the gradients. Set optimizer.max_grad_norm 0."
-        )
-    if stage == 3 and ds_config.reduce_scatter:
-        return "Muon at ZeRO 3 needs whole gradients. Set zero_optimization.reduce_scatter false in the ds_config."
-    if ds_config.offloads_optimizer:
-        return "Muon with an offloaded optimizer is not supported. Remove zero_optimization.offload_optimizer."
-    return None
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> Groups:

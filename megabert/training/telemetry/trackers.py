@@ -1,7 +1,6 @@
 """Experiment trackers that receive a run's curves besides metrics.jsonl: TensorBoard, a CSV file, Weights & Biases."""
 
 import csv
-import importlib.util
 import io
 import time
 from collections.abc import Sequence
@@ -123,13 +122,6 @@ class WandB:
 
     def close(self) -> None:
         self.run.finish()
-
-
-def why_unavailable(names: Sequence[str]) -> str | None:
-    """Return what these trackers lack, with a remedy; None if they can be opened."""
-    if "wandb" in names and importlib.util.find_spec("wandb") is None:
-        return "run.trackers contains wandb, which is not installed. Run pip install wandb, or leave it out."
-    return None
 
 
 def open_trackers(names: Sequence[str], folder: Path, step: int, recipe: dict[str, Any]) -> list[Tracker]:

@@ -1,5 +1,6 @@
 """Sources: splits, reading chunks, damaged and missing shards, mixtures and tokenizers."""
 
+import errno
 import hashlib
 import io
 import json
@@ -13,9 +14,12 @@ import pytest
 import webdataset
 
 from data_prep import write_shards
+from megabert.config.cli import exit_code
 from megabert.data.shards import sample_format
 from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKENIZER, read_manifest
+from megabert.data.shards.patience import StoreAwayError
 from megabert.data.shards.source import DamagedShardError, check_same_tokenizer, open_corpus, open_source
+from megabert.files.disk import DiskError
 from tests.helpers.manifests import change_manifest
 
 
@@ -318,3 +322,29 @@ def test_the_tokenizer_of_a_recipe_must_exist_and_be_that_of_token_shards(corpus
     other.write_bytes((corpus.tokenizer / TOKENIZER).read_bytes() + b"\n")
     with pytest.raises(ValueError, match=r"Remove data.tokenizer, or write the shards again"):
         open_source(str(corpus.tokens), tokenizer=str(other))
+
+
+@pytest.mark.parametrize("on_bad_shard", ["stop", "skip"])
+def test_a_folder_that_is_gone_is_no_damage(folder, on_bad_shard):
+    """A file system that is away: its shards are not missing, so they are not skipped either."""
+    source = open_source(str(folder), on_bad_shard=on_bad_shard)
+    folder.rename(folder.with_name("away"))
+    with pytest.raises(DiskError, match="is gone since the run began, with all shards. Mount it again") as error:
+        source.read_chunk(0, 0)
+    assert exit_code(error.value) == 74
+    folder.with_name("away").rename(folder)
+    source.read_chunk(0, 0)
+
+
+def test_a_store_or_a_disk_that_fails_is_no_missing_file(folder, monkeypatch):
+    source = open_source(str(folder))
+    for failure, code in ((StoreAwayError("away"), 75), (OSError(errno.EIO, "Input/output error"), 74)):
+
+        def fail(name, max_bytes, failure=failure):
+            raise failure
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(source.storage), "read_whole", lambda self, name, max_bytes: fail(name, max_bytes))
+            with pytest.raises((StoreAwayError, DiskError)) as error:
+                source.read_optional("tokenizer_config.json")
+        assert exit_code(error.value) == code

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data_prep import train_tokenizer, write_shards
 from data_prep.sources import LeftOut, ReadOptions, list_input_splits
-from data_prep.sources.tokens import check, read_token_split
+from data_prep.sources.tokens import read_token_split
 from data_prep.sources.tokens.check import check_tokenizer
 from data_prep.sources.tokens.ids import IdRule, make_rule
 from megabert.data.shards.source import open_source
@@ -180,22 +180,43 @@ def test_the_tokenizer_must_be_given_and_have_all_ids(tmp_path, corpus):
         write_shards.main([f"--source={tmp_path / 'b.txt'}", f"--out={tmp_path / 'out'}", "--document-end=[SEP]"])
 
 
-def test_ids_of_another_tokenizer_of_the_same_size_are_noticed(tmp_path, corpus, tokenized, monkeypatch):
-    write_datatrove(tmp_path / "a.ds", tokenized)
-    splits = list_input_splits(str(tmp_path), ReadOptions())
-    path = corpus.tokenizer / "tokenizer.json"
-    rule = make_rule(find_tokenizer(path)[1], None)
-    assert "Few" not in check_tokenizer(splits, ReadOptions(), rule, path)
-    raw = json.loads(path.read_text())
+def shuffled_unigram(raw: dict) -> None:
     vocabulary = raw["model"]["vocab"]
-    shuffled = random.Random(0).sample(vocabulary[5:], len(vocabulary) - 5)
-    raw["model"]["vocab"] = vocabulary[:5] + shuffled
+    raw["model"]["vocab"] = vocabulary[:5] + random.Random(0).sample(vocabulary[5:], len(vocabulary) - 5)
+
+
+def shuffled_wordpiece(raw: dict) -> None:
+    names = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
+    names = names[:5] + random.Random(0).sample(names[5:], len(names) - 5)
+    raw["model"]["vocab"] = {name: number for number, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordpiece"])
+def test_ids_of_another_tokenizer_of_the_same_size_are_refused(tmp_path, corpus, kind, capsys):
+    path, shuffle = corpus.tokenizer / "tokenizer.json", shuffled_unigram
+    if kind == "wordpiece":
+        path, shuffle = tmp_path / "right.json", shuffled_wordpiece
+        write_wordpiece(path, corpus.texts[:300])
+    write_datatrove(tmp_path / "a.ds", encode(read_tokenizer(path), corpus.texts[:300]))
+    splits = list_input_splits(str(tmp_path / "a.ds"), ReadOptions())
+    rule = make_rule(find_tokenizer(path)[1], None)
+    assert "of 300 documents are those that" in check_tokenizer(splits, ReadOptions(), rule, path, trusted=False)
+    raw = json.loads(path.read_text())
+    shuffle(raw)
     other = tmp_path / "tokenizer.json"
     other.write_text(json.dumps(raw))
     assert Tokenizer.from_file(str(other)).get_vocab_size() == rule.vocab_size
-    assert "Few: if this is no sensible text" in check_tokenizer(splits, ReadOptions(), rule, other)
-    monkeypatch.setattr(check, "WRONG", check.DOUBTFUL)
-    with pytest.raises(
-        ValueError, match=r"a\.ds: the ids of \d+% of .*were made with another tokenizer: pass that one"
-    ):
-        check_tokenizer(splits, ReadOptions(), rule, other)
+    message = r"a\.ds: the ids of \d+% of .*pass that one as --tokenizer\..*pass --trust-tokenizer"
+    with pytest.raises(ValueError, match=message):
+        check_tokenizer(splits, ReadOptions(), rule, other, trusted=False)
+    assert "of 300 documents" in check_tokenizer(splits, ReadOptions(), rule, other, trusted=True)
+
+
+def write_wordpiece(path: Path, texts: list[str]) -> None:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.decoder = normalizers.BertNormalizer(), decoders.WordPiece()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=800, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(path))

@@ -12,11 +12,14 @@ import deepspeed
 import pytest
 import torch
 
+from megabert.config.cli import exit_code
 from megabert.data.shards.source import open_source
 from megabert.data.stream import Position
 from megabert.files import checkpoint_format as layout
+from megabert.files import hashing
 from megabert.files.checkpoint_format import State
-from megabert.training.checkpointing import resume, universal, writer
+from megabert.files.disk import DiskError
+from megabert.training.checkpointing import find, resume, universal, writer
 from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space
 from megabert.training.distributed.process import init_distributed
 from megabert.training.telemetry.reporter import read_metrics
@@ -181,14 +184,14 @@ def test_a_failure_is_reported_and_earlier_checkpoints_remain(tmp_path, corpus, 
     with monkeypatch.context() as patch:
         message = failing(kind, patch)
         written.save(2)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(DiskError, match=message):
             written.writer.wait()
     if kind != "bug":
         assert written.present() == ["latest", *tags(1)]
         assert written.writer.problem is not None
         assert f"checkpoint {tags(2)[0]} could not be written" in written.writer.problem
     assert layout.check_files(tmp_path / tags(1)[0]) is None
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DiskError, match=message):
         written.save(3)  # a run must not continue without its checkpoints
 
 
@@ -197,7 +200,7 @@ def test_one_rank_with_a_full_disk_ends_all_with_the_same_message(corpus, tmp_pa
     config = ds_config_in("zero2", tmp_path, bf16=False)
     flags = flags_of(corpus, tmp_path / "run", config, "--run.max_steps=9", "--run.save_every_steps=2")
     done = run_many([flags], ranks=2, max_file_bytes={1: 100_000})
-    assert done.code == 2, done.output
+    assert done.code == 74, done.output
     errors = [line for line in done.output.splitlines() if line.startswith("pretrain: checkpoint step-00000002")]
     assert len(errors) == 2, done.output
     assert "zero_pp_rank_1_mp_rank_00_optim_states.pt" in errors[0]
@@ -211,6 +214,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_pa
         check_disk_space(tmp_path / "file/run", 1000, 2, Retention(2))
 
 
+def test_a_disk_that_fails_before_the_first_step_is_no_mistake_of_the_user(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(writer.tempfile, "TemporaryFile", fail)
+    with pytest.raises(DiskError, match="checkpoints cannot be written here: .*Input/output error") as error:
+        check_disk_space(tmp_path, 1000, 2, Retention(2))
+    assert exit_code(error.value) == 74
+
+
 def test_checkpoints_that_will_not_fit_cause_a_warning(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 50, 4_000_000))
@@ -221,7 +234,7 @@ def test_checkpoints_that_will_not_fit_cause_a_warning(tmp_path, monkeypatch, ca
 
 
 def resumed_from(setting: str, folder: Path) -> Path | None:
-    return resume.find(setting, folder)
+    return find.find(setting, folder, resume.check_together)
 
 
 def test_resuming_uses_the_newest_complete_checkpoint_or_the_named_one(tmp_path, corpus, caplog):
@@ -245,11 +258,29 @@ def test_resuming_uses_the_newest_complete_checkpoint_or_the_named_one(tmp_path,
         resumed_from("auto", tmp_path)
 
 
+def test_a_checkpoint_that_cannot_be_read_for_now_is_not_passed_over_as_damaged(tmp_path, corpus, monkeypatch, caplog):
+    written = Written(tmp_path, corpus, overlap=False)
+    for step in (1, 2):
+        written.save(step)
+    old, new = (tmp_path / tag for tag in tags(1, 2))
+
+    def failing_hash(path: Path) -> str:
+        if path.parent == new:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return hashing.file_sha256(path)
+
+    monkeypatch.setattr(layout, "file_sha256", failing_hash)
+    with pytest.raises(DiskError, match="does not mean that it is damaged: .*--run.resume FOLDER"):
+        resumed_from("auto", tmp_path)
+    assert not caplog.text
+    assert resumed_from(str(old), tmp_path) == old  # the advice
+
+
 def test_a_failed_conversion_names_the_checkpoint(tmp_path, corpus):
     written = Written(tmp_path, corpus, overlap=False)
     written.save(1)
     with (
-        pytest.raises(ValueError, match="step-00000001: cannot be converted for this number of ranks"),
+        pytest.raises(DiskError, match="step-00000001: cannot be converted for this number of ranks"),
         universal.converted(tmp_path / tags(1)[0]),
     ):
         pass

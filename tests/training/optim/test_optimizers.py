@@ -11,13 +11,13 @@ from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.parser import RecipeParser
 from megabert.config.recipe import OptimizerConfig
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
+from megabert.training.optim.limits import why_not_optimizer
 from megabert.training.optim.optimizers import (
     StableAdamW,
     make_muon,
     muon_matrices,
     parameter_groups,
     peak_lr,
-    why_not,
 )
 from megabert.training.schedule import lr_factor
 from megabert.training.telemetry.reporter import read_metrics
@@ -134,15 +134,15 @@ def test_weight_decay_equals_composers(name):
     ],
 )
 def test_optimizers_that_would_train_wrongly_are_refused(changes, zero, message):
-    assert message in str(why_not(OptimizerConfig(**changes), ResolvedDsConfig({"zero_optimization": zero})))
+    assert message in str(why_not_optimizer(OptimizerConfig(**changes), ResolvedDsConfig({"zero_optimization": zero})))
 
 
 def test_optimizers_that_train_rightly_are_not_refused():
     for stage in range(3):
         zero = ResolvedDsConfig({"zero_optimization": {"stage": stage}})
-        assert why_not(OptimizerConfig(name="muon", max_grad_norm=0.0), zero) is None
-        assert why_not(OptimizerConfig(), zero) is None
-    assert why_not(OptimizerConfig(name="stable_adamw"), ResolvedDsConfig({})) is None
+        assert why_not_optimizer(OptimizerConfig(name="muon", max_grad_norm=0.0), zero) is None
+        assert why_not_optimizer(OptimizerConfig(), zero) is None
+    assert why_not_optimizer(OptimizerConfig(name="stable_adamw"), ResolvedDsConfig({})) is None
 
 
 # Compiling Newton-Schulz takes seconds in every process, and these tests need milliseconds of it.

@@ -1,0 +1,76 @@
+"""What a run requires of the folder of its initial weights, before it reads them; imports no torch."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from megabert.data.shards.manifest import TOKENIZER
+from megabert.data.shards.source import Source
+from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.files.checkpoint_format import STATE, list_tags
+from megabert.files.json_file import read_json
+
+CONFIG = "config.json"
+MODEL_TYPE = "megabert"
+# What changes the output but no tensor's shape. The recipe calls these settings of the model by the same names.
+SAME_SETTINGS = (
+    "num_attention_heads", "position", "rope_theta", "local_rope_theta", "norm_position", "bias", "norm_bias",
+    "token_types", "global_attention_every", "local_attention_window", "ffn", "layer_norm_eps",
+)  # fmt: skip
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """Return its config.json. Raises ValueError unless launch/convert_from_hf.py or convert_to_hf.py wrote it."""
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if config.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"model.init_from {folder}: is not a MegaBERT folder. {_how_to_convert(folder)}")
+    return config
+
+
+def _how_to_convert(folder: Path) -> str:
+    if list_tags(folder / "checkpoints") or (folder / STATE).is_file():
+        return (
+            "It is a run or a checkpoint: run.branch_from continues it, and launch/convert_to_hf.py (for a bert or "
+            "modernbert recipe then launch/convert_from_hf.py) makes a folder for init_from."
+        )
+    if not (folder / CONFIG).is_file():
+        return f"It has no {CONFIG}; expected the folder of a model."
+    return "Convert it with launch/convert_from_hf.py first."
+
+
+def check_settings(folder: Path, theirs: Mapping[str, Any], ours: object, names: Sequence[str] = SAME_SETTINGS) -> None:
+    """Raise ValueError if a setting of the folder's model, of those in `theirs`, is another in this recipe.
+
+    ours: has them as attributes, by the same names.
+    """
+    for name in names:
+        if name in theirs and theirs[name] != getattr(ours, name):
+            wanted = {None: "null", True: "true", False: "false"}.get(theirs[name], theirs[name])
+            raise ValueError(
+                f"model.init_from {folder}: {name} is {theirs[name]!r} in its {CONFIG}, {getattr(ours, name)!r} in "
+                f"this recipe. Set model.{name} to {wanted}."
+            )
+
+
+def check_vocabulary(folder: Path, source: Source) -> None:
+    """Raise ValueError if an id would stand for another token than the one its embedding was trained for."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise ValueError(
+            f"model.init_from {folder}: has no {TOKENIZER} to compare with the shards' tokenizer. Give it the one that "
+            "it was trained with: launch/convert_from_hf.py --tokenizer."
+        )
+    if hashlib.sha256(path.read_bytes()).hexdigest() == source.tokenizer.fingerprint:
+        return
+    folder_ids = read_tokenizer(path).get_vocab()
+    shard_ids = Tokenizer.from_buffer(source.read_tokenizer_file()).get_vocab()
+    if folder_ids != shard_ids:
+        token = min(folder_ids.items() ^ shard_ids.items(), key=lambda item: (item[1], item[0]))[0]
+        raise ValueError(
+            f"model.init_from {folder}: its tokenizer has {token!r} as id {folder_ids.get(token)}, the shards' has it "
+            f"as id {shard_ids.get(token)}. Write shards with the folder's tokenizer, or give the folder the shards' "
+            "tokenizer with launch/convert_from_hf.py --tokenizer."
+        )

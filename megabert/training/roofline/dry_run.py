@@ -1,0 +1,344 @@
+"""Check a run on some number of ranks without starting it, from its batches to its memory; imports no torch."""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from megabert.config.cli import exit_code
+from megabert.config.ds_config import DsConfig, ResolvedDsConfig
+from megabert.config.recipe import Recipe
+from megabert.data.bin_shape import check_max_documents
+from megabert.data.packing import SPECIALS_PER_PIECE, pieces_per_token
+from megabert.data.ranks import choose_streams, possible_ranks, worker_count
+from megabert.data.shards.patience import LONGER, StoreAwayError
+from megabert.data.shards.source import Corpus, Source
+from megabert.files import checkpoint_format as layout
+from megabert.files.checkpoint_format import State
+from megabert.files.json_file import read_json
+from megabert.files.redact import redact
+from megabert.training.checkpointing import find
+from megabert.training.checkpointing.initial_folder import (
+    SAME_SETTINGS,
+    check_folder,
+    check_settings,
+    check_vocabulary,
+)
+from megabert.training.corpora import choose_max_documents, open_corpora
+from megabert.training.identity import RunIdentity, check_branch, check_same_run, fixed_settings
+from megabert.training.limits import why_no_trackers, why_not_compile
+from megabert.training.micro_batch.batch import Batch, batch_of
+from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
+from megabert.training.micro_batch.sizes import largest_micro_batch
+from megabert.training.optim.limits import why_not_optimizer
+from megabert.training.schedule import ENDLESS, RunSchedule, make_run_schedule, shared_batches
+from megabert.training.telemetry.cards import CARDS
+
+# A user waits for the answer, so a store gets less time than in a run.
+STORE_PATIENCE_S = 10.0
+SHAPES = ("num_hidden_layers", "hidden_size", "intermediate_size")
+# data.micro_batch_tokens auto is shown for GPUs of this memory, bytes.
+USUAL_GPU = 80e9
+
+
+class Finding(NamedTuple):
+    """A line of a dry run. code: the exit code of the run that would be refused for it, or 0."""
+
+    part: str
+    text: str
+    code: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.part:11} {'REFUSED: ' if self.code else ''}{redact(self.text)}"
+
+
+def dry_run(recipe: Recipe, ds_config: DsConfig, ranks: int) -> Iterator[Finding]:
+    """Say what a run would do on so many ranks, and every reason to refuse it.
+
+    A part that needs another one which is refused is left out.
+    """
+    if ranks < 1:
+        raise ValueError(f"--dry-run is {ranks}, expected a number of ranks from 1 on.")
+    checks, refused = Checks(recipe, ds_config, ranks), 0
+    for name, part in checks.parts():
+        try:
+            for line in part():
+                yield Finding(name, line)
+        except (ValueError, OSError) as error:
+            refused += 1
+            message = str(error)
+            if isinstance(error, StoreAwayError):
+                message = f"{message.removesuffix(LONGER)}. A dry run waits no longer, a run for data.store_patience_s."
+            yield Finding(name, message, exit_code(error))
+    yield Finding("result", f"{refused} refused" if refused else f"can start on {ranks:,} ranks")
+
+
+@dataclass
+class Checks:
+    """The parts of a dry run. Each yields lines, or raises ValueError for what a run would refuse."""
+
+    recipe: Recipe
+    ds_config: DsConfig
+    ranks: int
+    schedule: RunSchedule | None = None
+    resolved: ResolvedDsConfig | None = None
+    corpus: Corpus | None = None
+    start: Path | None = None
+    """the checkpoint that the run starts from"""
+    saved: State | None = None
+    branched: bool = False
+
+    def parts(self) -> list[tuple[str, Callable[[], Iterator[str]]]]:
+        return [
+            ("batches", self.batches),
+            ("settings", self.settings),
+            ("corpus", self.corpora),
+            ("checkpoint", self.checkpoint),
+            ("streams", self.streams),
+            ("weights", self.initial_weights),
+            ("disk", self.disk),
+            ("memory", self.memory),
+        ]
+
+    def batches(self) -> Iterator[str]:
+        if self.recipe.data.micro_batch_tokens == "auto":
+            yield self._choose_micro_batch()
+        data = self.recipe.data
+        self.schedule = schedule = make_run_schedule(self.recipe, self.ranks)
+        sizes = schedule.stages.step_batches
+        yield (
+            f"a step: {_range(sizes)} micro-batches of {data.bin_tokens:,} tokens, "
+            f"{_range([size // self.ranks for size in sizes])} on each of {self.ranks} ranks"
+        )
+        if schedule.total_steps < ENDLESS:
+            slots = schedule.stages.bins_before(schedule.total_steps) * data.bin_tokens
+            yield f"the run: {schedule.total_steps:,} steps, {_number(slots)} tokens"
+        else:
+            yield f"the run: {self.recipe.run.max_hours:g} hours"
+
+    def _choose_micro_batch(self) -> str:
+        """Put a number in place of data.micro_batch_tokens auto. Returns a line about it."""
+        saved = find.saved_state(self.recipe.run)
+        if saved is not None:
+            tokens, where = int(saved.recipe["data"]["micro_batch_tokens"]), "as in the run's checkpoint"
+        else:
+            tokens = largest_micro_batch(self.recipe, self.ranks, self._memory_of, USUAL_GPU)
+            where = f"on GPUs of {_bytes(USUAL_GPU)}; each run chooses by its own"
+        self.recipe = self.recipe.with_micro_batch(tokens)
+        return f"data.micro_batch_tokens auto: {tokens:,} {where}"
+
+    def _memory_of(self, tokens: int) -> Memory:
+        """Predict the memory of a rank for a micro-batch, with a vocabulary and documents as of web pages."""
+        recipe, stage = self.recipe, ResolvedDsConfig(self.ds_config.settings).zero_stage
+        batch = batch_of(
+            recipe.model, tokens, recipe.data.longest, recipe.data.documents, recipe.masking.mlm_probability
+        )
+        return memory_of_rank(recipe.model, batch, vocab_size=self._vocab_size(), zero_stage=stage, ranks=self.ranks)
+
+    def settings(self) -> Iterator[str]:
+        if problem := why_no_trackers(self.recipe.run.trackers):
+            raise ValueError(problem)
+        if self.schedule is None:
+            return
+        resolved = self.ds_config.resolve(
+            accumulation=self.schedule.step_batches // self.ranks,
+            max_grad_norm=self.recipe.optimizer.max_grad_norm,
+            world_size=self.ranks,
+            fast_bf16=True,
+        )
+        if problem := why_not_optimizer(self.recipe.optimizer, resolved):
+            raise ValueError(problem)
+        if self.recipe.run.compile and (problem := why_not_compile("cuda", resolved.zero_stage)):
+            raise ValueError(problem)
+        self.resolved = resolved
+        precision = "bf16 where the GPUs multiply it natively" if resolved.bf16 else "fp32"
+        yield f"ZeRO {resolved.zero_stage}, {precision}, {self.recipe.optimizer.name}"
+        if self.recipe.probe.task is not None:
+            yield "the probe's task and data are not checked"
+
+    def corpora(self) -> Iterator[str]:
+        data = self.recipe.data
+        data = replace(data, store_patience_s=min(data.store_patience_s, STORE_PATIENCE_S))
+        corpus, held_out = open_corpora(data)
+        for source, weight in zip(corpus.sources, corpus.weights, strict=True):
+            share = f", {100 * weight:.1f} % of the tokens" if len(corpus.sources) > 1 else ""
+            yield f"{source.folder}: {_contents(source)}{share}{self._passes(source, weight)}"
+        yield f"held-out: {', '.join(_contents(source) for source in held_out.sources)}"
+        info = corpus.tokenizer
+        yield f"tokenizer: {info.vocab_size:,} ids, fingerprint {info.fingerprint[:12]}, the same for all shards"
+        self.corpus = corpus
+
+    def _passes(self, source: Source, weight: float) -> str:
+        """Say how often the run reads a source; "" where that is not known."""
+        known = source.document_lengths()
+        if self.schedule is None or self.schedule.total_steps == ENDLESS or known is None:
+            return ""
+        data, (lengths, documents) = self.recipe.data, known
+        longest = data.lengths[-1][0]
+        if data.documents == "truncate":
+            lengths = lengths.clip(max=longest - SPECIALS_PER_PIECE)
+        own = float(lengths @ documents)
+        specials = SPECIALS_PER_PIECE * pieces_per_token(*known, longest, data.documents == "truncate")
+        # Text is known from a sample, and its size in characters.
+        if source.tokenizer_path is not None:
+            return ""
+        slots = self.schedule.stages.bins_before(self.schedule.total_steps) * data.bin_tokens
+        return f"; read {weight * slots * (1 - specials) / max(1.0, own):.2f} times"
+
+    def checkpoint(self) -> Iterator[str]:
+        run = self.recipe.run
+        folder = Path(run.output_dir) / "checkpoints"
+        path = find.find(run.resume, folder, _check_sizes)
+        if path is None and run.branch_from is not None:
+            path, self.branched = find.find(run.branch_from, folder, _check_sizes), True
+        if path is None:
+            yield f"none in {folder}: the run starts at step 0"
+            return
+        file = path / layout.STREAMS
+        layout.check_streams_format(read_json(file), str(file), new_pass=self.branched)
+        state = layout.read_state(path)
+        if self.corpus is not None and self.schedule is not None and self.resolved is not None:
+            check = check_branch if self.branched else check_same_run
+            check(path, state, self._identity(state, self.schedule, self.resolved), self.corpus.fingerprint)
+        self.start, self.saved = path, state
+        yield f"{'branches off' if self.branched else 'resumes'} from {path}: step {state.step:,}, hashes not compared"
+        if self.resolved is not None and self.resolved.zero_stage and state.world_size != self.ranks:
+            yield f"written by {state.world_size} ranks: it is converted first, which takes its bytes twice on the disk"
+
+    def _identity(self, saved: State, schedule: RunSchedule, resolved: ResolvedDsConfig) -> RunIdentity:
+        """Return this run's identity, as the checkpoint has it in what only the device decides."""
+        if self.ds_config.settings.get("torch_autocast", {}).get("enabled") == "auto":
+            autocast = resolved.settings["torch_autocast"] | {"enabled": ResolvedDsConfig(saved.ds_config).bf16}
+            resolved = ResolvedDsConfig(resolved.settings | {"torch_autocast": autocast})
+        return RunIdentity(
+            settings=fixed_settings(self.recipe.to_dict()),
+            step_batches=schedule.step_batches,
+            total_steps=schedule.total_steps,
+            optimizer_source=saved.optimizer_source,
+            numerics=resolved.numerics,
+            zero_stage=resolved.zero_stage,
+            world_size=self.ranks,
+        )
+
+    def streams(self) -> Iterator[str]:
+        data, saved = self.recipe.data, self.saved
+        batches = [] if self.schedule is None else shared_batches(self.recipe, self.schedule)
+        count = choose_streams(data.ranks, data.num_workers, self.ranks, saved.num_streams if saved else None, batches)
+        each = count // self.ranks
+        yield f"{count:,} data streams, {each:,} a rank, read by {worker_count(data.num_workers, each)} loader workers"
+        possible = possible_ranks(count, *batches)
+        yield f"this run can resume on {', '.join(map(str, possible))} ranks"
+        if missing := [number for number in data.ranks or () if number not in possible]:
+            multiple = math.lcm(*(data.ranks or ()), self.ranks) * data.bin_tokens
+            yield (
+                f"NOT on {', '.join(map(str, missing))} ranks of data.ranks, which cannot share a step evenly: set "
+                f"data.global_batch_tokens to a multiple of {multiple:,} for that"
+            )
+        if self.corpus is not None:
+            for length, most in choose_max_documents(data, self.corpus, saved).items():
+                check_max_documents(most, data.bin_tokens, length)
+
+    def initial_weights(self) -> Iterator[str]:
+        name = self.recipe.model.init_from
+        if name is None or self.saved is not None:
+            return
+        folder = Path(name)
+        check_settings(folder, check_folder(folder), self.recipe.model, (*SHAPES, *SAME_SETTINGS))
+        if self.corpus is not None:
+            check_vocabulary(folder, self.corpus.sources[0])
+        yield f"{folder}: its settings and vocabulary are the recipe's and the corpus's; its weights are not read"
+
+    def disk(self) -> Iterator[str]:
+        run = self.recipe.run
+        out = Path(run.output_dir).absolute()
+        there = next(path for path in (out, *out.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"{there}: checkpoints cannot be written here. Choose another run.output_dir.")
+        size, free = self._checkpoint_bytes(), shutil.disk_usage(there).free
+        if size > free:
+            raise ValueError(
+                f"{out}: a checkpoint needs {_bytes(size)}, {_bytes(free)} are free. Free some space, or choose "
+                "another run.output_dir."
+            )
+        count = run.keep_checkpoints + 1
+        if run.keep_every_steps and self.schedule is not None and self.schedule.total_steps < ENDLESS:
+            count += self.schedule.total_steps // run.keep_every_steps
+        missing = max(0, count - len(layout.list_tags(out / "checkpoints")))
+        enough = "" if missing * size <= free else ": NOT ENOUGH for all of them"
+        yield f"{_bytes(size)} a checkpoint, {missing:,} more at most; {_bytes(free)} are free in {there}{enough}"
+
+    def _checkpoint_bytes(self) -> int:
+        stage = self.resolved.zero_stage if self.resolved is not None else 1
+        return layout.bytes_of(num_weights(self.recipe.model, self._vocab_size()), stage)
+
+    def _vocab_size(self) -> int:
+        """Return the rows of the embeddings; BERT's where the corpus cannot be read."""
+        multiple = self.recipe.model.pad_vocab_to_multiple_of
+        size = 30_528 if self.corpus is None else self.corpus.tokenizer.vocab_size
+        return -(-size // multiple) * multiple
+
+    def memory(self) -> Iterator[str]:
+        model, data = self.recipe.model, self.recipe.data
+        if self.resolved is None:
+            return
+        tokens, masked = data.bin_tokens, self.recipe.masking.mlm_probability * data.bin_tokens
+        memory = memory_of_rank(
+            model, Batch(tokens=tokens, slots=self._computed_tokens(), masked=masked, attended=0),
+            vocab_size=self._vocab_size(), zero_stage=self.resolved.zero_stage, ranks=self.ranks,
+        )  # fmt: skip
+        yield (
+            f"{num_weights(model, self._vocab_size()) / 1e6:,.0f} M parameters; predicted for each GPU: "
+            f"{_bytes(memory.total)}, of it {_bytes(memory.states)} for weights, gradients and optimizer"
+        )
+        if self.resolved.offloads_optimizer:
+            yield "less with zero_optimization.offload_optimizer, which is not counted"
+        sizes = sorted({card.memory for card in CARDS if memory.fits(card.memory)})
+        names = ", ".join(card.name for card in CARDS if sizes and card.memory == sizes[0])
+        smaller = f"halve data.micro_batch_tokens ({data.bin_tokens})"
+        yield f"fits GPUs of {sizes[0] / 1e9:.0f} GB ({names}) and more" if sizes else f"fits no known GPU: {smaller}"
+
+    def _computed_tokens(self) -> int:
+        """Return the tokens that a micro-batch computes; a padded model also computes the padding."""
+        data = self.recipe.data
+        known = [item for source in self.corpus.sources if (item := source.document_lengths())] if self.corpus else []
+        if self.recipe.model.padding != "padded" or not known:
+            return data.bin_tokens
+        longest = data.lengths[-1][0]
+        return round(
+            data.bin_tokens
+            * longest
+            * max(pieces_per_token(*item, longest, data.documents == "truncate") for item in known)
+        )
+
+
+def _check_sizes(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, as far as its files' names and sizes tell, or None."""
+    try:
+        return layout.check_files(path, hashes=False)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def _contents(source: Source) -> str:
+    documents = sum(shard.documents for shard in source.shards)
+    unit = "tokens" if source.tokenizer_path is None else "characters"
+    return f"{len(source.shards):,} shards, {_number(documents)} documents, {_number(source.tokens)} {unit}"
+
+
+def _range(counts: list[int]) -> str:
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+
+
+def _number(count: float) -> str:
+    """Write 1234567 as 1.23 M."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:,.3g} {letter}"
+    return f"{count:,.0f}"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
