@@ -57,9 +57,6 @@ class Operation:
         share = self.share - self.fall * math.log2(max(peak, A100_PEAK / 4) / A100_PEAK)
         return max(self.flops / (peak * min(share, 0.8)), self.moved_bytes / (card.bandwidth * self.bandwidth))
 
-    def is_compute_bound(self, card: Card) -> bool:
-        return self.flops / (card.bf16 or card.fp32) > self.moved_bytes / card.bandwidth
-
 
 def piece_lengths(longest: int, documents: str) -> tuple[float, float]:
     """Return the mean length of a document's pieces, and the mean of the squares over the mean, with [CLS] and [SEP].
