@@ -32,12 +32,18 @@ PREPARATION = {"foreign_tokens": "megatron streaming datatrove", "ray": "ray"}
 # Where the tests start whole runs. They go first, so that no core waits for the last of them.
 SLOW = (
     "test_end_to_end.py",
+    "test_readme.py",
+    "test_wheel.py",
     "training/",
     "launch/",
     "cluster/",
+    "commands/",
+    "gpu_walk/",
     "kernels/test_interpreter.py",
     "finetune/",
     "convert/",
+    "model/test_graphs.py",
+    "data_prep/test_interrupted.py",
 )
 
 

@@ -13,7 +13,8 @@ import torch
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry.reporter import read_metrics
-from tests.helpers.runs import REPOSITORY, pretrain_command, run_command
+from tests.helpers import warm
+from tests.helpers.runs import pretrain_command, run_command
 
 STEPS = 20
 SUMMARY = {
@@ -27,9 +28,7 @@ SETTINGS += ["--run.log_every_steps=2"]
 
 def kill_during(command: list[str], metrics: Path, step: int) -> None:
     """Start the command in its own session, and kill -9 the session when `step` is logged."""
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = warm.popen(command, os.environ | {"DS_ACCELERATOR": "cpu"}, Path(os.devnull))
     until = time.monotonic() + 120
     while time.monotonic() < until and process.poll() is None:
         if any(record["step"] >= step for record in read_metrics(metrics)):

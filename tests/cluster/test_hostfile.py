@@ -65,6 +65,7 @@ def test_two_machines_give_the_bits_of_one(corpus: Corpus, tmp_path, machines):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.nightly
 def test_a_folder_that_is_not_shared_is_refused_before_the_first_step(corpus: Corpus, tmp_path, machines):
     out = tmp_path / "out"
     out.mkdir()

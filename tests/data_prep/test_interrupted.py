@@ -69,7 +69,10 @@ def finish(command: list[str], out: Path, expected: dict[str, str]) -> None:
     assert not (out / ".work").exists()
 
 
-@pytest.mark.parametrize("whole_group", [True, False], ids=["all processes", "the command alone"])
+@pytest.mark.parametrize(
+    "whole_group",
+    [pytest.param(True, marks=pytest.mark.nightly, id="all processes"), pytest.param(False, id="the command alone")],
+)
 def test_killed_at_any_moment_the_same_command_writes_the_same_bytes(command, tmp_path, corpus, whole_group):
     """Kill in the first pass, at the beginning and the middle of the second, then at random moments."""
     out = tmp_path / "out"

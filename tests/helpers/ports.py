@@ -11,7 +11,8 @@ from filelock import FileLock, Timeout
 # Below the range from which Linux gives ports to clients (net.ipv4.ip_local_port_range begins at 32768).
 FIRST, LAST = 20_000, 31_999
 LOCKS = Path(tempfile.gettempdir()) / "megabert-test-ports"
-_next = itertools.cycle(range(FIRST + os.getpid() % 1000 * 12, LAST + 1))
+_START = FIRST + os.getpid() % 1000 * 12
+_next = itertools.cycle([*range(_START, LAST + 1), *range(FIRST, _START)])
 _held: list[FileLock] = []
 
 

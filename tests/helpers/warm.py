@@ -33,6 +33,7 @@ SCRIPTS = (
     "tests/training/distributed/watchdog_rank.py",
     "tests/helpers/inject.py",
     "tests/helpers/patched.py",
+    "tests/helpers/run_code.py",
     "tests/helpers/witness.py",
 )
 

@@ -8,6 +8,7 @@ stderr. The answers are messages on the same connection: the process id, and lat
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -24,13 +25,17 @@ MAX_REQUEST = 1 << 20  # bytes
 
 def preload() -> None:
     """Import what training, fine-tuning and conversion import. None of it starts threads or sets a device up."""
-    # DeepSpeed imports it when it makes a ZeRO optimizer, and with it torch's compiler, which takes over a second.
-
     import megabert.convert.deepspeed_checkpoint
     import megabert.convert.from_hf
     import megabert.convert.to_hf
     import megabert.finetune.main
     import megabert.training.loop  # noqa: F401
+    from megabert.training.distributed import deepspeed_compat
+
+    # DeepSpeed imports it when it makes a ZeRO optimizer, and with it torch's compiler: half of a short run's time.
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    # Every start compiles and links a small program, to see which operations could be built.
+    deepspeed_compat.skip_shm_comm_build()
 
     # The garbage collector of a forked process need not visit, and copy, all these objects.
     gc.collect()

@@ -16,6 +16,7 @@ from megabert.model.modeling_megabert import (
     MegaBertForTokenClassification,
     MegaBertModel,
 )
+from megabert.model.ops import TORCH_OPS
 from tests.model.small import SMALL, documents, packed, padded, small_model
 
 HEADS = [
@@ -166,7 +167,9 @@ def test_embeddings_of_ids_give_what_the_ids_give(cls, changes, layout):
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("ops", [None, cpu.CPU_OPS], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    "ops", [None, TORCH_OPS._replace(embed_layer_norm=cpu.CPU_OPS.embed_layer_norm)], ids=["plain", "fused"]
+)
 def test_embeddings_get_the_gradient_of_their_rows(ops):
     """Summed over the tokens with one id, it is the gradient of that row of the word embeddings."""
     model, ids = small_model(MegaBertModel).eval(), IDS % 7 + 5

@@ -153,7 +153,9 @@ def test_reading_shards_needs_no_torch(corpus: Corpus):
 
 def test_a_loader_that_gives_nothing_ends_the_run_with_its_name(corpus: Corpus, tmp_path):
     patch = "import time; from megabert.data import stream; stream.LOADER_TIMEOUT_S = 2\n"
-    patch += "stream.open_stream = lambda *_: time.sleep(600)"
+    patch += "stream.open_stream = lambda *_: time.sleep(600)\n"
+    # So long PyTorch waits for each worker to end before it kills it.
+    patch += "import torch.utils.data; torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2"
     command = patched(pretrain_command(corpus, tmp_path, "--run.max_steps=3", "--data.num_workers=2"))
     done = run_command(command, PATCH=patch)
     assert done.code == EXIT_PEER_LOST, "no mistake of the user: another attempt may succeed"

@@ -75,7 +75,7 @@ def make_config(config: MegaBertConfig, length: int) -> dict[str, Any]:
              "type_vocab_size", "pad_token_id", "layer_norm_eps", "hidden_dropout_prob",
              "attention_probs_dropout_prob", "initializer_range")  # fmt: skip
     return {
-        # By this name TEI tells the layout from BERT's.
+        # TEI distinguishes the layout from BERT's by this name.
         "_name_or_path": "jinaai/jina-bert-implementation",
         "model_type": "bert",
         "architectures": ["JinaBertModel"],

@@ -22,7 +22,7 @@ FOLDER = "transformers.js"
 PACKAGE = "@huggingface/transformers"
 TOLERANCE = 1e-4
 TEXTS = 200  # of which embeddings are compared: one at a time
-MOST_BYTES = 1_900_000_000  # a graph of 2 GB or more is several files, which the library must be told of
+MOST_BYTES = 1_900_000_000  # a graph of 2 GB or more is several files, and the library needs their names
 USE = """import { pipeline } from '@huggingface/transformers';
 const fill = await pipeline('fill-mask', 'this folder/transformers.js', { dtype: 'fp32' });
 console.log(await fill('A text with a [MASK].'));"""

@@ -43,9 +43,6 @@ class Operation:
         share = self.share - self.fall * math.log2(max(peak, A100_PEAK / 4) / A100_PEAK)
         return max(self.flops / (peak * min(share, 0.8)), self.moved_bytes / (card.bandwidth * self.bandwidth))
 
-    def is_compute_bound(self, card: Card) -> bool:
-        return self.flops / (card.bf16 or card.fp32) > self.moved_bytes / card.bandwidth
-
 
 def needed_flops(model: ModelConfig, vocab_size: int, batch: Batch) -> float:
     """Return the FLOPs that the real tokens of a micro-batch need, as MFU counts them."""

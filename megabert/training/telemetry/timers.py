@@ -70,7 +70,7 @@ class StepTimer:
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
-        """Time the block as one of PARTS, which the peers of this rank hear of."""
+        """Time the block as one of PARTS, and report the part to the other ranks with the next heartbeat."""
         progress.enter(part)
         if self.event_class is None or part == "data":  # the host does this work itself
             started_at = time.perf_counter()

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -21,7 +20,7 @@ from megabert.finetune.results.submission import FILES, as_tsv
 from megabert.finetune.tasks.task import GLUE
 from tests.finetune.conftest import PROTOCOL
 from tests.finetune.layouts import write_tsv
-from tests.helpers.runs import REPOSITORY
+from tests.helpers import warm
 
 
 def results_of(tmp_path: Path) -> dict:
@@ -151,7 +150,7 @@ def test_a_killed_command_ends_its_jobs_and_continues_when_repeated(options_for,
         f"--data={options.data}",
     ]
     command += [f"--out={options.out}", f"--protocol={options.protocol}", "--tasks=rte,mnli", "--ops=torch"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.popen(command, os.environ | {"DS_ACCELERATOR": "cpu"}, Path(os.devnull))
     log = tmp_path / "out/jobs/rte-pretrained-c0-s1.log"
     deadline = time.monotonic() + 300
     while not log.is_file() and time.monotonic() < deadline:

@@ -8,7 +8,7 @@ import pytest
 from megabert.files.limits import allow_open_files
 from megabert.training.distributed import process
 from megabert.training.distributed.watchdog import EXIT_PEER_LOST, RankLostError
-from tests.helpers.runs import Corpus, finish_ranks, pretrain_command, run_command, start_ranks
+from tests.helpers.runs import Corpus, finish_ranks, patched, pretrain_command, run_command, start_ranks
 
 
 def test_a_taken_port_is_named_with_the_remedy(monkeypatch):
@@ -31,8 +31,8 @@ def test_a_limit_of_open_files_is_raised_or_named(monkeypatch):
 
 
 def test_a_run_with_too_few_open_files_ends_with_one_line(corpus: Corpus, tmp_path):
-    command = pretrain_command(corpus, tmp_path, "--run.max_steps=2", "--data.num_workers=2")
-    done = run_command(["bash", "-c", 'ulimit -n 40; exec "$@"', "bash", *command], timeout_s=60)
+    command = patched(pretrain_command(corpus, tmp_path, "--run.max_steps=2", "--data.num_workers=2"))
+    done = run_command(command, PATCH="import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))")
     assert done.code == 2
     assert len(done.output.splitlines()) == 1
     assert "a process may open only 40 files here" in done.output

@@ -100,8 +100,12 @@ def kill_launchers(process: subprocess.Popen, ranks: list[psutil.Process]) -> No
     process.wait()
 
 
+@pytest.mark.nightly
 def test_ranks_end_when_their_launcher_is_killed(corpus: Corpus, tmp_path):
-    """After a kill -9 of the launcher the ranks save and leave no process that keeps the port in use."""
+    """After a kill -9 of the launcher the ranks save and leave no process that keeps the port in use.
+
+    test_keep_running.py kills the launcher of one rank in every run of the tests, and needs the saved checkpoint.
+    """
     process = start(pretrain_command(corpus, tmp_path, ENDLESS, ranks=2))
     wait_for_step(process, tmp_path, 3)
     ranks = ranks_of(process)

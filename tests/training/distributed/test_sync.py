@@ -1,9 +1,8 @@
-"""Start-up coordination of ranks; tests/cluster/test_hostfile.py tests a folder that two machines do not share."""
+"""Start-up coordination of ranks; tests/cluster/test_hostfile.py has a folder that two machines do not share."""
 
 import json
 import os
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from megabert.data.shards.source import open_corpus
 from megabert.data.shards.storage import open_storage
 from megabert.training.distributed import sync
 from megabert.training.distributed.sync import LOCK_FILE, broadcast_from_rank0, check_shared_folder, lock_output_dir
+from tests.helpers import warm
 from tests.helpers.runs import Corpus, finish_ranks, patched, pretrain_command, run_ranks, start_ranks
 
 
@@ -42,7 +42,7 @@ def holder(tmp_path):
         "import sys, time; from pathlib import Path; from megabert.training.distributed.sync import lock_output_dir\n"
     )
     program += "lock_output_dir(Path(sys.argv[1]), 0, 1); print('locked', flush=True); time.sleep(600)"
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = warm.popen([sys.executable, "tests/helpers/run_code.py", program, str(tmp_path)], dict(os.environ))
     assert process.stdout is not None
     assert process.stdout.readline() == "locked\n"
     yield process
@@ -94,6 +94,29 @@ def write_and_exit(code):
     exit_now(code)
 os._exit = write_and_exit
 """
+
+
+ELSEWHERE = """
+import os
+from pathlib import Path
+from megabert.training import run
+from megabert.training.distributed import sync
+if os.environ["RANK"] == "1":
+    check = run.check_shared_folder
+    run.check_shared_folder = lambda folder, *rest: check(Path(os.environ["ELSEWHERE"]), *rest)
+    sync.VISIBLE_WITHIN_S = 0.2
+    sync.socket.gethostname = lambda: "node-7"
+"""
+
+
+def test_a_folder_that_one_rank_does_not_see_is_refused_before_the_first_step(corpus: Corpus, tmp_path):
+    out = tmp_path / "out"
+    command = patched(pretrain_command(corpus, out, "--run.max_steps=1"))
+    done = finish_ranks(start_ranks(command, 2, PATCH=ELSEWHERE, ELSEWHERE=str(tmp_path)))
+    assert done.code == 2
+    assert f"{out}/checkpoints: node-7 cannot read or write files that rank 0 creates there" in done.output
+    assert not (out / "metrics.jsonl").exists()
+    assert not list((out / "checkpoints").iterdir())
 
 
 def test_an_error_on_rank_0_is_raised_on_every_rank(corpus: Corpus, tmp_path):

@@ -225,17 +225,31 @@ def test_ranks_that_do_not_connect_are_named(monkeypatch):
         PeerWatchdog(0, 1)._accept(server, "secret", 3)
 
 
-def test_a_killed_rank_ends_the_others(corpus: Corpus, tmp_path: Path):
-    ranks = warm_ranks(pretrain_command(corpus, tmp_path, "--run.max_steps=100000"), 2)
+def assert_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+
+
+def test_a_killed_rank_ends_the_others_and_frees_their_port(corpus: Corpus, tmp_path: Path):
+    """With loader workers: forks of their rank, which must not keep its connection open."""
+    port = free_port()
+    command = pretrain_command(corpus, tmp_path, "--run.max_steps=100000", "--data.num_workers=2")
+    ranks = warm_ranks(command, 2, MASTER_PORT=str(port))
     wait_for_step(ranks[0], tmp_path, 3)
+    workers = [child for rank in ranks for child in psutil.Process(rank.pid).children(recursive=True)]
+    assert len(workers) >= 4
     ranks[1].kill()
     done = finish_ranks(ranks, timeout_s=60)
     assert ranks[0].returncode == EXIT_PEER_LOST
     assert f"rank 1 on {HOST} {PEER_DIED}" in done.output
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+    assert_free(port)
 
 
+@pytest.mark.nightly
 def test_a_killed_rank_ends_the_job_and_frees_its_port(corpus: Corpus, tmp_path: Path):
-    """With the launcher, and with loader workers: forks of their rank, which must not keep its connection open."""
+    """The same with the launcher."""
     command = pretrain_command(corpus, tmp_path, "--run.max_steps=100000", "--data.num_workers=2", ranks=2)
     port = int(command[command.index("--master_port") + 1])
     process = start(command)
@@ -250,6 +264,4 @@ def test_a_killed_rank_ends_the_job_and_frees_its_port(corpus: Corpus, tmp_path:
     _, alive = psutil.wait_procs(descendants, timeout=60 - (time.monotonic() - killed_at))
     assert not alive
     assert f"rank 1 on {HOST} {PEER_DIED}" in output
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", port))
+    assert_free(port)

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 class Answer(NamedTuple):
-    """What a program said, as far as it was asked. version: its own; array: the bytes of a .npy file.
+    """The answers of a program to the questions that it was asked. version: its own; array: the bytes of a .npy file.
 
     ids: of each line; words: the id of the best word for each question; rows: an embedding of each text.
     """
