@@ -76,14 +76,24 @@ def test_a_user_of_transformers_can_do_everything(exported, tmp_path, flags):
     assert results["pipelines"][0] == 5
 
 
-@pytest.mark.parametrize("registration", ["import megabert; megabert.register_auto_classes()", "import megabert.model"])
-def test_auto_classes_are_registered_by_a_call_or_by_importing_the_model(exported, registration):
-    code = (
-        f"from transformers import AutoConfig; {registration}; "
-        f"print(type(AutoConfig.from_pretrained({str(exported)!r})).__module__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    assert done.stdout.strip() == "megabert.model.configuration_megabert"
+# Load transformers and print the class of a folder's config twice, each time in a process that has not loaded megabert.
+REGISTER = """
+import os, sys
+from transformers import AutoConfig
+for registration in ("import megabert; megabert.register_auto_classes()", "import megabert.model"):
+    assert "megabert" not in sys.modules
+    if os.fork() == 0:
+        exec(registration)
+        print(type(AutoConfig.from_pretrained(sys.argv[1])).__module__, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_auto_classes_are_registered_by_a_call_or_by_importing_the_model(exported):
+    command = [sys.executable, "-c", REGISTER, str(exported)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout.splitlines() == ["megabert.model.configuration_megabert"] * 2, done.stderr
 
 
 def test_an_unknown_attention_implementation_is_named(monkeypatch):

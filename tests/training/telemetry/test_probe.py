@@ -18,7 +18,7 @@ from megabert.training.telemetry.reporter import METRICS, Reporter, read_metrics
 from tests.helpers import warm
 from tests.helpers.runs import Corpus, pretrain_command, run_command, run_ranks
 
-SETTINGS = ["--run.max_steps=6", "--run.save_every_steps=2", "--probe.every_steps=2", "--probe.max_examples=64"]
+SETTINGS = ["--run.max_steps=4", "--run.save_every_steps=2", "--probe.every_steps=2", "--probe.max_examples=64"]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def scores(out) -> dict[int, float]:
 
 @pytest.mark.nightly
 def test_ranks_with_probes_have_the_bits_of_ranks_without(corpus: Corpus, tmp_path, task):
-    every = "--probe.every_steps=6"  # a probe is a process of its own, which takes seconds to start
+    every = "--probe.every_steps=4"  # a probe is a process of its own, which takes seconds to start
     with_probes = run_ranks(corpus, tmp_path / "with", *SETTINGS, *task, every, ranks=2, ds_config="zero3")
     assert with_probes.code == 0, with_probes.output
     without = run_ranks(corpus, tmp_path / "without", *SETTINGS, ranks=2, ds_config="zero3")
@@ -47,12 +47,12 @@ def test_ranks_with_probes_have_the_bits_of_ranks_without(corpus: Corpus, tmp_pa
     first, second = (read_checkpoint(tmp_path / name)[0] for name in ("with", "without"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     found = scores(tmp_path / "with")
-    assert found.keys() == {6}
-    assert 0 <= found[6] <= 1
-    assert f"probe of step 6: about {found[6]:.4f}" in with_probes.output
-    point = next(p for p in read_metrics(tmp_path / "with" / METRICS) if p["step"] == 6 and "probe/about" in p)
+    assert found.keys() == {4}
+    assert 0 <= found[4] <= 1
+    assert f"probe of step 4: about {found[4]:.4f}" in with_probes.output
+    point = next(p for p in read_metrics(tmp_path / "with" / METRICS) if p["step"] == 4 and "probe/about" in p)
     assert point["tokens"] == next(
-        p["tokens"] for p in read_metrics(tmp_path / "with" / METRICS) if p["step"] == 6 and "loss" in p
+        p["tokens"] for p in read_metrics(tmp_path / "with" / METRICS) if p["step"] == 4 and "loss" in p
     )
     assert not (tmp_path / "with/probe/start").exists()
 
@@ -82,7 +82,7 @@ def test_a_kill_loses_no_score_no_bit_and_leaves_no_process(corpus: Corpus, tmp_
     assert not alive
     done = run_command(pretrain_command(corpus, out, *SETTINGS, *task))
     assert done.code == 0, done.output
-    assert 6 in scores(out)
+    assert 4 in scores(out)
     done = run_command(pretrain_command(corpus, tmp_path / "without", *SETTINGS))
     assert done.code == 0, done.output
     first, second = (read_checkpoint(folder)[0] for folder in (out, tmp_path / "without"))
