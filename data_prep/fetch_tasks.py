@@ -3,6 +3,7 @@
     python data_prep/fetch_tasks.py                                 # movie-sentiment and movie-rating
     python data_prep/fetch_tasks.py --wordnet /usr/share/wordnet    # same-sense too
     python data_prep/fetch_tasks.py --sword /usr/share/sword        # verse-paraphrase too
+    python data_prep/fetch_tasks.py --text data/quickstart/text --movies false    # parameter-type, without a download
 
 Then pass --task-file data_prep/tasks/NAME.yaml to launch/finetune_glue.py.
 """
@@ -16,7 +17,7 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.tasks import movies, same_sense, verses
+from data_prep.tasks import movies, parameters, same_sense, verses
 from megabert.config import cli
 
 
@@ -24,6 +25,10 @@ from megabert.config import cli
 class Options:
     out: str = "data/glue"
     """folder to write one folder per task to"""
+    movies: bool = True
+    """download vaderSentiment, for movie-sentiment and movie-rating"""
+    text: str = ""
+    """folder of text shards of docstrings, some held out, for parameter-type"""
     wordnet: str = ""
     """folder with WordNet's data.noun, data.verb, data.adj and data.adv, for same-sense"""
     sword: str = ""
@@ -32,7 +37,10 @@ class Options:
 
 def main() -> None:
     options = cli.read_flags(Options, "data_prep/fetch_tasks.py", __doc__ or "")
-    movies.write_tasks(Path(options.out))
+    if options.movies:
+        movies.write_tasks(Path(options.out))
+    if options.text:
+        parameters.write_task(Path(options.text), Path(options.out))
     if options.wordnet:
         same_sense.write_task(Path(options.wordnet), Path(options.out))
     if options.sword:

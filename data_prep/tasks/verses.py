@@ -7,7 +7,6 @@ The words that differ still give some information. The task is not MRPC.
 """
 
 import functools
-import hashlib
 import importlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from data_prep.tasks.held_out import hash_fraction
 from data_prep.tasks.tsv import Row, write_splits
 
 OLD, NEW = "engKJV2006eb", "engWEB2015eb"
@@ -53,7 +53,7 @@ def write_task(sword: Path, folder: Path) -> None:
     sword: folder with mods.d/ and modules/ of both translations. Raises ValueError if one or pysword is missing.
     """
     rows = [
-        Row((pair.old, pair.new), pair.label, _hash_fraction(pair.chapter) < HELD_OUT_SHARE)
+        Row((pair.old, pair.new), pair.label, hash_fraction(pair.chapter) < HELD_OUT_SHARE)
         for pair in balance(pairs(list(chapters(sword))))
     ]
     write_splits(folder / "verse-paraphrase", ("sentence1", "sentence2"), rows)
@@ -106,16 +106,11 @@ def pairs(found: list[Chapter]) -> Iterator[Pair]:
 def balance(found: Iterable[Pair]) -> list[Pair]:
     """Select equally many pairs of each label in every interval of similarity. A hash decides which."""
     intervals: dict[int, dict[str, list[Pair]]] = defaultdict(lambda: {"same": [], "different": []})
-    for pair in sorted(found, key=lambda pair: _hash_fraction("\t".join(pair[:3]))):
+    for pair in sorted(found, key=lambda pair: hash_fraction("\t".join(pair[:3]))):
         if MIN_SIMILARITY <= pair.similarity < MAX_SIMILARITY and pair.old and pair.new:
             intervals[int((pair.similarity - MIN_SIMILARITY) / INTERVAL)][pair.label].append(pair)
     chosen = []
     for labels in intervals.values():
         count = min(MAX_PER_INTERVAL, *map(len, labels.values()))
         chosen += [pair for some in labels.values() for pair in some[:count]]
-    return sorted(chosen, key=lambda pair: _hash_fraction("\t".join(pair[:3])))
-
-
-def _hash_fraction(text: str) -> float:
-    """Map a text to a number in [0, 1) by its hash."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / (1 << 48)
+    return sorted(chosen, key=lambda pair: hash_fraction("\t".join(pair[:3])))

@@ -16,18 +16,21 @@ run() {
 
 data=data/quickstart
 stage=${1:-all}
+# The fine-tuning task is made from held-out documents. The run reads a quarter of the others.
+heldout=0.3
 
 if [[ $stage != @(text|tokenizer|tokens|all) ]]; then
     echo "launch/quickstart/prepare.sh: unknown stage $stage, expected text, tokenizer or tokens" >&2
     exit 2
 fi
 if [[ $stage = @(text|all) ]]; then
-    run python data_prep/write_shards.py --source docstrings --min-chars 200 --out $data/text --replace
+    run python data_prep/write_shards.py --source docstrings --min-chars 200 --out $data/text \
+        --heldout $heldout --replace
 fi
 if [[ $stage = @(tokenizer|all) ]]; then
     run python data_prep/train_tokenizer.py --source $data/text --out $data/tokenizer --vocab-size 8192
 fi
 if [[ $stage = @(tokens|all) ]]; then
     run python data_prep/write_shards.py --source $data/text --tokenizer $data/tokenizer --out $data/tokens \
-        --heldout 0.02 --replace
+        --heldout $heldout --replace
 fi

@@ -1,16 +1,20 @@
 """Tests of data_prep/fetch_tasks.py without a network, on small made-up files instead of the real data."""
 
 import io
+import json
 import runpy
 import sys
 import tarfile
 import types
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep.tasks import movies, same_sense, verses
+from data_prep.tasks import movies, parameters, same_sense, verses
+from data_prep.tasks.held_out import read_documents
+from data_prep.write_shards import main
 from megabert.finetune.tasks.readers import read_split
 from megabert.finetune.tasks.task import read_task
 from tests.helpers.runs import REPOSITORY
@@ -191,3 +195,80 @@ def test_every_interval_of_similarity_has_equally_many_of_each_label():
         interval for interval, label in intervals if label == "different"
     )
     assert chosen == verses.balance(reversed(pairs))
+
+
+DOCUMENT = """Do something, version {number}.
+
+Parameters
+----------
+flag_{number} : bool, optional
+    Whether to do it {number} times. More text.
+*name : `str` or None
+    The name of number {number}.
+short : int
+    A number.
+other : Widget
+    A widget of another kind, number {number}.
+"""
+GOOGLE = """Sum up {number}.
+
+Args:
+    size (int): How many there are, {number}.
+    fn (Callable[[int], str]): Called {number} times.
+"""
+
+
+def test_parameters_have_the_usual_name_of_their_type():
+    found = list(parameters.parameters(DOCUMENT.format(number=7)))
+    assert found == [("bool", "flag 7: Whether to do it 7 times."), ("str", "name: The name of number 7.")]
+    found = list(parameters.parameters(GOOGLE.format(number=7)))
+    assert found == [("int", "size: How many there are, 7."), ("callable", "fn: Called 7 times.")]
+    assert list(parameters.parameters("No parameters.")) == []
+
+
+def test_a_text_is_as_often_a_positive_as_a_negative_and_not_in_the_pretraining_part():
+    texts = [part.format(number=number) for number in range(40) for part in (DOCUMENT, GOOGLE)]
+    known = {"name: The name of number 3."}
+    rows = list(parameters.rows([*texts, texts[4]], known))
+    assert len(rows) == 2 * 2 * (2 * 40 - 1)  # without the document whose name is known, since its flag is alone
+    for column in (0, 1):
+        labels = {
+            label: Counter(row.texts[column] for row in rows if row.label == label) for label in ("fits", "other")
+        }
+        assert labels["fits"] == labels["other"]
+    assert not any("number 3." in row.texts[1] for row in rows)
+    dev = {row.texts[1] for row in rows if row.held_out}
+    assert 0 < len(dev) < 60
+    assert not dev & {row.texts[1] for row in rows if not row.held_out}
+
+
+def write_text(folder: Path, heldout: float, texts: list[str]) -> Path:
+    """Write text shards in this process."""
+    folder.mkdir()
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    out, source = folder / "shards", folder / "texts.jsonl"
+    assert not main([f"--source={source}", f"--out={out}", f"--heldout={heldout}", "--workers=1", "--min-shards=1"])
+    return out
+
+
+def test_the_parameter_task_comes_from_held_out_documents(tmp_path, launch):
+    texts = [part.format(number=number) for number in range(40) for part in (DOCUMENT, GOOGLE)]
+    shards = write_text(tmp_path / "some", 0.4, texts)
+    flags = ("--movies=false", f"--out={tmp_path}")
+    assert launch(*flags, f"--text={shards}") == (0, "")
+    task = read_task(TASKS / "parameter-type.yaml")
+    train, dev = (read_split(task, tmp_path, split) for split in ("train", "validation"))
+    held_out = list(read_documents(shards, "heldout"))
+    assert 0 < len(held_out) < len(texts)
+    assert len(train.first) + len(dev.first) == 4 * len(held_out)
+    assert sum(train.labels) == len(train.labels) / 2
+
+    # The advice of each message leads to shards that work.
+    none = write_text(tmp_path / "none", 0.0, texts)
+    code, error = launch(*flags, f"--text={none}")
+    assert (code, error.count("\n")) == (1, 1)
+    assert "no document is held out" in error
+    prose = write_text(tmp_path / "prose", 0.4, [f"Only prose, number {number}." for number in range(40)])
+    code, error = launch(*flags, f"--text={prose}")
+    assert (code, error.count("\n")) == (1, 1)
+    assert "describe too few parameters" in error
