@@ -63,9 +63,9 @@ class ModelConfig:
     z_loss: float = setting(0.0, "[0, 1]")
     """add z_loss * log(sum of exp(logits))^2 to the training loss of each masked token, to keep logits small; 1e-4 is
     usual"""
-    init_from: str | None = None
+    init_from: str | None = setting(None, may_change=True)
     """folder written by launch/convert_from_hf.py: start with its weights. A resumed run uses its checkpoint instead"""
-    gradient_checkpointing: str = "none"
+    gradient_checkpointing: str = setting("none", may_change=True)
     """recompute activations in the backward pass: none, every_layer or every_K (every K-th layer)"""
 
     def __post_init__(self):

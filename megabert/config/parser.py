@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from megabert.config.cli import Parser, flags_with_values, nearest
-from megabert.config.recipe import LENGTHS, Recipe
+from megabert.config.recipe import LENGTHS, Recipe, may_change_at_branch, may_change_at_resume
 from megabert.config.settings import flatten, shortened
 from megabert.config.strict_yaml import check_value, is_valid, parse_value, read_yaml
 
@@ -60,6 +60,11 @@ class RecipeParser(Parser):
             return
         self.add_argument("--recipe", default="quickstart", help=f"one of {', '.join(recipe_names())}, or a YAML file")
         self.add_class_arguments(Recipe)
+        for action in self._actions:
+            if may_change_at_resume(action.dest):
+                action.help = f"{action.help} [may change at a resume]"
+            elif may_change_at_branch(action.dest):
+                action.help = f"{action.help} [may change in a branch]"
 
     def read(self, argv: Sequence[str] | None = None) -> tuple[Recipe, Any]:
         """Parse flags, and the recipe that --recipe names. Returns the recipe and the other flags."""

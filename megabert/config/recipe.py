@@ -43,6 +43,25 @@ class LengthPhase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataPhase:
+    """A part of a run with its own data; what it leaves out is as in the recipe."""
+
+    until: float = required("(0, 1]")
+    """share of the run's steps at which this phase ends"""
+    train: list[CorpusPart] | str | None = None
+    """as data.train"""
+    max_seq_len: int | None = setting(None, "[3, 1048576]")
+    """longest piece of a document, tokens"""
+    mlm_probability: float | None = setting(None, "(0, 1)")
+    """as masking.mlm_probability"""
+
+    def __post_init__(self):
+        check_limits(self)
+        if self.train is not None and not self.train:
+            raise ValueError("train is empty, expected a value.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The shards, and how documents are packed into batches."""
 
@@ -56,6 +75,8 @@ class DataConfig:
     max_seq_len: list[LengthPhase] | int = setting(128, "[3, 1048576]")
     """longest piece of a document, tokens, including [CLS] and [SEP]. A list of {max_seq_len, until} changes it during
     the run; the last until is 1"""
+    phases: list[DataPhase] | None = None
+    """parts of the run with their own data, as {until, train, max_seq_len, mlm_probability}; the last until is 1"""
     documents: Literal["split", "truncate"] = "split"
     """what to do with longer documents: split them evenly into pieces, or truncate them to the first piece"""
     micro_batch_tokens: int | Literal["auto"] = setting(65_536, "[3, 2^24]")
@@ -84,18 +105,22 @@ class DataConfig:
 
     def __post_init__(self):
         check_limits(self, "data.")
+        name = "max_seq_len" if self.phases is None else "phases"
+        if self.phases is not None and not isinstance(self.max_seq_len, int):
+            raise ValueError("data.phases and data.max_seq_len both list phases. Put the lengths into data.phases.")
         untils = [until for _, until in self.lengths]
         if not self.lengths or untils != sorted({*untils}) or untils[-1] != 1:
-            raise ValueError(f"data.max_seq_len has phases until {untils}, expected rising shares, the last of them 1.")
+            raise ValueError(f"data.{name} has phases until {untils}, expected rising shares, the last of them 1.")
         if self.micro_batch_tokens != "auto" and self.micro_batch_tokens < self.longest:
             raise ValueError(
                 f"data.micro_batch_tokens is {self.micro_batch_tokens}, "
                 f"expected at least data.max_seq_len ({self.longest})."
             )
-        if isinstance(self.train, str) and self.train.startswith("["):
-            raise ValueError(
-                f"data.train is {self.train}, expected a path or a list of {{shards: PATH, weight: NUMBER}}."
-            )
+        for train in (self.train, *(phase.train for phase in self.phases or ())):
+            if isinstance(train, str) and train.startswith("["):
+                raise ValueError(
+                    f"data.train is {train}, expected a path or a list of {{shards: PATH, weight: NUMBER}}."
+                )
         if self.ranks is not None and (not self.ranks or min(self.ranks) < 1):
             raise ValueError(f"data.ranks is {self.ranks}, expected numbers of ranks from 1 on, such as [48, 64].")
         if not self.corpora:
@@ -133,14 +158,35 @@ class DataConfig:
 
     @property
     def corpora(self) -> list[tuple[str, float]]:
-        """(location, weight) of each corpus."""
-        if isinstance(self.train, str):
-            return [(self.train, 1.0)]
-        return [(part.shards, part.weight) for part in self.train]
+        """(location, weight) of each corpus of the first phase."""
+        return self.mixtures[0]
+
+    @property
+    def mixtures(self) -> list[list[tuple[str, float]]]:
+        """The different mixtures of the run in order, each as (location, weight) of its corpora."""
+        found: list[list[tuple[str, float]]] = []
+        for mixture in self._mixture_of_phases:
+            if mixture not in found:
+                found.append(mixture)
+        return found
+
+    @property
+    def mixture_numbers(self) -> list[int]:
+        """The number of each phase's mixture in `mixtures`."""
+        return [self.mixtures.index(mixture) for mixture in self._mixture_of_phases]
+
+    @property
+    def _mixture_of_phases(self) -> list[list[tuple[str, float]]]:
+        if self.phases is None:
+            return [_parts(self.train)] * len(self.lengths)
+        return [_parts(self.train if phase.train is None else phase.train) for phase in self.phases]
 
     @property
     def lengths(self) -> list[tuple[int, float]]:
         """(max_seq_len, share of the run at which it ends) of each phase."""
+        if self.phases is not None:
+            assert isinstance(self.max_seq_len, int), "checked at the start"
+            return [(phase.max_seq_len or self.max_seq_len, phase.until) for phase in self.phases]
         if isinstance(self.max_seq_len, int):
             return [(self.max_seq_len, 1.0)]
         return [(phase.max_seq_len, phase.until) for phase in self.max_seq_len]
@@ -149,6 +195,10 @@ class DataConfig:
     def longest(self) -> int:
         """Longest piece of any phase, tokens."""
         return max(length for length, _ in self.lengths)
+
+
+def _parts(train: list[CorpusPart] | str) -> list[tuple[str, float]]:
+    return [(train, 1.0)] if isinstance(train, str) else [(part.shards, part.weight) for part in train]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,6 +384,11 @@ class Recipe:
                 "run.max_hours leaves the number of batches open, so batch size, length and masking cannot change over "
                 "the run: set data.batch_warmup 0, one data.max_seq_len and masking.schedule constant; or set "
                 "run.max_steps instead."
+            )
+        if self.masking.schedule != "constant" and any(phase.mlm_probability for phase in data.phases or ()):
+            raise ValueError(
+                f"data.phases has mlm_probability, and masking.schedule is {self.masking.schedule}: both change the "
+                "masking. Leave one of them out."
             )
         if model.position == "learned" and data.longest > model.max_position_embeddings:
             raise ValueError(

@@ -13,7 +13,8 @@ def setting(default: Any, limits: str | None = None, *, may_change: bool = False
 
     default: its default, or a type such as list that makes it. limits: the interval of a number, such as "[0, 1)",
     which check_limits checks and --help prints. may_change: whether the setting may differ when a run resumes: it says
-    what is reported, kept or cached, or where data is read from, or it guards a run against bad updates. may_branch:
+    what is reported, kept, cached or computed again, or where data is read from, or it guards a run against bad
+    updates; --help says so. may_branch:
     whether it may also differ in a branch (run.branch_from): it says how long a run is, or what changes over it.
     """
     metadata = {

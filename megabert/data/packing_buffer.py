@@ -33,7 +33,7 @@ class SourcePosition:
     pieces: number of pieces of each chunk in the buffer. taken: one bit for each of these pieces, set if it is in a
     bin. phases: the same at the end of each earlier phase, as (max_seq_len, pieces, taken); in pieces, None stands
     for a chunk that was not in the buffer then. damaged: chunks in the buffer that could not be read; skipped:
-    damaged chunks so far.
+    damaged chunks so far. merged_before: place of the oldest piece that waited when the mixture last changed.
     """
 
     entry: int = 0
@@ -44,6 +44,7 @@ class SourcePosition:
     phases: tuple[tuple[int, tuple[int | None, ...], Bits], ...] = ()
     damaged: tuple[ChunkId, ...] = ()
     skipped: int = 0
+    merged_before: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -55,6 +56,7 @@ class SourcePosition:
             "past": [[max_seq_len, list(pieces), bits.to_json()] for max_seq_len, pieces, bits in self.phases],
             "damaged": [list(chunk_id) for chunk_id in self.damaged],
             "skipped": self.skipped,
+            **({"merged_before": self.merged_before} if self.merged_before else {}),
         }
 
     @classmethod
@@ -68,6 +70,7 @@ class SourcePosition:
             phases=tuple((length, tuple(pieces), Bits.from_json(bits)) for length, pieces, bits in raw["past"]),
             damaged=tuple(ChunkId(*chunk_id) for chunk_id in raw["damaged"]),
             skipped=raw["skipped"],
+            merged_before=raw.get("merged_before", 0.0),
         )
 
     def next_phase(self, max_seq_len: int) -> "SourcePosition":
@@ -116,11 +119,17 @@ class SourceCursor:
     """One source's share of one stream: it reads chunks and keeps those with waiting pieces, oldest first."""
 
     def __init__(
-        self, corpus: Corpus, source_index: int, stream: StreamId, options: PieceOptions, position: SourcePosition
+        self,
+        corpus: Corpus,
+        source_index: int,
+        stream: StreamId,
+        options: PieceOptions,
+        position: SourcePosition,
+        weight: float,
     ):
         source = corpus.sources[source_index]
         self.source_index = source_index
-        self.weight = corpus.weights[source_index]
+        self.weight = weight
         # Each stream starts at a different offset within one median document. Without that, every stream would begin
         # with a document of even the rarest source.
         self._offset = (stream.number + 0.5) / stream.num_streams * source.median_document_tokens
@@ -131,7 +140,8 @@ class SourceCursor:
         self._tokenizer = source.tokenizer
         self._options = options
         self._start = position
-        self._order = SourceOrder(source, stream, source_index, self.weight)
+        # Not the weight of this phase: a position refers to an order that stays the same over the run.
+        self._order = SourceOrder(source, stream, source_index, corpus.largest_share(source_index))
         refs = self._order.chunks_from(ChunkId(position.entry, position.chunk))
         self._reader = read_chunks(refs, source, frozenset(position.damaged), corpus.on_bad_shard)
         self._restore(position)
@@ -174,11 +184,19 @@ class SourceCursor:
 
     def merge_keys(self, chunk: ChunkPieces, pieces: np.ndarray) -> np.ndarray:
         """Give the merge order of pieces of a chunk, by their indices in it."""
-        offset = chunk.used_offset[pieces]
-        return self._merge_key(self._order.window.place(chunk.used_before, offset, chunk.used_tokens))
+        return self._merge_key(self._place(chunk, pieces))
+
+    @property
+    def oldest_place(self) -> float:
+        """The place of the oldest waiting piece in the order of this source."""
+        waiting = [self._place(chunk, np.flatnonzero(~chunk.taken)) for chunk in self.chunks if chunk.num_waiting]
+        return min([float(places.min()) for places in waiting] or [float(self._order.window.place(self.used_tokens))])
+
+    def _place(self, chunk: ChunkPieces, pieces: np.ndarray) -> np.ndarray:
+        return self._order.window.place(chunk.used_before, chunk.used_offset[pieces], chunk.used_tokens)
 
     def _merge_key(self, place: np.ndarray) -> np.ndarray:
-        return (place + self._offset) / self.weight
+        return (place - self._start.merged_before + self._offset) / self.weight
 
     def drop_finished(self) -> list[ChunkPieces]:
         """Drop the oldest chunks without waiting pieces. One chunk always stays, because the position refers to it."""
@@ -206,6 +224,7 @@ class SourceCursor:
             phases=tuple(phases),
             damaged=tuple(chunk.chunk_id for chunk in self.chunks if chunk.damaged),
             skipped=self.skipped,
+            merged_before=self._start.merged_before,
         )
 
 
@@ -224,11 +243,22 @@ def _pack_masks(masks: Sequence[np.ndarray | None]) -> Bits:
 class PackingBuffer:
     """The waiting pieces of one stream in merge order, from which bins are packed."""
 
-    def __init__(self, corpus: Corpus, stream: StreamId, options: PieceOptions, positions: tuple[SourcePosition, ...]):
-        """positions: one for each source, or none at the start of the run."""
-        positions = positions or (SourcePosition(),) * len(corpus.sources)
-        self.options = options
-        self.cursors = [SourceCursor(corpus, n, stream, options, position) for n, position in enumerate(positions)]
+    def __init__(
+        self,
+        corpus: Corpus,
+        stream: StreamId,
+        options: PieceOptions,
+        positions: tuple[SourcePosition, ...],
+        mixture: int = 0,
+    ):
+        """positions: one for each source, or none at the start of the run. mixture: the number of the phase's."""
+        self._positions = positions or (SourcePosition(),) * len(corpus.sources)
+        self.options, self.mixture = options, mixture
+        self.cursors = [
+            SourceCursor(corpus, number, stream, options, self._positions[number], weight)
+            for number, weight in enumerate(corpus.mixture(mixture))
+            if weight
+        ]
         self._corpus, self._stream = corpus, stream
         self._chunks: dict[int, ChunkPieces] = {}
         # A table of the waiting pieces, one entry for each in every column. A chunk's key is made of its
@@ -244,14 +274,19 @@ class PackingBuffer:
                 self._append(cursor, chunk)
         self._sort()
 
-    def next_phase(self, max_seq_len: int) -> "PackingBuffer":
-        """Cut the waiting tokens anew into pieces of at most max_seq_len."""
-        return PackingBuffer(
-            self._corpus,
-            self._stream,
-            self.options._replace(max_seq_len=max_seq_len),
-            tuple(cursor.position().next_phase(self.options.max_seq_len) for cursor in self.cursors),
-        )
+    def next_phase(self, max_seq_len: int, mixture: int = 0) -> "PackingBuffer":
+        """Cut the waiting tokens anew into pieces of at most max_seq_len, and mix the sources in other proportions.
+
+        Sources that the next mixture leaves out keep their waiting tokens until a later one has them again.
+        """
+        positions = list(self.position())
+        for cursor in self.cursors:
+            after = positions[cursor.source_index].next_phase(self.options.max_seq_len)
+            if mixture != self.mixture:
+                after = replace(after, merged_before=cursor.oldest_place)
+            positions[cursor.source_index] = after
+        options = self.options._replace(max_seq_len=max_seq_len)
+        return PackingBuffer(self._corpus, self._stream, options, tuple(positions), mixture)
 
     def fill(self, tokens: int) -> None:
         """Load chunks until this many tokens are ready, or every source has ended."""
@@ -288,7 +323,10 @@ class PackingBuffer:
         return taken
 
     def position(self) -> tuple[SourcePosition, ...]:
-        return tuple(cursor.position() for cursor in self.cursors)
+        positions = list(self._positions)
+        for cursor in self.cursors:
+            positions[cursor.source_index] = cursor.position()
+        return tuple(positions)
 
     def _append(self, cursor: SourceCursor, chunk: ChunkPieces) -> None:
         key = (cursor.source_index << 56) + (chunk.chunk_id.entry << 24) + chunk.chunk_id.chunk

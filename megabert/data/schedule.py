@@ -11,13 +11,15 @@ from typing import Literal, NamedTuple
 class Stage(NamedTuple):
     """Steps of `step_batches` bins (micro-batches) with pieces of at most `max_seq_len` tokens.
 
-    first_step, first_index: the step and the bin with which the stage begins in a run without rollbacks.
+    first_step, first_index: the step and the bin with which the stage begins in a run without rollbacks. mixture: the
+    number of its mixture of sources.
     """
 
     first_step: int
     first_index: int
     step_batches: int
     max_seq_len: int
+    mixture: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,26 @@ class MaskingRate:
         return max(self.first, self.last)
 
 
+@dataclass(frozen=True)
+class MaskingSteps:
+    """Another share of maskable tokens in each phase. rates: (first bin, share) of each phase, the first from bin 0."""
+
+    rates: tuple[tuple[int, float], ...]
+
+    def at(self, index: int) -> float:
+        return self.rates[bisect_right(self.rates, index, key=lambda rate: rate[0]) - 1][1]
+
+    @property
+    def highest(self) -> float:
+        return max(rate for _, rate in self.rates)
+
+
 class Length(NamedTuple):
-    """max_seq_len up to the share `until` of the run's steps."""
+    """max_seq_len, and the number of a mixture of sources, up to the share `until` of the run's steps."""
 
     max_seq_len: int
     until: float
+    mixture: int = 0
 
 
 def make_schedule(
@@ -105,15 +122,15 @@ def make_schedule(
         round(level * warmup * total_steps / levels): (level + 1) * first_batches for level in range(levels)
     }
     length_starts, begin = {}, 0.0
-    for length, until in lengths:
-        length_starts[round(begin * total_steps)] = length
+    for length, until, mixture in lengths:
+        length_starts[round(begin * total_steps)] = (length, mixture)
         begin = until
     starts = sorted({0, *batch_starts, *length_starts})
     batches = list(accumulate((batch_starts.get(step, 0) for step in starts), lambda old, new: new or old))
-    caps = list(accumulate((length_starts.get(step, 0) for step in starts), lambda old, new: new or old))
+    caps = list(accumulate((length_starts.get(step) for step in starts), lambda old, new: new or old))
     index, stages = 0, []
     for number, step in enumerate(starts):
         if number:
             index += (step - starts[number - 1]) * batches[number - 1]
-        stages.append(Stage(step, index, batches[number], caps[number]))
+        stages.append(Stage(step, index, batches[number], *caps[number]))
     return BatchSchedule(tuple(stages))

@@ -30,7 +30,7 @@ from megabert.data.masking import masked_count
 from megabert.data.order import StreamId
 from megabert.data.packing_buffer import PackingBuffer, SourcePosition
 from megabert.data.ranks import worker_count
-from megabert.data.schedule import BatchSchedule, Length, MaskingRate, make_schedule
+from megabert.data.schedule import BatchSchedule, Length, MaskingRate, MaskingSteps, make_schedule
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.source import Corpus
 from megabert.files.checkpoint_format import STREAMS_FORMAT, check_streams_format
@@ -114,7 +114,7 @@ class StreamConfig:
     schedule: BatchSchedule
     max_documents: dict[int, int] = field(hash=False)
     max_masked: int
-    masking: MaskingRate
+    masking: MaskingRate | MaskingSteps
     truncate: bool
     seed: int
     num_streams: int
@@ -149,12 +149,14 @@ def open_stream(
     bins = position.bins
     # The waiting pieces were cut for the last bin that was issued.
     last_index = max(0, bins - 1) * config.num_streams + stream
-    buffer = PackingBuffer(corpus, stream_id, config.piece_options(last_index), position.sources)
+    mixture = config.schedule.at(last_index).mixture
+    buffer = PackingBuffer(corpus, stream_id, config.piece_options(last_index), position.sources, mixture)
     while True:
         index = bins * config.num_streams + stream
-        max_seq_len = config.schedule.at(index).max_seq_len
-        if max_seq_len != buffer.options.max_seq_len:
-            buffer = buffer.next_phase(max_seq_len)
+        stage = config.schedule.at(index)
+        max_seq_len = stage.max_seq_len
+        if (max_seq_len, stage.mixture) != (buffer.options.max_seq_len, buffer.mixture):
+            buffer = buffer.next_phase(max_seq_len, stage.mixture)
         chosen = next_bin(buffer, config)
         assert chosen is not None, "training shards have no end"
         bins += 1

@@ -93,7 +93,10 @@ class State:
     def max_seq_len(self) -> int:
         """The longest piece of a document in any phase, tokens."""
         lengths = self.recipe["data"]["max_seq_len"]
-        return lengths if isinstance(lengths, int) else max(phase["max_seq_len"] for phase in lengths)
+        if isinstance(lengths, int):
+            phases = self.recipe["data"].get("phases") or [{}]
+            return max(phase.get("max_seq_len") or lengths for phase in phases)
+        return max(phase["max_seq_len"] for phase in lengths)
 
 
 STATE_TYPES = TypeAdapter(State)

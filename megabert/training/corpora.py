@@ -16,8 +16,9 @@ def open_corpora(data: DataConfig) -> tuple[Corpus, Corpus]:
         "cache": CacheOptions(Path(data.cache_dir), data.cache_gb << 30, data.store_patience_s),
         "on_bad_shard": data.on_bad_shard,
     }
-    corpus = open_corpus(data.corpora, **options)
-    held_out = open_corpus([(data.heldout, 1.0)] if data.heldout else data.corpora, "heldout", **options)
+    first, *later = data.mixtures
+    corpus = open_corpus(first, later=later, **options)
+    held_out = open_corpus([(data.heldout, 1.0)], "heldout", **options) if data.heldout else corpus.held_out()
     check_same_tokenizer(corpus.sources[0], held_out.sources[0])
     for source in corpus.sources:
         source.check_files()

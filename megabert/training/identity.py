@@ -1,6 +1,6 @@
 """The identity of a run: the properties that it must share with a checkpoint to resume from it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from megabert.files.checkpoint_format import State
 SAME_SHARDS = {1, 2}
 # Settings of earlier versions that no longer exist and change nothing that a checkpoint does not say itself.
 REMOVED_SETTINGS = {f"data.{name}" for name in ("max_streams",)}
+PHASES = "data.phases"
+# The two that count steps or tokens; hours leave the number of steps open.
+LENGTH_SETTINGS = ("run.max_steps", "run.max_tokens")
 NEW_RUN = (
     "start a new run on its weights, with a fresh optimizer: launch/convert_to_hf.py, for a bert recipe "
     "launch/convert_from_hf.py, then model.init_from"
@@ -48,19 +51,30 @@ class RunIdentity:
 
 def fixed_settings(recipe: dict[str, Any]) -> dict[str, Any]:
     """The settings of a recipe, given as nested dicts, that may not change at a resume, by dotted name."""
+    settings = flatten(recipe)
+    if phases := settings.get(PHASES):
+        settings[PHASES] = _without_locations(phases, settings.get("data.train"))
     return {
         name: value
-        for name, value in flatten(recipe).items()
+        for name, value in settings.items()
         if not may_change_at_resume(name) and name not in REMOVED_SETTINGS
     }
 
 
+def _without_locations(phases: list[dict[str, Any]], train: Any) -> list[dict[str, Any]]:
+    """Replace what each phase trains on by the number of its mixture; the corpus's fingerprint says what that is."""
+    mixtures = [train if phase["train"] is None else phase["train"] for phase in phases]
+    return [phase | {"train": mixtures.index(mixture)} for phase, mixture in zip(phases, mixtures, strict=True)]
+
+
 def check_same_run(path: Path, state: State, current: RunIdentity, corpus: str) -> None:
-    """Raise ValueError unless this run continues the one that wrote the checkpoint at path.
+    """Raise ValueError unless this run continues the one that wrote the checkpoint at path, or makes it longer.
 
     current, corpus: this run's identity and the fingerprint of its training corpus.
     """
     saved = RunIdentity.of_checkpoint(state)
+    if _is_longer(saved, current, state.step):
+        current = replace(current, settings=current.settings | _length_of(saved), total_steps=saved.total_steps)
     if changed := _names_of_changes(saved.settings, current.settings):
         shown = _describe(changed, saved.settings, current.settings, absent="not set")
         raise ValueError(
@@ -98,8 +112,9 @@ def check_branch(path: Path, state: State, current: RunIdentity, corpus: str) ->
         )
     if saved.total_steps != current.total_steps and _changes_over_run(current.settings):
         raise ValueError(
-            f"run.branch_from {path}: batch or length change over the run (data.batch_warmup, data.max_seq_len), so a "
-            f"branch is as long as the run itself: {saved.total_steps} steps, not {current.total_steps}."
+            f"run.branch_from {path}: batch or data change over the run (data.batch_warmup, data.max_seq_len, "
+            f"data.phases), so a branch is as long as the run itself: {saved.total_steps} steps, not "
+            f"{current.total_steps}."
         )
     if state.step >= current.total_steps:
         raise ValueError(
@@ -117,9 +132,34 @@ def _check_corpus(path: Path, state: State, corpus: str) -> None:
         )
 
 
+def _is_longer(saved: RunIdentity, current: RunIdentity, step: int) -> bool:
+    """Whether this is the saved run with more steps, at a step whose learning rate is the peak in both.
+
+    So the run trains as if it had been that long from its first step, except for the length of its warm-up. Its data
+    must not depend on its length.
+    """
+    if saved.total_steps >= current.total_steps or _changes_over_run(saved.settings):
+        return False
+    if saved.settings.get("masking.schedule") != "constant":
+        return False
+    return all(_is_on_plateau(run.settings, run.total_steps, step) for run in (saved, current))
+
+
+def _is_on_plateau(settings: dict[str, Any], total_steps: int, step: int) -> bool:
+    """Whether a step has the peak learning rate of a schedule that keeps it for a while."""
+    schedule, warmup = settings.get("optimizer.schedule"), round(settings["optimizer.warmup"] * total_steps)
+    decay = round(settings["optimizer.decay"] * total_steps) if schedule == "wsd" else 0
+    return schedule in ("wsd", "constant") and warmup <= step <= total_steps - decay
+
+
+def _length_of(run: RunIdentity) -> dict[str, Any]:
+    return {name: run.settings.get(name) for name in LENGTH_SETTINGS}
+
+
 def _changes_over_run(settings: dict[str, Any]) -> bool:
     """Whether the data depend on the run's length: waiting pieces of documents have the length of their phase."""
-    return bool(settings["data.batch_warmup"]) or isinstance(settings["data.max_seq_len"], list)
+    in_phases = isinstance(settings["data.max_seq_len"], list) or bool(settings.get(PHASES))
+    return bool(settings["data.batch_warmup"]) or in_phases
 
 
 def _other_ways(path: Path, changed: list[str]) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megabert.config.recipe import DataConfig, OptimizerConfig, Recipe
 from megabert.data import ranks
-from megabert.data.schedule import BatchSchedule, Length, MaskingRate, make_schedule
+from megabert.data.schedule import BatchSchedule, Length, MaskingRate, MaskingSteps, make_schedule
 from megabert.optim.lr_schedule import warmup_and_decay
 
 # Total steps of a run whose length is given in hours: more steps than any run makes.
@@ -20,7 +20,7 @@ class RunSchedule:
     total_steps: int
     stages: BatchSchedule
     """micro-batches per step and longest piece in each stage of the run"""
-    masking: MaskingRate
+    masking: MaskingRate | MaskingSteps
 
 
 def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
@@ -29,15 +29,27 @@ def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
     steps = total_steps(recipe, step_batches)
     data, masking = recipe.data, recipe.masking
     first = data.batch_warmup_from and data.batch_warmup_from // data.bin_tokens
-    lengths = [Length(*phase) for phase in data.lengths]
+    lengths = [Length(*phase, number) for phase, number in zip(data.lengths, data.mixture_numbers, strict=True)]
     stages = make_schedule(steps, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
     ranks.check_warmup(stages.step_batches, data.bin_tokens, world_size, listed_streams(data))
-    if masking.schedule == "constant":
+    if any(phase.mlm_probability for phase in data.phases or ()):
+        rate = masking_steps(recipe, steps, stages)
+    elif masking.schedule == "constant":
         rate = MaskingRate.constant(masking.mlm_probability)
     else:
         over = stages.bins_before(steps)
         rate = MaskingRate(masking.mlm_probability, masking.final_mlm_probability, over, masking.schedule)
     return RunSchedule(step_batches, steps, stages, rate)
+
+
+def masking_steps(recipe: Recipe, steps: int, stages: BatchSchedule) -> MaskingSteps:
+    """The masking rate of each phase of data.phases."""
+    begin, rates = 0.0, {}
+    for phase in recipe.data.phases or ():
+        first = stages.bins_before(round(begin * steps))
+        rates[first] = phase.mlm_probability or recipe.masking.mlm_probability
+        begin = phase.until
+    return MaskingSteps(tuple(rates.items()))
 
 
 def batches_per_step(recipe: Recipe, world_size: int) -> int:

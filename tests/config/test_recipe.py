@@ -7,6 +7,8 @@ from megabert.config.parser import RecipeParser, recipe_names
 from megabert.config.recipe import ModelConfig, OptimizerConfig, Recipe, RunConfig, may_change_at_resume
 from megabert.config.settings import flatten
 
+TWO_LENGTHS = '[{"max_seq_len": 32, "until": 0.5}, {"max_seq_len": 64, "until": 1}]'
+
 
 def read(*argv: str) -> Recipe:
     return RecipeParser("pretrain", "").read(list(argv))[0]
@@ -86,6 +88,18 @@ def test_the_saved_recipe_reads_back(tmp_path):
         (["--data.ranks=[0]"], "data.ranks is [0], expected numbers of ranks from 1 on, such as [48, 64]"),
         (["--data.ranks=[]"], "data.ranks is [], expected numbers of ranks from 1 on, such as [48, 64]"),
         (["--run.log_every_steps=0"], "run.log_every_steps is 0, expected a number in [1, 1e12]"),
+        (['--data.phases=[{"until": 0.5}]'], "data.phases has phases until [0.5], expected rising shares, the last"),
+        (['--data.phases=[{"until": 1, "tarin": "x"}]'], "Did you mean --data.phases.0.train?"),
+        (['--data.phases=[{"until": 1}]', f"--data.max_seq_len={TWO_LENGTHS}"], "Put the lengths into data.phases"),
+        (
+            ['--data.phases=[{"until": 1, "mlm_probability": 0.2}]', "--masking.schedule=linear"],
+            "both change the masking. Leave one of them out",
+        ),
+        (['--data.phases=[{"until": 1, "max_seq_len": 4096}]'], "expected at least data.max_seq_len (4096)"),
+        (["--model.rope_theta=3"], "model.rope_theta has no effect with model.position alibi"),
+        (["--model.position=rope", "--model.hidden_size=35"], "Set model.hidden_size to a multiple of"),
+        (["--model.global_attention_every=3"], "a window needs local layers. Set both, or neither"),
+        (["--model.position=rope", "--model.local_rope_theta=3"], "Leave it out"),
     ],
 )
 def test_a_wrong_flag_gives_a_one_line_error(capsys, argv, message):
@@ -146,6 +160,17 @@ def test_every_setting_has_an_answer_to_whether_it_may_change_at_a_resume():
         "keep_every_steps", "keep_best", "async_save", "resume", "trackers", "max_norm_ratio", "rollback_after", "ops",
         "branch_from", "hang_timeout_s",
     }  # fmt: skip
-    assert may_change == {f"probe.{n}" for n in probe} | {f"data.{n}" for n in data} | {f"run.{n}" for n in run}
+    model = {"gradient_checkpointing", "init_from"}
+    assert may_change == {f"model.{n}" for n in model} | {f"probe.{n}" for n in probe} | {f"data.{n}" for n in data} | {
+        f"run.{n}" for n in run
+    }
     assert not may_change_at_resume("run.unknown")
     assert not may_change_at_resume("unknown")
+
+
+def test_phases_share_the_mixtures_that_they_have_in_common():
+    phases = '[{"until": 0.5}, {"until": 0.8, "train": [{"shards": "a"}, {"shards": "b", "weight": 3}]}, {"until": 1}]'
+    data = read(f"--data.phases={phases}", "--data.train=a", "--data.max_seq_len=64").data
+    assert data.mixtures == [[("a", 1.0)], [("a", 1.0), ("b", 3.0)]]
+    assert data.mixture_numbers == [0, 1, 0]
+    assert data.lengths == [(64, 0.5), (64, 0.8), (64, 1.0)]

@@ -112,7 +112,7 @@ def config_of(
         schedule=schedule,
         max_documents={
             length: default_max_documents(corpus, bin_tokens, length, changes.get("truncate", False))
-            for length, _ in lengths
+            for length, *_ in lengths
         },
         max_masked=masked_count(bin_tokens, probability),
         masking=changes.get("masking", MaskingRate.constant(probability)),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from itertools import islice, takewhile
 
 import numpy as np
@@ -174,7 +175,7 @@ def test_bins_do_not_depend_on_ranks_or_workers(which, world_size, workers, requ
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_resuming_is_bitwise_on_any_number_of_ranks(data):
-    """Resume after any step, in any length phase, in mixtures, and during a batch warm-up."""
+    """Resume after any step, in any phase, in mixtures that change, and during a batch warm-up."""
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     sources = [
         SyntheticSource(random_shards(rng, int(n)), vocab_size=20_000) for n in rng.integers(1, 40, rng.integers(1, 4))
@@ -182,6 +183,10 @@ def test_resuming_is_bitwise_on_any_number_of_ranks(data):
     # With integer weights, pieces of two sources often have the same merge key.
     weights = data.draw(st.sampled_from([rng.random(len(sources)) + 0.1, rng.integers(1, 4, len(sources))]))
     corpus = corpus_of(*sources, weights=weights)
+    mixtures = data.draw(st.sampled_from([(0, 0, 0), (0, 1, 0), (0, 0, 1), (1, 2, 1)]))
+    # Each mixture leaves out all but one source, or none.
+    others = [np.eye(len(sources))[-1], rng.random(len(sources)) + 0.1]
+    corpus = replace(corpus, later=tuple(tuple(other / other.sum()) for other in others))
     num_streams = data.draw(st.sampled_from([1, 2, 4, 8, 12]))
     config = config_of(
         corpus,
@@ -191,7 +196,7 @@ def test_resuming_is_bitwise_on_any_number_of_ranks(data):
         step_batches=4 * num_streams,
         first_batches=num_streams,
         warmup=0.5,
-        lengths=[Length(32, 0.4), Length(64, 0.7), Length(16, 1.0)],
+        lengths=[Length(*phase) for phase in zip((32, 64, 16), (0.4, 0.7, 1.0), mixtures, strict=True)],
         truncate=data.draw(st.booleans()),
     )
     world_size = data.draw(st.sampled_from([w for w in (1, 2, 3, 4, 6, 8, 12) if num_streams % w == 0]))
@@ -205,6 +210,31 @@ def test_resuming_is_bitwise_on_any_number_of_ranks(data):
         assert rest[0][0].index == done + rank
         assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
         assert all(position == whole[batch.index][2] for batch, _, position in rest)
+
+
+def test_every_phase_has_its_mixture_and_no_token_comes_again_before_its_source_is_through():
+    rng = np.random.default_rng(2)
+    shards = [random_shards(rng, 30, documents=20) for _ in range(3)]
+    sizes = [sum(sum(map(sum, chunks)) for chunks in part) for part in shards]
+    firsts = FIRST_ID + np.cumsum([0, *sizes])
+    sources = [
+        SyntheticSource(part, first_id=int(first), vocab_size=int(firsts[-1]))
+        for part, first in zip(shards, firsts, strict=False)
+    ]
+    mixtures = [(1.0, 0.0, 0.0), (0.5, 0.5, 0.0), (0.0, 0.25, 0.75), (0.2, 0.0, 0.8)]
+    corpus = replace(corpus_of(*sources), weights=mixtures[0], later=tuple(mixtures[1:]))
+    lengths = [Length(32, 0.25, 0), Length(32, 0.5, 1), Length(48, 0.75, 2), Length(48, 1.0, 3)]
+    config = config_of(corpus, 256, 2, steps=40, step_batches=2, lengths=lengths)
+    batches = [batch for batch, _, _ in rank_batches(corpus, config, 80)]
+    found = [np.concatenate(pieces_of(batch)) for batch in batches]
+    ids, counts = np.unique(np.concatenate(found), return_counts=True)
+    assert len(ids) < 0.9 * sum(sizes), "no source has been through"
+    assert counts.max() == 1
+    for phase, mixture in enumerate(mixtures):
+        of_phase = np.concatenate(found[20 * phase : 20 * phase + 20])
+        shares = np.histogram(of_phase, firsts)[0] / len(of_phase)
+        assert shares == pytest.approx(mixture, abs=0.06)
+        assert [share == 0 for share in shares] == [weight == 0 for weight in mixture]
 
 
 @pytest.mark.parametrize("offset", [-1, 0, 1])

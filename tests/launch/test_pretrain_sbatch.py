@@ -18,7 +18,9 @@ def attempt(tmp_path: Path):
     (tmp_path / "bin/activate").write_text(f'PATH="{tmp_path}/bin:$PATH"\n')
     programs = {
         "srun": f'printf "%s\\n" "$@" > {tmp_path}/words\neval "$RANKS"',
-        "scontrol": 'case $* in "show hostnames"*) printf "node-%s\\n" 1 2 3 ;; '
+        "sinfo": '[ -z "${ABLE:-}" ] || printf "%s\\n" $ABLE',
+        "scontrol": 'case $* in "show hostnames node-["*) printf "node-%s\\n" 1 2 3 ;; '
+        '"show hostnames"*) echo "$3" | tr , "\\n" ;; '
         '"show -o job"*) echo "A=1 ExcNodeList=node-9 B=2" ;; *) echo "scontrol $*" ;; esac',
     }
     for name, script in programs.items():
@@ -97,6 +99,20 @@ def test_all_nodes_are_used_and_the_host_of_a_crash_is_left_out_of_the_next_atte
     assert ended == 0
     assert "crash 1 since checkpoint none, on node-2\n" in printed
     assert printed.endswith("scontrol requeue 7\nscontrol update jobid=7 excnodelist=node-9,node-2\n")
+
+
+@pytest.mark.parametrize(
+    ("more", "end"),
+    [
+        ("", "node-2 is used again: without it only 2 of the 3 nodes that the job needs are left\n"),
+        ("node-4", "scontrol update jobid=7 excnodelist=node-9,node-2\n"),
+    ],
+)
+def test_the_host_of_a_crash_is_used_again_where_the_partition_has_no_other(attempt, more, end):
+    """A job that leaves it out would wait for ever. node-9 is left out by the user."""
+    _, printed, _ = attempt(0, CRASH_ON_2, ABLE=f"node-1 node-2 node-3 node-9 {more}")
+    assert printed.endswith(end)
+    assert ("excnodelist" in printed) == bool(more)
 
 
 def test_a_spare_node_replaces_the_one_that_crashed_inside_the_job(attempt, tmp_path):

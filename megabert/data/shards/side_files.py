@@ -3,7 +3,7 @@
 import errno
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from megabert.data.shards.manifest import (
 )
 from megabert.data.shards.patience import StoreAwayError
 from megabert.data.shards.sample_format import read_npy
-from megabert.data.shards.storage import Storage
+from megabert.data.shards.storage import LocalFolder, Storage
 from megabert.data.shards.tokenizer import describe_tokenizer
 from megabert.files.disk import DiskError
 
@@ -36,7 +36,8 @@ def fetch_manifest(storage: Storage) -> Manifest:
             raise ValueError(
                 f"{storage.url(name)}: no such file. Write shards there with data_prep/write_shards.py."
             ) from missing
-    return parse_manifest(found[0], found[1], storage.url(MANIFEST))
+    manifest = parse_manifest(found[0], found[1], storage.url(MANIFEST))
+    return replace(manifest, chunks_file=storage.url(CHUNKS)) if isinstance(storage, LocalFolder) else manifest
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 import hashlib
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,7 +21,6 @@ from megabert.data.shards.manifest import (
     Manifest,
     Shard,
     TokenizerInfo,
-    heldout_that_is_enough,
 )
 from megabert.data.shards.sample_format import (
     TokenChunk,
@@ -29,6 +29,7 @@ from megabert.data.shards.sample_format import (
     read_sample,
     token_dtype,
 )
+from megabert.data.shards.shard_list import DamagedShardError, shards_of
 from megabert.data.shards.side_files import SideFiles, check_tokenizer_config, fetch_manifest
 from megabert.data.shards.storage import Storage, open_storage
 from megabert.data.shards.tokenizer import encode_flat, find_tokenizer, read_tokenizer
@@ -38,10 +39,6 @@ log = logging.getLogger(__name__)
 
 # Text that is tokenized on the fly has no token statistics. They are estimated from this many chunks.
 SAMPLED_CHUNKS = 16
-
-
-class DamagedShardError(ValueError):
-    """A shard that is missing, truncated or different from its manifest. The message names shard and chunk."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +73,17 @@ class Source:
         if self.tokenizer_path is not None:
             parts.append(self.tokenizer.fingerprint)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def __reduce__(self) -> tuple[Callable[..., "Source"], tuple[Any, ...]]:
+        # The shards are those of the manifest, which is pickled once for all sources of a folder.
+        every = [shard for part in self.manifest.splits.values() for shard in part]
+        numbers = {id(shard): number for number, shard in enumerate(every)}
+        chosen = np.array([numbers[id(shard)] for shard in self.shards], np.int64)
+        return _unpickle, (self.folder, self.storage, self.manifest, chosen, self.tokenizer_path)
+
+    def other_part(self, part: str, on_bad_shard: str) -> "Source":
+        """Return the source of another part of this folder, without reading the manifest again."""
+        return replace(self, shards=shards_of(self.storage, self.manifest, part, on_bad_shard))
 
     @cached_property
     def num_chunks(self) -> int:
@@ -215,13 +223,38 @@ class Source:
         return SideFiles(self.storage, self.manifest)
 
 
+def _unpickle(
+    folder: str, storage: Storage, manifest: Manifest, chosen: np.ndarray, tokenizer_path: Path | None
+) -> Source:
+    every = [shard for part in manifest.splits.values() for shard in part]
+    return Source(folder, storage, manifest, tuple(every[number] for number in chosen.tolist()), tokenizer_path)
+
+
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """The sources of a run. weights: the share of the tokens that each source contributes; they sum to 1."""
+    """The sources of a run. weights: the share of the tokens that each source contributes; they sum to 1.
+
+    later: the weights of the mixtures after the first one, where the mixture changes over the run.
+    """
 
     sources: tuple[Source, ...]
     weights: tuple[float, ...]
     on_bad_shard: str = "stop"
+    later: tuple[tuple[float, ...], ...] = ()
+
+    def mixture(self, number: int) -> tuple[float, ...]:
+        """Return the weights of a mixture, counted from 0."""
+        return self.later[number - 1] if number else self.weights
+
+    def largest_share(self, source: int) -> float:
+        """Return the largest weight that a source has in any mixture."""
+        return max(weights[source] for weights in (self.weights, *self.later))
+
+    def held_out(self) -> "Corpus":
+        """Return the held-out part of the sources of the first mixture."""
+        used = [number for number, weight in enumerate(self.weights) if weight]
+        sources = tuple(self.sources[number].other_part("heldout", self.on_bad_shard) for number in used)
+        return Corpus(sources, tuple(self.weights[number] for number in used), self.on_bad_shard)
 
     @property
     def tokenizer(self) -> TokenizerInfo:
@@ -237,10 +270,11 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of these shards in this mixture."""
+        """A hash of these shards in these mixtures."""
         if len(self.sources) == 1:
             return self.sources[0].fingerprint
         parts = [f"{source.fingerprint} {weight!r}" for source, weight in zip(self.sources, self.weights, strict=True)]
+        parts += map(repr, self.later)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
@@ -265,16 +299,29 @@ def open_corpus(
     tokenizer: str | None = None,
     cache: CacheOptions = CacheOptions(),  # noqa: B008 (immutable)
     on_bad_shard: str = "stop",
+    later: Sequence[Sequence[tuple[str, float]]] = (),
 ) -> Corpus:
-    """Open every (location, weight). Raises what open_source raises, and ValueError if tokenizers differ."""
+    """Open every (location, weight). later: the mixtures after the first one; they share the sources that both name.
+
+    Raises what open_source raises, and ValueError if tokenizers differ.
+    """
+    tables = [_numbered(mixture) for mixture in (parts, *later)]
+    keys = list(dict.fromkeys(key for table in tables for key in table))
     sources = tuple(
-        open_source(location, part, tokenizer=tokenizer, cache=cache, on_bad_shard=on_bad_shard)
-        for location, _ in parts
+        open_source(location, part, tokenizer=tokenizer, cache=cache, on_bad_shard=on_bad_shard) for location, _ in keys
     )
     for source in sources[1:]:
         check_same_tokenizer(sources[0], source)
-    total = sum(weight for _, weight in parts)
-    return Corpus(sources, tuple(weight / total for _, weight in parts), on_bad_shard)
+    weights = [tuple(table.get(key, 0.0) / sum(table.values()) for key in keys) for table in tables]
+    return Corpus(sources, weights[0], on_bad_shard, tuple(weights[1:]))
+
+
+def _numbered(mixture: Sequence[tuple[str, float]]) -> dict[tuple[str, int], float]:
+    """Give each part of a mixture a key of its location and how often that was named before, which is usually 0."""
+    found: dict[tuple[str, int], float] = {}
+    for location, weight in mixture:
+        found[location, sum(other == location for other, _ in found)] = weight
+    return found
 
 
 def open_source(
@@ -293,24 +340,7 @@ def open_source(
     storage, names = open_storage(location, cache)
     folder = storage.url("").rstrip("/")
     manifest = fetch_manifest(storage)
-    shards = manifest.splits.get(part, ())
-    if names is not None and part == "train":
-        known = {shard.name for shard in shards}
-        if unknown := sorted(set(names) - known):
-            raise ValueError(f"{folder}: {unknown[0]} is not among the manifest's {len(known)} {part} shards.")
-        shards = tuple(shard for shard in shards if shard.name in set(names))
-    shards = tuple(shard for shard in shards if shard.documents and shard.tokens)
-    if not shards:
-        remedy = "from a corpus that has documents"
-        if any(shard.documents for other in manifest.splits.values() for shard in other):
-            remedy = "with a smaller --heldout"
-            if part == "heldout":
-                remedy = f"with {heldout_that_is_enough(manifest.statistics)}"
-        raise ValueError(f"{folder}: the {part} part has no documents. Write the shards again {remedy}.")
-    for problem in _wrong_sizes(storage, shards):
-        if on_bad_shard == "stop":
-            raise DamagedShardError(problem)
-        log.warning("%s", problem)
+    shards = shards_of(storage, manifest, part, on_bad_shard, names if part == "train" else None)
     if manifest.kind == "text" and tokenizer is None:
         raise ValueError(
             f"{folder}: holds text, expected tokens. Name a tokenizer with data.tokenizer to tokenize it on the fly, "
@@ -327,21 +357,6 @@ def open_source(
                 )
             path = None
     return Source(folder, storage, manifest, shards, path)
-
-
-def _wrong_sizes(storage: Storage, shards: tuple[Shard, ...]) -> list[str]:
-    """Describe the shards that are missing or have the wrong size, where the storage knows sizes."""
-    problems = []
-    for shard in shards:
-        url = storage.url(shard.name)
-        try:
-            size = storage.size(shard.name)
-        except FileNotFoundError:
-            problems.append(f"{url}: the manifest lists this shard, but it is missing. Fetch or write it again.")
-            continue
-        if size not in (None, shard.bytes):
-            problems.append(f"{url}: {size} bytes, but the manifest says {shard.bytes}. Fetch or write it again.")
-    return problems
 
 
 def check_same_tokenizer(source: Source, other: Source) -> None:

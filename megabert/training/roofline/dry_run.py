@@ -163,13 +163,22 @@ class Checks:
         data = self.recipe.data
         data = replace(data, store_patience_s=min(data.store_patience_s, STORE_PATIENCE_S))
         corpus, held_out = open_corpora(data)
-        for source, weight in zip(corpus.sources, corpus.weights, strict=True):
-            share = f", {100 * weight:.1f} % of the tokens" if len(corpus.sources) > 1 else ""
-            yield f"{source.folder}: {_contents(source)}{share}{self._passes(source, weight)}"
+        for number, source in enumerate(corpus.sources):
+            share = self._share(corpus, number)
+            shown = f", {100 * share:.1f} % of the run" if len(corpus.sources) > 1 else ""
+            yield f"{source.folder}: {_contents(source)}{shown}{self._passes(source, share)}"
         yield f"held-out: {', '.join(_contents(source) for source in held_out.sources)}"
         info = corpus.tokenizer
         yield f"tokenizer: {info.vocab_size:,} ids, fingerprint {info.fingerprint[:12]}, the same for all shards"
         self.corpus = corpus
+
+    def _share(self, corpus: Corpus, source: int) -> float:
+        """Return a source's share of the tokens of the run, over all its phases."""
+        data, begin, share = self.recipe.data, 0.0, 0.0
+        for (_, until), mixture in zip(data.lengths, data.mixture_numbers, strict=True):
+            share += (until - begin) * corpus.mixture(mixture)[source]
+            begin = until
+        return share
 
     def _passes(self, source: Source, weight: float) -> str:
         """Say how often the run reads a source; "" where that is not known."""

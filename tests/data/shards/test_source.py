@@ -4,6 +4,8 @@ import errno
 import hashlib
 import io
 import json
+import mmap
+import pickle
 import shutil
 import tarfile
 import zlib
@@ -15,7 +17,7 @@ import webdataset
 
 from data_prep import write_shards
 from megabert.config.cli import exit_code
-from megabert.data.shards import sample_format
+from megabert.data.shards import sample_format, shard_list
 from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKENIZER, read_manifest
 from megabert.data.shards.patience import StoreAwayError
 from megabert.data.shards.source import DamagedShardError, check_same_tokenizer, open_corpus, open_source
@@ -348,3 +350,36 @@ def test_a_store_or_a_disk_that_fails_is_no_missing_file(folder, monkeypatch):
             with pytest.raises((StoreAwayError, DiskError)) as error:
                 source.read_optional("tokenizer_config.json")
         assert exit_code(error.value) == code
+
+
+def test_another_rank_gets_the_shards_without_their_chunks_and_maps_them(corpus, monkeypatch):
+    """Training and held-out shards are of one manifest; from a store, the chunks are sent too."""
+    train = open_corpus([(str(corpus.tokens), 1.0)])
+    held_out = train.held_out()
+    assert held_out.fingerprint == open_corpus([(str(corpus.tokens), 1.0)], "heldout").fingerprint
+    sent = pickle.dumps((train, held_out))
+    received, received_held_out = pickle.loads(sent)
+    manifest = received.sources[0].manifest
+    assert manifest is received_held_out.sources[0].manifest
+    base = received.sources[0].shards[0].chunks
+    while isinstance(base, np.ndarray):
+        base = base.base
+    assert isinstance(base, mmap.mmap)
+    object.__setattr__(train.sources[0].manifest, "chunks_file", None)
+    with_chunks = pickle.dumps((train, held_out))
+    assert len(with_chunks) > len(sent) + 40 * train.sources[0].num_chunks
+    for other in (received, pickle.loads(with_chunks)[0]):
+        assert other.fingerprint == train.fingerprint
+        for mine, theirs in zip(train.sources[0].shards, other.sources[0].shards, strict=True):
+            assert vars(mine) | {"chunks": 0} == vars(theirs) | {"chunks": 0}
+            assert (mine.chunks == theirs.chunks).all()
+    assert (received.sources[0].read_chunk(0, 0).tokens == train.sources[0].read_chunk(0, 0).tokens).all()
+    assert received_held_out.sources[0].shards[0].name.startswith("heldout")
+
+
+def test_the_sizes_of_many_shards_are_looked_up_at_once(folder, monkeypatch):
+    monkeypatch.setattr(shard_list, "MANY_SHARDS", 2)
+    open_source(str(folder))
+    (folder / "train-00003.tar").unlink()
+    with pytest.raises(DamagedShardError, match=r"train-00003.tar: the manifest lists this shard, but it is missing"):
+        open_source(str(folder))

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megabert.config.recipe import OptimizerConfig, Recipe, RunConfig
+from megabert.config.recipe import DataConfig, DataPhase, MaskingConfig, OptimizerConfig, Recipe, RunConfig
 from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.checkpoint_format import State
@@ -55,6 +55,53 @@ def test_another_recipe_is_refused_with_every_setting_that_differs():
     )
     with pytest.raises(ValueError, match=r"optimizer\.lr was 0\.0005 and is 0\.5; run\.seed was 17 and is 3"):
         check(other)
+
+
+def with_steps(steps: int, **optimizer) -> Recipe:
+    return dataclasses.replace(RECIPE, run=RunConfig(max_steps=steps), optimizer=OptimizerConfig(**optimizer))
+
+
+@pytest.mark.parametrize(
+    ("step", "optimizer", "allowed"),
+    [
+        (30, {"schedule": "wsd"}, True),
+        (90, {"schedule": "wsd"}, True),  # the decay would begin here
+        (91, {"schedule": "wsd"}, False),
+        (10, {"schedule": "wsd"}, False),  # in the warm-up of the longer run
+        (99, {"schedule": "constant"}, True),
+        (30, {"schedule": "cosine"}, False),
+    ],
+)
+def test_a_run_on_a_plateau_of_its_learning_rate_may_become_longer(step, optimizer, allowed):
+    old, new = with_steps(100, **optimizer), with_steps(200, **optimizer)
+    state = dataclasses.replace(STATE, step=step, total_steps=100, recipe=old.to_dict())
+    if allowed:
+        check(new, state, total_steps=200)
+    else:
+        with pytest.raises(ValueError, match=r"run.max_steps was 100 and is 200.* --run.branch_from"):
+            check(new, state, total_steps=200)
+    with pytest.raises(ValueError, match=r"run.max_steps was 200 and is 100"):
+        check(old, dataclasses.replace(state, total_steps=200, recipe=new.to_dict()), total_steps=100)
+
+
+def test_a_run_whose_data_depend_on_its_length_may_not_become_longer():
+    phases = [DataPhase(until=0.5), DataPhase(until=1.0, max_seq_len=64)]
+    for change in ({"data": DataConfig(phases=phases)}, {"masking": MaskingConfig(schedule="linear")}):
+        old, new = (dataclasses.replace(with_steps(n, schedule="wsd"), **change) for n in (100, 200))
+        state = dataclasses.replace(STATE, step=30, total_steps=100, recipe=old.to_dict())
+        with pytest.raises(ValueError, match=r"run.max_steps was 100 and is 200"):
+            check(new, state, total_steps=200)
+
+
+def test_shards_of_a_phase_may_move_but_not_change_places():
+    def recipe(*trains: str | None) -> Recipe:
+        phases = [DataPhase(until=(n + 1) / len(trains), train=train) for n, train in enumerate(trains)]
+        return dataclasses.replace(RECIPE, data=DataConfig(train="web", phases=phases))
+
+    state = dataclasses.replace(STATE, recipe=recipe(None, "good", None).to_dict())
+    check(recipe(None, "elsewhere/good", None), state)
+    with pytest.raises(ValueError, match="data.phases was"):
+        check(recipe(None, "good", "good"), state)
 
 
 def test_another_corpus_or_stage_is_refused():
