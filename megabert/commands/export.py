@@ -25,8 +25,8 @@ class Options:
     average: int = 1
     """export the mean of the weights of this many checkpoints: that one and those before it"""
     for_: str = ""
-    """other programs to write files for, a list with commas: sentence-transformers, onnx, onnx-int8, jina, gguf,
-    transformers.js. Each is opened and compared with the checkpoint, and removed if it differs"""
+    """other programs to write files for, a list with commas: sentence-transformers, onnx, onnx-int8, encoder, jina,
+    gguf, transformers.js. Each is opened and compared with the checkpoint, and removed if it differs"""
     max_shard_size: str = "5GB"
     """maximum size of a weights file; larger weights are written as several files"""
     max_length: int | None = None

@@ -209,6 +209,9 @@ def test_initial_weights_are_of_this_architecture_and_vocabulary(start: Attempt,
     folder.mkdir()
     attempt = start.plus(f"--model.init_from={folder}")
     (refusal,) = attempt.refusals()
+    assert "is not a MegaBERT folder. It has no config.json" in refusal.text
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    (refusal,) = attempt.refusals()
     assert "is not a MegaBERT folder. Convert it with launch/convert_from_hf.py" in refusal.text
     config = {"model_type": "megabert", "num_hidden_layers": 2, "hidden_size": 64, "layer_norm_eps": 1e-12}
     (folder / "config.json").write_text(json.dumps(config))
