@@ -18,7 +18,7 @@ from megabert.finetune.tasks.task import Task, read_task
 from megabert.finetune.training import Backend, build_model, encode, finetune, predict
 
 # The score of a model is the mean over these tasks; the second is on pairs, where words alone say little.
-TASKS = ("movie-sentiment", "verse-paraphrase")
+TASKS = ("movie-sentiment", "parameter-type")
 TASK_FILES = REPOSITORY / "data_prep/tasks"
 TASK_DATA = REPOSITORY / "data/glue"
 ROWS = 64
