@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megabert.config.recipe import DataConfig
+from megabert.config.data_section import DataConfig
 from megabert.data.bin_shape import default_max_documents, four_medians
 from megabert.data.shards.cache import CacheOptions
 from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus

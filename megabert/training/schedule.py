@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from megabert.config.recipe import DataConfig, OptimizerConfig, Recipe
+from megabert.config.data_section import DataConfig
+from megabert.config.recipe import OptimizerConfig, Recipe
 from megabert.data import ranks
 from megabert.data.schedule import BatchSchedule, Length, MaskingRate, MaskingSteps, make_schedule
 from megabert.optim.lr_schedule import warmup_and_decay

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from data_prep import write_shards
+from megabert.config.data_section import DataConfig, LengthPhase
 from megabert.config.parser import RecipeParser
-from megabert.config.recipe import DataConfig, LengthPhase
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.data.bin_shape import four_medians
 from megabert.data.shards.source import open_corpus

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from megabert.config.recipe import DataConfig, DataPhase, MaskingConfig, OptimizerConfig, Recipe, RunConfig
+from megabert.config.data_section import DataConfig, DataPhase
+from megabert.config.recipe import MaskingConfig, OptimizerConfig, Recipe, RunConfig
 from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.checkpoint_format import State
