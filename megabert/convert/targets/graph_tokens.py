@@ -45,9 +45,7 @@ def find_tokens(attention_mask: Tensor) -> GraphTokens:
     return GraphTokens(
         indices=indices,
         slots=(row + rank).flatten().index_select(0, indices),
-        token_of_slot=torch.minimum(
-            starts + torch.minimum(position, num_keys[:, None] - 1).clamp(min=0), last
-        ).flatten(),
+        token_of_slot=torch.minimum(starts + position, last).flatten(),
         token_of_place=torch.minimum((starts + rank).clamp(min=0), last).flatten(),
         real=real,
         num_keys=num_keys,
