@@ -47,16 +47,23 @@ def newest(folder: Path, check: Check, up_to: int | None = None) -> Path | None:
 
 
 def saved_state(run: RunConfig) -> layout.State | None:
-    """Return the state of a checkpoint that the run starts from; all of a run have the same micro-batch.
+    """Return the state of the checkpoint that the run starts from, or None; all of a run have the same micro-batch.
 
-    `find` checks their files; here a damaged state is only passed over.
+    Only state.json is read. `find` checks the files later; here a checkpoint with a damaged state is passed over.
     """
-    if run.resume not in ("auto", "none"):
-        return layout.read_state(layout.find_checkpoint(Path(run.resume)))
-    checkpoints = Path(run.output_dir, "checkpoints")
-    for tag in layout.list_tags(checkpoints) if run.resume == "auto" else []:
-        try:
-            return layout.read_state(checkpoints / tag)
-        except (ValueError, OSError) as error:
-            log.warning("checkpoint %s is damaged and not used: %s", tag, error)
-    return None if run.branch_from is None else layout.read_state(layout.find_checkpoint(Path(run.branch_from)))
+    path = None
+    if run.resume == "auto":
+        path = newest(Path(run.output_dir, "checkpoints"), _state_problem)
+    elif run.resume != "none":
+        path = layout.find_checkpoint(Path(run.resume))
+    if path is None and run.branch_from is not None:
+        path = layout.find_checkpoint(Path(run.branch_from))
+    return None if path is None else layout.read_state(path)
+
+
+def _state_problem(path: Path) -> str | None:
+    try:
+        layout.read_state(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from megabert.config.recipe import ModelConfig
+from megabert.config.recipe import ModelConfig, Recipe
 
 # Web documents in tokens, as tests/benchmarks draw them: their logarithm has this mean and standard deviation.
 LOG_LENGTH = NormalDist(5.5, 1.0)
@@ -45,3 +45,21 @@ def batch_of(model: ModelConfig, tokens: int, longest: int, documents: str, mask
         masked=masking * tokens,
         attended=longest if padded else attended,
     )
+
+
+def batch_of_web_pages(recipe: Recipe, tokens: int) -> Batch:
+    """Return what a recipe's micro-batch computes in its last phase, with documents as of web pages."""
+    length = recipe.data.lengths[-1][0]
+    return batch_of(recipe.model, tokens, length, recipe.data.documents, recipe.masking.mlm_probability)
+
+
+def largest_batch(recipe: Recipe, tokens: int, max_documents: dict[int, int]) -> Batch:
+    """Return the most that a micro-batch of a run computes. max_documents: by max_seq_len, from the run's corpus.
+
+    A padded model computes at most so many documents of that length.
+    """
+    masking, slots = recipe.masking, tokens
+    share = max(masking.mlm_probability, masking.final_mlm_probability if masking.schedule != "constant" else 0)
+    if recipe.model.padding == "padded":
+        slots = max((length * count for length, count in max_documents.items()), default=tokens)
+    return Batch(tokens=tokens, slots=slots, masked=share * tokens, attended=0)

@@ -11,7 +11,7 @@ from megabert.training.checkpointing import find
 from megabert.training.corpora import choose_max_documents, open_corpora
 from megabert.training.distributed.device import memory_bytes, training_device
 from megabert.training.distributed.sync import broadcast_from_rank0, gather_dicts
-from megabert.training.micro_batch.batch import Batch
+from megabert.training.micro_batch.batch import largest_batch
 from megabert.training.micro_batch.memory import Memory, memory_of_rank
 from megabert.training.micro_batch.sizes import largest_micro_batch, micro_batch_on_cpu
 
@@ -86,16 +86,10 @@ class Chooser:
         return ResolvedDsConfig(self.ds_config.settings).zero_stage
 
     def _memory(self, tokens: int, max_documents: dict[int, int], vocab_size: int, stage: int) -> Memory:
-        """max_documents: by max_seq_len. A padded model computes at most so many documents of that length."""
-        masking = self.recipe.masking
-        share = max(masking.mlm_probability, masking.final_mlm_probability if masking.schedule != "constant" else 0)
-        slots = tokens
-        if self.recipe.model.padding == "padded":
-            slots = max((length * count for length, count in max_documents.items()), default=tokens)
         enabled = self.ds_config.settings.get("torch_autocast", {}).get("enabled", False)
         return memory_of_rank(
             self.recipe.model,
-            Batch(tokens=tokens, slots=slots, masked=share * tokens, attended=0),
+            largest_batch(self.recipe, tokens, max_documents),
             vocab_size=vocab_size,
             zero_stage=stage,
             ranks=self.world_size,

@@ -30,7 +30,7 @@ from megabert.training.checkpointing.initial_folder import (
 from megabert.training.corpora import choose_max_documents, open_corpora
 from megabert.training.identity import RunIdentity, check_branch, check_same_run, fixed_settings
 from megabert.training.limits import why_no_trackers, why_not_compile
-from megabert.training.micro_batch.batch import Batch, batch_of
+from megabert.training.micro_batch.batch import batch_of_web_pages, largest_batch
 from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
 from megabert.training.optim.limits import why_not_optimizer
@@ -131,11 +131,12 @@ class Checks:
         return f"data.micro_batch_tokens auto: {tokens:,} {where}"
 
     def _memory_of(self, tokens: int) -> Memory:
-        """Predict the memory of a rank for a micro-batch, with a vocabulary and documents as of web pages."""
+        """Predict the memory of a rank for a micro-batch; where the corpus is not known, with documents of the web."""
         recipe, stage = self.recipe, ResolvedDsConfig(self.ds_config.settings).zero_stage
-        batch = batch_of(
-            recipe.model, tokens, recipe.data.longest, recipe.data.documents, recipe.masking.mlm_probability
-        )
+        if self.corpus is None:
+            batch = batch_of_web_pages(recipe, tokens)
+        else:
+            batch = largest_batch(recipe, tokens, choose_max_documents(recipe.data, self.corpus, self.saved))
         return memory_of_rank(recipe.model, batch, vocab_size=self._vocab_size(), zero_stage=stage, ranks=self.ranks)
 
     def settings(self) -> Iterator[str]:
@@ -293,11 +294,7 @@ class Checks:
         model, data = self.recipe.model, self.recipe.data
         if self.resolved is None:
             return
-        tokens, masked = data.bin_tokens, self.recipe.masking.mlm_probability * data.bin_tokens
-        memory = memory_of_rank(
-            model, Batch(tokens=tokens, slots=self._computed_tokens(), masked=masked, attended=0),
-            vocab_size=self._vocab_size(), zero_stage=self.resolved.zero_stage, ranks=self.ranks,
-        )  # fmt: skip
+        memory = self._memory_of(data.bin_tokens)
         yield (
             f"{num_weights(model, self._vocab_size()) / 1e6:,.0f} M parameters; predicted for each GPU: "
             f"{_bytes(memory.total)}, of it {_bytes(memory.states)} for weights, gradients and optimizer"
@@ -308,19 +305,6 @@ class Checks:
         names = ", ".join(card.name for card in CARDS if sizes and card.memory == sizes[0])
         smaller = f"halve data.micro_batch_tokens ({data.bin_tokens})"
         yield f"fits GPUs of {sizes[0] / 1e9:.0f} GB ({names}) and more" if sizes else f"fits no known GPU: {smaller}"
-
-    def _computed_tokens(self) -> int:
-        """Return the tokens that a micro-batch computes; a padded model also computes the padding."""
-        data = self.recipe.data
-        known = [item for source in self.corpus.sources if (item := source.document_lengths())] if self.corpus else []
-        if self.recipe.model.padding != "padded" or not known:
-            return data.bin_tokens
-        longest = data.lengths[-1][0]
-        return round(
-            data.bin_tokens
-            * longest
-            * max(pieces_per_token(*item, longest, data.documents == "truncate") for item in known)
-        )
 
 
 def _check_sizes(path: Path) -> str | None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megabert.config.recipe import ModelConfig, Recipe
-from megabert.training.micro_batch.batch import Batch, batch_of
+from megabert.training.micro_batch.batch import Batch, batch_of_web_pages
 from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
 from megabert.training.roofline.work import BANDWIDTH, GAPS, HOST_PER_LAYER, needed_flops, operations
@@ -101,12 +101,9 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
     data, multiple = recipe.data, recipe.model.pad_vocab_to_multiple_of
     vocab_size = -(-VOCAB_SIZE // multiple) * multiple
 
-    def batch_of_tokens(tokens: int) -> Batch:
-        return batch_of(recipe.model, tokens, data.lengths[-1][0], data.documents, recipe.masking.mlm_probability)
-
     def memory_of(tokens: int) -> Memory:
         return memory_of_rank(
-            recipe.model, batch_of_tokens(tokens), vocab_size=vocab_size, zero_stage=zero_stage, ranks=gpus,
+            recipe.model, batch_of_web_pages(recipe, tokens), vocab_size=vocab_size, zero_stage=zero_stage, ranks=gpus,
             bf16=card.bf16 is not None,
         )  # fmt: skip
 
@@ -120,8 +117,8 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
             "change data.micro_batch_tokens in the recipe."
         )
     return predict(
-        recipe.model, batch_of_tokens(tokens), card, gpus=gpus, accumulation=total // gpus, zero_stage=zero_stage,
-        vocab_size=vocab_size,
+        recipe.model, batch_of_web_pages(recipe, tokens), card, gpus=gpus, accumulation=total // gpus,
+        zero_stage=zero_stage, vocab_size=vocab_size,
     )  # fmt: skip
 
 
