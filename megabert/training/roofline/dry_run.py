@@ -241,6 +241,9 @@ class Checks:
         yield f"{count:,} data streams, {each:,} a rank, read by {worker_count(data.num_workers, each)} loader workers"
         possible = possible_ranks(count, *batches)
         yield f"this run can resume on {', '.join(map(str, possible))} ranks"
+        if data.micro_batch_tokens == "auto":
+            # No number was found, which "batches" says; what follows needs one.
+            return
         if missing := [number for number in data.ranks or () if number not in possible]:
             multiple = math.lcm(*(data.ranks or ()), self.ranks) * data.bin_tokens
             yield (

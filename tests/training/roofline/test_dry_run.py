@@ -115,6 +115,11 @@ def write_checkpoint(attempt: Attempt, folder: Path) -> None:
 MISTAKES = {
     "batches, ranks": (["--data.global_batch_tokens=1024"], {"ranks": 3}, "4 micro-batches of 256 tokens, which 3"),
     "batches, many ranks": (["--data.global_batch_tokens=8192"], {"ranks": 64}, "32 micro-batches .* which 64 ranks"),
+    "batches, auto": (
+        ["--data.micro_batch_tokens=auto", "--data.global_batch_tokens=1024"],
+        {"ranks": 3},
+        "auto: no number of tokens",
+    ),
     "batch warm-up": (
         ["--data.global_batch_tokens=2048", "--data.batch_warmup=0.5", "--data.batch_warmup_from=512"],
         {"ranks": 8},
