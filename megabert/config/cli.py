@@ -26,6 +26,8 @@ T = TypeVar("T")
 EXIT_INTERRUPTED = 130  # after Ctrl-C, as a shell gives it
 EXIT_MISTAKE = 2  # of a user, in a flag or in what it names
 
+WORDS_OF_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
+
 # The only words that a switch takes as its value: any other word after it is a positional argument.
 SWITCH_VALUES = {"true": "true", "yes": "true", "1": "true", "false": "false", "no": "false", "0": "false"}
 
@@ -243,4 +245,17 @@ def _explain(message: str, known: list[str]) -> str:
         return f"unknown setting --{match[1]}.{nearest(match[1], known, '--')}"
     if match := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
         return f"unexpected word {match[1]!r}: a value follows its --flag. See --help."
-    return " ".join(message.split())
+    message = " ".join(message.split())
+    if match := re.search(r'Parser key "([\w.]+)": (.*?)(?: Given value type:.*)? (?:Got|Given) value: (.*)', message):
+        flag = match[1].rstrip("_").replace("_", "-")
+        return f"--{flag} is {match[3]}, expected {_expected_type(match[2])}. See --help."
+    return message
+
+
+def _expected_type(message: str) -> str:
+    """Say in words what jsonargparse expected: "Expected a <class 'int'>." -> "an integer"."""
+    if literal := re.search(r"Literal\[(.*?)\]", message):
+        *names, last = literal[1].replace("'", "").split(", ")
+        return f"{', '.join(names)} or {last}" if names else last
+    kinds = [WORDS_OF_TYPES[name] for name in re.findall(r"<class '(\w+)'>", message) if name in WORDS_OF_TYPES]
+    return " or ".join(kinds) or "another value"

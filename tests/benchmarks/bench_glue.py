@@ -218,7 +218,7 @@ def read_options() -> argparse.Namespace:
         action="store_true",
         help="within 50 s: fewer repetitions, and too few seeds and examples to compare scores",
     )
-    parser.add_argument("--json", type=Path, help="file to write {figures, machine} to")
+    parser.add_argument("--json", type=report.new_file, help="file to write {figures, machine} to")
     parser.add_argument("--task", nargs="+", default=DEFAULT_TASKS, help="tasks to compare scores on")
     parser.add_argument("--data", type=Path, default=Path("data/glue"))
     parser.add_argument("--seeds", type=int, default=5, help="2 or more")

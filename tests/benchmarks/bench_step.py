@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps of the two smallest rows")
     parser.add_argument("--only", choices=ROWS, help="one row only")
-    parser.add_argument("--json", type=Path, help="file to write {figures, machine} to")
+    parser.add_argument("--json", type=report.new_file, help="file to write {figures, machine} to")
     options = parser.parse_args()
     torch.manual_seed(17)
     figures: dict[str, float] = {}

@@ -248,7 +248,7 @@ def main() -> None:
         "--quick", action="store_true", help="few rounds, without base and modernbert: about 80 s on two cores"
     )
     parser.add_argument("--only", choices=ROWS, help="measure this size only")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--json", type=report.new_file, help="file to write the figures to")
     options = parser.parse_args()
     names = [options.only] if options.only else QUICK_ROWS if options.quick else list(ROWS)
     torch.manual_seed(17)

@@ -38,7 +38,7 @@ from typing import NamedTuple
 import psutil
 from support.command_faults import kill_commands
 from support.corpus import write_text_shards
-from support.report import write
+from support.report import new_file, write
 
 from megabert.files import checkpoint_format as layout
 
@@ -338,7 +338,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="one round, or one of each command: within 50 s on two cores"
     )
-    parser.add_argument("--json", type=Path, help="file to write {figures, machine} to")
+    parser.add_argument("--json", type=new_file, help="file to write {figures, machine} to")
     return parser.parse_args()
 
 

@@ -77,6 +77,7 @@ def test_words_after_two_dashes_are_left_alone():
         (["in", "out", "--onnx", "maybe"], "unexpected word 'maybe': a value follows its --flag"),
         (["in", "out", "--onnx=maybe"], "maybe"),
         (["in", "out", "--average"], "expected one argument"),
+        (["in", "out", "--average=many"], "--average is many, expected an integer. See --help."),
         (["in"], "out"),
     ],
 )

@@ -28,7 +28,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     """The flags that run.py and ablation.py share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed and a small budget: at most ten minutes")
-    parser.add_argument("--json", type=Path, help="file to write {figures, machine} to")
+    parser.add_argument("--json", type=report.new_file, help="file to write {figures, machine} to")
     parser.add_argument(
         "--corpus", choices=corpora.NAMES, help="only this text; default: both, with --quick docstrings"
     )

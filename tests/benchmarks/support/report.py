@@ -11,8 +11,16 @@ def read_arguments(description: str) -> argparse.Namespace:
     """--quick and --json, which every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: within 50 s on two cores")
-    parser.add_argument("--json", type=Path, help="file to write {figures, machine} to")
+    parser.add_argument("--json", type=new_file, help="file to write {figures, machine} to")
     return parser.parse_args()
+
+
+def new_file(name: str) -> Path:
+    """Parse the name of a file to write, whose folder must exist: otherwise the figures would be lost at the end."""
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent}: no such folder")
+    return path
 
 
 def machine() -> dict[str, object]:
