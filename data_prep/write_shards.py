@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             report(request, write_shards(request))
     except KeyboardInterrupt:
         print(f"\n{out}: interrupted. Run the same command again to continue.", file=sys.stderr)
-        return 130  # the exit code of a shell after Ctrl-C
+        return cli.EXIT_INTERRUPTED
     except OSError as error:
         if not is_disk_full(error):
             raise

@@ -83,7 +83,7 @@ class Parser(ArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         sys.stderr.write(f"{self.prog}: {redact(_explain(message, self.known_keys()))}\n")
-        sys.exit(2)
+        sys.exit(EXIT_MISTAKE)
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
@@ -168,7 +168,7 @@ def read_flags(options: type[T], prog: str, description: str, argv: Sequence[str
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a training run that this error ends; launch/README.md lists all of them.
 
-    An error of another kind than a mistake has it as its attribute `exit_code`.
+    An error that is not the user's mistake has its code as the attribute `exit_code`; without one the code is 1.
     """
     return getattr(error, "exit_code", EXIT_MISTAKE if isinstance(error, (ValueError, *WRONG_NAMES)) else 1)
 

@@ -4,6 +4,7 @@ This module imports neither DeepSpeed nor torch. ds_configs/README.md describes 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,34 +108,36 @@ class ResolvedDsConfig:
 
     settings: dict[str, Any]
 
+    @cached_property
+    def values(self) -> DsSettings:
+        """The settings as a typed value, with DeepSpeed's defaults."""
+        return build(DsSettings, self.settings, "ds_config")
+
     @property
     def zero_stage(self) -> int:
-        return self._zero.get("stage", 0)
+        return self.values.zero_optimization.stage
 
     @property
     def bf16(self) -> bool:
         """Whether the forward pass runs under bf16 autocast."""
-        return self.settings.get("torch_autocast", {}).get("enabled", False)
+        return self.values.torch_autocast.enabled is True
 
     @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer state is in host memory."""
-        return (self._zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        offload = self.values.zero_optimization.offload_optimizer
+        return offload is not None and offload.device != "none"
 
     @property
     def reduce_scatter(self) -> bool:
-        """Whether ZeRO reduces gradients by reduce-scatter; DeepSpeed's default is True."""
-        return self._zero.get("reduce_scatter", True)
+        """Whether ZeRO reduces gradients by reduce-scatter."""
+        return self.values.zero_optimization.reduce_scatter
 
     @property
     def numerics(self) -> dict[str, Any]:
         """The settings that affect the arithmetic, without those that are off. A resume needs the same ones."""
         found = {key: (self.settings.get(key), neutral) for key, neutral in NUMERICS.items()}
         return {key: value for key, (value, neutral) in found.items() if _is_on(value) and value != neutral}
-
-    @property
-    def _zero(self) -> dict[str, Any]:
-        return self.settings.get("zero_optimization", {})
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,15 @@ class DsConfig:
 
     path: str
     settings: dict[str, Any]
+
+    @cached_property
+    def values(self) -> DsSettings:
+        """The settings as a typed value, with DeepSpeed's defaults; "auto" stays.
+
+        Raises ValueError, in one line that names file and key, for a key that is unknown or has no effect, and for a
+        value of another type.
+        """
+        return build(DsSettings, _supported(self.settings, self.path), self.path)
 
     def resolve(self, *, accumulation: int, max_grad_norm: float, world_size: int, fast_bf16: bool) -> ResolvedDsConfig:
         """Fill in the recipe's values where they are absent or "auto".
@@ -168,11 +180,11 @@ class DsConfig:
         settings["timers"] = {"throughput": {"enabled": False}} | settings.get("timers", {})
         if settings["torch_autocast"]["enabled"] == "auto":
             settings["torch_autocast"]["enabled"] = fast_bf16
-        resolved = ResolvedDsConfig(settings)
-        _check_safe(resolved, self.path)
-        if resolved.zero_stage == 0:
+        if self.values.zero_optimization.stage == 0:
             # training/optim/guard.py clips at stage 0: DeepSpeed's own clipping does not report the norm.
             settings["gradient_clipping"] = 0.0
+        resolved = ResolvedDsConfig(settings)
+        _check_safe(resolved, self.path)
         return resolved
 
 
@@ -192,11 +204,11 @@ def read_ds_config(path: str | Path) -> DsConfig:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: holds {shortened(raw)}, expected an object.")
-    build(DsSettings, _supported(raw, path), path)
-    zero = raw.get("zero_optimization", {})
-    if zero.get("stage", 0) < 3 and (zero.get("offload_param") or {}).get("device", "none") != "none":
+    ds_config = DsConfig(str(path), raw)
+    zero = ds_config.values.zero_optimization
+    if zero.stage < 3 and zero.offload_param is not None and zero.offload_param.device != "none":
         raise ValueError(f"{path}: zero_optimization.offload_param does nothing below stage 3. Remove it.")
-    return DsConfig(str(path), raw)
+    return ds_config
 
 
 def _supported(raw: dict[str, Any], path: str | Path, above: str = "") -> dict[str, Any]:
@@ -217,27 +229,26 @@ def _supported(raw: dict[str, Any], path: str | Path, above: str = "") -> dict[s
 
 def _check_safe(resolved: ResolvedDsConfig, path: str) -> None:
     """Raise ValueError for settings that would train wrongly or hide the gradient's norm."""
-    settings = resolved.settings
-    dtype = settings["torch_autocast"].get("dtype", "bfloat16")
-    if resolved.bf16 and dtype != "bfloat16":
+    values = resolved.values
+    if resolved.bf16 and values.torch_autocast.dtype != "bfloat16":
         raise ValueError(
-            f"{path}: torch_autocast.dtype is {dtype!r}, expected bfloat16: the loss scaling of fp16 would change the "
-            "norm that the guard and the clipping see."
+            f"{path}: torch_autocast.dtype is {values.torch_autocast.dtype!r}, expected bfloat16: the loss scaling of "
+            "fp16 would change the norm that the guard and the clipping see."
         )
-    if not settings.get("zero_optimization", {}).get("compute_grad_norm", True):
+    if not values.zero_optimization.compute_grad_norm:
         raise ValueError(
             f"{path}: compute_grad_norm false hides the gradient's norm, which the guard reads. Remove it."
         )
-    if resolved.zero_stage == 0 and settings.get("bf16", {}).get("enabled"):
+    if resolved.zero_stage == 0 and values.bf16.enabled:
         raise ValueError(
             f"{path}: bf16.enabled at ZeRO stage 0 takes a wrong first Adam step in DeepSpeed 0.19.8. "
             "Use torch_autocast with dtype bfloat16, or stage 1."
         )
-    if settings.get("fp16", {}).get("enabled"):
+    if values.fp16.enabled:
         raise ValueError(f"{path}: fp16 is not supported; use torch_autocast with dtype bfloat16.")
 
 
-def _is_on(section: Any) -> bool:
+def _is_on(section: object) -> bool:
     """Whether a section requests anything."""
     if isinstance(section, str):
         return section not in ("", "none")

@@ -17,7 +17,7 @@ from megabert.data.shards.sample_format import TokenChunk
 from megabert.data.shards.source import Source
 
 # Shares of an epoch differ by one split at most, so with at least this many splits a stream they differ by a quarter.
-# More of them mix better where that only takes whole chunks.
+# More splits mix better, as long as no chunk must be divided for them.
 LEAST_SPLITS_PER_STREAM, MOST_SPLITS_PER_STREAM = 4, 16
 
 # The share of a document's bin-mates that may be its bin-mates again in the next epoch because they are in the same
@@ -154,8 +154,9 @@ class SourceOrder:
         tokens = source.tokens / (1 if source.tokenizer_path is None else CHARACTERS_PER_TOKEN)
         bins = max(1e-9, tokens / (share * stream.bin_tokens))  # of this source, in an epoch of all streams
         chunks = max(1, int((self.splits.last - self.splits.first).sum()))
-        # A share `share / n` of a document's bin-mates is from its own split, of n that are read at once. Each of them
-        # is in the document's bin again with one chance in the bins of n splits. The same holds for chunks.
+        # If n splits are read at once, share / n of a document's bin-mates come from its own split. In the next epoch
+        # each of these is in the document's bin again with probability 1 / (bins made of n splits). The same holds for
+        # chunks.
         at_once, window = (
             math.ceil(math.sqrt(share * parts / (bins * REPEATED_BINMATES))) for parts in (len(self.splits), chunks)
         )
@@ -188,7 +189,7 @@ class SourceOrder:
         rows = np.stack(
             [splits.shard[chosen], splits.first[chosen] + number, splits.part[chosen], splits.parts[chosen]], 1
         )
-        # The numbers are one larger than they need be because a seed that ends in zeros is the same without them.
+        # Plus 1, because numpy ignores zeros at the end of a seed.
         return np.random.default_rng([seed, epoch, self._index, int(entries[0]) + 1]).permutation(rows)
 
     def chunks_from(self, first: ChunkId) -> Iterator[ChunkRef]:

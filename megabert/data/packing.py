@@ -6,8 +6,8 @@ import numpy as np
 
 SPECIALS_PER_PIECE = 2  # [CLS] and [SEP]
 
-# With more than this many times max_pieces pieces waiting, most pieces must be short: the look-ahead holds the tokens
-# of at most four bins.
+# If more than CROWDED * max_pieces pieces wait, most are short, because the look-ahead holds the tokens of at most four
+# bins.
 CROWDED = 8
 
 
@@ -64,12 +64,13 @@ def choose_pieces(lengths: np.ndarray, capacity: int, max_pieces: int, max_seq_l
     # a best fit would prefer long pieces, and the short ones would pile up.
     if len(lengths) > CROWDED * max_pieces:
         fit = allowed & (ends <= capacity)
-        return np.arange(max(1, int(np.flatnonzero(fit)[-1]) + 1 if fit.any() else 1))
-    # Leave between one and two longest pieces free, so that the end can be filled with the two that fit it best.
+        return np.arange(int(np.flatnonzero(fit)[-1]) + 1 if fit.any() else 1)
+    # Leave between max_seq_len and 2 * max_seq_len tokens free, to be filled with the two pieces that fit best.
     head = int(np.searchsorted(ends, capacity - max_seq_len, side="right"))
     head = min(head, int(allowed.argmin()) if not allowed.all() else len(lengths))
-    head = min(max(head, 1), len(lengths))  # always choose the oldest: no piece starves
-    free = capacity - (int(ends[head - 1]) if head else 0)
+    # Always choose the oldest, so that no piece waits for ever.
+    head = min(max(head, 1), len(lengths))
+    free = capacity - int(ends[head - 1])
     chosen = list(range(head))
     waiting = np.arange(head, len(lengths))
     while free > 0 and len(waiting):

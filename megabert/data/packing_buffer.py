@@ -74,7 +74,7 @@ class SourcePosition:
         )
 
     def next_phase(self, max_seq_len: int) -> "SourcePosition":
-        """Give the same place at the start of the next phase. max_seq_len: of the phase that ends here.
+        """Return this position converted for the next phase. max_seq_len: that of the phase that ends.
 
         Phases in which no chunk of the buffer had been loaded are dropped.
         """
@@ -130,8 +130,8 @@ class SourceCursor:
         source = corpus.sources[source_index]
         self.source_index = source_index
         self.weight = weight
-        # Each stream starts at a different offset within one median document. Without that, every stream would begin
-        # with a document of even the rarest source.
+        # Each stream starts at a different offset within one median document. Otherwise every stream would
+        # begin with a document of each source, even of the rarest.
         self._offset = (stream.number + 0.5) / stream.num_streams * source.median_document_tokens
         self.chunks: deque[ChunkPieces] = deque()
         self.used_tokens = position.used_tokens  # before the next chunk to load
@@ -140,7 +140,7 @@ class SourceCursor:
         self._tokenizer = source.tokenizer
         self._options = options
         self._start = position
-        # Not the weight of this phase: a position refers to an order that stays the same over the run.
+        # Use the largest share over all phases, not this phase's weight: a position needs one order for the whole run.
         self._order = SourceOrder(source, stream, source_index, corpus.largest_share(source_index))
         refs = self._order.chunks_from(ChunkId(position.entry, position.chunk))
         self._reader = read_chunks(refs, source, frozenset(position.damaged), corpus.on_bad_shard)
@@ -251,7 +251,8 @@ class PackingBuffer:
         positions: tuple[SourcePosition, ...],
         mixture: int = 0,
     ):
-        """positions: one for each source, or none at the start of the run. mixture: the number of the phase's."""
+        """positions: one for each source, or none at the start of the run. mixture: the index of the
+        phase's mixture."""
         self._positions = positions or (SourcePosition(),) * len(corpus.sources)
         self.options, self.mixture = options, mixture
         self.cursors = [

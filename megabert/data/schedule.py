@@ -12,7 +12,7 @@ class Stage(NamedTuple):
     """Steps of `step_batches` bins (micro-batches) with pieces of at most `max_seq_len` tokens.
 
     first_step, first_index: the step and the bin with which the stage begins in a run without rollbacks. mixture: the
-    number of its mixture of sources.
+    index of its mixture of sources.
     """
 
     first_step: int
@@ -90,7 +90,7 @@ class MaskingSteps:
 
 
 class Length(NamedTuple):
-    """max_seq_len, and the number of a mixture of sources, up to the share `until` of the run's steps."""
+    """max_seq_len, and the index of a mixture of sources, up to the share `until` of the run's steps."""
 
     max_seq_len: int
     until: float

@@ -1,10 +1,10 @@
 """Chooses the implementation of each operation, once at start-up, and logs the choice with its reasons.
 
 Fastest first, for each operation: flash-attn (attention only), Triton, PyTorch; on a CPU torch.compile, PyTorch. The
-reason why one cannot run is a sentence, which ends in the log, or in the error if `fused` was asked for.
+reason why one cannot run is logged, or raised as an error if `fused` was asked for.
 
-Pretraining and fine-tuning choose nowhere else. A model without a call of resolve() follows transformers'
-attn_implementation.
+This is the only place where pretraining and fine-tuning choose. A model without a call of resolve() follows
+transformers' attn_implementation.
 """
 
 import importlib.util
@@ -41,8 +41,8 @@ MODULES = {
     "deepspeed.ops.adam.fused_adam_op": (),
 }
 
-# Each combination of dropout, dtypes and shapes that happen to be equal compiles once. At torch's limit of 8 a process
-# that runs for long would stop with an error.
+# Each combination of dropout, dtypes and equal sizes is compiled separately. With torch's limit of 8 recompilations a
+# long run would stop with an error.
 RECOMPILE_LIMIT = 64
 
 

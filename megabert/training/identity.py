@@ -11,10 +11,10 @@ from megabert.files.checkpoint_format import State
 
 # ZeRO stages that partition the optimizer state alike: a run may resume at one of them from a checkpoint of the other.
 SAME_SHARDS = {1, 2}
-# Settings of earlier versions that no longer exist and change nothing that a checkpoint does not say itself.
-REMOVED_SETTINGS = {f"data.{name}" for name in ("max_streams",)}
+# Removed settings. Checkpoints contain their effect, so they need not be compared.
+REMOVED_SETTINGS = {f"{section}.{name}" for section, name in [("data", "max_streams")]}
 PHASES = "data.phases"
-# The two that count steps or tokens; hours leave the number of steps open.
+# The settings that fix the number of steps. run.max_hours does not.
 LENGTH_SETTINGS = ("run.max_steps", "run.max_tokens")
 NEW_RUN = (
     "start a new run on its weights, with a fresh optimizer: launch/convert_to_hf.py, for a bert recipe "
@@ -24,7 +24,7 @@ NEW_RUN = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """Everything but the corpus that a run and its checkpoints have in common. world_size matters for Muon only."""
+    """What a run and its checkpoints must have in common, except the corpus. world_size matters for Muon only."""
 
     settings: dict[str, Any]
     """settings of the recipe that may not change at a resume, by dotted name"""
@@ -62,7 +62,7 @@ def fixed_settings(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_locations(phases: list[dict[str, Any]], train: Any) -> list[dict[str, Any]]:
-    """Replace what each phase trains on by the number of its mixture; the corpus's fingerprint says what that is."""
+    """Replace what each phase trains on by the index of its mixture; the corpus's fingerprint identifies the data."""
     mixtures = [train if phase["train"] is None else phase["train"] for phase in phases]
     return [phase | {"train": mixtures.index(mixture)} for phase, mixture in zip(phases, mixtures, strict=True)]
 
@@ -135,8 +135,8 @@ def _check_corpus(path: Path, state: State, corpus: str) -> None:
 def _is_longer(saved: RunIdentity, current: RunIdentity, step: int) -> bool:
     """Whether this is the saved run with more steps, at a step whose learning rate is the peak in both.
 
-    So the run trains as if it had been that long from its first step, except for the length of its warm-up. Its data
-    must not depend on its length.
+    Such a run equals one that was that long from its first step, except for the length of the warm-up. This requires
+    data that do not depend on the length of the run.
     """
     if saved.total_steps >= current.total_steps or _changes_over_run(saved.settings):
         return False
@@ -157,7 +157,10 @@ def _length_of(run: RunIdentity) -> dict[str, Any]:
 
 
 def _changes_over_run(settings: dict[str, Any]) -> bool:
-    """Whether the data depend on the run's length: waiting pieces of documents have the length of their phase."""
+    """Whether the data depend on the run's length.
+
+    Pieces of documents in the packing buffer are cut to the max_seq_len of the phase in which they were read.
+    """
     in_phases = isinstance(settings["data.max_seq_len"], list) or bool(settings.get(PHASES))
     return bool(settings["data.batch_warmup"]) or in_phases
 

@@ -41,23 +41,23 @@ MAX_ROLLBACKS = 3
 
 def train(run: Run) -> str | None:
     """Train to the end of the recipe, or until a stop is requested. Returns the reason of an early stop."""
-    every, state, stop_reason = run.plan.recipe.run, run.state, None
+    settings, state, stop_reason = run.plan.recipe.run, run.state, None
     while not run.is_finished and stop_reason is None:
         lr = set_learning_rate(run.engine, run.plan, state)
         done, stop_reason = train_step(run)
         if not done:
             run.feed.end_workers()
-        elif every.rollback_after and state.guard.skipped_in_a_row >= every.rollback_after:
+        elif settings.rollback_after and state.guard.skipped_in_a_row >= settings.rollback_after:
             roll_back(run)
             continue
         last = run.is_finished or stop_reason is not None
-        saving = state.step > state.saved_step and (state.step % every.save_every_steps == 0 or last)
-        if state.step % every.log_every_steps == 0 or saving:
-            # Before a save too, so that the checkpoint contains all counts.
+        saving = state.step > state.saved_step and (state.step % settings.save_every_steps == 0 or last)
+        if state.step % settings.log_every_steps == 0 or saving:
+            # Report before every save, so that the checkpoint contains all counts.
             report(run, lr)
         progress.step_done(state.step)
-        due = done and state.step % every.eval_every_steps == 0
-        if due or run.is_finished or (saving and every.keep_best):
+        due = done and state.step % settings.eval_every_steps == 0
+        if due or run.is_finished or (saving and settings.keep_best):
             evaluate_held_out(run)
         if saving:
             save(run)
@@ -84,7 +84,7 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: T
 def train_step(run: Run) -> tuple[bool, str | None]:
     """Do one step. Returns whether it was done, and the reason to stop early, if there is one.
 
-    It is not done, and nothing has changed, if a stop is requested while a rank waits for data.
+    If a stop is requested while a rank waits for data, the step is not done and the state is unchanged.
     """
     loaded = next_batches(run)
     num_masked = sum_masked(run, loaded)
@@ -139,7 +139,8 @@ def take_step(run: Run, batches: list[PackedBatch], num_masked: torch.Tensor) ->
             output = engine(**batch.model_inputs(engine.device))
             # The mean over all masked tokens of the global batch; the factor undoes DeepSpeed's average over ranks.
             scale = run.plan.world_size / num_masked
-            # A non-finite loss may have finite gradients. Times NaN, the guard refuses them on every rank.
+            # A non-finite loss may have finite gradients. Multiplied by NaN, they make the guard skip the update on
+            # every rank.
             loss = output.loss_sum * torch.where(output.loss_sum.isfinite(), scale, math.nan)
         with timer.time("backward"):
             engine.backward(loss, scale_wrt_gas=False)
@@ -199,16 +200,16 @@ def sync_step(run: Run, batches: list[PackedBatch], before: dict[int, Position],
 
 def log_skipped_update(run: Run, before: dict[int, Position], loss: float) -> None:
     """Report a skipped update, with its bins and the positions of their streams; every rank calls this."""
-    step, last, norm = run.state.step, run.state.next_index, run.gate.norm
-    first = last - run.plan.schedule.stages.at(last - 1).step_batches
+    step, end, norm = run.state.step, run.state.next_index, run.gate.norm
+    first = end - run.plan.schedule.stages.at(end - 1).step_batches
     parts: list[Any] = [None] * run.plan.world_size
     torch.distributed.all_gather_object(parts, {stream: position.to_json() for stream, position in before.items()})
     if run.reporter is not None:
         run.reporter.log_line(
-            f"step {step}: update skipped, gradient norm {norm:.3g}, loss {loss:.3f}, bins {first} to {last - 1}"
+            f"step {step}: update skipped, gradient norm {norm:.3g}, loss {loss:.3f}, bins {first} to {end - 1}"
         )
         positions = {stream: position for part in parts for stream, position in part.items()}
-        facts = {"step": step, "bins": [first, last], "norm": repr(norm), "loss": repr(loss)}
+        facts = {"step": step, "bins": [first, end], "norm": repr(norm), "loss": repr(loss)}
         run.reporter.append_json(SKIPPED, facts | {"positions": positions})
 
 
@@ -230,7 +231,7 @@ def roll_back(run: Run) -> None:
     checkpoint = resume.read_checkpoint(path, plan.rank, plan.world_size, branched=path == state.branched_from)
     if sum(first == checkpoint.state.next_index for first, _ in state.rolled_back_bins) >= MAX_ROLLBACKS:
         raise ValueError(
-            f"{skipped} updates in a row were skipped, for the {MAX_ROLLBACKS + 1}th time after {path}, so the data is "
+            f"{skipped} updates in a row were skipped, again after {MAX_ROLLBACKS} rollbacks to {path}, so the data is "
             f"not the cause. Lower optimizer.lr, or look at {SKIPPED}."
         )
     run.gate.detach()
@@ -255,7 +256,8 @@ def report(run: Run, lr: float) -> None:
     state.tokens += int(meter.tokens)
     state.seconds += seconds
     parts, steps = meter.timer.totals(), max(1, meter.steps)
-    # In the other parts of a step every rank waits for the slowest. No time has passed if no step was counted.
+    # Only the time of data and forward: in the other parts every rank waits for the slowest. It is 0 if no step was
+    # counted.
     speed = meter.local_tokens / max(parts["data"] + parts["forward"], 1e-9)
     skipped = float(sum(position.skipped for position in state.positions.values()))
     ranks = gather_ranks(run.plan, [speed, skipped], run.engine.device)

@@ -5,9 +5,9 @@
 One rank with two loader workers and eight streams reads bins of 65,536 tokens from a web server on the loopback
 interface, and pretends to compute for 0.2 s a bin (--quick: 0.1 s). What it waits for data after the first bins, as a
 share of its time, is the loss. The server answers every request for a shard after 50 ms, and:
-stall_share_slow: does no worse. stall_share_hang: hangs for 10 s at one request in 64. stall_share_503: says 503 to
-half of them. stall_share_outage: says 503 to all for five minutes (--quick: 8 s); only what is lost beyond the outage
-counts. bins_equal: share of the bins that are bitwise those of the local folder, each of them once.
+stall_share_slow: answers normally. stall_share_hang: hangs for 10 s at one request in 64. stall_share_503: returns 503
+for half of them. stall_share_outage: returns 503 for all of them for five minutes (--quick: 8 s); only what is lost
+beyond the outage counts. bins_equal: share of the bins that are bitwise those of the local folder, each of them once.
 """
 
 import subprocess

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-# A random part of 0.25, 0.5, 1, 2, 4, 5, 5, ... s: ranks that failed together do not return together, and soon after an
-# outage all are back. Then they ask about as often as in training.
+# A pause is a random part of 0.25, 0.5, 1, 2, 4, 5, 5, ... s, so that the ranks do not retry at the same moment, and
+# all of them recover soon after an outage.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
 LOG_AFTER_S = 10.0  # a wait of this length is logged with its URL
 SLOW_S, SLOW_FACTOR = 1.0, 5.0  # a request that takes longer than both, in medians, is made a second time
@@ -40,7 +40,7 @@ class StoreAwayError(OSError):
 
 
 class RefusedError(PermissionError):
-    """A store that refuses a request, which another attempt cannot cure."""
+    """A store that refuses a request, so that a retry cannot help."""
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def _pause(seconds: float) -> None:
 def _log_retry(url: str, state: RetryCallState) -> None:
     if (state.seconds_since_start or 0.0) >= LOG_AFTER_S:
         log.warning(
-            "%s: %s; trying again for %.0f s", url, _describe(_error_of(state.outcome)), state.seconds_since_start
+            "%s: %s; still retrying after %.0f s", url, _describe(_error_of(state.outcome)), state.seconds_since_start
         )
 
 

@@ -180,7 +180,7 @@ class CheckpointWriter:
     ) -> None:
         """On rank 0: write the last two files, rename the folder, and delete the checkpoints that are not kept.
 
-        MANIFEST.json carries no format version of its own: state.json's counts for it too.
+        MANIFEST.json has no format version: the one in state.json covers both files.
         """
         if self.rank != 0:
             return
@@ -191,7 +191,8 @@ class CheckpointWriter:
         hashing.hash_and_sync(manifest)
         hashing.sync_folder(temporary)
         final = self.folder / temporary.name.removeprefix(layout.TEMPORARY)
-        if final.exists():  # a damaged checkpoint of the same step, which the resumed run did not use
+        # A damaged checkpoint of the same step, which the resumed run did not use.
+        if final.exists():
             _delete_checkpoint(final)
         os.rename(temporary, final)
         write_atomically(self.folder / layout.LATEST, final.name.encode())
@@ -225,7 +226,7 @@ def _delete(path: Path) -> None:
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Move checkpoints of later steps than `step`, from which the run continues, into a new subfolder; call on rank 0.
+    """The run continues from `step`: move checkpoints of later steps into a new subfolder. Call on rank 0.
 
     The run will write other checkpoints of these steps. Left in place, the old ones would count as the newest.
     """
@@ -252,7 +253,7 @@ def check_disk_space(folder: Path, num_parameters: int, stage: int, retention: R
             )
     if problems := gather_dicts({} if problem is None else {rank: problem}):
         raise problems[0]
-    # An old checkpoint is deleted after the new one is complete, so for a moment there is one more than is kept.
+    # An old checkpoint is deleted after the new one is complete: the disk briefly holds one more than retention.last.
     size, missing = layout.bytes_of(num_parameters, stage), retention.last + 1 - len(layout.list_tags(folder))
     free = shutil.disk_usage(folder).free
     if rank == 0 and missing * size > free:

@@ -1,4 +1,4 @@
-"""Progress of the ranks of a run: what this rank is doing, and which rank has come no further for too long."""
+"""Progress of the ranks of a run: what this rank is doing, and which rank has made no progress for too long."""
 
 import sys
 import time
@@ -6,20 +6,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 BEAT_S = 5.0  # time between two beats of a rank
-# Before its first step a rank imports, compiles, opens the corpus and loads a checkpoint: it may take so much longer.
+# Before its first step a rank imports, compiles, opens the corpus and loads a checkpoint: its limit is this many times
+# as long.
 START_FACTOR = 5.0
 # For saving, converting a checkpoint and the last scores, which may take long without a sign: the limit of a
 # collective (process.py).
 LONG_S = 1800.0
 MAX_NAMED = 8
-# A large micro-batch may take a CPU minutes: a part of a step may take so many times as long as the longest of the last
-# two steps did.
+# On a CPU a part of a step may take minutes: its limit is at least this many times the longest part of the last two
+# steps.
 SLOWER = 3.0
 COMPUTING = ("forward", "backward", "optimizer")
 
 
 class Beat(NamedTuple):
-    """What a rank tells the others. age_s: time since its last progress; limit_s: after which that is a hang.
+    """What a rank tells the others. age_s: time since its last progress. limit_s: a larger age_s is a hang.
 
     step: steps done. count: parts of the run begun so far, the same number on ranks that are equally far.
     """
@@ -54,7 +55,8 @@ class Progress:
         self.timeout_s, self.waits_for_store_at = timeout_s, waits_for_store_at
         self.step = self.count = 0
         self.long = self.compiling = self.started = False
-        self.longest_s = self.longest_before_s = 0.0  # part of this step and of the one before
+        # The longest part of this step, and of the previous one.
+        self.longest_s = self.longest_before_s = 0.0
         self.part, self.entered_at = "", time.monotonic()
         self.enter("starting")
 
@@ -167,6 +169,6 @@ class HangDetector:
             named.append(f"{len(ranks) - MAX_NAMED} more")
         verb = "has" if len(ranks) == 1 else "have"
         return (
-            f"{', '.join(named)} {verb} {what} for {max(ranks.values()):.0f} s: its process, GPU or file system hangs. "
+            f"{', '.join(named)} {verb} {what} for {max(ranks.values()):.0f} s: a process, GPU or file system hangs. "
             "If it only needs longer, raise run.hang_timeout_s"
         )

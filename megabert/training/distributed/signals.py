@@ -44,8 +44,8 @@ class StopSignals:
     """
 
     def __init__(self, embedded: bool = False) -> None:
-        """embedded: the process continues after the run, as a notebook's does. It is never ended: the first step is
-        awaited, too, and a second Ctrl-C raises KeyboardInterrupt.
+        """embedded: the process continues after the run, as a notebook's does, and is never ended: a stop before the
+        first step waits for that step, and a second Ctrl-C raises KeyboardInterrupt.
         """
         self.embedded = embedded
         self.reason: str | None = None
@@ -53,7 +53,8 @@ class StopSignals:
         self._has_stepped = False
         self._interruptible = False
         self._interrupted_at: float | None = None
-        self._lock = threading.RLock()  # a signal handler may interrupt another
+        # A signal handler may interrupt another.
+        self._lock = threading.RLock()
 
     def install_handlers(self) -> None:
         """Handle SIGNALS; call this in the main thread. A signal that is ignored, as SIGHUP under nohup, stays so."""
@@ -69,7 +70,7 @@ class StopSignals:
             threading.Thread(target=self._read_numbers, args=(receiver, sender), name="signals", daemon=True).start()
 
     def first_step_done(self) -> None:
-        """From now on a request is met at the end of a step."""
+        """From now on a request to stop takes effect at the end of a step."""
         self._has_stepped = True
 
     @contextlib.contextmanager

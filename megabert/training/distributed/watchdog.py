@@ -32,7 +32,8 @@ CONNECT_TIMEOUT_S = 120.0  # for all ranks to connect to rank 0; they have just 
 # A host that does not answer is given up after 10 + 4 x 5 s.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 30_000}
 GOODBYE = "goodbye"
-STOP = "stop"  # unlike all other messages, this one and a beat may be followed by another
+# More messages may follow STOP and a beat; every other message is the last one.
+STOP = "stop"
 BEAT, HANG = "beat ", "hang: "  # what such messages begin with
 FAILED = re.compile(r"exit (\d+): (.*)")  # a message with the exit code for all ranks
 MESSAGE_TIMEOUT_S = 5.0  # to send one message; for a new connection, to introduce itself
@@ -54,14 +55,15 @@ class PeerWatchdog:
 
     Gloo and NCCL wait for a dead peer until their timeout, or fail with nothing but an address. Here every rank keeps
     a TCP connection to rank 0. The kernel closes the connections of a process that dies, and keepalive probes detect
-    a dead host. Rank 0 forwards which rank it was. A request to stop travels the same way, and so does every few
-    seconds how far a rank is (heartbeat.py): rank 0 names the rank that hangs, and the others notice if rank 0 does.
+    a dead host. Rank 0 tells the other ranks which one failed. A request to stop travels the same way, and every few
+    seconds so does the progress of each rank (heartbeat.py): rank 0 names a rank that hangs, and the others notice if
+    rank 0 hangs.
     """
 
     def __init__(self, rank: int, world_size: int, signals: StopSignals | None = None, hang_timeout_s: float = 0.0):
         """Connect; every rank calls this in a process group with its device set. Raises RankLostError if one cannot.
 
-        signals: those of this rank; a stop that one rank is asked for is passed on to those of all ranks.
+        signals: those of this rank. A request to stop that one rank receives is forwarded to the signals of all ranks.
         hang_timeout_s: run.hang_timeout_s; 0 does not look for hangs.
         """
         self.rank, self.host, self.signals = rank, host_name(), signals
@@ -161,7 +163,7 @@ class PeerWatchdog:
             self.closing.set()
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             message = f"rank {self.rank} on {self.host} failed: {reason}"
-            # After a crash the others say that they have lost a rank.
+            # Exit code 1, a crash, is not forwarded: the other ranks exit with EXIT_PEER_LOST.
             if error is not None and (code := exit_code(error)) != 1:
                 message = f"exit {code}: {message}"
             self._send_all(message[: MAX_MESSAGE_BYTES - 1])
@@ -171,7 +173,8 @@ class PeerWatchdog:
         for peer in self.peers.values():
             peer.send(message)
         if self.rank == 0 and message == GOODBYE and self.thread.is_alive():
-            self.thread.join(END_DELAY_S)  # until the other ranks have said goodbye too
+            # Until the other ranks have sent their goodbye too.
+            self.thread.join(END_DELAY_S)
 
     def _watch(self) -> None:
         """Read each peer's messages; end this process at any other than a goodbye or a request to stop."""
@@ -192,9 +195,9 @@ class PeerWatchdog:
                 beaten_at = now
 
     def _beat(self, now: float, was_stopped: bool) -> None:
-        """Tell the peers how far this rank is, and end if one hangs. was_stopped: this process itself was, until now.
+        """Send this rank's progress to the peers, and end if one hangs.
 
-        A job that was suspended continues: for a process that was stopped, all limits begin anew.
+        was_stopped: whether this process was suspended until now. All time limits then start again.
         """
         if was_stopped:
             progress.advance()
@@ -254,8 +257,8 @@ class PeerWatchdog:
 def _listen(backlog: int) -> socket.socket:
     """Listen on a free port, only where ranks can come from.
 
-    That is the loopback interface if all are on this machine; else the one of MASTER_ADDR. If MASTER_ADDR is no address
-    of this machine's network, as where a host's own name stands for 127.0.1.1, it is every interface.
+    That is the loopback interface if all are on this machine; else the one of MASTER_ADDR. If MASTER_ADDR is not an
+    address of this machine's network, for example because the host's name resolves to 127.0.1.1, it is every interface.
     """
     if are_ranks_on_one_machine():
         return socket.create_server((LOOPBACK, 0), backlog=backlog)
@@ -285,7 +288,8 @@ class _Peer:
         for option, value in KEEPALIVE.items():
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self.connection, self.host = connection, host
-        self.received = b""  # of a line that is not complete
+        # Bytes of a line that is not complete.
+        self.received = b""
         self.unread: list[str] = []  # lines that came together with the introduction
 
     def send(self, message: str) -> None:

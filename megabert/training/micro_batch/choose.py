@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 
-from megabert.config.ds_config import DsConfig, ResolvedDsConfig
+from megabert.config.ds_config import DsConfig
 from megabert.config.recipe import Recipe
 from megabert.files.checkpoint_format import State
 from megabert.kernels.devices import has_fast_bf16
@@ -83,10 +83,10 @@ class Chooser:
 
     @property
     def stage(self) -> int:
-        return ResolvedDsConfig(self.ds_config.settings).zero_stage
+        return self.ds_config.values.zero_optimization.stage
 
     def _memory(self, tokens: int, max_documents: dict[int, int], vocab_size: int, stage: int) -> Memory:
-        enabled = self.ds_config.settings.get("torch_autocast", {}).get("enabled", False)
+        enabled = self.ds_config.values.torch_autocast.enabled
         return memory_of_rank(
             self.recipe.model,
             largest_batch(self.recipe, tokens, max_documents),

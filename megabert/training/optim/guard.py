@@ -18,7 +18,8 @@ class Guard:
     """The history of gradient norms, and the decision whether a norm is acceptable.
 
     max_norm_ratio: the largest allowed norm as a multiple of the running median; 0 allows every finite norm. norms:
-    of the last applied updates. skipped: all updates skipped so far. skipped_in_a_row: since the last applied one.
+    gradient norms of the last applied updates. skipped: all updates skipped so far. skipped_in_a_row: updates skipped
+    since the last applied one.
     """
 
     max_norm_ratio: float
@@ -56,7 +57,9 @@ class Guard:
 
 
 class UpdateGate:
-    """Decides once per step whether the optimizer may update the weights; the same on all ranks, as the norm is.
+    """Decides once per step whether the optimizer may update the weights.
+
+    All ranks decide the same, because the norm is equal on all of them.
 
     Call start_step() before every step. clipped_parameters: set at ZeRO stage 0, where the gate computes the norm and
     clips, because DeepSpeed clips there without reporting the norm. zero_norm: set at the other stages; returns
@@ -80,7 +83,7 @@ class UpdateGate:
         self.norm, self.applied = math.nan, None
 
     def allows_step(self) -> bool:
-        """Return this step's decision. The first call takes it, and clips the gradients at stage 0."""
+        """Return this step's decision. The first call in a step decides, and clips the gradients at stage 0."""
         if self.applied is None:
             if self.clipped_parameters is None:
                 assert self.zero_norm is not None, "the gate is attached to an engine before its first step"
@@ -97,8 +100,8 @@ class UpdateGate:
     def finish_step(self) -> bool:
         """Record the step in the guard's history and return whether the weights changed.
 
-        ZeRO skips a step whose gradients overflow without calling the optimizer: then no decision was asked for, and
-        the update counts as skipped.
+        ZeRO skips a step whose gradients overflow without calling the optimizer, and so without calling
+        allows_step(): the update counts as skipped.
         """
         applied = bool(self.applied)
         self.guard.record(self.norm, applied)

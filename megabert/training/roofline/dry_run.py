@@ -132,7 +132,7 @@ class Checks:
 
     def _memory_of(self, tokens: int) -> Memory:
         """Predict the memory of a rank for a micro-batch; where the corpus is not known, with documents of the web."""
-        recipe, stage = self.recipe, ResolvedDsConfig(self.ds_config.settings).zero_stage
+        recipe, stage = self.recipe, self.ds_config.values.zero_optimization.stage
         if self.corpus is None:
             batch = batch_of_web_pages(recipe, tokens)
         else:
@@ -220,7 +220,7 @@ class Checks:
 
     def _identity(self, saved: State, schedule: RunSchedule, resolved: ResolvedDsConfig) -> RunIdentity:
         """Return this run's identity, as the checkpoint has it in what only the device decides."""
-        if self.ds_config.settings.get("torch_autocast", {}).get("enabled") == "auto":
+        if self.ds_config.values.torch_autocast.enabled == "auto":
             autocast = resolved.settings["torch_autocast"] | {"enabled": ResolvedDsConfig(saved.ds_config).bf16}
             resolved = ResolvedDsConfig(resolved.settings | {"torch_autocast": autocast})
         return RunIdentity(

@@ -140,7 +140,7 @@ def test_whole_shards_are_fetched_from_a_server_without_byte_ranges(corpus, serv
 def test_a_network_error_is_retried(corpus, serve, cache, caplog):
     url, handler = serve(corpus.tokens, failures=2)
     assert same_tokens(open_source(url, cache=cache), corpus)
-    assert caplog.text.count("trying again for") == 2
+    assert caplog.text.count("still retrying after") == 2
     assert handler.failures == 0
 
 
@@ -311,8 +311,8 @@ def test_a_failing_action_is_repeated_until_it_succeeds(caplog):
 
     assert retrying(act, "here", 60.0) == "done"
     assert caplog.messages == [
-        "here: TimeoutError('first'); trying again for 0 s",
-        "here: EOFError('second'); trying again for 0 s",
+        "here: TimeoutError('first'); still retrying after 0 s",
+        "here: EOFError('second'); still retrying after 0 s",
     ]
 
 
