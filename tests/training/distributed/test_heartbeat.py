@@ -45,7 +45,7 @@ def test_a_silent_rank_is_named_with_its_place():
     ranks.update(0, beat(40, "agree", 55.0), 55.0)
     assert ranks.find_hang(59.0) is None
     assert ranks.find_hang(61.0) == (
-        "rank 1 on n1 (step 12, forward) has sent no heartbeat for 61 s: its process, GPU or file system hangs. If "
+        "rank 1 on n1 (step 12, forward) has sent no heartbeat for 61 s: a process, GPU or file system hangs. If "
         "it only needs longer, raise run.hang_timeout_s"
     )
 
