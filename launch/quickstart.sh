@@ -59,9 +59,9 @@ stage "pretraining" \
 stage "export to Hugging Face" \
     python launch/convert_to_hf.py $run $run/hf
 stage "fine-tuning data" \
-    python data_prep/fetch_tasks.py
+    python data_prep/fetch_tasks.py --text data/quickstart/text --movies false
 stage "fine-tuning" \
-    python launch/finetune_glue.py --checkpoint $run/hf --task-file data_prep/tasks/movie-sentiment.yaml \
+    python launch/finetune_glue.py --checkpoint $run/hf --task-file data_prep/tasks/parameter-type.yaml \
     --protocol quickstart --baselines --out $run/finetune
 say "--- summary"
 run_stage python launch/quickstart/summarize.py

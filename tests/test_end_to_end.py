@@ -18,8 +18,8 @@ from tests.helpers.runs import pretrain_command, run_command
 
 STEPS = 20
 SUMMARY = {
-    "unigram_loss", "heldout_loss", "masked_accuracy", "finetune_pretrained", "finetune_random_init", "finetune_tfidf",
-    "pretrain_seconds", "total_seconds", "tokens_per_second", "hf_dir",
+    "unigram_loss", "heldout_loss", "masked_accuracy", "tasks", "pretrain_seconds", "total_seconds",
+    "tokens_per_second", "hf_dir",
 }  # fmt: skip
 # Saved every third step and killed at any step: repeated steps must have the same results.
 SETTINGS = [f"--run.max_steps={STEPS}", "--run.save_every_steps=3", "--run.eval_every_steps=7", "--data.num_workers=1"]
@@ -153,6 +153,8 @@ def test_fine_tuning_and_the_summary(exported, undisturbed, task_data):
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary.keys() == SUMMARY
     assert summary["total_seconds"] == 13.0
+    assert summary["tasks"]["movie-sentiment"].keys() == {"pretrained", "random", "tfidf", "std", "seeds"}
+    assert summary["tasks"]["movie-sentiment"]["seeds"] == 1
     assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -16,7 +16,7 @@ run() {
 
 data=data/quickstart
 stage=${1:-all}
-# The task parameter-type is made from held-out documents. The run reads less than a third of the others.
+# The fine-tuning task is made from held-out documents. The run reads less than a third of the others.
 heldout=0.3
 
 if [[ $stage != @(text|tokenizer|tokens|all) ]]; then
