@@ -15,7 +15,8 @@ def read_result_of(out: Path, request_hash: str) -> Manifest | None:
     """Return the manifest of the finished shards in a folder if they were written for this request."""
     try:
         manifest = read_manifest(out)
-    except ValueError:  # missing, damaged, or of another format version: cannot be reused
+    except ValueError:
+        # A manifest that is missing, damaged or of another format version cannot be reused.
         return None
     return manifest if manifest.request == request_hash else None
 

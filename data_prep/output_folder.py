@@ -12,7 +12,8 @@ from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS
 from megabert.files.lock import LockHeldError, acquire
 
 LOCK = "lock"
-PLAN = "plan.jsonl"  # of separate_tasks.py
+# The plan that separate_tasks.py writes.
+PLAN = "plan.jsonl"
 WRITTEN_SHARD = re.compile(r"(train|heldout)-\d{5}\.tar")
 
 # Version of everything in out/.work: request file, sorted runs, task summaries and shard records. Unfinished work of
@@ -63,7 +64,8 @@ def opened_work_folder(out: Path, request: str, replace: bool = False) -> Iterat
         if not belongs_to_request(work, WORK_FORMAT, request):
             _remove_earlier_results(out, work)
             write_request(work, WORK_FORMAT, request)
-        for temporary in work.rglob("*.tmp"):  # of commands that were killed
+        # Commands that were killed leave their temporary files behind.
+        for temporary in work.rglob("*.tmp"):
             temporary.unlink(missing_ok=True)
         for name in ("runs", "shards"):
             (work / name).mkdir(exist_ok=True)
@@ -79,7 +81,8 @@ def remove_finished_work(out: Path) -> None:
         return
     try:
         lock = acquire(work / LOCK)
-    except LockHeldError:  # the command is still running and removes the folder itself
+    except LockHeldError:
+        # The command is still running and removes the folder itself.
         return
     try:
         shutil.rmtree(work)

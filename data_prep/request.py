@@ -28,7 +28,8 @@ def belongs_to_request(folder: Path, version: int, request: str) -> bool:
         data = (folder / REQUEST).read_bytes()
         files = json.loads(data)["files"]
         found = {name: file_sha256(folder / name) for name in files}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # missing, or not of this version
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        # The request is missing, or another version wrote it.
         return False
     return data == _content(version, request, found)
 

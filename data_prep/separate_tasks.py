@@ -27,7 +27,8 @@ from megabert.data.shards.manifest import MANIFEST
 from megabert.data.shards.tokenizer import find_tokenizer
 from megabert.files.atomic import write_atomically
 
-SHOWN = 3  # missing parts that a message names
+# A message names at most this many missing parts.
+SHOWN = 3
 
 
 class Plan(NamedTuple):

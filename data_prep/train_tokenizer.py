@@ -42,7 +42,8 @@ from megabert.files.atomic import write_atomically
 # A sample comes from at least this many input splits of the corpus, if it has them.
 SAMPLED_SPLITS = 16
 COMPARED_LINES = 10_000
-LINE_CHARACTERS = 1000  # of at most 4 bytes each
+# Characters of a line, each of at most 4 bytes.
+LINE_CHARACTERS = 1000
 
 SENTENCEPIECE_MODEL = "tokenizer.model"
 # Version of the files that this command writes. Tokenizers of another version are made again.
@@ -105,7 +106,8 @@ def train_wordpiece(options: Options) -> Tokenizer:
     trainer = trainers.WordPieceTrainer(
         vocab_size=options.vocab_size,
         min_frequency=2,
-        limit_alphabet=1000,  # as in BERT: rarer characters are [UNK]
+        # As in BERT, rarer characters become [UNK].
+        limit_alphabet=1000,
         special_tokens=list(SPECIAL_TOKENS.values()),
         show_progress=False,
     )
@@ -248,7 +250,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{folder / TOKENIZER}: already made from this with these settings, reused")
         return
     tokenizer, model = load_tokenizer(Path(options.existing), options.lowercase) if options.existing else train(options)
-    remove_request(folder)  # the files in the folder belong to another request until all are replaced
+    # Until all files are replaced, some in the folder belong to another request.
+    remove_request(folder)
     apply_bert_conventions(tokenizer)
     write_tokenizer(tokenizer, folder)
     (folder / SENTENCEPIECE_MODEL).unlink(missing_ok=True)

@@ -55,7 +55,8 @@ def add_progress(input_bytes: int = 0, text_bytes: int = 0) -> None:
 def own_counters() -> Iterator[Any]:
     """Count in the block what this process reads alone: yields [bytes of input, bytes of text]."""
     global _counters
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a task of its own
+    # Every core has a task of its own, so threads of the tokenizer would only compete.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     before, _counters = _counters, multiprocessing.Array("q", 2)
     try:
         yield _counters
@@ -66,10 +67,12 @@ def own_counters() -> Iterator[Any]:
 def _start_worker(counters: Any) -> None:
     global _counters
     _counters = counters
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is already one process per core
+    # There is already one process per core.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # A terminal sends Ctrl-C to all its processes. The parent handles it and ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_with_parent()  # so that no worker writes after its command was killed
+    # No worker may write after its command was killed.
+    exit_with_parent()
 
 
 @contextmanager

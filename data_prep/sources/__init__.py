@@ -126,7 +126,8 @@ def source_state(splits: list[InputSplit]) -> list[list[object]]:
                 state = os.stat(path)
                 states[path] = state.st_size, 0 if split.kind == "docstrings" else state.st_mtime_ns
         if split.kind == "hub":
-            break  # all input splits name the same data set
+            # All input splits name the same data set, so the first is enough.
+            break
     return [*map(list, splits), *([path, *state] for path, state in states.items())]
 
 

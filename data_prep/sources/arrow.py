@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 DATA_SET = "state.json"
 DATA_SETS = "dataset_dict.json"
-ARROW_FILE = b"ARROW1"  # the first bytes of the file format; the stream format has none
+# The first bytes of a file in Arrow's file format. The stream format has none.
+ARROW_FILE = b"ARROW1"
 
 
 def is_saved_data_set(path: Path) -> bool:

@@ -28,7 +28,8 @@ def docstrings(path: Path) -> Iterator[str]:
     """Yield the docstrings of one Python file, in order. A file that this Python cannot parse yields nothing."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in third-party code
+            # Third-party code may have invalid escapes, and ast.parse warns about each.
+            warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError):
         return
@@ -56,7 +57,8 @@ def required_distributions(root: str) -> list[importlib.metadata.Distribution]:
         try:
             found[key] = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # a requirement of an extra or of another platform
+            # An extra or another platform requires this package, and it is not installed here.
+            continue
         for line in found[key].requires or ():
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -79,7 +81,8 @@ def list_input_splits() -> list[InputSplit]:
             continue
         group.append(str(files[name]))
         size += files[name].stat().st_size
-        if size >= INPUT_SPLIT_BYTES // 2:  # parsing is slower than reading
+        # Parsing is slower than reading, so these input splits are smaller.
+        if size >= INPUT_SPLIT_BYTES // 2:
             splits.append(InputSplit("docstrings", tuple(group), 0, 0, size))
             group, size = [], 0
     if group:

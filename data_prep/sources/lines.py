@@ -21,7 +21,8 @@ from data_prep.sources.streams import (
 )
 
 REMOTE_FACTOR = 16
-WHOLE_FILE = 1 << 62  # an end of a byte range that no file reaches
+# The end of a byte range that covers a whole file: no file is as long.
+WHOLE_FILE = 1 << 62
 
 
 class Line(NamedTuple):

@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
-ROWS_AT_ONCE = 1024  # some kB each, so a few MB in memory
+# Rows have some kB each, so these take a few MB of memory.
+ROWS_AT_ONCE = 1024
 READ_BYTES = 1 << 20
-INTEGER = 5  # the type of a 32-bit number in Thrift's compact protocol
+# The type of a 32-bit number in Thrift's compact protocol.
+INTEGER = 5
 # A page is decompressed whole. Writers aim at 1 MB, but those that look at the size once in 1,024 rows exceed it.
 MAX_PAGE_BYTES = 1 << 30
 # A value can be as large as its page and occur in many rows, so rows are converted in batches of this size at most.
 BATCH_BYTES = 64 << 20
-HEADER_BYTES = 1 << 13  # of a page; statistics in it can make it longer
+# Bytes read for the header of a page. Statistics can make it longer, and then more are read.
+HEADER_BYTES = 1 << 13
 
 
 def list_input_splits(path: Path | RemotePath, options: ReadOptions) -> list[InputSplit]:
@@ -130,18 +133,24 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 def _skip(data: bytes, at: int, kind: int) -> int:
     """Return where a value of Thrift's compact protocol ends that begins at data[at]."""
-    if kind in (1, 2):  # true and false, which are in the type
+    # The type itself says true or false.
+    if kind in (1, 2):
         return at
-    if kind == 3:  # a byte
+    # A byte.
+    if kind == 3:
         return at + 1
-    if kind in (4, 5, 6):  # integers
+    # Integers of 16, 32 and 64 bits.
+    if kind in (4, 5, 6):
         return _varint(data, at)[1]
-    if kind == 7:  # a double
+    # A double.
+    if kind == 7:
         return at + 8
-    if kind == 8:  # bytes
+    # Bytes or a text, after their length.
+    if kind == 8:
         size, at = _varint(data, at)
         return at + size
-    if kind != 12:  # no list, set or map is in a PageHeader
+    # Anything else but a struct is a list, a set or a map, which a PageHeader never has.
+    if kind != 12:
         raise KeyError(kind)
     while head := data[at]:
         at = _skip(data, at + 1, head & 15)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 COMPRESSED = (".gz", ".zst")
 DAMAGED_ARCHIVE = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
-ARCHIVES = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # the first bytes of a file, its name's end
+# The first bytes of a compressed file, and how its name ends.
+ARCHIVES = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 
 READ_BYTES = 1 << 20
 # Compressed bytes that are decompressed by one call. A block of 128 kB takes at least 4 bytes, so the result has at
@@ -176,7 +177,8 @@ def _encode_again(file: IO[bytes], encoding: Encoding, path: str) -> Iterator[by
     offset = len(file.read(encoding.mark))
     while True:
         data = file.read(READ_BYTES)
-        begin = offset - len(decoder.getstate()[0])  # bytes of an unfinished character are decoded once more
+        # The decoder keeps the bytes of an unfinished character and decodes them again with the next ones.
+        begin = offset - len(decoder.getstate()[0])
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:

@@ -50,7 +50,8 @@ def _paragraphs(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> I
     """Yield the lines of each paragraph. One belongs to the byte range in which the blank line before it begins."""
     lines: list[Line] = []
     size = 0
-    in_range = split.start == 0  # no blank line precedes the first paragraph of the file
+    # No blank line precedes the first paragraph of the file.
+    in_range = split.start == 0
     for line in read_lines(split, options, left_out):
         if line.data.isspace():
             if size > base.MAX_DOCUMENT_BYTES:
@@ -68,7 +69,8 @@ def _paragraphs(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> I
             elif not left_out.skip_damaged:
                 left_out.damaged(_endless(lines[0]))
         elif line.offset >= split.stop:
-            return  # no blank line begins in this range
+            # No blank line begins in this range, so no paragraph belongs to it.
+            return
     if size > base.MAX_DOCUMENT_BYTES:
         left_out.damaged(_endless(lines[0]))
     elif lines:

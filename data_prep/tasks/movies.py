@@ -23,7 +23,8 @@ SDIST = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-NEUTRAL = 0.5  # ratings closer to 0 have no sentiment label
+# Ratings closer to 0 than this have no sentiment label.
+NEUTRAL = 0.5
 # There is no official split, so a hash of the snippet's number decides.
 HELD_OUT_SHARE = 0.2
 

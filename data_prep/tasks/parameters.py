@@ -33,7 +33,8 @@ NAMES = {spelling: name for name, spellings in TYPES.items() for spelling in spe
 QUOTES = re.compile(r"[`'\"(){}~:]")
 END_OF_NAME = re.compile(r"[,\[\s]")
 HAS_PARAMETERS = re.compile(r"^\s*(Parameters|Args|Arguments|Params)\b", re.MULTILINE)
-MIN_WORDS, MAX_WORDS = 3, 30  # of a description
+# A description of a parameter has at least and at most this many words.
+MIN_WORDS, MAX_WORDS = 3, 30
 HELD_OUT_SHARE = 0.25
 
 
@@ -86,7 +87,8 @@ def pairs(left: list[Parameter]) -> Iterator[tuple[Parameter, Parameter]]:
 def parameters(document: str) -> Iterator[Parameter]:
     """Yield the parameters with a known type and a description of a suitable length."""
     if not HAS_PARAMETERS.search(document):
-        return  # parsing all docstrings would take ten times as long
+        # Parsing all docstrings would take ten times as long.
+        return
     try:
         found = docstring_parser.parse(document).params
     except docstring_parser.ParseError:

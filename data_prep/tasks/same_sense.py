@@ -39,7 +39,8 @@ def senses(wordnet: Path) -> dict[str, dict[str, list[str]]]:
     for name in FILES:
         for line in (wordnet / name).read_text(encoding="latin-1").splitlines():
             if line.startswith(" "):
-                continue  # the lines of the licence
+                # Lines that begin with a space are those of the licence.
+                continue
             data, _, gloss = line.partition(" | ")
             fields = data.split()
             words = [fields[4 + 2 * i].partition("(")[0].replace("_", " ").lower() for i in range(int(fields[3], 16))]

@@ -25,7 +25,8 @@ PYSWORD = "pysword==0.2.8"
 # Cosine similarity of TF-IDF. Verses below the minimum are often numbered differently, those above the maximum are
 # nearly the same text.
 MIN_SIMILARITY, MAX_SIMILARITY, INTERVAL = 0.1, 0.7, 0.02
-MAX_PER_INTERVAL = 150  # pairs of each label
+# At most this many pairs of each label are taken from an interval of similarities.
+MAX_PER_INTERVAL = 150
 HELD_OUT_SHARE = 0.2
 
 

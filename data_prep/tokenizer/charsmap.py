@@ -9,7 +9,8 @@ from functools import cache, cached_property, lru_cache
 import numpy as np
 from tokenizers import normalizers
 
-LEAF = 1 << 8  # the bit of a unit of the trie that says that a text ends there
+# This bit of a unit of the trie says that a text ends there.
+LEAF = 1 << 8
 NODES_AT_ONCE = 1 << 14
 HANGUL_FIRSTS = (*range(0x1100, 0x1113), *range(0xAC00, 0xD7A4, 28))
 HANGUL_SECONDS = (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))

@@ -12,7 +12,8 @@ from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer
 from megabert.data.shards.tokenizer_folder import FILES, VOCAB, is_berts, read_folder_tokenizer, special_token_names
 
-MAX_WORD_CHARS = 100  # as in BERT: a longer word is [UNK]
+# A word with more characters becomes [UNK], as in BERT.
+MAX_WORD_CHARS = 100
 # In a cased vocabulary a third of the pieces have capitals. In an uncased one, names such as <S> may have some.
 CASED_SHARE = 0.1
 FEWEST_PIECES_TO_JUDGE = 100
@@ -103,7 +104,8 @@ def rename_special_tokens(tokenizer: Tokenizer, roles: dict[str, str]) -> Tokeni
         model["unk_token"] = names[model["unk_token"]]
     for token in raw["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
-    raw["post_processor"] = None  # it names the tokens, and is replaced
+    # The post-processor names the tokens by their old names. It is replaced later.
+    raw["post_processor"] = None
     return Tokenizer.from_str(json.dumps(raw))
 
 

@@ -15,7 +15,8 @@ from data_prep.tokenizer.normalizer import normalize_by_rules
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import encode
 
-META = "\u2581"  # the character that stands for a space in sentencepiece
+# The character that stands for a space in sentencepiece.
+META = "\u2581"
 
 # The types of pieces, numbered as in sentencepiece_model.proto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -24,7 +25,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # segmentation of a 64 MB document.
 UNREACHABLE_SCORE = -1e12
 
-UNKNOWN_CHARACTER = "\ufff1"  # reserved: no text and no piece contains it
+# Unicode reserves this character, so no text and no piece contains it.
+UNKNOWN_CHARACTER = "\ufff1"
 
 
 class Piece(NamedTuple):

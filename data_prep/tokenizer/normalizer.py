@@ -31,7 +31,8 @@ LAST_PLACEHOLDER = 0x10FFFD
 # half-width kana, Hangul after Hangul, skin tones, tags.
 JOINING = (0x200C, 0x200D, 0xE33, 0xEB3, 0xFF9E, 0xFF9F, *range(0x1160, 0x1200), *range(0xAC00, 0xD7A4),
            *range(0xD7B0, 0xD7FC), *range(0x1F3FB, 0x1F400), *range(0xE0020, 0xE0080))  # fmt: skip
-MAX_BYTES_BEFORE_JOINING = 3  # a longer character makes a grapheme of more than five bytes, which is taken apart
+# A character with more bytes makes a grapheme of more than five bytes, which is taken apart.
+MAX_BYTES_BEFORE_JOINING = 3
 
 
 def normalize_by_rules(charsmap: bytes, symbols: Collection[str], alphabet: set[str] | None) -> list[Any]:

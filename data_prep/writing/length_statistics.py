@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 
-LONGEST_COUNTED = 65_535  # documents longer than this share the last bin
+# Documents longer than this share the last bin.
+LONGEST_COUNTED = 65_535
 BINS_PER_OCTAVE = 4
 PLOT = "statistics.png"
-CAPS = (128, 512, 1024)  # common values of data.max_seq_len
+# Common values of data.max_seq_len.
+CAPS = (128, 512, 1024)
 
 
 def summarize(lengths: np.ndarray, total: int, unit: str, read: int) -> dict[str, Any]:
@@ -22,7 +24,8 @@ def summarize(lengths: np.ndarray, total: int, unit: str, read: int) -> dict[str
     sizes = np.arange(len(lengths))
     tokens = lengths * sizes
     if unit == "tokens":
-        tokens[-1] += total - int(tokens.sum())  # documents of the last bin may be longer than it says
+        # Documents in the last bin may be longer than it says.
+        tokens[-1] += total - int(tokens.sum())
     edges = np.unique(np.round(2.0 ** (np.arange(16 * BINS_PER_OCTAVE + 1) / BINS_PER_OCTAVE)).astype(int))
     edges = np.minimum(edges, LONGEST_COUNTED)
     bins = np.searchsorted(edges, sizes, side="right") - 1
@@ -71,5 +74,6 @@ def plot(statistics: dict[str, Any]) -> bytes:
     lower.set_xlabel(f"length of a document, {unit}")
     upper.set_title(f"{statistics['documents']:,} documents, median {statistics['median_document_tokens']} {unit}")
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=100, metadata={"Software": None})  # so that the bytes are reproducible
+    # Without the version of matplotlib in its metadata, the image has the same bytes each time.
+    figure.savefig(image, format="png", dpi=100, metadata={"Software": None})
     return image.getvalue()

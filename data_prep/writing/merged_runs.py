@@ -23,7 +23,8 @@ READ_BYTES = 128 << 10
 # So few bytes stay in the memory of a machine between the passes, where small reads cost nothing.
 CACHED_BYTES = 8 << 30
 
-ShardCounts = dict[str, int]  # shards of each part
+# The number of shards of each part.
+ShardCounts = dict[str, int]
 
 
 class Group(NamedTuple):
@@ -72,7 +73,8 @@ def merge_runs(settings: WriteSettings, group: Group, counts: ShardCounts) -> st
     shard, a sorted run of only its documents.
     """
     path = group_path(settings, group.number)
-    if path.is_file():  # the process that wrote it died before it could say so; its sorted runs may be gone
+    # The process that wrote the file died before it could report it. The group's sorted runs may be gone by now.
+    if path.is_file():
         return path.name
     paths = [sorted_runs.run_path(settings, *run) for run in group.runs]
     size = sum(path.stat().st_size for path in paths)

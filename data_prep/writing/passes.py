@@ -45,9 +45,11 @@ def group_into_tasks(splits: list[InputSplit]) -> list[list[InputSplit]]:
     """Group input splits, in their order, into tasks."""
     task_bytes = min(TASK_BYTES, max(INPUT_SPLIT_BYTES, sum(split.size for split in splits) // TASKS))
     tasks: list[list[InputSplit]] = []
-    size = task_bytes + 1  # so that the first input split begins a task, though it may be empty
+    # With this size the first input split begins a task, even if it is empty.
+    size = task_bytes + 1
     for split in splits:
-        cost = task_bytes if split.kind == "hub" else split.size  # the hub does not tell the size of a shard
+        # The hub does not tell the size of a shard, so each becomes a task of its own.
+        cost = task_bytes if split.kind == "hub" else split.size
         if size + cost > task_bytes:
             tasks.append([])
             size = 0

@@ -11,10 +11,13 @@ from data_prep import workers
 
 R = TypeVar("R")
 
-MARK = "ray"  # a file in the work folder that every machine must see
-TRIES = 5  # of a task whose process or machine died
+# A file in the work folder that every machine must see.
+MARK = "ray"
+# A task whose process or machine died is started again at most this many times.
+TRIES = 5
 POLL_S = 0.5
-TASKS_PER_CPU = 2  # that wait or run at a time; submitting every task at once would only cost memory
+# This many tasks per CPU wait or run at a time. Submitting all at once would only cost memory.
+TASKS_PER_CPU = 2
 
 
 class RayPool:

@@ -98,7 +98,8 @@ def _write_chunks(
         data = member.getvalue()
         chunks.append(Chunk(file.tell(), len(data), len(group), tokens, zlib.crc32(data)))
         file.write(data)
-    file.write(bytes(2 * tarfile.BLOCKSIZE))  # the end marker of a tar archive
+    # These zeros are the end marker of a tar archive.
+    file.write(bytes(2 * tarfile.BLOCKSIZE))
     return np.array(chunks, dtype=np.int64).reshape(-1, len(Chunk._fields))
 
 

@@ -90,12 +90,14 @@ def restored_process() -> Iterator[None]:
         with warnings.catch_warnings():
             yield
     finally:
-        gc.collect()  # model, optimizer and loader
+        # Free the model, the optimizer and the loader.
+        gc.collect()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         torch.set_num_threads(threads)
-        sys.excepthook = excepthook  # torch.distributed adds the rank to every traceback
+        # torch.distributed replaces the hook to add the rank to every traceback.
+        sys.excepthook = excepthook
         os.environ.clear()
         os.environ.update(environment)

@@ -23,8 +23,10 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 T = TypeVar("T")
 
-EXIT_INTERRUPTED = 130  # after Ctrl-C, as a shell gives it
-EXIT_MISTAKE = 2  # of a user, in a flag or in what it names
+# The exit code after Ctrl-C, as a shell gives it.
+EXIT_INTERRUPTED = 130
+# The exit code for a user's mistake in a flag or in what the flag names.
+EXIT_MISTAKE = 2
 
 WORDS_OF_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
 

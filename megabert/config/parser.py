@@ -78,7 +78,8 @@ class RecipeParser(Parser):
                 for length in LENGTHS:
                     settings.pop(f"run.{length}", None)
             check_flags(argv)
-            self.set_defaults({f"run.{length}": None for length in LENGTHS} | settings)  # for --help too
+            # The defaults are set here, so that --help shows them too.
+            self.set_defaults({f"run.{length}": None for length in LENGTHS} | settings)
             recipe = self.instantiate(self.parse_args(argv))
         except ValueError as error:
             self.error(str(error))

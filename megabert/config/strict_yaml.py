@@ -24,7 +24,8 @@ Name = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is
 # Bounds for files of settings, far above any real one.
 MAX_FILE_BYTES = 10_000_000
 MAX_VALUES = 100_000
-MAX_DEPTH = 100  # pydantic reads 200 levels
+# Deeper files than this are refused. pydantic reads 200 levels.
+MAX_DEPTH = 100
 
 TAG = "tag:yaml.org,2002:"
 PLAIN = {TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
@@ -249,7 +250,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def __init__(self, stream: bytes):
         super().__init__(stream)
-        self.open_anchors: list[str | None] = []  # of the nodes that are being read
+        # The anchors of the nodes that are being read.
+        self.open_anchors: list[str | None] = []
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()

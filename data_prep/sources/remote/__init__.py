@@ -82,7 +82,8 @@ def remote_files(url: str, left_out: LeftOut) -> Iterator[RemotePath]:
         for name in reversed(names):
             if is_hidden(posixpath.basename(name.rstrip("/"))):
                 left_out.add(HIDDEN, name)
-            elif "?" not in name:  # a link that sorts the page
+            elif "?" not in name:
+                # A link with a question mark only sorts the page.
                 stack.append(name)
 
 
@@ -149,7 +150,8 @@ class _Ranges(io.RawIOBase):
                     f"{self._url}: has fewer bytes than the {self._size} that the server says. Run the same command "
                     "again."
                 )
-            self._whole = _download(self._url)  # the server ignores ranges
+            # The server ignores ranges, so the whole file is downloaded.
+            self._whole = _download(self._url)
         self._whole.seek(self._at)
         return self._whole.read(size)
 

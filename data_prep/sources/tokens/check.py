@@ -8,8 +8,10 @@ from data_prep.sources.tokens import datatrove, read_token_split
 from data_prep.sources.tokens.ids import IdRule
 from megabert.data.shards.tokenizer import encode, read_tokenizer
 
-DOCUMENTS = 100  # of each input split that is looked at
-TOKENS = 2048  # longer documents are not tokenized again
+# At most this many documents of each input split are looked at.
+DOCUMENTS = 100
+# Documents with more tokens are not tokenized again.
+TOKENS = 2048
 EXAMPLE_CHARS = 60
 # Share of documents whose text gets the same ids again. It was 0.90 to 1 with the right tokenizer; with one whose ids
 # were shuffled 0 (BPE), 0.31 (WordPiece) and 0.54 to 0.63 (unigram). A right one that does not restore its text may be
