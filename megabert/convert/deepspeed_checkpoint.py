@@ -122,9 +122,11 @@ def read_zero_weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
     model_states = load_without_executing(folder / (f"zero_pp_rank_0_{name}" if zero_stage == 3 else name))
     module = model_states["module"]
     if zero_stage < 3 and all(tensor.dtype == torch.float32 for tensor in module.values()):
-        return {name: tensor.contiguous() for name, tensor in module.items()}  # every rank has all weights
+        # Every rank has all weights, so one rank's file is enough.
+        return {name: tensor.contiguous() for name, tensor in module.items()}
     files = _find_rank_files(folder)
-    if not files:  # ZeRO 0 in half precision, without fp32 copies
+    # ZeRO 0 in half precision keeps no fp32 copies of the weights.
+    if not files:
         return {name: tensor.float() for name, tensor in module.items()}
     ranks = [load_without_executing(file)["optimizer_state_dict"] for file in files]
     world_size = ranks[0]["partition_count"]

@@ -63,7 +63,8 @@ def import_model(source: Path, out: Path, options: ImportOptions = ImportOptions
     if `out` holds anything else. A finished import of the same folder with the same options is read instead of written
     again.
     """
-    out = out.resolve()  # it may be a link
+    # The path may be a link, and its target is what is written.
+    out = out.resolve()
     origin = folder_record.describe_origin(source, options)
     if (finished := _read_finished(out, origin)) is not None:
         return finished
@@ -173,7 +174,8 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
         config = from_their_config(source, raw, kind)
     if raw.get("architectures") == [MULTIPLE_CHOICE.get(kind)]:
         config.architectures = ["MegaBertForMultipleChoice"]
-    check_shapes(source, weights, config, missing)  # before anything is allocated that has the config's sizes
+    # The shapes are checked before anything is allocated that has the config's sizes.
+    check_shapes(source, weights, config, missing)
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None):
         raise ValueError(f"{source}: {broken} has values that are not finite: the weights are damaged.")

@@ -70,7 +70,8 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = Expo
     with staged_folder(out) as folder:
         parameters = write_folder(folder, model, checkpoints[0], options, max_length)
         export_record.write_record(folder, fingerprint, model.config.max_position_embeddings, parameters)
-        del model, parameters  # the check's process loads the weights again
+        # The check's process loads the weights again, so they are freed here.
+        del model, parameters
         measured = export_check.check_new_export(folder, name)
         if options.targets:
             add_targets(folder, options.targets)
@@ -136,7 +137,8 @@ def write_folder(
     max_length: at which the tokenizer truncates, in tokens.
     """
     config = deepcopy(model.config)
-    config.padding = "unpadded"  # changes only the speed, not the output
+    # The kind of padding changes only the speed, not the output.
+    config.padding = "unpadded"
     copy_tokenizer(checkpoint, out, max_length)
     module = export_check.build_model(model.weights, config)
     export_check.write_expected_outputs(module, out, checkpoint)

@@ -43,7 +43,8 @@ BERT_LAYER = SHARED_LAYER | {
     "mlp.down": "output.dense",
     "mlp_norm": "output.LayerNorm",
 }
-THEIR_MODEL = "model"  # the encoder in ModernBERT's names
+# The encoder's name in ModernBERT.
+THEIR_MODEL = "model"
 MODERNBERT = {
     "bert.embeddings.norm": f"{THEIR_MODEL}.embeddings.norm",
     "bert.encoder.final_norm": f"{THEIR_MODEL}.final_norm",
@@ -72,7 +73,8 @@ GTE_LAYER = {
 PARTS = ("weight", "bias")
 TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
 WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
-TIED_DECODER = "decoder.weight"  # the same tensor as the word embeddings
+# This tensor is the same as the word embeddings.
+TIED_DECODER = "decoder.weight"
 THEIR_DECODER = "cls.predictions.decoder"
 
 
@@ -167,15 +169,20 @@ LAYERS: dict[Kind, str] = {
     "gte": "gte.layers",
 }
 
-MLM_HEAD_PREFIXES = ("transform.", "decoder.")  # our masked language modelling head
-SAME_NAME_PREFIXES = ("bert.pooler.dense.", "classifier.", "qa_outputs.")  # both sides use these names
-UNUSED_PREFIXES = ("cls.seq_relationship.",)  # next-sentence prediction, which our model does not have
+# The parameters of our masked language modelling head.
+MLM_HEAD_PREFIXES = ("transform.", "decoder.")
+# These parameters have the same names in both models.
+SAME_NAME_PREFIXES = ("bert.pooler.dense.", "classifier.", "qa_outputs.")
+# The parameters of next-sentence prediction, which our model does not have.
+UNUSED_PREFIXES = ("cls.seq_relationship.",)
 # A classifier of ours has its pooler under another name, see MegaBertForSequenceClassification.
 POOLER = {f"pre_classifier.dense.{part}": f"bert.pooler.dense.{part}" for part in PARTS}
 # What torch.compile, DistributedDataParallel, FSDP, activation checkpointing and Lightning add to the names of a model.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model"}
-BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")  # constants: 0, 1, 2... and zeros
-LEGACY_LAYER_NORM = {"gamma": "weight", "beta": "bias"}  # in checkpoints converted from TensorFlow
+# These buffers are constants: 0, 1, 2, ... and zeros.
+BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
+# The names in checkpoints that were converted from TensorFlow.
+LEGACY_LAYER_NORM = {"gamma": "weight", "beta": "bias"}
 
 
 class RenamedWeights(NamedTuple):

@@ -12,8 +12,10 @@ from megabert.data.masking import mask
 from megabert.data.packing import filler_lengths
 from megabert.data.shards.manifest import TokenizerInfo
 
-ALIGNMENT = 64  # elements, 256 bytes: every tensor in the buffer is aligned for the widest loads
-IGNORE_INDEX = -100  # the label of an unused slot
+# Elements, which are 256 bytes: every tensor in the buffer is aligned for the widest loads.
+ALIGNMENT = 64
+# The label of an unused slot.
+IGNORE_INDEX = -100
 
 
 class Shapes(NamedTuple):
@@ -131,7 +133,8 @@ def lay_out(
     num_tokens = int(chosen.lengths.sum())
     ids = views["input_ids"]
     if num_tokens:
-        np.concatenate(chosen.parts, out=ids[:num_tokens], casting="same_kind")  # ids are below 2^31
+        # Ids are below 2^31, so the cast to int32 loses nothing.
+        np.concatenate(chosen.parts, out=ids[:num_tokens], casting="same_kind")
     ids[num_tokens:] = tokenizer.special_ids["pad"]
     lengths = np.concatenate([chosen.lengths, filler_lengths(shapes.bin_tokens - num_tokens, max_seq_len)])
     ends = lengths.cumsum()

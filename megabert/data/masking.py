@@ -8,7 +8,8 @@ import numpy as np
 # 3.1).
 MASK_SHARE = 0.8
 RANDOM_SHARE = 0.1
-STEPS = 1 << 16  # random numbers have 16 bits, so a share is exact to 0.001 %
+# Random numbers have 16 bits, so a share is exact to 0.001 %.
+STEPS = 1 << 16
 
 
 class Masked(NamedTuple):

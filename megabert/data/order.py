@@ -81,7 +81,8 @@ class Splits(NamedTuple):
     part: np.ndarray
     parts: np.ndarray
 
-    def __len__(self) -> int:  # the number of splits, not of columns
+    # The length is the number of splits, not of columns.
+    def __len__(self) -> int:
         return self.shard.size
 
 
@@ -152,7 +153,8 @@ class SourceOrder:
         self._source, self._stream, self._index = source, stream, source_index
         self.splits = cut_into_splits(source, stream.num_streams)
         tokens = source.tokens / (1 if source.tokenizer_path is None else CHARACTERS_PER_TOKEN)
-        bins = max(1e-9, tokens / (share * stream.bin_tokens))  # of this source, in an epoch of all streams
+        # The number of bins that this source fills in an epoch of all streams.
+        bins = max(1e-9, tokens / (share * stream.bin_tokens))
         chunks = max(1, int((self.splits.last - self.splits.first).sum()))
         # If n splits are read at once, share / n of a document's bin-mates come from its own split. In the next epoch
         # each of these is in the document's bin again with probability 1 / (bins made of n splits). The same holds for

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-SPECIALS_PER_PIECE = 2  # [CLS] and [SEP]
+# Each piece begins with [CLS] and ends with [SEP].
+SPECIALS_PER_PIECE = 2
 
 # If more than CROWDED * max_pieces pieces wait, most are short, because the look-ahead holds the tokens of at most four
 # bins.
@@ -29,9 +30,11 @@ def cut(lengths: np.ndarray, max_seq_len: int, truncate: bool) -> Pieces:
     lengths = lengths.astype(np.int64)
     if truncate:
         lengths = np.minimum(lengths, room)
-    counts = -(-lengths // room)  # pieces of each document
+    # Number of pieces of each document.
+    counts = -(-lengths // room)
     document = np.repeat(np.arange(len(lengths)), counts)
-    number = np.arange(len(document)) - np.repeat(counts.cumsum() - counts, counts)  # within its document
+    # Number of each piece within its document.
+    number = np.arange(len(document)) - np.repeat(counts.cumsum() - counts, counts)
     short, longer = lengths[document] // counts[document], lengths[document] % counts[document]
     size = short + (number < longer)
     start = number * short + np.minimum(number, longer)
@@ -90,7 +93,8 @@ def _best(lengths: np.ndarray, free: int, slots: int) -> list[int]:
 
     lengths: (n,). Among pieces of one length the oldest wins. Returns indices into lengths, none if no piece fits.
     """
-    values, first = np.unique(lengths, return_index=True)  # the oldest piece of each length
+    # Of several pieces of one length, this finds the oldest.
+    values, first = np.unique(lengths, return_index=True)
     place = int(np.searchsorted(values, free, side="right"))
     if not place or slots < 1:
         return []
@@ -104,7 +108,8 @@ def _best(lengths: np.ndarray, free: int, slots: int) -> list[int]:
         return one
     if best != partner[best]:
         return [int(first[best]), int(first[partner[best]])]
-    twins = np.flatnonzero(lengths == values[best])[:2]  # two pieces of one length, if there are two
+    # The pair may be two pieces of the same length, if there are two.
+    twins = np.flatnonzero(lengths == values[best])[:2]
     return twins.tolist() if len(twins) == 2 else one
 
 

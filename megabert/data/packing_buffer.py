@@ -134,7 +134,8 @@ class SourceCursor:
         # begin with a document of each source, even of the rarest.
         self._offset = (stream.number + 0.5) / stream.num_streams * source.median_document_tokens
         self.chunks: deque[ChunkPieces] = deque()
-        self.used_tokens = position.used_tokens  # before the next chunk to load
+        # Tokens of this source and stream before the next chunk to load.
+        self.used_tokens = position.used_tokens
         self.skipped = position.skipped - len(position.damaged)
         self.ended = False
         self._tokenizer = source.tokenizer
@@ -265,7 +266,8 @@ class PackingBuffer:
         # A table of the waiting pieces, one entry for each in every column. A chunk's key is made of its
         # source and its ChunkId, so that it is the same in a resumed stream.
         self._chunk_key = np.empty(0, dtype=np.int64)
-        self._piece = np.empty(0, dtype=np.int64)  # index in its chunk
+        # Index of each piece in its chunk.
+        self._piece = np.empty(0, dtype=np.int64)
         self._length = np.empty(0, dtype=np.int64)
         self._merge_key = np.empty(0, dtype=np.float64)
         # The first pieces of the table, whose predecessors are all loaded.

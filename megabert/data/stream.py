@@ -45,7 +45,8 @@ T = TypeVar("T")
 # where bins are long.
 LOOK_AHEAD_PIECES = 64
 LOOK_AHEAD_BINS = 4
-PREFETCHED = 4  # batches that each loader worker has ready
+# Each loader worker has this many batches ready.
+PREFETCHED = 4
 # A loader that gives nothing for this long, beyond the patience with its stores, has failed: even a shard of gigabytes,
 # fetched as a whole, takes less.
 LOADER_TIMEOUT_S = 600
@@ -134,7 +135,8 @@ class StreamConfig:
 def philox(seed: int, purpose: int, index: int) -> np.random.Generator:
     """Return the random generator of one bin: a pure function of its arguments, cheap for any index."""
     key = np.array([seed, purpose], dtype=np.uint64)
-    counter = np.array([0, 0, index, 0], dtype=np.uint64)  # 2^128 numbers between two bins
+    # The counters of two bins are 2^128 numbers apart, so no two bins share random numbers.
+    counter = np.array([0, 0, index, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
@@ -270,11 +272,13 @@ def _init_worker(_: int) -> None:
     """
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.set_wakeup_fd(-1)  # a fork shares the rank's, which would take the worker's signals for its own
+    # A forked worker shares the rank's wakeup descriptor, and the rank would take the worker's signals for its own.
+    signal.set_wakeup_fd(-1)
     for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    exit_with_parent()  # in a thread that must not take the SIGTERM, either
+    # This starts a thread, which must not take the SIGTERM either, so the signal is blocked before.
+    exit_with_parent()
     threading.Thread(target=_exit_when_parent_asks, name="sigterm", daemon=True).start()
 
 

@@ -64,7 +64,8 @@ def write_expected_outputs(
         inputs["token_type_ids"] = torch.tensor([encoding.type_ids for encoding in encodings])
     with torch.no_grad():
         logits = model(**inputs).logits
-    if logits.dim() == 3:  # of each token
+    # A model with logits of each token gives them for padding as well, which is left out.
+    if logits.dim() == 3:
         logits = logits[inputs["attention_mask"].bool()]  # (T, V)
     save_tensors(inputs | {"logits": logits.contiguous()}, folder / EXPECTED_OUTPUTS)
     shutil.copymode(folder / TOKENIZER, folder / EXPECTED_OUTPUTS)

@@ -13,11 +13,14 @@ from megabert.files.checkpoint_format import files_of
 from megabert.files.hashing import file_sha256
 
 RECORD = "export.json"
-FORMAT_VERSION = 1  # of export.json; exports without a version are older
-IMPORT_RECORD = "import.json"  # see folder_record.py
+# Version of export.json. Exports without a version are older.
+FORMAT_VERSION = 1
+# The record of an import, see folder_record.py.
+IMPORT_RECORD = "import.json"
 EDITABLE_FILES = {RECORD, IMPORT_RECORD, "README.md"}
 
-TOLERANCE = 1e-5  # of fp32 logits, relative to the largest one if that is above 1
+# Tolerance of fp32 logits, relative to the largest one if that is above 1.
+TOLERANCE = 1e-5
 
 # Real sentences of different lengths, with what tokenizers treat differently: case, accents, other scripts, numbers,
 # spaces, and the mask token.
@@ -28,7 +31,8 @@ CHECK_TEXTS = (
     "and passed to the function, which must not modify them. Lines that begin with a number sign are comments.",
     "The [MASK] of M\u00fcnchen is na\u00efve:  3.14 \u2264 \u03c0? \u6771\u4eac, don't_stop\u2028(e-mail) \U0001f600!",
 )
-CHECK_PAIRS = CHECK_TEXTS[::-1]  # the second texts, for a model that reads pairs
+# The second texts of the pairs, for a model that reads pairs.
+CHECK_PAIRS = CHECK_TEXTS[::-1]
 
 
 class Measurements(TypedDict):

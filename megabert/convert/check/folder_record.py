@@ -15,7 +15,8 @@ from megabert.convert.hf.writer import MODEL_CODE
 from megabert.files.checkpoint_format import files_of
 from megabert.files.hashing import file_sha256
 
-FORMAT_VERSION = 1  # of import.json
+# Version of import.json.
+FORMAT_VERSION = 1
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".index.json")
 
 
@@ -91,7 +92,8 @@ def describe_origin(source: Path, options: Any) -> Origin:
     files = sorted(path for path in source.iterdir() if is_model_file(path.name)) if source.is_dir() else []
     if options.tokenizer is not None:
         files += sorted(find_tokenizer_files(Path(options.tokenizer)).values())
-    files = [path for path in files if path.is_file()]  # what is missing is reported when it is read
+    # Files that are missing are reported when they are read.
+    files = [path for path in files if path.is_file()]
     code = [*sorted(MODEL_CODE.glob("*.py")), *sorted(Path(__file__).parents[1].rglob("*.py"))]
     return Origin(
         source=_hash([str(source.resolve()), *(f"{path.name} {file_sha256(path)}" for path in files)]),

@@ -83,8 +83,10 @@ def check_logits(logits: Tensor, expected: dict[str, Tensor], tolerance: float) 
     if got.shape != wanted.shape:
         sys.exit(f"logits have shape {tuple(got.shape)}, expected {tuple(wanted.shape)}")
     difference = float((got - wanted).abs().max())
-    allowed = tolerance * max(1.0, float(wanted.abs().max()))  # rounding errors of fp32 are relative
-    if not difference <= allowed:  # also true for NaN
+    # Rounding errors of fp32 are relative.
+    allowed = tolerance * max(1.0, float(wanted.abs().max()))
+    # This form of the comparison also refuses NaN.
+    if not difference <= allowed:
         sys.exit(f"logits differ by {difference:.3g}, more than {allowed:.1e}")
     return difference
 

@@ -25,7 +25,8 @@ REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attenti
 
 # https://huggingface.co/mosaicml/mosaic-bert-base; "repository--module.Class" is the hub's notation for remote code.
 MOSAICBERT_REPOSITORY = "mosaicml/mosaic-bert-base"
-MOSAICBERT_HEAD_EPS = 1e-12  # of the LayerNorm in its masked language modelling head, whatever its config says
+# The LayerNorm in MosaicBERT's masked language modelling head has this epsilon, whatever its config says.
+MOSAICBERT_HEAD_EPS = 1e-12
 MOSAICBERT_CLASSES = {
     "AutoConfig": "configuration_bert.BertConfig",
     "AutoModelForMaskedLM": "bert_layers.BertForMaskedLM",

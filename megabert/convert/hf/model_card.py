@@ -33,7 +33,8 @@ def read_metrics_at(run: Path, step: int) -> Metrics:
     for record in read_metrics(run / METRICS):
         if record["step"] <= step:
             last |= record
-    with contextlib.suppress(ValueError):  # an unfinished run has no result.json
+    # An unfinished run has no result.json.
+    with contextlib.suppress(ValueError):
         last |= {"unigram_loss": read_json(run / "result.json").get("unigram_loss")}
     return Metrics(*(last[name] if isinstance(last.get(name), (int, float)) else None for name in Metrics._fields))
 

@@ -180,7 +180,8 @@ def to_modernbert_config(config: MegaBertConfig, special_ids: dict[str, int]) ->
     thetas = {FULL: config.rope_theta, SLIDING: local_theta}
     return _common(config, "modernbert", special_ids) | MODERNBERT_FIXED | {
         "norm_eps": config.layer_norm_eps,
-        "layer_norm_eps": config.layer_norm_eps,  # vLLM reads both, and the next, which changes no output
+        # vLLM reads both norm_eps and layer_norm_eps. It also reads the next setting, which changes no output.
+        "layer_norm_eps": config.layer_norm_eps,
         "deterministic_flash_attn": False,
         "initializer_cutoff_factor": 2.0,
         "embedding_dropout": config.hidden_dropout_prob,

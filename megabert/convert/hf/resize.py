@@ -13,7 +13,9 @@ from megabert.model.configuration_megabert import MegaBertConfig
 
 POSITION_EMBEDDINGS = "bert.embeddings.position_embeddings.weight"
 DECODER_BIAS = "decoder.bias"
-MAX_TABLE_NUMEL = 2**31  # 8 GiB in fp32: the largest vocabularies have 250,000 tokens, the widest encoders 8192 numbers
+# The largest table has 8 GiB in fp32. The largest vocabularies have 250,000 tokens, the widest encoders 8192
+# dimensions.
+MAX_TABLE_NUMEL = 2**31
 
 # The role of each special token, by the names that tokenizers use for it.
 SPECIAL_ROLES = {
@@ -74,7 +76,8 @@ def resize_vocabulary(model: ImportedModel, old: Tokenizer, new: Tokenizer, mult
     _check_size("the vocabulary, rounded up,", num_rows, "vocab_size", old_rows.shape[1])
     generator = torch.Generator().manual_seed(seed)
     rows = torch.empty(num_rows, old_rows.shape[1]).normal_(0, config.initializer_range, generator=generator)
-    bias = torch.full((num_rows,), float(old_bias.min()))  # so that the rows added by rounding are never predicted
+    # With the smallest bias, the rows that rounding adds are hardly ever predicted.
+    bias = torch.full((num_rows,), float(old_bias.min()))
     counts = {"shared": 0, "composed": 0, "new": 0}
     for meaning, number in _index_meanings(new, num_rows).items():
         sources, origin = _find_source_rows(meaning, old_ids, old)
@@ -148,7 +151,8 @@ def _find_source_rows(meaning: Meaning, old_ids: dict[Meaning, int], old: Tokeni
     text, begins_word, is_special = meaning
     unknown = old_ids.get(Meaning("unk", False, True))
     ids = [] if is_special or not text.strip() else old.encode(text, add_special_tokens=False).ids
-    if not begins_word:  # prefer a token that continues a word to the one that begins it
+    # A token that continues a word is preferred to the one that begins it.
+    if not begins_word:
         continuation = old_ids.get(Meaning(text.lower(), False, False))
         ids = [continuation] if continuation is not None else ids
     if not ids or unknown in ids:

@@ -80,7 +80,8 @@ def read_hf_tokenizer(source: Path) -> Tokenizer:
     """
     files = find_tokenizer_files(source)
     if TOKENIZER not in files and VOCAB not in files:
-        return read_tokenizer(check_inside(source, TOKENIZER))  # raises: no such file
+        # The file does not exist, and this raises the error that says so.
+        return read_tokenizer(check_inside(source, TOKENIZER))
     return read_folder_tokenizer(files)
 
 

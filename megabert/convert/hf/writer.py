@@ -61,7 +61,8 @@ def write_weights(folder: Path, weights: dict[str, Tensor], max_shard_size: str 
     plan = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         save_tensors({name: weights[name].contiguous() for name in names}, folder / file)
-        shutil.copymode(folder / CONFIG, folder / file)  # safetensors creates files that only their owner can read
+        # safetensors creates files that only their owner can read.
+        shutil.copymode(folder / CONFIG, folder / file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")

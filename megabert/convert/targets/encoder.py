@@ -31,7 +31,8 @@ from megabert.model.configuration_megabert import MegaBertConfig
 
 FOLDER = "encoder"
 TOLERANCE = 1e-5
-PROVEN = 200  # texts
+# The embeddings of this many texts are compared.
+PROVEN = 200
 # vLLM chooses its class by this name, and stops at a tensor that the encoder does not have or that has a prefix.
 ARCHITECTURES: dict[NativeKind, str] = {"bert": "BertModel", "modernbert": "ModernBertModel", "gte": "GteModel"}
 PREFIXES: dict[NativeKind, str] = {"bert": "bert.", "modernbert": "model.", "gte": "new."}

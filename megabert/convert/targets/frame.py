@@ -95,8 +95,10 @@ def largest_difference(got: np.ndarray, wanted: np.ndarray, tolerance: float, wh
     if got.shape != wanted.shape:
         raise Differs(f"{what} have shape {got.shape}, expected {wanted.shape}")
     difference = float(np.abs(got - wanted).max(initial=0.0))
-    allowed = tolerance * max(1.0, float(np.abs(wanted).max(initial=0.0)))  # rounding errors of fp32 are relative
-    if not difference <= allowed:  # also true for NaN
+    # Rounding errors of fp32 are relative.
+    allowed = tolerance * max(1.0, float(np.abs(wanted).max(initial=0.0)))
+    # This form of the comparison also refuses NaN.
+    if not difference <= allowed:
         raise Differs(f"{what} differ by {difference:.3g}, more than {allowed:.1e}")
     return difference
 
@@ -111,7 +113,8 @@ def smallest_cosine(got: np.ndarray, wanted: np.ndarray, least: float, what: str
         raise Differs(f"{what} have shape {got.shape}, expected {wanted.shape}")
     got, wanted = got.astype(np.float64), wanted.astype(np.float64)
     cosine = float(_cosines(got, wanted).min())
-    if not cosine >= least:  # also true for NaN
+    # This form of the comparison also refuses NaN.
+    if not cosine >= least:
         raise Differs(f"{what}: the smallest cosine is {cosine:.6f}, less than {least}")
     own = float(_cosines(got - got.mean(axis=0), wanted - wanted.mean(axis=0)).mean())
     if not own >= SAME_TEXT:

@@ -22,7 +22,8 @@ from megabert.model.configuration_megabert import MegaBertConfig
 FOLDER = "jina"
 # TEI makes a table of heads x length x length in fp32: 200 MB for 12 heads and this length.
 LONGEST = 2048
-PROVEN = 200  # texts; the port computes in fp64
+# The embeddings of this many texts are compared. They are few because the port computes in fp64.
+PROVEN = 200
 TOLERANCE = 1e-5
 # transformers and vLLM would take the folder for a BERT and draw the parameters that it lacks at random. A table of
 # positions with one row, which no program that knows the layout reads, makes them refuse it.

@@ -17,10 +17,12 @@ from tokenizers import Tokenizer, normalizers
 from megabert.convert.targets.frame import Differs
 
 SPACE = "\u2581"
-PRIVATE = 0xF0000  # no character has a meaning there, and no step changes one
+# The first code point of a private-use plane. No character has a meaning there, and no step changes one.
+PRIVATE = 0xF0000
 INERT = "\u4e00"
 SIGMA, LOWER_SIGMA = "\u03a3", "\u03c3"
-LINE = 64  # characters that are compared at once
+# This many characters are compared at once.
+LINE = 64
 UNUSED_CATEGORIES = ("Cn", "Co", "Cs")
 
 

@@ -28,14 +28,19 @@ from megabert.convert.targets.graph_tokens import encode, find_tokens, spread
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
-ENCODER = "onnx/model.onnx"  # where optimum, TEI, Infinity and sentence-transformers look for the encoder
+# optimum, TEI, Infinity and sentence-transformers look for the encoder here.
+ENCODER = "onnx/model.onnx"
 MASKED_LM = "onnx/model_mlm.onnx"
-QUANTIZED = "onnx/model_quantized.onnx"  # optimum's name, and that of transformers.js for dtype q8
+# optimum uses this name, and transformers.js looks for it with dtype q8.
+QUANTIZED = "onnx/model_quantized.onnx"
 STATES, LOGITS = "last_hidden_state", "logits"
-OPSET = 18  # the oldest that torch's exporter writes without a conversion
-TOLERANCE = 1e-4  # onnxruntime uses other kernels
+# The oldest opset that torch's exporter writes without a conversion.
+OPSET = 18
+# onnxruntime uses other kernels than torch, so its rounding errors differ.
+TOLERANCE = 1e-4
 INT8_COSINE = 0.99
-SMALL = 256  # narrower models lose more to 8 bits
+# Models narrower than this lose more to 8 bits.
+SMALL = 256
 USE = """import onnxruntime  # with the inputs of AutoTokenizer: input_ids and attention_mask, int64
 session = onnxruntime.InferenceSession("this folder/onnx/model.onnx")  # model_mlm.onnx also gives logits
 states = session.run(["last_hidden_state"], {"input_ids": ids, "attention_mask": mask})[0]"""
@@ -87,7 +92,8 @@ def write_graph(module: nn.Module, path: Path, outputs: list[str]) -> None:
     """
     # The exporter would merge one tensor that is passed twice into one input.
     example = torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
-    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}  # the names of the graph's axes
+    # These become the names of the graph's axes.
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     with _silent_exporter():
         program = torch.onnx.export(
             module.eval(),

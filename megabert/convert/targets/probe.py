@@ -22,8 +22,10 @@ TEXTS = "target_check.json"
 ANSWERS = "target_check.safetensors"
 
 NUM_TEXTS = 1000
-NUM_LINES = 10_000  # of which only the ids are compared
-LONGEST = 512  # tokens of the longest text, if the model reads that many
+# Of this many further lines only the ids are compared.
+NUM_LINES = 10_000
+# The longest text has this many tokens, if the model reads that many.
+LONGEST = 512
 MARKERS = ("##", "\u2581", "\u0120")
 PUNCTUATION = ", . ; : ! ? ' \" ( ) - / & % $ # @ * + = < > [ ] _ ~".split()
 # First and last character of blocks of letters: Latin, Greek, Cyrillic, Armenian, Hebrew, Arabic, Devanagari, Thai,
@@ -99,7 +101,8 @@ def write_expected(model: MegaBertForMaskedLM, folder: Path, max_length: int) ->
         states = model.bert(*(torch.from_numpy(inputs[name]) for name in ("input_ids", "attention_mask")))
     real_states = states.last_hidden_state[torch.from_numpy(inputs["attention_mask"]).bool()].float()
     save_file({"pooled": pooled, "states": real_states.numpy()}, folder / ANSWERS)
-    (folder / ANSWERS).chmod((folder / TOKENIZER).stat().st_mode)  # safetensors lets only the owner read
+    # safetensors creates files that only their owner can read.
+    (folder / ANSWERS).chmod((folder / TOKENIZER).stat().st_mode)
     (folder / TEXTS).write_text(json.dumps(texts, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
 

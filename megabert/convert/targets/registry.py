@@ -26,7 +26,8 @@ ALL = (
     transformers_js.TARGET,
 )
 TARGETS = {target.name: target for target in ALL}
-ALWAYS = "transformers"  # the folder itself
+# This target is the exported folder itself, which is always written.
+ALWAYS = "transformers"
 
 
 class Outcome(TypedDict):

@@ -21,8 +21,10 @@ from megabert.model.configuration_megabert import MegaBertConfig
 FOLDER = "transformers.js"
 PACKAGE = "@huggingface/transformers"
 TOLERANCE = 1e-4
-TEXTS = 200  # of which embeddings are compared: one at a time
-MOST_BYTES = 1_900_000_000  # a graph of 2 GB or more is several files, and the library needs their names
+# The embeddings of this many texts are compared, one at a time.
+TEXTS = 200
+# A graph of 2 GB or more is split into several files, and the library needs their names.
+MOST_BYTES = 1_900_000_000
 USE = """import { pipeline } from '@huggingface/transformers';
 const fill = await pipeline('fill-mask', 'this folder/transformers.js', { dtype: 'fp32' });
 console.log(await fill('A text with a [MASK].'));"""

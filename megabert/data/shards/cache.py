@@ -15,7 +15,8 @@ from megabert.files.disk import as_mistake
 from megabert.files.hashing import file_sha256
 from megabert.files.lock import acquire, lock_folder
 
-READ_AHEAD_THREADS = 16  # of one process, for all its reads: more do not make an object store faster
+# Threads of one process for all its reads. More do not make an object store faster.
+READ_AHEAD_THREADS = 16
 # A shard may be evicted between fetching and opening it. So many times in a row means that the cache is far too small.
 MAX_EVICTIONS = 100
 # Errors that waiting does not help against: a full disk, or one that we may not write to.
@@ -62,7 +63,8 @@ class WholeFileReader:
             try:
                 with open(path, "rb") as file:
                     return os.pread(file.fileno(), size, offset)
-            except FileNotFoundError:  # another process evicted it since
+            except FileNotFoundError:
+                # Another process has evicted the file since it was fetched.
                 continue
         raise ValueError(f"{self._cache.folder}: too small for the shards that are read at once. Raise data.cache_gb.")
 
@@ -116,7 +118,8 @@ class ShardCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _file_lock(self.folder / f"{name}.lock"):
-                if not self._is_cached(path, expected.bytes):  # else another process has fetched it meanwhile
+                # While this process waited for the lock, another one may have fetched the file.
+                if not self._is_cached(path, expected.bytes):
                     self._fetch(path, fetch, expected)
         except OSError as error:
             if error.errno in PERMANENT_ERRORS or not self.folder.is_dir():
@@ -150,7 +153,8 @@ class ShardCache:
         try:
             found = path.stat().st_size == size
             if found:
-                os.utime(path)  # the time of the last read, for the order of eviction
+                # The cache evicts files in the order in which they were last read, so the time of this read is kept.
+                os.utime(path)
             return found
         except (FileNotFoundError, NotADirectoryError):
             return False
@@ -176,7 +180,8 @@ def _read_time(entry: os.DirEntry[str]) -> float:
 def _size(entry: os.DirEntry[str]) -> int:
     try:
         return entry.stat().st_size
-    except FileNotFoundError:  # another process evicted it
+    except FileNotFoundError:
+        # Another process has evicted the file.
         return 0
 
 

@@ -38,11 +38,16 @@ FIRST_HELDOUT = "first_heldout"
 
 # A manifest may come from an untrusted server, and a shard's name becomes a path in the folder or in the cache.
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.tar")
-MAX_CHUNK_BYTES = 1 << 30  # enough for the longest text; a chunk of tokens has less than 2 MB
-MAX_VOCAB_SIZE = 1 << 24  # 60 times the largest vocabulary in use
-MAX_MANIFEST_BYTES = 128 << 20  # half a million shards
-MAX_TOKENIZER_BYTES = 256 << 20  # of tokenizer.json, and of the other small files
-MAX_CHUNKS_BYTES = 1 << 31  # of chunks.npy: 50 M chunks, some 7 T tokens
+# Enough for the longest text. A chunk of tokens has less than 2 MB.
+MAX_CHUNK_BYTES = 1 << 30
+# 60 times the largest vocabulary in use.
+MAX_VOCAB_SIZE = 1 << 24
+# Enough for half a million shards.
+MAX_MANIFEST_BYTES = 128 << 20
+# The limit for tokenizer.json, and for each of the other small files.
+MAX_TOKENIZER_BYTES = 256 << 20
+# The limit for chunks.npy: 50 M chunks, which have some 7 T tokens.
+MAX_CHUNKS_BYTES = 1 << 31
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -343,7 +348,8 @@ def _find_shard_problem(shard: Shard) -> str | None:
     if (shard.chunks < 0).any() or (sizes > MAX_CHUNK_BYTES).any() or (offsets > shard.bytes - sizes).any():
         return f"{shard.name} has a chunk outside its {shard.bytes} bytes, or of more than {MAX_CHUNK_BYTES >> 20} MB"
     documents, tokens = shard.chunks[:, 2:4].sum(axis=0).tolist()
-    if tokens != shard.tokens or documents < shard.documents:  # a long document is cut into several
+    # The chunks may have more documents than the shard, because a long document is cut into several.
+    if tokens != shard.tokens or documents < shard.documents:
         return (
             f"{shard.name} with {shard.documents} documents of {shard.tokens} tokens, its chunks have {documents} of "
             f"{tokens}"

@@ -26,9 +26,12 @@ T = TypeVar("T")
 # A pause is a random part of 0.25, 0.5, 1, 2, 4, 5, 5, ... s, so that the ranks do not retry at the same moment, and
 # all of them recover soon after an outage.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
-LOG_AFTER_S = 10.0  # a wait of this length is logged with its URL
-SLOW_S, SLOW_FACTOR = 1.0, 5.0  # a request that takes longer than both, in medians, is made a second time
-REQUEST_THREADS = 32  # of one process: two for each thread of the read-ahead
+# A wait of this length is logged with its URL.
+LOG_AFTER_S = 10.0
+# A request is made a second time if it takes longer than this many seconds and than this many times the median.
+SLOW_S, SLOW_FACTOR = 1.0, 5.0
+# Threads of one process: two for each thread of the read-ahead.
+REQUEST_THREADS = 32
 _TIME = struct.Struct("d")
 LONGER = ". If it needs longer, raise data.store_patience_s."
 
@@ -36,7 +39,8 @@ LONGER = ". If it needs longer, raise data.store_patience_s."
 class StoreAwayError(OSError):
     """A store that has not answered for as long as the user wants to wait."""
 
-    exit_code = 75  # as sysexits.h names a failure that may pass
+    # sysexits.h gives this code to a failure that may pass.
+    exit_code = 75
 
 
 class RefusedError(PermissionError):
@@ -109,7 +113,8 @@ class Hedge:
     """Makes a request a second time if the first is unusually slow, and returns what arrives first."""
 
     def __init__(self) -> None:
-        self._seconds: deque[float] = deque(maxlen=64)  # of the last requests
+        # Seconds that each of the last requests took.
+        self._seconds: deque[float] = deque(maxlen=64)
 
     def __call__(self, request: Callable[[], T], url: str) -> T:
         """Return request(); it runs in other threads, twice at once where the first is slow. Raises what it raises."""
@@ -150,7 +155,8 @@ def _is_temporary(error: BaseException) -> bool:
     if getattr(error, "errno", None) in PERMANENT_ERRORS:
         return False
     status = _status_of(error)
-    return not 400 <= status < 500 or status in (408, 429)  # 408: timeout, 429: too many requests
+    # Status 408 means a timeout and 429 too many requests, so a retry may help.
+    return not 400 <= status < 500 or status in (408, 429)
 
 
 def _is_refusal(error: BaseException) -> bool:

@@ -12,9 +12,12 @@ from megabert.data.shards.cache import read_ahead_pool
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-READ_AHEAD_S = 10.0  # as long as a request that hangs and is made a second time may take
-MOST_READS = 8  # in flight or waiting, for one source of one stream: two megabytes
-WARM_UP = 4  # the first results fill a packing buffer, and are used faster than training uses the others
+# A request that hangs and is made a second time may take as long as this.
+READ_AHEAD_S = 10.0
+# At most this many reads are in flight or waiting, for one source of one stream. They hold two megabytes.
+MOST_READS = 8
+# The first results fill a packing buffer, so they are used faster than training uses the later ones.
+WARM_UP = 4
 
 
 def read_ahead(items: Iterable[Item], read: Callable[[Item], Result], least: int) -> Iterator[tuple[Item, Result]]:

@@ -88,7 +88,8 @@ class SideFiles:
             data = self.storage.read_whole(name, MAX_TOKENIZER_BYTES)
         except StoreAwayError:
             raise
-        except OSError as error:  # a web server may answer with any status for a missing file
+        except OSError as error:
+            # A web server may answer with any status for a missing file.
             if error.errno in (errno.EIO, errno.ESTALE):
                 raise DiskError(f"{url}: cannot be read: {error}") from error
             if expected is None:

@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 
 COMMAND_PATIENCE_S = 30.0
 PIPE_BUFFER = 1 << 20
-STALLED_S = 30.0  # so long a server may send nothing before the connection counts as broken
+# A connection counts as broken after a server has sent nothing for this long.
+STALLED_S = 30.0
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBER_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
@@ -109,7 +110,8 @@ class LocalFolder:
 class RemoteFolder:
     """A folder behind a URL that fsspec can open. From a web server without byte ranges, whole shards are fetched."""
 
-    read_ahead = 2  # an object store answers in about the time that training on a chunk takes
+    # An object store answers in about the time that training on a chunk takes.
+    read_ahead = 2
 
     def __init__(self, folder: str, cache: CacheOptions):
         self.folder, self.patience_s = folder.rstrip("/"), cache.patience_s
@@ -167,7 +169,8 @@ class RemoteFolder:
 
     def _copy(self, name: str, write: Callable[[bytes], object], max_bytes: int, offset: int | None = None) -> None:
         system, url = self._open(), self.url(name)
-        if not url.startswith(("http://", "https://")):  # object stores answer with the bytes that were asked for
+        # Object stores answer with exactly the bytes that were asked for. Web servers may not.
+        if not url.startswith(("http://", "https://")):
             end = (offset or 0) + max_bytes + (offset is None)
             data = system.cat_file(url, start=offset or 0, end=end)
             assert isinstance(data, bytes), "files are opened in binary mode"
@@ -254,14 +257,16 @@ def copy_pipe(url: str, file: LimitedWriter) -> None:
             while data := pipe.read(PIPE_BUFFER):
                 file.write(data)
         except TooLongError:
-            pipe.ignore_errors = True  # or its exit code would hide the reason
+            # Otherwise the exit code of the killed command would hide the reason.
+            pipe.ignore_errors = True
             pipe.proc.kill()
             raise
 
 
 def open_pipe(url: str) -> "Pipe":
     """Open pipe:COMMAND with webdataset's opener, whose read() and close() raise OSError if the command failed."""
-    import webdataset  # imports torch, which nothing else in this file needs
+    # webdataset imports torch, which nothing else in this file needs.
+    import webdataset
 
     return webdataset.gopen(url)  # pyrefly: ignore[bad-return] # a pipe, because of its scheme
 
@@ -309,7 +314,8 @@ def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str]
 
 def _names_too_many(location: str) -> bool:
     """Whether braces name more than MAX_SHARDS shards: the product of what is in each pair, the innermost first."""
-    count, rest = 1, re.sub(r"\\.", "", location)  # a brace behind a backslash is part of a name
+    # A brace behind a backslash is part of a name.
+    count, rest = 1, re.sub(r"\\.", "", location)
     while count <= MAX_SHARDS and (braces := INNERMOST_BRACES.search(rest)):
         if numbers := NUMBER_RANGE.fullmatch(braces[1]):
             count *= abs(int(numbers[2]) - int(numbers[1])) // max(1, int(numbers[3] or 1)) + 1

@@ -103,7 +103,8 @@ def _quiet_stderr() -> Iterator[None]:
     """Let nothing that the process writes to its descriptor 2 through, for a moment."""
     try:
         kept = os.dup(2)
-    except OSError:  # closed: nothing is visible anyway
+    except OSError:
+        # The descriptor is closed, so nothing is visible anyway.
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -54,7 +54,8 @@ def read_folder_tokenizer(files: dict[str, Path], lowercase: bool = True) -> Tok
     else:
         tokenizer = _from_vocab(path, settings, lowercase)
     _add_tokens(path, tokenizer, _parse_added_tokens(path.parent, settings, contents[ADDED_TOKENS]))
-    tokenizer.encode_special_tokens = True  # as read_tokenizer(): "[MASK]" in a text is text
+    # As in read_tokenizer(), a "[MASK]" in a text stays text.
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

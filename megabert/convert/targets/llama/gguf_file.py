@@ -33,8 +33,10 @@ from megabert.model.configuration_megabert import MegaBertConfig
 FOLDER = "gguf"
 # The smallest cosine of an embedding that is accepted of each file.
 FILES = {"f32": 0.9999, "f16": 0.999, "q8_0": 0.99}
-PROVEN = 200  # texts for the port, which computes in fp64
-BLOCK = 32  # of q8_0, along a row
+# The embeddings of this many texts are compared. They are few because the port computes in fp64.
+PROVEN = 200
+# q8_0 quantizes this many numbers of a row together.
+BLOCK = 32
 TOLERANCE = 1e-5
 # The names of JinaBERT v2's modules, to GGUF's.
 NAMES = {
@@ -67,7 +69,8 @@ MODERNBERT_LAYER_NAMES = {
     "mlp.down": "ffn_down",
 }
 POSITIONS = "position_embd.weight"
-ALWAYS_F32 = ("token_types.weight", POSITIONS)  # llama.cpp adds these as they are
+# llama.cpp adds these tensors without converting them, so they stay in fp32.
+ALWAYS_F32 = ("token_types.weight", POSITIONS)
 USE = """from llama_cpp import LLAMA_POOLING_TYPE_MEAN, Llama
 model = Llama("this folder/gguf/model-q8_0.gguf", embedding=True, pooling_type=LLAMA_POOLING_TYPE_MEAN)
 vector = model.embed("a text")"""
@@ -90,7 +93,8 @@ def to_gguf(source: Source) -> dict[str, Tensor]:
     config, weights = source.config, source.weights
     if native_kind(config) == "modernbert":
         names = modernbert_names(config.num_hidden_layers)
-        return {names[name]: tensor for name, tensor in weights.items() if name in names}  # the head has no place
+        # GGUF has no place for the head.
+        return {names[name]: tensor for name, tensor in weights.items() if name in names}
     if native_kind(config) == "bert":
         biases = {name: weights[name] for name in weights if name.endswith("mlp.up.bias")}
         renamed = {f"blk.{name.split('.')[3]}.ffn_up.bias": bias for name, bias in biases.items()}
@@ -136,7 +140,8 @@ def _write_file(source: Source, tensors: dict[str, Tensor], vocabulary: Vocabula
     architecture, name = _architecture(config)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name)
-    writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7}[kind])  # llama_ftype in llama.h
+    # The numbers are those of llama_ftype in llama.h.
+    writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7}[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(source.max_length)

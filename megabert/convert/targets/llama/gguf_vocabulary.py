@@ -11,14 +11,17 @@ from tokenizers import Tokenizer
 
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # llama.cpp's types of tokens
-NEVER = -1e12  # the score of a token that no text contains
+# llama.cpp's types of tokens.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+# The score of a token that must not occur in the encoding of a text.
+NEVER = -1e12
 SPACE = "\u2581"
 # ByteLevel in tokenizer.json, as it may be written.
 GPT2_SPLITS = [
     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": trim} for trim in (True, False)
 ]
-RULES = ("nmt_nfkc_cf", "nmt_nfkc", "nfkc_cf", "nfkc", "identity")  # sentencepiece's own
+# The names of sentencepiece's own rules.
+RULES = ("nmt_nfkc_cf", "nmt_nfkc", "nfkc_cf", "nfkc", "identity")
 
 
 class Vocabulary(NamedTuple):
