@@ -76,7 +76,8 @@ def replace_folder(folder: Path, out: Path) -> None:
 def _new_folder(out: Path) -> tuple[Path, int]:
     """Create a folder, locked while this process lives, and remove abandoned ones. Also returns the descriptor."""
     staged = re.compile(rf"\.tmp-{re.escape(out.name)}-[0-9a-f]{{8}}(-old)?")
-    with _locked(out.parent):  # else a folder that is not locked yet would look abandoned
+    # Without this lock, a new folder that is not locked yet would look abandoned.
+    with _locked(out.parent):
         for other in [path for path in out.parent.iterdir() if staged.fullmatch(path.name)]:
             _remove_if_abandoned(other)
         folder = out.with_name(f".tmp-{out.name}-{secrets.token_hex(4)}")
@@ -91,9 +92,8 @@ def _remove_if_abandoned(folder: Path) -> None:
     with contextlib.suppress(OSError):
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            if lock_descriptor(
-                lock, blocking=False
-            ):  # raises where the file system has no locks: nothing is removed there
+            # This raises where the file system has no locks, so nothing is removed there.
+            if lock_descriptor(lock, blocking=False):
                 shutil.rmtree(folder)
         finally:
             os.close(lock)

@@ -10,7 +10,8 @@ MISTAKES = {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 class DiskError(OSError):
     """A disk or a file system that fails or is full: another attempt, perhaps on another machine, may succeed."""
 
-    exit_code = 74  # as sysexits.h names an error of input or output
+    # sysexits.h gives this code to an error of input or output.
+    exit_code = 74
 
 
 def is_mistake(error: OSError) -> bool:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 1 << 28  # a hundred times what a checkpoint's largest JSON file has
+# The largest JSON file of a checkpoint has a hundredth of this.
+MAX_BYTES = 1 << 28
 
 
 def parse_json(data: bytes | str, parse_constant: Callable[[str], Any] | None = None) -> Any:

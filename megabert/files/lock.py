@@ -114,7 +114,8 @@ def _owner() -> str:
 def _held(path: Path) -> LockHeldError:
     try:
         owner = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):  # the holder has not written its record yet
+    except (OSError, ValueError, RecursionError):
+        # The holder has not written its record yet.
         owner = {}
     if not isinstance(owner, dict):
         owner = {}

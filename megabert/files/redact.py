@@ -15,7 +15,8 @@ HEADER = re.compile(rf"(?i)(['\"]{SECRET}\s*:\s*)[^'\"\n]+")
 COMMAND = re.compile(r"(pipe:)([^\n]*)")
 WORD = re.compile(r"'[^'\n]*'|\"[^\"\n]*\"|\S+")
 VARIABLE = re.compile(r"(\w+=)(?!\.\.\.)\S+")
-PLACE = re.compile(r"[a-zA-Z][\w+.-]*:\\?/\\?/|[./{]|-$")  # how a URL, a path or stdout begins, which is no secret
+# A URL, a path or stdout begins like this, and is no secret.
+PLACE = re.compile(r"[a-zA-Z][\w+.-]*:\\?/\\?/|[./{]|-$")
 HIDDEN = "..."
 
 
@@ -42,7 +43,8 @@ def _redact_command(text: str) -> str:
         is_option = word.startswith("-") and len(word) > 1 and word[1] not in ":.,'\")"
         parts.append(_redact_word(word, after_option, is_option))
         after_option = is_option and "=" not in word
-        if word[-1] in ":." and not word.endswith(HIDDEN):  # here a message begins
+        # The command ends at this word, and a message begins.
+        if word[-1] in ":." and not word.endswith(HIDDEN):
             break
     rest = HEADER.sub(rf"\1{HIDDEN}", text)[end:]
     return "".join(parts) + rest

@@ -12,7 +12,8 @@ import threading
 LONGEST_SOCKET_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
 # Opened here, because a process between fork and exec must not open libraries.
 LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+# The value is from <linux/prctl.h>.
+PR_SET_PDEATHSIG = 1
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
@@ -33,7 +34,8 @@ def use_short_socket_paths() -> None:
         )
     tempfile.tempdir = writable[0]
     try:
-        multiprocessing.util.get_temp_dir()  # makes the folder, once; children inherit it
+        # This makes the folder once, and child processes inherit it.
+        multiprocessing.util.get_temp_dir()
     finally:
         tempfile.tempdir = before
 

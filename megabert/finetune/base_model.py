@@ -71,7 +71,8 @@ def _read_prepared(out: Path, record: dict[str, Any]) -> BaseModel | None:
     try:
         found = json.loads((out / ORIGIN).read_bytes())
         sha256 = fingerprint(out)
-    except (OSError, ValueError, RecursionError):  # missing or incomplete
+    except (OSError, ValueError, RecursionError):
+        # The base model is missing or incomplete.
         return None
     return BaseModel(out, sha256) if found == record | {"sha256": sha256} else None
 
@@ -92,7 +93,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _convert_checkpoint(source: Path, out: Path) -> None:
     weights, config, state = read_checkpoint(source)
-    config.padding = "unpadded"  # padding changes only the speed
+    # Padding changes only the speed.
+    config.padding = "unpadded"
     write_config(out, config)
     write_weights(out, weights, "5GB")
     copy_tokenizer(source, out, state.max_seq_len)

@@ -25,8 +25,10 @@ from megabert.finetune.training import Backend, build_model, uses_bf16
 from megabert.kernels.devices import local_devices, why_gpu_is_unused
 from megabert.kernels.resolve import resolve
 
-LOCK = "glue.lock"  # in OUT
-LOCK_TIMEOUT_S = 2.0  # the jobs of a killed command end within this time
+# The name of the lock file in OUT.
+LOCK = "glue.lock"
+# The jobs of a killed command end within this time.
+LOCK_TIMEOUT_S = 2.0
 
 
 def run_finetuning(options: FinetuneOptions) -> int:

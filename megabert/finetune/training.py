@@ -202,7 +202,8 @@ def finetune(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        if not torch.isfinite(total):  # waits for the device, so only once per epoch
+        # Reading the total waits for the device, so it is done only once per epoch.
+        if not torch.isfinite(total):
             raise ValueError(f"the loss was not finite in epoch {epoch + 1} of {settings.epochs}. Lower lr.")
     seconds = time.perf_counter() - start
     tokens = settings.epochs * sum(map(len, train.input_ids))

@@ -44,7 +44,8 @@ def document_of(TILES, CU, KEYS, tile):
     start = tl.load(CU + document)
     length = tl.load(CU + document + 1) - start
     if KEYS is not None:
-        keys = tl.maximum(tl.load(KEYS + document), 1)  # a softmax over no keys would be NaN
+        # A softmax over no keys would be NaN.
+        keys = tl.maximum(tl.load(KEYS + document), 1)
     else:
         keys = length
     return start, length, keys, tl.load(TILES + 2 * tile + 1)
@@ -108,7 +109,8 @@ def forward_kernel(
         s = tl.where(visible(rows, columns, ROWS + first, keys, REACH), s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
         if REACH is not None:
-            new_max = tl.maximum(new_max, -1e30)  # a row that sees no key of this tile: its exponents stay -inf
+            # A row may see no key of this tile. With a finite maximum its exponents stay -inf, and its weights are 0.
+            new_max = tl.maximum(new_max, -1e30)
         rescale = tl.exp2(row_max - new_max)
         weights = tl.exp2(s - new_max[:, None])
         row_sum = row_sum * rescale + tl.sum(weights, 1)
@@ -118,7 +120,8 @@ def forward_kernel(
         weighted_sum = tl.dot(weights.to(v.dtype), v, weighted_sum, out_dtype=ACC, input_precision="ieee")
         row_max = new_max
     if REACH is not None:
-        row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # padding that is far from every key gives 0
+        # Padding that is far from every key has no weights, and gives 0.
+        row_sum = tl.where(row_sum > 0, row_sum, 1.0)
     inside = rows < length
     tl.store(LSE + head * T + start + rows, row_max + tl.log2(row_sum), mask=inside)
     out = OUT + start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
@@ -208,7 +211,8 @@ def key_kernel(
         dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, dv, out_dtype=ACC, input_precision="ieee")
         ds = weights * (dweights - delta[:, None])
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, out_dtype=ACC, input_precision="ieee")
-    inside = columns[:, None] < length  # padding of a row is no key: its gradient is 0
+    # The padding of a row is no key, so its gradient is 0.
+    inside = columns[:, None] < length
     tl.store(DQKV + base + key, (dk * scale).to(DQKV.dtype.element_ty), mask=inside)
     tl.store(DQKV + base + key + H * D, dv.to(DQKV.dtype.element_ty), mask=inside)
 

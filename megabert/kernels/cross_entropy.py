@@ -40,7 +40,8 @@ def loss_kernel(
     row = tl.program_id(0)
     logits = LOGITS + row.to(tl.int64) * V
     label = tl.load(LABELS + row)
-    if (label < 0) | (label >= V):  # IGNORE_INDEX, or an invalid label
+    # The label is IGNORE_INDEX, or invalid.
+    if (label < 0) | (label >= V):
         tl.store(LSE + row, 0.0)
         tl.store(LOSS + row, tl.where(label == IGNORED, 0.0, float("nan")))
         tl.store(CORRECT + row, 0)
@@ -57,7 +58,8 @@ def loss_kernel(
             x = tl.load(logits + column, mask=column < V, other=float("-inf")).to(ACC)
             ratio = tl.exp(tl.minimum(x, highest) - tl.maximum(x, highest))
             grown = tl.where(x > highest, total * ratio + 1.0, total + ratio)
-            total = tl.where(x == float("-inf"), total, grown)  # before the first logit the ratio is NaN
+            # Before the first finite logit the ratio is NaN.
+            total = tl.where(x == float("-inf"), total, grown)
             highest = tl.maximum(highest, x)
         top = tl.max(highest, 0)
         mass = tl.sum(total * tl.exp(highest - top), 0)
@@ -67,7 +69,8 @@ def loss_kernel(
         tl.store(LOSS + row, lse - target + z_loss * lse * lse)
         tl.store(CORRECT + row, (target == top).to(tl.int32))
         if GRADIENT:
-            tl.debug_barrier()  # the label's logit is read before another thread overwrites it
+            # The label's logit must be read before another thread overwrites it.
+            tl.debug_barrier()
             share = (1.0 + 2.0 * z_loss * lse) / mass
             for first in range(0, V, BLOCK):
                 column = first + tl.arange(0, BLOCK)

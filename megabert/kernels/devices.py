@@ -12,7 +12,8 @@ import torch
 
 # Where an NVIDIA driver shows itself: a file of its own, or under WSL2 the library that Windows lends.
 NVIDIA_FILES = (Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
-OLDEST_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores
+# Ampere is the first generation with bf16 tensor cores.
+OLDEST_CAPABILITY = (8, 0)
 C_COMPILER = "install gcc, or set CC"
 TRAIN_ON_CPU = "set DS_ACCELERATOR=cpu to train on the CPU"
 

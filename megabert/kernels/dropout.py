@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GROUP = tl.constexpr(8)  # neighbouring columns that share one Philox call
+# This many neighbouring columns share one Philox call.
+GROUP = tl.constexpr(8)
 
 
 def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:

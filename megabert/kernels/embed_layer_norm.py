@@ -115,7 +115,9 @@ def scatter_kernel(
             tl.store(LEADING + chunk * E + column, total, mask=inside & began_before)
             total = tl.zeros((BLOCK,), ACC)
             current = index
-            began_before = index < 0  # false: a new run begins here
+            # Every run after the first begins in this chunk. The comparison is always false, in the type of the
+            # variable.
+            began_before = index < 0
         total += tl.load(DZ + tl.load(ORDER + place) * E + column, mask=inside, other=0.0).to(ACC)
     continues = tl.load(IDS + end, mask=end < T, other=-1).to(tl.int64) == current
     run = total.to(DTABLE.dtype.element_ty)
@@ -131,7 +133,8 @@ def carry_kernel(IDS, DTABLE, LEADING, TRAILING, T, E, chunk_tokens, BLOCK: tl.c
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < E
     begin = chunk * chunk_tokens
-    following = begin + chunk_tokens  # where the next chunk begins
+    # The position where the next chunk begins.
+    following = begin + chunk_tokens
     index = tl.load(IDS + following - 1, mask=following < T, other=-1).to(tl.int64)
     before = tl.load(IDS + begin - 1, mask=begin > 0, other=-1).to(tl.int64)
     after = tl.load(IDS + following, mask=following < T, other=-2).to(tl.int64)

@@ -29,8 +29,10 @@ from megabert.model.ops import TORCH_OPS, Ops
 
 log = logging.getLogger(__name__)
 
-FLASH_OLDEST = "2.4"  # the first with alibi_slopes
-TRITON_OLDEST = "3.6"  # of torch 2.11; its kernels compile with the same registers as those of 3.7.1, which tests run
+# The first version with alibi_slopes.
+FLASH_OLDEST = "2.4"
+# The version of torch 2.11. Its kernels compile with the same registers as those of 3.7.1, which the tests run.
+TRITON_OLDEST = "3.6"
 
 # Modules to look for, and the distributions that may contain them and know their version. apex is recognised by its C
 # extension, because PyPI's package of that name is another project.

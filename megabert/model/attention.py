@@ -56,7 +56,7 @@ def plan_eager(sequences: Sequences, slopes: Tensor | None, head_dim: int, reach
         outputs = []
         for part in qkv.split([b - a for a, b in pairwise(bounds)]):
             bias = score_bias(slopes, reach, len(part), qkv)
-            query, key, value = part.permute(1, 2, 0, 3)  # each (H, L, D)
+            query, key, value = part.permute(1, 2, 0, 3)  # (H, L, D) each
             outputs.append(weigh(query, key, value, bias, dropout_p).transpose(0, 1))  # (L, H, D)
         return torch.cat(outputs)
 

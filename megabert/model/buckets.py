@@ -85,7 +85,8 @@ def token_slots(cu_seqlens: Tensor, buckets: list[Bucket]) -> tuple[Tensor, Tens
     documents, sizes = documents.to(cu_seqlens.device), sizes.to(cu_seqlens.device)
     starts, lengths = cu_seqlens[documents].long(), cu_seqlens.diff()[documents].long()
     position = torch.arange(int(sizes.sum()), device=sizes.device)
-    position -= torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)  # within the document
+    # From here on, positions count within each document.
+    position -= torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
     last = torch.repeat_interleave(lengths - 1, sizes)
     return torch.repeat_interleave(starts, sizes) + torch.minimum(position, last), position > last
 
@@ -258,7 +259,8 @@ class BucketAttention(torch.autograd.Function):
         num_tokens, heads, size = grad.shape
         layout, scale = ctx.layout, ctx.scorer.scale
         grad_out = grad.reshape(-1, size).index_select(0, layout.out.to_buckets)
-        grad_out.index_fill_(0, layout.empty, 0.0)  # the queries of empty slots give keys and values no gradient
+        # The queries of empty slots must give keys and values no gradient.
+        grad_out.index_fill_(0, layout.empty, 0.0)
         grad_qkv = torch.empty_like(rows_of_qkv)
         inputs = _blocks(rows_of_qkv, grad_out, layout.shapes, heads)
         results = _blocks(grad_qkv, grad_out, layout.shapes, heads)

@@ -13,7 +13,8 @@ SIZES = {
     "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 0, "num_attention_heads": 1, "intermediate_size": 1,
     "type_vocab_size": 0, "max_position_embeddings": 1,
 }  # fmt: skip
-SMALLEST_EPS = 1e-30  # far smaller ones are 0 in fp32, and a constant row then becomes NaN
+# A far smaller epsilon is 0 in fp32, and a constant row then becomes NaN.
+SMALLEST_EPS = 1e-30
 
 
 class MegaBertConfig(PretrainedConfig):

@@ -52,7 +52,8 @@ def flatten_choices(inputs: Inputs) -> tuple[int, Inputs]:
     """Return the number of choices C, and (B, C, S) inputs as (B * C, S). Raises ValueError for other shapes."""
     given = inputs.input_ids if inputs.input_ids is not None else inputs.inputs_embeds
     if given is None:
-        return 1, inputs  # read_tokens() raises
+        # read_tokens() raises the error for missing inputs.
+        return 1, inputs
     lead = 3 if inputs.input_ids is not None else 4
     if given.dim() != lead:
         name = "input_ids" if inputs.input_ids is not None else "inputs_embeds"
@@ -114,7 +115,8 @@ def _read_packed(inputs: Inputs, cu_seqlens: Tensor, num_tokens: int) -> Tokens:
         raise ValueError("attention_mask was passed with cu_seqlens, which alone says where documents begin and end.")
     if cu_seqlens.dim() != 1 or not len(cu_seqlens):
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (documents + 1,).")
-    if cu_seqlens.is_cpu or max_seqlen is None:  # reading values of a GPU would wait for it
+    # Reading values of a tensor on a GPU would wait for the GPU.
+    if cu_seqlens.is_cpu or max_seqlen is None:
         lengths = cu_seqlens.diff().tolist()
         longest = max(lengths, default=0)
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_tokens or min(lengths, default=0) < 0:

@@ -268,10 +268,12 @@ class Encoder(Module):
         # Kernels take fp32 slopes; an fp64 model computes in fp64 throughout.
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         num_heads, key = self.config.num_attention_heads, (dtype, hidden.device)
-        if in_one_graph():  # a tensor of a trace is useless outside it, and one from outside is a constant in it
+        # A tensor of a trace is useless outside it, and one from outside becomes a constant in it. So neither is kept.
+        if in_one_graph():
             return alibi_slopes(num_heads, dtype).to(hidden.device)
         if key not in self.slopes:
-            with torch.inference_mode(False):  # a tensor of inference mode would be useless in training
+            # A tensor that is made in inference mode would be useless in training.
+            with torch.inference_mode(False):
                 self.slopes[key] = alibi_slopes(num_heads, dtype).to(hidden.device)
         return self.slopes[key]
 

@@ -266,7 +266,8 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels or 2  # transformers' default
+        # Two labels are the default of transformers.
+        self.num_labels = config.num_labels or 2
         self.bert = MegaBertModel(config, add_pooling_layer=False)
         self._add_head(config, of_documents=True)
         self.dropout = nn.Dropout(classifier_dropout(config))
@@ -347,7 +348,8 @@ class MegaBertForTokenClassification(MegaBertPreTrainedModel):
 
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels or 2  # transformers' default
+        # Two labels are the default of transformers.
+        self.num_labels = config.num_labels or 2
         self.bert = MegaBertModel(config, add_pooling_layer=False)
         self._add_head(config)
         self.dropout = nn.Dropout(classifier_dropout(config))

@@ -182,12 +182,14 @@ def sync_step(run: Run, batches: list[PackedBatch], before: dict[int, Position],
     packed = torch.cat([sums, to_device(own, torch.float64, run.engine.device)])
     with meter.timer.time("agree"):
         deepspeed.comm.all_reduce(packed)
-    *counts, any_stop, any_failure, wall_seconds = packed.tolist()  # waits for the device
+    # This waits for the device.
+    *counts, any_stop, any_failure, wall_seconds = packed.tolist()
     state.step += 1
     state.time_budget.update(wall_seconds)
     if any_failure:
         progress.enter("saving", long=True)
-        run.writer.wait()  # raises on every rank
+        # The wait raises the error on every rank.
+        run.writer.wait()
     if run.gate.finish_step():
         meter.add_step(counts)
         meter.local_tokens += tokens

@@ -53,7 +53,8 @@ def main() -> None:
     plan = read_protocol(options.protocol, [task]).plan_for(task)
     check_data([task], data, submission=False)
     if not options.check:
-        os.nice(10)  # everything else on the machine has priority
+        # Everything else on the machine has priority.
+        os.nice(10)
         write_score(options, task, data, plan)
 
 

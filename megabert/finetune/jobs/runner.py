@@ -106,7 +106,8 @@ class Runner:
                     process = start_process(job, self.context, slot, start[0], self._request(job, start[1]))
                     running[process.sentinel] = (job, process, slot)
                 if not running:
-                    break  # the pending jobs wait for jobs of other commands
+                    # The pending jobs wait for jobs of other commands.
+                    break
                 for sentinel in multiprocessing.connection.wait(list(running)):
                     job, process, slot = running.pop(sentinel)
                     process.join()

@@ -11,7 +11,8 @@ from megabert.finetune.record import read_record, write_record
 from megabert.finetune.tasks.task import EIGHT, Task
 from megabert.plots.score_bars import Bar, plot_score_bars
 
-FORMAT_VERSION = 2  # of results.json
+# Version of results.json.
+FORMAT_VERSION = 2
 TITLES = {
     PRETRAINED: "fine-tuned, pretrained",
     RANDOM_INIT: "fine-tuned, from random weights",

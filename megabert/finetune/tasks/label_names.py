@@ -38,7 +38,8 @@ def _names_in_metadata(task: Task, text: bytes) -> list[str] | None:
     """Return the label names that the datasets library writes into a parquet file's metadata."""
     try:
         found = _get(json.loads(text), "info", "features", task.label, "names")
-    except (ValueError, RecursionError):  # metadata of another program
+    except (ValueError, RecursionError):
+        # The metadata was written by another program.
         return None
     return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else None
 
@@ -50,7 +51,8 @@ def _names_in_readme(task: Task, path: Path) -> list[str] | None:
     match = re.match(rb"---\r?\n(.*?)\n---", read_small_file(path), re.DOTALL)
     try:
         infos = _get(yaml.safe_load(match[1]), "dataset_info") if match else None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # PyYAML raises ValueError for a date that does not exist.
         raise ValueError(f"{path}: its front matter is not valid YAML: {one_line(error)}") from error
     for info in infos if isinstance(infos, list) else [infos]:
         features = _get(info, "features")

@@ -21,4 +21,5 @@ def score(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
         return 0.0
     correlate = {"pearson": pearsonr, "spearman": spearmanr}[name]
     value = float(correlate(predictions, labels)[0])
-    return value if np.isfinite(value) else 0.0  # NaN: so close to constant that the deviation is 0
+    # The correlation is NaN if the values are so close to constant that their deviation rounds to 0.
+    return value if np.isfinite(value) else 0.0

@@ -148,7 +148,8 @@ def _target(value: Any, where: str) -> float:
         target = float(value) if is_number else math.nan
     except OverflowError:
         target = math.inf
-    if not abs(target) <= MAX_TARGET:  # also true for NaN
+    # This form of the comparison also refuses NaN.
+    if not abs(target) <= MAX_TARGET:
         raise ValueError(f"{where}: is {_shown(value)}, expected a number from -{MAX_TARGET:.0e} to {MAX_TARGET:.0e}.")
     return target
 

@@ -78,8 +78,10 @@ def keep_mask(seed: Tensor, threshold: int, rows: int, columns: int) -> Tensor:
     column = torch.arange(columns, dtype=torch.int32)[None, :]
     # The factor, 2^32 divided by the golden ratio, spreads neighbouring positions; int32 wraps around.
     bits = (row * columns + column) * -1640531535 ^ seed
-    bits = (bits ^ (bits >> 16 & 0xFFFF)) * -2048144789  # 0x85EBCA6B
-    bits = (bits ^ (bits >> 13 & 0x7FFFF)) * -1028477387  # 0xC2B2AE35
+    # The factor is 0x85EBCA6B as an int32.
+    bits = (bits ^ (bits >> 16 & 0xFFFF)) * -2048144789
+    # The factor is 0xC2B2AE35 as an int32.
+    bits = (bits ^ (bits >> 13 & 0x7FFFF)) * -1028477387
     return (bits ^ (bits >> 16 & 0xFFFF)) >= threshold
 
 
@@ -103,7 +105,8 @@ def _geglu_backward(
     gate = upcast(gate)
     grad = drop(upcast(grad), dropout)
     normal = 0.5 * (1 + torch.erf(gate * 0.7071067811865476))
-    slope = normal + gate * torch.exp(-0.5 * gate * gate) * 0.3989422804014327  # 1 / sqrt(2 pi)
+    # The last factor is 1 / sqrt(2 pi).
+    slope = normal + gate * torch.exp(-0.5 * gate * gate) * 0.3989422804014327
     grad_gate.copy_(grad * upcast(value) * slope)
     grad_value.copy_(grad * gate * normal)
 

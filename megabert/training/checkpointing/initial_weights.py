@@ -12,7 +12,8 @@ from megabert.training.checkpointing.initial_folder import (
     check_vocabulary,
 )
 
-OTHER_HEADS = ("bert.pooler.", "classifier.", "qa_outputs.")  # pretraining does not use these
+# Pretraining does not use the parameters of these heads.
+OTHER_HEADS = ("bert.pooler.", "classifier.", "qa_outputs.")
 
 
 def load_initial_weights(model: MegaBertForMaskedLM, folder: Path, source: Source) -> None:

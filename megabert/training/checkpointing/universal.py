@@ -52,7 +52,8 @@ def _convert(path: Path, out: Path) -> str | None:
         out.mkdir(parents=True)
         with loading_only_weights():
             convert_to_universal(path, out)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError.
         shutil.rmtree(out.parent, ignore_errors=True)
         return f"{type(error).__name__}: {error}"
     return None

@@ -289,7 +289,8 @@ def _write_files(folder: Path, parts: CheckpointParts) -> dict[str, tuple[int, s
     for name, content in parts.tensor_files.items():
         try:
             torch.save(content, folder / name)
-        except RuntimeError as error:  # torch reports a full disk as a RuntimeError
+        except RuntimeError as error:
+            # torch reports a full disk as a RuntimeError.
             raise OSError(errno.EIO, str(error).splitlines()[0], str(folder / name)) from error
     for name, content in parts.small_files.items():
         (folder / name).write_bytes(content)

@@ -153,7 +153,8 @@ def capture_checkpoint(
     capture, usual = _CaptureEngine(transform), engine.checkpoint_engine
     engine.checkpoint_engine = capture
     try:
-        with tempfile.TemporaryDirectory() as scratch:  # DeepSpeed also copies its script zero_to_fp32.py there
+        # DeepSpeed also copies its script zero_to_fp32.py into the folder that it saves to.
+        with tempfile.TemporaryDirectory() as scratch:
             engine.save_checkpoint(scratch, tag="state", save_latest=False)
     finally:
         engine.checkpoint_engine = usual

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch._C._distributed_c10d as c10d
 
-RECORDS = "2000"  # collectives that a rank remembers: some hundred steps, a megabyte
+# A rank remembers this many collectives. They are those of some hundred steps, and take a megabyte.
+RECORDS = "2000"
 # NCCL's own watchdog writes PREFIX + rank at a collective's timeout, as write_record does.
 PREFIX = "TORCH_FR_DUMP_TEMP_FILE"
-NCCL_PREFIX = "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"  # its older name
+# The older name of the same variable.
+NCCL_PREFIX = "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
 
 
 def switch_on() -> None:

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-BEAT_S = 5.0  # time between two beats of a rank
+# Time between two beats of a rank.
+BEAT_S = 5.0
 # Before its first step a rank imports, compiles, opens the corpus and loads a checkpoint: its limit is this many times
 # as long.
 START_FACTOR = 5.0
@@ -121,7 +122,8 @@ class HangDetector:
     def __init__(self, timeout_s: float, hosts: dict[int, str], now: float):
         """timeout_s: run.hang_timeout_s. hosts: of the ranks that send heartbeats. now: as of time.monotonic()."""
         self.timeout_s, self.hosts = timeout_s, hosts
-        self.has_all_ranks = len(hosts) > 1  # rank 0 is one of them
+        # Rank 0 is one of the hosts from the beginning.
+        self.has_all_ranks = len(hosts) > 1
         first = Beat(0, 0, "starting", 0.0, START_FACTOR * timeout_s)
         self.beats = dict.fromkeys(hosts, (now, first))
 

@@ -36,7 +36,8 @@ OTHER_PORT = (
     "launch/slurm/pretrain.sbatch."
 )
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3), from glibc's malloc.h
+# Parameters of mallopt(3), from glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def init_distributed() -> tuple[int, int]:
@@ -103,7 +104,8 @@ def open_store(rank: int, world_size: int) -> torch.distributed.Store:
                 f"port {port}, where the ranks of this run meet, cannot be used: {os.strerror(error.errno or 0)}. "
                 f"{OTHER_PORT}"
             ) from error
-        port, listening = server.getsockname()[1], server.detach()  # the store closes it
+        # The store closes the detached descriptor.
+        port, listening = server.getsockname()[1], server.detach()
     return torch.distributed.TCPStore(
         LOOPBACK, port, world_size, is_master=rank == 0, timeout=TIMEOUT, master_listen_fd=listening
     )

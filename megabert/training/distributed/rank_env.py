@@ -8,9 +8,12 @@ from collections.abc import Mapping
 LOOPBACK = "127.0.0.1"
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 SINGLE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": LOOPBACK}
-DEFAULT_PORT = "29500"  # torchrun's default, too
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # ranks on this machine, from torchrun and from the deepspeed launcher
-ANY_FREE_PORT = "0"  # for a single process: no other one has to know the port
+# torchrun has the same default.
+DEFAULT_PORT = "29500"
+# The number of ranks on this machine, as torchrun and the deepspeed launcher name it.
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+# A single process may take any free port, because no other one has to know it.
+ANY_FREE_PORT = "0"
 # Everything that makes a process believe that it is a rank.
 RANK_VARIABLES = (*SINGLE_PROCESS, "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
@@ -22,7 +25,8 @@ def rank_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     was started by itself is rank 0 of 1.
     """
     variables = {name: environ[name] for name in (*SINGLE_PROCESS, "MASTER_PORT") if name in environ}
-    if "SLURM_STEP_ID" in environ:  # not by SLURM_PROCID: the shell of a batch script has that as well
+    # SLURM_PROCID would not tell srun from the shell of a batch script, which has that variable as well.
+    if "SLURM_STEP_ID" in environ:
         variables = {name: environ[slurm_name] for name, slurm_name in SLURM_NAMES.items()} | variables
     variables = SINGLE_PROCESS | variables
     return {"MASTER_PORT": ANY_FREE_PORT if variables["WORLD_SIZE"] == "1" else DEFAULT_PORT} | variables
@@ -56,5 +60,6 @@ def are_ranks_on_one_machine(environ: Mapping[str, str] = os.environ) -> bool:
 def _is_loopback(address: str) -> bool:
     try:
         return ipaddress.ip_address(address).is_loopback
-    except ValueError:  # a name
+    except ValueError:
+        # The address is a host name.
         return address == "localhost"

@@ -17,12 +17,14 @@ from megabert.config.cli import EXIT_INTERRUPTED
 
 log = logging.getLogger(__name__)
 
-EXIT_REQUEUE = 85  # exit code of a run that stopped early, saved, and should be started again
+# The exit code of a run that stopped early, saved, and should be started again.
+EXIT_REQUEUE = 85
 # SLURM sends SIGTERM before it kills a job, and SIGUSR1 if sbatch --signal asks for it. A terminal sends SIGINT for
 # Ctrl-C, and SIGHUP when it is closed.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 DEEPSPEED_COMMANDS = ("deepspeed", "ds", "deepspeed.launcher.runner")
-SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # by deepspeed's, and by torchrun
+# The deepspeed launcher sets the first, and torchrun the second.
+SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
 POLL_S = 1.0
 # Time to finish a step and save after the launcher has died; then this process exits, whatever it is waiting for.
 GRACE_S = 45.0
@@ -148,7 +150,8 @@ class StopSignals:
                 time.sleep(POLL_S)
         self._request_stop("the launcher is gone")
         time.sleep(GRACE_S)
-        os._exit(1)  # a rank that waits for dead peers cannot be interrupted otherwise, and would keep the port in use
+        # A rank that waits for dead peers cannot be interrupted otherwise, and would keep the port in use.
+        os._exit(1)
 
     def _request_stop(self, reason: str) -> None:
         log.warning("%s: stopping after a checkpoint", reason)
@@ -175,6 +178,7 @@ def _deepspeed_command_of(launcher: psutil.Process) -> int | None:
     parent = launcher.parent()
     try:
         named = parent is not None and any(os.path.basename(word) in DEEPSPEED_COMMANDS for word in parent.cmdline())
-    except psutil.Error:  # it has just ended, or belongs to another user
+    except psutil.Error:
+        # The process has just ended, or belongs to another user.
         return None
     return parent.pid if parent is not None and named else None

@@ -19,11 +19,15 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-LOCK_FILE = "running.lock"  # in the output folder; names the process that trains there
-LOCK_WAIT_S = 60.0  # a run whose launcher was killed saves and exits within 45 s (signals.py)
-VISIBLE_WITHIN_S = 10.0  # clients of a network file system may cache a folder's listing for a few seconds
+# This file in the output folder names the process that trains there.
+LOCK_FILE = "running.lock"
+# A run whose launcher was killed saves and exits within 45 s, see signals.py.
+LOCK_WAIT_S = 60.0
+# Clients of a network file system may cache a folder's listing for a few seconds.
+VISIBLE_WITHIN_S = 10.0
 
-_held_locks: dict[Path, Lock] = {}  # by folder; held until the process ends
+# The locks by their folders. They are held until the process ends.
+_held_locks: dict[Path, Lock] = {}
 
 
 def gather_dicts(part: dict[Any, Any], group: torch.distributed.ProcessGroup | None = None) -> dict[Any, Any]:
@@ -113,7 +117,8 @@ def _lock(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _held_locks[folder.resolve()] = acquire(folder / LOCK_FILE, LOCK_WAIT_S)
     except OSError:
-        return  # the folder cannot be written; checkpointing/writer.py reports that
+        # The folder cannot be written, which checkpointing/writer.py reports.
+        return
     except LockHeldError as error:
         holder = f"{folder}: process {error.pid} on {error.host}"
         if error.is_local:

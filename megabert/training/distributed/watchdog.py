@@ -28,20 +28,25 @@ log = logging.getLogger(__name__)
 
 # Exit codes of a rank that ended because another one is gone, or hangs (launch/README.md lists all codes).
 EXIT_PEER_LOST, EXIT_HANG = 86, 87
-CONNECT_TIMEOUT_S = 120.0  # for all ranks to connect to rank 0; they have just met in init_distributed
+# All ranks must connect to rank 0 within this time. They have just met in init_distributed.
+CONNECT_TIMEOUT_S = 120.0
 # A host that does not answer is given up after 10 + 4 x 5 s.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 30_000}
 GOODBYE = "goodbye"
 # More messages may follow STOP and a beat; every other message is the last one.
 STOP = "stop"
-BEAT, HANG = "beat ", "hang: "  # what such messages begin with
-FAILED = re.compile(r"exit (\d+): (.*)")  # a message with the exit code for all ranks
-MESSAGE_TIMEOUT_S = 5.0  # to send one message; for a new connection, to introduce itself
+# Messages about beats and hangs begin with these words.
+BEAT, HANG = "beat ", "hang: "
+# This message gives the exit code for all ranks.
+FAILED = re.compile(r"exit (\d+): (.*)")
+# Time to send one message, and for a new connection to introduce itself.
+MESSAGE_TIMEOUT_S = 5.0
 PEER_DIED = "is gone: its process or its machine died"
 # Time between learning that another rank failed and ending: if all ranks fail for the same reason, each can log it.
 END_DELAY_S = 3.0
 MAX_MESSAGE_BYTES = 2000
-PENDING, STRANGER, RANK = "pending", "stranger", "rank"  # what a new connection turns out to be
+# A new connection is pending until it turns out to be a stranger or a rank.
+PENDING, STRANGER, RANK = "pending", "stranger", "rank"
 
 
 class RankLostError(OSError):
@@ -70,7 +75,8 @@ class PeerWatchdog:
         self.hang_timeout_s, self.detector = hang_timeout_s, HangDetector(hang_timeout_s, {}, 0.0)
         progress.restart(hang_timeout_s, waited_for_store_at)
         self.peers: dict[int, _Peer] = {}
-        self.closing = threading.Event()  # once set, no message ends this process any more
+        # Once this is set, no message ends this process any more.
+        self.closing = threading.Event()
         self.peer_failed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="peer-watchdog", daemon=True)
         if world_size == 1:
@@ -247,7 +253,8 @@ class PeerWatchdog:
                 log.error("%s", flight_recorder.write_record(self.rank))
             log.error("%s; ending rank %d on %s", message, self.rank, self.host)
             logging.shutdown()
-            os._exit(code)  # the main thread may be in a collective, which nothing can interrupt
+            # The main thread may be in a collective, which nothing can interrupt.
+            os._exit(code)
 
     def _close(self) -> None:
         for peer in self.peers.values():
@@ -267,7 +274,8 @@ def _listen(backlog: int) -> socket.socket:
             if not ipaddress.ip_address(address[0]).is_loopback:
                 return socket.create_server(address[:2], family=family, backlog=backlog)
     if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):  # IPv6 may be built in but disabled
+        # IPv6 may be built in but disabled.
+        with contextlib.suppress(OSError):
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
     return socket.create_server(("", 0), backlog=backlog)
 
@@ -290,7 +298,8 @@ class _Peer:
         self.connection, self.host = connection, host
         # Bytes of a line that is not complete.
         self.received = b""
-        self.unread: list[str] = []  # lines that came together with the introduction
+        # Lines that came together with the introduction.
+        self.unread: list[str] = []
 
     def send(self, message: str) -> None:
         _none_if_lost(lambda: self.connection.sendall(message.encode() + b"\n"))

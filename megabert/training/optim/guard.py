@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
-NORM_WINDOW = 128  # the median is taken over this many norms: enough to be steady, few enough to follow the warm-up
-MIN_NORMS = 32  # with fewer known norms, only a norm that is not finite is refused
+# The median is taken over this many norms: enough to be steady, few enough to follow the warm-up.
+NORM_WINDOW = 128
+# With fewer known norms, only a norm that is not finite is refused.
+MIN_NORMS = 32
 
 
 @dataclass

@@ -24,8 +24,10 @@ def step_flops(config: MegaBertConfig, tokens: float, masked: float, squared_len
     A local layer counts a whole window for every token, or whole documents where that is less.
     """
     width, layers = config.hidden_size, config.num_hidden_layers
-    matrices = 3 if config.ffn == "geglu" else 2  # the MLP's: gate, value and down, or up and down
-    after_attention = width * width + matrices * width * config.intermediate_size  # per layer and token
+    # The MLP's matrices are gate, value and down, or up and down.
+    matrices = 3 if config.ffn == "geglu" else 2
+    # Multiplications after attention, per layer and token.
+    after_attention = width * width + matrices * width * config.intermediate_size
     products = tokens * (layers * 3 * width * width + (layers - 1) * after_attention)
     products += masked * (after_attention + width * width + width * config.vocab_size)
     local = sum(config.is_local(layer) for layer in range(layers))

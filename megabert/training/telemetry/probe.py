@@ -21,9 +21,13 @@ from megabert.files.subprocesses import last_line
 from megabert.training.distributed.rank_env import RANK_VARIABLES
 from megabert.training.telemetry.reporter import Reporter
 
-MODULE = "megabert.finetune.jobs.probe"  # started by name: training must not import fine-tuning
-SCORE_VERSION = 1  # the newest format_version of a score file that can be read here; without one, it is 1
-MAX_WAIT_S = 1200.0  # for the last score at the end of the run; the other ranks' collectives time out after 30 minutes
+# The probe is started by name, because training must not import fine-tuning.
+MODULE = "megabert.finetune.jobs.probe"
+# The newest format_version of a score file that can be read here. A file without one has version 1.
+SCORE_VERSION = 1
+# At the end of the run, the last score is awaited for this long. The other ranks' collectives time out after 30
+# minutes.
+MAX_WAIT_S = 1200.0
 
 
 def probe_command(config: ProbeConfig, *more: str) -> list[str]:

@@ -27,7 +27,8 @@ class Meter:
     def reset(self) -> None:
         self.loss_sum = self.num_correct = self.num_targets = self.tokens = self.slots = self.squared_lengths = 0.0
         self.steps = self.local_tokens = 0
-        self.excluded_seconds = 0.0  # spent on evaluation and saving
+        # Seconds spent on evaluation and saving.
+        self.excluded_seconds = 0.0
         self.timer.reset()
         self.started_at = time.perf_counter()
 
@@ -123,7 +124,8 @@ class Reporter:
 
     def close(self) -> None:
         for output in (*self.trackers, self.file):
-            with contextlib.suppress(OSError):  # log_metrics has reported it
+            # log_metrics has already reported the error.
+            with contextlib.suppress(OSError):
                 output.close()
         if self.bar is not None:
             self.bar.close()
@@ -136,7 +138,8 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 def _print(line: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk under the log, or a pipe without a reader, must not end the run
+    # A full disk under the log, or a pipe without a reader, must not end the run.
+    with contextlib.suppress(OSError):
         print(line, flush=True)
 
 

@@ -3,8 +3,10 @@
 import statistics
 from collections.abc import Sequence
 
-SLOWER = 0.9  # than this share of the median rate
-IN_A_ROW = 3  # reports of the log: one alone may be chance, such as a compilation
+# A rank counts as slow below this share of the median rate.
+SLOWER = 0.9
+# A rank must be slow in this many reports of the log. One alone may be chance, such as a compilation.
+IN_A_ROW = 3
 
 
 class Straggler:
