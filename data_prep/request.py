@@ -18,7 +18,7 @@ def request_hash(**parts: object) -> str:
 
 
 def write_request(folder: Path, version: int, request: str, files: Iterable[str] = ()) -> None:
-    """Record the request of a folder. version: of the format of its files; files: those to compare later."""
+    """Record the request of a folder. version: the version of its files' format; files: those to compare later."""
     write_atomically(folder / REQUEST, _content(version, request, {name: file_sha256(folder / name) for name in files}))
 
 

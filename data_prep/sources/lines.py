@@ -26,7 +26,7 @@ WHOLE_FILE = 1 << 62
 
 
 class Line(NamedTuple):
-    """A line with its end. where: file and position; offset: in the file, decompressed; encoding: of `data`."""
+    """A line with its end. where: file and position; offset: in the file, decompressed; encoding: that of `data`."""
 
     where: str
     offset: int

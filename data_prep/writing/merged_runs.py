@@ -28,7 +28,7 @@ ShardCounts = dict[str, int]
 
 
 class Group(NamedTuple):
-    """Sorted runs, as (task, number) of each, that are merged into one file. number: of the group."""
+    """Sorted runs, as (task, number) of each, that are merged into one file. number: the group's number."""
 
     number: int
     runs: list[tuple[int, int]]

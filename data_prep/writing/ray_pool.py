@@ -24,7 +24,7 @@ class RayPool:
     """Runs tasks as Ray tasks, each on one core; used as a context manager. Stands in for WorkerPool."""
 
     def __init__(self, address: str, work: Path):
-        """address: of a running cluster; work: the folder that all machines must share."""
+        """address: a running cluster's address; work: the folder that all machines must share."""
         self._address, self._work = address, work
         self._mark = secrets.token_hex(8)
         self._counters = [0, 0]

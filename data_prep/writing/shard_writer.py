@@ -24,7 +24,7 @@ COUNTED_AT_ONCE = 1 << 20
 
 
 class Documents(NamedTuple):
-    """payload: token ids or UTF-8 of all documents, concatenated; lengths: of each document."""
+    """payload: token ids or UTF-8 of all documents, concatenated; lengths: each document's length."""
 
     payload: np.ndarray
     lengths: np.ndarray

@@ -1,7 +1,9 @@
 # Decides what follows an attempt to train; launch/keep_running.sh and launch/slurm/pretrain.sbatch source this file.
 
-MAX_CRASHES=${MAX_CRASHES:-3}   # restarts after crashes without a new checkpoint between them
-crashed_at=()                   # the newest checkpoint at each crash so far
+# Restarts after crashes without a new checkpoint between them.
+MAX_CRASHES=${MAX_CRASHES:-3}
+# The newest checkpoint at each crash so far.
+crashed_at=()
 
 # Print the name of the newest checkpoint of the output folder $1, or none.
 newest_checkpoint() { cat "$1/checkpoints/latest" 2> /dev/null || echo none; }

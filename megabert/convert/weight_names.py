@@ -154,7 +154,7 @@ def _map_modules(names: Mapping[str, str], parts: tuple[str, ...] = PARTS) -> li
 
 
 def _table(kind: Kind, num_layers: int, names: Collection[str]) -> list[WeightMapping]:
-    """names: of a state dict of either side, which may or may not have token types."""
+    """names: the names in a state dict of either side, which may or may not have token types."""
     if kind == "gte":
         return gte_table(num_layers, any("token_type_embeddings" in name for name in names))
     return {"mosaicbert": mosaicbert_table, "bert": bert_table, "modernbert": modernbert_table}[kind](num_layers)

@@ -32,7 +32,7 @@ CHARACTERS_PER_TOKEN = 4.5
 
 
 class StreamId(NamedTuple):
-    """Stream `number` of `num_streams`. seed: of the order; None reads every chunk once, in order.
+    """Stream `number` of `num_streams`. seed: the order's seed; None reads every chunk once, in order.
 
     bin_tokens: T, with which the window grows.
     """
@@ -146,7 +146,7 @@ class SourceOrder:
     """The order in which one stream reads one source.
 
     Stream n of N reads the entries n, n + N, n + 2N, ... of the endless list of the shuffled epochs. The entries of one
-    epoch are read in groups of `at_once` splits. share: of the source's tokens among those of a bin.
+    epoch are read in groups of `at_once` splits. share: the share of the source's tokens among those of a bin.
     """
 
     def __init__(self, source: Source, stream: StreamId, source_index: int, share: float):

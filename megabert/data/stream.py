@@ -83,7 +83,7 @@ class Position:
 
 
 def positions_to_json(positions: Mapping[int, Position]) -> dict[str, Any]:
-    """Return the content of a checkpoint's streams.json. positions: of every stream, by its number."""
+    """Return the content of a checkpoint's streams.json. positions: each stream's position, by its number."""
     streams = {str(stream): positions[stream].to_json() for stream in sorted(positions)}
     return {"format": STREAMS_FORMAT, "streams": streams}
 

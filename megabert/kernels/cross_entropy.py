@@ -116,7 +116,7 @@ def in_chunks(
     """Return the summed loss, the number correct, and the gradients of hidden, weight and bias.
 
     Without `gradient` the gradients are empty.
-    dtype: of the matrix products.
+    dtype: the matrix products' dtype.
     """
     loss_sum, num_correct, dhidden, dweight, dbias = _sums(hidden, weight, bias, gradient)
     narrow, narrow_weight, narrow_bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)

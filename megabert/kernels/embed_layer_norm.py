@@ -115,8 +115,7 @@ def scatter_kernel(
             tl.store(LEADING + chunk * E + column, total, mask=inside & began_before)
             total = tl.zeros((BLOCK,), ACC)
             current = index
-            # Every run after the first begins in this chunk. The comparison is always false, in the type of the
-            # variable.
+            # A new run begins here, so this is false. The comparison keeps the variable's type.
             began_before = index < 0
         total += tl.load(DZ + tl.load(ORDER + place) * E + column, mask=inside, other=0.0).to(ACC)
     continues = tl.load(IDS + end, mask=end < T, other=-1).to(tl.int64) == current

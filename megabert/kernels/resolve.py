@@ -56,7 +56,7 @@ def nothing_wrong() -> str | None:
 class Machine:
     """What the choice depends on.
 
-    capability: of a CUDA device. installed: module -> version, "" where the version is unknown. is_amd: torch's ROCm
+    capability: a CUDA device's. installed: module -> version, "" where the version is unknown. is_amd: torch's ROCm
     build, which calls its devices "cuda" too. try_triton: launches a kernel; returns why that fails, or None.
     """
 

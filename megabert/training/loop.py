@@ -126,7 +126,7 @@ def take_positions(
 def take_step(run: Run, batches: list[PackedBatch], num_masked: torch.Tensor) -> torch.Tensor:
     """Run forward and backward for every micro-batch, then one update. Returns the MaskedLoss sums, (3,) fp64.
 
-    num_masked: of all ranks, from `sum_masked`.
+    num_masked: all ranks' number, from `sum_masked`.
     """
     engine, timer = run.engine, run.meter.timer
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
@@ -251,7 +251,7 @@ def roll_back(run: Run) -> None:
 
 
 def report(run: Run, lr: float) -> None:
-    """Write one line of the log and one record of the metrics. lr: of the last step."""
+    """Write one line of the log and one record of the metrics. lr: the learning rate of the last step."""
     progress.enter("reporting")
     state, meter, world_size = run.state, run.meter, run.plan.world_size
     seconds = meter.seconds()

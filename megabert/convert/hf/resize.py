@@ -76,7 +76,7 @@ def resize_vocabulary(model: ImportedModel, old: Tokenizer, new: Tokenizer, mult
     _check_size("the vocabulary, rounded up,", num_rows, "vocab_size", old_rows.shape[1])
     generator = torch.Generator().manual_seed(seed)
     rows = torch.empty(num_rows, old_rows.shape[1]).normal_(0, config.initializer_range, generator=generator)
-    # With the smallest bias, the rows that rounding adds are hardly ever predicted.
+    # With the smallest old bias, the rows added by rounding are never predicted.
     bias = torch.full((num_rows,), float(old_bias.min()))
     counts = {"shared": 0, "composed": 0, "new": 0}
     for meaning, number in _index_meanings(new, num_rows).items():
@@ -105,7 +105,7 @@ def _check_size(what: str, rows: int, name: str, width: int) -> None:
 
 
 class Meaning(NamedTuple):
-    """What a token stands for, however its tokenizer writes it. text: of a special token, its role."""
+    """What a token stands for, however its tokenizer writes it. text: a special token's role."""
 
     text: str
     begins_word: bool

@@ -34,7 +34,7 @@ class Source(NamedTuple):
 class Expected(NamedTuple):
     """What the checkpoint gives, N texts.
 
-    ids: of each text, with special tokens; pooled: (N, E) fp32, the mean of each text's states; inputs: the export
+    ids: each text's, with special tokens; pooled: (N, E) fp32, the mean of each text's states; inputs: the export
     check's input_ids, attention_mask (B, S) and logits (T, V) of real tokens; states: (T, E) of those tokens.
     """
 

@@ -26,7 +26,7 @@ ALL = (
     transformers_js.TARGET,
 )
 TARGETS = {target.name: target for target in ALL}
-# This target is the exported folder itself, which is always written.
+# The name of the exported folder itself, which is always written.
 ALWAYS = "transformers"
 
 

@@ -31,7 +31,7 @@ def find_tokenizer(path: str | Path) -> tuple[Path, TokenizerInfo]:
 
 
 def describe_tokenizer(data: bytes, where: str) -> TokenizerInfo:
-    """Return what a manifest says of a tokenizer. data: of tokenizer.json. Raises what find_tokenizer raises."""
+    """Return what a manifest says of a tokenizer. data: tokenizer.json's bytes. Raises what find_tokenizer raises."""
     tokenizer = parse_tokenizer(data, where)
     special_ids = {}
     for name, token in SPECIAL_TOKENS.items():

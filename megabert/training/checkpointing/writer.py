@@ -45,7 +45,7 @@ class Retention:
     best: bool = False
 
     def to_delete(self, heldout_loss: Mapping[str, float | None], last_good_step: int | None = None) -> list[str]:
-        """Return the tags to delete, newest first. heldout_loss: of every tag; None if it was not measured.
+        """Return the tags to delete, newest first. heldout_loss: each tag's loss; None if it was not measured.
 
         last_good_step: the step of the last applied update, if later ones were skipped: a rollback needs the newest
         checkpoint up to that step.
@@ -105,7 +105,7 @@ class CheckpointWriter:
     def save(self, engine: deepspeed.DeepSpeedEngine, state: State, positions: dict[int, Position], source: Source):
         """Start writing a checkpoint, after the previous one is complete.
 
-        positions: of this rank's streams. source: the shards whose tokenizer is stored in the checkpoint. Raises
+        positions: this rank's streams'. source: the shards whose tokenizer is stored in the checkpoint. Raises
         DiskError, on all ranks, if the previous checkpoint failed, or without overlap if this one did.
         """
         self.wait()

@@ -120,7 +120,7 @@ class HangDetector:
     """
 
     def __init__(self, timeout_s: float, hosts: dict[int, str], now: float):
-        """timeout_s: run.hang_timeout_s. hosts: of the ranks that send heartbeats. now: as of time.monotonic()."""
+        """timeout_s: run.hang_timeout_s. hosts: those of ranks that send heartbeats. now: as of time.monotonic()."""
         self.timeout_s, self.hosts = timeout_s, hosts
         # Rank 0 is one of the hosts from the beginning.
         self.has_all_ranks = len(hosts) > 1

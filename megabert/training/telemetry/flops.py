@@ -40,7 +40,7 @@ def step_flops(config: MegaBertConfig, tokens: float, masked: float, squared_len
 def peak_flops(device: torch.device, name: str, config: MegaBertConfig, dtype: torch.dtype) -> float | None:
     """Return the peak FLOP/s of one rank's device in the precision of a run; None, and a line in the log, if unknown.
 
-    name: torch's name of the card, or "cpu". dtype: of the matrix products, bf16 or fp32. A CPU is measured: the best
+    name: torch's name of the card, or "cpu". dtype: that of matrix products, bf16 or fp32. A CPU is measured: the best
     of a few matrix products of the model's own shape on this process's threads.
     """
     if device.type != "cpu":

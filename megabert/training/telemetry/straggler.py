@@ -13,7 +13,7 @@ class Straggler:
     """Finds a rank that is much slower than the median in several reports in a row, and names it once."""
 
     def __init__(self, hosts: Sequence[str]):
-        """hosts: of the ranks."""
+        """hosts: the ranks' hosts."""
         self.hosts = hosts
         self.rank, self.in_a_row = -1, 0
 

@@ -72,7 +72,8 @@ class StepTimer:
     def time(self, part: str) -> Iterator[None]:
         """Time the block as one of PARTS, and report the part to the other ranks with the next heartbeat."""
         progress.enter(part)
-        if self.event_class is None or part == "data":  # the host does this work itself
+        # The host does this work itself, so its clock measures it.
+        if self.event_class is None or part == "data":
             started_at = time.perf_counter()
             yield
             self.seconds[part] += time.perf_counter() - started_at
