@@ -20,6 +20,7 @@ from data_prep.sources.folders import files_below, kind_of
 from data_prep.sources.lines import list_line_splits
 from data_prep.sources.remote import RemotePath, describe, is_remote, remote_files, size_of
 from data_prep.sources.tokens import datatrove, mds, megatron
+from data_prep.sources.tokens.mds_index import is_mds
 from megabert.data.shards.manifest import MANIFEST
 
 READERS: dict[str, Callable[[InputSplit, ReadOptions, LeftOut], Iterator[str]]] = {
@@ -135,7 +136,7 @@ def _splits_of_file(path: Path | RemotePath, options: ReadOptions, left_out: Lef
     name = path.name.lower()
     try:
         if isinstance(path, Path) and path.is_dir():
-            if mds.is_mds(path):
+            if is_mds(path):
                 return mds.list_input_splits(path, options)
             return arrow.list_saved(path, options, left_out)
         if isinstance(path, Path) and name.endswith((".bin", ".idx", datatrove.SUFFIX, *datatrove.BESIDE)):
@@ -157,7 +158,7 @@ def _splits_of_file(path: Path | RemotePath, options: ReadOptions, left_out: Lef
 
 
 def _is_one_source(folder: Path) -> bool:
-    return arrow.is_saved_data_set(folder) or mds.is_mds(folder)
+    return arrow.is_saved_data_set(folder) or is_mds(folder)
 
 
 def _splits_of_tokens(path: Path, options: ReadOptions, left_out: LeftOut) -> list[InputSplit] | None:
@@ -168,7 +169,7 @@ def _splits_of_tokens(path: Path, options: ReadOptions, left_out: LeftOut) -> li
     if name.endswith(datatrove.SUFFIX):
         return datatrove.list_input_splits(path, options)
     index = megatron.index_of(path)
-    if index.is_file() and megatron.is_index(index):
+    if index.is_file() and (megatron.is_index(index) or path.with_suffix(".bin").is_file()):
         if not path.with_suffix(".bin").is_file():
             raise DamagedError(f"{path.with_suffix('.bin')}: no such file, but its index is there. Copy it there.")
         return [] if name.endswith(".idx") else megatron.list_input_splits(path, options)

@@ -3,7 +3,6 @@
 Needs the package pyarrow, which the extra [prep] installs.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,18 +23,24 @@ from data_prep.sources.base import (
     until_damaged,
 )
 from data_prep.sources.remote import RemotePath, is_remote, open_file, size_of
+from megabert.files.json_file import parse_json
+from megabert.files.limits import read_bounded
 
 if TYPE_CHECKING:
     import pyarrow
 
 DATA_SET = "state.json"
 DATA_SETS = "dataset_dict.json"
+MAX_NAMES_BYTES = 1 << 26  # of these two files: a million names
 ARROW_FILE = b"ARROW1"  # the first bytes of the file format; the stream format has none
 
 
 def is_saved_data_set(path: Path) -> bool:
-    """Whether save_to_disk wrote this folder."""
-    return bool(_names_in(path / DATA_SET, "_data_files") or _names_in(path / DATA_SETS, "splits"))
+    """Whether save_to_disk wrote this folder, or what is left of one."""
+    try:
+        return bool(_names_in(path / DATA_SET, "_data_files") or _names_in(path / DATA_SETS, "splits"))
+    except DamagedError:
+        return True
 
 
 def list_saved(folder: Path, options: ReadOptions, left_out: LeftOut) -> list[InputSplit]:
@@ -171,13 +176,29 @@ def _opened(path: str) -> Iterator[tuple["pyarrow.Schema", Iterator["pyarrow.Rec
 
 
 def _names_in(path: Path, key: str) -> list[str]:
-    """Return the names of files or folders in a file of save_to_disk, [] if it is none."""
-    try:
-        entries = json.loads(path.read_bytes())[key]
-        names = [entry["filename"] if isinstance(entry, dict) else entry for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    """Return the names of files or folders in a file of save_to_disk, [] if it is none.
+
+    Raises DamagedError if it is damaged: then nothing says which files and splits are to be read.
+    """
+    if not path.is_file():
         return []
+    try:
+        content = parse_json(read_bounded(path, MAX_NAMES_BYTES))
+        entries = content[key] if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise ValueError(f"{key} is a {type(entries).__name__}, expected a list")
+        names = [entry["filename"] if isinstance(entry, dict) else entry for entry in entries]
+    except (ValueError, KeyError, RecursionError) as error:
+        if not _is_beside_arrow(path):
+            return []
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise DamagedError(f"{path}: damaged: {what}. Save the data set again.") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{path}: {name!r} is not a name in its folder. Save the data set again.")
+            raise DamagedError(f"{path}: {name!r} is not a name in its folder. Save the data set again.")
     return names
+
+
+def _is_beside_arrow(path: Path) -> bool:
+    """Whether .arrow files are beside it or in folders beside it: other programs have a state.json, too."""
+    return any(path.parent.glob("*.arrow")) or any(path.parent.glob("*/*.arrow"))

@@ -134,6 +134,36 @@ def test_a_saved_data_set_cannot_name_files_elsewhere(saved):
         read(saved[0] / "one")
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("one/state.json", lambda text: text[:30], "damaged: "),
+        ("one/state.json", lambda text: text.replace('"_data_files"', '"_data"'), "damaged: it lacks '_data_files'"),
+        ("one/state.json", lambda text: '{"_data_files": [5]}', "5 is not a name in its folder"),
+        ("two/dataset_dict.json", lambda text: "", "damaged: "),
+        ("two/dataset_dict.json", lambda text: '{"splits": ["test"], ' + text[1:], "damaged: .*'splits' appears twice"),
+        ("two/dataset_dict.json", lambda text: '{"splits": "train"}', "damaged: splits is a str, expected a list"),
+    ],
+)
+def test_a_saved_data_set_that_does_not_say_its_files_is_not_read_as_a_folder(saved, file, change, message):
+    """Caches of datasets, and the test split, are beside the documents."""
+    folder = saved[0]
+    write(folder / "one" / "cache-0123.arrow", text=["of a cache of datasets"])
+    (folder / file).write_text(change((folder / file).read_text()))
+    for source in (folder, (folder / file).parent):
+        with pytest.raises(ValueError, match=rf"{file}: {message}.* Save the data set again"):
+            read(source)
+    left_out = LeftOut(skip_damaged=True)
+    assert read(folder, left_out, skip_damaged=True) == saved[1]
+    assert left_out.counts["damaged"] == 1
+
+
+def test_other_programs_may_have_a_state_json(tmp_path):
+    (tmp_path / "state.json").write_text("[1]")
+    (tmp_path / "a.txt").write_text("of a folder")
+    assert read(tmp_path) == ["of a folder"]
+
+
 def test_a_large_value_in_many_rows_is_not_held_for_all_rows(tmp_path, monkeypatch):
     """500 rows of 100 kB, from a file of some hundred bytes: only a few are held at once."""
     monkeypatch.setattr(parquet, "BATCH_BYTES", 1_000_000)
