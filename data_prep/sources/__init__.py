@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from data_prep.sources import arrow, docstrings, hub, jsonl, parquet, text_shards, txt
+from data_prep.sources import docstrings, hub, jsonl, text_shards, txt
 from data_prep.sources.base import (
     EMPTY_FILE,
     OTHER_KIND,
@@ -16,6 +16,7 @@ from data_prep.sources.base import (
     LeftOut,
     ReadOptions,
 )
+from data_prep.sources.columns import arrow, parquet
 from data_prep.sources.folders import files_below, kind_of
 from data_prep.sources.lines import list_line_splits
 from data_prep.sources.remote import RemotePath, describe, is_remote, remote_files, size_of
@@ -154,7 +155,9 @@ def _splits_of_file(path: Path | RemotePath, options: ReadOptions, left_out: Lef
         return (parquet if name.endswith(".parquet") else arrow).list_input_splits(path, options)
     except DamagedError as error:
         left_out.damaged(error)
-        return []
+    except UnicodeDecodeError as error:  # the name of a column
+        left_out.damaged(DamagedError(f"{path}: damaged: {error}. Download or write it again."))
+    return []
 
 
 def _is_one_source(folder: Path) -> bool:

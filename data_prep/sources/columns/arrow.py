@@ -3,6 +3,7 @@
 Needs the package pyarrow, which the extra [prep] installs.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from data_prep.sources.base import (
     too_long,
     until_damaged,
 )
+from data_prep.sources.columns.message_sizes import unpacked_size
 from data_prep.sources.remote import RemotePath, is_remote, open_file, size_of
 from megabert.files.json_file import parse_json
 from megabert.files.limits import read_bounded
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 DATA_SET = "state.json"
 DATA_SETS = "dataset_dict.json"
 MAX_NAMES_BYTES = 1 << 26  # of these two files: a million names
+# A batch is unpacked whole. datasets writes 1,000 rows, and compresses none.
+MAX_BATCH_BYTES = 1 << 30
+FILE_HEAD_BYTES = 8  # ARROW_FILE and padding
 ARROW_FILE = b"ARROW1"  # the first bytes of the file format; the stream format has none
 
 
@@ -72,8 +77,9 @@ def list_input_splits(path: Path | RemotePath, options: ReadOptions) -> list[Inp
 
 def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[str]:
     path = split.paths[0]
-    for first, batch in until_damaged(_batches(path), damage(), explain_damage(path), left_out):
-        yield from read_column(column_of(batch, options.text_key), path, first, left_out)
+    columns = _columns(path, options.text_key)
+    for first, column in until_damaged(columns, damage(), explain_damage(path), left_out):
+        yield from read_column(column, path, first, left_out)
 
 
 def check_column(schema: "pyarrow.Schema", where: str, text_key: str) -> None:
@@ -131,9 +137,13 @@ def damage() -> tuple[type[Exception], ...]:
 
 
 def explain_damage(where: str) -> Callable[[Exception], DamagedError]:
+    """Return what makes the error for the user. It raises an OSError of the system again, which is no damage."""
+
     def explain(error: Exception) -> DamagedError:
         if isinstance(error, DamagedError):
             return error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise error
         return DamagedError(f"{where}: damaged: {' '.join(str(error).split())} Download or write it again.")
 
     return explain
@@ -146,12 +156,35 @@ def _size(value: "pyarrow.Scalar") -> int:
     return value.as_buffer().size
 
 
-def _batches(path: str) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
+def _columns(path: str, text_key: str) -> Iterator[tuple[int, "pyarrow.Array"]]:
+    """Yield the column of each batch, with the number of its first row. Raises ArrowInvalid for a damaged one."""
     row = 0
     with _opened(path) as (_, batches):
         for batch in batches:
-            yield row, batch
+            batch.validate()
+            column = column_of(batch, text_key)
+            _check_places(column)
+            yield row, column
             row += len(batch)
+
+
+def _check_places(column: "pyarrow.Array") -> None:
+    """Raises ArrowInvalid if a text is not within its buffer: reading it would end the process."""
+    import pyarrow
+
+    # As bytes, because one text that is not UTF-8 must not condemn the others.
+    as_bytes = {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+    }
+    if isinstance(column, pyarrow.DictionaryArray):
+        column.dictionary.validate()
+        values = column.dictionary.view(as_bytes[column.dictionary.type])
+        column = pyarrow.DictionaryArray.from_arrays(column.indices, values, safe=False)
+    elif column.type in as_bytes:
+        column = column.view(as_bytes[column.type])
+    column.validate(full=True)
 
 
 @contextmanager
@@ -165,14 +198,43 @@ def _opened(path: str) -> Iterator[tuple["pyarrow.Schema", Iterator["pyarrow.Rec
     except ImportError as missing:
         raise missing_extra(path, "pyarrow") from missing
     try:
-        with pyarrow.PythonFile(open_file(path), "r") if is_remote(path) else pyarrow.memory_map(path) as data:
+        with _open(path) as data:
             is_file = data.read(len(ARROW_FILE)) == ARROW_FILE
             data.seek(0)
             reader = pyarrow.ipc.open_file(data) if is_file else pyarrow.ipc.open_stream(data)
-            numbers = range(reader.num_record_batches) if is_file else ()
-            yield reader.schema, map(reader.get_batch, numbers) if is_file else iter(reader)
-    except pyarrow.ArrowException as error:
+            yield reader.schema, _in_order(reader, path, is_file)
+    except (pyarrow.ArrowException, OSError) as error:
         raise explain_damage(path)(error) from error
+
+
+def _in_order(reader: "pyarrow.ipc.RecordBatchReader", path: str, is_file: bool) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield the batches of a file. Raises DamagedError, before any is unpacked, for one that takes too much memory."""
+    _check_sizes(path, is_file)
+    yield from map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+
+
+def _check_sizes(path: str, is_file: bool) -> None:
+    """Raises DamagedError if a batch, which is unpacked whole, takes more than MAX_BATCH_BYTES then."""
+    import pyarrow
+
+    with _open(path) as data, contextlib.suppress(pyarrow.ArrowException):  # the reader will raise it, too
+        data.seek(FILE_HEAD_BYTES if is_file else 0)  # from there on a file is a stream, too
+        for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(data)):
+            try:
+                size = unpacked_size(memoryview(message.metadata), memoryview(message.body or b""))
+            except IndexError as error:
+                raise DamagedError(f"{path}: message {number} is damaged. Download or write it again.") from error
+            if size > MAX_BATCH_BYTES:
+                raise DamagedError(
+                    f"{path}: message {number} takes {size / (1 << 20):,.0f} MB when it is unpacked, the limit is "
+                    f"{MAX_BATCH_BYTES >> 20} MB. Write the file with fewer rows in a batch, or without compression."
+                )
+
+
+def _open(path: str) -> "pyarrow.NativeFile":
+    import pyarrow
+
+    return pyarrow.PythonFile(open_file(path), "r") if is_remote(path) else pyarrow.memory_map(path)
 
 
 def _names_in(path: Path, key: str) -> list[str]:
