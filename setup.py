@@ -16,6 +16,7 @@ ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 GGUF = ["gguf>=0.17"]
 SERVING = ["sentence-transformers>=5", "llama-cpp-python>=0.3.16", *ONNX, *GGUF]
 
+# megabert/commands/start.py has a function for each, named after the module.
 COMMANDS = {
     "megabert-pretrain": "megabert.commands.pretrain",
     "megabert-export": "megabert.commands.export",
@@ -40,7 +41,11 @@ setup(
         "megabert.ds_configs": ["*.json"],
         "data_prep": ["tasks/*.yaml"],
     },
-    entry_points={"console_scripts": [f"{name} = {module}:command" for name, module in COMMANDS.items()]},
+    entry_points={
+        "console_scripts": [
+            f"{name} = megabert.commands.start:{module.split('.')[-1]}" for name, module in COMMANDS.items()
+        ]
+    },
     install_requires=[
         "braceexpand",
         "deepspeed>=0.19.8,<0.20",

@@ -55,7 +55,9 @@ def test_it_has_every_command_and_one_ds_configs_folder(site):
         next(site.glob("*.dist-info")).name,
     }
     [metadata] = site.glob("*.dist-info")
-    assert Distribution.at(metadata).metadata["Name"] == "megabert"
+    distribution = Distribution.at(metadata)
+    assert distribution.metadata["Name"] == "megabert"
+    assert all(callable(command.load()) for command in distribution.entry_points)
 
 
 def test_it_trains_without_the_checkout(site, corpus: Corpus, tmp_path):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from data_prep.sources import arrow, docstrings, hub, jsonl, parquet, text_shards, txt
+from data_prep.sources import docstrings, hub, jsonl, text_shards, txt
 from data_prep.sources.base import (
     EMPTY_FILE,
     OTHER_KIND,
@@ -16,10 +16,12 @@ from data_prep.sources.base import (
     LeftOut,
     ReadOptions,
 )
+from data_prep.sources.columns import arrow, parquet
 from data_prep.sources.folders import files_below, kind_of
 from data_prep.sources.lines import list_line_splits
 from data_prep.sources.remote import RemotePath, describe, is_remote, remote_files, size_of
 from data_prep.sources.tokens import datatrove, mds, megatron
+from data_prep.sources.tokens.mds_index import is_mds
 from megabert.data.shards.manifest import MANIFEST
 
 READERS: dict[str, Callable[[InputSplit, ReadOptions, LeftOut], Iterator[str]]] = {
@@ -136,7 +138,7 @@ def _splits_of_file(path: Path | RemotePath, options: ReadOptions, left_out: Lef
     name = path.name.lower()
     try:
         if isinstance(path, Path) and path.is_dir():
-            if mds.is_mds(path):
+            if is_mds(path):
                 return mds.list_input_splits(path, options)
             return arrow.list_saved(path, options, left_out)
         if isinstance(path, Path) and name.endswith((".bin", ".idx", datatrove.SUFFIX, *datatrove.BESIDE)):
@@ -154,11 +156,13 @@ def _splits_of_file(path: Path | RemotePath, options: ReadOptions, left_out: Lef
         return (parquet if name.endswith(".parquet") else arrow).list_input_splits(path, options)
     except DamagedError as error:
         left_out.damaged(error)
-        return []
+    except UnicodeDecodeError as error:  # the name of a column
+        left_out.damaged(DamagedError(f"{path}: damaged: {error}. Download or write it again."))
+    return []
 
 
 def _is_one_source(folder: Path) -> bool:
-    return arrow.is_saved_data_set(folder) or mds.is_mds(folder)
+    return arrow.is_saved_data_set(folder) or is_mds(folder)
 
 
 def _splits_of_tokens(path: Path, options: ReadOptions, left_out: LeftOut) -> list[InputSplit] | None:
@@ -169,7 +173,7 @@ def _splits_of_tokens(path: Path, options: ReadOptions, left_out: LeftOut) -> li
     if name.endswith(datatrove.SUFFIX):
         return datatrove.list_input_splits(path, options)
     index = megatron.index_of(path)
-    if index.is_file() and megatron.is_index(index):
+    if index.is_file() and (megatron.is_index(index) or path.with_suffix(".bin").is_file()):
         if not path.with_suffix(".bin").is_file():
             raise DamagedError(f"{path.with_suffix('.bin')}: no such file, but its index is there. Copy it there.")
         return [] if name.endswith(".idx") else megatron.list_input_splits(path, options)

@@ -150,10 +150,15 @@ def is_hidden(name: str) -> bool:
 
 def text_of(row: object, text_key: str, where: str) -> str | None:
     """Return the text in a field of a row, None if it is null. "a.b" is field b of field a. Raises DamagedError."""
-    value = row
-    for name in [text_key] if isinstance(row, dict) and text_key in row else text_key.split("."):
+    if not isinstance(row, dict):
+        raise DamagedError(
+            f'{where}: is a {type(row).__name__}, {repr(row)[:40]}, expected one object such as {{"text": "..."}} per '
+            "line."
+        )
+    value: object = row
+    for name in [text_key] if text_key in row else text_key.split("."):
         if not isinstance(value, dict) or name not in value:
-            raise no_field(where, text_key, list(row) if isinstance(row, dict) else [])
+            raise no_field(where, text_key, list(row))
         value = value[name]
         if value is None:
             return None

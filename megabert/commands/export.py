@@ -7,6 +7,12 @@
 {command} runs/mosaicbert-base mosaicbert-base-published --layout published
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,7 +73,7 @@ def export_published(options: Options) -> int:
     if written.reused:
         print(f"{options.out}: is already this export, and its files are unchanged")
     print(f"{options.out}: {written.num_tensors} tensors in the published MosaicBERT layout, read back bit for bit")
-    print(f"not in the original source, initialized: {', '.join(written.initialized) or 'none'}")
+    print(f"not in the original source, and not there: {', '.join(written.missing) or 'none'}")
     return 0
 
 

@@ -5,6 +5,12 @@
 {command} --dry-run 64 --recipe mosaicbert-base --data.train /data/c4
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import logging
 import subprocess
 from pathlib import Path
@@ -88,7 +94,9 @@ def main(prog: str) -> int:
     if options.plot_schedule:
         from megabert.plots.schedule import plot_schedule
 
-        plot_schedule(recipe, Path(options.plot_schedule))
+        if rank_of_this_process() == 0:
+            plot_schedule(recipe, Path(options.plot_schedule))
+            print(options.plot_schedule, flush=True)
         return 0
     ds_config = read_ds_config(ds_config_path(options.ds_config))
     if options.dry_run is not None:

@@ -28,34 +28,39 @@ README = f"""# MosaicBERT, in the layout of the published checkpoints
 
 Its modelling code is that of {MOSAICBERT_REPOSITORY}.
 
-- not in the original source, initialized: {{initialized}}
+- not in the original source, and not here: {{missing}}
 """
 
 
 class MosaicBertExport(NamedTuple):
-    """num_tensors: written, counting the tied one twice. initialized: our names of parameters that no source had.
+    """num_tensors: written, counting the tied one twice. missing: our names of parameters that no source had.
 
     reused: nothing was written, because the folder has every byte of this export.
     """
 
     num_tensors: int
-    initialized: list[str]
+    missing: list[str]
     reused: bool
 
 
 class SourceModel(NamedTuple):
-    """tokenizer: a folder. trained_length: longest text in training; max_length: of an export before this, if any."""
+    """weights: without those that an import initialized, which are missing. tokenizer: a folder.
+
+    trained_length: longest text in training; max_length: of an export before this, if any.
+    """
 
     weights: dict[str, Tensor]
     config: MegaBertConfig
     tokenizer: Path
     trained_length: int
     max_length: int | None
-    initialized: list[str]
+    missing: list[str]
 
 
 def export_mosaicbert(source: Path, out: Path, average: int = 1, max_length: int | None = None) -> MosaicBertExport:
     """Write a training checkpoint, or a MegaBERT folder, in the published MosaicBERT layout.
+
+    A masked language modelling head that nothing has trained is left out, as in a folder of a classifier.
 
     average: number of checkpoints whose mean is exported. max_length: of a text, in tokens; None for the default of
     to_hf.py. Raises ValueError if the published code would not compute the same, if `out` holds anything else, or if
@@ -74,16 +79,17 @@ def export_mosaicbert(source: Path, out: Path, average: int = 1, max_length: int
             torch.save(theirs, folder / PYTORCH_BIN)
         except RuntimeError as error:
             raise OSError(f"{folder / PYTORCH_BIN}: cannot be written: {error}") from error
-        (folder / CONFIG).write_text(json.dumps(to_mosaicbert_config(model.config), indent=1) + "\n")
+        settings = to_mosaicbert_config(model.config) | {"architectures": [_find_class(model)]}
+        (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
         copy_tokenizer(model.tokenizer, folder, max_length)
-        (folder / "README.md").write_text(README.format(initialized=", ".join(model.initialized) or "none"))
+        (folder / "README.md").write_text(README.format(missing=", ".join(model.missing) or "none"))
         _check_reads_back(folder, model)
         reused = out.is_dir() and _hash_files(folder) == _hash_files(out)
         if out.is_dir() and any(out.iterdir()) and not reused:
             raise ValueError(f"{out}: is not empty, and not this export; choose another folder.")
         if not reused:
             replace_folder(folder, out)
-    return MosaicBertExport(len(theirs), model.initialized, reused)
+    return MosaicBertExport(len(theirs), model.missing, reused)
 
 
 def _check_is_mosaicbert(source: Path, model: SourceModel) -> None:
@@ -106,11 +112,25 @@ def _check_is_mosaicbert(source: Path, model: SourceModel) -> None:
             f"{source}: has layer_norm_eps {config.layer_norm_eps}, but the published MosaicBERT's head always has "
             f"{MOSAICBERT_HEAD_EPS}. Leave out --layout."
         )
-    if config.classifier_pooling != "cls" and "classifier.weight" in model.weights:
+    if "classifier.weight" in model.weights and config.classifier_pooling != "cls":
         raise ValueError(
             f"{source}: its classifier pools the {config.classifier_pooling} of all tokens, but the published "
             "MosaicBERT's the first token. Leave out --layout."
         )
+    is_choice = config.architectures == ["MegaBertForMultipleChoice"]
+    is_of_tokens = "classifier.weight" in model.weights and "bert.pooler.dense.weight" not in model.weights
+    if is_choice or is_of_tokens or "qa_outputs.weight" in model.weights:
+        kind = "choices" if is_choice else "tokens" if is_of_tokens else "answers"
+        raise ValueError(
+            f"{source}: has a head for {kind}, but the published MosaicBERT has heads for masked language modelling "
+            "and for the classes of documents only. Leave out --layout."
+        )
+
+
+def _find_class(model: SourceModel) -> str:
+    """Return the published class whose head the model has; its encoder alone is that of a masked language model."""
+    is_classifier = "classifier.weight" in model.weights and model.missing
+    return "BertForSequenceClassification" if is_classifier else "BertForMaskedLM"
 
 
 def _hash_files(folder: Path) -> dict[str, str]:
@@ -123,7 +143,8 @@ def _read_source(source: Path, average: int) -> SourceModel:
             raise ValueError(f"{source}: is a folder with one model; --average needs a run with several checkpoints.")
         model = read_model(source)
         length = model.config.max_position_embeddings
-        return SourceModel(model.weights, model.config, source, length, length, model.initialized)
+        trained = {name: tensor for name, tensor in model.weights.items() if name not in model.initialized}
+        return SourceModel(trained, model.config, source, length, length, model.initialized)
     checkpoints = find_checkpoints(source, average)
     weights, config, state = read_checkpoints(checkpoints)
     return SourceModel(weights, config, checkpoints[0], state.max_seq_len, None, [])
@@ -135,11 +156,12 @@ def _check_reads_back(folder: Path, model: SourceModel) -> None:
     No other process can load the folder as a check, because its modelling code is not ours to redistribute.
     """
     back = read_model(folder)
-    wrong = sorted(back.weights.keys() ^ model.weights.keys()) or [
+    read = back.weights.keys() - set(back.initialized)
+    wrong = sorted(read ^ model.weights.keys()) or [
         name for name, tensor in model.weights.items() if not torch.equal(back.weights[name], tensor)
     ]
     settings = (*SHARED_SETTINGS, "problem_type", "id2label")
     wrong += [name for name in settings if getattr(back.config, name) != getattr(model.config, name)]
-    wrong += [*back.initialized, *back.unused]
+    wrong += [*sorted(set(back.initialized) ^ set(model.missing)), *back.unused]
     if wrong:
         raise ValueError(f"{folder}: does not read back as it was written: {', '.join(wrong[:3])}.")

@@ -294,13 +294,13 @@ def to_megabert_state_dict(state: Mapping[str, Tensor], kind: Kind) -> dict[str,
 
 
 def from_megabert(state: Mapping[str, Tensor], kind: Kind, duplicates: bool = True) -> dict[str, Tensor]:
-    """Rename the weights of our MegaBertForMaskedLM, which may omit the tied decoder.weight, or of our classifier.
+    """Rename the weights of our MegaBertForMaskedLM, which may omit the tied decoder.weight or its whole head.
 
     duplicates: also return the tensors that have a second name, as their state_dict() does and their files need not.
     """
     table = _table(kind, num_layers(state, OUR_LAYERS), state)
-    if "classifier.weight" in state and not any(name.startswith(MLM_HEAD_PREFIXES) for name in state):
-        table = [entry for entry in table if not entry.ours.startswith(MLM_HEAD_PREFIXES)]
+    if not any(name.startswith(MLM_HEAD_PREFIXES) for name in state):
+        table = [entry._replace(duplicates=()) for entry in table if not entry.ours.startswith(MLM_HEAD_PREFIXES)]
     same = {name for name in state if name.startswith(SAME_NAME_PREFIXES)}
     _check_names(state, {entry.ours for entry in table}, {TIED_DECODER} | same, f"megabert as {kind}")
     theirs = {name: state[name] for name in sorted(same)}

@@ -1,9 +1,10 @@
 """The format of metrics.jsonl: one JSON record per line, each with its step."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
+
+from megabert.files.json_file import parse_json
 
 METRICS = "metrics.jsonl"
 
@@ -15,7 +16,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
+            record = parse_json(line)
             if isinstance(record, dict) and type(record.get("step")) is int and all(map(_is_number, record.values())):
                 records.append(record)
     return records

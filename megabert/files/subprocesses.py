@@ -1,5 +1,6 @@
-"""Child processes: where their sockets are, ending with the parent, and the last line of what they printed."""
+"""Child processes: where their sockets are, ending with the parent, killing them, and the last line that they print."""
 
+import contextlib
 import ctypes
 import multiprocessing.util
 import os
@@ -7,6 +8,8 @@ import signal
 import stat
 import tempfile
 import threading
+
+import psutil
 
 # A socket's path has at most 107 bytes. multiprocessing's are $TMPDIR/pymp-12345678/listener-12345678.
 LONGEST_SOCKET_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
@@ -65,6 +68,15 @@ def exit_with_parent() -> None:
 def end_with_parent() -> None:
     """Let the kernel send this process SIGTERM when the thread that started it ends; the preexec_fn of a command."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def kill_with_children(pid: int) -> None:
+    """Kill a process, such as a shell, and all that it has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (*process.children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def _wait_for_end_of_stdin() -> None:

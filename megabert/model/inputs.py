@@ -14,6 +14,11 @@ UNSUPPORTED = {
     "output_attentions": "there are none to return, since no implementation computes a whole attention matrix",
     "head_mask": "heads cannot be masked; attention is one operation over all of them",
     "encoder_hidden_states": "this is an encoder without cross-attention",
+    # The names of transformers' flash-attention arguments. A packed call without them would be one long document.
+    "cu_seq_lens_q": "pass packed tokens as (tokens,) with cu_seqlens",
+    "cu_seq_lens_k": "pass packed tokens as (tokens,) with cu_seqlens",
+    # Heads that have it name it.
+    "cu_seqlens": "this head reads rows with an attention_mask, no packed tokens",
 }
 
 
@@ -72,11 +77,12 @@ def in_one_graph() -> bool:
     return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def read_tokens(inputs: Inputs, hidden_size: int, static: bool = False) -> Tokens:
+def read_tokens(inputs: Inputs, hidden_size: int, static: bool = False, longest: int | None = None) -> Tokens:
     """Convert a packed or a padded call to (T,) tokens.
 
-    static: compute the padding too, in shapes that do not depend on the mask. Raises ValueError for a missing or a
-    contradictory argument, and for one whose shape is not that of the ids.
+    static: compute the padding too, in shapes that do not depend on the mask. longest: the number of slots that have a
+    position, or None. Raises ValueError for a missing or a contradictory argument, for one whose shape is not that of
+    the ids, and for tokens without a position.
     """
     ids, embeds = inputs.input_ids, inputs.inputs_embeds
     if ids is None and embeds is None:
@@ -106,6 +112,11 @@ def read_tokens(inputs: Inputs, hidden_size: int, static: bool = False) -> Token
     if inputs.attention_mask is not None:
         meaning = f"{same}; it is not 0 at real tokens, and masks for each query or head are not supported"
         check_shape("attention_mask", inputs.attention_mask, shape, meaning)
+    if longest is not None and shape[1] > longest and inputs.position_ids is None:
+        if inputs.attention_mask is None or inputs.attention_mask[:, longest:].any():
+            raise ValueError(
+                f"a text has {shape[1]} tokens, but the model has learned the positions of {longest}: truncate it."
+            )
     return _read_padded(inputs, first, shape, static)
 
 

@@ -97,7 +97,10 @@ class MegaBertPreTrainedModel(PreTrainedModel):
         refuse_unsupported(others)
         # A graph cannot leave padding out, except with flash-attn, at which graphs break anyway.
         static = in_one_graph() and self.config._attn_implementation != "flash_attention_2"
-        return read_tokens(inputs, self.config.hidden_size, static)
+        learned = self.config.position == "learned" and not in_one_graph()
+        return read_tokens(
+            inputs, self.config.hidden_size, static, self.config.max_position_embeddings if learned else None
+        )
 
     def _every_layer(self, output_hidden_states: bool | None) -> bool:
         """Whether this call returns the hidden states of every layer; the config decides where the caller does not."""
@@ -116,8 +119,10 @@ class MegaBertPreTrainedModel(PreTrainedModel):
         states: the (T, E) before each layer and after the last one, or none.
         """
         output = kind(hidden_states=tuple(tokens.spread(state) for state in states) or None, **fields)
-        as_object = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-        return output if as_object else output.to_tuple()
+        if return_dict is None:
+            # With torchscript, transformers 4 returns tuples, which torch.jit.trace takes.
+            return_dict = getattr(self.config, "return_dict", True) and not getattr(self.config, "torchscript", False)
+        return output if return_dict else output.to_tuple()
 
 
 class MegaBertModel(MegaBertPreTrainedModel):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
+    GteConfig,
+    ModernBertConfig,
 )
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.convert.from_hf import ImportOptions, import_model, read_model
+from megabert.convert.hf.config import SHARED_SETTINGS, from_their_config
 from megabert.convert.weight_names import from_megabert, to_megabert
 from megabert.model.modeling_megabert import (
     MegaBertForMaskedLM,
@@ -171,6 +175,23 @@ def test_a_config_that_does_not_match_the_weights_is_refused(tmp_path, changes, 
     with pytest.raises(ValueError, match=message):
         import_model(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kind", "cls"), [("bert", BertConfig), ("modernbert", ModernBertConfig), ("gte", GteConfig)])
+def test_settings_that_a_config_leaves_out_have_the_defaults_of_transformers(kind, cls):
+    sizes = SHAPE | {"vocab_size": 60_000}
+    for name in ("max_position_embeddings", "type_vocab_size"):
+        sizes.pop(name, None)
+    ours, theirs = from_their_config(Path("in"), {**sizes, "model_type": kind}, kind), cls(**sizes)
+    other_names = {
+        "layer_norm_eps": "norm_eps",
+        "hidden_dropout_prob": "mlp_dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+    }
+    for name, other in ((name, other_names.get(name, name)) for name in (*SHARED_SETTINGS, "classifier_pooling")):
+        theirs_name = name if hasattr(theirs, name) else other
+        if hasattr(theirs, theirs_name):
+            assert getattr(ours, name) == getattr(theirs, theirs_name), name
 
 
 def test_relative_positions_and_a_config_without_sizes_are_refused(tmp_path):

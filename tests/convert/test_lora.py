@@ -1,15 +1,25 @@
 """An adapter that peft saves gives the same logits where it is loaded again: no fresh part is lost."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 
 import megabert
+from megabert.model.modeling_megabert import MegaBertModel
 from tests.convert.helpers.small_model import small_model
 
 pytestmark = pytest.mark.peft
 
-TARGETS = ["qkv", "out", "up", "down"]  # the linear layers of every block, as the README names them
+# As the README has them: the linear layers of every block, or all that are no head.
+TARGETS = [
+    {"target_modules": ["qkv", "out", "up", "down"]},
+    {"target_modules": "all-linear", "exclude_modules": ["pre_classifier.dense", "classifier", "qa_outputs"]},
+]
+MODERNBERT = {
+    "position": "rope", "norm_position": "pre", "bias": False, "norm_bias": False, "type_vocab_size": 0,
+}  # fmt: skip
 LABELS = {
     "SequenceClassification": {"labels": torch.tensor([0, 1])},
     "MultipleChoice": {"labels": torch.tensor([0, 1])},
@@ -20,27 +30,38 @@ TASKS = {"MultipleChoice": "SEQ_CLS", "SequenceClassification": "SEQ_CLS", "Toke
          "QuestionAnswering": "QUESTION_ANS"}  # fmt: skip
 
 
-@pytest.mark.parametrize("head", LABELS)
-def test_a_saved_adapter_comes_back_with_the_same_logits(tmp_path, head):
+def adapt_and_load(folder: Path, head: str, **settings) -> None:
+    """Train an adapter of the model in `folder`, and compare its logits where it is loaded again."""
     import peft  # pyrefly: ignore[missing-import]
 
     megabert.register_auto_classes()
-    small_model().save_pretrained(tmp_path / "base")  # a masked language model: every head is fresh
 
     def load_base(seed: int) -> torch.nn.Module:
         torch.manual_seed(seed)
-        return getattr(transformers, f"AutoModelFor{head}").from_pretrained(tmp_path / "base")
+        return getattr(transformers, f"AutoModelFor{head}").from_pretrained(folder)
 
     ids = torch.randint(5, 800, (2, 3, 9) if head == "MultipleChoice" else (2, 9))
-    tuned = peft.get_peft_model(load_base(1), peft.LoraConfig(task_type=TASKS[head], target_modules=TARGETS, r=4))
+    tuned = peft.get_peft_model(load_base(1), peft.LoraConfig(task_type=TASKS[head], r=4, **settings))
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=0.01)
     for _ in range(3):
         optimizer.zero_grad()
         tuned(input_ids=ids, **LABELS[head]).loss.backward()
         optimizer.step()
-    tuned.eval().save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(load_base(2), tmp_path / "adapter").eval()
+    tuned.eval().save_pretrained(folder / "adapter")
+    again = peft.PeftModel.from_pretrained(load_base(2), folder / "adapter").eval()
     with torch.no_grad():
         got, expected = (model(input_ids=ids).to_tuple() for model in (again, tuned))
     assert len(got) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=["blocks", "all-linear"])
+@pytest.mark.parametrize("head", LABELS)
+def test_a_saved_adapter_comes_back_with_the_same_logits(tmp_path, head, targets):
+    small_model().save_pretrained(tmp_path)  # a masked language model: every head is fresh
+    adapt_and_load(tmp_path, head, **targets)
+
+
+def test_the_fresh_transform_of_a_bare_modernbert_is_saved_where_it_is_named(tmp_path):
+    small_model(cls=MegaBertModel, **MODERNBERT).save_pretrained(tmp_path)
+    adapt_and_load(tmp_path, "SequenceClassification", modules_to_save=["transform", "classifier"], **TARGETS[0])

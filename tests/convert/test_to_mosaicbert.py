@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from megabert.convert import to_mosaicbert as module
-from megabert.convert.from_hf import import_model, read_model
+from megabert.convert.from_hf import MLM_HEAD, ImportOptions, import_model, read_model
 from megabert.convert.to_mosaicbert import export_mosaicbert
-from megabert.model.modeling_megabert import MegaBertForSequenceClassification, MegaBertModel
+from megabert.model.modeling_megabert import (
+    MegaBertForMultipleChoice,
+    MegaBertForQuestionAnswering,
+    MegaBertForSequenceClassification,
+    MegaBertForTokenClassification,
+    MegaBertModel,
+)
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.folders import write_published_mosaicbert
 from tests.convert.helpers.small_model import BERT, small_model
@@ -33,7 +39,7 @@ def test_published_to_ours_to_published_changes_no_bit(run_launcher, tmp_path):
 def test_a_checkpoint_is_exported_with_its_tokenizer(corpus, tmp_path):
     model = small_model()
     write_checkpoint(tmp_path / "run", model, corpus.tokenizer, stage=3, world_size=2)
-    assert export_mosaicbert(tmp_path / "run", tmp_path / "out").initialized == []
+    assert export_mosaicbert(tmp_path / "run", tmp_path / "out").missing == []
     back = read_model(tmp_path / "out")
     assert all(torch.equal(back.weights[name], parameter) for name, parameter in model.named_parameters())
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (corpus.tokenizer / "tokenizer.json").read_bytes()
@@ -54,20 +60,39 @@ def test_what_the_published_code_would_compute_differently_is_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eps", "mean"]
 
 
-def test_a_classifier_names_the_head_that_nothing_has_trained_directly_and_after_an_import(run_launcher, tmp_path):
+@pytest.mark.parametrize(
+    ("cls", "kind"),
+    [
+        (MegaBertForTokenClassification, "tokens"),
+        (MegaBertForMultipleChoice, "choices"),
+        (MegaBertForQuestionAnswering, "answers"),
+    ],
+)
+def test_a_head_that_the_published_code_lacks_is_refused(tmp_path, cls, kind):
+    small_model(cls=cls).save_pretrained(tmp_path / "in")
+    with pytest.raises(ValueError, match=f"in: has a head for {kind}, but the published MosaicBERT has heads for mask"):
+        export_mosaicbert(tmp_path / "in", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_head_that_nothing_has_trained_is_left_out_and_named_directly_and_after_an_import(run_launcher, tmp_path):
+    """Whoever reads the folder finds out too, which a head of random numbers would hide."""
     classifier = small_model(cls=MegaBertForSequenceClassification, num_labels=3)
     classifier.save_pretrained(tmp_path / "classifier")
-    import_model(tmp_path / "classifier", tmp_path / "imported")
+    import_model(tmp_path / "classifier", tmp_path / "imported", ImportOptions(seed=5))
     for source in ("classifier", "imported"):
         done = run_launcher("convert_to_hf.py", tmp_path / source, tmp_path / f"{source}-out", "--layout", "published")
         assert done.code == 0, done.output
-        assert "not in the original source, initialized: transform.dense.weight, " in done.output
-        assert "initialized: transform.dense.weight" in (tmp_path / f"{source}-out" / "README.md").read_text()
+        assert "not in the original source, and not there: transform.dense.weight, " in done.output
+        assert "and not here: transform.dense.weight" in (tmp_path / f"{source}-out" / "README.md").read_text()
+        config = json.loads((tmp_path / f"{source}-out" / "config.json").read_text())
+        assert config["architectures"] == ["BertForSequenceClassification"]
+        assert sorted(read_model(tmp_path / f"{source}-out").initialized) == sorted(MLM_HEAD)
         state = torch.load(tmp_path / f"{source}-out" / "pytorch_model.bin", weights_only=True)
         weights = classifier.state_dict()
         assert torch.equal(state["classifier.weight"], weights["classifier.weight"])
         assert torch.equal(state["bert.pooler.dense.bias"], weights["pre_classifier.dense.bias"])
-        assert not any(name.startswith("pre_classifier") for name in state)
+        assert not any(name.startswith(("pre_classifier", "cls.")) for name in state)
 
 
 def test_the_longest_text_of_an_export_is_chosen_with_a_flag(run_launcher, corpus, tmp_path):
@@ -89,8 +114,8 @@ def test_other_architectures_are_refused_and_initialized_parameters_are_named(co
     small_model(cls=MegaBertModel).save_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match="is a folder with one model; --average needs a run"):
         export_mosaicbert(tmp_path / "encoder", tmp_path / "out", average=2)
-    assert "decoder.bias" in export_mosaicbert(tmp_path / "encoder", tmp_path / "out").initialized
-    assert read_model(tmp_path / "out").initialized == []
+    assert export_mosaicbert(tmp_path / "encoder", tmp_path / "out").missing == MLM_HEAD
+    assert sorted(read_model(tmp_path / "out").initialized) == sorted(MLM_HEAD)
 
 
 def test_a_folder_that_does_not_read_back_is_removed(tmp_path, monkeypatch):

@@ -127,6 +127,29 @@ def test_unsupported_arguments_are_an_error(cls, arguments):
     small_model(cls)(torch.ones(1, 4, dtype=torch.long), output_attentions=False, num_items_in_batch=3)
 
 
+@pytest.mark.parametrize("cls", [MegaBertForTokenClassification, MegaBertForQuestionAnswering])
+def test_packed_tokens_are_refused_by_heads_that_read_rows_only(cls):
+    """They would take the documents for one."""
+    with pytest.raises(ValueError, match="cu_seqlens: this head reads rows with an attention_mask, no packed tokens"):
+        small_model(cls)(torch.ones(1, 4, dtype=torch.long), cu_seqlens=torch.tensor([0, 2, 4]))
+    for model in (small_model(), small_model(cls)):
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q: pass packed tokens as \(tokens,\) with cu_seqlens"):
+            model(torch.ones(1, 4, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 2, 4]), max_length_q=2)
+
+
+def test_a_text_beyond_the_learned_positions_is_refused_but_padding_there_is_not():
+    model = small_model(position="learned", ffn="gelu", max_position_embeddings=8).eval()
+    ids = torch.full((2, 10), 7)
+    with pytest.raises(
+        ValueError, match="a text has 10 tokens, but the model has learned the positions of 8: truncate"
+    ):
+        model(ids)
+    mask = torch.ones_like(ids)
+    mask[:, 8:] = 0
+    assert torch.equal(model(ids, mask).logits[:, :8], model(ids[:, :8]).logits)
+    assert model(ids, position_ids=torch.arange(10)[None] % 8).logits.isfinite().all()
+
+
 def test_positions_of_answers_may_be_a_column():
     model = small_model(MegaBertForQuestionAnswering).eval()
     ids, start, end = torch.arange(5, 17).view(2, 6), torch.tensor([1, 9]), torch.tensor([3, 2])
@@ -207,6 +230,9 @@ def test_hidden_states_and_tuples_on_request():
         plain = model(**inputs, return_dict=False)
     assert len(output.hidden_states) == SMALL["num_hidden_layers"] + 1
     torch.testing.assert_close(plain[0], output.logits)
+    model.config.torchscript = True  # a setting of transformers 4, for torch.jit.trace
+    assert isinstance(model(**inputs), tuple)
+    model.config.torchscript = False
     deeper = small_model(padding="padded").eval()(**inputs, output_hidden_states=True)
     for a, b in zip(output.hidden_states, deeper.hidden_states, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

@@ -134,6 +134,7 @@ def test_every_schedule_is_drawn(tmp_path):
     flags = last_of_each([*TINY, *settings, f"--plot-schedule={out}"])
     done = run_command([sys.executable, "launch/pretrain.py", *flags])
     assert done.code == 0, done.output
+    assert done.output.splitlines()[-1] == str(out)
     assert out.read_bytes().startswith(b"\x89PNG")
     plot_schedule(read("--recipe=mosaicbert-base"), tmp_path / "paper.png")
     assert (tmp_path / "paper.png").stat().st_size > 10_000

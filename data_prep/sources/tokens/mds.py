@@ -4,10 +4,10 @@ The format is that of MDSWriter in mosaicml-streaming's streaming/base/format/md
 """
 
 import hashlib
-import json
+import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import zstandard
@@ -24,9 +24,10 @@ from data_prep.sources.base import (
     until_damaged,
 )
 from data_prep.sources.tokens.ids import BATCH_TOKENS, TokenBatch
+from data_prep.sources.tokens.mds_index import AGAIN, INDEX, Shard, read_shards
 
-INDEX = "index.json"
-AGAIN = "Copy the folder again, or write it again."
+# A shard is held in memory whole. MDSWriter aims at 64 MB.
+MAX_SHARD_BYTES = 1 << 30
 # numpy's types by their numbers in a column of arrays that may have any type.
 ARRAY_TYPES = {8: "u1", 9: "i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}
 NAMED_TYPES = {np.dtype(name).name: name for name in ARRAY_TYPES.values()}
@@ -40,15 +41,10 @@ class Column(NamedTuple):
     encoding: str
 
 
-def is_mds(folder: Path) -> bool:
-    """Whether MDSWriter wrote this folder."""
-    return bool(_shards(folder))
-
-
 def list_input_splits(folder: Path, options: ReadOptions) -> list[InputSplit]:
     """List one input split per shard. Raises DamagedError if a file is cut, or has no such column."""
     splits = []
-    for number, shard in enumerate(_shards(folder)):
+    for number, shard in enumerate(read_shards(folder)):
         path, size = _file_of(folder, shard)
         if not path.is_file():
             raise DamagedError(f"{path}: no such file, but {folder / INDEX} lists it. {AGAIN}")
@@ -72,7 +68,7 @@ def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator
 def read_tokens(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[TokenBatch]:
     """Yield the token ids of a shard in batches."""
     path, index = split.paths
-    encoding = _column(_shards(Path(index).parent)[split.start], options.text_key, path).encoding
+    encoding = _column(read_shards(Path(index).parent)[split.start], options.text_key, path).encoding
     group: list[np.ndarray] = []
     first = held = 0
     for number, (where, data) in enumerate(_values(split, options, left_out)):
@@ -119,29 +115,27 @@ def _batch(group: list[np.ndarray], where: str, first: int) -> TokenBatch:
     return TokenBatch(ids, np.array([len(part) for part in group], np.int64), where, first)
 
 
-def _shards(folder: Path) -> list[dict[str, Any]]:
-    try:
-        shards = json.loads((folder / INDEX).read_bytes())["shards"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-    is_list = isinstance(shards, list) and all(isinstance(shard, dict) for shard in shards)
-    return shards if is_list and all(shard.get("format") == "mds" for shard in shards) else []
+def _file_of(folder: Path, shard: Shard) -> tuple[Path, int]:
+    """Return the file of a shard, compressed if only that is there, and the bytes that it must have.
+
+    Raises DamagedError for a shard that is too large to be held in memory.
+    """
+    for file in filter(None, (shard.raw_data, shard.zip_data)):
+        path = folder / file.basename
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise DamagedError(f"{folder / INDEX}: {file.basename!r} is not below its folder. {AGAIN}")
+        if path.is_file() or shard.zip_data is None or file is shard.zip_data:
+            break
+    if max(file.bytes, shard.raw_data.bytes) > MAX_SHARD_BYTES:
+        raise DamagedError(
+            f"{path}: has {shard.raw_data.bytes / (1 << 20):,.0f} MB, the limit of a shard is {MAX_SHARD_BYTES >> 20} "
+            "MB. Write the folder again with smaller shards (size_limit of MDSWriter)."
+        )
+    return path, file.bytes
 
 
-def _file_of(folder: Path, shard: dict[str, Any]) -> tuple[Path, int]:
-    """Return the file of a shard, compressed if only that is there, and the bytes that it must have."""
-    for name in ("raw_data", "zip_data"):
-        entry = shard.get(name)
-        if entry and (name == "zip_data" or not shard.get("zip_data") or (folder / entry["basename"]).is_file()):
-            path = folder / entry["basename"]
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"{folder / INDEX}: {entry['basename']!r} is not below its folder. {AGAIN}")
-            return path, int(entry["bytes"])
-    raise DamagedError(f"{folder / INDEX}: a shard has no file. {AGAIN}")
-
-
-def _column(shard: dict[str, Any], key: str, where: str) -> Column:
-    names, encodings = shard["column_names"], shard["column_encodings"]
+def _column(shard: Shard, key: str, where: str) -> Column:
+    names, encodings = shard.column_names, shard.column_encodings
     if key not in names:
         raise no_field(where, key, names)
     encoding = encodings[names.index(key)]
@@ -153,7 +147,7 @@ def _column(shard: dict[str, Any], key: str, where: str) -> Column:
 def _values(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[tuple[str, bytes]]:
     """Yield the value of the column in each sample, with its place."""
     path, index = split.paths
-    shard = _shards(Path(index).parent)[split.start]
+    shard = read_shards(Path(index).parent)[split.start]
     column = _column(shard, options.text_key, path).number
 
     def explain(error: Exception) -> DamagedError:
@@ -162,7 +156,7 @@ def _values(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Itera
     errors = (DamagedError, zstandard.ZstdError, ValueError, IndexError)
     for number, sample in enumerate(until_damaged(_samples(Path(path), shard), errors, explain, left_out)):
         where = f"{path}: sample {number}"
-        value = _value(sample, shard["column_sizes"], column)
+        value = _value(sample, shard.column_sizes, column)
         if value is None:
             left_out.damaged(DamagedError(f"{where} is cut. {AGAIN}"))
         elif len(value) > base.MAX_DOCUMENT_BYTES:
@@ -171,15 +165,15 @@ def _values(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Itera
             yield where, value
 
 
-def _samples(path: Path, shard: dict[str, Any]) -> Iterator[bytes]:
+def _samples(path: Path, shard: Shard) -> Iterator[bytes]:
     """Yield the samples of a shard: their number, the places where each begins and ends, a header, and the samples."""
     data = _unpacked(path, shard)
-    for algorithm, expected in (shard["raw_data"].get("hashes") or {}).items():
+    for algorithm, expected in (shard.raw_data.hashes or {}).items():
         if algorithm in hashlib.algorithms_available and hashlib.new(algorithm, data).hexdigest() != expected:
             raise DamagedError(f"{path}: its {algorithm} differs from that in {INDEX}. {AGAIN}")
     count = int.from_bytes(data[:4], "little")
-    if count != shard["samples"] or len(data) < 4 * (count + 2):
-        raise DamagedError(f"{path}: says that it has {count} samples, but {INDEX} says {shard['samples']}. {AGAIN}")
+    if count != shard.samples or len(data) < 4 * (count + 2):
+        raise DamagedError(f"{path}: says that it has {count} samples, but {INDEX} says {shard.samples}. {AGAIN}")
     edges = np.frombuffer(data, "<u4", count + 1, 4).astype(np.int64)
     if (np.diff(edges) < 0).any() or int(edges[-1]) != len(data):
         raise DamagedError(f"{path}: its samples do not fill it. {AGAIN}")
@@ -187,15 +181,19 @@ def _samples(path: Path, shard: dict[str, Any]) -> Iterator[bytes]:
         yield data[begin:end]
 
 
-def _unpacked(path: Path, shard: dict[str, Any]) -> bytes:
+def _unpacked(path: Path, shard: Shard) -> bytes:
     data = path.read_bytes()
-    if path.name == shard["raw_data"]["basename"].rpartition("/")[2]:
+    if path.name == Path(shard.raw_data.basename).name:
         return data
-    method = str(shard.get("compression")).partition(":")[0]
+    method = str(shard.compression).partition(":")[0]
     if method != "zstd":
         raise ValueError(f"{path}: compressed with {method}, expected zstd. Write it again without compression.")
-    size = int(shard["raw_data"]["bytes"])
-    return zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+    # Not decompress(), which allocates what the file says of itself.
+    with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)) as reader:
+        unpacked = reader.read(shard.raw_data.bytes + 1)
+    if len(unpacked) != shard.raw_data.bytes:
+        raise DamagedError(f"{path}: does not unpack to the {shard.raw_data.bytes} bytes that {INDEX} says. {AGAIN}")
+    return unpacked
 
 
 def _value(sample: bytes, sizes: list[int | None], column: int) -> bytes | None:

@@ -19,6 +19,7 @@ SHARED_SETTINGS = (
 
 # Settings of transformers' BERT of which our model supports one value, which is also BERT's default.
 FIXED_SETTINGS = {"hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
+BERT_ATTENTION_DROPOUT = 0.1  # where config.json does not say: the other defaults are also ours
 # As the published MosaicBERT, which was trained on 128 tokens: ALiBi reads texts that are some times as long.
 ALIBI_LENGTH = 512
 REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -82,6 +83,7 @@ def from_bert_config(source: Path, raw: dict[str, Any], kind: Kind) -> MegaBertC
         settings |= {"position": "alibi", "ffn": "geglu", "layer_norm_dtype": "bfloat16"}
     else:
         settings |= {"position": "learned", "ffn": "gelu", "layer_norm_dtype": "float32"}
+        settings.setdefault("attention_probs_dropout_prob", BERT_ATTENTION_DROPOUT)
     config = _make_config(source, settings)
     if kind == "mosaicbert" and config.layer_norm_eps != MOSAICBERT_HEAD_EPS:
         raise ValueError(

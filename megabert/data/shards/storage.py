@@ -12,6 +12,9 @@ import io
 import logging
 import os
 import re
+import select
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ from megabert.data.shards.manifest import MANIFEST
 from megabert.data.shards.patience import Hedge, retrying, waiting_for_store
 from megabert.files.disk import DiskError
 from megabert.files.limits import LimitedWriter, TooLongError, read_bounded, too_long
+from megabert.files.subprocesses import kill_with_children
 
 if TYPE_CHECKING:
     from webdataset.gopen import Pipe
@@ -35,6 +39,8 @@ log = logging.getLogger(__name__)
 
 COMMAND_PATIENCE_S = 30.0
 PIPE_BUFFER = 1 << 20
+# A command that prints nothing for this long, to start or to unpack something, is ended.
+SILENT_S = 120.0
 # A connection counts as broken after a server has sent nothing for this long.
 STALLED_S = 30.0
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -251,16 +257,37 @@ def _reporting(write: Callable[[bytes], object]) -> Callable[[bytes], object]:
 
 
 def copy_pipe(url: str, file: LimitedWriter) -> None:
-    """Copy what pipe:COMMAND prints. A command that prints too much is killed."""
+    """Copy what pipe:COMMAND prints.
+
+    A command that prints too much, or nothing for SILENT_S, is killed; the latter raises OSError. So does one that
+    fails, or does not end.
+    """
     with open_pipe(url) as pipe:
+        assert isinstance(pipe.stream, io.BufferedReader), "commands are opened in binary mode"
+        pipe.timeout = SILENT_S
         try:
-            while data := pipe.read(PIPE_BUFFER):
+            while data := _read_some(pipe.stream, url):
                 file.write(data)
-        except TooLongError:
+            pipe.proc.wait(SILENT_S)
+        except (TooLongError, TimeoutError, subprocess.TimeoutExpired) as error:
             # Otherwise the exit code of the killed command would hide the reason.
             pipe.ignore_errors = True
-            pipe.proc.kill()
+            kill_with_children(pipe.proc.pid)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TimeoutError(f"{url}: printed all, but did not end for {SILENT_S:.0f} s") from error
             raise
+        pipe.check_status()
+
+
+def _read_some(stream: io.BufferedReader, url: str) -> bytes:
+    """Read what a command has printed, b"" at its end. Raises TimeoutError if it prints nothing for SILENT_S."""
+    until = time.monotonic() + SILENT_S
+    while not select.select([stream], [], [], min(1.0, SILENT_S))[0]:
+        waiting_for_store()
+        if time.monotonic() > until:
+            raise TimeoutError(f"{url}: printed nothing for {SILENT_S:.0f} s")
+    # All that is buffered, so that the next select() looks at the pipe alone.
+    return stream.read1(PIPE_BUFFER)
 
 
 def open_pipe(url: str) -> "Pipe":

@@ -23,6 +23,10 @@ PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 # ESM) do not.
 BERTS = "Bert ConvBert DistilBert Electra LayoutLM Lxmert MobileBert RetriBert Splinter SqueezeBert"
 BERT_CLASSES = {f"{name}Tokenizer{fast}" for name in BERTS.split() for fast in ("", "Fast")}
+# Unicode's property White_Space.
+WHITE_SPACE = "".join(
+    map(chr, (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000))
+)
 # Settings of tokenizer_config.json, and what BERT's normalizer calls them.
 NORMALIZER_SETTINGS = {
     "do_lower_case": "lowercase",
@@ -132,16 +136,18 @@ def _add_tokens(path: Path, tokenizer: Tokenizer, tokens: list[tuple[int | None,
 
 
 def _read_vocab(path: Path) -> dict[str, int]:
-    """Read a piece per line, in the order of the ids. Raises ValueError if one is listed twice."""
+    """Read a piece per line, in the order of the ids, without white space at the ends of lines, as transformers 5 does.
+
+    Raises ValueError if a piece is listed twice, but for lines of white space alone: no text contains their piece.
+    """
     try:
         # Not splitlines(): U+2028 and U+0085 occur in tokens.
         text = read_bounded(path, MAX_TOKENIZER_BYTES).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8: {error}") from error
-    pieces = [piece.removesuffix("\r") for piece in text.removesuffix("\n").split("\n")]
+    pieces = [piece.rstrip(WHITE_SPACE) for piece in text.removesuffix("\n").split("\n")]
     ids = {piece: number for number, piece in enumerate(pieces)}
-    if len(ids) < len(pieces):
-        duplicate = next(piece for number, piece in enumerate(pieces) if ids[piece] != number)
+    if duplicate := next((piece for number, piece in enumerate(pieces) if piece and ids[piece] != number), None):
         raise ValueError(f"{path}: lists {duplicate!r} twice, expected a vocabulary of one piece per line.")
     return ids
 

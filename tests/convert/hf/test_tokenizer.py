@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertTokenizerFast
 
@@ -28,6 +30,27 @@ def write_vocab(folder: Path, settings: dict | None = None, **files: dict) -> Pa
         if content is not None:
             (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
+
+
+def test_white_space_at_the_ends_of_lines_is_no_part_of_a_piece(tmp_path):
+    """The class of BERT in transformers 5 reads so, and only it: in 4.x such a piece matches no text."""
+    lines = [*TOKENS[:5], "cat ", " dog", "##s\t", "\u3000", "x\u00a0\u2028", "y\u001c", "a\rb", "", "the\r", "last"]
+    folder = write_vocab(tmp_path / "in", settings={"tokenizer_class": "BertTokenizer"})
+    (folder / "vocab.txt").write_bytes("\n".join(lines).encode())
+    ours = read_hf_tokenizer(folder)
+    expected = dict(
+        zip(
+            ("cat", " dog", "##s", "x", "y\u001c", "a\rb", "", "the", "last"), (5, 6, 7, 9, *range(10, 15)), strict=True
+        )
+    )
+    assert ours.get_vocab() == dict(zip(TOKENS[:5], range(5), strict=True)) | expected
+    if Version(transformers.__version__) >= Version("5"):
+        theirs = BertTokenizerFast.from_pretrained(folder)
+        assert theirs.get_vocab() == ours.get_vocab()
+        assert theirs("cats the x").input_ids == ours.encode("cats the x").ids
+    (folder / "vocab.txt").write_text("\n".join([*TOKENS[:5], "cat", "cat "]))
+    with pytest.raises(ValueError, match=r"vocab\.txt: lists 'cat' twice"):
+        read_hf_tokenizer(folder)
 
 
 NEW, OTHER = len(TOKENS), len(TOKENS) + 1

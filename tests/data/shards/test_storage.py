@@ -18,10 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megabert.config.cli import exit_code
-from megabert.data.shards import patience, side_files
+from megabert.data.shards import patience, side_files, storage
 from megabert.data.shards.cache import CacheOptions, ExpectedFile, ShardCache, WrongContentError
 from megabert.data.shards.manifest import MANIFEST
 from megabert.data.shards.patience import (
@@ -449,6 +450,24 @@ def test_a_command_without_end_is_stopped(corpus, cache, tmp_path, monkeypatch, 
     with pytest.raises(WrongContentError, match="more bytes arrived than the 5000 of the manifest"):
         CommandStorage(f"pipe:{command}", cache).read("train-00000.tar", 0, 10, expected)
     assert not [path for path in cache.folder.iterdir() if path.name.endswith((".part", ".tar"))]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("SLEEP; cat {name}", "printed nothing for 0 s"),
+        ("echo x; SLEEP # {name}", "printed nothing for 0 s"),
+        ("echo x; exec 1>&-; SLEEP # {name}", "printed all, but did not end for 0 s"),
+    ],
+)
+def test_a_command_that_stalls_is_stopped(cache, monkeypatch, command, message):
+    """Nothing that it has started stays behind."""
+    monkeypatch.setattr(storage, "SILENT_S", 0.3)
+    sleep = ["sleep", f"1000.{os.getpid()}"]
+    command = command.replace("SLEEP", " ".join(sleep)).replace("{name}", "train-00000.tar")
+    with pytest.raises(StoreAwayError, match=rf"pipe:.*manifest\.json.*: failed 1 times over 0 s: .*{message}"):
+        open_source(f"pipe:{command}", cache=cache)
+    assert not [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == sleep]
 
 
 class Endless(http.server.BaseHTTPRequestHandler):

@@ -1,10 +1,13 @@
 """Tests that every column of text is read, from .parquet, .arrow and save_to_disk, and that damage is named."""
 
+import errno
 import json
+import struct
 
 import pytest
 
-from data_prep.sources import LeftOut, ReadOptions, list_input_splits, parquet, read_input_split
+from data_prep.sources import LeftOut, ReadOptions, list_input_splits, read_input_split
+from data_prep.sources.columns import arrow, parquet
 
 pyarrow = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -98,6 +101,46 @@ def test_half_a_file_is_named(tmp_path, name):
     assert left_out.counts == {"damaged": 1}
 
 
+@pytest.mark.parametrize("name", ["file.arrow", "stream.arrow"])
+def test_a_text_outside_its_file_is_damage(tmp_path, name):
+    """Reading it would end the process with a signal."""
+    write(tmp_path / name, text=["aaaa", "bbbb"])
+    data, places = (tmp_path / name).read_bytes(), struct.pack("<iii", 0, 4, 8)
+    assert data.count(places) == 1
+    for wrong in ((0, 4, 1 << 30), (0, -(1 << 30), 8), (0, 8, 4)):
+        (tmp_path / name).write_bytes(data.replace(places, struct.pack("<iii", *wrong)))
+        with pytest.raises(ValueError, match=rf"{name}: damaged: .*Download or write it again"):
+            read(tmp_path)
+        assert read(tmp_path, skip_damaged=True) == []
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow"])
+def test_a_file_that_cannot_be_read_now_is_no_damage(tmp_path, name, monkeypatch):
+    write(tmp_path / name, text=["a"])
+    monkeypatch.setattr(pyarrow, "memory_map", refuse)
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refuse)
+    with pytest.raises(PermissionError):
+        read(tmp_path, LeftOut(skip_damaged=True), skip_damaged=True)
+
+
+def refuse(path, **_):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+def test_a_damaged_schema_or_footer_is_named(tmp_path):
+    write(tmp_path / "a.parquet", text=["a"], column=["b"])
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes().replace(b"column", b"col\xffmn"))
+    with pytest.raises(ValueError, match=r"a\.parquet: damaged: 'utf-8' codec .*Download or write it again"):
+        read(tmp_path / "a.parquet")
+    for name, at in (("file.arrow", -30), ("stream.arrow", 20)):
+        write(tmp_path / name, text=["a", "b"])
+        data = bytearray((tmp_path / name).read_bytes())
+        data[at : at + 8] = b"\xff" * 8
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{name}: damaged: .*Download or write it again"):
+            read(tmp_path / name)
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A data set in two files, and a data set with the splits train and test."""
@@ -132,6 +175,36 @@ def test_a_saved_data_set_cannot_name_files_elsewhere(saved):
     state.write_text(json.dumps({"_data_files": [{"filename": "../two/train/data-00000-of-00001.arrow"}]}))
     with pytest.raises(ValueError, match=r"state\.json: '\.\./two/.*' is not a name in its folder"):
         read(saved[0] / "one")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("one/state.json", lambda text: text[:30], "damaged: "),
+        ("one/state.json", lambda text: text.replace('"_data_files"', '"_data"'), "damaged: it lacks '_data_files'"),
+        ("one/state.json", lambda text: '{"_data_files": [5]}', "5 is not a name in its folder"),
+        ("two/dataset_dict.json", lambda text: "", "damaged: "),
+        ("two/dataset_dict.json", lambda text: '{"splits": ["test"], ' + text[1:], "damaged: .*'splits' appears twice"),
+        ("two/dataset_dict.json", lambda text: '{"splits": "train"}', "damaged: splits is a str, expected a list"),
+    ],
+)
+def test_a_saved_data_set_that_does_not_say_its_files_is_not_read_as_a_folder(saved, file, change, message):
+    """Caches of datasets, and the test split, are beside the documents."""
+    folder = saved[0]
+    write(folder / "one" / "cache-0123.arrow", text=["of a cache of datasets"])
+    (folder / file).write_text(change((folder / file).read_text()))
+    for source in (folder, (folder / file).parent):
+        with pytest.raises(ValueError, match=rf"{file}: {message}.* Save the data set again"):
+            read(source)
+    left_out = LeftOut(skip_damaged=True)
+    assert read(folder, left_out, skip_damaged=True) == saved[1]
+    assert left_out.counts["damaged"] == 1
+
+
+def test_other_programs_may_have_a_state_json(tmp_path):
+    (tmp_path / "state.json").write_text("[1]")
+    (tmp_path / "a.txt").write_text("of a folder")
+    assert read(tmp_path) == ["of a folder"]
 
 
 def test_a_large_value_in_many_rows_is_not_held_for_all_rows(tmp_path, monkeypatch):
@@ -179,6 +252,27 @@ def test_page_headers_of_every_writer_are_understood(tmp_path, options, encoding
     largest = parquet._largest_page(str(tmp_path / "a.parquet"), rows, "text")
     assert 5_000 < largest <= rows.column(0).total_uncompressed_size
     assert read(tmp_path) == texts
+
+
+@pytest.mark.parametrize("new", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+@pytest.mark.parametrize("kind", ["text", "dictionary"])
+def test_an_arrow_batch_that_expands_beyond_the_limit_is_refused_before_it_is_unpacked(
+    tmp_path, monkeypatch, new, kind
+):
+    column = pyarrow.array([f"{n}" + "x" * 100_000 for n in range(20)])
+    table = pyarrow.table({"text": column.dictionary_encode() if kind == "dictionary" else column})
+    for compression, rows in (("zstd", 20), ("lz4", 20), (None, 20), ("zstd", 2)):
+        options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+        with new(str(tmp_path / "a.arrow"), table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=rows)
+        monkeypatch.setattr(arrow, "MAX_BATCH_BYTES", 3_000_000)
+        assert len(read(tmp_path)) == 20
+        monkeypatch.setattr(arrow, "MAX_BATCH_BYTES", 1_000_000)
+        if compression and (rows == 20 or kind == "dictionary"):
+            with pytest.raises(ValueError, match=r"a\.arrow: message 1 takes 2 MB when it is unpacked, the limit is 0"):
+                read(tmp_path)
+        else:
+            assert len(read(tmp_path)) == 20  # as the message says; what is not compressed takes what the file has
 
 
 def test_a_text_beyond_the_limit_of_a_document_is_refused(tmp_path, monkeypatch):

@@ -135,6 +135,7 @@ def cut(path: Path, by: int) -> None:
     [
         ("megatron/a.bin", lambda path: cut(path, 2), r"a\.bin: has 18 bytes, but a\.idx says 20\. Copy both"),
         ("megatron/a.idx", lambda path: cut(path, 8), r"a\.idx: has \d+ bytes, expected \d+\. Copy both"),
+        ("megatron/a.idx", lambda path: path.write_bytes(b"x" + path.read_bytes()[1:]), r"a\.idx: not an index of Meg"),
         ("megatron/a.bin", Path.unlink, r"a\.bin: no such file, but its index is there\. Copy it there"),
         ("datatrove/a.ds", lambda path: cut(path, 2), r"a\.ds: has 18 bytes, but its index says 10 tokens of 2 or 4"),
         (

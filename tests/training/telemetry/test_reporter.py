@@ -108,5 +108,7 @@ def test_a_log_that_cannot_be_written_raises_nothing(tmp_path, monkeypatch):
 
 def test_lines_that_are_not_records_are_skipped(tmp_path):
     """A power failure may leave zeros, and a kill half a line before the next run's first."""
-    (tmp_path / METRICS).write_bytes(b'{"step": 1}\n\0\0\0\n{"step": 2, "los{"step": 3}\n\xff\n[4]\n{"step": 5}\n{"st')
+    (tmp_path / METRICS).write_bytes(
+        b'{"step": 1}\n\0\0\0\n{"step": 2, "los{"step": 3}\n\xff\n[4]\n{"step": 5}\n{"step": 6, "step": 7}\n{"st'
+    )
     assert read_metrics(tmp_path / METRICS) == [{"step": 1}, {"step": 5}]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from data_prep.sources.arrow import check_column, column_of, damage, explain_damage, read_column
 from data_prep.sources.base import DamagedError, InputSplit, LeftOut, ReadOptions, missing_extra, until_damaged
+from data_prep.sources.columns.arrow import check_column, column_of, damage, explain_damage, read_column
 from data_prep.sources.remote import RemotePath, is_remote, open_file
 
 if TYPE_CHECKING:
@@ -168,4 +168,6 @@ def _open(path: str) -> "pyarrow.parquet.ParquetFile":
         source = open_file(path) if is_remote(path) else path
         return pyarrow.parquet.ParquetFile(source, buffer_size=READ_BYTES, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise DamagedError(f"{path}: not a .parquet file: {str(error).strip()}. Download it again.") from error

@@ -3,7 +3,7 @@
 Needs the package pyarrow, which the extra [prep] installs.
 """
 
-import json
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,20 +23,32 @@ from data_prep.sources.base import (
     too_long,
     until_damaged,
 )
+from data_prep.sources.columns.message_sizes import unpacked_size
 from data_prep.sources.remote import RemotePath, is_remote, open_file, size_of
+from megabert.files.json_file import parse_json
+from megabert.files.limits import read_bounded
 
 if TYPE_CHECKING:
     import pyarrow
 
 DATA_SET = "state.json"
 DATA_SETS = "dataset_dict.json"
+# Of the two JSON files of a saved data set: a million names.
+MAX_NAMES_BYTES = 1 << 26
+# A batch is unpacked whole. datasets writes 1,000 rows, and compresses none.
+MAX_BATCH_BYTES = 1 << 30
+# ARROW_FILE and padding.
+FILE_HEAD_BYTES = 8
 # The first bytes of a file in Arrow's file format. The stream format has none.
 ARROW_FILE = b"ARROW1"
 
 
 def is_saved_data_set(path: Path) -> bool:
-    """Whether save_to_disk wrote this folder."""
-    return bool(_names_in(path / DATA_SET, "_data_files") or _names_in(path / DATA_SETS, "splits"))
+    """Whether save_to_disk wrote this folder, or what is left of one."""
+    try:
+        return bool(_names_in(path / DATA_SET, "_data_files") or _names_in(path / DATA_SETS, "splits"))
+    except DamagedError:
+        return True
 
 
 def list_saved(folder: Path, options: ReadOptions, left_out: LeftOut) -> list[InputSplit]:
@@ -68,8 +80,9 @@ def list_input_splits(path: Path | RemotePath, options: ReadOptions) -> list[Inp
 
 def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[str]:
     path = split.paths[0]
-    for first, batch in until_damaged(_batches(path), damage(), explain_damage(path), left_out):
-        yield from read_column(column_of(batch, options.text_key), path, first, left_out)
+    columns = _columns(path, options.text_key)
+    for first, column in until_damaged(columns, damage(), explain_damage(path), left_out):
+        yield from read_column(column, path, first, left_out)
 
 
 def check_column(schema: "pyarrow.Schema", where: str, text_key: str) -> None:
@@ -127,9 +140,13 @@ def damage() -> tuple[type[Exception], ...]:
 
 
 def explain_damage(where: str) -> Callable[[Exception], DamagedError]:
+    """Return what makes the error for the user. It raises an OSError of the system again, which is no damage."""
+
     def explain(error: Exception) -> DamagedError:
         if isinstance(error, DamagedError):
             return error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise error
         return DamagedError(f"{where}: damaged: {' '.join(str(error).split())} Download or write it again.")
 
     return explain
@@ -142,12 +159,35 @@ def _size(value: "pyarrow.Scalar") -> int:
     return value.as_buffer().size
 
 
-def _batches(path: str) -> Iterator[tuple[int, "pyarrow.RecordBatch"]]:
+def _columns(path: str, text_key: str) -> Iterator[tuple[int, "pyarrow.Array"]]:
+    """Yield the column of each batch, with the number of its first row. Raises ArrowInvalid for a damaged one."""
     row = 0
     with _opened(path) as (_, batches):
         for batch in batches:
-            yield row, batch
+            batch.validate()
+            column = column_of(batch, text_key)
+            _check_places(column)
+            yield row, column
             row += len(batch)
+
+
+def _check_places(column: "pyarrow.Array") -> None:
+    """Raises ArrowInvalid if a text is not within its buffer: reading it would end the process."""
+    import pyarrow
+
+    # As bytes, because one text that is not UTF-8 must not condemn the others.
+    as_bytes = {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+    }
+    if isinstance(column, pyarrow.DictionaryArray):
+        column.dictionary.validate()
+        values = column.dictionary.view(as_bytes[column.dictionary.type])
+        column = pyarrow.DictionaryArray.from_arrays(column.indices, values, safe=False)
+    elif column.type in as_bytes:
+        column = column.view(as_bytes[column.type])
+    column.validate(full=True)
 
 
 @contextmanager
@@ -161,24 +201,69 @@ def _opened(path: str) -> Iterator[tuple["pyarrow.Schema", Iterator["pyarrow.Rec
     except ImportError as missing:
         raise missing_extra(path, "pyarrow") from missing
     try:
-        with pyarrow.PythonFile(open_file(path), "r") if is_remote(path) else pyarrow.memory_map(path) as data:
+        with _open(path) as data:
             is_file = data.read(len(ARROW_FILE)) == ARROW_FILE
             data.seek(0)
             reader = pyarrow.ipc.open_file(data) if is_file else pyarrow.ipc.open_stream(data)
-            numbers = range(reader.num_record_batches) if is_file else ()
-            yield reader.schema, map(reader.get_batch, numbers) if is_file else iter(reader)
-    except pyarrow.ArrowException as error:
+            yield reader.schema, _in_order(reader, path, is_file)
+    except (pyarrow.ArrowException, OSError) as error:
         raise explain_damage(path)(error) from error
 
 
+def _in_order(reader: "pyarrow.ipc.RecordBatchReader", path: str, is_file: bool) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield the batches of a file. Raises DamagedError, before any is unpacked, for one that takes too much memory."""
+    _check_sizes(path, is_file)
+    yield from map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+
+
+def _check_sizes(path: str, is_file: bool) -> None:
+    """Raises DamagedError if a batch, which is unpacked whole, takes more than MAX_BATCH_BYTES then."""
+    import pyarrow
+
+    with _open(path) as data, contextlib.suppress(pyarrow.ArrowException):  # the reader will raise it, too
+        data.seek(FILE_HEAD_BYTES if is_file else 0)  # from there on a file is a stream, too
+        for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(data)):
+            try:
+                size = unpacked_size(memoryview(message.metadata), memoryview(message.body or b""))
+            except IndexError as error:
+                raise DamagedError(f"{path}: message {number} is damaged. Download or write it again.") from error
+            if size > MAX_BATCH_BYTES:
+                raise DamagedError(
+                    f"{path}: message {number} takes {size / (1 << 20):,.0f} MB when it is unpacked, the limit is "
+                    f"{MAX_BATCH_BYTES >> 20} MB. Write the file with fewer rows in a batch, or without compression."
+                )
+
+
+def _open(path: str) -> "pyarrow.NativeFile":
+    import pyarrow
+
+    return pyarrow.PythonFile(open_file(path), "r") if is_remote(path) else pyarrow.memory_map(path)
+
+
 def _names_in(path: Path, key: str) -> list[str]:
-    """Return the names of files or folders in a file of save_to_disk, [] if it is none."""
-    try:
-        entries = json.loads(path.read_bytes())[key]
-        names = [entry["filename"] if isinstance(entry, dict) else entry for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    """Return the names of files or folders in a file of save_to_disk, [] if it is none.
+
+    Raises DamagedError if it is damaged: then nothing says which files and splits are to be read.
+    """
+    if not path.is_file():
         return []
+    try:
+        content = parse_json(read_bounded(path, MAX_NAMES_BYTES))
+        entries = content[key] if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise ValueError(f"{key} is a {type(entries).__name__}, expected a list")
+        names = [entry["filename"] if isinstance(entry, dict) else entry for entry in entries]
+    except (ValueError, KeyError, RecursionError) as error:
+        if not _is_beside_arrow(path):
+            return []
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise DamagedError(f"{path}: damaged: {what}. Save the data set again.") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{path}: {name!r} is not a name in its folder. Save the data set again.")
+            raise DamagedError(f"{path}: {name!r} is not a name in its folder. Save the data set again.")
     return names
+
+
+def _is_beside_arrow(path: Path) -> bool:
+    """Whether .arrow files are beside it or in folders beside it: other programs have a state.json, too."""
+    return any(path.parent.glob("*.arrow")) or any(path.parent.glob("*/*.arrow"))
