@@ -80,7 +80,9 @@ class Plan:
         longer = sorted((key for key in self.rules if len(key) > 1), key=len)
         marks = composing_characters()[1]
         seconds = {character for key in longer for character in key[1:]}
-        self.late = {c: self.rules[c] for c in seconds & marks & self.rules.keys() if self.rules[c][:1] not in marks}
+        # Sorted, as whatever is written: sets of strings have another order in every process.
+        marks_with_rules = sorted(seconds & marks & self.rules.keys())
+        self.late = {c: self.rules[c] for c in marks_with_rules if self.rules[c][:1] not in marks}
         changed = self._changed_by_nfc()
         self.composed = self._find_composed(longer) if len(changed) < len(longer) else frozenset()
         self.replaced = {key: self.rules[key] for key in longer if key not in self.composed}

@@ -98,7 +98,8 @@ def _boundary_pattern(plan: Plan) -> str:
     joins = one_of(c for c, end in ends.items() if not end or not moving.isdisjoint(end))
     steps = [rf"[^{marks[1:]}++", rf"(?<!{joins}){marks}"]
     tails: dict[str, set[str]] = defaultdict(set)
-    for key in plan.composed:
+    # Sorted: the order of a set of strings is another one in every process, and the same command writes the same bytes.
+    for key in sorted(plan.composed):
         tails[key[:-1]].add(key[-1])
     heads: dict[tuple[int, frozenset[str]], list[str]] = defaultdict(list)
     for head, tail in tails.items():

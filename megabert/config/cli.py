@@ -121,7 +121,8 @@ def normalize_flags(words: Sequence[str], switches: Iterable[str] = ()) -> list[
         flag, equals, value = split_flag(words.pop(0))
         if flag == "--":
             return [*result, flag, *words]
-        if (flag and words[:1] == [""] and not equals) or (not value and (equals or not flag)):
+        is_next_empty = bool(flag and words and not equals and not words[0].strip())
+        if is_next_empty or (not value.strip() and (equals or not flag)):
             raise ValueError(f"{flag or 'a word of the command'} is empty, expected a value.")
         if flag in seen:
             raise ValueError(f"{flag} is given twice.")

@@ -15,6 +15,7 @@ from megabert.config.settings import flatten, shortened
 from megabert.config.strict_yaml import check_value, is_valid, parse_value, read_yaml
 
 PACKAGE = Path(str(resources.files("megabert")))
+DEFAULT_RECIPE = "quickstart"
 
 
 def recipe_names() -> list[str]:
@@ -37,7 +38,7 @@ def ds_config_path(name: str) -> Path:
     return _find(name, "ds_config", _ds_config_folder(), ".json")
 
 
-def load_recipe(name_or_path: str | Path = "quickstart", **overrides: Any) -> Recipe:
+def load_recipe(name_or_path: str | Path = DEFAULT_RECIPE, **overrides: Any) -> Recipe:
     """Read a recipe, replace settings, and check all of them as the command line does.
 
     overrides: nested, as model={"hidden_size": 64}, or with dotted names, as **{"model.hidden_size": 64}.
@@ -58,7 +59,8 @@ class RecipeParser(Parser):
         super().__init__(prog, description, **nested)
         if nested:
             return
-        self.add_argument("--recipe", default="quickstart", help=f"one of {', '.join(recipe_names())}, or a YAML file")
+        names = ", ".join(recipe_names())
+        self.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"one of {names}, or a YAML file")
         self.add_class_arguments(Recipe)
         for action in self._actions:
             if may_change_at_resume(action.dest):
@@ -69,7 +71,7 @@ class RecipeParser(Parser):
     def read(self, argv: Sequence[str] | None = None) -> tuple[Recipe, Any]:
         """Parse flags, and the recipe that --recipe names. Returns the recipe and the other flags."""
         argv = [re.sub("^--(max_hours|resume)(?==|$)", r"--run.\1", word) for word in self.normalize(argv)]
-        name = _value_of("--recipe", argv) or self.get_defaults()["recipe"]
+        name = _value_of("--recipe", argv) or DEFAULT_RECIPE
         try:
             path = recipe_path(name)
             settings = read_recipe_file(path)
@@ -119,7 +121,11 @@ def check_flags(argv: list[str]) -> None:
         if name in sections or name.endswith(".help"):
             raise ValueError(f"{flag} is not a setting; give single ones, such as --model.hidden_size 768.")
         # A flag of type str may hold what YAML reads as a number, as a path called 1.
-        parsed = parse_value(value)
+        try:
+            parsed = parse_value(value)
+        except UnicodeEncodeError as error:
+            remedy = "Rename the file, or pass a link to it"
+            raise ValueError(f"{flag} is {shortened(value)}, which is not UTF-8. {remedy}.") from error
         if name in types and (isinstance(parsed, list) or not is_valid(types[name], value)):
             check_value(types[name], parsed, "", flag)
 

@@ -145,6 +145,11 @@ def _refuse_first(errors: list[Any], kind: Any, path: str | Path, key: str) -> N
     if first["type"] == "unexpected_keyword_argument":
         *above, name = loc
         check_keys(path, [str(name)], _known_keys(kind, above), place.rpartition(".")[0])
+    if first["type"] == "json_invalid":
+        # pydantic's reader refuses two things that Python's writes.
+        deep = "recursion" in first["ctx"]["error"]
+        fault = "is nested too deep." if deep else "holds half of a surrogate pair, such as \\ud800, expected text."
+        raise ValueError(f"{_where(path)}{place}{' ' if place else ''}{fault}")
     if first["type"] == "missing":
         raise ValueError(f"{_where(path)}lacks {place}.")
     if first["type"] == "value_error":

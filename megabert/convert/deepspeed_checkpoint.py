@@ -119,7 +119,7 @@ def _read_verified_weights(folder: Path, state: State) -> dict[str, Tensor]:
 def read_zero_weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
     """Read the fp32 weights from DeepSpeed's files. Raises ValueError if the files do not contain all of them."""
     name = "mp_rank_00_model_states.pt"
-    model_states = load_without_executing(folder / (f"zero_pp_rank_0_{name}" if zero_stage == 3 else name))
+    model_states = _load(folder / (f"zero_pp_rank_0_{name}" if zero_stage == 3 else name), "module")
     module = model_states["module"]
     if zero_stage < 3 and all(tensor.dtype == torch.float32 for tensor in module.values()):
         # Every rank has all weights, so one rank's file is enough.
@@ -128,7 +128,7 @@ def read_zero_weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
     # ZeRO 0 in half precision keeps no fp32 copies of the weights.
     if not files:
         return {name: tensor.float() for name, tensor in module.items()}
-    ranks = [load_without_executing(file)["optimizer_state_dict"] for file in files]
+    ranks = [_load(file, "optimizer_state_dict")["optimizer_state_dict"] for file in files]
     world_size = ranks[0]["partition_count"]
     if len(ranks) != (world_size := max(world_size) if isinstance(world_size, list) else world_size):
         raise ValueError(f"{folder}: has the optimizer states of {len(ranks)} ranks, but {world_size} ranks wrote it.")
@@ -137,6 +137,14 @@ def read_zero_weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
         return dict(_gather_stage_3(shapes, [rank["fp32_flat_groups"] for rank in ranks], folder))
     groups = [rank["single_partition_of_fp32_groups"] for rank in ranks]
     return dict(_gather_stage_2(shapes, groups, ranks[0].get("param_alignment_paddings"), folder))
+
+
+def _load(path: Path, key: str) -> dict[str, Any]:
+    """Load a file of DeepSpeed. Raises ValueError if it has no dict under this key, as another file of DeepSpeed's."""
+    value = load_without_executing(path)
+    if not isinstance(value, dict) or not isinstance(value.get(key), dict):
+        raise ValueError(f"{path}: damaged: it has no {key!r}. Use another checkpoint.")
+    return value
 
 
 def _find_rank_files(folder: Path) -> list[Path]:

@@ -153,6 +153,17 @@ def test_a_wrong_ds_config_is_refused(tmp_path, text, message):
         read_ds_config(path)
 
 
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [("[" * 300 + "]" * 300, "is nested too deep"), ('"\\ud800"', "holds half of a surrogate pair, such as")],
+)
+def test_json_that_python_reads_and_pydantic_does_not_is_refused_in_one_line(tmp_path, value, fault):
+    path = tmp_path / "ds.json"
+    path.write_text(f'{{"log_level": {value}}}')
+    with pytest.raises(ValueError, match=f"^{path}: {fault}"):
+        read_ds_config(path)
+
+
 def test_sections_that_are_off_are_not_refused(tmp_path):
     path = tmp_path / "ds.json"
     raw = {

@@ -28,7 +28,15 @@ def test_switches_of_a_recipe_need_no_value_but_take_one(tmp_path):
         (["--recipe=bert-base", "--recipe", "bert-large"], "--recipe is given twice"),
         (["--resume=none", "--run.resume", "auto"], "--run.resume is given twice"),
         (["--model.init_from="], "--model.init_from is empty"),
+        (["--model.norm_bias", " "], "--model.norm_bias is empty"),
+        (["--data.train=\t"], "--data.train is empty"),
+        ([" "], "a word of the command is empty"),
         (["bert-base"], "unexpected word 'bert-base'"),
+        # What Python makes of an argument's byte 0xff.
+        (
+            ["--data.train", "a\udcff"],
+            "--data.train is 'a\\udcff', which is not UTF-8. Rename the file, or pass a link",
+        ),
     ],
 )
 def test_flags_that_could_be_misread_are_refused_in_one_line(capsys, argv, message):

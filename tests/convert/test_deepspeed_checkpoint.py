@@ -82,6 +82,22 @@ def test_another_models_partitions_are_an_error(corpus, tmp_path):
             read_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("mp_rank_00_model_states.pt", "module"),
+        ("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "optimizer_state_dict"),
+    ],
+)
+def test_another_file_of_deepspeed_in_the_place_of_one_is_an_error(corpus, tmp_path, name, key):
+    folder = write_checkpoint(tmp_path, small_model(), corpus.tokenizer, half=True)
+    for found in ({"other": 1}, {key: [1]}, [1]):
+        torch.save(found, folder / name)
+        rewrite(folder, 2)
+        with pytest.raises(ValueError, match=f"{name}: damaged: it has no '{key}'. Use another checkpoint"):
+            read_checkpoint(tmp_path)
+
+
 def rewrite(folder, stage: int) -> None:
     """Write state and manifest for the files in the folder as it is now."""
     (folder / layout.MANIFEST).unlink()

@@ -2,11 +2,13 @@
 
 import argparse
 import decimal
+import functools
 import hashlib
 import json
 import random
 import shutil
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -70,21 +72,30 @@ def _damaged(
         path = random.choice(files)
         data = path.read_bytes()
         what = damage_file(path, random)
-        shown = path.read_bytes()[:300] if path.is_file() and what == "other JSON" else b""
+        shown = path.read_bytes()[:300] if what == "other JSON" else b""
         describe = f"{path.relative_to(folder)}: {what} {shown!r}"
         yield Case(describe, lambda: read(folder), lambda result: result == expected, (str(folder), path.name))
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             path.rmdir()
+        path.unlink(missing_ok=True)
         path.write_bytes(data)
 
 
-def _write_tokenizer(folder: Path) -> Path:
+@functools.cache
+def _inputs() -> tempfile.TemporaryDirectory[str]:
+    """A folder that all kinds share, until this process ends."""
+    return tempfile.TemporaryDirectory(prefix="fuzz-inputs-")
+
+
+@functools.cache
+def _tokenizer() -> tuple[Path, Path]:
+    """Train a tokenizer; returns its texts and its folder."""
+    folder = Path(_inputs().name)
     jsonl = folder / "texts.jsonl"
-    if not jsonl.exists():
-        texts = [text for module in (argparse, decimal, random, statistics) for text in docstrings(_source(module))]
-        jsonl.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        train_tokenizer.main([f"--source={jsonl}", f"--out={folder / 'tokenizer'}", "--vocab_size=300"])
-    return folder / "tokenizer"
+    texts = [text for module in (argparse, decimal, random, statistics) for text in docstrings(_source(module))]
+    jsonl.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train_tokenizer.main([f"--source={jsonl}", f"--out={folder / 'tokenizer'}", "--vocab_size=300"])
+    return jsonl, folder / "tokenizer"
 
 
 def _source(module: ModuleType) -> Path:
@@ -93,15 +104,15 @@ def _source(module: ModuleType) -> Path:
 
 
 def _write_shards(folder: Path) -> Path:
-    tokenizer, out = _write_tokenizer(folder), folder / "shards"
+    texts, tokenizer = _tokenizer()
+    out = folder / "shards"
     flags = ["--heldout=0.2", "--min_shards=2", "--chunk_tokens=500"]
-    write_shards.main([f"--source={folder / 'texts.jsonl'}", f"--tokenizer={tokenizer}", f"--out={out}", *flags])
+    write_shards.main([f"--source={texts}", f"--tokenizer={tokenizer}", f"--out={out}", *flags])
     return out
 
 
 def _write_checkpoint(folder: Path) -> Path:
-    tokenizer = _write_tokenizer(folder)
-    return write_checkpoint(folder / "run", small_model(), tokenizer)
+    return write_checkpoint(folder / "run", small_model(), _tokenizer()[1])
 
 
 def _seal(folder: Path) -> None:

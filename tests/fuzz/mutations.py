@@ -8,7 +8,22 @@ from random import Random
 from typing import Any
 
 NUMBERS = [0, -1, 1, 2, 3, 7, 10**6, 10**12, 10**21, -(10**21), 0.5, -0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf]
-STRINGS = ["", " ", "x", "null", "auto", "none", "/nonexistent", "é\u0300", "a\nb", "../..", "x" * 5000, "0", "1e3"]
+STRINGS = [
+    "",
+    " ",
+    "x",
+    "null",
+    "auto",
+    "none",
+    "/nonexistent",
+    "é\u0300",
+    "a\nb",
+    "../..",
+    "x" * 5000,
+    "0",
+    "1e3",
+    "9" * 400,
+]
 OTHERS: list[Any] = [None, True, False, [], {}, [[]], [None], {"x": None}, {"class_path": "a.B"}, ["a.B"]]
 PIECES = [
     b"",
@@ -77,16 +92,67 @@ def mutate_tree(value: Any, random: Random) -> Any:
 
 
 def mutate_json(data: bytes, random: Random) -> bytes:
-    """Mutate a JSON file as a value, or its bytes."""
-    if random.random() < 0.3:
+    """Mutate a JSON file as a value, as a text, or its bytes."""
+    choice = random.random()
+    if choice < 0.3:
         return mutate_bytes(data, random)
+    if choice < 0.4:
+        return hostile_json(data, random)
     return json.dumps(mutate_tree(json.loads(data), random)).encode()
 
 
+def hostile_json(data: bytes, random: Random) -> bytes:
+    """Write the same JSON with a key twice, in another encoding, nested too deep, or around what json.dumps avoids."""
+    text = data.decode()
+    value = json.loads(text)
+    if isinstance(value, dict) and value and random.random() < 0.5:
+        key = random.choice(list(value))
+        first = json.dumps({key: hostile_value(random)})[1:-1]
+        return ("{" + first + "," + text.lstrip().removeprefix("{")).encode()
+    depth = random.choice([200, 900, 100_000])
+    return random.choice(
+        [
+            text.encode("utf-16"),
+            b"\xef\xbb\xbf" + data,
+            ("[" * depth + text + "]" * depth).encode(),
+            ('{"x": ' * depth + text + "}" * depth).encode(),
+            data + data,
+            b"1" * 5000,
+            b'"\\ud800"',
+            data.replace(b"1", b"1" * 400, 1),
+        ]
+    )
+
+
+def hostile_yaml(data: bytes, random: Random) -> tuple[bytes, str]:
+    """Write a YAML file with one construct that its reader must refuse; returns it and what was done."""
+    lines = data.decode().splitlines()
+    at = random.choice([index for index, line in enumerate(lines) if not line.endswith(":") and ": " in line])
+    key, _, value = lines[at].partition(": ")
+    refused = {
+        "a key twice": [lines[at], lines[at]],
+        "a date": [f"{key}: 2026-01-31"],
+        "a tag": [f"{key}: !!binary aGVsbG8="],
+        "a Python tag": [f"{key}: !!python/object/apply:os.system [true]"],
+        "an alias of itself": [f"{key}: &a [*a]"],
+        "an unknown alias": [f"{key}: *nowhere"],
+        "900 nested maps": [f"{key}: {'{x: ' * 900}1{'}' * 900}"],
+        "a bomb": [f"{key}: [&a [x, x, x, x, x, x, x, x], &b [{'*a, ' * 99}1], &c [{'*b, ' * 99}1], [{'*c, ' * 99}1]]"],
+        "a second document": [lines[at], "---"],
+        "a key that is a number": [f"{key}:", f"{' ' * 8}1: 2"],
+        "not a number": [f"{key}: .nan"],
+        "infinity": [f"{key}: -.inf"],
+        "a list of itself": [f"{key}: [{value}, [{value}]]"],
+    }
+    what = random.choice(list(refused))
+    return "\n".join([*lines[:at], *refused[what], *lines[at + 1 :], ""]).encode(), what
+
+
 def damage_file(path: Path, random: Random) -> str:
-    """Damage a file, or remove it, or put a folder or an empty file in its place; returns what was done."""
+    """Damage a file, or put nothing, a folder, a link, zeros or another file in its place; returns what was done."""
     data = path.read_bytes()
-    choice = random.randrange(8)
+    siblings = sorted(other for other in path.parent.iterdir() if other.is_file() and other != path)
+    choice = random.randrange(16)
     path.unlink()
     if choice == 0:
         return "removed"
@@ -94,9 +160,18 @@ def damage_file(path: Path, random: Random) -> str:
         path.mkdir()
         return "a folder"
     if choice == 2:
-        path.write_bytes(b"")
-        return "empty"
-    if path.suffix == ".json" and choice < 6:
+        target = random.choice([path.name, "nowhere", "."])
+        path.symlink_to(target)
+        return f"a link to {target}"
+    if choice == 3 and siblings:
+        sibling = random.choice(siblings)
+        path.write_bytes(sibling.read_bytes())
+        return f"the bytes of {sibling.name}"
+    if choice in (4, 5):
+        # What a crash of the machine leaves of a file that was not flushed.
+        path.write_bytes(b"" if choice == 4 else bytes(len(data)))
+        return "empty" if choice == 4 else "zeros"
+    if path.suffix == ".json" and choice < 13:
         path.write_bytes(mutate_json(data, random))
         return "other JSON"
     path.write_bytes(mutate_bytes(data, random))

@@ -1,6 +1,8 @@
 """Kill the commands that prepare data, convert and fine-tune, at random moments, and start them again."""
 
+import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -16,13 +18,18 @@ from pathlib import Path
 import psutil
 from support.report import write
 
+from data_prep.sources.docstrings import docstrings
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 MARK = "MEGABERT_FAULT_ROUND"
 ORPHAN_S = 5.0
 TIMEOUT_S = 900.0
+NUM_COMMANDS = 5
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-# What a command writes anew in every run, such as times.
-VOLATILE = {"results.json", "results.md", "results.png", "summary.json", "times.tsv", "run.json"}
+# What a command writes anew in every run, such as times, and what contains the path of the output.
+VOLATILE = {"request", "results.json", "results.md", "results.png", "summary.json", "times.tsv", "run.json"}
+
+TIMES = {"seconds", "examples_per_s", "content_sha256"}
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,12 @@ def commands(base: Path) -> Iterator[Command]:
     """Make the inputs of every command below `base`, with small sizes, and yield the commands."""
     python = sys.executable
     text, tokenizer, tokens = base / "text", base / "tokenizer", base / "tokens"
-    sources = ["--source=docstrings", f"--out={text}", "--min_chars=80", "--heldout=0.01"]
-    run([python, "data_prep/write_shards.py", *sources])
+    write_docstrings(text)
     train = [python, "data_prep/train_tokenizer.py", f"--source={text}", "--vocab_size=2000", "--sample_bytes=2000000"]
     yield Command("train_tokenizer", lambda out: [*train, f"--out={out}"])
     run([*train, f"--out={tokenizer}"])
     shards = [python, "data_prep/write_shards.py", f"--source={text}", f"--tokenizer={tokenizer}", "--heldout=0.01"]
-    yield Command("write_shards", lambda out: [*shards, f"--out={out}"])
+    yield Command("write_shards", lambda out: [*shards, f"--out={out}"], is_resumed=True)
     run([*shards, f"--out={tokens}"])
     pretrain = [python, "launch/pretrain.py", "--ds_config=ds_configs/zero2.json", f"--data.train={tokens}"]
     pretrain += ["--run.max_steps=4", f"--run.output_dir={base / 'run'}", "--run.eval_tokens=4096"]
@@ -60,6 +66,14 @@ def commands(base: Path) -> Iterator[Command]:
     run([python, "data_prep/fetch_tasks.py"])
     finetune += ["--task-file=data_prep/tasks/movie-sentiment.yaml"]
     yield Command("finetune", lambda out: [*finetune, f"--out={out}"], is_resumed=True)
+
+
+def write_docstrings(folder: Path) -> None:
+    """Write the docstrings of Python's own modules, which are a corpus of 2 MB, as .txt files."""
+    folder.mkdir(parents=True)
+    for module in sorted(Path(argparse.__file__).parent.glob("*.py")):
+        for number, text in enumerate(docstrings(module)):
+            (folder / f"{module.stem}-{number:03d}.txt").write_text(text)
 
 
 def run(argv: list[str], **changes: str) -> None:
@@ -122,10 +136,18 @@ def digests(out: Path) -> dict[str, str]:
     """The hash of every file of an output, by name, without those that differ in every run."""
     files = [path for path in sorted(out.rglob("*")) if path.is_file()] if out.is_dir() else [out]
     return {
-        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(out)): hashlib.sha256(_without_times(path)).hexdigest()
         for path in files
         if path.name not in VOLATILE and path.suffix not in (".log", ".lock") and path.name != "README.md"
     }
+
+
+def _without_times(path: Path) -> bytes:
+    """The bytes of a file; of one fine-tuning's result, without its times and their hash."""
+    if path.parent.name != "jobs":
+        return path.read_bytes()
+    kept = {key: value for key, value in json.loads(path.read_bytes()).items() if key not in TIMES}
+    return json.dumps(kept).encode()
 
 
 def orphans(mark: str) -> list[str]:
@@ -148,18 +170,18 @@ def _marked(mark: str) -> Iterator[psutil.Process]:
 
 
 def kill_commands(base: Path, seed: int, rounds: int | None, file: Path | None) -> int:
-    """Kill the commands around pretraining, in turns; returns the exit code.
+    """Kill the commands around pretraining, one after the other; returns the exit code.
 
     rounds: kills in all; None: one of each command. file: for the figures.
     """
     rng = random.Random(seed)
-    faults = []
-    for command in commands(base / "inputs"):
+    faults: list[CommandFaults] = []
+    for number, command in enumerate(commands(base / "inputs")):
         folder = base / command.name
         folder.mkdir()
         faults.append(CommandFaults(command, folder))
-    for number in range(rounds or len(faults)):
-        print(f"round {number + 1}: {faults[number % len(faults)].strike(rng)}", flush=True)
+        for _ in range(1 if rounds is None else len(range(number, rounds, NUM_COMMANDS))):
+            print(f"round {sum(one.counts['kills'] for one in faults) + 1}: {faults[-1].strike(rng)}", flush=True)
     totals = {name: sum(one.counts[name] for one in faults) for name in faults[0].counts}
     print(", ".join(f"{count} {name}" for name, count in totals.items()))
     write(totals, file)

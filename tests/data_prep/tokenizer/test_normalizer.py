@@ -1,7 +1,10 @@
 """Tests that rules of sentencepiece's normalizer give the same text in tokenizers, for all characters and scripts."""
 
 import functools
+import os
 import random
+import subprocess
+import sys
 import unicodedata
 
 import pytest
@@ -42,12 +45,14 @@ SENTENCES = [
 ]  # fmt: skip
 
 
+def charsmap_of(rules: str) -> bytes:
+    model = train(["some text"] * 9, vocab_size=12, normalization_rule_name=rules)
+    return sentencepiece_model_pb2.ModelProto.FromString(model).normalizer_spec.precompiled_charsmap
+
+
 @functools.cache
 def both(rules: str) -> tuple[normalizers.Normalizer, sentencepiece.SentencePieceNormalizer]:
-    model = sentencepiece_model_pb2.ModelProto.FromString(
-        train(["some text"] * 9, vocab_size=12, normalization_rule_name=rules)
-    )
-    ours = normalizers.Sequence(normalize_by_rules(model.normalizer_spec.precompiled_charsmap, [], None))
+    ours = normalizers.Sequence(normalize_by_rules(charsmap_of(rules), [], None))
     theirs = sentencepiece.SentencePieceNormalizer(
         rule_name=rules, add_dummy_prefix=False, escape_whitespaces=False, remove_extra_whitespaces=False
     )
@@ -123,3 +128,26 @@ def test_sequences_match_exactly_the_given_texts():
         r"[\x{61}-\x{61}\x{63}-\x{63}][\x{62}-\x{62}\x{64}-\x{64}]",
         r"[\x{65}-\x{65}][\x{66}-\x{66}]",
     ]
+
+
+def test_every_process_writes_the_same_normalizer():
+    """Sets of strings have another order in every process, unless PYTHONHASHSEED is given."""
+    charsmaps = [charsmap_of(rules) for rules in ("nmt_nfkc", "nfkc_cf")]
+    script = (
+        "import sys; from tokenizers import normalizers; "
+        "from data_prep.tokenizer.normalizer import normalize_by_rules; "
+        "charsmaps = sys.stdin.buffer.read().split(b'END'); "
+        "print([normalizers.Sequence(normalize_by_rules(one, ['a\u0301', 'b'], None)) for one in charsmaps])"
+    )
+    written = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            input=b"END".join(charsmaps),
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(written) == 1
+    assert b"Replace" in written.pop()
