@@ -292,14 +292,23 @@ def report(run: Run, lr: float) -> None:
         **mfu,
         "skipped_chunks": sum(skipped for _, skipped in ranks),
     }
-    if (message := run.straggler.update([speed for speed, _ in ranks])) is not None:
-        run.log_line(message)
+    log_warnings(run, values["loss"], [speed for speed, _ in ranks])
     if run.reporter is not None and meter.steps:
         if state.time_budget.limit is not None:
             left = max(0.0, state.time_budget.limit - state.time_budget.used)
             run.reporter.set_total_steps(state.step + round(left / values["seconds_per_step"]))
         run.reporter.log_step(state.step, values)
     meter.reset()
+
+
+def log_warnings(run: Run, loss: float, speeds: list[float]) -> None:
+    """Say what is wrong with a run that works. loss: of the steps since the last report; speeds: of the ranks."""
+    lines = [run.straggler.update(speeds)]
+    if run.meter.steps:
+        lines.append(run.unigram_watch.update(run.state.step, share_done(run.plan, run.state), loss))
+    for line in lines:
+        if line is not None:
+            run.log_line(line)
 
 
 def gather_ranks(plan: RunPlan, own: list[float], device: torch.device) -> list[list[float]]:

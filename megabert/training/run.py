@@ -41,6 +41,7 @@ from megabert.training.telemetry.reporter import Meter, Reporter
 from megabert.training.telemetry.straggler import Straggler
 from megabert.training.telemetry.timers import TimeBudget
 from megabert.training.telemetry.trackers import open_trackers
+from megabert.training.telemetry.unigram import UnigramWatch
 
 
 @dataclass
@@ -105,6 +106,7 @@ class Run:
     reporter: Reporter | None
     """only on rank 0"""
     straggler: Straggler
+    unigram_watch: UnigramWatch
     probe_runner: ProbeRunner | None = None
     """only on rank 0, and only if the recipe has a probe"""
 
@@ -188,6 +190,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
         peak_flops=peak_flops(plan.device, device_name(plan.device), model.config, precision),
         reporter=reporter,
         straggler=Straggler(gather_hosts(world_size)),
+        unigram_watch=UnigramWatch(corpus.token_shares, recipe.optimizer),
     )
     if reporter is not None:
         for message in start_messages(plan, corpus, feed.config.num_streams, size, checkpoint):
