@@ -89,9 +89,9 @@ class RunConfig:
     max_tokens: int | None = setting(None, "[1, 1e18]", may_branch=True)
     """length of the run, token slots"""
     max_hours: float | None = setting(None, "(0, 1e5]", may_branch=True)
-    """length of the run, hours of wall-clock time since the start of the command, summed over all restarts. The
-    learning rate follows the clock and has decayed at the end; the last evaluation and checkpoint come after. Also
-    --max-hours"""
+    """length of the run, hours of wall-clock time since the start of the command, summed over all restarts. Learning
+    rate, batch, data and masking follow the clock: they depend on the share of the time that is used. The last
+    evaluation and checkpoint come after. Also --max-hours"""
     seed: int = setting(17, "[0, 2^63)")
     """seed of the weights, the data order, the masks and the dropout"""
     log_every_steps: int = setting(10, "[1, 1e12]", may_change=True)
@@ -192,12 +192,6 @@ class Recipe:
         if all(getattr(run, length) is None for length in LENGTHS):
             raise ValueError(
                 "the recipe does not say how long to train: set run.max_steps, run.max_tokens or run.max_hours."
-            )
-        if run.max_hours and (data.batch_warmup or len(data.lengths) > 1 or self.masking.schedule != "constant"):
-            raise ValueError(
-                "run.max_hours leaves the number of batches open, so batch size, length and masking cannot change over "
-                "the run: set data.batch_warmup 0, one data.max_seq_len and masking.schedule constant; or set "
-                "run.max_steps instead."
             )
         if self.masking.schedule != "constant" and any(phase.mlm_probability for phase in data.phases or ()):
             raise ValueError(

@@ -9,7 +9,7 @@ checkpoints/step-00000250/              exists only when complete
     MANIFEST.json                       size and sha256 of every file above
 
 format_version of state.json counts changes of all files but streams.json. 1: files without this key, see
-`_from_version_1`. 2: without max_documents.
+`_from_version_1`. 2: without max_documents. 3: without time_table.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ STATE = "state.json"
 STREAMS = "streams.json"
 TAG = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # The format of streams.json, {"format": 3, "streams": {NUMBER: POSITION}}. Formats 1, without the key "format", and 2
 # are of another order of the documents.
 STREAMS_FORMAT = 3
@@ -87,6 +87,9 @@ class State:
     """nats per masked token, if measured at this step"""
     max_documents: dict[int, int] | None = None
     """most pieces in one bin, by max_seq_len; None before version 3"""
+    time_table: list[int] | None = None
+    """of a run whose length is given in hours: the first bin of each thousandth of its time that has begun, and at the
+    end the number of bins whose thousandth is known; None for other runs and before version 4"""
     format_version: int = FORMAT_VERSION
 
     @property

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from megabert.config.recipe import Recipe
 from megabert.training.micro_batch.sizes import micro_batch_on_cpu
-from megabert.training.schedule import lr_factor, make_run_schedule
+from megabert.training.schedule import PARTS, lr_factor, make_run_schedule
 
 DRAWN_POINTS = 2000
 
@@ -18,6 +18,10 @@ def plot_schedule(recipe: Recipe, out: Path) -> None:
         recipe = recipe.with_micro_batch(micro_batch_on_cpu(recipe, 1))
     schedule = make_run_schedule(recipe, 1)
     total, plan, masking = schedule.total_steps, schedule.stages, schedule.masking
+    if schedule.timed is not None:
+        total = PARTS
+        for part in range(PARTS):
+            schedule.timed.table.begin(part, 1)  # drawn as if each part of the time had one bin
     steps = np.unique(np.linspace(0, total - 1, DRAWN_POINTS).round().astype(int))
     bins = [plan.bins_before(step) for step in steps.tolist()]
     hours = recipe.run.max_hours

@@ -7,6 +7,7 @@ import deepspeed
 import torch
 
 from megabert.config.recipe import ModelConfig, Recipe
+from megabert.data.masking import masked_count
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.source import Corpus
 from megabert.kernels.resolve import resolve
@@ -32,6 +33,8 @@ def start_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Build the model and its engine, with initial weights or with the state of a checkpoint."""
     model = build_model(plan.recipe, corpus.tokenizer, plan.device, plan.ds_config.bf16)
+    if plan.device.type == "cpu":
+        compile_operations(plan, model)
     if plan.recipe.model.init_from and checkpoint is None:
         load_initial_weights(model, Path(plan.recipe.model.init_from), corpus.sources[0])
     settings = plan.ds_config.settings
@@ -44,6 +47,16 @@ def start_engine(
     if checkpoint is not None:
         resume.load(engine, checkpoint.path)
     return engine
+
+
+def compile_operations(plan: RunPlan, model: MegaBertForMaskedLM) -> None:
+    """Compile the operations that the model uses on a CPU, if they are compiled ones."""
+    # Imported here because the import loads inductor, which GPUs do without.
+    from megabert.kernels.cpu.ahead import compile_ahead
+
+    tokens = plan.recipe.data.bin_tokens
+    masked = masked_count(tokens, plan.schedule.masking.highest)
+    compile_ahead(model.config, model.decoder.ops, plan.ds_config.bf16, tokens, masked)
 
 
 def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, bf16: bool) -> MegaBertForMaskedLM:

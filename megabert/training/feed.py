@@ -9,7 +9,7 @@ from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.masking import masked_count
 from megabert.data.shards.source import Corpus
-from megabert.data.stream import BatchStream, Position, StreamConfig, open_loader
+from megabert.data.stream import PREFETCHED, BatchStream, Position, StreamConfig, open_loader
 from megabert.training.distributed.watchdog import RankLostError
 from megabert.training.schedule import RunSchedule
 
@@ -36,6 +36,11 @@ class Feed:
         self.pin_memory = pin_memory
         self.batches: Iterator[tuple[PackedBatch, int, Position]] = iter(())
         self.workers: set[multiprocessing.process.BaseProcess] = set()
+
+    @property
+    def prefetched(self) -> int:
+        """The most bins that all ranks' workers make before they are trained on."""
+        return self.num_workers * PREFETCHED * self.world_size
 
     def open(self, positions: dict[int, Position], first_index: int) -> None:
         """Start loading at bin first_index. positions: of this rank's streams."""

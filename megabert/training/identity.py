@@ -35,6 +35,12 @@ class RunIdentity:
     zero_stage: int
     world_size: int
 
+    @property
+    def length(self) -> str:
+        """How long the run is."""
+        hours = self.settings.get("run.max_hours")
+        return f"{self.total_steps} steps" if hours is None else f"{hours:g} hours"
+
     @classmethod
     def of_checkpoint(cls, state: State) -> "RunIdentity":
         return cls(
@@ -110,11 +116,10 @@ def check_branch(path: Path, state: State, current: RunIdentity, corpus: str) ->
             f"run.branch_from {path}: a step was {saved.step_batches} micro-batches and is {current.step_batches}. Use "
             "as many ranks as before, or set data.global_batch_tokens to a number."
         )
-    if saved.total_steps != current.total_steps and _changes_over_run(current.settings):
+    if saved.length != current.length and _changes_over_run(current.settings):
         raise ValueError(
             f"run.branch_from {path}: batch or data change over the run (data.batch_warmup, data.max_seq_len, "
-            f"data.phases), so a branch is as long as the run itself: {saved.total_steps} steps, not "
-            f"{current.total_steps}."
+            f"data.phases), so a branch is as long as the run itself: {saved.length}, not {current.length}."
         )
     if state.step >= current.total_steps:
         raise ValueError(

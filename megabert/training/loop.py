@@ -72,13 +72,19 @@ def train(run: Run) -> str | None:
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: TrainState) -> float:
     """Set and return the learning rate. It depends on the step or the time budget only; it has no state."""
-    config, time_budget = plan.recipe.optimizer, state.time_budget
-    step = state.step if time_budget.limit is None else int(time_budget.fraction_used * plan.schedule.total_steps)
+    config, timed = plan.recipe.optimizer, state.time_budget.limit is not None
+    step = int(share_done(plan, state) * plan.schedule.total_steps) if timed else state.step
     factor = lr_factor(step, plan.schedule.total_steps, config)
     assert engine.optimizer is not None, "a training engine has an optimizer"
     for group in engine.optimizer.param_groups:
         group["lr"] = peak_lr(group, config) * factor
     return config.lr * factor
+
+
+def share_done(plan: RunPlan, state: TrainState) -> float:
+    """The share of the run that is done: of its time, or else of its steps."""
+    timed = state.time_budget.limit is not None
+    return state.time_budget.fraction_used if timed else state.step / plan.schedule.total_steps
 
 
 def train_step(run: Run) -> tuple[bool, str | None]:
@@ -103,6 +109,8 @@ def next_batches(run: Run) -> list[tuple[PackedBatch, int, Position]] | None:
     Returns None if a stop is requested while this rank waits for them.
     """
     plan, state = run.plan, run.state
+    if plan.schedule.timed is not None:
+        plan.schedule.timed.plan_ahead(state.next_index, state.time_budget.fraction_used, run.feed.prefetched)
     step_batches = plan.schedule.stages.at(state.next_index).step_batches
     try:
         with run.meter.timer.time("data"), run.signals.interrupting():
@@ -288,14 +296,23 @@ def report(run: Run, lr: float) -> None:
         **mfu,
         "skipped_chunks": sum(skipped for _, skipped in ranks),
     }
-    if (message := run.straggler.update([speed for speed, _ in ranks])) is not None:
-        run.log_line(message)
+    log_warnings(run, values["loss"], [speed for speed, _ in ranks])
     if run.reporter is not None and meter.steps:
         if state.time_budget.limit is not None:
             left = max(0.0, state.time_budget.limit - state.time_budget.used)
             run.reporter.set_total_steps(state.step + round(left / values["seconds_per_step"]))
         run.reporter.log_step(state.step, values)
     meter.reset()
+
+
+def log_warnings(run: Run, loss: float, speeds: list[float]) -> None:
+    """Say what is wrong with a run that works. loss: of the steps since the last report; speeds: of the ranks."""
+    lines = [run.straggler.update(speeds)]
+    if run.meter.steps:
+        lines.append(run.unigram_watch.update(run.state.step, share_done(run.plan, run.state), loss))
+    for line in lines:
+        if line is not None:
+            run.log_line(line)
 
 
 def gather_ranks(plan: RunPlan, own: list[float], device: torch.device) -> list[list[float]]:

@@ -32,7 +32,7 @@ from megabert.training.feed import Feed, stream_config
 from megabert.training.limits import why_no_trackers
 from megabert.training.optim.guard import Guard, UpdateGate
 from megabert.training.plan import RunPlan
-from megabert.training.schedule import shared_batches
+from megabert.training.schedule import part_of_time, shared_batches
 from megabert.training.telemetry import probe
 from megabert.training.telemetry.flops import peak_flops
 from megabert.training.telemetry.probe import ProbeRunner
@@ -41,6 +41,7 @@ from megabert.training.telemetry.reporter import Meter, Reporter
 from megabert.training.telemetry.straggler import Straggler
 from megabert.training.telemetry.timers import TimeBudget
 from megabert.training.telemetry.trackers import open_trackers
+from megabert.training.telemetry.unigram import UnigramWatch
 
 
 @dataclass
@@ -105,6 +106,7 @@ class Run:
     reporter: Reporter | None
     """only on rank 0"""
     straggler: Straggler
+    unigram_watch: UnigramWatch
     probe_runner: ProbeRunner | None = None
     """only on rank 0, and only if the recipe has a probe"""
 
@@ -140,6 +142,7 @@ class Run:
             optimizer_source=plan.optimizer.source,
             guard=state.guard.to_json(),
             rolled_back_bins=list(state.rolled_back_bins),
+            time_table=None if plan.schedule.timed is None else plan.schedule.timed.table.to_json(),
             heldout_loss=state.evaluation.loss if state.evaluation and state.evaluated_step == state.step else None,
         )
 
@@ -160,6 +163,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     if checkpoint is not None:
         state.restore(checkpoint.state, checkpoint.positions)
         state.branched_from = checkpoint.path if checkpoint.branched else None
+        restore_schedule(plan, checkpoint, state.time_budget)
     feed = make_feed(plan, corpus, checkpoint)
     # Before the model: the loader's workers fork from a small process, and have batches ready when the model is built.
     feed.open(state.positions, state.next_index)
@@ -186,6 +190,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
         peak_flops=peak_flops(plan.device, device_name(plan.device), model.config, precision),
         reporter=reporter,
         straggler=Straggler(gather_hosts(world_size)),
+        unigram_watch=UnigramWatch(corpus.token_shares, recipe.optimizer),
     )
     if reporter is not None:
         for message in start_messages(plan, corpus, feed.config.num_streams, size, checkpoint):
@@ -194,6 +199,20 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
         set_aside_after(plan.checkpoints, state.step)
         run.probe_runner = open_probe_runner(plan, reporter, state.step)
     return run
+
+
+def restore_schedule(plan: RunPlan, checkpoint: Checkpoint, time_budget: TimeBudget) -> None:
+    """Let a run whose length is given in hours continue with the schedule of its bins.
+
+    A branch of another length has a new one: its data do not depend on its length, and its masking begins anew.
+    """
+    timed, saved = plan.schedule.timed, checkpoint.state
+    if timed is None:
+        return
+    if saved.time_table is not None and saved.recipe["run"].get("max_hours") == plan.recipe.run.max_hours:
+        timed.table.restore(saved.time_table)
+    else:
+        timed.table.begin(part_of_time(time_budget.fraction_used), saved.next_index)
 
 
 def open_inputs(recipe: Recipe) -> tuple[Corpus, Corpus]:

@@ -6,6 +6,8 @@ import pytest
 import torch._inductor.config
 from torch._inductor.runtime.runtime_utils import default_cache_dir
 
+from megabert.kernels.cpu.ahead import skip_tests_of_this_cpu
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compiler_caches(tmp_path_factory):
@@ -19,4 +21,5 @@ def compiler_caches(tmp_path_factory):
         if os.environ.get(inductor) in (None, default_cache_dir()):
             patch.setenv(inductor, str(tmp_path_factory.mktemp("inductor")))
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        skip_tests_of_this_cpu()
         yield

@@ -136,8 +136,10 @@ def test_every_schedule_is_drawn(tmp_path):
     assert done.code == 0, done.output
     assert done.output.splitlines()[-1] == str(out)
     assert out.read_bytes().startswith(b"\x89PNG")
-    plot_schedule(read("--recipe=mosaicbert-base"), tmp_path / "paper.png")
-    assert (tmp_path / "paper.png").stat().st_size > 10_000
+    hours = ["--max-hours=2", "--masking.schedule=linear"]
+    for name, flags in {"paper.png": [], "hours.png": hours}.items():
+        plot_schedule(read("--recipe=mosaicbert-base", *flags), tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 10_000
 
 
 def test_a_batch_warm_up_with_fewer_masks_each_step_resumes_bitwise(corpus, tmp_path):

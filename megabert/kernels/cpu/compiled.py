@@ -4,7 +4,8 @@ Every Function here saves its inputs and one seed and computes everything else a
 stores no mask: a hash of the seed and an element's position decides whether the element is kept. The seed comes from
 torch's generator, so torch.manual_seed determines it and activation checkpointing repeats it.
 
-Compiling needs a C++ compiler and takes half a minute once per machine, since inductor caches its results.
+Compiling needs a C++ compiler and takes some fifteen seconds once per machine, since inductor caches its results;
+ahead.py compiles everything at once before the first step.
 """
 
 import functools
@@ -20,7 +21,8 @@ from torch._inductor import cpp_builder, exc
 from megabert.model.ops import IGNORE_INDEX, TORCH_OPS, MaskedLoss, residual_dtype, upcast
 
 # With dynamic=True shapes may vary between calls and models without compiling again, except those of an nn.Parameter:
-# parameters are therefore passed detached. fullgraph=True turns a fallback to eager, which is slow, into an error.
+# parameters are therefore passed detached. So is what needs a gradient in training only. fullgraph=True turns a
+# fallback to eager, which is slow, into an error.
 compiled = functools.partial(torch.compile, dynamic=True, fullgraph=True)
 
 # Bytes of logits that are computed and turned into gradients at once: few enough to stay in the cache, enough for a
@@ -116,7 +118,7 @@ class Geglu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
         ctx.dropout = draw_dropout(probability)
-        return _geglu_forward(*x.chunk(2, dim=-1), ctx.dropout)
+        return _geglu_forward(*x.detach().chunk(2, dim=-1), ctx.dropout)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -177,7 +179,8 @@ class AddNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.dropout = draw_dropout(dropout_p)
         ctx.dtypes = x.dtype, residual.dtype
-        out, *saved = _add_norm_forward(x, residual, weight.detach(), bias.detach(), eps, ctx.dropout, dtype)
+        detached = [tensor.detach() for tensor in (x, residual, weight, bias)]
+        out, *saved = _add_norm_forward(*detached, eps, ctx.dropout, dtype)
         ctx.save_for_backward(*saved, weight)
         return out
 
@@ -297,9 +300,16 @@ def _logits_to_gradients(
     return loss, num_correct
 
 
-@compiled
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    # A vector is too short to gain from code of its own.
+    return _scaled_vector(x, scale, dtype) if x.dim() == 1 else _scaled_matrix(x, scale, dtype)
+
+
+def _scaled_vector(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (upcast(x) * scale).to(dtype)
+
+
+_scaled_matrix = compiled(_scaled_vector)
 
 
 class MaskedCrossEntropy(torch.autograd.Function):

@@ -11,8 +11,9 @@ from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.checkpoint_format import State
 from megabert.training.checkpointing.writer import set_aside_after
-from megabert.training.identity import RunIdentity, check_same_run, fixed_settings
+from megabert.training.identity import RunIdentity, check_branch, check_same_run, fixed_settings
 from megabert.training.optim.guard import Guard
+from megabert.training.schedule import ENDLESS
 
 RECIPE = Recipe(run=RunConfig(max_steps=10))
 STATE = State(
@@ -92,6 +93,25 @@ def test_a_run_whose_data_depend_on_its_length_may_not_become_longer():
         state = dataclasses.replace(STATE, step=30, total_steps=100, recipe=old.to_dict())
         with pytest.raises(ValueError, match=r"run.max_steps was 100 and is 200"):
             check(new, state, total_steps=200)
+
+
+def test_a_branch_of_other_hours_is_refused_where_data_change_with_the_time():
+    """Masking may change with the time, because it needs nothing of the bins before."""
+
+    def hours(number: float, **changes) -> RunIdentity:
+        recipe = dataclasses.replace(RECIPE, run=RunConfig(max_hours=number), **changes)
+        return RunIdentity.of_checkpoint(dataclasses.replace(STATE, total_steps=ENDLESS, recipe=recipe.to_dict()))
+
+    def branch(change: dict, new: float) -> None:
+        recipe = dataclasses.replace(RECIPE, run=RunConfig(max_hours=2), **change)
+        state = dataclasses.replace(STATE, total_steps=ENDLESS, recipe=recipe.to_dict())
+        check_branch(layout.Path("step-00000004"), state, hours(new, **change), STATE.corpus)
+
+    phases = {"data": DataConfig(phases=[DataPhase(until=0.5), DataPhase(until=1.0, max_seq_len=64)])}
+    branch(phases, 2)
+    branch({"masking": MaskingConfig(schedule="linear")}, 3)
+    with pytest.raises(ValueError, match="a branch is as long as the run itself: 2 hours, not 3 hours"):
+        branch(phases, 3)
 
 
 def test_shards_of_a_phase_may_move_but_not_change_places():
@@ -257,14 +277,15 @@ def test_a_state_of_version_2_is_read_and_does_not_say_how_many_documents_a_bin_
     del raw["max_documents"]
     (folder / layout.STATE).write_text(json.dumps(raw | {"format_version": 2}))
     assert layout.read_state(folder) == dataclasses.replace(STATE, format_version=2)
-    write_state(folder, max_documents={32: 19})
-    assert layout.read_state(folder).max_documents == {32: 19}
+    write_state(folder, max_documents={32: 19}, time_table=[0, 4, 8])
+    state = layout.read_state(folder)
+    assert (state.max_documents, state.time_table) == ({32: 19}, [0, 4, 8])
 
 
-@pytest.mark.parametrize("version", [4, 0, "2", None])
+@pytest.mark.parametrize("version", [5, 0, "2", None])
 def test_a_state_of_an_unknown_version_is_refused(folder, version):
     write_state(folder, format_version=version)
-    with pytest.raises(ValueError, match=r"reads versions 1 to 3. Use the MegaBERT that wrote this checkpoint"):
+    with pytest.raises(ValueError, match=r"reads versions 1 to 4. Use the MegaBERT that wrote this checkpoint"):
         layout.read_state(folder)
 
 

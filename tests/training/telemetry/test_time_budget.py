@@ -44,7 +44,6 @@ PHASES = '[{"max_seq_len": 16, "until": 1}, {"max_seq_len": 32, "until": 1}]'
     [
         (["--run.max_hours=0"], "run.max_hours is 0.0, expected a number in (0, 1e5]"),
         (["--run.max_hours=1", "--run.max_steps=5"], "max_steps 5 and max_hours 1.0, expected only one of them"),
-        (["--max-hours=1", "--masking.schedule=linear"], "cannot change over the run"),
         (["--max_hours", "1", f"--data.max_seq_len={PHASES}"], "until"),
     ],
 )  # fmt: skip
@@ -77,9 +76,13 @@ TimeBudget.elapsed = elapsed
 
 
 def test_a_run_of_20_seconds_ends_in_time_with_a_decayed_learning_rate(corpus, tmp_path):
-    """On a fake clock each step takes 0.5 s. Budget and learning rate continue when it is stopped and resumed."""
+    """On a fake clock each step takes 0.5 s. Budget, learning rate and masking continue when it is stopped and resumed.
+
+    Each step's share of masked tokens is that of its time, before and after.
+    """
     out = tmp_path / "run"
-    command = patched(pretrain_command(corpus, out, f"--max-hours={SECONDS / 3600}", ds_config="zero0"))
+    settings = [f"--max-hours={SECONDS / 3600}", "--masking.schedule=linear"]
+    command = patched(pretrain_command(corpus, out, *settings, ds_config="zero0"))
     done = run_command(command, PATCH=FAKE_CLOCK, STOP_AT="10")
     assert done.code == EXIT_REQUEUE, done.output
     stopped = read_state(find_checkpoint(out))
@@ -93,6 +96,10 @@ def test_a_run_of_20_seconds_ends_in_time_with_a_decayed_learning_rate(corpus, t
     assert rates[:peak] == sorted(rates[:peak])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-1] < 0.1 * max(rates)
+    expected = [0.3 - 0.15 * (point["step"] - 1) * 0.5 / SECONDS for point in points]
+    assert [point["masked_share"] / points[0]["masked_share"] for point in points] == pytest.approx(
+        [share / 0.3 for share in expected], rel=0.05
+    )
     state = read_state(find_checkpoint(out))
     assert state.step == points[-1]["step"] == json.loads((out / "result.json").read_text())["steps"]
     assert state.wall_seconds == SECONDS
