@@ -36,7 +36,7 @@ from megabert.config import cli
 from megabert.config.settings import setting
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
-from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.files.atomic import write_atomically
 
 # A sample comes from at least this many input splits of the corpus, if it has them.
@@ -196,9 +196,13 @@ def short_lines(lines: Iterable[str]) -> Iterator[str]:
 
 
 def apply_bert_conventions(tokenizer: Tokenizer) -> None:
-    """Add BERT's missing special tokens, wrap texts in [CLS] and [SEP], and disable truncation and padding."""
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
-    cls, sep = (SPECIAL_TOKENS[name] for name in ("cls", "sep"))
+    """Add BERT's missing special tokens, wrap texts in [CLS] and [SEP], and disable truncation and padding.
+
+    A tokenizer with Gemma's special tokens keeps these instead.
+    """
+    names = special_tokens(tokenizer)
+    tokenizer.add_special_tokens(list(names.values()))
+    cls, sep = (names[name] for name in ("cls", "sep"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}",
         pair=f"{cls} $A {sep} $B:1 {sep}:1",
@@ -214,7 +218,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TOKENIZER, tokenizer.to_str(pretty=False).encode())
     config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {f"{name}_token": token for name, token in SPECIAL_TOKENS.items()}
+    config |= {f"{name}_token": token for name, token in special_tokens(tokenizer).items()}
     config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     write_atomically(folder / TOKENIZER_CONFIG, json.dumps(config, indent=1).encode())
 

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
 from data_prep.tokenizer.from_sentencepiece import to_fast_tokenizer
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
-from megabert.data.shards.sample_format import SPECIAL_TOKENS
-from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.data.shards.sample_format import GEMMA_TOKENS, SPECIAL_TOKENS
+from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.data.shards.tokenizer_folder import FILES, VOCAB, is_berts, read_folder_tokenizer, special_token_names
 
 # A word with more characters becomes [UNK], as in BERT.
@@ -83,8 +83,11 @@ def _load_with_transformers(folder: Path, models: list[Path]) -> LoadedTokenizer
 def rename_special_tokens(tokenizer: Tokenizer, roles: dict[str, str]) -> Tokenizer:
     """Give the tokens with the roles of BERT's special tokens their names. Ids and flags, such as lstrip, stay.
 
-    roles: their texts, as far as they are known; OTHER_NAMES are tried too. Returns the tokenizer.
+    A tokenizer with all of Gemma's special tokens keeps their names. roles: their texts, as far as they are known;
+    OTHER_NAMES are tried too. Returns the tokenizer.
     """
+    if special_tokens(tokenizer) == GEMMA_TOKENS and has_gemmas_roles(roles):
+        return mark_special(tokenizer, set(GEMMA_TOKENS.values()))
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     names: dict[str, str] = {}
     for role, usual in OTHER_NAMES.items():
@@ -106,6 +109,23 @@ def rename_special_tokens(tokenizer: Tokenizer, roles: dict[str, str]) -> Tokeni
         token["content"] = names.get(token["content"], token["content"])
     # The post-processor names the tokens by their old names. It is replaced later.
     raw["post_processor"] = None
+    return Tokenizer.from_str(json.dumps(raw))
+
+
+def has_gemmas_roles(roles: dict[str, str]) -> bool:
+    """Whether a folder gives Gemma's tokens the roles that their names say, as far as it gives roles."""
+    for role, token in GEMMA_TOKENS.items():
+        given = {roles.get(role), roles.get(INSTEAD.get(role, ""))} - {None}
+        if given and token not in given:
+            return False
+    return True
+
+
+def mark_special(tokenizer: Tokenizer, names: set[str]) -> Tokenizer:
+    """Return the tokenizer with these added tokens as special ones: not found in a text, as transformers loads them."""
+    raw = json.loads(tokenizer.to_str())
+    for token in raw["added_tokens"]:
+        token["special"] |= token["content"] in names
     return Tokenizer.from_str(json.dumps(raw))
 
 

@@ -19,8 +19,9 @@ from megabert.data.shards.manifest import (
     Shard,
     write_manifest,
 )
-from megabert.data.shards.sample_format import SPECIAL_TOKENS, encode_npy
+from megabert.data.shards.sample_format import encode_npy
 from megabert.data.shards.side_files import check_tokenizer_config
+from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.files.atomic import write_atomically
 
 
@@ -74,13 +75,13 @@ def tokenizer_files(request: ShardRequest) -> dict[str, bytes]:
     if path is None:
         return {}
     config = path.with_name(TOKENIZER_CONFIG)
-    data = config.read_bytes() if config.is_file() else plain_tokenizer_config()
+    data = config.read_bytes() if config.is_file() else plain_tokenizer_config(path)
     check_tokenizer_config(data, str(config))
     return {TOKENIZER: path.read_bytes(), TOKENIZER_CONFIG: data}
 
 
-def plain_tokenizer_config() -> bytes:
+def plain_tokenizer_config(path: Path) -> bytes:
     """Return a tokenizer_config.json with which AutoTokenizer loads a bare tokenizer.json."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config |= {f"{name}_token": token for name, token in SPECIAL_TOKENS.items()}
+    config |= {f"{name}_token": token for name, token in special_tokens(read_tokenizer(path)).items()}
     return json.dumps(config, indent=1).encode()

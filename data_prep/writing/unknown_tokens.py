@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
-from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 
 EXAMPLES = 5
 DOCUMENTS_SEARCHED = 10_000
@@ -30,7 +30,7 @@ def check_share(share: float, limit: float, tokenizer: Path, documents: Iterable
 def unknown_texts(tokenizer_path: Path, documents: Iterable[str]) -> Iterator[str]:
     """Yield different pieces of text that become [UNK]."""
     tokenizer = read_tokenizer(tokenizer_path)
-    unknown = tokenizer.token_to_id(SPECIAL_TOKENS["unk"])
+    unknown = tokenizer.token_to_id(special_tokens(tokenizer)["unk"])
     seen: set[str] = set()
     for document in itertools.islice(documents, DOCUMENTS_SEARCHED):
         encoding = tokenizer.encode(document, add_special_tokens=False)

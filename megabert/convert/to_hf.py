@@ -17,14 +17,12 @@ from megabert.convert.hf.config import set_max_length, to_bert_config
 from megabert.convert.hf.model_card import make_model_card, read_metrics_at
 from megabert.convert.hf.native import native_kind, to_gte_config, to_modernbert_config
 from megabert.convert.hf.reader import CONFIG, read_json
-from megabert.convert.hf.resize import find_special
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.hf.writer import MAX_SHARD_SIZE, MODEL_CODE, check_shard_size, write_config, write_weights
 from megabert.convert.targets import probe, registry
 from megabert.convert.weight_names import from_megabert
 from megabert.data.shards.manifest import TOKENIZER
-from megabert.data.shards.sample_format import SPECIAL_TOKENS
-from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.files.atomic import replace_folder, staged_folder
 from megabert.files.checkpoint_format import MANIFEST, read_state
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -168,7 +166,8 @@ def write_model(
         to_bert_config(config).save_pretrained(out)
     else:
         tokenizer = read_tokenizer(out / TOKENIZER)
-        special = {role: number for role in SPECIAL_TOKENS if (number := find_special(tokenizer, role)) is not None}
+        ids = {role: tokenizer.token_to_id(token) for role, token in special_tokens(tokenizer).items()}
+        special = {role: number for role, number in ids.items() if number is not None}
         raw = (to_modernbert_config if kind == "modernbert" else to_gte_config)(config, special)
         (out / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     write_weights(out, to_gte_file(named) if kind == "gte" else named, max_shard_size)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megabert.convert.hf.reader import read_weights
 from megabert.convert.hf.tokenizer import read_hf_tokenizer
-from megabert.data.shards.sample_format import SPECIAL_TOKENS
+from megabert.data.shards.tokenizer import special_tokens
 from megabert.finetune.protocol import Settings
 from megabert.finetune.tasks.task import Examples, Task
 from megabert.kernels.devices import has_fast_bf16
@@ -62,7 +62,7 @@ def load_tokenizer(folder: Path, max_seq_len: int) -> Tokenizer:
     tokens.
     """
     tokenizer = read_hf_tokenizer(folder)
-    cls, sep = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
+    cls, sep = (special_tokens(tokenizer)[role] for role in ("cls", "sep"))
     token_ids = {token: tokenizer.token_to_id(token) for token in (cls, sep)}
     for token, token_id in token_ids.items():
         if token_id is None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
 
+from tests.data_prep.tokenizer.test_byte_bpe import lines_of_every_script
+from tests.helpers.gemma_tokenizer import write_gemma_tokenizer
 from tests.helpers.runs import Corpus, run_command
 
 SHAPE = {
@@ -38,11 +40,15 @@ def save_modernbert(tokenizer_folder, out) -> None:
 
 
 @pytest.mark.nightly
-def test_a_modernbert_is_continued_on_texts_and_exported(corpus: Corpus, tmp_path):
+@pytest.mark.parametrize("kind", ["byte_bpe", "gemma"])
+def test_a_modernbert_is_continued_on_texts_and_exported(kind, corpus: Corpus, tmp_path):
     bpe, published, imported = tmp_path / "bpe", tmp_path / "published", tmp_path / "imported"
     tokenizer, tokens, out = tmp_path / "tokenizer", tmp_path / "tokens", tmp_path / "out"
     prep = "data_prep/train_tokenizer.py"
-    run(prep, "--source", corpus.jsonl, "--model", "byte_bpe", "--vocab_size", 800, "--out", bpe)
+    if kind == "gemma":
+        write_gemma_tokenizer(bpe, corpus.texts)
+    else:
+        run(prep, "--source", corpus.jsonl, "--model", "byte_bpe", "--vocab_size", 800, "--out", bpe)
     save_modernbert(bpe, published)
     run(prep, "--existing", published, "--out", tokenizer)
     run(
@@ -60,4 +66,9 @@ def test_a_modernbert_is_continued_on_texts_and_exported(corpus: Corpus, tmp_pat
     assert type(loaded) is ModernBertForMaskedLM
     before = ModernBertForMaskedLM.from_pretrained(published).state_dict()
     changes = [(weight - before[name]).abs().max() for name, weight in loaded.state_dict().items()]
+    texts = [*lines_of_every_script(), *corpus.texts]
+    theirs, ours = AutoTokenizer.from_pretrained(published), AutoTokenizer.from_pretrained(out)
+    assert ours(texts)["input_ids"] == theirs(texts)["input_ids"]
+    for role in ("pad", "unk", "cls", "sep", "mask"):
+        assert getattr(ours, f"{role}_token") == getattr(theirs, f"{role}_token")
     assert 0 < torch.stack(changes).max() < 0.1, "it was continued, not begun anew"

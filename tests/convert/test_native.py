@@ -10,7 +10,8 @@ from transformers import AutoModelForMaskedLM, GteConfig, GteForMaskedLM, Modern
 
 from megabert.convert import from_hf, to_hf
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
-from megabert.convert.hf.native import native_kind
+from megabert.convert.hf.config import from_their_config
+from megabert.convert.hf.native import layer_types, native_kind
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import SHAPE, small_model
 from tests.model.architectures import ARCHITECTURES
@@ -74,6 +75,38 @@ def test_modernbert_folders_are_read(tmp_path, layout):
     assert read.config.reach == (None if every == 1 else 3)
 
 
+PARTS = ("full_attention", "sliding_attention")
+THETAS = [
+    {},
+    {"global_rope_theta": 5e4, "local_rope_theta": 3e4},
+    {"rope_theta": 160_000.0},
+    {"rope_parameters": {part: {"rope_theta": theta} for part, theta in zip(PARTS, (9e4, 8e4), strict=True)}},
+    {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 9e4}}, "local_rope_theta": 123.0},
+    {"rope_parameters": None, "global_rope_theta": 10_000},
+    {"layer_types": ["full_attention", "sliding_attention"], "global_attn_every_n_layers": 3},
+    {"local_attention": 7, "sliding_window": 3, "rope_scaling": None},
+    {"sparse_prediction": True, "deterministic_flash_attn": True, "reference_compile": True, "torch_dtype": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("settings", THETAS)
+def test_settings_mean_what_they_mean_to_transformers(tmp_path, settings):
+    raw = {"model_type": "modernbert", **SIZES, **IDS, "num_hidden_layers": 2, **settings}
+    ours = from_their_config(tmp_path, raw, "modernbert")
+    theirs = ModernBertConfig(**json.loads(json.dumps(raw)))
+    every = ours.global_attention_every
+    assert layer_types(2, every) == theirs.layer_types
+    thetas = [theirs.rope_parameters[part]["rope_theta"] for part in PARTS]
+    assert [ours.rope_theta, ours.local_rope_theta] == thetas
+    assert ours.reach == theirs.local_attention // 2
+
+
+def test_a_theta_of_local_layers_that_is_null_is_the_global_one(tmp_path):
+    """As in transformers 4; transformers 5 cannot load such a folder."""
+    raw = {"model_type": "modernbert", **SIZES, **IDS, "global_rope_theta": 5e4, "local_rope_theta": None}
+    assert from_their_config(tmp_path, raw, "modernbert").local_rope_theta == 5e4
+
+
 def test_a_bare_modernbert_gets_a_head(tmp_path):
     config = ModernBertConfig(**SIZES | IDS)
     ModernBertForMaskedLM(config).model.save_pretrained(tmp_path)
@@ -108,6 +141,12 @@ def test_gte_folders_are_read(tmp_path, types):
         ({"mlp_dropout": 0.1}, "mlp_dropout 0.1; this model has one dropout for both. Set them to the same"),
         ({"global_attn_every_n_layers": 0, "layer_types": None}, "global_attn_every_n_layers is 0, expected a number"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False; this model supports only True"),
+        ({"is_causal": True}, "is_causal is True; this model supports only False"),
+        ({"causal_mask": True}, "causal_mask is True; this model supports only False"),
+        ({"rope_theta": 7e4}, "rope_theta is 70000.0, which ModernBERT does not read: .* Set global_rope_theta"),
+        ({"rope_parameters": {"rope_theta": 7e4}}, "rope_parameters has rope_theta, expected objects for full_att"),
+        ({"rope_scaling": {"rope_theta": 7e4}}, "rope_scaling has a rope_theta. Set global_rope_theta there instead"),
+        ({"sliding_window": 5}, "sliding_window is 5, but half of local_attention is 64.* Remove one of the two"),
     ],
 )  # fmt: skip
 def test_what_this_model_cannot_compute_is_refused(modernbert_folder, tmp_path, change, reason):

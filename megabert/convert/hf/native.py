@@ -23,6 +23,8 @@ MODERNBERT_FIXED = {
     "hidden_activation": "gelu", "classifier_activation": "gelu", "attention_bias": False, "mlp_bias": False,
     "norm_bias": False, "classifier_bias": False, "decoder_bias": True, "tie_word_embeddings": True,
 }  # fmt: skip
+# Settings of decoders, which mask what follows a token: transformers' ModernBERT ignores them, and so would we.
+NO_DECODER = {"is_decoder": False, "is_causal": False, "causal_mask": False}
 GTE_FIXED = {
     "hidden_act": "gelu", "tie_word_embeddings": True, "layer_norm_type": "layer_norm", "pack_qkv": True,
     "position_embedding_type": "rope", "logn_attention_scale": False,
@@ -62,7 +64,7 @@ def is_mosaicbert(config: MegaBertConfig) -> bool:
 
 def from_modernbert_config(source: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of MegaBertConfig. Raises ValueError for what our model does not support."""
-    _check(source, raw, MODERNBERT_FIXED, "modernbert")
+    _check(source, raw, MODERNBERT_FIXED | NO_DECODER, "modernbert")
     every = _global_every(source, raw)
     dropouts = {raw.get(name, 0.0) for name in ("embedding_dropout", "mlp_dropout")}
     if len(dropouts) > 1:
@@ -71,8 +73,8 @@ def from_modernbert_config(source: Path, raw: dict[str, Any]) -> dict[str, Any]:
             f"{raw.get('mlp_dropout', 0.0)}; this model has one dropout for both. Set them to the same number there, "
             "which changes no output."
         )
-    theta = _theta(source, raw, FULL, "global_rope_theta", MODERNBERT_DEFAULTS["global"])
-    local = _theta(source, raw, SLIDING, "local_rope_theta", MODERNBERT_DEFAULTS["local"])
+    theta, local = _modernbert_thetas(source, raw)
+    window = _window(source, raw)
     return {
         "position": "rope",
         "rope_theta": theta,
@@ -81,7 +83,7 @@ def from_modernbert_config(source: Path, raw: dict[str, Any]) -> dict[str, Any]:
         "bias": False,
         "norm_bias": False,
         "global_attention_every": every,
-        "local_attention_window": raw.get("local_attention", MODERNBERT_DEFAULTS["window"]) if every > 1 else None,
+        "local_attention_window": window if every > 1 else None,
         "ffn": "geglu",
         "layer_norm_dtype": "float32",
         "layer_norm_eps": raw.get("norm_eps", MODERNBERT_DEFAULTS["eps"]),
@@ -94,6 +96,31 @@ def from_modernbert_config(source: Path, raw: dict[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": raw.get("max_position_embeddings", 8192),
         "pad_token_id": raw.get("pad_token_id", 50283),
     } | _same(raw, "initializer_range")  # fmt: skip
+
+
+def _modernbert_thetas(source: Path, raw: dict[str, Any]) -> tuple[float, float]:
+    """Read the thetas of global and of local layers. Raises ValueError if they are given in a place that is ignored."""
+    theta = _theta(source, raw, FULL, "global_rope_theta", MODERNBERT_DEFAULTS["global"])
+    # In transformers 4 a null stands for the theta of the global layers.
+    default = theta if raw.get("local_rope_theta", 0) is None else MODERNBERT_DEFAULTS["local"]
+    local = _theta(source, raw, SLIDING, "local_rope_theta", default)
+    if raw.get("rope_theta", theta) != theta:
+        raise ValueError(
+            f"{source / CONFIG}: rope_theta is {raw['rope_theta']!r}, which ModernBERT does not read: the theta of its "
+            f"global layers is {theta!r}. Set global_rope_theta there, or remove rope_theta."
+        )
+    return theta, local
+
+
+def _window(source: Path, raw: dict[str, Any]) -> int:
+    """Read the window of local layers, tokens on both sides together. Raises ValueError if two settings differ."""
+    window = raw.get("local_attention", MODERNBERT_DEFAULTS["window"])
+    if isinstance(window, int) and raw.get("sliding_window", window // 2) != window // 2:
+        raise ValueError(
+            f"{source / CONFIG}: sliding_window is {raw['sliding_window']!r}, but half of local_attention is "
+            f"{window // 2}: versions of transformers differ in which of them they read. Remove one of the two there."
+        )
+    return window
 
 
 def from_gte_config(source: Path, raw: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +185,10 @@ def _theta(source: Path, raw: dict[str, Any], part: str | None, old_name: str, d
     path = source / CONFIG
     parameters = raw.get("rope_parameters")
     if parameters is not None and part is not None and isinstance(parameters, dict):
+        if unknown := sorted(parameters.keys() - {FULL, SLIDING}):
+            raise ValueError(
+                f"{path}: rope_parameters has {', '.join(unknown)}, expected objects for {FULL} and {SLIDING}."
+            )
         parameters = parameters.get(part)
     parameters = {} if parameters is None else parameters
     scaling = raw.get("rope_scaling")
@@ -169,6 +200,10 @@ def _theta(source: Path, raw: dict[str, Any], part: str | None, old_name: str, d
             raise ValueError(
                 f"{path}: RoPE is {settings!r}; this model supports only rope_type 'default' of all features."
             )
+    if "rope_theta" in (scaling or {}):
+        raise ValueError(
+            f"{path}: rope_scaling has a rope_theta. Set {old_name} there instead, and remove rope_scaling."
+        )
     theta = parameters.get("rope_theta", raw.get(old_name))
     return default if theta is None else theta
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from megabert.convert.hf.reader import check_inside
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
-from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.data.shards.tokenizer_folder import (
     ADDED_TOKENS,
     FILES,
@@ -51,8 +51,9 @@ def copy_tokenizer(source: Path, folder: Path, max_length: int) -> None:
     if "Token" not in (name := str(settings.get("tokenizer_class"))) or not hasattr(transformers, name):
         settings["tokenizer_class"] = TOKENIZER_CLASS
     if (folder / TOKENIZER).is_file():
-        vocabulary = read_tokenizer(folder / TOKENIZER).get_vocab(with_added_tokens=True)
-        special = {f"{role}_token": token for role, token in SPECIAL_TOKENS.items() if token in vocabulary}
+        tokenizer = read_tokenizer(folder / TOKENIZER)
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        special = {f"{role}_token": token for role, token in special_tokens(tokenizer).items() if token in vocabulary}
         settings = special | settings
     settings["model_max_length"] = max_length
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=1) + "\n")

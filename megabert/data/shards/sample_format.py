@@ -25,6 +25,8 @@ TEXT_KEY = "jsonl"
 
 # BERT's special tokens, by their names in a manifest.
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+# Those of Gemma's tokenizers, such as mmBERT's, which keep their names.
+GEMMA_TOKENS = {"pad": "<pad>", "unk": "<unk>", "cls": "<bos>", "sep": "<eos>", "mask": "<mask>"}
 
 # Most tokens of a chunk. 256 KiB of uint16 are a long enough read for a disk or an object store, and a loader worker
 # holds only a few chunks.

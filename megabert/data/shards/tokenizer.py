@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TokenizerInfo
-from megabert.data.shards.sample_format import SPECIAL_TOKENS
+from megabert.data.shards.sample_format import GEMMA_TOKENS, SPECIAL_TOKENS
 from megabert.files.json_file import parse_json
 from megabert.files.limits import read_bounded
 
@@ -34,7 +34,7 @@ def describe_tokenizer(data: bytes, where: str) -> TokenizerInfo:
     """Return what a manifest says of a tokenizer. data: tokenizer.json's bytes. Raises what find_tokenizer raises."""
     tokenizer = parse_tokenizer(data, where)
     special_ids = {}
-    for name, token in SPECIAL_TOKENS.items():
+    for name, token in special_tokens(tokenizer).items():
         number = tokenizer.token_to_id(token)
         if number is None:
             raise ValueError(
@@ -45,6 +45,14 @@ def describe_tokenizer(data: bytes, where: str) -> TokenizerInfo:
     added = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
     all_special_ids = tuple(sorted({*special_ids.values(), *added}))
     return TokenizerInfo(hashlib.sha256(data).hexdigest(), vocab_size(tokenizer), special_ids, all_special_ids)
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the texts of the special tokens by role: Gemma's if it has these and not all of BERT's, else BERT's."""
+    for names in (SPECIAL_TOKENS, GEMMA_TOKENS):
+        if all(tokenizer.token_to_id(token) is not None for token in names.values()):
+            return names
+    return SPECIAL_TOKENS
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:

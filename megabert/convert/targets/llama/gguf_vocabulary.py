@@ -9,7 +9,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
-from megabert.data.shards.sample_format import SPECIAL_TOKENS
+from megabert.data.shards.tokenizer import special_tokens
 
 # llama.cpp's types of tokens.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
@@ -103,9 +103,8 @@ def describe_vocabulary(raw: dict[str, Any], rows: int, lines: list[str]) -> Voc
     tokenizer = Tokenizer.from_str(json.dumps(raw | {"truncation": None, "padding": None}))
     added = {token["id"]: token for token in raw["added_tokens"]}
     names = dict(enumerate([""] * rows)) | {i: t for t, i in tokenizer.get_vocab(with_added_tokens=True).items()}
-    unknown = tokenizer.token_to_id(SPECIAL_TOKENS["unk"])
-    types = [_type_of(i, names[i], added, unknown) for i in range(rows)]
-    specials = {role: tokenizer.token_to_id(token) for role, token in SPECIAL_TOKENS.items()}
+    specials = {role: tokenizer.token_to_id(token) for role, token in special_tokens(tokenizer).items()}
+    types = [_type_of(i, names[i], added, specials["unk"]) for i in range(rows)]
     known = {role: number for role, number in specials.items() if number is not None}
     tokens = [names[i] or f"[unused{i}]" for i in range(rows)]
     if raw["model"]["type"] == "WordPiece":
