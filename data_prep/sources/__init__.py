@@ -156,7 +156,8 @@ def _splits_of_file(path: Path | RemotePath, options: ReadOptions, left_out: Lef
         return (parquet if name.endswith(".parquet") else arrow).list_input_splits(path, options)
     except DamagedError as error:
         left_out.damaged(error)
-    except UnicodeDecodeError as error:  # the name of a column
+    except UnicodeDecodeError as error:
+        # The name of a column is not UTF-8.
         left_out.damaged(DamagedError(f"{path}: damaged: {error}. Download or write it again."))
     return []
 

@@ -31,6 +31,15 @@ LAST_PLACEHOLDER = 0x10FFFD
 # half-width kana, Hangul after Hangul, skin tones, tags.
 JOINING = (0x200C, 0x200D, 0xE33, 0xEB3, 0xFF9E, 0xFF9F, *range(0x1160, 0x1200), *range(0xAC00, 0xD7A4),
            *range(0xD7B0, 0xD7FC), *range(0x1F3FB, 0x1F400), *range(0xE0020, 0xE0080))  # fmt: skip
+# Marks of Unicode 15 to 17, which tokenizers knows and the unicodedata of Python 3.11 does not: first, last.
+NEWER_MARKS = (
+    (0x897, 0x897), (0xCF3, 0xCF3), (0xECE, 0xECE), (0x1ACF, 0x1ADD), (0x1AE0, 0x1AEB), (0x10D69, 0x10D6D),
+    (0x10EFA, 0x10EFF), (0x11241, 0x11241), (0x113B8, 0x113C0), (0x113C2, 0x113C2), (0x113C5, 0x113C5),
+    (0x113C7, 0x113CA), (0x113CC, 0x113D0), (0x113D2, 0x113D2), (0x113E1, 0x113E2), (0x11B60, 0x11B67),
+    (0x11F00, 0x11F01), (0x11F03, 0x11F03), (0x11F34, 0x11F3A), (0x11F3E, 0x11F42), (0x11F5A, 0x11F5A),
+    (0x13440, 0x13440), (0x13447, 0x13455), (0x1611E, 0x1612F), (0x1E08F, 0x1E08F), (0x1E4EC, 0x1E4EF),
+    (0x1E5EE, 0x1E5EF), (0x1E6E3, 0x1E6E3), (0x1E6E6, 0x1E6E6), (0x1E6EE, 0x1E6EF), (0x1E6F5, 0x1E6F5),
+)  # fmt: skip
 # A character with more bytes makes a grapheme of more than five bytes, which is taken apart.
 MAX_BYTES_BEFORE_JOINING = 3
 
@@ -122,7 +131,8 @@ def _separator_pattern(plan: Plan) -> str:
 @cache
 def _joining_characters() -> frozenset[str]:
     marks = {c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "M"}
-    return frozenset(marks | set(map(chr, JOINING)))
+    newer = {chr(c) for first, last in NEWER_MARKS for c in range(first, last + 1)}
+    return frozenset(marks | newer | set(map(chr, JOINING)))
 
 
 def sequences(texts: Iterable[str]) -> list[str]:

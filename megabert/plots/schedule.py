@@ -21,7 +21,8 @@ def plot_schedule(recipe: Recipe, out: Path) -> None:
     if schedule.timed is not None:
         total = PARTS
         for part in range(PARTS):
-            schedule.timed.table.begin(part, 1)  # drawn as if each part of the time had one bin
+            # It is drawn as if each part of the time had one bin.
+            schedule.timed.table.begin(part, 1)
     steps = np.unique(np.linspace(0, total - 1, DRAWN_POINTS).round().astype(int))
     bins = [plan.bins_before(step) for step in steps.tolist()]
     hours = recipe.run.max_hours

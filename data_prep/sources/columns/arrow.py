@@ -220,8 +220,10 @@ def _check_sizes(path: str, is_file: bool) -> None:
     """Raises DamagedError if a batch, which is unpacked whole, takes more than MAX_BATCH_BYTES then."""
     import pyarrow
 
-    with _open(path) as data, contextlib.suppress(pyarrow.ArrowException):  # the reader will raise it, too
-        data.seek(FILE_HEAD_BYTES if is_file else 0)  # from there on a file is a stream, too
+    # An exception is suppressed here, because the reader will raise it, too.
+    with _open(path) as data, contextlib.suppress(pyarrow.ArrowException):
+        # Behind its head a file is a stream, too.
+        data.seek(FILE_HEAD_BYTES if is_file else 0)
         for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(data)):
             try:
                 size = unpacked_size(memoryview(message.metadata), memoryview(message.body or b""))

@@ -8,7 +8,8 @@ distance back to its vtable, which has two bytes of size, two of the table's siz
 # and how they are compressed.
 HEADER_TYPE, HEADER, DATA, BUFFERS, COMPRESSION = 1, 2, 1, 2, 3
 DICTIONARY_BATCH, RECORD_BATCH = 2, 3  # types of a header
-BUFFER_BYTES = 16  # offset and length in the body
+# A buffer is described by its offset and its length in the body.
+BUFFER_BYTES = 16
 
 
 def unpacked_size(metadata: memoryview, body: memoryview) -> int:

@@ -65,7 +65,8 @@ def read_shards(folder: Path) -> list[Shard]:
     return _read_shards(folder / INDEX, state.st_mtime_ns, state.st_size)
 
 
-@functools.lru_cache(maxsize=4)  # every input split asks for them
+# Cached, because every input split asks for them.
+@functools.lru_cache(maxsize=4)
 def _read_shards(path: Path, _mtime_ns: int, _size: int) -> list[Shard]:
     try:
         return [build(Shard, _known(entry), path, f"shards.{number}") for number, entry in enumerate(_entries(path))]

@@ -19,7 +19,8 @@ SHARED_SETTINGS = (
 
 # Settings of transformers' BERT of which our model supports one value, which is also BERT's default.
 FIXED_SETTINGS = {"hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
-BERT_ATTENTION_DROPOUT = 0.1  # where config.json does not say: the other defaults are also ours
+# The default of a config.json without this setting. The other defaults equal ours.
+BERT_ATTENTION_DROPOUT = 0.1
 # As the published MosaicBERT, which was trained on 128 tokens: ALiBi reads texts that are some times as long.
 ALIBI_LENGTH = 512
 REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Iterable
 
 import pytest
 import sentencepiece
@@ -15,7 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import normalizers
 
 from data_prep.tokenizer.from_sentencepiece import differing_lines, to_fast_tokenizer
-from data_prep.tokenizer.normalizer import normalize_by_rules, sequences
+from data_prep.tokenizer.normalizer import NEWER_MARKS, normalize_by_rules, sequences
 from data_prep.train_tokenizer import apply_bert_conventions
 from tests.helpers.sentencepiece_models import SETTINGS, STRANGE, train
 
@@ -80,12 +81,27 @@ def test_every_character_alone_and_beside_letters_and_marks(rules):
     st.sampled_from(RULES),
     st.lists(
         st.sampled_from(MARKS)
-        | st.characters(exclude_categories=["Cs"])
+        | st.characters(exclude_categories=["Cs"], exclude_characters="\ufff0\ufff1")
         | st.sampled_from("aEo\u3131\u314f\u1100\u1161\u11a8\uff8a\uff9f\u0915")
     ),
 )
 def test_any_text(rules, characters):
     assert_same(rules, ["".join(characters)])
+
+
+def after_a_letter(ranges: Iterable[tuple[int, int]]) -> list[str]:
+    return [f"E{chr(c)}" for first, last in ranges for c in range(first, last + 1)]
+
+
+@pytest.mark.parametrize("rules", ["nmt_nfkc_cf", "nfkc_cf"])
+def test_marks_that_python_does_not_know_are_kept(rules):
+    assert_same(rules, after_a_letter(NEWER_MARKS))
+
+
+@pytest.mark.nightly
+def test_characters_that_python_does_not_know_are_kept():
+    unknown = [f"E{chr(c)}" for c in range(0x370, 0x20000) if unicodedata.category(chr(c)) == "Cn"]
+    assert_same("nmt_nfkc_cf", unknown)
 
 
 def spellings(sentence: str) -> list[str]:
