@@ -306,7 +306,10 @@ def report(run: Run, lr: float) -> None:
 
 
 def log_warnings(run: Run, loss: float, speeds: list[float]) -> None:
-    """Say what is wrong with a run that works. loss: of the steps since the last report; speeds: of the ranks."""
+    """Log a slow rank, and a loss that stands at the unigram's.
+
+    loss: the mean over the steps since the last report. speeds: each rank's tokens per second.
+    """
     lines = [run.straggler.update(speeds)]
     if run.meter.steps:
         lines.append(run.unigram_watch.update(run.state.step, share_done(run.plan, run.state), loss))

@@ -50,7 +50,7 @@ class TimeTable:
         return bisect_right(self._first_bins, NEVER - 1) - 1
 
     def begin(self, part: int, num_bins: int) -> None:
-        """Say in which part the next num_bins bins are. Parts only rise."""
+        """Assign the next num_bins bins to a part, which is not before the newest one."""
         for each in range(self.newest + 1, part + 1):
             self._first_bins[each] = self.known
         self._known.value += num_bins

@@ -112,7 +112,7 @@ def test_vectors_are_chosen_without_a_test_as_inductor_would_choose_them(monkeyp
     choose = ahead.skip_tests_of_this_cpu.__wrapped__
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: ["avx2", "avx512", "avx512_vnni"])
-    monkeypatch.setattr(ahead, "knows", lambda flags: True)
+    monkeypatch.setattr(ahead, "compiler_accepts", lambda flags: True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATEN_CPU_CAPABILITY", "avx2")
         choose()
@@ -120,7 +120,7 @@ def test_vectors_are_chosen_without_a_test_as_inductor_would_choose_them(monkeyp
     choose()
     assert str(cpu_vec_isa.pick_vec_isa()) == "avx512 avx512_vnni"
     assert cpu_vec_isa.pick_vec_isa()
-    monkeypatch.setattr(ahead, "knows", lambda flags: "-mavx512f" not in flags)
+    monkeypatch.setattr(ahead, "compiler_accepts", lambda flags: "-mavx512f" not in flags)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     choose()
     assert str(cpu_vec_isa.pick_vec_isa()) == "avx2"
@@ -128,5 +128,5 @@ def test_vectors_are_chosen_without_a_test_as_inductor_would_choose_them(monkeyp
 
 @pytest.mark.compiler
 def test_a_compiler_that_does_not_know_a_flag_is_noticed():
-    assert ahead.knows([])
-    assert not ahead.knows(["-mno-such-vectors"])
+    assert ahead.compiler_accepts([])
+    assert not ahead.compiler_accepts(["-mno-such-vectors"])

@@ -7,7 +7,8 @@ distance back to its vtable, which has two bytes of size, two of the table's siz
 # Of Message: the type of its header, and the header. Of DictionaryBatch: its RecordBatch. Of RecordBatch: its buffers,
 # and how they are compressed.
 HEADER_TYPE, HEADER, DATA, BUFFERS, COMPRESSION = 1, 2, 1, 2, 3
-DICTIONARY_BATCH, RECORD_BATCH = 2, 3  # types of a header
+# Types of a header.
+DICTIONARY_BATCH, RECORD_BATCH = 2, 3
 # A buffer is described by its offset and its length in the body.
 BUFFER_BYTES = 16
 

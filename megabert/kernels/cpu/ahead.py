@@ -1,7 +1,7 @@
 """Compiles a model's operations for a CPU before its first step: one call of the C++ compiler for all of them.
 
-Left to itself, inductor calls the compiler once for every graph, waits for it each time, and before that compiles a
-header and ten tests of what this CPU can do. Most of that time goes into reading the same headers.
+By default inductor calls the compiler once for every graph and waits for it each time. Before that it compiles a
+header, and ten tests of what this CPU can do. Most of that time goes into reading the same headers.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.model.ops import Ops
 
-# More tokens than these divide the work no differently, and would take time.
+# More tokens do not change how inductor divides the work.
 MOST_TOKENS = 8192
 COMPILER = codecache.CppPythonBindingsCodeCache
 ENTRY = COMPILER.entry_function
@@ -63,7 +63,7 @@ class Kernels:
         with config.patch(options):
             threads = async_compile.get_compile_threads()
             submit = async_compile.AsyncCompile.submit if threads > 1 else None
-            self.library = COMPILER.load_async(together(self.sources), submit_fn=submit)
+            self.library = COMPILER.load_async(join_sources(self.sources), submit_fn=submit)
 
     def load(self, number: int) -> Callable[..., None]:
         """Wait for the library, and return one of its kernels."""
@@ -95,7 +95,7 @@ class Kernel:
         self.run(*arguments)
 
 
-def together(sources: list[str]) -> str:
+def join_sources(sources: list[str]) -> str:
     """Join sources of Python modules with one kernel each to one source with all of these modules."""
     lines = ["#include <torch/csrc/inductor/cpp_prefix.h>", "#define PY_SSIZE_T_CLEAN", "#include <Python.h>"]
     lines += ["#include <sstream>", "#include <cstdlib>", "#include <cerrno>"]
@@ -111,8 +111,9 @@ def together(sources: list[str]) -> str:
 def compile_ahead(config: MegaBertConfig, ops: Ops, bf16: bool, tokens: int, masked: int) -> None:
     """Compile what training and evaluating a model of this configuration calls, by a step of two of its layers.
 
-    tokens, masked: of the first batch, whose sizes decide how inductor divides the work. The C++ compiler works in
-    another thread; the first call of a kernel waits for it. Random numbers stay as they are.
+    tokens, masked: the numbers of tokens and of masked tokens in the first batch; inductor divides the work by them.
+    The C++ compiler works in another thread, and the first call of a kernel waits for it. The state of torch's random
+    generator does not change.
     """
     if ops.masked_cross_entropy is not CPU_OPS.masked_cross_entropy:
         return
@@ -151,7 +152,7 @@ def skip_tests_of_this_cpu() -> None:
         built_for = torch.backends.cpu.get_cpu_capability() in isa.build_macro()[0]
         if built_for and set(str(isa).split()) <= set(offered):
             known = untested(type(isa))
-            if knows(known.build_arch_flags().split()):
+            if compiler_accepts(known.build_arch_flags().split()):
                 cpu_vec_isa.valid_vec_isa_list = functools.cache(functools.partial(list, [known]))
                 return
 
@@ -163,7 +164,7 @@ def untested(isa: type[cpu_vec_isa.VecISA]) -> cpu_vec_isa.VecISA:
     return type(isa.__name__, (isa,), changes)()
 
 
-def knows(flags: list[str]) -> bool:
+def compiler_accepts(flags: list[str]) -> bool:
     """Whether compiler and assembler take these flags, and those of this CPU."""
     command = [cpp_builder.get_cpp_compiler(), *flags, "-march=native", "-O1", "-c", "-x", "c++", "-", "-o", os.devnull]
     code = "typedef float V __attribute__((vector_size(64))); V f(V a, V b) { return a * b; }"
