@@ -6,11 +6,10 @@ Prints one problem per line, with shard, chunk and byte. The exit code is 0 with
 folder holds no shards or the command line is wrong.
 """
 
-import signal
+from megabert.process.interrupts import end_at_ctrl_c
 
 if __name__ == "__main__":
-    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
 
 import os
 import sys

@@ -8,11 +8,10 @@
 Then pass --task-file data_prep/tasks/NAME.yaml to launch/finetune_glue.py.
 """
 
-import signal
+from megabert.process.interrupts import end_at_ctrl_c
 
 if __name__ == "__main__":
-    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,11 +7,10 @@ The result has BERT's five special tokens. If it comes from sentencepiece, lines
 tokenizers, and the number of lines with different ids is printed.
 """
 
-import signal
+from megabert.process.interrupts import end_at_ctrl_c
 
 if __name__ == "__main__":
-    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
 
 import io
 import itertools

@@ -10,11 +10,10 @@ command continues where it stopped when it is run again, and ends with the same 
 work between machines.
 """
 
-import signal
+from megabert.process.interrupts import end_at_ctrl_c
 
 if __name__ == "__main__":
-    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
 
 import sys
 from collections.abc import Iterable
@@ -37,6 +36,7 @@ from data_prep.writing.sorted_runs import TaskSummary
 from data_prep.writing.unknown_tokens import check_share
 from megabert.config import cli
 from megabert.data.shards.manifest import MANIFEST, Manifest, heldout_that_is_enough
+from megabert.process.exit_codes import EXIT_INTERRUPTED
 
 
 def write_shards(request: ShardRequest) -> Manifest:
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             report(request, write_shards(request))
     except KeyboardInterrupt:
         print(f"\n{out}: interrupted. Run the same command again to continue.", file=sys.stderr)
-        return cli.EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except OSError as error:
         if not is_disk_full(error):
             raise

@@ -3,14 +3,13 @@
 python launch/estimate.py --recipe mosaicbert-base --gpu h100 --gpus 8 --price 2.5
 """
 
-import signal
+from megabert.process.interrupts import end_at_ctrl_c
 
 if __name__ == "__main__":
-    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
 
 from megabert.config import cli
-from megabert.config.parser import load_recipe
+from megabert.config.recipe_parser import load_recipe
 
 
 def main() -> None:

@@ -3,11 +3,10 @@
 python launch/plot_run.py runs/mosaicbert-base runs/bert-base --out runs.png
 """
 
-import signal
+from megabert.process.interrupts import end_at_ctrl_c
 
 if __name__ == "__main__":
-    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
 
 from pathlib import Path
 

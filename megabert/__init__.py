@@ -17,9 +17,9 @@ def load_recipe(name_or_path: "str | Path" = "quickstart", **overrides: Any) -> 
 
     Raises ValueError, with the message of the command line, for an unknown recipe or setting and for a wrong value.
     """
-    from megabert.config import parser
+    from megabert.config import recipe_parser
 
-    return parser.load_recipe(name_or_path, **overrides)
+    return recipe_parser.load_recipe(name_or_path, **overrides)
 
 
 def pretrain(recipe: "Recipe", ds_config: "str | Path" = "zero2") -> "PretrainResult":

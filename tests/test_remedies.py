@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerC
 from megabert.config.cli import Parser, split_flag
 from megabert.config.ds_config import NOT_SUPPORTED
 from megabert.config.ds_schema import DsSettings
-from megabert.config.parser import RecipeParser
+from megabert.config.recipe_parser import RecipeParser
 from megabert.training.distributed.signals import SIGNALS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -162,7 +162,7 @@ def raise_again(_: object, error: BaseException, __: object) -> NoReturn:
 def parsers() -> dict[str, list[argparse.ArgumentParser]]:
     """Return the parsers of every script, by the script's file name."""
     paths = [path for folder in CODE for path in (REPOSITORY / folder).rglob("*.py")]
-    started = re.compile(r'^if __name__ == "__main__":\n( +(#|signal|from ).*\n|\n)* +(cli\.run|command)', re.MULTILINE)
+    started = re.compile(r'^if __name__ == "__main__":\n( +(end_at_ctrl_c|from ).*\n|\n)* +(cli\.run|command)', re.MULTILINE)
     scripts = [path for path in paths if started.search(path.read_text())]
     found = {path.name: parsers_of(path) for path in sorted(scripts)}
     for name, module in re.findall(r'"(megabert-\w+)": "([\w.]+)"', (REPOSITORY / "setup.py").read_text()):

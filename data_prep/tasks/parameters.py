@@ -28,7 +28,7 @@ TYPES = {
     "callable": ("callable", "function"),
     "array": ("array_like", "array-like", "ndarray", "numpy.ndarray", "np.ndarray", "tensor", "torch.tensor"),
 }
-NAMES = {spelling: name for name, spellings in TYPES.items() for spelling in spellings}
+TYPE_OF_SPELLING = {spelling: name for name, spellings in TYPES.items() for spelling in spellings}
 # Quotes and brackets around a type, and what may follow its name: "`str`, optional", "list[int]", "int or None".
 QUOTES = re.compile(r"[`'\"(){}~:]")
 END_OF_NAME = re.compile(r"[,\[\s]")
@@ -94,7 +94,7 @@ def parameters(document: str) -> Iterator[Parameter]:
     except docstring_parser.ParseError:
         return
     for parameter in found:
-        name = NAMES.get(END_OF_NAME.split(QUOTES.sub("", parameter.type_name or "").strip())[0].lower())
+        name = TYPE_OF_SPELLING.get(END_OF_NAME.split(QUOTES.sub("", parameter.type_name or "").strip())[0].lower())
         sentence = re.split(r"(?<=\.)\s", " ".join((parameter.description or "").split()))[0]
         if name and MIN_WORDS <= len(sentence.split()) <= MAX_WORDS:
             yield Parameter(name, f"{parameter.arg_name.strip('*').replace('_', ' ')}: {sentence}")

@@ -7,11 +7,10 @@
 {command} runs/mosaicbert-base mosaicbert-base-published --layout published
 """
 
-import signal
+from megabert.process.interrupts import end_at_ctrl_c
 
 if __name__ == "__main__":
-    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
 
 import sys
 from collections.abc import Mapping

@@ -8,11 +8,10 @@ After an interruption the same command continues; jobs that are done are reused.
 with 1 if one failed or if something cannot work. megabert/finetune/README.md says more.
 """
 
-import signal
+from megabert.process.interrupts import end_at_ctrl_c
 
 if __name__ == "__main__":
-    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
 
 from typing import NoReturn
 

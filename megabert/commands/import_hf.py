@@ -6,11 +6,10 @@
 Then pretrain with --recipe bert-base --model.init_from runs/bert-start, or fine-tune with --checkpoint runs/bert-start.
 """
 
-import signal
+from megabert.process.interrupts import end_at_ctrl_c
 
 if __name__ == "__main__":
-    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
 
 import re
 from dataclasses import dataclass

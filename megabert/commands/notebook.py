@@ -13,8 +13,8 @@ from pathlib import Path
 
 from megabert.commands.pretrain import prepare_quickstart_corpus
 from megabert.config.ds_config import read_ds_config
-from megabert.config.parser import ds_config_path
 from megabert.config.recipe import Recipe
+from megabert.config.recipe_parser import ds_config_path
 from megabert.files.checkpoint_format import find_checkpoint, list_tags, read_state
 from megabert.training.distributed.signals import SIGNALS, StopSignals
 

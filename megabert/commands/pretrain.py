@@ -5,11 +5,10 @@
 {command} --dry-run 64 --recipe mosaicbert-base --data.train /data/c4
 """
 
-import signal
+from megabert.process.interrupts import end_at_ctrl_c
 
 if __name__ == "__main__":
-    # Without Python's own handler, Ctrl-C during the imports ends this process at once, and without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
 
 import logging
 import subprocess
@@ -18,9 +17,9 @@ from typing import NoReturn
 
 from megabert.config import cli
 from megabert.config.ds_config import DsConfig, read_ds_config
-from megabert.config.parser import PACKAGE, RecipeParser, ds_config_names, ds_config_path
 from megabert.config.recipe import Recipe
-from megabert.files.subprocesses import end_with_parent
+from megabert.config.recipe_parser import PACKAGE, RecipeParser, ds_config_names, ds_config_path
+from megabert.process.subprocesses import end_with_parent
 from megabert.training.distributed.rank_env import rank_of_this_process
 from megabert.training.distributed.signals import StopSignals
 from megabert.training.roofline.dry_run import dry_run

@@ -1,13 +1,13 @@
 """Start the installed commands: each function imports its command once Ctrl-C ends the process without a traceback."""
 
 import importlib
-import signal
 from functools import partial
+
+from megabert.process.interrupts import end_at_ctrl_c
 
 
 def _start(module: str) -> None:
-    # Without Python's own handler, Ctrl-C during the imports ends this process at once.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
     importlib.import_module(module).command()
 
 

@@ -17,16 +17,12 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 from megabert.config.settings import check_limits, limits_of
 from megabert.files.disk import WRONG_NAMES
 from megabert.files.redact import redact
-from megabert.files.streams import keep_streams_writable
+from megabert.process.exit_codes import EXIT_INTERRUPTED, EXIT_MISTAKE
+from megabert.process.standard_streams import keep_streams_writable
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 T = TypeVar("T")
-
-# The exit code after Ctrl-C, as a shell gives it.
-EXIT_INTERRUPTED = 130
-# The exit code for a user's mistake in a flag or in what the flag names.
-EXIT_MISTAKE = 2
 
 WORDS_OF_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
 

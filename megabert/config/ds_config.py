@@ -181,7 +181,7 @@ class DsConfig:
         if settings["torch_autocast"]["enabled"] == "auto":
             settings["torch_autocast"]["enabled"] = fast_bf16
         if self.values.zero_optimization.stage == 0:
-            # training/optim/guard.py clips at stage 0: DeepSpeed's own clipping does not report the norm.
+            # training/updates/guard.py clips at stage 0: DeepSpeed's own clipping does not report the norm.
             settings["gradient_clipping"] = 0.0
         resolved = ResolvedDsConfig(settings)
         _check_safe(resolved, self.path)

@@ -53,7 +53,7 @@ class SourcePosition:
             "used_tokens": self.used_tokens,
             "pieces": list(self.pieces),
             "taken": self.taken.to_json(),
-            "past": [[max_seq_len, list(pieces), bits.to_json()] for max_seq_len, pieces, bits in self.phases],
+            "phases": [[max_seq_len, list(pieces), bits.to_json()] for max_seq_len, pieces, bits in self.phases],
             "damaged": [list(chunk_id) for chunk_id in self.damaged],
             "skipped": self.skipped,
             **({"merged_before": self.merged_before} if self.merged_before else {}),
@@ -61,13 +61,15 @@ class SourcePosition:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "SourcePosition":
+        # Format 3 of streams.json called the phases past.
+        phases = raw["phases"] if "phases" in raw else raw["past"]
         return cls(
             entry=raw["entry"],
             chunk=raw["chunk"],
             used_tokens=raw["used_tokens"],
             pieces=tuple(raw["pieces"]),
             taken=Bits.from_json(raw["taken"]),
-            phases=tuple((length, tuple(pieces), Bits.from_json(bits)) for length, pieces, bits in raw["past"]),
+            phases=tuple((length, tuple(pieces), Bits.from_json(bits)) for length, pieces, bits in phases),
             damaged=tuple(ChunkId(*chunk_id) for chunk_id in raw["damaged"]),
             skipped=raw["skipped"],
             merged_before=raw.get("merged_before", 0.0),

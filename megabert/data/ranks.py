@@ -48,7 +48,11 @@ def describe(ranks: Sequence[int], near: int) -> str:
 
 
 def choose_streams(
-    ranks: Sequence[int] | None, num_workers: int, world_size: int, saved: int | None, step_batches: Sequence[int] = ()
+    ranks: Sequence[int] | None,
+    num_workers: int,
+    world_size: int,
+    saved: int | None,
+    batches_per_step: Sequence[int] = (),
 ) -> int:
     """Choose the number of a run's data streams. ranks: data.ranks. saved: the number of a resumed run.
 
@@ -57,7 +61,7 @@ def choose_streams(
     num_streams = saved or count_streams(ranks or [world_size], num_workers)
     if num_streams % world_size == 0:
         return num_streams
-    others = describe(possible_ranks(num_streams, *step_batches), world_size)
+    others = describe(possible_ranks(num_streams, *batches_per_step), world_size)
     if saved is not None:
         raise ValueError(
             f"this run has {saved} data streams from its start to its end, which {world_size} ranks cannot share "
@@ -69,7 +73,7 @@ def choose_streams(
     )
 
 
-def batches_per_step(
+def choose_batches_per_step(
     global_batch_tokens: int, micro_batch_tokens: int, longest: int, world_size: int, num_streams: int = 0
 ) -> int:
     """Return the micro-batches of one optimizer step over all ranks. longest: the least micro_batch_tokens.
@@ -115,19 +119,21 @@ def micro_batch_sizes(
     )
 
 
-def check_warmup(step_batches: Sequence[int], micro_batch_tokens: int, world_size: int, num_streams: int = 0) -> None:
+def check_warmup(
+    batches_per_step: Sequence[int], micro_batch_tokens: int, world_size: int, num_streams: int = 0
+) -> None:
     """Raise ValueError, naming what works, if the ranks cannot share the steps of a batch warm-up evenly.
 
-    step_batches: micro-batches of the steps of each stage, ascending. num_streams: as for batches_per_step.
+    batches_per_step: micro-batches of the steps of each stage, ascending. num_streams: as for choose_batches_per_step.
     """
-    if all(size % world_size == 0 for size in step_batches):
+    if all(size % world_size == 0 for size in batches_per_step):
         return
-    full = step_batches[-1]
-    first = next(size for size in possible_ranks(full) if size >= step_batches[0] and size % world_size == 0)
+    full = batches_per_step[-1]
+    first = next(size for size in possible_ranks(full) if size >= batches_per_step[0] and size % world_size == 0)
     raise ValueError(
-        f"data.batch_warmup_from gives steps of {', '.join(map(str, step_batches))} micro-batches, which {world_size} "
-        f"ranks cannot share evenly. Set data.batch_warmup_from {first * micro_batch_tokens}, or use "
-        f"{describe(possible_ranks(*step_batches, num_streams), world_size)}."
+        f"data.batch_warmup_from gives steps of {', '.join(map(str, batches_per_step))} micro-batches, which "
+        f"{world_size} ranks cannot share evenly. Set data.batch_warmup_from {first * micro_batch_tokens}, or use "
+        f"{describe(possible_ranks(*batches_per_step, num_streams), world_size)}."
     )
 
 

@@ -24,17 +24,17 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megabert.data.batch import Bin, PackedBatch, Shapes, lay_out
+from megabert.data.batch_schedule import BatchSchedule, Length, MaskingRate, MaskingSteps, make_schedule
 from megabert.data.bin_shape import check_max_documents
 from megabert.data.chunk_pieces import PieceOptions
 from megabert.data.masking import masked_count
 from megabert.data.order import StreamId
 from megabert.data.packing_buffer import PackingBuffer, SourcePosition
 from megabert.data.ranks import worker_count
-from megabert.data.schedule import BatchSchedule, Length, MaskingRate, MaskingSteps, make_schedule
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.source import Corpus
-from megabert.files.checkpoint_format import STREAMS_FORMAT, check_streams_format
-from megabert.files.subprocesses import exit_with_parent, use_short_socket_paths
+from megabert.files.checkpoint_format import SAME_ORDER, STREAMS_FORMAT, check_streams_format
+from megabert.process.subprocesses import exit_with_parent, use_short_socket_paths
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +70,13 @@ class Position:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain containers, whose keys are part of the format of a checkpoint."""
-        return {"bins": self.bins, "lanes": [source.to_json() for source in self.sources]}
+        return {"bins": self.bins, "sources": [source.to_json() for source in self.sources]}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Position":
-        return cls(raw["bins"], tuple(SourcePosition.from_json(source) for source in raw["lanes"]))
+        # Format 3 of streams.json called the sources lanes.
+        sources = raw["sources"] if "sources" in raw else raw["lanes"]
+        return cls(raw["bins"], tuple(SourcePosition.from_json(source) for source in sources))
 
     @property
     def skipped(self) -> int:
@@ -96,7 +98,7 @@ def positions_from_json(raw: dict[str, Any], where: str, new_pass: bool = False)
     """
     found = check_streams_format(raw, where, new_pass)
     try:
-        if found == STREAMS_FORMAT:
+        if found in SAME_ORDER:
             return {int(stream): Position.from_json(position) for stream, position in raw["streams"].items()}
         streams = raw if found == 1 else raw["streams"]
         return {int(stream): Position(position["bins"]) for stream, position in streams.items()}
@@ -208,7 +210,7 @@ class BatchStream(IterableDataset):
     ):
         super().__init__()
         assert config.num_streams % world_size == 0, "every rank has whole streams"
-        for size in config.schedule.step_batches:
+        for size in config.schedule.batches_per_step:
             if size % world_size:
                 raise ValueError(f"a step of {size} micro-batches cannot be shared evenly by {world_size} ranks.")
         assert first_index % world_size == 0, "a step begins with rank 0"

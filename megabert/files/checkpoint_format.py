@@ -9,7 +9,7 @@ checkpoints/step-00000250/              exists only when complete
     MANIFEST.json                       size and sha256 of every file above
 
 format_version of state.json counts changes of all files but streams.json. 1: files without this key, see
-`_from_version_1`. 2: without max_documents. 3: without time_table.
+`_from_version_1`. 2: without max_documents. 3: without time_table. 4: batches_per_step was step_batches.
 """
 
 import contextlib
@@ -30,10 +30,11 @@ STATE = "state.json"
 STREAMS = "streams.json"
 TAG = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
-FORMAT_VERSION = 4
-# The format of streams.json, {"format": 3, "streams": {NUMBER: POSITION}}. Formats 1, without the key "format", and 2
-# are of another order of the documents.
-STREAMS_FORMAT = 3
+FORMAT_VERSION = 5
+# The format of streams.json, {"format": 4, "streams": {NUMBER: POSITION}}. Formats 1, without the key "format", and 2
+# are of another order of the documents. Format 3 has other names for two keys.
+STREAMS_FORMAT = 4
+SAME_ORDER = (3, STREAMS_FORMAT)
 # Settings of the recipe that readers of a checkpoint use.
 NEEDED_SETTINGS = (("data", "max_seq_len"), ("optimizer", "name"))
 # Keys of version 1 that have other names now.
@@ -65,7 +66,7 @@ class State:
     """estimate of how long the next step takes at most"""
     world_size: int
     num_streams: int
-    step_batches: int
+    batches_per_step: int
     """micro-batches of one step over all ranks"""
     total_steps: int
     """steps of the whole run"""
@@ -153,7 +154,7 @@ def read_state(folder: Path) -> State:
             "Use the MegaBERT that wrote this checkpoint, or a newer one."
         )
     try:
-        state = STATE_TYPES.validate_python(_from_version_1(raw) if version == 1 else raw)
+        state = STATE_TYPES.validate_python(_from_older_version(raw, version))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
@@ -161,6 +162,14 @@ def read_state(folder: Path) -> State:
     for section, setting in NEEDED_SETTINGS:
         if setting not in state.recipe.get(section, {}):
             raise ValueError(f"{path}: damaged: recipe: has no {section}.{setting}.")
+    return state
+
+
+def _from_older_version(raw: dict[str, Any], version: int) -> dict[str, Any]:
+    """Convert the content of a state.json to the keys of today; what older versions lack has a default."""
+    state = _from_version_1(raw) if version == 1 else raw
+    if version < 5 and "step_batches" in state:
+        state = {"batches_per_step" if key == "step_batches" else key: value for key, value in state.items()}
     return state
 
 
@@ -179,12 +188,12 @@ def check_streams_format(raw: dict[str, Any], where: str, new_pass: bool = False
     where: names the file in errors. new_pass: allow earlier formats, of which only the counts of bins are used.
     """
     found = raw.get("format", 1)
-    if found not in (1, 2, STREAMS_FORMAT):
+    if found not in (1, 2, *SAME_ORDER):
         raise ValueError(
             f"{where}: format {found!r}, but this version of megabert reads formats up to {STREAMS_FORMAT}. Upgrade "
             "megabert to resume from this checkpoint, or name another one with --run.resume FOLDER."
         )
-    if found != STREAMS_FORMAT and not new_pass:
+    if found not in SAME_ORDER and not new_pass:
         checkpoint = os.path.dirname(where) or where
         raise ValueError(
             f"{where}: format {found}: written by an earlier version of megabert, which read documents in another "

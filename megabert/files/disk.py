@@ -2,6 +2,8 @@
 
 import errno
 
+from megabert.process.exit_codes import EXIT_DISK
+
 # What Python raises for a name that is wrong or that this user may not open; a network file system may be away instead.
 WRONG_NAMES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 MISTAKES = {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
@@ -10,8 +12,7 @@ MISTAKES = {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 class DiskError(OSError):
     """A disk or a file system that fails or is full: another attempt, perhaps on another machine, may succeed."""
 
-    # sysexits.h gives this code to an error of input or output.
-    exit_code = 74
+    exit_code = EXIT_DISK
 
 
 def is_mistake(error: OSError) -> bool:

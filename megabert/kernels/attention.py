@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megabert.kernels import HEAD_DIMS, SHORT, tile_of
 from megabert.kernels.dropout import GROUP, draw_seed, keep_scale, threshold, tile_factor
-from megabert.kernels.layer_norm import accumulator, accumulator_dtype
+from megabert.kernels.row_statistics import accumulator, accumulator_dtype
 from megabert.model.attention import Attend
 from megabert.model.padding import Sequences
 

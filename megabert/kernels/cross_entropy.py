@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megabert.kernels.layer_norm import accumulator, accumulator_dtype
+from megabert.kernels.row_statistics import accumulator, accumulator_dtype
 from megabert.model.ops import IGNORE_INDEX, MaskedLoss
 
 # Columns at a time: sixteen for each of 256 threads, two 16-byte loads of bf16.

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megabert.kernels.dropout import draw_seed, keep_scale, row_factor, threshold
-from megabert.kernels.layer_norm import (
+from megabert.kernels.row_statistics import (
     PARTIALS,
     accumulator,
     accumulator_dtype,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megabert.kernels.dropout import GROUP, draw_seed, keep_scale, row_factor, threshold
-from megabert.kernels.layer_norm import accumulator
+from megabert.kernels.row_statistics import accumulator
 
 # Columns of a program: eight for each of 128 threads, one 16-byte load of bf16.
 BLOCK = 1024

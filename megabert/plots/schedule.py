@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from megabert.config.recipe import Recipe
 from megabert.training.micro_batch.sizes import micro_batch_on_cpu
-from megabert.training.schedule import PARTS, lr_factor, make_run_schedule
+from megabert.training.run_schedule import PARTS, lr_factor, make_run_schedule
 
 DRAWN_POINTS = 2000
 
@@ -30,7 +30,7 @@ def plot_schedule(recipe: Recipe, out: Path) -> None:
     curves = {
         "learning rate": [recipe.optimizer.lr * lr_factor(step, total, recipe.optimizer) for step in steps.tolist()],
         "masked share": [masking.at(index) for index in bins],
-        "batch, token slots": [plan.at(index).step_batches * recipe.data.bin_tokens for index in bins],
+        "batch, token slots": [plan.at(index).batches_per_step * recipe.data.bin_tokens for index in bins],
         "max_seq_len, tokens": [plan.at(index).max_seq_len for index in bins],
     }
     figure = Figure(figsize=(8, 9), layout="constrained")

@@ -23,9 +23,9 @@ from megabert.training.distributed.deepspeed_compat import (
     zero_norm_reader,
 )
 from megabert.training.distributed.heartbeat import watch_compiler
-from megabert.training.optim.guard import UpdateGate
-from megabert.training.optim.optimizers import parameter_groups
 from megabert.training.plan import RunPlan
+from megabert.training.updates.guard import UpdateGate
+from megabert.training.updates.optimizers import parameter_groups
 
 
 def start_engine(

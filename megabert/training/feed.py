@@ -11,7 +11,7 @@ from megabert.data.masking import masked_count
 from megabert.data.shards.source import Corpus
 from megabert.data.stream import PREFETCHED, BatchStream, Position, StreamConfig, open_loader
 from megabert.training.distributed.watchdog import RankLostError
-from megabert.training.schedule import RunSchedule
+from megabert.training.run_schedule import RunSchedule
 
 
 class Feed:

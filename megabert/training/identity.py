@@ -28,7 +28,7 @@ class RunIdentity:
 
     settings: dict[str, Any]
     """settings of the recipe that may not change at a resume, by dotted name"""
-    step_batches: int
+    batches_per_step: int
     total_steps: int
     optimizer_source: str
     numerics: dict[str, Any]
@@ -46,7 +46,7 @@ class RunIdentity:
         return cls(
             # A setting of the model that the version which wrote the checkpoint did not have has its default.
             settings=fixed_settings({"model": asdict(ModelConfig())}) | fixed_settings(state.recipe),
-            step_batches=state.step_batches,
+            batches_per_step=state.batches_per_step,
             total_steps=state.total_steps,
             optimizer_source=state.optimizer_source,
             numerics=ResolvedDsConfig(state.ds_config).numerics,
@@ -88,10 +88,10 @@ def check_same_run(path: Path, state: State, current: RunIdentity, corpus: str) 
             "anew with --run.resume none."
         )
     _check_corpus(path, state, corpus)
-    if (saved.step_batches, saved.total_steps) != (current.step_batches, current.total_steps):
+    if (saved.batches_per_step, saved.total_steps) != (current.batches_per_step, current.total_steps):
         raise ValueError(
-            f"{path}: a step was {saved.step_batches} micro-batches and the run {saved.total_steps} steps; now they "
-            f"are {current.step_batches} and {current.total_steps}. Use as many ranks as before, or set "
+            f"{path}: a step was {saved.batches_per_step} micro-batches and the run {saved.total_steps} steps; now "
+            f"they are {current.batches_per_step} and {current.total_steps}. Use as many ranks as before, or set "
             "data.global_batch_tokens to a number."
         )
     _check_engine(path, saved, current)
@@ -111,10 +111,10 @@ def check_branch(path: Path, state: State, current: RunIdentity, corpus: str) ->
             f"{NEW_RUN}."
         )
     _check_corpus(path, state, corpus)
-    if saved.step_batches != current.step_batches:
+    if saved.batches_per_step != current.batches_per_step:
         raise ValueError(
-            f"run.branch_from {path}: a step was {saved.step_batches} micro-batches and is {current.step_batches}. Use "
-            "as many ranks as before, or set data.global_batch_tokens to a number."
+            f"run.branch_from {path}: a step was {saved.batches_per_step} micro-batches and is "
+            f"{current.batches_per_step}. Use as many ranks as before, or set data.global_batch_tokens to a number."
         )
     if saved.length != current.length and _changes_over_run(current.settings):
         raise ValueError(

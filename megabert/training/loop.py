@@ -15,22 +15,23 @@ from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.stream import DROPOUT, Position, philox
 from megabert.files.atomic import write_atomically
+from megabert.process.exit_codes import EXIT_REQUEUE
 from megabert.training.checkpointing import resume
 from megabert.training.checkpointing.writer import set_aside_after
 from megabert.training.distributed.device import peak_memory_bytes, to_device
 from megabert.training.distributed.heartbeat import progress
 from megabert.training.distributed.process import init_distributed
-from megabert.training.distributed.signals import EXIT_REQUEUE, PEER_REASON, StopRequested, StopSignals
+from megabert.training.distributed.signals import PEER_REASON, StopRequested, StopSignals
 from megabert.training.distributed.watchdog import PeerWatchdog
 from megabert.training.engine import start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, evaluate
 from megabert.training.feed import Feed
 from megabert.training.micro_batch.choose import resolve_micro_batch
-from megabert.training.optim.optimizers import peak_lr
 from megabert.training.plan import RunPlan, make_plan
 from megabert.training.run import Run, TrainState, build_run
-from megabert.training.schedule import lr_factor
+from megabert.training.run_schedule import lr_factor
 from megabert.training.telemetry.flops import step_flops
+from megabert.training.updates.optimizers import peak_lr
 
 RESULT = "result.json"
 # One line for each update that the guard skipped.
@@ -98,7 +99,7 @@ def train_step(run: Run) -> tuple[bool, str | None]:
         return False, run.signals.reason or PEER_REASON
     batches, before = take_positions(run.state, loaded, run.plan)
     sums = take_step(run, batches, num_masked)
-    stop_reason = sync_step(run, batches, before, sums)
+    stop_reason = finish_step(run, batches, before, sums)
     run.signals.first_step_done()
     return True, stop_reason
 
@@ -111,10 +112,10 @@ def next_batches(run: Run) -> list[tuple[PackedBatch, int, Position]] | None:
     plan, state = run.plan, run.state
     if plan.schedule.timed is not None:
         plan.schedule.timed.plan_ahead(state.next_index, state.time_budget.fraction_used, run.feed.prefetched)
-    step_batches = plan.schedule.stages.at(state.next_index).step_batches
+    batches_per_step = plan.schedule.stages.at(state.next_index).batches_per_step
     try:
         with run.meter.timer.time("data"), run.signals.interrupting():
-            return [next(run.feed) for _ in range(step_batches // plan.world_size)]
+            return [next(run.feed) for _ in range(batches_per_step // plan.world_size)]
     except StopRequested:
         return None
 
@@ -127,7 +128,7 @@ def take_positions(
     for _, stream, position in loaded:
         before.setdefault(stream, state.positions.get(stream, Position()))
         state.positions[stream] = position
-    state.next_index += plan.schedule.stages.at(state.next_index).step_batches
+    state.next_index += plan.schedule.stages.at(state.next_index).batches_per_step
     return [batch for batch, _, _ in loaded], before
 
 
@@ -176,7 +177,7 @@ def seed_dropout(seed: int, index: int) -> None:
     torch.manual_seed(int(philox(seed, DROPOUT, index).integers(1 << 63)))
 
 
-def sync_step(run: Run, batches: list[PackedBatch], before: dict[int, Position], sums: torch.Tensor) -> str | None:
+def finish_step(run: Run, batches: list[PackedBatch], before: dict[int, Position], sums: torch.Tensor) -> str | None:
     """Add up the step's counts over all ranks, in one all-reduce that waits for the device once.
 
     before: positions of the streams before the step. sums: from `take_step`. Returns the reason to stop early, or None.
@@ -211,7 +212,7 @@ def sync_step(run: Run, batches: list[PackedBatch], before: dict[int, Position],
 def log_skipped_update(run: Run, before: dict[int, Position], loss: float) -> None:
     """Report a skipped update, with its bins and the positions of their streams; every rank calls this."""
     step, end, norm = run.state.step, run.state.next_index, run.gate.norm
-    first = end - run.plan.schedule.stages.at(end - 1).step_batches
+    first = end - run.plan.schedule.stages.at(end - 1).batches_per_step
     parts: list[Any] = [None] * run.plan.world_size
     torch.distributed.all_gather_object(parts, {stream: position.to_json() for stream, position in before.items()})
     if run.reporter is not None:

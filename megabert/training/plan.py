@@ -12,8 +12,8 @@ from megabert.kernels.resolve import Implementation
 from megabert.training.distributed.device import training_device
 from megabert.training.identity import RunIdentity, fixed_settings
 from megabert.training.limits import why_not_compile
-from megabert.training.optim.optimizers import choose_optimizer
-from megabert.training.schedule import RunSchedule, make_run_schedule
+from megabert.training.run_schedule import RunSchedule, make_run_schedule
+from megabert.training.updates.optimizers import choose_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def make_plan(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -
     device = training_device()
     schedule = make_run_schedule(recipe, world_size)
     resolved = ds_config.resolve(
-        accumulation=schedule.step_batches // world_size,
+        accumulation=schedule.batches_per_step // world_size,
         max_grad_norm=recipe.optimizer.max_grad_norm,
         world_size=world_size,
         fast_bf16=has_fast_bf16(device),
@@ -59,7 +59,7 @@ def make_plan(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -
     optimizer = choose_optimizer(recipe, resolved, device)
     identity = RunIdentity(
         settings=fixed_settings(recipe.to_dict()),
-        step_batches=schedule.step_batches,
+        batches_per_step=schedule.batches_per_step,
         total_steps=schedule.total_steps,
         optimizer_source=optimizer.source,
         numerics=resolved.numerics,

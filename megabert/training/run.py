@@ -30,9 +30,8 @@ from megabert.training.engine import model_of, start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, open_held_out
 from megabert.training.feed import Feed, stream_config
 from megabert.training.limits import why_no_trackers
-from megabert.training.optim.guard import Guard, UpdateGate
 from megabert.training.plan import RunPlan
-from megabert.training.schedule import part_of_time, shared_batches
+from megabert.training.run_schedule import part_of_time, shared_batches
 from megabert.training.telemetry import probe
 from megabert.training.telemetry.flops import peak_flops
 from megabert.training.telemetry.probe import ProbeRunner
@@ -42,6 +41,7 @@ from megabert.training.telemetry.straggler import Straggler
 from megabert.training.telemetry.timers import TimeBudget
 from megabert.training.telemetry.trackers import open_trackers
 from megabert.training.telemetry.unigram import UnigramWatch
+from megabert.training.updates.guard import Guard, UpdateGate
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Run:
             world_size=plan.world_size,
             num_streams=self.feed.config.num_streams,
             max_documents=self.feed.config.max_documents,
-            step_batches=plan.schedule.step_batches,
+            batches_per_step=plan.schedule.batches_per_step,
             total_steps=plan.schedule.total_steps,
             corpus=self.feed.corpus.fingerprint,
             recipe=redact_all(plan.recipe.to_dict()),

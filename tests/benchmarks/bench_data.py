@@ -25,11 +25,11 @@ from support.corpus import VOCAB, write_token_shards
 from support.report import read_arguments, write
 
 from data_prep import train_tokenizer, write_shards
+from megabert.data.batch_schedule import Length, MaskingRate, make_schedule
 from megabert.data.bin_shape import default_max_documents
 from megabert.data.masking import masked_count
 from megabert.data.order import cut_into_splits
 from megabert.data.packing import SPECIALS_PER_PIECE, cut
-from megabert.data.schedule import Length, MaskingRate, make_schedule
 from megabert.data.shards.source import Corpus, open_corpus
 from megabert.data.stream import (
     BatchStream,

@@ -34,9 +34,9 @@ from support.report import read_arguments, write
 from megabert.data.batch import PackedBatch
 from megabert.training import loop
 from megabert.training.engine import build_model
-from megabert.training.optim.optimizers import parameter_groups
 from megabert.training.run import Run
 from megabert.training.telemetry.reporter import read_metrics
+from megabert.training.updates.optimizers import parameter_groups
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # For the commands; taken before the run in this process sets its rank and its port.

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from megabert.config.ds_config import read_ds_config
-from megabert.config.parser import ds_config_path, load_recipe
+from megabert.config.recipe_parser import ds_config_path, load_recipe
 from megabert.data.batch import Bin, PackedBatch, Shapes, lay_out
 from megabert.data.masking import masked_count
 from megabert.data.shards.manifest import TokenizerInfo
@@ -38,10 +38,10 @@ from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training import engine as engine_module
 from megabert.training import loop
 from megabert.training.distributed.process import init_distributed
-from megabert.training.optim.guard import Guard, UpdateGate
-from megabert.training.optim.optimizers import parameter_groups
 from megabert.training.plan import RunPlan, make_plan
 from megabert.training.telemetry.reporter import Meter
+from megabert.training.updates.guard import Guard, UpdateGate
+from megabert.training.updates.optimizers import parameter_groups
 
 MICRO_BATCHES = 4
 ROUNDS, QUICK_ROUNDS, WARM_UP = 30, 10, 3

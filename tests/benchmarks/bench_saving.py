@@ -22,7 +22,7 @@ from support.corpus import write_text_shards
 from support.report import read_arguments, write
 
 from megabert.config.ds_config import read_ds_config
-from megabert.config.parser import RecipeParser
+from megabert.config.recipe_parser import RecipeParser
 from megabert.training import loop
 from megabert.training.distributed.process import init_distributed
 from megabert.training.distributed.signals import StopSignals

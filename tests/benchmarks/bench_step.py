@@ -27,7 +27,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megabert.config.ds_config import read_ds_config
-from megabert.config.parser import RecipeParser
+from megabert.config.recipe_parser import RecipeParser
 from megabert.training import loop
 from megabert.training.distributed.process import init_distributed
 from megabert.training.distributed.signals import StopSignals
@@ -130,14 +130,14 @@ def run_step(folder: Path) -> Callable[[], object]:
         loaded = own["next_batches"](run)
         num_masked = own["sum_masked"](run, loaded)
         batches, before = loop.take_positions(run.state, loaded, run.plan)
-        own["sync_step"](run, batches, before, loop.take_step(run, batches, num_masked))
+        own["finish_step"](run, batches, before, loop.take_step(run, batches, num_masked))
         if run.state.step % recipe.run.log_every_steps == 0:
             own["report"](run, lr)
 
     return step
 
 
-PARTS_OF_LOOP = {"next_batches": DATA, "sum_masked": SYNC, "sync_step": SYNC, "report": SYNC}
+PARTS_OF_LOOP = {"next_batches": DATA, "sum_masked": SYNC, "finish_step": SYNC, "report": SYNC}
 
 
 def model_step(name: str) -> Callable[[], object]:

@@ -22,9 +22,9 @@ from pathlib import Path
 from support.corpus import write_token_shards
 from support.report import read_arguments, write
 
+from megabert.data.batch_schedule import Length, MaskingRate, make_schedule
 from megabert.data.bin_shape import default_max_documents
 from megabert.data.masking import masked_count
-from megabert.data.schedule import Length, MaskingRate, make_schedule
 from megabert.data.shards.cache import CacheOptions
 from megabert.data.shards.source import open_corpus
 from megabert.data.stream import BatchStream, StreamConfig, open_loader

@@ -7,7 +7,7 @@ import pytest
 
 import megabert
 from megabert.commands.notebook import PretrainResult, pretrain
-from megabert.config.parser import load_recipe
+from megabert.config.recipe_parser import load_recipe
 from tests.helpers.runs import TINY, Corpus, run_command
 
 # What a notebook would do: train, train again in the same folder and in another, look at the process, make an error.

@@ -6,8 +6,8 @@ from typing import get_args
 
 import pytest
 
-from megabert.config.parser import RecipeParser, load_recipe, setting_types
 from megabert.config.recipe import Recipe
+from megabert.config.recipe_parser import RecipeParser, load_recipe, setting_types
 from megabert.config.settings import LIMITS, check_range, limits_of
 
 NUMBERS = {int, float}

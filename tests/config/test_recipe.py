@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from megabert.config.parser import RecipeParser, recipe_names
 from megabert.config.recipe import ModelConfig, OptimizerConfig, Recipe, RunConfig, may_change_at_resume
+from megabert.config.recipe_parser import RecipeParser, recipe_names
 from megabert.config.settings import flatten
 
 TWO_LENGTHS = '[{"max_seq_len": 32, "until": 0.5}, {"max_seq_len": 64, "until": 1}]'

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import GteConfig, GteForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
-from megabert.config.parser import RecipeParser
+from megabert.config.recipe_parser import RecipeParser
 from megabert.convert.hf.native import to_gte_config, to_modernbert_config
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.engine import model_config
-from megabert.training.schedule import lr_factor
+from megabert.training.run_schedule import lr_factor
 
 SPECIAL = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
 MODERNBERT_SPECIAL = {"unk": 50_280, "cls": 50_281, "sep": 50_282, "pad": 50_283, "mask": 50_284}

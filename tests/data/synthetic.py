@@ -6,9 +6,9 @@ from itertools import pairwise
 import numpy as np
 
 from megabert.data.batch import PackedBatch
+from megabert.data.batch_schedule import Length, MaskingRate, make_schedule
 from megabert.data.bin_shape import default_max_documents
 from megabert.data.masking import masked_count
-from megabert.data.schedule import Length, MaskingRate, make_schedule
 from megabert.data.shards.cache import ExpectedFile
 from megabert.data.shards.manifest import Manifest, Shard, TokenizerInfo
 from megabert.data.shards.sample_format import TokenChunk
@@ -97,11 +97,11 @@ def corpus_of(*sources: SyntheticSource, weights: Sequence[float] = (1.0,), on_b
 def config_of(
     corpus: Corpus, bin_tokens: int = 128, num_streams: int = 8, steps: int = 1000, **changes
 ) -> StreamConfig:
-    """changes: lengths, step_batches, first_batches, warmup, probability, masking, truncate, seed."""
+    """changes: lengths, batches_per_step, first_batches, warmup, probability, masking, truncate, seed."""
     lengths = changes.get("lengths", [Length(32, 1.0)])
     schedule = make_schedule(
         steps,
-        changes.get("step_batches", 8),
+        changes.get("batches_per_step", 8),
         lengths,
         first_batches=changes.get("first_batches"),
         warmup=changes.get("warmup", 0.0),

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megabert.data.batch_schedule import Length
 from megabert.data.order import ChunkId, SourceOrder, StreamId, cut_into_splits
 from megabert.data.packing_buffer import PackingBuffer
-from megabert.data.schedule import Length
 from megabert.data.stream import next_bin
 from tests.data import synthetic
 from tests.data.synthetic import FIRST_ID, SyntheticSource, random_shards

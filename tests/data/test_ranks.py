@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabert.data.ranks import batches_per_step, check_warmup, choose_streams, count_streams, possible_ranks
+from megabert.data.ranks import check_warmup, choose_batches_per_step, choose_streams, count_streams, possible_ranks
 from tests.data.synthetic import SyntheticSource, config_of, corpus_of, same
 from tests.data.test_stream import positions_after, rank_batches
 
@@ -68,19 +68,19 @@ def test_every_advice_about_a_batch_works(world_size, batch):
     total, micro = batch
     longest = min(512, micro)
     if total // micro % world_size == 0:
-        assert batches_per_step(total, micro, longest, world_size) == total // micro
+        assert choose_batches_per_step(total, micro, longest, world_size) == total // micro
         return
     with pytest.raises(ValueError, match=f"which {world_size} ranks cannot share evenly") as error:
-        batches_per_step(total, micro, longest, world_size)
+        choose_batches_per_step(total, micro, longest, world_size)
     message = str(error.value)
     for advised in ranks_in(message):
-        assert batches_per_step(total, micro, longest, advised)
+        assert choose_batches_per_step(total, micro, longest, advised)
     if found := re.search(r"set data.micro_batch_tokens (\d+)", message):
         assert total % int(found[1]) == 0
-        assert batches_per_step(total, int(found[1]), longest, world_size)
+        assert choose_batches_per_step(total, int(found[1]), longest, world_size)
     found = re.search(r"set data.global_batch_tokens (\d+)", message)
     assert found is not None
-    assert batches_per_step(int(found[1]), micro, longest, world_size)
+    assert choose_batches_per_step(int(found[1]), micro, longest, world_size)
 
 
 @given(world_sizes, st.sampled_from([(2, 4, 6, 8), (48, 96, 144, 192)]))
@@ -113,7 +113,7 @@ def test_other_numbers_of_ranks_give_the_bins_of_the_uninterrupted_run(num_strea
     """Every number of ranks trains for one step of N bins and hands its positions to the next."""
     assert num_streams in (168, count_streams([48, 56, 64], 1))
     corpus = corpus_of(SyntheticSource([[[20, 30, 7] * 4] * 6] * 30))
-    config = config_of(corpus, 64, num_streams, step_batches=num_streams)
+    config = config_of(corpus, 64, num_streams, batches_per_step=num_streams)
     whole = rank_batches(corpus, config, len(counts) * num_streams)
     positions, first = {}, 0
     for world_size in counts:

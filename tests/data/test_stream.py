@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.writing.length_statistics import LONGEST_COUNTED, summarize
+from megabert.data.batch_schedule import Length
 from megabert.data.bin_shape import default_max_documents, four_medians
 from megabert.data.order import ChunkId, SourceOrder, StreamId
 from megabert.data.packing import SPECIALS_PER_PIECE
-from megabert.data.schedule import Length
 from megabert.data.shards.source import Corpus, DamagedShardError
 from megabert.data.stream import (
     BatchStream,
@@ -193,7 +193,7 @@ def test_resuming_is_bitwise_on_any_number_of_ranks(data):
         bin_tokens=int(rng.integers(64, 200)),
         num_streams=num_streams,
         steps=12,
-        step_batches=4 * num_streams,
+        batches_per_step=4 * num_streams,
         first_batches=num_streams,
         warmup=0.5,
         lengths=[Length(*phase) for phase in zip((32, 64, 16), (0.4, 0.7, 1.0), mixtures, strict=True)],
@@ -224,7 +224,7 @@ def test_every_phase_has_its_mixture_and_no_token_comes_again_before_its_source_
     mixtures = [(1.0, 0.0, 0.0), (0.5, 0.5, 0.0), (0.0, 0.25, 0.75), (0.2, 0.0, 0.8)]
     corpus = replace(corpus_of(*sources), weights=mixtures[0], later=tuple(mixtures[1:]))
     lengths = [Length(32, 0.25, 0), Length(32, 0.5, 1), Length(48, 0.75, 2), Length(48, 1.0, 3)]
-    config = config_of(corpus, 256, 2, steps=40, step_batches=2, lengths=lengths)
+    config = config_of(corpus, 256, 2, steps=40, batches_per_step=2, lengths=lengths)
     batches = [batch for batch, _, _ in rank_batches(corpus, config, 80)]
     found = [np.concatenate(pieces_of(batch)) for batch in batches]
     ids, counts = np.unique(np.concatenate(found), return_counts=True)
@@ -254,7 +254,7 @@ def test_resuming_is_bitwise_around_a_length_change(corpus, offset, documents):
 
 def test_a_length_change_neither_loses_nor_repeats_tokens(corpus):
     config = config_of(
-        corpus, steps=20, num_streams=1, step_batches=1, lengths=[Length(16, 0.2), Length(48, 0.6), Length(24, 1.0)]
+        corpus, steps=20, num_streams=1, batches_per_step=1, lengths=[Length(16, 0.2), Length(48, 0.6), Length(24, 1.0)]
     )
     source = corpus.sources[0]
     seen = np.zeros(source.tokens, dtype=int)
@@ -290,7 +290,7 @@ def test_every_stretch_of_a_mixture_has_the_weights(mixture):
 
 def test_a_mixture_reads_every_token_of_a_source_once_per_pass(mixture):
     """At the end of the first pass over the large source, all of its tokens have been seen."""
-    config = config_of(mixture, num_streams=1, step_batches=1)
+    config = config_of(mixture, num_streams=1, batches_per_step=1)
     source = mixture.sources[0]
     seen = np.zeros(sum(s.tokens for s in mixture.sources), dtype=int)
     for batch, position in open_stream(mixture, config, 0, Position()):
@@ -305,7 +305,7 @@ def test_a_damaged_chunk_stops_the_run_or_is_skipped_and_counted(caplog):
     damaged = SyntheticSource(random_shards(np.random.default_rng(2), 30))
     damaged.damaged = {(3, 0), (17, 0)}
     stopping, skipping = corpus_of(damaged), corpus_of(damaged, on_bad_shard="skip")
-    config = config_of(skipping, num_streams=2, step_batches=2)
+    config = config_of(skipping, num_streams=2, batches_per_step=2)
     with pytest.raises(DamagedShardError, match="chunk 0: damaged"):
         rank_batches(stopping, config, 200)
     whole = rank_batches(skipping, config, 200)
@@ -351,7 +351,7 @@ def test_a_rare_source_is_rare_from_the_start():
     vocab = FIRST_ID + sum(sum(map(sum, chunks)) for chunks in large + rare)
     first = SyntheticSource(large, vocab_size=vocab)
     corpus = corpus_of(first, SyntheticSource(rare, FIRST_ID + first.tokens, vocab), weights=(99, 1))
-    config = config_of(corpus, num_streams=96, step_batches=96)
+    config = config_of(corpus, num_streams=96, batches_per_step=96)
     text = np.concatenate([piece for batch, _, _ in rank_batches(corpus, config, 192) for piece in pieces_of(batch)])
     assert (text >= FIRST_ID + first.tokens).mean() == pytest.approx(0.01, abs=0.006)
 
@@ -364,7 +364,7 @@ def test_an_unreadable_source_raises(mixed):
     corpus = corpus_of(
         *([whole, damaged] if mixed else [damaged]), weights=(1, 1) if mixed else (1,), on_bad_shard="skip"
     )
-    config = config_of(corpus, num_streams=2, step_batches=2)
+    config = config_of(corpus, num_streams=2, batches_per_step=2)
     with pytest.raises(DamagedShardError, match=r"none of its \d+ chunks can be read"):
         rank_batches(corpus, config, 500)
 
@@ -373,7 +373,7 @@ def test_damage_before_a_resume_loses_only_that_chunk():
     """The bits of the damaged chunk in the position are dropped, and the pieces of other chunks are all given once."""
     source, damaged = (SyntheticSource(random_shards(np.random.default_rng(2), 30)) for _ in range(2))
     corpus = corpus_of(source, on_bad_shard="skip")
-    config = config_of(corpus, num_streams=1, step_batches=1)
+    config = config_of(corpus, num_streams=1, batches_per_step=1)
     for done in (3, 8, 21):
         whole = rank_batches(corpus, config, done)
         position = whole[-1][2].sources[0]
@@ -395,7 +395,7 @@ def test_short_documents_do_not_pile_up_in_the_buffer():
     rng = np.random.default_rng(0)
     shards = [[np.where(rng.random(200) < 0.5, 1, 500).tolist()] for _ in range(48)]
     corpus = corpus_of(SyntheticSource(shards))
-    config = config_of(corpus, 16_384, 1, lengths=[Length(512, 1.0)], step_batches=1)
+    config = config_of(corpus, 16_384, 1, lengths=[Length(512, 1.0)], batches_per_step=1)
     config = StreamConfig(**(vars(config) | {"max_documents": {512: 64}}))
     positions = [position for _, _, position in rank_batches(corpus, config, 400)]
     assert max(len(json.dumps(position.to_json())) for position in positions) <= 16_384
@@ -412,13 +412,20 @@ def positions(mixture) -> dict[int, Position]:
 def test_positions_keep_their_format(positions):
     """These keys are in the checkpoints of every run."""
     raw = positions_to_json(positions)
-    assert (raw["format"], list(raw["streams"])) == (3, [str(stream) for stream in range(8)])
+    assert (raw["format"], list(raw["streams"])) == (4, [str(stream) for stream in range(8)])
     position = raw["streams"]["0"]
-    assert list(position) == ["bins", "lanes"]
-    keys = ["entry", "chunk", "used_tokens", "pieces", "taken", "past", "damaged", "skipped"]
-    assert [list(source) for source in position["lanes"]] == [keys, keys]
-    assert any(source["past"] for source in position["lanes"])
+    assert list(position) == ["bins", "sources"]
+    keys = ["entry", "chunk", "used_tokens", "pieces", "taken", "phases", "damaged", "skipped"]
+    assert [list(source) for source in position["sources"]] == [keys, keys]
+    assert any(source["phases"] for source in position["sources"])
     assert positions_from_json(json.loads(json.dumps(raw)), "here") == positions
+
+
+def test_positions_of_format_3_are_read(positions):
+    text = json.dumps(positions_to_json(positions) | {"format": 3})
+    old = text.replace('"sources":', '"lanes":').replace('"phases":', '"past":')
+    assert old != text
+    assert positions_from_json(json.loads(old), "here") == positions
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -433,9 +440,9 @@ def test_positions_of_another_order_are_refused_but_may_begin_a_branch(positions
 
 
 def test_positions_of_a_newer_version_are_refused():
-    message = "streams.json: format 4, but this version of megabert reads formats up to 3. Upgrade megabert"
+    message = "streams.json: format 5, but this version of megabert reads formats up to 4. Upgrade megabert"
     with pytest.raises(ValueError, match=message):
-        positions_from_json({"format": 4, "streams": {}}, "streams.json")
+        positions_from_json({"format": 5, "streams": {}}, "streams.json")
 
 
 @pytest.mark.parametrize("longest", [1, 40, 4000])
@@ -446,7 +453,7 @@ def test_a_position_is_small(longest):
     shards = [[rng.integers(1, longest + 1, count).tolist()] * 2 for _ in range(24)]
     corpus = corpus_of(SyntheticSource(shards, vocab_size=30_000_000))
     lengths = [Length(128, 0.5), Length(512, 1.0)]
-    config = config_of(corpus, bin_tokens=65_536, num_streams=1, step_batches=1, steps=16, lengths=lengths)
+    config = config_of(corpus, bin_tokens=65_536, num_streams=1, batches_per_step=1, steps=16, lengths=lengths)
     for _, _, position in rank_batches(corpus, config, 16):
         assert len(json.dumps(position.to_json())) <= 16_384
 
@@ -501,7 +508,7 @@ def test_places_for_documents_suffice_and_are_few(truncate, bin_tokens, most):
     assert default_max_documents(corpus, bin_tokens, 128, truncate) == four_medians(corpus, bin_tokens, 128)
     counts = np.bincount(lengths, minlength=LONGEST_COUNTED + 1)
     source.manifest.statistics.update(summarize(counts, int(lengths.sum()), "tokens", len(lengths)))
-    config = config_of(corpus, bin_tokens, 1, lengths=[Length(128, 1.0)], step_batches=1, truncate=truncate)
+    config = config_of(corpus, bin_tokens, 1, lengths=[Length(128, 1.0)], batches_per_step=1, truncate=truncate)
     assert config.max_documents == {128: most}
     batches = [batch for batch, _, _ in rank_batches(corpus, config, 60)]
     assert sum(batch.num_documents == most for batch in batches) <= 1

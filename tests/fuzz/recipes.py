@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from megabert.config.cli import SWITCH_VALUES
-from megabert.config.parser import RecipeParser, load_recipe, setting_types
 from megabert.config.recipe import Recipe
+from megabert.config.recipe_parser import RecipeParser, load_recipe, setting_types
 from megabert.config.strict_yaml import parse_value, read_yaml
 from tests.fuzz.mutations import hostile_value, hostile_yaml, leaves, mutate_bytes, mutate_tree
 from tests.fuzz.outcome import Case

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megabert.config.ds_config import read_ds_config
-from megabert.config.parser import RecipeParser
+from megabert.config.recipe_parser import RecipeParser
 from megabert.training import loop
 from megabert.training.distributed.accelerator import choose_accelerator
 from megabert.training.run import Run

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megabert.config.parser import load_recipe
+from megabert.config.recipe_parser import load_recipe
 from megabert.training.micro_batch.batch import Batch
 from megabert.training.micro_batch.memory import Memory, memory_of_rank
 from tests.helpers.runs import REPOSITORY
@@ -30,9 +30,11 @@ MICRO_BATCHES = 2
 # micro-batches, but EPILOGUE at ZeRO 2: with overlap_comm it waits after every micro-batch. So ZeRO 1 is faster.
 OF_EVERY_STAGE = {
     "read(item) megabert/training/loop.py:sum_masked": "whether every rank has batches, while the device has no work",
-    "read(tolist) megabert/training/loop.py:sync_step": "the step's counts, and whether a rank wants to stop",
+    "read(tolist) megabert/training/loop.py:finish_step": "the step's counts, and whether a rank wants to stop",
 }
-OF_STAGE_0 = {"read(float) megabert/training/optim/guard.py:allows_step": "the guard judges the norm before the update"}
+OF_STAGE_0 = {
+    "read(float) megabert/training/updates/guard.py:allows_step": "the guard judges the norm before the update"
+}
 EPILOGUE = "synchronize deepspeed/runtime/zero/stage_1_and_2.py:independent_gradient_partition_epilogue"
 COPY = "copy deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace"
 JUDGES = "read(bool) deepspeed/runtime/utils.py:is_invalid_grad_norm"

@@ -21,7 +21,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megabert.config.ds_config import read_ds_config
-from megabert.config.parser import ds_config_path, load_recipe
+from megabert.config.recipe_parser import ds_config_path, load_recipe
 from megabert.data.batch import Bin, PackedBatch, Shapes, lay_out
 from megabert.data.masking import masked_count
 from megabert.data.shards.manifest import TokenizerInfo
@@ -32,12 +32,12 @@ from megabert.training import engine as engine_module
 from megabert.training import loop
 from megabert.training.distributed import deepspeed_compat
 from megabert.training.evaluate import evaluate
-from megabert.training.optim.guard import Guard, UpdateGate
 from megabert.training.plan import make_plan
 from megabert.training.run import TrainState
 from megabert.training.telemetry.flops import step_flops
 from megabert.training.telemetry.reporter import Meter
 from megabert.training.telemetry.timers import TimeBudget
+from megabert.training.updates.guard import Guard, UpdateGate
 from tests.gpu_walk import fake_cuda
 from tests.gpu_walk.fake_cuda import LOG
 

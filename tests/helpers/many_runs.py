@@ -50,7 +50,7 @@ def main() -> None:
 
     from megabert.config.cli import exit_code
     from megabert.config.ds_config import read_ds_config
-    from megabert.config.parser import RecipeParser
+    from megabert.config.recipe_parser import RecipeParser
     from megabert.training import loop
     from megabert.training.distributed.signals import StopSignals
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megabert.data.batch_schedule import Length, MaskingRate, make_schedule
 from megabert.data.bin_shape import default_max_documents
 from megabert.data.masking import masked_count
 from megabert.data.order import StreamId
 from megabert.data.packing_buffer import PackingBuffer
-from megabert.data.schedule import Length, MaskingRate, make_schedule
 from megabert.data.shards.manifest import Manifest, Shard, TokenizerInfo
 from megabert.data.shards.sample_format import TokenChunk
 from megabert.data.shards.source import Corpus, Source

@@ -12,13 +12,13 @@ import torch
 
 from data_prep import write_shards
 from megabert.config.data_section import DataConfig, LengthPhase
-from megabert.config.parser import RecipeParser
+from megabert.config.recipe_parser import RecipeParser
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.data.bin_shape import four_medians
 from megabert.data.shards.source import open_corpus
 from megabert.files.checkpoint_format import State, read_state
+from megabert.process.exit_codes import EXIT_PEER_LOST
 from megabert.training.corpora import choose_max_documents
-from megabert.training.distributed.watchdog import EXIT_PEER_LOST
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.runs import TINY, Corpus, last_of_each, patched, pretrain_command, run_command
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megabert.config.ds_config import DsConfig, read_ds_config
-from megabert.config.parser import ds_config_path, load_recipe
+from megabert.config.recipe_parser import ds_config_path, load_recipe
 from megabert.data.ranks import micro_batch_sizes
 from megabert.files.checkpoint_format import find_checkpoint, read_state
 from megabert.training.micro_batch.choose import Chooser, resolve_micro_batch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megabert.config.ds_config import DsConfig
-from megabert.config.parser import RecipeParser
+from megabert.config.recipe_parser import RecipeParser
 from megabert.training.limits import why_not_compile
 from megabert.training.plan import RunPlan, make_plan
 from tests.helpers.runs import TINY, last_of_each
@@ -22,7 +22,7 @@ def plan(*flags: str, ds_config: dict | None = None, world_size: int = 1) -> Run
 def test_the_plan_resolves_stage_batches_and_optimizer():
     resolved = plan(world_size=2)
     assert (resolved.ds_config.zero_stage, resolved.ds_config.bf16) == (2, False)
-    assert (resolved.schedule.step_batches, resolved.schedule.total_steps) == (2, 10)
+    assert (resolved.schedule.batches_per_step, resolved.schedule.total_steps) == (2, 10)
     assert resolved.ds_config.settings["gradient_accumulation_steps"] == 1
     assert (resolved.optimizer.source, resolved.device) == ("PyTorch", torch.device("cpu"))
     assert resolved.budget_s is None

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from megabert.config.parser import RecipeParser
+from megabert.config.recipe_parser import RecipeParser
 from megabert.data.stream import PREFETCHED
-from megabert.training.schedule import PARTS, RunSchedule, TimedStages, TimeTable, lr_factor, make_run_schedule
+from megabert.training.run_schedule import PARTS, RunSchedule, TimedStages, TimeTable, lr_factor, make_run_schedule
 from tests.helpers.runs import TINY, last_of_each
 
 LENGTHS = '[{"max_seq_len": 16, "until": 0.25}, {"max_seq_len": 32, "until": 1}]'
@@ -29,7 +29,7 @@ def bins_of_steps(schedule: RunSchedule, shares: list[float], ahead: int = 0) ->
     for share in shares:
         assert schedule.timed is not None
         schedule.timed.plan_ahead(bins[-1], share, ahead)
-        bins.append(bins[-1] + schedule.stages.at(bins[-1]).step_batches)
+        bins.append(bins[-1] + schedule.stages.at(bins[-1]).batches_per_step)
     return bins[:-1]
 
 
@@ -38,7 +38,7 @@ def test_batch_length_and_masking_follow_the_time_however_many_steps_it_has():
         schedule, _ = schedule_of(*WARM_UP, f"--data.max_seq_len={LENGTHS}", "--masking.schedule=linear")
         shares = [step / steps for step in range(steps)]
         bins = bins_of_steps(schedule, shares)
-        assert [schedule.stages.at(i).step_batches for i in bins] == [2 if s < 0.25 else 4 for s in shares]
+        assert [schedule.stages.at(i).batches_per_step for i in bins] == [2 if s < 0.25 else 4 for s in shares]
         assert [schedule.stages.at(i).max_seq_len for i in bins] == [16 if s < 0.25 else 32 for s in shares]
         assert [schedule.masking.at(i) for i in bins] == pytest.approx([0.3 - 0.15 * s for s in shares], abs=2e-4)
         assert schedule.masking.highest == 0.3
@@ -63,10 +63,10 @@ def test_workers_know_bins_ahead_and_a_bin_never_changes_its_part():
     for share in (0.0, 0.01, 0.3, 0.9, 0.89, 0.9):
         timed.plan_ahead(next_index, share, ahead)
         assert timed.table.known > next_index + ahead
-        now = {i: (schedule.masking.at(i), schedule.stages.at(i).step_batches) for i in range(timed.table.known)}
+        now = {i: (schedule.masking.at(i), schedule.stages.at(i).batches_per_step) for i in range(timed.table.known)}
         assert now.items() >= seen.items()
         seen = now
-        next_index += schedule.stages.at(next_index).step_batches
+        next_index += schedule.stages.at(next_index).batches_per_step
     rates = [rate for rate, _ in seen.values()]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.16

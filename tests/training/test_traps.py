@@ -1,6 +1,6 @@
 """DeepSpeed's traps that MegaBERT avoids: a test that fails shows that DeepSpeed has changed and a workaround can go.
 
-The traps of Muon are in optim/test_optimizers.py.
+The traps of Muon are in updates/test_optimizers.py.
 """
 
 import ast
@@ -36,8 +36,8 @@ TRAPS = {
     "all_gather_is_an_attribute": (True, f"{COMPAT} replace_all_gather: it must be called for gathering weights"),
     "bf16_at_stage_0": (1, "config/ds_config.py fill refuses it: Adam has counted a step that was not made"),
     "nan_at_stage_0": (True, f"{COMPAT} gate_optimizer_step"),
-    "nan_at_stage_2": (False, "nothing: ZeRO skips the step, and training/optim/guard.py counts it"),
-    "norm_at_stage_0": (False, "training/optim/guard.py UpdateGate clips there itself"),
+    "nan_at_stage_2": (False, "nothing: ZeRO skips the step, and training/updates/guard.py counts it"),
+    "norm_at_stage_0": (False, "training/updates/guard.py UpdateGate clips there itself"),
     "norm_within_step": (
         [3.0, 6.0],
         f"{COMPAT} zero_norm_reader: the engine has the last step's norm, ZeRO this one's",
@@ -85,7 +85,7 @@ def test_every_hook_names_its_canary():
 
 INTERNALS = ("deepspeed.runtime", "deepspeed.checkpoint", "deepspeed.comm.comm", "deepspeed.utils", "deepspeed.ops")
 # An optimizer's class, which has no public name, and whose import needs no hook.
-ALLOWED = {"megabert/training/optim/optimizers.py": {"deepspeed.runtime.zero.muon.muon_optimizer"}}
+ALLOWED = {"megabert/training/updates/optimizers.py": {"deepspeed.runtime.zero.muon.muon_optimizer"}}
 ALLOWED |= {"megabert/kernels/resolve.py": {"deepspeed.ops.adam"}}
 
 

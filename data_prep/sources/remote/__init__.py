@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import fsspec
 
 from data_prep.sources.base import HIDDEN, LeftOut, is_hidden
-from megabert.data.shards.patience import network_errors, retrying
+from megabert.data.shards.retry import network_errors, retrying
 from megabert.data.shards.storage import URL, file_system
 
 if TYPE_CHECKING:

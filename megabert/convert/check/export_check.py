@@ -19,9 +19,9 @@ from megabert.convert.check.export_record import CHECK_PAIRS, CHECK_TEXTS, RECOR
 from megabert.convert.hf.reader import check_code_stays_inside
 from megabert.convert.hf.writer import save_tensors
 from megabert.data.shards.manifest import TOKENIZER
-from megabert.files.subprocesses import end_with_parent
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.process.subprocesses import end_with_parent
 
 # The checkpoint's token ids and logits for a few texts. With export.json, the check can be repeated on any machine.
 EXPECTED_OUTPUTS = "export_check.safetensors"

@@ -15,7 +15,7 @@ from megabert.files.redact import redact
 from megabert.model.configuration_megabert import MegaBertConfig
 
 # By native_kind(). A model of the last kind is MosaicBERT with RoPE, which transformers calls GTE.
-NAMES = {"bert": "BERT", "modernbert": "ModernBERT", "gte": "RoPE MosaicBERT (GTE)"}
+ARCHITECTURES = {"bert": "BERT", "modernbert": "ModernBERT", "gte": "RoPE MosaicBERT (GTE)"}
 
 
 class Metrics(NamedTuple):
@@ -64,7 +64,7 @@ def make_model_card(
     tags = ["megabert", config.position, config.ffn]
     metadata = ModelCardData(library_name="transformers", pipeline_tag="fill-mask", tags=tags)
     kind = native_kind(config)
-    name = NAMES[kind] if kind else "MosaicBERT" if config.position == "alibi" else "BERT"
+    name = ARCHITECTURES[kind] if kind else "MosaicBERT" if config.position == "alibi" else "BERT"
     trust = "" if kind else ", trust_remote_code=True"
     rows = _make_rows(config, state, metrics, num_parameters, average)
     rows.append(("maximum length of a text", _describe_length(config, state, max_length)))

@@ -32,11 +32,11 @@ from megabert.model.configuration_megabert import MegaBertConfig
 FOLDER = "encoder"
 TOLERANCE = 1e-5
 # The embeddings of this many texts are compared.
-PROVEN = 200
+COMPARED_TEXTS = 200
 # vLLM chooses its class by this name, and stops at a tensor that the encoder does not have or that has a prefix.
 ARCHITECTURES: dict[NativeKind, str] = {"bert": "BertModel", "modernbert": "ModernBertModel", "gte": "GteModel"}
 PREFIXES: dict[NativeKind, str] = {"bert": "bert.", "modernbert": "model.", "gte": "new."}
-USE = """docker run -p 8080:80 -v "$PWD/this folder":/data ghcr.io/huggingface/text-embeddings-inference:cpu-1.8 \\
+USAGE = """docker run -p 8080:80 -v "$PWD/this folder":/data ghcr.io/huggingface/text-embeddings-inference:cpu-1.8 \\
     --model-id /data/encoder
 vllm serve "this folder/encoder" --runner pooling"""
 
@@ -84,15 +84,15 @@ def prove(folder: Path, expected: Expected) -> Proof:
     if left := sorted(str(name) for name in wrong if not str(name).startswith("pooler.")):
         raise Differs(f"transformers finds parameters that are missing or too many, such as {left[0]}")
     model = model.eval()
-    what = f"embeddings of {PROVEN} texts"
-    pooled = expected.pooled[:PROVEN].copy()
+    what = f"embeddings of {COMPARED_TEXTS} texts"
+    pooled = expected.pooled[:COMPARED_TEXTS].copy()
     with torch.no_grad():
-        for group, rows, mask in batches(expected.ids[:PROVEN], 0):
+        for group, rows, mask in batches(expected.ids[:COMPARED_TEXTS], 0):
             states = model(torch.from_numpy(rows), attention_mask=torch.from_numpy(mask)).last_hidden_state
             pooled[group] = mean_of_tokens(states.numpy(), mask)
-    difference = largest_difference(pooled, expected.pooled[:PROVEN], TOLERANCE, what)
+    difference = largest_difference(pooled, expected.pooled[:COMPARED_TEXTS], TOLERANCE, what)
     note = "the servers were not run; a test compares the folder with the names and settings that they read"
     return Proof("transformers", transformers.__version__, difference, what, (note,))
 
 
-TARGET = Target("encoder", check, write, prove, USE, language="bash")
+TARGET = Target("encoder", check, write, prove, USAGE, language="bash")

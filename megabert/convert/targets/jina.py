@@ -23,7 +23,7 @@ FOLDER = "jina"
 # TEI makes a table of heads x length x length in fp32: 200 MB for 12 heads and this length.
 LONGEST = 2048
 # The embeddings of this many texts are compared. They are few because the port computes in fp64.
-PROVEN = 200
+COMPARED_TEXTS = 200
 TOLERANCE = 1e-5
 # transformers and vLLM would take the folder for a BERT and draw the parameters that it lacks at random. A table of
 # positions with one row, which no program that knows the layout reads, makes them refuse it.
@@ -34,7 +34,7 @@ LAYER = {
     "mlp.down": "mlp.wo",
     "mlp_norm": "mlp.layernorm",
 }
-USE = """docker run -p 8080:80 -v "$PWD/this folder":/data ghcr.io/huggingface/text-embeddings-inference:cpu-1.8 \\
+USAGE = """docker run -p 8080:80 -v "$PWD/this folder":/data ghcr.io/huggingface/text-embeddings-inference:cpu-1.8 \\
     --model-id /data/jina
 curl 127.0.0.1:8080/embed -H 'Content-Type: application/json' -d '{"inputs": "a text"}'"""
 
@@ -110,7 +110,7 @@ def prove(folder: Path, expected: Expected) -> Proof:
     model = jina_port.read_folder(out)
     check_ids(out, expected, model.max_length)
     sentence_transformers.check_pooling(out)
-    texts = [row for row in range(PROVEN) if len(expected.ids[row]) <= model.max_length]
+    texts = [row for row in range(COMPARED_TEXTS) if len(expected.ids[row]) <= model.max_length]
     pooled = jina_port.embed(model, [expected.ids[row] for row in texts])
     embeddings = f"embeddings of {len(texts)} texts"
     ids, mask = (torch.from_numpy(expected.inputs[name]) for name in ("input_ids", "attention_mask"))
@@ -130,4 +130,4 @@ def _describe_tanh(approximate: np.ndarray, states: np.ndarray) -> str:
     return f"TEI computes in fp32 with GELU's tanh approximation, which changes states by up to {difference:.1e}"
 
 
-TARGET = Target("jina", check, write, prove, USE, language="bash")
+TARGET = Target("jina", check, write, prove, USAGE, language="bash")

@@ -41,7 +41,7 @@ TOLERANCE = 1e-4
 INT8_COSINE = 0.99
 # Models narrower than this lose more to 8 bits.
 SMALL = 256
-USE = """import onnxruntime  # with the inputs of AutoTokenizer: input_ids and attention_mask, int64
+USAGE = """import onnxruntime  # with the inputs of AutoTokenizer: input_ids and attention_mask, int64
 session = onnxruntime.InferenceSession("this folder/onnx/model.onnx")  # model_mlm.onnx also gives logits
 states = session.run(["last_hidden_state"], {"input_ids": ids, "attention_mask": mask})[0]"""
 USE_INT8 = """import onnxruntime
@@ -193,7 +193,7 @@ def _open(path: Path) -> Any:
 
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-TARGET = Target("onnx", check, write, prove, USE, packages=PACKAGES, extra="onnx")
+TARGET = Target("onnx", check, write, prove, USAGE, packages=PACKAGES, extra="onnx")
 INT8 = Target(
     "onnx-int8", check_int8, write_int8, prove_int8, USE_INT8, packages=PACKAGES, extra="onnx", requires=("onnx",)
 )

@@ -18,7 +18,7 @@ MODULES = [
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
 ]
 POOLINGS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-USE = """from sentence_transformers import SentenceTransformer
+USAGE = """from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("this folder", trust_remote_code=True)
 vectors = model.encode(["a text", "another text"])"""
 
@@ -68,4 +68,4 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-TARGET = Target("sentence-transformers", check, write, prove, USE)
+TARGET = Target("sentence-transformers", check, write, prove, USAGE)

@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 TEXTS = 200
 # A graph of 2 GB or more is split into several files, and the library needs their names.
 MOST_BYTES = 1_900_000_000
-USE = """import { pipeline } from '@huggingface/transformers';
+USAGE = """import { pipeline } from '@huggingface/transformers';
 const fill = await pipeline('fill-mask', 'this folder/transformers.js', { dtype: 'fp32' });
 console.log(await fill('A text with a [MASK].'));"""
 
@@ -129,7 +129,7 @@ TARGET = Target(
     check,
     write,
     prove,
-    USE,
+    USAGE,
     language="js",
     packages=onnx_graphs.PACKAGES,
     extra="onnx",

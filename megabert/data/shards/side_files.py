@@ -19,7 +19,7 @@ from megabert.data.shards.manifest import (
     Manifest,
     parse_manifest,
 )
-from megabert.data.shards.patience import StoreAwayError
+from megabert.data.shards.retry import StoreAwayError
 from megabert.data.shards.sample_format import read_npy
 from megabert.data.shards.storage import LocalFolder, Storage
 from megabert.data.shards.tokenizer import describe_tokenizer

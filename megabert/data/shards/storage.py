@@ -27,10 +27,10 @@ import fsspec
 
 from megabert.data.shards.cache import CacheOptions, ExpectedFile, WholeFileReader, WrongContentError
 from megabert.data.shards.manifest import MANIFEST
-from megabert.data.shards.patience import Hedge, retrying, waiting_for_store
+from megabert.data.shards.retry import HedgedRequest, retrying, waiting_for_store
 from megabert.files.disk import DiskError
 from megabert.files.limits import LimitedWriter, TooLongError, read_bounded, too_long
-from megabert.files.subprocesses import kill_with_children
+from megabert.process.subprocesses import kill_with_children
 
 if TYPE_CHECKING:
     from webdataset.gopen import Pipe
@@ -121,7 +121,7 @@ class RemoteFolder:
 
     def __init__(self, folder: str, cache: CacheOptions):
         self.folder, self.patience_s = folder.rstrip("/"), cache.patience_s
-        self._hedge = Hedge()
+        self._request = HedgedRequest()
         self._whole_files = WholeFileReader(self.folder, cache)
         self._has_ranges = True
         self._systems: dict[int, fsspec.AbstractFileSystem] = {}
@@ -163,7 +163,7 @@ class RemoteFolder:
             self._copy(name, buffer.write, max_bytes, offset)
             return buffer.getvalue()
 
-        return retrying(lambda: self._hedge(copy, self.url(name)), self.url(name), self.patience_s)
+        return retrying(lambda: self._request(copy, self.url(name)), self.url(name), self.patience_s)
 
     def _fetch(self, name: str, path: Path, expected: ExpectedFile) -> None:
         def copy() -> None:

@@ -15,10 +15,10 @@ from megabert.config import cli
 from megabert.config.settings import setting
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import read_state
-from megabert.files.subprocesses import exit_with_parent
 from megabert.finetune.protocol import TaskPlan, read_protocol
 from megabert.finetune.tasks.readers import check_data, locate_data
 from megabert.finetune.tasks.task import Task, glue_tasks, read_task
+from megabert.process.subprocesses import exit_with_parent
 
 # The converted checkpoint, next to the score; overwritten each time.
 BASE_MODEL = "start"

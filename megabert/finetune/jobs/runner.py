@@ -14,7 +14,6 @@ import torch
 
 from megabert.files.hashing import file_sha256
 from megabert.files.lock import LockHeldError, acquire
-from megabert.files.subprocesses import exit_with_parent, last_line, use_short_socket_paths
 from megabert.finetune.base_model import fingerprint
 from megabert.finetune.jobs.job import (
     PRETRAINED,
@@ -26,11 +25,11 @@ from megabert.finetune.jobs.job import (
 )
 from megabert.finetune.record import read_record, write_record
 from megabert.finetune.tasks.readers import file_hashes
+from megabert.process.exit_codes import EXIT_BUSY
+from megabert.process.subprocesses import exit_with_parent, last_line, use_short_socket_paths
 
 # Of OUT/jobs/NAME.json. A job whose file has another version is run again.
 FORMAT_VERSION = 2
-# Exit code of a job's process if another command runs the same job (EX_TEMPFAIL of sysexits.h).
-BUSY = 75
 
 Result = dict[str, Any]
 
@@ -190,7 +189,7 @@ class Runner:
             scores = ", ".join(f"{name} {value:.4f}" for name, value in result["scores"].items())
             self.log(f"{job.name}: {scores} ({result['seconds']:.0f} s)")
             self.remove_models()
-        elif exitcode == BUSY:
+        elif exitcode == EXIT_BUSY:
             self.log(f"{job.name}: another command is running it")
         elif exitcode is not None and exitcode < 0:
             self._record_failure(job, f"killed by {signal.Signals(-exitcode).name}")
@@ -275,7 +274,7 @@ def job_process(job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: 
     try:
         lock = acquire(context.jobs / f"{job.name}.lock")
     except LockHeldError:
-        sys.exit(BUSY)
+        sys.exit(EXIT_BUSY)
     output = os.open(context.jobs / f"{job.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -13,12 +13,10 @@ from typing import NoReturn
 
 import psutil
 
-from megabert.config.cli import EXIT_INTERRUPTED
+from megabert.process.exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
 
 log = logging.getLogger(__name__)
 
-# The exit code of a run that stopped early, saved, and should be started again.
-EXIT_REQUEUE = 85
 # SLURM sends SIGTERM before it kills a job, and SIGUSR1 if sbatch --signal asks for it. A terminal sends SIGINT for
 # Ctrl-C, and SIGHUP when it is closed.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -102,7 +100,7 @@ class StopSignals:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         """Runs in the main thread."""
-        if self.embedded and self._is_second_interrupt(number):
+        if self.embedded and self._record_interrupt(number):
             raise KeyboardInterrupt
         if self.embedded or self._has_stepped:
             self.request(_describe(number))
@@ -113,14 +111,15 @@ class StopSignals:
         """Runs in a thread of its own. _sender: kept open."""
         while numbers := receiver.recv(64):
             for number in set(numbers) & set(SIGNALS):
-                if self._is_second_interrupt(number):
+                if self._record_interrupt(number):
                     _end("interrupted again: ending without saving", EXIT_INTERRUPTED)
                 if number == signal.SIGINT and not self._has_stepped:
                     self.tell_peers()
                     _end("interrupted", EXIT_INTERRUPTED)
                 self.request(_describe(number))
 
-    def _is_second_interrupt(self, number: int) -> bool:
+    def _record_interrupt(self, number: int) -> bool:
+        """Record a SIGINT, and return whether it is a second one."""
         if number != signal.SIGINT:
             return False
         now = time.monotonic()

@@ -18,7 +18,8 @@ from typing import Any
 import torch.distributed
 
 from megabert.config.cli import exit_code
-from megabert.data.shards.patience import waited_for_store_at
+from megabert.data.shards.retry import waited_for_store_at
+from megabert.process.exit_codes import EXIT_HANG, EXIT_PEER_LOST
 from megabert.training.distributed import flight_recorder
 from megabert.training.distributed.heartbeat import BEAT_S, Beat, HangDetector, progress
 from megabert.training.distributed.rank_env import LOOPBACK, are_ranks_on_one_machine, host_name
@@ -26,8 +27,6 @@ from megabert.training.distributed.signals import PEER_REASON, StopSignals
 
 log = logging.getLogger(__name__)
 
-# Exit codes of a rank that ended because another one is gone, or hangs (launch/README.md lists all codes).
-EXIT_PEER_LOST, EXIT_HANG = 86, 87
 # All ranks must connect to rank 0 within this time. They have just met in init_distributed.
 CONNECT_TIMEOUT_S = 120.0
 # A host that does not answer is given up after 10 + 4 x 5 s.

@@ -14,7 +14,7 @@ from megabert.config.recipe import Recipe
 from megabert.data.bin_shape import check_max_documents
 from megabert.data.packing import SPECIALS_PER_PIECE, pieces_per_token
 from megabert.data.ranks import choose_streams, possible_ranks, worker_count
-from megabert.data.shards.patience import LONGER, StoreAwayError
+from megabert.data.shards.retry import LONGER, StoreAwayError
 from megabert.data.shards.source import Corpus, Source
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
@@ -33,9 +33,9 @@ from megabert.training.limits import why_no_trackers, why_not_compile
 from megabert.training.micro_batch.batch import batch_of_web_pages, largest_batch
 from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
-from megabert.training.optim.limits import why_not_optimizer
-from megabert.training.schedule import ENDLESS, RunSchedule, make_run_schedule, shared_batches
+from megabert.training.run_schedule import ENDLESS, RunSchedule, make_run_schedule, shared_batches
 from megabert.training.telemetry.cards import CARDS
+from megabert.training.updates.limits import why_not_optimizer
 
 # A user waits for the answer, so a store gets less time than in a run.
 STORE_PATIENCE_S = 10.0
@@ -108,7 +108,7 @@ class Checks:
             yield self._choose_micro_batch()
         data = self.recipe.data
         self.schedule = schedule = make_run_schedule(self.recipe, self.ranks)
-        sizes = schedule.stages.step_batches
+        sizes = schedule.stages.batches_per_step
         yield (
             f"a step: {_range(sizes)} micro-batches of {data.bin_tokens:,} tokens, "
             f"{_range([size // self.ranks for size in sizes])} on each of {self.ranks} ranks"
@@ -145,7 +145,7 @@ class Checks:
         if self.schedule is None:
             return
         resolved = self.ds_config.resolve(
-            accumulation=self.schedule.step_batches // self.ranks,
+            accumulation=self.schedule.batches_per_step // self.ranks,
             max_grad_norm=self.recipe.optimizer.max_grad_norm,
             world_size=self.ranks,
             fast_bf16=True,
@@ -225,7 +225,7 @@ class Checks:
             resolved = ResolvedDsConfig(resolved.settings | {"torch_autocast": autocast})
         return RunIdentity(
             settings=fixed_settings(self.recipe.to_dict()),
-            step_batches=schedule.step_batches,
+            batches_per_step=schedule.batches_per_step,
             total_steps=schedule.total_steps,
             optimizer_source=saved.optimizer_source,
             numerics=resolved.numerics,

@@ -17,7 +17,7 @@ from megabert.config.recipe import ProbeConfig
 from megabert.files.checkpoint_format import step_of, tag_of
 from megabert.files.json_file import read_json
 from megabert.files.metrics_format import METRICS, read_metrics
-from megabert.files.subprocesses import last_line
+from megabert.process.subprocesses import last_line
 from megabert.training.distributed.rank_env import RANK_VARIABLES
 from megabert.training.telemetry.reporter import Reporter
 

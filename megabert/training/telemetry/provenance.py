@@ -43,7 +43,7 @@ def start_messages(
     yield (
         f"{num_parameters:,} parameters, {'bf16 autocast' if ds_config.bf16 else 'fp32'} on {plan.world_size} x "
         f"{plan.device.type}, ZeRO {ds_config.zero_stage}; {corpus.tokens:,} tokens in {num_streams} "
-        f"streams; {length} of {plan.schedule.step_batches} x {recipe.data.bin_tokens} token slots"
+        f"streams; {length} of {plan.schedule.batches_per_step} x {recipe.data.bin_tokens} token slots"
     )
     yield f"optimizer: {recipe.optimizer.name} from {plan.optimizer.source} ({plan.optimizer.reason})"
     if checkpoint is not None:

@@ -79,7 +79,7 @@ def write_state(folder: Path, model: MegaBertForMaskedLM, step: int, stage: int,
     recipe = Recipe(run=RunConfig(max_steps=step))
     state = layout.State(
         step=step, next_index=step, tokens=1000 * step, seconds=1.0, world_size=world_size, num_streams=1,
-        step_batches=1, total_steps=step, corpus="0" * 64, recipe=recipe.to_dict(), ds_config={}, zero_stage=stage,
+        batches_per_step=1, total_steps=step, corpus="0" * 64, recipe=recipe.to_dict(), ds_config={}, zero_stage=stage,
         model={name: config[name] for name in kept}, optimizer_source="PyTorch", guard={}, rolled_back_bins=[],
         wall_seconds=0.0, max_step_seconds=0.0,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from data_prep import write_shards
 from megabert.config.cli import exit_code
 from megabert.data.shards import sample_format, shard_list
 from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKENIZER, read_manifest
-from megabert.data.shards.patience import StoreAwayError
+from megabert.data.shards.retry import StoreAwayError
 from megabert.data.shards.source import DamagedShardError, check_same_tokenizer, open_corpus, open_source
 from megabert.files.disk import DiskError
 from tests.helpers.manifests import change_manifest

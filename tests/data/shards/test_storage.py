@@ -22,18 +22,18 @@ import psutil
 import pytest
 
 from megabert.config.cli import exit_code
-from megabert.data.shards import patience, side_files, storage
+from megabert.data.shards import retry, side_files, storage
 from megabert.data.shards.cache import CacheOptions, ExpectedFile, ShardCache, WrongContentError
 from megabert.data.shards.manifest import MANIFEST
-from megabert.data.shards.patience import (
+from megabert.data.shards.read_ahead import read_ahead
+from megabert.data.shards.retry import (
     LONGEST_PAUSE_S,
-    Hedge,
+    HedgedRequest,
     RefusedError,
     StoreAwayError,
     retrying,
     waited_for_store_at,
 )
-from megabert.data.shards.read_ahead import read_ahead
 from megabert.data.shards.source import DamagedShardError, open_source
 from megabert.data.shards.storage import CommandStorage, RemoteFolder, open_storage
 
@@ -102,8 +102,8 @@ def folder(corpus, tmp_path):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(patience, "LOG_AFTER_S", 0.0)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retry, "LOG_AFTER_S", 0.0)
 
 
 def every_chunk(source) -> list:
@@ -335,8 +335,8 @@ def test_credentials_that_s3fs_reports_as_expired_are_told_apart_from_a_disk():
 
 def test_ranks_that_fail_together_do_not_return_together(monkeypatch):
     pauses = []
-    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.25)
-    monkeypatch.setattr(patience, "_pause", pauses.append)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.25)
+    monkeypatch.setattr(retry, "_pause", pauses.append)
     clock = count()
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
 
@@ -352,7 +352,7 @@ def test_ranks_that_fail_together_do_not_return_together(monkeypatch):
 
 
 def test_a_slow_request_is_made_a_second_time_and_the_first_answer_counts(monkeypatch, caplog):
-    monkeypatch.setattr(patience, "SLOW_S", 0.05)
+    monkeypatch.setattr(retry, "SLOW_S", 0.05)
     started, released = [], threading.Event()
 
     def request() -> int:
@@ -363,14 +363,14 @@ def test_a_slow_request_is_made_a_second_time_and_the_first_answer_counts(monkey
         return number
 
     before = waited_for_store_at()
-    assert Hedge()(request, "here") == 2
+    assert HedgedRequest()(request, "here") == 2
     released.set()
     assert "here: no answer for" in caplog.text
     assert waited_for_store_at() > before, "its peers know that this is no hang"
 
 
 def test_two_failing_requests_raise_and_one_that_succeeds_is_enough(monkeypatch):
-    monkeypatch.setattr(patience, "SLOW_S", 0.05)
+    monkeypatch.setattr(retry, "SLOW_S", 0.05)
     started = []
 
     def request() -> str:
@@ -381,9 +381,9 @@ def test_two_failing_requests_raise_and_one_that_succeeds_is_enough(monkeypatch)
         time.sleep(0.4)
         return "the second"
 
-    assert Hedge()(request, "here") == "the second"
+    assert HedgedRequest()(request, "here") == "the second"
     with pytest.raises(ZeroDivisionError):
-        Hedge()(lambda: 1 // 0, "here")
+        HedgedRequest()(lambda: 1 // 0, "here")
 
 
 def test_reads_ahead_are_counted_in_seconds_of_training(monkeypatch):

@@ -12,8 +12,8 @@ from megabert.files import hashing
 from megabert.files.checkpoint_format import State
 from megabert.training.checkpointing.writer import set_aside_after
 from megabert.training.identity import RunIdentity, check_branch, check_same_run, fixed_settings
-from megabert.training.optim.guard import Guard
-from megabert.training.schedule import ENDLESS
+from megabert.training.run_schedule import ENDLESS
+from megabert.training.updates.guard import Guard
 
 RECIPE = Recipe(run=RunConfig(max_steps=10))
 STATE = State(
@@ -23,7 +23,7 @@ STATE = State(
     seconds=1.0,
     world_size=2,
     num_streams=24,
-    step_batches=4,
+    batches_per_step=4,
     total_steps=10,
     corpus="c" * 64,
     recipe=RECIPE.to_dict(),
@@ -148,7 +148,7 @@ def test_another_implementation_of_the_optimizer_is_refused():
 
 def test_another_batch_or_length_is_refused():
     with pytest.raises(ValueError, match="a step was 4 micro-batches and the run 10 steps; now they are 8 and 5"):
-        check(step_batches=8, total_steps=5)
+        check(batches_per_step=8, total_steps=5)
 
 
 def test_checkpoints_of_later_steps_are_set_aside(tmp_path):
@@ -275,6 +275,7 @@ def test_a_state_of_version_1_is_read(folder):
 def test_a_state_of_version_2_is_read_and_does_not_say_how_many_documents_a_bin_has(folder):
     raw = dataclasses.asdict(STATE)
     del raw["max_documents"]
+    raw["step_batches"] = raw.pop("batches_per_step")
     (folder / layout.STATE).write_text(json.dumps(raw | {"format_version": 2}))
     assert layout.read_state(folder) == dataclasses.replace(STATE, format_version=2)
     write_state(folder, max_documents={32: 19}, time_table=[0, 4, 8])
@@ -282,10 +283,10 @@ def test_a_state_of_version_2_is_read_and_does_not_say_how_many_documents_a_bin_
     assert (state.max_documents, state.time_table) == ({32: 19}, [0, 4, 8])
 
 
-@pytest.mark.parametrize("version", [5, 0, "2", None])
+@pytest.mark.parametrize("version", [6, 0, "2", None])
 def test_a_state_of_an_unknown_version_is_refused(folder, version):
     write_state(folder, format_version=version)
-    with pytest.raises(ValueError, match=r"reads versions 1 to 4. Use the MegaBERT that wrote this checkpoint"):
+    with pytest.raises(ValueError, match=r"reads versions 1 to 5. Use the MegaBERT that wrote this checkpoint"):
         layout.read_state(folder)
 
 

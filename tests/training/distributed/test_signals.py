@@ -13,16 +13,10 @@ import psutil
 import pytest
 import torch
 
-from megabert.config.cli import EXIT_INTERRUPTED
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
+from megabert.process.exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
 from megabert.training.distributed import signals
-from megabert.training.distributed.signals import (
-    EXIT_REQUEUE,
-    PEER_REASON,
-    SIGNALS,
-    StopRequested,
-    StopSignals,
-)
+from megabert.training.distributed.signals import PEER_REASON, SIGNALS, StopRequested, StopSignals
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers import warm
 from tests.helpers.processes import start, wait_for_step

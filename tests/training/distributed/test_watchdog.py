@@ -13,17 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megabert.config.cli import EXIT_MISTAKE
+from megabert.process.exit_codes import EXIT_MISTAKE, EXIT_PEER_LOST
 from megabert.training.distributed import watchdog
 from megabert.training.distributed.signals import PEER_REASON, StopSignals
-from megabert.training.distributed.watchdog import (
-    EXIT_PEER_LOST,
-    GOODBYE,
-    PEER_DIED,
-    STOP,
-    PeerWatchdog,
-    RankLostError,
-)
+from megabert.training.distributed.watchdog import GOODBYE, PEER_DIED, STOP, PeerWatchdog, RankLostError
 from tests.helpers import warm
 from tests.helpers.ports import free_port
 from tests.helpers.processes import start, wait_for_step

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from megabert.config.ds_config import read_ds_config
-from megabert.config.parser import ds_config_path, load_recipe
 from megabert.config.recipe import Recipe
+from megabert.config.recipe_parser import ds_config_path, load_recipe
 from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.checkpoint_format import State
@@ -99,7 +99,7 @@ def write_checkpoint(attempt: Attempt, folder: Path) -> None:
     recipe = attempt.recipe()
     numbers = dict.fromkeys(["tokens", "seconds", "wall_seconds", "max_step_seconds"], 0)
     state = State(
-        step=4, next_index=8, world_size=4, num_streams=192, step_batches=2, total_steps=8, zero_stage=1, model={},
+        step=4, next_index=8, world_size=4, num_streams=192, batches_per_step=2, total_steps=8, zero_stage=1, model={},
         corpus=open_corpora(recipe.data)[0].fingerprint, recipe=recipe.to_dict(), optimizer_source="apex", guard={},
         ds_config={"zero_optimization": {"stage": 1}}, rolled_back_bins=[], max_documents={32: 20}, **numbers,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from launch import estimate as command
-from megabert.config.parser import load_recipe, recipe_names
+from megabert.config.recipe_parser import load_recipe, recipe_names
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.micro_batch.batch import Batch, batch_of, piece_lengths

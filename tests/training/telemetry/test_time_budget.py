@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from megabert.config.parser import RecipeParser
+from megabert.config.recipe_parser import RecipeParser
 from megabert.files.checkpoint_format import find_checkpoint, read_state
-from megabert.training.distributed.signals import EXIT_REQUEUE
+from megabert.process.exit_codes import EXIT_REQUEUE
 from megabert.training.telemetry.reporter import read_metrics
 from megabert.training.telemetry.timers import TimeBudget
 from tests.helpers.runs import TINY, finish_ranks, last_of_each, patched, pretrain_command, run_command, start_ranks

@@ -34,12 +34,12 @@ FOLDER = "gguf"
 # The smallest cosine of an embedding that is accepted of each file.
 FILES = {"f32": 0.9999, "f16": 0.999, "q8_0": 0.99}
 # The embeddings of this many texts are compared. They are few because the port computes in fp64.
-PROVEN = 200
+COMPARED_TEXTS = 200
 # q8_0 quantizes this many numbers of a row together.
 BLOCK = 32
 TOLERANCE = 1e-5
 # The names of JinaBERT v2's modules, to GGUF's.
-NAMES = {
+TENSOR_NAMES = {
     "embeddings.word_embeddings": "token_embd",
     "embeddings.token_type_embeddings": "token_types",
     "embeddings.LayerNorm": "token_embd_norm",
@@ -71,7 +71,7 @@ MODERNBERT_LAYER_NAMES = {
 POSITIONS = "position_embd.weight"
 # llama.cpp adds these tensors without converting them, so they stay in fp32.
 ALWAYS_F32 = ("token_types.weight", POSITIONS)
-USE = """from llama_cpp import LLAMA_POOLING_TYPE_MEAN, Llama
+USAGE = """from llama_cpp import LLAMA_POOLING_TYPE_MEAN, Llama
 model = Llama("this folder/gguf/model-q8_0.gguf", embedding=True, pooling_type=LLAMA_POOLING_TYPE_MEAN)
 vector = model.embed("a text")"""
 
@@ -107,7 +107,7 @@ def to_gguf(source: Source) -> dict[str, Tensor]:
 
 def gguf_names(num_layers: int) -> dict[str, str]:
     """Map the name of each tensor of JinaBERT v2's layout to GGUF's."""
-    modules = dict(NAMES)
+    modules = dict(TENSOR_NAMES)
     for layer in range(num_layers):
         modules |= {f"encoder.layer.{layer}.{theirs}": f"blk.{layer}.{new}" for theirs, new in LAYER_NAMES.items()}
     return {f"{theirs}.{part}": f"{new}.{part}" for theirs, new in modules.items() for part in ("weight", "bias")}
@@ -214,11 +214,11 @@ def prove(folder: Path, expected: Expected) -> Proof:
     if find_spec("llama_cpp") is not None:
         return _prove_by_llama_cpp(folder, expected)
     path = folder / FOLDER / "model-f32.gguf"
-    texts = range(PROVEN)
+    texts = range(COMPARED_TEXTS)
     ids = [expected.ids[row] for row in texts]
     content = read_content(path)
-    what = f"embeddings of {PROVEN} texts by {path.name}"
-    if content.architecture in gguf_native.NAMES:
+    what = f"embeddings of {COMPARED_TEXTS} texts by {path.name}"
+    if content.architecture in gguf_native.TENSOR_NAMES:
         pooled = gguf_native.embed(content, ids)
         program, version_found = "transformers' own model in fp64, not llama.cpp itself,", version("transformers")
     else:
@@ -279,4 +279,4 @@ def as_jina(content: gguf_native.Content) -> jina_port.JinaBert:
     return jina_port.JinaBert(renamed, *sizes, settings["context_length"])
 
 
-TARGET = Target("gguf", check, write, prove, USE, packages=("gguf",), extra="gguf")
+TARGET = Target("gguf", check, write, prove, USAGE, packages=("gguf",), extra="gguf")

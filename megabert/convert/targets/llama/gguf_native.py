@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertMode
 from megabert.convert.targets.frame import Differs
 
 # The modules' names in transformers, by llama.cpp's architecture and names. {} is the layer.
-NAMES = {
+TENSOR_NAMES = {
     "bert": {
         "token_embd": "embeddings.word_embeddings",
         "position_embd": "embeddings.position_embeddings",
@@ -68,7 +68,7 @@ def _rename(name: str, architecture: str) -> str:
     module, _, part = name.rpartition(".")
     layer = module.split(".")[1] if module.startswith("blk.") else ""
     general = module.replace(f"blk.{layer}.", "blk.{}.")
-    return f"{NAMES[architecture].get(general, general)}.{part}".replace("{}", layer)
+    return f"{TENSOR_NAMES[architecture].get(general, general)}.{part}".replace("{}", layer)
 
 
 def _make_model(content: Content) -> PreTrainedModel:

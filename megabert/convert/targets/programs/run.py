@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megabert.convert.targets.frame import Differs
-from megabert.files.subprocesses import end_with_parent, last_line
+from megabert.process.subprocesses import end_with_parent, last_line
 
 HERE = Path(__file__).parent
 

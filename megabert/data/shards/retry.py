@@ -17,6 +17,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from megabert.data.shards.cache import PERMANENT_ERRORS
+from megabert.process.exit_codes import EXIT_STORE_AWAY
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,7 @@ LONGER = ". If it needs longer, raise data.store_patience_s."
 class StoreAwayError(OSError):
     """A store that has not answered for as long as the user wants to wait."""
 
-    # sysexits.h gives this code to a failure that may pass.
-    exit_code = 75
+    exit_code = EXIT_STORE_AWAY
 
 
 class RefusedError(PermissionError):
@@ -109,7 +109,7 @@ def _log_retry(url: str, state: RetryCallState) -> None:
         )
 
 
-class Hedge:
+class HedgedRequest:
     """Makes a request a second time if the first is unusually slow, and returns what arrives first."""
 
     def __init__(self) -> None:

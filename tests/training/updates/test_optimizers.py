@@ -8,19 +8,19 @@ import torch
 import torch._dynamo
 
 from megabert.config.ds_config import ResolvedDsConfig
-from megabert.config.parser import RecipeParser
 from megabert.config.recipe import OptimizerConfig
+from megabert.config.recipe_parser import RecipeParser
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
-from megabert.training.optim.limits import why_not_optimizer
-from megabert.training.optim.optimizers import (
+from megabert.training.run_schedule import lr_factor
+from megabert.training.telemetry.reporter import read_metrics
+from megabert.training.updates.limits import why_not_optimizer
+from megabert.training.updates.optimizers import (
     StableAdamW,
     make_muon,
     muon_matrices,
     parameter_groups,
     peak_lr,
 )
-from megabert.training.schedule import lr_factor
-from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.runs import Corpus, ds_config_in, finish_ranks, patched, pretrain_command, run_command, start_ranks
 from tests.model.small import small_model
 

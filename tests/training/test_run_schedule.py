@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabert.config.parser import RecipeParser
 from megabert.config.recipe import OptimizerConfig, Recipe
-from megabert.data.schedule import MaskingRate
+from megabert.config.recipe_parser import RecipeParser
+from megabert.data.batch_schedule import MaskingRate
 from megabert.plots.schedule import plot_schedule
 from megabert.training.micro_batch.sizes import MOST_TOKENS, possible_micro_batches
-from megabert.training.schedule import batches_per_step, lr_factor, make_run_schedule, total_steps
+from megabert.training.run_schedule import choose_batches_per_step, lr_factor, make_run_schedule, total_steps
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.runs import TINY, last_of_each, pretrain_command, run_command
 
@@ -74,8 +74,8 @@ def test_the_masking_rate_counts_bins_of_a_batch_warm_up():
     recipe = read(*last_of_each([*TINY, "--run.max_steps=10", "--masking.schedule=linear", *BATCH_WARMUP]))
     schedule = make_run_schedule(recipe, 1)
     rate = schedule.masking
-    assert (schedule.step_batches, schedule.total_steps) == (4, 10)
-    assert [(stage.first_step, stage.step_batches) for stage in schedule.stages.stages] == [(0, 2), (2, 4)]
+    assert (schedule.batches_per_step, schedule.total_steps) == (4, 10)
+    assert [(stage.first_step, stage.batches_per_step) for stage in schedule.stages.stages] == [(0, 2), (2, 4)]
     assert rate.num_bins == 2 * 2 + 8 * 4
     assert rate.at(rate.num_bins) == 0.15
 
@@ -98,11 +98,11 @@ def test_impossible_schedules_are_refused(capsys, settings, message):
 
 def test_ranks_share_a_global_batch():
     recipe = read("--data.global_batch_tokens=8192")
-    assert [batches_per_step(recipe, world_size) for world_size in (1, 2, 8)] == [8, 8, 8]
+    assert [choose_batches_per_step(recipe, world_size) for world_size in (1, 2, 8)] == [8, 8, 8]
     message = "8 micro-batches of 1024 tokens, which 3 ranks cannot share evenly.*set data.global_batch_tokens 9216; or"
     with pytest.raises(ValueError, match=f"{message} use 1, 2 or 4 ranks"):
-        batches_per_step(recipe, 3)
-    assert batches_per_step(read(), 5) == 5
+        choose_batches_per_step(recipe, 3)
+    assert choose_batches_per_step(read(), 5) == 5
 
 
 @pytest.mark.parametrize("name", ["mosaicbert-base", "mosaicbert-large", "bert-base", "bert-large"])
@@ -111,7 +111,7 @@ def test_the_documented_clusters_share_a_published_batch(name):
     recipe = read("--recipe", name)
     for ranks in (1, 8, 16, 32):
         assert {14_720, 471_040 // max(4, ranks)} <= set(possible_micro_batches(recipe, ranks, MOST_TOKENS))
-        assert batches_per_step(recipe.with_micro_batch(14_720), ranks) == 32
+        assert choose_batches_per_step(recipe.with_micro_batch(14_720), ranks) == 32
 
 
 def test_the_length_of_a_run():

@@ -3,8 +3,8 @@
 import pytest
 
 from megabert.config.ds_config import read_ds_config
-from megabert.config.parser import RecipeParser, ds_config_names, ds_config_path, load_recipe
 from megabert.config.recipe import Recipe
+from megabert.config.recipe_parser import RecipeParser, ds_config_names, ds_config_path, load_recipe
 
 
 def read(*argv: str) -> Recipe:

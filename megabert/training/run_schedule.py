@@ -10,7 +10,7 @@ from multiprocessing.sharedctypes import RawArray, RawValue
 from megabert.config.data_section import DataConfig
 from megabert.config.recipe import OptimizerConfig, Recipe
 from megabert.data import ranks
-from megabert.data.schedule import BatchSchedule, Length, MaskingRate, MaskingSteps, Stage, make_schedule
+from megabert.data.batch_schedule import BatchSchedule, Length, MaskingRate, MaskingSteps, Stage, make_schedule
 from megabert.optim.lr_schedule import warmup_and_decay
 
 # Total steps of a run whose length is given in hours: more steps than any run makes.
@@ -98,7 +98,7 @@ class TimedStages(BatchSchedule):
         """
         part = max(self.table.newest, part_of_time(share))
         while self.table.known <= next_index + num_bins:
-            self.table.begin(part, super().at(part).step_batches)
+            self.table.begin(part, super().at(part).batches_per_step)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class TimedMasking(MaskingSteps):
 class RunSchedule:
     """How a run changes from step to step, except for its learning rate."""
 
-    step_batches: int
+    batches_per_step: int
     """micro-batches of a full step over all ranks"""
     total_steps: int
     stages: BatchSchedule
@@ -135,16 +135,16 @@ class RunSchedule:
 
 def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
     """Compute the schedule of a run. Raises ValueError if the ranks cannot share a batch."""
-    step_batches = batches_per_step(recipe, world_size)
-    steps = total_steps(recipe, step_batches)
+    batches_per_step = choose_batches_per_step(recipe, world_size)
+    steps = total_steps(recipe, batches_per_step)
     data, masking = recipe.data, recipe.masking
     first = data.batch_warmup_from and data.batch_warmup_from // data.bin_tokens
     lengths = [Length(*phase, number) for phase, number in zip(data.lengths, data.mixture_numbers, strict=True)]
     num_parts = PARTS if steps == ENDLESS else steps
-    stages = make_schedule(num_parts, step_batches, lengths, first_batches=first, warmup=data.batch_warmup)
+    stages = make_schedule(num_parts, batches_per_step, lengths, first_batches=first, warmup=data.batch_warmup)
     if steps == ENDLESS:
         stages = TimedStages.follow(stages)
-    ranks.check_warmup(stages.step_batches, data.bin_tokens, world_size, listed_streams(data))
+    ranks.check_warmup(stages.batches_per_step, data.bin_tokens, world_size, listed_streams(data))
     if any(phase.mlm_probability for phase in data.phases or ()):
         rate = masking_steps(recipe, num_parts, stages)
     elif masking.schedule == "constant":
@@ -154,7 +154,7 @@ def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
         rate = MaskingRate(masking.mlm_probability, masking.final_mlm_probability, over, masking.schedule)
     if isinstance(stages, TimedStages):
         rate = TimedMasking.follow(rate, stages.table)
-    return RunSchedule(step_batches, steps, stages, rate)
+    return RunSchedule(batches_per_step, steps, stages, rate)
 
 
 def masking_steps(recipe: Recipe, steps: int, stages: BatchSchedule) -> MaskingSteps:
@@ -167,12 +167,12 @@ def masking_steps(recipe: Recipe, steps: int, stages: BatchSchedule) -> MaskingS
     return MaskingSteps(tuple(rates.items()))
 
 
-def batches_per_step(recipe: Recipe, world_size: int) -> int:
+def choose_batches_per_step(recipe: Recipe, world_size: int) -> int:
     """The micro-batches of one optimizer step over all ranks. Raises ValueError if the ranks cannot share them."""
     data = recipe.data
     if data.global_batch_tokens == "auto":
         return world_size
-    return ranks.batches_per_step(
+    return ranks.choose_batches_per_step(
         data.global_batch_tokens, data.bin_tokens, data.longest, world_size, listed_streams(data)
     )
 
@@ -184,16 +184,16 @@ def listed_streams(data: DataConfig) -> int:
 
 def shared_batches(recipe: Recipe, schedule: RunSchedule) -> list[int]:
     """The numbers of micro-batches that ranks must share evenly; none if each rank has one of each step."""
-    return [] if recipe.data.global_batch_tokens == "auto" else schedule.stages.step_batches
+    return [] if recipe.data.global_batch_tokens == "auto" else schedule.stages.batches_per_step
 
 
-def total_steps(recipe: Recipe, step_batches: int) -> int:
+def total_steps(recipe: Recipe, batches_per_step: int) -> int:
     """The optimizer steps of the whole run, at least 1; ENDLESS if the clock ends the run."""
     if recipe.run.max_steps is not None:
         return recipe.run.max_steps
     if recipe.run.max_tokens is None:
         return ENDLESS
-    return max(1, recipe.run.max_tokens // (step_batches * recipe.data.bin_tokens))
+    return max(1, recipe.run.max_tokens // (batches_per_step * recipe.data.bin_tokens))
 
 
 def lr_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:

@@ -10,8 +10,8 @@ import torch
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.files.checkpoint_format import read_state
 from megabert.training.distributed.deepspeed_compat import gate_optimizer_step
-from megabert.training.optim.guard import MIN_NORMS, Guard, UpdateGate
 from megabert.training.telemetry.reporter import read_metrics
+from megabert.training.updates.guard import MIN_NORMS, Guard, UpdateGate
 from tests.helpers.runs import Corpus, Finished, ds_config_in, finish_ranks, pretrain_command, start_ranks
 
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 
 class Stage(NamedTuple):
-    """Steps of `step_batches` bins (micro-batches) with pieces of at most `max_seq_len` tokens.
+    """Steps of `batches_per_step` bins (micro-batches) with pieces of at most `max_seq_len` tokens.
 
     first_step, first_index: the step and the bin with which the stage begins in a run without rollbacks. mixture: the
     index of its mixture of sources.
@@ -17,7 +17,7 @@ class Stage(NamedTuple):
 
     first_step: int
     first_index: int
-    step_batches: int
+    batches_per_step: int
     max_seq_len: int
     mixture: int = 0
 
@@ -39,16 +39,16 @@ class BatchSchedule:
     def bins_before(self, step: int) -> int:
         """Count the bins before a step in a run without rollbacks."""
         stage = self.stages[bisect_right(self.stages, step, key=lambda stage: stage.first_step) - 1]
-        return stage.first_index + (step - stage.first_step) * stage.step_batches
+        return stage.first_index + (step - stage.first_step) * stage.batches_per_step
 
     @property
     def longest(self) -> int:
         return max(stage.max_seq_len for stage in self.stages)
 
     @property
-    def step_batches(self) -> list[int]:
+    def batches_per_step(self) -> list[int]:
         """The different numbers of micro-batches per step, ascending."""
-        return sorted({stage.step_batches for stage in self.stages})
+        return sorted({stage.batches_per_step for stage in self.stages})
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Length(NamedTuple):
 
 def make_schedule(
     total_steps: int,
-    step_batches: int,
+    batches_per_step: int,
     lengths: Sequence[Length],
     *,
     first_batches: int | None = None,
@@ -107,17 +107,17 @@ def make_schedule(
 ) -> BatchSchedule:
     """Lay out a run of total_steps steps.
 
-    step_batches: micro-batches of a step after the batch warm-up. first_batches: micro-batches of a step at its
+    batches_per_step: micro-batches of a step after the batch warm-up. first_batches: micro-batches of a step at its
     start; they grow by first_batches in equal stages over the share `warmup` of the steps. lengths: in order, the
     last until 1.
     """
-    first_batches = first_batches or step_batches
-    if step_batches % first_batches:
+    first_batches = first_batches or batches_per_step
+    if batches_per_step % first_batches:
         raise ValueError(
-            f"the batch warm-up starts at {first_batches} micro-batches, which do not divide the {step_batches} at its "
-            "end."
+            f"the batch warm-up starts at {first_batches} micro-batches, which do not divide the {batches_per_step} at "
+            "its end."
         )
-    levels = step_batches // first_batches
+    levels = batches_per_step // first_batches
     batch_starts = {
         round(level * warmup * total_steps / levels): (level + 1) * first_batches for level in range(levels)
     }

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabert.data.schedule import BatchSchedule, Length, Stage, make_schedule
+from megabert.data.batch_schedule import BatchSchedule, Length, Stage, make_schedule
 
 
 def test_a_run_without_changes_has_one_stage():
@@ -22,7 +22,7 @@ def test_a_length_change_and_a_batch_warm_up_make_stages():
         Stage(90, 600, 8, 512),
     )
     assert schedule.longest == 512
-    assert schedule.step_batches == [2, 4, 6, 8]
+    assert schedule.batches_per_step == [2, 4, 6, 8]
     assert [schedule.at(index).first_step for index in (0, 19, 20, 599, 600, 10**9)] == [0, 0, 10, 30, 90, 90]
 
 
@@ -39,7 +39,7 @@ def test_stages_follow_each_other_without_a_gap(steps, first, levels, warmup, un
     index = 0
     for step in range(steps):
         stage = schedule.at(index)
-        assert (index - stage.first_index) % stage.step_batches == 0
-        assert step == stage.first_step + (index - stage.first_index) // stage.step_batches
+        assert (index - stage.first_index) % stage.batches_per_step == 0
+        assert step == stage.first_step + (index - stage.first_index) // stage.batches_per_step
         assert stage.max_seq_len == (64 if step < round(until * steps) else 128)
-        index += stage.step_batches
+        index += stage.batches_per_step

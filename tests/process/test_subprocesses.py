@@ -10,9 +10,9 @@ import time
 import psutil
 import pytest
 
-from megabert.files.subprocesses import exit_with_parent, last_line
+from megabert.process.subprocesses import exit_with_parent, last_line
 
-CHILD = "from megabert.files.subprocesses import exit_with_parent; import os, time\n"
+CHILD = "from megabert.process.subprocesses import exit_with_parent; import os, time\n"
 CHILD += "exit_with_parent(); print(os.getpid(), flush=True); time.sleep(600)"
 PARENTS = {
     "subprocess": f"""
@@ -69,7 +69,7 @@ def test_the_last_line_that_says_something(text, line):
 SOCKETS = """
 import multiprocessing, sys, tempfile
 from multiprocessing.connection import Listener
-from megabert.files.subprocesses import use_short_socket_paths
+from megabert.process.subprocesses import use_short_socket_paths
 use_short_socket_paths()
 with Listener(family="AF_UNIX") as listener:
     print(len(listener.address) <= 107, tempfile.gettempdir())
@@ -89,7 +89,7 @@ def test_sockets_have_short_paths_whatever_tmpdir_is(tmp_path, length):
 def test_a_command_gets_sigterm_when_its_parent_is_killed():
     script = """
 import subprocess, sys
-from megabert.files.subprocesses import end_with_parent
+from megabert.process.subprocesses import end_with_parent
 subprocess.run(["bash", "-c", "echo $$; sleep 600"], preexec_fn=end_with_parent)
 """
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
