@@ -162,7 +162,9 @@ def raise_again(_: object, error: BaseException, __: object) -> NoReturn:
 def parsers() -> dict[str, list[argparse.ArgumentParser]]:
     """Return the parsers of every script, by the script's file name."""
     paths = [path for folder in CODE for path in (REPOSITORY / folder).rglob("*.py")]
-    started = re.compile(r'^if __name__ == "__main__":\n( +(end_at_ctrl_c|from ).*\n|\n)* +(cli\.run|command)', re.MULTILINE)
+    started = re.compile(
+        r'^if __name__ == "__main__":\n( +(end_at_ctrl_c|from ).*\n|\n)* +(cli\.run|command)', re.MULTILINE
+    )
     scripts = [path for path in paths if started.search(path.read_text())]
     found = {path.name: parsers_of(path) for path in sorted(scripts)}
     for name, module in re.findall(r'"(megabert-\w+)": "([\w.]+)"', (REPOSITORY / "setup.py").read_text()):

@@ -236,14 +236,16 @@ class Encoder(Module):
         last = len(self.layers) - 1
         states = []
         for index, layer in enumerate(self.layers):
-            states.append(hidden)
+            if every_layer:
+                states.append(hidden)
             its_rows = rows if index == last and not every_layer else None
             hidden = self._run(index, layer, hidden, attend[self.config.is_local(index)], its_rows)
         hidden = self.final_norm(hidden)
-        states.append(hidden)
+        if every_layer:
+            states.append(hidden)
         if rows is not None and (every_layer or last < 0):
             hidden = hidden.index_select(0, rows)
-        return hidden, states if every_layer else []
+        return hidden, states
 
     def _plan(self, sequences: Sequences, position_ids: Tensor, hidden: Tensor) -> dict[bool, Attend]:
         """Return the attention of global layers, and as [True] that of local ones if there are any."""
@@ -295,12 +297,14 @@ class Encoder(Module):
         attend = self._plan(padded, position_ids, hidden)
         states = []
         for index, layer in enumerate(self.layers):
-            states.append(hidden.index_select(0, slots))
+            if every_layer:
+                states.append(hidden.index_select(0, slots))
             hidden = self._run(index, layer, hidden, attend[self.config.is_local(index)], None)
         hidden = self.final_norm(hidden.index_select(0, slots))
-        states.append(hidden)
+        if every_layer:
+            states.append(hidden)
         hidden = hidden if rows is None else hidden.index_select(0, rows)
-        return hidden, states if every_layer else []
+        return hidden, states
 
 
 class MlmTransform(Module):
