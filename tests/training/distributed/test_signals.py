@@ -306,5 +306,6 @@ def test_ctrl_c_at_the_deepspeed_command_saves(corpus: Corpus, tmp_path, ranks):
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=90)
     assert not psutil.wait_procs(descendants, timeout=60)[1]
-    assert re.search("received SIG(INT|TERM); checkpoint saved", output), output
+    # The rank that logs may learn of the signal from the other rank.
+    assert re.search("(received SIG(INT|TERM)|another rank was asked to stop); checkpoint saved", output), output
     assert list((tmp_path / "checkpoints").glob("step-*"))
