@@ -11,10 +11,13 @@ say() { echo "$@" 2> /dev/null || true; }
 # Print a port of this machine that nothing uses at the moment.
 free_port() { python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-# Start a command in a process group of its own, so that all of its processes can be found; set `group` to its id.
+# Start a command in a process group of its own, so that all of its processes can be found; set `group` to its id. If
+# this script is killed, the kernel sends the command SIGTERM; a Linux without setpriv (of util-linux) leaves it running.
 start_group() {
+    local with_script=()
+    ! command -v setpriv > /dev/null || with_script=(setpriv --pdeathsig TERM --)
     set -m
-    "$@" &
+    "${with_script[@]}" "$@" &
     group=$!
     set +m
 }

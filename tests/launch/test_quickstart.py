@@ -46,6 +46,16 @@ def test_a_signal_to_the_quickstart_ends_its_stage(repository, number, code):
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")
+def test_a_killed_quickstart_ends_its_stage(repository):
+    process, (stage, command, *rest) = start(repository, "quickstart.sh")
+    assert "prepare.sh" in " ".join(stage.cmdline())
+    process.kill()
+    assert not psutil.wait_procs([stage, command], timeout=5)[1]
+    for other in rest:
+        other.kill()
+
+
 def test_a_signal_to_the_preparation_ends_its_command(repository):
     process, commands = start(repository, "quickstart/prepare.sh")
     process.terminate()
