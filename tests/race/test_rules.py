@@ -11,11 +11,14 @@ from race.records import COMMITTED, Records, read_records
 from race.result import why_no_score
 from race.sides.baseline import Baseline
 from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, SHAPES, baseline_grid, open_ours, our_grid
-from race.sides.ours import Ours
+from race.sides.ours import DS_CONFIG, Ours
 from race.significance import Line, beats, first_to_reach, permutation_p, ratio_interval
 from race.trials import Track
 
 from megabert import load_recipe
+from megabert.config.ds_config import read_ds_config
+from megabert.config.recipe_parser import ds_config_path
+from megabert.training.plan import make_plan
 
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 
@@ -213,7 +216,7 @@ def test_our_settings_are_recipes_of_the_same_size():
     known: set[str] = set()
     for each in grid:
         if not known >= each.settings.keys():
-            recipe_of(each)
+            make_plan(recipe_of(each), read_ds_config(ds_config_path(DS_CONFIG)), rank=0, world_size=1)
         known |= each.settings.keys()
     sizes = [tuple(each.settings[f"model.{name}"] for name in SIZES) for each in open_ours(grid[0])]
     assert sizes == [*SHAPES]

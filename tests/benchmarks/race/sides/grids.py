@@ -94,7 +94,7 @@ def our_grid(quick: bool) -> list[Ours]:
     ]
     falling = {"masking.schedule": "linear"}
     small = {"data.micro_batch_tokens": 1024}
-    muon = {"optimizer.name": "muon"}
+    muon = {"optimizer.name": "muon", "optimizer.max_grad_norm": 0.0}
     wide = {"model.initializer_range": 0.05}
     grid += [
         wide | {"optimizer.lr": 1e-3},

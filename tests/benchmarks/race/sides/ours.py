@@ -18,6 +18,8 @@ from megabert.training.telemetry.reporter import read_metrics
 # They do not change the time of a step.
 WITHOUT_SPEED = ("optimizer.lr", "optimizer.muon_lr", "optimizer.warmup", "optimizer.schedule", "optimizer.decay",
                  "model.initializer_range", "optimizer.weight_decay")  # fmt: skip
+# As in launch/quickstart.sh: on one rank ZeRO would only copy gradients.
+DS_CONFIG = "zero0"
 # Of every recipe of the race; "same-size" is the baseline's layers and width.
 COMMON: dict[str, Any] = {
     "model.num_hidden_layers": 4,
@@ -82,6 +84,6 @@ class Ours:
         }  # fmt: skip
         folder.mkdir(parents=True)
         with open(folder / "log", "w") as log, redirect_stdout(log):
-            result = megabert.pretrain(megabert.load_recipe("quickstart", **sections))
+            result = megabert.pretrain(megabert.load_recipe("quickstart", **sections), DS_CONFIG)
         if result.exit_reason != FINISHED:
             raise KeyboardInterrupt(result.exit_reason)
