@@ -9,7 +9,8 @@ checkpoints/step-00000250/              exists only when complete
     MANIFEST.json                       size and sha256 of every file above
 
 format_version of state.json counts changes of all files but streams.json. 1: files without this key, see
-`_from_version_1`. 2: without max_documents. 3: without time_table. 4: batches_per_step was step_batches.
+`_from_version_1`. 2: without max_documents. 3: without time_table. 4: batches_per_step was step_batches, and no
+schedule_start_seconds.
 """
 
 import contextlib
@@ -91,6 +92,8 @@ class State:
     time_table: list[int] | None = None
     """of a run whose length is given in hours: the first bin of each thousandth of its time that has begun, and at the
     end the number of bins whose thousandth is known; None for other runs and before version 4"""
+    schedule_start_seconds: float = 0.0
+    """wall_seconds when the first step was done, from which schedules by time count; 0 before version 5"""
     format_version: int = FORMAT_VERSION
 
     @property

@@ -85,7 +85,7 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: T
 def share_done(plan: RunPlan, state: TrainState) -> float:
     """The share of the run that is done: of its time, or else of its steps."""
     timed = state.time_budget.limit is not None
-    return state.time_budget.fraction_used if timed else state.step / plan.schedule.total_steps
+    return state.time_budget.share_of_schedule if timed else state.step / plan.schedule.total_steps
 
 
 def train_step(run: Run) -> tuple[bool, str | None]:
@@ -111,7 +111,7 @@ def next_batches(run: Run) -> list[tuple[PackedBatch, int, Position]] | None:
     """
     plan, state = run.plan, run.state
     if plan.schedule.timed is not None:
-        plan.schedule.timed.plan_ahead(state.next_index, state.time_budget.fraction_used, run.feed.prefetched)
+        plan.schedule.timed.plan_ahead(state.next_index, state.time_budget.share_of_schedule, run.feed.prefetched)
     batches_per_step = plan.schedule.stages.at(state.next_index).batches_per_step
     try:
         with run.meter.timer.time("data"), run.signals.interrupting():

@@ -73,7 +73,7 @@ class TrainState:
     def restore(self, saved: State, positions: dict[int, Position]) -> None:
         """Continue from a checkpoint. positions: of this rank's streams."""
         self.guard.restore(saved.guard)
-        self.time_budget.resume(saved.wall_seconds, saved.max_step_seconds)
+        self.time_budget.resume(saved.wall_seconds, saved.max_step_seconds, saved.schedule_start_seconds)
         self.step, self.saved_step, self.next_index = saved.step, saved.step, saved.next_index
         self.positions = positions
         self.tokens, self.seconds = saved.tokens, saved.seconds
@@ -129,6 +129,7 @@ class Run:
             seconds=state.seconds,
             wall_seconds=state.time_budget.used,
             max_step_seconds=state.time_budget.max_step,
+            schedule_start_seconds=state.time_budget.schedule_start,
             world_size=plan.world_size,
             num_streams=self.feed.config.num_streams,
             max_documents=self.feed.config.max_documents,
@@ -212,7 +213,7 @@ def restore_schedule(plan: RunPlan, checkpoint: Checkpoint, time_budget: TimeBud
     if saved.time_table is not None and saved.recipe["run"].get("max_hours") == plan.recipe.run.max_hours:
         timed.table.restore(saved.time_table)
     else:
-        timed.table.begin(part_of_time(time_budget.fraction_used), saved.next_index)
+        timed.table.begin(part_of_time(time_budget.share_of_schedule), saved.next_index)
 
 
 def open_inputs(recipe: Recipe) -> tuple[Corpus, Corpus]:

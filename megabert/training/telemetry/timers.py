@@ -17,19 +17,21 @@ class TimeBudget:
 
     Evaluation and saving count too: the budget is what a cluster bills. All times are in seconds. limit: None for a
     run without one. used: as all ranks agreed after the last step. max_step: an estimate of the longest that the next
-    step may take.
+    step may take. schedule_start: what was used when the first step was done; before it a run compiles.
     """
 
     limit: float | None
     used: float = 0.0
     max_step: float = 0.0
+    schedule_start: float = 0.0
     started_at: float = field(default_factory=time.monotonic)
     used_before: float = 0.0
 
-    def resume(self, used: float, max_step: float) -> None:
+    def resume(self, used: float, max_step: float, schedule_start: float = 0.0) -> None:
         """Continue from a checkpoint's values."""
         self.used_before = self.used = used
         self.max_step = max_step
+        self.schedule_start = schedule_start
 
     def elapsed(self) -> float:
         """Return the time used so far by this rank's clock."""
@@ -39,13 +41,16 @@ class TimeBudget:
         """Set the time used after a step. used: elapsed() on rank 0, so that all ranks agree."""
         # The time since the last update, evaluation and saving included; a rare long one is forgotten slowly.
         self.max_step = max(used - self.used, 0.9 * self.max_step)
+        if not self.used:
+            self.schedule_start = used
         self.used = used
 
     @property
-    def fraction_used(self) -> float:
-        """Between 0 and 1."""
-        assert self.limit is not None, "only a run with max_hours has a fraction of its budget"
-        return min(1.0, self.used / self.limit)
+    def share_of_schedule(self) -> float:
+        """The share of the time since the first step that is used, from 0 to 1: start-up shortens no warm-up."""
+        assert self.limit is not None, "only a run with max_hours has a share of its time"
+        rest = self.limit - self.schedule_start
+        return min(1.0, (self.used - self.schedule_start) / rest) if rest > 0 else 1.0
 
     @property
     def is_over(self) -> bool:

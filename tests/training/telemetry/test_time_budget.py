@@ -18,7 +18,7 @@ def test_the_budget_is_over_before_a_step_that_would_exceed_it():
     assert budget.elapsed() >= 20.0
     for used in (30.0, 40.0):
         budget.update(used)
-    assert (budget.used, budget.fraction_used) == (40.0, 40 / 60)
+    assert (budget.used, budget.share_of_schedule) == (40.0, 40 / 60)
     assert not budget.is_over
     budget.update(53.0)
     assert budget.is_over  # 7 s left, and the last step took 13
@@ -26,6 +26,24 @@ def test_the_budget_is_over_before_a_step_that_would_exceed_it():
     again.resume(budget.used, budget.max_step)
     assert again.is_over  # a finished run that is started again makes no further step
     assert not TimeBudget(limit=None, used=1e9).is_over
+
+
+def test_the_schedule_begins_after_the_first_step():
+    budget = TimeBudget(limit=100.0)
+    assert budget.share_of_schedule == 0.0
+    shares = []
+    for used in (20.0, 60.0, 100.0):
+        budget.update(used)
+        shares.append(budget.share_of_schedule)
+    assert shares == [0.0, 0.5, 1.0]
+    again = TimeBudget(limit=100.0)
+    again.resume(60.0, max_step=1.0, schedule_start=20.0)
+    assert again.share_of_schedule == 0.5
+    again.update(80.0)
+    assert again.share_of_schedule == 0.75
+    late = TimeBudget(limit=10.0)
+    late.update(11.0)
+    assert late.share_of_schedule == 1.0
 
 
 def test_one_slow_step_is_forgotten():
@@ -96,7 +114,8 @@ def test_a_run_of_20_seconds_ends_in_time_with_a_decayed_learning_rate(corpus, t
     assert rates[:peak] == sorted(rates[:peak])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-1] < 0.1 * max(rates)
-    expected = [0.3 - 0.15 * (point["step"] - 1) * 0.5 / SECONDS for point in points]
+    # The first step's time is not part of the schedule, so the second step has the same share of masked tokens.
+    expected = [0.3 - 0.15 * max(0, point["step"] - 2) * 0.5 / (SECONDS - 0.5) for point in points]
     assert [point["masked_share"] / points[0]["masked_share"] for point in points] == pytest.approx(
         [share / 0.3 for share in expected], rel=0.05
     )
