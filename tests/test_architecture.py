@@ -59,6 +59,7 @@ ALLOWED = {
         "megabert.finetune",
         "megabert.plots",
         "megabert.training",
+        "megabert.process",
     },
 }
 # Of the training data data_prep knows only what lies on disk.

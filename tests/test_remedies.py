@@ -46,6 +46,7 @@ FOREIGN = {
     "git": "porcelain",
     "docker": "shm_size model_id",
     "tensorboard": "logdir",
+    "setpriv": "pdeathsig",
     "ray": "head address ray_address",
     "llama-server": "embedding pooling",
     "infinity_emb": "model_id trust_remote_code",

@@ -21,7 +21,7 @@ subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdin=subprocess.PIPE).wait(
 """,
     "multiprocessing": """
 import multiprocessing
-from tests.files.test_subprocesses import sleep
+from tests.process.test_subprocesses import sleep
 process = multiprocessing.get_context("forkserver").Process(target=sleep)
 process.start()
 process.join()

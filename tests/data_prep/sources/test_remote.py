@@ -15,7 +15,7 @@ import pytest
 
 from data_prep import write_shards
 from data_prep.sources import LeftOut, ReadOptions, list_input_splits, read_input_split, source_state
-from megabert.data.shards import patience
+from megabert.data.shards import retry
 
 PLAIN = ReadOptions()
 
@@ -142,7 +142,7 @@ def test_a_changed_file_changes_the_state_of_the_source(folder):
 
 
 def test_a_server_that_fails_is_tried_again_and_never_counts_as_damage(folder, serve, monkeypatch):
-    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
     url = serve(failures=2)
     assert read(f"{url}deep/b.jsonl") == read(str(folder / "deep/b.jsonl"))
     for name in ("deep/d.parquet", "deep/b.jsonl", "deep/er/c.json.gz"):
