@@ -253,18 +253,12 @@ def why_not_fused(
 
 
 def why_not_all_fused(
-    name: Literal["auto", "torch", "fused"],
-    device: torch.device,
-    config: MegaBertConfig,
-    bf16: bool,
-    machine: Machine | None = None,
+    device: torch.device, config: MegaBertConfig, bf16: bool, machine: Machine | None = None
 ) -> str | None:
-    """Return why an operation of a model on a GPU would be plain PyTorch's with run.ops `name`, or None.
+    """Return why an operation of a model on a GPU would be plain PyTorch's with run.ops auto, or None.
 
     PyTorch's attention reads the documents' lengths on the host. The config's vocabulary does not matter.
     """
-    if name == "torch":
-        return "run.ops is torch"
     machine = machine or inspect_machine(device)
     for operation in Ops._fields:
         reasons = why_not_fused(operation, device, config, bf16, machine).values()

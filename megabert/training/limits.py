@@ -40,11 +40,18 @@ def why_not_cuda_graphs(recipe: Recipe, ds_config: ResolvedDsConfig, device_type
         return "gradients can be accumulated in fp32 only, and the ds_config sets bf16.enabled or data_types"
     if values.wall_clock_breakdown or values.flops_profiler.enabled:
         return "wall_clock_breakdown or flops_profiler of the ds_config would not see the work"
+    if recipe.run.ops == "torch":
+        return "run.ops is torch, and plain PyTorch's operations cannot be captured"
     if recipe.run.compile:
         return "run.compile is true"
     if recipe.model.padding == "padded":
         return "with model.padding padded a bin has as many rows as documents, and a graph has fixed shapes"
     return None
+
+
+def refusal_of_graphs(reason: str) -> str:
+    """Return the message for run.cuda_graphs true where it cannot be. reason: from why_not_cuda_graphs."""
+    return f"run.cuda_graphs is true, but {reason}. Change that, or set run.cuda_graphs to auto."
 
 
 def why_no_trackers(names: Sequence[str]) -> str | None:

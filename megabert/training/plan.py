@@ -12,7 +12,7 @@ from megabert.kernels.resolve import Implementation, why_not_all_fused
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.training.distributed.device import training_device
 from megabert.training.identity import RunIdentity, fixed_settings
-from megabert.training.limits import why_not_compile, why_not_cuda_graphs
+from megabert.training.limits import refusal_of_graphs, why_not_compile, why_not_cuda_graphs
 from megabert.training.run_schedule import RunSchedule, make_run_schedule
 from megabert.training.updates.optimizers import choose_optimizer
 
@@ -93,8 +93,8 @@ def choose_cuda_graphs(recipe: Recipe, ds_config: ResolvedDsConfig, device: torc
     reason = why_not_cuda_graphs(recipe, ds_config, device.type)
     if reason is None:
         config = MegaBertConfig(hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads)
-        unfused = why_not_all_fused(recipe.run.ops, device, config, ds_config.bf16)
+        unfused = why_not_all_fused(device, config, ds_config.bf16)
         reason = unfused and f"plain PyTorch's operations cannot be captured ({unfused})"
     if reason and wish is True:
-        raise ValueError(f"run.cuda_graphs is true, but {reason}. Change that, or set run.cuda_graphs to auto.")
+        raise ValueError(refusal_of_graphs(reason))
     return reason

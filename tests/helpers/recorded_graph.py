@@ -39,8 +39,8 @@ class Recorder(TorchDispatchMode):
         torch.get_rng_state, torch.set_rng_state = self._get, self._set
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
         torch.get_rng_state, torch.set_rng_state = self.get_state, self.set_state
         for storage, content in self.written.values():
             storage.copy_(content)

@@ -159,6 +159,7 @@ OFFLOADED = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "
         ([], {"data_types": {"grad_accum_dtype": "bf16"}}, "the ds_config sets bf16.enabled or data_types"),
         ([], {"wall_clock_breakdown": True}, "wall_clock_breakdown or flops_profiler of the ds_config"),
         ([], {"flops_profiler": {"enabled": True}}, "wall_clock_breakdown or flops_profiler of the ds_config"),
+        (["--run.ops=torch"], {}, "run.ops is torch, and plain PyTorch's operations cannot be captured"),
         (["--run.compile=true"], {}, "run.compile is true"),
         (["--model.padding=padded"], {}, "with model.padding padded a bin has as many rows as documents"),
     ],
@@ -183,11 +184,10 @@ def test_auto_and_true_choose_graphs_where_all_kernels_are_fused(monkeypatch):
 
 def test_what_a_gpu_can_fuse_decides():
     gpu = Machine(device_type="cuda", capability=(9, 0), installed={"triton": "3.7.1"})
-    assert why_not_all_fused("auto", CUDA, MegaBertConfig(), True, gpu) is None
-    assert why_not_all_fused("torch", CUDA, MegaBertConfig(), True, gpu) == "run.ops is torch"
-    assert "torch_autocast is off" in str(why_not_all_fused("auto", CUDA, MegaBertConfig(), False, gpu))
+    assert why_not_all_fused(CUDA, MegaBertConfig(), True, gpu) is None
+    assert "torch_autocast is off" in str(why_not_all_fused(CUDA, MegaBertConfig(), False, gpu))
     bare = Machine(device_type="cuda", capability=(9, 0), installed={})
-    assert "Triton is not installed" in str(why_not_all_fused("auto", CUDA, MegaBertConfig(), True, bare))
+    assert "Triton is not installed" in str(why_not_all_fused(CUDA, MegaBertConfig(), True, bare))
 
 
 def test_the_setting_may_change_at_a_resume():
