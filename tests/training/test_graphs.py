@@ -1,9 +1,12 @@
 """CUDA graphs of micro-batches: a stand-in on the CPU gives the same bits as the usual step. No GPU has run them."""
 
 import contextlib
+import dataclasses
 import json
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from megabert.training import plan as plan_module
 from megabert.training.distributed import device
 from megabert.training.micro_batch.graph import WARM_UPS, MicroBatchGraph
 from megabert.training.plan import choose_cuda_graphs
+from megabert.training.telemetry.provenance import start_messages
 from tests.helpers.recorded_graph import record
 from tests.helpers.runs import (
     TINY,
@@ -30,6 +34,7 @@ from tests.helpers.runs import (
     start_ranks,
 )
 from tests.model.small import small_model
+from tests.training.test_plan import plan as plan_of_cpu
 
 CUDA = torch.device("cuda")
 # Dropout everywhere, recomputed layers, two lengths, steps of one to four micro-batches, evaluations in between.
@@ -127,6 +132,9 @@ def test_a_failed_capture_says_what_to_set(monkeypatch):
         def __init__(self, *arguments: object, **options: object) -> None:
             super().__init__()
 
+        def __exit__(self, *error: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Graph)
 
@@ -188,6 +196,18 @@ def test_what_a_gpu_can_fuse_decides():
     assert "torch_autocast is off" in str(why_not_all_fused(CUDA, MegaBertConfig(), False, gpu))
     bare = Machine(device_type="cuda", capability=(9, 0), installed={})
     assert "Triton is not installed" in str(why_not_all_fused(CUDA, MegaBertConfig(), True, bare))
+
+
+def test_the_start_of_a_run_on_a_gpu_says_what_was_chosen():
+    def said(**changes: Any) -> list[str]:
+        chosen = dataclasses.replace(plan_of_cpu(), **changes)
+        corpus: Any = SimpleNamespace(tokens=1)
+        return [line for line in start_messages(chosen, corpus, 1, 1, None) if line.startswith("micro-batches: ")]
+
+    assert said(device=CUDA, no_graphs=None) == ["micro-batches: launched as CUDA graphs (not run on a GPU yet)"]
+    reason = "run.compile is true"
+    assert said(device=CUDA, no_graphs=reason) == [f"micro-batches: launched kernel by kernel: {reason}"]
+    assert not said()
 
 
 def test_the_setting_may_change_at_a_resume():

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from megabert.kernels.devices import first_line
+
 
 def training_device() -> torch.device:
     """Return this rank's accelerator, and make it the current device."""
@@ -74,18 +76,21 @@ def warm_up(work: Callable[[], None]) -> None:
 def capture(work: Callable[[], None]) -> Callable[[], None]:
     """Record the kernels that work() launches, without running them, as a CUDA graph. Returns what launches them all.
 
-    Raises ValueError if one of them cannot be recorded. Not run on a GPU yet.
+    Raises ValueError if one of them cannot be recorded, and torch.OutOfMemoryError. Not run on a GPU yet.
     """
     graph = torch.cuda.CUDAGraph()
     try:
         # Not "global": the loader's thread pins memory at any moment, which would end the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             work()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        cause: BaseException = error
+        # After an error the end of the capture fails, too, and says less.
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
         raise ValueError(
-            f"run.cuda_graphs: the micro-batch cannot be captured: {str(error).splitlines()[0]}. Set run.cuda_graphs "
-            "to false."
+            f"run.cuda_graphs: the micro-batch cannot be captured: {first_line(cause)}. Set run.cuda_graphs to false."
         ) from error
     return graph.replay
