@@ -40,7 +40,7 @@ PARTS = [
     Part("speeds", 150, "as launch/estimate.py predicts", parts.speeds),
     Part("kernel times", 110, "60 % of the bandwidth", parts.kernel_times),
     Part("profile", 40, "trace below 16 MiB", parts.where_time_goes),
-    Part("CUDA graphs", 60, f"losses within {parts.SAME_GRAPHS:g} of run.cuda_graphs false", parts.graphs),
+    Part("CUDA graphs", 100, f"losses within {parts.SAME_GRAPHS:g} of run.cuda_graphs false", parts.graphs),
 ]
 REQUIRED = (1, 2, 3, 4, 5, 8)
 
