@@ -19,7 +19,8 @@ def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
     """Draw a seed (1,) int64 from PyTorch's generator of x's device, without synchronising; None without dropout.
 
     torch.manual_seed therefore determines the mask, and activation checkpointing, which restores the generator, repeats
-    it.
+    it. A kernel reads the seed from the device's memory, and torch refreshes the generator there before it replays a
+    CUDA graph, so each replay draws the mask of its own torch.manual_seed.
     """
     if dropout_p == 0.0:
         return None

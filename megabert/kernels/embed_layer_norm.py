@@ -257,7 +257,7 @@ class EmbedLayerNorm(torch.autograd.Function):
         dz, dweight, dbias = backward(dy.contiguous(), ids, tables, weight, mean, rstd, seed, ctx.dropout_p)
         dtables = [scatter_rows(dz, index, table) for index, table in zip(ids, tables, strict=True)]
         if ctx.padding_idx is not None:
-            dtables[0][ctx.padding_idx] = 0
+            dtables[0][ctx.padding_idx].zero_()
         sums = (dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype))
         return *sums, None, None, None, None, None, *[None] * len(ids), *dtables
 

@@ -227,11 +227,7 @@ def resolve(
     plain, has_rope = torch_ops(), config.position == "rope"
     chosen, reasons = {}, {}
     for operation in Ops._fields:
-        why_not: dict[str, str | None] = {}
-        if name != "torch":
-            if operation == "attention":
-                why_not["flash-attn"] = why_not_flash(device, config, bf16, machine)
-            why_not["Triton"] = why_not_triton(operation, config, bf16, machine)
+        why_not = {} if name == "torch" else why_not_fused(operation, device, config, bf16, machine)
         chosen[operation] = next((source for source, reason in why_not.items() if reason is None), "PyTorch")
         reasons[operation] = [reason for reason in why_not.values() if reason]
         if name == "fused" and chosen[operation] == "PyTorch":
@@ -246,6 +242,29 @@ def resolve(
     if "Triton" in chosen.values():
         sources["Triton"] = triton_ops()
     return Ops(**{operation: getattr(sources[source], operation) for operation, source in chosen.items()})
+
+
+def why_not_fused(
+    operation: str, device: torch.device, config: MegaBertConfig, bf16: bool, machine: Machine
+) -> dict[str, str | None]:
+    """Return each fused implementation of an operation, fastest first, with the reason why it cannot run, or None."""
+    flash = {"flash-attn": why_not_flash(device, config, bf16, machine)} if operation == "attention" else {}
+    return flash | {"Triton": why_not_triton(operation, config, bf16, machine)}
+
+
+def why_not_all_fused(
+    device: torch.device, config: MegaBertConfig, bf16: bool, machine: Machine | None = None
+) -> str | None:
+    """Return why an operation of a model on a GPU would be plain PyTorch's with run.ops auto, or None.
+
+    PyTorch's attention reads the documents' lengths on the host. The config's vocabulary does not matter.
+    """
+    machine = machine or inspect_machine(device)
+    for operation in Ops._fields:
+        reasons = why_not_fused(operation, device, config, bf16, machine).values()
+        if None not in reasons:
+            return "; ".join(reason for reason in reasons if reason)
+    return None
 
 
 def slow_choices(attention: str, bf16: bool, machine: Machine) -> list[str]:

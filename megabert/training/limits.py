@@ -3,6 +3,9 @@
 import importlib.util
 from collections.abc import Sequence
 
+from megabert.config.ds_config import ResolvedDsConfig
+from megabert.config.recipe import Recipe
+
 
 def why_not_compile(device_type: str, zero_stage: int) -> str | None:
     """Return why torch.compile cannot be applied to the whole model, or None. Not run on a GPU yet."""
@@ -17,6 +20,38 @@ def why_not_compile(device_type: str, zero_stage: int) -> str | None:
             "or set run.compile false."
         )
     return None
+
+
+def why_not_cuda_graphs(recipe: Recipe, ds_config: ResolvedDsConfig, device_type: str) -> str | None:
+    """Return why a micro-batch cannot be launched as one CUDA graph, or None. Not run on a GPU yet.
+
+    The kernels may object too: kernels/resolve.py, why_not_all_fused.
+    """
+    values = ds_config.values
+    if device_type != "cuda":
+        return f"this device is a {device_type}, and only CUDA devices have graphs"
+    if ds_config.zero_stage == 2:
+        return "ZeRO 2 reduces gradients within every backward pass (ds_configs/zero1.json does so once a step)"
+    if ds_config.zero_stage == 3:
+        return "ZeRO 3 fetches weights in every layer (ds_configs/zero1.json keeps them)"
+    if ds_config.offloads_optimizer:
+        return "the ds_config offloads the optimizer"
+    if values.bf16.enabled or values.data_types.grad_accum_dtype not in (None, "fp32"):
+        return "gradients can be accumulated in fp32 only, and the ds_config sets bf16.enabled or data_types"
+    if values.wall_clock_breakdown or values.flops_profiler.enabled:
+        return "wall_clock_breakdown or flops_profiler of the ds_config would not see the work"
+    if recipe.run.ops == "torch":
+        return "run.ops is torch, and plain PyTorch's operations cannot be captured"
+    if recipe.run.compile:
+        return "run.compile is true"
+    if recipe.model.padding == "padded":
+        return "with model.padding padded a bin has as many rows as documents, and a graph has fixed shapes"
+    return None
+
+
+def refusal_of_graphs(reason: str) -> str:
+    """Return the message for run.cuda_graphs true where it cannot be. reason: from why_not_cuda_graphs."""
+    return f"run.cuda_graphs is true, but {reason}. Change that, or set run.cuda_graphs to auto."
 
 
 def why_no_trackers(names: Sequence[str]) -> str | None:

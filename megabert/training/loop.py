@@ -2,7 +2,6 @@
 
 import gc
 import json
-import math
 import time
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch.distributed
 from megabert.config.ds_config import DsConfig
 from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
-from megabert.data.stream import DROPOUT, Position, philox
+from megabert.data.stream import Position
 from megabert.files.atomic import write_atomically
 from megabert.process.exit_codes import EXIT_REQUEUE
 from megabert.training.checkpointing import resume
@@ -27,8 +26,9 @@ from megabert.training.engine import start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, evaluate
 from megabert.training.feed import Feed
 from megabert.training.micro_batch.choose import resolve_micro_batch
+from megabert.training.micro_batch.step import eager_step, graph_step
 from megabert.training.plan import RunPlan, make_plan
-from megabert.training.run import Run, TrainState, build_run
+from megabert.training.run import Run, TrainState, build_run, open_graph
 from megabert.training.run_schedule import lr_factor
 from megabert.training.telemetry.flops import step_flops
 from megabert.training.updates.optimizers import peak_lr
@@ -137,26 +137,13 @@ def take_step(run: Run, batches: list[PackedBatch], num_masked: torch.Tensor) ->
 
     num_masked: all ranks' number, from `sum_masked`.
     """
-    engine, timer = run.engine, run.meter.timer
-    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     run.gate.start_step()
-    for batch in batches:
-        seed_dropout(run.plan.recipe.run.seed, batch.index)
-        # Set explicitly, because DeepSpeed's own count of micro-batches is wrong during a batch warm-up.
-        engine.set_gradient_accumulation_boundary(batch is batches[-1])
-        with timer.time("forward"):
-            output = engine(**batch.model_inputs(engine.device))
-            # The mean over all masked tokens of the global batch; the factor undoes DeepSpeed's average over ranks.
-            scale = run.plan.world_size / num_masked
-            # A non-finite loss may have finite gradients. Multiplied by NaN, they make the guard skip the update on
-            # every rank.
-            loss = output.loss_sum * torch.where(output.loss_sum.isfinite(), scale, math.nan)
-        with timer.time("backward"):
-            engine.backward(loss, scale_wrt_gas=False)
-        with timer.time("optimizer"):
-            engine.step()
-        sums += torch.stack([part.detach().double() for part in output])
-    return sums
+    # The loss is the mean over all masked tokens of the global batch; DeepSpeed takes the average over ranks.
+    scale = run.plan.world_size / num_masked
+    seed, timed = run.plan.recipe.run.seed, run.meter.timer.time
+    if run.graph is None:
+        return eager_step(run.engine, batches, scale, seed, timed)
+    return graph_step(run.engine, run.graph, batches, scale, seed, timed)
 
 
 def sum_masked(run: Run, loaded: list[tuple[PackedBatch, int, Position]] | None) -> torch.Tensor | None:
@@ -170,11 +157,6 @@ def sum_masked(run: Run, loaded: list[tuple[PackedBatch, int, Position]] | None)
     deepspeed.comm.all_reduce(packed)
     # A batch without a masked token has a loss of 0, not 0 / 0.
     return None if without_batches.item() else total.clamp(min=1)
-
-
-def seed_dropout(seed: int, index: int) -> None:
-    """Make a bin's dropout a function of (seed, index), on whichever rank it is computed."""
-    torch.manual_seed(int(philox(seed, DROPOUT, index).integers(1 << 63)))
 
 
 def finish_step(run: Run, batches: list[PackedBatch], before: dict[int, Position], sums: torch.Tensor) -> str | None:
@@ -246,10 +228,12 @@ def roll_back(run: Run) -> None:
             f"not the cause. Lower optimizer.lr, or look at {SKIPPED}."
         )
     run.gate.detach()
+    run.graph = None
     run.engine.destroy()
     del run.engine
     gc.collect()
     run.engine = start_engine(plan, run.feed.corpus, run.gate, checkpoint)
+    run.graph = open_graph(plan, run.engine)
     state.roll_back(checkpoint.state, checkpoint.positions)
     run.feed.open(state.positions, state.next_index)
     if run.reporter is not None:

@@ -8,10 +8,11 @@ import torch
 from megabert.config.ds_config import DsConfig, ResolvedDsConfig
 from megabert.config.recipe import Recipe
 from megabert.kernels.devices import has_fast_bf16
-from megabert.kernels.resolve import Implementation
+from megabert.kernels.resolve import Implementation, why_not_all_fused
+from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.training.distributed.device import training_device
 from megabert.training.identity import RunIdentity, fixed_settings
-from megabert.training.limits import why_not_compile
+from megabert.training.limits import refusal_of_graphs, why_not_compile, why_not_cuda_graphs
 from megabert.training.run_schedule import RunSchedule, make_run_schedule
 from megabert.training.updates.optimizers import choose_optimizer
 
@@ -28,6 +29,8 @@ class RunPlan:
     world_size: int
     schedule: RunSchedule
     identity: RunIdentity
+    no_graphs: str | None
+    """why micro-batches are not launched as CUDA graphs; None: they are"""
 
     @property
     def output_dir(self) -> Path:
@@ -75,4 +78,23 @@ def make_plan(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -
         world_size=world_size,
         schedule=schedule,
         identity=identity,
+        no_graphs=choose_cuda_graphs(recipe, resolved, device),
     )
+
+
+def choose_cuda_graphs(recipe: Recipe, ds_config: ResolvedDsConfig, device: torch.device) -> str | None:
+    """Return why micro-batches are not launched as CUDA graphs, or None.
+
+    Raises ValueError if they must be (run.cuda_graphs true) and cannot.
+    """
+    wish, model = recipe.run.cuda_graphs, recipe.model
+    if wish is False:
+        return "run.cuda_graphs is false"
+    reason = why_not_cuda_graphs(recipe, ds_config, device.type)
+    if reason is None:
+        config = MegaBertConfig(hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads)
+        unfused = why_not_all_fused(device, config, ds_config.bf16)
+        reason = unfused and f"plain PyTorch's operations cannot be captured ({unfused})"
+    if reason and wish is True:
+        raise ValueError(refusal_of_graphs(reason))
+    return reason

@@ -30,6 +30,7 @@ from megabert.training.engine import model_of, start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, open_held_out
 from megabert.training.feed import Feed, stream_config
 from megabert.training.limits import why_no_trackers
+from megabert.training.micro_batch.graph import MicroBatchGraph
 from megabert.training.plan import RunPlan
 from megabert.training.run_schedule import part_of_time, shared_batches
 from megabert.training.telemetry import probe
@@ -89,13 +90,15 @@ class TrainState:
 
 @dataclass
 class Run:
-    """All parts of a run. A rollback replaces the engine; the other services stay."""
+    """All parts of a run. A rollback replaces the engine and the graph; the other services stay."""
 
     plan: RunPlan
     state: TrainState
     feed: Feed
     held_out: HeldOut
     engine: deepspeed.DeepSpeedEngine
+    graph: MicroBatchGraph | None
+    """None: micro-batches are computed through the engine"""
     gate: UpdateGate
     writer: CheckpointWriter
     signals: StopSignals
@@ -183,6 +186,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
         feed=feed,
         held_out=held_out,
         engine=engine,
+        graph=open_graph(plan, engine),
         gate=gate,
         writer=open_writer(plan, size, reporter),
         signals=signals,
@@ -256,6 +260,11 @@ def open_reporter(plan: RunPlan, step: int) -> Reporter:
     folder.mkdir(parents=True, exist_ok=True)
     open_ones = open_trackers(plan.recipe.run.trackers, folder, step, redact_all(plan.recipe.to_dict()))
     return Reporter(folder, plan.schedule.total_steps, step, open_ones)
+
+
+def open_graph(plan: RunPlan, engine: deepspeed.DeepSpeedEngine) -> MicroBatchGraph | None:
+    """Prepare the CUDA graph of the engine's micro-batches, if the plan has one."""
+    return MicroBatchGraph(model_of(engine), plan.ds_config.bf16) if plan.no_graphs is None else None
 
 
 def open_writer(plan: RunPlan, num_parameters: int, reporter: Reporter | None) -> CheckpointWriter:

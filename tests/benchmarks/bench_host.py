@@ -147,7 +147,7 @@ def engine_step(stage: int, batches: list[PackedBatch]) -> Callable[[], None]:
         buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         settings["zero_optimization"] = settings["zero_optimization"] | buckets
     engine = engine_module.build_engine(plan, model, settings, gate)
-    run: Any = SimpleNamespace(plan=plan, engine=engine, gate=gate, meter=Meter(None))
+    run: Any = SimpleNamespace(plan=plan, engine=engine, graph=None, gate=gate, meter=Meter(None))
     num_masked = torch.tensor(float(TOKENS))
 
     def step() -> None:

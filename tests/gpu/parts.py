@@ -22,6 +22,8 @@ STAGES = ("0", "1", "2")
 MOST_WAITS = 7
 # Differences of losses: fp32 on the GPU and on the CPU; bf16 by kernels and by PyTorch; ZeRO 0 and 2.
 SAME_FP32, SAME_BF16, SAME_STAGES = 1e-3, 0.02, 1e-5
+# The same kernels with and without CUDA graphs: cuBLAS may choose another algorithm, with another order of sums.
+SAME_GRAPHS = 1e-3
 
 
 class Outcome(NamedTuple):
@@ -136,11 +138,11 @@ def kernels(setup: Setup) -> Outcome:
 
 
 def host_waits(setup: Setup) -> Outcome:
-    """The host's waits for the GPU in the third step, at each ZeRO stage."""
+    """The host's waits for the GPU in the fifth step, at each ZeRO stage."""
     found: dict[str, object] = {}
     counts = []
     for stage in STAGES:
-        flags = setup.flags("mosaicbert-base", "--run.max_steps=3")
+        flags = setup.flags("mosaicbert-base", "--run.max_steps=5")
         setup.run([sys.executable, "-m", "tests.gpu.steps", "waits", stage, str(setup.out), *flags])
         found[f"zero{stage}"] = report = json.loads((setup.out / f"waits{stage}.json").read_text())
         counts.append(report["waits"])
@@ -244,9 +246,34 @@ def kernel_times(setup: Setup) -> Outcome:
 
 def where_time_goes(setup: Setup) -> Outcome:
     """The fifteen kernels of a step that take longest."""
-    flags = setup.flags("mosaicbert-base", "--run.max_steps=3")
+    flags = setup.flags("mosaicbert-base", "--run.max_steps=5")
     setup.run([sys.executable, "-m", "tests.gpu.steps", "profile", "1", str(setup.out), *flags])
     found = json.loads((setup.out / "profile1.json").read_text())
     size = (setup.out / "trace.json").stat().st_size
     first = re.sub(r"[<(].*", "", next(iter(found["top_ms"])))
     return Outcome(size < 16 * 2**20, f"first {first}, trace {size / 2**20:.1f} MiB", found)
+
+
+def graphs(setup: Setup) -> Outcome:
+    """Losses and tokens/s with run.cuda_graphs true and false, with dropout and recomputed layers; ZeRO 0 and 1."""
+    more = ["--model.hidden_dropout=0.1", "--model.gradient_checkpointing=every_2", "--run.eval_tokens=1024"]
+    flags = setup.flags("quickstart", f"--run.max_steps={6 if setup.dry else 40}", *more)
+    flags = last_of_each([*flags, f"--run.ops={'torch' if setup.dry else 'auto'}"])
+    found: dict[str, object] = {}
+    differences, speeds_up = [], []
+    for stage in ("0", "1"):
+        curve: dict[str, list[float]] = {}
+        speed: dict[str, float] = {}
+        # A CPU has no graphs.
+        for wish in ("false", "auto" if setup.dry else "true"):
+            points = setup.train(
+                f"zero{stage}-{wish}", [*flags, f"--run.cuda_graphs={wish}"], precise(setup.out, stage, True)
+            )
+            curve[wish] = losses(points)
+            speed[wish] = [point["tokens_per_s"] for point in points if "tokens_per_s" in point][-1]
+        eager, graph = curve.values()
+        differences.append(largest_difference(graph, eager))
+        speeds_up.append(speed[wish] / speed["false"])
+        found[f"zero{stage}"] = {"losses": curve, "tokens_per_s": speed}
+    far, faster = (", ".join(map("{:.2g}".format, values)) for values in (differences, speeds_up))
+    return Outcome(max(differences) <= SAME_GRAPHS, f"differences {far}, speed x {faster}", found)

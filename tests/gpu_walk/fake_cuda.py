@@ -34,6 +34,7 @@ class Log(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.on = False
+        self.capturing = False
         self.answer = 0.0  # what the host reads from the device
         self.live = 0  # bytes of the device's tensors
         self.peak = 0  # the most of them so far
@@ -49,8 +50,14 @@ class Log(TorchDispatchMode):
         """of matrix products outside MegaBERT's own operations"""
         self.wide_products = 0
         """matrix products in another precision than bf16"""
+        self.captured = 0
+        """operations on the device while `capturing`"""
+        self.not_captured: Counter[str] = Counter()
+        """what a graph would repeat with old values, or cannot do: values read by the host or taken from it"""
 
     def wait(self, kind: str) -> None:
+        if self.capturing:
+            self.not_captured[f"{kind} {_caller()}"] += 1
         if self.on:
             self.waits[f"{kind} {_caller()}"] += 1
 
@@ -59,10 +66,15 @@ class Log(TorchDispatchMode):
         out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         self._count_bytes(outputs)
-        if not self.on:
+        if not (self.on or self.capturing):
             return out
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         devices = {tensor.device.type for tensor in inputs + outputs}
+        if self.capturing:
+            self.captured += "cuda" in devices
+            # Even one that does not wait: a graph would copy from the old address.
+            self.not_captured[f"{func} {_caller()}"] += devices == {"cpu", "cuda"}
+            return out
         # A number on the host may take part in an operation on the device, unless it is copied there.
         copied = [tensor for tensor in inputs + outputs if tensor.dim() or "copy" in str(func)]
         if devices == {"cpu", "cuda"} and any(tensor.device.type == "cpu" for tensor in copied):
@@ -224,6 +236,14 @@ def _reading(kind: str, value: Callable[[torch.Tensor], Any]) -> Callable[..., A
     return read
 
 
+def capture(work: Callable[[], None]) -> Callable[[], None]:
+    """Do work(), and log what of it cannot be in a CUDA graph. Returns a replay that does nothing."""
+    LOG.capturing = True
+    work()
+    LOG.capturing = False
+    return lambda: None
+
+
 def _answers(tensor: torch.Tensor) -> Any:
     return np.full(tensor.shape, LOG.answer).tolist()
 
@@ -248,6 +268,7 @@ def install() -> None:
     fake.item, fake.tolist = _reading("item", lambda tensor: LOG.answer), _reading("tolist", _answers)
     for kind, convert in (("float", float), ("int", int), ("bool", bool)):
         setattr(fake, f"__{kind}__", _reading(kind, lambda tensor, convert=convert: convert(LOG.answer)))
+    fake.data_ptr = lambda tensor: tensor.untyped_storage()._cdata
     # A small constant would be remembered and read without the device.
     fake_tensor.CONSTANT_NUMEL_LIMIT = 0  # pyrefly: ignore[bad-assignment]
     torch.Tensor.record_stream = lambda tensor, stream: None  # pyrefly: ignore[bad-assignment]

@@ -38,6 +38,7 @@ OF_STAGE_0 = {
 EPILOGUE = "synchronize deepspeed/runtime/zero/stage_1_and_2.py:independent_gradient_partition_epilogue"
 COPY = "copy deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace"
 JUDGES = "read(bool) deepspeed/runtime/utils.py:is_invalid_grad_norm"
+FLUSH = "synchronize deepspeed/runtime/engine.py:_flush_coalesced_reduction_zero12"
 OF_ZERO = {
     "read(float) megabert/training/distributed/deepspeed_compat.py:<lambda>": "the guard, as at stage 0",
     EPILOGUE: "DeepSpeed reduces the last gradients",
@@ -102,6 +103,15 @@ def predicted_memory(recipe: str, stage: int, ranks: int, found: dict[str, Any])
     return memory_of_rank(model, batch, vocab_size=found["vocabulary"], zero_stage=stage, ranks=ranks)
 
 
+def check_graph(found: dict[str, Any], allowed: dict[str, int], eager_launches: float) -> None:
+    """Check a captured micro-batch and a step of replays. FLUSH waits for a stream that has nothing to do yet."""
+    assert found["captured"] > eager_launches
+    assert found["not_captured"] == {}, "a graph would repeat these with old values"
+    assert {wait: count for wait, count in found["waits"].items() if count > allowed.get(wait, 0)} == {}
+    # What is left is the reduction and the update.
+    assert found["launches_per_micro_batch"] < eager_launches / 2
+
+
 @pytest.mark.parametrize(
     ("recipe", "stage", "ranks", "layers"),
     [
@@ -131,5 +141,7 @@ def test_a_step_on_a_gpu(library, recipe, stage, ranks, layers):
     memory = predicted_memory(recipe, stage, ranks, found)
     assert found["kept_bytes"] == pytest.approx(memory.kept, rel=0.1)
     assert found["peak_bytes"] <= memory.states + memory.kept + memory.work <= 1.25 * found["peak_bytes"]
+    if stage < 2 and recipe != "bert-base":
+        check_graph(found["graph"], allowed | ({FLUSH: 1} if stage else {}), found["launches_per_micro_batch"])
     if stage == 1:
         assert found["launches_per_micro_batch"] == pytest.approx(LAUNCHES[recipe, ranks, layers], rel=0.05)

@@ -3,7 +3,7 @@
     LD_PRELOAD=LIBRARY python tests/gpu_walk/walk.py RECIPE ZERO_STAGE RANKS MICRO_BATCHES LAYERS
 
 It is rank 0 of RANKS, whose collectives do nothing. The first step warms up, the second is the one that is described,
-and an evaluation after it.
+and an evaluation after it; then, where run.cuda_graphs can be true, the capture of a micro-batch and a step of replays.
 """
 
 import contextlib
@@ -30,8 +30,10 @@ from megabert.kernels.resolve import triton_ops
 from megabert.model.layers import Block
 from megabert.training import engine as engine_module
 from megabert.training import loop
-from megabert.training.distributed import deepspeed_compat
+from megabert.training.distributed import deepspeed_compat, device
 from megabert.training.evaluate import evaluate
+from megabert.training.limits import why_not_cuda_graphs
+from megabert.training.micro_batch.graph import WARM_UPS, MicroBatchGraph
 from megabert.training.plan import make_plan
 from megabert.training.run import TrainState
 from megabert.training.telemetry.flops import step_flops
@@ -96,6 +98,7 @@ def start(recipe_name: str, stage: int, ranks: int, micro_batches: int, layers: 
             "batch_warmup_from": None,
         },
         model={"num_hidden_layers": layers},
+        run={"cuda_graphs": False},
     )
     plan = make_plan(recipe, read_ds_config(ds_config_path(f"zero{stage}")), 0, ranks)
     engine_module.resolve = lambda *arguments: triton_ops()  # pyrefly: ignore[bad-assignment]
@@ -109,6 +112,7 @@ def start(recipe_name: str, stage: int, ranks: int, micro_batches: int, layers: 
         plan=plan,
         state=state,
         engine=engine_module.build_engine(plan, model, plan.ds_config.settings, gate),
+        graph=None,
         gate=gate,
         batches=made,
         meter=Meter(fake_cuda.Event),
@@ -197,6 +201,22 @@ def walk(run: types.SimpleNamespace) -> dict[str, Any]:
     return found | {"residual": sorted(residual), "reduced": sorted(reduced), "gradients": sorted(gradients)}
 
 
+def walk_graph(run: types.SimpleNamespace) -> dict[str, Any]:
+    """Take steps with a CUDA graph and describe the last, which only replays it."""
+    device.warm_up, device.capture = lambda work: work(), fake_cuda.capture
+    run.graph = MicroBatchGraph(run.engine.module, run.plan.ds_config.bf16)
+    steps = -(-(WARM_UPS + 1) // len(run.batches))
+    run.feed = ((batch, 0, Position()) for _ in range(steps + 1) for batch in run.batches)
+    LOG.reset()
+    for _ in range(steps):
+        loop.train_step(run)
+    found = {"captured": LOG.captured, "not_captured": {name: n for name, n in LOG.not_captured.items() if n}}
+    LOG.on = True
+    loop.train_step(run)
+    LOG.on = False
+    return found | {"waits": dict(LOG.waits), "launches_per_micro_batch": sum(LOG.launches.values()) / len(run.batches)}
+
+
 def main() -> None:
     fake_cuda.install()
     with fake_cuda.fake_device(), LOG:
@@ -206,6 +226,9 @@ def main() -> None:
         LOG.on, LOG.answer = True, 1.0  # a count to divide by
         evaluate(run.engine, run.batches)
         found["evaluation_waits"] = dict(LOG.waits)
+        LOG.on, LOG.answer = False, 0.0
+        if why_not_cuda_graphs(run.plan.recipe, run.plan.ds_config, "cuda") is None:
+            found["graph"] = walk_graph(run)
         sys.stdout.write(json.dumps(found) + "\n")
 
 

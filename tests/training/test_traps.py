@@ -43,6 +43,7 @@ TRAPS = {
         f"{COMPAT} zero_norm_reader: the engine has the last step's norm, ZeRO this one's",
     ),
     "one_rank_is_reduced": ([True, False], f"{COMPAT} skip_reduction_of_one_rank"),
+    "gradients_move": (True, f"{COMPAT} reduce_once: a graph's gradients stay where they are"),
     "numel_at_stage_3": ([0, 0], f"{COMPAT} num_parameters"),
     "mistyped_stage": (0, "config/ds_config.py KNOWN_KEYS: it would train at stage 0 without a message"),
     "autocast_reduces_in": ("torch.bfloat16", "ds_configs: lower_precision_safe_modules []"),

@@ -212,6 +212,19 @@ def one_rank_is_reduced() -> list[bool]:
     return found
 
 
+def gradients_move() -> bool:
+    """Return whether reducing at stage 1 lets the tensors of gradients point at other memory."""
+    engine = engine_with(**zero(1))
+    gradients = [torch.ones_like(parameter) for parameter in engine.module.parameters()]
+    addresses = [gradient.data_ptr() for gradient in gradients]
+    for parameter, gradient in zip(engine.module.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    engine.set_gradient_accumulation_boundary(True)
+    with engine.coalesce_grad_reduction():
+        pass
+    return [gradient.data_ptr() for gradient in gradients] != addresses
+
+
 def numel_at_stage_3() -> list[int]:
     return [parameter.numel() for parameter in engine_with(**zero(3)).module.parameters()]
 
@@ -285,6 +298,7 @@ def main() -> None:
         "norm_at_stage_0": norm_at_stage_0(),
         "norm_within_step": norm_within_step(),
         "one_rank_is_reduced": one_rank_is_reduced(),
+        "gradients_move": gradients_move(),
         "numel_at_stage_3": numel_at_stage_3(),
         "mistyped_stage": mistyped_stage(),
         "autocast_reduces_in": autocast_reduces_in(),

@@ -104,6 +104,25 @@ def skip_reduction_of_one_rank(engine: deepspeed.DeepSpeedEngine) -> None:
     engine.enable_backward_allreduce = False
 
 
+def reduce_once(engine: deepspeed.DeepSpeedEngine, gradients: list[torch.Tensor]) -> None:
+    """Give the engine a step's gradients, and reduce them over the ranks as its last backward would. At ZeRO 0 and 1.
+
+    gradients: summed over this rank's micro-batches, one for each of the module's parameters; their memory stays the
+    caller's. Canary: gradients_move.
+    """
+    model: Any = engine.module
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        # Another tensor of the same memory: ZeRO lets the tensor that it gets point at a buffer of its own.
+        parameter.grad = gradient.detach()
+    engine.set_gradient_accumulation_boundary(True)
+    if engine.zero_optimization_stage() > 0:
+        # It reduces when the block ends.
+        with engine.coalesce_grad_reduction():
+            pass
+    elif engine.enable_backward_allreduce:
+        engine.allreduce_gradients()
+
+
 def num_parameters(model: nn.Module) -> int:
     """Count the whole model's parameters, also those that ZeRO 3 has partitioned. Canary: numel_at_stage_3."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())

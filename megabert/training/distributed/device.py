@@ -2,10 +2,13 @@
 
 import os
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+
+from megabert.kernels.devices import first_line
 
 
 def training_device() -> torch.device:
@@ -59,3 +62,35 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return get_accelerator().max_memory_allocated()
+
+
+def warm_up(work: Callable[[], None]) -> None:
+    """Do work that will be captured on a stream of its own, as torch asks for; it then compiles and allocates."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture(work: Callable[[], None]) -> Callable[[], None]:
+    """Record the kernels that work() launches, without running them, as a CUDA graph. Returns what launches them all.
+
+    Raises ValueError if one of them cannot be recorded, and torch.OutOfMemoryError. Not run on a GPU yet.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Not "global": the loader's thread pins memory at any moment, which would end the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+    except RuntimeError as error:
+        cause: BaseException = error
+        # After an error the end of the capture fails, too, and says less.
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
+        raise ValueError(
+            f"run.cuda_graphs: the micro-batch cannot be captured: {first_line(cause)}. Set run.cuda_graphs to false."
+        ) from error
+    return graph.replay

@@ -46,6 +46,11 @@ def start_messages(
         f"streams; {length} of {plan.schedule.batches_per_step} x {recipe.data.bin_tokens} token slots"
     )
     yield f"optimizer: {recipe.optimizer.name} from {plan.optimizer.source} ({plan.optimizer.reason})"
+    if plan.device.type == "cuda":
+        how = (
+            "as CUDA graphs (not run on a GPU yet)" if plan.no_graphs is None else f"kernel by kernel: {plan.no_graphs}"
+        )
+        yield f"micro-batches: launched {how}"
     if checkpoint is not None:
         state = checkpoint.state
         done = f" of {plan.schedule.total_steps}" if hours is None else f", {state.wall_seconds / 3600:.2f} hours"

@@ -132,6 +132,9 @@ MISTAKES = {
     "StableAdamW": (["--optimizer.name=stable_adamw"], {}, "ZeRO 1 gives it flat pieces"),
     "Muon": (["--optimizer.name=muon"], {}, "ZeRO clips the orthogonalized updates"),
     "compile": (["--run.compile=true"], {"ds_config": "zero3"}, "run.compile true at ZeRO 3"),
+    "CUDA graphs": (
+        ["--run.cuda_graphs=true", "--run.ops=auto"], {"ds_config": "zero2"}, "ZeRO 2 reduces gradients within every",
+    ),
 }  # fmt: skip
 
 
