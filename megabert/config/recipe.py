@@ -130,7 +130,7 @@ class RunConfig:
     """kernels. auto: the fastest that run on this device; torch: plain PyTorch; fused: fused kernels, or an error"""
     compile: bool = False
     """apply torch.compile to the whole model; on a GPU, below ZeRO stage 3"""
-    cuda_graphs: bool | Literal["auto"] = setting("auto", may_change=True)
+    cuda_graphs: bool | Literal["auto"] = setting(False, may_change=True)
     """launch a micro-batch's forward and backward pass as one CUDA graph, with the same results. auto: where that is
     possible; true: refuse to start where it is not. Needs a GPU, fused kernels and ZeRO stage 0 or 1; not run on a GPU
     yet"""

@@ -87,14 +87,14 @@ def choose_cuda_graphs(recipe: Recipe, ds_config: ResolvedDsConfig, device: torc
 
     Raises ValueError if they must be (run.cuda_graphs true) and cannot.
     """
-    wish, model = recipe.run.cuda_graphs, recipe.model
-    if wish is False:
+    wanted, model = recipe.run.cuda_graphs, recipe.model
+    if wanted is False:
         return "run.cuda_graphs is false"
     reason = why_not_cuda_graphs(recipe, ds_config, device.type)
     if reason is None:
         config = MegaBertConfig(hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads)
         unfused = why_not_all_fused(device, config, ds_config.bf16)
         reason = unfused and f"plain PyTorch's operations cannot be captured ({unfused})"
-    if reason and wish is True:
+    if reason and wanted is True:
         raise ValueError(refusal_of_graphs(reason))
     return reason

@@ -158,7 +158,7 @@ def test_every_setting_has_an_answer_to_whether_it_may_change_at_a_resume():
     run = {
         "output_dir", "log_every_steps", "eval_every_steps", "eval_tokens", "save_every_steps", "keep_checkpoints",
         "keep_every_steps", "keep_best", "async_save", "resume", "trackers", "max_norm_ratio", "rollback_after", "ops",
-        "branch_from", "hang_timeout_s",
+        "branch_from", "hang_timeout_s", "cuda_graphs",
     }  # fmt: skip
     model = {"gradient_checkpointing", "init_from"}
     assert may_change == {f"model.{n}" for n in model} | {f"probe.{n}" for n in probe} | {f"data.{n}" for n in data} | {

@@ -265,15 +265,15 @@ def graphs(setup: Setup) -> Outcome:
         curve: dict[str, list[float]] = {}
         speed: dict[str, float] = {}
         # A CPU has no graphs.
-        for wish in ("false", "auto" if setup.dry else "true"):
+        for choice in ("false", "auto" if setup.dry else "true"):
             points = setup.train(
-                f"zero{stage}-{wish}", [*flags, f"--run.cuda_graphs={wish}"], precise(setup.out, stage, True)
+                f"zero{stage}-{choice}", [*flags, f"--run.cuda_graphs={choice}"], precise(setup.out, stage, True)
             )
-            curve[wish] = losses(points)
-            speed[wish] = [point["tokens_per_s"] for point in points if "tokens_per_s" in point][-1]
+            curve[choice] = losses(points)
+            speed[choice] = [point["tokens_per_s"] for point in points if "tokens_per_s" in point][-1]
         eager, graph = curve.values()
         differences.append(largest_difference(graph, eager))
-        speeds_up.append(speed[wish] / speed["false"])
+        speeds_up.append(speed[choice] / speed["false"])
         found[f"zero{stage}"] = {"losses": curve, "tokens_per_s": speed}
     far, faster = (", ".join(map("{:.2g}".format, values)) for values in (differences, speeds_up))
     return Outcome(max(differences) <= SAME_GRAPHS, f"differences {far}, speed x {faster}", found)

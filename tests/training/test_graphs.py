@@ -148,7 +148,9 @@ def test_a_failed_capture_says_what_to_set(monkeypatch):
 
 
 def chosen(*flags: str, on: torch.device = CUDA, **ds_config: object) -> str | None:
-    recipe, _ = RecipeParser("pretrain", "").read(last_of_each([*TINY, "--run.max_steps=10", "--run.ops=auto", *flags]))
+    recipe, _ = RecipeParser("pretrain", "").read(
+        last_of_each([*TINY, "--run.max_steps=10", "--run.ops=auto", "--run.cuda_graphs=auto", *flags])
+    )
     settings = {"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": True}} | ds_config
     return choose_cuda_graphs(recipe, ResolvedDsConfig(settings), on)
 
@@ -199,15 +201,15 @@ def test_what_a_gpu_can_fuse_decides():
 
 
 def test_the_start_of_a_run_on_a_gpu_says_what_was_chosen():
-    def said(**changes: Any) -> list[str]:
+    def lines(**changes: Any) -> list[str]:
         chosen = dataclasses.replace(plan_of_cpu(), **changes)
         corpus: Any = SimpleNamespace(tokens=1)
         return [line for line in start_messages(chosen, corpus, 1, 1, None) if line.startswith("micro-batches: ")]
 
-    assert said(device=CUDA, no_graphs=None) == ["micro-batches: launched as CUDA graphs (not run on a GPU yet)"]
+    assert lines(device=CUDA, no_graphs=None) == ["micro-batches: launched as CUDA graphs (not run on a GPU yet)"]
     reason = "run.compile is true"
-    assert said(device=CUDA, no_graphs=reason) == [f"micro-batches: launched kernel by kernel: {reason}"]
-    assert not said()
+    assert lines(device=CUDA, no_graphs=reason) == [f"micro-batches: launched kernel by kernel: {reason}"]
+    assert not lines()
 
 
 def test_the_setting_may_change_at_a_resume():
