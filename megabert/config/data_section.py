@@ -93,7 +93,7 @@ class DataConfig:
     store_patience_s: float = setting(900.0, "[1, 86400]", may_change=True)
     """how long to try again where a store or a server fails, seconds; then the run ends with exit code 75"""
     cache_gb: int = setting(64, "[1, 1048576]", may_change=True)
-    """size limit of cache_dir, GiB; should hold one shard per stream of this machine's ranks; 5 % of its disk stay free"""
+    """size limit of cache_dir, GiB; should hold one shard per stream of this machine's ranks"""
 
     def __post_init__(self):
         check_limits(self, "data.")
