@@ -29,7 +29,7 @@ KEPT_SHARE, FREED_BLOCKS = 0.9, 64
 # What the cache leaves free of a disk, which checkpoints and logs may need.
 FREE_SHARE = 0.05
 # Processes wait for each other's requests at one of so many locks, but no longer than a request usually takes.
-LOCKS, POLL_S = 256, 0.02
+LOCKS, POLL_S = 1024, 0.02
 # A block is marked as read at most this often.
 TOUCH_EVERY_S = 60.0
 # A process that has fetched this share of the cache's limit, but read less than half of that, fetches chunks alone.
@@ -109,7 +109,7 @@ class BlockReader:
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             number = int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % LOCKS
-            descriptor = os.open(self._folder / f"blocks-{number:02x}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(self._folder / f"blocks-{number:03x}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             until = time.monotonic() + retry.SLOW_S
             while descriptor is not None and not (is_first := lock_folder(descriptor, blocking=False)):
