@@ -83,6 +83,8 @@ setup(
         "prep": PREP,
         # For write_shards.py --engine ray only.
         "ray": ["ray>=2.40"],
+        # For data_prep/datatrove_writer.py only; nltk, spacy and an old xxhash for datatrove's filters and its MinHash.
+        "datatrove": ["datatrove>=0.10", "nltk", "orjson", "spacy", "xxhash<4"],
         "onnx": ONNX,
         "gguf": GGUF,
         "serving": SERVING,

@@ -14,11 +14,13 @@ from megabert.files.lock import LockHeldError, acquire
 LOCK = "lock"
 # The plan that separate_tasks.py writes.
 PLAN = "plan.jsonl"
+# What datatrove_writer.py writes beside the sorted runs of a pipeline.
+PIPELINE = "datatrove.json"
 WRITTEN_SHARD = re.compile(r"(train|heldout)-\d{5}\.tar")
 
 # Version of everything in out/.work: request file, sorted runs, task summaries and shard records. Unfinished work of
 # another version is removed and done again. Increase it whenever one of these formats changes.
-WORK_FORMAT = 3
+WORK_FORMAT = 4
 
 
 def check_replaceable(out: Path, request: str, replace: bool) -> None:
@@ -47,7 +49,7 @@ def opened_work_folder(out: Path, request: str, replace: bool = False) -> Iterat
     """
     work = out / ".work"
     known = (out / MANIFEST).exists() or was_written_for(out, request) or replace
-    if not work.exists() and not known and (foreign := _list_shards(out)):
+    if not work.exists() and not known and (foreign := list_shards(out)):
         raise ValueError(
             f"{foreign[0]}: exists, but its folder has no {MANIFEST}, so it will not be replaced. Choose another "
             "--out, remove the file, or pass --replace."
@@ -62,7 +64,13 @@ def opened_work_folder(out: Path, request: str, replace: bool = False) -> Iterat
         ) from error
     try:
         if not belongs_to_request(work, WORK_FORMAT, request):
-            _remove_earlier_results(out, work)
+            if (work / PIPELINE).is_file():
+                raise ValueError(
+                    f"{work}: holds sorted runs of a datatrove pipeline. Finish them with FinishShards, remove the "
+                    "folder, or choose another --out."
+                )
+            remove_results(out)
+            _remove_work(work)
             write_request(work, WORK_FORMAT, request)
         # Commands that were killed leave their temporary files behind.
         for temporary in work.rglob("*.tmp"):
@@ -90,16 +98,19 @@ def remove_finished_work(out: Path) -> None:
         lock.release()
 
 
-def _remove_earlier_results(out: Path, work: Path) -> None:
+def remove_results(out: Path) -> None:
     """Remove the results of an earlier request. The manifest goes first: without it the folder counts as unfinished."""
-    for path in [*(out / name for name in (MANIFEST, CHUNKS, TOKEN_COUNTS, PLOT)), *_list_shards(out)]:
+    for path in [*(out / name for name in (MANIFEST, CHUNKS, TOKEN_COUNTS, PLOT)), *list_shards(out)]:
         path.unlink(missing_ok=True)
-    for folder in (work, out):
-        remove_request(folder)
+    remove_request(out)
+
+
+def _remove_work(work: Path) -> None:
+    remove_request(work)
     (work / PLAN).unlink(missing_ok=True)
     for name in ("runs", "shards"):
         shutil.rmtree(work / name, ignore_errors=True)
 
 
-def _list_shards(out: Path) -> list[Path]:
+def list_shards(out: Path) -> list[Path]:
     return sorted(path for path in out.glob("*.tar") if WRITTEN_SHARD.fullmatch(path.name))

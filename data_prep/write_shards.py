@@ -48,13 +48,19 @@ def write_shards(request: ShardRequest) -> Manifest:
         open_pool(request) as pool,
     ):
         passes.write_sorted_runs(settings, dict(enumerate(tasks)), pool)
-        summaries = passes.read_summaries(settings, len(tasks))
-        check_not_empty(request, summaries)
-        counts = passes.shard_counts(options, settings.dtype, summaries)
-        reads = plan_reads(settings, summaries, counts)
-        passes.merge_groups(settings, reads, counts, pool, Part())
-        passes.write_shards(settings, reads, counts, pool, Part())
-        return write_rest(request, summaries, counts, request.splits)
+        return write_from_runs(request, len(tasks), pool)
+
+
+def write_from_runs(request: ShardRequest, tasks: int, pool: passes.Pool) -> Manifest:
+    """Do what follows the first pass. tasks: of the first pass."""
+    settings = request.settings
+    summaries = passes.read_summaries(settings, tasks)
+    check_not_empty(request, summaries)
+    counts = passes.shard_counts(request.options, settings.dtype, summaries)
+    reads = plan_reads(settings, summaries, counts)
+    passes.merge_groups(settings, reads, counts, pool, Part())
+    passes.write_shards(settings, reads, counts, pool, Part())
+    return write_rest(request, summaries, counts, request.splits)
 
 
 def open_pool(request: ShardRequest) -> AbstractContextManager[passes.Pool]:

@@ -27,7 +27,7 @@ CLUSTER = {"slurm": ["slurmctld", "slurmd", "sbatch", "munged"], "namespaces": [
 
 
 # Marks of tests of data_prep that use packages of other projects.
-PREPARATION = {"foreign_tokens": "megatron streaming datatrove", "ray": "ray"}
+PREPARATION = {"foreign_tokens": "megatron streaming datatrove", "ray": "ray", "datatrove": "datatrove nltk spacy"}
 
 # Where the tests start whole runs. They go first, so that no core waits for the last of them.
 SLOW = (

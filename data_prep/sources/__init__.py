@@ -172,6 +172,10 @@ def _splits_of_tokens(path: Path, options: ReadOptions, left_out: LeftOut) -> li
     if name.endswith(datatrove.BESIDE) and path.with_suffix("").is_file():
         return []
     if name.endswith(datatrove.SUFFIX):
+        # A task without documents writes such files.
+        if datatrove.is_empty(path):
+            left_out.add(EMPTY_FILE, str(path))
+            return []
         return datatrove.list_input_splits(path, options)
     index = megatron.index_of(path)
     if index.is_file() and (megatron.is_index(index) or path.with_suffix(".bin").is_file()):

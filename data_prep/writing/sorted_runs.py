@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -67,7 +67,8 @@ class TaskSummary(NamedTuple):
     """Counts of one task of the first pass.
 
     runs: sorted runs written; read: documents before copies are dropped; elements: of the payload, per part;
-    first_heldout: the smallest share to hold out that holds out one of them; left_out, examples: as in LeftOut.
+    first_heldout: the smallest share to hold out that holds out one of them; left_out, examples: as in LeftOut;
+    hash_sum: of the hashes of all documents, modulo 2^64.
     """
 
     runs: int
@@ -76,6 +77,7 @@ class TaskSummary(NamedTuple):
     first_heldout: float
     left_out: dict[str, int]
     examples: dict[str, str]
+    hash_sum: int
 
 
 def heldout_below(share: float) -> int:
@@ -166,8 +168,8 @@ class SortedRunWriter:
     """Collects the documents of a task and writes them as sorted runs of at most RUN_BYTES."""
 
     def __init__(self, settings: WriteSettings, task: int):
-        self._settings = settings
-        self._task = task
+        self.settings = settings
+        self.task = task
         # Pages that are never written take no memory.
         self._buffer = np.empty(RUN_BYTES // settings.dtype.itemsize, settings.dtype)
         self._used = 0
@@ -175,6 +177,7 @@ class SortedRunWriter:
         self._hashes: list[bytes] = []
         self._runs = self._read = 0
         self._smallest_hash = 1 << 64
+        self._hash_sum = 0
         self._elements = dict.fromkeys(PARTS, 0)
 
     def add(self, payload: np.ndarray, lengths: np.ndarray, hashes: list[bytes]) -> None:
@@ -183,7 +186,7 @@ class SortedRunWriter:
         if self._hashes and full:
             self._flush()
         if len(payload) > len(self._buffer):
-            self._buffer = np.empty(len(payload), self._settings.dtype)
+            self._buffer = np.empty(len(payload), self.settings.dtype)
         self._buffer[self._used : self._used + len(payload)] = payload
         self._used += len(payload)
         self._lengths.append(lengths)
@@ -194,23 +197,25 @@ class SortedRunWriter:
         if self._hashes:
             self._flush()
         first = share_that_includes(self._smallest_hash)
-        return TaskSummary(self._runs, self._read, self._elements, first, left_out.counts, left_out.examples)
+        counts, examples = left_out.counts, left_out.examples
+        return TaskSummary(self._runs, self._read, self._elements, first, counts, examples, self._hash_sum)
 
     def _flush(self) -> None:
         lengths = np.concatenate(self._lengths)
         hashes = np.frombuffer(b"".join(self._hashes), dtype=np.uint64).reshape(-1, 2)
         begins = lengths.cumsum() - lengths
         self._smallest_hash = min(self._smallest_hash, int(hashes[:, 0].min()))
-        held = is_held_out(hashes, self._settings.heldout)
+        self._hash_sum = (self._hash_sum + int(hashes[:, 1].sum())) % 2**64
+        held = is_held_out(hashes, self.settings.heldout)
         order = np.lexsort((hashes[:, 0], hashes[:, 1], held))
         # All copies of one text belong to one shard. Many of them would fill the memory of the worker that writes it.
-        if self._settings.deduplicate:
+        if self.settings.deduplicate:
             order = order[is_first_copy(hashes[order])]
         train = int((~held[order]).sum())
         for part, documents in (("train", order[:train]), ("heldout", order[train:])):
             self._elements[part] += int(lengths[documents].sum())
         sorted_documents = SortedDocuments(self._buffer, begins[order], lengths[order], hashes[order])
-        with new_file(run_path(self._settings, self._task, self._runs)) as temporary:
+        with new_file(run_path(self.settings, self.task, self._runs)) as temporary:
             with open(temporary, "wb") as file:
                 write_columns(file, sorted_documents, train)
                 file.flush()
@@ -229,22 +234,22 @@ def is_first_copy(hashes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.ones(min(1, len(hashes)), bool), (hashes[1:] != hashes[:-1]).any(axis=1)])
 
 
-def read_batches(
-    split: InputSplit, settings: WriteSettings, left_out: LeftOut
+def in_batches(
+    documents: Iterable[str], where: str, settings: WriteSettings, left_out: LeftOut
 ) -> Iterator[tuple[list[str], list[bytes]]]:
-    """Yield batches of an input split's documents, stripped of white space, as text and as UTF-8."""
+    """Yield batches of documents, stripped of white space, as text and as UTF-8. where: their file, for messages."""
     texts: list[str] = []
     raws: list[bytes] = []
     size = 0
-    for document in read_input_split(split, settings.read, left_out):
+    for document in documents:
         text = document.strip()
         try:
-            raw = to_utf8(text, split.paths[0])
+            raw = to_utf8(text, where)
         except DamagedError as error:
             left_out.damaged(error)
             continue
         if len(text) < settings.min_chars:
-            left_out.add(SHORT, split.paths[0])
+            left_out.add(SHORT, where)
             continue
         texts.append(text)
         raws.append(raw)
@@ -261,14 +266,24 @@ def write_sorted_runs(settings: WriteSettings, task: int, splits: list[InputSpli
     writer = SortedRunWriter(settings, task)
     left_out = LeftOut(settings.read.skip_damaged)
     for split in splits:
-        add = _add_tokens if split.kind in TOKEN_KINDS else _add_text
-        add(writer, split, settings, left_out)
+        if split.kind in TOKEN_KINDS:
+            _add_tokens(writer, split, settings, left_out)
+        else:
+            add_texts(writer, read_input_split(split, settings.read, left_out), split.paths[0], left_out)
         workers.add_progress(input_bytes=split.size)
-    write_atomically(summary_path(settings, task), json.dumps(writer.finish(left_out)._asdict()).encode())
+    write_summary(writer, left_out)
 
 
-def _add_text(writer: SortedRunWriter, split: InputSplit, settings: WriteSettings, left_out: LeftOut) -> None:
-    for texts, raws in read_batches(split, settings, left_out):
+def write_summary(writer: SortedRunWriter, left_out: LeftOut) -> None:
+    """Write the last sorted run of a task and its summary, after which it counts as done."""
+    path = summary_path(writer.settings, writer.task)
+    write_atomically(path, json.dumps(writer.finish(left_out)._asdict()).encode())
+
+
+def add_texts(writer: SortedRunWriter, documents: Iterable[str], where: str, left_out: LeftOut) -> None:
+    """Add documents to the sorted runs of a task. where: their file, for messages."""
+    settings = writer.settings
+    for texts, raws in in_batches(documents, where, settings, left_out):
         tokenizer = workers.worker_tokenizer(settings.tokenizer_path)
         if tokenizer is None:
             payload = np.frombuffer(b"".join(raws), dtype=np.uint8)

@@ -89,7 +89,7 @@ class DataConfig:
     on_bad_shard: Literal["stop", "skip"] = setting("stop", may_change=True)
     """what to do with a damaged chunk of a shard: stop the run, or skip the chunk, count it and log it"""
     cache_dir: str = setting("~/.cache/megabert/shards", may_change=True)
-    """local folder for shards that cannot be read in parts: from a pipe, or a server without byte ranges"""
+    """folder on a local disk for shards, or blocks of them, that come from a store, a server or a command"""
     store_patience_s: float = setting(900.0, "[1, 86400]", may_change=True)
     """how long to try again where a store or a server fails, seconds; then the run ends with exit code 75"""
     cache_gb: int = setting(64, "[1, 1048576]", may_change=True)

@@ -57,7 +57,7 @@ def count_reads(text_bytes: int) -> dict[str, float]:
     """Plan the second pass of a corpus as the command does, and count its reads before and after the merge."""
     tasks = -(-text_bytes // passes.TASK_BYTES)
     elements = round(text_bytes / tasks / TEXT_BYTES_PER_TOKEN)
-    summary = TaskSummary(1, 1, {"train": elements, "heldout": 0}, 1.0, {}, {})
+    summary = TaskSummary(1, 1, {"train": elements, "heldout": 0}, 1.0, {}, {}, 0)
     settings = WriteSettings(Path("out"), None, np.dtype(np.uint16), ReadOptions(), 1, 0.0, True, 131_072, 0)
     counts = passes.shard_counts(Options(), settings.dtype, [summary] * tasks)
     reads = merged_runs.plan_reads(settings, [summary] * tasks, counts)

@@ -8,12 +8,16 @@ share of its time, is the loss. The server answers every request for a shard aft
 stall_share_slow: answers normally. stall_share_hang: hangs for 10 s at one request in 64. stall_share_503: returns 503
 for half of them. stall_share_outage: returns 503 for all of them for five minutes (--quick: 8 s); only what is lost
 beyond the outage counts. bins_equal: share of the bins that are bitwise those of the local folder, each of them once.
+requests_per_bin, mb_per_request, fetched_per_read: of the slow store, with an empty cache; the last is the bytes that
+the store sends for a byte that training reads. requests_again: the same of a second run with the cache of the first.
 """
 
+import json
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +25,7 @@ from pathlib import Path
 
 from support.corpus import write_token_shards
 from support.report import read_arguments, write
+from support.slow_store import COUNTS
 
 from megabert.data.batch_schedule import Length, MaskingRate, make_schedule
 from megabert.data.bin_shape import default_max_documents
@@ -54,9 +59,9 @@ def store(folder: Path, name: str, outage_s: float) -> Iterator[str]:
         server.wait()
 
 
-def train(location: str, bins: int, step_s: float) -> tuple[float, float, list[tuple[int, int]]]:
-    """Read bins as a rank does. Returns seconds waited, seconds in all, and (index, checksum) of each bin."""
-    corpus = open_corpus([(location, 1.0)], cache=CacheOptions())
+def train(location: str, bins: int, step_s: float, cache: Path) -> tuple[float, float, list[tuple[int, int]]]:
+    """Read bins as a rank does, with a cache. Returns seconds waited, seconds in all, and (index, checksum) of each."""
+    corpus = open_corpus([(location, 1.0)], cache=CacheOptions(cache))
     config = StreamConfig(
         bin_tokens=BIN_TOKENS,
         schedule=make_schedule(10**6, STREAMS, [Length(512, 1.0)]),
@@ -80,6 +85,25 @@ def train(location: str, bins: int, step_s: float) -> tuple[float, float, list[t
     return waited, time.perf_counter() - began, seen
 
 
+def count_requests(url: str, bins: int, cache: Path) -> dict[str, float]:
+    """Count what a run has asked of a store, and what a second one asks that finds the first one's cache."""
+    first = ask_counts(url)
+    train(url, bins, 0.0, cache)
+    figures = {
+        "requests_per_bin": first["requests"] / bins,
+        "mb_per_request": first["bytes"] / first["requests"] / 1e6,
+        "fetched_per_read": first["bytes"] / (2 * BIN_TOKENS * bins),
+        "requests_again": (ask_counts(url)["requests"] - first["requests"]) / bins,
+    }
+    print(", ".join(f"{name} {value:.2f}" for name, value in figures.items()), flush=True)
+    return figures
+
+
+def ask_counts(url: str) -> dict[str, int]:
+    with urllib.request.urlopen(f"{url}/{COUNTS}") as answer:
+        return json.load(answer)
+
+
 def main() -> None:
     options = read_arguments(__doc__ or "")
     bins, step_s, outage_s = (80, 0.1, 8.0) if options.quick else (600, 0.2, 300.0)
@@ -87,11 +111,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "shards"
         write_token_shards(folder, 32, 2_000_000)
-        _, _, expected = train(str(folder), bins, 0.0)
+        _, _, expected = train(str(folder), bins, 0.0, folder)
         equal = 0
         for name in STORES:
+            cache = Path(temporary) / f"cache-{name}"
             with store(folder, name, outage_s) as url:
-                waited, seconds, seen = train(url, bins, step_s)
+                waited, seconds, seen = train(url, bins, step_s, cache)
+                if name == "slow":
+                    figures |= count_requests(url, bins, cache)
             lost = max(0.0, waited - outage_s) if name == "outage" else waited
             share = figures[f"stall_share_{name}"] = lost / (seconds - (waited - lost))
             equal += sum(one == other for one, other in zip(seen, expected, strict=True))

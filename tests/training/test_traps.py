@@ -55,6 +55,10 @@ TRAPS = {
     "stage_is_an_enum": (True, f"{COMPAT} pickle_enums_by_value and enum_member"),
     "nothing_to_load": (True, "training/checkpointing/resume.py load: it loads only what was found before"),
     "refuses_another_world_size": (True, f"{COMPAT} convert_to_universal"),
+    "converter_loops": (
+        ["extract_zero_shards", "merge_tp_slices", "extract_zero_shards_stage3", "merge_zero3_slices"],
+        f"{COMPAT} convert_to_universal, and checkpointing/universal.py",
+    ),
     "universal_load_at_stage_3": ({"weight_decay": [0.5, 0.5], "steps": 1}, f"{COMPAT} repair_universal_load"),
     "gathered_after_load": (True, f"{COMPAT} partition_after_load"),
 }

@@ -272,6 +272,23 @@ def universal_load_at_stage_3() -> dict[str, Any]:
         return {"weight_decay": [group["weight_decay"] for group in other.optimizer.param_groups], "steps": len(steps)}
 
 
+def converter_loops() -> list[str]:
+    """Return the functions of the loops of DeepSpeed's converter, at stages 1 and 3."""
+    names = []
+
+    def share(do_work: Any, items: list[Any]) -> list[Any]:
+        names.append(do_work.func.__name__)
+        return [do_work(item) for item in items]
+
+    for stage in (1, 3):
+        with tempfile.TemporaryDirectory() as folder:
+            engine = engine_with(**zero(stage))
+            step(engine)
+            engine.save_checkpoint(folder, tag="one")
+            convert_to_universal(Path(folder, "one"), Path(folder, "two"), share)
+    return names
+
+
 def gathered_after_load() -> bool:
     """Return whether stage 3 leaves parameters gathered after loading a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
@@ -311,6 +328,7 @@ def main() -> None:
         "nothing_to_load": nothing_to_load(),
         "refuses_another_world_size": refuses_another_world_size(),
         "universal_load_at_stage_3": universal_load_at_stage_3(),
+        "converter_loops": converter_loops(),
         "gathered_after_load": gathered_after_load(),
         "offload_refuses_torch": offload_refuses_torch(),
     }

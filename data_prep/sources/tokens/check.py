@@ -27,7 +27,7 @@ def check_tokenizer(splits: list[InputSplit], options: ReadOptions, rule: IdRule
     """
     tokenizer = read_tokenizer(path)
     documents: list[list[int]] = []
-    for split in (splits[0], splits[len(splits) // 2], splits[-1]):
+    for split in dict.fromkeys((splits[0], splits[len(splits) // 2], splits[-1])):
         for batch in itertools.islice(read_token_split(split, options, rule, LeftOut(True)), 1):
             ends = batch.lengths.cumsum()
             spans = zip((ends - batch.lengths)[:DOCUMENTS].tolist(), ends.tolist(), strict=False)

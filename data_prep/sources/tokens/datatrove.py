@@ -16,6 +16,12 @@ BESIDE = (".ds.index", ".ds.metadata", ".ds.loss")
 AGAIN = "Copy both files again, or write them again with save_index=True."
 
 
+def is_empty(path: Path) -> bool:
+    """Whether neither the file nor its index has a byte."""
+    index = Path(f"{path}.index")
+    return not path.stat().st_size and index.is_file() and not index.stat().st_size
+
+
 def list_input_splits(path: Path, options: ReadOptions) -> list[InputSplit]:
     """Cut a .ds file into ranges of documents. Raises DamagedError if it is not what its index says."""
     ends = _ends(path)

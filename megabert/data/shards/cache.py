@@ -1,10 +1,14 @@
-"""A local disk cache of whole shards: keyed by content hash, shared by all processes of a machine, bounded in size."""
+"""A local disk cache of whole shards: keyed by content hash, shared by all processes of a machine, bounded in size.
+
+blocks.py keeps parts of shards in the same folder, under the same limit.
+"""
 
 import errno
 import functools
 import hashlib
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,12 +23,18 @@ from megabert.files.lock import acquire, lock_folder
 READ_AHEAD_THREADS = 16
 # A shard may be evicted between fetching and opening it. So many times in a row means that the cache is far too small.
 MAX_EVICTIONS = 100
+# Of files in the folder: whole shards, parts of shards, and what is being written.
+SHARD, BLOCK, PART = ".tar", ".block", ".part"
+# The bytes of all of them, as far as blocks.py has counted.
+USED = "blocks.used"
+# A block is written at once, so a process that began one so long ago was killed.
+ABANDONED_S = 600.0
 # Errors that waiting does not help against: a full disk, or one that we may not write to.
 PERMANENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class CacheOptions(NamedTuple):
-    """folder: for shards that cannot be read in part. max_bytes: its size limit; the least recently read shards go.
+    """folder: for shards, and parts of them. max_bytes: its size limit; what was read least recently goes first.
 
     patience_s: how long to try again where shards come from a store that fails.
     """
@@ -135,8 +145,9 @@ class ShardCache:
         partial = path.with_name(f"{path.name}.part")
         try:
             # One process at a time measures the cache and reserves space in it.
-            with _folder_lock(self.folder):
-                self._evict(expected.bytes)
+            with folder_lock(self.folder):
+                (self.folder / USED).unlink(missing_ok=True)
+                make_room(self.folder, self.max_bytes - expected.bytes)
                 with open(partial, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, max(1, expected.bytes))
             fetch(partial)
@@ -145,8 +156,9 @@ class ShardCache:
         finally:
             partial.unlink(missing_ok=True)
         # If the downloads in flight alone exceeded the limit, the cache is too full now.
-        with _folder_lock(self.folder):
-            self._evict(0, (".tar",))
+        with folder_lock(self.folder):
+            (self.folder / USED).unlink(missing_ok=True)
+            make_room(self.folder, self.max_bytes, counted=(SHARD, BLOCK))
 
     @staticmethod
     def _is_cached(path: Path, size: int) -> bool:
@@ -159,15 +171,23 @@ class ShardCache:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def _evict(self, needed: int, counted: tuple[str, ...] = (".tar", ".part")) -> None:
-        """Remove shards until `needed` bytes fit. counted: suffixes of the files that use space."""
-        files = sorted((entry for entry in os.scandir(self.folder) if entry.name.endswith(counted)), key=_read_time)
-        total = sum(_size(entry) for entry in files)
-        for entry in (entry for entry in files if entry.name.endswith(".tar")):
-            if total + needed <= self.max_bytes:
-                return
-            total -= _size(entry)
+
+def make_room(folder: Path, max_bytes: int, freed: int = 0, counted: tuple[str, ...] = (SHARD, BLOCK, PART)) -> int:
+    """Remove shards and blocks until at most max_bytes are left, and `freed` bytes are gone. Returns the bytes left.
+
+    counted: suffixes of the files that use space. The caller holds folder_lock().
+    """
+    files = sorted((entry for entry in os.scandir(folder) if entry.name.endswith(counted)), key=_read_time)
+    sizes = [_size(entry) for entry in files]
+    total = sum(sizes)
+    limit = min(max_bytes, total - freed)
+    abandoned = time.time() - ABANDONED_S
+    for entry, size in zip(files, sizes, strict=True):
+        removable = entry.name.endswith((SHARD, BLOCK)) and total > limit
+        if removable or (f"{BLOCK}." in entry.name and _read_time(entry) < abandoned):
+            total -= size
             Path(entry.path).unlink(missing_ok=True)
+    return total
 
 
 def _read_time(entry: os.DirEntry[str]) -> float:
@@ -204,7 +224,7 @@ def _file_lock(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Let one process or thread at a time in, without polling: the lock is held for a moment, but for every shard."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,7 +1,7 @@
 """Storages that return the bytes of a corpus: a local folder, a URL, or a command.
 
     data/tokens                                           local: read by position
-    https://host/c4   s3://bucket/c4                      remote: byte ranges through fsspec
+    https://host/c4   s3://bucket/c4                      remote: byte ranges through fsspec, in a local cache
     pipe:aws s3 cp s3://bucket/c4/train-{000..999}.tar -  a command that prints a file: whole shards in a local cache
 
 A storage returns bytes by file name and does not interpret them. Network errors are retried for data.store_patience_s,
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import braceexpand
 import fsspec
 
+from megabert.data.shards.blocks import BlockReader
 from megabert.data.shards.cache import CacheOptions, ExpectedFile, WholeFileReader, WrongContentError
 from megabert.data.shards.manifest import MANIFEST
 from megabert.data.shards.retry import HedgedRequest, retrying, waiting_for_store
@@ -123,13 +124,14 @@ class RemoteFolder:
         self.folder, self.patience_s = folder.rstrip("/"), cache.patience_s
         self._request = HedgedRequest()
         self._whole_files = WholeFileReader(self.folder, cache)
+        self._blocks = BlockReader(self.folder, cache)
         self._has_ranges = True
         self._systems: dict[int, fsspec.AbstractFileSystem] = {}
 
     def read(self, name: str, offset: int, size: int, expected: ExpectedFile) -> bytes:
         if self._has_ranges:
             try:
-                return self._download(name, size, offset)
+                return self._blocks.read(name, offset, size, lambda at, n: self._download(name, n, at), expected)
             except TooLongError:
                 log.warning("%s: the server ignores byte ranges; shards are fetched whole", self.folder)
                 self._has_ranges = False
@@ -150,7 +152,8 @@ class RemoteFolder:
             self._whole_files.prefetch(name, lambda path: self._fetch(name, path, expected), expected)
 
     def discard(self, name: str, expected: ExpectedFile) -> bool:
-        return self._whole_files.discard(name, expected)
+        kept = [self._whole_files.discard(name, expected), self._blocks.discard(name, expected)]
+        return any(kept)
 
     def url(self, name: str) -> str:
         return f"{self.folder}/{name}"

@@ -33,6 +33,8 @@ from megabert.files.pickles import DEEPSPEED_CLASSES, GETATTR
 NOT_SETTINGS = ("params", "lr")
 # torch.load reads this environment variable in every call; it outweighs the argument weights_only.
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+# A loop of DeepSpeed's: takes a function and all of its arguments, and returns all results.
+ShareWork = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
 _DEEPSPEED_NAMES = [name.rsplit(".", 1) for name in DEEPSPEED_CLASSES]
 
 
@@ -180,10 +182,11 @@ def capture_checkpoint(
     return capture.files
 
 
-def convert_to_universal(checkpoint: Path, out: Path) -> None:
+def convert_to_universal(checkpoint: Path, out: Path, share: ShareWork | None = None) -> None:
     """Write a checkpoint in DeepSpeed's universal format, which any number of ranks can load. Call on one rank.
 
-    Raises OSError or RuntimeError (from torch) if it cannot be written. Canary: refuses_another_world_size.
+    share: runs the loops over the files, then over the parameters, in place of DeepSpeed. Raises OSError or
+    RuntimeError (from torch) if it cannot be written. Canary: refuses_another_world_size; of share: converter_loops.
     """
     options = Namespace(
         input_folder=str(checkpoint),
@@ -195,8 +198,14 @@ def convert_to_universal(checkpoint: Path, out: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(options)
+    usual = ds_to_universal._do_parallel_work
+    if share is not None:
+        ds_to_universal._do_parallel_work = lambda do_work, work_chunks, num_workers: share(do_work, list(work_chunks))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(options)
+    finally:
+        ds_to_universal._do_parallel_work = usual
 
 
 def group_settings(engine: deepspeed.DeepSpeedEngine) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 python tests/benchmarks/support/slow_store.py FOLDER DELAY_S HANG_SHARE HANG_S BUSY_SHARE OUTAGE_AT OUTAGE_S
 
 It prints its port. OUTAGE_AT: the number of the request with which an outage begins, in which all get a 503; 0: none.
+/counts tells the requests for shards so far, and the bytes of the answers.
 """
 
 import asyncio
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from aiohttp import web
 
+COUNTS = "counts"
+
 
 class Store:
     """Serves byte ranges of the files of a folder. The small files are always served at once."""
@@ -21,15 +24,20 @@ class Store:
         self.folder, self.delay_s, self.busy_share = folder, delay_s, busy_share
         self.hang_share, self.hang_s = hang_share, hang_s
         self.outage_at, self.outage_s, self.outage_until = 0, 0.0, 0.0
-        self.requests = 0
+        self.requests = self.bytes = 0
         self.random = random.Random(1)
 
     async def get(self, request: web.Request) -> web.StreamResponse:
+        if request.match_info["name"] == COUNTS:
+            return web.json_response({"requests": self.requests, "bytes": self.bytes})
         path = self.folder / request.match_info["name"]
         if not path.is_file():
             return web.Response(status=404)
         if path.suffix == ".tar" and (refused := await self.delay()):
             return refused
+        if path.suffix == ".tar":
+            asked = request.http_range
+            self.bytes += min(asked.stop or 1 << 60, path.stat().st_size) - (asked.start or 0)
         return web.FileResponse(path)
 
     async def delay(self) -> web.Response | None:

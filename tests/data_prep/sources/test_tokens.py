@@ -75,7 +75,7 @@ def test_documents_and_ids_stay_the_same(tmp_path, tokenized, corpus, capsys):
         found = read(source, rule, "tokens" if name == "mds" else "text")
         assert sorted(found) == sorted(tokenized), name
     check_shards_of({"datatrove": sources["datatrove"]}, tokenized, corpus, tmp_path / "out")
-    assert "of 300 documents are those that" in capsys.readouterr().out
+    assert "of 100 documents are those that" in capsys.readouterr().out
 
 
 @pytest.mark.nightly
@@ -101,6 +101,18 @@ def test_megatron_documents_of_any_type_and_number_of_sequences(tmp_path, monkey
 def test_datatrove_documents_of_both_types(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", 6)
     assert read(write_datatrove(tmp_path / "a.ds", DOCUMENTS, dtype)) == DOCUMENTS
+
+
+def test_an_empty_datatrove_file_is_left_out_unless_its_index_lists_documents(tmp_path):
+    write_datatrove(tmp_path / "a.ds", DOCUMENTS)
+    (tmp_path / "b.ds").touch()
+    (tmp_path / "b.ds.index").touch()
+    left_out = LeftOut()
+    assert read(tmp_path, left_out=left_out) == DOCUMENTS
+    assert left_out.counts == {"empty files": 1}
+    (tmp_path / "a.ds").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a\.ds: has 0 bytes, but its index says 10 tokens of 2 or 4 bytes"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("encoding", ["ndarray", "ndarray:uint16", "ndarray:int64", "bytes"])
@@ -201,7 +213,7 @@ def test_ids_of_another_tokenizer_of_the_same_size_are_refused(tmp_path, corpus,
     write_datatrove(tmp_path / "a.ds", encode(read_tokenizer(path), corpus.texts[:300]))
     splits = list_input_splits(str(tmp_path / "a.ds"), ReadOptions())
     rule = make_rule(find_tokenizer(path)[1], None)
-    assert "of 300 documents are those that" in check_tokenizer(splits, ReadOptions(), rule, path, trusted=False)
+    assert "of 100 documents are those that" in check_tokenizer(splits, ReadOptions(), rule, path, trusted=False)
     raw = json.loads(path.read_text())
     shuffle(raw)
     other = tmp_path / "tokenizer.json"
@@ -210,7 +222,7 @@ def test_ids_of_another_tokenizer_of_the_same_size_are_refused(tmp_path, corpus,
     message = r"a\.ds: the ids of \d+% of .*pass that one as --tokenizer\..*pass --trust-tokenizer"
     with pytest.raises(ValueError, match=message):
         check_tokenizer(splits, ReadOptions(), rule, other, trusted=False)
-    assert "of 300 documents" in check_tokenizer(splits, ReadOptions(), rule, other, trusted=True)
+    assert "of 100 documents" in check_tokenizer(splits, ReadOptions(), rule, other, trusted=True)
 
 
 def write_wordpiece(path: Path, texts: list[str]) -> None:

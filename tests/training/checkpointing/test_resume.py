@@ -13,6 +13,7 @@ from megabert.files import checkpoint_format as layout
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.many_runs import flags_of, run_many
 from tests.helpers.runs import Corpus, ds_config_in
+from tests.training.checkpointing import shared_conversion
 
 STEPS, STOPPED = 4, 2
 PLAIN, SAVING = f"--run.max_steps={STEPS}", f"--run.save_every_steps={STOPPED}"
@@ -100,6 +101,18 @@ def test_saving_does_not_change_a_run(corpus: Corpus, tmp_path):
     assert_same_end(tmp_path / "a", tmp_path / "b")
 
 
+def assert_ranks_convert_as_one_does(checkpoint: Path, out: Path) -> None:
+    """Byte for byte, also where a conversion was killed before."""
+    (out / "3" / checkpoint.name / "zero/decoder.bias").mkdir(parents=True)
+    (out / "3" / checkpoint.name / "zero/decoder.bias/fp32.pt").write_bytes(b"cut")
+    (out / "3/left").touch()
+    for size in (1, 3):
+        assert shared_conversion.convert(checkpoint, out / str(size), size) == [None] * size
+    one, three = (shared_conversion.hashes(out / str(size)) for size in (1, 3))
+    assert len(one) > 40
+    assert one == three
+
+
 # The stage of a run, and the one at which it goes on.
 FOLLOWS = {"zero0": "zero0", "zero1": "zero2", "zero2": "zero1", "zero3": "zero3"}
 
@@ -114,6 +127,8 @@ def test_a_run_resumes_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path, stag
     configs = {stage: ds_config_in(stage, tmp_path, bf16=False) for stage in FOLLOWS}
     done = run_many([flags_of(corpus, tmp_path / stage, configs[stage], PLAIN, SAVING, batch) for stage in stages], 2)
     assert done.code == 0, done.output
+    for stage in set(stages) - {"zero0"}:
+        assert_ranks_convert_as_one_does(checkpoint_of(tmp_path / stage), tmp_path / f"{stage}-converted")
     for ranks in counts:
         runs = []
         for stage in stages:
