@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from transformers import BertConfig
 
+from megabert.convert.hf.heads import LABELS, MASKED_LM, head_of
 from megabert.convert.hf.native import from_gte_config, from_modernbert_config
 from megabert.convert.hf.reader import CONFIG, MAX_SIZES
 from megabert.convert.weight_names import Kind
@@ -138,8 +139,9 @@ def set_max_length(config: MegaBertConfig, trained: int, wanted: int | None) -> 
 
 def to_bert_config(config: MegaBertConfig) -> BertConfig:
     """Convert a config for transformers' own BERT, whose architecture it must have."""
-    settings = {name: getattr(config, name) for name in SHARED_SETTINGS}
-    return BertConfig(hidden_act="gelu", architectures=["BertForMaskedLM"], **settings)
+    names = SHARED_SETTINGS if head_of(config) == MASKED_LM else (*SHARED_SETTINGS, *LABELS)
+    settings = {name: getattr(config, name) for name in names}
+    return BertConfig(hidden_act="gelu", architectures=[f"BertFor{head_of(config)}"], **settings)
 
 
 def to_mosaicbert_config(config: MegaBertConfig) -> dict[str, Any]:

@@ -47,6 +47,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= largest:
             raise ValueError(f"{path}: {name} is {size!r}, expected a number from {least} to {largest:,}.")
     _check_labels(path, config)
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path}: architectures is {names!r}, expected a list of names.")
     if config.get("quantization_config") is not None:
         raise ValueError(f"{path}: has a quantization_config; quantized weights are not supported.")
     return config
