@@ -10,9 +10,9 @@ from torch import Tensor
 from megabert.convert.check import folder_record
 from megabert.convert.check.export_record import find_added_files, find_change
 from megabert.convert.check.folder_record import Origin
-from megabert.convert.hf.config import detect_architecture, from_megabert_config, from_their_config
+from megabert.convert.hf.config import check_no_own_code, detect_architecture, from_megabert_config, from_their_config
 from megabert.convert.hf.heads import ANSWERS, CHOICE, MASKED_LM, head_of, read_head
-from megabert.convert.hf.reader import CONFIG, read_config, read_weights
+from megabert.convert.hf.reader import CONFIG, check_no_adapter, read_config, read_weights
 from megabert.convert.hf.resize import ImportedModel, find_special, resize_positions, resize_vocabulary
 from megabert.convert.hf.tokenizer import copy_tokenizer, has_tokenizer, read_hf_tokenizer
 from megabert.convert.hf.writer import write_config, write_weights
@@ -157,6 +157,7 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
     Raises ValueError if the config and the tensors do not match, or if a tensor is unknown or missing.
     """
     folder_record.check_unchanged(source)
+    check_no_adapter(source)
     raw = read_config(source)
     weights = strip_wrappers(read_weights(source))
     for name, tensor in weights.items():
@@ -164,6 +165,7 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
             raise ValueError(f"{source}: {name} is {tensor.dtype}, expected floating-point weights.")
     unused: list[str] = []
     kind = detect_architecture(source, raw, set(weights))
+    check_no_own_code(source, raw, kind)
     head = read_head(source, raw, kind, weights)
     if kind == "megabert":
         config = from_megabert_config(source, raw)

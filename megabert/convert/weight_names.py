@@ -182,6 +182,8 @@ TASK_HEADS: dict[Kind, dict[str, str]] = {
 ANSWERS = {"qa_outputs": "classifier"}
 # The parameters of next-sentence prediction, which our model does not have.
 UNUSED_PREFIXES = ("cls.seq_relationship.",)
+# Buffers that transformers computes from the config, whatever a file has.
+UNUSED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 # A classifier of ours has its pooler under another name, see MegaBertForSequenceClassification.
 POOLER = {f"pre_classifier.dense.{part}": f"bert.pooler.dense.{part}" for part in PARTS}
 # What torch.compile, DistributedDataParallel, FSDP, activation checkpointing and Lightning add to the names of a model.
@@ -219,7 +221,7 @@ def to_megabert(state: Mapping[str, Tensor], kind: Kind, answers: bool = False) 
     required = {name for entry in table for name in entry.theirs}
     duplicates = {name for entry in table for name in entry.duplicates}
     heads = _task_heads(kind, answers)
-    unused = {name for name in state if name.startswith(UNUSED_PREFIXES)}
+    unused = {name for name in state if name.startswith(UNUSED_PREFIXES) or name.endswith(UNUSED_SUFFIXES)}
     _check_names(state, required, duplicates | set(heads.values()) | unused, kind)
     ours = {name: state[theirs] for name, theirs in heads.items() if theirs in state}
     for entry in table:

@@ -16,6 +16,7 @@ from megabert.convert.hf.heads import head_of
 from megabert.convert.to_hf import ExportOptions
 from tests.convert.helpers.folders import edit_json
 from tests.helpers.runs import Corpus, run_command
+from tests.kernels.helpers.cases import cases
 from tests.model.architectures import exact_rope  # noqa: F401
 from tests.model.small import documents, packed, padded
 
@@ -40,6 +41,7 @@ CASES = [
     ("Bert", "QuestionAnswering", "cls"),
     ("Bert", "MultipleChoice", "cls"),
 ]
+SOME = cases([CASES[number] for number in (1, 2, 5, 8)], CASES)
 
 
 def make_folder(folder: Path, kind: str, head: str, pooling: str = "cls") -> transformers.PreTrainedModel:
@@ -66,7 +68,7 @@ def scores(model: torch.nn.Module, head: str, **inputs: torch.Tensor) -> torch.T
 
 
 @pytest.mark.usefixtures("exact_rope")
-@pytest.mark.parametrize(("kind", "head", "pooling"), CASES)
+@pytest.mark.parametrize(("kind", "head", "pooling"), SOME)
 def test_logits_are_those_of_transformers(kind, head, pooling, tmp_path):
     theirs = make_folder(tmp_path, kind, head, pooling)
     model = read_model(tmp_path)
@@ -96,7 +98,7 @@ def import_with_tokenizer(source: Path, corpus: Corpus, out: Path) -> None:
 
 
 @pytest.mark.usefixtures("skipped_checks")
-@pytest.mark.parametrize(("kind", "head", "pooling"), CASES)
+@pytest.mark.parametrize(("kind", "head", "pooling"), SOME)
 def test_a_head_comes_back_as_transformers_class_bit_for_bit(kind, head, pooling, corpus, tmp_path):
     theirs = make_folder(tmp_path / "in", kind, head, pooling)
     import_with_tokenizer(tmp_path / "in", corpus, tmp_path / "ours")
@@ -118,13 +120,7 @@ def test_a_head_comes_back_as_transformers_class_bit_for_bit(kind, head, pooling
     assert export_folder(tmp_path / "ours", out, ExportOptions()).measured["reused"]
 
 
-GATED = [
-    ("ModernBert", "QuestionAnswering", "cls"),
-    *(pytest.param(*case, marks=pytest.mark.nightly) for case in CASES),
-]
-
-
-@pytest.mark.parametrize(("kind", "head", "pooling"), GATED)
+@pytest.mark.parametrize(("kind", "head", "pooling"), cases([("ModernBert", "QuestionAnswering", "cls")], CASES))
 def test_the_check_in_a_foreign_process_passes_and_the_command_exports_a_folder(
     kind, head, pooling, corpus, tmp_path, run_launcher
 ):

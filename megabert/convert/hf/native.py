@@ -15,6 +15,8 @@ NativeKind = Literal["bert", "modernbert", "gte"]
 NAMES: dict[NativeKind, str] = {"bert": "Bert", "modernbert": "ModernBert", "gte": "Gte"}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
+# Other names of transformers' for the exact GELU, which is computed with erf.
+SAME_AS_GELU = ("gelu_python",)
 # Settings of which our model supports one value.
 MODERNBERT_FIXED = {
     "hidden_activation": "gelu", "classifier_activation": "gelu", "attention_bias": False, "mlp_bias": False,
@@ -150,10 +152,16 @@ def from_gte_config(source: Path, raw: dict[str, Any]) -> dict[str, Any]:
     } | same
 
 
-def _check(source: Path, raw: dict[str, Any], fixed: dict[str, Any], kind: NativeKind) -> None:
+def check_fixed(source: Path, raw: dict[str, Any], fixed: dict[str, Any]) -> None:
+    """Raises ValueError for a setting of which our model supports another value only."""
     for name, value in fixed.items():
-        if raw.get(name, value) != value:
-            raise ValueError(f"{source / CONFIG}: {name} is {raw[name]!r}; this model supports only {value!r}.")
+        given = raw.get(name, value)
+        if given != value and not (value == "gelu" and given in SAME_AS_GELU):
+            raise ValueError(f"{source / CONFIG}: {name} is {given!r}; this model supports only {value!r}.")
+
+
+def _check(source: Path, raw: dict[str, Any], fixed: dict[str, Any], kind: NativeKind) -> None:
+    check_fixed(source, raw, fixed)
     if missing := [name for name in SIZES if name not in raw]:
         raise ValueError(f"{source / CONFIG}: lacks {', '.join(missing)}.")
     for name in raw.get("architectures") or []:
