@@ -102,13 +102,14 @@ def _read_with_known_names(files: dict[str, Path]) -> tuple[Tokenizer, bool]:
     files: as find_tokenizer_files() returns them. Returns it, and whether tokens were renamed.
     """
     tokenizer = read_folder_tokenizer(files)
-    roles = special_token_names(files)
-    if not find_new_names(tokenizer, roles):
+    if _has_all_of_berts(tokenizer) or not find_new_names(tokenizer, roles := special_token_names(files)):
         return tokenizer, False
     renamed = rename_special_tokens(tokenizer, roles)
-    if any(renamed.token_to_id(token) is None for token in SPECIAL_TOKENS.values()):
-        return tokenizer, False
-    return renamed, True
+    return (renamed, True) if _has_all_of_berts(renamed) else (tokenizer, False)
+
+
+def _has_all_of_berts(tokenizer: Tokenizer) -> bool:
+    return all(tokenizer.token_to_id(token) is not None for token in SPECIAL_TOKENS.values())
 
 
 def has_tokenizer(source: Path) -> bool:
