@@ -1,6 +1,5 @@
 """Load an existing tokenizer: BERT's vocab.txt, a sentencepiece model, tokenizer.json, or a Hugging Face folder."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,20 +7,23 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
 from data_prep.tokenizer.from_sentencepiece import to_fast_tokenizer
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
-from megabert.data.shards.sample_format import GEMMA_TOKENS, SPECIAL_TOKENS
-from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
-from megabert.data.shards.tokenizer_folder import FILES, VOCAB, is_berts, read_folder_tokenizer, special_token_names
+from megabert.data.shards.sample_format import SPECIAL_TOKENS
+from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.data.shards.tokenizer_folder import (
+    FILES,
+    INSTEAD,
+    VOCAB,
+    is_berts,
+    read_folder_tokenizer,
+    rename_special_tokens,
+    special_token_names,
+)
 
 # A word with more characters becomes [UNK], as in BERT.
 MAX_WORD_CHARS = 100
 # In a cased vocabulary a third of the pieces have capitals. In an uncased one, names such as <S> may have some.
 CASED_SHARE = 0.1
 FEWEST_PIECES_TO_JUDGE = 100
-
-# The texts that other tokenizers have for BERT's special tokens. A token that is taken by an earlier role is not taken
-# again: some tokenizers have one for padding and for the end.
-OTHER_NAMES = {"cls": "<s>", "sep": "</s>", "mask": "<mask>", "unk": "<unk>", "pad": "<pad>"}
-INSTEAD = {"cls": "bos", "sep": "eos"}
 
 
 class LoadedTokenizer(NamedTuple):
@@ -78,55 +80,6 @@ def _load_with_transformers(folder: Path, models: list[Path]) -> LoadedTokenizer
         ) from error
     roles = {role: getattr(loaded, f"{role}_token") for role in (*SPECIAL_TOKENS, *INSTEAD.values())}
     return LoadedTokenizer(rename_special_tokens(Tokenizer.from_str(backend.to_str()), roles))
-
-
-def rename_special_tokens(tokenizer: Tokenizer, roles: dict[str, str]) -> Tokenizer:
-    """Give the tokens with the roles of BERT's special tokens their names. Ids and flags, such as lstrip, stay.
-
-    A tokenizer with all of Gemma's special tokens keeps their names. roles: their texts, as far as they are known;
-    OTHER_NAMES are tried too. Returns the tokenizer.
-    """
-    if special_tokens(tokenizer) == GEMMA_TOKENS and has_gemmas_roles(roles):
-        return mark_special(tokenizer, set(GEMMA_TOKENS.values()))
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    names: dict[str, str] = {}
-    for role, usual in OTHER_NAMES.items():
-        tried = (roles.get(role), roles.get(INSTEAD.get(role, "")), usual)
-        found = next((text for text in tried if text in special and text not in names), None)
-        if found is not None and tokenizer.token_to_id(SPECIAL_TOKENS[role]) is None:
-            names[found] = SPECIAL_TOKENS[role]
-    if not names:
-        return tokenizer
-    raw = json.loads(tokenizer.to_str())
-    model = raw["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(text, text): number for text, number in model["vocab"].items()}
-    else:
-        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-    for token in raw["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    # The post-processor names the tokens by their old names. It is replaced later.
-    raw["post_processor"] = None
-    return Tokenizer.from_str(json.dumps(raw))
-
-
-def has_gemmas_roles(roles: dict[str, str]) -> bool:
-    """Whether a folder gives Gemma's tokens the roles that their names say, as far as it gives roles."""
-    for role, token in GEMMA_TOKENS.items():
-        given = {roles.get(role), roles.get(INSTEAD.get(role, ""))} - {None}
-        if given and token not in given:
-            return False
-    return True
-
-
-def mark_special(tokenizer: Tokenizer, names: set[str]) -> Tokenizer:
-    """Return the tokenizer with these added tokens as special ones: not found in a text, as transformers loads them."""
-    raw = json.loads(tokenizer.to_str())
-    for token in raw["added_tokens"]:
-        token["special"] |= token["content"] in names
-    return Tokenizer.from_str(json.dumps(raw))
 
 
 def bert_normalizer(lowercase: bool) -> normalizers.BertNormalizer:

@@ -4,6 +4,7 @@
 {command} runs/quickstart runs/quickstart/hf --for onnx,sentence-transformers --average 3
 {command} --verify-only runs/quickstart/hf
 {command} runs/quickstart runs/quickstart/hf-2048 --max-length 2048
+{command} runs/imported-classifier classifier-hf
 {command} runs/mosaicbert-base mosaicbert-base-published --layout published
 """
 
@@ -24,7 +25,7 @@ from megabert.config import cli
 @dataclass(frozen=True)
 class Options:
     checkpoint: str
-    """folder of a run, for its newest checkpoint, or of one checkpoint (checkpoints/step-...)"""
+    """folder of a run, for its newest checkpoint, or of one checkpoint (checkpoints/step-...), or a MegaBERT folder"""
     out: str
     """folder to write"""
     average: int = 1
@@ -77,12 +78,18 @@ def export_published(options: Options) -> int:
 
 
 def export(options: Options) -> int:
+    from megabert.convert.folder_to_hf import export_folder, is_model_folder
     from megabert.convert.targets.registry import parse_names, read_outcomes
     from megabert.convert.to_hf import ExportOptions, explain_targets, export_checkpoint
 
     targets = parse_names(options.for_)
     export_options = ExportOptions(options.average, targets, options.max_shard_size, options.max_length)
     checkpoint, out = Path(options.checkpoint), Path(options.out)
+    if is_model_folder(checkpoint):
+        done = export_folder(checkpoint, out, export_options)
+        print(f"{options.out}: {done.name}; never trained: {', '.join(done.initialized) or 'none'}")
+        print(f"in {checkpoint} but not in this class: {', '.join(done.left_out) or 'none'}")
+        return report(options.out, done.measured, {})
     for note in explain_targets(checkpoint, export_options):
         print(note, flush=True)
     measured = export_checkpoint(checkpoint, out, export_options)

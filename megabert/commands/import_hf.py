@@ -48,6 +48,7 @@ def main(prog: str) -> None:
         raise ValueError(f"{source}: no such folder.{hub if HUB_NAME.fullmatch(options.source) else ''}")
     # Imported after the flags are read: torch takes seconds to load.
     from megabert.convert.from_hf import ImportOptions, import_model
+    from megabert.convert.hf.tokenizer import has_tokenizer
 
     import_options = ImportOptions(
         options.max_length, options.tokenizer, options.pad_vocab_to_multiple_of, options.seed
@@ -65,6 +66,12 @@ def main(prog: str) -> None:
     print(f"in the source folder but unused: {', '.join(model.unused) or 'none'}")
     if model.vocabulary:
         print(f"vocabulary: {model.vocabulary}")
+    if not has_tokenizer(Path(options.out)):
+        print(
+            f"tokenizer: none that can be read. If {options.source} has one in another format, convert it with "
+            f"data_prep/train_tokenizer.py --existing {options.source} --out FOLDER; then give it to the model with "
+            f"launch/convert_from_hf.py --tokenizer FOLDER"
+        )
 
 
 def command(prog: str = "megabert-import") -> NoReturn:

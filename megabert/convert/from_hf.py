@@ -10,13 +10,16 @@ from torch import Tensor
 from megabert.convert.check import folder_record
 from megabert.convert.check.export_record import find_added_files, find_change
 from megabert.convert.check.folder_record import Origin
-from megabert.convert.hf.config import detect_architecture, from_megabert_config, from_their_config
-from megabert.convert.hf.reader import CONFIG, read_config, read_weights
+from megabert.convert.hf.config import check_no_own_code, detect_architecture, from_megabert_config, from_their_config
+from megabert.convert.hf.heads import ANSWERS, CHOICE, MASKED_LM, head_of, read_head
+from megabert.convert.hf.reader import CONFIG, check_no_adapter, read_config, read_weights
 from megabert.convert.hf.resize import ImportedModel, find_special, resize_positions, resize_vocabulary
 from megabert.convert.hf.tokenizer import copy_tokenizer, has_tokenizer, read_hf_tokenizer
 from megabert.convert.hf.writer import write_config, write_weights
 from megabert.convert.weight_names import (
     TIED_DECODER,
+    Kind,
+    RenamedWeights,
     add_classifiers_pooler,
     normalize_our_names,
     num_layers,
@@ -27,10 +30,6 @@ from megabert.files.atomic import replace_folder, staged_folder
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
-# The architecture whose classifier has one row, whatever its number of labels.
-MULTIPLE_CHOICE = {"megabert": "MegaBertForMultipleChoice"} | dict.fromkeys(
-    ("bert", "mosaicbert"), "BertForMultipleChoice"
-)
 # Vocabularies are rounded up to a multiple of at most 128.
 MAX_UNUSED_ROWS = 128
 MLM_HEAD_MODULES = ("transform.dense", "transform.norm")
@@ -158,22 +157,26 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
     Raises ValueError if the config and the tensors do not match, or if a tensor is unknown or missing.
     """
     folder_record.check_unchanged(source)
+    check_no_adapter(source)
     raw = read_config(source)
     weights = strip_wrappers(read_weights(source))
     for name, tensor in weights.items():
         if not tensor.is_floating_point() and not name.endswith("_ids"):
             raise ValueError(f"{source}: {name} is {tensor.dtype}, expected floating-point weights.")
     unused: list[str] = []
-    if (kind := detect_architecture(source, raw, set(weights))) == "megabert":
+    kind = detect_architecture(source, raw, set(weights))
+    check_no_own_code(source, raw, kind)
+    head = read_head(source, raw, kind, weights)
+    if kind == "megabert":
         config = from_megabert_config(source, raw)
         weights = normalize_our_names(weights)
-        head = [name for name in MLM_HEAD if name in expected_shapes(config)]
-        missing = [] if any(name in weights for name in head) else head
+        missing = _find_missing(config, weights)
     else:
-        weights, missing, unused = to_megabert(weights, kind)
+        # A setting that our model does not support is named before the tensors that it adds.
         config = from_their_config(source, raw, kind)
-    if raw.get("architectures") == [MULTIPLE_CHOICE.get(kind)]:
-        config.architectures = ["MegaBertForMultipleChoice"]
+        weights, missing, unused = _rename(source, weights, kind, head)
+    if head is not None:
+        config.architectures = [f"MegaBertFor{head}"]
     # The shapes are checked before anything is allocated that has the config's sizes.
     check_shapes(source, weights, config, missing)
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
@@ -182,6 +185,22 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
     weights |= _initialize_head(missing, config, seed)
     earlier = [name for name in folder_record.read_initialized(source) if name not in missing]
     return ImportedModel(config, weights, [*missing, *earlier], unused)
+
+
+def _rename(source: Path, weights: dict[str, Tensor], kind: Kind, head: str | None) -> RenamedWeights:
+    """As to_megabert(). Raises ValueError naming the folder."""
+    try:
+        return to_megabert(weights, kind, answers=head == ANSWERS)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _find_missing(config: MegaBertConfig, weights: dict[str, Tensor]) -> list[str]:
+    """List the parameters of the masked language modelling head that one of our folders with another head lacks."""
+    head = [name for name in MLM_HEAD if name in expected_shapes(config)]
+    if head_of(config) != MASKED_LM and config.has_transform_head:
+        return [name for name in head if name not in weights and name.startswith("decoder.")]
+    return [] if any(name in weights for name in head) else head
 
 
 def check_shapes(source: Path, weights: dict[str, Tensor], config: MegaBertConfig, missing: list[str]) -> None:
@@ -217,7 +236,7 @@ def _optional_head_shapes(config: MegaBertConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter that a folder may have in addition to the masked language model."""
     width = config.hidden_size
     assert config.num_labels is not None, "transformers sets it from id2label"
-    labels = 1 if config.architectures == ["MegaBertForMultipleChoice"] else config.num_labels
+    labels = 1 if head_of(config) == CHOICE else config.num_labels
     heads = {"bert.pooler.dense": width, "classifier": labels, "qa_outputs": 2}
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, width) for name, rows in heads.items()}
     return shapes | {f"{name}.bias": (rows,) for name, rows in heads.items()}

@@ -15,7 +15,7 @@ from megabert.convert.deepspeed_checkpoint import TrainedModel, config_of, find_
 from megabert.convert.gte_files import to_gte_file
 from megabert.convert.hf.config import set_max_length, to_bert_config
 from megabert.convert.hf.model_card import make_model_card, read_metrics_at
-from megabert.convert.hf.native import native_kind, to_gte_config, to_modernbert_config
+from megabert.convert.hf.native import native_class, native_kind, to_gte_config, to_modernbert_config
 from megabert.convert.hf.reader import CONFIG, read_json
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.hf.writer import MAX_SHARD_SIZE, MODEL_CODE, check_shard_size, write_config, write_weights
@@ -25,6 +25,7 @@ from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.files.atomic import replace_folder, staged_folder
 from megabert.files.checkpoint_format import MANIFEST, read_state
+from megabert.files.hashing import file_sha256
 from megabert.model.configuration_megabert import MegaBertConfig
 
 
@@ -56,12 +57,9 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = Expo
     # Paths are resolved, because the run's files are found from the checkpoint's parents, and `out` may be a link.
     checkpoints = find_checkpoints(checkpoint.resolve(), options.average)
     name, out = str(out), out.resolve()
-    fingerprint = fingerprint_export(checkpoints, options)
-    record = export_record.read_record(out)
-    if record and record["checkpoint"] == fingerprint and "measured" in record and is_complete(record):
-        if not export_record.find_change(out, record):
-            return record["measured"] | {"reused": True}
-    check_replaceable(out, record)
+    fingerprint = fingerprint_export([folder / MANIFEST for folder in checkpoints], options)
+    if (measured := read_finished(out, fingerprint)) is not None:
+        return measured
     check_limits(checkpoints[0], options)
     model = read_checkpoints(checkpoints)
     max_length = set_max_length(model.config, model.state.max_seq_len, options.max_length)
@@ -75,6 +73,19 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = Expo
             add_targets(folder, options.targets)
         replace_folder(folder, out)
     return measured
+
+
+def read_finished(out: Path, fingerprint: str) -> Measurements | None:
+    """Return what the check of an unchanged export with this fingerprint measured, or None if it must be written.
+
+    Raises ValueError if `out` contains more than an export.
+    """
+    record = export_record.read_record(out)
+    if record and record["checkpoint"] == fingerprint and "measured" in record and is_complete(record):
+        if not export_record.find_change(out, record):
+            return record["measured"] | {"reused": True}
+    check_replaceable(out, record)
+    return None
 
 
 def is_complete(record: dict[str, Any]) -> bool:
@@ -120,11 +131,11 @@ def check_replaceable(out: Path, record: dict[str, Any] | None) -> None:
         )
 
 
-def fingerprint_export(checkpoints: list[Path], options: ExportOptions) -> str:
-    """Hash everything that determines an export: the checkpoints, the code and the options."""
+def fingerprint_export(files: list[Path], options: ExportOptions) -> str:
+    """Hash everything that determines an export: the source's files, the code and the options."""
     code = [*sorted(MODEL_CODE.glob("*.py")), *sorted(Path(__file__).parent.rglob("*.py"))]
-    files = [*(folder / MANIFEST for folder in checkpoints), *code]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files) + repr(options).encode()).hexdigest()
+    hashes = "".join(file_sha256(file) for file in [*files, *code])
+    return hashlib.sha256((hashes + repr(options)).encode()).hexdigest()
 
 
 def write_folder(
@@ -156,7 +167,7 @@ def write_model(
 
     The folder must have its tokenizer. Returns the weights by the names that they have in the loaded model.
     """
-    kind = native_kind(config)
+    kind = None if native_class(config) is None else native_kind(config)
     if kind is None:
         write_config(out, config)
         write_weights(out, weights, max_shard_size)

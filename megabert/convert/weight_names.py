@@ -171,10 +171,19 @@ LAYERS: dict[Kind, str] = {
 
 # The parameters of our masked language modelling head.
 MLM_HEAD_PREFIXES = ("transform.", "decoder.")
-# These parameters have the same names in both models.
-SAME_NAME_PREFIXES = ("bert.pooler.dense.", "classifier.", "qa_outputs.")
+# The modules of heads for tasks, ours to theirs. ModernBERT calls the last layer of every head classifier.
+SAME_HEADS = {name: name for name in ("bert.pooler.dense", "classifier", "qa_outputs")}
+TASK_HEADS: dict[Kind, dict[str, str]] = {
+    "bert": SAME_HEADS,
+    "mosaicbert": SAME_HEADS,
+    "gte": {"bert.pooler.dense": "gte.pooler.dense", "classifier": "classifier"},
+    "modernbert": {"classifier": "classifier"},
+}
+ANSWERS = {"qa_outputs": "classifier"}
 # The parameters of next-sentence prediction, which our model does not have.
 UNUSED_PREFIXES = ("cls.seq_relationship.",)
+# Buffers that transformers computes from the config, whatever a file has.
+UNUSED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 # A classifier of ours has its pooler under another name, see MegaBertForSequenceClassification.
 POOLER = {f"pre_classifier.dense.{part}": f"bert.pooler.dense.{part}" for part in PARTS}
 # What torch.compile, DistributedDataParallel, FSDP, activation checkpointing and Lightning add to the names of a model.
@@ -193,24 +202,28 @@ class RenamedWeights(NamedTuple):
     unused: list[str]
 
 
-def to_megabert(state: Mapping[str, Tensor], kind: Kind) -> RenamedWeights:
+def to_megabert(state: Mapping[str, Tensor], kind: Kind, answers: bool = False) -> RenamedWeights:
     """Rename another model's weights, which may lack the masked language modelling head.
 
-    Raises ValueError if a name is unknown or missing, or if a tied tensor differs from the one that it is tied to.
+    answers: whether the last layer of a ModernBERT's head scores the ends of answers. Raises ValueError if a name is
+    unknown or missing, or if a tied tensor differs from the one that it is tied to.
     """
     state = normalize_names(state) if kind in ("bert", "mosaicbert") else NORMALIZE[kind](state)
     table = _table(kind, num_layers(state, LAYERS[kind]), state)
     head = [entry for entry in table if entry.ours.startswith(MLM_HEAD_PREFIXES)]
     missing = [entry.ours for entry in head]
-    if any(name in state for entry in head for name in entry.theirs):
+    if kind == "modernbert" and "classifier.weight" in state and "decoder.bias" not in state:
+        # Its classifiers have the transform, too.
+        missing = ["decoder.bias"]
+    elif any(name in state for entry in head for name in entry.theirs):
         missing = []
     table = [entry for entry in table if entry.ours not in missing]
     required = {name for entry in table for name in entry.theirs}
     duplicates = {name for entry in table for name in entry.duplicates}
-    same = {name for name in state if name.startswith(SAME_NAME_PREFIXES) and kind in ("bert", "mosaicbert")}
-    unused = {name for name in state if name.startswith(UNUSED_PREFIXES)}
-    _check_names(state, required, duplicates | same | unused, kind)
-    ours = {name: state[name] for name in sorted(same)}
+    heads = _task_heads(kind, answers)
+    unused = {name for name in state if name.startswith(UNUSED_PREFIXES) or name.endswith(UNUSED_SUFFIXES)}
+    _check_names(state, required, duplicates | set(heads.values()) | unused, kind)
+    ours = {name: state[theirs] for name, theirs in heads.items() if theirs in state}
     for entry in table:
         parts = [state[name] for name in entry.theirs]
         ours[entry.ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -218,6 +231,12 @@ def to_megabert(state: Mapping[str, Tensor], kind: Kind) -> RenamedWeights:
             if duplicate in state and not _equal(state[duplicate], ours[entry.ours]):
                 raise ValueError(f"{duplicate} differs from {entry.theirs[0]}, but this model ties them.")
     return RenamedWeights(ours, missing, sorted(unused))
+
+
+def _task_heads(kind: Kind, answers: bool) -> dict[str, str]:
+    """Return our names of the parameters of heads for tasks, and theirs."""
+    modules = ANSWERS if kind == "modernbert" and answers else TASK_HEADS[kind]
+    return {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in PARTS}
 
 
 def normalize_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -294,16 +313,24 @@ def to_megabert_state_dict(state: Mapping[str, Tensor], kind: Kind) -> dict[str,
 
 
 def from_megabert(state: Mapping[str, Tensor], kind: Kind, duplicates: bool = True) -> dict[str, Tensor]:
-    """Rename the weights of our MegaBertForMaskedLM, which may omit the tied decoder.weight or its whole head.
+    """Rename the weights of one of our models with a head, or of MegaBertForMaskedLM without its head.
 
-    duplicates: also return the tensors that have a second name, as their state_dict() does and their files need not.
+    The tied decoder.weight may be missing. duplicates: also return the tensors that have a second name, as their
+    state_dict() does and their files need not.
     """
+    state = {POOLER.get(name, name): tensor for name, tensor in state.items()}
     table = _table(kind, num_layers(state, OUR_LAYERS), state)
-    if not any(name.startswith(MLM_HEAD_PREFIXES) for name in state):
-        table = [entry._replace(duplicates=()) for entry in table if not entry.ours.startswith(MLM_HEAD_PREFIXES)]
-    same = {name for name in state if name.startswith(SAME_NAME_PREFIXES)}
-    _check_names(state, {entry.ours for entry in table}, {TIED_DECODER} | same, f"megabert as {kind}")
-    theirs = {name: state[name] for name in sorted(same)}
+    heads = _task_heads(kind, answers="qa_outputs.weight" in state)
+    if "decoder.bias" not in state:
+        # ModernBERT's classifiers have the transform, too.
+        kept = ("transform.",) if kind == "modernbert" and heads.keys() & state.keys() else ()
+        table = [
+            entry._replace(duplicates=())
+            for entry in table
+            if not entry.ours.startswith(MLM_HEAD_PREFIXES) or entry.ours.startswith(kept)
+        ]
+    _check_names(state, {entry.ours for entry in table}, {TIED_DECODER, *heads}, f"megabert as {kind}")
+    theirs = {name: state[ours] for ours, name in heads.items() if ours in state}
     for entry in table:
         parts = state[entry.ours].chunk(len(entry.theirs))
         theirs |= dict(zip(entry.theirs, parts, strict=True))

@@ -33,10 +33,11 @@ def start_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Build the model and its engine, with initial weights or with the state of a checkpoint."""
     model = build_model(plan.recipe, corpus.tokenizer, plan.device, plan.ds_config.bf16)
-    if plan.device.type == "cpu":
-        compile_operations(plan, model)
+    # Before operations are compiled, which takes a minute, because the folder may not fit the recipe.
     if plan.recipe.model.init_from and checkpoint is None:
         load_initial_weights(model, Path(plan.recipe.model.init_from), corpus.sources[0])
+    if plan.device.type == "cpu":
+        compile_operations(plan, model)
     settings = plan.ds_config.settings
     if checkpoint is not None and universal.needs_conversion(
         checkpoint.state, plan.ds_config.zero_stage, plan.world_size

@@ -8,6 +8,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, 
 
 from tests.data_prep.tokenizer.test_byte_bpe import lines_of_every_script
 from tests.helpers.gemma_tokenizer import write_gemma_tokenizer
+from tests.helpers.named_tokenizers import OWN, write_large_tokenizer, write_named_tokenizer
 from tests.helpers.runs import Corpus, run_command
 
 SHAPE = {
@@ -40,13 +41,18 @@ def save_modernbert(tokenizer_folder, out) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("kind", ["byte_bpe", "gemma"])
+@pytest.mark.parametrize("kind", ["byte_bpe", "gemma", "own", "large"])
 def test_a_modernbert_is_continued_on_texts_and_exported(kind, corpus: Corpus, tmp_path):
     bpe, published, imported = tmp_path / "bpe", tmp_path / "published", tmp_path / "imported"
     tokenizer, tokens, out = tmp_path / "tokenizer", tmp_path / "tokens", tmp_path / "out"
     prep = "data_prep/train_tokenizer.py"
     if kind == "gemma":
         write_gemma_tokenizer(bpe, corpus.texts)
+    elif kind == "own":
+        write_named_tokenizer(bpe, OWN, corpus.texts)
+    elif kind == "large":
+        # As many pieces as mmBERT has: ids need more than 16 bits.
+        write_large_tokenizer(bpe, corpus.texts, 256_000)
     else:
         run(prep, "--source", corpus.jsonl, "--model", "byte_bpe", "--vocab_size", 800, "--out", bpe)
     save_modernbert(bpe, published)
@@ -69,6 +75,7 @@ def test_a_modernbert_is_continued_on_texts_and_exported(kind, corpus: Corpus, t
     texts = [*lines_of_every_script(), *corpus.texts]
     theirs, ours = AutoTokenizer.from_pretrained(published), AutoTokenizer.from_pretrained(out)
     assert ours(texts)["input_ids"] == theirs(texts)["input_ids"]
-    for role in ("pad", "unk", "cls", "sep", "mask"):
-        assert getattr(ours, f"{role}_token") == getattr(theirs, f"{role}_token")
+    for role in ("pad", "unk", "mask", *(("cls", "sep") if theirs.cls_token else ())):
+        assert getattr(ours, f"{role}_token_id") == getattr(theirs, f"{role}_token_id")
+        assert kind == "own" or getattr(ours, f"{role}_token") == getattr(theirs, f"{role}_token")
     assert 0 < torch.stack(changes).max() < 0.1, "it was continued, not begun anew"

@@ -7,6 +7,8 @@ import torch
 import transformers
 
 import megabert
+from megabert.convert.folder_to_hf import build_head, select_weights
+from megabert.convert.from_hf import read_model
 from megabert.model.modeling_megabert import MegaBertModel
 from tests.convert.helpers.small_model import small_model
 
@@ -68,3 +70,22 @@ def test_the_fresh_transform_of_a_bare_modernbert_is_saved_where_it_is_named(tmp
     small_model(cls=MegaBertModel, **MODERNBERT).save_pretrained(tmp_path)
     settings = {"modules_to_save": ["transform", "classifier"], **TARGETS[0]}
     assert are_equal(*adapt_and_load(tmp_path, "SequenceClassification", **settings))
+
+
+def test_an_adapter_is_refused_and_its_merged_model_is_imported(tmp_path):
+    import peft  # pyrefly: ignore[missing-import]
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, intermediate_size=24))
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter_config.json: this is an adapter of .* model.merge_and_unload\(\)"):
+        read_model(tmp_path / "adapter")
+    ids = torch.randint(5, 190, (2, 9))
+    with torch.no_grad():
+        expected = adapted.eval()(ids).logits
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        read = read_model(tmp_path / "merged")
+        got = build_head(select_weights(read), read.config)(ids).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)

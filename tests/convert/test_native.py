@@ -136,7 +136,7 @@ def test_gte_folders_are_read(tmp_path, types):
         ({"hidden_activation": "silu"}, "hidden_activation is 'silu'; this model supports only 'gelu'"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types is .* the first and then every k-th"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE is .* supports only rope_type 'default'"),
-        ({"architectures": ["ModernBertForSequenceClassification"]}, "Convert the model that it was fine-tuned from"),
+        ({"architectures": ["ModernBertForCausalLM"]}, "is a ModernBertForCausalLM, .* Convert the model that"),
         ({"local_attention": 1}, "local_attention_window is 1, expected a number from 2"),
         ({"mlp_dropout": 0.1}, "mlp_dropout 0.1; this model has one dropout for both. Set them to the same"),
         ({"global_attn_every_n_layers": 0, "layer_types": None}, "global_attn_every_n_layers is 0, expected a number"),

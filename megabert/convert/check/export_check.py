@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from megabert.convert.check import export_record
 from megabert.convert.check.export_record import CHECK_PAIRS, CHECK_TEXTS, RECORD, Measurements
+from megabert.convert.hf.heads import ANSWERS, CHOICE
 from megabert.convert.hf.reader import check_code_stays_inside
 from megabert.convert.hf.writer import save_tensors
 from megabert.data.shards.manifest import TOKENIZER
@@ -62,8 +63,13 @@ def write_expected_outputs(
     }
     if pairs and model.config.type_vocab_size > 1:
         inputs["token_type_ids"] = torch.tensor([encoding.type_ids for encoding in encodings])
+    # A config's architectures may name the class that a fine-tuned model began as.
+    head = type(model).__name__.removeprefix("MegaBertFor")
+    # One question, of which the texts are the choices.
+    given = {name: tensor[None] for name, tensor in inputs.items()} if head == CHOICE else inputs
     with torch.no_grad():
-        logits = model(**inputs).logits
+        output = model(**given)
+    logits = torch.stack([output.start_logits, output.end_logits], dim=-1) if head == ANSWERS else output.logits
     # A model with logits of each token gives them for padding as well, which is left out.
     if logits.dim() == 3:
         logits = logits[inputs["attention_mask"].bool()]  # (T, V)

@@ -48,12 +48,18 @@ class Measurements(TypedDict):
 
 
 def write_record(
-    folder: Path, checkpoint: str, max_length: int, parameters: dict[str, Tensor], pairs: bool | None = None
+    folder: Path,
+    checkpoint: str,
+    max_length: int,
+    parameters: dict[str, Tensor],
+    pairs: bool | None = None,
+    head: str = "MaskedLM",
 ) -> None:
     """Write export.json, before the check.
 
     checkpoint: fingerprint of what was exported; max_length: tokens at which the check truncates texts; parameters: by
-    their names in the folder; pairs: None for a masked language model, else whether a classifier reads pairs of texts.
+    their names in the folder; pairs: whether a classifier of texts reads pairs, else None; head: of the model, as the
+    names of transformers' auto classes end.
     """
     classifier = {"classifies": "pairs" if pairs else "texts", "text_pairs": CHECK_PAIRS if pairs else None}
     record = {
@@ -63,6 +69,7 @@ def write_record(
         "texts": CHECK_TEXTS,
         "max_length": max_length,
         **({} if pairs is None else classifier),
+        **({} if head == "MaskedLM" else {"head": head}),
         "files": _hash_files(folder),
         "parameters": {name: hashlib.sha256(tensor.numpy().data).hexdigest() for name, tensor in parameters.items()},
     }

@@ -25,10 +25,9 @@ def main(folder: Path) -> dict[str, float | str]:
     transformers.logging.set_verbosity_error()
     record = json.loads((folder / "export.json").read_text())
     expected = load_file(folder / "export_check.safetensors")
-    # "classifies" is missing in the record of a masked language model.
-    classifies = "classifies" in record
-    auto_class = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForMaskedLM
-    model, info = auto_class.from_pretrained(
+    # A fine-tuned classifier's record has no head but "classifies".
+    head = record.get("head", "SequenceClassification" if "classifies" in record else "MaskedLM")
+    model, info = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
         folder, trust_remote_code=True, local_files_only=True, output_loading_info=True
     )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -37,8 +36,12 @@ def main(folder: Path) -> dict[str, float | str]:
     check_parameters(model, record["parameters"])
     check_tokenizer(folder, record, expected)
     inputs = {name: tensor for name, tensor in expected.items() if name != "logits"}
+    if head == "MultipleChoice":
+        inputs = {name: tensor[None] for name, tensor in inputs.items()}
     with torch.no_grad():
-        logits = model.eval()(**inputs).logits
+        output = model.eval()(**inputs)
+    answers = head == "QuestionAnswering"
+    logits = torch.stack([output.start_logits, output.end_logits], dim=-1) if answers else output.logits
     return {
         "max_difference": check_logits(logits, expected, record["tolerance"]),
         "largest_logit": float(expected["logits"].abs().max()),

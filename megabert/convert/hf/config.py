@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from transformers import BertConfig
 
-from megabert.convert.hf.native import from_gte_config, from_modernbert_config
+from megabert.convert.hf.heads import LABELS, MASKED_LM, head_of
+from megabert.convert.hf.native import check_fixed, from_gte_config, from_modernbert_config
 from megabert.convert.hf.reader import CONFIG, MAX_SIZES
 from megabert.convert.weight_names import Kind
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -50,6 +51,17 @@ def detect_architecture(source: Path, raw: dict[str, Any], tensor_names: set[str
     return "mosaicbert" if any(".Wqkv." in name for name in tensor_names) else "bert"
 
 
+def check_no_own_code(source: Path, raw: dict[str, Any], kind: str) -> None:
+    """Raises ValueError if a folder of a class of transformers' brings code, which may compute something else."""
+    auto_map = raw["auto_map"] if isinstance(raw.get("auto_map"), dict) else {}
+    models = [name for name in auto_map if name.startswith("AutoModel")]
+    if models and kind in ("bert", "modernbert", "gte"):
+        raise ValueError(
+            f"{source / CONFIG}: auto_map names code of its own for {models[0]}, {auto_map[models[0]]!r}, which may "
+            "compute something else than transformers' class. If it does not, remove auto_map there."
+        )
+
+
 def from_megabert_config(source: Path, raw: dict[str, Any]) -> MegaBertConfig:
     """Read MegaBERT's own settings from config.json, ignoring those that name code, classes or files."""
     if raw.get("tie_word_embeddings", True) is not True:
@@ -70,9 +82,7 @@ def from_their_config(source: Path, raw: dict[str, Any], kind: Kind) -> MegaBert
 
 def from_bert_config(source: Path, raw: dict[str, Any], kind: Kind) -> MegaBertConfig:
     """Convert the config of a BERT or a MosaicBERT. Raises ValueError for a setting that our model does not support."""
-    for name, value in FIXED_SETTINGS.items():
-        if raw.get(name, value) != value:
-            raise ValueError(f"{source / CONFIG}: {name} is {raw[name]!r}; this model supports only {value!r}.")
+    check_fixed(source, raw, FIXED_SETTINGS)
     if kind == "bert" and (positions := raw.get("position_embedding_type", "absolute")) != "absolute":
         raise ValueError(
             f"{source / CONFIG}: position_embedding_type is {positions!r}; this model supports only 'absolute'."
@@ -138,8 +148,9 @@ def set_max_length(config: MegaBertConfig, trained: int, wanted: int | None) -> 
 
 def to_bert_config(config: MegaBertConfig) -> BertConfig:
     """Convert a config for transformers' own BERT, whose architecture it must have."""
-    settings = {name: getattr(config, name) for name in SHARED_SETTINGS}
-    return BertConfig(hidden_act="gelu", architectures=["BertForMaskedLM"], **settings)
+    names = SHARED_SETTINGS if head_of(config) == MASKED_LM else (*SHARED_SETTINGS, *LABELS)
+    settings = {name: getattr(config, name) for name in names}
+    return BertConfig(hidden_act="gelu", architectures=[f"BertFor{head_of(config)}"], **settings)
 
 
 def to_mosaicbert_config(config: MegaBertConfig) -> dict[str, Any]:

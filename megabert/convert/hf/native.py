@@ -7,17 +7,16 @@ local_rope_theta and global_attn_every_n_layers where those of transformers 5 ha
 from pathlib import Path
 from typing import Any, Literal
 
+from megabert.convert.hf.heads import LABELS, MASKED_LM, TASKS, head_of
 from megabert.convert.hf.reader import CONFIG
 from megabert.model.configuration_megabert import MegaBertConfig
 
 NativeKind = Literal["bert", "modernbert", "gte"]
-CLASSES: dict[NativeKind, str] = {
-    "bert": "BertForMaskedLM",
-    "modernbert": "ModernBertForMaskedLM",
-    "gte": "GteForMaskedLM",
-}
+NAMES: dict[NativeKind, str] = {"bert": "Bert", "modernbert": "ModernBert", "gte": "Gte"}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
+# Other names of transformers' for the exact GELU, which is computed with erf.
+SAME_AS_GELU = ("gelu_python",)
 # Settings of which our model supports one value.
 MODERNBERT_FIXED = {
     "hidden_activation": "gelu", "classifier_activation": "gelu", "attention_bias": False, "mlp_bias": False,
@@ -33,9 +32,11 @@ GTE_FIXED = {
 MODERNBERT_DEFAULTS = {"global": 160_000.0, "local": 10_000.0, "every": 3, "window": 128, "eps": 1e-5}
 GTE_THETA = 160_000.0
 FULL, SLIDING = "full_attention", "sliding_attention"
-ONLY_ENCODERS = {
-    "modernbert": ("ModernBertModel", "ModernBertForMaskedLM"),
-    "gte": ("GteModel", "GteForMaskedLM"),
+# The heads that transformers' classes have.
+HEADS: dict[NativeKind, tuple[str, ...]] = {
+    "bert": (MASKED_LM, *TASKS),
+    "modernbert": (MASKED_LM, *TASKS),
+    "gte": (MASKED_LM, "SequenceClassification", "TokenClassification"),
 }
 
 
@@ -52,6 +53,16 @@ def native_kind(config: MegaBertConfig) -> NativeKind | None:
     if config.norm_position == "pre" and (config.position, config.ffn) == ("rope", "geglu") and bare:
         return "modernbert"
     return None
+
+
+def native_class(config: MegaBertConfig) -> str | None:
+    """Return the name of the class of transformers that computes the same as our class with its head, or None."""
+    kind, head = native_kind(config), head_of(config)
+    if kind is None or head not in HEADS[kind]:
+        return None
+    if kind != "modernbert" and head == "SequenceClassification" and config.classifier_pooling != "cls":
+        return None
+    return f"{NAMES[kind]}For{head}"
 
 
 def is_mosaicbert(config: MegaBertConfig) -> bool:
@@ -141,17 +152,24 @@ def from_gte_config(source: Path, raw: dict[str, Any]) -> dict[str, Any]:
     } | same
 
 
-def _check(source: Path, raw: dict[str, Any], fixed: dict[str, Any], kind: str) -> None:
+def check_fixed(source: Path, raw: dict[str, Any], fixed: dict[str, Any]) -> None:
+    """Raises ValueError for a setting of which our model supports another value only."""
     for name, value in fixed.items():
-        if raw.get(name, value) != value:
-            raise ValueError(f"{source / CONFIG}: {name} is {raw[name]!r}; this model supports only {value!r}.")
+        given = raw.get(name, value)
+        if given != value and not (value == "gelu" and given in SAME_AS_GELU):
+            raise ValueError(f"{source / CONFIG}: {name} is {given!r}; this model supports only {value!r}.")
+
+
+def _check(source: Path, raw: dict[str, Any], fixed: dict[str, Any], kind: NativeKind) -> None:
+    check_fixed(source, raw, fixed)
     if missing := [name for name in SIZES if name not in raw]:
         raise ValueError(f"{source / CONFIG}: lacks {', '.join(missing)}.")
     for name in raw.get("architectures") or []:
-        if name not in ONLY_ENCODERS[kind]:
+        known = [f"{NAMES[kind]}Model", *(f"{NAMES[kind]}For{head}" for head in HEADS[kind])]
+        if name not in known:
             raise ValueError(
-                f"{source / CONFIG}: is a {name}, expected {' or '.join(ONLY_ENCODERS[kind])}: its head was trained "
-                "for a task. Convert the model that it was fine-tuned from."
+                f"{source / CONFIG}: is a {name}, expected {', '.join(known[:-1])} or {known[-1]}. Convert the model "
+                "that it was fine-tuned from."
             )
 
 
@@ -254,7 +272,7 @@ def _common(config: MegaBertConfig, kind: NativeKind, special_ids: dict[str, int
     roles = {"bos": "cls", "eos": "sep"} if kind == "gte" else {"bos": "cls", "eos": "sep", "cls": "cls", "sep": "sep"}
     return {
         "model_type": kind,
-        "architectures": [CLASSES[kind]],
+        "architectures": [native_class(config)],
         "tie_word_embeddings": True,
         "max_position_embeddings": config.max_position_embeddings,
         "initializer_range": config.initializer_range,
@@ -262,4 +280,4 @@ def _common(config: MegaBertConfig, kind: NativeKind, special_ids: dict[str, int
         "torch_dtype": "float32",
     } | {name: getattr(config, name) for name in SIZES} | {
         f"{name}_token_id": special_ids[role] for name, role in roles.items() if role in special_ids
-    }  # fmt: skip
+    } | {name: getattr(config, name) for name in LABELS if head_of(config) != MASKED_LM}  # fmt: skip

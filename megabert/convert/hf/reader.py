@@ -15,6 +15,17 @@ from megabert.files.pickles import UNPICKLING_ERRORS
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 PYTORCH_BIN = "pytorch_model.bin"
+ADAPTER_CONFIG = "adapter_config.json"
+# Weights that are not read, and what makes a folder of them that is.
+OTHER_WEIGHTS = {
+    "model.*.safetensors": f"rename it to {SAFETENSORS}",
+    "pytorch_model.*.bin": f"rename it to {PYTORCH_BIN}",
+    "*.safetensors": f"rename it to {SAFETENSORS} if it has the whole model",
+    "*.bin": f"rename it to {PYTORCH_BIN} if it has the whole model",
+    "tf_model.h5": "load it with from_tf=True in transformers 4, and save it with save_pretrained()",
+    "flax_model.msgpack": "load it with from_flax=True in transformers 4, and save it with save_pretrained()",
+    "*.ckpt*": "convert this TensorFlow checkpoint with transformers 4 first",
+}
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Upper limits for the sizes in a config: ten times the largest known encoders, and far too small to exhaust memory.
@@ -47,6 +58,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= largest:
             raise ValueError(f"{path}: {name} is {size!r}, expected a number from {least} to {largest:,}.")
     _check_labels(path, config)
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path}: architectures is {names!r}, expected a list of names.")
     if config.get("quantization_config") is not None:
         raise ValueError(f"{path}: has a quantization_config; quantized weights are not supported.")
     return config
@@ -130,7 +144,28 @@ def _find_weights_files(folder: Path) -> dict[Path, set[str] | None]:
                 }
                 for file in sorted(set(index.values()))
             }
-    raise ValueError(f"{folder}: has no {SAFETENSORS} and no {PYTORCH_BIN}, in one file or in several.")
+    raise ValueError(
+        f"{folder}: has no {SAFETENSORS} and no {PYTORCH_BIN}, in one file or in several.{_explain_other_files(folder)}"
+    )
+
+
+def _explain_other_files(folder: Path) -> str:
+    """Say what to do with weights that transformers would find only if told so."""
+    for pattern, remedy in OTHER_WEIGHTS.items():
+        if found := sorted(path.name for path in folder.glob(pattern) if path.is_file()):
+            return f" It has {found[0]}: {remedy}."
+    return ""
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raises ValueError if the folder is, or also has, an adapter of peft's, which transformers would apply."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    base = read_json(check_inside(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
+    raise ValueError(
+        f"{folder / ADAPTER_CONFIG}: this is an adapter of {base!r}, for example of LoRA. Merge it into its model "
+        "first: model.merge_and_unload().save_pretrained(FOLDER) with peft, and convert that folder."
+    )
 
 
 def check_inside(folder: Path, name: str, suffix: str = "") -> Path:
@@ -171,7 +206,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{path}: was not read, because it does not contain only tensors: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{path}: does not contain a state dict of tensors.")
+        keys = f" It has {', '.join(map(repr, list(state)[:3]))}." if isinstance(state, dict) and state else ""
+        raise ValueError(
+            f"{path}: does not contain a state dict of tensors.{keys} Save the state dict alone, with its tensors."
+        )
     for name, tensor in state.items():
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, more data than the file contains.")

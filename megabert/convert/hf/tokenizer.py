@@ -17,8 +17,11 @@ from megabert.data.shards.tokenizer_folder import (
     FILES,
     SPECIAL_TOKENS_MAP,
     VOCAB,
+    find_new_names,
     read_folder_tokenizer,
     read_json_files,
+    rename_special_tokens,
+    special_token_names,
 )
 
 # Pipelines of transformers before 4.57 load no tokenizer if the config does not name its class.
@@ -26,7 +29,8 @@ TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 TOKENS = (*(f"{role}_token" for role in SPECIAL_TOKENS), "bos_token", "eos_token", "additional_special_tokens",
           "extra_special_tokens", "added_tokens_decoder")  # fmt: skip
 # Other settings of tokenizer_config.json, such as auto_map, are not copied, because they may name code to run.
-COPIED_SETTINGS = ("tokenizer_class", "do_lower_case", "strip_accents", "tokenize_chinese_chars", "padding_side",
+CLASS = "tokenizer_class"
+COPIED_SETTINGS = (CLASS, "do_lower_case", "strip_accents", "tokenize_chinese_chars", "padding_side",
                    "clean_up_tokenization_spaces", "truncation_side", "model_input_names", *TOKENS)  # fmt: skip
 
 
@@ -38,18 +42,24 @@ def copy_tokenizer(source: Path, folder: Path, max_length: int) -> None:
     """
     files = find_tokenizer_files(source)
     contents = read_json_files(files)
-    for name in (VOCAB, ADDED_TOKENS, SPECIAL_TOKENS_MAP):
-        if name in files:
-            shutil.copyfile(files[name], folder / name)
     if TOKENIZER in files or VOCAB in files:
-        whole = read_folder_tokenizer(files)
+        whole, renamed = _read_with_known_names(files)
+        if renamed:
+            # The other files have the old names.
+            contents[TOKENIZER_CONFIG] = {
+                name: value for name, value in contents[TOKENIZER_CONFIG].items() if name not in (*TOKENS, CLASS)
+            }
+            files = {name: path for name, path in files.items() if name in (TOKENIZER, TOKENIZER_CONFIG)}
+        for name in (VOCAB, ADDED_TOKENS, SPECIAL_TOKENS_MAP):
+            if name in files:
+                shutil.copyfile(files[name], folder / name)
         if TOKENIZER in files and whole.to_str() == read_tokenizer(files[TOKENIZER]).to_str():
             _copy_without_limits(files[TOKENIZER], contents[TOKENIZER], folder / TOKENIZER)
         else:
             (folder / TOKENIZER).write_text(whole.to_str(), encoding="utf-8")
     settings = {name: value for name, value in contents[TOKENIZER_CONFIG].items() if name in COPIED_SETTINGS}
-    if "Token" not in (name := str(settings.get("tokenizer_class"))) or not hasattr(transformers, name):
-        settings["tokenizer_class"] = TOKENIZER_CLASS
+    if "Token" not in (name := str(settings.get(CLASS))) or not hasattr(transformers, name):
+        settings[CLASS] = TOKENIZER_CLASS
     if (folder / TOKENIZER).is_file():
         tokenizer = read_tokenizer(folder / TOKENIZER)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -83,7 +93,23 @@ def read_hf_tokenizer(source: Path) -> Tokenizer:
     if TOKENIZER not in files and VOCAB not in files:
         # The file does not exist, and this raises the error that says so.
         return read_tokenizer(check_inside(source, TOKENIZER))
-    return read_folder_tokenizer(files)
+    return _read_with_known_names(files)[0]
+
+
+def _read_with_known_names(files: dict[str, Path]) -> tuple[Tokenizer, bool]:
+    """Load a tokenizer. If its special tokens have names that MegaBERT does not know, they get BERT's.
+
+    files: as find_tokenizer_files() returns them. Returns it, and whether tokens were renamed.
+    """
+    tokenizer = read_folder_tokenizer(files)
+    if _has_all_of_berts(tokenizer) or not find_new_names(tokenizer, roles := special_token_names(files)):
+        return tokenizer, False
+    renamed = rename_special_tokens(tokenizer, roles)
+    return (renamed, True) if _has_all_of_berts(renamed) else (tokenizer, False)
+
+
+def _has_all_of_berts(tokenizer: Tokenizer) -> bool:
+    return all(tokenizer.token_to_id(token) is not None for token in SPECIAL_TOKENS.values())
 
 
 def has_tokenizer(source: Path) -> bool:

@@ -25,8 +25,11 @@ TEXT_KEY = "jsonl"
 
 # BERT's special tokens, by their names in a manifest.
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-# Those of Gemma's tokenizers, such as mmBERT's, which keep their names.
+# Those of Gemma's tokenizers, such as mmBERT's, and of RoBERTa's and its like, which keep their names. Gemma's have
+# tokens of the names of both.
 GEMMA_TOKENS = {"pad": "<pad>", "unk": "<unk>", "cls": "<bos>", "sep": "<eos>", "mask": "<mask>"}
+ROBERTA_TOKENS = GEMMA_TOKENS | {"cls": "<s>", "sep": "</s>"}
+KEPT_NAMES = (GEMMA_TOKENS, ROBERTA_TOKENS)
 
 # Most tokens of a chunk. 256 KiB of uint16 are a long enough read for a disk or an object store, and a loader worker
 # holds only a few chunks.

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TokenizerInfo
-from megabert.data.shards.sample_format import GEMMA_TOKENS, SPECIAL_TOKENS
+from megabert.data.shards.sample_format import KEPT_NAMES, SPECIAL_TOKENS
 from megabert.files.json_file import parse_json
 from megabert.files.limits import read_bounded
 
@@ -48,8 +48,11 @@ def describe_tokenizer(data: bytes, where: str) -> TokenizerInfo:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the texts of the special tokens by role: Gemma's if it has these and not all of BERT's, else BERT's."""
-    for names in (SPECIAL_TOKENS, GEMMA_TOKENS):
+    """Return the texts of the special tokens by role: BERT's, Gemma's or RoBERTa's, whichever it has all of first.
+
+    BERT's if it has none of the three.
+    """
+    for names in (SPECIAL_TOKENS, *KEPT_NAMES):
         if all(tokenizer.token_to_id(token) is not None for token in names.values()):
             return names
     return SPECIAL_TOKENS

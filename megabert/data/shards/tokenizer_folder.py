@@ -1,5 +1,6 @@
 """Read the tokenizer of a folder of transformers: tokenizer.json or vocab.txt, and the tokens beside them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,8 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TOKENIZER_CONFIG
-from megabert.data.shards.sample_format import SPECIAL_TOKENS
-from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.data.shards.sample_format import KEPT_NAMES, SPECIAL_TOKENS
+from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.files.json_file import parse_json
 from megabert.files.limits import read_bounded
 
@@ -33,6 +34,14 @@ NORMALIZER_SETTINGS = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
+
+# The texts that other tokenizers have for BERT's special tokens. A token that is taken by an earlier role is not taken
+# again: some tokenizers have one for padding and for the end.
+OTHER_NAMES = {"cls": "<s>", "sep": "</s>", "mask": "<mask>", "unk": "<unk>", "pad": "<pad>"}
+INSTEAD = {"cls": "bos", "sep": "eos"}
+# The score of special tokens in a unigram model, lower than that of any other segmentation of their names. A far lower
+# one would cost the scores of other pieces their last digits.
+SPECIAL_SCORE = -1e4
 
 
 def read_folder_tokenizer(files: dict[str, Path], lowercase: bool = True) -> Tokenizer:
@@ -196,3 +205,79 @@ def _parse_flag(folder: Path, settings: dict[str, Any], name: str, default: bool
     if not isinstance(value, bool) and value is not None:
         raise ValueError(f"{folder / TOKENIZER_CONFIG}: {name} is {value!r}, expected true or false.")
     return default if value is None else value
+
+
+def rename_special_tokens(tokenizer: Tokenizer, roles: dict[str, str]) -> Tokenizer:
+    """Give the tokens with the roles of BERT's special tokens their names, as find_new_names() says.
+
+    Ids stay, and so do flags, such as lstrip. No text contains a special token, whatever its name.
+    """
+    names = find_new_names(tokenizer, roles)
+    kept = SPECIAL_TOKENS if names else special_tokens(tokenizer)
+    return _change_tokens(tokenizer, names, set(kept.values()))
+
+
+def find_new_names(tokenizer: Tokenizer, roles: dict[str, str]) -> dict[str, str]:
+    """Return BERT's names for the special tokens of other names that have their roles.
+
+    A tokenizer with all of Gemma's or RoBERTa's special tokens keeps their names. roles: their texts, as far as they
+    are known; what the tokenizer itself puts around a text counts more, and OTHER_NAMES are tried too.
+    """
+    roles = roles | _find_ends(tokenizer)
+    kept = special_tokens(tokenizer)
+    if kept in KEPT_NAMES and _has_roles(kept, roles):
+        return {}
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    names: dict[str, str] = {}
+    for role, usual in OTHER_NAMES.items():
+        tried = (roles.get(role), roles.get(INSTEAD.get(role, "")), usual)
+        found = next((text for text in tried if text in special and text not in names), None)
+        if found is not None and tokenizer.token_to_id(SPECIAL_TOKENS[role]) is None:
+            names[found] = SPECIAL_TOKENS[role]
+    return names
+
+
+def _find_ends(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the special tokens that the tokenizer puts before and behind a text, if it is one each."""
+    around = tokenizer.encode("", add_special_tokens=True).tokens
+    return dict(zip(("cls", "sep"), around, strict=True)) if len(around) == 2 else {}
+
+
+def _has_roles(names: dict[str, str], roles: dict[str, str]) -> bool:
+    """Whether a folder gives these tokens the roles that their names say, as far as it gives roles."""
+    for role, token in names.items():
+        given = {roles.get(role), roles.get(INSTEAD.get(role, ""))} - {None}
+        if given and token not in given:
+            return False
+    return True
+
+
+def _change_tokens(tokenizer: Tokenizer, names: dict[str, str], special: set[str]) -> Tokenizer:
+    """Rename tokens everywhere, and let no text contain the special ones, as transformers loads them."""
+    raw = json.loads(tokenizer.to_str())
+    before, model = json.dumps(raw), raw["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(text, text): number for text, number in model["vocab"].items()}
+    else:
+        named = ((names.get(text, text), score) for text, score in model["vocab"])
+        model["vocab"] = [[text, min(score, SPECIAL_SCORE) if text in special else score] for text, score in named]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    for token in raw["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+        token["special"] |= token["content"] in special
+    raw["post_processor"] = _rename(raw["post_processor"], names)
+    if json.dumps(raw) == before:
+        return tokenizer
+    changed = Tokenizer.from_str(json.dumps(raw))
+    changed.encode_special_tokens = tokenizer.encode_special_tokens
+    return changed
+
+
+def _rename(value: Any, names: dict[str, str]) -> Any:
+    """Rename the tokens that a post-processor names, in its keys too."""
+    if isinstance(value, dict):
+        return {names.get(key, key): _rename(part, names) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_rename(part, names) for part in value]
+    return names.get(value, value) if isinstance(value, str) else value

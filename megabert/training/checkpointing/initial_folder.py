@@ -1,7 +1,7 @@
 """What a run requires of the folder of its initial weights, before it reads them; imports no torch."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from megabert.files.json_file import read_json
 
 CONFIG = "config.json"
 MODEL_TYPE = "megabert"
-# What changes the output but no tensor's shape. The recipe calls these settings of the model by the same names.
+# Settings of the architecture, which the recipe calls by the same names. Most change the output but no tensor's shape.
 SAME_SETTINGS = (
-    "num_attention_heads", "position", "rope_theta", "local_rope_theta", "norm_position", "bias", "norm_bias",
-    "token_types", "global_attention_every", "local_attention_window", "ffn", "layer_norm_eps",
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "position", "rope_theta",
+    "local_rope_theta", "norm_position", "bias", "norm_bias", "token_types", "global_attention_every",
+    "local_attention_window", "ffn", "layer_norm_eps",
 )  # fmt: skip
 
 
@@ -41,18 +42,22 @@ def _how_to_convert(folder: Path) -> str:
     return "Convert it with launch/convert_from_hf.py first."
 
 
-def check_settings(folder: Path, theirs: Mapping[str, Any], ours: object, names: Sequence[str] = SAME_SETTINGS) -> None:
-    """Raise ValueError if a setting of the folder's model, of those in `theirs`, is another in this recipe.
+def check_settings(folder: Path, theirs: Mapping[str, Any], ours: object) -> None:
+    """Raise ValueError, naming all of them, if settings of the folder's model in `theirs` are others in this recipe.
 
     ours: has them as attributes, by the same names.
     """
-    for name in names:
-        if name in theirs and theirs[name] != getattr(ours, name):
-            wanted = {None: "null", True: "true", False: "false"}.get(theirs[name], theirs[name])
-            raise ValueError(
-                f"model.init_from {folder}: {name} is {theirs[name]!r} in its {CONFIG}, {getattr(ours, name)!r} in "
-                f"this recipe. Set model.{name} to {wanted}."
-            )
+    different = [name for name in SAME_SETTINGS if name in theirs and theirs[name] != getattr(ours, name)]
+    if not different:
+        return
+    found = "; ".join(
+        f"{name} is {theirs[name]!r} in its {CONFIG}, {getattr(ours, name)!r} in this recipe" for name in different
+    )
+    wanted = {name: {None: "null", True: "true", False: "false"}.get(theirs[name], theirs[name]) for name in different}
+    remedy = f"Set model.{different[0]} to {wanted[different[0]]}."
+    if len(different) > 1:
+        remedy = f"Pass {' '.join(f'--model.{name}={value}' for name, value in wanted.items())}."
+    raise ValueError(f"model.init_from {folder}: {found}. {remedy}")
 
 
 def check_vocabulary(folder: Path, source: Source) -> None:

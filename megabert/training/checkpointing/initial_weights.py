@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megabert.convert.from_hf import read_model
+from megabert.convert.weight_names import WORD_EMBEDDINGS
 from megabert.data.shards.source import Source
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.checkpointing.initial_folder import (
@@ -26,17 +27,21 @@ def load_initial_weights(model: MegaBertForMaskedLM, folder: Path, source: Sourc
     weights = {name: tensor for name, tensor in initial.weights.items() if not name.startswith(OTHER_HEADS)}
     check_settings(folder, {name: getattr(initial.config, name) for name in SAME_SETTINGS}, model.config)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if different := sorted(weights.keys() ^ expected.keys()):
-        raise ValueError(
-            f"model.init_from {folder}: its parameters differ from this recipe's: {len(different)} exist in only one "
-            f"of them, such as {different[0]}. Set model.num_hidden_layers to {initial.config.num_hidden_layers}."
-        )
+    assert weights.keys() == expected.keys(), "the settings determine the parameters"
+    check_vocabulary(folder, source)
     for name, shape in expected.items():
         if weights[name].shape != shape:
             raise ValueError(
                 f"model.init_from {folder}: {name} has shape {tuple(weights[name].shape)}, this recipe's has "
-                f"{tuple(shape)}. Set the model section as in its config.json, or change its length or vocabulary with "
-                "launch/convert_from_hf.py."
+                f"{tuple(shape)}. {_explain_shape(name, len(weights[name]), source.tokenizer.vocab_size)}"
             )
-    check_vocabulary(folder, source)
     model.load_state_dict(weights, strict=False)
+
+
+def _explain_shape(name: str, rows: int, vocab_size: int) -> str:
+    """Say how to make a recipe's model have as many rows as the folder's."""
+    if name != WORD_EMBEDDINGS:
+        other = "change the folder with launch/convert_from_hf.py --max-length"
+        return f"Set model.max_position_embeddings to {rows}, or {other}."
+    multiple = next(size for size in (64, 128, 32, 16, 8, 1, rows) if -(-vocab_size // size) * size == rows)
+    return f"Set model.pad_vocab_to_multiple_of to {multiple}."

@@ -22,7 +22,6 @@ from megabert.files.json_file import read_json
 from megabert.files.redact import redact
 from megabert.training.checkpointing import find
 from megabert.training.checkpointing.initial_folder import (
-    SAME_SETTINGS,
     check_folder,
     check_settings,
     check_vocabulary,
@@ -39,7 +38,6 @@ from megabert.training.updates.limits import why_not_optimizer
 
 # A user waits for the answer, so a store gets less time than in a run.
 STORE_PATIENCE_S = 10.0
-SHAPES = ("num_hidden_layers", "hidden_size", "intermediate_size")
 # data.micro_batch_tokens auto is shown for GPUs of this memory, bytes.
 USUAL_GPU = 80e9
 
@@ -261,7 +259,7 @@ class Checks:
         if name is None or self.saved is not None:
             return
         folder = Path(name)
-        check_settings(folder, check_folder(folder), self.recipe.model, (*SHAPES, *SAME_SETTINGS))
+        check_settings(folder, check_folder(folder), self.recipe.model)
         if self.corpus is not None:
             check_vocabulary(folder, self.corpus.sources[0])
         yield f"{folder}: its settings and vocabulary are the recipe's and the corpus's; its weights are not read"

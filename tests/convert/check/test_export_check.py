@@ -16,6 +16,7 @@ from megabert.convert import to_hf
 from megabert.convert.check import export_check, export_record
 from megabert.convert.deepspeed_checkpoint import find_checkpoints
 from megabert.convert.to_hf import ExportOptions
+from megabert.files.checkpoint_format import MANIFEST
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.folders import edit_json
 from tests.convert.helpers.small_model import small_model
@@ -150,7 +151,8 @@ def test_an_export_is_reused_only_if_every_file_is_unchanged(corpus, tmp_path, s
 
 def test_a_fingerprint_depends_on_every_averaged_checkpoint(corpus, tmp_path):
     def fingerprint(average: int) -> str:
-        return to_hf.fingerprint_export(find_checkpoints(tmp_path, average), ExportOptions(average=average))
+        manifests = [folder / MANIFEST for folder in find_checkpoints(tmp_path, average)]
+        return to_hf.fingerprint_export(manifests, ExportOptions(average=average))
 
     for step in (1, 2):
         write_checkpoint(tmp_path, small_model(step), corpus.tokenizer, step=step)

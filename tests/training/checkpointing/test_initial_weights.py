@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from megabert.convert.from_hf import ImportOptions, import_model
 from megabert.data.shards.source import open_source
 from megabert.training.checkpointing.initial_weights import load_initial_weights
-from tests.convert.helpers.small_model import small_model
+from tests.convert.helpers.small_model import BERT, small_model
 
 
 @pytest.fixture
@@ -39,13 +39,16 @@ def test_another_folder_shape_or_vocabulary_is_refused(corpus, start, tmp_path):
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000004"):
         with pytest.raises(ValueError, match=r"a run or a checkpoint: run.branch_from continues it, .*convert_to_hf"):
             load_initial_weights(small_model(), path, source)
-    with pytest.raises(ValueError, match=r"mlp.up.weight has shape \(80, 24\), this recipe's has \(96, 24\)"):
-        load_initial_weights(small_model(intermediate_size=48), start, source)
-    with pytest.raises(ValueError, match="exist in only one of them, such as .* Set model.num_hidden_layers to 2"):
-        load_initial_weights(small_model(num_hidden_layers=3), start, source)
+    several = "Pass --model.num_hidden_layers=2 --model.intermediate_size=40.$"
+    with pytest.raises(ValueError, match=f"intermediate_size is 40 in its config.json, 48 in this recipe. {several}"):
+        load_initial_weights(small_model(intermediate_size=48, num_hidden_layers=3), start, source)
+    with pytest.raises(
+        ValueError, match=r"word_embeddings.weight has shape \(832, 24\), this recipe's has \(900, 24\)"
+    ):
+        load_initial_weights(small_model(vocab_size=900), start, source)
     for name, other, wanted in (
-        ("position", "learned", "alibi"), ("ffn", "gelu", "geglu"), ("num_attention_heads", 6, 3),
-        ("layer_norm_eps", 1e-5, 1e-12),
+        ("position", "learned", "alibi"), ("num_hidden_layers", 3, 2), ("ffn", "gelu", "geglu"),
+        ("num_attention_heads", 6, 3), ("layer_norm_eps", 1e-5, 1e-12),
     ):  # fmt: skip
         with pytest.raises(
             ValueError, match=rf"{name} is '?{wanted}'? in its config.json, .* Set model.{name} to {wanted}"
@@ -58,6 +61,13 @@ def test_another_folder_shape_or_vocabulary_is_refused(corpus, start, tmp_path):
     (start / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"has no tokenizer.json to compare"):
         load_initial_weights(small_model(), start, source)
+
+
+def test_learned_positions_of_another_length_are_refused_by_their_setting(corpus, tmp_path):
+    small_model(**BERT).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((corpus.tokenizer / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match="Set model.max_position_embeddings to 40, or .* --max-length"):
+        load_initial_weights(small_model(**BERT, max_position_embeddings=64), tmp_path, open_source(str(corpus.tokens)))
 
 
 def test_the_same_vocabulary_in_other_bytes_is_accepted(corpus, start):
