@@ -134,7 +134,7 @@ def contenders(device: torch.device, tokens: int = TOKENS) -> dict[str, dict[str
             continue
         rows = [leaf(tokens, HIDDEN), leaf(tokens, HIDDEN), *norm]
         add("geglu", source, lambda x, ops=ops: ops.geglu(x, DROPOUT), [leaf(tokens, 2 * WIDTH)])
-        add("add_layer_norm", source, lambda *x, ops=ops: ops.add_layer_norm(*x, **options), rows)
+        add("add_layer_norm", source, lambda *x, ops=ops: ops.add_layer_norm(*x, **options)[0], rows)
         add(
             "embed_layer_norm",
             source,

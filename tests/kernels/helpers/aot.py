@@ -92,6 +92,14 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
+def resident_programs(code: Compiled, warps: int, capability: int) -> int:
+    """Return the programs that one multiprocessor holds at once, by registers, warps and shared memory."""
+    # Registers are given out in blocks of 8 for each thread; each program takes 1 KiB of shared memory more.
+    registers = -(-code.registers // 8) * 8
+    by_memory = (SHARED_LIMIT[capability] + 1024) // (code.shared + 1024)
+    return min(65536 // (registers * 32 * warps), 64 // warps, 32, by_memory)
+
+
 def compile_for(launch: Launch, capability: int) -> Compiled:
     """Assemble a launch for compute capability 80, 90 or 100."""
     kernel = triton.compile(source_of(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
