@@ -104,14 +104,19 @@ def test_layer_norm_alone(capability):
 
 
 @pytest.mark.parametrize(
-    ("capability", "gradient", "dtype"),
-    cases(per_push=[(LEAST_SHARED_MEMORY, True, FP32)], nightly=product(CAPABILITIES, [True, False], [BF16, FP32])),
+    ("capability", "gradient", "dtype", "vocab_size"),
+    cases(
+        per_push=[(LEAST_SHARED_MEMORY, True, FP32, 30_522)],
+        nightly=product(CAPABILITIES, [True, False], [BF16, FP32], [30_522, 30_528]),
+    ),
 )
-def test_cross_entropy(capability, gradient, dtype):
-    from megabert.kernels.cross_entropy import loss_in_place
+def test_cross_entropy(capability, gradient, dtype, vocab_size):
+    from megabert.kernels.cross_entropy import in_chunks
 
-    logits, labels = torch.zeros(16, 30_528, dtype=dtype), torch.zeros(16, dtype=torch.int64)
-    launches = launches_of(lambda: loss_in_place(logits, labels, 0.0, gradient))
+    hidden, weight, bias = (torch.zeros(shape, dtype=dtype) for shape in ((16, 8), (vocab_size, 8), vocab_size))
+    labels = torch.zeros(16, dtype=torch.int64)
+    launches = launches_of(lambda: in_chunks(hidden, weight, bias, labels, 0.0, gradient, dtype))
+    assert [launch.name for launch in launches] == ["cross_entropy.loss_kernel"]
     assert_good_code(launches, capability, stores=gradient)
 
 
