@@ -78,7 +78,8 @@ def source_of(launch: Launch) -> ASTSource:
         aligned = False
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
+            # Memory itself is aligned; fake tensors have none.
+            aligned = value.storage_offset() * value.itemsize % 16 == 0
         elif parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
