@@ -198,7 +198,7 @@ def compare(masked: int, hidden: int, vocab: int, tokens: int, heads: int) -> di
         print(f"| {name} | {' | '.join(map(str, cells))} |")
         figures |= {f"loss_{name.lower()}_{field}": value for field, value in row._asdict().items()}
     if len(losses) == 1:
-        print("\nLiger is not installed (pip install --no-deps liger-kernel).")
+        print("\nLiger is not installed (pip install liger-kernel).")
     print("\n| attention of a layer, forward | documents of | GFLOP | MB | launches for tiles | MB for tiles |")
     print("|---" * 6 + "|")
     for length in (128, 512, MEAN_PIECE):
