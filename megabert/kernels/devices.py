@@ -64,12 +64,6 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Return the multiprocessors of a CUDA device; 1 for a CPU, on which Triton's interpreter runs one program."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@functools.cache
 def why_no_launch(device: torch.device) -> str | None:
     """Launch a kernel on a CUDA device. Return the reason why that fails, with the remedy, or None.
 

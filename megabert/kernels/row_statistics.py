@@ -3,6 +3,7 @@
 One program holds a whole row (E,) in registers. Statistics are in fp32 for every dtype of the residual stream but fp64.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from megabert.kernels import MAX_WIDTH
-from megabert.kernels.devices import multiprocessors
 
 # Warps of a backward pass on each multiprocessor. Its 65,536 registers hold 21 warps of 96 registers a thread, which is
 # the most that any of these kernels needs: all programs run at once, and five of them read five rows while one waits.
@@ -41,6 +41,12 @@ def accumulator(*tensors: Tensor) -> Any:
 
 def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return the multiprocessors of a CUDA device; 1 for a CPU, on which Triton's interpreter runs one program."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def num_programs(rows: int, width: int, device: torch.device) -> int:
