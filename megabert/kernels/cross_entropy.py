@@ -6,6 +6,10 @@ chunk's three products follow at once: the forward pass computes the gradients o
 pass only scales them. The z-loss is z * lse^2 per row (https://arxiv.org/abs/2204.02311, section 5); z = 0 turns it
 off.
 
+A vocabulary that is not a multiple of COLUMNS_MULTIPLE, such as BERT's 30,522, gets columns more, whose logits are -inf
+and whose gradients 0: then rows begin at multiples of 16 bytes, which vector loads and fast matrix products need. V is
+the number with them.
+
 Bytes that the kernel moves per row, with s bytes per logit and l per label:
     3V * s + s + l + 12   reads V twice, the second time mostly from the cache, and the label's logit; writes V, lse,
                           loss, correct
@@ -29,19 +33,22 @@ BLOCK = 4096
 IGNORED = tl.constexpr(IGNORE_INDEX)
 # Logits of a chunk: 128 MiB in bf16, 2,198 rows of BERT's vocabulary.
 MAX_LOGITS = 1 << 26
+# Triton knows that rows are aligned if their length is a multiple of 16.
+COLUMNS_MULTIPLE = 16
 # A chunk has a multiple of this many rows, so that its matrix products tile.
 ROWS_MULTIPLE = 128
 
 
 @triton.jit
 def loss_kernel(
-    LOGITS, LABELS, LSE, LOSS, CORRECT, V, z_loss, GRADIENT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
-):
+    LOGITS, LABELS, LSE, LOSS, CORRECT, V, num_labels, z_loss,
+    GRADIENT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     logits = LOGITS + row.to(tl.int64) * V
     label = tl.load(LABELS + row)
     # The label is IGNORE_INDEX, or invalid.
-    if (label < 0) | (label >= V):
+    if (label < 0) | (label >= num_labels):
         tl.store(LSE + row, 0.0)
         tl.store(LOSS + row, tl.where(label == IGNORED, 0.0, float("nan")))
         tl.store(CORRECT + row, 0)
@@ -80,20 +87,24 @@ def loss_kernel(
 
 
 @torch.library.custom_op("megabert::cross_entropy_", mutates_args=("logits",))
-def loss_in_place(logits: Tensor, labels: Tensor, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def loss_in_place(
+    logits: Tensor, labels: Tensor, num_labels: int, z_loss: float, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Overwrite logits (M, V) with the gradient of the summed loss if `gradient`. Return each row's lse, loss, correct.
 
-    lse, loss: (M,) in fp32, or fp64 for fp64 logits; correct: (M,) int32, 0 or 1.
+    num_labels: the size of the vocabulary; the columns behind it hold -inf. lse, loss: (M,) in fp32, or fp64 for fp64
+    logits; correct: (M,) int32, 0 or 1.
     """
     lse, loss, correct = _per_row(logits)
     if logits.numel():
         constants: dict[str, Any] = {"GRADIENT": gradient, "ACC": accumulator(logits), "BLOCK": BLOCK, "num_warps": 8}
-        loss_kernel[(logits.shape[0],)](logits, labels, lse, loss, correct, logits.shape[1], z_loss, **constants)
+        rows, columns = logits.shape
+        loss_kernel[(rows,)](logits, labels, lse, loss, correct, columns, num_labels, z_loss, **constants)
     return lse, loss, correct
 
 
 @loss_in_place.register_fake
-def _(logits, labels, z_loss, gradient):
+def _(logits, labels, num_labels, z_loss, gradient):
     return _per_row(logits)
 
 
@@ -110,6 +121,19 @@ def chunk_rows(num_rows: int, vocab_size: int) -> int:
     return min(most, -(-rows // ROWS_MULTIPLE) * ROWS_MULTIPLE)
 
 
+def with_columns(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Convert weight and bias to dtype, with rows of 0 and a bias of -inf up to a multiple of COLUMNS_MULTIPLE."""
+    vocab_size = weight.shape[0]
+    more = -vocab_size % COLUMNS_MULTIPLE
+    if not more:
+        return weight.to(dtype), bias.to(dtype)
+    padded = weight.new_zeros((vocab_size + more, weight.shape[1]), dtype=dtype)
+    padded[:vocab_size] = weight
+    padded_bias = bias.new_full((vocab_size + more,), float("-inf"), dtype=dtype)
+    padded_bias[:vocab_size] = bias
+    return padded, padded_bias
+
+
 def in_chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, z_loss: float, gradient: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -119,18 +143,20 @@ def in_chunks(
     dtype: the matrix products' dtype.
     """
     loss_sum, num_correct, dhidden, dweight, dbias = _sums(hidden, weight, bias, gradient)
-    narrow, narrow_weight, narrow_bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
-    size = chunk_rows(hidden.shape[0], weight.shape[0])
+    narrow = hidden.to(dtype)
+    narrow_weight, narrow_bias = with_columns(weight, bias, dtype)
+    vocab_size = weight.shape[0]
+    size = chunk_rows(hidden.shape[0], narrow_weight.shape[0])
     for start in range(0, hidden.shape[0], size):
         chunk = slice(start, start + size)
         logits = torch.addmm(narrow_bias, narrow[chunk], narrow_weight.t())  # (rows, V)
-        _, loss, correct = loss_in_place(logits, labels[chunk], z_loss, gradient)
+        _, loss, correct = loss_in_place(logits, labels[chunk], vocab_size, z_loss, gradient)
         loss_sum += loss.sum()
         num_correct += correct.sum()
         if gradient:
             dhidden[chunk] = torch.mm(logits, narrow_weight)
-            dweight += torch.mm(logits.t(), narrow[chunk])
-            dbias += logits.sum(0, dtype=dbias.dtype)
+            dweight += torch.mm(logits.t(), narrow[chunk])[:vocab_size]
+            dbias += logits.sum(0, dtype=dbias.dtype)[:vocab_size]
     return loss_sum, num_correct, dhidden, dweight, dbias
 
 

@@ -7,7 +7,7 @@ the parts of a run that crosses chunks (such as all types, [CLS], [MASK]) are ad
 
 Bytes moved, with k tables, and t, i, y bytes per number of a table, per id, and per number of y and dz:
     forward   T * (E * (k * t + y) + k * i + 8)         and weight and bias, 8E per row, from the cache
-    backward  T * (E * (k * t + 2y) + k * i + 8)        and 12E for each of min(T, 256) programs
+    backward  T * (E * (k * t + 2y) + k * i + 8)        and 12E for each of num_programs()
     scatter, for each table   T * E * y + rows * E * t  and (8 + i) per token and 256 columns: its index and id
 With dropout each row reads a seed of 8 bytes; each crossing of a run moves 8E.
 """
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from megabert.kernels.dropout import draw_seed, keep_scale, row_factor, threshold
 from megabert.kernels.row_statistics import (
-    PARTIALS,
     accumulator,
     accumulator_dtype,
+    num_programs,
     row_constants,
     row_gradient,
     row_statistics,
@@ -66,7 +66,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    DY, IDS0, IDS1, IDS2, TABLE0, TABLE1, TABLE2, WEIGHT, MEAN, RSTD, DZ, DWEIGHT, DBIAS, SEED, T, E, below, scale,
+    DY, IDS0, IDS1, IDS2, TABLE0, TABLE1, TABLE2, WEIGHT, MEAN, RSTD, DZ, SUMS, SEED, T, E, below, scale,
     DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -86,8 +86,8 @@ def backward_kernel(
         dbias += dy
         dz = row_gradient(dy, normed, weight, rstd, E)
         tl.store(DZ + place, dz.to(DZ.dtype.element_ty), mask=inside)
-    tl.store(DWEIGHT + program * E + column, dweight, mask=inside)
-    tl.store(DBIAS + program * E + column, dbias, mask=inside)
+    tl.store(SUMS + program * E + column, dweight, mask=inside)
+    tl.store(SUMS + (tl.num_programs(0) + program) * E + column, dbias, mask=inside)
 
 
 @triton.jit
@@ -173,16 +173,16 @@ def forward(
 def backward(
     dy: Tensor, ids: list[Tensor], tables: list[Tensor], weight: Tensor, mean: Tensor, rstd: Tensor,
     seed: Tensor | None, dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradient of the sum of embeddings (T, E), and partial dweight and dbias, (programs, E)."""
-    dz, dweight, dbias = _gradients(dy, tables)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradient of the sum of embeddings (T, E), and partial sums of dweight and dbias, (2, programs, E)."""
+    dz, sums = _gradients(dy, tables)
     if dz.numel():
         tokens, width = dz.shape
-        backward_kernel[(dweight.shape[0],)](
-            dy, *_three(ids), *_three(tables), weight, mean, rstd, dz, dweight, dbias, seed, tokens, width,
+        backward_kernel[(sums.shape[1],)](
+            dy, *_three(ids), *_three(tables), weight, mean, rstd, dz, sums, seed, tokens, width,
             threshold(dropout_p), keep_scale(dropout_p), **row_constants(width, dropout_p, *tables),
         )  # fmt: skip
-    return dz, dweight, dbias
+    return dz, sums
 
 
 def chunk_size(num_tokens: int) -> int:
@@ -217,9 +217,9 @@ def _outputs(ids: list[Tensor], tables: list[Tensor], dtype: torch.dtype) -> tup
     return tables[0].new_empty((tokens, tables[0].shape[1]), dtype=dtype), mean, torch.empty_like(mean)
 
 
-def _gradients(dy: Tensor, tables: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    sums = dy.new_empty((min(dy.shape[0], PARTIALS), dy.shape[1]), dtype=accumulator_dtype(*tables))
-    return torch.empty_like(dy), sums, torch.empty_like(sums)
+def _gradients(dy: Tensor, tables: list[Tensor]) -> tuple[Tensor, Tensor]:
+    programs = num_programs(dy.shape[0], dy.shape[1], dy.device) if dy.numel() else 0
+    return torch.empty_like(dy), dy.new_empty((2, programs, dy.shape[1]), dtype=accumulator_dtype(*tables))
 
 
 @forward.register_fake
@@ -254,12 +254,12 @@ class EmbedLayerNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor):  # type: ignore[override]
         weight, mean, rstd, seed, *rest = ctx.saved_tensors
         ids, tables = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        dz, dweight, dbias = backward(dy.contiguous(), ids, tables, weight, mean, rstd, seed, ctx.dropout_p)
+        dz, sums = backward(dy.contiguous(), ids, tables, weight, mean, rstd, seed, ctx.dropout_p)
         dtables = [scatter_rows(dz, index, table) for index, table in zip(ids, tables, strict=True)]
         if ctx.padding_idx is not None:
             dtables[0][ctx.padding_idx].zero_()
-        sums = (dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype))
-        return *sums, None, None, None, None, None, *[None] * len(ids), *dtables
+        dweight, dbias = sums.sum(1).to(weight.dtype)
+        return dweight, dbias, None, None, None, None, None, *[None] * len(ids), *dtables
 
 
 def embed_layer_norm(

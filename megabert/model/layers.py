@@ -20,6 +20,10 @@ from .inputs import in_one_graph
 from .ops import TORCH_OPS, MaskedLoss, Ops, dropout, rope_table, upcast
 from .padding import Sequences, Tokens, as_rows, row_slots, spread
 
+# What a layer takes and returns: the input of its products, and what their result is added to. The same numbers twice,
+# so that a kernel can sum their gradients (ops.add_layer_norm).
+Stream = tuple[Tensor, Tensor]
+
 
 class Module(nn.Module):
     """A module that computes through `ops`; set_ops() replaces them in a whole model."""
@@ -96,7 +100,7 @@ class AddNorm(Norm):
         super().__init__(config)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, residual: Tensor) -> Stream:  # type: ignore[override]
         return self.ops.add_layer_norm(
             x,
             residual,
@@ -158,8 +162,8 @@ class Block(Module):
             self.attention_dropout = config.attention_output_dropout_prob
         self.mlp_dropout = 0.0 if gated else config.hidden_dropout_prob
 
-    def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """hidden (T, E) -> (T, E). With rows (M,), everything after attention is computed for those tokens only."""
+    def forward(self, hidden: Tensor, residual: Tensor, attend: Attend, rows: Tensor | None = None) -> Stream:
+        """Compute the next stream (T, E). With rows (M,), all after attention is computed for those tokens only."""
         raise NotImplementedError
 
 
@@ -171,11 +175,11 @@ class PostNormBlock(Block):
         self.attention_norm = AddNorm(config, self.attention_dropout)
         self.mlp_norm = AddNorm(config, self.mlp_dropout)
 
-    def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, residual: Tensor, attend: Attend, rows: Tensor | None = None) -> Stream:
         mixed = self.attention(hidden, attend, rows)
-        residual = hidden if rows is None else hidden.index_select(0, rows)
-        hidden = self.attention_norm(mixed, residual)
-        return self.mlp_norm(self.mlp(hidden), hidden)
+        residual = residual if rows is None else residual.index_select(0, rows)
+        hidden, residual = self.attention_norm(mixed, residual)
+        return self.mlp_norm(self.mlp(hidden), residual)
 
 
 class PreNormBlock(Block):
@@ -186,11 +190,12 @@ class PreNormBlock(Block):
         self.attention_norm = nn.Identity() if first else Norm(config)
         self.mlp_norm = Norm(config)
 
-    def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, residual: Tensor, attend: Attend, rows: Tensor | None = None) -> Stream:
         mixed = self.attention(self.attention_norm(hidden), attend, rows)
-        residual = hidden if rows is None else hidden.index_select(0, rows)
+        residual = residual if rows is None else residual.index_select(0, rows)
         hidden = residual + dropout(mixed, self.dropout_p(self.attention_dropout))
-        return hidden + dropout(self.mlp(self.mlp_norm(hidden)), self.dropout_p(self.mlp_dropout))
+        hidden = hidden + dropout(self.mlp(self.mlp_norm(hidden)), self.dropout_p(self.mlp_dropout))
+        return hidden, hidden
 
 
 def make_block(config: MegaBertConfig, layer: int) -> Block:
@@ -234,13 +239,13 @@ class Encoder(Module):
             return self._forward_padded(hidden, sequences, position_ids, rows, every_layer)
         attend = self._plan(sequences, position_ids, hidden)
         last = len(self.layers) - 1
-        states = []
+        states, stream = [], (hidden, hidden)
         for index, layer in enumerate(self.layers):
             if every_layer:
-                states.append(hidden)
+                states.append(stream[0])
             its_rows = rows if index == last and not every_layer else None
-            hidden = self._run(index, layer, hidden, attend[self.config.is_local(index)], its_rows)
-        hidden = self.final_norm(hidden)
+            stream = self._run(index, layer, stream, attend[self.config.is_local(index)], its_rows)
+        hidden = self.final_norm(stream[0])
         if every_layer:
             states.append(hidden)
         if rows is not None and (every_layer or last < 0):
@@ -279,10 +284,10 @@ class Encoder(Module):
                 self.slopes[key] = alibi_slopes(num_heads, dtype).to(hidden.device)
         return self.slopes[key]
 
-    def _run(self, index: int, layer: nn.Module, hidden: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
+    def _run(self, index: int, layer: nn.Module, stream: Stream, attend: Attend, rows: Tensor | None) -> Stream:
         if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
-            return self._gradient_checkpointing_func(layer, hidden, attend, rows)  # type: ignore[return-value]
-        return layer(hidden, attend, rows)
+            return self._gradient_checkpointing_func(layer, *stream, attend, rows)  # type: ignore[return-value]
+        return layer(*stream, attend, rows)
 
     def _forward_padded(
         self, hidden: Tensor, sequences: Sequences, position_ids: Tensor, rows: Tensor | None, every_layer: bool
@@ -295,12 +300,12 @@ class Encoder(Module):
         if self.config.position == "rope":
             position_ids = spread(position_ids, slots, num_slots)
         attend = self._plan(padded, position_ids, hidden)
-        states = []
+        states, stream = [], (hidden, hidden)
         for index, layer in enumerate(self.layers):
             if every_layer:
-                states.append(hidden.index_select(0, slots))
-            hidden = self._run(index, layer, hidden, attend[self.config.is_local(index)], None)
-        hidden = self.final_norm(hidden.index_select(0, slots))
+                states.append(stream[0].index_select(0, slots))
+            stream = self._run(index, layer, stream, attend[self.config.is_local(index)], None)
+        hidden = self.final_norm(stream[0].index_select(0, slots))
         if every_layer:
             states.append(hidden)
         hidden = hidden if rows is None else hidden.index_select(0, rows)

@@ -102,9 +102,13 @@ def geglu(x: Tensor, dropout_p: float) -> Tensor:
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dropout_p: float, low_precision: bool
-) -> Tensor:
-    """Compute LayerNorm(dropout(x) + residual), which ends each half of a post-LN block. All (T, E)."""
-    return layer_norm(dropout(x, dropout_p) + residual, weight, bias, eps, low_precision)
+) -> tuple[Tensor, Tensor]:
+    """Compute LayerNorm(dropout(x) + residual), which ends each half of a post-LN block. All (T, E).
+
+    Returns the result twice, for the next product and as the next residual, so that a kernel can sum their gradients.
+    """
+    y = layer_norm(dropout(x, dropout_p) + residual, weight, bias, eps, low_precision)
+    return y, y
 
 
 def embed_layer_norm(

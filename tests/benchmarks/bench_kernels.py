@@ -2,29 +2,40 @@
 
     python tests/benchmarks/bench_kernels.py [--quick] [--json FILE]
 
+The estimate also counts what Liger's fused linear cross-entropy, if it is installed, and FlexAttention would do.
+
 The shapes are those of MosaicBERT-Base on 8,192 tokens, 30 % of them masked, in documents of 128 tokens, then of 512.
 Each figure is the median of many replays of a CUDA graph of forward and backward, in bf16 autocast. --quick times fewer
 runs.
 """
 
 import statistics
+import sys
 import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from support import report
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from megabert.config.recipe_parser import load_recipe
 from megabert.kernels.resolve import inspect_machine, torch_ops, triton_ops
 from megabert.model.alibi import alibi_slopes
 from megabert.model.attention import PLANNERS, Planner
 from megabert.model.ops import Ops
 from megabert.model.padding import Sequences
+from megabert.training.roofline.estimate import predict_recipe
 from megabert.training.telemetry.cards import card_named
 
 TOKENS, MASKED, HIDDEN, WIDTH, VOCAB, HEADS = 8192, 2458, 768, 3072, 30_528, 12
 HEAD_DIM = HIDDEN // HEADS
+# Of BERT's own tokenizer, which is not a multiple of 8.
+BERT_VOCAB = 30_522
 DROPOUT = 0.1
 # Equal sets of inputs that are used in turn: together more than the caches of an H100 or B200 hold.
 SETS = 3
@@ -32,6 +43,8 @@ SETS = 3
 # Bf16 FLOP/s and bytes/s. That 85 % of the bandwidth and 65 % of the FLOP/s can be reached is an assumption.
 GPUS = {name: (card.bf16 or card.fp32, card.bandwidth) for name in ("A100", "H100") for card in [card_named(name)]}
 REACHABLE_BYTES, REACHABLE_FLOPS = 0.85, 0.65
+# Triton's speed relative to cuBLAS's in published measurements on an H100; sources in megabert/kernels/README.md.
+PRODUCTS_OF_TRITON = (0.76, 0.92, 0.97)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +99,37 @@ def estimate() -> dict[str, float]:
     return figures
 
 
+def geglu_in_products(gpu: str = "H100") -> dict[str, float]:
+    """Predict training with GeGLU inside the products before and behind it, in Triton, for shares of cuBLAS's speed.
+
+    The up-projection's forward pass would write GeGLU's result too, and the down-projection's gradient the gate's and
+    the value's: 4 F of the 8 F numbers per token are left. These two products are a quarter of the layers'.
+    """
+    recipe = load_recipe("mosaicbert-base")
+    now = predict_recipe(recipe, card_named(gpu), 1, 1)
+    saved, model = now.seconds["MLP's activation"] / 2, recipe.model
+    gated = 6 * model.hidden_size * model.intermediate_size
+    slower = now.seconds["layers' products"] * gated / (24 * model.hidden_size**2 + 3 * gated)
+    even = slower / (slower + saved)
+    print(f"\nGeGLU in its products, mosaicbert-base on one {gpu}, predicted: {saved * 1000:.1f} ms of a step's")
+    print(f"{now.step_s * 1000:.1f} ms less for the activation; lost again at {100 * even:.0f} % of cuBLAS's speed.\n")
+    print("| speed of Triton's products | tokens/s |\n|---|---|")
+    figures = {"geglu_in_products_break_even": even}
+    for share in PRODUCTS_OF_TRITON:
+        gain = now.step_s / (now.step_s - saved + slower * (1 / share - 1)) - 1
+        figures[f"geglu_in_products_gain_at_{100 * share:.0f}"] = gain
+        print(f"| {100 * share:.0f} % of cuBLAS's | {100 * gain:+.1f} % |")
+    return figures
+
+
+def compare_libraries() -> dict[str, float]:
+    if find_spec("triton") is None:
+        return {}
+    from support.libraries import compare
+
+    return compare(MASKED, HIDDEN, BERT_VOCAB, TOKENS, HEADS)
+
+
 class Contender(NamedTuple):
     """One implementation. forward takes the leaves; leaves: what backward computes gradients of."""
 
@@ -134,7 +178,7 @@ def contenders(device: torch.device, tokens: int = TOKENS) -> dict[str, dict[str
             continue
         rows = [leaf(tokens, HIDDEN), leaf(tokens, HIDDEN), *norm]
         add("geglu", source, lambda x, ops=ops: ops.geglu(x, DROPOUT), [leaf(tokens, 2 * WIDTH)])
-        add("add_layer_norm", source, lambda *x, ops=ops: ops.add_layer_norm(*x, **options), rows)
+        add("add_layer_norm", source, lambda *x, ops=ops: ops.add_layer_norm(*x, **options)[0], rows)
         add(
             "embed_layer_norm",
             source,
@@ -218,7 +262,7 @@ def measure(repeats: int) -> dict[str, float]:
 def main() -> None:
     arguments = report.read_arguments(__doc__ or "")
     gpu = torch.cuda.is_available()
-    figures = measure(10 if arguments.quick else 50) if gpu else estimate()
+    figures = measure(10 if arguments.quick else 50) if gpu else estimate() | compare_libraries() | geglu_in_products()
     report.write(figures, arguments.json, gpu=torch.cuda.get_device_name() if gpu else "none: theoretical estimate")
 
 

@@ -5,6 +5,7 @@ Import it before DeepSpeed, in a process with the library of no_op_cuda.cpp prel
 
 import contextlib
 import traceback
+import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -258,6 +259,7 @@ def install() -> None:
         "device_count": 1,
         "get_device_capability": (9, 0),
         "get_device_name": "NVIDIA H100 80GB HBM3",
+        "get_device_properties": types.SimpleNamespace(multi_processor_count=132),
         "_lazy_init": None,
         "_is_in_bad_fork": False,
     }

@@ -49,12 +49,12 @@ OF_ZERO = {
 # Operations on the device per micro-batch at ZeRO 1, with MICRO_BATCHES in a step, by recipe, ranks and layers. A
 # single rank owns every gradient, and DeepSpeed takes the norm of each.
 LAUNCHES = {
-    ("mosaicbert-base", 8, 2): 214,
-    ("mosaicbert-base", 1, 12): 984.5,
-    ("mosaicbert-base", 8, 12): 776,
-    ("modernbert-base", 8, 12): 814.5,
-    ("bert-base", 1, 12): 1142,
-    ("bert-base", 8, 12): 914,
+    ("mosaicbert-base", 8, 2): 205,
+    ("mosaicbert-base", 1, 12): 935.5,
+    ("mosaicbert-base", 8, 12): 727,
+    ("modernbert-base", 8, 12): 788.5,
+    ("bert-base", 1, 12): 1081,
+    ("bert-base", 8, 12): 853,
 }
 
 

@@ -174,9 +174,13 @@ def walk(run: types.SimpleNamespace) -> dict[str, Any]:
     residual: set[str] = set()
     reduced: set[str] = set()
     gradients: set[str] = set()
+
+    def described(tensor: torch.Tensor) -> str:
+        return f"{tensor.dtype} {tensor.device.type}"
+
     for module in model.modules():
         if isinstance(module, Block):
-            module.register_forward_hook(lambda module, inputs, out: residual.add(f"{out.dtype} {out.device.type}"))
+            module.register_forward_hook(lambda module, inputs, out: residual.update(map(described, out)))
     all_reduce = torch.distributed.all_reduce
 
     def reducing(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
@@ -186,7 +190,7 @@ def walk(run: types.SimpleNamespace) -> dict[str, Any]:
 
     torch.distributed.all_reduce = reducing
     for parameter in model.parameters():
-        parameter.register_hook(lambda gradient: gradients.add(f"{gradient.dtype} {gradient.device.type}"))
+        parameter.register_hook(lambda gradient: gradients.add(described(gradient)))
     run.feed = ((batch, 0, Position()) for _ in range(3) for batch in run.batches)
     loop.train_step(run)
     states, LOG.peak = LOG.live, 0

@@ -43,6 +43,16 @@ def assert_good_code(launches, capability, tensor_cores=(), stores=True):
             assert code.count(TENSOR_CORES[capability]), f"{launch.name}: no {TENSOR_CORES[capability]}"
 
 
+def assert_resident(launch, capability):
+    """A multiprocessor holds all programs that num_programs() starts on it."""
+    from megabert.kernels.row_statistics import RESIDENT_WARPS
+    from tests.kernels.helpers.aot import compile_for, resident_programs
+
+    assert launch.name.endswith("backward_kernel")
+    warps = launch.options["num_warps"]
+    assert resident_programs(compile_for(launch, capability), warps, capability) >= max(1, RESIDENT_WARPS // warps)
+
+
 def leaf(*shape, dtype=BF16):
     return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
@@ -74,9 +84,11 @@ def test_add_layer_norm(capability, dropout_p, width, residual_dtype):
 
     def call():
         options = {"eps": 1e-12, "dropout_p": dropout_p, "low_precision": True}
-        add_layer_norm(x, residual, weight, bias, **options).sum().backward()
+        torch.stack(add_layer_norm(x, residual, weight, bias, **options)).sum().backward()
 
-    assert_good_code(launches_of(call), capability)
+    launches = launches_of(call)
+    assert_good_code(launches, capability)
+    assert_resident(launches[1], capability)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +104,19 @@ def test_layer_norm_alone(capability):
 
 
 @pytest.mark.parametrize(
-    ("capability", "gradient", "dtype"),
-    cases(per_push=[(LEAST_SHARED_MEMORY, True, FP32)], nightly=product(CAPABILITIES, [True, False], [BF16, FP32])),
+    ("capability", "gradient", "dtype", "vocab_size"),
+    cases(
+        per_push=[(LEAST_SHARED_MEMORY, True, FP32, 30_522)],
+        nightly=product(CAPABILITIES, [True, False], [BF16, FP32], [30_522, 30_528]),
+    ),
 )
-def test_cross_entropy(capability, gradient, dtype):
-    from megabert.kernels.cross_entropy import loss_in_place
+def test_cross_entropy(capability, gradient, dtype, vocab_size):
+    from megabert.kernels.cross_entropy import in_chunks
 
-    logits, labels = torch.zeros(16, 30_528, dtype=dtype), torch.zeros(16, dtype=torch.int64)
-    launches = launches_of(lambda: loss_in_place(logits, labels, 0.0, gradient))
+    hidden, weight, bias = (torch.zeros(shape, dtype=dtype) for shape in ((16, 8), (vocab_size, 8), vocab_size))
+    labels = torch.zeros(16, dtype=torch.int64)
+    launches = launches_of(lambda: in_chunks(hidden, weight, bias, labels, 0.0, gradient, dtype))
+    assert [launch.name for launch in launches] == ["cross_entropy.loss_kernel"]
     assert_good_code(launches, capability, stores=gradient)
 
 
@@ -122,6 +139,7 @@ def test_embed_layer_norm(capability, dropout_p, num_tables):
     launches = launches_of(call)
     assert len(launches) == 2 + 2 * num_tables
     assert_good_code(launches, capability)
+    assert_resident(launches[1], capability)
 
 
 HEADS = [(16, 0.1), (32, 0.1), (64, 0.0), (64, 0.1), (128, 0.0), (128, 0.1)]

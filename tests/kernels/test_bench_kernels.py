@@ -1,7 +1,9 @@
 """The timing of kernels: what a measured pass does, on the CPU."""
 
+import pytest
 import torch
 
+from tests.benchmarks import bench_kernels
 from tests.benchmarks.bench_kernels import WORK, Contender, contenders, passes, time_s
 from tests.benchmarks.bench_train import peak_of, ratio_figures
 from tests.benchmarks.support.contenders import Row, hf_modernbert, ours
@@ -37,6 +39,36 @@ def test_a_pass_takes_the_inputs_in_turn_and_keeps_no_gradient():
         assert len(set(seen)) == 3
         assert all(gradient.is_contiguous() and gradient.unique().numel() > 1 for gradient in given)
     assert contender.leaves[0].grad is None
+
+
+@pytest.mark.triton
+def test_libraries_are_counted(monkeypatch, capsys):
+    from tests.benchmarks.support import libraries
+
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None)
+    # One chunk of 40 rows, 512 columns: its products have 40, 512 and 512 rows.
+    figures = libraries.compare(40, 16, 512, tokens=1024, heads=2)
+    assert "pip install liger-kernel" in capsys.readouterr().out
+    assert figures["loss_megabert_rows"] == 40
+    assert figures["loss_megabert_waits"] == figures["loss_megabert_spills"] == 0
+    logits, weight = 40 * 512 * 2, 512 * 16
+    # The kernel, the three products and the bias's sum move the logits 7 times; dweight is summed in fp32.
+    assert 7 * logits + (2 + 2 + 2 + 3 * 4) * weight <= figures["loss_megabert_moved_bytes"] < 10 * logits + 40 * weight
+    for name in ("flops", "moved_bytes"):
+        ours, theirs = (
+            [figures[f"attention_{n}_{who}_{name}"] for n in (128, 512, 115)] for who in ("megabert", "flexattention")
+        )
+        assert ours[:2] == theirs[:2]
+        assert ours[2] < theirs[2]
+    assert figures["attention_128_flexattention_planning_bytes"] > 1024**2
+
+
+def test_geglu_in_its_products_gains_nothing_at_the_speed_that_it_prints(monkeypatch):
+    even = bench_kernels.geglu_in_products()["geglu_in_products_break_even"]
+    monkeypatch.setattr(bench_kernels, "PRODUCTS_OF_TRITON", (even,))
+    figures = bench_kernels.geglu_in_products()
+    assert 0.5 < even < 1
+    assert figures[f"geglu_in_products_gain_at_{100 * even:.0f}"] == pytest.approx(0, abs=1e-9)
 
 
 def test_a_peak_that_varies_is_said_beside_the_mfu():

@@ -35,8 +35,9 @@ def test_the_readmes_have_what_the_commands_print(capsys, monkeypatch):
         (REPOSITORY / path).read_text() for path in ("megabert/kernels/README.md", "tests/benchmarks/README.md")
     )
     bench_kernels.estimate()
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(rows) == 8
+    bench_kernels.geglu_in_products()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("|", "GeGLU", "872.7"))]
+    assert len(rows) == 8 + 2 + 5
     assert all(row in page for row in rows if not row.startswith("|---"))
     monkeypatch.setattr(sys, "argv", ["bench_estimate.py"])
     bench_estimate.main()

@@ -78,7 +78,8 @@ def source_of(launch: Launch) -> ASTSource:
         aligned = False
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
+            # Memory itself is aligned; fake tensors have none.
+            aligned = value.storage_offset() * value.itemsize % 16 == 0
         elif parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
@@ -90,6 +91,14 @@ def source_of(launch: Launch) -> ASTSource:
         if aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def resident_programs(code: Compiled, warps: int, capability: int) -> int:
+    """Return the programs that one multiprocessor holds at once, by registers, warps and shared memory."""
+    # Registers are given out in blocks of 8 for each thread; each program takes 1 KiB of shared memory more.
+    registers = -(-code.registers // 8) * 8
+    by_memory = (SHARED_LIMIT[capability] + 1024) // (code.shared + 1024)
+    return min(65536 // (registers * 32 * warps), 64 // warps, 32, by_memory)
 
 
 def compile_for(launch: Launch, capability: int) -> Compiled:

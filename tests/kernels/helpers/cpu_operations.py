@@ -20,7 +20,7 @@ def ids(rows: int) -> Tensor:
 CASES = {
     "geglu": (lambda use, p: lambda x: use.geglu(x, p), lambda: [normal(7, 22)]),
     "add_layer_norm": (
-        lambda use, p: lambda *x: use.add_layer_norm(*x, dropout_p=p, **NORM),
+        lambda use, p: lambda *x: use.add_layer_norm(*x, dropout_p=p, **NORM)[0],
         lambda: [normal(7, 10), normal(7, 10), normal(10), normal(10)],
     ),
     "embed_layer_norm": (

@@ -18,7 +18,7 @@ def kept_by_add_layer_norm(ops: Any, rows: int, columns: int, p: float) -> Tenso
     """A dropped element of x gets no gradient."""
     x = torch.randn(rows, columns, requires_grad=True)
     weight, bias = torch.ones(columns), torch.zeros(columns)
-    out = ops.add_layer_norm(x, torch.randn(rows, columns), weight, bias, dropout_p=p, **NORM)
+    out, _ = ops.add_layer_norm(x, torch.randn(rows, columns), weight, bias, dropout_p=p, **NORM)
     (out * torch.randn(rows, columns)).sum().backward()
     assert x.grad is not None
     return x.grad != 0
@@ -82,7 +82,7 @@ def noise_of_rows(name: str, ops: Any, rows: int, columns: int, p: float) -> tup
     if name == "geglu":
         out = ops.geglu(x, p)
     elif name == "add_layer_norm":
-        out = ops.add_layer_norm(x, residual.expand(rows, -1).clone(), weight, bias, dropout_p=p, **NORM)
+        out, _ = ops.add_layer_norm(x, residual.expand(rows, -1).clone(), weight, bias, dropout_p=p, **NORM)
     else:
         ids, other = torch.arange(rows), residual[None]
         out = ops.embed_layer_norm([ids, ids * 0], [x, other], weight, bias, dropout_p=p, **NORM)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megabert.kernels import add_layer_norm as kernels
+from megabert.kernels import row_statistics
 from megabert.model import ops
 from tests.kernels.helpers import interpreter
 from tests.kernels.helpers.cases import cases
@@ -23,27 +24,45 @@ def inputs(tokens, width, x_dtype=FP32, residual_dtype=FP32):
     return [x, residual, 1 + torch.randn(width) / 4, torch.randn(width)]
 
 
-def call(module, dropout_p=0.0, low_precision=True):
+def call(module, dropout_p=0.0, low_precision=True, uses=1):
+    """uses: 1 takes the first result alone, 2 both, whose gradients then differ."""
+
     def function(x, residual, weight, bias):
         if dropout_p:
             torch.manual_seed(5)
         options = {"eps": EPS, "dropout_p": dropout_p, "low_precision": low_precision}
-        return module.add_layer_norm(x, residual, weight, bias, **options)
+        found = module.add_layer_norm(x, residual, weight, bias, **options)
+        return found[0] if uses == 1 else torch.stack(found)
 
     return function
 
 
+def set_programs(monkeypatch, most):
+    """Set the most programs of a backward pass."""
+    monkeypatch.setattr(kernels, "num_programs", lambda rows, width, device: min(rows, most))
+
+
 @pytest.mark.parametrize(
-    ("tokens", "width", "programs"),
+    ("tokens", "width", "programs", "uses"),
     cases(
-        per_push=[(1, 1, 256), (7, 20, 256), (11, 8, 4)],
-        nightly=[(*shape, kernels.PARTIALS) for shape in [(1, 1), (1, 16), (7, 20), (3, 768), (300, 8)]],
+        per_push=[(1, 1, 256, 2), (7, 20, 256, 1), (11, 8, 4, 2)],
+        nightly=[(*shape, 256, uses) for shape in [(1, 1), (1, 16), (7, 20), (3, 768), (300, 8)] for uses in (1, 2)],
     ),
 )
-def test_equals_the_specification(monkeypatch, tokens, width, programs):
+def test_equals_the_specification(monkeypatch, tokens, width, programs, uses):
     """programs: of the backward pass; where there are more tokens, each program sums over several."""
-    monkeypatch.setattr(kernels, "PARTIALS", programs)
-    assert_as_good(call(kernels), call(ops), inputs(tokens, width))
+    set_programs(monkeypatch, programs)
+    assert_as_good(call(kernels, uses=uses), call(ops, uses=uses), inputs(tokens, width))
+
+
+def test_programs_fill_a_card_at_once(monkeypatch):
+    """An H100 and an A100; rows that one program of 16 warps sums; fewer rows than programs; the interpreter."""
+    for count, rows, width, programs in ((132, 14_720, 768, 660), (108, 14_720, 768, 540), (132, 999, 8192, 132)):
+        monkeypatch.setattr(row_statistics, "multiprocessors", lambda device, count=count: count)
+        assert row_statistics.num_programs(rows, width, torch.device("cuda")) == programs
+        assert row_statistics.num_programs(7, width, torch.device("cuda")) == 7
+    monkeypatch.undo()
+    assert row_statistics.num_programs(99, 768, torch.device("cpu")) == 5
 
 
 @pytest.mark.parametrize("low_precision", [True, False])
@@ -51,7 +70,8 @@ def test_equals_the_specification(monkeypatch, tokens, width, programs):
 def test_equals_it_under_autocast(low_precision, residual_dtype):
     """The low-precision stream, the fp32 stream, and the first layer's mixture of both."""
     arguments = inputs(9, 96, BF16, residual_dtype)
-    assert_as_good(call(kernels, 0.0, low_precision), call(ops, 0.0, low_precision), arguments, autocast=True)
+    ours, theirs = (call(module, 0.0, low_precision, uses=2) for module in (kernels, ops))
+    assert_as_good(ours, theirs, arguments, autocast=True)
 
 
 def test_equals_it_in_pure_bf16():
@@ -84,9 +104,17 @@ def test_a_large_mean_costs_no_precision():
     assert_as_good(call(kernels), call(ops), [x + 1000, residual, weight, bias])
 
 
-@pytest.mark.parametrize("dropout_p", cases(per_push=[[0.3]], nightly=[[0.0], [0.3]]))
-def test_gradients(dropout_p):
-    assert_gradients(call(kernels, dropout_p), inputs(5, 40))
+@pytest.mark.parametrize(("dropout_p", "uses"), cases(per_push=[(0.3, 2)], nightly=product([0.0, 0.3], [1, 2])))
+def test_gradients(dropout_p, uses):
+    assert_gradients(call(kernels, dropout_p, uses=uses), inputs(5, 40))
+
+
+def test_a_gradient_of_the_residual_alone_is_enough():
+    def second(module):
+        options = {"eps": EPS, "dropout_p": 0.0, "low_precision": True}
+        return lambda *arguments: module.add_layer_norm(*arguments, **options)[1]
+
+    assert_as_good(second(kernels), second(ops), inputs(3, 16))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
@@ -110,27 +138,27 @@ def test_no_tokens():
 
 
 @pytest.mark.parametrize(
-    ("dropout_p", "residual_dtype", "tokens", "most_programs"),
+    ("dropout_p", "residual_dtype", "tokens", "most_programs", "uses"),
     cases(
-        per_push=[(0.0, BF16, 3, 4), (0.0, FP32, 7, 4), (0.1, BF16, 7, 4)],
-        nightly=product([0.0, 0.1], [BF16, FP32], [3, 270], [kernels.PARTIALS]),
+        per_push=[(0.0, BF16, 3, 4, 2), (0.0, FP32, 7, 4, 1), (0.1, BF16, 7, 4, 2)],
+        nightly=product([0.0, 0.1], [BF16, FP32], [3, 270], [256], [1, 2]),
     ),
 )
-def test_moves_the_bytes_of_its_formula(monkeypatch, dropout_p, residual_dtype, tokens, most_programs):
-    monkeypatch.setattr(kernels, "PARTIALS", most_programs)
+def test_moves_the_bytes_of_its_formula(monkeypatch, dropout_p, residual_dtype, tokens, most_programs, uses):
+    set_programs(monkeypatch, most_programs)
     width, x_size, r_size = 24, 2, residual_dtype.itemsize
     y_size = r_size
     leaves = [x.requires_grad_() for x in inputs(tokens, width, BF16, residual_dtype)]
     seed = 8 if dropout_p else 0
     with counted() as forward:
-        y = call(kernels, dropout_p)(*leaves)
+        y = call(kernels, dropout_p, uses=uses)(*leaves)
     assert forward.loaded == tokens * (width * (x_size + r_size) + 8 * width + seed)
     assert forward.stored == tokens * (width * y_size + 8)
     with counted() as backward:
         y.backward(torch.ones_like(y))
     programs = min(tokens, most_programs)
     apart = dropout_p > 0 or x_size != r_size
-    assert backward.loaded == tokens * (width * (y_size + x_size + r_size) + 8 + seed) + programs * 4 * width
+    assert backward.loaded == tokens * (width * (uses * y_size + x_size + r_size) + 8 + seed) + programs * 4 * width
     assert backward.stored == tokens * width * (x_size + apart * r_size) + programs * 8 * width
 
 
@@ -152,7 +180,9 @@ def test_torch_compile_sees_one_operation():
     mean = torch.zeros(4)
     for other in (None, residual, residual.bfloat16()):
         assert torch.library.opcheck(kernels.forward, (x, other, weight, bias, None, EPS, 0.0, FP32), **tests)
-        arguments = (x, x, other, weight, mean, mean + 1, None, 0.0)
-        assert torch.library.opcheck(kernels.backward, arguments, **tests)
-    compiled = torch.compile(call(kernels), fullgraph=True, backend="aot_eager")
-    assert_as_good(compiled, call(ops), [x, residual, weight, bias])
+        for of_residual in (None, x):
+            arguments = (x, of_residual, x, other, weight, mean, mean + 1, None, 0.0)
+            assert torch.library.opcheck(kernels.backward, arguments, **tests)
+    for uses in (1, 2):
+        compiled = torch.compile(call(kernels, uses=uses), fullgraph=True, backend="aot_eager")
+        assert_as_good(compiled, call(ops, uses=uses), [x, residual, weight, bias])

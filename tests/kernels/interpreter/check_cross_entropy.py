@@ -119,9 +119,30 @@ def test_moves_the_bytes_of_its_formula(gradient, dtype):
     labels = some_labels(rows, vocab)
     used, size = 4, dtype.itemsize
     with counted() as traffic:
-        kernels.loss_in_place(torch.randn(rows, vocab).to(dtype), labels, 0.0, gradient)
+        kernels.loss_in_place(torch.randn(rows, vocab).to(dtype), labels, vocab, 0.0, gradient)
     assert traffic.loaded == used * ((1 + gradient) * vocab * size + size) + rows * 8
     assert traffic.stored == rows * (gradient * vocab * size + 12)
+
+
+@pytest.mark.parametrize(("rows", "vocab", "dtype"), [(5, 4090, BF16), (7, 50, FP32), (2, 9001, BF16)])
+def test_columns_for_alignment_change_no_bit(rows, vocab, dtype):
+    labels, logits = some_labels(rows, vocab), torch.randn(rows, vocab).to(dtype)
+    aligned = torch.cat([logits, torch.full((rows, -vocab % 16), -torch.inf, dtype=dtype)], dim=1)
+    alone = kernels.loss_in_place(logits, labels, vocab, 0.1, True)
+    beside = kernels.loss_in_place(aligned, labels, vocab, 0.1, True)
+    assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
+    assert torch.equal(aligned[:, :vocab], logits)
+    assert not aligned[:, vocab:].any()
+
+
+def test_logits_are_aligned_and_no_weight_is_copied_in_vain():
+    weight, bias = inputs(3, 8, 30)[1:]
+    padded, its_bias = kernels.with_columns(weight, bias, BF16)
+    assert padded.shape == (32, 8)
+    assert torch.equal(padded[:30], weight.bfloat16())
+    assert torch.equal(its_bias, torch.cat([bias.bfloat16(), torch.full((2,), -torch.inf, dtype=BF16)]))
+    weight, bias = inputs(3, 8, 32)[1:]
+    assert all(a is b for a, b in zip(kernels.with_columns(weight, bias, FP32), (weight, bias), strict=True))
 
 
 class Largest(TorchDispatchMode):
@@ -146,7 +167,7 @@ def test_no_fp32_logits_and_no_more_than_a_chunk(monkeypatch):
     with Largest() as largest:
         kernels.in_chunks(*inputs(rows, width, vocab, BF16), some_labels(rows, vocab), 0.0, True, BF16)
     assert largest.elements[FP32] == vocab * width  # the weight and its gradient
-    assert largest.elements[BF16] == 16 * vocab  # one chunk's logits
+    assert largest.elements[BF16] == 16 * 208  # one chunk's logits
 
 
 def test_without_gradients_none_are_computed():
@@ -157,7 +178,7 @@ def test_without_gradients_none_are_computed():
     assert traffic.stored == 4 * 12
 
 
-@pytest.mark.parametrize("wrong", [-1, 30])
+@pytest.mark.parametrize("wrong", [-1, 30, 31, 32])
 def test_a_label_outside_the_vocabulary_makes_the_loss_nan(wrong):
     """Training then skips the step."""
     labels = torch.tensor([4, wrong, 5])
@@ -180,6 +201,6 @@ def test_torch_compile_sees_one_operation():
     labels = some_labels(6, 30)
     for gradient in (True, False):
         assert torch.library.opcheck(kernels.forward, (hidden, weight, bias, labels, 0.0, gradient, FP32), **tests)
-    assert torch.library.opcheck(kernels.loss_in_place, (torch.randn(6, 30), labels, 0.0, True), **tests)
+    assert torch.library.opcheck(kernels.loss_in_place, (torch.randn(6, 30), labels, 30, 0.0, True), **tests)
     compiled = torch.compile(loss_of(kernels, labels), fullgraph=True, backend="aot_eager")
     assert_as_good(compiled, loss_of(ops, labels), [hidden, weight, bias])
