@@ -61,9 +61,9 @@ def export_folder(source: Path, out: Path, options: ExportOptions) -> FolderExpo
     config, weights = model.config, select_weights(model)
     left_out = sorted(model.weights.keys() - set(model.initialized) - {POOLER.get(key, key) for key in weights})
     initialized = [key for key in model.initialized if key in weights]
-    done = native_class(config) or f"MegaBertFor{head_of(config)}", initialized, left_out
+    class_name = native_class(config) or f"MegaBertFor{head_of(config)}"
     if (measured := read_finished(out, fingerprint)) is not None:
-        return FolderExport(measured, *done)
+        return FolderExport(measured, class_name, initialized, left_out)
     max_length = set_max_length(
         config, config.max_position_embeddings, options.max_length or config.max_position_embeddings
     )
@@ -73,13 +73,13 @@ def export_folder(source: Path, out: Path, options: ExportOptions) -> FolderExpo
         written = write_model(folder, weights, config, options.max_shard_size)
         parts = {"initialized": initialized, "left_out": left_out}
         lines = {key: ", ".join(f"`{part}`" for part in names) or "none" for key, names in parts.items()}
-        (folder / "README.md").write_text(README.format(name=done[0], **lines))
+        (folder / "README.md").write_text(README.format(name=class_name, **lines))
         export_record.write_record(folder, fingerprint, max_length, written, head=head_of(config))
         # The check's process loads the weights again, so they are freed here.
         del model, weights, written
         measured = export_check.check_new_export(folder, name)
         replace_folder(folder, out)
-    return FolderExport(measured, *done)
+    return FolderExport(measured, class_name, initialized, left_out)
 
 
 def _check_source(source: Path, options: ExportOptions) -> None:

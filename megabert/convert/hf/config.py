@@ -52,7 +52,7 @@ def detect_architecture(source: Path, raw: dict[str, Any], tensor_names: set[str
 
 
 def check_no_own_code(source: Path, raw: dict[str, Any], kind: str) -> None:
-    """Raises ValueError if a folder of a class of transformers' brings code, which may compute something else."""
+    """Check that a folder of transformers' own class brings no code, which may compute something else."""
     auto_map = raw["auto_map"] if isinstance(raw.get("auto_map"), dict) else {}
     models = [name for name in auto_map if name.startswith("AutoModel")]
     if models and kind in ("bert", "modernbert", "gte"):

@@ -153,7 +153,7 @@ def from_gte_config(source: Path, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_fixed(source: Path, raw: dict[str, Any], fixed: dict[str, Any]) -> None:
-    """Raises ValueError for a setting of which our model supports another value only."""
+    """Check the settings of which our model supports one value only. Raises ValueError."""
     for name, value in fixed.items():
         given = raw.get(name, value)
         if given != value and not (value == "gelu" and given in SAME_AS_GELU):

@@ -158,7 +158,7 @@ def _explain_other_files(folder: Path) -> str:
 
 
 def check_no_adapter(folder: Path) -> None:
-    """Raises ValueError if the folder is, or also has, an adapter of peft's, which transformers would apply."""
+    """Check that the folder has no adapter of peft's, which transformers would apply. Raises ValueError."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     base = read_json(check_inside(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
