@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,6 +52,11 @@ def has_transformers_js() -> bool:
     from megabert.convert.targets.transformers_js import find_node
 
     return find_node() is not None
+
+
+def pytest_configure() -> None:
+    # nohup and some schedulers start a process with SIGHUP ignored, and what it starts inherits that.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -93,7 +93,10 @@ def restored_process() -> Iterator[None]:
         # Free the model, the optimizer and the loader.
         gc.collect()
         if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            from deepspeed import comm
+
+            # DeepSpeed's function also removes the groups that DeepSpeed keeps for the next engine.
+            (comm if comm.is_initialized() else torch.distributed).destroy_process_group()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         torch.set_num_threads(threads)

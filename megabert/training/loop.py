@@ -31,6 +31,7 @@ from megabert.training.plan import RunPlan, make_plan
 from megabert.training.run import Run, TrainState, build_run, open_graph
 from megabert.training.run_schedule import lr_factor
 from megabert.training.telemetry.flops import step_flops
+from megabert.training.updates.guard import DivergedError
 from megabert.training.updates.optimizers import peak_lr
 
 RESULT = "result.json"
@@ -209,7 +210,7 @@ def log_skipped_update(run: Run, before: dict[int, Position], loss: float) -> No
 def roll_back(run: Run) -> None:
     """Return to the newest checkpoint before the skipped updates, and continue with the bins after theirs.
 
-    Raises ValueError if there is no checkpoint, or if rollbacks to it have not helped.
+    Raises DivergedError if there is no checkpoint, or if rollbacks to it have not helped.
     """
     plan, state = run.plan, run.state
     skipped = state.guard.skipped_in_a_row
@@ -217,13 +218,13 @@ def roll_back(run: Run) -> None:
     run.writer.wait()
     path = resume.newest(plan.checkpoints, up_to=state.step - skipped) or state.branched_from
     if path is None:
-        raise ValueError(
+        raise DivergedError(
             f"{skipped} updates in a row were skipped, and {plan.checkpoints} has no checkpoint to return to. "
             "Lower optimizer.lr or run.save_every_steps."
         )
     checkpoint = resume.read_checkpoint(path, plan.rank, plan.world_size, branched=path == state.branched_from)
     if sum(first == checkpoint.state.next_index for first, _ in state.rolled_back_bins) >= MAX_ROLLBACKS:
-        raise ValueError(
+        raise DivergedError(
             f"{skipped} updates in a row were skipped, again after {MAX_ROLLBACKS} rollbacks to {path}, so the data is "
             f"not the cause. Lower optimizer.lr, or look at {SKIPPED}."
         )
@@ -345,7 +346,7 @@ def pretrain(recipe: Recipe, ds_config: DsConfig, signals: StopSignals) -> int:
 
     signals: its handlers must be installed. Returns the exit code: 0 at the end, or EXIT_REQUEUE after a
     requested stop, with a checkpoint saved. Raises ValueError for a corpus, recipe, ds_config or checkpoint that the
-    user must change.
+    user must change, and DivergedError, which is one, if too many updates were refused.
     """
     rank, world_size = init_distributed()
     with PeerWatchdog(rank, world_size, signals, recipe.run.hang_timeout_s):
@@ -371,7 +372,7 @@ def run_training(run: Run) -> int:
             run.reporter.close()
     if stop_reason is None:
         if not state.guard.norms:
-            raise ValueError(
+            raise DivergedError(
                 f"all {state.step} updates were skipped, see {SKIPPED} in {run.plan.output_dir}: the weights are still "
                 "the initial ones. Lower optimizer.lr."
             )

@@ -15,6 +15,7 @@ NOTEBOOK = """
 import json, os, signal, subprocess, sys, threading, time
 import torch
 import megabert
+from megabert.training.updates.guard import DivergedError
 
 settings, out = json.loads(sys.argv[1]), sys.argv[2]
 
@@ -38,6 +39,17 @@ except ValueError as error:
     print("error:", error)
 assert process() == before, process()
 
+# An error after some steps, when DeepSpeed has its groups, and a run after it.
+from unittest import mock
+diverged = DivergedError("5 updates in a row were skipped")
+try:
+    with mock.patch("megabert.training.loop.evaluate", side_effect=diverged):
+        train("e")
+except DivergedError as error:
+    print("error:", error)
+assert process() == before, process()
+results.append(train("f"))
+
 # SIGTERM after some steps.
 def stop():
     while not os.path.exists(f"{out}/d/metrics.jsonl") or not os.path.getsize(f"{out}/d/metrics.jsonl"):
@@ -49,7 +61,7 @@ results.append(train("d", **{"run.max_steps": 100000}))
 thread.join()
 assert process() == before, process()
 unlocked = "from pathlib import Path; from megabert.files.lock import acquire; acquire(Path(sys.argv[1]))"
-for folder in "abd":
+for folder in "abdef":
     lock = f"{out}/{folder}/running.lock"
     subprocess.run([sys.executable, "-c", f"import sys; {unlocked}; print('unlocked')", lock], check=True)
 for result in results:
@@ -63,15 +75,18 @@ def test_it_trains_several_times_in_one_process_and_restores_the_process(corpus:
     done = run_command([sys.executable, "tests/helpers/run_code.py", NOTEBOOK, settings, str(tmp_path)])
     assert done.code == 0, done.output
     assert "error: nowhere/manifest.json: no such file" in done.output
-    first, again, second, stopped = [json.loads(line) for line in done.output.splitlines() if line.startswith("[")]
+    first, again, second, after_error, stopped = [
+        json.loads(line) for line in done.output.splitlines() if line.startswith("[")
+    ]
     assert first[:2] == [str(tmp_path / "a"), 2]
     assert again == first, "the run was finished already"
-    assert second[1:] == first[1:]
+    assert second[1:] == after_error[1:] == first[1:]
+    assert "error: 5 updates in a row were skipped" in done.output
     assert first[3] == "finished"
     assert 0 < first[2] < 20
     assert stopped[2] is None
     assert "SIGTERM" in stopped[3]
-    assert done.output.count("unlocked") == 3
+    assert done.output.count("unlocked") == 5
     assert (tmp_path / "d/checkpoints/latest").read_text() == f"step-{stopped[1]:08d}"
 
 

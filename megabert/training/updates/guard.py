@@ -15,6 +15,10 @@ NORM_WINDOW = 128
 MIN_NORMS = 32
 
 
+class DivergedError(ValueError):
+    """Too many updates were refused in a row, or all of them, so the training cannot continue."""
+
+
 @dataclass
 class Guard:
     """The history of gradient norms, and the decision whether a norm is acceptable.

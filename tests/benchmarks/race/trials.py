@@ -16,6 +16,7 @@ from race.sides.grids import SEARCH_SEEDS
 from race.texts.corpora import Corpus
 
 from megabert.finetune.tasks.task import Task
+from megabert.training.updates.guard import DivergedError
 
 KEPT = 3  # one of so many settings goes on to the next rung
 Any_ = TypeVar("Any_", bound=Contender)
@@ -52,7 +53,7 @@ class Track:
         values: dict[str, Any] = {"loss": None}
         try:
             folder = contender.train(self.corpus, steps, seed, out)
-        except ValueError as error:  # such as: all updates were skipped
+        except DivergedError as error:
             values["failed"] = str(error)
         else:
             values["wall_s"] = time.perf_counter() - began
