@@ -1,7 +1,7 @@
 """Turn a corpus into shards: text shards, or with --tokenizer the token shards that training reads.
 
-    python data_prep/write_shards.py --source CORPUS --out data/mine/text
-    python data_prep/write_shards.py --source CORPUS --tokenizer data/mine/tokenizer --out data/mine/tokens
+    {command} --source CORPUS --out data/mine/text
+    {command} --source CORPUS --tokenizer data/mine/tokenizer --out data/mine/tokens
 
 There are two passes, and both use all cores. The first writes sorted runs: documents, tokenized, in the order of a hash
 of their text. In the second, each shard collects its range of hashes from all sorted runs. So documents are shuffled
@@ -130,8 +130,8 @@ def reused(request: ShardRequest) -> bool:
     return not damaged
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = cli.read_flags(Options, "write_shards.py", __doc__ or "", argv)
+def main(argv: list[str] | None = None, prog: str = "data_prep/write_shards.py") -> int:
+    options = cli.read_flags(Options, prog, __doc__ or "", argv)
     out = Path(options.out)
     try:
         if options.step == "plan":
@@ -177,7 +177,7 @@ def report(request: ShardRequest, manifest: Manifest) -> None:
 
 
 def command(prog: str = "megabert-shards") -> NoReturn:
-    cli.run(main, prog)
+    cli.run(lambda: main(prog=prog), prog)
 
 
 if __name__ == "__main__":
