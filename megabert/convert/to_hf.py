@@ -33,7 +33,7 @@ from megabert.model.configuration_megabert import MegaBertConfig
 class ExportOptions:
     """average: number of checkpoints whose mean is exported; targets: names of other formats, see targets/registry.py.
 
-    max_shard_size: of a weights file, such as 5GB. max_length: of a text, in tokens; None for choose_max_length()'s.
+    max_shard_size: of a weights file, such as 5GB. max_length: of a text, in tokens; None for set_max_length()'s.
     """
 
     average: int = 1
