@@ -22,7 +22,7 @@ def write_request(folder: Path, version: int, request: str, files: Iterable[str]
 
 
 def belongs_to_request(folder: Path, version: int, request: str) -> bool:
-    """Whether the files of a folder belong to this request and version, and are unchanged."""
+    """Return whether the files of a folder belong to this request and version, and are unchanged."""
     try:
         data = (folder / REQUEST).read_bytes()
         files = json.loads(data)["files"]

@@ -108,7 +108,7 @@ def finish(options: Options) -> tuple[ShardRequest, Manifest]:
 
 
 def reused(request: ShardRequest) -> bool:
-    """Whether the folder already holds the shards of this request, unchanged. Restores a lost tokenizer."""
+    """Return whether the folder already holds the shards of this request, unchanged. Restores a lost tokenizer."""
     out, options = Path(request.options.out), request.options
     finished = read_result_of(out, request.request_hash)
     if finished is None:

@@ -73,7 +73,7 @@ def normalize_by_rules(charsmap: bytes, symbols: Collection[str], alphabet: set[
 
 
 def _is_changed(plan: Plan, symbol: str) -> bool:
-    """Whether a rule applies in a symbol, or may apply to its end and what follows."""
+    """Return whether a rule applies in a symbol, or may apply to its end and what follows."""
     keys = {symbol[a:b] for a in range(len(symbol)) for b in range(a + 1, len(symbol) + 1)}
     return not keys.isdisjoint(plan.rules) or not keys.isdisjoint(plan.replaced)
 

@@ -83,7 +83,7 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: T
 
 
 def share_done(plan: RunPlan, state: TrainState) -> float:
-    """The share of the run that is done: of its time, or else of its steps."""
+    """Return the share of the run that is done: of its time, or else of its steps."""
     timed = state.time_budget.limit is not None
     return state.time_budget.share_of_schedule if timed else state.step / plan.schedule.total_steps
 

@@ -123,7 +123,7 @@ class Run:
             self.reporter.log_line(message)
 
     def to_checkpoint(self) -> State:
-        """The contents of a checkpoint's state.json."""
+        """Return the contents of a checkpoint's state.json."""
         plan, state = self.plan, self.state
         return State(
             step=state.step,

@@ -38,7 +38,7 @@ class ImportRecord(Origin):
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file of a folder is read as its config, weights or tokenizer."""
+    """Return whether a file of a folder is read as its config, weights or tokenizer."""
     return Path(name).name == name and (name in (CONFIG, *TOKENIZER_FILES) or name.endswith(WEIGHTS_SUFFIXES))
 
 

@@ -212,7 +212,7 @@ class Source:
         return read_bounded(path, MAX_TOKENIZER_BYTES) if path.is_file() else None
 
     def check_files(self) -> None:
-        """Raises ValueError unless the tokenizer, its config and the token counts are those that the manifest means."""
+        """Raise ValueError unless the tokenizer, its config and the token counts are those that the manifest means."""
         if self.tokenizer_path is None:
             self._side_files.check()
         elif (config := self.read_optional(TOKENIZER_CONFIG)) is not None:
