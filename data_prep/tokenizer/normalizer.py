@@ -97,7 +97,7 @@ def _insert_placeholders(plan: Plan, results: dict[str, str], placeholders: dict
 def _boundary_pattern(plan: Plan) -> str:
     r"""Match before each mark that NFC must not move, or join with the character before.
 
-    These are the marks that end no composed rule. \G goes on at the last match, so that the text is read once.
+    These are the marks that end no composed rule. \G continues at the last match, so that the text is read once.
     """
     firsts, seconds = composing_characters()
     moving = firsts | seconds
