@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megabert.config import cli
+from megabert.config.data_section import CorpusPart
 from megabert.config.ds_config import DsConfig, read_ds_config
 from megabert.config.recipe import Recipe
 from megabert.config.recipe_parser import PACKAGE, RecipeParser, ds_config_names, ds_config_path
@@ -34,9 +35,9 @@ class PreparationError(ValueError):
     exit_code = 1
 
 
-def prepare_quickstart_corpus(recipe: Recipe) -> None:
+def prepare_quickstart_corpus(train: str | list[CorpusPart]) -> None:
     """Write the quickstart's shards if they are missing: rank 0 writes them while the other ranks wait for it."""
-    if recipe.data.train != QUICKSTART_SHARDS or Path(QUICKSTART_SHARDS, "manifest.json").is_file():
+    if train != QUICKSTART_SHARDS or Path(QUICKSTART_SHARDS, "manifest.json").is_file():
         return
     script = CHECKOUT / "launch/quickstart/prepare.sh"
     if not script.is_file():
@@ -100,7 +101,7 @@ def main(prog: str) -> int:
     ds_config = read_ds_config(ds_config_path(options.ds_config))
     if options.dry_run is not None:
         return print_dry_run(recipe, ds_config, options.dry_run) if rank_of_this_process() == 0 else 0
-    prepare_quickstart_corpus(recipe)
+    prepare_quickstart_corpus(recipe.data.train)
     logging.basicConfig(level=logging.INFO if rank_of_this_process() == 0 else logging.WARNING, format="%(message)s")
     # Imported after recipe and ds_config are checked: torch and DeepSpeed take seconds to load.
     from megabert.training.distributed.accelerator import choose_accelerator

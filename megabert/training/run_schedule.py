@@ -182,9 +182,9 @@ def listed_streams(data: DataConfig) -> int:
     return ranks.count_streams(data.ranks, data.num_workers) if data.ranks else 0
 
 
-def shared_batches(recipe: Recipe, schedule: RunSchedule) -> list[int]:
+def shared_batches(data: DataConfig, schedule: RunSchedule) -> list[int]:
     """Return the numbers of micro-batches that ranks must share evenly; none if each rank has one of each step."""
-    return [] if recipe.data.global_batch_tokens == "auto" else schedule.stages.batches_per_step
+    return [] if data.global_batch_tokens == "auto" else schedule.stages.batches_per_step
 
 
 def total_steps(recipe: Recipe, batches_per_step: int) -> int:

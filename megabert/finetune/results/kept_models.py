@@ -70,7 +70,7 @@ def is_exportable(context: JobContext, job: FinetuneJob, result: Result) -> bool
     return (
         not job.is_exported
         or read_export(context, job, result) is not None
-        or (kept_model_is_intact(context, job, result))
+        or kept_model_is_intact(context.jobs / job.name, result)
     )
 
 

@@ -235,7 +235,7 @@ class Checks:
 
     def streams(self) -> Iterator[str]:
         data, saved = self.recipe.data, self.saved
-        batches = [] if self.schedule is None else shared_batches(self.recipe, self.schedule)
+        batches = [] if self.schedule is None else shared_batches(self.recipe.data, self.schedule)
         count = choose_streams(data.ranks, data.num_workers, self.ranks, saved.num_streams if saved else None, batches)
         each = count // self.ranks
         yield f"{count:,} data streams, {each:,} a rank, read by {worker_count(data.num_workers, each)} loader workers"
