@@ -73,6 +73,8 @@ def test_it_says_what_is_missing_where_there_is_no_checkout(site, tmp_path):
     done = run(site, tmp_path, "megabert-pretrain")
     assert done.returncode == 2
     assert "megabert-pretrain: data/quickstart/tokens is missing. Write shards with megabert-shards" in done.stdout
+    done = run(site, tmp_path, "megabert-shards", "--tokenizer=nowhere")
+    assert "no such tokenizer. Train one with megabert-tokenizer." in done.stdout
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS - {"pretrain"}))

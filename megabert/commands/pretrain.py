@@ -19,14 +19,13 @@ from megabert.config import cli
 from megabert.config.data_section import CorpusPart
 from megabert.config.ds_config import DsConfig, read_ds_config
 from megabert.config.recipe import Recipe
-from megabert.config.recipe_parser import PACKAGE, RecipeParser, ds_config_names, ds_config_path
+from megabert.config.recipe_parser import RecipeParser, ds_config_names, ds_config_path
 from megabert.process.subprocesses import end_with_parent
 from megabert.training.distributed.rank_env import rank_of_this_process
 from megabert.training.distributed.signals import StopSignals
 from megabert.training.roofline.dry_run import dry_run
 
 QUICKSTART_SHARDS = "data/quickstart/tokens"
-CHECKOUT = PACKAGE.parent
 
 
 class PreparationError(ValueError):
@@ -39,13 +38,13 @@ def prepare_quickstart_corpus(train: str | list[CorpusPart]) -> None:
     """Write the quickstart's shards if they are missing: rank 0 writes them while the other ranks wait for it."""
     if train != QUICKSTART_SHARDS or Path(QUICKSTART_SHARDS, "manifest.json").is_file():
         return
-    script = CHECKOUT / "launch/quickstart/prepare.sh"
+    script = cli.CHECKOUT / "launch/quickstart/prepare.sh"
     if not script.is_file():
         raise ValueError(
             f"{QUICKSTART_SHARDS} is missing. Write shards with megabert-shards; --data.train takes their folder."
         )
-    if Path.cwd() != CHECKOUT:
-        raise ValueError(f"{QUICKSTART_SHARDS} is missing. Run this command in {CHECKOUT}, which prepares it.")
+    if Path.cwd() != cli.CHECKOUT:
+        raise ValueError(f"{QUICKSTART_SHARDS} is missing. Run this command in {cli.CHECKOUT}, which prepares it.")
     if rank_of_this_process() == 0:
         print(f"{QUICKSTART_SHARDS} is missing: preparing the quickstart's corpus, a minute or two", flush=True)
         done = subprocess.run(["bash", str(script)], check=False, preexec_fn=end_with_parent)
