@@ -69,7 +69,7 @@ setup(
         "tenacity",
         "tensorboard",
         "tokenizers>=0.21",
-        # Private operations of torch are used (megabert/kernels/cpu.py, megabert/model/buckets.py).
+        # Private operations of torch are used (megabert/kernels/cpu/, megabert/model/buckets.py).
         "torch>=2.8,<2.14",
         "tqdm",
         "transformers>=4.50",

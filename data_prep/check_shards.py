@@ -184,7 +184,7 @@ def check(folder: Path, manifest: Manifest, workers: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = cli.read_flags(Options, "check_shards.py", __doc__ or "", argv)
+    options = cli.read_flags(Options, "data_prep/check_shards.py", __doc__ or "", argv)
     folder = Path(options.folder)
     if not (folder / MANIFEST).is_file():
         print(f"{folder / MANIFEST}: no such file; expected a folder of shards.", file=sys.stderr)

@@ -123,7 +123,7 @@ class FinishShards(_Step):
 
 
 def _text(document: Document) -> str:
-    """Raises DamagedError if a document is no text, or too long."""
+    """Raise DamagedError if a document is no text, or too long."""
     where = f"document {document.id}"
     if not isinstance(document.text, str):
         raise not_text(where, "text", repr(document.text)[:40])
@@ -155,7 +155,7 @@ def _begin(request: ShardRequest, tasks: int) -> None:
 
 
 def _check_free(request: ShardRequest) -> None:
-    """Raises ValueError if `out` holds shards. Whether they are of the same documents is known at the end only."""
+    """Raise ValueError if `out` holds shards. Whether they are of the same documents is known at the end only."""
     out = Path(request.options.out)
     if not request.options.replace and ((out / MANIFEST).is_file() or list_shards(out)):
         raise ValueError(f"{out}: holds shards already. Choose another out, or pass replace=True to replace them.")
@@ -185,7 +185,7 @@ def _with_documents(request: ShardRequest, tasks: int) -> ShardRequest:
 
 
 def _is_finished(out: Path, asked: str) -> bool:
-    """Whether the shards were written with the same options and tokenizer."""
+    """Return whether the shards were written with the same options and tokenizer."""
     try:
         return read_manifest(out).request.startswith(asked)
     except ValueError:
@@ -194,7 +194,7 @@ def _is_finished(out: Path, asked: str) -> bool:
 
 
 def _begin_shards(request: ShardRequest) -> None:
-    """From here on the work folder belongs to these documents, and `out` to their shards."""
+    """Let the work folder belong to these documents from here on, and `out` to their shards."""
     out, work = Path(request.options.out), request.settings.work
     if not (work / REQUEST).exists():
         _check_free(request)

@@ -24,7 +24,7 @@ WORK_FORMAT = 4
 
 
 def check_replaceable(out: Path, request: str, replace: bool) -> None:
-    """Raises ValueError if a folder holds finished shards of another request, which only --replace replaces."""
+    """Raise ValueError if a folder holds finished shards of another request, which only --replace replaces."""
     if (out / MANIFEST).is_file() and not (replace or was_written_for(out, request)):
         raise ValueError(
             f"{out}: holds finished shards of another source, tokenizer or other settings. Choose another --out, or "
@@ -34,7 +34,7 @@ def check_replaceable(out: Path, request: str, replace: bool) -> None:
 
 @contextmanager
 def locked_work_folder(out: Path, request: str, replace: bool = False) -> Iterator[Path]:
-    """As opened_work_folder, and remove the folder when the block ends without an exception."""
+    """Do as opened_work_folder, and remove the folder when the block ends without an exception."""
     with opened_work_folder(out, request, replace) as work:
         yield work
         shutil.rmtree(work)

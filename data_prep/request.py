@@ -1,12 +1,11 @@
 """Record the request of a command, so that the same command finds and reuses its results."""
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from megabert.files.atomic import write_atomically
-from megabert.files.hashing import file_sha256
+from megabert.files.hashing import file_sha256, json_sha256
 
 REQUEST = "request"
 NOTE_FORMAT = 1
@@ -14,7 +13,7 @@ NOTE_FORMAT = 1
 
 def request_hash(**parts: object) -> str:
     """Hash everything that determines the results of a command. parts: plain values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return json_sha256(parts)
 
 
 def write_request(folder: Path, version: int, request: str, files: Iterable[str] = ()) -> None:
@@ -23,7 +22,7 @@ def write_request(folder: Path, version: int, request: str, files: Iterable[str]
 
 
 def belongs_to_request(folder: Path, version: int, request: str) -> bool:
-    """Whether the files of a folder belong to this request and version, and are unchanged."""
+    """Return whether the files of a folder belong to this request and version, and are unchanged."""
     try:
         data = (folder / REQUEST).read_bytes()
         files = json.loads(data)["files"]

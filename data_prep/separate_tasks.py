@@ -111,7 +111,7 @@ def read_plan(options: Options) -> Plan:
 
 
 def read_first_pass(plan: Plan) -> FirstPass:
-    """Raises ValueError if a task of the first pass is not done."""
+    """Raise ValueError if a task of the first pass is not done."""
     settings = plan.request.settings
     _check_none_missing(settings.out, "runs", passes.missing_summaries(settings, plan.tasks))
     summaries = passes.read_summaries(settings, plan.tasks)
@@ -120,13 +120,13 @@ def read_first_pass(plan: Plan) -> FirstPass:
 
 
 def check_merged(plan: Plan, first: FirstPass) -> None:
-    """Raises ValueError if a group is not merged."""
+    """Raise ValueError if a group is not merged."""
     settings = plan.request.settings
     _check_none_missing(settings.out, "merge", passes.missing_groups(settings, first.reads))
 
 
 def check_shards(plan: Plan, counts: ShardCounts) -> None:
-    """Raises ValueError if a shard is not written."""
+    """Raise ValueError if a shard is not written."""
     settings = plan.request.settings
     _check_none_missing(settings.out, "shards", passes.missing_shards(settings, counts))
 

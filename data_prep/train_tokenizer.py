@@ -1,7 +1,7 @@
 """Train a tokenizer on a corpus, or convert an existing one, and write it in the format of transformers.
 
-    python data_prep/train_tokenizer.py --source data/quickstart/text --out data/quickstart/tokenizer
-    python data_prep/train_tokenizer.py --existing bert-base-uncased/vocab.txt --out data/bert/tokenizer
+    {command} --source data/quickstart/text --out data/quickstart/tokenizer
+    {command} --existing bert-base-uncased/vocab.txt --out data/bert/tokenizer
 
 The result has BERT's five special tokens. If it comes from sentencepiece, lines of the corpus are encoded with both
 tokenizers, and the number of lines with different ids is printed.
@@ -245,8 +245,8 @@ def hash_of_request(options: Options) -> str:
     return request_hash(options=asdict(options), source=state)
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = cli.read_flags(Options, "train_tokenizer.py", __doc__ or "", argv)
+def main(argv: list[str] | None = None, prog: str = "data_prep/train_tokenizer.py") -> None:
+    options = cli.read_flags(Options, prog, __doc__ or "", argv)
     folder = Path(options.out)
     request = hash_of_request(options)
     if belongs_to_request(folder, TOKENIZER_FORMAT, request):
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def command(prog: str = "megabert-tokenizer") -> NoReturn:
-    cli.run(main, prog)
+    cli.run(lambda: main(prog=prog), prog)
 
 
 if __name__ == "__main__":

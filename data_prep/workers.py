@@ -180,7 +180,7 @@ class Progress:
     """Shows a bar on a terminal; writes a line every half minute, and one at the end, to a log."""
 
     def __init__(self, title: str, total: int, unit: str):
-        """unit: "B" for bytes, otherwise the name of what is counted."""
+        """Show a title. unit: "B" for bytes, otherwise the name of what is counted."""
         self._title, self._total, self._unit = title, total, unit
         self._bytes = unit == "B"
         self._started = self._logged = time.monotonic()

@@ -1,7 +1,7 @@
 """Turn a corpus into shards: text shards, or with --tokenizer the token shards that training reads.
 
-    python data_prep/write_shards.py --source CORPUS --out data/mine/text
-    python data_prep/write_shards.py --source CORPUS --tokenizer data/mine/tokenizer --out data/mine/tokens
+    {command} --source CORPUS --out data/mine/text
+    {command} --source CORPUS --tokenizer data/mine/tokenizer --out data/mine/tokens
 
 There are two passes, and both use all cores. The first writes sorted runs: documents, tokenized, in the order of a hash
 of their text. In the second, each shard collects its range of hashes from all sorted runs. So documents are shuffled
@@ -108,7 +108,7 @@ def finish(options: Options) -> tuple[ShardRequest, Manifest]:
 
 
 def reused(request: ShardRequest) -> bool:
-    """Whether the folder already holds the shards of this request, unchanged. Restores a lost tokenizer."""
+    """Return whether the folder already holds the shards of this request, unchanged. Restores a lost tokenizer."""
     out, options = Path(request.options.out), request.options
     finished = read_result_of(out, request.request_hash)
     if finished is None:
@@ -121,7 +121,7 @@ def reused(request: ShardRequest) -> bool:
         return False
     damaged = set(damaged_files(out, finished, options.workers))
     if damaged:
-        damaged -= set(restore_tokenizer(out, finished, tokenizer_files(request)))
+        damaged -= set(restore_tokenizer(out, finished, tokenizer_files(request.tokenizer_path)))
     output_folder.remove_finished_work(out)
     if damaged:
         print(f"{out / min(damaged)}: missing or changed, so the shards are written again")
@@ -130,8 +130,8 @@ def reused(request: ShardRequest) -> bool:
     return not damaged
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = cli.read_flags(Options, "write_shards.py", __doc__ or "", argv)
+def main(argv: list[str] | None = None, prog: str = "data_prep/write_shards.py") -> int:
+    options = cli.read_flags(Options, prog, __doc__ or "", argv)
     out = Path(options.out)
     try:
         if options.step == "plan":
@@ -177,7 +177,7 @@ def report(request: ShardRequest, manifest: Manifest) -> None:
 
 
 def command(prog: str = "megabert-shards") -> NoReturn:
-    cli.run(main, prog)
+    cli.run(lambda: main(prog=prog), prog)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ python launch/pareto.py --runs runs/mosaicbert-base,runs/bert-base --data glue_d
 After an interruption the same command continues.
 """
 
-import signal
+from megabert.process.interrupts import end_at_ctrl_c
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_ctrl_c()
 
 import json
 from dataclasses import dataclass

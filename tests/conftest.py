@@ -21,6 +21,10 @@ hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, d
 hypothesis.settings.register_profile("random", deadline=None)
 hypothesis.settings.load_profile("fixed")
 
+# A shell that runs the tests in the background makes them ignore Ctrl-C, and what they start would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 VOCAB_SIZE = 800
 
 # Marks of tests that make a cluster on this machine, as root, with these programs.

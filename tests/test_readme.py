@@ -35,6 +35,13 @@ def test_it_is_short():
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_lines_of_prose_have_at_most_120_columns(path: Path):
+    """Tables and output of commands may be wider."""
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert not [line for line in prose.splitlines() if len(line) > 120 and not line.startswith(("|", "    "))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_links_between_documents_lead_somewhere(path: Path):
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
     missing = [name for name in targets if "://" not in name and not (path.parent / name).exists()]
@@ -47,3 +54,9 @@ def test_the_file_tree_has_every_folder_and_nothing_else():
     packages = {path.parent.name for path in (REPOSITORY / "megabert").glob("*/__init__.py")} | {"recipes"}
     top = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} | {"ds_configs", "launch"}
     assert shown == packages | top
+
+
+def test_every_benchmark_is_in_their_table():
+    table = (REPOSITORY / "tests/benchmarks/README.md").read_text().split("## ")[0]
+    scripts = {path.name for path in (REPOSITORY / "tests/benchmarks").glob("*.py")}
+    assert scripts == {name for name in re.findall(r"`([\w/]+\.py)`", table.partition("|---")[2]) if "/" not in name}

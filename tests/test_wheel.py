@@ -1,6 +1,8 @@
 """A machine that has the installed wheel, and no checkout, has every command, the recipes and the ds_configs."""
 
+import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,11 +73,19 @@ def test_it_says_what_is_missing_where_there_is_no_checkout(site, tmp_path):
     done = run(site, tmp_path, "megabert-pretrain")
     assert done.returncode == 2
     assert "megabert-pretrain: data/quickstart/tokens is missing. Write shards with megabert-shards" in done.stdout
+    done = run(site, tmp_path, "megabert-shards", "--tokenizer=nowhere")
+    assert "no such tokenizer. Train one with megabert-tokenizer." in done.stdout
 
 
-def test_help_shows_the_command_as_it_is_installed(site, tmp_path):
-    done = run(site, tmp_path, "megabert-export", "--help")
-    assert (
-        "\nmegabert-export runs/quickstart runs/quickstart/hf --for onnx,sentence-transformers --average 3\n"
-        in done.stdout
-    )
+@pytest.mark.parametrize("name", sorted(COMMANDS - {"pretrain"}))
+def test_help_shows_the_command_as_it_is_installed(name, monkeypatch, capsys):
+    """megabert-pretrain is left out: it ends its process."""
+    [module] = re.findall(rf'"megabert-{name}": "([\w.]+)"', (REPOSITORY / "setup.py").read_text())
+    monkeypatch.setattr(sys, "argv", [f"megabert-{name}", "--help"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(module).command()
+    assert end.value.code == 0
+    help_text = capsys.readouterr().out
+    assert help_text.startswith(f"usage: megabert-{name} ")
+    assert re.search(rf"^ *megabert-{name} [\w-]", help_text, re.MULTILINE)
+    assert ".py --" not in help_text

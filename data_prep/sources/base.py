@@ -192,5 +192,5 @@ def too_long(where: str, remedy: str) -> DamagedError:
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether a write failed because the disk, the quota or the file size limit is exhausted."""
+    """Return whether a write failed because the disk, the quota or the file size limit is exhausted."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -52,7 +52,7 @@ def senses(wordnet: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def contains_word(word: str, example: str) -> bool:
-    """Whether an example contains the word, perhaps with an ending."""
+    """Return whether an example contains the word, perhaps with an ending."""
     stem = word[:-1] if len(word) > 4 and word[-1] in "ey" else word
     return re.search(rf"\b{re.escape(stem)}\w{{0,4}}\b", example.lower()) is not None
 

@@ -97,7 +97,7 @@ class Plan:
         return "".join(c if c in self.late else self.rules.get(c, c) for c in text)
 
     def is_mark(self, character: str) -> bool:
-        """Whether NFC may move the result of a character, or join it with the one before."""
+        """Return whether NFC may move the result of a character, or join it with the one before."""
         return self.map_each(character)[:1] in composing_characters()[1]
 
     def _changed_by_nfc(self) -> dict[str, str]:

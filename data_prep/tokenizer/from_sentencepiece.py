@@ -135,7 +135,7 @@ def _bpe(pieces: list[Piece], byte_fallback: bool) -> models.BPE:
 
 
 def _no_piece_spans_a_space(pieces: list[Piece]) -> bool:
-    """Whether no piece spans a space. Then words can be segmented one by one, which is faster."""
+    """Return whether no piece spans a space. Then words can be segmented one by one, which is faster."""
     texts = [piece.text for piece in pieces if piece.type in (NORMAL, USER_DEFINED)]
     return META in texts and not any(META in text[1:] for text in texts)
 

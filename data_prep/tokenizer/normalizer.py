@@ -73,7 +73,7 @@ def normalize_by_rules(charsmap: bytes, symbols: Collection[str], alphabet: set[
 
 
 def _is_changed(plan: Plan, symbol: str) -> bool:
-    """Whether a rule applies in a symbol, or may apply to its end and what follows."""
+    """Return whether a rule applies in a symbol, or may apply to its end and what follows."""
     keys = {symbol[a:b] for a in range(len(symbol)) for b in range(a + 1, len(symbol) + 1)}
     return not keys.isdisjoint(plan.rules) or not keys.isdisjoint(plan.replaced)
 
@@ -97,7 +97,7 @@ def _insert_placeholders(plan: Plan, results: dict[str, str], placeholders: dict
 def _boundary_pattern(plan: Plan) -> str:
     r"""Match before each mark that NFC must not move, or join with the character before.
 
-    These are the marks that end no composed rule. \G goes on at the last match, so that the text is read once.
+    These are the marks that end no composed rule. \G continues at the last match, so that the text is read once.
     """
     firsts, seconds = composing_characters()
     moving = firsts | seconds

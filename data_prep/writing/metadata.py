@@ -60,7 +60,7 @@ def build_manifest(
 def write_metadata(request: ShardRequest, manifest: Manifest, ids: np.ndarray) -> None:
     """Write all other files of the folder. The manifest comes last, because it makes the folder complete."""
     out = Path(request.options.out)
-    files = tokenizer_files(request) | ({TOKEN_COUNTS: encode_npy(ids)} if request.tokenizer else {})
+    files = tokenizer_files(request.tokenizer_path) | ({TOKEN_COUNTS: encode_npy(ids)} if request.tokenizer else {})
     for name, data in files.items():
         write_atomically(out / name, data)
     write_atomically(out / length_statistics.PLOT, length_statistics.plot(manifest.statistics))
@@ -69,9 +69,8 @@ def write_metadata(request: ShardRequest, manifest: Manifest, ids: np.ndarray) -
     write_manifest(out, replace(manifest, files=hashes))
 
 
-def tokenizer_files(request: ShardRequest) -> dict[str, bytes]:
-    """Return the files of the tokenizer, which are copied beside the shards. Raises ValueError for a damaged config."""
-    path = request.tokenizer_path
+def tokenizer_files(path: Path | None) -> dict[str, bytes]:
+    """Return the files beside the shards for a tokenizer.json. Raises ValueError for a damaged config."""
     if path is None:
         return {}
     config = path.with_name(TOKENIZER_CONFIG)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import secrets
 import tarfile
 import zlib
@@ -60,14 +59,11 @@ def write_shard(settings: WriteSettings, files: list[Path], part: str, number: i
     order = rng.permutation(np.flatnonzero(documents.lengths))
     name = shard_name(part, number)
     # Two machines may write the same shard, if one of them is thought to be dead.
-    temporary = settings.work / "shards" / f"{name}.{secrets.token_hex(4)}.tmp"
-    try:
+    unfinished = settings.work / "shards" / f"{name}.{secrets.token_hex(4)}.tmp"
+    with new_file(settings.out / name, unfinished) as temporary:
         with open(temporary, "wb") as file:
             chunks = _write_chunks(file, name, documents, order, settings)
         size, sha256 = hash_and_sync(temporary)
-        os.replace(temporary, settings.out / name)
-    finally:
-        temporary.unlink(missing_ok=True)
     shard = Shard(name, sha256, size, len(order), int(chunks[:, 3].sum()), chunks)
     kept = documents.lengths[order]
     lengths = np.bincount(np.minimum(kept, LONGEST_COUNTED), minlength=LONGEST_COUNTED + 1)

@@ -111,7 +111,7 @@ class SortedRun:
         return cls(np.memmap(path, mode="r"), dtype)
 
     def __init__(self, data: np.ndarray, dtype: np.dtype):
-        """data: bytes of the file, which may be mapped into memory."""
+        """Find the parts of a file. data: its bytes, which may be mapped into memory."""
         header = data[: self.HEADER.itemsize].view(self.HEADER)[0]
         self._train, total = int(header["train"]), int(header["train"] + header["heldout"])
         columns = data[self.HEADER.itemsize : self.HEADER.itemsize + 24 * total].reshape(3, 8 * total)

@@ -12,7 +12,7 @@ DOCUMENTS_SEARCHED = 10_000
 
 
 def check_share(share: float, limit: float, tokenizer: Path, documents: Iterable[str]) -> None:
-    """Raises ValueError if the share of [UNK] is above the limit.
+    """Raise ValueError if the share of [UNK] is above the limit.
 
     documents: of the corpus, in which examples are looked for.
     """

@@ -44,7 +44,7 @@ def pretrain(recipe: Recipe, ds_config: str | Path = "zero2") -> PretrainResult:
     that the user must change.
     """
     settings = read_ds_config(ds_config_path(str(ds_config)))
-    prepare_quickstart_corpus(recipe)
+    prepare_quickstart_corpus(recipe.data.train)
     stop_signals = StopSignals(embedded=True)
     output_dir = Path(recipe.run.output_dir)
     with restored_process():

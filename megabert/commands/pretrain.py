@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from megabert.config import cli
+from megabert.config.data_section import CorpusPart
 from megabert.config.ds_config import DsConfig, read_ds_config
 from megabert.config.recipe import Recipe
-from megabert.config.recipe_parser import PACKAGE, RecipeParser, ds_config_names, ds_config_path
+from megabert.config.recipe_parser import RecipeParser, ds_config_names, ds_config_path
 from megabert.process.subprocesses import end_with_parent
 from megabert.training.distributed.rank_env import rank_of_this_process
 from megabert.training.distributed.signals import StopSignals
 from megabert.training.roofline.dry_run import dry_run
 
 QUICKSTART_SHARDS = "data/quickstart/tokens"
-CHECKOUT = PACKAGE.parent
 
 
 class PreparationError(ValueError):
@@ -34,17 +34,17 @@ class PreparationError(ValueError):
     exit_code = 1
 
 
-def prepare_quickstart_corpus(recipe: Recipe) -> None:
+def prepare_quickstart_corpus(train: str | list[CorpusPart]) -> None:
     """Write the quickstart's shards if they are missing: rank 0 writes them while the other ranks wait for it."""
-    if recipe.data.train != QUICKSTART_SHARDS or Path(QUICKSTART_SHARDS, "manifest.json").is_file():
+    if train != QUICKSTART_SHARDS or Path(QUICKSTART_SHARDS, "manifest.json").is_file():
         return
-    script = CHECKOUT / "launch/quickstart/prepare.sh"
+    script = cli.CHECKOUT / "launch/quickstart/prepare.sh"
     if not script.is_file():
         raise ValueError(
             f"{QUICKSTART_SHARDS} is missing. Write shards with megabert-shards; --data.train takes their folder."
         )
-    if Path.cwd() != CHECKOUT:
-        raise ValueError(f"{QUICKSTART_SHARDS} is missing. Run this command in {CHECKOUT}, which prepares it.")
+    if Path.cwd() != cli.CHECKOUT:
+        raise ValueError(f"{QUICKSTART_SHARDS} is missing. Run this command in {cli.CHECKOUT}, which prepares it.")
     if rank_of_this_process() == 0:
         print(f"{QUICKSTART_SHARDS} is missing: preparing the quickstart's corpus, a minute or two", flush=True)
         done = subprocess.run(["bash", str(script)], check=False, preexec_fn=end_with_parent)
@@ -100,7 +100,7 @@ def main(prog: str) -> int:
     ds_config = read_ds_config(ds_config_path(options.ds_config))
     if options.dry_run is not None:
         return print_dry_run(recipe, ds_config, options.dry_run) if rank_of_this_process() == 0 else 0
-    prepare_quickstart_corpus(recipe)
+    prepare_quickstart_corpus(recipe.data.train)
     logging.basicConfig(level=logging.INFO if rank_of_this_process() == 0 else logging.WARNING, format="%(message)s")
     # Imported after recipe and ds_config are checked: torch and DeepSpeed take seconds to load.
     from megabert.training.distributed.accelerator import choose_accelerator

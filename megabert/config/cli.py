@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -25,6 +26,19 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 T = TypeVar("T")
 
 WORDS_OF_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
+
+# What stands for the scripts of a checkout where megabert is installed without one; setup.py makes the commands.
+INSTALLED = {
+    "pretrain": "megabert-pretrain",
+    "convert_to_hf": "megabert-export",
+    "convert_from_hf": "megabert-import",
+    "finetune_glue": "megabert-finetune",
+    "write_shards": "megabert-shards",
+    "train_tokenizer": "megabert-tokenizer",
+    "check_shards": "python -m data_prep.check_shards",
+}
+SCRIPT = re.compile(rf"(?<![\w./-])(?:python )?(?:launch/|data_prep/)?({'|'.join(INSTALLED)})\.py\b")
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 # The only words that a switch takes as its value: any other word after it is a positional argument.
 SWITCH_VALUES = {"true": "true", "yes": "true", "1": "true", "false": "false", "no": "false", "0": "false"}
@@ -80,7 +94,7 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"{self.prog}: {redact(_explain(message, self.known_keys()))}\n")
+        sys.stderr.write(f"{self.prog}: {redact(name_commands(_explain(message, self.known_keys())))}\n")
         sys.exit(EXIT_MISTAKE)
 
     @contextlib.contextmanager
@@ -164,6 +178,13 @@ def read_flags(options: type[T], prog: str, description: str, argv: Sequence[str
         parser.error(str(error))
 
 
+def name_commands(message: str) -> str:
+    """Name the installed commands in place of scripts, unless this is a checkout, which has the scripts."""
+    if (CHECKOUT / "launch/pretrain.py").is_file():
+        return message
+    return SCRIPT.sub(lambda match: INSTALLED[match[1]], message)
+
+
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a training run that this error ends; launch/README.md lists all of them.
 
@@ -188,7 +209,7 @@ def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseExcept
         message = str(error)
         if "Original Traceback" in message:
             message = re.sub(r"^[\w.]*Error: ", "", message.strip().splitlines()[-1])
-        sys.stderr.write(f"{prog}: {redact(message)}\n")
+        sys.stderr.write(f"{prog}: {redact(name_commands(message))}\n")
         sys.exit(code_of(error))
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")

@@ -249,7 +249,7 @@ def _check_safe(resolved: ResolvedDsConfig, path: str) -> None:
 
 
 def _is_on(section: object) -> bool:
-    """Whether a section requests anything."""
+    """Return whether a section requests anything."""
     if isinstance(section, str):
         return section not in ("", "none")
     if isinstance(section, dict):

@@ -213,15 +213,15 @@ class Recipe:
         return dataclasses.replace(self, data=dataclasses.replace(self.data, micro_batch_tokens=tokens))
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dicts and lists, ready for YAML or JSON."""
+        """Return nested dicts and lists, ready for YAML or JSON."""
         return with_lists(dataclasses.asdict(self))
 
 
 def may_change_at_resume(name: str) -> bool:
-    """Whether "section.setting" may differ between a run and its continuation; unknown settings may not."""
+    """Return whether "section.setting" may differ between a run and its continuation; unknown settings may not."""
     return metadata_of(Recipe, name).get("may_change_at_resume", False)
 
 
 def may_change_at_branch(name: str) -> bool:
-    """Whether "section.setting" may differ between a run and a branch of it; unknown settings may not."""
+    """Return whether "section.setting" may differ between a run and a branch of it; unknown settings may not."""
     return metadata_of(Recipe, name).get("may_change_at_branch", False)

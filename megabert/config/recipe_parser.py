@@ -132,7 +132,7 @@ def check_flags(argv: list[str]) -> None:
 
 @functools.cache
 def setting_types() -> dict[str, Any]:
-    """The type of each setting of a recipe, by its dotted name."""
+    """Return the type of each setting of a recipe, by its dotted name."""
     return {
         f"{section}.{name}": kind
         for section, config in get_type_hints(Recipe).items()

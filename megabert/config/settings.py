@@ -44,7 +44,7 @@ def check_limits(settings: Any, prefix: str = "") -> None:
 
 
 def limits_of(settings: type, prefix: str = "") -> dict[str, str]:
-    """The limits of a dataclass's numbers, and of the dataclasses in its fields, by dotted name."""
+    """Return the limits of a dataclass's numbers, and of the dataclasses in its fields, by dotted name."""
     found: dict[str, str] = {}
     types = get_type_hints(settings)
     for field in dataclasses.fields(settings):
@@ -57,7 +57,7 @@ def limits_of(settings: type, prefix: str = "") -> dict[str, str]:
 
 
 def metadata_of(settings: type, name: str) -> Mapping[str, Any]:
-    """The metadata of "section.field" in a dataclass of dataclasses, {} for an unknown name."""
+    """Return the metadata of "section.field" in a dataclass of dataclasses, {} for an unknown name."""
     section, _, setting = name.partition(".")
     config = get_type_hints(settings).get(section)
     fields = {} if config is None else {field.name: field.metadata for field in dataclasses.fields(config)}

@@ -129,7 +129,7 @@ def check_value(kind: Any, value: Any, path: str | Path, key: str) -> None:
 
 
 def is_valid(kind: Any, value: Any) -> bool:
-    """Whether a value has a type, as check_value checks it."""
+    """Return whether a value has a type, as check_value checks it."""
     try:
         check_value(kind, value, "", "")
     except ValueError:

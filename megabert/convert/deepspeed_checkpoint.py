@@ -85,7 +85,7 @@ def find_checkpoints(path: Path, count: int = 1) -> list[Path]:
 
 
 def _check_same_run(newest: tuple[Path, State], other: tuple[Path, State]) -> None:
-    """Raises ValueError unless two checkpoints are of the same run, as only then the mean of weights makes sense."""
+    """Raise ValueError unless two checkpoints are of the same run, as only then the mean of weights makes sense."""
     expected, found = _run_identity(*newest), _run_identity(*other)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):

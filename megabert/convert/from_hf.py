@@ -204,7 +204,7 @@ def _find_missing(config: MegaBertConfig, weights: dict[str, Tensor]) -> list[st
 
 
 def check_shapes(source: Path, weights: dict[str, Tensor], config: MegaBertConfig, missing: list[str]) -> None:
-    """Raises ValueError unless the tensors, except for the missing ones, have the shapes that the config implies."""
+    """Raise ValueError unless the tensors, except for the missing ones, have the shapes that the config implies."""
     layers = num_layers(weights)
     if layers != config.num_hidden_layers:
         raise ValueError(f"{source}: has weights of {layers} layers, but its {CONFIG} has {config.num_hidden_layers}.")
@@ -226,14 +226,14 @@ def check_shapes(source: Path, weights: dict[str, Tensor], config: MegaBertConfi
 
 
 def expected_shapes(config: MegaBertConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of the masked language model except the tied one."""
+    """Return the shape of every parameter of the masked language model except the tied one."""
     with torch.device("meta"):
         model = MegaBertForMaskedLM(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name != TIED_DECODER}
 
 
 def _optional_head_shapes(config: MegaBertConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter that a folder may have in addition to the masked language model."""
+    """Return the shape of every parameter that a folder may have in addition to the masked language model."""
     width = config.hidden_size
     assert config.num_labels is not None, "transformers sets it from id2label"
     labels = 1 if head_of(config) == CHOICE else config.num_labels

@@ -33,7 +33,7 @@ from megabert.model.configuration_megabert import MegaBertConfig
 class ExportOptions:
     """average: number of checkpoints whose mean is exported; targets: names of other formats, see targets/registry.py.
 
-    max_shard_size: of a weights file, such as 5GB. max_length: of a text, in tokens; None for choose_max_length()'s.
+    max_shard_size: of a weights file, such as 5GB. max_length: of a text, in tokens; None for set_max_length()'s.
     """
 
     average: int = 1
@@ -89,7 +89,7 @@ def read_finished(out: Path, fingerprint: str) -> Measurements | None:
 
 
 def is_complete(record: dict[str, Any]) -> bool:
-    """Whether every target of an earlier export was proven; one that was not may succeed now."""
+    """Return whether every target of an earlier export was proven; one that was not may succeed now."""
     return all("opened" in outcome for outcome in record.get("targets", {}).values())
 
 
@@ -120,7 +120,7 @@ def add_targets(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def check_replaceable(out: Path, record: dict[str, Any] | None) -> None:
-    """Raises ValueError if `out` contains more than an export. record: that of the export, if there is one."""
+    """Raise ValueError if `out` contains more than an export. record: that of the export, if there is one."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if record is None:

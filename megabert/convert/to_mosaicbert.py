@@ -93,7 +93,7 @@ def export_mosaicbert(source: Path, out: Path, average: int = 1, max_length: int
 
 
 def _check_is_mosaicbert(source: Path, model: SourceModel) -> None:
-    """Raises ValueError unless the published code computes what our model computes."""
+    """Raise ValueError unless the published code computes what our model computes."""
     config = model.config
     post_norm = MegaBertConfig(vocab_size=config.vocab_size, pad_token_id=config.pad_token_id)
     for name in ("norm_position", "bias", "norm_bias", "global_attention_every", "token_types"):
@@ -151,7 +151,7 @@ def _read_source(source: Path, average: int) -> SourceModel:
 
 
 def _check_reads_back(folder: Path, model: SourceModel) -> None:
-    """Raises ValueError unless the folder reads as the model that was written.
+    """Raise ValueError unless the folder reads as the model that was written.
 
     No other process can load the folder as a check, because its modelling code is not ours to redistribute.
     """

@@ -79,7 +79,7 @@ THEIR_DECODER = "cls.predictions.decoder"
 
 
 def mosaicbert_table(num_layers: int) -> list[WeightMapping]:
-    """The published MosaicBERT: fused Wqkv, gated_layers without a bias, no position embedding.
+    """Map the published MosaicBERT: fused Wqkv, gated_layers without a bias, no position embedding.
 
     Source: https://huggingface.co/mosaicml/mosaic-bert-base, bert_layers.py.
     """
@@ -92,7 +92,7 @@ def mosaicbert_table(num_layers: int) -> list[WeightMapping]:
 
 
 def bert_table(num_layers: int) -> list[WeightMapping]:
-    """transformers' BertForMaskedLM: separate query, key and value, learned positions, two names of decoder.bias."""
+    """Map BertForMaskedLM: separate query, key and value, learned positions, two names of decoder.bias."""
     table = _outside_layers(["cls.predictions.bias", f"{THEIR_DECODER}.bias"])
     positions = "bert.embeddings.position_embeddings.weight"
     table.append(WeightMapping(positions, (positions,)))
@@ -106,7 +106,7 @@ def bert_table(num_layers: int) -> list[WeightMapping]:
 
 
 def modernbert_table(num_layers: int) -> list[WeightMapping]:
-    """transformers' ModernBertForMaskedLM: one bias, the decoder's; no norm before the first attention."""
+    """Map transformers' ModernBertForMaskedLM: one bias, the decoder's; no norm before the first attention."""
     table = [
         WeightMapping(WORD_EMBEDDINGS, (f"{THEIR_MODEL}.embeddings.tok_embeddings.weight",), ("decoder.weight",)),
         WeightMapping("decoder.bias", ("decoder.bias",)),
@@ -120,7 +120,7 @@ def modernbert_table(num_layers: int) -> list[WeightMapping]:
 
 
 def gte_table(num_layers: int, token_types: bool = True) -> list[WeightMapping]:
-    """transformers' GteForMaskedLM: separate query, key and value, and separate gate and value of the MLP."""
+    """Map transformers' GteForMaskedLM: separate query, key and value, and separate gate and value of the MLP."""
     embeddings = "gte.embeddings."
     table = [
         WeightMapping(WORD_EMBEDDINGS, (f"{embeddings}word_embeddings.weight",), ("lm_head.decoder.weight",)),

@@ -166,7 +166,7 @@ def lay_out(
 
 
 def _fill_position_ids(lengths: np.ndarray, ends: np.ndarray, out: np.ndarray) -> None:
-    """lengths [2, 3] -> out [0, 1, 0, 1, 2]: a cumulative sum of ones that drops back to 0 at each begin of a piece."""
+    """Count from 0 in each piece, lengths [2, 3] -> out [0, 1, 0, 1, 2], by a sum of ones that drops at its begin."""
     out.fill(1)
     out[0] = 0
     out[ends[:-1]] = 1 - lengths[:-1]

@@ -107,7 +107,7 @@ def cut_into_splits(source: Source, num_streams: int) -> Splits:
 
 
 def _enumerate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[2, 1] -> owner [0, 0, 1], number within its owner [0, 1, 0], the owner's count [2, 2, 1]."""
+    """Give every item its owner, its number and the count there: [2, 1] -> [0, 0, 1], [0, 1, 0], [2, 2, 1]."""
     owner = np.repeat(np.arange(len(counts)), counts)
     number = np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
     return owner, number, counts[owner]
@@ -115,7 +115,7 @@ def _enumerate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=32)
 def _shuffled(num_splits: int, seed: int, epoch: int, source: int) -> np.ndarray:
-    """The order of all splits in one epoch, shared by the streams of a process."""
+    """Return the order of all splits in one epoch, shared by the streams of a process."""
     return np.random.default_rng([seed, epoch, source]).permutation(num_splits)
 
 

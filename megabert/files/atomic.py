@@ -29,13 +29,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def new_file(path: Path) -> AbstractContextManager[Path]:
+def new_file(path: Path, temporary: Path | None = None) -> AbstractContextManager[Path]:
     """Yield a temporary name beside `path`, and rename it to `path` if the block succeeds, or else remove it.
 
-    For files that several processes may write, on any machines: each has a temporary name of its own. The caller syncs
-    it to disk.
+    For files that several processes may write, on any machines: each has a temporary name of its own, or the caller
+    gives `temporary`, on the same file system. The caller syncs it to disk.
     """
-    return _renamed_to(path, path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp"))
+    return _renamed_to(path, temporary or path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp"))
 
 
 @contextmanager

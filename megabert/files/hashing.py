@@ -1,18 +1,30 @@
-"""Hashes of files, and files and folders that are safely on disk."""
+"""Hashes of files and values, and files and folders that are safely on disk."""
 
 import hashlib
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    """Return the SHA-256 of a file's bytes, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def texts_sha256(texts: Iterable[str]) -> str:
+    """Return the SHA-256 of some texts in this order, as hexadecimal digits."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def json_sha256(value: object) -> str:
+    """Return the SHA-256 of a value as JSON, whatever the order of its keys, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def hash_and_sync(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 of a file, which is on disk when this returns."""
+    """Return the bytes and the SHA-256 of a file, which is on disk by then."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())

@@ -1,12 +1,12 @@
 """JSON files of results, which carry a version and the hash of their content, so that a change by hand is noticed."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from megabert.config.strict_yaml import read_small_file
 from megabert.files.atomic import write_atomically
+from megabert.files.hashing import json_sha256
 
 VERSION, HASH = "format_version", "content_sha256"
 
@@ -14,7 +14,7 @@ VERSION, HASH = "format_version", "content_sha256"
 def write_record(path: Path, record: dict[str, Any], version: int) -> None:
     """Write a record with its version and hash."""
     record = {VERSION: version, **record}
-    text = json.dumps(record | {HASH: _hash(record)}, indent=1, allow_nan=False)
+    text = json.dumps(record | {HASH: json_sha256(record)}, indent=1, allow_nan=False)
     write_atomically(path, text.encode())
 
 
@@ -32,10 +32,6 @@ def read_record(path: Path, version: int) -> dict[str, Any]:
         raise ValueError(f"{path}: is damaged, not a JSON object")
     if (found := record.get(VERSION, 1)) != version:
         raise ValueError(f"{path}: has {VERSION} {str(found)[:20]}, expected {version}")
-    if record.pop(HASH, None) != _hash(record):
+    if record.pop(HASH, None) != json_sha256(record):
         raise ValueError(f"{path}: was changed since it was written: its content has another hash")
     return record
-
-
-def _hash(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

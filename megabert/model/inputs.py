@@ -73,7 +73,7 @@ def flatten_choices(inputs: Inputs) -> tuple[int, Inputs]:
 
 
 def in_one_graph() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace is recording this forward pass as a graph."""
+    """Return whether torch.compile, torch.export or torch.jit.trace is recording this forward pass as a graph."""
     return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 

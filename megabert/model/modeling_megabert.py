@@ -103,7 +103,7 @@ class MegaBertPreTrainedModel(PreTrainedModel):
         )
 
     def _every_layer(self, output_hidden_states: bool | None) -> bool:
-        """Whether this call returns the hidden states of every layer; the config decides where the caller does not."""
+        """Return whether this call gives the hidden states of every layer; by default the config decides."""
         return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
 
     def _output(

@@ -15,7 +15,7 @@ def warmup_and_decay(
     decay_steps: int | None = None,
     final: float = 0.0,
 ) -> float:
-    """The learning rate of optimizer step `step`, counted from 0, as a share of the peak.
+    """Return the learning rate of optimizer step `step`, counted from 0, as a share of the peak.
 
     The warm-up rises linearly from 1 / warmup_steps. After it, with t the share of the decay that is done:
     linear final + (1 - final)(1 - t); cosine final + (1 - final)(1 + cos(pi t)) / 2; constant 1;

@@ -108,7 +108,7 @@ def task_scores(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_above_random(scores: dict[str, Any]) -> bool:
-    """Whether pretraining gained at least three standard errors of the difference of the two means."""
+    """Return whether pretraining gained at least three standard errors of the difference of the two means."""
     if scores["std"] is None:
         return False
     return scores["pretrained"] - scores["random"] >= 3 * scores["std"] * math.sqrt(2 / scores["seeds"])

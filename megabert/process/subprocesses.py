@@ -21,7 +21,7 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def use_short_socket_paths() -> None:
-    """If $TMPDIR is too long for multiprocessing's sockets, keep them elsewhere; call it before children are started.
+    """Keep multiprocessing's sockets elsewhere if $TMPDIR is too long for them; call it before children are started.
 
     The error would otherwise stay in a thread of the child, and the parent would wait for ever. Raises ValueError if
     there is no other folder.

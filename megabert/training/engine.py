@@ -72,7 +72,7 @@ def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, 
 
 
 def model_config(config: ModelConfig, tokenizer: TokenizerInfo) -> MegaBertConfig:
-    """The model's configuration for a tokenizer, whose vocabulary size is rounded up."""
+    """Return the model's configuration for a tokenizer, whose vocabulary size is rounded up."""
     multiple = config.pad_vocab_to_multiple_of
     return MegaBertConfig(
         vocab_size=-(-tokenizer.vocab_size // multiple) * multiple,
@@ -131,7 +131,7 @@ def build_engine(
 
 
 def model_of(engine: deepspeed.DeepSpeedEngine) -> MegaBertForMaskedLM:
-    """The model inside the engine."""
+    """Return the model inside the engine."""
     model = engine.module
     assert isinstance(model, MegaBertForMaskedLM), f"the engine holds a {type(model).__name__}"
     return model

@@ -66,7 +66,7 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: list[PackedBatch]) -> E
 
 
 def unigram_loss(corpus: Corpus, batches: list[PackedBatch]) -> float:
-    """The loss of guessing each masked token by its frequency in the training shards, nats per token.
+    """Return the loss of guessing each masked token by its frequency in the training shards, nats per token.
 
     A model that uses any context has a lower loss.
     """

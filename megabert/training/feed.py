@@ -58,7 +58,7 @@ class Feed:
         self.workers = set(multiprocessing.active_children()) - others
 
     def __next__(self) -> tuple[PackedBatch, int, Position]:
-        """The next batch, the number of its stream, and the stream's position after it.
+        """Return the next batch, the number of its stream, and the stream's position after it.
 
         Raises RankLostError if the loader gives nothing for minutes, or if one of its workers died.
         """
@@ -87,7 +87,7 @@ class Feed:
 def stream_config(
     recipe: Recipe, schedule: RunSchedule, max_documents: dict[int, int], num_streams: int
 ) -> StreamConfig:
-    """The shapes of a batch. max_documents: from `choose_max_documents`."""
+    """Return the shapes of a batch. max_documents: from `choose_max_documents`."""
     data, masking = recipe.data, schedule.masking
     return StreamConfig(
         bin_tokens=data.bin_tokens,

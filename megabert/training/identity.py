@@ -56,7 +56,7 @@ class RunIdentity:
 
 
 def fixed_settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a recipe, given as nested dicts, that may not change at a resume, by dotted name."""
+    """Return the settings of a recipe, given as nested dicts, that may not change at a resume, by dotted name."""
     settings = flatten(recipe)
     if phases := settings.get(PHASES):
         settings[PHASES] = _without_locations(phases, settings.get("data.train"))
@@ -138,7 +138,7 @@ def _check_corpus(path: Path, state: State, corpus: str) -> None:
 
 
 def _is_longer(saved: RunIdentity, current: RunIdentity, step: int) -> bool:
-    """Whether this is the saved run with more steps, at a step whose learning rate is the peak in both.
+    """Return whether this is the saved run with more steps, at a step whose learning rate is the peak in both.
 
     Such a run equals one that was that long from its first step, except for the length of the warm-up. This requires
     data that do not depend on the length of the run.
@@ -151,7 +151,7 @@ def _is_longer(saved: RunIdentity, current: RunIdentity, step: int) -> bool:
 
 
 def _is_on_plateau(settings: dict[str, Any], total_steps: int, step: int) -> bool:
-    """Whether a step has the peak learning rate of a schedule that keeps it for a while."""
+    """Return whether a step has the peak learning rate of a schedule that keeps it for a while."""
     schedule, warmup = settings.get("optimizer.schedule"), round(settings["optimizer.warmup"] * total_steps)
     decay = round(settings["optimizer.decay"] * total_steps) if schedule == "wsd" else 0
     return schedule in ("wsd", "constant") and warmup <= step <= total_steps - decay
@@ -162,7 +162,7 @@ def _length_of(run: RunIdentity) -> dict[str, Any]:
 
 
 def _changes_over_run(settings: dict[str, Any]) -> bool:
-    """Whether the data depend on the run's length.
+    """Return whether the data depend on the run's length.
 
     Pieces of documents in the packing buffer are cut to the max_seq_len of the phase in which they were read.
     """

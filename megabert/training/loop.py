@@ -3,6 +3,7 @@
 import gc
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -29,7 +30,7 @@ from megabert.training.micro_batch.choose import resolve_micro_batch
 from megabert.training.micro_batch.step import eager_step, graph_step
 from megabert.training.plan import RunPlan, make_plan
 from megabert.training.run import Run, TrainState, build_run, open_graph
-from megabert.training.run_schedule import lr_factor
+from megabert.training.run_schedule import RunSchedule, lr_factor
 from megabert.training.telemetry.flops import step_flops
 from megabert.training.updates.guard import DivergedError
 from megabert.training.updates.optimizers import peak_lr
@@ -75,7 +76,7 @@ def train(run: Run) -> str | None:
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: TrainState) -> float:
     """Set and return the learning rate. It depends on the step or the time budget only; it has no state."""
     config, timed = plan.recipe.optimizer, state.time_budget.limit is not None
-    step = int(share_done(plan, state) * plan.schedule.total_steps) if timed else state.step
+    step = int(share_done(plan.schedule, state) * plan.schedule.total_steps) if timed else state.step
     factor = lr_factor(step, plan.schedule.total_steps, config)
     assert engine.optimizer is not None, "a training engine has an optimizer"
     for group in engine.optimizer.param_groups:
@@ -83,10 +84,10 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: T
     return config.lr * factor
 
 
-def share_done(plan: RunPlan, state: TrainState) -> float:
-    """The share of the run that is done: of its time, or else of its steps."""
+def share_done(schedule: RunSchedule, state: TrainState) -> float:
+    """Return the share of the run that is done: of its time, or else of its steps."""
     timed = state.time_budget.limit is not None
-    return state.time_budget.share_of_schedule if timed else state.step / plan.schedule.total_steps
+    return state.time_budget.share_of_schedule if timed else state.step / schedule.total_steps
 
 
 def train_step(run: Run) -> tuple[bool, str | None]:
@@ -98,7 +99,7 @@ def train_step(run: Run) -> tuple[bool, str | None]:
     num_masked = sum_masked(run, loaded)
     if loaded is None or num_masked is None:
         return False, run.signals.reason or PEER_REASON
-    batches, before = take_positions(run.state, loaded, run.plan)
+    batches, before = take_positions(run.state, loaded, run.plan.schedule)
     sums = take_step(run, batches, num_masked)
     stop_reason = finish_step(run, batches, before, sums)
     run.signals.first_step_done()
@@ -122,14 +123,14 @@ def next_batches(run: Run) -> list[tuple[PackedBatch, int, Position]] | None:
 
 
 def take_positions(
-    state: TrainState, loaded: list[tuple[PackedBatch, int, Position]], plan: RunPlan
+    state: TrainState, loaded: list[tuple[PackedBatch, int, Position]], schedule: RunSchedule
 ) -> tuple[list[PackedBatch], dict[int, Position]]:
     """Advance the state by the loaded micro-batches of a step. Also returns their streams' positions before it."""
     before: dict[int, Position] = {}
     for _, stream, position in loaded:
         before.setdefault(stream, state.positions.get(stream, Position()))
         state.positions[stream] = position
-    state.next_index += plan.schedule.stages.at(state.next_index).batches_per_step
+    state.next_index += schedule.stages.at(state.next_index).batches_per_step
     return [batch for batch, _, _ in loaded], before
 
 
@@ -298,7 +299,7 @@ def log_warnings(run: Run, loss: float, speeds: list[float]) -> None:
     """
     lines = [run.straggler.update(speeds)]
     if run.meter.steps:
-        lines.append(run.unigram_watch.update(run.state.step, share_done(run.plan, run.state), loss))
+        lines.append(run.unigram_watch.update(run.state.step, share_done(run.plan.schedule, run.state), loss))
     for line in lines:
         if line is not None:
             run.log_line(line)
@@ -379,12 +380,12 @@ def run_training(run: Run) -> int:
         # A finished run that is started again has made no evaluation.
         evaluation = state.evaluation or evaluate(run.engine, run.held_out.batches)
         if run.reporter is not None:
-            write_result(run.plan, state, run.held_out, evaluation)
+            write_result(run.plan.output_dir, state, run.held_out, evaluation)
     shutdown(run.feed)
     return 0 if stop_reason is None else EXIT_REQUEUE
 
 
-def write_result(plan: RunPlan, state: TrainState, held_out: HeldOut, evaluation: Evaluation) -> None:
+def write_result(folder: Path, state: TrainState, held_out: HeldOut, evaluation: Evaluation) -> None:
     """Write the run's final figures to result.json."""
     result = {
         "steps": state.step,
@@ -396,7 +397,7 @@ def write_result(plan: RunPlan, state: TrainState, held_out: HeldOut, evaluation
         "masked_accuracy": evaluation.accuracy,
         "skipped_updates": state.guard.skipped,
     }
-    write_atomically(plan.output_dir / RESULT, json.dumps(result, indent=1).encode())
+    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
 
 
 def shutdown(feed: Feed) -> None:

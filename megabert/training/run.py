@@ -123,7 +123,7 @@ class Run:
             self.reporter.log_line(message)
 
     def to_checkpoint(self) -> State:
-        """The contents of a checkpoint's state.json."""
+        """Return the contents of a checkpoint's state.json."""
         plan, state = self.plan, self.state
         return State(
             step=state.step,
@@ -232,7 +232,7 @@ def make_feed(plan: RunPlan, corpus: Corpus, checkpoint: Checkpoint | None) -> F
     data = plan.recipe.data
     saved = checkpoint.state.num_streams if checkpoint else None
     num_streams = choose_streams(
-        data.ranks, data.num_workers, plan.world_size, saved, shared_batches(plan.recipe, plan.schedule)
+        data.ranks, data.num_workers, plan.world_size, saved, shared_batches(plan.recipe.data, plan.schedule)
     )
     max_documents = choose_max_documents(data, corpus, checkpoint.state if checkpoint else None)
     return Feed(

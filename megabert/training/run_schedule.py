@@ -158,7 +158,7 @@ def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
 
 
 def masking_steps(recipe: Recipe, steps: int, stages: BatchSchedule) -> MaskingSteps:
-    """The masking rate of each phase of data.phases."""
+    """Return the masking rate of each phase of data.phases."""
     begin, rates = 0.0, {}
     for phase in recipe.data.phases or ():
         first = stages.bins_before(round(begin * steps))
@@ -168,7 +168,7 @@ def masking_steps(recipe: Recipe, steps: int, stages: BatchSchedule) -> MaskingS
 
 
 def choose_batches_per_step(recipe: Recipe, world_size: int) -> int:
-    """The micro-batches of one optimizer step over all ranks. Raises ValueError if the ranks cannot share them."""
+    """Return the micro-batches of a step over all ranks. Raises ValueError if the ranks cannot share them."""
     data = recipe.data
     if data.global_batch_tokens == "auto":
         return world_size
@@ -178,17 +178,17 @@ def choose_batches_per_step(recipe: Recipe, world_size: int) -> int:
 
 
 def listed_streams(data: DataConfig) -> int:
-    """The streams of a new run whose numbers of ranks are listed; 0 if its first number of ranks decides."""
+    """Return the streams of a new run whose numbers of ranks are listed; 0 if its first number of ranks decides."""
     return ranks.count_streams(data.ranks, data.num_workers) if data.ranks else 0
 
 
-def shared_batches(recipe: Recipe, schedule: RunSchedule) -> list[int]:
-    """The numbers of micro-batches that ranks must share evenly; none if each rank has one of each step."""
-    return [] if recipe.data.global_batch_tokens == "auto" else schedule.stages.batches_per_step
+def shared_batches(data: DataConfig, schedule: RunSchedule) -> list[int]:
+    """Return the numbers of micro-batches that ranks must share evenly; none if each rank has one of each step."""
+    return [] if data.global_batch_tokens == "auto" else schedule.stages.batches_per_step
 
 
 def total_steps(recipe: Recipe, batches_per_step: int) -> int:
-    """The optimizer steps of the whole run, at least 1; ENDLESS if the clock ends the run."""
+    """Return the optimizer steps of the whole run, at least 1; ENDLESS if the clock ends the run."""
     if recipe.run.max_steps is not None:
         return recipe.run.max_steps
     if recipe.run.max_tokens is None:
@@ -197,7 +197,7 @@ def total_steps(recipe: Recipe, batches_per_step: int) -> int:
 
 
 def lr_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of optimizer step `step`, counted from 0, as a share of the peak. See `warmup_and_decay`."""
+    """Return the learning rate of step `step`, counted from 0, as a share of the peak. See `warmup_and_decay`."""
     return warmup_and_decay(
         step,
         total_steps,

@@ -1,4 +1,4 @@
-"""Data at scale: copies in a batch, repeated bin-mates, reads in vain, numbers of ranks, and how a run opens shards.
+"""Data at scale: copies in a batch, repeated bin-mates, repeated reads, numbers of ranks, and how a run opens shards.
 
     python tests/benchmarks/bench_scale.py [--quick] [--json FILE]
 

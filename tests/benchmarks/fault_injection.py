@@ -25,7 +25,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from support.corpus import write_text_shards
 from support.report import new_file, write
 
 from megabert.files import checkpoint_format as layout
+from tests.helpers.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY, STEP_BINS = 20, 4, 2
@@ -303,12 +303,6 @@ def fill(path: Path) -> None:
                 pass
         except OSError:
             pass
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def undisturbed(base: Path, tokens: Path, ds_config: Path, ranks: int) -> str:

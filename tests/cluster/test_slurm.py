@@ -1,11 +1,10 @@
 """launch/slurm/pretrain.sbatch on a real SLURM cluster of two nodes, both on this machine (slurm.sh)."""
 
-import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,24 +13,12 @@ import torch
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry.reporter import read_metrics
+from tests.cluster.nodes import cluster as cluster
 from tests.helpers.runs import REPOSITORY, TINY, Corpus, run_ranks
 
 pytestmark = pytest.mark.slurm
 
 SETTINGS = ["--run.max_steps=200", "--run.save_every_steps=10", "--run.eval_every_steps=200"]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
-    """Start two idle nodes; returns the environment for SLURM's commands."""
-    folder = tmp_path_factory.mktemp("slurm")
-    script = ["bash", str(REPOSITORY / "tests/cluster/slurm.sh")]
-    try:
-        subprocess.run([*script, "up", str(folder)], check=True, timeout=60)
-        # The nodes' names do not resolve: all of them are this machine.
-        yield os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
-    finally:
-        subprocess.run([*script, "down", str(folder)], check=True, timeout=60)
 
 
 class Job:

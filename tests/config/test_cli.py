@@ -1,9 +1,12 @@
 """Command lines: switches need no value, and whatever could be misread is one line of error and exit code 2."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from megabert.config import cli
 from megabert.config.cli import Parser, normalize_flags, read_flags
 
 
@@ -98,3 +101,25 @@ def test_help_says_that_the_value_of_a_switch_is_optional(capsys):
     text = capsys.readouterr().out
     assert "--onnx [{true,false}]" in text
     assert "--average AVERAGE" in text
+
+
+def test_messages_name_what_is_there_with_and_without_a_checkout(capsys, monkeypatch, tmp_path):
+    message = "No shards. Write them with data_prep/write_shards.py, not with /home/me/write_shards.py."
+
+    def fail() -> None:
+        raise ValueError(message)
+
+    def printed() -> str:
+        with pytest.raises(SystemExit):
+            cli.run(fail, "command")
+        return capsys.readouterr().err
+
+    assert printed() == f"command: {message}\n"
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    assert printed() == "command: No shards. Write them with megabert-shards, not with /home/me/write_shards.py.\n"
+    assert cli.name_commands("Run python launch/convert_to_hf.py RUN OUT") == "Run megabert-export RUN OUT"
+
+
+def test_the_installed_commands_are_those_of_setup():
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
+    assert set(re.findall(r'"(megabert-\w+)":', setup)) == {name for name in cli.INSTALLED.values() if " " not in name}

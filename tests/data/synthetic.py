@@ -1,7 +1,8 @@
 """Corpora of consecutive numbers: each document contains its own ids in order, so a test can predict every token."""
 
+import json
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from megabert.data.shards.cache import ExpectedFile
 from megabert.data.shards.manifest import Manifest, Shard, TokenizerInfo
 from megabert.data.shards.sample_format import TokenChunk
 from megabert.data.shards.source import Corpus, DamagedShardError, Source
-from megabert.data.stream import StreamConfig
+from megabert.data.stream import BatchStream, Position, StreamConfig, open_loader
 
 SPECIALS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 FIRST_ID = 5
@@ -145,3 +146,16 @@ def same(first: PackedBatch, second: PackedBatch) -> bool:
     plain = ("shapes", "max_seqlen", "index", "num_documents", "num_masked", "num_tokens", "sum_squared_lengths")
     tensors = all(getattr(first, name).equal(getattr(second, name)) for name in names)
     return tensors and all(getattr(first, name) == getattr(second, name) for name in plain)
+
+
+def rank_batches(corpus, config, count, *, rank=0, world_size=1, positions=None, first=0, workers=0):
+    """Return the first `count` (batch, stream, position) of one rank."""
+    options = {"positions": positions or {}, "first_index": first}
+    dataset = BatchStream(corpus, config, rank=rank, world_size=world_size, **options)
+    return list(islice(iter(open_loader(dataset, workers)), count))
+
+
+def positions_after(done) -> dict[int, Position]:
+    """Return each stream's last position, after a round trip through JSON as in a checkpoint."""
+    written = {stream: json.dumps(position.to_json()) for _, stream, position in done}
+    return {stream: Position.from_json(json.loads(text)) for stream, text in written.items()}

@@ -3,7 +3,7 @@
 import json
 import sys
 from dataclasses import replace
-from itertools import islice, takewhile
+from itertools import takewhile
 
 import numpy as np
 import pytest
@@ -22,7 +22,6 @@ from megabert.data.stream import (
     StreamConfig,
     filler_batch,
     held_out_batches,
-    open_loader,
     open_stream,
     positions_from_json,
     positions_to_json,
@@ -36,23 +35,12 @@ from tests.data.synthetic import (
     corpus_of,
     originals,
     pieces_of,
+    positions_after,
     random_shards,
+    rank_batches,
     same,
 )
 from tests.helpers.runs import REPOSITORY, run_command
-
-
-def rank_batches(corpus, config, count, *, rank=0, world_size=1, positions=None, first=0, workers=0):
-    """Return the first `count` (batch, stream, position) of one rank."""
-    options = {"positions": positions or {}, "first_index": first}
-    dataset = BatchStream(corpus, config, rank=rank, world_size=world_size, **options)
-    return list(islice(iter(open_loader(dataset, workers)), count))
-
-
-def positions_after(done) -> dict[int, Position]:
-    """Return each stream's last position, after a round trip through JSON as in a checkpoint."""
-    written = {stream: json.dumps(position.to_json()) for _, stream, position in done}
-    return {stream: Position.from_json(json.loads(text)) for stream, text in written.items()}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+# Of a small ModernBERT for such a tokenizer.
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 # Added tokens of Gemma's that are ordinary text, two of them with the names of RoBERTa's special tokens.
 PLAIN = ["<2mass>", "[@BOS@]", "<s>", "</s>"]

@@ -1,6 +1,7 @@
-"""Texts and trainer settings that sentencepiece and its conversions must agree on."""
+"""Texts of every script, and trainer settings, that tokenizers and their conversions must agree on."""
 
 import io
+from itertools import pairwise
 
 import sentencepiece
 
@@ -53,3 +54,12 @@ def train(lines: list[str], **options: object) -> bytes:
     } | options
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
     return model.getvalue()
+
+
+def lines_of_every_script() -> list[str]:
+    """Lines of letters of many scripts, composed and not, with spaces, digits, marks and joiners."""
+    blocks = [chr(first + 7 * i % 96) for first in range(0x20, 0x3100, 0x60) for i in range(5)]
+    words = ["".join(blocks[i : i + 4]) for i in range(0, len(blocks), 3)]
+    pairs = enumerate(pairwise(words))
+    lines = [f" {first}{second}  {number}\t{first} 中文 e\u0301\u200d\n" for number, (first, second) in pairs]
+    return [line.encode("utf-8", "ignore").decode() for line in lines]

@@ -44,7 +44,7 @@ ARROW_FILE = b"ARROW1"
 
 
 def is_saved_data_set(path: Path) -> bool:
-    """Whether save_to_disk wrote this folder, or what is left of one."""
+    """Return whether save_to_disk wrote this folder, or what is left of one."""
     try:
         return bool(_names_in(path / DATA_SET, "_data_files") or _names_in(path / DATA_SETS, "splits"))
     except DamagedError:
@@ -172,7 +172,7 @@ def _columns(path: str, text_key: str) -> Iterator[tuple[int, "pyarrow.Array"]]:
 
 
 def _check_places(column: "pyarrow.Array") -> None:
-    """Raises ArrowInvalid if a text is not within its buffer: reading it would end the process."""
+    """Raise ArrowInvalid if a text is not within its buffer: reading it would end the process."""
     import pyarrow
 
     # As bytes, because one text that is not UTF-8 must not condemn the others.
@@ -217,7 +217,7 @@ def _in_order(reader: "pyarrow.ipc.RecordBatchReader", path: str, is_file: bool)
 
 
 def _check_sizes(path: str, is_file: bool) -> None:
-    """Raises DamagedError if a batch, which is unpacked whole, takes more than MAX_BATCH_BYTES then."""
+    """Raise DamagedError if a batch, which is unpacked whole, takes more than MAX_BATCH_BYTES then."""
     import pyarrow
 
     # An exception is suppressed here, because the reader will raise it, too.
@@ -267,5 +267,5 @@ def _names_in(path: Path, key: str) -> list[str]:
 
 
 def _is_beside_arrow(path: Path) -> bool:
-    """Whether .arrow files are beside it or in folders beside it: other programs have a state.json, too."""
+    """Return whether .arrow files are beside it or in folders beside it: other programs have a state.json, too."""
     return any(path.parent.glob("*.arrow")) or any(path.parent.glob("*/*.arrow"))

@@ -17,7 +17,7 @@ AGAIN = "Copy both files again, or write them again with save_index=True."
 
 
 def is_empty(path: Path) -> bool:
-    """Whether neither the file nor its index has a byte."""
+    """Return whether neither the file nor its index has a byte."""
     index = Path(f"{path}.index")
     return not path.stat().st_size and index.is_file() and not index.stat().st_size
 

@@ -46,7 +46,7 @@ class Shard:
 
 
 def is_mds(folder: Path) -> bool:
-    """Whether MDSWriter wrote this folder. A damaged index counts as one if shards are beside it."""
+    """Return whether MDSWriter wrote this folder. A damaged index counts as one if shards are beside it."""
     path = folder / INDEX
     if not path.is_file():
         return False

@@ -76,7 +76,7 @@ def read_index(path: Path) -> Index:
 
 
 def _check(path: Path, index: Index) -> None:
-    """Raises DamagedError unless the sequences fill the .bin file, in order, and the documents hold all of them."""
+    """Raise DamagedError unless the sequences fill the .bin file, in order, and the documents hold all of them."""
     size = path.stat().st_size
     ends = index.lengths.cumsum(dtype=np.int64) * index.dtype.itemsize
     total = int(ends[-1]) if len(ends) else 0

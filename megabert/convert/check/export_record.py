@@ -108,7 +108,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def check_version(folder: Path, record: dict[str, Any]) -> None:
-    """Raises ValueError unless this version of MegaBERT can verify the export."""
+    """Raise ValueError unless this version of MegaBERT can verify the export."""
     version = record.get("format_version", 0)
     if version == FORMAT_VERSION:
         return

@@ -1,6 +1,5 @@
 """What a folder records of itself: the hashes of its files, and for an import (import.json) where it came from."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, TypedDict
@@ -13,7 +12,7 @@ from megabert.convert.hf.tokenizer import FILES as TOKENIZER_FILES
 from megabert.convert.hf.tokenizer import find_tokenizer_files
 from megabert.convert.hf.writer import MODEL_CODE
 from megabert.files.checkpoint_format import files_of
-from megabert.files.hashing import file_sha256
+from megabert.files.hashing import file_sha256, texts_sha256
 
 # Version of import.json.
 FORMAT_VERSION = 1
@@ -39,7 +38,7 @@ class ImportRecord(Origin):
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file of a folder is read as its config, weights or tokenizer."""
+    """Return whether a file of a folder is read as its config, weights or tokenizer."""
     return Path(name).name == name and (name in (CONFIG, *TOKENIZER_FILES) or name.endswith(WEIGHTS_SUFFIXES))
 
 
@@ -96,9 +95,9 @@ def describe_origin(source: Path, options: Any) -> Origin:
     files = [path for path in files if path.is_file()]
     code = [*sorted(MODEL_CODE.glob("*.py")), *sorted(Path(__file__).parents[1].rglob("*.py"))]
     return Origin(
-        source=_hash([str(source.resolve()), *(f"{path.name} {file_sha256(path)}" for path in files)]),
-        options=_hash([repr(options)]),
-        code=_hash([path.read_text() for path in code]),
+        source=texts_sha256([str(source.resolve()), *(f"{path.name} {file_sha256(path)}" for path in files)]),
+        options=texts_sha256([repr(options)]),
+        code=texts_sha256([path.read_text() for path in code]),
     )
 
 
@@ -113,7 +112,3 @@ def write_import_record(folder: Path, origin: Origin, model: ImportedModel) -> N
         files={name: file_sha256(folder / name) for name in files_of(folder) if name != "README.md"},
     )
     (folder / IMPORT_RECORD).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _hash(parts: list[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -79,7 +79,7 @@ def _check_labels(path: Path, config: dict[str, Any]) -> None:
 
 
 def check_code_stays_inside(folder: Path) -> None:
-    """Raises ValueError unless loading the folder can only run code in the folder itself.
+    """Raise ValueError unless loading the folder can only run code in the folder itself.
 
     That is: every entry of config.json's auto_map is a class in a file of this folder, nothing else names code, and no
     file is a link to a place outside.
@@ -184,7 +184,7 @@ def check_inside(folder: Path, name: str, suffix: str = "") -> Path:
 
 
 def _check_link(folder: Path, path: Path) -> None:
-    """Raises ValueError for a link to a place outside, except to ../../blobs, as in the Hugging Face hub's cache."""
+    """Raise ValueError for a link to a place outside, except to ../../blobs, as in the Hugging Face hub's cache."""
     root, target = folder.resolve(), path.resolve()
     if not target.is_relative_to(root) and target.parent != root.parent.parent / "blobs":
         raise ValueError(f"{path}: is a link to {target}, outside its folder.")

@@ -98,7 +98,7 @@ def resize_vocabulary(model: ImportedModel, old: Tokenizer, new: Tokenizer, mult
 
 
 def _check_size(what: str, rows: int, name: str, width: int) -> None:
-    """Raises ValueError for an excessive size, before anything of that size is allocated."""
+    """Raise ValueError for an excessive size, before anything of that size is allocated."""
     most = min(MAX_SIZES[name], MAX_TABLE_NUMEL // width)
     if rows > most:
         raise ValueError(f"{what} is {rows:,}, expected at most {most:,} at width {width}.")

@@ -69,6 +69,6 @@ def write_weights(folder: Path, weights: dict[str, Tensor], max_shard_size: str 
 
 
 def check_shard_size(size: str) -> None:
-    """Raises ValueError unless write_weights() accepts this max_shard_size."""
+    """Raise ValueError unless write_weights() accepts this max_shard_size."""
     if not SHARD_SIZE.fullmatch(size):
         raise ValueError(f"max_shard_size is {size!r}, expected a number and KB, MB, GB or TB, such as 5GB.")

@@ -85,7 +85,7 @@ class Target:
     requires: tuple[str, ...] = field(default=())
 
     def check_packages(self) -> None:
-        """Raises ValueError naming the packages that are missing."""
+        """Raise ValueError naming the packages that are missing."""
         if missing := [name for name in self.packages if find_spec(name) is None]:
             raise ValueError(f"--for {self.name} needs {', '.join(missing)}: pip install 'megabert[{self.extra}]'.")
 

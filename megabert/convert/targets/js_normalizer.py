@@ -66,7 +66,7 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
 
 
 def _is_kept(text: str, wanted: str, lowers: bool) -> bool:
-    """Whether NFKC and lowering give what is wanted, in Python's and JavaScript's Unicode and the older one of Rust."""
+    """Return whether NFKC and lowering give what is wanted, in the Unicode of Python, JavaScript and Rust."""
     python, rust = unicodedata.normalize("NFKC", text), normalizers.NFKC().normalize_str(text)
     if lowers and SIGMA in python:
         return False
@@ -93,7 +93,7 @@ def _characters() -> list[str]:
 
 
 def check_same_ids(raw: dict[str, Any], new: dict[str, Any], lines: Iterable[tuple[str, list[int]]]) -> None:
-    """Raises Differs unless both give the same ids, for the lines and for every character."""
+    """Raise Differs unless both give the same ids, for the lines and for every character."""
     if new is raw:
         return
     other, tokenizer = (Tokenizer.from_str(json.dumps(content)) for content in (new, raw))

@@ -115,7 +115,7 @@ def read_expected(folder: Path, max_length: int) -> Expected:
 
 
 def check_ids(folder: Path, expected: Expected, length: int) -> None:
-    """Raises Differs if the folder's tokenizer gives other ids for the texts of at most `length` tokens."""
+    """Raise Differs if the folder's tokenizer gives other ids for the texts of at most `length` tokens."""
     encodings = read_tokenizer(folder, length).encode_batch(expected.texts)
     for text, encoding, wanted in zip(expected.texts, encodings, expected.ids, strict=True):
         if encoding.ids != wanted and len(wanted) <= length:

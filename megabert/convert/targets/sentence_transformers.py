@@ -44,7 +44,7 @@ def write_pooling(source: Source, folder: Path) -> None:
 
 
 def check_pooling(folder: Path) -> None:
-    """Raises Differs unless the folder tells servers to take the mean of all tokens, as our embeddings do."""
+    """Raise Differs unless the folder tells servers to take the mean of all tokens, as our embeddings do."""
     pooling = json.loads((folder / "1_Pooling/config.json").read_text())
     chosen = sorted(name for name, value in pooling.items() if name.startswith("pooling_mode_") and value)
     if chosen != ["pooling_mode_mean_tokens"]:

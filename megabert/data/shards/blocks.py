@@ -16,6 +16,7 @@ from typing import NamedTuple
 from megabert.data.shards import retry
 from megabert.data.shards.cache import BLOCK, PART, USED, CacheOptions, ExpectedFile, folder_lock, make_room
 from megabert.data.shards.retry import waiting_for_store
+from megabert.files.atomic import new_file
 from megabert.files.lock import lock_folder
 
 log = logging.getLogger(__name__)
@@ -128,14 +129,11 @@ class BlockReader:
         if self._fetched > max(FETCHED_SHARE * self._max_bytes, 2 * self._read):
             self._stop("most of what it fetches is not read: data.cache_gb is too small, or so is the corpus")
             return
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}")
+        name = f"{path.name}.{secrets.token_hex(4)}{PART}"
         try:
             if self._reserve(len(block)):
-                try:
+                with new_file(path, path.with_name(name)) as temporary:
                     temporary.write_bytes(block)
-                    os.replace(temporary, path)
-                finally:
-                    temporary.unlink(missing_ok=True)
         except OSError as error:
             self._stop(f"{error.strerror}. Name another folder with data.cache_dir, or keep less with data.cache_gb")
 

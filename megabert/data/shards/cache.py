@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from megabert.files.atomic import new_file
 from megabert.files.disk import as_mistake
 from megabert.files.hashing import file_sha256
 from megabert.files.lock import acquire, lock_folder
@@ -142,8 +143,7 @@ class ShardCache:
         return path
 
     def _fetch(self, path: Path, fetch: Callable[[Path], None], expected: ExpectedFile) -> None:
-        partial = path.with_name(f"{path.name}.part")
-        try:
+        with new_file(path, path.with_name(f"{path.name}{PART}")) as partial:
             # One process at a time measures the cache and reserves space in it.
             with folder_lock(self.folder):
                 (self.folder / USED).unlink(missing_ok=True)
@@ -152,9 +152,6 @@ class ShardCache:
                     os.posix_fallocate(file.fileno(), 0, max(1, expected.bytes))
             fetch(partial)
             _check_content(partial, expected)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         # If the downloads in flight alone exceeded the limit, the cache is too full now.
         with folder_lock(self.folder):
             (self.folder / USED).unlink(missing_ok=True)

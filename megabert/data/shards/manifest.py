@@ -22,6 +22,7 @@ import numpy as np
 
 from megabert.data.shards.sample_format import SPECIAL_TOKENS, Kind, encode_npy, read_npy
 from megabert.files.atomic import write_atomically
+from megabert.files.hashing import json_sha256
 from megabert.files.json_file import parse_json
 from megabert.files.limits import read_bounded
 
@@ -186,7 +187,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def own_hash(raw: dict) -> str:
     """Hash the content of a manifest.json, without the hash in it."""
     content = {name: value for name, value in raw.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256(content)
 
 
 def heldout_that_is_enough(statistics: dict) -> str:

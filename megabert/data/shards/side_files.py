@@ -126,7 +126,7 @@ class SideFiles:
 
 
 def check_tokenizer_config(data: bytes, where: str) -> None:
-    """Raises ValueError unless the bytes are a JSON object, which checkpoints and exports need."""
+    """Raise ValueError unless the bytes are a JSON object, which checkpoints and exports need."""
     try:
         if isinstance(json.loads(data), dict):
             return

@@ -1,6 +1,5 @@
 """A corpus of one or more sources: their shards, the splits that streams are made of, and reading a chunk."""
 
-import hashlib
 import logging
 import zlib
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from megabert.data.shards.shard_list import DamagedShardError, shards_of
 from megabert.data.shards.side_files import SideFiles, check_tokenizer_config, fetch_manifest
 from megabert.data.shards.storage import Storage, open_storage
 from megabert.data.shards.tokenizer import encode_flat, find_tokenizer, read_tokenizer
+from megabert.files.hashing import texts_sha256
 from megabert.files.limits import read_bounded
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Source:
         parts = [shard.sha256 for shard in self.shards]
         if self.tokenizer_path is not None:
             parts.append(self.tokenizer.fingerprint)
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return texts_sha256(parts)
 
     def __reduce__(self) -> tuple[Callable[..., "Source"], tuple[Any, ...]]:
         # The shards are those of the manifest, which is pickled once for all sources of a folder.
@@ -212,7 +212,7 @@ class Source:
         return read_bounded(path, MAX_TOKENIZER_BYTES) if path.is_file() else None
 
     def check_files(self) -> None:
-        """Raises ValueError unless the tokenizer, its config and the token counts are those that the manifest means."""
+        """Raise ValueError unless the tokenizer, its config and the token counts are those that the manifest means."""
         if self.tokenizer_path is None:
             self._side_files.check()
         elif (config := self.read_optional(TOKENIZER_CONFIG)) is not None:
@@ -275,7 +275,7 @@ class Corpus:
             return self.sources[0].fingerprint
         parts = [f"{source.fingerprint} {weight!r}" for source, weight in zip(self.sources, self.weights, strict=True)]
         parts += map(repr, self.later)
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return texts_sha256(parts)
 
     @property
     def median_document_tokens(self) -> int:

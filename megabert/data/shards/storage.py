@@ -343,7 +343,7 @@ def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str]
 
 
 def _names_too_many(location: str) -> bool:
-    """Whether braces name more than MAX_SHARDS shards: the product of what is in each pair, the innermost first."""
+    """Return whether braces name more than MAX_SHARDS shards: the product over the pairs, the innermost first."""
     # A brace behind a backslash is part of a name.
     count, rest = 1, re.sub(r"\\.", "", location)
     while count <= MAX_SHARDS and (braces := INNERMOST_BRACES.search(rest)):

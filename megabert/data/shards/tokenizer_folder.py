@@ -73,7 +73,7 @@ def read_folder_tokenizer(files: dict[str, Path], lowercase: bool = True) -> Tok
 
 
 def is_berts(files: dict[str, Path]) -> bool:
-    """Whether the tokenizer of a folder with a vocab.txt is one of BERT's, as far as tokenizer_config.json says."""
+    """Return whether the tokenizer of a vocab.txt is one of BERT's, as far as tokenizer_config.json says."""
     name = read_json_files(files)[TOKENIZER_CONFIG].get("tokenizer_class")
     return name in PLAIN_CLASSES or name in BERT_CLASSES
 
@@ -244,7 +244,7 @@ def _find_ends(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _has_roles(names: dict[str, str], roles: dict[str, str]) -> bool:
-    """Whether a folder gives these tokens the roles that their names say, as far as it gives roles."""
+    """Return whether a folder gives these tokens the roles that their names say, as far as it gives roles."""
     for role, token in names.items():
         given = {roles.get(role), roles.get(INSTEAD.get(role, ""))} - {None}
         if given and token not in given:

@@ -155,7 +155,7 @@ class Runner:
         if start is None or result is None or not is_same_training(result, self._request(job, start[1])):
             return False
         others_start_here = job.keep_model and any(other.from_mnli for other in self.jobs)
-        if others_start_here and not kept_model_is_intact(self.context, job, result):
+        if others_start_here and not kept_model_is_intact(self.context.jobs / job.name, result):
             self._log_once(
                 f"{self.context.jobs / job.name}: the model there is missing or was changed. The job runs again."
             )
@@ -234,10 +234,10 @@ def is_same_training(result: Result, request: dict[str, Any]) -> bool:
     return isinstance(stored, dict) and stored | {"labelling": None} == request | {"labelling": None}
 
 
-def kept_model_is_intact(context: JobContext, job: FinetuneJob, result: Result) -> bool:
-    """Return whether the model that a job kept is the one that its result records."""
+def kept_model_is_intact(folder: Path, result: Result) -> bool:
+    """Return whether the model that a job kept in a folder is the one that its result records."""
     try:
-        return fingerprint(context.jobs / job.name) == result.get("model")
+        return fingerprint(folder) == result.get("model")
     except (OSError, ValueError):
         return False
 
@@ -288,17 +288,17 @@ def run_and_write(
 ) -> None:
     """Run a job and write its result; if it kept the model of this very training, only label the test sets again."""
     stored = read_result(context, job, print) if job.saves_model else None
-    if stored and is_same_training(stored, request) and kept_model_is_intact(context, job, stored):
+    if stored and is_same_training(stored, request) and kept_model_is_intact(context.jobs / job.name, stored):
         result = stored | label_with_kept_model(job, context, slot)
     else:
         result = run_job(job, context, slot, start)
-    check_data_is_the_same(job, context, request)
+    check_data_is_the_same(job, context.data, request)
     write_result(context, job, result | {"request": request, "status": "done"})
 
 
-def check_data_is_the_same(job: FinetuneJob, context: JobContext, request: dict[str, Any]) -> None:
+def check_data_is_the_same(job: FinetuneJob, folder: Path, request: dict[str, Any]) -> None:
     """Raise ValueError if a file of the job was changed since the command began, whose hashes the result will have."""
-    data = file_hashes(job.task, context.data, ["train", *job.task.dev.values()])
-    tests = {f"{task.name}/{split}": file_hashes(task, context.data, [split]) for task, split in job.test_sets}
+    data = file_hashes(job.task, folder, ["train", *job.task.dev.values()])
+    tests = {f"{task.name}/{split}": file_hashes(task, folder, [split]) for task, split in job.test_sets}
     if (data, tests) != (request["data"], request["labelling"]):
-        raise ValueError(f"{context.data}: files of {job.task.name} were changed while the command ran. Run it again.")
+        raise ValueError(f"{folder}: files of {job.task.name} were changed while the command ran. Run it again.")

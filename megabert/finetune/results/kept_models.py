@@ -1,6 +1,5 @@
 """Export each task's best fine-tuned model as a Hugging Face folder with the names of its labels."""
 
-import hashlib
 import json
 from copy import deepcopy
 from pathlib import Path
@@ -18,6 +17,7 @@ from megabert.convert.to_hf import check_replaceable
 from megabert.convert.weight_names import from_megabert
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.atomic import replace_folder, staged_folder
+from megabert.files.hashing import texts_sha256
 from megabert.finetune.base_model import load_model
 from megabert.finetune.jobs.job import FinetuneJob, JobContext, has_token_types, tokenizer_for
 from megabert.finetune.jobs.runner import Result, kept_model_is_intact
@@ -70,7 +70,7 @@ def is_exportable(context: JobContext, job: FinetuneJob, result: Result) -> bool
     return (
         not job.is_exported
         or read_export(context, job, result) is not None
-        or (kept_model_is_intact(context, job, result))
+        or kept_model_is_intact(context.jobs / job.name, result)
     )
 
 
@@ -110,7 +110,7 @@ def _fingerprint(job: FinetuneJob, result: Result) -> str:
     convert = Path(export_check.__file__).parents[1]
     code = [Path(__file__), *sorted(MODEL_CODE.glob("*.py")), *sorted(convert.rglob("*.py"))]
     parts = [json.dumps([result.get("model"), job.identity], sort_keys=True), *(path.read_text() for path in code)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return texts_sha256(parts)
 
 
 def _write_tokenizer(folder: Path, kept: Path, model: MegaBertForSequenceClassification, job: FinetuneJob) -> int:

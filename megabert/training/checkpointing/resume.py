@@ -52,7 +52,7 @@ def find_checkpoint(
 
 
 def newest(folder: Path, up_to: int | None = None) -> Path | None:
-    """The newest undamaged checkpoint, of step `up_to` at most; every rank calls this. Logs the damaged ones."""
+    """Return the newest undamaged checkpoint, of step `up_to` at most; every rank calls this. Logs the damaged ones."""
     return find.newest(folder, check_together, up_to)
 
 

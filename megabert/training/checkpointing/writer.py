@@ -178,7 +178,7 @@ class CheckpointWriter:
     def _publish(
         self, temporary: Path, state: State, hashes: dict[str, tuple[int, str]], positions: dict[int, Position]
     ) -> None:
-        """On rank 0: write the last two files, rename the folder, and delete the checkpoints that are not kept.
+        """Write the last two files, rename the folder, and delete the checkpoints that are not kept; on rank 0.
 
         MANIFEST.json has no format version: the one in state.json covers both files.
         """
@@ -226,7 +226,7 @@ def _delete(path: Path) -> None:
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """The run continues from `step`: move checkpoints of later steps into a new subfolder. Call on rank 0.
+    """Move checkpoints of steps after `step`, where the run continues, into a new subfolder. Call on rank 0.
 
     The run will write other checkpoints of these steps. Left in place, the old ones would count as the newest.
     """
@@ -239,8 +239,10 @@ def set_aside_after(folder: Path, step: int) -> None:
 
 
 def check_disk_space(folder: Path, num_parameters: int, stage: int, retention: Retention) -> None:
-    """Before a run, warn if its checkpoints will not fit. Raises ValueError or DiskError, on all ranks, if none can be
-    written."""
+    """Warn, before a run, if its checkpoints will not fit.
+
+    Raises ValueError or DiskError, on all ranks, if none can be written.
+    """
     problem, rank = None, deepspeed.comm.get_rank()
     if rank == 0:
         try:

@@ -80,7 +80,7 @@ class Progress:
         self.advance()
 
     def compile_began(self, _: object = None) -> None:
-        """Called by PyTorch when it begins to compile."""
+        """Note that a compilation begins; PyTorch calls this."""
         self.compiling = True
         self.advance()
 

@@ -70,7 +70,7 @@ class StopSignals:
             threading.Thread(target=self._read_numbers, args=(receiver, sender), name="signals", daemon=True).start()
 
     def first_step_done(self) -> None:
-        """From now on a request to stop takes effect at the end of a step."""
+        """Let a request to stop take effect at the end of a step from now on."""
         self._has_stepped = True
 
     @contextlib.contextmanager
@@ -99,7 +99,7 @@ class StopSignals:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        """Runs in the main thread."""
+        """Handle a signal, in the main thread."""
         if self.embedded and self._record_interrupt(number):
             raise KeyboardInterrupt
         if self.embedded or self._has_stepped:
@@ -108,7 +108,7 @@ class StopSignals:
             raise StopRequested(self.reason)
 
     def _read_numbers(self, receiver: socket.socket, _sender: socket.socket) -> None:
-        """Runs in a thread of its own. _sender: kept open."""
+        """Act on signals, in a thread of its own. _sender: kept open."""
         while numbers := receiver.recv(64):
             for number in set(numbers) & set(SIGNALS):
                 if self._record_interrupt(number):
@@ -162,7 +162,7 @@ def _describe(number: int) -> str:
 
 
 def _do_nothing() -> None:
-    """A run of one rank has no peers to tell."""
+    """Do nothing: a run of one rank has no peers to tell."""
 
 
 def _end(message: str, code: int) -> NoReturn:

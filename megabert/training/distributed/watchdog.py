@@ -230,7 +230,7 @@ class PeerWatchdog:
         return False
 
     def _stop(self) -> None:
-        """Another rank was asked to stop: ask this one too, and on rank 0 all others."""
+        """Ask this rank to stop, since another one was asked to, and on rank 0 all others."""
         if self.rank == 0:
             self._send_all(STOP)
         if self.signals is not None:

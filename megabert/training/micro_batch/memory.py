@@ -30,7 +30,7 @@ class Memory:
         return self.states + (self.kept + self.work) * (1 + FRAGMENTS) + CONTEXT
 
     def fits(self, card_bytes: float) -> bool:
-        """Whether a card with this memory holds it."""
+        """Return whether a card with this memory holds it."""
         return self.total <= FULL * card_bytes
 
 

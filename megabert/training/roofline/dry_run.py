@@ -124,7 +124,7 @@ class Checks:
             tokens, where = int(saved.recipe["data"]["micro_batch_tokens"]), "as in the run's checkpoint"
         else:
             tokens = largest_micro_batch(self.recipe, self.ranks, self._memory_of, USUAL_GPU)
-            where = f"on GPUs of {_bytes(USUAL_GPU)}; each run chooses by its own"
+            where = f"on GPUs of {_bytes(USUAL_GPU)}; each run chooses by its own GPUs"
         self.recipe = self.recipe.with_micro_batch(tokens)
         return f"data.micro_batch_tokens auto: {tokens:,} {where}"
 
@@ -235,7 +235,7 @@ class Checks:
 
     def streams(self) -> Iterator[str]:
         data, saved = self.recipe.data, self.saved
-        batches = [] if self.schedule is None else shared_batches(self.recipe, self.schedule)
+        batches = [] if self.schedule is None else shared_batches(self.recipe.data, self.schedule)
         count = choose_streams(data.ranks, data.num_workers, self.ranks, saved.num_streams if saved else None, batches)
         each = count // self.ranks
         yield f"{count:,} data streams, {each:,} a rank, read by {worker_count(data.num_workers, each)} loader workers"

@@ -67,7 +67,7 @@ def write_run_json(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: 
 
 
 def attempt_facts(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: int) -> dict[str, Any]:
-    """The facts of one attempt, ready for JSON."""
+    """Return the facts of one attempt, ready for JSON."""
     return {
         "command": redact_all(sys.argv),
         "first_step": first_step,
@@ -92,7 +92,7 @@ def attempt_facts(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: i
 
 
 def _attempts(path: Path) -> list[dict[str, Any]]:
-    """The attempts in a run.json; none if the file is missing or damaged."""
+    """Return the attempts in a run.json; none if the file is missing or damaged."""
     try:
         last = read_json(path)
     except (FileNotFoundError, ValueError):
@@ -102,7 +102,7 @@ def _attempts(path: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the installed packages among PACKAGES."""
+    """Return the versions of Python and of the installed packages among PACKAGES."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -111,7 +111,7 @@ def versions() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """The CPU's name from Linux, or else from Python."""
+    """Return the CPU's name from Linux, or else from Python."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -120,7 +120,7 @@ def cpu_model() -> str:
 
 
 def git_state() -> dict[str, object] | None:
-    """The commit of this checkout, and whether files differ from it; None outside a checkout."""
+    """Return the commit of this checkout, and whether files differ from it; None outside a checkout."""
     folder = Path(__file__).resolve().parents[3]
     if not (folder / ".git").exists() or shutil.which("git") is None:
         return None

@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
 
 
 def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """The weight matrices of the encoder's layers, without the embeddings and the head, whose rows are tokens."""
+    """Return the weight matrices of the encoder's layers; in embeddings and head, rows are tokens."""
     return {
         parameter
         for block in model.modules()
@@ -48,7 +48,7 @@ def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
 
 
 def peak_lr(group: dict[str, Any], config: OptimizerConfig) -> float:
-    """The peak learning rate of a parameter group."""
+    """Return the peak learning rate of a parameter group."""
     return config.muon_lr if group.get("use_muon") else config.lr
 
 

@@ -3,9 +3,9 @@
     python tests/benchmarks/race/run.py [--quick] [--class same-size|open] [--corpus NAME] [--json FILE]
 
 Rules, results and what has been measured so far: README.md beside this file. Every finished measurement is a line of
-OUT/records.jsonl, so after an interruption the same command goes on. Hours for all; --quick takes at most ten minutes
-on two quiet cores, with one seed and a budget too small for a result. Trainer needs one more package: pip install
-accelerate.
+OUT/records.jsonl, so after an interruption the same command continues. All of it takes hours; --quick at most ten
+minutes on two quiet cores, with one seed and a budget too small for a result. Trainer needs one more package: pip
+install accelerate.
 """
 
 import os

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def reader(folder: Path, max_bytes: int = 10_000) -> BlockReader:
     return BlockReader("https://host/c4", CacheOptions(folder, max_bytes))
 
 
-def read(cache: BlockReader, store: Store, offset: int, size: int, name: str = "a.tar") -> bytes:
+def read(cache: BlockReader, store: Callable[[int, int], bytes], offset: int, size: int, name: str = "a.tar") -> bytes:
     data = cache.read(name, offset, size, store, EXPECTED)
     assert data == CONTENT[offset : offset + size], (offset, size)
     return data
@@ -184,13 +185,21 @@ def test_a_block_is_fetched_once_by_all_who_want_it_unless_that_takes_too_long(t
         thread.join()
     assert store.requests == [(0, 100)]
     monkeypatch.setattr(retry, "SLOW_S", 0.05)
-    slow = threading.Thread(target=read, args=(reader(tmp_path), Store(delay_s=1.5), 500, 10))
+    asked, answered = threading.Event(), threading.Event()
+
+    def fetch(offset: int, size: int) -> bytes:
+        asked.set()
+        assert answered.wait(60)
+        return CONTENT[offset : offset + size]
+
+    slow = threading.Thread(target=read, args=(reader(tmp_path), fetch, 500, 10))
     slow.start()
-    time.sleep(0.1)
+    assert asked.wait(60)
     store = Store()
     read(reader(tmp_path), store, 540, 10)
     assert slow.is_alive()
     assert store.requests == [(540, 10)]
+    answered.set()
     slow.join()
 
 

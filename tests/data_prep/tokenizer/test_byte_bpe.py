@@ -1,7 +1,6 @@
 """Byte-level BPE, as in ModernBERT: taken as it is, and trained; ids are transformers' on lines of every script."""
 
 import json
-from itertools import pairwise
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -9,17 +8,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep import train_tokenizer
 from megabert.data.shards.tokenizer import read_tokenizer
+from tests.helpers.sentencepiece_models import lines_of_every_script
 
 ROLES = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
-
-
-def lines_of_every_script() -> list[str]:
-    """Lines of letters of many scripts, composed and not, with spaces, digits, marks and joiners."""
-    blocks = [chr(first + 7 * i % 96) for first in range(0x20, 0x3100, 0x60) for i in range(5)]
-    words = ["".join(blocks[i : i + 4]) for i in range(0, len(blocks), 3)]
-    pairs = enumerate(pairwise(words))
-    lines = [f" {first}{second}  {number}\t{first} 中文 e\u0301\u200d\n" for number, (first, second) in pairs]
-    return [line.encode("utf-8", "ignore").decode() for line in lines]
 
 
 @pytest.fixture(scope="module")

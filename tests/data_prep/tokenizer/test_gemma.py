@@ -12,11 +12,10 @@ from megabert.convert import from_hf, to_hf
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.data.shards.tokenizer import encode, find_tokenizer, read_tokenizer
 from megabert.finetune.training import load_tokenizer
-from tests.data_prep.tokenizer.test_byte_bpe import lines_of_every_script
-from tests.helpers.gemma_tokenizer import ROLES, write_gemma_tokenizer
+from tests.helpers.gemma_tokenizer import ROLES, SIZES, write_gemma_tokenizer
+from tests.helpers.sentencepiece_models import lines_of_every_script
 
 IDS = {"pad": 0, "sep": 1, "cls": 2, "unk": 3, "mask": 4}
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def _check_bpe(raw: dict[str, Any]) -> list[str]:
 
 
 def composes(raw: dict[str, Any]) -> bool:
-    """Whether texts must be composed (NFC) before llama.cpp gives the tokenizer's ids."""
+    """Return whether texts must be composed (NFC) before llama.cpp gives the tokenizer's ids."""
     return raw["model"]["type"] == "BPE" and _steps(raw) == {"NFC"}
 
 

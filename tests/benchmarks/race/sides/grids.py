@@ -20,7 +20,7 @@ class Plan:
     seeds: int
     """of the final runs of each side and of each attempt"""
     baseline_rungs: tuple[float, ...]
-    """successive halving: the budget is divided by each of these in turn, and a third of the settings goes on"""
+    """successive halving: the budget is divided by each of these in turn, and a third of the settings is kept"""
     our_rungs: tuple[float, ...]
     ladder: tuple[float, ...]
     """our budgets: the baseline's, divided by each of these, the shortest first"""
