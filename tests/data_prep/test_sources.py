@@ -79,6 +79,11 @@ def test_byte_ranges_of_a_jsonl_cover_every_line_once(tmp_path, monkeypatch):
     [
         ('{"text": "a"}\n{"text"', r"a\.jsonl at byte 14: not valid JSON"),
         ('{"text": "a", "text": "b"}', r"a\.jsonl at byte 0: not valid JSON: the key 'text' appears twice"),
+        (r'{"text": "a", "te\u0078t": "b"}', r"a\.jsonl at byte 0: not valid JSON: the key 'text' appears twice"),
+        (
+            r'{"text": "a", "x": {"y": 1, "\u0079": 2}}',
+            r"a\.jsonl at byte 0: not valid JSON: the key 'y' appears twice",
+        ),
         ('[{"text": "a"}]\n', r"a\.jsonl at byte 0: is a list, .*'a'.*, expected one object such as .*per line"),
         ('"a"\n', r"a\.jsonl at byte 0: is a str, 'a', expected one object such as .*per line"),
         ('{"body": "a"}\n', r"a\.jsonl at byte 0: has no field 'text', its fields are: body.*--text-key"),
