@@ -90,8 +90,8 @@ def encoding_of(path: str, asked: str | None) -> Encoding:
             return Encoding(codec, len(mark))
     if asked and (codec := codecs.lookup(asked).name) in WITHOUT_ORDER:
         raise UndecodableError(
-            f"{path}: has no byte order mark, so {codec} does not say the order of its bytes. Pass --encoding {codec}-le "
-            f"or --encoding {codec}-be."
+            f"{path}: has no byte order mark, so {codec} does not say the order of its bytes. Pass --encoding "
+            f"{codec}-le or --encoding {codec}-be."
         )
     return Encoding(asked or "utf-8", 0)
 
@@ -120,8 +120,8 @@ def decode(data: bytes, encoding: Encoding, path: str, offset: int = 0) -> str:
         at = offset + len(text[: text.index(ISO_2022)].encode(encoding.codec))
         codec = "iso2022_kr" if text.startswith(f"{ISO_2022})C", text.index(ISO_2022)) else "iso2022_jp"
         raise UndecodableError(
-            f"{path}: byte {at} begins an escape sequence of ISO-2022. Pass --encoding {codec}, or convert it to UTF-8; "
-            "if the file is no such text, remove the sequence."
+            f"{path}: byte {at} begins an escape sequence of ISO-2022. Pass --encoding {codec}, or convert it to "
+            "UTF-8; if the file is no such text, remove the sequence."
         )
     return text
 
