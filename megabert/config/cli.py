@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from megabert.config.settings import check_limits, limits_of
-from megabert.files.disk import WRONG_NAMES
+from megabert.files.disk import WRONG_NAMES, explain
 from megabert.files.redact import redact
 from megabert.process.exit_codes import EXIT_INTERRUPTED, EXIT_MISTAKE
 from megabert.process.standard_streams import keep_streams_writable
@@ -185,7 +185,7 @@ def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseExcept
         sys.exit(main() or 0)
     except (ValueError, OSError) as error:
         # A loader worker's error arrives wrapped in its traceback, whose last line is the error itself.
-        message = str(error)
+        message = explain(error) if isinstance(error, OSError) else str(error)
         if "Original Traceback" in message:
             message = re.sub(r"^[\w.]*Error: ", "", message.strip().splitlines()[-1])
         sys.stderr.write(f"{prog}: {redact(message)}\n")

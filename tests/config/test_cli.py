@@ -1,9 +1,11 @@
 """Command lines: switches need no value, and whatever could be misread is one line of error and exit code 2."""
 
+import os
 from dataclasses import dataclass
 
 import pytest
 
+from megabert.config import cli
 from megabert.config.cli import Parser, normalize_flags, read_flags
 
 
@@ -98,3 +100,26 @@ def test_help_says_that_the_value_of_a_switch_is_optional(capsys):
     text = capsys.readouterr().out
     assert "--onnx [{true,false}]" in text
     assert "--average AVERAGE" in text
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda folder: (folder / "sub").write_text(""), "sub: Is a directory. A file belongs there: rename or remove"),
+        (lambda folder: os.replace(folder / "file", folder / "sub"), "sub: Is a directory. A file belongs there"),
+        (lambda folder: (folder / "file/x").write_text(""), "x: Not a directory. A folder belongs there: rename or"),
+        (lambda folder: (folder / ("x" * 300)).write_text(""), "xx: File name too long. Choose a shorter name."),
+        (lambda folder: (folder / "loop").read_text(), "loop: Too many levels of symbolic links. It is a link to"),
+        (lambda folder: (folder / "none").read_text(), "[Errno 2] No such file or directory: "),
+    ],
+)
+def test_an_error_of_the_file_system_is_one_line_with_the_file_and_a_remedy(tmp_path, capsys, action, message):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SystemExit):
+        cli.run(lambda: action(tmp_path), "prog")
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith(f"prog: {tmp_path}") or "[Errno 2]" in error
+    assert error.count("\n") == 1
