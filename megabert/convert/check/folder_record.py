@@ -98,7 +98,7 @@ def describe_origin(source: Path, options: Any) -> Origin:
     return Origin(
         source=_hash([str(source.resolve()), *(f"{path.name} {file_sha256(path)}" for path in files)]),
         options=_hash([repr(options)]),
-        code=_hash([path.read_text() for path in code]),
+        code=_hash([path.read_text(encoding="utf-8") for path in code]),
     )
 
 
