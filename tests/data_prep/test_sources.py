@@ -229,6 +229,15 @@ def test_a_data_set_in_the_layout_of_the_hub_is_streamed_by_shards(tmp_path):
     assert source_state(list_input_splits(f"hf:{folder}:de", ReadOptions(), LeftOut())) != before
 
 
+def test_a_data_set_that_is_a_script_is_refused_and_not_run(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/corpus.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    with pytest.raises(ValueError, match=r"hf:.*/corpus: cannot be opened: .*scripts are no longer supported"):
+        list_input_splits(f"hf:{tmp_path}/corpus", ReadOptions())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_hub_data_set_is_pinned_to_its_revision(tmp_path, monkeypatch):
     """The calls to the hub are replaced and their arguments recorded."""
     datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
