@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
 
+from megabert.files.redact import redact
+
 T = TypeVar("T")
 
 # About one second of work for a process: small enough to balance the load, large enough to outweigh the scheduling.
@@ -103,7 +105,7 @@ class LeftOut:
     def __str__(self) -> str:
         """List reasons, counts and examples: "empty files: 1 (a.txt), null texts: 2 (such as b.jsonl at byte 0)"."""
         return ", ".join(
-            f"{reason}: {count:,} ({'such as ' if count > 1 else ''}{self.examples[reason]})"
+            f"{reason}: {count:,} ({'such as ' if count > 1 else ''}{redact(self.examples[reason])})"
             for reason, count in self.counts.items()
         )
 

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 
 from megabert.config.settings import check_limits, limits_of
 from megabert.files.disk import WRONG_NAMES, explain
-from megabert.files.redact import redact
+from megabert.files.redact import RedactedRecord, redact
 from megabert.process.exit_codes import EXIT_INTERRUPTED, EXIT_MISTAKE
 from megabert.process.standard_streams import keep_streams_writable
 
@@ -178,6 +178,7 @@ def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseExcept
     Ctrl-C is one line too, with exit code 130 as a shell gives it.
     """
     keep_streams_writable()
+    logging.setLogRecordFactory(RedactedRecord)
     before = signal.getsignal(signal.SIGINT)
     if before != signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda _, frame: _interrupt(prog, frame))

@@ -1,5 +1,6 @@
 """Command lines: switches need no value, and whatever could be misread is one line of error and exit code 2."""
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -123,3 +124,15 @@ def test_an_error_of_the_file_system_is_one_line_with_the_file_and_a_remedy(tmp_
     assert message in error
     assert error.startswith(f"prog: {tmp_path}") or "[Errno 2]" in error
     assert error.count("\n") == 1
+
+
+def test_what_a_command_logs_holds_no_secrets(capsys, caplog):
+    def main() -> int:
+        logging.getLogger("anything").warning("%s: still retrying", "https://me:pw@host/x?sig=1")
+        return 0
+
+    before = logging.getLogRecordFactory()
+    with pytest.raises(SystemExit):
+        cli.run(main, "prog")
+    logging.setLogRecordFactory(before)
+    assert caplog.messages == ["https://host/x?... still retrying"]
