@@ -93,7 +93,7 @@ class Embeddings(Module):
             padding_idx=padding_idx,
         )
 
-    def _table(self, embedding: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _table(self, embedding: nn.Embedding, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids (T,) and the table that they are looked up in.
 
         Kernels read the weight itself. What others add to the module, such as a hook that makes its output require
