@@ -16,7 +16,7 @@ source launch/shared/restart_policy.sh
 
 stopping=
 group=
-trap stop TERM HUP
+trap stop TERM HUP USR1 USR2
 trap interrupt INT
 stop() {
     stopping=yes

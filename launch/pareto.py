@@ -70,7 +70,7 @@ def main() -> int:
         points.append(pareto.measure(name, checkpoint, folder / "results.json", options.dollars_per_gpu_hour))
     points = pareto.mark_fronts(points)
     plot_pareto(pareto.panels(points), f"protocol {options.protocol}", out / "pareto.png")
-    (out / "pareto.md").write_text(pareto.as_markdown(points))
+    (out / "pareto.md").write_text(pareto.as_markdown(points), encoding="utf-8")
     (out / "pareto.json").write_text(json.dumps(pareto.as_records(points), indent=1) + "\n")
     print(pareto.as_markdown(points))
     return 0

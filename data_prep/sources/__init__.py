@@ -34,6 +34,8 @@ READERS: dict[str, Callable[[InputSplit, ReadOptions, LeftOut], Iterator[str]]] 
     "text_shards": text_shards.read,
     "txt": txt.read,
 }
+# The source that is no file or folder.
+DOCSTRINGS = "docstrings"
 # C4 names its compressed JSON Lines files .json.gz. A plain .json may hold anything.
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 TEXT = (".txt", ".txt.gz", ".txt.zst")
@@ -65,7 +67,7 @@ def list_input_splits(source: str, options: ReadOptions, left_out: LeftOut | Non
 
 
 def _list_input_splits(source: str, options: ReadOptions, left_out: LeftOut) -> list[InputSplit]:
-    if source == "docstrings":
+    if source == DOCSTRINGS:
         return docstrings.list_input_splits()
     if is_remote(source):
         return _splits_of_files(source, remote_files(source, left_out), options, left_out)
@@ -190,7 +192,7 @@ def _suggestion(source: str) -> str:
     """Return a sentence that suggests a source for one that does not exist."""
     path = Path(source)
     beside = [*path.parent.iterdir()] if path.parent.is_dir() else []
-    known = {**{str(path.parent / other.name): str(other) for other in beside}, "docstrings": "docstrings"}
+    known = {**{str(path.parent / other.name): str(other) for other in beside}, DOCSTRINGS: DOCSTRINGS}
     close = difflib.get_close_matches(str(path), known, n=1, cutoff=0.8)
     sentence = f" Did you mean {close[0]}?" if close else ""
     if HUB_NAME.fullmatch(source):

@@ -1,9 +1,12 @@
 """Types, limits and error messages that all sources share."""
 
 import errno
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
+
+from megabert.files.redact import redact
 
 T = TypeVar("T")
 
@@ -18,6 +21,9 @@ Kind = Literal[
 ]
 # Kinds whose documents are token ids already.
 TOKEN_KINDS = ("datatrove", "mds_tokens", "megatron")
+
+# What map(), filter() and the like of the package datasets leave beside the files of a data set: copies of its rows.
+DATASETS_CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d{5}_of_\d{5})?\.arrow")
 
 # Why something is left out of a source.
 HIDDEN = "hidden files and folders"
@@ -99,7 +105,7 @@ class LeftOut:
     def __str__(self) -> str:
         """List reasons, counts and examples: "empty files: 1 (a.txt), null texts: 2 (such as b.jsonl at byte 0)"."""
         return ", ".join(
-            f"{reason}: {count:,} ({'such as ' if count > 1 else ''}{self.examples[reason]})"
+            f"{reason}: {count:,} ({'such as ' if count > 1 else ''}{redact(self.examples[reason])})"
             for reason, count in self.counts.items()
         )
 
@@ -145,7 +151,7 @@ def _no_text(text: str, path: str, at: int, what: str) -> DamagedError:
 
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder is no part of a source: a program's own, or what macOS adds to an archive."""
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name == "__MACOSX" or bool(DATASETS_CACHE.fullmatch(name))
 
 
 def text_of(row: object, text_key: str, where: str) -> str | None:

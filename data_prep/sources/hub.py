@@ -129,8 +129,8 @@ def _open(name: str, config: str, split: str, revision: str) -> "IterableDataset
         raise missing_extra(PREFIX + name, "datasets") from missing
     try:
         return datasets.load_dataset(name, config or None, split=split, revision=revision or None, streaming=True)
-    except (StopIteration, *_reading_errors()) as error:
-        # load_dataset raises StopIteration if the first file is empty.
+    except (StopIteration, RuntimeError, *_reading_errors()) as error:
+        # load_dataset raises StopIteration if the first file is empty, RuntimeError for a data set that is a script.
         raise ValueError(
             f"{PREFIX}{name}: cannot be opened: {_describe(error)}. See --dataset-config and --dataset-split."
         ) from error

@@ -1,6 +1,5 @@
 """Read JSON Lines files: one document per line, in one field."""
 
-import json
 from collections.abc import Iterator
 
 from data_prep.sources.base import NULL, DamagedError, InputSplit, LeftOut, ReadOptions, text_of
@@ -29,9 +28,7 @@ def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator
 def _text(line: Line, key: str) -> str | None:
     """Return the text of a line, None if it is null. Raises DamagedError."""
     try:
-        text = line.text()
-        # Most lines have the name of the field once, and only the others are parsed by the slower parser.
-        row = parse_json(text) if text.count(f'"{key.rpartition(".")[2]}"') > 1 else json.loads(text)
+        row = parse_json(line.text())
     except UndecodableError:
         raise
     except (ValueError, RecursionError) as error:

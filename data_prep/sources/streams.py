@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,14 @@ BYTE_ORDER_MARKS = {
 }
 
 
+# These do not say the order of their bytes; the byte order mark does.
+WITHOUT_ORDER = ("utf-16", "utf-32")
+# These say once, before the first such character, which characters follow, so a line alone cannot be decoded.
+STATEFUL = re.compile("iso2022_|hz$|utf-7$")
+# How texts in ISO-2022, whose bytes are all ASCII, announce Chinese, Japanese or Korean characters.
+ISO_2022 = "\x1b$"
+
+
 class UndecodableError(DamagedError):
     """Bytes that are not text in the encoding of their file. The message names the file and the byte."""
 
@@ -51,8 +60,8 @@ class Encoding(NamedTuple):
 
     @property
     def has_plain_line_ends(self) -> bool:
-        """Whether a line ends where the byte 0x0a is, as in UTF-8 and Latin-1 but not in UTF-16."""
-        return "\n".encode(self.codec) == b"\n"
+        """Whether a line ends where the byte 0x0a is and can be decoded alone, as in UTF-8 but not in UTF-16."""
+        return "\n".encode(self.codec) == b"\n" and not STATEFUL.match(codecs.lookup(self.codec).name)
 
 
 UTF_8 = Encoding("utf-8", 0)
@@ -79,6 +88,11 @@ def encoding_of(path: str, asked: str | None) -> Encoding:
     for mark, codec in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return Encoding(codec, len(mark))
+    if asked and (codec := codecs.lookup(asked).name) in WITHOUT_ORDER:
+        raise UndecodableError(
+            f"{path}: has no byte order mark, so {codec} does not say the order of its bytes. Pass --encoding "
+            f"{codec}-le or --encoding {codec}-be."
+        )
     return Encoding(asked or "utf-8", 0)
 
 
@@ -102,6 +116,13 @@ def decode(data: bytes, encoding: Encoding, path: str, offset: int = 0) -> str:
         raise not_in_encoding(path, encoding, offset + error.start, data[error.start]) from error
     if "\0" in text:
         raise contains_nul(path, offset, data, bytes_before_nul(text, encoding))
+    if ISO_2022 in text:
+        at = offset + len(text[: text.index(ISO_2022)].encode(encoding.codec))
+        codec = "iso2022_kr" if text.startswith(f"{ISO_2022})C", text.index(ISO_2022)) else "iso2022_jp"
+        raise UndecodableError(
+            f"{path}: byte {at} begins an escape sequence of ISO-2022. Pass --encoding {codec}, or convert it to "
+            "UTF-8; if the file is no such text, remove the sequence."
+        )
     return text
 
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from data_prep.request import request_hash
 from data_prep.source_options import SourceOptions
-from data_prep.sources import LeftOut, list_input_splits, source_state
+from data_prep.sources import DOCSTRINGS, LeftOut, list_input_splits, source_state
 from data_prep.sources.base import TOKEN_KINDS, InputSplit
 from data_prep.sources.tokens.check import check_tokenizer
 from data_prep.sources.tokens.ids import IdRule, make_rule
 from data_prep.writing.sorted_runs import WriteSettings
 from megabert.config.settings import setting
-from megabert.data.shards.manifest import MANIFEST, TokenizerInfo
+from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.sample_format import MAX_CHUNK_TOKENS, token_dtype
 from megabert.data.shards.tokenizer import find_tokenizer, read_tokenizer
 
@@ -124,11 +124,9 @@ def resolve_request(options: Options) -> ShardRequest:
     """Read the tokenizer and list the input splits. Raises ValueError if the tokenizer or the source cannot be read."""
     path, tokenizer = find_tokenizer(options.tokenizer) if options.tokenizer else (None, None)
     out = Path(options.out)
-    if (out / MANIFEST).is_file() and Path(options.source).resolve() == out.resolve():
-        raise ValueError(
-            f"{out}: is both --source and --out, so its shards would be replaced while they are read. Choose another "
-            "--out."
-        )
+    if options.source != DOCSTRINGS and Path(options.source).resolve() == out.resolve():
+        # A folder with a manifest is read as shards, so the texts beside it would never be read again.
+        raise ValueError(f"{out}: is both --source and --out. Choose another --out.")
     left_out = LeftOut(options.read.skip_damaged)
     splits = list_input_splits(options.source, options.read, left_out)
     ids = rule_of(options, splits, path, tokenizer)

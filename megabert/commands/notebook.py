@@ -38,10 +38,10 @@ class PretrainResult:
 def pretrain(recipe: Recipe, ds_config: str | Path = "zero2") -> PretrainResult:
     """Train a recipe in this process, on one device, from its newest checkpoint or its start.
 
-    ds_config: a name or a file. Call it in the main thread: Ctrl-C (a notebook's stop button), SIGTERM, SIGUSR1 and
-    SIGHUP make it save and return early; a second Ctrl-C raises KeyboardInterrupt at once. It restores signal handlers,
-    environment variables and the number of threads. Raises ValueError for a recipe, corpus, ds_config or checkpoint
-    that the user must change.
+    ds_config: a name or a file. Call it in the main thread: Ctrl-C (a notebook's stop button) and the other stop
+    signals make it save and return early; a second Ctrl-C raises KeyboardInterrupt at once. It restores signal
+    handlers, environment variables and the number of threads. Raises ValueError for a recipe, corpus, ds_config or
+    checkpoint that the user must change.
     """
     settings = read_ds_config(ds_config_path(str(ds_config)))
     prepare_quickstart_corpus(recipe.data.train)

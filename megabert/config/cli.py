@@ -16,8 +16,8 @@ from typing import Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from megabert.config.settings import check_limits, limits_of
-from megabert.files.disk import WRONG_NAMES
-from megabert.files.redact import redact
+from megabert.files.disk import WRONG_NAMES, explain
+from megabert.files.redact import RedactedRecord, redact
 from megabert.process.exit_codes import EXIT_INTERRUPTED, EXIT_MISTAKE
 from megabert.process.standard_streams import keep_streams_writable
 
@@ -199,6 +199,7 @@ def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseExcept
     Ctrl-C is one line too, with exit code 130 as a shell gives it.
     """
     keep_streams_writable()
+    logging.setLogRecordFactory(RedactedRecord)
     before = signal.getsignal(signal.SIGINT)
     if before != signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda _, frame: _interrupt(prog, frame))
@@ -206,7 +207,7 @@ def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseExcept
         sys.exit(main() or 0)
     except (ValueError, OSError) as error:
         # A loader worker's error arrives wrapped in its traceback, whose last line is the error itself.
-        message = str(error)
+        message = explain(error) if isinstance(error, OSError) else str(error)
         if "Original Traceback" in message:
             message = re.sub(r"^[\w.]*Error: ", "", message.strip().splitlines()[-1])
         sys.stderr.write(f"{prog}: {redact(name_commands(message))}\n")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from megabert.config.cli import Parser, flags_with_values, nearest
 from megabert.config.recipe import LENGTHS, Recipe, may_change_at_branch, may_change_at_resume
@@ -16,6 +16,7 @@ from megabert.config.strict_yaml import check_value, is_valid, parse_value, read
 
 PACKAGE = Path(str(resources.files("megabert")))
 DEFAULT_RECIPE = "quickstart"
+OR_FILE = "or for a file of this name ."
 
 
 def recipe_names() -> list[str]:
@@ -108,6 +109,8 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: unknown key {key!r}.{nearest(key, sorted(types))}")
         if value == "":
             raise ValueError(f"{path}: {key} is empty, expected a value.")
+        if _is_nothing(types[key], value):
+            raise ValueError(f"{path}: {key} is {value!r}. Write null without quotes for no value, {OR_FILE}/{value}.")
         check_value(types[key], value, path, key)
     return flat
 
@@ -126,8 +129,15 @@ def check_flags(argv: list[str]) -> None:
         except UnicodeEncodeError as error:
             remedy = "Rename the file, or pass a link to it"
             raise ValueError(f"{flag} is {shortened(value)}, which is not UTF-8. {remedy}.") from error
+        if name in types and value != "null" and _is_nothing(types[name], value):
+            raise ValueError(f"{flag} is {value!r}. Pass null for no value, {OR_FILE}/{value}.")
         if name in types and (isinstance(parsed, list) or not is_valid(types[name], value)):
             check_value(types[name], parsed, "", flag)
+
+
+def _is_nothing(kind: Any, value: Any) -> bool:
+    """Whether a text, which may be the name of a file, is what jsonargparse takes for no value, such as "~"."""
+    return isinstance(value, str) and type(None) in get_args(kind) and parse_value(value) is None
 
 
 @functools.cache

@@ -141,6 +141,11 @@ def _refuse_first(errors: list[Any], kind: Any, path: str | Path, key: str) -> N
     """Raise ValueError for the first of pydantic's errors, or for an unknown key: a misspelt key is also missing."""
     first = min(errors, key=lambda found: found["type"] != "unexpected_keyword_argument")
     loc = _without_tags(kind, first["loc"])
+    if first["type"] == "missing" and isinstance(loc[-1], int):
+        # A list that is too short, such as one number of two, lacks its last items, each with an error.
+        loc, wanted = loc[:-1], 1 + max(error["loc"][-1] for error in errors if error["loc"][:-1] == first["loc"][:-1])
+        first = first | {"type": "too_short", "ctx": {"min_length": wanted}}
+        errors = [first | {"loc": first["loc"][:-1]}]
     place = ".".join([*([key] if key else []), *map(str, loc)])
     if first["type"] == "unexpected_keyword_argument":
         *above, name = loc
@@ -172,6 +177,8 @@ def _expected(error: Any) -> str:
     if kind in LIMIT_ERRORS:
         words, name = LIMIT_ERRORS[kind]
         return f"{words} {context[name]}"
+    if kind in ("too_short", "too_long"):
+        return f"{context.get('min_length') or context['max_length']} values"
     if kind == "string_pattern_mismatch":
         return f"a name such as {context['pattern']}"
     return EXPECTED[kind.partition("_")[0]]

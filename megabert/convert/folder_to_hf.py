@@ -73,7 +73,7 @@ def export_folder(source: Path, out: Path, options: ExportOptions) -> FolderExpo
         written = write_model(folder, weights, config, options.max_shard_size)
         parts = {"initialized": initialized, "left_out": left_out}
         lines = {key: ", ".join(f"`{part}`" for part in names) or "none" for key, names in parts.items()}
-        (folder / "README.md").write_text(README.format(name=class_name, **lines))
+        (folder / "README.md").write_text(README.format(name=class_name, **lines), encoding="utf-8")
         export_record.write_record(folder, fingerprint, max_length, written, head=head_of(config))
         # The check's process loads the weights again, so they are freed here.
         del model, weights, written

@@ -148,7 +148,7 @@ def write_folder(folder: Path, source: Path, model: ImportedModel, options: Impo
     write_weights(folder, add_classifiers_pooler(model.weights))
     tokenizer = source if options.tokenizer is None else Path(options.tokenizer)
     copy_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
-    (folder / "README.md").write_text(_make_readme(source, model))
+    (folder / "README.md").write_text(_make_readme(source, model), encoding="utf-8")
 
 
 def read_model(source: Path, seed: int = 17) -> ImportedModel:

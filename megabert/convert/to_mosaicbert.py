@@ -82,7 +82,7 @@ def export_mosaicbert(source: Path, out: Path, average: int = 1, max_length: int
         settings = to_mosaicbert_config(model.config) | {"architectures": [_find_class(model)]}
         (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
         copy_tokenizer(model.tokenizer, folder, max_length)
-        (folder / "README.md").write_text(README.format(missing=", ".join(model.missing) or "none"))
+        (folder / "README.md").write_text(README.format(missing=", ".join(model.missing) or "none"), encoding="utf-8")
         _check_reads_back(folder, model)
         reused = out.is_dir() and _hash_files(folder) == _hash_files(out)
         if out.is_dir() and any(out.iterdir()) and not reused:

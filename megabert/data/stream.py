@@ -276,7 +276,7 @@ def _init_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # A forked worker shares the rank's wakeup descriptor, and the rank would take the worker's signals for its own.
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     # This starts a thread, which must not take the SIGTERM either, so the signal is blocked before.

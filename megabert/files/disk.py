@@ -6,6 +6,18 @@ from megabert.process.exit_codes import EXIT_DISK
 
 # What Python raises for a name that is wrong or that this user may not open; a network file system may be away instead.
 WRONG_NAMES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+# What to do about an error whose cause is a name or a right.
+REMEDIES = {
+    errno.EISDIR: "A file belongs there: rename or remove the folder",
+    errno.ENOTDIR: "A folder belongs there: rename or remove the file",
+    errno.EEXIST: "Rename or remove it",
+    errno.ENOTEMPTY: "Rename or remove it",
+    errno.EACCES: "Change its owner or its rights, or choose another place",
+    errno.EPERM: "Change its owner or its rights, or choose another place",
+    errno.EROFS: "Choose another place",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ELOOP: "It is a link to itself: remove it",
+}
 MISTAKES = {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 
 
@@ -23,3 +35,12 @@ def is_mistake(error: OSError) -> bool:
 def as_mistake(error: OSError, message: str) -> ValueError | DiskError:
     """Return the error to raise with this message: ValueError for a mistake of the user, DiskError otherwise."""
     return ValueError(message) if is_mistake(error) else DiskError(message)
+
+
+def explain(error: OSError) -> str:
+    """Describe an error of the system in one line: the file, what is wrong, and the remedy if there is one."""
+    remedy = REMEDIES.get(error.errno or 0)
+    if error.filename is None or remedy is None:
+        return str(error)
+    # Of a file that cannot be moved to its name, that name is the second.
+    return f"{error.filename2 or error.filename}: {error.strerror}. {remedy}."

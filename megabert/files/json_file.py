@@ -11,6 +11,8 @@ MAX_BYTES = 1 << 28
 
 def parse_json(data: bytes | str, parse_constant: Callable[[str], Any] | None = None) -> Any:
     """Parse JSON. Raises ValueError for a key that appears twice: Python would take the last, and others the first."""
+    if isinstance(data, str) and parse_constant is None:
+        return _DECODER.decode(data)
     return json.loads(data, object_pairs_hook=_unique, parse_constant=parse_constant)
 
 
@@ -20,6 +22,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} appears twice")
     return found
+
+
+# Made once, which matters for a corpus of many lines.
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Remove passwords, signatures and other secrets from texts that are printed or written to files."""
 
+import logging
 import re
 from typing import Any
 
 # scheme://user:password@host/path;parameters?query#fragment, with slashes as JSON may escape them. A query or a
-# parameter may be a signature; a user may be a token; a password may contain a slash.
+# parameter may be a signature; a user may be a token; a password may contain a slash. pathlib leaves one slash of two.
 URL = re.compile(
-    r"([a-zA-Z][\w+.-]*:\\?/\\?/)(?:[^/\s]*@|[^/\s'\":]*:(?!\d+/)[^\s'\"]*@)?([^\s;?#'\"]*)([;?#][^\s'\"]*)?"
+    r"((?:[a-zA-Z][\w+.-]*:\\?/|https?:|s3:|gs:)\\?/)(?:[^/\s]*@|[^/\s'\":]*:(?!\d+/)[^\s'\"]*@)?([^\s;?#'\"]*)([;?#][^\s'\"]*)?"
 )
 # Tokens that services mark by how they begin.
 TOKEN = re.compile(r"\b(hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-|AKIA)[\w-]{6,}")
@@ -70,3 +71,10 @@ def redact_all(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [redact_all(part) for part in value]
     return redact(value) if isinstance(value, str) else value
+
+
+class RedactedRecord(logging.LogRecord):
+    """A record of logging whose message is redacted; for logging.setLogRecordFactory()."""
+
+    def getMessage(self) -> str:
+        return redact(super().getMessage())

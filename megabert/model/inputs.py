@@ -112,12 +112,23 @@ def read_tokens(inputs: Inputs, hidden_size: int, static: bool = False, longest:
     if inputs.attention_mask is not None:
         meaning = f"{same}; it is not 0 at real tokens, and masks for each query or head are not supported"
         check_shape("attention_mask", inputs.attention_mask, shape, meaning)
+        _refuse_added_mask(inputs.attention_mask)
     if longest is not None and shape[1] > longest and inputs.position_ids is None:
         if inputs.attention_mask is None or inputs.attention_mask[:, longest:].any():
             raise ValueError(
                 f"a text has {shape[1]} tokens, but the model has learned the positions of {longest}: truncate it."
             )
     return _read_padded(inputs, first, shape, static)
+
+
+def _refuse_added_mask(mask: Tensor) -> None:
+    """Raise ValueError for a mask whose padding is negative: "not 0" would mean the opposite."""
+    # Reading values of a tensor on a GPU waits for it, and tokenizers give integers.
+    if mask.is_floating_point() and not in_one_graph() and bool((mask < 0).any()):
+        raise ValueError(
+            "attention_mask has negative numbers, as if it were added to scores; expected 1 at real tokens and 0 at "
+            "padding."
+        )
 
 
 def _read_packed(inputs: Inputs, cu_seqlens: Tensor, num_tokens: int) -> Tokens:

@@ -69,19 +69,20 @@ class Embeddings(Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Embed the tokens. Types default to 0; inputs_embeds replace the word embeddings. Returns (T, E)."""
-        input_ids, words, padding_idx = tokens.input_ids, self.word_embeddings.weight, self.word_embeddings.padding_idx
-        if input_ids is None:
-            # Each token looks up its own row of inputs_embeds.
+        padding_idx = None
+        if tokens.input_ids is None:
             assert tokens.inputs_embeds is not None, "tokens have ids or embeddings"
-            words, padding_idx = tokens.inputs_embeds, None
-            input_ids = torch.arange(words.shape[0], device=words.device)
-        ids, tables = [input_ids], [words]
+            parts = [_own_rows(tokens.inputs_embeds)]
+        else:
+            parts = [self._table(self.word_embeddings, tokens.input_ids)]
+            if parts[0][1] is self.word_embeddings.weight:
+                padding_idx = self.word_embeddings.padding_idx
         if self.config.token_types:
-            ids.append(torch.zeros_like(input_ids) if tokens.token_type_ids is None else tokens.token_type_ids)
-            tables.append(self.token_type_embeddings.weight)
+            types = torch.zeros_like(parts[0][0]) if tokens.token_type_ids is None else tokens.token_type_ids
+            parts.append(self._table(self.token_type_embeddings, types))
         if self.config.position == "learned":
-            ids.append(tokens.position_ids)
-            tables.append(self.position_embeddings.weight)
+            parts.append(self._table(self.position_embeddings, tokens.position_ids))
+        ids, tables = map(list, zip(*parts, strict=True))
         return self.ops.embed_layer_norm(
             ids,
             tables,
@@ -91,6 +92,20 @@ class Embeddings(Module):
             low_precision=self.low_precision,
             padding_idx=padding_idx,
         )
+
+    def _table(self, embedding: nn.Embedding, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids (T,) and the table that they are looked up in.
+
+        Kernels read the weight itself. What others add to the module, such as a hook that makes its output require
+        gradients, noise or an adapter, has an effect only if the module is called.
+        """
+        plain = type(embedding) is nn.Embedding and not embedding._forward_hooks and not embedding._forward_pre_hooks
+        return (ids, embedding.weight) if plain or self.ops is not TORCH_OPS else _own_rows(embedding(ids))
+
+
+def _own_rows(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ids with which each token looks up its own row of (T, E), and these rows."""
+    return torch.arange(embeddings.shape[0], device=embeddings.device), embeddings
 
 
 class AddNorm(Norm):

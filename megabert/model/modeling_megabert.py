@@ -94,7 +94,9 @@ class MegaBertPreTrainedModel(PreTrainedModel):
 
     def _read(self, inputs: Inputs, others: Mapping[str, Any]) -> Tokens:
         """Convert a call's arguments to tokens. others: the arguments that forward() does not name."""
-        refuse_unsupported(others)
+        # The config decides where the caller does not, as for hidden states.
+        in_config = {"output_attentions": self.config.output_attentions}
+        refuse_unsupported(in_config | {name: value for name, value in others.items() if value is not None})
         # A graph cannot leave padding out, except with flash-attn, at which graphs break anyway.
         static = in_one_graph() and self.config._attn_implementation != "flash_attention_2"
         learned = self.config.position == "learned" and not in_one_graph()

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from megabert.files.metrics_format import METRICS, read_metrics
 
 MILLION, HOUR = 1e6, 3600.0
+# What a record of a training loss has, unless the file was changed.
+DRAWN = {"tokens", "seconds", "tokens_per_s"}
 
 
 def plot_runs(folders: list[Path], out: Path) -> None:
@@ -34,8 +36,8 @@ def plot_runs(folders: list[Path], out: Path) -> None:
 
 
 def read_points(folder: Path) -> list[dict[str, Any]]:
-    """Read the records of a run. Raises ValueError if there are none."""
-    points = read_metrics(folder / METRICS)
+    """Read the records of a run, without damaged ones. Raises ValueError if there are none."""
+    points = [point for point in read_metrics(folder / METRICS) if "loss" not in point or point.keys() >= DRAWN]
     if not any("loss" in point for point in points):
         raise ValueError(f"{folder}: has no {METRICS} with a training loss; expected the run.output_dir of a run.")
     return points

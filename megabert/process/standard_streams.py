@@ -9,6 +9,8 @@ from typing import Any
 
 # Errors of a stream whose other end is closed. No message can reach a reader then.
 GONE = {errno.EPIPE, errno.EBADF, errno.EIO}
+# What a stream does with characters that it cannot encode.
+LOSSY = "backslashreplace"
 
 
 class _LossyFile(io.FileIO):
@@ -31,6 +33,8 @@ class _LossyFile(io.FileIO):
 def keep_streams_writable() -> None:
     """Open /dev/null for each standard stream that is closed (`>&-`), and make stdout and stderr ignore write errors.
 
+    Characters that their encoding lacks, and names of files that are not UTF-8, are printed as "\\xf6" and the like.
+
     A command's results are files, so an error of its messages must not end it. A stream that a program has replaced
     stays as it is.
     """
@@ -38,7 +42,7 @@ def keep_streams_writable() -> None:
         if getattr(sys, name) is None:
             # It gets the lowest free number. Otherwise the next file would get it, and print() would write there.
             os.set_inheritable(number := os.open(os.devnull, os.O_RDWR), True)
-            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False, errors=LOSSY))
             setattr(sys, f"__{name}__", getattr(sys, name))
     for name in ("stdout", "stderr"):
         usual = getattr(sys, name)
@@ -47,7 +51,7 @@ def keep_streams_writable() -> None:
             lossy = io.TextIOWrapper(
                 raw if usual.write_through else io.BufferedWriter(raw),  # type: ignore[arg-type]
                 encoding=usual.encoding,
-                errors=usual.errors,
+                errors=LOSSY if usual.errors == "strict" else usual.errors,
                 line_buffering=usual.line_buffering,
                 write_through=usual.write_through,
             )

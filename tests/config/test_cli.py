@@ -1,5 +1,7 @@
 """Command lines: switches need no value, and whatever could be misread is one line of error and exit code 2."""
 
+import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,3 +125,38 @@ def test_messages_name_what_is_there_with_and_without_a_checkout(capsys, monkeyp
 def test_the_installed_commands_are_those_of_setup():
     setup = (Path(__file__).parents[2] / "setup.py").read_text()
     assert set(re.findall(r'"(megabert-\w+)":', setup)) == {name for name in cli.INSTALLED.values() if " " not in name}
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda folder: (folder / "sub").write_text(""), "sub: Is a directory. A file belongs there: rename or remove"),
+        (lambda folder: os.replace(folder / "file", folder / "sub"), "sub: Is a directory. A file belongs there"),
+        (lambda folder: (folder / "file/x").write_text(""), "x: Not a directory. A folder belongs there: rename or"),
+        (lambda folder: (folder / ("x" * 300)).write_text(""), "xx: File name too long. Choose a shorter name."),
+        (lambda folder: (folder / "loop").read_text(), "loop: Too many levels of symbolic links. It is a link to"),
+        (lambda folder: (folder / "none").read_text(), "[Errno 2] No such file or directory: "),
+    ],
+)
+def test_an_error_of_the_file_system_is_one_line_with_the_file_and_a_remedy(tmp_path, capsys, action, message):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SystemExit):
+        cli.run(lambda: action(tmp_path), "prog")
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith(f"prog: {tmp_path}") or "[Errno 2]" in error
+    assert error.count("\n") == 1
+
+
+def test_what_a_command_logs_holds_no_secrets(capsys, caplog):
+    def main() -> int:
+        logging.getLogger("anything").warning("%s: still retrying", "https://me:pw@host/x?sig=1")
+        return 0
+
+    before = logging.getLogRecordFactory()
+    with pytest.raises(SystemExit):
+        cli.run(main, "prog")
+    logging.setLogRecordFactory(before)
+    assert caplog.messages == ["https://host/x?... still retrying"]

@@ -63,6 +63,9 @@ def test_help_prints_the_limits(capsys):
     ("overrides", "message"),
     [
         ({"optimizer.betas": [0.9, 1.0]}, "optimizer.betas is 1.0, expected a number in"),
+        ({"optimizer.betas": [0.9, 0.98, 0.5]}, r"optimizer.betas is \[0.9, 0.98, 0.5\], expected 2 values"),
+        ({"optimizer.betas": [0.9]}, r"optimizer.betas is \[0.9\], expected 2 values"),
+        ({"optimizer.betas": []}, r"optimizer.betas is \[\], expected 2 values"),
         ({"optimizer.lr": 0.5, "optimizer.weight_decay": 3}, "optimizer.weight_decay is 3.0, expected less than 2"),
         ({"run.trackers": ["csv", "csv"]}, "expected each tracker once"),
         ({"data.train": [{"shards": "a", "weight": 0}]}, "weight is 0"),

@@ -29,6 +29,14 @@ def test_switches_of_a_recipe_need_no_value_but_take_one(tmp_path):
         (["--resume=none", "--run.resume", "auto"], "--run.resume is given twice"),
         (["--model.init_from="], "--model.init_from is empty"),
         (["--model.norm_bias", " "], "--model.norm_bias is empty"),
+        (
+            ["--model.init_from", "~"],
+            "--model.init_from is '~'. Pass null for no value, or for a file of this name ./~",
+        ),
+        (
+            ["--data.tokenizer=# a"],
+            "--data.tokenizer is '# a'. Pass null for no value, or for a file of this name ./# a",
+        ),
         (["--data.train=\t"], "--data.train is empty"),
         ([" "], "a word of the command is empty"),
         (["bert-base"], "unexpected word 'bert-base'"),
@@ -48,12 +56,25 @@ def test_flags_that_could_be_misread_are_refused_in_one_line(capsys, argv, messa
     assert error.count("\n") == 1
 
 
-def test_an_empty_value_in_a_recipe_file_is_refused(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "model.init_from is empty"),
+        (
+            "null",
+            "model.init_from is 'null'. Write null without quotes for no value, or for a file of this name ./null",
+        ),
+        ("# a", "model.init_from is '# a'. Write null without quotes"),
+    ],
+)
+def test_a_value_in_a_recipe_file_that_would_be_none_is_refused(capsys, tmp_path, value, message):
     path = tmp_path / "mine.yaml"
-    path.write_text("run: {max_steps: 5}\nmodel: {init_from: ''}\n")
+    path.write_text(f"run: {{max_steps: 5}}\nmodel: {{init_from: '{value}'}}\n")
     with pytest.raises(SystemExit):
         read("--recipe", str(path))
-    assert "model.init_from is empty" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    path.write_text(f"run: {{max_steps: 5}}\nmodel: {{init_from: './{value}'}}\n")
+    assert read("--recipe", str(path)).model.init_from == f"./{value}"
 
 
 def test_load_recipe_gives_what_the_command_line_gives():

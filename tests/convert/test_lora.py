@@ -66,6 +66,18 @@ def test_a_saved_adapter_comes_back_with_the_same_logits(tmp_path, head, targets
     assert are_equal(*adapt_and_load(tmp_path, head, **targets))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["word_embeddings", "token_type_embeddings"]},
+        {"target_modules": ["qkv"], "trainable_token_indices": {"word_embeddings": [5, 6, 7]}},
+    ],
+)
+def test_an_adapter_of_embeddings_is_trained_and_comes_back(tmp_path, settings):
+    small_model().save_pretrained(tmp_path)
+    assert are_equal(*adapt_and_load(tmp_path, "SequenceClassification", **settings))
+
+
 def test_the_fresh_transform_of_a_bare_modernbert_is_saved_where_it_is_named(tmp_path):
     small_model(cls=MegaBertModel, **MODERNBERT).save_pretrained(tmp_path)
     settings = {"modules_to_save": ["transform", "classifier"], **TARGETS[0]}

@@ -193,6 +193,15 @@ def test_shards_of_another_request_are_replaced_only_with_replace(corpus, tmp_pa
     assert (tmp_path / "manifest.json").is_file()
 
 
+def test_a_folder_of_text_is_no_place_for_its_shards(tmp_path):
+    """The same command would then read the shards, and never the text again."""
+    (tmp_path / "a.txt").write_text("a text\n" * 50)
+    with pytest.raises(ValueError, match="is both --source and --out. Choose another --out"):
+        write_shards.main([f"--source={tmp_path}", f"--out={tmp_path / 'x' / '..'}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    write_shards.main([f"--source={tmp_path}", f"--out={tmp_path / 'x'}"])
+
+
 def test_the_same_command_removes_the_work_folder_of_one_killed_after_its_manifest(corpus, tmp_path, capsys):
     command = [f"--source={corpus.jsonl}", f"--out={tmp_path}"]
     write_shards.main(command)

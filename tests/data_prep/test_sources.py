@@ -79,6 +79,11 @@ def test_byte_ranges_of_a_jsonl_cover_every_line_once(tmp_path, monkeypatch):
     [
         ('{"text": "a"}\n{"text"', r"a\.jsonl at byte 14: not valid JSON"),
         ('{"text": "a", "text": "b"}', r"a\.jsonl at byte 0: not valid JSON: the key 'text' appears twice"),
+        (r'{"text": "a", "te\u0078t": "b"}', r"a\.jsonl at byte 0: not valid JSON: the key 'text' appears twice"),
+        (
+            r'{"text": "a", "x": {"y": 1, "\u0079": 2}}',
+            r"a\.jsonl at byte 0: not valid JSON: the key 'y' appears twice",
+        ),
         ('[{"text": "a"}]\n', r"a\.jsonl at byte 0: is a list, .*'a'.*, expected one object such as .*per line"),
         ('"a"\n', r"a\.jsonl at byte 0: is a str, 'a', expected one object such as .*per line"),
         ('{"body": "a"}\n', r"a\.jsonl at byte 0: has no field 'text', its fields are: body.*--text-key"),
@@ -222,6 +227,15 @@ def test_a_data_set_in_the_layout_of_the_hub_is_streamed_by_shards(tmp_path):
     before = source_state(list_input_splits(f"hf:{folder}:de", ReadOptions(), LeftOut()))
     write_parquet(folder / "de" / "train-00000-of-00003.parquet", ["another"])
     assert source_state(list_input_splits(f"hf:{folder}:de", ReadOptions(), LeftOut())) != before
+
+
+def test_a_data_set_that_is_a_script_is_refused_and_not_run(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/corpus.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    with pytest.raises(ValueError, match=r"hf:.*/corpus: cannot be opened: .*scripts are no longer supported"):
+        list_input_splits(f"hf:{tmp_path}/corpus", ReadOptions())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_hub_data_set_is_pinned_to_its_revision(tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def test_the_users_resume_holds_until_this_command_has_a_checkpoint(tmp_path, mo
     assert begins == [[" none"], [" none"], [" auto"]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_stops_it_after_the_ranks_have_saved(tmp_path, monkeypatch, number):
     script = tmp_path / "rank.py"
     script.write_text(

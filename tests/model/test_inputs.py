@@ -45,6 +45,54 @@ def test_an_argument_of_another_shape_is_refused_by_every_head(cls, name, shape,
         model(**given, **{name: torch.ones(shape, dtype=torch.long)})
 
 
+@pytest.mark.parametrize("cls", HEADS)
+def test_a_mask_to_be_added_to_scores_is_refused(cls):
+    """It would mean the opposite of what its author means."""
+    mask = torch.tensor([[0.0] * 6, [0.0] * 4 + [-1e4] * 2])
+    with pytest.raises(ValueError, match="attention_mask has negative numbers.*expected 1 at real tokens and 0"):
+        small_model(cls)(IDS, attention_mask=mask)
+    ones = small_model(cls).eval()
+    same = [next(iter(ones(IDS, attention_mask=kind).values())) for kind in ((mask == 0).float(), mask == 0)]
+    assert torch.equal(*same)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_a_config_that_asks_for_attentions_is_refused_as_the_argument_is(cls):
+    model = small_model(cls)
+    model.config._output_attentions = True
+    for arguments in ({}, {"output_attentions": None}, {"output_attentions": True}):
+        with pytest.raises(ValueError, match="output_attentions: there are none to return"):
+            model(IDS, **arguments)
+    model(IDS, output_attentions=False)
+
+
+@pytest.mark.parametrize("changes", [{}, BERT])
+@pytest.mark.parametrize("name", ["word_embeddings", "token_type_embeddings", "position_embeddings"])
+def test_a_hook_of_an_embedding_sees_and_changes_its_output(changes, name):
+    """transformers adds noise in one (NEFTune), and peft makes outputs require gradients in one."""
+    if name == "position_embeddings" and not changes:
+        pytest.skip("ALiBi has none")
+    model = small_model(MegaBertModel, **changes).eval()
+    plain = model(IDS).last_hidden_state
+    embedding = getattr(model.embeddings, name)
+    hook = embedding.register_forward_hook(lambda module, ids, output: output * 2)
+    doubled = model(IDS).last_hidden_state
+    hook.remove()
+    with torch.no_grad():
+        embedding.weight *= 2
+    assert torch.equal(model(IDS).last_hidden_state, doubled)
+    assert not torch.equal(plain, doubled)
+
+
+def test_gradients_reach_adapters_of_a_frozen_model_that_recomputes_its_layers():
+    model = small_model(MegaBertModel).train().requires_grad_(False)
+    model.encoder.layers[0].attention.qkv.weight.requires_grad_(True)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model(IDS).last_hidden_state.square().sum().backward()
+    assert model.encoder.layers[0].attention.qkv.weight.grad.abs().sum() > 0
+
+
 def test_one_row_of_positions_serves_every_row():
     model = small_model(MegaBertModel, **BERT)
     positions = torch.tensor([[0, 2, 1, 5, 3, 4]])

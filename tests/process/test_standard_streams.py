@@ -1,5 +1,6 @@
 """A command that has done its work exits with 0, whatever has become of its output."""
 
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,17 @@ def test_a_full_disk_under_stdout_is_said_once():
     command = ["bash", "-c", f"{sys.executable} -c '{script}' > /dev/full"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "stdout: No space left on device: what was printed is incomplete\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict", "latin-1"])
+def test_a_name_that_a_stream_cannot_encode_is_printed_with_escapes(encoding):
+    """In a locale of UTF-8 a name of other bytes would be an error, and end a command that has done its work."""
+    script = r'from megabert.config import cli; cli.run(lambda: print("a\u4f60\udcffb"), "command")'
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False, timeout=60)
+    printed = "a\u4f60" if encoding.startswith("utf") else r"a\u4f60"
+    assert (done.returncode, done.stdout.decode()) == (0, printed + "\\udcffb\n")
 
 
 def test_an_error_keeps_its_exit_code_when_nobody_can_read_it():

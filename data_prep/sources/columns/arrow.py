@@ -4,6 +4,7 @@ Needs the package pyarrow, which the extra [prep] installs.
 """
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from data_prep.sources.base import (
 )
 from data_prep.sources.columns.message_sizes import unpacked_size
 from data_prep.sources.remote import RemotePath, is_remote, open_file, size_of
+from data_prep.sources.streams import ChunkStream
 from megabert.files.json_file import parse_json
 from megabert.files.limits import read_bounded
 
@@ -92,6 +94,8 @@ def check_column(schema: "pyarrow.Schema", where: str, text_key: str) -> None:
     kind = pyarrow.struct(list(schema))
     for name in [text_key] if text_key in schema.names else text_key.split("."):
         if not pyarrow.types.is_struct(kind) or kind.get_field_index(name) < 0:
+            if schema.names.count(name) > 1:
+                raise DamagedError(f"{where}: has several fields {name!r}. Write it again with one of them.")
             raise no_field(where, text_key, schema.names)
         kind = kind.field(name).type
     if isinstance(kind, pyarrow.DictionaryType):
@@ -205,35 +209,56 @@ def _opened(path: str) -> Iterator[tuple["pyarrow.Schema", Iterator["pyarrow.Rec
             is_file = data.read(len(ARROW_FILE)) == ARROW_FILE
             data.seek(0)
             reader = pyarrow.ipc.open_file(data) if is_file else pyarrow.ipc.open_stream(data)
-            yield reader.schema, _in_order(reader, path, is_file)
+            batches = _fetched(reader, data, path, is_file) if is_remote(path) else _in_order(reader, path, is_file)
+            yield reader.schema, batches
     except (pyarrow.ArrowException, OSError) as error:
         raise explain_damage(path)(error) from error
 
 
 def _in_order(reader: "pyarrow.ipc.RecordBatchReader", path: str, is_file: bool) -> Iterator["pyarrow.RecordBatch"]:
     """Yield the batches of a file. Raises DamagedError, before any is unpacked, for one that takes too much memory."""
-    _check_sizes(path, is_file)
-    yield from map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-
-
-def _check_sizes(path: str, is_file: bool) -> None:
-    """Raise DamagedError if a batch, which is unpacked whole, takes more than MAX_BATCH_BYTES then."""
     import pyarrow
 
     # An exception is suppressed here, because the reader will raise it, too.
     with _open(path) as data, contextlib.suppress(pyarrow.ArrowException):
-        # Behind its head a file is a stream, too.
-        data.seek(FILE_HEAD_BYTES if is_file else 0)
-        for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(data)):
-            try:
-                size = unpacked_size(memoryview(message.metadata), memoryview(message.body or b""))
-            except IndexError as error:
-                raise DamagedError(f"{path}: message {number} is damaged. Download or write it again.") from error
-            if size > MAX_BATCH_BYTES:
-                raise DamagedError(
-                    f"{path}: message {number} takes {size / (1 << 20):,.0f} MB when it is unpacked, the limit is "
-                    f"{MAX_BATCH_BYTES >> 20} MB. Write the file with fewer rows in a batch, or without compression."
-                )
+        for _ in _checked_messages(data, path, is_file):
+            pass
+    yield from map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+
+
+def _fetched(
+    reader: "pyarrow.ipc.RecordBatchReader", data: "pyarrow.NativeFile", path: str, is_file: bool
+) -> Iterator["pyarrow.RecordBatch"]:
+    """Yield the batches of a remote file. Each is checked as it comes, so that no byte is fetched twice."""
+    import pyarrow
+
+    messages = (message.serialize().to_pybytes() for message in _checked_messages(data, path, is_file))
+    stream = io.BufferedReader(ChunkStream(messages), io.DEFAULT_BUFFER_SIZE)
+    count = 0
+    for batch in pyarrow.ipc.open_stream(pyarrow.PythonFile(stream, "r")):
+        yield batch
+        count += 1
+    if is_file and count != reader.num_record_batches:
+        raise DamagedError(f"{path}: has {count} of {reader.num_record_batches} batches. Download or write it again.")
+
+
+def _checked_messages(data: "pyarrow.NativeFile", path: str, is_file: bool) -> Iterator["pyarrow.ipc.Message"]:
+    """Yield the messages of a file. Raises DamagedError for one that takes more than MAX_BATCH_BYTES when unpacked."""
+    import pyarrow
+
+    # Behind its head a file is a stream, too.
+    data.seek(FILE_HEAD_BYTES if is_file else 0)
+    for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(data)):
+        try:
+            size = unpacked_size(memoryview(message.metadata), memoryview(message.body or b""))
+        except IndexError as error:
+            raise DamagedError(f"{path}: message {number} is damaged. Download or write it again.") from error
+        if size > MAX_BATCH_BYTES:
+            raise DamagedError(
+                f"{path}: message {number} takes {size / (1 << 20):,.0f} MB when it is unpacked, the limit is "
+                f"{MAX_BATCH_BYTES >> 20} MB. Write the file with fewer rows in a batch, or without compression."
+            )
+        yield message
 
 
 def _open(path: str) -> "pyarrow.NativeFile":

@@ -35,6 +35,9 @@ def list_input_splits(path: Path | RemotePath, options: ReadOptions) -> list[Inp
     splits = []
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group)
+        # An empty table is written as one row group without pages.
+        if not rows.num_rows:
+            continue
         columns = (rows.column(i) for i in range(rows.num_columns))
         size = sum(
             c.total_compressed_size for c in columns if f"{c.path_in_schema}.".startswith(f"{options.text_key}.")

@@ -97,7 +97,7 @@ def describe_origin(source: Path, options: Any) -> Origin:
     return Origin(
         source=texts_sha256([str(source.resolve()), *(f"{path.name} {file_sha256(path)}" for path in files)]),
         options=texts_sha256([repr(options)]),
-        code=texts_sha256([path.read_text() for path in code]),
+        code=texts_sha256([path.read_text(encoding="utf-8") for path in code]),
     )
 
 

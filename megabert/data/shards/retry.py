@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import mmap
 import os
+import re
 import statistics
 import struct
 import subprocess
@@ -33,6 +34,8 @@ LOG_AFTER_S = 10.0
 SLOW_S, SLOW_FACTOR = 1.0, 5.0
 # Threads of one process: two for each thread of the read-ahead.
 REQUEST_THREADS = 32
+# How webdataset describes a command that failed, behind the command itself, which is in the URL already.
+PIPE_ENDED = re.compile(r"exit (-?\d+) \(\w+\) \{.*\}$")
 _TIME = struct.Struct("d")
 LONGER = ". If it needs longer, raise data.store_patience_s."
 
@@ -179,6 +182,8 @@ def _status_of(error: BaseException) -> int:
 
 def _describe(error: BaseException) -> str:
     status = _status_of(error)
+    if ended := PIPE_ENDED.search(str(error)):
+        return f"the command ended with {ended[1]}"
     return f"HTTP {status} {getattr(error, 'message', '')}" if status else repr(error)
 
 

@@ -169,6 +169,9 @@ def _parse_added_tokens(
     legacy: added_tokens.json, which is used if the settings have no added_tokens_decoder.
     """
     extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    if isinstance(extra, dict):
+        # Tokens with names of their own: {"image_token": "<image>"}.
+        extra = list(extra.values())
     if not isinstance(extra, list):
         raise ValueError(f"{folder}: additional_special_tokens is a {type(extra).__name__}, expected a list.")
     without_id = [_parse_token(folder, token) for token in extra]

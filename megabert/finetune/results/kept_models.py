@@ -98,7 +98,7 @@ def export_model(context: JobContext, job: FinetuneJob, result: Result, num_jobs
         max_length = _write_tokenizer(folder, kept, model, job)
         weights = _write_model(folder, model, job.task)
         export_check.write_expected_outputs(model, folder, folder, max_length, pairs)
-        (folder / "README.md").write_text(_make_card(model.config, job, result, num_jobs))
+        (folder / "README.md").write_text(_make_card(model.config, job, result, num_jobs), encoding="utf-8")
         export_record.write_record(folder, _fingerprint(job, result), max_length, weights, pairs)
         measured = export_check.check_new_export(folder, str(out))
         replace_folder(folder, out)
@@ -109,7 +109,10 @@ def _fingerprint(job: FinetuneJob, result: Result) -> str:
     """Hash everything that determines an export: the model, the task, the settings and the code."""
     convert = Path(export_check.__file__).parents[1]
     code = [Path(__file__), *sorted(MODEL_CODE.glob("*.py")), *sorted(convert.rglob("*.py"))]
-    parts = [json.dumps([result.get("model"), job.identity], sort_keys=True), *(path.read_text() for path in code)]
+    parts = [
+        json.dumps([result.get("model"), job.identity], sort_keys=True),
+        *(path.read_text(encoding="utf-8") for path in code),
+    ]
     return texts_sha256(parts)
 
 

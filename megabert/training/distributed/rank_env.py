@@ -17,19 +17,40 @@ ANY_FREE_PORT = "0"
 # Everything that makes a process believe that it is a rank.
 RANK_VARIABLES = (*SINGLE_PROCESS, "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
+LAST_PORT = 65535
+UNSET = (
+    "If no launcher started this process, remove what an earlier one left: unset RANK WORLD_SIZE LOCAL_RANK "
+    "MASTER_ADDR MASTER_PORT."
+)
+
 
 def rank_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for torch.distributed.
 
     The deepspeed launcher and torchrun set them. Inside srun they are derived from SLURM's variables. A process that
-    was started by itself is rank 0 of 1.
+    was started by itself is rank 0 of 1. Raises ValueError for what no launcher sets.
     """
     variables = {name: environ[name] for name in (*SINGLE_PROCESS, "MASTER_PORT") if name in environ}
     # SLURM_PROCID would not tell srun from the shell of a batch script, which has that variable as well.
     if "SLURM_STEP_ID" in environ:
-        variables = {name: environ[slurm_name] for name, slurm_name in SLURM_NAMES.items()} | variables
+        found = {name: environ[slurms] for name, slurms in SLURM_NAMES.items() if slurms in environ}
+        variables = found | variables
     variables = SINGLE_PROCESS | variables
-    return {"MASTER_PORT": ANY_FREE_PORT if variables["WORLD_SIZE"] == "1" else DEFAULT_PORT} | variables
+    variables = {"MASTER_PORT": ANY_FREE_PORT if variables["WORLD_SIZE"] == "1" else DEFAULT_PORT} | variables
+    _check(variables)
+    return variables
+
+
+def _check(variables: Mapping[str, str]) -> None:
+    """Raise ValueError for numbers that are none, and for a rank that is not below the number of ranks."""
+    for name, value in variables.items():
+        if name != "MASTER_ADDR" and not value.isdecimal():
+            raise ValueError(f"the environment variable {name} is {value!r}, expected a number. {UNSET}")
+    rank, size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+    if rank >= size:
+        raise ValueError(f"RANK is {rank} and WORLD_SIZE is {size}, expected a rank below the number of ranks. {UNSET}")
+    if int(variables["MASTER_PORT"]) > LAST_PORT:
+        raise ValueError(f"MASTER_PORT is {variables['MASTER_PORT']}, expected a number up to {LAST_PORT}.")
 
 
 def rank_of_this_process() -> int:

@@ -17,9 +17,9 @@ from megabert.process.exit_codes import EXIT_INTERRUPTED, EXIT_REQUEUE
 
 log = logging.getLogger(__name__)
 
-# SLURM sends SIGTERM before it kills a job, and SIGUSR1 if sbatch --signal asks for it. A terminal sends SIGINT for
-# Ctrl-C, and SIGHUP when it is closed.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+# SLURM sends SIGTERM before it kills a job, and SIGUSR1 if sbatch --signal asks for it; Grid Engine and LSF send
+# SIGUSR1 or SIGUSR2. A terminal sends SIGINT for Ctrl-C, and SIGHUP when it is closed; `ulimit -St` sends SIGXCPU.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU, signal.SIGINT)
 DEEPSPEED_COMMANDS = ("deepspeed", "ds", "deepspeed.launcher.runner")
 # The deepspeed launcher sets the first, and torchrun the second.
 SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")

@@ -1,12 +1,15 @@
 """Tests that every column of text is read, from .parquet, .arrow and save_to_disk, and that damage is named."""
 
 import errno
+import hashlib
+import io
 import json
 import struct
 
+import fsspec
 import pytest
 
-from data_prep.sources import LeftOut, ReadOptions, list_input_splits, read_input_split
+from data_prep.sources import LeftOut, ReadOptions, list_input_splits, read_input_split, remote
 from data_prep.sources.columns import arrow, parquet
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -201,6 +204,32 @@ def test_a_saved_data_set_that_does_not_say_its_files_is_not_read_as_a_folder(sa
     assert left_out.counts["damaged"] == 1
 
 
+def test_caches_of_datasets_beside_the_files_of_a_data_set_are_left_out(tmp_path, saved):
+    """Without the state.json that names the files, nothing but their names tells the two apart."""
+    folder = saved[0] / "one"
+    loaded = datasets.load_from_disk(folder)
+    loaded.map(lambda row: {"text": row["text"].upper()}).filter(lambda row: row["text"] != "TEXT 3", num_proc=2)
+    (folder / "state.json").unlink()
+    caches = list(folder.glob("cache-*.arrow"))
+    assert len(caches) >= 3
+    left_out = LeftOut()
+    assert read(folder, left_out) == [f"text {n}" for n in range(10)]
+    assert left_out.counts["hidden files and folders"] == len(caches)
+    named = [path for path in caches if datasets.Dataset.from_file(str(path)).column_names == ["text"]]
+    assert read(named[0])[0] == "TEXT 0"
+
+
+def test_files_without_rows_hold_no_document_and_fields_of_one_name_are_refused(tmp_path):
+    for name in ("a.parquet", "b.arrow"):
+        write(tmp_path / name, text=pyarrow.array([], pyarrow.string()))
+    write(tmp_path / "c.parquet", text=["text"])
+    assert read(tmp_path) == ["text"]
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d\.parquet: has several fields 'text'"):
+        read(tmp_path)
+
+
 def test_other_programs_may_have_a_state_json(tmp_path):
     (tmp_path / "state.json").write_text("[1]")
     (tmp_path / "a.txt").write_text("of a folder")
@@ -252,6 +281,39 @@ def test_page_headers_of_every_writer_are_understood(tmp_path, options, encoding
     largest = parquet._largest_page(str(tmp_path / "a.parquet"), rows, "text")
     assert 5_000 < largest <= rows.column(0).total_uncompressed_size
     assert read(tmp_path) == texts
+
+
+@pytest.mark.parametrize("new", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+@pytest.mark.parametrize("kind", ["text", "dictionary"])
+def test_a_remote_arrow_file_is_fetched_once_and_refused_as_a_local_one(monkeypatch, new, kind):
+    texts = [hashlib.sha256(bytes([n % 256])).hexdigest() * 4 for n in range(500)]
+    column = pyarrow.array(texts)
+    table = pyarrow.table({"text": column.dictionary_encode() if kind == "dictionary" else column})
+    system, file = fsspec.filesystem("memory"), io.BytesIO()
+    with new(file, table.schema, options=pyarrow.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table, max_chunksize=100)
+    data, fetched = file.getvalue(), []
+    monkeypatch.setattr(remote, "FIRST_BYTES", 1000)
+    monkeypatch.setattr(remote, "LAST_BYTES", 1000)
+    cat_file = type(system).cat_file
+
+    def count(self, path, start=None, end=None, **options):
+        fetched.append(end - start)
+        return cat_file(self, path, start=start, end=end, **options)
+
+    monkeypatch.setattr(type(system), "cat_file", count)
+    system.pipe("/arrow/a.arrow", data)
+    assert read("memory://arrow/a.arrow") == texts
+    assert len(data) > 10_000
+    assert sum(fetched) < 1.5 * len(data)
+    system.pipe("/arrow/a.arrow", data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"memory://.*/a\.arrow: damaged: .*Download or write it again"):
+        read("memory://arrow/a.arrow")
+    system.pipe("/arrow/a.arrow", data)
+    monkeypatch.setattr(arrow, "MAX_BATCH_BYTES", 10_000)
+    with pytest.raises(ValueError, match=r"a\.arrow: message 1 takes 0 MB when it is unpacked, the limit is 0"):
+        read("memory://arrow/a.arrow")
+    system.rm("/arrow", recursive=True)
 
 
 @pytest.mark.parametrize("new", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])

@@ -67,6 +67,42 @@ def test_the_option_says_the_encoding(tmp_path, codec, packing):
         assert read(tmp_path / (name + packing), blank_lines=name == "blank.txt", encoding=codec) == texts
 
 
+@pytest.mark.parametrize(
+    ("codec", "text"),
+    [
+        ("iso2022_kr", "\ud55c\uad6d\uc5b4"),
+        ("iso2022_jp", "\u65e5\u672c"),
+        ("hz", "\u4e2d\u6587"),
+        ("utf-7", "caf\u00e9"),
+    ],
+)
+@pytest.mark.parametrize("packing", PACK)
+def test_an_encoding_with_a_state_is_read_from_the_beginning_of_the_file(tmp_path, monkeypatch, codec, text, packing):
+    monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", 10)
+    path = tmp_path / ("a.txt" + packing)
+    path.write_bytes(PACK[packing]("\n\n".join([text] * 3).encode(codec)))
+    assert read(path, blank_lines=True, encoding=codec) == [f"{text}\n", f"{text}\n", text]
+    if codec.startswith("iso2022"):
+        # All of its bytes are ASCII, but its escape sequences tell.
+        with pytest.raises(ValueError, match=rf"a\.txt.*: byte \d+ begins an escape .*--encoding {codec}, or convert"):
+            read(path)
+        assert read(path, encoding=codec) == ["\n\n".join([text] * 3)]
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "b.txt"])
+def test_an_encoding_without_an_order_of_bytes_needs_a_mark_and_the_option_in_the_message_reads_it(
+    tmp_path, name, codec
+):
+    content = '{"text": "hello"}' if name == "a.jsonl" else "hello"
+    (tmp_path / name).write_bytes(content.encode(f"{codec}-be"))
+    options = {"blank_lines": name == "b.txt"}
+    with pytest.raises(ValueError, match=rf"{name}: has no byte order mark.*--encoding {codec}-le or .*{codec}-be\."):
+        read(tmp_path, encoding=codec, **options)
+    assert read(tmp_path, encoding=f"{codec}-be", **options) == ["hello"]
+    assert read(tmp_path, encoding=codec, skip_damaged=True, **options) == []
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_latin_1_is_refused_and_the_option_in_the_message_reads_it(tmp_path, name):
     content, byte = b"caf\xe9 au lait", 3

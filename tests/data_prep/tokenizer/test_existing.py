@@ -174,6 +174,7 @@ FOLDERS = {
     "added_tokens.json": {"added_tokens": {"covid19": NEXT}, "tokenizer_config": {"do_lower_case": True}},
     "added_tokens_decoder": {"tokenizer_config": {"added_tokens_decoder": {str(NEXT): ADDED}}},
     "extra tokens": {"tokenizer_config": {"additional_special_tokens": ["<x>"], "do_lower_case": False}},
+    "named tokens": {"tokenizer_config": {"extra_special_tokens": {"place_token": "<x>"}}},
     "special_tokens_map.json": {"special_tokens_map": {"additional_special_tokens": ["<x>"], "mask_token": "[MASK]"}},
     "case kept": {"tokenizer_config": {"do_lower_case": False}},
     "accents kept": {"tokenizer_config": {"strip_accents": False}},

@@ -31,6 +31,24 @@ def test_a_process_without_a_launcher_is_the_only_rank(environ):
     assert variables["MASTER_PORT"] == "0"
 
 
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE is 1, expected a rank below .*unset RANK WORLD_SIZE LOCAL_RANK"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}, "RANK is 3 and WORLD_SIZE is 1, expected"),
+        (DEEPSPEED | {"WORLD_SIZE": "0"}, "RANK is 3 and WORLD_SIZE is 0, expected"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', expected a number.*unset"),
+        ({"RANK": "-1"}, "RANK is '-1', expected a number"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is '', expected a number"),
+        (DEEPSPEED | {"MASTER_PORT": "70000"}, "MASTER_PORT is 70000, expected a number up to 65535"),
+    ],
+)
+def test_what_no_launcher_sets_is_refused(environ, message):
+    """An interactive shell on a cluster, or a notebook, may have variables of an earlier job."""
+    with pytest.raises(ValueError, match=message):
+        rank_variables(environ)
+
+
 def test_reading_the_rank_loads_no_torch():
     program = "import sys; import megabert.training.distributed.rank_env; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
