@@ -51,7 +51,7 @@ class ExportOptions:
 def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = ExportOptions()) -> Measurements:
     """Export a checkpoint, or reuse an unchanged export of the same checkpoint. Returns what the export check measured.
 
-    A model with the architecture of one of transformers' own classes, see native_kind(), becomes that. Another becomes a
+    A model with the architecture of one of transformers' own classes, see native_kind(), becomes that. Any other is a
     folder with a copy of megabert/model, which loads with trust_remote_code=True where megabert is not installed.
 
     checkpoint: its folder, or a run's folder for its newest. Raises ValueError if there is no complete checkpoint, if

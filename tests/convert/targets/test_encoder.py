@@ -96,7 +96,7 @@ def test_the_servers_find_the_tensors_and_settings_that_they_read(architecture, 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", ["modernbert", "rope-mosaicbert", "bert"])
+@pytest.mark.parametrize("architecture", ["modernbert", "rope-mosaicbert", "bert", "roberta", "distilbert"])
 def test_transformers_computes_the_same_with_the_bare_encoder(architecture, export_native):
     opened = registry.read_outcomes(export_native(architecture))["encoder"]["opened"]
     assert opened["program"] == "transformers"
@@ -154,5 +154,5 @@ def test_damage_is_found(name, export_native, tmp_path):
 
 
 def test_a_mosaicbert_is_sent_to_jina():
-    with pytest.raises(ValueError, match="which are those of no BERT, GTE or ModernBERT. .* --for jina"):
+    with pytest.raises(ValueError, match="which are those of no class of transformers'. .* --for jina"):
         registry.check_targets(("encoder",), small_model().config, {}, 40)

@@ -132,7 +132,7 @@ def test_damage_is_found(checkpoint, tmp_path, skipped_checks, monkeypatch, dama
     assert not (tmp_path / "hf/gguf").exists()
 
 
-@pytest.fixture(params=["bert", "modernbert"])
+@pytest.fixture(params=["bert", "roberta", "modernbert"])
 def native(request, export_native, tmp_path, monkeypatch) -> Path:
     """An export of a model that transformers has, too, without the target. llama.cpp counts as missing."""
     monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
@@ -172,7 +172,7 @@ def test_transformers_own_model_computes_the_same_with_what_the_file_holds(nativ
 @pytest.mark.serving
 @pytest.mark.nightly
 @pytest.mark.parametrize("model", ["byte_bpe", "unigram", "wordpiece"])
-@pytest.mark.parametrize("architecture", ["mosaicbert", "bert", "modernbert"])
+@pytest.mark.parametrize("architecture", ["mosaicbert", "bert", "roberta", "modernbert"])
 def test_llama_cpp_gives_our_ids_and_embeddings(architecture, model, corpus, tmp_path, skipped_checks):
     train_tokenizer.main(
         [f"--source={corpus.jsonl}", f"--out={tmp_path / 'tokenizer'}", "--vocab_size=800", f"--model={model}"]
