@@ -101,8 +101,9 @@ def to_gguf(source: Source) -> dict[str, Tensor]:
     if native_kind(config) in BERTS:
         biases = {name: weights[name] for name in weights if name.endswith("mlp.up.bias")}
         renamed = {f"blk.{name.split('.')[3]}.ffn_up.bias": bias for name, bias in biases.items()}
-        # llama.cpp's positions begin with the first token's.
-        renamed[POSITIONS] = weights["bert.embeddings.position_embeddings.weight"][config.position_offset :]
+        # llama.cpp's positions begin with the first token's, and there are as many as its context has tokens.
+        table = weights["bert.embeddings.position_embeddings.weight"]
+        renamed[POSITIONS] = table[config.position_offset :][: source.max_length]
     else:
         renamed = {}
     names = gguf_names(config.num_hidden_layers)
