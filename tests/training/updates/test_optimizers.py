@@ -233,3 +233,6 @@ def test_stable_adamw_takes_the_steps_of_stage_0_at_every_stage(corpus, tmp_path
     train(corpus, tmp_path / "again", stage, *more, middle, ranks=ranks)
     again = read_checkpoint(tmp_path / "again/checkpoints/step-00000006")[0]
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+    if ranks == 3:
+        fewer = train(corpus, tmp_path / "fewer", stage, *more, middle, ranks=2)
+        assert fewer == pytest.approx(curve[3:], rel=1e-5)
