@@ -132,14 +132,20 @@ def test_untied_embeddings_in_our_own_folder_are_refused(tmp_path):
         read_model(tmp_path)
 
 
-def test_pretraining_continues_from_the_folder(corpus, tmp_path):
+ROBERTA = {"position": "learned", "ffn": "gelu", "position_offset": 1, "type_vocab_size": 1}
+
+
+@pytest.mark.parametrize("changes", [{}, ROBERTA], ids=["mosaicbert", "roberta"])
+def test_pretraining_continues_from_the_folder(corpus, tmp_path, changes):
     """With a learning rate near zero, the first checkpoint has the folder's weights."""
     shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
-    small_model(**shape).save_pretrained(tmp_path / "in")
+    small_model(**shape, **changes).save_pretrained(tmp_path / "in")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "in" / name).write_bytes((corpus.tokenizer / name).read_bytes())
     import_model(tmp_path / "in", tmp_path / "start")
     settings = [f"--model.init_from={tmp_path / 'start'}", "--run.max_steps=1", "--optimizer.lr=1e-30"]
+    settings += [f"--model.{name}={value}" for name, value in changes.items()]
+    settings += ["--model.max_position_embeddings=40"] if changes else []
     done = run_command(pretrain_command(corpus, tmp_path / "run", *settings))
     assert done.code == 0, done.output
     weights, _, _ = read_checkpoint(tmp_path / "run")
