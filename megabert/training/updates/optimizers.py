@@ -133,15 +133,14 @@ def _stable_adamw_step(
     first, second = (beta * (1 - beta ** (step - 1)) / (1 - beta**step) for beta in group["betas"])
     average = state["exp_avg"].lerp_(grad, 1 - first)
     square = state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
-    ratio = grad.square() / square.clamp(min=group["eps"] ** 2)
-    update = average / square.sqrt().add_(group["eps"])
-    if partition is None:
-        sums, numels, parts = ratio.sum()[None], [ratio.numel()], [(parameter, update)]
-    else:
-        sums, numels = torch.stack([ratio[part].sum() for part in partition.parts]), partition.numels
-        torch.distributed.all_reduce(sums)
-        parts = [(parameter[part], update[part]) for part in partition.parts]
-    lrs = group["lr"] / (sums / sums.new_tensor(numels)).sqrt_().clamp_(min=1)
-    for (weights, change), lr in zip(parts, lrs, strict=True):
+    parts, numels = ([...], [parameter.numel()]) if partition is None else partition
+    # Part by part, so that nothing as large as a whole partition is allocated.
+    ratios = (grad[part].square() / square[part].clamp(min=group["eps"] ** 2) for part in parts)
+    means = torch.stack([ratio.sum() / numel for ratio, numel in zip(ratios, numels, strict=True)])
+    if partition is not None:
+        torch.distributed.all_reduce(means)
+    lrs = group["lr"] / means.sqrt_().clamp_(min=1)
+    for part, lr in zip(parts, lrs, strict=True):
+        weights = parameter[part]
         weights.mul_(1 - lr * group["weight_decay"])
-        weights.sub_(change * lr)
+        weights.sub_(average[part] / square[part].sqrt().add_(group["eps"]) * lr)
