@@ -1,4 +1,4 @@
-"""Convert a Hugging Face folder of a BERT, ModernBERT, GTE or MosaicBERT to a MegaBERT folder.
+"""Convert a Hugging Face folder of a BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT, GTE or MosaicBERT to ours.
 
 {command} bert-base-uncased/ runs/bert-start
 {command} bert-base-uncased/ longer --max-length 1024 --tokenizer data/my-tokenizer

@@ -35,7 +35,9 @@ class ModelConfig:
     norm_bias: bool = True
     """whether LayerNorm has a bias"""
     token_types: bool = True
-    """whether there are embeddings of two token types"""
+    """whether there are embeddings of token types"""
+    type_vocab_size: int = setting(2, "[1, 100000]")
+    """number of token types; used only with token_types. BERT has two, RoBERTa one"""
     global_attention_every: int = setting(1, "[1, 1000]")
     """layers 0, k, 2k... attend to whole documents, the others to a window; 1: all to whole documents"""
     local_attention_window: int | None = setting(None, "[2, 1048576]")
@@ -55,7 +57,9 @@ class ModelConfig:
     padding: Literal["unpadded", "padded"] = "unpadded"
     """padded: compute the padding too, as the BERT baseline does"""
     max_position_embeddings: int = setting(512, "[1, 1048576]")
-    """rows of the position table, tokens; used only by position: learned"""
+    """longest text, tokens; used only by position: learned"""
+    position_offset: int = setting(0, "[0, 1048576]")
+    """rows of learned positions before the first token's, as RoBERTa has: the id of its padding token and 1"""
     pad_vocab_to_multiple_of: int = setting(64, "[1, 65536]")
     """round the number of embedding rows up to a multiple of this"""
     initializer_range: float = setting(0.02, "(0, 1]")
@@ -90,6 +94,8 @@ class ModelConfig:
         if self.position != "rope" and (self.rope_theta != 10_000 or local_theta is not None):
             name = "rope_theta" if local_theta is None else "local_rope_theta"
             return f"model.{name} has no effect with model.position {self.position}. Leave it out, or set that to rope."
+        if self.position != "learned" and self.position_offset:
+            return f"model.position_offset has no effect with model.position {self.position}. Leave it out."
         if self.position == "rope" and self.hidden_size // self.num_attention_heads % 2:
             return (
                 f"model.position rope rotates pairs of features, but model.hidden_size {self.hidden_size} over "
@@ -104,6 +110,11 @@ class ModelConfig:
         if every == 1 and local_theta is not None:
             return "model.local_rope_theta has no effect where every layer is global. Leave it out."
         return None
+
+    @property
+    def num_token_types(self) -> int:
+        """Rows of the table of token types; 0 for none."""
+        return self.type_vocab_size if self.token_types else 0
 
     @property
     def checkpoint_every(self) -> int:

@@ -37,7 +37,8 @@ class OptimizerConfig:
     """The optimizer and the learning-rate schedule."""
 
     name: Literal["adamw", "muon", "stable_adamw"] = "adamw"
-    """muon: Muon for the encoder's matrices, AdamW for the rest; stable_adamw: only at ZeRO stage 0"""
+    """muon: Muon for the encoder's matrices, AdamW for the rest; stable_adamw: AdamW with smaller steps of
+    parameters whose update would be large"""
     lr: float = setting(5e-4, "(0, 10]", may_branch=True)
     """peak learning rate"""
     muon_lr: float = setting(0.02, "(0, 10]", may_branch=True)

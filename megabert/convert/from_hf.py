@@ -56,8 +56,8 @@ class ImportOptions:
 def import_model(source: Path, out: Path, options: ImportOptions = ImportOptions()) -> ImportedModel:
     """Convert the folder `source` and write the result to `out`.
 
-    source: transformers' BERT with any head or none, its ModernBERT or GTE with a masked language modelling head or
-    none, the published MosaicBERT, or a MegaBERT folder. Tensors are renamed and copied but never computed, unless the
+    source: transformers' BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT or GTE with any head or none, the published
+    MosaicBERT, or a MegaBERT folder. Tensors are renamed and copied but never computed, unless the
     options request another length or vocabulary. Raises ValueError if our model cannot represent `source` exactly, or
     if `out` holds anything else. A finished import of the same folder with the same options is read instead of written
     again.
@@ -173,7 +173,7 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
         missing = _find_missing(config, weights)
     else:
         # A setting that our model does not support is named before the tensors that it adds.
-        config = from_their_config(source, raw, kind)
+        config = from_their_config(source, raw, kind, head)
         weights, missing, unused = _rename(source, weights, kind, head)
     if head is not None:
         config.architectures = [f"MegaBertFor{head}"]

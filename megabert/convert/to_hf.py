@@ -5,15 +5,18 @@ import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
+from megabert.convert.bert_names import NAMES, BertLike
 from megabert.convert.check import export_check, export_record
 from megabert.convert.check.export_record import Measurements
 from megabert.convert.deepspeed_checkpoint import TrainedModel, config_of, find_checkpoints, read_checkpoints
 from megabert.convert.gte_files import to_gte_file
+from megabert.convert.hf.bert_like import to_bert_like_config
 from megabert.convert.hf.config import set_max_length, to_bert_config
+from megabert.convert.hf.heads import head_of
 from megabert.convert.hf.model_card import make_model_card, read_metrics_at
 from megabert.convert.hf.native import native_class, native_kind, to_gte_config, to_modernbert_config
 from megabert.convert.hf.reader import CONFIG, read_json
@@ -48,8 +51,8 @@ class ExportOptions:
 def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = ExportOptions()) -> Measurements:
     """Export a checkpoint, or reuse an unchanged export of the same checkpoint. Returns what the export check measured.
 
-    A model with the architecture of transformers' BERT, ModernBERT or GTE becomes that. Any other becomes a folder with
-    a copy of megabert/model, which loads with trust_remote_code=True where megabert is not installed.
+    A model with the architecture of one of transformers' own classes, see native_kind(), becomes that. Any other is a
+    folder with a copy of megabert/model, which loads with trust_remote_code=True where megabert is not installed.
 
     checkpoint: its folder, or a run's folder for its newest. Raises ValueError if there is no complete checkpoint, if
     `out` contains anything but an export, or if the check fails, in which case `out` stays as it was.
@@ -172,13 +175,15 @@ def write_model(
         write_config(out, config)
         write_weights(out, weights, max_shard_size)
         return weights
-    named = from_megabert(weights, kind, duplicates=False)
+    named = from_megabert(weights, kind, duplicates=False, head=head_of(config))
+    tokenizer = read_tokenizer(out / TOKENIZER)
+    ids = {role: tokenizer.token_to_id(token) for role, token in special_tokens(tokenizer).items()}
+    special = {role: number for role, number in ids.items() if number is not None}
     if kind == "bert":
         to_bert_config(config).save_pretrained(out)
+    elif kind in NAMES:
+        to_bert_like_config(config, cast(BertLike, kind), special).save_pretrained(out)
     else:
-        tokenizer = read_tokenizer(out / TOKENIZER)
-        ids = {role: tokenizer.token_to_id(token) for role, token in special_tokens(tokenizer).items()}
-        special = {role: number for role, number in ids.items() if number is not None}
         raw = (to_modernbert_config if kind == "modernbert" else to_gte_config)(config, special)
         (out / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     write_weights(out, to_gte_file(named) if kind == "gte" else named, max_shard_size)

@@ -1,15 +1,16 @@
-"""Rename weights between MegaBERT, the published MosaicBERT checkpoints, and transformers' BERT, ModernBERT and GTE."""
+"""Rename weights between MegaBERT, the published MosaicBERT checkpoints, and transformers' own classes."""
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from megabert.convert.bert_names import NAMES, BertLike, from_bert_names, to_bert_names
 from megabert.convert.gte_files import normalize_gte
 
-Kind = Literal["mosaicbert", "bert", "modernbert", "gte"]
+Kind = Literal["mosaicbert", "bert", "roberta", "distilbert", "electra", "modernbert", "gte"]
 
 
 class WeightMapping(NamedTuple):
@@ -91,9 +92,14 @@ def mosaicbert_table(num_layers: int) -> list[WeightMapping]:
     return table
 
 
-def bert_table(num_layers: int) -> list[WeightMapping]:
-    """Map BertForMaskedLM: separate query, key and value, learned positions, two names of decoder.bias."""
-    table = _outside_layers(["cls.predictions.bias", f"{THEIR_DECODER}.bias"])
+def bert_table(num_layers: int, kind: Kind = "bert") -> list[WeightMapping]:
+    """Map transformers' BertForMaskedLM: separate query, key and value, learned positions, two names of decoder.bias.
+
+    kind: of a class with the same layers, whose weights have BERT's names here. DistilBERT has no token types, and it
+    and ELECTRA have one name of decoder.bias.
+    """
+    names = ["cls.predictions.bias", f"{THEIR_DECODER}.bias"]
+    table = _outside_layers(names if kind in ("bert", "roberta") else names[:1], token_types=kind != "distilbert")
     positions = "bert.embeddings.position_embeddings.weight"
     table.append(WeightMapping(positions, (positions,)))
     for layer in range(num_layers):
@@ -140,10 +146,10 @@ def gte_table(num_layers: int, token_types: bool = True) -> list[WeightMapping]:
     return table
 
 
-def _outside_layers(decoder_bias: list[str]) -> list[WeightMapping]:
+def _outside_layers(decoder_bias: list[str], token_types: bool = True) -> list[WeightMapping]:
     return [
         WeightMapping(WORD_EMBEDDINGS, (WORD_EMBEDDINGS,), (f"{THEIR_DECODER}.weight",)),
-        WeightMapping(TOKEN_TYPES, (TOKEN_TYPES,)),
+        *([WeightMapping(TOKEN_TYPES, (TOKEN_TYPES,))] if token_types else []),
         WeightMapping("decoder.bias", (decoder_bias[0],), tuple(decoder_bias[1:])),
         *_map_modules(SHARED),
     ]
@@ -157,31 +163,28 @@ def _table(kind: Kind, num_layers: int, names: Collection[str]) -> list[WeightMa
     """names: the names in a state dict of either side, which may or may not have token types."""
     if kind == "gte":
         return gte_table(num_layers, any("token_type_embeddings" in name for name in names))
-    return {"mosaicbert": mosaicbert_table, "bert": bert_table, "modernbert": modernbert_table}[kind](num_layers)
+    if kind == "mosaicbert":
+        return mosaicbert_table(num_layers)
+    return modernbert_table(num_layers) if kind == "modernbert" else bert_table(num_layers, kind)
 
 
 # What stands before the number of a layer in each model's names.
 OUR_LAYERS = "bert.encoder.layers"
-LAYERS: dict[Kind, str] = {
-    "mosaicbert": "bert.encoder.layer",
-    "bert": "bert.encoder.layer",
-    "modernbert": f"{THEIR_MODEL}.layers",
-    "gte": "gte.layers",
-}
+BERT_LAYERS = "bert.encoder.layer"
+LAYERS: dict[Kind, str] = {"modernbert": f"{THEIR_MODEL}.layers", "gte": "gte.layers"}
 
 # The parameters of our masked language modelling head.
 MLM_HEAD_PREFIXES = ("transform.", "decoder.")
 # The modules of heads for tasks, ours to theirs. ModernBERT calls the last layer of every head classifier.
 SAME_HEADS = {name: name for name in ("bert.pooler.dense", "classifier", "qa_outputs")}
 TASK_HEADS: dict[Kind, dict[str, str]] = {
-    "bert": SAME_HEADS,
-    "mosaicbert": SAME_HEADS,
     "gte": {"bert.pooler.dense": "gte.pooler.dense", "classifier": "classifier"},
     "modernbert": {"classifier": "classifier"},
 }
 ANSWERS = {"qa_outputs": "classifier"}
-# The parameters of next-sentence prediction, which our model does not have.
-UNUSED_PREFIXES = ("cls.seq_relationship.",)
+# Parameters that our model does not have: of next-sentence prediction, of ELECTRA's discriminator, and of a pooler
+# without use, see to_bert_names().
+UNUSED_PREFIXES = ("cls.seq_relationship.", "discriminator_predictions.", "roberta.pooler.")
 # Buffers that transformers computes from the config, whatever a file has.
 UNUSED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 # A classifier of ours has its pooler under another name, see MegaBertForSequenceClassification.
@@ -208,8 +211,8 @@ def to_megabert(state: Mapping[str, Tensor], kind: Kind, answers: bool = False) 
     answers: whether the last layer of a ModernBERT's head scores the ends of answers. Raises ValueError if a name is
     unknown or missing, or if a tied tensor differs from the one that it is tied to.
     """
-    state = normalize_names(state) if kind in ("bert", "mosaicbert") else NORMALIZE[kind](state)
-    table = _table(kind, num_layers(state, LAYERS[kind]), state)
+    state = NORMALIZE[kind](state) if kind in NORMALIZE else normalize_names(state, kind)
+    table = _table(kind, num_layers(state, LAYERS.get(kind, BERT_LAYERS)), state)
     head = [entry for entry in table if entry.ours.startswith(MLM_HEAD_PREFIXES)]
     missing = [entry.ours for entry in head]
     if kind == "modernbert" and "classifier.weight" in state and "decoder.bias" not in state:
@@ -235,12 +238,14 @@ def to_megabert(state: Mapping[str, Tensor], kind: Kind, answers: bool = False) 
 
 def _task_heads(kind: Kind, answers: bool) -> dict[str, str]:
     """Return our names of the parameters of heads for tasks, and theirs."""
-    modules = ANSWERS if kind == "modernbert" and answers else TASK_HEADS[kind]
+    modules = ANSWERS if kind == "modernbert" and answers else TASK_HEADS.get(kind, SAME_HEADS)
     return {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in PARTS}
 
 
-def normalize_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Use the names of their masked language model: add the prefix that a bare encoder lacks, rename old LayerNorms."""
+def normalize_names(state: Mapping[str, Tensor], kind: Kind = "bert") -> dict[str, Tensor]:
+    """Use the names of BertForMaskedLM: add the prefix that a bare encoder lacks, rename old LayerNorms."""
+    if kind in NAMES:
+        state = to_bert_names(state, cast(BertLike, kind))
     is_bare_encoder = any(name.startswith("embeddings.") for name in state)
     normalized = {}
     for name, tensor in state.items():
@@ -312,11 +317,13 @@ def to_megabert_state_dict(state: Mapping[str, Tensor], kind: Kind) -> dict[str,
     return renamed.weights | {TIED_DECODER: renamed.weights[WORD_EMBEDDINGS]}
 
 
-def from_megabert(state: Mapping[str, Tensor], kind: Kind, duplicates: bool = True) -> dict[str, Tensor]:
+def from_megabert(
+    state: Mapping[str, Tensor], kind: Kind, duplicates: bool = True, head: str | None = None
+) -> dict[str, Tensor]:
     """Rename the weights of one of our models with a head, or of MegaBertForMaskedLM without its head.
 
     The tied decoder.weight may be missing. duplicates: also return the tensors that have a second name, as their
-    state_dict() does and their files need not.
+    state_dict() does and their files need not. head: the task of the head, one of heads.TASKS, if it is for a task.
     """
     state = {POOLER.get(name, name): tensor for name, tensor in state.items()}
     table = _table(kind, num_layers(state, OUR_LAYERS), state)
@@ -336,7 +343,7 @@ def from_megabert(state: Mapping[str, Tensor], kind: Kind, duplicates: bool = Tr
         theirs |= dict(zip(entry.theirs, parts, strict=True))
         if duplicates:
             theirs |= dict.fromkeys(entry.duplicates, state[entry.ours])
-    return theirs
+    return from_bert_names(theirs, cast(BertLike, kind), head) if kind in NAMES else theirs
 
 
 def num_layers(state: Mapping[str, Tensor], before: str = OUR_LAYERS) -> int:
@@ -355,7 +362,9 @@ def num_layers(state: Mapping[str, Tensor], before: str = OUR_LAYERS) -> int:
 def _check_names(state: Mapping[str, Tensor], required: set[str], optional: set[str], kind: str) -> None:
     for problem, names in (("unknown", state.keys() - required - optional), ("missing", required - state.keys())):
         if names:
-            first = ", ".join(sorted(names)[:3])
+            tensors = dict.fromkeys(names, torch.empty(0))
+            shown = from_bert_names(tensors, cast(BertLike, kind)) if kind in NAMES else tensors
+            first = ", ".join(sorted(shown)[:3])
             raise ValueError(f"this state dict is not a {kind} masked language model: {len(names)} {problem}: {first}")
 
 

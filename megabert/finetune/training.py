@@ -58,7 +58,8 @@ class TrainingStats(NamedTuple):
 def load_tokenizer(folder: Path, max_seq_len: int) -> Tokenizer:
     """Load a folder's tokenizer, which encodes to [CLS] a [SEP] or [CLS] a [SEP] b [SEP] of at most max_seq_len tokens.
 
-    The longer text of a pair is truncated first. Raises ValueError without a tokenizer, or without these special
+    Between the texts of a pair are two [SEP] if the folder's tokenizer puts two there, as RoBERTa's. The longer text is
+    truncated first. Raises ValueError without a tokenizer, or without these special
     tokens.
     """
     tokenizer = read_hf_tokenizer(folder)
@@ -68,8 +69,10 @@ def load_tokenizer(folder: Path, max_seq_len: int) -> Tokenizer:
         if token_id is None:
             raise ValueError(f"{folder}: its tokenizer has no {token}.")
     special: Any = list(token_ids.items())
+    two = tokenizer.encode("", "").ids == [token_ids[cls], *[token_ids[sep]] * 3]
+    between = f"{sep} {sep}" if two else sep
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1", special_tokens=special
+        single=f"{cls} $A {sep}", pair=f"{cls} $A {between} $B:1 {sep}:1", special_tokens=special
     )
     tokenizer.enable_truncation(max_seq_len, strategy="longest_first")
     return tokenizer

@@ -7,11 +7,12 @@ NORM_POSITIONS = ("post", "pre")
 FFNS = ("geglu", "gelu")
 PADDINGS = ("unpadded", "padded")
 CLASSIFIER_POOLINGS = ("cls", "mean")
+CLASSIFIER_ACTIVATIONS = ("tanh", "gelu", "relu")
 LAYER_NORM_DTYPES = ("bfloat16", "float32")
 # Sizes and the smallest value of each.
 SIZES = {
     "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 0, "num_attention_heads": 1, "intermediate_size": 1,
-    "type_vocab_size": 0, "max_position_embeddings": 1,
+    "type_vocab_size": 0, "max_position_embeddings": 1, "position_offset": 0,
 }  # fmt: skip
 # A far smaller epsilon is 0 in fp32, and a constant row then becomes NaN.
 SMALLEST_EPS = 1e-30
@@ -22,6 +23,9 @@ class MegaBertConfig(PretrainedConfig):
 
     position: "alibi" adds -slope * |i - j| to the scores; "learned" adds a position embedding; "rope" rotates queries
         and keys (https://arxiv.org/abs/2104.09864).
+    max_position_embeddings: tokens of the longest text. position_offset: rows of learned positions before the first
+        token's, as RoBERTa has (https://arxiv.org/abs/1907.11692): its pad_token_id + 1. Positions then count the
+        tokens other than pad_token_id, which itself has the last of these rows; with 0 they count places, as in BERT.
     rope_theta: base of RoPE's wavelengths; local_rope_theta: that of local layers, None for the same.
     norm_position: "post" normalises after each residual sum, as BERT; "pre" before attention (except in the first
         layer) and MLP, and once at the end, as ModernBERT (https://arxiv.org/abs/2412.13663).
@@ -36,6 +40,8 @@ class MegaBertConfig(PretrainedConfig):
         autocast is on; "float32" computes them in fp32. Without autocast both use the weights' dtype.
     padding: "unpadded" computes real tokens only; "padded" computes every document's padding too.
     classifier_pooling: input of a sequence classifier: "cls", the first token as in BERT, or "mean", the mean of all.
+    classifier_activation: of the layer before a classifier of documents or choices: "tanh" as BERT's and RoBERTa's,
+        "gelu" as ELECTRA's, "relu" as DistilBERT's. ModernBERT's transform has none of them.
     classifier_dropout: None means hidden_dropout_prob.
     z_loss: factor of the squared log-sum-exp that training adds to each masked token's loss.
     """
@@ -53,6 +59,7 @@ class MegaBertConfig(PretrainedConfig):
         intermediate_size: int = 3072,
         type_vocab_size: int = 2,
         max_position_embeddings: int = 512,
+        position_offset: int = 0,
         position: str = "alibi",
         rope_theta: float = 10_000.0,
         local_rope_theta: float | None = None,
@@ -69,6 +76,7 @@ class MegaBertConfig(PretrainedConfig):
         attention_output_dropout_prob: float | None = None,
         classifier_dropout: float | None = None,
         classifier_pooling: str = "cls",
+        classifier_activation: str = "tanh",
         initializer_range: float = 0.02,
         z_loss: float = 0.0,
         padding: str = "unpadded",
@@ -83,6 +91,7 @@ class MegaBertConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.type_vocab_size = type_vocab_size
         self.max_position_embeddings = max_position_embeddings
+        self.position_offset = position_offset
         self.position = position
         self.rope_theta = rope_theta
         self.local_rope_theta = local_rope_theta
@@ -99,6 +108,7 @@ class MegaBertConfig(PretrainedConfig):
         self.attention_output_dropout_prob = attention_output_dropout_prob
         self.classifier_dropout = classifier_dropout
         self.classifier_pooling = classifier_pooling
+        self.classifier_activation = classifier_activation
         self.initializer_range = initializer_range
         self.z_loss = z_loss
         self.padding = padding
@@ -115,6 +125,7 @@ class MegaBertConfig(PretrainedConfig):
             "padding": PADDINGS,
             "layer_norm_dtype": LAYER_NORM_DTYPES,
             "classifier_pooling": CLASSIFIER_POOLINGS,
+            "classifier_activation": CLASSIFIER_ACTIVATIONS,
         }
         for name, known in choices.items():
             if (got := getattr(self, name)) not in known:
@@ -168,6 +179,9 @@ class MegaBertConfig(PretrainedConfig):
         if position != "rope" and (thetas["rope_theta"] != 10_000 or thetas["local_rope_theta"] is not None):
             name = "local_rope_theta" if thetas["local_rope_theta"] is not None else "rope_theta"
             return f"{name} is {thetas[name]}, which has no effect with position {position}. Leave it out."
+        if position != "learned" and self.position_offset:
+            offset = self.position_offset
+            return f"position_offset is {offset}, which has no effect with position {position}. Leave it out."
         if position == "rope" and self.head_dim % 2:
             return f"position rope rotates pairs of features, but the head size is {self.head_dim}, an odd number."
         if type(every) is not int or every < 1:
@@ -194,6 +208,11 @@ class MegaBertConfig(PretrainedConfig):
     def reach(self) -> int | None:
         """Tokens that a local layer sees on each side of a token; None where every layer is global."""
         return None if self.local_attention_window is None else self.local_attention_window // 2
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the table of learned positions."""
+        return self.max_position_embeddings + self.position_offset
 
     def is_local(self, layer: int) -> bool:
         return layer % self.global_attention_every > 0

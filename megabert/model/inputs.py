@@ -77,12 +77,19 @@ def in_one_graph() -> bool:
     return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def read_tokens(inputs: Inputs, hidden_size: int, static: bool = False, longest: int | None = None) -> Tokens:
+def read_tokens(
+    inputs: Inputs,
+    hidden_size: int,
+    static: bool = False,
+    longest: int | None = None,
+    padding_id: int | None = None,
+) -> Tokens:
     """Convert a packed or a padded call to (T,) tokens.
 
-    static: compute the padding too, in shapes that do not depend on the mask. longest: the number of slots that have a
-    position, or None. Raises ValueError for a missing or a contradictory argument, for one whose shape is not that of
-    the ids, and for tokens without a position.
+    static: compute the padding too, in shapes that do not depend on the mask. longest: the number of positions, or
+    None. padding_id: the token that positions do not count, or None if they count slots, see count_tokens(). Raises
+    ValueError for a missing or a contradictory argument, for one whose shape is not that of the ids, and for tokens
+    without a position.
     """
     ids, embeds = inputs.input_ids, inputs.inputs_embeds
     if ids is None and embeds is None:
@@ -108,16 +115,22 @@ def read_tokens(inputs: Inputs, hidden_size: int, static: bool = False, longest:
     if inputs.max_seqlen is not None and inputs.cu_seqlens is None:
         raise ValueError("max_seqlen was passed without cu_seqlens, which says where documents begin and end.")
     if inputs.cu_seqlens is not None:
-        return _read_packed(inputs, inputs.cu_seqlens, shape[0])
+        return _read_packed(inputs, inputs.cu_seqlens, shape[0], padding_id)
     if inputs.attention_mask is not None:
         meaning = f"{same}; it is not 0 at real tokens, and masks for each query or head are not supported"
         check_shape("attention_mask", inputs.attention_mask, shape, meaning)
         _refuse_added_mask(inputs.attention_mask)
-    if longest is not None and shape[1] > longest and inputs.position_ids is None:
-        if inputs.attention_mask is None or inputs.attention_mask[:, longest:].any():
-            raise ValueError(
-                f"a text has {shape[1]} tokens, but the model has learned the positions of {longest}: truncate it."
-            )
+    if inputs.position_ids is None:
+        position_ids = number_slots(first, shape) if ids is None else count_tokens(ids, padding_id)
+        if longest is not None and shape[1] > longest:
+            beyond = position_ids >= longest
+            if inputs.attention_mask is not None:
+                beyond = beyond & (inputs.attention_mask != 0)
+            if beyond.any():
+                raise ValueError(
+                    f"a text has {shape[1]} tokens, but the model has learned the positions of {longest}: truncate it."
+                )
+        inputs = inputs._replace(position_ids=position_ids)
     return _read_padded(inputs, first, shape, static)
 
 
@@ -131,7 +144,33 @@ def _refuse_added_mask(mask: Tensor) -> None:
         )
 
 
-def _read_packed(inputs: Inputs, cu_seqlens: Tensor, num_tokens: int) -> Tokens:
+def number_slots(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return 0, 1, 2, ... for each row of (B, S)."""
+    # BERT counts slots, not tokens: the first token of a row that is padded on the left has a later position.
+    return torch.arange(shape[1], device=values.device).expand(shape)
+
+
+def count_tokens(input_ids: Tensor, padding_id: int | None) -> Tensor:
+    """Return the positions of (B, S) tokens: those of their slots or, with padding_id, as RoBERTa counts.
+
+    It counts from 0 the tokens of a row that are not padding_id, which has position -1, wherever it is.
+    """
+    if padding_id is None:
+        return number_slots(input_ids, tuple(input_ids.shape))
+    real = input_ids != padding_id
+    return real.long().cumsum(1) * real - 1
+
+
+def _count_packed(input_ids: Tensor, cu_seqlens: Tensor, padding_id: int) -> Tensor:
+    """As count_tokens(), for packed documents (T,)."""
+    real = input_ids != padding_id
+    counted = torch.nn.functional.pad(real.long().cumsum(0), (1, 0))
+    token = torch.arange(len(input_ids), device=input_ids.device)
+    begin = token - positions_within(cu_seqlens, len(input_ids))
+    return (counted[1:] - counted[begin]) * real - 1
+
+
+def _read_packed(inputs: Inputs, cu_seqlens: Tensor, num_tokens: int, padding_id: int | None) -> Tokens:
     max_seqlen = inputs.max_seqlen
     if inputs.attention_mask is not None:
         raise ValueError("attention_mask was passed with cu_seqlens, which alone says where documents begin and end.")
@@ -150,7 +189,9 @@ def _read_packed(inputs: Inputs, cu_seqlens: Tensor, num_tokens: int) -> Tokens:
         if max_seqlen < longest:
             raise ValueError(f"max_seqlen is {max_seqlen}, but a document has {longest} tokens.")
     position_ids = inputs.position_ids
-    if position_ids is None:
+    if position_ids is None and padding_id is not None and inputs.input_ids is not None:
+        position_ids = _count_packed(inputs.input_ids, cu_seqlens, padding_id)
+    elif position_ids is None:
         position_ids = positions_within(cu_seqlens, num_tokens)
     sequences = Sequences(cu_seqlens, max_seqlen)
     types, embeds = inputs.token_type_ids, inputs.inputs_embeds
@@ -158,22 +199,19 @@ def _read_packed(inputs: Inputs, cu_seqlens: Tensor, num_tokens: int) -> Tokens:
 
 
 def _read_padded(inputs: Inputs, first: Tensor, shape: tuple[int, ...], static: bool) -> Tokens:
-    """first: input_ids (B, S) or inputs_embeds (B, S, E); shape: (B, S)."""
+    """first: input_ids (B, S) or inputs_embeds (B, S, E); shape: (B, S). The inputs have position_ids."""
     mask = inputs.attention_mask
     if mask is None:
         mask = torch.ones(shape, dtype=torch.long, device=first.device)
     indices, sequences = (unpad_in_place if static else unpad)(mask)
-    position_ids = inputs.position_ids
-    if position_ids is None:
-        # BERT counts slots, not tokens: the first token of a row that is padded on the left has a later position.
-        position_ids = torch.arange(shape[1], device=first.device).expand(shape)
+    assert inputs.position_ids is not None, "read_tokens() sets them"
 
     def pick(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.flatten(0, 1)[indices]
 
     return Tokens(
         input_ids=pick(inputs.input_ids),
-        position_ids=position_ids.flatten()[indices],
+        position_ids=inputs.position_ids.flatten()[indices],
         token_type_ids=pick(inputs.token_type_ids),
         sequences=sequences,
         inputs_embeds=pick(inputs.inputs_embeds),

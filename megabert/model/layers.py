@@ -64,7 +64,7 @@ class Embeddings(Module):
         if config.token_types:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         if config.position == "learned":
-            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.position_embeddings = nn.Embedding(config.position_rows, config.hidden_size)
         self.norm = Norm(config)
 
     def forward(self, tokens: Tokens) -> Tensor:
@@ -81,7 +81,9 @@ class Embeddings(Module):
             types = torch.zeros_like(parts[0][0]) if tokens.token_type_ids is None else tokens.token_type_ids
             parts.append(self._table(self.token_type_embeddings, types))
         if self.config.position == "learned":
-            parts.append(self._table(self.position_embeddings, tokens.position_ids))
+            offset = self.config.position_offset
+            positions = tokens.position_ids + offset if offset else tokens.position_ids
+            parts.append(self._table(self.position_embeddings, positions))
         ids, tables = map(list, zip(*parts, strict=True))
         return self.ops.embed_layer_norm(
             ids,
@@ -356,14 +358,15 @@ class Decoder(Module):
 
 
 class Pooler(Module):
-    """Applies dense and tanh to each document's first token."""
+    """Applies dense and an activation to each document's first token: BERT's pooler, or a classifier's hidden layer."""
 
-    def __init__(self, config: MegaBertConfig):
+    def __init__(self, config: MegaBertConfig, activation: str = "tanh"):
         super().__init__(config)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = {"tanh": torch.tanh, "gelu": nn.functional.gelu, "relu": torch.relu}[activation]
 
     def forward(self, first: Tensor) -> Tensor:
-        return torch.tanh(self.dense(first))
+        return self.activation(self.dense(first))
 
 
 def mean_of_documents(hidden: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None = None) -> Tensor:

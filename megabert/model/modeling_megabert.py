@@ -85,7 +85,7 @@ class MegaBertPreTrainedModel(PreTrainedModel):
         if config.has_transform_head:
             self.transform = MlmTransform(config)
         elif of_documents:
-            self.pre_classifier = Pooler(config)
+            self.pre_classifier = Pooler(config, config.classifier_activation)
 
     def _transform(self, hidden: Tensor) -> Tensor:
         """Apply what _add_head() added."""
@@ -100,9 +100,9 @@ class MegaBertPreTrainedModel(PreTrainedModel):
         # A graph cannot leave padding out, except with flash-attn, at which graphs break anyway.
         static = in_one_graph() and self.config._attn_implementation != "flash_attention_2"
         learned = self.config.position == "learned" and not in_one_graph()
-        return read_tokens(
-            inputs, self.config.hidden_size, static, self.config.max_position_embeddings if learned else None
-        )
+        longest = self.config.max_position_embeddings if learned else None
+        padding_id = self.config.pad_token_id if self.config.position_offset else None
+        return read_tokens(inputs, self.config.hidden_size, static, longest, padding_id)
 
     def _every_layer(self, output_hidden_states: bool | None) -> bool:
         """Return whether this call gives the hidden states of every layer; by default the config decides."""
@@ -130,7 +130,8 @@ class MegaBertPreTrainedModel(PreTrainedModel):
 class MegaBertModel(MegaBertPreTrainedModel):
     """The embeddings, the encoder and optionally the pooler, which ModernBERT does not have.
 
-    position_ids count with learned positions and RoPE only: ALiBi's distances are those of the tokens' places.
+    position_ids count with learned positions, from 0 also with a position_offset, and with RoPE only: ALiBi's distances
+    are those of the tokens' places.
     """
 
     _auto_class = "AutoModel"

@@ -19,13 +19,14 @@ from megabert.training.checkpointing.initial_weights import load_initial_weights
 from megabert.training.checkpointing.resume import Checkpoint
 from megabert.training.distributed.deepspeed_compat import (
     gate_optimizer_step,
+    optimizer_partitions,
     skip_reduction_of_one_rank,
     zero_norm_reader,
 )
 from megabert.training.distributed.heartbeat import watch_compiler
 from megabert.training.plan import RunPlan
 from megabert.training.updates.guard import UpdateGate
-from megabert.training.updates.optimizers import parameter_groups
+from megabert.training.updates.optimizers import Partition, StableAdamW, parameter_groups
 
 
 def start_engine(
@@ -82,13 +83,14 @@ def model_config(config: ModelConfig, tokenizer: TokenizerInfo) -> MegaBertConfi
         num_attention_heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size,
         max_position_embeddings=config.max_position_embeddings,
+        position_offset=config.position_offset,
         position=config.position,
         rope_theta=config.rope_theta,
         local_rope_theta=config.local_rope_theta,
         norm_position=config.norm_position,
         bias=config.bias,
         norm_bias=config.norm_bias,
-        type_vocab_size=2 if config.token_types else 0,
+        type_vocab_size=config.num_token_types,
         global_attention_every=config.global_attention_every,
         local_attention_window=config.local_attention_window,
         ffn=config.ffn,
@@ -117,6 +119,8 @@ def build_engine(
     )
     gate_optimizer_step(optimizer, gate.allows_step)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    if isinstance(optimizer, StableAdamW) and plan.ds_config.zero_stage > 0:
+        optimizer.partitions = {flat: Partition(*held) for flat, held in optimizer_partitions(engine).items()}
     if plan.recipe.run.compile:
         # In place, so that the names of the weights stay the same.
         engine.compile(compile_kwargs={"dynamic": True})

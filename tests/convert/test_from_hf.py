@@ -15,8 +15,13 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
+    CamembertConfig,
+    DistilBertConfig,
+    ElectraConfig,
     GteConfig,
     ModernBertConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
 )
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
@@ -127,14 +132,20 @@ def test_untied_embeddings_in_our_own_folder_are_refused(tmp_path):
         read_model(tmp_path)
 
 
-def test_pretraining_continues_from_the_folder(corpus, tmp_path):
+ROBERTA = {"position": "learned", "ffn": "gelu", "position_offset": 1, "type_vocab_size": 1}
+
+
+@pytest.mark.parametrize("changes", [{}, ROBERTA], ids=["mosaicbert", "roberta"])
+def test_pretraining_continues_from_the_folder(corpus, tmp_path, changes):
     """With a learning rate near zero, the first checkpoint has the folder's weights."""
     shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
-    small_model(**shape).save_pretrained(tmp_path / "in")
+    small_model(**shape, **changes).save_pretrained(tmp_path / "in")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "in" / name).write_bytes((corpus.tokenizer / name).read_bytes())
     import_model(tmp_path / "in", tmp_path / "start")
     settings = [f"--model.init_from={tmp_path / 'start'}", "--run.max_steps=1", "--optimizer.lr=1e-30"]
+    settings += [f"--model.{name}={value}" for name, value in changes.items()]
+    settings += ["--model.max_position_embeddings=40"] if changes else []
     done = run_command(pretrain_command(corpus, tmp_path / "run", *settings))
     assert done.code == 0, done.output
     weights, _, _ = read_checkpoint(tmp_path / "run")
@@ -166,7 +177,10 @@ def test_pretraining_continues_from_the_folder(corpus, tmp_path):
         ({"hidden_dropout_prob": 7}, "hidden_dropout_prob is 7, expected a number from 0 to 1"),
         ({"pad_token_id": 832}, "pad_token_id is 832, expected one of the 832 rows"),
         ({"id2label": {"yes": "1"}}, "id2label has the keys yes, expected numbers"),
-        ({"model_type": "gpt2"}, "model_type is 'gpt2', expected 'bert', 'modernbert', 'gte' or 'megabert'"),
+        (
+            {"model_type": "gpt2"},
+            "model_type is 'gpt2', expected 'bert', 'roberta', .*'modernbert', 'gte' or 'megabert'",
+        ),
     ],
 )
 def test_a_config_that_does_not_match_the_weights_is_refused(tmp_path, changes, message):
@@ -177,21 +191,33 @@ def test_a_config_that_does_not_match_the_weights_is_refused(tmp_path, changes, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("kind", "cls"), [("bert", BertConfig), ("modernbert", ModernBertConfig), ("gte", GteConfig)])
+DEFAULTS = [
+    ("bert", BertConfig), ("roberta", RobertaConfig), ("roberta", XLMRobertaConfig), ("roberta", CamembertConfig),
+    ("distilbert", DistilBertConfig), ("electra", ElectraConfig), ("modernbert", ModernBertConfig), ("gte", GteConfig),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "cls"), DEFAULTS)
 def test_settings_that_a_config_leaves_out_have_the_defaults_of_transformers(kind, cls):
-    sizes = SHAPE | {"vocab_size": 60_000}
-    for name in ("max_position_embeddings", "type_vocab_size"):
-        sizes.pop(name, None)
-    ours, theirs = from_their_config(Path("in"), {**sizes, "model_type": kind}, kind), cls(**sizes)
+    sizes = (
+        SHAPE | {"vocab_size": 60_000} | ({"hidden_size": 128, "num_attention_heads": 2} if kind == "electra" else {})
+    )
+    del sizes["max_position_embeddings"]
+    if kind == "distilbert":
+        sizes["hidden_dim"] = sizes.pop("intermediate_size")
+    ours, theirs = from_their_config(Path("in"), {**sizes, "model_type": cls.model_type}, kind), cls(**sizes)
     other_names = {
-        "layer_norm_eps": "norm_eps",
-        "hidden_dropout_prob": "mlp_dropout",
-        "attention_probs_dropout_prob": "attention_dropout",
+        "layer_norm_eps": ["norm_eps"],
+        "hidden_dropout_prob": ["mlp_dropout", "dropout"],
+        "attention_probs_dropout_prob": ["attention_dropout"],
+        "intermediate_size": ["hidden_dim"],
+        "classifier_dropout": ["seq_classif_dropout"],
     }
-    for name, other in ((name, other_names.get(name, name)) for name in (*SHARED_SETTINGS, "classifier_pooling")):
-        theirs_name = name if hasattr(theirs, name) else other
-        if hasattr(theirs, theirs_name):
-            assert getattr(ours, name) == getattr(theirs, theirs_name), name
+    for name in (*SHARED_SETTINGS, "classifier_pooling"):
+        found = next((other for other in (name, *other_names.get(name, ())) if hasattr(theirs, other)), None)
+        if found is not None:
+            got = ours.position_rows if (name, kind) == ("max_position_embeddings", "roberta") else getattr(ours, name)
+            assert got == getattr(theirs, found), name
 
 
 def test_relative_positions_and_a_config_without_sizes_are_refused(tmp_path):

@@ -25,11 +25,17 @@ LAYOUTS = {
     "Bert": {},
     "ModernBert": {"local_attention": 8, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3},
     "Gte": {},
+    "Roberta": {"type_vocab_size": 1},
+    "DistilBert": {},
+    "Electra": {"embedding_size": 16},
 }
 DECODERS = {
     "Bert": ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
     "ModernBert": ("decoder.weight", "model.embeddings.tok_embeddings.weight"),
     "Gte": ("lm_head.decoder.weight", "gte.embeddings.word_embeddings.weight"),
+    "Roberta": ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+    "DistilBert": ("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
+    "Electra": ("generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"),
 }
 IDS = torch.randint(5, 190, (2, 20), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS).index_fill(1, torch.arange(12, 20), 0)
@@ -44,7 +50,10 @@ def randomized(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def make(kind: str, head: str = "MaskedLM", **settings: object) -> torch.nn.Module:
-    config = getattr(transformers, f"{kind}Config")(**(SIZES | LAYOUTS.get(kind, {}) | settings))
+    sizes = dict(SIZES)
+    if kind == "DistilBert":
+        sizes["hidden_dim"] = sizes.pop("intermediate_size")
+    config = getattr(transformers, f"{kind}Config")(**(sizes | LAYOUTS.get(kind, {}) | settings))
     return randomized(getattr(transformers, f"{kind}For{head}")(config))
 
 
@@ -160,6 +169,11 @@ SETTINGS = [
     ("ModernBert", "MaskedLM", {"hidden_activation": "gelu_python", "classifier_activation": "gelu_python"}),
     ("ModernBert", "MaskedLM", {"norm_eps": 1e-6, "sparse_prediction": True}),
     ("Gte", "MaskedLM", {"hidden_act": "gelu_python", "type_vocab_size": 0}),
+    ("Roberta", "MaskedLM", {"pad_token_id": 1, "layer_norm_eps": 1e-5, "type_vocab_size": 2}),
+    ("XLMRoberta", "MaskedLM", {"pad_token_id": 3}),
+    ("Camembert", "MaskedLM", {"hidden_act": "gelu_python"}),
+    ("DistilBert", "MaskedLM", {"activation": "gelu_python", "sinusoidal_pos_embds": True}),
+    ("Electra", "MaskedLM", {"embedding_size": 16, "layer_norm_eps": 1e-5}),
 ]
 
 
@@ -225,12 +239,65 @@ def test_the_advice_about_names_of_files_works(models, tmp_path):
     assert_same(our_logits(folder), their_logits(models["Bert"][1]))
 
 
+@pytest.mark.parametrize(("kind", "changes", "message"), [
+    ("Roberta", {"pad_token_id": None}, "pad_token_id is None and max_position_embeddings 40; RoBERTa's"),
+    ("Roberta", {"pad_token_id": 39}, "pad_token_id is 39 and max_position_embeddings 40"),
+    ("Roberta", {"position_embedding_type": "relative_key"}, "'relative_key'; this model supports only 'absolute'"),
+    ("Roberta", {"is_decoder": True}, "is_decoder is True"),
+    ("Roberta", {"auto_map": {"AutoModel": "modeling.Other"}}, "auto_map names code of its own for AutoModel"),
+    ("Roberta", {"max_position_embeddings": 41}, r"position_embeddings.weight has shape \(40, 16\), .* \(41, 16\)"),
+    ("DistilBert", {"activation": "relu"}, "activation is 'relu'; this model supports only 'gelu'"),
+    ("DistilBert", {"n_layers": 10**9}, "n_layers is 1000000000, expected a number from 1 to 1,000"),
+    ("DistilBert", {"dim": None}, "lacks dim"),
+    ("Electra", {"embedding_size": 8}, "embedding_size is 8 and hidden_size 16: this model has no projection"),
+    ("Electra", {"architectures": ["ElectraForMultipleChoice"]}, "is a ElectraForMultipleChoice in its config.json"),
+])  # fmt: skip
+def test_settings_of_classes_with_berts_layers_are_refused_by_name(models, kind, changes, message, tmp_path):
+    folder = shutil.copytree(models[kind][0], tmp_path / "in")
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    if changes.get("dim", 0) is None:
+        del raw["dim"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=f"{folder}.*{message}") as refused:
+        read_model(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("summary_type", "last"), ("summary_use_proj", False), ("summary_activation", None), ("summary_first_dropout", 0.1),
+])  # fmt: skip
+def test_electras_choices_with_another_summary_are_refused(setting, value, tmp_path):
+    make("Electra", "MultipleChoice").save_pretrained(tmp_path)
+    read_model(tmp_path)
+    edit_json(tmp_path / "config.json", **{setting: value})
+    with pytest.raises(ValueError, match=f"config.json: {setting} is {value!r}; this model supports only"):
+        read_model(tmp_path)
+
+
+def test_what_this_model_has_no_place_for_is_named_as_unused(tmp_path):
+    """ELECTRA's discriminator, and the pooler that old RoBERTa classifiers have beside their own layer."""
+    model = make("Electra", "PreTraining")
+    model.save_pretrained(tmp_path / "electra")
+    read = read_model(tmp_path / "electra")
+    parts = ("dense", "dense_prediction")
+    assert read.unused == [f"discriminator_predictions.{part}.{end}" for part in parts for end in ("bias", "weight")]
+    assert "decoder.bias" in read.initialized
+    with torch.no_grad():
+        expected = model.electra(IDS, attention_mask=MASK).last_hidden_state
+        got = build_head(select_weights(read), read.config).bert(IDS, attention_mask=MASK).last_hidden_state
+    assert_same(got, expected)
+    classifier = make("Roberta", "SequenceClassification")
+    classifier.save_pretrained(tmp_path / "roberta")
+    add(tmp_path / "roberta", roberta__pooler__dense__weight=torch.ones(16, 16))
+    assert read_model(tmp_path / "roberta").unused == ["roberta.pooler.dense.weight"]
+    assert_same(our_logits(tmp_path / "roberta"), their_logits(classifier))
+
+
 OTHERS = {
-    "Roberta": "roberta", "XLMRoberta": "xlm-roberta", "Electra": "electra", "DebertaV2": "deberta-v2",
-    "Albert": "albert", "MPNet": "mpnet", "NomicBert": "nomic_bert", "EuroBert": "eurobert",
-    "ModernBertDecoder": "modernbert-decoder", "DistilBert": "distilbert",
+    "DebertaV2": "deberta-v2", "Albert": "albert", "MPNet": "mpnet", "NomicBert": "nomic_bert",
+    "EuroBert": "eurobert", "ModernBertDecoder": "modernbert-decoder",
 }  # fmt: skip
-SOME = ("Roberta", "DistilBert", "ModernBertDecoder")
+SOME = ("MPNet", "ModernBertDecoder")
 
 
 @pytest.mark.parametrize("kind", [*SOME, *(pytest.param(kind, marks=pytest.mark.nightly) for kind in OTHERS)])
@@ -244,3 +311,12 @@ def test_other_architectures_are_refused_by_name_whatever_they_call_themselves(k
     edit_json(tmp_path / "config.json", model_type="bert")
     with pytest.raises(ValueError, match=f"{tmp_path}.*(unknown|missing|supports only|lacks)"):
         read_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "DistilBert", "Electra"])
+def test_a_model_that_calls_itself_bert_but_is_another_is_refused(models, kind, tmp_path):
+    folder = shutil.copytree(models[kind][0], tmp_path / "in")
+    sizes = {name: value for name, value in SIZES.items() if kind == "DistilBert"}
+    edit_json(folder / "config.json", model_type="bert", **sizes)
+    with pytest.raises(ValueError, match=f"{folder}.* (unknown|missing): "):
+        read_model(folder)

@@ -33,7 +33,8 @@ cls.predictions.decoder.weight cls.predictions.decoder.bias
 
 
 def model_of(kind: str, **changes) -> MegaBertForMaskedLM:
-    classic = {"position": "learned", "ffn": "gelu"} if kind == "bert" else {}
+    classic = {} if kind == "mosaicbert" else {"position": "learned", "ffn": "gelu"}
+    classic |= {"type_vocab_size": 0} if kind == "distilbert" else {}
     model = MegaBertForMaskedLM(MegaBertConfig(**(SHAPE | classic | changes)))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,7 +42,7 @@ def model_of(kind: str, **changes) -> MegaBertForMaskedLM:
     return model
 
 
-@pytest.mark.parametrize("kind", ["mosaicbert", "bert"])
+@pytest.mark.parametrize("kind", ["mosaicbert", "bert", "roberta", "distilbert", "electra"])
 def test_there_and_back_changes_no_bit(kind):
     ours = model_of(kind).state_dict()
     theirs = from_megabert(ours, kind)

@@ -26,6 +26,7 @@ from megabert.finetune.training import (
 )
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification, mean_of_documents
+from tests.helpers.published_folders import make_tokenizer
 
 CPU = Backend(torch.device("cpu"), "torch")
 SETTINGS = Settings(lr=5e-3, epochs=4, batch_size=32, dropout=0.0, attention_dropout=0.0, precision="fp32")
@@ -290,3 +291,13 @@ def test_random_weights_are_not_the_pretrained_ones(bert, tmp_path):
     assert torch.equal(pretrained.state_dict()[name], load_file(base / "model.safetensors")[name])
     assert not torch.equal(fresh.state_dict()[name], pretrained.state_dict()[name])
     assert fresh.classifier.out_features == 1
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta", "DistilBert"])
+def test_pairs_are_put_together_as_in_pretraining(kind, corpus, tmp_path):
+    """RoBERTa's tokenizers put two </s> between two texts, BERT's one [SEP]."""
+    theirs = make_tokenizer(kind, corpus.texts[:20])
+    theirs.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path, 64)
+    assert tokenizer.encode("a b", "c").ids == theirs("a b", "c")["input_ids"]
+    assert tokenizer.encode("a b").ids == theirs("a b")["input_ids"]

@@ -17,11 +17,15 @@ MODERNBERT = {
     "norm_bias": False, "global_attention_every": 3, "local_attention_window": 8, "type_vocab_size": 0,
     "layer_norm_eps": 1e-5, "layer_norm_dtype": "float32", "num_hidden_layers": 4, "classifier_dropout": 0.0,
 }  # fmt: skip
+BERT = {"position": "learned", "ffn": "gelu"}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mosaicbert": {},
-    "bert": {"position": "learned", "ffn": "gelu"},
+    "bert": BERT,
     "rope-mosaicbert": {"position": "rope", "rope_theta": 160_000.0},
     "modernbert": MODERNBERT,
+    "roberta": BERT | {"position_offset": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    "distilbert": BERT | {"type_vocab_size": 0, "classifier_activation": "relu", "attention_output_dropout_prob": 0.0},
+    "electra": BERT | {"classifier_activation": "gelu"},
 }
 
 

@@ -194,6 +194,25 @@ def norm_within_step() -> list[float]:
     return norms
 
 
+def flat_partitions() -> list[list[int]]:
+    """Return the shapes of what the optimizer gets at each stage in place of a weight of 1 x 8 and a bias."""
+    found = []
+    for stage in (1, 2, 3):
+        engine = engine_with(**zero(stage))
+        shapes: list[int] = []
+        usual = engine.optimizer.optimizer.step
+
+        def observed_step(*args: Any, engine: Any = engine, shapes: list[int] = shapes, usual: Any = usual) -> Any:
+            groups = engine.optimizer.optimizer.param_groups
+            shapes.extend(size for group in groups for tensor in group["params"] for size in tensor.shape)
+            return usual(*args)
+
+        engine.optimizer.optimizer.step = observed_step
+        step(engine)
+        found.append(shapes)
+    return found
+
+
 def one_rank_is_reduced() -> list[bool]:
     """Return whether stage 0 reduces the gradients of one rank, by default and where it is told not to."""
     found = []
@@ -314,6 +333,7 @@ def main() -> None:
         "nan_at_stage_2": nan_at_stage(2),
         "norm_at_stage_0": norm_at_stage_0(),
         "norm_within_step": norm_within_step(),
+        "flat_partitions": flat_partitions(),
         "one_rank_is_reduced": one_rank_is_reduced(),
         "gradients_move": gradients_move(),
         "numel_at_stage_3": numel_at_stage_3(),

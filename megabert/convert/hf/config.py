@@ -2,10 +2,12 @@
 
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import BertConfig
 
+from megabert.convert.bert_names import NAMES, BertLike
+from megabert.convert.hf.bert_like import MODEL_TYPES, to_bert_settings
 from megabert.convert.hf.heads import LABELS, MASKED_LM, head_of
 from megabert.convert.hf.native import check_fixed, from_gte_config, from_modernbert_config
 from megabert.convert.hf.reader import CONFIG, MAX_SIZES
@@ -18,6 +20,8 @@ SHARED_SETTINGS = (
     "attention_probs_dropout_prob", "classifier_dropout", "initializer_range", "pad_token_id",
 )  # fmt: skip
 
+# Settings of ours that BERT does not have, but classes with its layers.
+BERT_LIKE_SETTINGS = ("position_offset", "classifier_activation", "attention_output_dropout_prob")
 # Settings of transformers' BERT of which our model supports one value, which is also BERT's default.
 FIXED_SETTINGS = {"hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
 # The default of a config.json without this setting. The other defaults equal ours.
@@ -38,16 +42,17 @@ MOSAICBERT_CLASSES = {
 
 
 def detect_architecture(source: Path, raw: dict[str, Any], tensor_names: set[str]) -> Literal["megabert"] | Kind:
-    """Tell which of the five architectures a folder contains. Raises ValueError if it is another one."""
+    """Tell which architecture a folder contains. Raises ValueError if it is another one."""
     model_type = raw.get("model_type")
     if model_type == MegaBertConfig.model_type:
         return "megabert"
     if model_type == "modernbert" or model_type == "gte":
         return model_type
+    if model_type in MODEL_TYPES:
+        return MODEL_TYPES[model_type]
     if model_type != "bert":
-        raise ValueError(
-            f"{source / CONFIG}: model_type is {model_type!r}, expected 'bert', 'modernbert', 'gte' or 'megabert'."
-        )
+        known = ", ".join(map(repr, ("bert", *MODEL_TYPES, "modernbert", "gte")))
+        raise ValueError(f"{source / CONFIG}: model_type is {model_type!r}, expected {known} or 'megabert'.")
     return "mosaicbert" if any(".Wqkv." in name for name in tensor_names) else "bert"
 
 
@@ -55,7 +60,7 @@ def check_no_own_code(source: Path, raw: dict[str, Any], kind: str) -> None:
     """Check that a folder of transformers' own class brings no code, which may compute something else."""
     auto_map = raw["auto_map"] if isinstance(raw.get("auto_map"), dict) else {}
     models = [name for name in auto_map if name.startswith("AutoModel")]
-    if models and kind in ("bert", "modernbert", "gte"):
+    if models and kind not in ("megabert", "mosaicbert"):
         raise ValueError(
             f"{source / CONFIG}: auto_map names code of its own for {models[0]}, {auto_map[models[0]]!r}, which may "
             "compute something else than transformers' class. If it does not, remove auto_map there."
@@ -72,18 +77,26 @@ def from_megabert_config(source: Path, raw: dict[str, Any]) -> MegaBertConfig:
     return _make_config(source, {name: value for name, value in raw.items() if name in known} | _read_labels(raw))
 
 
-def from_their_config(source: Path, raw: dict[str, Any], kind: Kind) -> MegaBertConfig:
-    """Convert another model's config. Raises ValueError for a setting that our model does not support."""
+def from_their_config(source: Path, raw: dict[str, Any], kind: Kind, head: str | None = None) -> MegaBertConfig:
+    """Convert another model's config. Raises ValueError for a setting that our model does not support.
+
+    head: as read_head() returns it.
+    """
     if kind in ("bert", "mosaicbert"):
         return from_bert_config(source, raw, kind)
+    if kind in NAMES:
+        return from_bert_config(source, to_bert_settings(source, raw, cast(BertLike, kind), head), kind)
     settings = (from_modernbert_config if kind == "modernbert" else from_gte_config)(source, raw)
     return _make_config(source, settings | _read_labels(raw))
 
 
 def from_bert_config(source: Path, raw: dict[str, Any], kind: Kind) -> MegaBertConfig:
-    """Convert the config of a BERT or a MosaicBERT. Raises ValueError for a setting that our model does not support."""
+    """Convert the config of a BERT or a MosaicBERT. Raises ValueError for a setting that our model does not support.
+
+    raw: with the settings that to_bert_settings() adds for other kinds.
+    """
     check_fixed(source, raw, FIXED_SETTINGS)
-    if kind == "bert" and (positions := raw.get("position_embedding_type", "absolute")) != "absolute":
+    if kind != "mosaicbert" and (positions := raw.get("position_embedding_type", "absolute")) != "absolute":
         raise ValueError(
             f"{source / CONFIG}: position_embedding_type is {positions!r}; this model supports only 'absolute'."
         )
@@ -94,6 +107,8 @@ def from_bert_config(source: Path, raw: dict[str, Any], kind: Kind) -> MegaBertC
         settings |= {"position": "alibi", "ffn": "geglu", "layer_norm_dtype": "bfloat16"}
     else:
         settings |= {"position": "learned", "ffn": "gelu", "layer_norm_dtype": "float32"}
+        if kind in NAMES:
+            settings |= {name: raw[name] for name in BERT_LIKE_SETTINGS}
         settings.setdefault("attention_probs_dropout_prob", BERT_ATTENTION_DROPOUT)
     config = _make_config(source, settings)
     if kind == "mosaicbert" and config.layer_norm_eps != MOSAICBERT_HEAD_EPS:

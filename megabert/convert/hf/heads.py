@@ -11,9 +11,18 @@ from megabert.model.configuration_megabert import MegaBertConfig
 MASKED_LM = "MaskedLM"
 ANSWERS, CHOICE = "QuestionAnswering", "MultipleChoice"
 TASKS = ("SequenceClassification", "TokenClassification", ANSWERS, CHOICE)
-# What the class of each architecture begins with.
-PREFIXES = {"megabert": "MegaBert", "bert": "Bert", "mosaicbert": "Bert", "modernbert": "ModernBert", "gte": "Gte"}
-LAST_LAYERS = ("classifier.weight", "qa_outputs.weight")
+# What the classes of each architecture begin with.
+PREFIXES = {
+    "megabert": ("MegaBert",),
+    "bert": ("Bert",),
+    "mosaicbert": ("Bert",),
+    "roberta": ("Roberta", "XLMRoberta", "Camembert"),
+    "distilbert": ("DistilBert",),
+    "electra": ("Electra",),
+    "modernbert": ("ModernBert",),
+    "gte": ("Gte",),
+}
+LAST_LAYERS = ("classifier.weight", "classifier.out_proj.weight", "qa_outputs.weight")
 # Settings that belong to the head for a task.
 LABELS = ("id2label", "label2id", "problem_type")
 
@@ -24,13 +33,13 @@ def read_head(source: Path, raw: dict[str, Any], kind: str, names: Collection[st
     names: of the tensors. Raises ValueError if the tensors have a head that is not the class's, or if our class of it
     computes something else.
     """
-    classes = {f"{PREFIXES[kind]}For{task}": task for task in TASKS}
+    classes = {f"{prefix}For{task}": task for prefix in PREFIXES[kind] for task in TASKS}
     architectures = set(raw.get("architectures") or [])
     named = next((name for name in sorted(architectures) if name in classes), None)
     has_head = any(name in names for name in LAST_LAYERS)
     if named is None:
         # In other architectures, the names of the tensors tell one head from another.
-        bare = {f"{PREFIXES[kind]}Model", f"{PREFIXES[kind]}ForMaskedLM"}
+        bare = {f"{prefix}{end}" for prefix in PREFIXES[kind] for end in ("Model", "ForMaskedLM")}
         if has_head and kind in ("modernbert", "gte") and architectures <= bare:
             raise ValueError(
                 f"{source}: has a classifier, but {CONFIG} does not name its class. Set architectures there to "

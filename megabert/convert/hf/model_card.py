@@ -7,15 +7,18 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from megabert.convert.hf.native import native_kind
+from megabert.convert.hf.native import NativeKind, native_kind
 from megabert.convert.hf.reader import read_json
 from megabert.files.checkpoint_format import State
 from megabert.files.metrics_format import METRICS, read_metrics
 from megabert.files.redact import redact
 from megabert.model.configuration_megabert import MegaBertConfig
 
-# By native_kind(). A model of the last kind is MosaicBERT with RoPE, which transformers calls GTE.
-ARCHITECTURES = {"bert": "BERT", "modernbert": "ModernBERT", "gte": "RoPE MosaicBERT (GTE)"}
+# A model of the last kind is MosaicBERT with RoPE, which transformers calls GTE.
+ARCHITECTURES: dict[NativeKind, str] = {
+    "bert": "BERT", "roberta": "RoBERTa", "distilbert": "DistilBERT", "electra": "ELECTRA", "modernbert": "ModernBERT",
+    "gte": "RoPE MosaicBERT (GTE)",
+}  # fmt: skip
 
 
 class Metrics(NamedTuple):

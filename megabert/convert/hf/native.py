@@ -7,12 +7,19 @@ local_rope_theta and global_attn_every_n_layers where those of transformers 5 ha
 from pathlib import Path
 from typing import Any, Literal
 
-from megabert.convert.hf.heads import LABELS, MASKED_LM, TASKS, head_of
+from megabert.convert.hf.heads import CHOICE, LABELS, MASKED_LM, TASKS, head_of
 from megabert.convert.hf.reader import CONFIG
 from megabert.model.configuration_megabert import MegaBertConfig
 
-NativeKind = Literal["bert", "modernbert", "gte"]
-NAMES: dict[NativeKind, str] = {"bert": "Bert", "modernbert": "ModernBert", "gte": "Gte"}
+NativeKind = Literal["bert", "roberta", "distilbert", "electra", "modernbert", "gte"]
+NAMES: dict[NativeKind, str] = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "distilbert": "DistilBert",
+    "electra": "Electra",
+    "modernbert": "ModernBert",
+    "gte": "Gte",
+}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 # Other names of transformers' for the exact GELU, which is computed with erf.
@@ -34,10 +41,20 @@ GTE_THETA = 160_000.0
 FULL, SLIDING = "full_attention", "sliding_attention"
 # The heads that transformers' classes have.
 HEADS: dict[NativeKind, tuple[str, ...]] = {
-    "bert": (MASKED_LM, *TASKS),
-    "modernbert": (MASKED_LM, *TASKS),
+    **dict.fromkeys(NAMES, (MASKED_LM, *TASKS)),
     "gte": (MASKED_LM, "SequenceClassification", "TokenClassification"),
 }
+# Heads with a pooler, or with a layer of their own in its place, and that layer's activation.
+POOLED = ("SequenceClassification", CHOICE)
+ACTIVATIONS: dict[NativeKind, str] = {
+    "bert": "tanh",
+    "roberta": "tanh",
+    "distilbert": "relu",
+    "electra": "gelu",
+    "gte": "tanh",
+}
+# DistilBERT has this epsilon in every LayerNorm.
+DISTILBERT_EPS = 1e-12
 
 
 def native_kind(config: MegaBertConfig) -> NativeKind | None:
@@ -45,8 +62,8 @@ def native_kind(config: MegaBertConfig) -> NativeKind | None:
     biased = config.bias and config.norm_bias
     everywhere = config.global_attention_every == 1
     if config.norm_position == "post" and biased and everywhere:
-        if (config.position, config.ffn) == ("learned", "gelu") and config.token_types:
-            return "bert"
+        if (config.position, config.ffn) == ("learned", "gelu"):
+            return _bert_like_kind(config)
         if (config.position, config.ffn) == ("rope", "geglu"):
             return "gte"
     bare = not (config.bias or config.norm_bias or config.token_types)
@@ -55,12 +72,24 @@ def native_kind(config: MegaBertConfig) -> NativeKind | None:
     return None
 
 
+def _bert_like_kind(config: MegaBertConfig) -> NativeKind | None:
+    """Return which of the classes with BERT's layers has the config's embeddings, and its classifier's activation."""
+    if config.position_offset:
+        in_place = config.pad_token_id is not None and config.position_offset == config.pad_token_id + 1
+        return "roberta" if in_place and config.token_types else None
+    if config.token_types:
+        return "electra" if config.classifier_activation == ACTIVATIONS["electra"] else "bert"
+    return "distilbert" if config.layer_norm_eps == DISTILBERT_EPS else None
+
+
 def native_class(config: MegaBertConfig) -> str | None:
     """Return the name of the class of transformers that computes the same as our class with its head, or None."""
     kind, head = native_kind(config), head_of(config)
     if kind is None or head not in HEADS[kind]:
         return None
     if kind != "modernbert" and head == "SequenceClassification" and config.classifier_pooling != "cls":
+        return None
+    if kind in ACTIVATIONS and head in POOLED and config.classifier_activation != ACTIVATIONS[kind]:
         return None
     return f"{NAMES[kind]}For{head}"
 

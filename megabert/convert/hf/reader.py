@@ -39,6 +39,16 @@ MAX_SIZES = {
     "type_vocab_size": 100_000,
     "num_labels": 100_000,
 }
+# Names of sizes in the configs of other architectures, and ours, by model_type.
+SIZE_ALIASES = {
+    "distilbert": {
+        "n_layers": "num_hidden_layers",
+        "dim": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "hidden_dim": "intermediate_size",
+    },
+    "electra": {"embedding_size": "hidden_size"},
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -52,7 +62,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json and check its sizes and labels. Raises ValueError naming the first bad value."""
     path = folder / CONFIG
     config = read_json(check_inside(folder, CONFIG) if path.is_file() else path)
-    for name, largest in MAX_SIZES.items():
+    aliases = SIZE_ALIASES.get(str(config.get("model_type")), {})
+    largest_sizes = MAX_SIZES | {alias: MAX_SIZES[name] for alias, name in aliases.items()}
+    for name, largest in largest_sizes.items():
         size = config.get(name, 1)
         least = 0 if name == "type_vocab_size" else 1
         if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= largest:

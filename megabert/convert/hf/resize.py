@@ -56,8 +56,10 @@ def resize_positions(model: ImportedModel, max_length: int) -> ImportedModel:
     _check_size("the maximum length", max_length, "max_position_embeddings", config.hidden_size)
     config.max_position_embeddings = max_length
     if config.position == "learned":
-        table = weights[POSITION_EMBEDDINGS]
-        weights[POSITION_EMBEDDINGS] = table[torch.arange(max_length) % len(table)].contiguous()
+        first, table = weights[POSITION_EMBEDDINGS].split(
+            [config.position_offset, model.config.max_position_embeddings]
+        )
+        weights[POSITION_EMBEDDINGS] = torch.cat([first, table[torch.arange(max_length) % len(table)]])
     return model._replace(config=config, weights=weights)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from megabert import __version__
 from megabert.convert.gte_files import to_gte_file
-from megabert.convert.hf.native import NativeKind, native_kind
+from megabert.convert.hf.native import NAMES, NativeKind, native_kind
 from megabert.convert.hf.reader import CONFIG, SAFETENSORS
 from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets import sentence_transformers
@@ -33,9 +33,11 @@ FOLDER = "encoder"
 TOLERANCE = 1e-5
 # The embeddings of this many texts are compared.
 COMPARED_TEXTS = 200
-# vLLM chooses its class by this name, and stops at a tensor that the encoder does not have or that has a prefix.
-ARCHITECTURES: dict[NativeKind, str] = {"bert": "BertModel", "modernbert": "ModernBertModel", "gte": "GteModel"}
-PREFIXES: dict[NativeKind, str] = {"bert": "bert.", "modernbert": "model.", "gte": "new."}
+# vLLM stops at a tensor that the encoder does not have or that has a prefix.
+PREFIXES: dict[NativeKind, str] = {
+    "bert": "bert.", "roberta": "roberta.", "distilbert": "distilbert.", "electra": "electra.", "modernbert": "model.",
+    "gte": "new.",
+}  # fmt: skip
 USAGE = """docker run -p 8080:80 -v "$PWD/this folder":/data ghcr.io/huggingface/text-embeddings-inference:cpu-1.8 \\
     --model-id /data/encoder
 vllm serve "this folder/encoder" --runner pooling"""
@@ -45,7 +47,7 @@ def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) ->
     if native_kind(config) is None:
         raise ValueError(
             f"--for encoder: the model has {config.position}, {config.ffn} and {config.norm_position}-norm layers, "
-            "which are those of no BERT, GTE or ModernBERT. Leave encoder out; a MosaicBERT is written for TEI with "
+            "which are those of no class of transformers'. Leave encoder out; a MosaicBERT is written for TEI with "
             "--for jina."
         )
     return ["it has the encoder only, for TEI and vLLM, which do not read a folder with another head"]
@@ -56,7 +58,9 @@ def write(source: Source, folder: Path) -> str:
     assert kind is not None, "check() refuses other models"
     out = folder / FOLDER
     out.mkdir()
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | {"architectures": [ARCHITECTURES[kind]]}
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    # vLLM chooses its class by this name.
+    settings["architectures"] = [f"{NAMES[kind]}Model"]
     (out / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     named = from_megabert(source.weights, kind, duplicates=False)
     named = to_gte_file(named) if kind == "gte" else named

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megabert.model.attention import Attend, plan_sdpa
+from megabert.model.inputs import count_tokens
 from megabert.model.modeling_megabert import MegaBertModel
 from megabert.model.padding import Sequences, Tokens
 
@@ -65,7 +66,7 @@ def encode(model: MegaBertModel, input_ids: Tensor, found: GraphTokens) -> Tenso
         )
 
     model.encoder.planner = plan
-    places = torch.arange(length, device=input_ids.device).expand(batch, length)
+    places = count_tokens(input_ids, model.config.pad_token_id if model.config.position_offset else None)
     ids, position_ids = (values.flatten().index_select(0, found.indices) for values in (input_ids, places))
     # num_keys is None: the encoder gets real tokens only, and the planner knows the rows.
     tokens = Tokens(ids, position_ids, None, Sequences(bounds, length))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TOKENIZER_CONFIG
@@ -24,6 +24,8 @@ PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 # ESM) do not.
 BERTS = "Bert ConvBert DistilBert Electra LayoutLM Lxmert MobileBert RetriBert Splinter SqueezeBert"
 BERT_CLASSES = {f"{name}Tokenizer{fast}" for name in BERTS.split() for fast in ("", "Fast")}
+# These put a space before a text, or not, as tokenizer_config.json says and whatever tokenizer.json does.
+ROBERTA_CLASSES = ("RobertaTokenizer", "RobertaTokenizerFast")
 # Unicode's property White_Space.
 WHITE_SPACE = "".join(
     map(chr, (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000))
@@ -59,6 +61,8 @@ def read_folder_tokenizer(files: dict[str, Path], lowercase: bool = True) -> Tok
         tokenizer = read_tokenizer(path)
         if settings.get("tokenizer_class") not in PLAIN_CLASSES:
             _change_normalizer(path.parent, tokenizer, settings)
+        if settings.get("tokenizer_class") in ROBERTA_CLASSES:
+            _change_prefix(path.parent, tokenizer, settings)
     elif not is_berts(files):
         raise ValueError(
             f"{path}: {TOKENIZER_CONFIG} names {settings['tokenizer_class']}, which splits texts otherwise than BERT. "
@@ -110,6 +114,14 @@ def _change_normalizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, A
             if name in settings:
                 setattr(normalizer, attribute, _parse_flag(folder, settings, name, getattr(normalizer, attribute)))
         tokenizer.normalizer = normalizer
+
+
+def _change_prefix(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+    """Put a space before a text, or none, as RoBERTa's class does: without the setting none."""
+    splitter = tokenizer.pre_tokenizer
+    if isinstance(splitter, pre_tokenizers.ByteLevel):
+        splitter.add_prefix_space = _parse_flag(folder, settings, "add_prefix_space", False)
+        tokenizer.pre_tokenizer = splitter
 
 
 def _from_vocab(vocab: Path, settings: dict[str, Any], lowercase: bool) -> Tokenizer:

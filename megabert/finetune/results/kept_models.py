@@ -3,18 +3,15 @@
 import json
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megabert.convert.check import export_check, export_record
 from megabert.convert.check.export_record import Measurements
-from megabert.convert.hf.config import to_bert_config
-from megabert.convert.hf.native import native_kind
+from megabert.convert.hf.native import native_class
 from megabert.convert.hf.tokenizer import copy_tokenizer
-from megabert.convert.hf.writer import MODEL_CODE, write_config, write_weights
-from megabert.convert.to_hf import check_replaceable
-from megabert.convert.weight_names import from_megabert
+from megabert.convert.hf.writer import MAX_SHARD_SIZE, MODEL_CODE
+from megabert.convert.to_hf import check_replaceable, write_model
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.atomic import replace_folder, staged_folder
 from megabert.files.hashing import texts_sha256
@@ -96,10 +93,12 @@ def export_model(context: JobContext, job: FinetuneJob, result: Result, num_jobs
     pairs = len(job.task.texts) == 2
     with staged_folder(out) as folder:
         max_length = _write_tokenizer(folder, kept, model, job)
-        weights = _write_model(folder, model, job.task)
+        config = _with_labels(model, job.task)
+        weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+        parameters = write_model(folder, weights, config, MAX_SHARD_SIZE)
         export_check.write_expected_outputs(model, folder, folder, max_length, pairs)
-        (folder / "README.md").write_text(_make_card(model.config, job, result, num_jobs), encoding="utf-8")
-        export_record.write_record(folder, _fingerprint(job, result), max_length, weights, pairs)
+        (folder / "README.md").write_text(_make_card(native_class(config), job, result, num_jobs), encoding="utf-8")
+        export_record.write_record(folder, _fingerprint(job, result), max_length, parameters, pairs)
         measured = export_check.check_new_export(folder, str(out))
         replace_folder(folder, out)
     return measured
@@ -131,40 +130,18 @@ def _write_tokenizer(folder: Path, kept: Path, model: MegaBertForSequenceClassif
     return max_length
 
 
-def _write_model(folder: Path, model: MegaBertForSequenceClassification, task: Task) -> dict[str, torch.Tensor]:
-    """Write config, code and weights, as transformers' own BERT where it computes the same. Returns the weights."""
+def _with_labels(model: MegaBertForSequenceClassification, task: Task) -> MegaBertConfig:
+    """Return the model's config with the names of the task's labels, and the model's class."""
     config = deepcopy(model.config)
-    names = dict(enumerate(task.labels or [task.label]))
-    labels: dict[str, Any] = {
-        "id2label": names,
-        "label2id": {name: number for number, name in names.items()},
-        "problem_type": "regression" if task.is_regression else "single_label_classification",
-    }
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    if _is_plain_bert(config):
-        # Our classifier's pooler has another name than BERT's.
-        renamed = {name.replace("pre_classifier.", "bert.pooler."): tensor for name, tensor in weights.items()}
-        weights = {
-            name: tensor.contiguous() for name, tensor in from_megabert(renamed, "bert", duplicates=False).items()
-        }
-        config, architecture = to_bert_config(config), "BertForSequenceClassification"
-    else:
-        architecture = type(model).__name__
-    for name, value in (labels | {"architectures": [architecture]}).items():
-        setattr(config, name, value)
-    if isinstance(config, MegaBertConfig):
-        write_config(folder, config)
-    else:
-        config.save_pretrained(folder)
-    write_weights(folder, weights)
-    return weights
+    config.id2label = dict(enumerate(task.labels or [task.label]))
+    config.label2id = {name: number for number, name in config.id2label.items()}
+    config.problem_type = "regression" if task.is_regression else "single_label_classification"
+    config.architectures = [type(model).__name__]
+    return config
 
 
-def _is_plain_bert(config: MegaBertConfig) -> bool:
-    return native_kind(config) == "bert" and config.classifier_pooling == "cls"
-
-
-def _make_card(config: MegaBertConfig, job: FinetuneJob, result: Result, num_jobs: int) -> str:
+def _make_card(native: str | None, job: FinetuneJob, result: Result, num_jobs: int) -> str:
+    """native: the class of transformers that loads the folder without its code, or None."""
     task, pairs = job.task, len(job.task.texts) == 2
     runs = f"the best of {num_jobs} runs" if num_jobs > 1 else "the only run"
     return CARD.format(
@@ -176,6 +153,6 @@ def _make_card(config: MegaBertConfig, job: FinetuneJob, result: Result, num_job
         scores=", ".join(f"{name} {100 * value:.2f}" for name, value in result["scores"].items()),
         examples=result["train_examples"],
         settings=", ".join(f"{name} {value}" for name, value in job.identity["settings"].items()),
-        trust="" if _is_plain_bert(config) else ", trust_remote_code=True",
+        trust="" if native else ", trust_remote_code=True",
         arguments='"a text", "another text"' if pairs else '"a text"',
     )

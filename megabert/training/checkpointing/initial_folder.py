@@ -18,8 +18,8 @@ MODEL_TYPE = "megabert"
 # Settings of the architecture, which the recipe calls by the same names. Most change the output but no tensor's shape.
 SAME_SETTINGS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "position", "rope_theta",
-    "local_rope_theta", "norm_position", "bias", "norm_bias", "token_types", "global_attention_every",
-    "local_attention_window", "ffn", "layer_norm_eps",
+    "local_rope_theta", "norm_position", "bias", "norm_bias", "type_vocab_size", "global_attention_every",
+    "local_attention_window", "ffn", "layer_norm_eps", "position_offset",
 )  # fmt: skip
 
 
@@ -42,22 +42,34 @@ def _how_to_convert(folder: Path) -> str:
     return "Convert it with launch/convert_from_hf.py first."
 
 
-def check_settings(folder: Path, theirs: Mapping[str, Any], ours: object) -> None:
+def check_settings(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise ValueError, naming all of them, if settings of the folder's model in `theirs` are others in this recipe.
 
-    ours: has them as attributes, by the same names.
+    A folder has no token types if its type_vocab_size is 0, and a recipe if model.token_types is false.
     """
-    different = [name for name in SAME_SETTINGS if name in theirs and theirs[name] != getattr(ours, name)]
+    different = [name for name in SAME_SETTINGS if name in theirs and theirs[name] != ours[name]]
     if not different:
         return
     found = "; ".join(
-        f"{name} is {theirs[name]!r} in its {CONFIG}, {getattr(ours, name)!r} in this recipe" for name in different
+        f"{name} is {theirs[name]!r} in its {CONFIG}, {ours[name]!r} in this recipe" for name in different
     )
-    wanted = {name: {None: "null", True: "true", False: "false"}.get(theirs[name], theirs[name]) for name in different}
-    remedy = f"Set model.{different[0]} to {wanted[different[0]]}."
-    if len(different) > 1:
+    wanted = {name: theirs[name] for name in different}
+    if "type_vocab_size" in wanted and 0 in (types := (theirs["type_vocab_size"], ours["type_vocab_size"])):
+        wanted["token_types"] = types[0] > 0
+        if not types[0]:
+            del wanted["type_vocab_size"]
+    wanted = {name: _as_flag(value) for name, value in wanted.items()}
+    name, value = next(iter(wanted.items()))
+    remedy = f"Set model.{name} to {value}."
+    if len(wanted) > 1:
         remedy = f"Pass {' '.join(f'--model.{name}={value}' for name, value in wanted.items())}."
     raise ValueError(f"model.init_from {folder}: {found}. {remedy}")
+
+
+def _as_flag(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def check_vocabulary(folder: Path, source: Source) -> None:

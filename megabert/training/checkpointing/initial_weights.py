@@ -25,23 +25,27 @@ def load_initial_weights(model: MegaBertForMaskedLM, folder: Path, source: Sourc
     check_folder(folder)
     initial = read_model(folder)
     weights = {name: tensor for name, tensor in initial.weights.items() if not name.startswith(OTHER_HEADS)}
-    check_settings(folder, {name: getattr(initial.config, name) for name in SAME_SETTINGS}, model.config)
+    theirs, ours = (
+        {name: getattr(config, name) for name in SAME_SETTINGS} for config in (initial.config, model.config)
+    )
+    check_settings(folder, theirs, ours)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     assert weights.keys() == expected.keys(), "the settings determine the parameters"
     check_vocabulary(folder, source)
     for name, shape in expected.items():
         if weights[name].shape != shape:
+            remedy = _explain_shape(name, len(weights[name]), source.tokenizer.vocab_size, model.config.position_offset)
             raise ValueError(
                 f"model.init_from {folder}: {name} has shape {tuple(weights[name].shape)}, this recipe's has "
-                f"{tuple(shape)}. {_explain_shape(name, len(weights[name]), source.tokenizer.vocab_size)}"
+                f"{tuple(shape)}. {remedy}"
             )
     model.load_state_dict(weights, strict=False)
 
 
-def _explain_shape(name: str, rows: int, vocab_size: int) -> str:
+def _explain_shape(name: str, rows: int, vocab_size: int, offset: int) -> str:
     """Say how to make a recipe's model have as many rows as the folder's."""
     if name != WORD_EMBEDDINGS:
         other = "change the folder with launch/convert_from_hf.py --max-length"
-        return f"Set model.max_position_embeddings to {rows}, or {other}."
+        return f"Set model.max_position_embeddings to {rows - offset}, or {other}."
     multiple = next(size for size in (64, 128, 32, 16, 8, 1, rows) if -(-vocab_size // size) * size == rows)
     return f"Set model.pad_vocab_to_multiple_of to {multiple}."

@@ -14,12 +14,14 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from enum import Enum
 from importlib import import_module
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import deepspeed.comm.comm
 import torch
+import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -95,6 +97,32 @@ def zero_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float]:
     """
     optimizer: Any = engine.optimizer
     return lambda: float(optimizer._global_grad_norm)
+
+
+def optimizer_partitions(engine: deepspeed.DeepSpeedEngine) -> dict[torch.Tensor, tuple[list[slice], list[int]]]:
+    """Say what the flat tensors hold that ZeRO 1, 2 or 3 gives the wrapped optimizer in the place of the parameters.
+
+    Returns the parts and numels of each one, as in updates/optimizers.py Partition. Canary: flat_partitions.
+    """
+    optimizer: Any = engine.optimizer
+    partitions = {}
+    if engine.zero_optimization_stage() == 3:
+        groups = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+        for flat, parameters in groups:
+            ends = list(accumulate(parameter.partition_numel() for parameter in parameters))
+            partitions[flat] = (
+                [slice(*pair) for pair in pairwise([0, *ends])],
+                [parameter.ds_numel for parameter in parameters],
+            )
+        return partitions
+    for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+        begin = dist.get_rank(group=optimizer.real_dp_process_group[index]) * flat.numel()
+        numels = [parameter.numel() for parameter in optimizer.round_robin_bit16_groups[index]]
+        bounds = zip(optimizer.round_robin_bit16_offsets[index], numels, strict=True)
+        ends = [(offset - begin, offset + numel - begin) for offset, numel in bounds]
+        parts = [slice(*(min(max(end, 0), flat.numel()) for end in both)) for both in ends]
+        partitions[flat] = (parts, numels)
+    return partitions
 
 
 def skip_reduction_of_one_rank(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -40,9 +40,9 @@ def num_weights(model: ModelConfig, vocab_size: int) -> int:
     up = 2 * inner if gated else inner
     up_bias = 0 if gated else inner
     layer = 4 * width * width + 4 * width + width * up + up_bias + inner * width + width + 4 * width
-    positions = model.max_position_embeddings * width if model.position == "learned" else 0
+    rows = model.max_position_embeddings + model.position_offset if model.position == "learned" else 0
     head = width * width + 3 * width + vocab_size
-    return vocab_size * width + 2 * width + positions + 2 * width + model.num_hidden_layers * layer + head
+    return (vocab_size + model.num_token_types + rows + 2) * width + model.num_hidden_layers * layer + head
 
 
 def kept_bytes(model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = True) -> float:

@@ -259,7 +259,8 @@ class Checks:
         if name is None or self.saved is not None:
             return
         folder = Path(name)
-        check_settings(folder, check_folder(folder), self.recipe.model)
+        model = self.recipe.model
+        check_settings(folder, check_folder(folder), vars(model) | {"type_vocab_size": model.num_token_types})
         if self.corpus is not None:
             check_vocabulary(folder, self.corpus.sources[0])
         yield f"{folder}: its settings and vocabulary are the recipe's and the corpus's; its weights are not read"

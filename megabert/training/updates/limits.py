@@ -7,10 +7,10 @@ from megabert.config.recipe import OptimizerConfig
 def why_not_optimizer(config: OptimizerConfig, ds_config: ResolvedDsConfig) -> str | None:
     """Return why this optimizer would train wrongly under this ds_config, or None."""
     stage = ds_config.zero_stage
-    if config.name == "stable_adamw" and stage > 0:
+    if config.name == "stable_adamw" and ds_config.offloads_optimizer:
         return (
-            f"optimizer.name stable_adamw measures the update of whole weight matrices, but ZeRO {stage} gives it flat "
-            "pieces of several. Use ds_configs/zero0.json, or optimizer.name adamw."
+            "optimizer.name stable_adamw adds sums over the ranks, which an offloaded optimizer cannot. Remove "
+            "zero_optimization.offload_optimizer, or use optimizer.name adamw."
         )
     if config.name != "muon":
         return None

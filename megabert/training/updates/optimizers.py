@@ -1,7 +1,7 @@
 """Optimizers for pretraining: AdamW, Muon and StableAdamW, and their parameter groups."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,17 +76,32 @@ def make_muon(
     return MuonWithAuxAdam(muon, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
 
 
+class Partition(NamedTuple):
+    """A rank's share of some parameters, which a flat tensor holds.
+
+    parts: where each parameter's part is, an empty slice if other ranks have all of it; the same parameters in the same
+    order on every rank. numels: elements of the whole parameters.
+    """
+
+    parts: list[slice]
+    numels: list[int]
+
+
 class StableAdamW(torch.optim.Optimizer):
     """AdamW with update clipping (https://arxiv.org/abs/2304.13013, algorithm 2).
 
     RMS is sqrt(mean(g^2 / max(u, eps^2))) of each tensor; lr / max(1, RMS) scales both the update and the decay.
 
     pytorch_optimizer 4.1 and torch-optimi 0.3.3 take the same steps to rounding. Both compute the RMS of whole tensors
-    only, so they could not be extended to ZeRO's flat pieces either; a dependency would save these 30 lines alone.
+    only, so that neither could be used with ZeRO's partitions.
+
+    partitions: of tensors that ZeRO has put in the place of the parameters, which parts of which parameters they hold.
+    The sums over a parameter are then added over all ranks, which must call step() together.
     """
 
     def __init__(self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.partitions: dict[Tensor, Partition] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -104,18 +119,28 @@ class StableAdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
-                _stable_adamw_step(parameter, parameter.grad, state, group)
+                partition = self.partitions[parameter] if self.partitions else None
+                _stable_adamw_step(parameter, parameter.grad, state, group, partition)
         return loss
 
 
-def _stable_adamw_step(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """Update one parameter and its moments in place."""
+def _stable_adamw_step(
+    parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], partition: Partition | None
+) -> None:
+    """Update one parameter, or a rank's partition of several, and their moments in place."""
     step = int(state["step"])
     # Betas that make the moments unbiased at every step, so that no bias correction follows.
     first, second = (beta * (1 - beta ** (step - 1)) / (1 - beta**step) for beta in group["betas"])
     average = state["exp_avg"].lerp_(grad, 1 - first)
     square = state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
-    rms = (grad.square() / square.clamp(min=group["eps"] ** 2)).mean().sqrt_()
-    lr = group["lr"] / rms.clamp(min=1)
-    parameter.mul_(1 - lr * group["weight_decay"])
-    parameter.sub_(average / square.sqrt().add_(group["eps"]) * lr)
+    parts, numels = ([...], [parameter.numel()]) if partition is None else partition
+    # Part by part, so that nothing as large as a whole partition is allocated.
+    ratios = (grad[part].square() / square[part].clamp(min=group["eps"] ** 2) for part in parts)
+    means = torch.stack([ratio.sum() / numel for ratio, numel in zip(ratios, numels, strict=True)])
+    if partition is not None:
+        torch.distributed.all_reduce(means)
+    lrs = group["lr"] / means.sqrt_().clamp_(min=1)
+    for part, lr in zip(parts, lrs, strict=True):
+        weights = parameter[part]
+        weights.mul_(1 - lr * group["weight_decay"])
+        weights.sub_(average[part] / square[part].sqrt().add_(group["eps"]) * lr)

@@ -4,8 +4,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from megabert.convert.hf.resize import DECODER_BIAS, ImportedModel, resize_vocabulary
-from megabert.convert.weight_names import WORD_EMBEDDINGS
+from megabert.convert.check.export_check import build_model
+from megabert.convert.hf.resize import (
+    DECODER_BIAS,
+    POSITION_EMBEDDINGS,
+    ImportedModel,
+    resize_positions,
+    resize_vocabulary,
+)
+from megabert.convert.weight_names import TIED_DECODER, WORD_EMBEDDINGS
 from tests.convert.helpers.small_model import small_model
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -83,3 +90,19 @@ def test_tokenizers_that_do_not_fit_are_refused():
         resize_vocabulary(imported(11), wordpiece(WORDPIECE), wordpiece(["q", "##q"]), multiple=1, seed=0)
     with pytest.raises(ValueError, match="a multiple of 0"):
         resize_vocabulary(imported(11), wordpiece(WORDPIECE), wordpiece(WORDPIECE), multiple=0, seed=0)
+
+
+@pytest.mark.parametrize("length", [25, 96])
+def test_rows_of_positions_before_the_first_tokens_stay(length):
+    small = small_model(position="learned", ffn="gelu", position_offset=2, pad_token_id=1).eval()
+    weights = {name: p.detach() for name, p in small.named_parameters() if name != TIED_DECODER}
+    changed = resize_positions(ImportedModel(small.config, weights, [], []), length)
+    table, old = (each[POSITION_EMBEDDINGS] for each in (changed.weights, weights))
+    assert len(table) == length + 2
+    shared = min(length, 40) + 2
+    assert torch.equal(table[:shared], old[:shared])
+    if length > 40:
+        assert torch.equal(table[42:82], old[2:])
+    ids = torch.randint(5, 800, (2, 25))
+    with torch.no_grad():
+        assert torch.equal(build_model(changed.weights, changed.config)(ids).logits, small(ids).logits)

@@ -7,7 +7,7 @@ import pytest
 import transformers
 from packaging.version import Version
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, BertTokenizerFast
+from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizer
 
 from megabert.convert.from_hf import ImportOptions, import_model
 from megabert.convert.hf.tokenizer import copy_tokenizer, read_hf_tokenizer
@@ -181,3 +181,32 @@ def test_settings_that_name_code_are_not_copied(tmp_path):
     assert "custom_pipelines" not in written
     assert "float99" not in written.values()
     assert "/home/x" not in written.values()
+
+
+def make_roberta(folder: Path, **settings: bool) -> RobertaTokenizer:
+    pieces = [*"<s> <pad> </s> <unk>".split(), *"abc", "\u0120", "\u0120a", "ab", "<mask>"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = RobertaTokenizer(vocab=vocabulary, merges=[("\u0120", "a"), ("a", "b")], **settings)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("says", [True, False, None])
+def test_a_space_before_a_text_is_put_as_robertas_class_does(tmp_path, prefix, says):
+    """Its tokenizer_config.json counts, not its tokenizer.json."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    make_roberta(folder, add_prefix_space=prefix)
+    path = folder / "tokenizer_config.json"
+    settings = {name: value for name, value in json.loads(path.read_text()).items() if name != "add_prefix_space"}
+    path.write_text(json.dumps(settings | ({} if says is None else {"add_prefix_space": says})))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    out.mkdir()
+    copy_tokenizer(folder, out, 512)
+    ours, again = Tokenizer.from_file(str(out / "tokenizer.json")), AutoTokenizer.from_pretrained(out)
+    assert (theirs("a").input_ids == theirs(" a").input_ids) == bool(says)
+    for text in ("a", "ab c", " b", "a <mask> b", "a<mask>"):
+        assert ours.encode(text).ids == again(text).input_ids == theirs(text).input_ids, text
+    assert again("a", "b").input_ids == theirs("a", "b").input_ids
+    for role in ("pad", "unk", "cls", "sep", "mask", "bos", "eos"):
+        assert getattr(again, f"{role}_token_id") == getattr(theirs, f"{role}_token_id"), role

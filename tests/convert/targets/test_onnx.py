@@ -33,7 +33,7 @@ def make_graph(changes, path) -> tuple[MegaBertForMaskedLM, Path]:
     return model, path
 
 
-NIGHTLY = ("bert", "rope-mosaicbert")
+NIGHTLY = ("bert", "roberta", "rope-mosaicbert")
 GRAPHS = ["mosaicbert", "modernbert", *(pytest.param(name, marks=pytest.mark.nightly) for name in NIGHTLY)]
 
 

@@ -17,7 +17,7 @@ from megabert.finetune.results import kept_models
 from megabert.finetune.tasks.readers import read_split
 from megabert.finetune.tasks.task import GLUE, read_task
 from megabert.finetune.training import Backend, build_model, encode
-from tests.finetune.conftest import PROTOCOL
+from tests.finetune.conftest import PROTOCOL, SHAPE, WORDS
 
 OWN = """
 name: own
@@ -96,6 +96,47 @@ def test_the_best_pair_classifier_is_transformers_own_and_scores_the_same(
     assert run_finetuning(options) == 0
     assert (folder / "model.safetensors").read_bytes() == content
     assert results_of(out)[best]["scores"] == results[best]["scores"]
+
+
+# What each class needs beside its sizes, and settings of its own names for them.
+NATIVE = {
+    "ModernBert": {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3, "local_attention": 8},
+    "Gte": {}, "Roberta": {"pad_token_id": 0}, "Electra": {"embedding_size": 16}, "DistilBert": {"hidden_dim": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ModernBert", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in NATIVE)])
+def test_a_classifier_of_another_architecture_is_transformers_own(
+    kind, options_for, in_process, own, tmp_path, monkeypatch, request
+):
+    """In the nightly run a process of its own checks the folder, too."""
+    sizes = {"vocab_size": len(WORDS), "max_position_embeddings": 64, "pad_token_id": 0} | SHAPE
+    if kind == "DistilBert":
+        del sizes["intermediate_size"]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes | NATIVE[kind])
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "start")
+    (tmp_path / "start/vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (tmp_path / "tiny.yaml").write_text(
+        "settings: {lr: 1.0e-2, epochs: 4, batch_size: 8, max_seq_len: 32, precision: fp32}"
+    )
+    if request.node.get_closest_marker("nightly") is None:
+        passed = {"max_difference": 0.0, "transformers": "0"}
+        monkeypatch.setattr(export_check, "run_in_subprocess", lambda folder: passed)
+    out = tmp_path / "out"
+    assert run_finetuning(options_for(keep_models=True, checkpoint=str(tmp_path / "start"), **own)) == 0
+    folder = out / "models/own"
+    assert not list(folder.glob("*.py"))
+    assert "trust_remote_code" not in (folder / "README.md").read_text()
+    tokenizer, model = load(folder, f"{kind}ForSequenceClassification")
+    assert (model.config.id2label, model.config.label2id) == ({0: "bad", 1: "good"}, {"bad": 0, "good": 1})
+    examples = read_split(read_task(Path(own["task_file"])), tmp_path, "validation")
+    inputs = tokenizer(examples.first, examples.second, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        predictions = model(**inputs).logits.argmax(-1).tolist()
+    right = sum(a == b for a, b in zip(predictions, examples.labels or [], strict=True)) / len(ROWS)
+    (result,) = results_of(out).values()
+    assert right == result["scores"]["accuracy"] > 0.6
 
 
 def test_a_regression_with_pooling_by_the_mean_carries_our_code(options_for, in_process, tmp_path):

@@ -48,7 +48,7 @@ def test_another_folder_shape_or_vocabulary_is_refused(corpus, start, tmp_path):
         load_initial_weights(small_model(vocab_size=900), start, source)
     for name, other, wanted in (
         ("position", "learned", "alibi"), ("num_hidden_layers", 3, 2), ("ffn", "gelu", "geglu"),
-        ("num_attention_heads", 6, 3), ("layer_norm_eps", 1e-5, 1e-12),
+        ("num_attention_heads", 6, 3), ("layer_norm_eps", 1e-5, 1e-12), ("type_vocab_size", 1, 2),
     ):  # fmt: skip
         with pytest.raises(
             ValueError, match=rf"{name} is '?{wanted}'? in its config.json, .* Set model.{name} to {wanted}"
@@ -68,6 +68,28 @@ def test_learned_positions_of_another_length_are_refused_by_their_setting(corpus
     (tmp_path / "tokenizer.json").write_bytes((corpus.tokenizer / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match="Set model.max_position_embeddings to 40, or .* --max-length"):
         load_initial_weights(small_model(**BERT, max_position_embeddings=64), tmp_path, open_source(str(corpus.tokens)))
+
+
+ROBERTA = BERT | {"position_offset": 1, "type_vocab_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("folder", "recipe", "remedy"),
+    [
+        (ROBERTA, BERT, "Pass --model.type_vocab_size=1 --model.position_offset=1"),
+        (ROBERTA, BERT | {"type_vocab_size": 0}, "Pass --model.type_vocab_size=1 --model.position_offset=1 "
+         "--model.token_types=true"),
+        (BERT | {"type_vocab_size": 0}, BERT, "Set model.token_types to false"),
+        (ROBERTA, ROBERTA | {"max_position_embeddings": 64}, "Set model.max_position_embeddings to 40"),
+    ],
+)  # fmt: skip
+def test_positions_and_token_types_of_a_folder_are_named_as_the_recipes_settings(
+    corpus, tmp_path, folder, recipe, remedy
+):
+    small_model(**folder).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((corpus.tokenizer / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match=remedy):
+        load_initial_weights(small_model(**recipe), tmp_path, open_source(str(corpus.tokens)))
 
 
 def test_the_same_vocabulary_in_other_bytes_is_accepted(corpus, start):

@@ -129,7 +129,6 @@ MISTAKES = {
         ["--data.global_batch_tokens=14336", "--data.ranks=[48,64]"], {"ranks": 56}, "which 56 ranks cannot share",
     ),
     "places": (["--data.max_documents=3"], {}, "data.max_documents is 3, expected at least 10"),
-    "StableAdamW": (["--optimizer.name=stable_adamw"], {}, "ZeRO 1 gives it flat pieces"),
     "Muon": (["--optimizer.name=muon"], {}, "ZeRO clips the orthogonalized updates"),
     "compile": (["--run.compile=true"], {"ds_config": "zero3"}, "run.compile true at ZeRO 3"),
     "CUDA graphs": (

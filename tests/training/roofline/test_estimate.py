@@ -19,11 +19,13 @@ H100 = card_named("h100")
 BASE = load_recipe("mosaicbert-base")
 
 
-@pytest.mark.parametrize("ffn", ["geglu", "gelu"])
-def test_weights_are_those_of_the_model(ffn):
+@pytest.mark.parametrize(
+    ("ffn", "embeddings"), [("geglu", {}), ("gelu", {}), ("gelu", {"position_offset": 2, "type_vocab_size": 1})]
+)
+def test_weights_are_those_of_the_model(ffn, embeddings):
     position = "alibi" if ffn == "geglu" else "learned"
     small = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
-    small |= {"ffn": ffn, "position": position, "max_position_embeddings": 64}
+    small |= {"ffn": ffn, "position": position, "max_position_embeddings": 64} | embeddings
     model = MegaBertForMaskedLM(MegaBertConfig(vocab_size=97, **small))
     assert num_weights(dataclasses.replace(BASE.model, **small), 97) == sum(x.numel() for x in model.parameters())
 

@@ -69,6 +69,8 @@ MODERNBERT_LAYER_NAMES = {
     "mlp.down": "ffn_down",
 }
 POSITIONS = "position_embd.weight"
+# Architectures of ours that are llama.cpp's BERT.
+BERTS = ("bert", "roberta")
 # llama.cpp adds these tensors without converting them, so they stay in fp32.
 ALWAYS_F32 = ("token_types.weight", POSITIONS)
 USAGE = """from llama_cpp import LLAMA_POOLING_TYPE_MEAN, Llama
@@ -77,10 +79,11 @@ vector = model.embed("a text")"""
 
 
 def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
-    if native_kind(config) not in ("bert", "modernbert") and not is_mosaicbert(config):
+    if native_kind(config) not in (*BERTS, "modernbert") and not is_mosaicbert(config):
+        types = "" if config.token_types else "no token types and "
         raise ValueError(
-            f"--for gguf: llama.cpp computes MosaicBERT, BERT and ModernBERT, and this model has {config.position}, "
-            f"{config.ffn} and {config.norm_position}-norm layers. Leave gguf out."
+            f"--for gguf: llama.cpp computes MosaicBERT, BERT, RoBERTa and ModernBERT, and this model has {types}"
+            f"{config.position}, {config.ffn} and {config.norm_position}-norm layers. Leave gguf out."
         )
     notes = ["it has the encoder only; llama.cpp computes GELU in half precision", *check_vocabulary(tokenizer)]
     if config.hidden_size % BLOCK or config.intermediate_size % BLOCK:
@@ -95,10 +98,12 @@ def to_gguf(source: Source) -> dict[str, Tensor]:
         names = modernbert_names(config.num_hidden_layers)
         # GGUF has no place for the head.
         return {names[name]: tensor for name, tensor in weights.items() if name in names}
-    if native_kind(config) == "bert":
+    if native_kind(config) in BERTS:
         biases = {name: weights[name] for name in weights if name.endswith("mlp.up.bias")}
         renamed = {f"blk.{name.split('.')[3]}.ffn_up.bias": bias for name, bias in biases.items()}
-        renamed[POSITIONS] = weights["bert.embeddings.position_embeddings.weight"]
+        # llama.cpp's positions begin with the first token's, and there are as many as its context has tokens.
+        table = weights["bert.embeddings.position_embeddings.weight"]
+        renamed[POSITIONS] = table[config.position_offset :][: source.max_length]
     else:
         renamed = {}
     names = gguf_names(config.num_hidden_layers)
@@ -167,7 +172,7 @@ def _write_file(source: Source, tensors: dict[str, Tensor], vocabulary: Vocabula
 
 def _architecture(config: MegaBertConfig) -> tuple[str, str]:
     """Return llama.cpp's name of the architecture, and the model's."""
-    names = {"bert": ("bert", "BERT"), "modernbert": ("modern-bert", "ModernBERT")}
+    names = {"bert": ("bert", "BERT"), "roberta": ("bert", "RoBERTa"), "modernbert": ("modern-bert", "ModernBERT")}
     return names.get(native_kind(config) or "", ("jina-bert-v2", "MosaicBERT"))
 
 
