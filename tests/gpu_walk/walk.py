@@ -164,7 +164,6 @@ def describe(run: types.SimpleNamespace) -> dict[str, Any]:
         "slots": slots,
         "vocabulary": model.config.vocab_size,
         "layers": model.config.num_hidden_layers,
-        "groups": len(run.engine.optimizer.param_groups),
     }
 
 

@@ -42,6 +42,7 @@ TRAPS = {
         [3.0, 6.0],
         f"{COMPAT} zero_norm_reader: the engine has the last step's norm, ZeRO this one's",
     ),
+    "reads_norm_again": ([3, 2], f"{COMPAT} judge_norms_on_the_device"),
     "one_rank_is_reduced": ([True, False], f"{COMPAT} skip_reduction_of_one_rank"),
     "gradients_move": (True, f"{COMPAT} reduce_once: a graph's gradients stay where they are"),
     "numel_at_stage_3": ([0, 0], f"{COMPAT} num_parameters"),
