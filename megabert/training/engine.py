@@ -118,8 +118,11 @@ def build_engine(
     gate_optimizer_step(optimizer, gate.allows_step)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if plan.recipe.run.compile:
-        # In place, so that the names of the weights stay the same.
-        engine.compile(compile_kwargs={"dynamic": True})
+        model.bert.encoder.keep_slopes(torch.float32, next(model.parameters()).device)
+        # In place, so that the names of the weights stay the same. Shapes are fixed within a phase of the run; torch
+        # makes dynamic what changes. With dynamic=True it would do so with the numbers that the Triton kernels take,
+        # and then cannot trace those (torch 2.13: "lift_tracked_freevar_to_input").
+        engine.compile()
     # At stage 0 the guard computes the gradient's norm and clips; above, ZeRO does.
     if plan.ds_config.zero_stage == 0:
         gate.clipped_parameters = list(engine.parameters())

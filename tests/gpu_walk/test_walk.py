@@ -42,6 +42,20 @@ OF_ZERO = {
     EPILOGUE: "DeepSpeed reduces the last gradients",
 }
 
+SKIPPED = {"objects megabert/training/loop.py:log_skipped_update": "the places of the bins, for skipped.jsonl"}
+TAG = "deepspeed/runtime/engine.py:_checkpoint_tag_validation"
+OF_SAVING = {
+    "copy megabert/training/checkpointing/writer.py:_host_copy": "every tensor that this rank writes",
+    f"copy {TAG}": "DeepSpeed compares the ranks' tags",
+    f"read(bool) {TAG}": "the same",
+}
+OF_RESUMING = {
+    "objects megabert/training/distributed/sync.py:gather_dicts": "whether every rank finds its files sound",
+    "copy deepspeed/runtime/engine.py:load_module_state_dict": "the weights",
+    "copy deepspeed/runtime/engine.py:_load_checkpoint": "the optimizer's state at stage 0",
+    "copy deepspeed/runtime/zero/stage_1_and_2.py:_load_legacy_checkpoint": "the optimizer's state of ZeRO",
+}
+
 # Operations on the device per micro-batch at ZeRO 1, with MICRO_BATCHES in a step, by recipe, ranks and layers. A
 # single rank owns every gradient, and DeepSpeed takes the norm of each.
 LAUNCHES = {
@@ -98,11 +112,32 @@ def predicted_memory(recipe: str, stage: int, ranks: int, found: dict[str, Any])
     return memory_of_rank(model, batch, vocab_size=found["vocabulary"], zero_stage=stage, ranks=ranks)
 
 
+def check_other_steps(found: dict[str, Any], allowed: dict[str, int], stage: int, ranks: int) -> None:
+    """Check refused updates, saving, resuming, and the steps of the resumed run, whose model is compiled."""
+    assert found["updates"] > 0
+    for number, refused in enumerate(found["refused"], 1):
+        assert (refused["updates"], refused["in_a_row"]) == (0, number)
+        assert too_many(refused["waits"], allowed | dict.fromkeys(SKIPPED, 1)) == {}
+    assert found["saving"].keys() == OF_SAVING.keys()
+    weights = found["weights"]
+    expected = 12 * weights if stage == 0 else (4 + 12 / ranks) * weights
+    assert found["saved_bytes"] == pytest.approx(expected, rel=0.01)
+    assert found["resuming"].keys() <= OF_RESUMING.keys()
+    assert too_many(found["compiled"], allowed) == {}
+    assert found["compiled_updates"] == found["updates"]
+    # One more where the number of rows, which differs between bins, has become dynamic.
+    assert 1 <= found["graphs"] <= 2
+
+
+def too_many(waits: dict[str, int], allowed: dict[str, int]) -> dict[str, int]:
+    return {wait: count for wait, count in waits.items() if count > allowed.get(wait, 0)}
+
+
 def check_graph(found: dict[str, Any], allowed: dict[str, int], eager_launches: float) -> None:
     """Check a captured micro-batch and a step of replays. FLUSH waits for a stream that has nothing to do yet."""
     assert found["captured"] > eager_launches
     assert found["not_captured"] == {}, "a graph would repeat these with old values"
-    assert {wait: count for wait, count in found["waits"].items() if count > allowed.get(wait, 0)} == {}
+    assert too_many(found["waits"], allowed) == {}
     # What is left is the reduction and the update.
     assert found["launches_per_micro_batch"] < eager_launches / 2
 
@@ -124,7 +159,7 @@ def test_a_step_on_a_gpu(library, recipe, stage, ranks, layers):
     found = walk(library, recipe, stage, ranks, layers)
     assert found["steps_applied"] == 2
     allowed = allowed_waits(stage, ranks)
-    assert {wait: count for wait, count in found["waits"].items() if count > allowed.get(wait, 0)} == {}
+    assert too_many(found["waits"], allowed) == {}
     assert found["evaluation_waits"] == {"read(tolist) megabert/training/evaluate.py:evaluate": 1}
     residual = "torch.bfloat16 cuda" if recipe.startswith("mosaic") else "torch.float32 cuda"
     assert found["residual"] == [residual]
@@ -138,5 +173,6 @@ def test_a_step_on_a_gpu(library, recipe, stage, ranks, layers):
     assert found["peak_bytes"] <= memory.states + memory.kept + memory.work <= 1.25 * found["peak_bytes"]
     if stage < 2 and recipe != "bert-base":
         check_graph(found["graph"], allowed | ({FLUSH: 1} if stage else {}), found["launches_per_micro_batch"])
+    check_other_steps(found, allowed, stage, ranks)
     if stage == 1:
         assert found["launches_per_micro_batch"] == pytest.approx(LAUNCHES[recipe, ranks, layers], rel=0.05)
