@@ -10,6 +10,7 @@ from megabert.config.recipe import ModelConfig, Recipe
 from megabert.data.masking import masked_count
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.source import Corpus
+from megabert.kernels.fp8 import use_fp8
 from megabert.kernels.resolve import resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
@@ -68,6 +69,8 @@ def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, 
     model = MegaBertForMaskedLM(config)
     model.bert.encoder.checkpoint_every = recipe.model.checkpoint_every
     set_ops(model, ops)
+    if recipe.run.fp8 == "torchao":
+        use_fp8(model, device)
     return model
 
 

@@ -82,7 +82,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def walk(library: Path, recipe: str, stage: int, ranks: int, layers: int) -> dict[str, Any]:
+def walk(library: Path, recipe: str, stage: int, ranks: int, layers: int, fp8: str = "none") -> dict[str, Any]:
     """Run walk.py and return what it prints."""
     spec = find_spec("torch")
     assert spec is not None
@@ -93,7 +93,7 @@ def walk(library: Path, recipe: str, stage: int, ranks: int, layers: int) -> dic
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(HERE / "walk.py"), recipe, *map(str, (stage, ranks, MICRO_BATCHES, layers))]
+    command = [sys.executable, str(HERE / "walk.py"), recipe, *map(str, (stage, ranks, MICRO_BATCHES, layers)), fp8]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -176,3 +176,17 @@ def test_a_step_on_a_gpu(library, recipe, stage, ranks, layers):
     check_other_steps(found, allowed, stage, ranks)
     if stage == 1:
         assert found["launches_per_micro_batch"] == pytest.approx(LAUNCHES[recipe, ranks, layers], rel=0.05)
+
+
+@pytest.mark.fp8
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_step_in_fp8_reads_and_copies_nothing_more(library, stage):
+    """torchao's scales stay on the device, so a graph can hold them, and the whole model is compiled as one graph."""
+    found, allowed = walk(library, "mosaicbert-base", stage, 8, 2, "torchao"), allowed_waits(stage, 8)
+    assert too_many(found["waits"], allowed) == {}
+    assert found["gradients"] == ["torch.float32 cuda"]
+    check_graph(found["graph"], allowed | ({FLUSH: 1} if stage else {}), found["launches_per_micro_batch"])
+    check_other_steps(found, allowed, stage, 8)
+    # Each of two layers has four maps, and each map six casts: without run.compile they are kernels of their own.
+    assert found["launches_per_micro_batch"] > 2 * LAUNCHES["mosaicbert-base", 8, 2]

@@ -1,6 +1,6 @@
 """Take steps of the real training loop on a fake CUDA device and print what happened there, as one line of JSON.
 
-    LD_PRELOAD=LIBRARY python tests/gpu_walk/walk.py RECIPE ZERO_STAGE RANKS MICRO_BATCHES LAYERS
+    LD_PRELOAD=LIBRARY python tests/gpu_walk/walk.py RECIPE ZERO_STAGE RANKS MICRO_BATCHES LAYERS FP8
 
 It is rank 0 of RANKS, whose collectives do nothing. The first step warms up, the second is the one that is described,
 and an evaluation after it; then, where run.cuda_graphs can be true, the capture of a micro-batch and a step of replays;
@@ -102,7 +102,7 @@ def start_ranks(ranks: int) -> None:
 
 
 def start(
-    recipe_name: str, stage: int, ranks: int, micro_batches: int, layers: int, compiled: bool = False
+    recipe_name: str, stage: int, ranks: int, micro_batches: int, layers: int, fp8: str, compiled: bool = False
 ) -> types.SimpleNamespace:
     """Build what training/loop.py needs of a Run: the real plan, engine, gate and meter."""
     given = load_recipe(recipe_name).data.micro_batch_tokens
@@ -116,10 +116,12 @@ def start(
             "batch_warmup_from": None,
         },
         model={"num_hidden_layers": layers},
-        run={"cuda_graphs": False, "compile": compiled},
+        run={"cuda_graphs": False, "compile": compiled, "fp8": fp8},
     )
     plan = make_plan(recipe, read_ds_config(ds_config_path(f"zero{stage}")), 0, ranks)
     engine_module.resolve = lambda *arguments: triton_ops()  # pyrefly: ignore[bad-assignment]
+    use_fp8 = engine_module.use_fp8
+    engine_module.use_fp8 = lambda model, _: use_fp8(model, torch.device("cuda"))  # pyrefly: ignore[bad-assignment]
     model: Any = put_on_device(
         engine_module.build_model(plan.recipe, TOKENIZER, torch.device("cpu"), plan.ds_config.bf16)
     )
@@ -261,7 +263,7 @@ def updates() -> int:
 
 
 def save_and_resume(
-    run: types.SimpleNamespace, arguments: tuple[str, int, int, int, int], folder: Path
+    run: types.SimpleNamespace, arguments: tuple[str, int, int, int, int, str], folder: Path
 ) -> dict[str, Any]:
     """Save, load that into the engine of another run, which is compiled as a whole, and take two steps there."""
     LOG.reset()
@@ -300,10 +302,10 @@ def save_and_resume(
 
 def main() -> None:
     fake_cuda.install()
-    name, stage, ranks, micro_batches, layers = sys.argv[1], *map(int, sys.argv[2:])
+    arguments = (sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6])
     with fake_cuda.fake_device(), LOG, tempfile.TemporaryDirectory() as folder:
-        start_ranks(ranks)
-        run = start(name, stage, ranks, micro_batches, layers)
+        start_ranks(arguments[2])
+        run = start(*arguments)
         found = walk(run)
         LOG.reset()
         LOG.on, LOG.answer = True, 1.0  # a count to divide by
@@ -314,7 +316,7 @@ def main() -> None:
             found["graph"] = walk_graph(run)
             run.graph = None
         found["refused"] = refused_updates(run)
-        found |= save_and_resume(run, (name, stage, ranks, micro_batches, layers), Path(folder))
+        found |= save_and_resume(run, arguments, Path(folder))
         sys.stdout.write(json.dumps(found) + "\n")
 
 
