@@ -67,6 +67,23 @@ def test_operations_have_at_least_the_needed_flops_and_a_padded_model_has_more()
         assert needed < done < most * needed, name
 
 
+@pytest.mark.parametrize("stream", [2, 4])
+def test_a_norm_after_a_sum_moves_what_its_kernel_says_and_autograd_sums_nothing(stream):
+    """As in the docstring of kernels/add_layer_norm.py, two norms in each of 12 layers. x, dx: bf16."""
+    dtype = "bfloat16" if stream == 2 else "float32"
+    model = dataclasses.replace(BASE.model, layer_norm_dtype=dtype, bias=False)
+    batch = Batch(tokens=100, slots=100, masked=30, attended=50)
+    moved = {operation.name: operation.moved_bytes for operation in operations(model, 30_528, batch)}
+    forward, backward = 2 + stream + stream, 2 * stream + 2 + stream + 2 + stream
+    assert moved["LayerNorm"] == 2 * 12 * 100 * 768 * (forward + backward)
+    assert moved["sums"] == moved["rotation"] == 0
+    modern = dataclasses.replace(model, norm_position="pre", position="rope")
+    moved = {operation.name: operation.moved_bytes for operation in operations(modern, 30_528, batch)}
+    assert moved["sums"] == 2 * 12 * 100 * 768 * 6 * stream
+    # kernels/rotate.py: 6 * H * D * 2 bytes a pass
+    assert moved["rotation"] == 12 * 100 * 2 * 6 * 768 * 2
+
+
 def test_communication_grows_with_stages_and_machines():
     assert communication_s(1e8, H100, 1, 2, 4) == 0
     one, two, many = (communication_s(1e8, H100, *rest) for rest in ((8, 1, 4), (8, 2, 4), (64, 1, 4)))
