@@ -1,12 +1,15 @@
 """Compares launch/estimate.py's prediction with published pretraining runs.
 
-    python tests/benchmarks/bench_estimate.py [--quick] [--json FILE]
+    python tests/benchmarks/bench_estimate.py [--cpu] [--quick] [--json FILE]
 
 One set of efficiencies for all rows (megabert/training/roofline/work.py), fixed before the comparison. The published
 runs used other code on the same work, so a difference is also one between programs; a row that differs by more than
-20 % says why. Tokens are those of the source: real ones, or padded slots. It takes no time; --quick changes nothing.
+20 % says why. Tokens are those of the source: real ones, or padded slots. It takes no time.
+--cpu also trains rows of bench_train.py on this machine's CPU, and predicts them from its best matrix product and a
+copy: three rows, with --quick one.
 """
 
+import argparse
 import statistics
 from dataclasses import dataclass
 
@@ -129,7 +132,11 @@ RUNS = [
 
 
 def main() -> None:
-    arguments = report.read_arguments(__doc__ or "")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="also compare with the speed of this machine's CPU")
+    parser.add_argument("--quick", action="store_true", help="one row of --cpu")
+    parser.add_argument("--json", type=report.new_file, help="file to write {figures, machine} to")
+    arguments = parser.parse_args()
     print("| run | GPUs | published | predicted | difference | why more than 20 % |\n|---|---|---|---|---|---|")
     for run in RUNS:
         far = abs(run.error()) > CLOSE
@@ -140,6 +147,11 @@ def main() -> None:
     errors = [abs(run.error()) for run in RUNS]
     figures = {"estimate_error_max": max(errors), "estimate_error_median": statistics.median(errors)}
     print(f"\nlargest difference {figures['estimate_error_max']:.0%}, median {figures['estimate_error_median']:.0%}")
+    if arguments.cpu:
+        # Imported here because it loads transformers and the compiler.
+        from support.this_cpu import compare
+
+        figures |= compare(arguments.quick)
     report.write(figures, arguments.json)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from launch import estimate as command
 from megabert.config.recipe_parser import load_recipe, recipe_names
+from megabert.kernels.resolve import torch_ops
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.micro_batch.batch import Batch, batch_of, piece_lengths
@@ -14,6 +15,8 @@ from megabert.training.roofline.estimate import communication_s, hours_of, predi
 from megabert.training.roofline.work import needed_flops, operations
 from megabert.training.telemetry.cards import card_named
 from tests.benchmarks.bench_estimate import CLOSE, RUNS
+from tests.benchmarks.support import contenders, this_cpu
+from tests.benchmarks.support.contenders import Row
 
 H100 = card_named("h100")
 BASE = load_recipe("mosaicbert-base")
@@ -110,6 +113,19 @@ def test_a_faster_card_and_more_gpus_take_less_time():
 def test_every_published_run_is_met_or_has_a_reason():
     for run in RUNS:
         assert abs(run.error()) <= CLOSE or run.reason, run.name
+
+
+def test_this_cpus_row_has_a_measured_and_a_predicted_speed(monkeypatch, capsys):
+    row = Row(1, 32, 2, 48, cap=32, tokens=64, rows=2, vocab=2048)
+    # Nothing is compiled.
+    monkeypatch.setattr(contenders, "resolve", lambda *arguments, **options: torch_ops())
+    monkeypatch.setattr(this_cpu, "COPIED", 1 << 20)
+    monkeypatch.setattr(this_cpu, "ROWS", {this_cpu.QUICKSTART: row})
+    [difference] = this_cpu.compare(quick=True).values()
+    cells = capsys.readouterr().out.splitlines()[-1].split("|")
+    measured, predicted = (float(cell.replace(",", "")) for cell in cells[2:4])
+    assert measured > 0
+    assert difference == pytest.approx(predicted / measured - 1, rel=0.02)
 
 
 def call(capsys, monkeypatch, *flags):
