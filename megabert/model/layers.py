@@ -210,6 +210,7 @@ class Encoder(Module):
         # Recompute the activations of every k-th layer in the backward pass; 0 for none.
         self.checkpoint_every = 0
         self.slopes: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self.slopes_of_graphs: Tensor | None = None
         self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
     @property
@@ -274,20 +275,20 @@ class Encoder(Module):
         """Return ALiBi's slopes (H,) on the device of hidden: copying them in every pass would wait for it."""
         # Kernels take fp32 slopes; an fp64 model computes in fp64 throughout.
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        key = (dtype, hidden.device)
-        kept = key in self.slopes and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-        # A tensor of a trace is useless outside it, and becomes a constant in most if it is from outside.
-        if in_one_graph() and not kept:
+        # A tensor of a trace is useless outside it, and one from outside becomes a constant in it, so neither is kept.
+        if in_one_graph():
+            if self.slopes_of_graphs is not None and not torch.compiler.is_exporting():
+                return self.slopes_of_graphs
             return alibi_slopes(self.config.num_attention_heads, dtype).to(hidden.device)
-        if key not in self.slopes:
-            self.keep_slopes(*key)
+        if (key := (dtype, hidden.device)) not in self.slopes:
+            # A tensor that is made in inference mode would be useless in training.
+            with torch.inference_mode(False):
+                self.slopes[key] = alibi_slopes(self.config.num_attention_heads, dtype).to(hidden.device)
         return self.slopes[key]
 
-    def keep_slopes(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Copy ALiBi's slopes to the device, before torch.compile: a graph would copy them in every pass."""
-        # A tensor that is made in inference mode would be useless in training.
-        with torch.inference_mode(False):
-            self.slopes[dtype, device] = alibi_slopes(self.config.num_attention_heads, dtype).to(device)
+    def keep_slopes(self, device: torch.device) -> None:
+        """Let a compiled model with fp32 weights find ALiBi's slopes there, without a copy each time."""
+        self.slopes_of_graphs = alibi_slopes(self.config.num_attention_heads).to(device)
 
     def _run(self, index: int, layer: nn.Module, stream: Stream, attend: Attend, rows: Tensor | None) -> Stream:
         if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:

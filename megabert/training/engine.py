@@ -121,7 +121,7 @@ def build_engine(
     gate_optimizer_step(optimizer, gate.allows_step)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if plan.recipe.run.compile:
-        model.bert.encoder.keep_slopes(torch.float32, next(model.parameters()).device)
+        model.bert.encoder.keep_slopes(next(model.parameters()).device)
         # In place, so that the names of the weights stay the same. Shapes are fixed within a phase of the run; torch
         # makes dynamic what changes. With dynamic=True it would do so with the numbers that the Triton kernels take,
         # and then cannot trace those (torch 2.13: "lift_tracked_freevar_to_input").
