@@ -80,6 +80,8 @@ setup(
         # flash-attn builds against the installed torch: pip install flash-attn --no-build-isolation.
         "cuda": ["flash-attn>=2.4"],
         "kernels": ["triton==3.7.1"],
+        # For run.fp8 torchao only.
+        "fp8": ["torchao>=0.18"],
         "prep": PREP,
         # For write_shards.py --engine ray only.
         "ray": ["ray>=2.40"],

@@ -78,6 +78,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a C++ compiler: apt-get install g++"))
         if item.get_closest_marker("peft") and find_spec("peft") is None:
             item.add_marker(pytest.mark.skip(reason="needs peft: pip install peft"))
+        if item.get_closest_marker("fp8") and find_spec("torchao") is None:
+            item.add_marker(pytest.mark.skip(reason="needs torchao: pip install '.[fp8]'"))
         for mark, packages in PREPARATION.items():
             if item.get_closest_marker(mark) and not all(find_spec(name) for name in packages.split()):
                 item.add_marker(pytest.mark.skip(reason=f"needs {packages}: see data_prep/README.md"))

@@ -131,6 +131,9 @@ class RunConfig:
     """kernels. auto: the fastest that run on this device; torch: plain PyTorch; fused: fused kernels, or an error"""
     compile: bool = False
     """apply torch.compile to the whole model; on a GPU, below ZeRO stage 3"""
+    fp8: Literal["none", "torchao"] = "none"
+    """torchao: multiply in FP8 in the layers' linear maps, forward and backward, at ZeRO stage 0 or 1. On a CPU the
+    rounding is emulated, which is slow; not run on a GPU yet"""
     cuda_graphs: bool | Literal["auto"] = setting(False, may_change=True)
     """launch a micro-batch's forward and backward pass as one CUDA graph, with the same results. auto: where that is
     possible; true: refuse to start where it is not. Needs a GPU, fused kernels and ZeRO stage 0 or 1; not run on a GPU
@@ -216,6 +219,16 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists, ready for YAML or JSON."""
         return with_lists(dataclasses.asdict(self))
+
+
+def default_settings() -> dict[str, Any]:
+    """Every section's defaults, as Recipe.to_dict() has them. A new setting's is what was done before there was one."""
+    sections = {field.name: field.default_factory for field in dataclasses.fields(Recipe)}
+    return {
+        name: with_lists(dataclasses.asdict(make()))
+        for name, make in sections.items()
+        if make is not dataclasses.MISSING
+    }
 
 
 def may_change_at_resume(name: str) -> bool:

@@ -14,6 +14,8 @@ import torch
 NVIDIA_FILES = (Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 # Ampere is the first generation with bf16 tensor cores.
 OLDEST_CAPABILITY = (8, 0)
+# Ada and Hopper are the first with FP8 tensor cores.
+OLDEST_WITH_FP8 = (8, 9)
 C_COMPILER = "install gcc, or set CC"
 TRAIN_ON_CPU = "set DS_ACCELERATOR=cpu to train on the CPU"
 
@@ -61,6 +63,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a CUDA device multiplies FP8 natively; on a CPU its rounding is emulated."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= OLDEST_WITH_FP8
 
 
 @functools.cache

@@ -227,6 +227,7 @@ class Encoder(Module):
         # Recompute the activations of every k-th layer in the backward pass; 0 for none.
         self.checkpoint_every = 0
         self.slopes: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self.slopes_of_graphs: Tensor | None = None
         self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
     @property
@@ -291,15 +292,20 @@ class Encoder(Module):
         """Return ALiBi's slopes (H,) on the device of hidden: copying them in every pass would wait for it."""
         # Kernels take fp32 slopes; an fp64 model computes in fp64 throughout.
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        num_heads, key = self.config.num_attention_heads, (dtype, hidden.device)
-        # A tensor of a trace is useless outside it, and one from outside becomes a constant in it. So neither is kept.
+        # A tensor of a trace is useless outside it, and one from outside becomes a constant in it, so neither is kept.
         if in_one_graph():
-            return alibi_slopes(num_heads, dtype).to(hidden.device)
-        if key not in self.slopes:
+            if self.slopes_of_graphs is not None and not torch.compiler.is_exporting():
+                return self.slopes_of_graphs
+            return alibi_slopes(self.config.num_attention_heads, dtype).to(hidden.device)
+        if (key := (dtype, hidden.device)) not in self.slopes:
             # A tensor that is made in inference mode would be useless in training.
             with torch.inference_mode(False):
-                self.slopes[key] = alibi_slopes(num_heads, dtype).to(hidden.device)
+                self.slopes[key] = alibi_slopes(self.config.num_attention_heads, dtype).to(hidden.device)
         return self.slopes[key]
+
+    def keep_slopes(self, device: torch.device) -> None:
+        """Let a compiled model with fp32 weights find ALiBi's slopes there, without a copy each time."""
+        self.slopes_of_graphs = alibi_slopes(self.config.num_attention_heads).to(device)
 
     def _run(self, index: int, layer: nn.Module, stream: Stream, attend: Attend, rows: Tensor | None) -> Stream:
         if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:

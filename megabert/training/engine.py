@@ -10,6 +10,7 @@ from megabert.config.recipe import ModelConfig, Recipe
 from megabert.data.masking import masked_count
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.source import Corpus
+from megabert.kernels.fp8 import use_fp8
 from megabert.kernels.resolve import resolve
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
@@ -69,6 +70,8 @@ def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, 
     model = MegaBertForMaskedLM(config)
     model.bert.encoder.checkpoint_every = recipe.model.checkpoint_every
     set_ops(model, ops)
+    if recipe.run.fp8 == "torchao":
+        use_fp8(model, device)
     return model
 
 
@@ -122,8 +125,11 @@ def build_engine(
     if isinstance(optimizer, StableAdamW) and plan.ds_config.zero_stage > 0:
         optimizer.partitions = {flat: Partition(*held) for flat, held in optimizer_partitions(engine).items()}
     if plan.recipe.run.compile:
-        # In place, so that the names of the weights stay the same.
-        engine.compile(compile_kwargs={"dynamic": True})
+        model.bert.encoder.keep_slopes(next(model.parameters()).device)
+        # In place, so that the names of the weights stay the same. Shapes are fixed within a phase of the run; torch
+        # makes dynamic what changes. With dynamic=True it would do so with the numbers that the Triton kernels take,
+        # and then cannot trace those (torch 2.13: "lift_tracked_freevar_to_input").
+        engine.compile()
     # At stage 0 the guard computes the gradient's norm and clips; above, ZeRO does.
     if plan.ds_config.zero_stage == 0:
         gate.clipped_parameters = list(engine.parameters())

@@ -1,11 +1,11 @@
 """The identity of a run: the properties that it must share with a checkpoint to resume from it."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megabert.config.ds_config import ResolvedDsConfig
-from megabert.config.recipe import ModelConfig, may_change_at_branch, may_change_at_resume
+from megabert.config.recipe import default_settings, may_change_at_branch, may_change_at_resume
 from megabert.config.settings import flatten
 from megabert.files.checkpoint_format import State
 
@@ -44,8 +44,8 @@ class RunIdentity:
     @classmethod
     def of_checkpoint(cls, state: State) -> "RunIdentity":
         return cls(
-            # A setting of the model that the version which wrote the checkpoint did not have has its default.
-            settings=fixed_settings({"model": asdict(ModelConfig())}) | fixed_settings(state.recipe),
+            # A setting that the version which wrote the checkpoint did not have has its default.
+            settings=fixed_settings(default_settings()) | fixed_settings(state.recipe),
             batches_per_step=state.batches_per_step,
             total_steps=state.total_steps,
             optimizer_source=state.optimizer_source,

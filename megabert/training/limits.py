@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe import Recipe
 
+# FP8 tensor cores take rows of so many numbers.
+FP8_MULTIPLE = 16
+
 
 def why_not_compile(device_type: str, zero_stage: int) -> str | None:
     """Return why torch.compile cannot be applied to the whole model, or None. Not run on a GPU yet."""
@@ -20,6 +23,27 @@ def why_not_compile(device_type: str, zero_stage: int) -> str | None:
             "or set run.compile false."
         )
     return None
+
+
+def why_not_fp8(recipe: Recipe, ds_config: ResolvedDsConfig, has_fp8: bool) -> str | None:
+    """Return why the layers cannot multiply in FP8, or None. has_fp8: whether the device can. Not run on a GPU yet."""
+    model = recipe.model
+    if importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed (pip install torchao)"
+    if not has_fp8:
+        return "this GPU has no FP8 (Hopper, Ada and later ones have)"
+    if not ds_config.bf16:
+        return "the rest is computed in fp32, not in bf16 (torch_autocast.enabled in the ds_config)"
+    if ds_config.zero_stage > 1:
+        return f"ZeRO {ds_config.zero_stage} has not been tried with it (ds_configs/zero1.json)"
+    if model.hidden_size % FP8_MULTIPLE or model.intermediate_size % FP8_MULTIPLE:
+        return f"model.hidden_size or model.intermediate_size is no multiple of {FP8_MULTIPLE}"
+    return None
+
+
+def refusal_of_fp8(reason: str) -> str:
+    """Return the message for run.fp8 torchao where it cannot be. reason: from why_not_fp8."""
+    return f"run.fp8 is torchao, but {reason}. Change that, or set run.fp8 to none."
 
 
 def why_not_cuda_graphs(recipe: Recipe, ds_config: ResolvedDsConfig, device_type: str) -> str | None:

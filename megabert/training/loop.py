@@ -151,13 +151,15 @@ def take_step(run: Run, batches: list[PackedBatch], num_masked: torch.Tensor) ->
 def sum_masked(run: Run, loaded: list[tuple[PackedBatch, int, Position]] | None) -> torch.Tensor | None:
     """Sum the masked tokens of a step over ranks, at least 1; None if a rank has no batches.
 
-    The host waits for the result. That costs nothing: at this moment the device has no work left.
+    The host of one of several ranks waits for the others' data: at this moment the device has no work left.
     """
     progress.enter("waiting for the other ranks' data")
     counts = [float(sum(batch.num_masked for batch, _, _ in loaded or [])), float(loaded is None)]
     total, without_batches = packed = to_device(counts, torch.float32, run.engine.device)
-    deepspeed.comm.all_reduce(packed)
     # A batch without a masked token has a loss of 0, not 0 / 0.
+    if run.plan.world_size == 1:
+        return None if loaded is None else total.clamp(min=1)
+    deepspeed.comm.all_reduce(packed)
     return None if without_batches.item() else total.clamp(min=1)
 
 

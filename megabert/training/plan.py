@@ -7,12 +7,18 @@ import torch
 
 from megabert.config.ds_config import DsConfig, ResolvedDsConfig
 from megabert.config.recipe import Recipe
-from megabert.kernels.devices import has_fast_bf16
+from megabert.kernels.devices import has_fast_bf16, has_fp8
 from megabert.kernels.resolve import Implementation, why_not_all_fused
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.training.distributed.device import training_device
 from megabert.training.identity import RunIdentity, fixed_settings
-from megabert.training.limits import refusal_of_graphs, why_not_compile, why_not_cuda_graphs
+from megabert.training.limits import (
+    refusal_of_fp8,
+    refusal_of_graphs,
+    why_not_compile,
+    why_not_cuda_graphs,
+    why_not_fp8,
+)
 from megabert.training.run_schedule import RunSchedule, make_run_schedule
 from megabert.training.updates.optimizers import choose_optimizer
 
@@ -59,6 +65,8 @@ def make_plan(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -
     )
     if recipe.run.compile and (reason := why_not_compile(device.type, resolved.zero_stage)):
         raise ValueError(reason)
+    if recipe.run.fp8 != "none" and (reason := why_not_fp8(recipe, resolved, has_fp8(device))):
+        raise ValueError(refusal_of_fp8(reason))
     optimizer = choose_optimizer(recipe, resolved, device)
     identity = RunIdentity(
         settings=fixed_settings(recipe.to_dict()),

@@ -1,12 +1,15 @@
 """Compares launch/estimate.py's prediction with published pretraining runs.
 
-    python tests/benchmarks/bench_estimate.py [--quick] [--json FILE]
+    python tests/benchmarks/bench_estimate.py [--cpu] [--quick] [--json FILE]
 
 One set of efficiencies for all rows (megabert/training/roofline/work.py), fixed before the comparison. The published
 runs used other code on the same work, so a difference is also one between programs; a row that differs by more than
-20 % says why. Tokens are those of the source: real ones, or padded slots. It takes no time; --quick changes nothing.
+20 % says why. Tokens are those of the source: real ones, or padded slots. It takes no time.
+--cpu also trains rows of bench_train.py on this machine's CPU, and predicts them from its best matrix product and a
+copy: three rows, with --quick one.
 """
 
+import argparse
 import statistics
 from dataclasses import dataclass
 
@@ -68,6 +71,8 @@ def encoder(layers: int, width: int, inner: int, ffn: str = "geglu", **more: obj
 MOSAIC = 128 / 115
 MOSAIC_BASE, BERT_LARGE = encoder(12, 768, 3072), encoder(24, 1024, 4096, "gelu")
 BERT_BASE = encoder(12, 768, 3072, "gelu", layer_norm_dtype="float32", padding="padded")
+MODERN = {"norm_position": "pre", "bias": False, "position": "rope"}
+MODERN_BASE, MODERN_LARGE = encoder(22, 768, 1152, **MODERN), encoder(28, 1024, 2624, **MODERN)
 # A third of ModernBERT's layers see documents of up to 1,024 tokens, 600 keys per token; the others 129.
 LOCAL = (600 + 2 * 129) / 3
 # Packed rows of 512 with two documents: 254.2 real tokens per sequence of the source.
@@ -86,25 +91,25 @@ RUNS = [
     ),
     Run(
         name="ModernBERT-base, 1024", source="arXiv 2412.13663, table 3: 1,529 GPU hours for 1.719 T tokens",
-        model=encoder(22, 768, 1152), gpu="h100", gpus=8, published=312e3, tokens=98_304, attended=LOCAL,
+        model=MODERN_BASE, gpu="h100", gpus=8, published=312e3, tokens=98_304, attended=LOCAL,
         vocab=MODERN_VOCAB,
         reason="likely that RoPE and norms are separate kernels there; unknown",
     ),
     Run(
-        name="ModernBERT-large, 1024", source="the same: 3,363 GPU hours", model=encoder(28, 1024, 2624), gpu="h100",
+        name="ModernBERT-large, 1024", source="the same: 3,363 GPU hours", model=MODERN_LARGE, gpu="h100",
         gpus=8, published=142e3, tokens=57_344, attended=LOCAL, vocab=MODERN_VOCAB,
     ),
     Run(
-        name="Ettin 150M", source="JHU-CLSP/ettin: 470 h on 4 GPUs for 2 T tokens", model=encoder(22, 768, 1152),
+        name="Ettin 150M", source="JHU-CLSP/ettin: 470 h on 4 GPUs for 2 T tokens", model=MODERN_BASE,
         gpu="h100", gpus=4, published=296e3, tokens=98_304, attended=LOCAL, vocab=MODERN_VOCAB,
         reason="as ModernBERT-base, whose code it is",
     ),
     Run(
-        name="Ettin 400M", source="the same: 950 h", model=encoder(28, 1024, 2624), gpu="h100", gpus=4,
+        name="Ettin 400M", source="the same: 950 h", model=MODERN_LARGE, gpu="h100", gpus=4,
         published=146e3, tokens=57_344, attended=LOCAL, vocab=MODERN_VOCAB,
     ),
     Run(
-        name="Ettin 1B", source="the same: 2,170 h", model=encoder(28, 1792, 3840), gpu="h100", gpus=4,
+        name="Ettin 1B", source="the same: 2,170 h", model=encoder(28, 1792, 3840, **MODERN), gpu="h100", gpus=4,
         published=64e3, tokens=32_768, attended=LOCAL, vocab=MODERN_VOCAB,
     ),
     Run(
@@ -127,7 +132,11 @@ RUNS = [
 
 
 def main() -> None:
-    arguments = report.read_arguments(__doc__ or "")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="also compare with the speed of this machine's CPU")
+    parser.add_argument("--quick", action="store_true", help="one row of --cpu")
+    parser.add_argument("--json", type=report.new_file, help="file to write {figures, machine} to")
+    arguments = parser.parse_args()
     print("| run | GPUs | published | predicted | difference | why more than 20 % |\n|---|---|---|---|---|---|")
     for run in RUNS:
         far = abs(run.error()) > CLOSE
@@ -138,6 +147,11 @@ def main() -> None:
     errors = [abs(run.error()) for run in RUNS]
     figures = {"estimate_error_max": max(errors), "estimate_error_median": statistics.median(errors)}
     print(f"\nlargest difference {figures['estimate_error_max']:.0%}, median {figures['estimate_error_median']:.0%}")
+    if arguments.cpu:
+        # Imported here because it loads transformers and the compiler.
+        from support.this_cpu import compare
+
+        figures |= compare(arguments.quick)
     report.write(figures, arguments.json)
 
 

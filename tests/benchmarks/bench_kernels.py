@@ -2,11 +2,12 @@
 
     python tests/benchmarks/bench_kernels.py [--quick] [--json FILE]
 
+It then compiles all kernels for three generations of GPUs and prints their registers, shared memory and resident warps.
 The estimate also counts what Liger's fused linear cross-entropy, if it is installed, and FlexAttention would do.
 
 The shapes are those of MosaicBERT-Base on 8,192 tokens, 30 % of them masked, in documents of 128 tokens, then of 512.
 Each figure is the median of many replays of a CUDA graph of forward and backward, in bf16 autocast. --quick times fewer
-runs.
+runs, and compiles for one generation.
 """
 
 import statistics
@@ -128,6 +129,14 @@ def compare_libraries() -> dict[str, float]:
     from support.libraries import compare
 
     return compare(MASKED, HIDDEN, BERT_VOCAB, TOKENS, HEADS)
+
+
+def compile_kernels(quick: bool) -> dict[str, float]:
+    if find_spec("triton") is None:
+        return {}
+    from support.occupancy import print_table, print_tiles_of_short
+
+    return print_table(["sm_90a"]) if quick else print_table() | print_tiles_of_short()
 
 
 class Contender(NamedTuple):
@@ -262,7 +271,10 @@ def measure(repeats: int) -> dict[str, float]:
 def main() -> None:
     arguments = report.read_arguments(__doc__ or "")
     gpu = torch.cuda.is_available()
-    figures = measure(10 if arguments.quick else 50) if gpu else estimate() | compare_libraries() | geglu_in_products()
+    if gpu:
+        figures = measure(10 if arguments.quick else 50)
+    else:
+        figures = estimate() | compile_kernels(arguments.quick) | compare_libraries() | geglu_in_products()
     report.write(figures, arguments.json, gpu=torch.cuda.get_device_name() if gpu else "none: theoretical estimate")
 
 

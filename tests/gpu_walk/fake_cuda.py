@@ -15,8 +15,10 @@ import numpy as np
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
 import torch.cuda.amp.common
+import torch.distributed
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from torch._dynamo.device_interface import CudaInterface
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,6 +39,7 @@ class Log(TorchDispatchMode):
         self.on = False
         self.capturing = False
         self.answer = 0.0  # what the host reads from the device
+        self.answers: dict[str, float] = {}  # what these read instead, by FILE:FUNCTION
         self.live = 0  # bytes of the device's tensors
         self.peak = 0  # the most of them so far
         self.known: set[int] = set()
@@ -55,6 +58,15 @@ class Log(TorchDispatchMode):
         """operations on the device while `capturing`"""
         self.not_captured: Counter[str] = Counter()
         """what a graph would repeat with old values, or cannot do: values read by the host or taken from it"""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    @property
+    def value(self) -> float:
+        """What the host reads now."""
+        return self.answers.get(_caller(), self.answer)
 
     def wait(self, kind: str) -> None:
         if self.capturing:
@@ -228,8 +240,10 @@ class FakeCuda(UNTYPED):
         return tensor
 
 
-def _reading(kind: str, value: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
+def _reading(kind: str, value: Callable[[torch.Tensor], Any], usual: Callable[..., Any]) -> Callable[..., Any]:
     def read(tensor: torch.Tensor, *arguments: Any) -> Any:
+        if torch._guards.TracingContext.try_get() is not None:
+            return usual(tensor, *arguments)
         if tensor.device.type == "cuda":
             LOG.wait(f"read({kind})")
         return value(tensor)
@@ -246,7 +260,13 @@ def capture(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def _answers(tensor: torch.Tensor) -> Any:
-    return np.full(tensor.shape, LOG.answer).tolist()
+    return np.full(tensor.shape, LOG.value).tolist()
+
+
+def _gather_objects(parts: list[Any], part: Any, group: Any = None) -> None:
+    """Take every rank for this one; torch would read the sizes of what the others sent from the device."""
+    LOG.wait("objects")
+    parts[:] = [part] * len(parts)
 
 
 def install() -> None:
@@ -259,22 +279,36 @@ def install() -> None:
         "device_count": 1,
         "get_device_capability": (9, 0),
         "get_device_name": "NVIDIA H100 80GB HBM3",
-        "get_device_properties": types.SimpleNamespace(multi_processor_count=132),
+        "get_device_properties": types.SimpleNamespace(multi_processor_count=132, major=9, minor=0),
+        "get_rng_state": None,
+        "set_rng_state": None,
         "_lazy_init": None,
         "_is_in_bad_fork": False,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *arguments, answer=answer, **options: answer)
+    CudaInterface.Worker.get_device_properties = staticmethod(torch.cuda.get_device_properties)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     fake: Any = FakeTensor
-    fake.item, fake.tolist = _reading("item", lambda tensor: LOG.answer), _reading("tolist", _answers)
+    fake.item = _reading("item", lambda tensor: LOG.value, torch.Tensor.item)
+    fake.tolist = _reading("tolist", _answers, torch.Tensor.tolist)
     for kind, convert in (("float", float), ("int", int), ("bool", bool)):
-        setattr(fake, f"__{kind}__", _reading(kind, lambda tensor, convert=convert: convert(LOG.answer)))
+        usual = getattr(torch.Tensor, f"__{kind}__")
+        setattr(fake, f"__{kind}__", _reading(kind, lambda tensor, convert=convert: convert(LOG.value), usual))
     fake.data_ptr = lambda tensor: tensor.untyped_storage()._cdata
+    storage: Any = torch.UntypedStorage
+    storage.data_ptr = lambda storage: storage._cdata
     # A small constant would be remembered and read without the device.
     fake_tensor.CONSTANT_NUMEL_LIMIT = 0  # pyrefly: ignore[bad-assignment]
     torch.Tensor.record_stream = lambda tensor, stream: None  # pyrefly: ignore[bad-assignment]
     torch.Tensor.pin_memory = lambda tensor, *arguments: tensor  # pyrefly: ignore[bad-assignment]
+    # Dynamo would leave alone what runs below another mode of dispatch.
+    modes: Any = fake_tensor.FakeTensorMode
+    modes.ignore_compile_internals = classmethod(lambda cls: True)
+    torch.distributed.all_gather_object = _gather_objects
+    load = torch.load
+    # Of fake tensors it cannot be asked with a function, DeepSpeed's way to say the CPU.
+    torch.load = lambda file, map_location=None, **options: load(file, map_location="cpu", **options)
     set_accelerator(FakeCuda())
 
 

@@ -28,22 +28,32 @@ MICRO_BATCHES = 2
 
 # Every wait of a step that is allowed, and why. None of them may happen more than once in a step, so none between
 # micro-batches, but EPILOGUE at ZeRO 2: with overlap_comm it waits after every micro-batch. So ZeRO 1 is faster.
-OF_EVERY_STAGE = {
-    "read(item) megabert/training/loop.py:sum_masked": "whether every rank has batches, while the device has no work",
-    "read(tolist) megabert/training/loop.py:finish_step": "the step's counts, and whether a rank wants to stop",
+OF_EVERY_STAGE = {"read(tolist) megabert/training/loop.py:finish_step": "the step's counts, and whether to stop"}
+OF_SEVERAL_RANKS = {
+    "read(item) megabert/training/loop.py:sum_masked": "whether every rank has batches, while the device has no work"
 }
 OF_STAGE_0 = {
     "read(float) megabert/training/updates/guard.py:allows_step": "the guard judges the norm before the update"
 }
 EPILOGUE = "synchronize deepspeed/runtime/zero/stage_1_and_2.py:independent_gradient_partition_epilogue"
-COPY = "copy deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace"
-JUDGES = "read(bool) deepspeed/runtime/utils.py:is_invalid_grad_norm"
 FLUSH = "synchronize deepspeed/runtime/engine.py:_flush_coalesced_reduction_zero12"
 OF_ZERO = {
-    "read(float) megabert/training/distributed/deepspeed_compat.py:<lambda>": "the guard, as at stage 0",
+    "read(float) megabert/training/distributed/deepspeed_compat.py:__call__": "DeepSpeed and the guard judge the norm",
     EPILOGUE: "DeepSpeed reduces the last gradients",
-    COPY: "DeepSpeed copies the number -1, for each group of parameters",
-    JUDGES: "DeepSpeed judges the norm: of each group if there are two, and of all",
+}
+
+SKIPPED = {"objects megabert/training/loop.py:log_skipped_update": "the places of the bins, for skipped.jsonl"}
+TAG = "deepspeed/runtime/engine.py:_checkpoint_tag_validation"
+OF_SAVING = {
+    "copy megabert/training/checkpointing/writer.py:_host_copy": "every tensor that this rank writes",
+    f"copy {TAG}": "DeepSpeed compares the ranks' tags",
+    f"read(bool) {TAG}": "the same",
+}
+OF_RESUMING = {
+    "objects megabert/training/distributed/sync.py:gather_dicts": "whether every rank finds its files sound",
+    "copy deepspeed/runtime/engine.py:load_module_state_dict": "the weights",
+    "copy deepspeed/runtime/engine.py:_load_checkpoint": "the optimizer's state at stage 0",
+    "copy deepspeed/runtime/zero/stage_1_and_2.py:_load_legacy_checkpoint": "the optimizer's state of ZeRO",
 }
 
 # Operations on the device per micro-batch at ZeRO 1, with MICRO_BATCHES in a step, by recipe, ranks and layers. A
@@ -72,7 +82,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def walk(library: Path, recipe: str, stage: int, ranks: int, layers: int) -> dict[str, Any]:
+def walk(library: Path, recipe: str, stage: int, ranks: int, layers: int, fp8: str = "none") -> dict[str, Any]:
     """Run walk.py and return what it prints."""
     spec = find_spec("torch")
     assert spec is not None
@@ -83,17 +93,16 @@ def walk(library: Path, recipe: str, stage: int, ranks: int, layers: int) -> dic
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(HERE / "walk.py"), recipe, *map(str, (stage, ranks, MICRO_BATCHES, layers))]
+    command = [sys.executable, str(HERE / "walk.py"), recipe, *map(str, (stage, ranks, MICRO_BATCHES, layers)), fp8]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def allowed_waits(stage: int, groups: int) -> dict[str, int]:
-    """How often each allowed wait may happen in a step. groups: of parameters."""
-    allowed = dict.fromkeys(OF_EVERY_STAGE | (OF_ZERO if stage else OF_STAGE_0), 1)
-    allowed |= {COPY: groups, JUDGES: 2 * groups - 1} if stage else {}
-    return allowed | {EPILOGUE: MICRO_BATCHES} if stage == 2 else allowed
+def allowed_waits(stage: int, ranks: int) -> dict[str, int]:
+    """How often each allowed wait may happen in a step."""
+    allowed = OF_EVERY_STAGE | (OF_ZERO if stage else OF_STAGE_0) | (OF_SEVERAL_RANKS if ranks > 1 else {})
+    return dict.fromkeys(allowed, 1) | ({EPILOGUE: MICRO_BATCHES} if stage == 2 else {})
 
 
 def predicted_memory(recipe: str, stage: int, ranks: int, found: dict[str, Any]) -> Memory:
@@ -103,11 +112,32 @@ def predicted_memory(recipe: str, stage: int, ranks: int, found: dict[str, Any])
     return memory_of_rank(model, batch, vocab_size=found["vocabulary"], zero_stage=stage, ranks=ranks)
 
 
+def check_other_steps(found: dict[str, Any], allowed: dict[str, int], stage: int, ranks: int) -> None:
+    """Check refused updates, saving, resuming, and the steps of the resumed run, whose model is compiled."""
+    assert found["updates"] > 0
+    for number, refused in enumerate(found["refused"], 1):
+        assert (refused["updates"], refused["in_a_row"]) == (0, number)
+        assert too_many(refused["waits"], allowed | dict.fromkeys(SKIPPED, 1)) == {}
+    assert found["saving"].keys() == OF_SAVING.keys()
+    weights = found["weights"]
+    expected = 12 * weights if stage == 0 else (4 + 12 / ranks) * weights
+    assert found["saved_bytes"] == pytest.approx(expected, rel=0.01)
+    assert found["resuming"].keys() <= OF_RESUMING.keys()
+    assert too_many(found["compiled"], allowed) == {}
+    assert found["compiled_updates"] == found["updates"]
+    # One more where the number of rows, which differs between bins, has become dynamic.
+    assert 1 <= found["graphs"] <= 2
+
+
+def too_many(waits: dict[str, int], allowed: dict[str, int]) -> dict[str, int]:
+    return {wait: count for wait, count in waits.items() if count > allowed.get(wait, 0)}
+
+
 def check_graph(found: dict[str, Any], allowed: dict[str, int], eager_launches: float) -> None:
     """Check a captured micro-batch and a step of replays. FLUSH waits for a stream that has nothing to do yet."""
     assert found["captured"] > eager_launches
     assert found["not_captured"] == {}, "a graph would repeat these with old values"
-    assert {wait: count for wait, count in found["waits"].items() if count > allowed.get(wait, 0)} == {}
+    assert too_many(found["waits"], allowed) == {}
     # What is left is the reduction and the update.
     assert found["launches_per_micro_batch"] < eager_launches / 2
 
@@ -128,8 +158,8 @@ def check_graph(found: dict[str, Any], allowed: dict[str, int], eager_launches: 
 def test_a_step_on_a_gpu(library, recipe, stage, ranks, layers):
     found = walk(library, recipe, stage, ranks, layers)
     assert found["steps_applied"] == 2
-    allowed = allowed_waits(stage, found["groups"])
-    assert {wait: count for wait, count in found["waits"].items() if count > allowed.get(wait, 0)} == {}
+    allowed = allowed_waits(stage, ranks)
+    assert too_many(found["waits"], allowed) == {}
     assert found["evaluation_waits"] == {"read(tolist) megabert/training/evaluate.py:evaluate": 1}
     residual = "torch.bfloat16 cuda" if recipe.startswith("mosaic") else "torch.float32 cuda"
     assert found["residual"] == [residual]
@@ -143,5 +173,20 @@ def test_a_step_on_a_gpu(library, recipe, stage, ranks, layers):
     assert found["peak_bytes"] <= memory.states + memory.kept + memory.work <= 1.25 * found["peak_bytes"]
     if stage < 2 and recipe != "bert-base":
         check_graph(found["graph"], allowed | ({FLUSH: 1} if stage else {}), found["launches_per_micro_batch"])
+    check_other_steps(found, allowed, stage, ranks)
     if stage == 1:
         assert found["launches_per_micro_batch"] == pytest.approx(LAUNCHES[recipe, ranks, layers], rel=0.05)
+
+
+@pytest.mark.fp8
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_step_in_fp8_reads_and_copies_nothing_more(library, stage):
+    """torchao's scales stay on the device, so a graph can hold them, and the whole model is compiled as one graph."""
+    found, allowed = walk(library, "mosaicbert-base", stage, 8, 2, "torchao"), allowed_waits(stage, 8)
+    assert too_many(found["waits"], allowed) == {}
+    assert found["gradients"] == ["torch.float32 cuda"]
+    check_graph(found["graph"], allowed | ({FLUSH: 1} if stage else {}), found["launches_per_micro_batch"])
+    check_other_steps(found, allowed, stage, 8)
+    # Each of two layers has four maps, and each map six casts: without run.compile they are kernels of their own.
+    assert found["launches_per_micro_batch"] > 2 * LAUNCHES["mosaicbert-base", 8, 2]

@@ -1,16 +1,20 @@
 """Take steps of the real training loop on a fake CUDA device and print what happened there, as one line of JSON.
 
-    LD_PRELOAD=LIBRARY python tests/gpu_walk/walk.py RECIPE ZERO_STAGE RANKS MICRO_BATCHES LAYERS
+    LD_PRELOAD=LIBRARY python tests/gpu_walk/walk.py RECIPE ZERO_STAGE RANKS MICRO_BATCHES LAYERS FP8
 
 It is rank 0 of RANKS, whose collectives do nothing. The first step warms up, the second is the one that is described,
-and an evaluation after it; then, where run.cuda_graphs can be true, the capture of a micro-batch and a step of replays.
+and an evaluation after it; then, where run.cuda_graphs can be true, the capture of a micro-batch and a step of replays;
+then updates that the guard refuses, saving, and a run that resumes from there with run.compile.
 """
 
 import contextlib
 import json
+import math
 import os
 import sys
+import tempfile
 import types
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -30,7 +34,10 @@ from megabert.kernels.resolve import triton_ops
 from megabert.model.layers import Block
 from megabert.training import engine as engine_module
 from megabert.training import loop
+from megabert.training.checkpointing import resume
+from megabert.training.checkpointing.writer import copy_to_host
 from megabert.training.distributed import deepspeed_compat, device
+from megabert.training.distributed.deepspeed_compat import capture_checkpoint
 from megabert.training.evaluate import evaluate
 from megabert.training.limits import why_not_cuda_graphs
 from megabert.training.micro_batch.graph import WARM_UPS, MicroBatchGraph
@@ -39,7 +46,7 @@ from megabert.training.run import TrainState
 from megabert.training.telemetry.flops import step_flops
 from megabert.training.telemetry.reporter import Meter
 from megabert.training.telemetry.timers import TimeBudget
-from megabert.training.updates.guard import Guard, UpdateGate
+from megabert.training.updates.guard import MIN_NORMS, Guard, UpdateGate
 from tests.gpu_walk import fake_cuda
 from tests.gpu_walk.fake_cuda import LOG
 
@@ -47,6 +54,11 @@ VOCAB = 30_522  # of BERT's own tokenizer
 TOKENIZER = TokenizerInfo("f" * 64, VOCAB, {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}, (0, 100, 101))
 TOKENS = 14_720  # of a micro-batch, where the recipe leaves it open
 MAX_SEQ_LEN, MEAN_PIECE = 128, 115  # of C4's documents, truncated to 128 tokens
+# Where the host reads the gradient's norm, at ZeRO 1 and 2, and at stage 0.
+READS_NORM = (
+    "megabert/training/distributed/deepspeed_compat.py:__call__",
+    "megabert/training/updates/guard.py:allows_step",
+)
 
 
 def make_batch(index: int, bin_tokens: int, probability: float) -> PackedBatch:
@@ -81,12 +93,18 @@ def put_on_device(model: nn.Module) -> nn.Module:
     return model
 
 
-def start(recipe_name: str, stage: int, ranks: int, micro_batches: int, layers: int) -> types.SimpleNamespace:
-    """Build what training/loop.py needs of a Run: the real plan, engine, gate and meter."""
+def start_ranks(ranks: int) -> None:
+    """Become rank 0 of so many."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": "0"}
     torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     deepspeed_compat.skip_shm_comm_build()
     deepspeed.init_distributed(dist_backend="fake", verbose=False)
+
+
+def start(
+    recipe_name: str, stage: int, ranks: int, micro_batches: int, layers: int, fp8: str, compiled: bool = False
+) -> types.SimpleNamespace:
+    """Build what training/loop.py needs of a Run: the real plan, engine, gate and meter."""
     given = load_recipe(recipe_name).data.micro_batch_tokens
     tokens = TOKENS if given == "auto" else given
     recipe = load_recipe(
@@ -98,10 +116,12 @@ def start(recipe_name: str, stage: int, ranks: int, micro_batches: int, layers: 
             "batch_warmup_from": None,
         },
         model={"num_hidden_layers": layers},
-        run={"cuda_graphs": False},
+        run={"cuda_graphs": False, "compile": compiled, "fp8": fp8},
     )
     plan = make_plan(recipe, read_ds_config(ds_config_path(f"zero{stage}")), 0, ranks)
     engine_module.resolve = lambda *arguments: triton_ops()  # pyrefly: ignore[bad-assignment]
+    use_fp8 = engine_module.use_fp8
+    engine_module.use_fp8 = lambda model, _: use_fp8(model, torch.device("cuda"))  # pyrefly: ignore[bad-assignment]
     model: Any = put_on_device(
         engine_module.build_model(plan.recipe, TOKENIZER, torch.device("cpu"), plan.ds_config.bf16)
     )
@@ -164,7 +184,7 @@ def describe(run: types.SimpleNamespace) -> dict[str, Any]:
         "slots": slots,
         "vocabulary": model.config.vocab_size,
         "layers": model.config.num_hidden_layers,
-        "groups": len(run.engine.optimizer.param_groups),
+        "weights": sum(parameter.numel() for parameter in model.parameters()),
     }
 
 
@@ -197,7 +217,7 @@ def walk(run: types.SimpleNamespace) -> dict[str, Any]:
     LOG.on = True
     loop.train_step(run)
     LOG.on = False
-    found = describe(run) | {"state_bytes": states, "peak_bytes": LOG.peak}
+    found = describe(run) | {"state_bytes": states, "peak_bytes": LOG.peak, "updates": updates()}
     kept = Kept(model)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
         output = run.engine(**run.batches[0].model_inputs(run.engine.device))
@@ -221,10 +241,71 @@ def walk_graph(run: types.SimpleNamespace) -> dict[str, Any]:
     return found | {"waits": dict(LOG.waits), "launches_per_micro_batch": sum(LOG.launches.values()) / len(run.batches)}
 
 
+def refused_updates(run: types.SimpleNamespace) -> list[dict[str, Any]]:
+    """Take a step whose norm is infinite, and one whose norm is far above those before it; describe both."""
+    run.state.guard.norms.extend([1.0] * MIN_NORMS)
+    found = []
+    for norm in (math.inf, 1000.0):
+        run.feed = ((batch, 0, Position()) for batch in run.batches)
+        LOG.answers = dict.fromkeys(READS_NORM, norm)
+        LOG.reset()
+        LOG.on = True
+        loop.train_step(run)
+        LOG.on = False
+        found.append({"waits": dict(LOG.waits), "updates": updates(), "in_a_row": run.state.guard.skipped_in_a_row})
+    LOG.answers = {}
+    return found
+
+
+def updates() -> int:
+    """Count the launches of the optimizer's update."""
+    return sum(count for name, count in LOG.launches.items() if "adamw" in name)
+
+
+def save_and_resume(
+    run: types.SimpleNamespace, arguments: tuple[str, int, int, int, int, str], folder: Path
+) -> dict[str, Any]:
+    """Save, load that into the engine of another run, which is compiled as a whole, and take two steps there."""
+    LOG.reset()
+    LOG.on = True
+    files = capture_checkpoint(run.engine, copy_to_host)
+    LOG.on = False
+    found: dict[str, Any] = {"saving": dict(LOG.waits), "saved_bytes": 0}
+    # Their content is not written, only its size.
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        for name, content in files.items():
+            torch.save(content, folder / name)
+            found["saved_bytes"] += (folder / name).stat().st_size
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_module: Any = nn.Module.compile
+    # Inductor would make code for the device.
+    nn.Module.compile = lambda module, **options: compile_module(module, **(options | {"backend": backend}))
+    resumed = start(*arguments, compiled=True)
+    LOG.reset()
+    LOG.on = True
+    resume.load(resumed.engine, folder)
+    LOG.on = False
+    found["resuming"] = dict(LOG.waits)
+    resumed.feed = ((batch, 0, Position()) for _ in range(2) for batch in resumed.batches)
+    loop.train_step(resumed)
+    LOG.reset()
+    LOG.on = True
+    loop.train_step(resumed)
+    LOG.on = False
+    return found | {"compiled": dict(LOG.waits), "graphs": len(graphs), "compiled_updates": updates()}
+
+
 def main() -> None:
     fake_cuda.install()
-    with fake_cuda.fake_device(), LOG:
-        run = start(sys.argv[1], *map(int, sys.argv[2:]))
+    arguments = (sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6])
+    with fake_cuda.fake_device(), LOG, tempfile.TemporaryDirectory() as folder:
+        start_ranks(arguments[2])
+        run = start(*arguments)
         found = walk(run)
         LOG.reset()
         LOG.on, LOG.answer = True, 1.0  # a count to divide by
@@ -233,6 +314,9 @@ def main() -> None:
         LOG.on, LOG.answer = False, 0.0
         if why_not_cuda_graphs(run.plan.recipe, run.plan.ds_config, "cuda") is None:
             found["graph"] = walk_graph(run)
+            run.graph = None
+        found["refused"] = refused_updates(run)
+        found |= save_and_resume(run, arguments, Path(folder))
         sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -1,5 +1,7 @@
 """The timing of kernels: what a measured pass does, on the CPU."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tests.benchmarks import bench_kernels
 from tests.benchmarks.bench_kernels import WORK, Contender, contenders, passes, time_s
 from tests.benchmarks.bench_train import peak_of, ratio_figures
 from tests.benchmarks.support.contenders import Row, hf_modernbert, ours
+from tests.helpers.runs import REPOSITORY
 
 
 def test_every_operation_runs_with_small_inputs():
@@ -61,6 +64,20 @@ def test_libraries_are_counted(monkeypatch, capsys):
         assert ours[:2] == theirs[:2]
         assert ours[2] < theirs[2]
     assert figures["attention_128_flexattention_planning_bytes"] > 1024**2
+
+
+@pytest.mark.triton
+def test_the_table_of_occupancy_has_every_kernel(capsys, monkeypatch):
+    from tests.benchmarks.support import occupancy
+
+    launches = occupancy.kernels()
+    files = {path.stem: path.read_text() for path in (REPOSITORY / "megabert/kernels").glob("*.py")}
+    defined = {f"{name}.{kernel}" for name, text in files.items() for kernel in re.findall(r"def (\w+)_kernel\(", text)}
+    assert {name.split(",")[0] for name in launches} == defined
+    monkeypatch.setattr(occupancy, "kernels", lambda: {"geglu.forward": launches["geglu.forward"]})
+    figures = occupancy.print_table(["sm_80"])
+    assert 32 <= figures["warps_geglu.forward_sm_80"] <= 64
+    assert re.search(r"\| geglu.forward \| 4 \| \d+, 0 KB, \d+ \|", capsys.readouterr().out)
 
 
 def test_geglu_in_its_products_gains_nothing_at_the_speed_that_it_prints(monkeypatch):

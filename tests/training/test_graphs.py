@@ -212,5 +212,18 @@ def test_the_start_of_a_run_on_a_gpu_says_what_was_chosen():
     assert not lines()
 
 
+def test_the_start_of_a_run_in_fp8_says_that_no_gpu_has_run_it():
+    plan = plan_of_cpu()
+    recipe = dataclasses.replace(plan.recipe, run=dataclasses.replace(plan.recipe.run, fp8="torchao"))
+    corpus: Any = SimpleNamespace(tokens=1)
+
+    def line(device: torch.device) -> str:
+        lines = start_messages(dataclasses.replace(plan, recipe=recipe, device=device), corpus, 1, 1, None)
+        return next(line for line in lines if line.startswith("layers' products"))
+
+    assert line(torch.device("cpu")) == "layers' products: FP8 from torchao, emulated on this CPU"
+    assert "not run on a GPU yet; set run.compile true" in line(CUDA)
+
+
 def test_the_setting_may_change_at_a_resume():
     assert may_change_at_resume("run.cuda_graphs")

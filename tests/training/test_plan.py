@@ -44,6 +44,7 @@ def test_the_identity_has_only_settings_that_may_not_change():
         (["--data.global_batch_tokens=768"], {"world_size": 2}, "which 2 ranks cannot share evenly"),
         (["--optimizer.name=muon"], {}, "with Muon ZeRO clips the orthogonalized updates"),
         (["--run.compile"], {}, "run.compile true on a CPU"),
+        (["--run.fp8=torchao"], {}, "run.fp8 is torchao, but .*. Change that, or set run.fp8 to none"),
         ([], {"ds_config": {"gradient_clipping": 5.0}}, "sets gradient_clipping to 5.0, but the recipe makes it 1.0"),
     ],
 )

@@ -47,6 +47,7 @@ TRAPS = {
         [[8, 2], [8, 2], [8, 1]],
         f"{COMPAT} optimizer_partitions: StableAdamW's sums are those of whole parameters",
     ),
+    "reads_norm_again": ([3, 2], f"{COMPAT} judge_norms_on_the_device"),
     "one_rank_is_reduced": ([True, False], f"{COMPAT} skip_reduction_of_one_rank"),
     "gradients_move": (True, f"{COMPAT} reduce_once: a graph's gradients stay where they are"),
     "numel_at_stage_3": ([0, 0], f"{COMPAT} num_parameters"),

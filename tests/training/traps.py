@@ -17,6 +17,7 @@ import deepspeed
 import deepspeed.comm.comm
 import torch
 from deepspeed.runtime.torch_autocast import get_comm_dtype
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
 from megabert.training.distributed.deepspeed_compat import convert_to_universal
@@ -213,6 +214,30 @@ def flat_partitions() -> list[list[int]]:
     return found
 
 
+def reads_norm_again() -> list[int]:
+    """Return how often stage 1 judges the norm in a step that clips two groups, and how often it marks one with -1."""
+    engine = engine_with(gradient_clipping=1.0, **zero(1))
+    internals: Any = stage_1_and_2
+    calls = {"is_invalid_grad_norm": 0, "mask_nan_or_inf_with_val_inplace": 0}
+    usual = {name: getattr(internals, name) for name in calls}
+
+    def counted(name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return usual[name](*args, **options)
+
+        return call
+
+    for name in calls:
+        setattr(internals, name, counted(name))
+    try:
+        step(engine)
+    finally:
+        for name in calls:
+            setattr(internals, name, usual[name])
+    return list(calls.values())
+
+
 def one_rank_is_reduced() -> list[bool]:
     """Return whether stage 0 reduces the gradients of one rank, by default and where it is told not to."""
     found = []
@@ -334,6 +359,7 @@ def main() -> None:
         "norm_at_stage_0": norm_at_stage_0(),
         "norm_within_step": norm_within_step(),
         "flat_partitions": flat_partitions(),
+        "reads_norm_again": reads_norm_again(),
         "one_rank_is_reduced": one_rank_is_reduced(),
         "gradients_move": gradients_move(),
         "numel_at_stage_3": numel_at_stage_3(),

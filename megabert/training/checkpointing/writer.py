@@ -114,7 +114,7 @@ class CheckpointWriter:
             small_files = {layout.STATE: _json(vars(state)), TOKENIZER: source.read_tokenizer_file()}
             if (config := source.read_optional(TOKENIZER_CONFIG)) is not None:
                 small_files[TOKENIZER_CONFIG] = config
-        tensor_files = capture_checkpoint(engine, _copy_to_host if self.overlap else None)
+        tensor_files = capture_checkpoint(engine, copy_to_host if self.overlap else None)
         parts = CheckpointParts(state, tensor_files, small_files, dict(positions))
         if self.overlap:
             self.thread = threading.Thread(target=self._write, args=(parts,), name="checkpoint", daemon=True)
@@ -265,7 +265,8 @@ def check_disk_space(folder: Path, num_parameters: int, stage: int, retention: R
         )  # fmt: skip
 
 
-def _copy_to_host(content: Any) -> Any:
+def copy_to_host(content: Any) -> Any:
+    """Copy all tensors of nested containers to host memory."""
     return _host_copy(content, {})
 
 

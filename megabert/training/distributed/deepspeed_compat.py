@@ -7,6 +7,7 @@ function.
 import contextlib
 import copyreg
 import io
+import math
 import os
 import tempfile
 import warnings
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import nn
 from torch.serialization import safe_globals
@@ -96,7 +98,46 @@ def zero_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float]:
     engine.get_global_grad_norm() still returns the previous step's norm at that moment. Canary: norm_within_step.
     """
     optimizer: Any = engine.optimizer
-    return lambda: float(optimizer._global_grad_norm)
+    if engine.zero_optimization_stage() == 3:
+        return lambda: float(optimizer._global_grad_norm)
+    judge = _NormJudge()
+    judge_norms_on_the_device(judge)
+    # ZeRO may be told not to judge the norm before it calls the optimizer (bf16.check_grad_overflow).
+    return lambda: judge.take() if judge.is_new else float(optimizer._global_grad_norm)
+
+
+class _NormJudge:
+    """ZeRO's test of a gradient norm, which reads it from the device once, and keeps it for the guard."""
+
+    def __init__(self) -> None:
+        self.norm: Any = None
+        self.value = math.nan
+        self.is_new = False
+
+    def __call__(self, norm: Any) -> bool:
+        if norm is not self.norm:
+            self.norm, self.value, self.is_new = norm, float(norm), True
+        return not math.isfinite(self.value) or self.value < 0
+
+    def take(self) -> float:
+        """Return the norm that was read last. Losses are not scaled, so it is the gradient's."""
+        self.is_new = False
+        return self.value
+
+
+def judge_norms_on_the_device(is_invalid: Callable[[Any], bool]) -> None:
+    """Let ZeRO 1 and 2 judge norms with another function, and mark invalid ones without a copy from the host.
+
+    ZeRO itself reads the same norm again for every group that it clips, and copies the number -1 to the device for
+    every group, which makes the host wait each time. Canary: reads_norm_again.
+    """
+
+    def mark_invalid(norm: torch.Tensor, device: Any = None, val: float = -1.0) -> None:
+        norm.masked_fill_(~torch.isfinite(norm), val)
+
+    internals: Any = stage_1_and_2
+    internals.is_invalid_grad_norm = is_invalid
+    internals.mask_nan_or_inf_with_val_inplace = mark_invalid
 
 
 def optimizer_partitions(engine: deepspeed.DeepSpeedEngine) -> dict[torch.Tensor, tuple[list[slice], list[int]]]:

@@ -28,7 +28,14 @@ from megabert.training.checkpointing.initial_folder import (
 )
 from megabert.training.corpora import choose_max_documents, open_corpora
 from megabert.training.identity import RunIdentity, check_branch, check_same_run, fixed_settings
-from megabert.training.limits import refusal_of_graphs, why_no_trackers, why_not_compile, why_not_cuda_graphs
+from megabert.training.limits import (
+    refusal_of_fp8,
+    refusal_of_graphs,
+    why_no_trackers,
+    why_not_compile,
+    why_not_cuda_graphs,
+    why_not_fp8,
+)
 from megabert.training.micro_batch.batch import batch_of_web_pages, largest_batch
 from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
@@ -154,6 +161,8 @@ class Checks:
             raise ValueError(problem)
         if self.recipe.run.cuda_graphs is True and (reason := why_not_cuda_graphs(self.recipe, resolved, "cuda")):
             raise ValueError(refusal_of_graphs(reason))
+        if self.recipe.run.fp8 != "none" and (reason := why_not_fp8(self.recipe, resolved, has_fp8=True)):
+            raise ValueError(refusal_of_fp8(reason))
         self.resolved = resolved
         precision = "bf16 where the GPUs multiply it natively" if resolved.bf16 else "fp32"
         yield f"ZeRO {resolved.zero_stage}, {precision}, {self.recipe.optimizer.name}"

@@ -77,6 +77,15 @@ def operations(model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = T
     weights = layers * (4 * width * width + width * up + inner * width)
     stream = 4 if model.layer_norm_dtype == "float32" or not bf16 else 2
     rows = 2 * layers * slots * width
+    # Bytes for a number of the stream, forward and backward. After a sum, LayerNorm's kernel reads both terms and both
+    # gradients of its result, and writes the gradient of each term: kernels/add_layer_norm.py. Before a product it
+    # reads and writes one matrix each way and reads a gradient; PyTorch adds to the stream, and sums its gradients.
+    if model.norm_position == "post":
+        norm, sums = 3 * size + 6 * stream, 0
+    else:
+        norm, sums = 2 * size + 3 * stream, 6 * stream
+    # The gradients of biases read those of the products that they are added to.
+    biases = layers * slots * size * (5 * width + (0 if gated else inner)) if model.bias else 0
     # GeGLU reads and writes 8 F numbers; GELU in PyTorch 5 F.
     activation = layers * slots * inner * size * (8 if gated else 5)
     operands = 3 * size * (layers * slots * (6 * width + width + up + inner + width) + weights)
@@ -91,7 +100,8 @@ def operations(model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = T
             share=ATTENTION, fall=ATTENTION_FALL,
         ),
         Operation(name="MLP's activation", moved_bytes=activation),
-        Operation(name="LayerNorm", moved_bytes=rows * (3 * (size + stream) + 2 * stream), bandwidth=ROWS),
-        Operation(name="sums of gradients", moved_bytes=3 * rows * stream + layers * slots * 5 * width * size),
+        Operation(name="LayerNorm", moved_bytes=rows * norm, bandwidth=ROWS),
+        Operation(name="rotation", moved_bytes=12 * layers * slots * width * size if model.position == "rope" else 0),
+        Operation(name="sums", moved_bytes=rows * sums + biases),
         Operation(name="casts, gradients of weights", moved_bytes=num_weights(model, vocab_size) * (12 + 28)),
     ]  # fmt: skip

@@ -46,6 +46,8 @@ def start_messages(
         f"streams; {length} of {plan.schedule.batches_per_step} x {recipe.data.bin_tokens} token slots"
     )
     yield f"optimizer: {recipe.optimizer.name} from {plan.optimizer.source} ({plan.optimizer.reason})"
+    if recipe.run.fp8 != "none":
+        yield f"layers' products: FP8 from {recipe.run.fp8}, {_how_fp8_runs(plan)}"
     if plan.device.type == "cuda":
         how = (
             "as CUDA graphs (not run on a GPU yet)" if plan.no_graphs is None else f"kernel by kernel: {plan.no_graphs}"
@@ -56,6 +58,13 @@ def start_messages(
         done = f" of {plan.schedule.total_steps}" if hours is None else f", {state.wall_seconds / 3600:.2f} hours"
         verb = "branched off from" if checkpoint.branched else "resumed from"
         yield f"{verb} {checkpoint.path}: step {state.step}{done}"
+
+
+def _how_fp8_runs(plan: RunPlan) -> str:
+    if plan.device.type == "cpu":
+        return "emulated on this CPU"
+    fused = "" if plan.recipe.run.compile else "; set run.compile true, which fuses the casts with other operations"
+    return f"not run on a GPU yet{fused}"
 
 
 def write_run_json(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: int) -> None:

@@ -59,6 +59,18 @@ def test_another_recipe_is_refused_with_every_setting_that_differs():
         check(other)
 
 
+def test_a_checkpoint_from_before_a_setting_has_its_default():
+    old = RECIPE.to_dict()
+    for name in ("data.documents", "masking.schedule", "optimizer.decay", "run.fp8", "model.norm_position"):
+        section, setting = name.split(".")
+        del old[section][setting]
+    del old["probe"]
+    check(state=dataclasses.replace(STATE, recipe=old))
+    for changes in ({"run": RunConfig(max_steps=10, fp8="torchao")}, {"data": DataConfig(documents="truncate")}):
+        with pytest.raises(ValueError, match=r"(run.fp8 was 'none'|data.documents was 'split') and is 't"):
+            check(dataclasses.replace(RECIPE, **changes), dataclasses.replace(STATE, recipe=old))
+
+
 def with_steps(steps: int, **optimizer) -> Recipe:
     return dataclasses.replace(RECIPE, run=RunConfig(max_steps=steps), optimizer=OptimizerConfig(**optimizer))
 

@@ -6,6 +6,7 @@ import pytest
 
 from launch import estimate as command
 from megabert.config.recipe_parser import load_recipe, recipe_names
+from megabert.kernels.resolve import torch_ops
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.micro_batch.batch import Batch, batch_of, piece_lengths
@@ -14,6 +15,8 @@ from megabert.training.roofline.estimate import communication_s, hours_of, predi
 from megabert.training.roofline.work import needed_flops, operations
 from megabert.training.telemetry.cards import card_named
 from tests.benchmarks.bench_estimate import CLOSE, RUNS
+from tests.benchmarks.support import contenders, this_cpu
+from tests.benchmarks.support.contenders import Row
 
 H100 = card_named("h100")
 BASE = load_recipe("mosaicbert-base")
@@ -69,6 +72,23 @@ def test_operations_have_at_least_the_needed_flops_and_a_padded_model_has_more()
         assert needed < done < most * needed, name
 
 
+@pytest.mark.parametrize("stream", [2, 4])
+def test_a_norm_after_a_sum_moves_what_its_kernel_says_and_autograd_sums_nothing(stream):
+    """As in the docstring of kernels/add_layer_norm.py, two norms in each of 12 layers. x, dx: bf16."""
+    dtype = "bfloat16" if stream == 2 else "float32"
+    model = dataclasses.replace(BASE.model, layer_norm_dtype=dtype, bias=False)
+    batch = Batch(tokens=100, slots=100, masked=30, attended=50)
+    moved = {operation.name: operation.moved_bytes for operation in operations(model, 30_528, batch)}
+    forward, backward = 2 + stream + stream, 2 * stream + 2 + stream + 2 + stream
+    assert moved["LayerNorm"] == 2 * 12 * 100 * 768 * (forward + backward)
+    assert moved["sums"] == moved["rotation"] == 0
+    modern = dataclasses.replace(model, norm_position="pre", position="rope")
+    moved = {operation.name: operation.moved_bytes for operation in operations(modern, 30_528, batch)}
+    assert moved["sums"] == 2 * 12 * 100 * 768 * 6 * stream
+    # kernels/rotate.py: 6 * H * D * 2 bytes a pass
+    assert moved["rotation"] == 12 * 100 * 2 * 6 * 768 * 2
+
+
 def test_communication_grows_with_stages_and_machines():
     assert communication_s(1e8, H100, 1, 2, 4) == 0
     one, two, many = (communication_s(1e8, H100, *rest) for rest in ((8, 1, 4), (8, 2, 4), (64, 1, 4)))
@@ -95,6 +115,19 @@ def test_a_faster_card_and_more_gpus_take_less_time():
 def test_every_published_run_is_met_or_has_a_reason():
     for run in RUNS:
         assert abs(run.error()) <= CLOSE or run.reason, run.name
+
+
+def test_this_cpus_row_has_a_measured_and_a_predicted_speed(monkeypatch, capsys):
+    row = Row(1, 32, 2, 48, cap=32, tokens=64, rows=2, vocab=2048)
+    # Nothing is compiled.
+    monkeypatch.setattr(contenders, "resolve", lambda *arguments, **options: torch_ops())
+    monkeypatch.setattr(this_cpu, "COPIED", 1 << 20)
+    monkeypatch.setattr(this_cpu, "ROWS", {this_cpu.QUICKSTART: row})
+    [difference] = this_cpu.compare(quick=True).values()
+    cells = capsys.readouterr().out.splitlines()[-1].split("|")
+    measured, predicted = (float(cell.replace(",", "")) for cell in cells[2:4])
+    assert measured > 0
+    assert difference == pytest.approx(predicted / measured - 1, rel=0.02)
 
 
 def call(capsys, monkeypatch, *flags):
