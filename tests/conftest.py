@@ -93,6 +93,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(
                 pytest.mark.skip(reason="needs Node.js and npm install @huggingface/transformers, NODE_PATH")
             )
+        if item.get_closest_marker("browser") and not (shutil.which("chromium") and find_spec("playwright")):
+            reason = "needs Chromium and playwright: apt-get install chromium; pip install playwright"
+            item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("mosaic") and "MOSAIC_REFERENCE" not in os.environ:
             item.add_marker(
                 pytest.mark.skip(reason="needs MOSAIC_REFERENCE: see tests/convert/test_mosaic_reference.py")

@@ -51,6 +51,7 @@ FOREIGN = {
     "llama-server": "embedding pooling",
     "infinity_emb": "model_id trust_remote_code",
     "vllm": "runner",
+    "python -m http.server": "bind",
 }
 # The options of shell scripts.
 OWN_ARGUMENTS = {"install_gpu.sh": "no_apex", "run.sh": "lint"}

@@ -67,9 +67,9 @@ def config_of(state: State, folder: Path) -> MegaBertConfig:
 def find_checkpoints(path: Path, count: int = 1) -> list[Path]:
     """Find a checkpoint, or a run's newest, and the count - 1 before it, newest first.
 
-    Raises ValueError if there are not that many.
+    Raises ValueError if there are not that many; the commands that call this read a MegaBERT folder, too.
     """
-    newest = checkpoint_format.find_checkpoint(path)
+    newest = checkpoint_format.find_checkpoint(path, or_else="a MegaBERT folder, with config.json and weights")
     if count < 1:
         raise ValueError(f"cannot average {count} checkpoints, expected at least 1.")
     if count == 1:

@@ -125,19 +125,31 @@ def list_tags(folder: Path) -> list[str]:
     return sorted(tags, key=step_of, reverse=True)
 
 
-def find_checkpoint(path: Path) -> Path:
+def has_checkpoint(path: Path) -> bool:
+    """Whether find_checkpoint() finds one there."""
+    return _look_for_checkpoint(path) is not None
+
+
+def find_checkpoint(path: Path, or_else: str = "") -> Path:
     """Find a checkpoint by the path of its own folder, of a checkpoints folder, or of a run's output folder.
 
-    The last two give the newest checkpoint. Raises ValueError if there is none.
+    The last two give the newest checkpoint. or_else: what else the caller reads, for the message. Raises ValueError if
+    there is none.
     """
+    if found := _look_for_checkpoint(path):
+        return found
+    expected = ["a run's output folder", "one of its checkpoints/step-... folders", *([or_else] if or_else else [])]
+    what = "no checkpoint here" if path.is_dir() else "no such folder, and so no checkpoint here"
+    raise ValueError(f"{path}: {what}; expected {', '.join(expected[:-1])}, or {expected[-1]}.")
+
+
+def _look_for_checkpoint(path: Path) -> Path | None:
     for folder in (path, path / "checkpoints"):
         if (folder / STATE).is_file():
             return folder
         if tags := list_tags(folder):
             return folder / tags[0]
-    raise ValueError(
-        f"{path}: no checkpoint here; expected a run's output folder, or one of its checkpoints/step-... folders."
-    )
+    return None
 
 
 def files_of(folder: Path) -> list[str]:

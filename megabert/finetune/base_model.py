@@ -25,6 +25,7 @@ from megabert.model.modeling_megabert import MegaBertForSequenceClassification
 # In the folder: which files it was converted from. A record of another version is not used: the folder is made again.
 ORIGIN = "origin.json"
 FORMAT_VERSION = 2
+MODEL_FOLDER = "the folder of a BERT, ModernBERT, GTE or MosaicBERT, with config.json and weights"
 
 
 class BaseModel(NamedTuple):
@@ -39,7 +40,7 @@ def prepare_base_model(checkpoint: Path, out: Path) -> BaseModel:
 
     Raises ValueError if `checkpoint` is none of these, or has no tokenizer.
     """
-    source = checkpoint if (checkpoint / CONFIG).is_file() else _find_checkpoint(checkpoint)
+    source = checkpoint if (checkpoint / CONFIG).is_file() else find_checkpoint(checkpoint, or_else=MODEL_FOLDER)
     files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(source)}
     record = {"format_version": FORMAT_VERSION, "source": str(source.resolve()), "files": files}
     if (prepared := _read_prepared(out, record)) is not None:
@@ -75,16 +76,6 @@ def _read_prepared(out: Path, record: dict[str, Any]) -> BaseModel | None:
         # The base model is missing or incomplete.
         return None
     return BaseModel(out, sha256) if found == record | {"sha256": sha256} else None
-
-
-def _find_checkpoint(path: Path) -> Path:
-    try:
-        return find_checkpoint(path)
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: neither a checkpoint (a run's folder, or one of its checkpoints/step-... folders) nor a "
-            "Hugging Face folder (config.json and weights)."
-        ) from error
 
 
 def _files(folder: Path) -> list[Path]:

@@ -6,10 +6,13 @@ A MosaicBERT of base size with random weights is exported to transformers and ON
 the same sentences, paragraphs of docstrings, one batch at a time, in turn with BertModel: as they come, and sorted by
 length. serve_TARGET_vs_hf_bert is the ratio of sentences a second as they come, _sorted that of sorted sentences,
 cosine_min the smallest cosine with the exported folder's embeddings, and ids_equal the share of sentences with equal
-ids, which the folder's tokenizer gives for all of them. --quick: 64 sentences and a smaller model. Not compared here:
-llama.cpp, transformers.js and servers, which are measured in their own processes.
+ids, which the folder's tokenizer gives for all of them. The batches of 1,000 sentences come in a random order, and no
+batch begins after 100 s for either order of sentences; the output says how many sentences that were. --quick: 64
+sentences and a smaller model. Not compared here: llama.cpp, transformers.js and servers, which are measured in their
+own processes.
 """
 
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_convert import read_texts
-from support.report import read_arguments, write
+from support.report import machine, read_arguments, write
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel
 
@@ -33,6 +36,7 @@ from tests.convert.helpers.checkpoints import write_checkpoint
 
 BATCH = 32
 LONGEST = 512
+MOST_SECONDS = 100
 QUICK = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
 Encode = Callable[[np.ndarray, np.ndarray], Any]
 
@@ -65,6 +69,8 @@ def make_export(folder: Path, quick: bool, texts: list[str]) -> Path:
     model = MegaBertForMaskedLM(MegaBertConfig(vocab_size=4032, **(QUICK if quick else {})))
     write_checkpoint(folder / "run", model, folder / "tokenizer")
     out = folder / "hf"
+    # The proofs of the targets would take longer than the measurements.
+    probe.NUM_TEXTS = 100
     to_hf.export_checkpoint(folder / "run", out, to_hf.ExportOptions(targets=("onnx", "onnx-int8")))
     for name, outcome in registry.read_outcomes(out).items():
         print(registry.describe(name, outcome), flush=True)
@@ -72,23 +78,28 @@ def make_export(folder: Path, quick: bool, texts: list[str]) -> Path:
 
 
 def cut(ids: list[list[int]], ordered: bool) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Cut texts into padded batches, as they come or sorted by length."""
+    """Cut texts into padded batches, as they come or sorted by length, and shuffle the batches."""
     order = sorted(range(len(ids)), key=lambda row: len(ids[row])) if ordered else list(range(len(ids)))
     groups = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    random.Random(0).shuffle(groups)
     return [(group, *batches([ids[row] for row in group], 0, tokens=BATCH * LONGEST)[0][1:]) for group in groups]
 
 
 def measure(encoders: dict[str, Encode], ids: list[list[int]], ordered: bool) -> dict[str, tuple[float, np.ndarray]]:
-    """Let the encoders take turns on every batch. Returns sentences a second and embeddings (N, E) of each."""
+    """Let the encoders take turns on batches. Returns sentences a second and embeddings (N, E) of each."""
+    deadline = time.perf_counter() + MOST_SECONDS
     seconds = dict.fromkeys(encoders, 0.0)
     embeddings: dict[str, list[np.ndarray]] = {name: [] for name in encoders}
     for _, rows, mask in cut(ids, ordered):
+        if time.perf_counter() > deadline:
+            break
         for name, encode in encoders.items():
             began = time.perf_counter()
             states = encode(rows, mask)
             seconds[name] += time.perf_counter() - began
             embeddings[name].append(mean_of_tokens(states, mask))
-    return {name: (len(ids) / seconds[name], np.concatenate(embeddings[name])) for name in encoders}
+    pooled = {name: np.concatenate(parts) for name, parts in embeddings.items()}
+    return {name: (len(pooled[name]) / seconds[name], pooled[name]) for name in encoders}
 
 
 def main() -> None:
@@ -113,7 +124,9 @@ def main() -> None:
             encode(*batches(ids[:2], 0)[0][1:])  # the first call of each is slower
         equal = share_equal(ids, sentences, out)  # the graphs have no tokenizer but the folder's
         measured = {kind: measure(encoders, ids, kind == "sorted") for kind in ("as they come", "sorted")}
-    print(f"\n{len(sentences)} sentences in batches of {BATCH}, {config.num_hidden_layers} x {config.hidden_size}\n")
+    counts = " and ".join(f"{len(part['hf_bert'][1])} {kind}" for kind, part in measured.items())
+    print(f"\n{counts} of {len(sentences)} sentences, in batches of {BATCH}; {config.num_hidden_layers} x ", end="")
+    print(f"{config.hidden_size}; {machine()['cores']} cores of {machine()['cpu']}\n")
     print("| target | sentences/s | over BertModel | sorted | over BertModel | smallest cosine |")
     print("|---|---|---|---|---|---|")
     for target in encoders:

@@ -121,8 +121,18 @@ def test_a_missing_checkpoint_is_reported_in_one_line(run_launcher, tmp_path):
     done = run_launcher("convert_to_hf.py", tmp_path, tmp_path / "out")
     assert done.code == 1
     assert done.output.startswith("launch/convert_to_hf.py: ")
-    assert "no checkpoint here" in done.output
+    assert "no checkpoint here; expected a run's output folder, " in done.output
+    assert ", or a MegaBERT folder, with config.json and weights." in done.output
     assert done.output.count("\n") == 1
+
+
+@pytest.mark.usefixtures("skipped_checks")
+def test_an_import_sends_a_run_to_the_export_whose_folder_it_reads(corpus, tmp_path):
+    write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer)
+    with pytest.raises(ValueError, match="run: is a run or a checkpoint. launch/convert_to_hf.py makes the folder of"):
+        from_hf.import_model(tmp_path / "run", tmp_path / "imported")
+    to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    assert from_hf.import_model(tmp_path / "hf", tmp_path / "imported").initialized == []
 
 
 @pytest.mark.usefixtures("skipped_checks")

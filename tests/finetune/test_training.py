@@ -211,7 +211,9 @@ def test_a_checkpoint_in_the_base_models_folder_is_refused_and_kept(bert, tmp_pa
 
 
 def test_a_folder_without_a_model_or_a_tokenizer_is_refused(bert, tmp_path):
-    with pytest.raises(ValueError, match="neither a checkpoint .* nor a Hugging Face folder"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint here; expected a run's output folder, .*, or the folder of a BERT, ModernBERT"
+    ):
         prepare_base_model(tmp_path, tmp_path / "start")
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((bert / name).read_bytes())

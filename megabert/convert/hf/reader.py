@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megabert.data.shards.manifest import TOKENIZER_CONFIG
 from megabert.files import json_file
+from megabert.files.checkpoint_format import has_checkpoint
 from megabert.files.pickles import UNPICKLING_ERRORS
 
 CONFIG = "config.json"
@@ -61,6 +62,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json and check its sizes and labels. Raises ValueError naming the first bad value."""
     path = folder / CONFIG
+    if not path.is_file() and has_checkpoint(folder):
+        raise ValueError(
+            f"{folder}: is a run or a checkpoint. launch/convert_to_hf.py makes the folder of a model of it."
+        )
     config = read_json(check_inside(folder, CONFIG) if path.is_file() else path)
     aliases = SIZE_ALIASES.get(str(config.get("model_type")), {})
     largest_sizes = MAX_SIZES | {alias: MAX_SIZES[name] for alias, name in aliases.items()}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megabert.config.recipe import RunConfig
 from megabert.files import checkpoint_format as layout
+from megabert.training.checkpointing.initial_folder import CONFIG
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ def find(resume: str, folder: Path, check: Check) -> Path | None:
     if resume == "none":
         return None
     if resume != "auto":
-        named = layout.find_checkpoint(Path(resume))
+        named = find_named(Path(resume))
         if problem := check(named):
             raise ValueError(f"{named}: cannot resume from it: {problem}. Name another one, or use --run.resume auto.")
         return named
@@ -32,6 +33,15 @@ def find(resume: str, folder: Path, check: Check) -> Path | None:
             f"{folder}: all {len(tags)} checkpoints are damaged. Remove them, or use --run.resume none, to start anew."
         )
     return found
+
+
+def find_named(path: Path) -> Path:
+    """Find the checkpoint that a setting names. Raises ValueError if there is none, also for the folder of a model."""
+    if (path / CONFIG).is_file():
+        raise ValueError(
+            f"{path}: is the folder of a model and no checkpoint. --model.init_from starts a run with its weights."
+        )
+    return layout.find_checkpoint(path)
 
 
 def newest(folder: Path, check: Check, up_to: int | None = None) -> Path | None:
@@ -55,9 +65,9 @@ def saved_state(run: RunConfig) -> layout.State | None:
     if run.resume == "auto":
         path = newest(Path(run.output_dir, "checkpoints"), _state_problem)
     elif run.resume != "none":
-        path = layout.find_checkpoint(Path(run.resume))
+        path = find_named(Path(run.resume))
     if path is None and run.branch_from is not None:
-        path = layout.find_checkpoint(Path(run.branch_from))
+        path = find_named(Path(run.branch_from))
     return None if path is None else layout.read_state(path)
 
 

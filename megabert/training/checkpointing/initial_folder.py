@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.source import Source
 from megabert.data.shards.tokenizer import read_tokenizer
-from megabert.files.checkpoint_format import STATE, list_tags
+from megabert.files.checkpoint_format import has_checkpoint
 from megabert.files.json_file import read_json
 
 CONFIG = "config.json"
@@ -32,7 +32,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def _how_to_convert(folder: Path) -> str:
-    if list_tags(folder / "checkpoints") or (folder / STATE).is_file():
+    if has_checkpoint(folder):
         return (
             "It is a run or a checkpoint: run.branch_from continues it, and launch/convert_to_hf.py (for a bert or "
             "modernbert recipe then launch/convert_from_hf.py) makes a folder for init_from."

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data_prep import train_tokenizer
 from megabert.convert import to_hf
 from megabert.convert.targets import probe, registry
-from megabert.convert.targets.llama import gguf_file, gguf_native
+from megabert.convert.targets.frame import Proof
+from megabert.convert.targets.llama import gguf_file, gguf_native, gguf_target
 from megabert.convert.targets.llama.gguf_vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, check_vocabulary, composes
 from megabert.convert.targets.llama.gguf_vocabulary import describe_vocabulary as describe
 from tests.convert.helpers.checkpoints import write_checkpoint
@@ -100,9 +102,9 @@ def files(checkpoint, tmp_path, skipped_checks) -> Path:
 def test_the_files_hold_the_model(files):
     outcome = registry.read_outcomes(files)["gguf"]
     assert outcome["opened"]["difference"] <= 1e-4
-    exact = gguf_file.read_content(files / "gguf/model-f32.gguf")
+    exact = gguf_target.read_content(files / "gguf/model-f32.gguf")
     for kind, tolerance in (("f16", 1e-3), ("q8_0", 2e-2)):
-        rounded = gguf_file.read_content(files / f"gguf/model-{kind}.gguf")
+        rounded = gguf_target.read_content(files / f"gguf/model-{kind}.gguf")
         assert rounded.tensors.keys() == exact.tensors.keys()
         for name, tensor in exact.tensors.items():
             np.testing.assert_allclose(rounded.tensors[name], tensor, rtol=0, atol=tolerance)
@@ -120,22 +122,106 @@ def shift_rows(name: str, tensor: np.ndarray) -> np.ndarray:
     return np.roll(tensor, 1, 0) if name == "token_embd.weight" else tensor
 
 
+def query_for_key(name: str, tensor: np.ndarray) -> np.ndarray:
+    return tensor[::-1] if name.endswith("0.attn_k.weight") else tensor
+
+
+TENSOR_DAMAGES = {"a wrong weight": change_weight, "swapped halves": swap_halves, "shifted rows": shift_rows}
+SETTING_DAMAGES = {
+    "other slopes": ("add_head_count", lambda heads: heads - 1),
+    "another pooling": ("add_pooling_type", lambda pooling: type(pooling)(pooling + 1)),
+    "shifted ids": ("add_token_list", lambda tokens: [*tokens[:5], tokens[-1], *tokens[5:-1]]),
+}
+
+
+def damage_writer(monkeypatch, name: str, kinds=("f32", "f16", "q8_0")) -> None:
+    """Let the files be written with an error: in a tensor of these kinds of files, or in a setting."""
+    if name in SETTING_DAMAGES:
+        import gguf
+
+        method, change = SETTING_DAMAGES[name]
+        add = getattr(gguf.GGUFWriter, method)
+        monkeypatch.setattr(gguf.GGUFWriter, method, lambda self, value: add(self, change(value)))
+        return
+    quantize, change = gguf_file._quantize, (TENSOR_DAMAGES | {"query for key": query_for_key})[name]
+
+    def damaged(tensor_name: str, tensor: np.ndarray, kind: str) -> object:
+        changed = change(tensor_name, tensor) if kind in kinds else tensor
+        return quantize(tensor_name, np.ascontiguousarray(changed), kind)
+
+    monkeypatch.setattr(gguf_file, "_quantize", damaged)
+
+
+def failure_of(checkpoint: Path, out: Path) -> str:
+    to_hf.export_checkpoint(checkpoint, out, to_hf.ExportOptions(targets=("gguf",)))
+    assert not (out / "gguf").exists()
+    return registry.read_outcomes(out)["gguf"]["failed"]
+
+
 @pytest.mark.serving
-@pytest.mark.parametrize("damage", [swap_halves, change_weight, shift_rows])
-def test_damage_is_found(checkpoint, tmp_path, skipped_checks, monkeypatch, damage):
-    quantize = gguf_file._quantize
-    monkeypatch.setattr(
-        gguf_file, "_quantize", lambda name, tensor, kind: quantize(name, damage(name, tensor).copy(), kind)
+@pytest.mark.parametrize("name", [*TENSOR_DAMAGES, "other slopes", "another pooling"])
+def test_damage_is_found_without_llama_cpp(checkpoint, tmp_path, skipped_checks, monkeypatch, name):
+    monkeypatch.setattr(gguf_target, "find_spec", lambda package: None)
+    damage_writer(monkeypatch, name)
+    expected = {"another pooling": "pooling_type is 2, expected 1, the mean of all tokens"}
+    assert expected.get(name, "embeddings of 200 texts by model-f32.gguf differ") in failure_of(
+        checkpoint, tmp_path / "hf"
     )
-    to_hf.export_checkpoint(checkpoint, tmp_path / "hf", to_hf.ExportOptions(targets=("gguf",)))
-    assert "embeddings" in registry.read_outcomes(tmp_path / "hf")["gguf"]["failed"]
-    assert not (tmp_path / "hf/gguf").exists()
+
+
+@pytest.mark.serving
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_damage_in_a_rounded_file_is_found(checkpoint, tmp_path, skipped_checks, monkeypatch, kind):
+    damage_writer(monkeypatch, "a wrong weight", kinds=(kind,))
+    reason = failure_of(checkpoint, tmp_path / "hf")
+    assert f"model-{kind}.gguf: blk.1.attn_output." in reason
+    assert "more than rounding does" in reason
+
+
+@pytest.fixture
+def sharp(corpus, tmp_path) -> Path:
+    """A checkpoint with large weights: with small ones keys hardly matter, and the GLU's halves are nearly alike."""
+    model = small_model()
+    with torch.no_grad():
+        for layer in model.bert.encoder.layers:
+            layer.attention.qkv.weight.mul_(5)
+            layer.mlp.up.weight.mul_(5)
+    write_checkpoint(tmp_path / "run", model, corpus.tokenizer)
+    return tmp_path / "run"
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.serving
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["swapped halves", "query for key", "shifted rows", *SETTING_DAMAGES])
+def test_llama_cpp_finds_what_only_it_can_see(sharp, tmp_path, skipped_checks, monkeypatch, name):
+    """The other half of the proof counts as passed here, as if llama.cpp read the file in another way."""
+    passed = Proof("a port", "1", 0.0, "")
+    monkeypatch.setattr(gguf_target, "_prove_by_port", lambda content, expected: passed)
+    monkeypatch.setattr(probe, "NUM_TEXTS", 200)
+    monkeypatch.setattr(probe, "NUM_LINES", 300)
+    damage_writer(monkeypatch, name)
+    expected = {"shifted ids": "of 300 lines have other ids"}
+    assert expected.get(name, "texts by model-f32.gguf") in failure_of(sharp, tmp_path / "hf")
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.serving
+@pytest.mark.nightly
+def test_llama_cpps_own_message_is_shown(checkpoint, tmp_path, skipped_checks, monkeypatch):
+    """llama.cpp stops the process when it finds an error, and by default prints a stack of calls after the message."""
+    monkeypatch.setattr(gguf_target, "CONTEXT", 100)
+    monkeypatch.setattr(probe, "LONGEST", 290)
+    options = to_hf.ExportOptions(targets=("gguf",), max_length=290)
+    to_hf.export_checkpoint(checkpoint, tmp_path / "hf", options)
+    assert "cannot be opened" in (reason := registry.read_outcomes(tmp_path / "hf")["gguf"]["failed"])
+    assert "GGML_ASSERT" in reason
 
 
 @pytest.fixture(params=["bert", "roberta", "modernbert"])
 def native(request, export_native, tmp_path, monkeypatch) -> Path:
     """An export of a model that transformers has, too, without the target. llama.cpp counts as missing."""
-    monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_target, "find_spec", lambda name: None)
     monkeypatch.setattr(probe, "NUM_LINES", 200)
     return shutil.copytree(export_native(request.param), tmp_path / "hf")
 
@@ -145,7 +231,7 @@ def test_transformers_own_model_computes_the_same_with_what_the_file_holds(nativ
     outcome = registry.write_targets(native, ("gguf",))["gguf"]
     assert outcome["opened"]["program"] == "transformers' own model in fp64, not llama.cpp itself,"
     assert outcome["opened"]["difference"] <= 1e-5
-    content = gguf_file.read_content(native / "gguf/model-f32.gguf")
+    content = gguf_target.read_content(native / "gguf/model-f32.gguf")
     assert content.tensors["token_embd.weight"].shape == (832, 24)
     expected = probe.read_expected(native, 40)
     least = {"rope.freq_base": 1e3, "rope.freq_base_swa": 1e3, "attention.sliding_window": 2}
@@ -154,18 +240,13 @@ def test_transformers_own_model_computes_the_same_with_what_the_file_holds(nativ
         assert name in content.settings
         wrong = content._replace(settings=content.settings | {name: value})
         pooled = gguf_native.embed(wrong, expected.ids[:20])
-        assert np.abs(pooled - expected.pooled[:20]).max() > gguf_file.TOLERANCE, name
-    quantize = gguf_file._quantize
-    for damage in (swap_halves, change_weight, shift_rows):
-
-        def damaged(name, tensor, kind, damage=damage):
-            return quantize(name, np.ascontiguousarray(damage(name, tensor)), kind)
-
-        monkeypatch.setattr(gguf_file, "_quantize", damaged)
-        shutil.rmtree(native / "gguf")
-        assert "differ by" in registry.write_targets(native, ("gguf",))["gguf"]["failed"]
+        assert np.abs(pooled - expected.pooled[:20]).max() > gguf_target.TOLERANCE, name
+    for name in TENSOR_DAMAGES:
+        with monkeypatch.context() as patch:
+            damage_writer(patch, name)
+            shutil.rmtree(native / "gguf", ignore_errors=True)
+            assert "differ by" in registry.write_targets(native, ("gguf",))["gguf"]["failed"]
         assert not (native / "gguf").exists()
-        (native / "gguf").mkdir()
 
 
 @pytest.mark.serving

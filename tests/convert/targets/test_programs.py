@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from data_prep import train_tokenizer
@@ -121,20 +122,45 @@ def test_transformers_js_gives_our_ids_words_and_embeddings(checkpoint, tmp_path
     assert not (tmp_path / "other/transformers.js").exists()
 
 
-PROGRAMS = ("sentence-transformers", "onnx", "onnx-int8", "transformers.js")
+EVERYWHERE = ("sentence-transformers", "onnx", "onnx-int8", "transformers.js")
+PRODUCT = {
+    "mosaicbert": (*EVERYWHERE, "jina", "gguf"),
+    "bert": (*EVERYWHERE, "encoder", "gguf"),
+    "rope-mosaicbert": (*EVERYWHERE, "encoder"),
+    "modernbert": (*EVERYWHERE, "encoder", "gguf"),
+}
 
 
 @pytest.mark.serving
+@pytest.mark.llama_cpp
 @pytest.mark.node
 @pytest.mark.nightly
 @pytest.mark.parametrize("model", ["byte_bpe", "unigram", "wordpiece"])
-@pytest.mark.parametrize("architecture", ["modernbert", "rope-mosaicbert"])
-def test_every_program_opens_models_with_rope_and_windows(architecture, model, corpus, tmp_path, skipped_checks):
+@pytest.mark.parametrize("architecture", PRODUCT)
+def test_every_program_opens_every_architecture(architecture, model, corpus, tmp_path, skipped_checks):
+    """int8 needs models of a usual width."""
     train_tokenizer.main(
         [f"--source={corpus.jsonl}", f"--out={tmp_path / 'tokenizer'}", "--vocab_size=800", f"--model={model}"]
+        + ["--lowercase=false"] * (model == "byte_bpe")
     )
-    changes = {"num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 300}
-    write_checkpoint(tmp_path / "run", small_model(**ARCHITECTURES[architecture] | changes), tmp_path / "tokenizer")
-    to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf", to_hf.ExportOptions(targets=PROGRAMS, max_length=300))
+    changes = {"num_attention_heads": 4, "hidden_size": 256, "intermediate_size": 256, "max_position_embeddings": 300}
+    weights = small_model(**ARCHITECTURES[architecture] | changes)
+    with torch.no_grad():
+        for parameter in weights.parameters():
+            parameter.mul_(0.4 if parameter.dim() > 1 else 1)
+    write_checkpoint(tmp_path / "run", weights, tmp_path / "tokenizer")
+    targets = PRODUCT[architecture]
+    to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf", to_hf.ExportOptions(targets=targets, max_length=300))
     outcomes = registry.read_outcomes(tmp_path / "hf")
-    assert {name for name, outcome in outcomes.items() if "opened" in outcome} == set(PROGRAMS), outcomes
+    assert {name for name, outcome in outcomes.items() if "opened" in outcome} == set(targets), outcomes
+    if "gguf" in targets:
+        assert outcomes["gguf"]["opened"]["program"] == "llama.cpp by llama-cpp-python"
+
+
+REFUSED = [(architecture, name) for architecture in PRODUCT for name in {*registry.TARGETS} - {*PRODUCT[architecture]}]
+
+
+@pytest.mark.parametrize(("architecture", "name"), sorted(REFUSED))
+def test_what_a_program_cannot_compute_is_refused_before_anything_is_written(architecture, name):
+    with pytest.raises(ValueError, match=f"--for {name}: .* Leave {name} out"):
+        registry.TARGETS[name].check(small_model(**ARCHITECTURES[architecture]).config, {}, 40)

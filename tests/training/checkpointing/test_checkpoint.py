@@ -10,6 +10,7 @@ from megabert.config.recipe import MaskingConfig, OptimizerConfig, Recipe, RunCo
 from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.checkpoint_format import State
+from megabert.training.checkpointing import find
 from megabert.training.checkpointing.writer import set_aside_after
 from megabert.training.identity import RunIdentity, check_branch, check_same_run, fixed_settings
 from megabert.training.run_schedule import ENDLESS
@@ -303,8 +304,20 @@ def test_a_state_of_an_unknown_version_is_refused(folder, version):
 
 
 def test_no_checkpoint_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint here"):
+    with pytest.raises(ValueError, match=r"no checkpoint here; expected a run's output folder, or one of its"):
         layout.find_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"none: no such folder, .* one of its checkpoints/step-... folders, or x\.$"):
+        layout.find_checkpoint(tmp_path / "none", or_else="x")
+
+
+@pytest.mark.parametrize("setting", ["resume", "branch_from"])
+def test_the_folder_of_a_model_is_sent_to_init_from(tmp_path, setting):
+    (tmp_path / "config.json").write_text("{}")
+    settings = RunConfig(**{"output_dir": str(tmp_path / "out"), setting: str(tmp_path)})
+    with pytest.raises(ValueError, match="is the folder of a model and no checkpoint. --model.init_from starts a run"):
+        find.saved_state(settings)
+    with pytest.raises(ValueError, match="--model.init_from starts a run with its weights"):
+        find.find(str(tmp_path), tmp_path / "out", lambda path: None)
 
 
 @pytest.mark.parametrize(

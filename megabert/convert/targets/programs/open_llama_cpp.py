@@ -1,6 +1,7 @@
 """Embed and tokenize texts with llama.cpp, where a crash of it ends only this process: FILE SCRATCH. See run.py."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,16 +9,17 @@ import numpy as np
 
 
 def main(file: str, scratch: Path) -> None:
+    # A failed assertion is then the last line, and not a stack of calls.
+    os.environ["GGML_NO_BACKTRACE"] = "1"
     import llama_cpp
 
     question = json.loads((scratch / "question.json").read_text(encoding="utf-8"))
     model = llama_cpp.Llama(
         file,
         embedding=True,
-        n_ctx=0,
-        n_batch=2048,
-        n_ubatch=2048,
-        pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN,
+        n_ctx=question["context"],
+        n_batch=question["context"],
+        n_ubatch=question["context"],
         n_gpu_layers=0,
         verbose=False,
     )
