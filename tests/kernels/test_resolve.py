@@ -323,7 +323,7 @@ def test_megabert_works_where_triton_is_not_installed():
         "print(sorted(name for name in sys.modules if name.startswith('megabert.kernels.')))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    loaded = [f"megabert.kernels.{name}" for name in ("cpu", "cpu.compiled", "cpu.rotate", "devices", "resolve")]
+    loaded = [f"megabert.kernels.{name}" for name in ("cpu", "cpu.compiled", "cpu.rotate", "devices", "fp8", "resolve")]
     assert done.stdout.splitlines()[-1:] == [str(loaded)], done.stderr
 
 

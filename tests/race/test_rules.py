@@ -19,6 +19,7 @@ from megabert import load_recipe
 from megabert.config.ds_config import read_ds_config
 from megabert.config.recipe_parser import ds_config_path
 from megabert.training.plan import make_plan
+from megabert.training.updates.guard import DivergedError
 
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 
@@ -43,7 +44,7 @@ class Fake:
             raise KeyboardInterrupt
         self.trained.append((self.name, steps, seed))
         if self.name == "broken":
-            raise ValueError("all updates were skipped")
+            raise DivergedError("all updates were skipped")
         return out
 
     def load(self, folder):
