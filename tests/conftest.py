@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("mosaic") and "MOSAIC_REFERENCE" not in os.environ:
             item.add_marker(
-                pytest.mark.skip(reason="needs MOSAIC_REFERENCE: see tests/convert/test_mosaic_reference.py")
+                pytest.mark.skip(reason="needs MOSAIC_REFERENCE: see tests/convert/published/test_mosaic_reference.py")
             )
         for mark, count in needs.items():
             if item.get_closest_marker(mark) and torch.cuda.device_count() < count:

@@ -89,6 +89,17 @@ def test_a_folder_has_at_most_a_dozen_files_of_code_and_no_circle(folder):
     levels(units(".".join(folder.relative_to(REPOSITORY).parts)))
 
 
+# Each benchmark is a command whose path users know.
+TEST_FOLDERS = sorted(
+    {path.parent for path in (REPOSITORY / "tests").rglob("*.py")} - {REPOSITORY / "tests/benchmarks"}
+)
+
+
+@pytest.mark.parametrize("folder", TEST_FOLDERS, ids=lambda folder: str(folder.relative_to(REPOSITORY)))
+def test_a_folder_of_tests_has_at_most_a_dozen_files_of_tests(folder):
+    assert len([path for path in code_files(folder) if path.name != "conftest.py"]) <= 12
+
+
 def test_training_has_at_most_five_levels():
     assert max(levels(units("megabert.training")).values()) <= 5
 

@@ -25,7 +25,7 @@ def test_its_python_runs(corpus: Corpus, tmp_path):
     (tmp_path / "data/mine").mkdir(parents=True)
     (tmp_path / "data/mine/tokens").symlink_to(corpus.tokens)
     script = f"import os\nos.chdir({str(tmp_path)!r})\n{short}"
-    done = run_command([sys.executable, "tests/helpers/run_code.py", script])
+    done = run_command([sys.executable, "tests/helpers/scripts/run_code.py", script])
     assert done.code == 0, done.output
     assert re.search(r"^runs/quickstart 2 \d+\.\d+ finished$", done.output, re.MULTILINE)
 

@@ -82,7 +82,7 @@ class Round:
         launcher = [sys.executable]
         if self.ranks > 1:
             launcher = ["deepspeed", "--num_gpus", str(self.ranks), "--master_port", str(free_port())]
-        command = [*launcher, "tests/helpers/witness.py", f"--ds_config={self.ds_config}"]
+        command = [*launcher, "tests/helpers/scripts/witness.py", f"--ds_config={self.ds_config}"]
         command += [f"--data.train={self.tokens}", f"--run.output_dir={self.folder / 'run'}", *RECIPE]
         log = self.folder / f"log-{self.starts}.txt"
         self.starts += 1
@@ -278,7 +278,7 @@ def family(process: subprocess.Popen) -> tuple[list[psutil.Process], list[psutil
         words = {member: member.cmdline() for member in members}
     except psutil.NoSuchProcess:
         return [], []
-    if "tests/helpers/witness.py" in words[top][:3]:
+    if "tests/helpers/scripts/witness.py" in words[top][:3]:
         return [top], []
     ranks = [member for member in members if any(word.startswith("--local_rank=") for word in words[member])]
     ranks = [member for member in ranks if "deepspeed.launcher.launch" not in words[member]]

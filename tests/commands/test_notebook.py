@@ -72,7 +72,7 @@ for result in results:
 def test_it_trains_several_times_in_one_process_and_restores_the_process(corpus: Corpus, tmp_path):
     flags = [*TINY, f"--data.train={corpus.tokens}", "--run.max_steps=2"]
     settings = json.dumps(dict(flag.removeprefix("--").split("=", 1) for flag in flags))
-    done = run_command([sys.executable, "tests/helpers/run_code.py", NOTEBOOK, settings, str(tmp_path)])
+    done = run_command([sys.executable, "tests/helpers/scripts/run_code.py", NOTEBOOK, settings, str(tmp_path)])
     assert done.code == 0, done.output
     assert "error: nowhere/manifest.json: no such file" in done.output
     first, again, second, after_error, stopped = [

@@ -26,7 +26,7 @@ from megabert.finetune.training import (
 )
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForSequenceClassification, mean_of_documents
-from tests.helpers.published_folders import make_tokenizer
+from tests.helpers.foreign.published_folders import make_tokenizer
 
 CPU = Backend(torch.device("cpu"), "torch")
 SETTINGS = Settings(lr=5e-3, epochs=4, batch_size=32, dropout=0.0, attention_dropout=0.0, precision="fp32")

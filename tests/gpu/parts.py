@@ -204,7 +204,7 @@ def crash(setup: Setup) -> Outcome:
     # Bins of the third step; the loss of each becomes NaN.
     fault = json.dumps({"bins": [4], "factor": "nan", "added": 0})
     self_flags = [f"--run.output_dir={setup.out / 'nan'}", "--ds_config=zero2", *flags]
-    setup.run([sys.executable, "tests/helpers/inject.py", *self_flags], INJECT=fault)
+    setup.run([sys.executable, "tests/helpers/scripts/inject.py", *self_flags], INJECT=fault)
     skipped = json.loads((setup.out / "nan/result.json").read_text())["skipped_updates"]
     figure = f"{'the same' if same else 'OTHER'} losses, {skipped} update skipped"
     return Outcome(same and skipped == 1, figure, {"whole": whole, "killed": killed, "skipped": skipped})

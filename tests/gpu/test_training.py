@@ -86,8 +86,8 @@ def test_a_killed_run_ends_as_one_that_was_not(device, stage, corpus: Corpus, tm
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_guard_leaves_out_an_update_that_is_not_finite(device, corpus: Corpus, tmp_path):
     command = command_of(device, corpus, tmp_path, "--run.max_steps=4")
-    command = [word.replace("launch/pretrain.py", "tests/helpers/inject.py") for word in command]
-    assert command[:2] == [sys.executable, "tests/helpers/inject.py"]
+    command = [word.replace("launch/pretrain.py", "tests/helpers/scripts/inject.py") for word in command]
+    assert command[:2] == [sys.executable, "tests/helpers/scripts/inject.py"]
     metrics = train(device, command, INJECT=json.dumps({"bins": [4], "factor": "nan", "added": 0}))
     assert json.loads((tmp_path / "run/result.json").read_text())["skipped_updates"] == 1
     assert all(named(metrics, "loss")[step] > 0 for step in (1, 2, 4))

@@ -79,7 +79,7 @@ def pretrain_command(
 
 def patched(command: list[str]) -> list[str]:
     """The same command, which first runs the code in the environment variable PATCH."""
-    return [word.replace("launch/pretrain.py", "tests/helpers/patched.py") for word in command]
+    return [word.replace("launch/pretrain.py", "tests/helpers/scripts/patched.py") for word in command]
 
 
 def start_ranks(command: list[str], ranks: int, **environment: str) -> list[warm.Process]:

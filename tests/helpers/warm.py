@@ -29,12 +29,12 @@ SCRIPTS = (
     "launch/convert_to_hf.py",
     "launch/convert_from_hf.py",
     "launch/quickstart/summarize.py",
-    "tests/helpers/many_runs.py",
+    "tests/helpers/scripts/many_runs.py",
     "tests/training/distributed/watchdog_rank.py",
-    "tests/helpers/inject.py",
-    "tests/helpers/patched.py",
-    "tests/helpers/run_code.py",
-    "tests/helpers/witness.py",
+    "tests/helpers/scripts/inject.py",
+    "tests/helpers/scripts/patched.py",
+    "tests/helpers/scripts/run_code.py",
+    "tests/helpers/scripts/witness.py",
 )
 
 

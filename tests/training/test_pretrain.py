@@ -9,8 +9,8 @@ import torch
 
 from megabert.kernels.devices import has_fast_bf16
 from megabert.training.telemetry.reporter import read_metrics
-from tests.helpers.many_runs import flags_of, run_many
 from tests.helpers.runs import REPOSITORY, Corpus, ds_config_in, pretrain_command, run_command, run_ranks
+from tests.helpers.scripts.many_runs import flags_of, run_many
 
 STEPS = "--run.max_steps=4"
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep import train_tokenizer
 from megabert.data.shards.tokenizer import read_tokenizer
-from tests.helpers.sentencepiece_models import lines_of_every_script
+from tests.helpers.foreign.sentencepiece_models import lines_of_every_script
 
 ROLES = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
 

@@ -14,7 +14,7 @@ from data_prep import train_tokenizer
 from data_prep.train_tokenizer import apply_bert_conventions
 from megabert.convert.hf.tokenizer import read_hf_tokenizer
 from megabert.data.shards.tokenizer import encode, find_tokenizer, read_tokenizer
-from tests.helpers.sentencepiece_models import STRANGE, train
+from tests.helpers.foreign.sentencepiece_models import STRANGE, train
 
 VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # bert-base-uncased
 BERTS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -13,7 +13,7 @@ from data_prep.sources.docstrings import docstrings
 from data_prep.tokenizer.from_sentencepiece import differing_lines, to_fast_tokenizer
 from data_prep.train_tokenizer import apply_bert_conventions
 from megabert.data.shards.tokenizer import encode
-from tests.helpers.sentencepiece_models import SETTINGS, STRANGE, train
+from tests.helpers.foreign.sentencepiece_models import SETTINGS, STRANGE, train
 
 
 def is_tie(tokenizer, model: bytes, line: str) -> bool:

@@ -12,8 +12,8 @@ from megabert.convert import from_hf, to_hf
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.data.shards.tokenizer import encode, find_tokenizer, read_tokenizer
 from megabert.finetune.training import load_tokenizer
-from tests.helpers.gemma_tokenizer import ROLES, SIZES, write_gemma_tokenizer
-from tests.helpers.sentencepiece_models import lines_of_every_script
+from tests.helpers.foreign.gemma_tokenizer import ROLES, SIZES, write_gemma_tokenizer
+from tests.helpers.foreign.sentencepiece_models import lines_of_every_script
 
 IDS = {"pad": 0, "sep": 1, "cls": 2, "unk": 3, "mask": 4}
 

@@ -18,7 +18,7 @@ from tokenizers import normalizers
 from data_prep.tokenizer.from_sentencepiece import differing_lines, to_fast_tokenizer
 from data_prep.tokenizer.normalizer import NEWER_MARKS, normalize_by_rules, sequences
 from data_prep.train_tokenizer import apply_bert_conventions
-from tests.helpers.sentencepiece_models import SETTINGS, STRANGE, train
+from tests.helpers.foreign.sentencepiece_models import SETTINGS, STRANGE, train
 
 RULES = ["nmt_nfkc", "nmt_nfkc_cf", "nfkc", "nfkc_cf"]
 # Without most Chinese characters, Hangul syllables, reserved and private ones, which all behave alike.

@@ -10,9 +10,9 @@ from megabert.convert import from_hf, to_hf
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.data.shards.tokenizer import encode, find_tokenizer, read_tokenizer
 from megabert.finetune.training import load_tokenizer
-from tests.helpers.gemma_tokenizer import SIZES
-from tests.helpers.named_tokenizers import KINDS, ROBERTA, write_named_tokenizer
-from tests.helpers.sentencepiece_models import lines_of_every_script, train
+from tests.helpers.foreign.gemma_tokenizer import SIZES
+from tests.helpers.foreign.named_tokenizers import KINDS, ROBERTA, write_named_tokenizer
+from tests.helpers.foreign.sentencepiece_models import lines_of_every_script, train
 
 BERTS = {role: f"[{role.upper()}]" for role in ROBERTA}
 

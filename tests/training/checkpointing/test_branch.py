@@ -9,8 +9,8 @@ import torch
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.files.checkpoint_format import read_state
 from megabert.training.telemetry.reporter import read_metrics
-from tests.helpers.many_runs import flags_of, run_many
 from tests.helpers.runs import Corpus, ds_config_in, pretrain_command, run_command
+from tests.helpers.scripts.many_runs import flags_of, run_many
 from tests.training.checkpointing.test_resume import differences
 
 WSD = ["--optimizer.schedule=wsd", "--optimizer.warmup=0.125", "--optimizer.decay=0.25"]

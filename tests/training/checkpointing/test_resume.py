@@ -11,8 +11,8 @@ from megabert.config.recipe import OptimizerConfig
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.files import checkpoint_format as layout
 from megabert.training.telemetry.reporter import read_metrics
-from tests.helpers.many_runs import flags_of, run_many
 from tests.helpers.runs import Corpus, ds_config_in
+from tests.helpers.scripts.many_runs import flags_of, run_many
 from tests.training.checkpointing import shared_conversion
 
 STEPS, STOPPED = 4, 2

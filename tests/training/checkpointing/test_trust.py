@@ -21,8 +21,8 @@ from megabert.training.distributed.deepspeed_compat import (
     loading_only_weights,
     pickle_enums_by_value,
 )
-from tests.helpers.many_runs import flags_of, run_many
 from tests.helpers.runs import Corpus, ds_config_in
+from tests.helpers.scripts.many_runs import flags_of, run_many
 
 
 class Evil:

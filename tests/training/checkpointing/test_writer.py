@@ -23,8 +23,8 @@ from megabert.training.checkpointing import find, resume, universal, writer
 from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space
 from megabert.training.distributed.process import init_distributed
 from megabert.training.telemetry.reporter import read_metrics
-from tests.helpers.many_runs import flags_of, run_many
 from tests.helpers.runs import Corpus, ds_config_in
+from tests.helpers.scripts.many_runs import flags_of, run_many
 from tests.training.checkpointing.test_checkpoint import STATE
 
 

@@ -42,7 +42,9 @@ def holder(tmp_path):
         "import sys, time; from pathlib import Path; from megabert.training.distributed.sync import lock_output_dir\n"
     )
     program += "lock_output_dir(Path(sys.argv[1]), 0, 1); print('locked', flush=True); time.sleep(600)"
-    process = warm.popen([sys.executable, "tests/helpers/run_code.py", program, str(tmp_path)], dict(os.environ))
+    process = warm.popen(
+        [sys.executable, "tests/helpers/scripts/run_code.py", program, str(tmp_path)], dict(os.environ)
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "locked\n"
     yield process

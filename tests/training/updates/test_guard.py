@@ -78,7 +78,7 @@ def run_with(
 ) -> Finished:
     out.mkdir(exist_ok=True)
     command = pretrain_command(corpus, out, *more, ds_config=ds_config_in(stage, out, bf16=False))
-    command[command.index("launch/pretrain.py")] = "tests/helpers/inject.py"
+    command[command.index("launch/pretrain.py")] = "tests/helpers/scripts/inject.py"
     injected = json.dumps({"bins": bins, "factor": factor, "added": added})
     return finish_ranks(start_ranks(command, ranks, INJECT=injected))
 

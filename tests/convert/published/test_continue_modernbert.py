@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
 
-from tests.helpers.gemma_tokenizer import write_gemma_tokenizer
-from tests.helpers.named_tokenizers import OWN, write_large_tokenizer, write_named_tokenizer
+from tests.helpers.foreign.gemma_tokenizer import write_gemma_tokenizer
+from tests.helpers.foreign.named_tokenizers import OWN, write_large_tokenizer, write_named_tokenizer
+from tests.helpers.foreign.sentencepiece_models import lines_of_every_script
 from tests.helpers.runs import Corpus, run_command
-from tests.helpers.sentencepiece_models import lines_of_every_script
 
 SHAPE = {
     "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96,

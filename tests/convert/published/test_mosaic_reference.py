@@ -3,7 +3,7 @@
     git clone https://github.com/mosaicml/examples
     python3 -m venv mosaic && mosaic/bin/pip install torch transformers==4.31.0 einops 'numpy<2'
     MOSAIC_REFERENCE=examples/examples/benchmarks/bert/src MOSAIC_PYTHON=mosaic/bin/python \
-        bash tests/run.sh tests/convert/test_mosaic_reference.py
+        bash tests/run.sh tests/convert/published/test_mosaic_reference.py
 
 MOSAIC_REFERENCE may also be a download of mosaicml/mosaic-bert-base. Without it the tests are skipped.
 """

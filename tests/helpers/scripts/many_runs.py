@@ -36,7 +36,7 @@ def run_many(
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port, "MAX_FILE_BYTES": str((max_file_bytes or {}).get(rank, resource.RLIM_INFINITY)),
         }  # fmt: skip
-        processes.append(warm.popen([sys.executable, "tests/helpers/many_runs.py"], env))
+        processes.append(warm.popen([sys.executable, "tests/helpers/scripts/many_runs.py"], env))
     try:
         output = "".join(process.communicate(timeout=timeout_s)[0] for process in processes)
     finally:

@@ -1,6 +1,6 @@
 """Run Python code as `python -c CODE ARGUMENT ...` does; warm.py forks it from a process that has loaded torch.
 
-python tests/helpers/run_code.py CODE ARGUMENT ...
+python tests/helpers/scripts/run_code.py CODE ARGUMENT ...
 """
 
 import sys

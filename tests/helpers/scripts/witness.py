@@ -1,6 +1,6 @@
 """Run launch/pretrain.py and record which bins each rank trains on: a line {"step", "bins"} per step.
 
-WITNESS=folder/0 python tests/helpers/witness.py ...    writes folder/0-RANK.jsonl
+WITNESS=folder/0 python tests/helpers/scripts/witness.py ...    writes folder/0-RANK.jsonl
 """
 
 import json
@@ -22,4 +22,4 @@ def recorded_step(run, batches, num_masked):
 
 
 loop.take_step = recorded_step
-runpy.run_path(str(Path(__file__).parents[2] / "launch/pretrain.py"), run_name="__main__")
+runpy.run_path(str(Path(__file__).parents[3] / "launch/pretrain.py"), run_name="__main__")

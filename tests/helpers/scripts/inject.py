@@ -2,7 +2,7 @@
 
 It also prints how many optimizers are in memory when a rollback builds its engine.
 
-INJECT='{"bins": [6, 7], "factor": "nan", "added": 0}' python tests/helpers/inject.py ...
+INJECT='{"bins": [6, 7], "factor": "nan", "added": 0}' python tests/helpers/scripts/inject.py ...
 """
 
 import gc
@@ -47,4 +47,4 @@ def start_engine(*arguments):
 loop.start_engine = start_engine
 PackedBatch.model_inputs = model_inputs
 MegaBertForMaskedLM.masked_loss = masked_loss
-runpy.run_path(str(Path(__file__).parents[2] / "launch/pretrain.py"), run_name="__main__")
+runpy.run_path(str(Path(__file__).parents[3] / "launch/pretrain.py"), run_name="__main__")
