@@ -10,7 +10,7 @@ newest_checkpoint() { cat "$1/checkpoints/latest" 2> /dev/null || echo none; }
 
 # Set `action` to stop or again for an attempt that ended with exit code $1, when $2 is the newest checkpoint. For a
 # crash, add $2 to `crashed_at` and set `crashes` to their number at this checkpoint. launch/README.md lists the codes:
-#     0: done   2: a mistake of the user   130: a second Ctrl-C   85: stopped on request, and saved
+#     0: done   2: an error of the user   130: a second Ctrl-C   85: stopped on request, and saved
 #     any other: a crash, or a full disk
 decide() {
     local code=$1 latest=$2 checkpoint

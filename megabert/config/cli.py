@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 from megabert.config.settings import check_limits, limits_of
 from megabert.files.disk import WRONG_NAMES, explain
 from megabert.files.redact import RedactedRecord, redact
-from megabert.process.exit_codes import EXIT_INTERRUPTED, EXIT_MISTAKE
+from megabert.process.exit_codes import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from megabert.process.standard_streams import keep_streams_writable
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -95,7 +95,7 @@ class Parser(ArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         sys.stderr.write(f"{self.prog}: {redact(name_commands(_explain(message, self.known_keys())))}\n")
-        sys.exit(EXIT_MISTAKE)
+        sys.exit(EXIT_USER_ERROR)
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
@@ -188,9 +188,9 @@ def name_commands(message: str) -> str:
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a training run that this error ends; launch/README.md lists all of them.
 
-    An error that is not the user's mistake has its code as the attribute `exit_code`; without one the code is 1.
+    An error that the user did not make has its code as the attribute `exit_code`; without one the code is 1.
     """
-    return getattr(error, "exit_code", EXIT_MISTAKE if isinstance(error, (ValueError, *WRONG_NAMES)) else 1)
+    return getattr(error, "exit_code", EXIT_USER_ERROR if isinstance(error, (ValueError, *WRONG_NAMES)) else 1)
 
 
 def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseException], int] = lambda _: 1) -> NoReturn:

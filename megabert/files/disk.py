@@ -27,14 +27,14 @@ class DiskError(OSError):
     exit_code = EXIT_DISK
 
 
-def is_mistake(error: OSError) -> bool:
+def is_user_error(error: OSError) -> bool:
     """Tell whether an error is about a name or a right, which the user must change, and not about a device."""
     return isinstance(error, WRONG_NAMES) or error.errno in MISTAKES
 
 
-def as_mistake(error: OSError, message: str) -> ValueError | DiskError:
-    """Return the error to raise with this message: ValueError for a mistake of the user, DiskError otherwise."""
-    return ValueError(message) if is_mistake(error) else DiskError(message)
+def as_user_error(error: OSError, message: str) -> ValueError | DiskError:
+    """Return the error to raise with this message: ValueError for an error of the user, DiskError otherwise."""
+    return ValueError(message) if is_user_error(error) else DiskError(message)
 
 
 def explain(error: OSError) -> str:

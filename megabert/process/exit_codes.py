@@ -1,7 +1,7 @@
 """The exit codes of the commands, which the launch scripts act on; launch/README.md explains them."""
 
-# A user's mistake in a flag, or in what the flag names.
-EXIT_MISTAKE = 2
+# A user's error in a flag, or in what the flag names.
+EXIT_USER_ERROR = 2
 # A disk or a file system failed or is full: sysexits.h calls this EX_IOERR.
 EXIT_DISK = 74
 # A failure that may pass, EX_TEMPFAIL of sysexits.h: a store that does not answer.

@@ -132,7 +132,7 @@ def test_a_store_that_stays_away_blames_no_host(attempt):
     assert "node-3" not in printed
 
 
-def test_too_many_spares_are_a_mistake(attempt, tmp_path):
+def test_too_many_spares_are_an_error(attempt, tmp_path):
     (tmp_path / "words").touch()
     ended, printed, _ = attempt(0, "exit 0", SPARES="3")
     assert (ended, printed) == (2, "SPARES=3, expected fewer than the 3 nodes\n")

@@ -32,7 +32,7 @@ def bash(script: str, *arguments: str, **variables: str) -> list[str]:
     ("code", "expected"),
     [
         (0, "stop 0"),  # done
-        (2, "stop 0"),  # a mistake of the user
+        (2, "stop 0"),  # an error of the user
         (130, "stop 0"),  # a second Ctrl-C
         (85, "again 0"),  # stopped on request, and saved
         (1, "again 1"),

@@ -163,7 +163,7 @@ def test_a_loader_that_gives_nothing_ends_the_run_with_its_name(corpus: Corpus, 
     patch += "import torch.utils.data; torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2"
     command = patched(pretrain_command(corpus, tmp_path, "--run.max_steps=3", "--data.num_workers=2"))
     done = run_command(command, PATCH=patch)
-    assert done.code == EXIT_PEER_LOST, "no mistake of the user: another attempt may succeed"
+    assert done.code == EXIT_PEER_LOST, "no error of the user: another attempt may succeed"
     last = done.output.strip().splitlines()[-1]
     assert "data.train: rank 0 gets no more batches: DataLoader timed out after 2 seconds" in last
     assert "Traceback" not in done.output

@@ -15,7 +15,7 @@ from megabert.convert.hf.reader import CONFIG, SAFETENSORS
 from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets import sentence_transformers
 from megabert.convert.targets.frame import (
-    Differs,
+    DiffersError,
     Expected,
     Proof,
     Source,
@@ -86,7 +86,7 @@ def prove(folder: Path, expected: Expected) -> Proof:
     wrong = {name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loaded[kind]}
     # BERT's pooler is trained with next sentences only, which no recipe does, and no embedding uses it.
     if left := sorted(str(name) for name in wrong if not str(name).startswith("pooler.")):
-        raise Differs(f"transformers finds parameters that are missing or too many, such as {left[0]}")
+        raise DiffersError(f"transformers finds parameters that are missing or too many, such as {left[0]}")
     model = model.eval()
     what = f"embeddings of {COMPARED_TEXTS} texts"
     pooled = expected.pooled[:COMPARED_TEXTS].copy()

@@ -14,7 +14,7 @@ from megabert.model.configuration_megabert import MegaBertConfig
 SAME_TEXT = 0.9
 
 
-class Differs(ValueError):
+class DiffersError(ValueError):
     """A target's own program gives something else than the checkpoint; the message says what."""
 
 
@@ -71,7 +71,7 @@ class Target:
     packages: to write it, by the names that Python imports; extra: of setup.py, which installs them. requires: targets
     that are written first. check: raises ValueError if this model cannot be written so, and lists what the user should
     know before. write: adds files to the folder and says what wrote them. prove: compares the folder's files with
-    what is expected, raising Differs. use: three lines of code for the model card.
+    what is expected, raising DiffersError. use: three lines of code for the model card.
     """
 
     name: str
@@ -91,34 +91,34 @@ class Target:
 
 
 def largest_difference(got: np.ndarray, wanted: np.ndarray, tolerance: float, what: str) -> float:
-    """Return the largest difference. Raises Differs above the tolerance, relative to the largest value if above 1."""
+    """Return the largest difference. Raises DiffersError above the tolerance, relative to a largest value above 1."""
     if got.shape != wanted.shape:
-        raise Differs(f"{what} have shape {got.shape}, expected {wanted.shape}")
+        raise DiffersError(f"{what} have shape {got.shape}, expected {wanted.shape}")
     difference = float(np.abs(got - wanted).max(initial=0.0))
     # Rounding errors of fp32 are relative.
     allowed = tolerance * max(1.0, float(np.abs(wanted).max(initial=0.0)))
     # This form of the comparison also refuses NaN.
     if not difference <= allowed:
-        raise Differs(f"{what} differ by {difference:.3g}, more than {allowed:.1e}")
+        raise DiffersError(f"{what} differ by {difference:.3g}, more than {allowed:.1e}")
     return difference
 
 
 def smallest_cosine(got: np.ndarray, wanted: np.ndarray, least: float, what: str) -> float:
-    """Return the smallest cosine of two (N, E). Raises Differs below `least`.
+    """Return the smallest cosine of two (N, E). Raises DiffersError below `least`.
 
     Embeddings of different texts have much in common, which hides a wrong token. The mean cosine of what is left
     without the mean of all texts must therefore be at least SAME_TEXT.
     """
     if got.shape != wanted.shape:
-        raise Differs(f"{what} have shape {got.shape}, expected {wanted.shape}")
+        raise DiffersError(f"{what} have shape {got.shape}, expected {wanted.shape}")
     got, wanted = got.astype(np.float64), wanted.astype(np.float64)
     cosine = float(_cosines(got, wanted).min())
     # This form of the comparison also refuses NaN.
     if not cosine >= least:
-        raise Differs(f"{what}: the smallest cosine is {cosine:.6f}, less than {least}")
+        raise DiffersError(f"{what}: the smallest cosine is {cosine:.6f}, less than {least}")
     own = float(_cosines(got - got.mean(axis=0), wanted - wanted.mean(axis=0)).mean())
     if not own >= SAME_TEXT:
-        raise Differs(f"{what}: without what all texts have in common, the mean cosine is {own:.3f}")
+        raise DiffersError(f"{what}: without what all texts have in common, the mean cosine is {own:.3f}")
     return cosine
 
 

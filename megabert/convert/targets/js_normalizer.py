@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, normalizers
 
-from megabert.convert.targets.frame import Differs
+from megabert.convert.targets.frame import DiffersError
 
 SPACE = "\u2581"
 # The first code point of a private-use plane. No character has a meaning there, and no step changes one.
@@ -93,7 +93,7 @@ def _characters() -> list[str]:
 
 
 def check_same_ids(raw: dict[str, Any], new: dict[str, Any], lines: Iterable[tuple[str, list[int]]]) -> None:
-    """Raise Differs unless both give the same ids, for the lines and for every character."""
+    """Raise DiffersError unless both give the same ids, for the lines and for every character."""
     if new is raw:
         return
     other, tokenizer = (Tokenizer.from_str(json.dumps(content)) for content in (new, raw))
@@ -106,4 +106,4 @@ def check_same_ids(raw: dict[str, Any], new: dict[str, Any], lines: Iterable[tup
     wanted += [encoding.ids for encoding in tokenizer.encode_batch(every)]
     for text, encoding, ids in zip([*texts, *every], other.encode_batch([*texts, *every]), wanted, strict=True):
         if encoding.ids != ids:
-            raise Differs(f"the normalizer cannot be written in steps that JavaScript has: {text[:60]!r} differs")
+            raise DiffersError(f"the normalizer cannot be written in steps that JavaScript has: {text[:60]!r} differs")

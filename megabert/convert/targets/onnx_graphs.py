@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megabert.convert.check.export_check import build_model
 from megabert.convert.targets.frame import (
-    Differs,
+    DiffersError,
     Expected,
     Proof,
     Source,
@@ -182,7 +182,7 @@ def embed(session: Any, expected: Expected, output: str = STATES) -> np.ndarray:
 
 
 def _open(path: Path) -> Any:
-    """Open a graph on the CPU. Raises Differs if onnxruntime cannot."""
+    """Open a graph on the CPU. Raises DiffersError if onnxruntime cannot."""
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
@@ -191,7 +191,7 @@ def _open(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.RuntimeException) as error:
-        raise Differs(f"{path.name} cannot be opened: {str(error).splitlines()[0]}") from error
+        raise DiffersError(f"{path.name} cannot be opened: {str(error).splitlines()[0]}") from error
 
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from megabert.convert.check.export_check import EXPECTED_OUTPUTS
-from megabert.convert.targets.frame import Differs, Expected, batches
+from megabert.convert.targets.frame import DiffersError, Expected, batches
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
@@ -115,11 +115,11 @@ def read_expected(folder: Path, max_length: int) -> Expected:
 
 
 def check_ids(folder: Path, expected: Expected, length: int) -> None:
-    """Raise Differs if the folder's tokenizer gives other ids for the texts of at most `length` tokens."""
+    """Raise DiffersError if the folder's tokenizer gives other ids for the texts of at most `length` tokens."""
     encodings = read_tokenizer(folder, length).encode_batch(expected.texts)
     for text, encoding, wanted in zip(expected.texts, encodings, expected.ids, strict=True):
         if encoding.ids != wanted and len(wanted) <= length:
-            raise Differs(f"the tokenizer gives other ids for {text[:60]!r}")
+            raise DiffersError(f"the tokenizer gives other ids for {text[:60]!r}")
 
 
 def make_lines(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, NotRequired, TypedDict
 from megabert.convert.check import export_record
 from megabert.convert.from_hf import read_model
 from megabert.convert.targets import encoder, jina, onnx_graphs, sentence_transformers, transformers_js
-from megabert.convert.targets.frame import Differs, Expected, NotOpened, Source, Target
+from megabert.convert.targets.frame import DiffersError, Expected, NotOpened, Source, Target
 from megabert.convert.targets.llama import gguf_target
 from megabert.convert.targets.probe import read_expected
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
@@ -87,14 +87,14 @@ def write_targets(folder: Path, names: tuple[str, ...]) -> dict[str, Outcome]:
         before = set(files_of(folder))
         try:
             outcomes[name] = {"wrote": target.write(source, folder)} | prove(target, folder, expected)
-        except Differs as error:
+        except DiffersError as error:
             outcomes[name] = {"failed": str(error)}
             remove_files(folder, set(files_of(folder)) - before)
     return outcomes
 
 
 def prove(target: Target, folder: Path, expected: Expected) -> Outcome:
-    """Open what was written and compare it. Raises Differs."""
+    """Open what was written and compare it. Raises DiffersError."""
     proof = target.prove(folder, expected)
     if isinstance(proof, NotOpened):
         return {"not_opened": f"not opened here: needs {proof.needs}"}
@@ -116,7 +116,7 @@ def verify_targets(folder: Path) -> dict[str, Outcome]:
         else:
             try:
                 outcomes[name] = {"wrote": before["wrote"]} | prove(TARGETS[name], folder, expected)
-            except Differs as error:
+            except DiffersError as error:
                 outcomes[name] = {"failed": str(error)}
     return outcomes
 

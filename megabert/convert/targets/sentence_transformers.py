@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from megabert import __version__
-from megabert.convert.targets.frame import Differs, Expected, NotOpened, Proof, Source, Target, largest_difference
+from megabert.convert.targets.frame import (
+    DiffersError,
+    Expected,
+    NotOpened,
+    Proof,
+    Source,
+    Target,
+    largest_difference,
+)
 from megabert.convert.targets.programs.run import run_python
 from megabert.model.configuration_megabert import MegaBertConfig
 
@@ -44,11 +52,11 @@ def write_pooling(source: Source, folder: Path) -> None:
 
 
 def check_pooling(folder: Path) -> None:
-    """Raise Differs unless the folder tells servers to take the mean of all tokens, as our embeddings do."""
+    """Raise DiffersError unless the folder tells servers to take the mean of all tokens, as our embeddings do."""
     pooling = json.loads((folder / "1_Pooling/config.json").read_text())
     chosen = sorted(name for name, value in pooling.items() if name.startswith("pooling_mode_") and value)
     if chosen != ["pooling_mode_mean_tokens"]:
-        raise Differs(
+        raise DiffersError(
             f"1_Pooling/config.json pools by {', '.join(chosen) or 'nothing'}, expected the mean of all tokens"
         )
 

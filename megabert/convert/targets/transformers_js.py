@@ -11,7 +11,15 @@ import numpy as np
 
 from megabert.convert.hf.config import SHARED_SETTINGS
 from megabert.convert.targets import onnx_graphs
-from megabert.convert.targets.frame import Differs, Expected, NotOpened, Proof, Source, Target, largest_difference
+from megabert.convert.targets.frame import (
+    DiffersError,
+    Expected,
+    NotOpened,
+    Proof,
+    Source,
+    Target,
+    largest_difference,
+)
 from megabert.convert.targets.js_normalizer import check_same_ids, to_js_tokenizer
 from megabert.convert.targets.probe import lines_with_ids
 from megabert.convert.targets.programs.run import HERE, run
@@ -79,12 +87,12 @@ def prove(folder: Path, expected: Expected) -> Proof | NotOpened:
     )
     if wrong := [row for row, row_ids in enumerate(ids) if answer.ids[row] != row_ids]:
         row = wrong[0]
-        raise Differs(
+        raise DiffersError(
             f"{len(wrong):,} of {len(ids):,} lines have other ids, such as {lines[row][:60]!r}: "
             f"{answer.ids[row][:12]}, expected {ids[row][:12]}"
         )
     if answer.words != answers:
-        raise Differs(f"for {mask} it answers {answer.words}, expected {answers}")
+        raise DiffersError(f"for {mask} it answers {answer.words}, expected {answers}")
     what = f"embeddings of {len(texts)} texts"
     pooled = np.array(answer.rows, dtype=np.float32)
     difference = largest_difference(pooled, expected.pooled[texts], TOLERANCE, what)

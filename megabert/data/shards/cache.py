@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megabert.files.atomic import new_file
-from megabert.files.disk import as_mistake
+from megabert.files.disk import as_user_error
 from megabert.files.hashing import file_sha256
 from megabert.files.lock import acquire, lock_folder
 
@@ -138,7 +138,7 @@ class ShardCache:
                     f"{self.folder}: cannot keep shards there: {error.strerror}. Name another folder with "
                     "data.cache_dir, or keep less with data.cache_gb."
                 )
-                raise as_mistake(error, message) from error
+                raise as_user_error(error, message) from error
             raise
         return path
 

@@ -10,7 +10,7 @@ from megabert.config.recipe import RunConfig
 from megabert.data.stream import Position, positions_from_json
 from megabert.files import checkpoint_format as layout
 from megabert.files.checkpoint_format import State
-from megabert.files.disk import DiskError, as_mistake, is_mistake
+from megabert.files.disk import DiskError, as_user_error, is_user_error
 from megabert.files.json_file import read_json
 from megabert.files.pickles import check_pickle
 from megabert.training.checkpointing import find, universal
@@ -99,7 +99,7 @@ def check_pickles(path: Path) -> None:
     except ValueError as error:
         problem = error
     except OSError as error:
-        problem = as_mistake(error, f"{path}: cannot be read: {error}")
+        problem = as_user_error(error, f"{path}: cannot be read: {error}")
     if problems := gather_dicts({} if problem is None else {rank: problem}):
         raise problems[min(problems)]
 
@@ -116,7 +116,7 @@ def check_together(path: Path) -> str | None:
     except ValueError as error:
         problem = str(error)
     except OSError as error:
-        problem = str(error) if is_mistake(error) else DiskError(unreadable(path, error))
+        problem = str(error) if is_user_error(error) else DiskError(unreadable(path, error))
     problems = gather_dicts({} if problem is None else {rank: problem})
     if failed := [problem for problem in problems.values() if isinstance(problem, DiskError)]:
         raise failed[0]

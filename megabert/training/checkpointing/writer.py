@@ -23,7 +23,7 @@ from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import State, step_of
-from megabert.files.disk import DiskError, as_mistake
+from megabert.files.disk import DiskError, as_user_error
 from megabert.training.distributed.deepspeed_compat import capture_checkpoint
 from megabert.training.distributed.sync import gather_dicts
 
@@ -250,7 +250,7 @@ def check_disk_space(folder: Path, num_parameters: int, stage: int, retention: R
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            problem = as_mistake(
+            problem = as_user_error(
                 error, f"{folder}: checkpoints cannot be written here: {error}. Choose another run.output_dir."
             )
     if problems := gather_dicts({} if problem is None else {rank: problem}):

@@ -49,7 +49,7 @@ PENDING, STRANGER, RANK = "pending", "stranger", "rank"
 
 
 class RankLostError(OSError):
-    """A rank or a loader worker that is gone or out of reach, and no mistake of the user."""
+    """A rank or a loader worker that is gone or out of reach, which is no error of the user."""
 
     exit_code = EXIT_PEER_LOST
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megabert.convert.targets import encoder, probe, registry
-from megabert.convert.targets.frame import Differs
+from megabert.convert.targets.frame import DiffersError
 from tests.convert.helpers.folders import edit_json
 from tests.convert.helpers.small_model import SHAPE, small_model
 
@@ -150,7 +150,7 @@ def test_damage_is_found(name, export_native, tmp_path):
     damage, reason = DAMAGES[name]
     folder = shutil.copytree(export_native("modernbert"), tmp_path / "hf")
     damage(folder)
-    with pytest.raises(Differs, match=reason):
+    with pytest.raises(DiffersError, match=reason):
         encoder.prove(folder, probe.read_expected(folder, registry.read_max_length(folder)))
 
 

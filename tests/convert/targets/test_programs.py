@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from data_prep import train_tokenizer
 from megabert.convert import to_hf
 from megabert.convert.targets import js_normalizer, registry, sentence_transformers, transformers_js
-from megabert.convert.targets.frame import Differs, NotOpened
+from megabert.convert.targets.frame import DiffersError, NotOpened
 from megabert.convert.targets.probe import make_texts, read_expected, read_tokenizer
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
@@ -46,7 +46,7 @@ def check_steps(corpus, raw):
     assert "Precompiled" not in {step["type"] for step in steps}
     js_normalizer.check_same_ids(raw, new, lines)
     without = [step for step in steps if step["type"] != "Lowercase"]
-    with pytest.raises(Differs, match="the normalizer cannot be written in steps that JavaScript has"):
+    with pytest.raises(DiffersError, match="the normalizer cannot be written in steps that JavaScript has"):
         js_normalizer.check_same_ids(raw, new | {"normalizer": new["normalizer"] | {"normalizers": without}}, lines)
 
 

@@ -10,7 +10,7 @@ from megabert.commands.export import Options
 from megabert.config import cli
 from megabert.convert import to_hf
 from megabert.convert.targets import registry
-from megabert.convert.targets.frame import Differs, Target
+from megabert.convert.targets.frame import DiffersError, Target
 from megabert.files.checkpoint_format import files_of
 from tests.convert.helpers.folders import edit_json
 from tests.convert.targets.conftest import TARGETS
@@ -46,7 +46,7 @@ def test_a_target_that_differs_loses_its_own_files_and_the_exit_code_says_so(
     run_launcher, checkpoint, tmp_path, monkeypatch, skipped_checks
 ):
     def fail(folder, expected):
-        raise Differs("states differ by 3")
+        raise DiffersError("states differ by 3")
 
     monkeypatch.setitem(registry.TARGETS, "jina", replace(registry.TARGETS["jina"], prove=fail))
     words = ("convert_to_hf.py", checkpoint, tmp_path / "hf", "--for", "jina,sentence-transformers")
@@ -69,7 +69,7 @@ def test_a_target_that_differs_loses_its_own_files_and_the_exit_code_says_so(
 
 def test_what_requires_a_target_that_failed_is_not_written(served, tmp_path, monkeypatch):
     def fail(source, folder):
-        raise Differs("no")
+        raise DiffersError("no")
 
     folder = shutil.copytree(served, tmp_path / "hf")
     monkeypatch.setitem(registry.TARGETS, "onnx", replace(registry.TARGETS["onnx"], write=fail))

@@ -214,7 +214,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_pa
         check_disk_space(tmp_path / "file/run", 1000, 2, Retention(2))
 
 
-def test_a_disk_that_fails_before_the_first_step_is_no_mistake_of_the_user(tmp_path, monkeypatch):
+def test_a_disk_that_fails_before_the_first_step_is_no_error_of_the_user(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megabert.process.exit_codes import EXIT_MISTAKE, EXIT_PEER_LOST
+from megabert.process.exit_codes import EXIT_PEER_LOST, EXIT_USER_ERROR
 from megabert.training.distributed import watchdog
 from megabert.training.distributed.signals import PEER_REASON, StopSignals
 from megabert.training.distributed.watchdog import GOODBYE, PEER_DIED, STOP, PeerWatchdog, RankLostError
@@ -76,7 +76,7 @@ def test_a_rank_that_dies_is_named_and_ends_the_others(tmp_path, dead, others):
 def test_a_rank_that_fails_alone_sends_the_others_its_error(tmp_path):
     results = results_of(tmp_path, start_ranks(tmp_path, "wait", "raise"))
     assert results[0] == (
-        EXIT_MISTAKE,
+        EXIT_USER_ERROR,
         f"rank 1 on {HOST} failed: ValueError: rank 1 has a bad shard; ending rank 0 on {HOST}\n",
     )
     assert results[1][0] == 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, PreTrainedModel
 
-from megabert.convert.targets.frame import Differs
+from megabert.convert.targets.frame import DiffersError
 
 # The modules' names in transformers, by llama.cpp's architecture and names. {} is the layer.
 TENSOR_NAMES = {
@@ -48,12 +48,12 @@ class Content(NamedTuple):
 
 
 def embed(content: Content, ids: list[list[int]]) -> np.ndarray:
-    """Return the mean of each text's states, (N, E) fp32. Raises Differs for tensors that are missing or too many."""
+    """Return the mean of each text's states, (N, E) fp32. Raises DiffersError for missing or extra tensors."""
     model = _make_model(content)
     renamed = {_rename(name, content.architecture): tensor for name, tensor in content.tensors.items()}
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     if wrong := {name for name in expected.keys() | renamed.keys() if expected.get(name) != _shape(renamed, name)}:
-        raise Differs(f"the file's tensors are not those of the model: {sorted(wrong)[0]}")
+        raise DiffersError(f"the file's tensors are not those of the model: {sorted(wrong)[0]}")
     model.load_state_dict(renamed, strict=False, assign=True)
     with torch.no_grad():
         rows = [model(torch.tensor([row])).last_hidden_state[0].mean(dim=0) for row in ids]

@@ -12,7 +12,7 @@ import torch
 
 from megabert.convert.hf.native import is_mosaicbert, native_kind
 from megabert.convert.targets import jina_port
-from megabert.convert.targets.frame import Differs, Expected, Proof, Target, largest_difference, smallest_cosine
+from megabert.convert.targets.frame import DiffersError, Expected, Proof, Target, largest_difference, smallest_cosine
 from megabert.convert.targets.llama import gguf_native
 from megabert.convert.targets.llama.gguf_file import BERTS, BLOCK, KINDS, gguf_names, path_of, write
 from megabert.convert.targets.llama.gguf_vocabulary import check_vocabulary, composes
@@ -68,7 +68,7 @@ def prove(folder: Path, expected: Expected) -> Proof:
 
 def _prove_by_port(content: gguf_native.Content, expected: Expected) -> Proof:
     if (pooling := content.settings["pooling_type"]) != MEAN:
-        raise Differs(f"pooling_type is {pooling}, expected {MEAN}, the mean of all tokens")
+        raise DiffersError(f"pooling_type is {pooling}, expected {MEAN}, the mean of all tokens")
     ids = expected.ids[:COMPARED_TEXTS]
     what = f"embeddings of {len(ids)} texts by model-f32.gguf"
     if content.architecture in gguf_native.TENSOR_NAMES:
@@ -83,16 +83,18 @@ def _prove_by_port(content: gguf_native.Content, expected: Expected) -> Proof:
 
 
 def _check_rounding(exact: gguf_native.Content, rounded: gguf_native.Content, tolerance: float, name: str) -> None:
-    """Raise Differs unless settings are equal, and tensors but for rounding to fp16 or 8 bits."""
+    """Raise DiffersError unless settings are equal, and tensors but for rounding to fp16 or 8 bits."""
     ours, theirs = ({k: v for k, v in x.settings.items() if k != "general.file_type"} for x in (exact, rounded))
     if wrong := [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]:
-        raise Differs(f"{name}: {min(wrong)} is not that of model-f32.gguf")
+        raise DiffersError(f"{name}: {min(wrong)} is not that of model-f32.gguf")
     if exact.tensors.keys() != rounded.tensors.keys():
-        raise Differs(f"{name}: has other tensors than model-f32.gguf")
+        raise DiffersError(f"{name}: has other tensors than model-f32.gguf")
     for key, tensor in exact.tensors.items():
         error = (rounded.tensors[key] - tensor).abs().max()
         if not error <= tolerance * tensor.abs().max():
-            raise Differs(f"{name}: {key} differs from that of model-f32.gguf by {error:.3g}, more than rounding does")
+            raise DiffersError(
+                f"{name}: {key} differs from that of model-f32.gguf by {error:.3g}, more than rounding does"
+            )
 
 
 def _prove_by_llama_cpp(folder: Path, expected: Expected, by_port: Proof) -> Proof:
@@ -113,7 +115,7 @@ def _prove_by_llama_cpp(folder: Path, expected: Expected, by_port: Proof) -> Pro
         version_found = answer.version
         if wrong := [row for row, row_ids in enumerate(ids) if answer.ids[row] != row_ids]:
             row = wrong[0]
-            raise Differs(
+            raise DiffersError(
                 f"{path.name}: {len(wrong):,} of {len(ids):,} lines have other ids, such as {lines[row][:60]!r}: "
                 f"{answer.ids[row][:12]}, expected {ids[row][:12]}"
             )
@@ -143,7 +145,7 @@ def read_content(path: Path) -> gguf_native.Content:
 
 
 def as_jina(content: gguf_native.Content) -> jina_port.JinaBert:
-    """Give the content the names of JinaBERT v2's layout. Raises Differs for missing tensors."""
+    """Give the content the names of JinaBERT v2's layout. Raises DiffersError for missing tensors."""
     settings = content.settings
     back = {new: theirs for theirs, new in gguf_names(settings["block_count"]).items()}
     renamed = {back.get(name, name): tensor for name, tensor in content.tensors.items()}
