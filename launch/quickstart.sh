@@ -55,7 +55,8 @@ stage "corpus: docstrings of the installed packages" bash launch/quickstart/prep
 stage "tokenizer" bash launch/quickstart/prepare.sh tokenizer
 stage "token shards" bash launch/quickstart/prepare.sh tokens
 stage "pretraining" \
-    deepspeed --master_port "$(free_port)" launch/pretrain.py --ds_config ds_configs/zero0.json
+    deepspeed --master_port "$(free_port)" launch/pretrain.py --ds_config ds_configs/zero0.json \
+    --run.keep_every_steps 500
 stage "export to Hugging Face" \
     python launch/convert_to_hf.py $run $run/hf
 stage "fine-tuning data" \
@@ -63,6 +64,9 @@ stage "fine-tuning data" \
 stage "fine-tuning" \
     python launch/finetune_glue.py --checkpoint $run/hf --task-file data_prep/tasks/parameter-type.yaml \
     --protocol quickstart --baselines --out $run/finetune
+stage "score against pretraining time" \
+    python launch/pareto.py --runs $run --task-file data_prep/tasks/parameter-type.yaml \
+    --protocol quickstart-one-seed --out $run/score
 say "--- summary"
 run_stage python launch/quickstart/summarize.py
 cat 2> /dev/null <<TEXT || true

@@ -11,6 +11,8 @@ from megabert.plots.pareto import Panel
 
 # Costs of a point, with the labels of their axes.
 COSTS = {"hours": "wall-clock hours", "tokens": "real tokens", "dollars": "dollars"}
+# A run that took less time is plotted over seconds.
+MIN_HOURS = 0.5
 # Two points do not make a curve, and by default a run keeps its last two checkpoints.
 MIN_POINTS = 3
 
@@ -100,11 +102,15 @@ def panels(points: list[Point]) -> list[Panel]:
     """Return the data of the plot, a panel per known cost; scores are times 100."""
     found = []
     for cost in known_costs(points):
+        label, scale = COSTS[cost], 1.0
+        if cost == "hours" and max(point.hours for point in points) < MIN_HOURS:
+            label, scale = "wall-clock seconds", 3600.0
+        placed = [(scale * getattr(point, cost), 100 * point.score) for point in points]
         lines: dict[str, list[tuple[float, float]]] = {}
-        for point in points:
-            lines.setdefault(point.run, []).append((getattr(point, cost), 100 * point.score))
-        front = sorted((getattr(point, cost), 100 * point.score) for point in points if cost in point.fronts)
-        found.append(Panel(COSTS[cost], lines, front))
+        for point, place in zip(points, placed, strict=True):
+            lines.setdefault(point.run, []).append(place)
+        front = sorted(place for point, place in zip(points, placed, strict=True) if cost in point.fronts)
+        found.append(Panel(label, lines, front))
     return found
 
 

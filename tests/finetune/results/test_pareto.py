@@ -35,6 +35,9 @@ def test_each_cost_has_its_own_front(tmp_path):
     assert [panel.cost for panel in panels] == ["wall-clock hours", "real tokens", "dollars"]
     assert panels[1].lines == {"a": [(10.0, 50.0), (20.0, 60.0)], "b": [(9.0, pytest.approx(55.0)), (20.0, 60.0)]}
     assert panels[1].front == [(9.0, pytest.approx(55.0)), (20.0, 60.0)]
+    short = pareto.panels([Point("a", 1, 0.5, 0.01, 10.0, None), Point("a", 2, 0.6, 0.02, 20.0, None)])[0]
+    assert short.cost == "wall-clock seconds"
+    assert short.lines == {"a": [(pytest.approx(36.0), 50.0), (pytest.approx(72.0), 60.0)]}
     plot_pareto(panels, "test", tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
