@@ -18,7 +18,7 @@ from race.texts.corpora import Corpus
 from megabert.finetune.tasks.task import Task
 from megabert.training.updates.guard import DivergedError
 
-KEPT = 3  # one of so many settings goes on to the next rung
+KEPT = 4  # one of so many settings goes on to the next rung
 Any_ = TypeVar("Any_", bound=Contender)
 
 
@@ -77,7 +77,7 @@ def loss_of(record: dict[str, Any]) -> float:
 
 
 def halve(track: Track, contenders: Sequence[Any_], budgets: Sequence[float]) -> list[tuple[float, Any_]]:
-    """Train all settings for the first budget, the best third for the second, and so on.
+    """Train all settings for the first budget, the best quarter for the second, and so on.
 
     Each training's schedule ends at its own budget. Returns the losses and settings of the last budget, the best first.
     """

@@ -20,7 +20,7 @@ class Plan:
     seeds: int
     """of the final runs of each side and of each attempt"""
     baseline_rungs: tuple[float, ...]
-    """successive halving: the budget is divided by each of these in turn, and a third of the settings is kept"""
+    """successive halving: the budget is divided by each of these in turn, and a quarter of the settings is kept"""
     our_rungs: tuple[float, ...]
     ladder: tuple[float, ...]
     """our budgets: the baseline's, divided by each of these, the shortest first"""
@@ -35,7 +35,7 @@ class Plan:
 FULL = Plan(
     budget_s=600.0,
     seeds=5,
-    baseline_rungs=(8, 3, 1),
+    baseline_rungs=(8, 4, 1),
     our_rungs=(12, 6, 4),
     ladder=(16, 12, 10, 8, 7, 6, 5, 4, 3, 2.5, 2, 1.5, 1),
     examples=0,
@@ -112,6 +112,18 @@ def our_grid(quick: bool) -> list[Ours]:
         muon | {"optimizer.lr": 2e-3, "optimizer.muon_lr": 0.02, "data.micro_batch_tokens": 4096},
         muon | falling | {"optimizer.lr": 2e-3, "optimizer.muon_lr": 0.02},
         muon | {"optimizer.lr": 2e-3, "optimizer.muon_lr": 0.02, "model.norm_position": "pre"},
+    ]
+    large = muon | {"data.micro_batch_tokens": 4096}
+    rates = {"optimizer.lr": 2e-3, "optimizer.muon_lr": 0.02}
+    grid += [
+        large | {"optimizer.lr": 4e-3, "optimizer.muon_lr": 0.02},
+        large | {"optimizer.lr": 2e-3, "optimizer.muon_lr": 0.03},
+        large | {"optimizer.lr": 4e-3, "optimizer.muon_lr": 0.04},
+        large | rates | {"masking.mlm_probability": 0.2},
+        large | rates | {"optimizer.warmup": 0.02},
+        large | rates | {"model.norm_position": "pre"},
+        large | rates | {"model.norm_position": "pre", "masking.mlm_probability": 0.2},
+        muon | rates | {"data.micro_batch_tokens": 8192},
     ]
     return [Ours(changes) for changes in grid]
 
