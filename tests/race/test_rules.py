@@ -92,20 +92,20 @@ def test_committed_records_count_too(tmp_path):
 def test_the_committed_records_are_whole(path):
     rows = list(read_records(path))
     assert len(rows) == len(path.read_text().splitlines())
-    assert all(row["kind"] in ("startup", "round", "trial") and row["corpus"] for row in rows)
+    assert all(row["kind"] in ("startup", "round", "final round", "trial") and row["corpus"] for row in rows)
 
 
 def test_a_search_goes_on_where_it_was_killed(track, tmp_path):
-    names = "dabc"
+    names = "dabce"
     killed = [Fake(name, killed_at=0 if name == "b" else None) for name in names]
     with pytest.raises(KeyboardInterrupt):
         trials.halve(track, killed, [3, 6])
     again, contenders = Records(tmp_path / "records.jsonl", tmp_path), [Fake(name) for name in names]
     resumed = Track(track.corpus, again, track.out, [], 0)
     ranked = trials.halve(resumed, contenders, [3, 6])
-    # 3 s buy 4 steps and 6 s buy 10; "d" and "a" were trained for 3 s already, and the best two of four went on.
+    # 3 s buy 4 steps and 6 s buy 10; "d" and "a" were trained for 3 s already, and the best two of five went on.
     assert [contender.trained for contender in contenders] == [
-        [], [("a", 10, SEARCH_SEEDS[0])], [("b", 4, 1), ("b", 10, 1)], [("c", 4, 1)],
+        [], [("a", 10, SEARCH_SEEDS[0])], [("b", 4, 1), ("b", 10, 1)], [("c", 4, 1)], [("e", 4, 1)],
     ]  # fmt: skip
     assert [(loss, contender.name) for loss, contender in ranked] == [(97.0, "a"), (98.0, "b")]
 
@@ -143,6 +143,22 @@ def test_the_clock_measures_in_turns_and_other_load_does_not_change_it(tmp_path,
     ]  # fmt: skip
     clock.measure([*contenders, Fake("c")], FakeCorpus(), records)
     assert Fake.turns[15:] == ["reference", "c"] * 5, "what has a clock is not measured again"
+
+
+def test_the_finalists_have_rounds_of_their_own(tmp_path):
+    Fake.load, Fake.turns = 3.0, []
+    records = Records(tmp_path / "records.jsonl", tmp_path / "committed")
+    theirs, mine = Fake("theirs", 1.0), Fake("mine", 0.5)
+    for contender in (theirs, mine):
+        startup = {"profile": clock.profile_of(contender), "steps": 4.0}
+        records.append({"kind": "startup", **clock.place(FakeCorpus()), **startup})
+    clocks = clock.measure_finalists(theirs, mine, FakeCorpus(), records)
+    assert Fake.turns == ["theirs", "mine"] * clock.FINAL_ROUNDS
+    cores = clock.place(FakeCorpus())["cores"]
+    assert clocks == tuple(Clock(4 * s / cores, s / cores, [s] * clock.FINAL_ROUNDS) for s in (1.0, 0.5))
+    again = Records(tmp_path / "records.jsonl", tmp_path / "committed")
+    assert clock.measure_finalists(theirs, mine, FakeCorpus(), again) == clocks
+    assert len(Fake.turns) == 2 * clock.FINAL_ROUNDS, "what was measured is not measured again"
 
 
 def test_a_clock_that_was_killed_goes_on_with_the_next_round(tmp_path, monkeypatch):

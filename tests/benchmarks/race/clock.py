@@ -3,8 +3,9 @@
 Every round times the reference, the baseline's default settings, and then each contender. A contender's step is the
 median over the rounds of its ratio to the reference. The reference's own step is its processor time divided by the
 number of cores. So other load on the machine does not change how many steps a budget buys, as long as it slows both
-alike. The start-up, mostly compilation, is measured in a new process with an empty cache, as a number of steps of that
-process. Every start-up and every round is a record.
+alike. The two finalists are measured once more, alone, with more and longer rounds. The start-up, mostly compilation,
+is measured in a new process with an empty cache, as a number of steps of that process. Every start-up and every round
+is a record.
 """
 
 import math
@@ -26,6 +27,9 @@ from support.report import machine
 REFERENCE = Baseline()
 ROUNDS = 5
 STEPS, WARM_UP_STEPS = 9, 3
+# Of the finalists. Rounds of the search differ by up to a third from their median; a selection can bear that.
+FINAL_ROUNDS = 11
+FINAL_STEPS = 60
 COLD_STEPS = 14
 
 
@@ -105,9 +109,32 @@ def find(contender: Contender, corpus: Corpus, records: Records) -> Clock | None
     return Clock(startup["steps"] * step, step, ratios[:ROUNDS])
 
 
-def turn(contender: Contender, corpus: Corpus, scratch: Path) -> float:
+def measure_finalists(theirs: Baseline, mine: Contender, corpus: Corpus, records: Records) -> tuple[Clock, Clock]:
+    """Return the clocks of the baseline and of ours, from rounds of these two; measure the rounds that are missing."""
+    here = {**place(corpus), "baseline": profile_of(theirs), "ours": profile_of(mine)}
+    while len(found := list(records.find(kind="final round", **here))) < FINAL_ROUNDS:
+        load = os.getloadavg()[0]
+        with tempfile.TemporaryDirectory() as scratch:
+            wall, cpu = theirs.reference_step(corpus, FINAL_STEPS, WARM_UP_STEPS, Path(scratch))
+            taken = turn(mine, corpus, Path(scratch), FINAL_STEPS)
+        print(f"clock: finalists, round {len(found) + 1}: {wall:.3f} s and {taken:.3f} s a step", flush=True)
+        seconds = {"baseline_s": wall, "baseline_cpu_s": cpu, "ours_s": taken}
+        records.append({"kind": "final round", **here, "load": load, **seconds})
+    rows = found[:FINAL_ROUNDS]
+    step = statistics.median(row["baseline_cpu_s"] for row in rows) / here["cores"]
+    ratios = [row["ours_s"] / row["baseline_s"] for row in rows]
+    clocks = []
+    for contender, each in ((theirs, [1.0] * FINAL_ROUNDS), (mine, ratios)):
+        startup = records.last(kind="startup", profile=profile_of(contender), **place(corpus))
+        assert startup is not None, "the search has measured it"
+        step_s = statistics.median(each) * step
+        clocks.append(Clock(startup["steps"] * step_s, step_s, each))
+    return clocks[0], clocks[1]
+
+
+def turn(contender: Contender, corpus: Corpus, scratch: Path, steps: int = STEPS) -> float:
     """Return the mean seconds of a step after the first ones."""
-    return statistics.mean(contender.step_seconds(corpus, STEPS, scratch)[WARM_UP_STEPS:])
+    return statistics.mean(contender.step_seconds(corpus, steps, scratch)[WARM_UP_STEPS:])
 
 
 def startup_steps(contender: Contender, corpus: Corpus, scratch: Path) -> float:

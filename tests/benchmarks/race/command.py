@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 from race import clock, scoring
-from race.clock import Contender
+from race.clock import Clock, Contender
 from race.records import Records
 from race.result import Result, compare, print_result
 from race.sides.baseline import Baseline
@@ -80,19 +80,19 @@ def search(track: Track, grid: Sequence[Any], plan: Plan, rungs: Sequence[float]
     return halve(track, grid, [plan.budget_s / rung for rung in rungs])[0][1]
 
 
-def final_trials(track: Track, contender: Contender, budget_s: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def final_trials(track: Track, contender: Contender, steps: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Train the seeds of one attempt, with fine-tuning."""
-    steps = track.clock(contender).steps_in(budget_s)
     return [track.trial(contender, steps, seed, scored=bool(track.tasks)) for seed in seeds]
 
 
-def choose_budgets(track: Track, ours: Ours, plan: Plan, line: float) -> tuple[list[float], float]:
+def choose_budgets(
+    track: Track, ours: Ours, clock_of_ours: Clock, plan: Plan, line: float
+) -> tuple[list[float], float]:
     """Fix the budgets to try, by a search seed: the shortest that reaches the line, and all longer ones.
 
     Also returns by how many nats the loss falls when the time grows e-fold, between the last two budgets tried.
     """
     budgets = sorted(plan.budget_s / share for share in plan.ladder)
-    clock_of_ours = track.clock(ours)
     tried: list[tuple[float, float]] = []
     for number, budget in enumerate(budgets):
         steps = clock_of_ours.steps_in(budget)
@@ -113,15 +113,16 @@ def choose_budgets(track: Track, ours: Ours, plan: Plan, line: float) -> tuple[l
 def race(track: Track, plan: Plan, options: argparse.Namespace) -> Result:
     """Run the whole race on one text."""
     baseline = best_baseline(track, plan, options.quick, options.kind)
-    finals = final_trials(track, baseline, plan.budget_s, plan.final_seeds(0))
     ours = best_of_ours(track, plan, options.quick, options.kind)
+    clocks = clock.measure_finalists(baseline, ours, track.corpus, track.records)
+    finals = final_trials(track, baseline, clocks[0].steps_in(plan.budget_s), plan.final_seeds(0))
     line = statistics.mean(map(loss_of, finals))
-    budgets, slope = choose_budgets(track, ours, plan, line)
+    budgets, slope = choose_budgets(track, ours, clocks[1], plan, line)
 
     def attempt(number: int, budget: float) -> list[dict[str, Any]]:
-        return final_trials(track, ours, budget, plan.final_seeds(1 + number))
+        return final_trials(track, ours, clocks[1].steps_in(budget), plan.final_seeds(1 + number))
 
-    return compare(track, (baseline, finals), (ours, attempt), budgets, slope)
+    return compare(track, (baseline, finals), (ours, attempt), clocks, budgets, slope)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from race.clock import Contender
+from race.clock import Clock, Contender
 from race.sides.grids import Plan
 from race.significance import Line, Verdict, beats, first_to_reach, ratio_interval
 from race.trials import Track, loss_of, short
@@ -36,6 +36,7 @@ def compare(
     track: Track,
     baseline: tuple[Contender, list[dict[str, Any]]],
     ours: tuple[Contender, Attempts],
+    clocks: tuple[Clock, Clock],
     budgets: Sequence[float],
     slope: float,
 ) -> Result:
@@ -45,14 +46,13 @@ def compare(
     """
     theirs, finals = baseline
     mine, attempt = ours
-    times = track.clock(theirs), track.clock(mine)
-    spent = times[0].seconds(finals[0]["steps"])
+    spent = clocks[0].seconds(finals[0]["steps"])
     losses = Line([loss_of(record) for record in finals])
     verdict = first_to_reach(losses, budgets, lambda number, budget: [loss_of(r) for r in attempt(number, budget)])
     speedup = spent / budget_of(verdict) if verdict.reached else 0.0
     interval = (0.0, 0.0)
     if verdict.reached:
-        rounds = [a / b for a, b in zip(times[0].ratios, times[1].ratios, strict=False)]
+        rounds = [a / b for a, b in zip(clocks[0].ratios, clocks[1].ratios, strict=True)]
         interval = ratio_interval(losses.baseline, verdict.attempts[-1].values, speedup, slope, rounds)
     why, score = why_no_score(track, finals), None
     if why is None:
