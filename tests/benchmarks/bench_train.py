@@ -1,12 +1,13 @@
 """Compares the training speed of MegaBERT's MosaicBERT, BERT and ModernBERT with transformers' BERT and ModernBERT.
 
-    python tests/benchmarks/bench_train.py [--quick] [--only ROW] [--json FILE]
+    python tests/benchmarks/bench_train.py [--quick] [--only ROW] [--runs N] [--json FILE]
 
 It runs on a CPU, or on a GPU if there is one, where it has not been run yet. In one process the contenders take one
 optimizer step each in turn, so that other load on the machine affects all of them. Each round also times the machine's
 best bf16 matrix product of the model's shapes, of random numbers; the best round's rate is the peak. If the rounds'
 rates differ by more than 10 %, the difference stands beside every MFU. The table has medians of the ratios per round.
-Tokens are real tokens, never padding.
+Tokens are real tokens, never padding. Ratios also differ between processes, by more than between rounds: with --runs 5
+each row is measured in five new processes, and the table has the medians and the range of the ratios.
 
 ROW_vs_faster_hf_bert: against hf_bert with or without dropout on attention weights, whichever is faster.
 
@@ -18,10 +19,12 @@ FLOPs (contenders.needed_flops) divided by the rate of the best matrix product.
 
 import argparse
 import ctypes
+import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,8 +171,27 @@ def take_turns(row: Row, contenders: list[Contender], rng: np.random.Generator, 
     return rounds
 
 
-def run_row(name: str, quick: bool) -> tuple[dict[str, float], list[str]]:
-    """Measure one size. Returns its figures and the lines of its table."""
+class Line(NamedTuple):
+    """A line of the table, of one run. ratio: by how much the row's first contender is faster."""
+
+    contender: str
+    tokens_per_s: float
+    ratio: float
+    mfu: float
+    peak_mb: float
+
+
+class Run(NamedTuple):
+    """What one process measured of a row. gemms: rates of the best matrix product, GFLOP/s."""
+
+    figures: dict[str, float]
+    lines: list[Line]
+    gemms: list[float]
+
+
+def run_row(name: str, quick: bool) -> Run:
+    """Measure one size."""
+    torch.manual_seed(17)
     row = ROWS[name]
     contenders = contenders_of(name, row, quick)
     rng = np.random.default_rng(17)
@@ -178,23 +200,59 @@ def run_row(name: str, quick: bool) -> tuple[dict[str, float], list[str]]:
             contender.step(contender.draw(rng)[0])
     peaks = [peak_mb(contender, contender.draw(rng)[0]) for contender in contenders]
     rounds = take_turns(row, contenders, rng, least=1 if quick else 3, limit_s=QUICK_SECONDS if quick else SECONDS)
-    peak, doubt = peak_of(rounds.gemms)
-    shares = [statistics.median(rate) / peak for rate in rounds.gflops]
-    figures = ratio_figures(name, [contender.name for contender in contenders], rounds.tokens_per_s) | {
-        f"{name}_mfu": shares[0],
-        f"{name}_tokens_per_s": statistics.median(rounds.tokens_per_s[0]),
-        f"{name}_peak_mb": peaks[0],
-        "gemm_peak_gflops": peak,
-    }
-    lines = []
-    for index in order_of(contenders, rounds.tokens_per_s):
-        speeds = rounds.tokens_per_s[index]
-        first = (name, "") if index == 0 else ("", f"{median_ratio(rounds.tokens_per_s[0], speeds):.2f}")
-        lines.append(
-            f"| {first[0]} | {contenders[index].name} | {statistics.median(speeds):,.0f} | {first[1]} | "
-            f"{100 * shares[index]:.0f} %{doubt} | {peaks[index]:,.0f} |"
+    peak = max(rounds.gemms)
+    lines = [
+        Line(
+            contender=contenders[index].name,
+            tokens_per_s=statistics.median(speeds := rounds.tokens_per_s[index]),
+            ratio=median_ratio(rounds.tokens_per_s[0], speeds),
+            mfu=statistics.median(rounds.gflops[index]) / peak,
+            peak_mb=peaks[index],
         )
-    return figures, lines
+        for index in order_of(contenders, rounds.tokens_per_s)
+    ]
+    figures = ratio_figures(name, [contender.name for contender in contenders], rounds.tokens_per_s) | {
+        f"{name}_mfu": lines[0].mfu,
+        f"{name}_tokens_per_s": lines[0].tokens_per_s,
+        f"{name}_peak_mb": lines[0].peak_mb,
+    }
+    return Run(figures, lines, rounds.gemms)
+
+
+def run_in_new_process(name: str, quick: bool) -> Run:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run_row, name, quick).result()
+
+
+def table_lines(name: str, runs: Sequence[Run]) -> list[str]:
+    """Return a row's lines of the table: medians over runs, and the range of the ratios if there are several."""
+    doubt = peak_of([rate for run in runs for rate in run.gemms])[1]
+    found = []
+    for first in runs[0].lines:
+        lines = [line for run in runs for line in run.lines if line.contender == first.contender]
+        ratios = [line.ratio for line in lines]
+        faster = f"{statistics.median(ratios):.2f}"
+        if len(runs) > 1:
+            faster += f" ({min(ratios):.2f} to {max(ratios):.2f})"
+        is_ours = first is runs[0].lines[0]
+        found.append(
+            f"| {name if is_ours else ''} | {first.contender} "
+            f"| {statistics.median(line.tokens_per_s for line in lines):,.0f} | {'' if is_ours else faster} "
+            f"| {100 * statistics.median(line.mfu for line in lines):.0f} %{doubt} "
+            f"| {statistics.median(line.peak_mb for line in lines):,.0f} |"
+        )
+    return found
+
+
+def median_figures(runs: Sequence[Run]) -> dict[str, float]:
+    """Return each figure's median over runs. Of several runs, ratios also have _lowest and _highest."""
+    figures: dict[str, float] = {}
+    for key in runs[0].figures:
+        values = [run.figures[key] for run in runs]
+        figures[key] = statistics.median(values)
+        if len(runs) > 1 and "_vs_" in key:
+            figures |= {f"{key}_lowest": min(values), f"{key}_highest": max(values)}
+    return figures
 
 
 def median_ratio(fast: list[float], slow: list[float]) -> float:
@@ -248,20 +306,22 @@ def main() -> None:
         "--quick", action="store_true", help="few rounds, without base and modernbert: about 80 s on two cores"
     )
     parser.add_argument("--only", choices=ROWS, help="measure this size only")
+    parser.add_argument("--runs", type=int, choices=range(1, 100), metavar="N", default=1, help="processes per row")
     parser.add_argument("--json", type=report.new_file, help="file to write the figures to")
     options = parser.parse_args()
     names = [options.only] if options.only else QUICK_ROWS if options.quick else list(ROWS)
-    torch.manual_seed(17)
     print(", ".join(f"{name} {value}" for name, value in (report.machine() | torch_facts()).items()), flush=True)
     print("| size | contender | real tokens/s | the first is faster by | MFU | peak MB |\n|---|---|---|---|---|---|")
     figures: dict[str, float] = {}
+    best = 0.0
+    measure = run_row if options.runs == 1 else run_in_new_process
     for name in names:
-        found, lines = run_row(name, options.quick)
-        peak = max(found.pop("gemm_peak_gflops"), figures.get("gemm_peak_gflops", 0.0))
-        figures |= found | {"gemm_peak_gflops": peak}
-        print("\n".join(lines), flush=True)
-    print(f"\nbest bf16 matrix product: {figures['gemm_peak_gflops']:,.0f} GFLOP/s")
-    report.write(figures, options.json, **torch_facts())
+        runs = [measure(name, options.quick) for _ in range(options.runs)]
+        figures |= median_figures(runs)
+        best = max(best, *(rate for run in runs for rate in run.gemms))
+        print("\n".join(table_lines(name, runs)), flush=True)
+    print(f"\nbest bf16 matrix product: {best:,.0f} GFLOP/s")
+    report.write(figures | {"gemm_peak_gflops": best}, options.json, **torch_facts())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from tests.benchmarks import bench_kernels
 from tests.benchmarks.bench_kernels import WORK, Contender, contenders, passes, time_s
-from tests.benchmarks.bench_train import peak_of, ratio_figures
+from tests.benchmarks.bench_train import Line, Run, median_figures, peak_of, ratio_figures, table_lines
 from tests.benchmarks.support.contenders import Row, hf_modernbert, ours
 from tests.helpers.runs import REPOSITORY
 
@@ -101,6 +101,26 @@ def test_the_faster_hf_bert_is_the_one_that_is_compared_first():
     assert figures["mini_512_vs_faster_hf_bert"] == figures["mini_512_vs_hf_bert_no_attention_dropout"] == 4.0
     same = ratio_figures("modernbert_mini_512", ["modernbert", "hf_modernbert, same architecture"], speeds[:2])
     assert same == {"modernbert_mini_512_vs_hf_modernbert_same": 4.0}
+
+
+def test_several_runs_of_a_row_are_shown_as_medians_and_a_range():
+    def run(ratio, peak):
+        lines = [Line("mosaicbert", 600.0, 1.0, 0.5, 70.0), Line("hf_bert", 600.0 / ratio, ratio, 0.1, 90.0)]
+        return Run({"mini_512_vs_hf_bert": ratio, "mini_512_mfu": 0.5}, lines, [peak, 0.95 * peak])
+
+    runs = [run(16.0, 100.0), run(6.0, 96.0), run(8.0, 80.0)]
+    assert table_lines("mini_512", runs[:1]) == [
+        "| mini_512 | mosaicbert | 600 |  | 50 % | 70 |",
+        "|  | hf_bert | 38 | 16.00 | 10 % | 90 |",
+    ]
+    assert table_lines("mini_512", runs)[1] == (
+        "|  | hf_bert | 75 | 8.00 (6.00 to 16.00) | 10 % (peak varied by 24%) | 90 |"
+    )
+    assert median_figures(runs) == {
+        "mini_512_vs_hf_bert": 8.0, "mini_512_vs_hf_bert_lowest": 6.0, "mini_512_vs_hf_bert_highest": 16.0,
+        "mini_512_mfu": 0.5,
+    }  # fmt: skip
+    assert median_figures(runs[:1]) == runs[0].figures
 
 
 def test_the_rows_of_modernbert_have_the_architecture_that_they_are_compared_with():
