@@ -42,7 +42,7 @@ def test_the_protocol_modernbert_has_the_papers_sweep():
 
 
 def test_every_protocol_of_the_package_can_be_read():
-    assert {"mosaicbert", "modernbert", "quick", "quickstart"} == set(protocol_names())
+    assert {"mosaicbert", "modernbert", "quick", "quickstart", "quickstart-one-seed"} == set(protocol_names())
     for name in protocol_names():
         protocol = read_protocol(name, [])
         assert protocol.about

@@ -97,9 +97,9 @@ def test_impossible_schedules_are_refused(capsys, settings, message):
 
 
 def test_ranks_share_a_global_batch():
-    recipe = read("--data.global_batch_tokens=8192")
+    recipe = read("--data.global_batch_tokens=16384")
     assert [choose_batches_per_step(recipe, world_size) for world_size in (1, 2, 8)] == [8, 8, 8]
-    message = "8 micro-batches of 1024 tokens, which 3 ranks cannot share evenly.*set data.global_batch_tokens 9216; or"
+    message = "8 micro-batches of 2048 tokens, which 3 ranks cannot share evenly.*set data.global_batch_tokens 18432; or"
     with pytest.raises(ValueError, match=f"{message} use 1, 2 or 4 ranks"):
         choose_batches_per_step(recipe, 3)
     assert choose_batches_per_step(read(), 5) == 5
@@ -115,7 +115,7 @@ def test_the_documented_clusters_share_a_published_batch(name):
 
 
 def test_the_length_of_a_run():
-    assert total_steps(read("--run.max_tokens=10000"), 2) == 4
+    assert total_steps(read("--run.max_tokens=20000"), 2) == 4
     assert total_steps(read("--run.max_steps=9"), 2) == 9
 
 
