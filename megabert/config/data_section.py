@@ -81,7 +81,8 @@ class DataConfig:
     batch_warmup_from: int | None = setting(None, "[1, 2^40]")
     """token slots of the first steps; must divide global_batch_tokens"""
     max_documents: int | Literal["auto"] = setting("auto", "[1, 2^24]")
-    """most pieces in one bin; auto: a third more than the mean, by the lengths of the corpus. A resumed run keeps it"""
+    """most pieces in one bin, filler sequences counted; auto: the mean by the lengths of the corpus, and a quarter
+    more, or four square roots of it more if that is larger. A resumed run keeps it"""
     num_workers: int = setting(2, "[0, 256]", may_change=True)
     """loader processes per rank, rounded down to a divisor of streams / ranks; 0: pack in the training process"""
     ranks: list[int] | None = setting(None, may_change=True)

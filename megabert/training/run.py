@@ -47,7 +47,10 @@ from megabert.training.updates.guard import Guard, UpdateGate
 
 @dataclass
 class TrainState:
-    """The values that change while a run trains, all of which a checkpoint saves."""
+    """The values that change while a run trains.
+
+    A checkpoint saves all but branched_from and the evaluation, of which it saves the loss if it is that of its step.
+    """
 
     guard: Guard
     time_budget: TimeBudget
@@ -152,7 +155,7 @@ class Run:
 
 
 def build_run(plan: RunPlan, signals: StopSignals) -> Run:
-    """Open the data, build the engine and the services, and restore the newest checkpoint if there is one."""
+    """Open the data, build the engine and the services, and restore the checkpoint that the run starts from, if any."""
     recipe, rank, world_size = plan.recipe, plan.rank, plan.world_size
     if problem := why_no_trackers(recipe.run.trackers):
         raise ValueError(problem)

@@ -134,7 +134,7 @@ class CheckpointWriter:
             raise DiskError(self.problem)
 
     def _write(self, parts: CheckpointParts) -> None:
-        """Write the checkpoint. On failure set self.problem, to the same message on all ranks."""
+        """Write the checkpoint. On failure, set self.problem on all ranks."""
         self.finished = False
         tag = layout.tag_of(parts.state.step)
         temporary = self.folder / f"{layout.TEMPORARY}{tag}"

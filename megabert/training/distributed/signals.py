@@ -57,7 +57,7 @@ class StopSignals:
         self._lock = threading.RLock()
 
     def install_handlers(self) -> None:
-        """Handle SIGNALS; call this in the main thread. A signal that is ignored, as SIGHUP under nohup, stays so."""
+        """Handle SIGNALS; call this in the main thread. An ignored SIGHUP (nohup) stays ignored."""
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
