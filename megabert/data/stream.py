@@ -40,9 +40,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A packing buffer holds the tokens of the next bin and of LOOK_AHEAD_PIECES longest pieces more, but of
-# LOOK_AHEAD_BINS bins at most. That is enough choice to fill bins of 16 longest pieces to 99.5 %, and little memory
-# where bins are long.
+# A packing buffer holds one bin plus LOOK_AHEAD_PIECES longest pieces, at most LOOK_AHEAD_BINS bins in all: enough to
+# fill a bin of 16 longest pieces to 99.5 %.
 LOOK_AHEAD_PIECES = 64
 LOOK_AHEAD_BINS = 4
 # Each loader worker has this many batches ready.
@@ -147,7 +146,7 @@ def open_stream(
 ) -> Iterator[tuple[PackedBatch, Position]]:
     """Yield one stream's batches from a position on, each with the position after it.
 
-    Bins after the position but below first_index are packed and dropped: a rollback resumes behind them.
+    Bins after the position but below first_index are packed and dropped: a rollback skips them.
     """
     stream_id = StreamId(stream, config.num_streams, config.seed, config.bin_tokens)
     bins = position.bins

@@ -1,4 +1,4 @@
-"""Attention within documents, with ALiBi from its slopes or without, and no bias, scores or weights in memory.
+"""Triton attention within documents, with or without ALiBi, that never stores bias, scores or weights.
 
 The forward pass is FlashAttention-2's (https://arxiv.org/abs/2307.08691): softmax in one sweep over the keys. The
 backward pass computes the weights again from the saved log-sum-exp. Each gradient is written once, by one program:
@@ -53,7 +53,7 @@ def document_of(TILES, CU, KEYS, tile):
 
 @triton.jit
 def near(first, size: tl.constexpr, end, step: tl.constexpr, REACH: tl.constexpr):
-    """Return the tiles of `step` to sweep over for `size` places from `first`: where the first begins, and the end."""
+    """Return the first and the end position of the tiles of `step` that `size` positions from `first` can reach."""
     begin = 0
     if REACH is not None:
         # A multiple of step, so that dropout's masks do not depend on the reach.
@@ -270,7 +270,7 @@ def short_kernel(
 def tiles_of(cu_seqlens: Tensor, num_tokens: int, rows: int) -> Tensor:
     """Cut every document into tiles of `rows` without synchronising with the device. Returns (tiles, 2) int32.
 
-    Each tile is (document, first row). Some lie behind their document's end; their programs do nothing. A document gets
+    Each tile is (document, first row). Some lie after their document's end; their programs do nothing. A document gets
     one tile for each multiple of `rows` among the positions of its tokens in the bin, and one more, which always
     suffices. Example: lengths [3, 2], rows 2 -> (0, 0), (0, 2), (1, 0), (1, 2).
     """

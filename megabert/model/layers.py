@@ -20,8 +20,8 @@ from .inputs import in_one_graph
 from .ops import TORCH_OPS, MaskedLoss, Ops, dropout, rope_table, upcast
 from .padding import Sequences, Tokens, as_rows, row_slots, spread
 
-# What a layer takes and returns: the input of its products, and what their result is added to. The same numbers twice,
-# so that a kernel can sum their gradients (ops.add_layer_norm).
+# (hidden, residual): the input of a layer's products, and what their result is added to. Both hold the same values;
+# after a post-norm block they may be two tensors, so that a kernel can sum their gradients (ops.add_layer_norm).
 Stream = tuple[Tensor, Tensor]
 
 
@@ -240,7 +240,7 @@ class Encoder(Module):
         self.checkpoint_every = int(enabled)
 
     def use_ops(self, ops: Ops) -> None:
-        """Take the attention of `ops` too, or where they have none the one that the config names."""
+        """Use the attention in `ops`, else the one that the config names."""
         super().use_ops(ops)
         self.planner: Planner = ops.attention or functools.partial(plan_as_configured, self.config)
 
@@ -289,10 +289,10 @@ class Encoder(Module):
         return lambda qkv, dropout_p: attend(self.ops.rotate(qkv, table), dropout_p)
 
     def _slopes(self, hidden: Tensor) -> Tensor:
-        """Return ALiBi's slopes (H,) on the device of hidden: copying them in every pass would wait for it."""
+        """Return ALiBi's slopes (H,) on the device of hidden, cached, because a copy to the device would block."""
         # Kernels take fp32 slopes; an fp64 model computes in fp64 throughout.
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        # A tensor of a trace is useless outside it, and one from outside becomes a constant in it, so neither is kept.
+        # Traced tensors are not cached: they are unusable outside the trace. A cached one would be a constant in it.
         if in_one_graph():
             if self.slopes_of_graphs is not None and not torch.compiler.is_exporting():
                 return self.slopes_of_graphs
@@ -304,7 +304,7 @@ class Encoder(Module):
         return self.slopes[key]
 
     def keep_slopes(self, device: torch.device) -> None:
-        """Let a compiled model with fp32 weights find ALiBi's slopes there, without a copy each time."""
+        """Store ALiBi's slopes in fp32 on `device`, for torch.compile."""
         self.slopes_of_graphs = alibi_slopes(self.config.num_attention_heads).to(device)
 
     def _run(self, index: int, layer: nn.Module, stream: Stream, attend: Attend, rows: Tensor | None) -> Stream:

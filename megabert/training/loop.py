@@ -349,7 +349,7 @@ def pretrain(recipe: Recipe, ds_config: DsConfig, signals: StopSignals) -> int:
 
     signals: its handlers must be installed. Returns the exit code: 0 at the end, or EXIT_REQUEUE after a
     requested stop, with a checkpoint saved. Raises ValueError for a corpus, recipe, ds_config or checkpoint that the
-    user must change, and DivergedError, which is one, if too many updates were refused.
+    user must change, and DivergedError, which is one, if too many updates were skipped.
     """
     rank, world_size = init_distributed()
     with PeerWatchdog(rank, world_size, signals, recipe.run.hang_timeout_s):

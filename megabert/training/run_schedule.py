@@ -15,7 +15,7 @@ from megabert.optim.lr_schedule import warmup_and_decay
 
 # Total steps of a run whose length is given in hours: more steps than any run makes.
 ENDLESS = 1 << 40
-# The time of a run is divided into so many equal parts; nothing but the learning rate changes within one.
+# A timed run is divided into this many equal intervals; within one, only the learning rate changes.
 PARTS = 1000
 NEVER = 1 << 62
 POLL_S = 0.01

@@ -246,7 +246,7 @@ def _checked_messages(data: "pyarrow.NativeFile", path: str, is_file: bool) -> I
     """Yield the messages of a file. Raises DamagedError for one that takes more than MAX_BATCH_BYTES when unpacked."""
     import pyarrow
 
-    # Behind its head a file is a stream, too.
+    # After its head a file is a stream, too.
     data.seek(FILE_HEAD_BYTES if is_file else 0)
     for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(data)):
         try:

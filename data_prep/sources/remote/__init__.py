@@ -1,4 +1,4 @@
-"""List and read files behind the URLs that fsspec can open: s3://, gs://, hf://, https:// and others."""
+"""List and read files at the URLs that fsspec can open: s3://, gs://, hf://, https:// and others."""
 
 import functools
 import io
@@ -38,7 +38,7 @@ class UnreachableError(ValueError):
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file behind a URL. size: bytes; version: changes with its content, as far as the server says."""
+    """A file at a URL. size: bytes; version: changes with its content, as far as the server says."""
 
     url: str
     size: int
@@ -88,13 +88,13 @@ def remote_files(url: str, left_out: LeftOut) -> Iterator[RemotePath]:
 
 
 def describe(url: str) -> RemotePath:
-    """Return the file behind a URL as it is now."""
+    """Return the file at a URL as it is now."""
     info = _fresh_info(url)
     return RemotePath(url, _size(url, info), _version(info))
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Open a file, local or behind a URL, to read it in any order."""
+    """Open a file, local or at a URL, to read it in any order."""
     if not is_remote(path):
         return open(path, "rb")
     return io.BufferedReader(_Ranges(path), LAST_BYTES)

@@ -34,7 +34,7 @@ LOG_AFTER_S = 10.0
 SLOW_S, SLOW_FACTOR = 1.0, 5.0
 # Threads of one process: two for each thread of the read-ahead.
 REQUEST_THREADS = 32
-# How webdataset describes a command that failed, behind the command itself, which is in the URL already.
+# How webdataset describes a command that failed, after the command itself, which is in the URL already.
 PIPE_ENDED = re.compile(r"exit (-?\d+) \(\w+\) \{.*\}$")
 _TIME = struct.Struct("d")
 LONGER = ". If it needs longer, raise data.store_patience_s."

@@ -115,7 +115,7 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A folder behind a URL that fsspec can open. From a web server without byte ranges, whole shards are fetched."""
+    """A folder at a URL that fsspec can open. From a web server without byte ranges, whole shards are fetched."""
 
     # An object store answers in about the time that training on a chunk takes.
     read_ahead = 2
@@ -344,7 +344,7 @@ def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str]
 
 def _names_too_many(location: str) -> bool:
     """Return whether braces name more than MAX_SHARDS shards: the product over the pairs, the innermost first."""
-    # A brace behind a backslash is part of a name.
+    # A brace after a backslash is part of a name.
     count, rest = 1, re.sub(r"\\.", "", location)
     while count <= MAX_SHARDS and (braces := INNERMOST_BRACES.search(rest)):
         if numbers := NUMBER_RANGE.fullmatch(braces[1]):

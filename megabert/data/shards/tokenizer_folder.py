@@ -253,7 +253,7 @@ def find_new_names(tokenizer: Tokenizer, roles: dict[str, str]) -> dict[str, str
 
 
 def _find_ends(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the special tokens that the tokenizer puts before and behind a text, if it is one each."""
+    """Return the special tokens that the tokenizer puts before and after a text, if it is one each."""
     around = tokenizer.encode("", add_special_tokens=True).tokens
     return dict(zip(("cls", "sep"), around, strict=True)) if len(around) == 2 else {}
 

@@ -21,9 +21,11 @@ from megabert.finetune.tasks.task import Task, TsvLayout
 log = logging.getLogger(__name__)
 
 FORMATS = ".tsv, .csv, .jsonl (each also .gz) or .parquet"
-# Rows of QQP that may be broken: a few of GLUE's own 364 thousand are. More of them have another cause.
+# QQP has a few broken rows among its 364 thousand. More than this share of a file, and more than this many, are an
+# error.
 MAX_BROKEN_SHARE, MAX_BROKEN_ROWS = 0.001, 3
-# A line is held in memory whole. A model reads the first thousands of tokens of a text: longer ones are no texts.
+# A line is held in memory whole. A model reads the first thousands of tokens of a text: longer lines are no single
+# text.
 MAX_LINE_BYTES = 16_000_000
 # Rows of a parquet file that are decoded at once, and bytes of one of its row groups, which pyarrow holds in memory.
 BATCH_ROWS, MAX_ROW_GROUP_BYTES = 256, 4_000_000_000

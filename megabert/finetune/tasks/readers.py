@@ -115,7 +115,7 @@ def file_hashes(task: Task, folder: Path, splits: list[str]) -> dict[str, str]:
 
 
 def _text(value: Any, where: str) -> str:
-    """Return a text. Raises ValueError for anything that is no text, or no text that a tokenizer can read."""
+    """Return a text. Raises ValueError unless it is a string that a tokenizer can read."""
     if not isinstance(value, str):
         raise ValueError(f"{where}: is {_shown(value)}, expected a string.")
     if len(value) > MAX_TEXT_CHARACTERS:
@@ -126,7 +126,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _label(task: Task, value: Any, where: str) -> int | float:
-    """Return a label's index, or a regression's target. A number is the label of this name: 1 is "1"."""
+    """Return a label's index, or a regression's target. An integer label counts as its name: 1 is "1"."""
     if task.is_regression:
         return _target(value, where)
     known = task.labels

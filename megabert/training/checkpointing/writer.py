@@ -50,7 +50,7 @@ class Retention:
         last_good_step: the step of the last applied update, if later ones were skipped: a rollback needs the newest
         checkpoint up to that step.
 
-        Retention(last=1, best=True) on step 10: 3.0, step 20: 2.0, step 30: 2.5 -> step 10.
+        Example: losses 3.0, 2.0, 2.5 at steps 10, 20, 30: last=1, best=True deletes step 10.
         """
         tags = sorted(heldout_loss, key=step_of, reverse=True)
         kept = set(tags[: self.last])
@@ -105,7 +105,7 @@ class CheckpointWriter:
     def save(self, engine: deepspeed.DeepSpeedEngine, state: State, positions: dict[int, Position], source: Source):
         """Start writing a checkpoint, after the previous one is complete.
 
-        positions: this rank's streams'. source: the shards whose tokenizer is stored in the checkpoint. Raises
+        positions: of this rank's streams. source: the shards whose tokenizer is stored in the checkpoint. Raises
         DiskError, on all ranks, if the previous checkpoint failed, or without overlap if this one did.
         """
         self.wait()
@@ -191,7 +191,7 @@ class CheckpointWriter:
         hashing.hash_and_sync(manifest)
         hashing.sync_folder(temporary)
         final = self.folder / temporary.name.removeprefix(layout.TEMPORARY)
-        # A damaged checkpoint of the same step, which the resumed run did not use.
+        # The run did not start from this checkpoint: it started from an earlier step.
         if final.exists():
             _delete_checkpoint(final)
         os.rename(temporary, final)

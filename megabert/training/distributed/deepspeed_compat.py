@@ -56,7 +56,7 @@ def ignore_deprecated_collectives() -> None:
 
 
 def pickle_enums_by_value() -> None:
-    """Write ZeRO's stage into checkpoints as later versions of Python do. Canary: stage_is_an_enum."""
+    """Pickle ZeRO's stage as its number, as newer Pythons do. Canary: stage_is_an_enum."""
     copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
@@ -126,7 +126,7 @@ class _NormJudge:
 
 
 def judge_norms_on_the_device(is_invalid: Callable[[Any], bool]) -> None:
-    """Let ZeRO 1 and 2 judge norms with another function, and mark invalid ones without a copy from the host.
+    """Replace ZeRO 1 and 2's norm check, and overwrite invalid norms without a host-to-device copy.
 
     ZeRO itself reads the same norm again for every group that it clips, and copies the number -1 to the device for
     every group, which makes the host wait each time. Canary: reads_norm_again.
@@ -141,7 +141,7 @@ def judge_norms_on_the_device(is_invalid: Callable[[Any], bool]) -> None:
 
 
 def optimizer_partitions(engine: deepspeed.DeepSpeedEngine) -> dict[torch.Tensor, tuple[list[slice], list[int]]]:
-    """Say what the flat tensors hold that ZeRO 1, 2 or 3 gives the wrapped optimizer in the place of the parameters.
+    """Map each flat tensor that ZeRO 1, 2 or 3 passes to the optimizer to the parameters inside it.
 
     Returns the parts and numels of each one, as in updates/optimizers.py Partition. Canary: flat_partitions.
     """
@@ -176,7 +176,7 @@ def skip_reduction_of_one_rank(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def reduce_once(engine: deepspeed.DeepSpeedEngine, gradients: list[torch.Tensor]) -> None:
-    """Give the engine a step's gradients, and reduce them over the ranks as its last backward would. At ZeRO 0 and 1.
+    """Set the gradients and reduce them once, as the step's last backward does; ZeRO 0 and 1 only.
 
     gradients: summed over this rank's micro-batches, one for each of the module's parameters; their memory stays the
     caller's. Canary: gradients_move.

@@ -10,8 +10,8 @@ BEAT_S = 5.0
 # Before its first step a rank imports, compiles, opens the corpus and loads a checkpoint: its limit is this many times
 # as long.
 START_FACTOR = 5.0
-# For saving, converting a checkpoint and the last scores, which may take long without a sign: the limit of a
-# collective (process.py).
+# Limit for saving, converting and final scoring, which report no progress; equal to the collectives' timeout
+# (process.py).
 LONG_S = 1800.0
 MAX_NAMED = 8
 # On a CPU a part of a step may take minutes: its limit is at least this many times the longest part of the last two
@@ -115,8 +115,7 @@ def watch_compiler() -> None:
 class HangDetector:
     """Finds the ranks that hang, from the heartbeats that this rank receives.
 
-    Rank 0 receives those of all ranks. The others receive rank 0's only, do not know for which rank it waits, and
-    notice only if it sends nothing.
+    Rank 0 receives those of all ranks. Other ranks hear only rank 0, so they detect only its silence.
     """
 
     def __init__(self, timeout_s: float, hosts: dict[int, str], now: float):
@@ -135,14 +134,14 @@ class HangDetector:
         self.beats.pop(rank, None)
 
     def restart(self, now: float) -> None:
-        """Count from now on: this process was stopped itself, as when a job is suspended, and has received nothing."""
+        """Restart all time limits: this process was suspended and received nothing meanwhile."""
         self.beats = {rank: (now, beat) for rank, (_, beat) in self.beats.items()}
 
     def find_hang(self, now: float) -> str | None:
         """Name the ranks that hang; None if none does.
 
-        A rank hangs if it has sent nothing for too long, whatever it was doing; or if no other rank is further behind,
-        and it has been in the same place for longer than its limit. The others wait for it.
+        A rank hangs if it has been silent too long, or if it is the furthest behind and has exceeded its own limit
+        there; the other ranks wait for it. Of several equally far behind, all must have exceeded theirs.
         """
         silent = {
             rank: now - received_at

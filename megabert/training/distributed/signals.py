@@ -1,4 +1,4 @@
-"""Turn signals, and the death of the launcher, into a request to stop that the training loop reads once per step."""
+"""Convert stop signals, and the launcher's death, into a request that the training loop checks each step."""
 
 import contextlib
 import logging

@@ -61,7 +61,7 @@ class Finding(NamedTuple):
 
 
 def dry_run(recipe: Recipe, ds_config: DsConfig, ranks: int) -> Iterator[Finding]:
-    """Say what a run would do on so many ranks, and every reason to refuse it.
+    """Say what a run would do on this number of ranks, and every reason to refuse it.
 
     A part that needs another one which is refused is left out.
     """

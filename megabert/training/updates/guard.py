@@ -1,4 +1,8 @@
-"""Skip optimizer updates whose gradient norm is not finite or far above the usual."""
+"""Decide to skip optimizer updates whose gradient norm is not finite or far above the usual.
+
+gate_optimizer_step of distributed/deepspeed_compat.py skips them; micro_batch/loss.py turns a loss that is not finite
+into a gradient norm that is not.
+"""
 
 import math
 from collections import deque
@@ -11,12 +15,12 @@ from torch import nn
 
 # The median is taken over this many norms: enough to be steady, few enough to follow the warm-up.
 NORM_WINDOW = 128
-# With fewer known norms, only a norm that is not finite is refused.
+# With fewer known norms, only an update whose norm is not finite is skipped.
 MIN_NORMS = 32
 
 
 class DivergedError(ValueError):
-    """Too many updates were refused in a row, or all of them, so the training cannot continue."""
+    """Too many updates were skipped in a row, or all of them, so the training cannot continue."""
 
 
 @dataclass

@@ -99,7 +99,9 @@ def test_impossible_schedules_are_refused(capsys, settings, message):
 def test_ranks_share_a_global_batch():
     recipe = read("--data.global_batch_tokens=16384")
     assert [choose_batches_per_step(recipe, world_size) for world_size in (1, 2, 8)] == [8, 8, 8]
-    message = "8 micro-batches of 2048 tokens, which 3 ranks cannot share evenly.*set data.global_batch_tokens 18432; or"
+    message = (
+        "8 micro-batches of 2048 tokens, which 3 ranks cannot share evenly.*set data.global_batch_tokens 18432; or"
+    )
     with pytest.raises(ValueError, match=f"{message} use 1, 2 or 4 ranks"):
         choose_batches_per_step(recipe, 3)
     assert choose_batches_per_step(read(), 5) == 5
