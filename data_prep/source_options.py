@@ -1,4 +1,4 @@
-"""The options of a corpus, the same for every command that reads one."""
+"""Command-line options of a corpus, the same for every command that reads one."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Fine-tuning of a classifier or a regression on packed examples, without padding."""
+"""Fine-tune a classifier or a regression on packed examples, without padding."""
 
 import time
 from collections.abc import Iterator

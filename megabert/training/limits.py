@@ -1,4 +1,4 @@
-"""What does not fit together in a run, known before it starts; imports no torch."""
+"""Explain why FP8, CUDA graphs, torch.compile or a tracker cannot be used; imports no torch."""
 
 import importlib.util
 from collections.abc import Sequence

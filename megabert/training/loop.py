@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Train, evaluate, save and roll back: the main loop."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""The schedule of a run: its steps, batch sizes, lengths, masking rate and learning rate, computed from the recipe."""
+"""Compute a run's steps, batch sizes, lengths, masking rate and learning rate from the recipe."""
 
 import os
 import time

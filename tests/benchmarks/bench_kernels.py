@@ -1,4 +1,4 @@
-"""Times each kernel against PyTorch, eager and compiled. Without a GPU it prints a theoretical estimate.
+"""Time each kernel against PyTorch, eager and compiled. Without a GPU, print a theoretical estimate.
 
     python tests/benchmarks/bench_kernels.py [--quick] [--json FILE]
 

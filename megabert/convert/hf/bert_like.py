@@ -1,4 +1,4 @@
-"""Configs of RoBERTa, DistilBERT and ELECTRA, whose layers are BERT's, in BERT's words and back.
+"""Convert RoBERTa, DistilBERT and ELECTRA configs to BERT's and back.
 
 Source: transformers 5.23, models/roberta, xlm_roberta, camembert, distilbert and electra.
 """

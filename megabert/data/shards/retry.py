@@ -1,4 +1,4 @@
-"""Patience with stores: pauses between attempts, a second request for a slow one, and when a rank last waited."""
+"""Repeat requests to stores that fail, send a slow one twice, and record when a rank last waited."""
 
 import functools
 import importlib.util

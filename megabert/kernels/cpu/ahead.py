@@ -1,4 +1,4 @@
-"""Compiles a model's operations for a CPU before its first step: one call of the C++ compiler for all of them.
+"""Compile a model's operations for a CPU before its first step: one call of the C++ compiler for all of them.
 
 By default inductor calls the compiler once for every graph and waits for it each time. Before that it compiles a
 header, and ten tests of what this CPU can do. Most of that time goes into reading the same headers.

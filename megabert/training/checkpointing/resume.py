@@ -1,4 +1,4 @@
-"""Resuming: find a whole checkpoint, check that it belongs to this run, and load it into the engine."""
+"""Resume a run: find a whole checkpoint, check that it belongs to this run, and load it into the engine."""
 
 from contextlib import nullcontext
 from pathlib import Path

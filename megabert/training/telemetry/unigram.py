@@ -1,4 +1,4 @@
-"""Tells a run that has learned nothing from context, because its loss is that of guessing tokens by their frequency."""
+"""Warn when a run's loss is only the unigram entropy, that of guessing tokens by their frequency."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Target gguf: what llama.cpp cannot do, and the proof that it computes the model from the files."""
+"""Check that a model fits GGUF, and compare llama.cpp's output with the checkpoint's."""
 
 import json
 import unicodedata
