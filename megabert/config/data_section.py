@@ -146,7 +146,9 @@ class DataConfig:
     @property
     def bin_tokens(self) -> int:
         """micro_batch_tokens, once training/micro_batch/choose.py has chosen a number for auto."""
-        assert self.micro_batch_tokens != "auto", "data.micro_batch_tokens auto is not resolved"
+        assert self.micro_batch_tokens != "auto", (
+            "data.micro_batch_tokens auto was used before a number was chosen for it"
+        )
         return self.micro_batch_tokens
 
     @property
@@ -178,7 +180,9 @@ class DataConfig:
     def lengths(self) -> list[tuple[int, float]]:
         """(max_seq_len, share of the run at which it ends) of each phase."""
         if self.phases is not None:
-            assert isinstance(self.max_seq_len, int), "checked at the start"
+            assert isinstance(self.max_seq_len, int), (
+                f"data.max_seq_len is {self.max_seq_len}, a list, beside data.phases"
+            )
             return [(phase.max_seq_len or self.max_seq_len, phase.until) for phase in self.phases]
         if isinstance(self.max_seq_len, int):
             return [(self.max_seq_len, 1.0)]

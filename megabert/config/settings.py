@@ -94,7 +94,7 @@ def shortened(value: Any) -> str:
 
 def _contains(limits: str, value: float) -> bool:
     match = LIMITS.fullmatch(limits)
-    assert match, limits
+    assert match, f"{limits!r} is no interval such as '[0, 1)'"
     low, high = _number(match[2]), _number(match[3])
     above = low <= value if match[1] == "[" else low < value
     below = value <= high if match[4] == "]" else value < high

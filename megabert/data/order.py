@@ -185,7 +185,7 @@ class SourceOrder:
     def chunks_of(self, group: range) -> np.ndarray:
         """Return the chunks of a group in the order of reading: (n, 4) of shard, chunk, part, parts."""
         seed, num_streams, splits = self._stream.seed, self._stream.num_streams, self.splits
-        assert seed is not None, "an order without a seed has no groups"
+        assert seed is not None, f"stream {self._stream.number} has no seed, so its chunks have no groups"
         epoch = self.epoch_of(group.start)
         order = _shuffled(len(splits), seed, epoch, self._index)
         entries = self._stream.number + np.arange(group.start, group.stop) * num_streams - epoch * len(splits)

@@ -158,9 +158,11 @@ class SourceCursor:
                 None if (mask := next(masks)) is None else PhaseSnapshot(length, mask) for length, masks in phases
             ]
             chunk = self._load(snapshots)
-            assert chunk is not None, "a position refers to chunks that were there"
+            assert chunk is not None, (
+                f"the position lists {len(position.pieces)} chunks, more than the source has from there on"
+            )
             mask = next(taken)
-            assert mask is not None, "a position has a mask for every chunk in the buffer"
+            assert mask is not None, "the position has no record of the pieces of a chunk that are in bins"
             chunk.restore_taken(mask)
 
     def load(self) -> ChunkPieces | None:

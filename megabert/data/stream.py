@@ -161,7 +161,7 @@ def open_stream(
         if (max_seq_len, stage.mixture) != (buffer.options.max_seq_len, buffer.mixture):
             buffer = buffer.next_phase(max_seq_len, stage.mixture)
         chosen = next_bin(buffer, config)
-        assert chosen is not None, "training shards have no end"
+        assert chosen is not None, f"stream {stream} has no bin {index}: its shards gave no more pieces"
         bins += 1
         if index >= first_index:
             rng = philox(config.seed, MASKING, index)
@@ -208,11 +208,13 @@ class BatchStream(IterableDataset):
         first_index: int,
     ):
         super().__init__()
-        assert config.num_streams % world_size == 0, "every rank has whole streams"
+        assert config.num_streams % world_size == 0, (
+            f"{config.num_streams} streams cannot be shared evenly by {world_size} ranks"
+        )
         for size in config.schedule.batches_per_step:
             if size % world_size:
                 raise ValueError(f"a step of {size} micro-batches cannot be shared evenly by {world_size} ranks.")
-        assert first_index % world_size == 0, "a step begins with rank 0"
+        assert first_index % world_size == 0, f"a step begins with bin {first_index}, no multiple of {world_size} ranks"
         self.corpus = corpus
         self.config = config
         self.rank = rank

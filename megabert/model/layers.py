@@ -71,7 +71,7 @@ class Embeddings(Module):
         """Embed the tokens. Types default to 0; inputs_embeds replace the word embeddings. Returns (T, E)."""
         padding_idx = None
         if tokens.input_ids is None:
-            assert tokens.inputs_embeds is not None, "tokens have ids or embeddings"
+            assert tokens.inputs_embeds is not None, "tokens have neither ids nor embeddings"
             parts = [_own_rows(tokens.inputs_embeds)]
         else:
             parts = [self._table(self.word_embeddings, tokens.input_ids)]

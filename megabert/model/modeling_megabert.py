@@ -149,7 +149,9 @@ class MegaBertModel(MegaBertPreTrainedModel):
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        assert isinstance(value, nn.Embedding), "word embeddings are an nn.Embedding"
+        assert isinstance(value, nn.Embedding), (
+            f"word embeddings are a {type(value).__name__}, expected an nn.Embedding"
+        )
         self.embeddings.word_embeddings = value
 
     def encode(

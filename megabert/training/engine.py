@@ -143,5 +143,7 @@ def build_engine(
 def model_of(engine: deepspeed.DeepSpeedEngine) -> MegaBertForMaskedLM:
     """Return the model inside the engine."""
     model = engine.module
-    assert isinstance(model, MegaBertForMaskedLM), f"the engine holds a {type(model).__name__}"
+    assert isinstance(model, MegaBertForMaskedLM), (
+        f"the engine holds a {type(model).__name__}, expected a MegaBertForMaskedLM"
+    )
     return model

@@ -78,7 +78,7 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: T
     config, timed = plan.recipe.optimizer, state.time_budget.limit is not None
     step = int(share_done(plan.schedule, state) * plan.schedule.total_steps) if timed else state.step
     factor = lr_factor(step, plan.schedule.total_steps, config)
-    assert engine.optimizer is not None, "a training engine has an optimizer"
+    assert engine.optimizer is not None, "the engine was built without an optimizer"
     for group in engine.optimizer.param_groups:
         group["lr"] = peak_lr(group, config) * factor
     return config.lr * factor

@@ -58,7 +58,7 @@ class TimeTable:
     def part_of(self, index: int) -> int:
         """Return the part of bin `index`. A loader's worker waits until it is known."""
         while index >= self.known:
-            assert os.getpid() != self._writer, f"the part of bin {index} is known before the bin is needed"
+            assert os.getpid() != self._writer, f"bin {index} is needed, but parts are known up to bin {self.known - 1}"
             time.sleep(POLL_S)
         return bisect_right(self._first_bins, index) - 1
 

@@ -112,7 +112,7 @@ class _Ranges(io.RawIOBase):
         self._whole: IO[bytes] | None = _download(url) if size is None else None
         if self._whole is not None:
             size = self._whole.seek(0, os.SEEK_END)
-        assert size is not None, "a file that is fetched whole has a size"
+        assert size is not None, f"{url}: has no size, though it was fetched whole"
         self._size = size
 
     def readable(self) -> bool:
@@ -142,7 +142,7 @@ class _Ranges(io.RawIOBase):
             self._next_bytes = min(2 * self._next_bytes, LAST_BYTES)
             fetch = functools.partial(_system(self._url).cat_file, self._url, start=self._at, end=self._at + size)
             data = _fetched(self._url, fetch) if size else b""
-            assert isinstance(data, bytes), "files are opened in binary mode"
+            assert isinstance(data, bytes), f"{self._url}: gave {type(data).__name__}, expected bytes"
             if len(data) == size:
                 return data
             if len(data) < size:

@@ -171,7 +171,7 @@ def _is_refusal(error: BaseException) -> bool:
 
 def _error_of(attempt: Future | None) -> BaseException:
     error = attempt.exception() if attempt else None
-    assert error is not None, "only a failed attempt is repeated"
+    assert error is not None, "an attempt that did not fail is repeated"
     return error
 
 

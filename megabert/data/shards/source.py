@@ -58,7 +58,7 @@ class Source:
     def tokenizer(self) -> TokenizerInfo:
         if self.tokenizer_path is not None:
             return find_tokenizer(self.tokenizer_path)[1]
-        assert self.manifest.tokenizer is not None, "token shards have a tokenizer"
+        assert self.manifest.tokenizer is not None, f"{self.folder}: the manifest of token shards names no tokenizer"
         return self.manifest.tokenizer
 
     @property
@@ -145,7 +145,7 @@ class Source:
     @cached_property
     def encoder(self) -> Tokenizer:
         """The tokenizer that turns text into ids."""
-        assert self.tokenizer_path is not None, "only text is encoded"
+        assert self.tokenizer_path is not None, f"{self.folder}: holds tokens, which need no tokenizer to encode them"
         return read_tokenizer(self.tokenizer_path)
 
     def prefetch(self, shard: int) -> None:

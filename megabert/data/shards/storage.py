@@ -182,7 +182,7 @@ class RemoteFolder:
         if not url.startswith(("http://", "https://")):
             end = (offset or 0) + max_bytes + (offset is None)
             data = system.cat_file(url, start=offset or 0, end=end)
-            assert isinstance(data, bytes), "files are opened in binary mode"
+            assert isinstance(data, bytes), f"{url}: gave {type(data).__name__}, expected bytes"
             LimitedWriter(write, max_bytes).write(data)
             return
         headers = {} if offset is None else {"headers": {"Range": f"bytes={offset}-{offset + max_bytes - 1}"}}
@@ -266,7 +266,9 @@ def copy_pipe(url: str, file: LimitedWriter) -> None:
     fails, or does not end.
     """
     with open_pipe(url) as pipe:
-        assert isinstance(pipe.stream, io.BufferedReader), "commands are opened in binary mode"
+        assert isinstance(pipe.stream, io.BufferedReader), (
+            f"{url}: gave {type(pipe.stream).__name__}, expected a buffered stream of bytes"
+        )
         pipe.timeout = SILENT_S
         try:
             while data := _read_some(pipe.stream, url):

@@ -45,7 +45,7 @@ def find_checkpoint(
     if settings.branch_from is None:
         return None
     path = find.find(settings.branch_from, folder, check_together)
-    assert path is not None, "a named checkpoint is found, or it is an error"
+    assert path is not None, f"run.branch_from {settings.branch_from} named no checkpoint"
     checkpoint = read_checkpoint(path, rank, identity.world_size, branched=True)
     check_branch(path, checkpoint.state, identity, corpus)
     return checkpoint

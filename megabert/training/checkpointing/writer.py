@@ -96,7 +96,9 @@ class CheckpointWriter:
         self.rank = deepspeed.comm.get_rank()
         # A process group of its own: the writing thread's collectives run concurrently with the training's.
         group = torch.distributed.new_group(backend="gloo")
-        assert isinstance(group, torch.distributed.ProcessGroup), "every rank is in the group"
+        assert isinstance(group, torch.distributed.ProcessGroup), (
+            f"rank {self.rank} is not in the group of the writers: got {group!r}"
+        )
         self.group = group
         self.thread: threading.Thread | None = None
         self.finished = True

@@ -96,7 +96,7 @@ class UpdateGate:
         """Return this step's decision. The first call in a step decides, and clips the gradients at stage 0."""
         if self.applied is None:
             if self.clipped_parameters is None:
-                assert self.zero_norm is not None, "the gate is attached to an engine before its first step"
+                assert self.zero_norm is not None, "a step began before the gate was attached to an engine"
                 self.norm = self.zero_norm()
             else:
                 grads = [parameter.grad for parameter in self.clipped_parameters if parameter.grad is not None]
