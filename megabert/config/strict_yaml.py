@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from megabert.config.cli import nearest
 from megabert.config.settings import shortened
-from megabert.files.limits import read_bounded
+from megabert.files.bounded_reads import read_bounded
 
 T = TypeVar("T")
 

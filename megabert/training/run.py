@@ -29,7 +29,6 @@ from megabert.training.distributed.sync import (
 from megabert.training.engine import model_of, start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, open_held_out
 from megabert.training.feed import Feed, stream_config
-from megabert.training.limits import why_no_trackers
 from megabert.training.micro_batch.graph import MicroBatchGraph
 from megabert.training.plan import RunPlan
 from megabert.training.run_schedule import part_of_time, shared_batches
@@ -42,6 +41,7 @@ from megabert.training.telemetry.straggler import Straggler
 from megabert.training.telemetry.timers import TimeBudget
 from megabert.training.telemetry.trackers import open_trackers
 from megabert.training.telemetry.unigram import UnigramWatch
+from megabert.training.unsupported import why_no_trackers
 from megabert.training.updates.guard import Guard, UpdateGate
 
 

@@ -26,9 +26,9 @@ from data_prep.sources.base import (
 )
 from data_prep.sources.columns.message_sizes import unpacked_size
 from data_prep.sources.remote import RemotePath, is_remote, open_file, size_of
-from data_prep.sources.streams import ChunkStream
+from data_prep.sources.text_encoding import ChunkStream
+from megabert.files.bounded_reads import read_bounded
 from megabert.files.json_file import parse_json
-from megabert.files.limits import read_bounded
 
 if TYPE_CHECKING:
     import pyarrow

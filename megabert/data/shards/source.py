@@ -32,8 +32,8 @@ from megabert.data.shards.shard_list import DamagedShardError, shards_of
 from megabert.data.shards.side_files import SideFiles, check_tokenizer_config, fetch_manifest
 from megabert.data.shards.storage import Storage, open_storage
 from megabert.data.shards.tokenizer import encode_flat, find_tokenizer, read_tokenizer
+from megabert.files.bounded_reads import read_bounded
 from megabert.files.hashing import texts_sha256
-from megabert.files.limits import read_bounded
 
 log = logging.getLogger(__name__)
 

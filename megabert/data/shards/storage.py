@@ -29,8 +29,8 @@ from megabert.data.shards.blocks import BlockReader
 from megabert.data.shards.cache import CacheOptions, ExpectedFile, WholeFileReader, WrongContentError
 from megabert.data.shards.manifest import MANIFEST
 from megabert.data.shards.retry import HedgedRequest, retrying, waiting_for_store
+from megabert.files.bounded_reads import LimitedWriter, TooLongError, read_bounded, too_long
 from megabert.files.disk import DiskError
-from megabert.files.limits import LimitedWriter, TooLongError, read_bounded, too_long
 from megabert.process.subprocesses import kill_with_children
 
 if TYPE_CHECKING:

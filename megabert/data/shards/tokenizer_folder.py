@@ -10,8 +10,8 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import KEPT_NAMES, SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
+from megabert.files.bounded_reads import read_bounded
 from megabert.files.json_file import parse_json
-from megabert.files.limits import read_bounded
 
 VOCAB = "vocab.txt"
 ADDED_TOKENS = "added_tokens.json"

@@ -14,7 +14,8 @@ import torch
 from megabert.data.shards.retry import waited_for_store_at, waiting_for_store
 from megabert.process.exit_codes import EXIT_HANG
 from megabert.training.distributed import flight_recorder
-from megabert.training.distributed.heartbeat import LONG_S, Beat, HangDetector, Progress
+from megabert.training.distributed.hang_detector import HangDetector
+from megabert.training.distributed.heartbeat import LONG_S, Beat, Progress
 from tests.helpers.processes import wait_for_step
 from tests.helpers.runs import Corpus, finish_ranks, pretrain_command
 from tests.helpers.runs import start_ranks as start_pretraining
