@@ -75,11 +75,12 @@ class DataConfig:
     """tokens per bin: the batch that one rank computes at once. auto: as many as the card's memory holds, by a formula;
     a resumed run keeps them"""
     global_batch_tokens: int | Literal["auto"] = setting(524_288, "[1, 2^40]")
-    """token slots per optimizer step over all ranks; auto: micro_batch_tokens x ranks (for the quickstart)"""
+    """slots (padding counted) per optimizer step over all ranks; auto: micro_batch_tokens x ranks (for the
+    quickstart)"""
     batch_warmup: float = setting(0.0, "[0, 1)")
     """share of the run in which the batch grows from batch_warmup_from to global_batch_tokens, in equal stages"""
     batch_warmup_from: int | None = setting(None, "[1, 2^40]")
-    """token slots of the first steps; must divide global_batch_tokens"""
+    """slots (padding counted) of the first steps; must divide global_batch_tokens"""
     max_documents: int | Literal["auto"] = setting("auto", "[1, 2^24]")
     """most pieces in one bin, filler sequences counted; auto: the mean by the lengths of the corpus, and a quarter
     more, or four square roots of it more if that is larger. A resumed run keeps it"""

@@ -88,7 +88,7 @@ class RunConfig:
     max_steps: int | None = setting(None, "[1, 1e12]", may_branch=True)
     """length of the run, optimizer steps; set one of this, max_tokens and max_hours"""
     max_tokens: int | None = setting(None, "[1, 1e18]", may_branch=True)
-    """length of the run, token slots"""
+    """slots (padding counted): the length of the run"""
     max_hours: float | None = setting(None, "(0, 1e5]", may_branch=True)
     """length of the run, hours of wall-clock time since the start of the command, summed over all restarts. Learning
     rate, batch, data and masking follow the clock: they depend on the share of the time that is used. The last
@@ -100,7 +100,7 @@ class RunConfig:
     eval_every_steps: int = setting(2000, "[1, 1e12]", may_change=True)
     """steps between two evaluations; the end of the run has one too"""
     eval_tokens: int = setting(1_048_576, "[1, 1e12]", may_change=True)
-    """most token slots of held-out text to evaluate on"""
+    """slots (padding counted): the most held-out text to evaluate on"""
     save_every_steps: int = setting(3500, "[1, 1e12]", may_change=True)
     """steps between two checkpoints; the end of the run has one too"""
     keep_checkpoints: int = setting(2, "[1, 1e6]", may_change=True)

@@ -32,7 +32,7 @@ MOST_CHUNKS_AT_ONCE = 64
 CHARACTERS_PER_TOKEN = 4.5
 
 
-class StreamId(NamedTuple):
+class StreamOrder(NamedTuple):
     """Stream `number` of `num_streams`. seed: the order's seed; None reads every chunk once, in order.
 
     bin_tokens: T, with which the window grows.
@@ -153,7 +153,7 @@ class SourceOrder:
     epoch are read in groups of `at_once` splits. share: the share of the source's tokens among those of a bin.
     """
 
-    def __init__(self, source: Source, stream: StreamId, source_index: int, share: float):
+    def __init__(self, source: Source, stream: StreamOrder, source_index: int, share: float):
         self._source, self._stream, self._index = source, stream, source_index
         self.splits = cut_into_splits(source, stream.num_streams)
         tokens = source.tokens / (1 if source.tokenizer_path is None else CHARACTERS_PER_TOKEN)

@@ -16,7 +16,7 @@ import numpy as np
 
 from megabert.data.batch import Bin
 from megabert.data.chunk_pieces import Bits, ChunkPieces, PhaseSnapshot, PieceOptions, cut_chunk
-from megabert.data.order import ChunkId, ChunkRef, SourceOrder, StreamId
+from megabert.data.order import ChunkId, ChunkRef, SourceOrder, StreamOrder
 from megabert.data.packing import choose_pieces
 from megabert.data.shards.read_ahead import read_ahead
 from megabert.data.shards.sample_format import TokenChunk
@@ -124,7 +124,7 @@ class SourceCursor:
         self,
         corpus: Corpus,
         source_index: int,
-        stream: StreamId,
+        stream: StreamOrder,
         options: PieceOptions,
         position: SourcePosition,
         weight: float,
@@ -251,7 +251,7 @@ class PackingBuffer:
     def __init__(
         self,
         corpus: Corpus,
-        stream: StreamId,
+        stream: StreamOrder,
         options: PieceOptions,
         positions: tuple[SourcePosition, ...],
         mixture: int = 0,

@@ -28,7 +28,7 @@ from megabert.data.batch_schedule import BatchSchedule, Length, MaskingRate, Mas
 from megabert.data.bin_shape import check_max_documents
 from megabert.data.chunk_pieces import PieceOptions
 from megabert.data.masking import masked_count
-from megabert.data.order import StreamId
+from megabert.data.order import StreamOrder
 from megabert.data.packing_buffer import PackingBuffer, SourcePosition
 from megabert.data.ranks import worker_count
 from megabert.data.shards.manifest import TokenizerInfo
@@ -148,12 +148,12 @@ def open_stream(
 
     Bins after the position but below first_index are packed and dropped: a rollback skips them.
     """
-    stream_id = StreamId(stream, config.num_streams, config.seed, config.bin_tokens)
+    stream_order = StreamOrder(stream, config.num_streams, config.seed, config.bin_tokens)
     bins = position.bins
     # The waiting pieces were cut for the last bin that was issued.
     last_index = max(0, bins - 1) * config.num_streams + stream
     mixture = config.schedule.at(last_index).mixture
-    buffer = PackingBuffer(corpus, stream_id, config.piece_options(last_index), position.sources, mixture)
+    buffer = PackingBuffer(corpus, stream_order, config.piece_options(last_index), position.sources, mixture)
     while True:
         index = bins * config.num_streams + stream
         stage = config.schedule.at(index)
@@ -299,7 +299,7 @@ def held_out_batches(corpus: Corpus, config: StreamConfig, mlm_probability: floa
     the run's last phase.
     """
     config = evaluation_config(config, mlm_probability)
-    buffer = PackingBuffer(corpus, StreamId(0, 1, None, config.bin_tokens), config.piece_options(0), ())
+    buffer = PackingBuffer(corpus, StreamOrder(0, 1, None, config.bin_tokens), config.piece_options(0), ())
     bins = iter(lambda: next_bin(buffer, config), None)
     return [
         make_batch(

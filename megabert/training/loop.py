@@ -99,9 +99,9 @@ def train_step(run: Run) -> tuple[bool, str | None]:
     num_masked = sum_masked(run, loaded)
     if loaded is None or num_masked is None:
         return False, run.signals.reason or PEER_REASON
-    batches, before = take_positions(run.state, loaded, run.plan.schedule)
+    batches, before = advance_positions(run.state, loaded, run.plan.schedule)
     sums = take_step(run, batches, num_masked)
-    stop_reason = finish_step(run, batches, before, sums)
+    stop_reason = reduce_counts(run, batches, before, sums)
     run.signals.first_step_done()
     return True, stop_reason
 
@@ -122,7 +122,7 @@ def next_batches(run: Run) -> list[tuple[PackedBatch, int, Position]] | None:
         return None
 
 
-def take_positions(
+def advance_positions(
     state: TrainState, loaded: list[tuple[PackedBatch, int, Position]], schedule: RunSchedule
 ) -> tuple[list[PackedBatch], dict[int, Position]]:
     """Advance the state by the loaded micro-batches of a step. Also returns their streams' positions before it."""
@@ -163,7 +163,7 @@ def sum_masked(run: Run, loaded: list[tuple[PackedBatch, int, Position]] | None)
     return None if without_batches.item() else total.clamp(min=1)
 
 
-def finish_step(run: Run, batches: list[PackedBatch], before: dict[int, Position], sums: torch.Tensor) -> str | None:
+def reduce_counts(run: Run, batches: list[PackedBatch], before: dict[int, Position], sums: torch.Tensor) -> str | None:
     """Add up the step's counts over all ranks, in one all-reduce that waits for the device once.
 
     before: positions of the streams before the step. sums: from `take_step`. Returns the reason to stop early, or None.
@@ -189,7 +189,8 @@ def finish_step(run: Run, batches: list[PackedBatch], before: dict[int, Position
         meter.add_step(counts)
         meter.local_tokens += tokens
     else:
-        log_skipped_update(run, before, counts[0] / max(1.0, counts[2]))
+        loss_sum, _, num_targets, *_ = counts
+        log_skipped_update(run, before, loss_sum / max(1.0, num_targets))
     if not any_stop:
         return None
     return run.signals.reason or PEER_REASON

@@ -35,7 +35,7 @@ class RunPlan:
     world_size: int
     schedule: RunSchedule
     identity: RunIdentity
-    no_graphs: str | None
+    why_no_graphs: str | None
     """why micro-batches are not launched as CUDA graphs; None: they are"""
 
     @property
@@ -86,7 +86,7 @@ def make_plan(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -
         world_size=world_size,
         schedule=schedule,
         identity=identity,
-        no_graphs=choose_cuda_graphs(recipe, resolved, device),
+        why_no_graphs=choose_cuda_graphs(recipe, resolved, device),
     )
 
 

@@ -180,7 +180,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     progress.enter("building the model")
     engine = start_engine(plan, corpus, gate, checkpoint)
     model = model_of(engine)
-    size = num_parameters(model)
+    num_weights = num_parameters(model)
     reporter = open_reporter(plan, state.step) if rank == 0 else None
     precision = torch.bfloat16 if plan.ds_config.bf16 else torch.float32
     run = Run(
@@ -191,7 +191,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
         engine=engine,
         graph=open_graph(plan, engine),
         gate=gate,
-        writer=open_writer(plan, size, reporter),
+        writer=open_writer(plan, num_weights, reporter),
         signals=signals,
         meter=Meter(event_class()),
         model_config=model.config,
@@ -201,7 +201,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
         unigram_watch=UnigramWatch(corpus.token_shares, recipe.optimizer),
     )
     if reporter is not None:
-        for message in start_messages(plan, corpus, feed.config.num_streams, size, checkpoint):
+        for message in start_messages(plan, corpus, feed.config.num_streams, num_weights, checkpoint):
             reporter.log_line(message)
         write_run_json(plan, corpus, held_out_corpus, state.step)
         set_aside_after(plan.checkpoints, state.step)
@@ -267,7 +267,7 @@ def open_reporter(plan: RunPlan, step: int) -> Reporter:
 
 def open_graph(plan: RunPlan, engine: deepspeed.DeepSpeedEngine) -> MicroBatchGraph | None:
     """Prepare the CUDA graph of the engine's micro-batches, if the plan has one."""
-    return MicroBatchGraph(model_of(engine), plan.ds_config.bf16) if plan.no_graphs is None else None
+    return MicroBatchGraph(model_of(engine), plan.ds_config.bf16) if plan.why_no_graphs is None else None
 
 
 def open_writer(plan: RunPlan, num_parameters: int, reporter: Reporter | None) -> CheckpointWriter:

@@ -85,9 +85,9 @@ class Runner:
                 shutil.rmtree(self.context.jobs / job.name, ignore_errors=True)
 
     def _run_jobs(
-        self, pending: list[FinetuneJob], slots: list[WorkerSlot], is_done: Callable[[FinetuneJob], bool]
+        self, pending: list[FinetuneJob], slots: list[WorkerSlot], reuse_result: Callable[[FinetuneJob], bool]
     ) -> None:
-        """Run jobs in processes. is_done: called before a job starts: another command may have run it meanwhile."""
+        """Run jobs in processes. reuse_result: called before a job starts: another command may have run it meanwhile."""
         free, pending = list(slots), list(pending)
         running: dict[Any, tuple[FinetuneJob, Any, WorkerSlot]] = {}
         try:
@@ -99,7 +99,7 @@ class Runner:
                     if start is None:
                         continue
                     pending.remove(job)
-                    if is_done(job) or self._fail_without_mnli(job):
+                    if reuse_result(job) or self._fail_without_mnli(job):
                         continue
                     slot = free.pop(0)
                     process = start_process(job, self.context, slot, start[0], self._request(job, start[1]))

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from megabert.config.settings import shortened
 from megabert.files.hashing import file_sha256
 from megabert.finetune.tasks.formats import read_rows
-from megabert.finetune.tasks.task import Examples, Task, TsvLayout
+from megabert.finetune.tasks.task import Examples, TableLayout, Task
 
 # The examples of a split are held in memory. GLUE's largest has 393 thousand, of some 200 characters each.
 MAX_EXAMPLES, MAX_CHARACTERS, MAX_TEXT_CHARACTERS = 50_000_000, 2_000_000_000, 10_000_000
@@ -56,7 +56,7 @@ def read_split(task: Task, folder: Path, split: str) -> Examples:
         layout = task.tsv[split]
     else:
         has_labels = split not in task.test.values()
-        layout = TsvLayout(file=files[0].name, texts=task.texts, label=task.label if has_labels else None)
+        layout = TableLayout(file=files[0].name, texts=task.texts, label=task.label if has_labels else None)
     texts: list[tuple[str, ...]] = []
     labels, characters = [], 0
     for path in files:

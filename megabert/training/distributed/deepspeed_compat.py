@@ -92,7 +92,7 @@ def gate_optimizer_step(optimizer: torch.optim.Optimizer, allows_step: Callable[
     optimizer.step = gated_step  # pyrefly: ignore[bad-assignment]
 
 
-def zero_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float]:
+def install_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float]:
     """Return a function that reads the current step's gradient norm while ZeRO 1, 2 or 3 calls the wrapped optimizer.
 
     engine.get_global_grad_norm() still returns the previous step's norm at that moment. Canary: norm_within_step.
@@ -101,7 +101,7 @@ def zero_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float]:
     if engine.zero_optimization_stage() == 3:
         return lambda: float(optimizer._global_grad_norm)
     judge = _NormJudge()
-    judge_norms_on_the_device(judge)
+    replace_norm_checks(judge)
     # ZeRO may be told not to judge the norm before it calls the optimizer (bf16.check_grad_overflow).
     return lambda: judge.take() if judge.is_new else float(optimizer._global_grad_norm)
 
@@ -125,7 +125,7 @@ class _NormJudge:
         return self.value
 
 
-def judge_norms_on_the_device(is_invalid: Callable[[Any], bool]) -> None:
+def replace_norm_checks(is_invalid: Callable[[Any], bool]) -> None:
     """Replace ZeRO 1 and 2's norm check, and overwrite invalid norms without a host-to-device copy.
 
     ZeRO itself reads the same norm again for every group that it clips, and copies the number -1 to the device for

@@ -12,10 +12,10 @@ BEAT_S = 5.0
 START_FACTOR = 5.0
 # Limit for saving, converting and final scoring, which report no progress; equal to the collectives' timeout
 # (process.py).
-LONG_S = 1800.0
+LONG_PART_LIMIT_S = 1800.0
 # On a CPU a part of a step may take minutes: its limit is at least this many times the longest part of the last two
 # steps.
-SLOWER = 3.0
+LIMIT_FACTOR = 3.0
 COMPUTING = ("forward", "backward", "optimizer")
 
 
@@ -50,18 +50,18 @@ class Progress:
     def __init__(self) -> None:
         self.restart(0.0)
 
-    def restart(self, timeout_s: float, waits_for_store_at: Callable[[], float] = lambda: 0.0) -> None:
-        """Begin a run. timeout_s: run.hang_timeout_s. waits_for_store_at: when a store was last waited for, or 0."""
-        self.timeout_s, self.waits_for_store_at = timeout_s, waits_for_store_at
+    def restart(self, timeout_s: float, waited_for_store_at: Callable[[], float] = lambda: 0.0) -> None:
+        """Begin a run. timeout_s: run.hang_timeout_s. waited_for_store_at: when a store was last waited for, or 0."""
+        self.timeout_s, self.waited_for_store_at = timeout_s, waited_for_store_at
         self.step = self.count = 0
-        self.long = self.compiling = self.started = False
+        self.long = self.compiling = self.has_stepped = False
         # The longest part of this step, and of the previous one.
-        self.longest_s = self.longest_before_s = 0.0
+        self.longest_s = self.previous_step_longest_s = 0.0
         self.part, self.entered_at = "", time.monotonic()
         self.enter("starting")
 
     def enter(self, part: str, *, long: bool = False) -> None:
-        """Begin a part of the run. long: it may take LONG_S."""
+        """Begin a part of the run. long: it may take LONG_PART_LIMIT_S."""
         now = time.monotonic()
         if self.part in COMPUTING:
             self.longest_s = max(self.longest_s, now - self.entered_at)
@@ -74,8 +74,8 @@ class Progress:
 
     def step_done(self, step: int) -> None:
         """Report a step. step: steps done so far."""
-        self.step, self.started = step, True
-        self.longest_s, self.longest_before_s = 0.0, self.longest_s
+        self.step, self.has_stepped = step, True
+        self.longest_s, self.previous_step_longest_s = 0.0, self.longest_s
         self.advance()
 
     def compile_began(self, _: object = None) -> None:
@@ -88,11 +88,11 @@ class Progress:
         self.advance()
 
     def beat(self) -> Beat:
-        limit_s = self.timeout_s * (START_FACTOR if self.compiling or not self.started else 1.0)
-        limit_s = max(limit_s, SLOWER * self.longest_s, SLOWER * self.longest_before_s)
+        limit_s = self.timeout_s * (START_FACTOR if self.compiling or not self.has_stepped else 1.0)
+        limit_s = max(limit_s, LIMIT_FACTOR * self.longest_s, LIMIT_FACTOR * self.previous_step_longest_s)
         if self.long:
-            limit_s = max(limit_s, LONG_S)
-        age_s = time.monotonic() - max(self.moved_at, self.waits_for_store_at())
+            limit_s = max(limit_s, LONG_PART_LIMIT_S)
+        age_s = time.monotonic() - max(self.moved_at, self.waited_for_store_at())
         return Beat(self.step, self.count, f"compiling ({self.part})" if self.compiling else self.part, age_s, limit_s)
 
 

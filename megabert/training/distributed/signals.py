@@ -67,7 +67,7 @@ class StopSignals:
             receiver, sender = socket.socketpair()
             sender.setblocking(False)
             signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._read_numbers, args=(receiver, sender), name="signals", daemon=True).start()
+            threading.Thread(target=self._read_signals, args=(receiver, sender), name="signals", daemon=True).start()
 
     def first_step_done(self) -> None:
         """Let a request to stop take effect at the end of a step from now on."""
@@ -100,25 +100,25 @@ class StopSignals:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         """Handle a signal, in the main thread."""
-        if self.embedded and self._record_interrupt(number):
+        if self.embedded and self._is_second_interrupt(number):
             raise KeyboardInterrupt
         if self.embedded or self._has_stepped:
             self.request(_describe(number))
         if self._interruptible:
             raise StopRequested(self.reason)
 
-    def _read_numbers(self, receiver: socket.socket, _sender: socket.socket) -> None:
+    def _read_signals(self, receiver: socket.socket, _sender: socket.socket) -> None:
         """Act on signals, in a thread of its own. _sender: kept open."""
         while numbers := receiver.recv(64):
             for number in set(numbers) & set(SIGNALS):
-                if self._record_interrupt(number):
+                if self._is_second_interrupt(number):
                     _end("interrupted again: ending without saving", EXIT_INTERRUPTED)
                 if number == signal.SIGINT and not self._has_stepped:
                     self.tell_peers()
                     _end("interrupted", EXIT_INTERRUPTED)
                 self.request(_describe(number))
 
-    def _record_interrupt(self, number: int) -> bool:
+    def _is_second_interrupt(self, number: int) -> bool:
         """Record a SIGINT, and return whether it is a second one."""
         if number != signal.SIGINT:
             return False
