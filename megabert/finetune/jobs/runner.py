@@ -87,7 +87,7 @@ class Runner:
     def _run_jobs(
         self, pending: list[FinetuneJob], slots: list[WorkerSlot], reuse_result: Callable[[FinetuneJob], bool]
     ) -> None:
-        """Run jobs in processes. reuse_result: called before a job starts: another command may have run it meanwhile."""
+        """Run jobs in processes. reuse_result: called before a job starts, which another command may have run."""
         free, pending = list(slots), list(pending)
         running: dict[Any, tuple[FinetuneJob, Any, WorkerSlot]] = {}
         try:
