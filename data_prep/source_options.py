@@ -1,10 +1,10 @@
-"""The options of a corpus, the same for every command that reads one."""
+"""Command-line options of a corpus, the same for every command that reads one."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from data_prep.sources.base import ReadOptions
-from data_prep.sources.streams import check_encoding
+from data_prep.sources.text_encoding import check_encoding
 
 
 @dataclass(frozen=True, kw_only=True)

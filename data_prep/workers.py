@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data_prep.sources.base import is_disk_full
 from megabert.data.shards.tokenizer import read_tokenizer
-from megabert.files.limits import allow_open_files
+from megabert.process.open_files import allow_open_files
 from megabert.process.subprocesses import exit_with_parent, use_short_socket_paths
 
 R = TypeVar("R")

@@ -1,4 +1,4 @@
-"""List the files below a folder, behind links too; nothing is left out without being counted."""
+"""List the files below a folder, following links; nothing is left out without being counted."""
 
 import os
 import stat

@@ -20,7 +20,7 @@ from data_prep.sources.base import (
     until_damaged,
 )
 from data_prep.sources.folders import files_below
-from data_prep.sources.streams import DAMAGED_ARCHIVE
+from data_prep.sources.text_encoding import DAMAGED_ARCHIVE
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from data_prep.sources.base import NULL, DamagedError, InputSplit, LeftOut, ReadOptions, text_of
 from data_prep.sources.lines import Line, read_lines
-from data_prep.sources.streams import UndecodableError
+from data_prep.sources.text_encoding import UndecodableError
 from megabert.files.json_file import parse_json
 
 

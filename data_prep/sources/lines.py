@@ -7,7 +7,7 @@ from typing import IO, NamedTuple
 from data_prep.sources import base
 from data_prep.sources.base import DamagedError, InputSplit, Kind, LeftOut, ReadOptions, too_long, until_damaged
 from data_prep.sources.remote import RemotePath, size_of
-from data_prep.sources.streams import (
+from data_prep.sources.text_encoding import (
     COMPRESSED,
     DAMAGED_ARCHIVE,
     READ_BYTES,

@@ -7,7 +7,7 @@ from data_prep.sources import base
 from data_prep.sources.base import DamagedError, InputSplit, LeftOut, ReadOptions, too_long
 from data_prep.sources.lines import Line, list_line_splits, read_lines, until_unreadable
 from data_prep.sources.remote import RemotePath, size_of
-from data_prep.sources.streams import decode, encoding_of, open_bytes
+from data_prep.sources.text_encoding import decode, encoding_of, open_bytes
 
 TO_SEPARATE = (
     "Pass --blank-lines if blank lines separate its documents, or convert it to a .jsonl file with one document per "

@@ -68,10 +68,10 @@ def read_snippets(path: Path) -> Iterator[tuple[str, float, bool]]:
     """Yield (text, rating, whether it is held out) from the source distribution."""
     with tarfile.open(path) as outer:
         inner = outer.extractfile(INNER)
-        assert inner is not None, "the file with the expected hash has this member"
+        assert inner is not None, f"{path}: {INNER} is not a file"
         with tarfile.open(fileobj=io.BytesIO(inner.read())) as tar:
             file = tar.extractfile(FILE)
-            assert file is not None, "the inner archive has this member"
+            assert file is not None, f"{path}: {FILE} in {INNER} is not a file"
             lines = file.read().decode("utf-8", "replace").splitlines()
     for line in lines:
         number, rating, text = line.split("\t", 2)

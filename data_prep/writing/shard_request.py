@@ -1,4 +1,4 @@
-"""The options of write_shards.py, and what a command is asked for."""
+"""The options of write_shards.py, and the request that they make."""
 
 import os
 import re

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 WORDS_OF_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
 
-# What stands for the scripts of a checkout where megabert is installed without one; setup.py makes the commands.
+# Installed commands, named in messages instead of the scripts where there is no checkout; setup.py makes them.
 INSTALLED = {
     "pretrain": "megabert-pretrain",
     "convert_to_hf": "megabert-export",

@@ -75,13 +75,15 @@ class DataConfig:
     """tokens per bin: the batch that one rank computes at once. auto: as many as the card's memory holds, by a formula;
     a resumed run keeps them"""
     global_batch_tokens: int | Literal["auto"] = setting(524_288, "[1, 2^40]")
-    """token slots per optimizer step over all ranks; auto: micro_batch_tokens x ranks (for the quickstart)"""
+    """slots (padding counted) per optimizer step over all ranks; auto: micro_batch_tokens x ranks (for the
+    quickstart)"""
     batch_warmup: float = setting(0.0, "[0, 1)")
     """share of the run in which the batch grows from batch_warmup_from to global_batch_tokens, in equal stages"""
     batch_warmup_from: int | None = setting(None, "[1, 2^40]")
-    """token slots of the first steps; must divide global_batch_tokens"""
+    """slots (padding counted) of the first steps; must divide global_batch_tokens"""
     max_documents: int | Literal["auto"] = setting("auto", "[1, 2^24]")
-    """most pieces in one bin; auto: a third more than the mean, by the lengths of the corpus. A resumed run keeps it"""
+    """most pieces in one bin, filler sequences counted; auto: the mean by the lengths of the corpus, and a quarter
+    more, or four square roots of it more if that is larger. A resumed run keeps it"""
     num_workers: int = setting(2, "[0, 256]", may_change=True)
     """loader processes per rank, rounded down to a divisor of streams / ranks; 0: pack in the training process"""
     ranks: list[int] | None = setting(None, may_change=True)
@@ -145,7 +147,9 @@ class DataConfig:
     @property
     def bin_tokens(self) -> int:
         """micro_batch_tokens, once training/micro_batch/choose.py has chosen a number for auto."""
-        assert self.micro_batch_tokens != "auto", "data.micro_batch_tokens auto is not resolved"
+        assert self.micro_batch_tokens != "auto", (
+            "data.micro_batch_tokens auto was used before a number was chosen for it"
+        )
         return self.micro_batch_tokens
 
     @property
@@ -177,7 +181,9 @@ class DataConfig:
     def lengths(self) -> list[tuple[int, float]]:
         """(max_seq_len, share of the run at which it ends) of each phase."""
         if self.phases is not None:
-            assert isinstance(self.max_seq_len, int), "checked at the start"
+            assert isinstance(self.max_seq_len, int), (
+                f"data.max_seq_len is {self.max_seq_len}, a list, beside data.phases"
+            )
             return [(phase.max_seq_len or self.max_seq_len, phase.until) for phase in self.phases]
         if isinstance(self.max_seq_len, int):
             return [(self.max_seq_len, 1.0)]

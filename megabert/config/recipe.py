@@ -48,8 +48,8 @@ class OptimizerConfig:
     eps: float = setting(1e-6, "[1e-30, 0.1]")
     """added to Adam's denominator"""
     weight_decay: float = setting(0.01, "[0, 100]")
-    """in torch's convention: each step multiplies weights by 1 - lr * weight_decay. Composer's convention, used by
-    MosaicBERT's 1e-5, divides lr by the peak: weight_decay here is Composer's value / lr"""
+    """each step multiplies weights by 1 - lr * weight_decay, as in torch. Composer multiplies by
+    1 - lr / peak * value: divide its value, such as MosaicBERT's 1e-5, by the peak optimizer.lr"""
     decay_norms_and_biases: bool = False
     """apply weight decay to biases and LayerNorm weights too"""
     max_grad_norm: float = setting(1.0, "[0, 1e6]")
@@ -57,9 +57,9 @@ class OptimizerConfig:
     schedule: Literal["linear", "cosine", "wsd", "constant"] = setting("linear", may_branch=True)
     """schedule after the warm-up: linear or cosine decay, warm-up-stable-decay, or constant"""
     warmup: float = setting(0.06, "[0, 1)", may_branch=True)
-    """share of the run in which the learning rate rises linearly, from 1 / warm-up steps of the peak"""
+    """share of the run with linear warm-up of the learning rate, from peak / warm-up steps to the peak"""
     decay: float = setting(0.1, "(0, 1]", may_branch=True)
-    """wsd: share of the run in which the learning rate decays, by 1 - sqrt"""
+    """share of the run, for wsd: its end, in which the learning rate decays, by 1 - sqrt"""
     final_lr: float = setting(0.02, "[0, 1]", may_branch=True)
     """learning rate at the end of the decay, as a share of the peak"""
 
@@ -88,7 +88,7 @@ class RunConfig:
     max_steps: int | None = setting(None, "[1, 1e12]", may_branch=True)
     """length of the run, optimizer steps; set one of this, max_tokens and max_hours"""
     max_tokens: int | None = setting(None, "[1, 1e18]", may_branch=True)
-    """length of the run, token slots"""
+    """slots (padding counted): the length of the run"""
     max_hours: float | None = setting(None, "(0, 1e5]", may_branch=True)
     """length of the run, hours of wall-clock time since the start of the command, summed over all restarts. Learning
     rate, batch, data and masking follow the clock: they depend on the share of the time that is used. The last
@@ -100,7 +100,7 @@ class RunConfig:
     eval_every_steps: int = setting(2000, "[1, 1e12]", may_change=True)
     """steps between two evaluations; the end of the run has one too"""
     eval_tokens: int = setting(1_048_576, "[1, 1e12]", may_change=True)
-    """most token slots of held-out text to evaluate on"""
+    """slots (padding counted): the most held-out text to evaluate on"""
     save_every_steps: int = setting(3500, "[1, 1e12]", may_change=True)
     """steps between two checkpoints; the end of the run has one too"""
     keep_checkpoints: int = setting(2, "[1, 1e6]", may_change=True)
@@ -125,8 +125,8 @@ class RunConfig:
     rollback_after: int = setting(5, "[0, 1e6]", may_change=True)
     """skipped updates in a row after which to return to the last checkpoint and leave out those batches; 0: never"""
     hang_timeout_s: float = setting(60.0, "[0, 86400]", may_change=True)
-    """end the run, and name the rank, if one of several ranks makes no progress for so many seconds; before its first
-    step, and while PyTorch compiles, five times as many. 0: never"""
+    """end the run, and name the rank, if one of several ranks makes no progress for this many seconds; before its first
+    step, and while PyTorch compiles, for five times as many. 0: never"""
     ops: Literal["auto", "torch", "fused"] = setting("auto", may_change=True)
     """kernels. auto: the fastest that run on this device; torch: plain PyTorch; fused: fused kernels, or an error"""
     compile: bool = False
@@ -222,7 +222,7 @@ class Recipe:
 
 
 def default_settings() -> dict[str, Any]:
-    """Every section's defaults, as Recipe.to_dict() has them. A new setting's is what was done before there was one."""
+    """Return every section's defaults, as in Recipe.to_dict(). A new setting's must reproduce the old behaviour."""
     sections = {field.name: field.default_factory for field in dataclasses.fields(Recipe)}
     return {
         name: with_lists(dataclasses.asdict(make()))

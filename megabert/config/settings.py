@@ -12,10 +12,9 @@ def setting(default: Any, limits: str | None = None, *, may_change: bool = False
     """Declare a field of a dataclass of settings.
 
     default: its default, or a type such as list that makes it. limits: the interval of a number, such as "[0, 1)",
-    which check_limits checks and --help prints. may_change: whether the setting may differ when a run resumes: it says
-    what is reported, kept, cached or computed again, or where data is read from, or it guards a run against bad
-    updates; --help says so. may_branch:
-    whether it may also differ in a branch (run.branch_from): it says how long a run is, or what changes over it.
+    which check_limits checks and --help prints. may_change: whether the setting may differ when a run resumes, as
+    logging, saving, caching, kernels, data locations and the guard against bad updates may; --help says so.
+    may_branch: whether it may differ in a branch (run.branch_from), as the length of a run and its schedules may.
     """
     metadata = {
         "limits": limits,
@@ -28,7 +27,7 @@ def setting(default: Any, limits: str | None = None, *, may_change: bool = False
 
 
 def required(limits: str) -> Any:
-    """Declare a field without a default, as setting does."""
+    """Declare a field as setting() does, but without a default."""
     return dataclasses.field(metadata={"limits": limits, "may_change_at_resume": False})
 
 
@@ -95,7 +94,7 @@ def shortened(value: Any) -> str:
 
 def _contains(limits: str, value: float) -> bool:
     match = LIMITS.fullmatch(limits)
-    assert match, limits
+    assert match, f"{limits!r} is no interval such as '[0, 1)'"
     low, high = _number(match[2]), _number(match[3])
     above = low <= value if match[1] == "[" else low < value
     below = value <= high if match[4] == "]" else value < high

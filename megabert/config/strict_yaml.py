@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from megabert.config.cli import nearest
 from megabert.config.settings import shortened
-from megabert.files.limits import read_bounded
+from megabert.files.bounded_reads import read_bounded
 
 T = TypeVar("T")
 
@@ -275,7 +275,7 @@ class _StrictLoader(yaml.SafeLoader):
             _refuse(event, f"tag {event.tag}: explicit tags are not supported.")
         self.open_anchors.append(event.anchor)
         node = super().compose_node(parent, index)
-        assert node is not None, "every event but the stream's end begins a node"
+        assert node is not None, f"YAML made no node of the event {event}"
         self.open_anchors.pop()
         if node.tag not in PLAIN:
             _refuse(node, f"YAML reads {node.value} as a {str(node.tag).removeprefix(TAG)}: quote it.")

@@ -235,7 +235,7 @@ def expected_shapes(config: MegaBertConfig) -> dict[str, tuple[int, ...]]:
 def _optional_head_shapes(config: MegaBertConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter that a folder may have in addition to the masked language model."""
     width = config.hidden_size
-    assert config.num_labels is not None, "transformers sets it from id2label"
+    assert config.num_labels is not None, "the config has no num_labels"
     labels = 1 if head_of(config) == CHOICE else config.num_labels
     heads = {"bert.pooler.dense": width, "classifier": labels, "qa_outputs": 2}
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, width) for name, rows in heads.items()}

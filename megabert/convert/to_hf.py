@@ -14,7 +14,7 @@ from megabert.convert.check import export_check, export_record
 from megabert.convert.check.export_record import Measurements
 from megabert.convert.deepspeed_checkpoint import TrainedModel, config_of, find_checkpoints, read_checkpoints
 from megabert.convert.gte_files import to_gte_file
-from megabert.convert.hf.bert_like import to_bert_like_config
+from megabert.convert.hf.bert_like_configs import to_bert_like_config
 from megabert.convert.hf.config import set_max_length, to_bert_config
 from megabert.convert.hf.heads import head_of
 from megabert.convert.hf.model_card import make_model_card, read_metrics_at

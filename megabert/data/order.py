@@ -16,12 +16,13 @@ import numpy as np
 from megabert.data.shards.sample_format import TokenChunk
 from megabert.data.shards.source import Source
 
-# Shares of an epoch differ by one split at most, so with at least this many splits a stream they differ by a quarter.
-# More splits mix better, as long as no chunk must be divided for them.
-LEAST_SPLITS_PER_STREAM, MOST_SPLITS_PER_STREAM = 4, 16
+# Streams' shares of an epoch differ by one split at most: with this many splits for each stream, by a quarter.
+LEAST_SPLITS_PER_STREAM = 4
+# More splits mix better: a source of fewer shards but enough chunks is cut into up to this many for each stream.
+MOST_SPLITS_PER_STREAM = 16
 
-# The share of a document's bin-mates that may be its bin-mates again in the next epoch because they are in the same
-# chunk; the same again because they are in the same split.
+# At most this share of the documents that share a bin may meet again in the next epoch because of a common chunk; the
+# same limit holds for a common split.
 REPEATED_BINMATES = 0.004
 # Limits of what a stream reads at once, for tiny splits or chunks and very long bins.
 MOST_SPLITS_AT_ONCE = 16
@@ -31,7 +32,7 @@ MOST_CHUNKS_AT_ONCE = 64
 CHARACTERS_PER_TOKEN = 4.5
 
 
-class StreamId(NamedTuple):
+class StreamOrder(NamedTuple):
     """Stream `number` of `num_streams`. seed: the order's seed; None reads every chunk once, in order.
 
     bin_tokens: T, with which the window grows.
@@ -44,7 +45,10 @@ class StreamId(NamedTuple):
 
 
 class ChunkId(NamedTuple):
-    """A chunk's position in its stream: the first entry of a group of splits, and the chunk within that group."""
+    """A chunk's position in its stream: the first entry of a group of splits, and the chunk within that group.
+
+    Entry k of a stream is the k-th split that it reads, counted from 0 over all epochs.
+    """
 
     entry: int
     chunk: int
@@ -130,7 +134,7 @@ class Window:
     chunk_tokens: float
 
     def place(self, used_before: np.ndarray | int, offset: np.ndarray | int = 0, used_tokens: int = 1) -> np.ndarray:
-        """Return used tokens of the stream before a piece, on average.
+        """Return the mean number of used tokens before a piece.
 
         used_before: used tokens before its chunk. offset: used tokens of the chunk before it, of used_tokens.
         """
@@ -149,7 +153,7 @@ class SourceOrder:
     epoch are read in groups of `at_once` splits. share: the share of the source's tokens among those of a bin.
     """
 
-    def __init__(self, source: Source, stream: StreamId, source_index: int, share: float):
+    def __init__(self, source: Source, stream: StreamOrder, source_index: int, share: float):
         self._source, self._stream, self._index = source, stream, source_index
         self.splits = cut_into_splits(source, stream.num_streams)
         tokens = source.tokens / (1 if source.tokenizer_path is None else CHARACTERS_PER_TOKEN)
@@ -181,7 +185,7 @@ class SourceOrder:
     def chunks_of(self, group: range) -> np.ndarray:
         """Return the chunks of a group in the order of reading: (n, 4) of shard, chunk, part, parts."""
         seed, num_streams, splits = self._stream.seed, self._stream.num_streams, self.splits
-        assert seed is not None, "an order without a seed has no groups"
+        assert seed is not None, f"stream {self._stream.number} has no seed, so its chunks have no groups"
         epoch = self.epoch_of(group.start)
         order = _shuffled(len(splits), seed, epoch, self._index)
         entries = self._stream.number + np.arange(group.start, group.stop) * num_streams - epoch * len(splits)

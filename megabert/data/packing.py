@@ -7,8 +7,8 @@ import numpy as np
 # Each piece begins with [CLS] and ends with [SEP].
 SPECIALS_PER_PIECE = 2
 
-# If more than CROWDED * max_pieces pieces wait, most are short, because the look-ahead holds the tokens of at most four
-# bins.
+# More than this many times max_pieces waiting means that most pieces are short: the look-ahead holds at most four bins
+# of tokens.
 CROWDED = 8
 
 
@@ -21,10 +21,10 @@ class Pieces(NamedTuple):
 
 
 def cut(lengths: np.ndarray, max_seq_len: int, truncate: bool) -> Pieces:
-    """Cut documents evenly into pieces that fit max_seq_len with their specials: 300 of at most 126 -> 100, 100, 100.
+    """Cut documents evenly into pieces that fit max_seq_len with their specials.
 
     lengths: (documents,) raw tokens. With truncate, only the first max_seq_len - 2 tokens of each document are used.
-    Empty documents have no piece.
+    Empty documents have no piece. A document of 300 tokens with max_seq_len 128 becomes 100, 100, 100.
     """
     room = max_seq_len - SPECIALS_PER_PIECE
     lengths = lengths.astype(np.int64)
@@ -56,9 +56,9 @@ def choose_pieces(lengths: np.ndarray, capacity: int, max_pieces: int, max_seq_l
     """Choose the pieces of one bin from those waiting: the oldest first, then the ones that fill the end best.
 
     lengths: (n,) of the waiting pieces in order of arrival, specials counted, each at most max_seq_len.
-    capacity: T, at least max_seq_len. max_pieces: D_max, more than T / max_seq_len; the ceil(free / max_seq_len) filler
-    sequences count against it. Returns indices into lengths, ascending. The oldest piece is always chosen, so no piece
-    waits for more bins than the look-ahead holds.
+    capacity: T, at least max_seq_len. max_pieces: D_max, above T / max_seq_len; the ceil(free / max_seq_len) filler
+    sequences count. Returns indices into lengths, ascending. The oldest piece is always chosen, so no piece waits for
+    more bins than the look-ahead holds.
     """
     ends = lengths.cumsum()
     number = np.arange(1, len(lengths) + 1)

@@ -16,7 +16,7 @@ import numpy as np
 
 from megabert.data.batch import Bin
 from megabert.data.chunk_pieces import Bits, ChunkPieces, PhaseSnapshot, PieceOptions, cut_chunk
-from megabert.data.order import ChunkId, ChunkRef, SourceOrder, StreamId
+from megabert.data.order import ChunkId, ChunkRef, SourceOrder, StreamOrder
 from megabert.data.packing import choose_pieces
 from megabert.data.shards.read_ahead import read_ahead
 from megabert.data.shards.sample_format import TokenChunk
@@ -124,7 +124,7 @@ class SourceCursor:
         self,
         corpus: Corpus,
         source_index: int,
-        stream: StreamId,
+        stream: StreamOrder,
         options: PieceOptions,
         position: SourcePosition,
         weight: float,
@@ -158,9 +158,11 @@ class SourceCursor:
                 None if (mask := next(masks)) is None else PhaseSnapshot(length, mask) for length, masks in phases
             ]
             chunk = self._load(snapshots)
-            assert chunk is not None, "a position refers to chunks that were there"
+            assert chunk is not None, (
+                f"the position lists {len(position.pieces)} chunks, more than the source has from there on"
+            )
             mask = next(taken)
-            assert mask is not None, "a position has a mask for every chunk in the buffer"
+            assert mask is not None, "the position has no record of the pieces of a chunk that are in bins"
             chunk.restore_taken(mask)
 
     def load(self) -> ChunkPieces | None:
@@ -249,7 +251,7 @@ class PackingBuffer:
     def __init__(
         self,
         corpus: Corpus,
-        stream: StreamId,
+        stream: StreamOrder,
         options: PieceOptions,
         positions: tuple[SourcePosition, ...],
         mixture: int = 0,

@@ -1,4 +1,4 @@
-"""How many streams a run has, and which numbers of ranks can share its streams and its micro-batches."""
+"""Compute how many streams a run has, and which numbers of ranks can share its streams and its micro-batches."""
 
 import math
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ from megabert.data.batch_schedule import BatchSchedule, Length, MaskingRate, Mas
 from megabert.data.bin_shape import check_max_documents
 from megabert.data.chunk_pieces import PieceOptions
 from megabert.data.masking import masked_count
-from megabert.data.order import StreamId
+from megabert.data.order import StreamOrder
 from megabert.data.packing_buffer import PackingBuffer, SourcePosition
 from megabert.data.ranks import worker_count
 from megabert.data.shards.manifest import TokenizerInfo
@@ -40,9 +40,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A packing buffer holds the tokens of the next bin and of LOOK_AHEAD_PIECES longest pieces more, but of
-# LOOK_AHEAD_BINS bins at most. That is enough choice to fill bins of 16 longest pieces to 99.5 %, and little memory
-# where bins are long.
+# A packing buffer holds one bin plus LOOK_AHEAD_PIECES longest pieces, at most LOOK_AHEAD_BINS bins in all: enough to
+# fill a bin of 16 longest pieces to 99.5 %.
 LOOK_AHEAD_PIECES = 64
 LOOK_AHEAD_BINS = 4
 # Each loader worker has this many batches ready.
@@ -147,14 +146,14 @@ def open_stream(
 ) -> Iterator[tuple[PackedBatch, Position]]:
     """Yield one stream's batches from a position on, each with the position after it.
 
-    Bins after the position but below first_index are packed and dropped: a rollback resumes behind them.
+    Bins after the position but below first_index are packed and dropped: a rollback skips them.
     """
-    stream_id = StreamId(stream, config.num_streams, config.seed, config.bin_tokens)
+    stream_order = StreamOrder(stream, config.num_streams, config.seed, config.bin_tokens)
     bins = position.bins
     # The waiting pieces were cut for the last bin that was issued.
     last_index = max(0, bins - 1) * config.num_streams + stream
     mixture = config.schedule.at(last_index).mixture
-    buffer = PackingBuffer(corpus, stream_id, config.piece_options(last_index), position.sources, mixture)
+    buffer = PackingBuffer(corpus, stream_order, config.piece_options(last_index), position.sources, mixture)
     while True:
         index = bins * config.num_streams + stream
         stage = config.schedule.at(index)
@@ -162,7 +161,7 @@ def open_stream(
         if (max_seq_len, stage.mixture) != (buffer.options.max_seq_len, buffer.mixture):
             buffer = buffer.next_phase(max_seq_len, stage.mixture)
         chosen = next_bin(buffer, config)
-        assert chosen is not None, "training shards have no end"
+        assert chosen is not None, f"stream {stream} has no bin {index}: its shards gave no more pieces"
         bins += 1
         if index >= first_index:
             rng = philox(config.seed, MASKING, index)
@@ -209,11 +208,13 @@ class BatchStream(IterableDataset):
         first_index: int,
     ):
         super().__init__()
-        assert config.num_streams % world_size == 0, "every rank has whole streams"
+        assert config.num_streams % world_size == 0, (
+            f"{config.num_streams} streams cannot be shared evenly by {world_size} ranks"
+        )
         for size in config.schedule.batches_per_step:
             if size % world_size:
                 raise ValueError(f"a step of {size} micro-batches cannot be shared evenly by {world_size} ranks.")
-        assert first_index % world_size == 0, "a step begins with rank 0"
+        assert first_index % world_size == 0, f"a step begins with bin {first_index}, no multiple of {world_size} ranks"
         self.corpus = corpus
         self.config = config
         self.rank = rank
@@ -298,7 +299,7 @@ def held_out_batches(corpus: Corpus, config: StreamConfig, mlm_probability: floa
     the run's last phase.
     """
     config = evaluation_config(config, mlm_probability)
-    buffer = PackingBuffer(corpus, StreamId(0, 1, None, config.bin_tokens), config.piece_options(0), ())
+    buffer = PackingBuffer(corpus, StreamOrder(0, 1, None, config.bin_tokens), config.piece_options(0), ())
     bins = iter(lambda: next_bin(buffer, config), None)
     return [
         make_batch(

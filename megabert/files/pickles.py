@@ -1,4 +1,4 @@
-"""Which classes the pickles of a checkpoint may name; no pickle is ever executed."""
+"""Check which classes the pickles of a checkpoint name; no pickle is ever executed."""
 
 import zipfile
 from pathlib import Path

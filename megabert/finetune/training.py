@@ -1,4 +1,4 @@
-"""Fine-tuning of a classifier or a regression on packed examples, without padding."""
+"""Fine-tune a classifier or a regression on packed examples, without padding."""
 
 import time
 from collections.abc import Iterator
@@ -177,7 +177,7 @@ def finetune(
 
     Raises ValueError when the loss is no longer finite.
     """
-    assert train.labels is not None, "training needs labels"
+    assert train.labels is not None, "the examples to train on have no labels"
     start = time.perf_counter()
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)

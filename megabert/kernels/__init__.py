@@ -38,7 +38,7 @@ def tile_of(kernel: str, head_dim: int, dropout: bool, window: bool = False) -> 
         return Tile(128, 32 if wide else 64, 8, 2)
     if kernel == "short":
         return Tile(SHORT, 32 if dropout or window else 64, 8, 1)
-    assert kernel == "key", kernel
+    assert kernel == "key", f"there is no kernel {kernel!r}"
     if head_dim <= 32:
         return Tile(64, 64, 4, 1)
     if not dropout:

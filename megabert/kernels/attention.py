@@ -1,4 +1,4 @@
-"""Attention within documents, with ALiBi from its slopes or without, and no bias, scores or weights in memory.
+"""Triton attention within documents, with or without ALiBi, that never stores bias, scores or weights.
 
 The forward pass is FlashAttention-2's (https://arxiv.org/abs/2307.08691): softmax in one sweep over the keys. The
 backward pass computes the weights again from the saved log-sum-exp. Each gradient is written once, by one program:
@@ -52,8 +52,8 @@ def document_of(TILES, CU, KEYS, tile):
 
 
 @triton.jit
-def near(first, size: tl.constexpr, end, step: tl.constexpr, REACH: tl.constexpr):
-    """Return the tiles of `step` to sweep over for `size` places from `first`: where the first begins, and the end."""
+def sweep_bounds(first, size: tl.constexpr, end, step: tl.constexpr, REACH: tl.constexpr):
+    """Return the first and the end position of the tiles of `step` that `size` positions from `first` can reach."""
     begin = 0
     if REACH is not None:
         # A multiple of step, so that dropout's masks do not depend on the reach.
@@ -72,7 +72,7 @@ def visible(rows, columns, length, keys, REACH: tl.constexpr):
 
 
 @triton.jit
-def scores(q, k, rows, columns, SLOPES, head, scale, ACC: tl.constexpr):
+def exponents(q, k, rows, columns, SLOPES, head, scale, ACC: tl.constexpr):
     """Return the base-2 exponents of the weights, (R, C): log2(e) * (q k^T / sqrt(D) - slope * |i - j|)."""
     s = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision="ieee") * (scale * LOG2E)
     if SLOPES is not None:
@@ -98,14 +98,14 @@ def forward_kernel(
     row_max = tl.full((ROWS,), float("-inf"), ACC)
     row_sum = tl.zeros((ROWS,), ACC)
     weighted_sum = tl.zeros((ROWS, D), ACC)
-    begin, end = near(first, ROWS, keys, COLUMNS, REACH)
+    begin, end = sweep_bounds(first, ROWS, keys, COLUMNS, REACH)
     for block in range(begin, end, COLUMNS):
         columns = block + tl.arange(0, COLUMNS)
         is_key = columns[:, None] < keys
         key = query + H * D + columns[:, None] * (3 * H * D) + dims[None, :]
         k = tl.load(key, mask=is_key, other=0.0)
         v = tl.load(key + H * D, mask=is_key, other=0.0)
-        s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
+        s = exponents(q, k, rows, columns, SLOPES, head, scale, ACC)
         s = tl.where(visible(rows, columns, ROWS + first, keys, REACH), s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
         if REACH is not None:
@@ -152,14 +152,14 @@ def query_kernel(
     tl.store(DELTA + row_at, delta, mask=rows < length)
     lse = tl.load(LSE + row_at, mask=rows < length, other=0.0)
     dq = tl.zeros((ROWS, D), ACC)
-    begin, end = near(first, ROWS, keys, COLUMNS, REACH)
+    begin, end = sweep_bounds(first, ROWS, keys, COLUMNS, REACH)
     for block in range(begin, end, COLUMNS):
         columns = block + tl.arange(0, COLUMNS)
         is_key = columns[:, None] < keys
         key = QKV + base + H * D + columns[:, None] * (3 * H * D) + dims[None, :]
         k = tl.load(key, mask=is_key, other=0.0)
         v = tl.load(key + H * D, mask=is_key, other=0.0)
-        s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
+        s = exponents(q, k, rows, columns, SLOPES, head, scale, ACC)
         weights = tl.where(visible(rows, columns, ROWS + first, keys, REACH), tl.exp2(s - lse[:, None]), 0.0)
         dweights = tl.dot(dout, tl.trans(v), out_dtype=ACC, input_precision="ieee")
         if DROPOUT:
@@ -189,32 +189,32 @@ def key_kernel(
     v = tl.load(QKV + base + key + H * D, mask=is_key, other=0.0)
     dk = tl.zeros((COLUMNS, D), ACC)
     dv = tl.zeros((COLUMNS, D), ACC)
-    begin, end = near(first, COLUMNS, length, ROWS, REACH)
+    begin, end = sweep_bounds(first, COLUMNS, length, ROWS, REACH)
     for block in range(begin, end, ROWS):
         rows = block + tl.arange(0, ROWS)
-        inside = rows[:, None] < length
-        q = tl.load(QKV + base + rows[:, None] * (3 * H * D) + dims[None, :], mask=inside, other=0.0)
+        is_query = rows[:, None] < length
+        q = tl.load(QKV + base + rows[:, None] * (3 * H * D) + dims[None, :], mask=is_query, other=0.0)
         out_at = start.to(tl.int64) * (H * D) + head * D + rows[:, None] * (H * D) + dims[None, :]
-        dout = tl.load(DOUT + out_at, mask=inside, other=0.0)
+        dout = tl.load(DOUT + out_at, mask=is_query, other=0.0)
         row_at = head * T + start + rows
         lse = tl.load(LSE + row_at, mask=rows < length, other=0.0)
         delta = tl.load(DELTA + row_at, mask=rows < length, other=0.0)
-        s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
+        s = exponents(q, k, rows, columns, SLOPES, head, scale, ACC)
         weights = tl.where(visible(rows, columns, length, keys, REACH), tl.exp2(s - lse[:, None]), 0.0)
         dweights = tl.dot(dout, tl.trans(v), out_dtype=ACC, input_precision="ieee")
         if DROPOUT:
             factor = tile_factor(tl.load(SEED), start + rows, first // GROUP, head, below, kept, COLUMNS)
-            dropped = weights * factor
+            dropped_out = weights * factor
             dweights *= factor
         else:
-            dropped = weights
-        dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, dv, out_dtype=ACC, input_precision="ieee")
+            dropped_out = weights
+        dv = tl.dot(tl.trans(dropped_out.to(dout.dtype)), dout, dv, out_dtype=ACC, input_precision="ieee")
         ds = weights * (dweights - delta[:, None])
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, out_dtype=ACC, input_precision="ieee")
     # The padding of a row is no key, so its gradient is 0.
-    inside = columns[:, None] < length
-    tl.store(DQKV + base + key, (dk * scale).to(DQKV.dtype.element_ty), mask=inside)
-    tl.store(DQKV + base + key + H * D, dv.to(DQKV.dtype.element_ty), mask=inside)
+    in_document = columns[:, None] < length
+    tl.store(DQKV + base + key, (dk * scale).to(DQKV.dtype.element_ty), mask=in_document)
+    tl.store(DQKV + base + key + H * D, dv.to(DQKV.dtype.element_ty), mask=in_document)
 
 
 @triton.jit
@@ -249,16 +249,16 @@ def short_kernel(
         key = H * D + columns[:, None] * (3 * H * D) + dims[None, :]
         k = tl.load(QKV + base + key, mask=columns[:, None] < keys, other=0.0)
         v = tl.load(QKV + base + key + H * D, mask=columns[:, None] < keys, other=0.0)
-        s = scores(q, k, rows, columns, SLOPES, head, scale, ACC)
+        s = exponents(q, k, rows, columns, SLOPES, head, scale, ACC)
         weights = tl.where(visible(rows, columns, length, keys, REACH), tl.exp2(s - lse[:, None]), 0.0)
         dweights = tl.dot(dout, tl.trans(v), out_dtype=ACC, input_precision="ieee")
         if DROPOUT:
             factor = tile_factor(tl.load(SEED), start + rows, block // GROUP, head, below, kept, COLUMNS)
-            dropped = weights * factor
+            dropped_out = weights * factor
             dweights *= factor
         else:
-            dropped = weights
-        dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, out_dtype=ACC, input_precision="ieee")
+            dropped_out = weights
+        dv = tl.dot(tl.trans(dropped_out.to(dout.dtype)), dout, out_dtype=ACC, input_precision="ieee")
         ds = (weights * (dweights - delta[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, out_dtype=ACC, input_precision="ieee")
         dq = tl.dot(ds, k, dq, out_dtype=ACC, input_precision="ieee")
@@ -270,7 +270,7 @@ def short_kernel(
 def tiles_of(cu_seqlens: Tensor, num_tokens: int, rows: int) -> Tensor:
     """Cut every document into tiles of `rows` without synchronising with the device. Returns (tiles, 2) int32.
 
-    Each tile is (document, first row). Some lie behind their document's end; their programs do nothing. A document gets
+    Each tile is (document, first row). Some lie after their document's end; their programs do nothing. A document gets
     one tile for each multiple of `rows` among the positions of its tokens in the bin, and one more, which always
     suffices. Example: lengths [3, 2], rows 2 -> (0, 0), (0, 2), (1, 0), (1, 2).
     """

@@ -92,7 +92,7 @@ def loss_in_place(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Overwrite logits (M, V) with the gradient of the summed loss if `gradient`. Return each row's lse, loss, correct.
 
-    num_labels: the size of the vocabulary; the columns behind it hold -inf. lse, loss: (M,) in fp32, or fp64 for fp64
+    num_labels: the size of the vocabulary; the columns after it hold -inf. lse, loss: (M,) in fp32, or fp64 for fp64
     logits; correct: (M,) int32, 0 or 1.
     """
     lse, loss, correct = _per_row(logits)

@@ -1,4 +1,4 @@
-"""Chooses the implementation of each operation, once at start-up, and logs the choice with its reasons.
+"""Choose the implementation of each operation, once at start-up, and log the choice with its reasons.
 
 Fastest first, for each operation: flash-attn (attention only), Triton, PyTorch; on a CPU torch.compile, PyTorch. The
 reason why one cannot run is logged, or raised as an error if `fused` was asked for.

@@ -130,7 +130,7 @@ def _plan_rows(sequences: Sequences, slopes: Tensor | None, reach: int | None, w
 
     weigh: (query, key, value, mask, dropout_p), each (B, H, S, D), as in PyTorch's scaled_dot_product_attention.
     """
-    assert sequences.num_keys is not None, "padded rows have num_keys"
+    assert sequences.num_keys is not None, "padded rows came without num_keys"
     length = sequences.max_seqlen
     position = torch.arange(length, device=sequences.num_keys.device)
     # An empty row keeps its first key: a softmax over no keys would be NaN.

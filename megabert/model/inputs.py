@@ -97,7 +97,7 @@ def read_tokens(
     if ids is not None and embeds is not None:
         raise ValueError("input_ids and inputs_embeds were both passed, expected one of them.")
     first = ids if ids is not None else embeds
-    assert first is not None, "one of them was passed"
+    assert first is not None, "neither input_ids nor inputs_embeds was passed"
     num_dims = 1 if inputs.cu_seqlens is not None else 2
     if first.dim() != num_dims + (ids is None):
         name, width = ("input_ids", "") if ids is not None else ("inputs_embeds", ", width")
@@ -204,7 +204,7 @@ def _read_padded(inputs: Inputs, first: Tensor, shape: tuple[int, ...], static: 
     if mask is None:
         mask = torch.ones(shape, dtype=torch.long, device=first.device)
     indices, sequences = (unpad_in_place if static else unpad)(mask)
-    assert inputs.position_ids is not None, "read_tokens() sets them"
+    assert inputs.position_ids is not None, "position_ids were not set by read_tokens()"
 
     def pick(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.flatten(0, 1)[indices]

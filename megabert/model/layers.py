@@ -2,7 +2,7 @@
 
 Letters of the shapes in this package:
 T tokens in a bin, B documents, S longest document or padded length, H heads, D head size, E hidden size,
-F MLP width, V vocabulary, M masked tokens.
+F MLP width, V vocabulary, M masked tokens. Where the trainer packs documents, B counts pieces and filler sequences.
 """
 
 import functools
@@ -20,12 +20,12 @@ from .inputs import in_one_graph
 from .ops import TORCH_OPS, MaskedLoss, Ops, dropout, rope_table, upcast
 from .padding import Sequences, Tokens, as_rows, row_slots, spread
 
-# What a layer takes and returns: the input of its products, and what their result is added to. The same numbers twice,
-# so that a kernel can sum their gradients (ops.add_layer_norm).
-Stream = tuple[Tensor, Tensor]
+# (hidden, residual): the input of a layer's products, and what their result is added to. Both hold the same values;
+# after a post-norm block they may be two tensors, so that a kernel can sum their gradients (ops.add_layer_norm).
+HiddenAndResidual = tuple[Tensor, Tensor]
 
 
-class Module(nn.Module):
+class OpsModule(nn.Module):
     """A module that computes through `ops`; set_ops() replaces them in a whole model."""
 
     def __init__(self, config: MegaBertConfig):
@@ -41,7 +41,7 @@ class Module(nn.Module):
         return probability if self.training else 0.0
 
 
-class Norm(Module):
+class Norm(OpsModule):
     """LayerNorm over the hidden size, in the precision of the config's layer_norm_dtype."""
 
     def __init__(self, config: MegaBertConfig):
@@ -57,7 +57,7 @@ class Norm(Module):
         return self.ops.layer_norm(x, *self.parameters_for_ops(), self.config.layer_norm_eps, self.low_precision)
 
 
-class Embeddings(Module):
+class Embeddings(OpsModule):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
@@ -71,7 +71,7 @@ class Embeddings(Module):
         """Embed the tokens. Types default to 0; inputs_embeds replace the word embeddings. Returns (T, E)."""
         padding_idx = None
         if tokens.input_ids is None:
-            assert tokens.inputs_embeds is not None, "tokens have ids or embeddings"
+            assert tokens.inputs_embeds is not None, "tokens have neither ids nor embeddings"
             parts = [_own_rows(tokens.inputs_embeds)]
         else:
             parts = [self._table(self.word_embeddings, tokens.input_ids)]
@@ -117,7 +117,7 @@ class AddNorm(Norm):
         super().__init__(config)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, residual: Tensor) -> Stream:  # type: ignore[override]
+    def forward(self, x: Tensor, residual: Tensor) -> HiddenAndResidual:  # type: ignore[override]
         return self.ops.add_layer_norm(
             x,
             residual,
@@ -128,21 +128,21 @@ class AddNorm(Norm):
         )
 
 
-class Attention(Module):
+class Attention(OpsModule):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
 
-    def forward(self, hidden: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
-        """hidden (T, E) -> (T, E), or with rows (M,) only those tokens, (M, E)."""
+    def forward(self, hidden: Tensor, attend: Attend, kept_tokens: Tensor | None) -> Tensor:
+        """hidden (T, E) -> (T, E), or with kept_tokens (M,) only those tokens, (M, E)."""
         shape = (-1, 3, self.config.num_attention_heads, self.config.head_dim)
         mixed = attend(self.qkv(hidden).view(shape), self.dropout_p(self.config.attention_probs_dropout_prob))
         mixed = mixed.reshape(-1, self.config.hidden_size)  # (T, E)
-        return self.out(mixed if rows is None else mixed.index_select(0, rows))
+        return self.out(mixed if kept_tokens is None else mixed.index_select(0, kept_tokens))
 
 
-class GatedMlp(Module):
+class GatedMlp(OpsModule):
     """MosaicBERT's MLP: no bias in the up-projection; dropout on the gated product, none after the down-projection."""
 
     def __init__(self, config: MegaBertConfig):
@@ -154,7 +154,7 @@ class GatedMlp(Module):
         return self.down(self.ops.geglu(self.up(hidden), self.dropout_p(self.config.hidden_dropout_prob)))
 
 
-class Mlp(Module):
+class Mlp(OpsModule):
     """BERT's MLP: dropout after the down-projection, in the block."""
 
     def __init__(self, config: MegaBertConfig):
@@ -166,7 +166,7 @@ class Mlp(Module):
         return self.down(nn.functional.gelu(self.up(hidden)))
 
 
-class Block(Module):
+class Block(OpsModule):
     """One layer: attention and MLP, each added to the residual stream; subclasses say where the norms are."""
 
     def __init__(self, config: MegaBertConfig):
@@ -179,8 +179,10 @@ class Block(Module):
             self.attention_dropout = config.attention_output_dropout_prob
         self.mlp_dropout = 0.0 if gated else config.hidden_dropout_prob
 
-    def forward(self, hidden: Tensor, residual: Tensor, attend: Attend, rows: Tensor | None = None) -> Stream:
-        """Compute the next stream (T, E). With rows (M,), all after attention is computed for those tokens only."""
+    def forward(
+        self, hidden: Tensor, residual: Tensor, attend: Attend, kept_tokens: Tensor | None = None
+    ) -> HiddenAndResidual:
+        """Compute the next stream (T, E). With kept_tokens (M,), all after attention is for those tokens only."""
         raise NotImplementedError
 
 
@@ -192,9 +194,11 @@ class PostNormBlock(Block):
         self.attention_norm = AddNorm(config, self.attention_dropout)
         self.mlp_norm = AddNorm(config, self.mlp_dropout)
 
-    def forward(self, hidden: Tensor, residual: Tensor, attend: Attend, rows: Tensor | None = None) -> Stream:
-        mixed = self.attention(hidden, attend, rows)
-        residual = residual if rows is None else residual.index_select(0, rows)
+    def forward(
+        self, hidden: Tensor, residual: Tensor, attend: Attend, kept_tokens: Tensor | None = None
+    ) -> HiddenAndResidual:
+        mixed = self.attention(hidden, attend, kept_tokens)
+        residual = residual if kept_tokens is None else residual.index_select(0, kept_tokens)
         hidden, residual = self.attention_norm(mixed, residual)
         return self.mlp_norm(self.mlp(hidden), residual)
 
@@ -207,9 +211,11 @@ class PreNormBlock(Block):
         self.attention_norm = nn.Identity() if first else Norm(config)
         self.mlp_norm = Norm(config)
 
-    def forward(self, hidden: Tensor, residual: Tensor, attend: Attend, rows: Tensor | None = None) -> Stream:
-        mixed = self.attention(self.attention_norm(hidden), attend, rows)
-        residual = residual if rows is None else residual.index_select(0, rows)
+    def forward(
+        self, hidden: Tensor, residual: Tensor, attend: Attend, kept_tokens: Tensor | None = None
+    ) -> HiddenAndResidual:
+        mixed = self.attention(self.attention_norm(hidden), attend, kept_tokens)
+        residual = residual if kept_tokens is None else residual.index_select(0, kept_tokens)
         hidden = residual + dropout(mixed, self.dropout_p(self.attention_dropout))
         hidden = hidden + dropout(self.mlp(self.mlp_norm(hidden)), self.dropout_p(self.mlp_dropout))
         return hidden, hidden
@@ -219,7 +225,7 @@ def make_block(config: MegaBertConfig, layer: int) -> Block:
     return PostNormBlock(config) if config.norm_position == "post" else PreNormBlock(config, first=layer == 0)
 
 
-class Encoder(Module):
+class Encoder(OpsModule):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
         self.layers = nn.ModuleList(make_block(config, layer) for layer in range(config.num_hidden_layers))
@@ -240,34 +246,34 @@ class Encoder(Module):
         self.checkpoint_every = int(enabled)
 
     def use_ops(self, ops: Ops) -> None:
-        """Take the attention of `ops` too, or where they have none the one that the config names."""
+        """Use the attention in `ops`, else the one that the config names."""
         super().use_ops(ops)
         self.planner: Planner = ops.attention or functools.partial(plan_as_configured, self.config)
 
     def forward(
-        self, hidden: Tensor, tokens: Tokens, rows: Tensor | None = None, every_layer: bool = False
+        self, hidden: Tensor, tokens: Tokens, kept_tokens: Tensor | None = None, every_layer: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """Encode hidden (T, E).
 
-        rows: (M,) tokens to return; None means all. Returns the last hidden states, (M, E) or (T, E), and with
+        kept_tokens: (M,) tokens to return; None means all. Returns the last hidden states, (M, E) or (T, E), and with
         every_layer the (T, E) before each layer and the last ones.
         """
         sequences, position_ids = tokens.sequences, tokens.position_ids
         if self.config.padding == "padded" and sequences.num_keys is None:
-            return self._forward_padded(hidden, sequences, position_ids, rows, every_layer)
+            return self._forward_padded(hidden, sequences, position_ids, kept_tokens, every_layer)
         attend = self._plan(sequences, position_ids, hidden)
         last = len(self.layers) - 1
         states, stream = [], (hidden, hidden)
         for index, layer in enumerate(self.layers):
             if every_layer:
                 states.append(stream[0])
-            its_rows = rows if index == last and not every_layer else None
-            stream = self._run(index, layer, stream, attend[self.config.is_local(index)], its_rows)
+            its_tokens = kept_tokens if index == last and not every_layer else None
+            stream = self._run(index, layer, stream, attend[self.config.is_local(index)], its_tokens)
         hidden = self.final_norm(stream[0])
         if every_layer:
             states.append(hidden)
-        if rows is not None and (every_layer or last < 0):
-            hidden = hidden.index_select(0, rows)
+        if kept_tokens is not None and (every_layer or last < 0):
+            hidden = hidden.index_select(0, kept_tokens)
         return hidden, states
 
     def _plan(self, sequences: Sequences, position_ids: Tensor, hidden: Tensor) -> dict[bool, Attend]:
@@ -289,10 +295,10 @@ class Encoder(Module):
         return lambda qkv, dropout_p: attend(self.ops.rotate(qkv, table), dropout_p)
 
     def _slopes(self, hidden: Tensor) -> Tensor:
-        """Return ALiBi's slopes (H,) on the device of hidden: copying them in every pass would wait for it."""
+        """Return ALiBi's slopes (H,) on the device of hidden, cached, because a copy to the device would block."""
         # Kernels take fp32 slopes; an fp64 model computes in fp64 throughout.
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        # A tensor of a trace is useless outside it, and one from outside becomes a constant in it, so neither is kept.
+        # Traced tensors are not cached: they are unusable outside the trace. A cached one would be a constant in it.
         if in_one_graph():
             if self.slopes_of_graphs is not None and not torch.compiler.is_exporting():
                 return self.slopes_of_graphs
@@ -304,16 +310,18 @@ class Encoder(Module):
         return self.slopes[key]
 
     def keep_slopes(self, device: torch.device) -> None:
-        """Let a compiled model with fp32 weights find ALiBi's slopes there, without a copy each time."""
+        """Store ALiBi's slopes in fp32 on `device`, for torch.compile."""
         self.slopes_of_graphs = alibi_slopes(self.config.num_attention_heads).to(device)
 
-    def _run(self, index: int, layer: nn.Module, stream: Stream, attend: Attend, rows: Tensor | None) -> Stream:
+    def _run(
+        self, index: int, layer: nn.Module, stream: HiddenAndResidual, attend: Attend, kept_tokens: Tensor | None
+    ) -> HiddenAndResidual:
         if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
-            return self._gradient_checkpointing_func(layer, *stream, attend, rows)  # type: ignore[return-value]
-        return layer(*stream, attend, rows)
+            return self._gradient_checkpointing_func(layer, *stream, attend, kept_tokens)  # type: ignore[return-value]
+        return layer(*stream, attend, kept_tokens)
 
     def _forward_padded(
-        self, hidden: Tensor, sequences: Sequences, position_ids: Tensor, rows: Tensor | None, every_layer: bool
+        self, hidden: Tensor, sequences: Sequences, position_ids: Tensor, kept_tokens: Tensor | None, every_layer: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute every slot of (B, S), as an encoder without unpadding does; then return the real tokens."""
         padded = as_rows(sequences)
@@ -331,11 +339,11 @@ class Encoder(Module):
         hidden = self.final_norm(stream[0].index_select(0, slots))
         if every_layer:
             states.append(hidden)
-        hidden = hidden if rows is None else hidden.index_select(0, rows)
+        hidden = hidden if kept_tokens is None else hidden.index_select(0, kept_tokens)
         return hidden, states
 
 
-class MlmTransform(Module):
+class MlmTransform(OpsModule):
     """BERT's transformation of a hidden state before the decoder: dense, GELU, LayerNorm."""
 
     def __init__(self, config: MegaBertConfig):
@@ -347,7 +355,7 @@ class MlmTransform(Module):
         return self.norm(nn.functional.gelu(self.dense(hidden)))
 
 
-class Decoder(Module):
+class Decoder(OpsModule):
     """Projects hidden states to the vocabulary; its weight is tied to the word embedding's."""
 
     def __init__(self, config: MegaBertConfig):
@@ -363,7 +371,7 @@ class Decoder(Module):
         return self.ops.masked_cross_entropy(hidden, self.weight, self.bias, labels, z_loss)
 
 
-class Pooler(Module):
+class Pooler(OpsModule):
     """Applies dense and an activation to each document's first token: BERT's pooler, or a classifier's hidden layer."""
 
     def __init__(self, config: MegaBertConfig, activation: str = "tanh"):
@@ -415,5 +423,5 @@ def pre_norm_stds(module: nn.Module, config: MegaBertConfig) -> dict[Any, float]
 def set_ops(model: nn.Module, ops: Ops) -> None:
     """Make every part of the model compute through `ops`."""
     for module in model.modules():
-        if isinstance(module, Module):
+        if isinstance(module, OpsModule):
             module.use_ops(ops)

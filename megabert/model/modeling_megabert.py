@@ -149,15 +149,17 @@ class MegaBertModel(MegaBertPreTrainedModel):
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        assert isinstance(value, nn.Embedding), "word embeddings are an nn.Embedding"
+        assert isinstance(value, nn.Embedding), (
+            f"word embeddings are a {type(value).__name__}, expected an nn.Embedding"
+        )
         self.embeddings.word_embeddings = value
 
     def encode(
-        self, tokens: Tokens, rows: Tensor | None = None, every_layer: bool = False
+        self, tokens: Tokens, kept_tokens: Tensor | None = None, every_layer: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the last hidden states (T, E), or with rows (M,) only those tokens' (M, E); see Encoder.forward."""
+        """Return the last hidden states (T, E), or with kept_tokens (M,) those tokens' (M, E); see Encoder.forward."""
         hidden = self.embeddings(tokens)
-        return self.encoder(hidden, tokens, rows, every_layer)
+        return self.encoder(hidden, tokens, kept_tokens, every_layer)
 
     def pool(self, hidden: Tensor, sequences: Sequences) -> Tensor:
         """Pool the first token of each document: (T, E) -> (B, E). An empty document has a hidden state of zeros."""
@@ -221,7 +223,7 @@ class MegaBertForMaskedLM(MegaBertPreTrainedModel):
         """
         check_shape("masked_labels", masked_labels, tuple(masked_positions.shape), "the shape of masked_positions")
         tokens = Tokens(input_ids, position_ids, None, Sequences(cu_seqlens, max_seqlen, num_documents=num_documents))
-        hidden, _ = self.bert.encode(tokens, rows=masked_positions.long())
+        hidden, _ = self.bert.encode(tokens, kept_tokens=masked_positions.long())
         return self.decoder(self.transform(hidden), masked_labels)
 
     def forward(
@@ -305,7 +307,7 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
             hidden = mean_of_documents(hidden, tokens.sequences.cu_seqlens, tokens.sequences.num_keys)
         else:
             documents, first = first_tokens(tokens.sequences)
-            hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
+            hidden, states = self.bert.encode(tokens, kept_tokens=first, every_layer=every_layer)
             hidden = spread_documents(hidden, documents, tokens.sequences)
         logits = self.classifier(self.dropout(self._transform(hidden)))  # (B, num_labels)
         loss = classification_loss(logits, labels, self.config)
@@ -344,7 +346,7 @@ class MegaBertForMultipleChoice(MegaBertPreTrainedModel):
         tokens = self._read(inputs, kwargs)
         documents, first = first_tokens(tokens.sequences)
         every_layer = self._every_layer(output_hidden_states)
-        hidden, states = self.bert.encode(tokens, rows=first, every_layer=every_layer)
+        hidden, states = self.bert.encode(tokens, kept_tokens=first, every_layer=every_layer)
         pooled = self._transform(spread_documents(hidden, documents, tokens.sequences))
         logits = self.classifier(self.dropout(pooled)).view(-1, choices)  # (B, C)
         loss = choice_loss(logits, labels)

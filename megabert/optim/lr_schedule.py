@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, for pretraining and fine-tuning."""
+"""Compute the learning rate of a step, for pretraining and fine-tuning."""
 
 import math
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Score against cost, a line per run, with the Pareto front marked."""
+"""Plot score against cost, a line per run, with the Pareto front marked."""
 
 from pathlib import Path
 from typing import NamedTuple

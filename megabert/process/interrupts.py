@@ -1,4 +1,4 @@
-"""Ctrl-C while a command still imports its modules."""
+"""End a command quietly at Ctrl-C while it still imports its modules."""
 
 import signal
 

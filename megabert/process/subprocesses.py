@@ -1,4 +1,4 @@
-"""Child processes: where their sockets are, ending with the parent, killing them, and the last line that they print."""
+"""Start and end child processes, and find the last line that they print."""
 
 import contextlib
 import ctypes

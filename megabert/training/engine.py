@@ -20,9 +20,9 @@ from megabert.training.checkpointing.initial_weights import load_initial_weights
 from megabert.training.checkpointing.resume import Checkpoint
 from megabert.training.distributed.deepspeed_compat import (
     gate_optimizer_step,
+    install_norm_reader,
     optimizer_partitions,
     skip_reduction_of_one_rank,
-    zero_norm_reader,
 )
 from megabert.training.distributed.heartbeat import watch_compiler
 from megabert.training.plan import RunPlan
@@ -132,16 +132,18 @@ def build_engine(
         engine.compile()
     # At stage 0 the guard computes the gradient's norm and clips; above, ZeRO does.
     if plan.ds_config.zero_stage == 0:
-        gate.clipped_parameters = list(engine.parameters())
+        gate.parameters_to_clip = list(engine.parameters())
         if plan.world_size == 1:
             skip_reduction_of_one_rank(engine)
     else:
-        gate.zero_norm = zero_norm_reader(engine)
+        gate.read_zero_norm = install_norm_reader(engine)
     return engine
 
 
 def model_of(engine: deepspeed.DeepSpeedEngine) -> MegaBertForMaskedLM:
     """Return the model inside the engine."""
     model = engine.module
-    assert isinstance(model, MegaBertForMaskedLM), f"the engine holds a {type(model).__name__}"
+    assert isinstance(model, MegaBertForMaskedLM), (
+        f"the engine holds a {type(model).__name__}, expected a MegaBertForMaskedLM"
+    )
     return model

@@ -1,4 +1,4 @@
-"""Evaluation on held-out text: masked-token loss and accuracy, the same numbers on any number of ranks."""
+"""Evaluate on held-out text: masked-token loss and accuracy, the same numbers on any number of ranks."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Train, evaluate, save and roll back: the main loop."""
 
 import gc
 import json
@@ -78,7 +78,7 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: T
     config, timed = plan.recipe.optimizer, state.time_budget.limit is not None
     step = int(share_done(plan.schedule, state) * plan.schedule.total_steps) if timed else state.step
     factor = lr_factor(step, plan.schedule.total_steps, config)
-    assert engine.optimizer is not None, "a training engine has an optimizer"
+    assert engine.optimizer is not None, "the engine was built without an optimizer"
     for group in engine.optimizer.param_groups:
         group["lr"] = peak_lr(group, config) * factor
     return config.lr * factor
@@ -99,9 +99,9 @@ def train_step(run: Run) -> tuple[bool, str | None]:
     num_masked = sum_masked(run, loaded)
     if loaded is None or num_masked is None:
         return False, run.signals.reason or PEER_REASON
-    batches, before = take_positions(run.state, loaded, run.plan.schedule)
+    batches, before = advance_positions(run.state, loaded, run.plan.schedule)
     sums = take_step(run, batches, num_masked)
-    stop_reason = finish_step(run, batches, before, sums)
+    stop_reason = reduce_counts(run, batches, before, sums)
     run.signals.first_step_done()
     return True, stop_reason
 
@@ -122,7 +122,7 @@ def next_batches(run: Run) -> list[tuple[PackedBatch, int, Position]] | None:
         return None
 
 
-def take_positions(
+def advance_positions(
     state: TrainState, loaded: list[tuple[PackedBatch, int, Position]], schedule: RunSchedule
 ) -> tuple[list[PackedBatch], dict[int, Position]]:
     """Advance the state by the loaded micro-batches of a step. Also returns their streams' positions before it."""
@@ -163,7 +163,7 @@ def sum_masked(run: Run, loaded: list[tuple[PackedBatch, int, Position]] | None)
     return None if without_batches.item() else total.clamp(min=1)
 
 
-def finish_step(run: Run, batches: list[PackedBatch], before: dict[int, Position], sums: torch.Tensor) -> str | None:
+def reduce_counts(run: Run, batches: list[PackedBatch], before: dict[int, Position], sums: torch.Tensor) -> str | None:
     """Add up the step's counts over all ranks, in one all-reduce that waits for the device once.
 
     before: positions of the streams before the step. sums: from `take_step`. Returns the reason to stop early, or None.
@@ -189,7 +189,8 @@ def finish_step(run: Run, batches: list[PackedBatch], before: dict[int, Position
         meter.add_step(counts)
         meter.local_tokens += tokens
     else:
-        log_skipped_update(run, before, counts[0] / max(1.0, counts[2]))
+        loss_sum, _, num_targets, *_ = counts
+        log_skipped_update(run, before, loss_sum / max(1.0, num_targets))
     if not any_stop:
         return None
     return run.signals.reason or PEER_REASON
@@ -349,7 +350,7 @@ def pretrain(recipe: Recipe, ds_config: DsConfig, signals: StopSignals) -> int:
 
     signals: its handlers must be installed. Returns the exit code: 0 at the end, or EXIT_REQUEUE after a
     requested stop, with a checkpoint saved. Raises ValueError for a corpus, recipe, ds_config or checkpoint that the
-    user must change, and DivergedError, which is one, if too many updates were refused.
+    user must change, and DivergedError, which is one, if too many updates were skipped.
     """
     rank, world_size = init_distributed()
     with PeerWatchdog(rank, world_size, signals, recipe.run.hang_timeout_s):

@@ -12,14 +12,14 @@ from megabert.kernels.resolve import Implementation, why_not_all_fused
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.training.distributed.device import training_device
 from megabert.training.identity import RunIdentity, fixed_settings
-from megabert.training.limits import (
+from megabert.training.run_schedule import RunSchedule, make_run_schedule
+from megabert.training.unsupported import (
     refusal_of_fp8,
     refusal_of_graphs,
     why_not_compile,
     why_not_cuda_graphs,
     why_not_fp8,
 )
-from megabert.training.run_schedule import RunSchedule, make_run_schedule
 from megabert.training.updates.optimizers import choose_optimizer
 
 
@@ -35,7 +35,7 @@ class RunPlan:
     world_size: int
     schedule: RunSchedule
     identity: RunIdentity
-    no_graphs: str | None
+    why_no_graphs: str | None
     """why micro-batches are not launched as CUDA graphs; None: they are"""
 
     @property
@@ -86,7 +86,7 @@ def make_plan(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -
         world_size=world_size,
         schedule=schedule,
         identity=identity,
-        no_graphs=choose_cuda_graphs(recipe, resolved, device),
+        why_no_graphs=choose_cuda_graphs(recipe, resolved, device),
     )
 
 

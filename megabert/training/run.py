@@ -29,7 +29,6 @@ from megabert.training.distributed.sync import (
 from megabert.training.engine import model_of, start_engine
 from megabert.training.evaluate import Evaluation, HeldOut, open_held_out
 from megabert.training.feed import Feed, stream_config
-from megabert.training.limits import why_no_trackers
 from megabert.training.micro_batch.graph import MicroBatchGraph
 from megabert.training.plan import RunPlan
 from megabert.training.run_schedule import part_of_time, shared_batches
@@ -42,12 +41,16 @@ from megabert.training.telemetry.straggler import Straggler
 from megabert.training.telemetry.timers import TimeBudget
 from megabert.training.telemetry.trackers import open_trackers
 from megabert.training.telemetry.unigram import UnigramWatch
+from megabert.training.unsupported import why_no_trackers
 from megabert.training.updates.guard import Guard, UpdateGate
 
 
 @dataclass
 class TrainState:
-    """The values that change while a run trains, all of which a checkpoint saves."""
+    """The values that change while a run trains.
+
+    A checkpoint saves all but branched_from and the evaluation, of which it saves the loss if it is that of its step.
+    """
 
     guard: Guard
     time_budget: TimeBudget
@@ -152,7 +155,7 @@ class Run:
 
 
 def build_run(plan: RunPlan, signals: StopSignals) -> Run:
-    """Open the data, build the engine and the services, and restore the newest checkpoint if there is one."""
+    """Open the data, build the engine and the services, and restore the checkpoint that the run starts from, if any."""
     recipe, rank, world_size = plan.recipe, plan.rank, plan.world_size
     if problem := why_no_trackers(recipe.run.trackers):
         raise ValueError(problem)
@@ -177,7 +180,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     progress.enter("building the model")
     engine = start_engine(plan, corpus, gate, checkpoint)
     model = model_of(engine)
-    size = num_parameters(model)
+    num_weights = num_parameters(model)
     reporter = open_reporter(plan, state.step) if rank == 0 else None
     precision = torch.bfloat16 if plan.ds_config.bf16 else torch.float32
     run = Run(
@@ -188,7 +191,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
         engine=engine,
         graph=open_graph(plan, engine),
         gate=gate,
-        writer=open_writer(plan, size, reporter),
+        writer=open_writer(plan, num_weights, reporter),
         signals=signals,
         meter=Meter(event_class()),
         model_config=model.config,
@@ -198,7 +201,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
         unigram_watch=UnigramWatch(corpus.token_shares, recipe.optimizer),
     )
     if reporter is not None:
-        for message in start_messages(plan, corpus, feed.config.num_streams, size, checkpoint):
+        for message in start_messages(plan, corpus, feed.config.num_streams, num_weights, checkpoint):
             reporter.log_line(message)
         write_run_json(plan, corpus, held_out_corpus, state.step)
         set_aside_after(plan.checkpoints, state.step)
@@ -264,7 +267,7 @@ def open_reporter(plan: RunPlan, step: int) -> Reporter:
 
 def open_graph(plan: RunPlan, engine: deepspeed.DeepSpeedEngine) -> MicroBatchGraph | None:
     """Prepare the CUDA graph of the engine's micro-batches, if the plan has one."""
-    return MicroBatchGraph(model_of(engine), plan.ds_config.bf16) if plan.no_graphs is None else None
+    return MicroBatchGraph(model_of(engine), plan.ds_config.bf16) if plan.why_no_graphs is None else None
 
 
 def open_writer(plan: RunPlan, num_parameters: int, reporter: Reporter | None) -> CheckpointWriter:

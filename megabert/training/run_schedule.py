@@ -1,4 +1,4 @@
-"""The schedule of a run: its steps, batch sizes, lengths, masking rate and learning rate, computed from the recipe."""
+"""Compute a run's steps, batch sizes, lengths, masking rate and learning rate from the recipe."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from megabert.optim.lr_schedule import warmup_and_decay
 
 # Total steps of a run whose length is given in hours: more steps than any run makes.
 ENDLESS = 1 << 40
-# The time of a run is divided into so many equal parts; nothing but the learning rate changes within one.
+# A timed run is divided into this many equal intervals; within one, only the learning rate changes.
 PARTS = 1000
 NEVER = 1 << 62
 POLL_S = 0.01
@@ -58,7 +58,7 @@ class TimeTable:
     def part_of(self, index: int) -> int:
         """Return the part of bin `index`. A loader's worker waits until it is known."""
         while index >= self.known:
-            assert os.getpid() != self._writer, f"the part of bin {index} is known before the bin is needed"
+            assert os.getpid() != self._writer, f"bin {index} is needed, but parts are known up to bin {self.known - 1}"
             time.sleep(POLL_S)
         return bisect_right(self._first_bins, index) - 1
 

@@ -1,4 +1,4 @@
-"""Compares launch/estimate.py's prediction with published pretraining runs.
+"""Compare launch/estimate.py's prediction with published pretraining runs.
 
     python tests/benchmarks/bench_estimate.py [--cpu] [--quick] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""Times each kernel against PyTorch, eager and compiled. Without a GPU it prints a theoretical estimate.
+"""Time each kernel against PyTorch, eager and compiled. Without a GPU, print a theoretical estimate.
 
     python tests/benchmarks/bench_kernels.py [--quick] [--json FILE]
 
@@ -101,7 +101,7 @@ def estimate() -> dict[str, float]:
 
 
 def geglu_in_products(gpu: str = "H100") -> dict[str, float]:
-    """Predict training with GeGLU inside the products before and behind it, in Triton, for shares of cuBLAS's speed.
+    """Predict training with GeGLU inside the products before and after it, in Triton, for shares of cuBLAS's speed.
 
     The up-projection's forward pass would write GeGLU's result too, and the down-projection's gradient the gate's and
     the value's: 4 F of the 8 F numbers per token are left. These two products are a quarter of the layers'.

@@ -41,7 +41,7 @@ def copies(num_streams: int) -> int:
 
 
 def start(num_shards: int, chunks: int) -> tuple[float, float]:
-    """Open a folder of so many shards as rank 0 does. Returns its CPU seconds, and the bytes that each rank gets."""
+    """Open a folder of many shards as rank 0 does. Returns its CPU seconds, and the bytes that each rank gets."""
     with tempfile.TemporaryDirectory() as name:
         write_empty_shards(Path(name), num_shards, chunks)
         began = time.process_time()

@@ -129,15 +129,15 @@ def run_step(folder: Path) -> Callable[[], object]:
         lr = loop.set_learning_rate(run.engine, run.plan, run.state)
         loaded = own["next_batches"](run)
         num_masked = own["sum_masked"](run, loaded)
-        batches, before = loop.take_positions(run.state, loaded, run.plan.schedule)
-        own["finish_step"](run, batches, before, loop.take_step(run, batches, num_masked))
+        batches, before = loop.advance_positions(run.state, loaded, run.plan.schedule)
+        own["reduce_counts"](run, batches, before, loop.take_step(run, batches, num_masked))
         if run.state.step % recipe.run.log_every_steps == 0:
             own["report"](run, lr)
 
     return step
 
 
-PARTS_OF_LOOP = {"next_batches": DATA, "sum_masked": SYNC, "finish_step": SYNC, "report": SYNC}
+PARTS_OF_LOOP = {"next_batches": DATA, "sum_masked": SYNC, "reduce_counts": SYNC, "report": SYNC}
 
 
 def model_step(name: str) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""Compares the training speed of MegaBERT's MosaicBERT, BERT and ModernBERT with transformers' BERT and ModernBERT.
+"""Compare the training speed of MegaBERT's MosaicBERT, BERT and ModernBERT with transformers' BERT and ModernBERT.
 
     python tests/benchmarks/bench_train.py [--quick] [--only ROW] [--runs N] [--json FILE]
 

@@ -14,7 +14,7 @@ from megabert.data.shards.manifest import TokenizerInfo
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.engine import model_config
 from megabert.training.run_schedule import lr_factor
-from megabert.training.updates.limits import why_not_optimizer
+from megabert.training.updates.unsupported_optimizers import why_not_optimizer
 
 SPECIAL = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
 MODERNBERT_SPECIAL = {"unk": 50_280, "cls": 50_281, "sep": 50_282, "pad": 50_283, "mask": 50_284}

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megabert.data.batch_schedule import Length
-from megabert.data.order import ChunkId, SourceOrder, StreamId, cut_into_splits
+from megabert.data.order import ChunkId, SourceOrder, StreamOrder, cut_into_splits
 from megabert.data.packing_buffer import PackingBuffer
 from megabert.data.stream import next_bin
 from tests.data import synthetic
@@ -38,7 +38,7 @@ def test_the_streams_share_every_document_of_an_epoch(shards, num_streams):
     source = SyntheticSource(shards)
     seen = np.zeros((2, source.tokens), dtype=int)
     for stream in range(num_streams):
-        order = SourceOrder(source, StreamId(stream, num_streams, 3, 128), 0, 1.0)
+        order = SourceOrder(source, StreamOrder(stream, num_streams, 3, 128), 0, 1.0)
         for ref in takewhile(lambda ref: ref.epoch < 2, order.chunks_from(ChunkId(0, 0))):
             documents = order.documents(ref, source.chunks[ref.shard, ref.chunk])
             for start, size in zip(documents.start, documents.size, strict=True):
@@ -60,15 +60,15 @@ def test_no_piece_is_twice_in_a_batch_before_its_source_has_been_through(corpora
     copies = np.zeros(vocab, dtype=int)
     epochs = [0] * len(parts)
     for stream in range(num_streams):
-        stream_id = StreamId(stream, num_streams, config.seed, config.bin_tokens)
-        buffer = PackingBuffer(corpus, stream_id, config.piece_options(0), ())
+        stream_order = StreamOrder(stream, num_streams, config.seed, config.bin_tokens)
+        buffer = PackingBuffer(corpus, stream_order, config.piece_options(0), ())
         chosen = next_bin(buffer, config)
         assert chosen is not None
         np.add.at(copies, np.concatenate(chosen.parts), 1)
         for number, cursor in enumerate(buffer.cursors):
             if not cursor.chunks:
                 continue
-            order = SourceOrder(parts[number], stream_id, number, corpus.weights[number])
+            order = SourceOrder(parts[number], stream_order, number, corpus.weights[number])
             epochs[number] = max(epochs[number], order.epoch_of(cursor.chunks[-1].chunk_id.entry))
     for part, epoch in zip(parts, epochs, strict=True):
         assert copies[part.first_id : part.first_id + part.tokens].max() <= 1 + epoch
@@ -80,7 +80,7 @@ def test_shares_of_an_epoch_are_nearly_equal(num_shards, chunks, num_streams):
     source = NumberedSource(num_shards, chunks, documents=400)
     tokens = []
     for stream in range(num_streams):
-        order = SourceOrder(source, StreamId(stream, num_streams, 3, 4096), 0, 1.0)
+        order = SourceOrder(source, StreamOrder(stream, num_streams, 3, 4096), 0, 1.0)
         refs = takewhile(lambda ref: ref.epoch == 0, order.chunks_from(ChunkId(0, 0)))
         tokens.append(sum(order.documents(ref, source.read_chunk(ref.shard, ref.chunk)).size.sum() for ref in refs))
     assert sum(tokens) == source.tokens
@@ -118,7 +118,7 @@ def test_few_documents_make_fewer_splits_than_streams():
 
 def test_epochs_differ_and_their_groups_end_with_them():
     source = NumberedSource(10, 1, documents=4)
-    order = SourceOrder(source, StreamId(0, 1, 3, 64), 0, 1.0)
+    order = SourceOrder(source, StreamOrder(0, 1, 3, 64), 0, 1.0)
     entries, entry = [], 0
     while order.epoch_of(entry) < 3:
         group = order.group(entry)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_prep.writing.length_statistics import LONGEST_COUNTED, summarize
 from megabert.data.batch_schedule import Length
 from megabert.data.bin_shape import default_max_documents, four_medians
-from megabert.data.order import ChunkId, SourceOrder, StreamId
+from megabert.data.order import ChunkId, SourceOrder, StreamOrder
 from megabert.data.packing import SPECIALS_PER_PIECE
 from megabert.data.shards.source import Corpus, DamagedShardError
 from megabert.data.stream import (
@@ -61,7 +61,7 @@ def mixture() -> Corpus:
 
 def order_of(source: SyntheticSource, config: StreamConfig, stream: int) -> SourceOrder:
     """Return the order in which a stream reads a corpus of this source alone."""
-    return SourceOrder(source, StreamId(stream, config.num_streams, config.seed, config.bin_tokens), 0, 1.0)
+    return SourceOrder(source, StreamOrder(stream, config.num_streams, config.seed, config.bin_tokens), 0, 1.0)
 
 
 def check_batch(batch, config: StreamConfig) -> None:

@@ -28,7 +28,7 @@ MICRO_BATCHES = 2
 
 # Every wait of a step that is allowed, and why. None of them may happen more than once in a step, so none between
 # micro-batches, but EPILOGUE at ZeRO 2: with overlap_comm it waits after every micro-batch. So ZeRO 1 is faster.
-OF_EVERY_STAGE = {"read(tolist) megabert/training/loop.py:finish_step": "the step's counts, and whether to stop"}
+OF_EVERY_STAGE = {"read(tolist) megabert/training/loop.py:reduce_counts": "the step's counts, and whether to stop"}
 OF_SEVERAL_RANKS = {
     "read(item) megabert/training/loop.py:sum_masked": "whether every rank has batches, while the device has no work"
 }

@@ -39,13 +39,13 @@ from megabert.training.checkpointing.writer import copy_to_host
 from megabert.training.distributed import deepspeed_compat, device
 from megabert.training.distributed.deepspeed_compat import capture_checkpoint
 from megabert.training.evaluate import evaluate
-from megabert.training.limits import why_not_cuda_graphs
 from megabert.training.micro_batch.graph import WARM_UPS, MicroBatchGraph
 from megabert.training.plan import make_plan
 from megabert.training.run import TrainState
 from megabert.training.telemetry.flops import step_flops
 from megabert.training.telemetry.reporter import Meter
 from megabert.training.telemetry.timers import TimeBudget
+from megabert.training.unsupported import why_not_cuda_graphs
 from megabert.training.updates.guard import MIN_NORMS, Guard, UpdateGate
 from tests.gpu_walk import fake_cuda
 from tests.gpu_walk.fake_cuda import LOG

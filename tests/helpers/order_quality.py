@@ -8,7 +8,7 @@ import numpy as np
 from megabert.data.batch_schedule import Length, MaskingRate, make_schedule
 from megabert.data.bin_shape import default_max_documents
 from megabert.data.masking import masked_count
-from megabert.data.order import StreamId
+from megabert.data.order import StreamOrder
 from megabert.data.packing_buffer import PackingBuffer
 from megabert.data.shards.manifest import Manifest, Shard, TokenizerInfo
 from megabert.data.shards.sample_format import TokenChunk
@@ -70,8 +70,8 @@ def config_of(
 
 def bins_of(corpus: Corpus, config: StreamConfig, stream: int) -> Iterator[np.ndarray]:
     """Yield the numbers of the documents in each bin of a stream."""
-    stream_id = StreamId(stream, config.num_streams, config.seed, config.bin_tokens)
-    buffer = PackingBuffer(corpus, stream_id, config.piece_options(0), ())
+    stream_order = StreamOrder(stream, config.num_streams, config.seed, config.bin_tokens)
+    buffer = PackingBuffer(corpus, stream_order, config.piece_options(0), ())
     while (chosen := next_bin(buffer, config)) is not None:
         ids = np.concatenate(chosen.parts)
         yield ids[chosen.lengths.cumsum() - chosen.lengths + 1]

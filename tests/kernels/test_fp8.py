@@ -12,8 +12,8 @@ from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe_parser import RecipeParser, load_recipe
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.model.layers import Block
-from megabert.training import limits
-from megabert.training.limits import refusal_of_fp8, why_not_fp8
+from megabert.training import unsupported
+from megabert.training.unsupported import refusal_of_fp8, why_not_fp8
 from tests.helpers.runs import TINY, Corpus, last_of_each, pretrain_command, run_command
 from tests.model.small import small_model
 
@@ -121,14 +121,14 @@ def test_300_steps_of_the_quickstarts_model_end_within_a_hundredth_of_bf16(corpu
     ],
 )
 def test_it_is_refused_where_it_cannot_be(monkeypatch, flags, ds_config, has_fp8, reason):
-    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr(unsupported.importlib.util, "find_spec", lambda name: SimpleNamespace())
     recipe, _ = RecipeParser("pretrain", "").read(last_of_each([*TINY, "--run.max_steps=10", *flags]))
     found = why_not_fp8(recipe, ResolvedDsConfig(ds_config), has_fp8)
     assert found is None if reason is None else reason in str(found)
 
 
 def test_a_missing_torchao_is_named(monkeypatch):
-    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(unsupported.importlib.util, "find_spec", lambda name: None)
     reason = why_not_fp8(load_recipe("quickstart"), ResolvedDsConfig(BF16), True)
     assert reason == "torchao is not installed (pip install torchao)"
     assert refusal_of_fp8(reason).endswith("Change that, or set run.fp8 to none.")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megabert.training.distributed.heartbeat import Beat, HangDetector
+from megabert.training.distributed.hang_detector import HangDetector
+from megabert.training.distributed.heartbeat import Beat
 from megabert.training.distributed.watchdog import PEER_DIED
 from tests.helpers.runs import REPOSITORY
 

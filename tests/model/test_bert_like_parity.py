@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from megabert.convert.hf.bert_like import to_bert_like_config
+from megabert.convert.hf.bert_like_configs import to_bert_like_config
 from megabert.convert.weight_names import from_megabert, to_megabert_state_dict
 from megabert.model import modeling_megabert as modeling
 from tests.kernels.helpers.cases import cases

@@ -206,9 +206,9 @@ def test_the_start_of_a_run_on_a_gpu_says_what_was_chosen():
         corpus: Any = SimpleNamespace(tokens=1)
         return [line for line in start_messages(chosen, corpus, 1, 1, None) if line.startswith("micro-batches: ")]
 
-    assert lines(device=CUDA, no_graphs=None) == ["micro-batches: launched as CUDA graphs (not run on a GPU yet)"]
+    assert lines(device=CUDA, why_no_graphs=None) == ["micro-batches: launched as CUDA graphs (not run on a GPU yet)"]
     reason = "run.compile is true"
-    assert lines(device=CUDA, no_graphs=reason) == [f"micro-batches: launched kernel by kernel: {reason}"]
+    assert lines(device=CUDA, why_no_graphs=reason) == [f"micro-batches: launched kernel by kernel: {reason}"]
     assert not lines()
 
 

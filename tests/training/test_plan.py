@@ -7,8 +7,8 @@ import torch
 
 from megabert.config.ds_config import DsConfig
 from megabert.config.recipe_parser import RecipeParser
-from megabert.training.limits import why_not_compile
 from megabert.training.plan import RunPlan, make_plan
+from megabert.training.unsupported import why_not_compile
 from tests.helpers.runs import TINY, last_of_each
 
 ZERO2 = {"zero_optimization": {"stage": 2}}

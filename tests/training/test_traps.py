@@ -40,14 +40,14 @@ TRAPS = {
     "norm_at_stage_0": (False, "training/updates/guard.py UpdateGate clips there itself"),
     "norm_within_step": (
         [3.0, 6.0],
-        f"{COMPAT} zero_norm_reader: the engine has the last step's norm, ZeRO this one's",
+        f"{COMPAT} install_norm_reader: the engine has the last step's norm, ZeRO this one's",
     ),
     # Of 1 x 8 and 1, padded at stages 1 and 2.
     "flat_partitions": (
         [[8, 2], [8, 2], [8, 1]],
         f"{COMPAT} optimizer_partitions: StableAdamW's sums are those of whole parameters",
     ),
-    "reads_norm_again": ([3, 2], f"{COMPAT} judge_norms_on_the_device"),
+    "reads_norm_again": ([3, 2], f"{COMPAT} replace_norm_checks"),
     "one_rank_is_reduced": ([True, False], f"{COMPAT} skip_reduction_of_one_rank"),
     "gradients_move": (True, f"{COMPAT} reduce_once: a graph's gradients stay where they are"),
     "numel_at_stage_3": ([0, 0], f"{COMPAT} num_parameters"),

@@ -26,9 +26,9 @@ from data_prep.sources.base import (
 )
 from data_prep.sources.columns.message_sizes import unpacked_size
 from data_prep.sources.remote import RemotePath, is_remote, open_file, size_of
-from data_prep.sources.streams import ChunkStream
+from data_prep.sources.text_encoding import ChunkStream
+from megabert.files.bounded_reads import read_bounded
 from megabert.files.json_file import parse_json
-from megabert.files.limits import read_bounded
 
 if TYPE_CHECKING:
     import pyarrow
@@ -246,7 +246,7 @@ def _checked_messages(data: "pyarrow.NativeFile", path: str, is_file: bool) -> I
     """Yield the messages of a file. Raises DamagedError for one that takes more than MAX_BATCH_BYTES when unpacked."""
     import pyarrow
 
-    # Behind its head a file is a stream, too.
+    # After its head a file is a stream, too.
     data.seek(FILE_HEAD_BYTES if is_file else 0)
     for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(data)):
         try:

@@ -1,4 +1,4 @@
-"""List and read files behind the URLs that fsspec can open: s3://, gs://, hf://, https:// and others."""
+"""List and read files at the URLs that fsspec can open: s3://, gs://, hf://, https:// and others."""
 
 import functools
 import io
@@ -38,7 +38,7 @@ class UnreachableError(ValueError):
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file behind a URL. size: bytes; version: changes with its content, as far as the server says."""
+    """A file at a URL. size: bytes; version: changes with its content, as far as the server says."""
 
     url: str
     size: int
@@ -88,13 +88,13 @@ def remote_files(url: str, left_out: LeftOut) -> Iterator[RemotePath]:
 
 
 def describe(url: str) -> RemotePath:
-    """Return the file behind a URL as it is now."""
+    """Return the file at a URL as it is now."""
     info = _fresh_info(url)
     return RemotePath(url, _size(url, info), _version(info))
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Open a file, local or behind a URL, to read it in any order."""
+    """Open a file, local or at a URL, to read it in any order."""
     if not is_remote(path):
         return open(path, "rb")
     return io.BufferedReader(_Ranges(path), LAST_BYTES)
@@ -112,7 +112,7 @@ class _Ranges(io.RawIOBase):
         self._whole: IO[bytes] | None = _download(url) if size is None else None
         if self._whole is not None:
             size = self._whole.seek(0, os.SEEK_END)
-        assert size is not None, "a file that is fetched whole has a size"
+        assert size is not None, f"{url}: has no size, though it was fetched whole"
         self._size = size
 
     def readable(self) -> bool:
@@ -142,7 +142,7 @@ class _Ranges(io.RawIOBase):
             self._next_bytes = min(2 * self._next_bytes, LAST_BYTES)
             fetch = functools.partial(_system(self._url).cat_file, self._url, start=self._at, end=self._at + size)
             data = _fetched(self._url, fetch) if size else b""
-            assert isinstance(data, bytes), "files are opened in binary mode"
+            assert isinstance(data, bytes), f"{self._url}: gave {type(data).__name__}, expected bytes"
             if len(data) == size:
                 return data
             if len(data) < size:

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from data_prep.sources.base import DamagedError
 from megabert.config.strict_yaml import build
+from megabert.files.bounded_reads import read_bounded
 from megabert.files.json_file import parse_json
-from megabert.files.limits import read_bounded
 
 INDEX = "index.json"
 AGAIN = "Copy the folder again, or write it again."

@@ -1,4 +1,4 @@
-"""export.json of an exported folder: the hashes of its files and parameters, and what the export check measured."""
+"""Write and read export.json of an exported folder: its files' and parameters' hashes, and what its check measured."""
 
 import hashlib
 import json

@@ -65,7 +65,7 @@ def check_parameters(model: torch.nn.Module, hashes: dict[str, str]) -> None:
 def check_tokenizer(folder: Path, record: dict[str, Any], expected: dict[str, Tensor]) -> None:
     """Check that AutoTokenizer gives the recorded ids for the recorded texts."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-    assert tokenizer is not None, "the folder has a tokenizer.json"
+    assert tokenizer is not None, f"{folder}: AutoTokenizer found no tokenizer"
     length = record["max_length"]
     pairs = record.get("text_pairs")
     encoded = tokenizer(record["texts"], pairs, padding=True, truncation=True, max_length=length, return_tensors="pt")

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 from transformers import BertConfig
 
 from megabert.convert.bert_names import NAMES, BertLike
-from megabert.convert.hf.bert_like import MODEL_TYPES, to_bert_settings
+from megabert.convert.hf.bert_like_configs import MODEL_TYPES, to_bert_settings
 from megabert.convert.hf.heads import LABELS, MASKED_LM, head_of
 from megabert.convert.hf.native import check_fixed, from_gte_config, from_modernbert_config
 from megabert.convert.hf.reader import CONFIG, MAX_SIZES

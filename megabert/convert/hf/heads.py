@@ -1,4 +1,4 @@
-"""Which head a model has: that of masked language modelling, or one for a task."""
+"""Tell which head a model has: that of masked language modelling, or one for a task."""
 
 from collections.abc import Collection
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""transformers' own classes for an architecture of ours, and the configs of its ModernBERT and GTE in both directions.
+"""Find transformers' own class for a config of ours, and convert ModernBERT and GTE configs in both directions.
 
 Source: transformers 5.23, models/modernbert and models/gte. Configs that transformers 4 wrote have global_rope_theta,
 local_rope_theta and global_attn_every_n_layers where those of transformers 5 have rope_parameters and layer_types.

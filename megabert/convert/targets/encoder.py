@@ -55,7 +55,7 @@ def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) ->
 
 def write(source: Source, folder: Path) -> str:
     kind = native_kind(source.config)
-    assert kind is not None, "check() refuses other models"
+    assert kind is not None, f"{folder}: no class of transformers computes this model"
     out = folder / FOLDER
     out.mkdir()
     settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -107,7 +107,7 @@ def write_graph(module: nn.Module, path: Path, outputs: list[str]) -> None:
             dynamo=True,
             verbose=False,
         )
-        assert program is not None, "dynamo's exporter returns the program"
+        assert program is not None, f"{path}: torch's ONNX exporter returned no program"
         program.save(path, external_data=None)
 
 

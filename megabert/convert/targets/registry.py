@@ -9,7 +9,7 @@ from megabert.convert.check import export_record
 from megabert.convert.from_hf import read_model
 from megabert.convert.targets import encoder, jina, onnx_graphs, sentence_transformers, transformers_js
 from megabert.convert.targets.frame import DiffersError, Expected, NotOpened, Source, Target
-from megabert.convert.targets.llama import gguf_target
+from megabert.convert.targets.llama import gguf_proof
 from megabert.convert.targets.probe import read_expected
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.checkpoint_format import files_of
@@ -22,7 +22,7 @@ ALL = (
     onnx_graphs.INT8,
     encoder.TARGET,
     jina.TARGET,
-    gguf_target.TARGET,
+    gguf_proof.TARGET,
     transformers_js.TARGET,
 )
 TARGETS = {target.name: target for target in ALL}

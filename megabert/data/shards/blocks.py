@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 # Eight chunks of 131,072 tokens of two bytes. A stream reads the chunks of a split, at most a shard, in random order:
 # it fetches a block for each of its first ones, so larger blocks would let training begin later.
 BLOCK_BYTES = 2 << 20
-# To make room needs a look at all files, so the cache is emptied to this share of its limit at once, or on a full disk
-# by so many blocks.
+# To make room needs a look at all files, so the cache is emptied to KEPT_SHARE of its limit at once, or on a full disk
+# by FREED_BLOCKS blocks.
 KEPT_SHARE, FREED_BLOCKS = 0.9, 64
 # What the cache leaves free of a disk, which checkpoints and logs may need.
 FREE_SHARE = 0.05
-# Processes wait for each other's requests at one of so many locks, but no longer than a request usually takes.
+# Processes wait for each other's requests at one of LOCKS locks, but no longer than a request usually takes.
 LOCKS, POLL_S = 1024, 0.02
 # A block is marked as read at most this often.
 TOUCH_EVERY_S = 60.0

@@ -22,13 +22,13 @@ from megabert.files.lock import acquire, lock_folder
 
 # Threads of one process for all its reads. More do not make an object store faster.
 READ_AHEAD_THREADS = 16
-# A shard may be evicted between fetching and opening it. So many times in a row means that the cache is far too small.
+# A shard may be evicted between fetching and opening it. This many times in a row mean that the cache is too small.
 MAX_EVICTIONS = 100
 # Of files in the folder: whole shards, parts of shards, and what is being written.
 SHARD, BLOCK, PART = ".tar", ".block", ".part"
 # The bytes of all of them, as far as blocks.py has counted.
 USED = "blocks.used"
-# A block is written at once, so a process that began one so long ago was killed.
+# A block is written at once, so a process that began one this many seconds ago was killed.
 ABANDONED_S = 600.0
 # Errors that waiting does not help against: a full disk, or one that we may not write to.
 PERMANENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}

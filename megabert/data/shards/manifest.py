@@ -22,9 +22,9 @@ import numpy as np
 
 from megabert.data.shards.sample_format import SPECIAL_TOKENS, Kind, encode_npy, read_npy
 from megabert.files.atomic import write_atomically
+from megabert.files.bounded_reads import read_bounded
 from megabert.files.hashing import json_sha256
 from megabert.files.json_file import parse_json
-from megabert.files.limits import read_bounded
 
 MANIFEST = "manifest.json"
 CHUNKS = "chunks.npy"

@@ -1,4 +1,4 @@
-"""Reads from a store that are made before their results are needed: as many as training uses in some seconds."""
+"""Read from a store before the results are needed, as far ahead as training uses in some seconds."""
 
 import os
 import time

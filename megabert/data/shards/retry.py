@@ -1,4 +1,4 @@
-"""Patience with stores: pauses between attempts, a second request for a slow one, and when a rank last waited."""
+"""Repeat requests to stores that fail, send a slow one twice, and record when a rank last waited."""
 
 import functools
 import importlib.util
@@ -34,7 +34,7 @@ LOG_AFTER_S = 10.0
 SLOW_S, SLOW_FACTOR = 1.0, 5.0
 # Threads of one process: two for each thread of the read-ahead.
 REQUEST_THREADS = 32
-# How webdataset describes a command that failed, behind the command itself, which is in the URL already.
+# How webdataset describes a command that failed, after the command itself, which is in the URL already.
 PIPE_ENDED = re.compile(r"exit (-?\d+) \(\w+\) \{.*\}$")
 _TIME = struct.Struct("d")
 LONGER = ". If it needs longer, raise data.store_patience_s."
@@ -171,7 +171,7 @@ def _is_refusal(error: BaseException) -> bool:
 
 def _error_of(attempt: Future | None) -> BaseException:
     error = attempt.exception() if attempt else None
-    assert error is not None, "only a failed attempt is repeated"
+    assert error is not None, "an attempt that did not fail is repeated"
     return error
 
 

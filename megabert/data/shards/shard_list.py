@@ -8,7 +8,7 @@ from megabert.data.shards.storage import Storage
 
 log = logging.getLogger(__name__)
 
-# From so many shards on, their sizes are looked up by several threads.
+# From MANY_SHARDS shards on, SIZE_THREADS threads look up their sizes.
 MANY_SHARDS, SIZE_THREADS = 1000, 32
 
 

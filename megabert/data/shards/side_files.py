@@ -62,7 +62,7 @@ class SideFiles:
     def read_tokenizer(self) -> bytes:
         """Read the tokenizer.json. Raises ValueError if it is missing or another than the shards were written with."""
         url, info = self.storage.url(TOKENIZER), self.manifest.tokenizer
-        assert info is not None, "token shards have a tokenizer"
+        assert info is not None, f"{url}: the manifest of token shards names no tokenizer"
         try:
             data = self.storage.read_whole(TOKENIZER, MAX_TOKENIZER_BYTES)
         except FileNotFoundError as missing:
@@ -107,7 +107,7 @@ class SideFiles:
     def read_token_counts(self) -> np.ndarray:
         """Return (vocab_size,) how often each id occurs in the training shards."""
         url, info = self.storage.url(TOKEN_COUNTS), self.manifest.tokenizer
-        assert info is not None, "token shards have a tokenizer"
+        assert info is not None, f"{url}: the manifest of token shards names no tokenizer"
         data = self.read(TOKEN_COUNTS)
         if data is None:
             raise ValueError(f"{url}: no such file, expected next to the shards. Fetch or write it again.")

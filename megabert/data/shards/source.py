@@ -32,8 +32,8 @@ from megabert.data.shards.shard_list import DamagedShardError, shards_of
 from megabert.data.shards.side_files import SideFiles, check_tokenizer_config, fetch_manifest
 from megabert.data.shards.storage import Storage, open_storage
 from megabert.data.shards.tokenizer import encode_flat, find_tokenizer, read_tokenizer
+from megabert.files.bounded_reads import read_bounded
 from megabert.files.hashing import texts_sha256
-from megabert.files.limits import read_bounded
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Source:
     def tokenizer(self) -> TokenizerInfo:
         if self.tokenizer_path is not None:
             return find_tokenizer(self.tokenizer_path)[1]
-        assert self.manifest.tokenizer is not None, "token shards have a tokenizer"
+        assert self.manifest.tokenizer is not None, f"{self.folder}: the manifest of token shards names no tokenizer"
         return self.manifest.tokenizer
 
     @property
@@ -145,7 +145,7 @@ class Source:
     @cached_property
     def encoder(self) -> Tokenizer:
         """The tokenizer that turns text into ids."""
-        assert self.tokenizer_path is not None, "only text is encoded"
+        assert self.tokenizer_path is not None, f"{self.folder}: holds tokens, which need no tokenizer to encode them"
         return read_tokenizer(self.tokenizer_path)
 
     def prefetch(self, shard: int) -> None:

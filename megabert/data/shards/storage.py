@@ -29,8 +29,8 @@ from megabert.data.shards.blocks import BlockReader
 from megabert.data.shards.cache import CacheOptions, ExpectedFile, WholeFileReader, WrongContentError
 from megabert.data.shards.manifest import MANIFEST
 from megabert.data.shards.retry import HedgedRequest, retrying, waiting_for_store
+from megabert.files.bounded_reads import LimitedWriter, TooLongError, read_bounded, too_long
 from megabert.files.disk import DiskError
-from megabert.files.limits import LimitedWriter, TooLongError, read_bounded, too_long
 from megabert.process.subprocesses import kill_with_children
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A folder behind a URL that fsspec can open. From a web server without byte ranges, whole shards are fetched."""
+    """A folder at a URL that fsspec can open. From a web server without byte ranges, whole shards are fetched."""
 
     # An object store answers in about the time that training on a chunk takes.
     read_ahead = 2
@@ -182,7 +182,7 @@ class RemoteFolder:
         if not url.startswith(("http://", "https://")):
             end = (offset or 0) + max_bytes + (offset is None)
             data = system.cat_file(url, start=offset or 0, end=end)
-            assert isinstance(data, bytes), "files are opened in binary mode"
+            assert isinstance(data, bytes), f"{url}: gave {type(data).__name__}, expected bytes"
             LimitedWriter(write, max_bytes).write(data)
             return
         headers = {} if offset is None else {"headers": {"Range": f"bytes={offset}-{offset + max_bytes - 1}"}}
@@ -266,7 +266,9 @@ def copy_pipe(url: str, file: LimitedWriter) -> None:
     fails, or does not end.
     """
     with open_pipe(url) as pipe:
-        assert isinstance(pipe.stream, io.BufferedReader), "commands are opened in binary mode"
+        assert isinstance(pipe.stream, io.BufferedReader), (
+            f"{url}: gave {type(pipe.stream).__name__}, expected a buffered stream of bytes"
+        )
         pipe.timeout = SILENT_S
         try:
             while data := _read_some(pipe.stream, url):
@@ -344,7 +346,7 @@ def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str]
 
 def _names_too_many(location: str) -> bool:
     """Return whether braces name more than MAX_SHARDS shards: the product over the pairs, the innermost first."""
-    # A brace behind a backslash is part of a name.
+    # A brace after a backslash is part of a name.
     count, rest = 1, re.sub(r"\\.", "", location)
     while count <= MAX_SHARDS and (braces := INNERMOST_BRACES.search(rest)):
         if numbers := NUMBER_RANGE.fullmatch(braces[1]):

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TokenizerInfo
 from megabert.data.shards.sample_format import KEPT_NAMES, SPECIAL_TOKENS
+from megabert.files.bounded_reads import read_bounded
 from megabert.files.json_file import parse_json
-from megabert.files.limits import read_bounded
 
 # Encoded once, since some damage makes only the first use of a tokenizer fail.
 PROBE = "A b\u0301 \uac00 1"

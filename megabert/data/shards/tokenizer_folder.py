@@ -10,8 +10,8 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import KEPT_NAMES, SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
+from megabert.files.bounded_reads import read_bounded
 from megabert.files.json_file import parse_json
-from megabert.files.limits import read_bounded
 
 VOCAB = "vocab.txt"
 ADDED_TOKENS = "added_tokens.json"
@@ -253,7 +253,7 @@ def find_new_names(tokenizer: Tokenizer, roles: dict[str, str]) -> dict[str, str
 
 
 def _find_ends(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the special tokens that the tokenizer puts before and behind a text, if it is one each."""
+    """Return the special tokens that the tokenizer puts before and after a text, if it is one each."""
     around = tokenizer.encode("", add_special_tokens=True).tokens
     return dict(zip(("cls", "sep"), around, strict=True)) if len(around) == 2 else {}
 

@@ -66,8 +66,8 @@ class Runner:
     def complete_best(self, slots: list[WorkerSlot], is_complete: Callable[[FinetuneJob, Result], bool]) -> None:
         """Run each task's best job again if its predictions on the test sets are missing, or if it is not complete.
 
-        The predictions are, if the job ran before they were asked for or before a test set changed, or if their file is
-        lost. The job trains again, unless it kept its model. Repeated, because another job may be the best one then.
+        Predictions are missing if the job ran before --submission was given, a test set changed, or their file is lost.
+        A job that kept its model only predicts; others train again. Then another job may be best, so this repeats.
         """
         while incomplete := [job for job in best_jobs(self.jobs, self.results) if not self._is_whole(job, is_complete)]:
             for job in incomplete:
@@ -85,9 +85,9 @@ class Runner:
                 shutil.rmtree(self.context.jobs / job.name, ignore_errors=True)
 
     def _run_jobs(
-        self, pending: list[FinetuneJob], slots: list[WorkerSlot], is_done: Callable[[FinetuneJob], bool]
+        self, pending: list[FinetuneJob], slots: list[WorkerSlot], reuse_result: Callable[[FinetuneJob], bool]
     ) -> None:
-        """Run jobs in processes. is_done: called before a job starts: another command may have run it meanwhile."""
+        """Run jobs in processes. reuse_result: called before a job starts, which another command may have run."""
         free, pending = list(slots), list(pending)
         running: dict[Any, tuple[FinetuneJob, Any, WorkerSlot]] = {}
         try:
@@ -99,7 +99,7 @@ class Runner:
                     if start is None:
                         continue
                     pending.remove(job)
-                    if is_done(job) or self._fail_without_mnli(job):
+                    if reuse_result(job) or self._fail_without_mnli(job):
                         continue
                     slot = free.pop(0)
                     process = start_process(job, self.context, slot, start[0], self._request(job, start[1]))
@@ -214,10 +214,7 @@ def result_path(context: JobContext, job: FinetuneJob) -> Path:
 
 
 def read_result(context: JobContext, job: FinetuneJob, log: Callable[[str], None]) -> Result | None:
-    """Return the stored result of a job; None if the job failed or did not run, or its file cannot be used, with why.
-
-    log: called with the reason.
-    """
+    """Return the stored result of a job that is done, or None if there is none. log: told why a file is unusable."""
     try:
         result = read_record(result_path(context, job), FORMAT_VERSION)
     except FileNotFoundError:
@@ -297,7 +294,7 @@ def run_and_write(
 
 
 def check_data_is_the_same(job: FinetuneJob, folder: Path, request: dict[str, Any]) -> None:
-    """Raise ValueError if a file of the job was changed since the command began, whose hashes the result will have."""
+    """Raise ValueError if a data file of the job changed after its hash was taken."""
     data = file_hashes(job.task, folder, ["train", *job.task.dev.values()])
     tests = {f"{task.name}/{split}": file_hashes(task, folder, [split]) for task, split in job.test_sets}
     if (data, tests) != (request["data"], request["labelling"]):

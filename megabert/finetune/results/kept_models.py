@@ -118,7 +118,7 @@ def _fingerprint(job: FinetuneJob, result: Result) -> str:
 def _write_tokenizer(folder: Path, kept: Path, model: MegaBertForSequenceClassification, job: FinetuneJob) -> int:
     """Write the tokenizer as fine-tuning used it: with its special tokens around texts and pairs, and its length."""
     tokenizer = tokenizer_for(model, kept, job.settings)
-    assert tokenizer.truncation is not None, "fine-tuning cuts texts"
+    assert tokenizer.truncation is not None, f"{kept}: the tokenizer does not truncate texts"
     max_length = tokenizer.truncation["max_length"]
     copy_tokenizer(kept, folder, max_length)
     tokenizer.no_truncation()

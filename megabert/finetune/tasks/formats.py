@@ -16,14 +16,16 @@ from megabert.config.settings import shortened
 from megabert.config.strict_yaml import one_line
 from megabert.files.json_file import parse_json
 from megabert.finetune.tasks.label_names import read_label_names
-from megabert.finetune.tasks.task import Task, TsvLayout
+from megabert.finetune.tasks.task import TableLayout, Task
 
 log = logging.getLogger(__name__)
 
 FORMATS = ".tsv, .csv, .jsonl (each also .gz) or .parquet"
-# Rows of QQP that may be broken: a few of GLUE's own 364 thousand are. More of them have another cause.
+# QQP has a few broken rows among its 364 thousand. More than this share of a file, and more than this many, are an
+# error.
 MAX_BROKEN_SHARE, MAX_BROKEN_ROWS = 0.001, 3
-# A line is held in memory whole. A model reads the first thousands of tokens of a text: longer ones are no texts.
+# A line is held in memory whole. A model reads the first thousands of tokens of a text: longer lines are no single
+# text.
 MAX_LINE_BYTES = 16_000_000
 # Rows of a parquet file that are decoded at once, and bytes of one of its row groups, which pyarrow holds in memory.
 BATCH_ROWS, MAX_ROW_GROUP_BYTES = 256, 4_000_000_000
@@ -43,7 +45,7 @@ class Row(NamedTuple):
     label: Any
 
 
-def read_rows(task: Task, path: Path, layout: TsvLayout) -> Iterator[Row]:
+def read_rows(task: Task, path: Path, layout: TableLayout) -> Iterator[Row]:
     """Yield the rows of a file. Raises ValueError naming file and line of the first that is damaged."""
     kind = Path(path.name.removesuffix(".gz")).suffix
     if path.suffix == ".parquet":
@@ -55,7 +57,7 @@ def read_rows(task: Task, path: Path, layout: TsvLayout) -> Iterator[Row]:
     raise ValueError(f"{path}: expected a {FORMATS} file.")
 
 
-def _read_delimited(path: Path, layout: TsvLayout, has_quotes: bool) -> Iterator[Row]:
+def _read_delimited(path: Path, layout: TableLayout, has_quotes: bool) -> Iterator[Row]:
     """Read a .csv file with the usual quotes, or a .tsv file without; columns go by the names in the header line."""
     rows = _csv_rows(path) if has_quotes else ((number, line.split("\t")) for number, line in _lines(path))
     header = list(layout.columns) or next(rows, (1, []))[1]
@@ -140,7 +142,7 @@ def _check_width(where: str, header: list[str], cells: list[str]) -> None:
         raise ValueError(f"{where}: has {len(cells)} columns, expected {len(header)}: a tab or comma too many.")
 
 
-def _read_jsonl(path: Path, layout: TsvLayout) -> Iterator[Row]:
+def _read_jsonl(path: Path, layout: TableLayout) -> Iterator[Row]:
     """Read a JSON object per line, with at least the columns of the layout; blank lines are skipped."""
     wanted = [*layout.texts, *([] if layout.label is None else [layout.label])]
     for number, line in _lines(path):
@@ -159,7 +161,7 @@ def _read_jsonl(path: Path, layout: TsvLayout) -> Iterator[Row]:
         yield Row(where, tuple(row[name] for name in layout.texts), row[layout.label] if layout.label else None)
 
 
-def _read_parquet(task: Task, path: Path, layout: TsvLayout) -> Iterator[Row]:
+def _read_parquet(task: Task, path: Path, layout: TableLayout) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -200,7 +202,7 @@ def _check_parquet(path: Path, file: Any, wanted: list[str]) -> None:
             )
 
 
-def _name(label: Any, names: list[str] | None, where: str, layout: TsvLayout) -> Any:
+def _name(label: Any, names: list[str] | None, where: str, layout: TableLayout) -> Any:
     """Return the name of a label that a parquet file holds as a number. names: None if the file has no such numbers."""
     if names is None:
         return label

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from megabert.config.settings import shortened
 from megabert.files.hashing import file_sha256
 from megabert.finetune.tasks.formats import read_rows
-from megabert.finetune.tasks.task import Examples, Task, TsvLayout
+from megabert.finetune.tasks.task import Examples, TableLayout, Task
 
 # The examples of a split are held in memory. GLUE's largest has 393 thousand, of some 200 characters each.
 MAX_EXAMPLES, MAX_CHARACTERS, MAX_TEXT_CHARACTERS = 50_000_000, 2_000_000_000, 10_000_000
@@ -56,7 +56,7 @@ def read_split(task: Task, folder: Path, split: str) -> Examples:
         layout = task.tsv[split]
     else:
         has_labels = split not in task.test.values()
-        layout = TsvLayout(file=files[0].name, texts=task.texts, label=task.label if has_labels else None)
+        layout = TableLayout(file=files[0].name, texts=task.texts, label=task.label if has_labels else None)
     texts: list[tuple[str, ...]] = []
     labels, characters = [], 0
     for path in files:
@@ -115,7 +115,7 @@ def file_hashes(task: Task, folder: Path, splits: list[str]) -> dict[str, str]:
 
 
 def _text(value: Any, where: str) -> str:
-    """Return a text. Raises ValueError for anything that is no text, or no text that a tokenizer can read."""
+    """Return a text. Raises ValueError unless it is a string that a tokenizer can read."""
     if not isinstance(value, str):
         raise ValueError(f"{where}: is {_shown(value)}, expected a string.")
     if len(value) > MAX_TEXT_CHARACTERS:
@@ -126,7 +126,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _label(task: Task, value: Any, where: str) -> int | float:
-    """Return a label's index, or a regression's target. A number is the label of this name: 1 is "1"."""
+    """Return a label's index, or a regression's target. An integer label counts as its name: 1 is "1"."""
     if task.is_regression:
         return _target(value, where)
     known = task.labels

@@ -31,7 +31,7 @@ class Examples(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TsvLayout:
+class TableLayout:
     """One file in GLUE's own layout: which columns hold the texts and the label."""
 
     file: str
@@ -61,7 +61,7 @@ class Task:
     """test sets, which have no labels: suffix -> split"""
     folder: str = ""
     """folder in GLUE's own layout"""
-    tsv: dict[str, TsvLayout] = field(default_factory=dict)
+    tsv: dict[str, TableLayout] = field(default_factory=dict)
     """split -> its file in that layout"""
     numbered: bool = False
     """whether the files of that layout write labels as numbers, in the order of `labels`"""
@@ -82,21 +82,21 @@ class Task:
         return bool(self.files) and self.files["train"] == self.files["validation"]
 
 
-def _splits(train: TsvLayout, test: TsvLayout) -> dict[str, TsvLayout]:
+def _splits(train: TableLayout, test: TableLayout) -> dict[str, TableLayout]:
     return {"train": train, "validation": dataclasses.replace(train, file="dev.tsv"), "test": test}
 
 
-def _layouts(*texts: str, label: str, has_broken_rows: bool = False) -> dict[str, TsvLayout]:
+def _layouts(*texts: str, label: str, has_broken_rows: bool = False) -> dict[str, TableLayout]:
     """Return the layouts of a task whose three files have headers with the same names."""
-    train = TsvLayout(file="train.tsv", texts=texts, label=label, has_broken_rows=has_broken_rows)
-    return _splits(train, TsvLayout(file="test.tsv", texts=texts))
+    train = TableLayout(file="train.tsv", texts=texts, label=label, has_broken_rows=has_broken_rows)
+    return _splits(train, TableLayout(file="test.tsv", texts=texts))
 
 
 ENTAILMENT = ("entailment", "not_entailment")
 INFERENCE = ("entailment", "neutral", "contradiction")
 MNLI_SETS = ("matched", "mismatched")
 PAIR = ("sentence1", "sentence2")
-MNLI_TRAIN = TsvLayout(file="train.tsv", texts=PAIR, label="gold_label")
+MNLI_TRAIN = TableLayout(file="train.tsv", texts=PAIR, label="gold_label")
 COLA_COLUMNS = ("source", "label", "star", "sentence")
 
 # Columns of the TSV files as in huggingface/datasets 2.x's datasets/glue/glue.py and transformers v4's
@@ -111,8 +111,8 @@ GLUE = {
             metrics=("matthews",),
             folder="CoLA",
             tsv=_splits(
-                TsvLayout(file="train.tsv", texts=("sentence",), label="label", columns=COLA_COLUMNS),
-                TsvLayout(file="test.tsv", texts=("sentence",)),
+                TableLayout(file="train.tsv", texts=("sentence",), label="label", columns=COLA_COLUMNS),
+                TableLayout(file="test.tsv", texts=("sentence",)),
             ),
             numbered=True,
         ),
@@ -160,7 +160,7 @@ GLUE = {
             test={name: f"test_{name}" for name in MNLI_SETS},
             tsv={"train": MNLI_TRAIN}
             | {f"validation_{name}": dataclasses.replace(MNLI_TRAIN, file=f"dev_{name}.tsv") for name in MNLI_SETS}
-            | {f"test_{name}": TsvLayout(file=f"test_{name}.tsv", texts=PAIR) for name in MNLI_SETS},
+            | {f"test_{name}": TableLayout(file=f"test_{name}.tsv", texts=PAIR) for name in MNLI_SETS},
         ),
         Task(
             name="qnli",
@@ -195,7 +195,7 @@ GLUE = {
             metrics=("matthews",),
             folder="diagnostic",
             dev={},
-            tsv={"test": TsvLayout(file="diagnostic.tsv", texts=PAIR)},
+            tsv={"test": TableLayout(file="diagnostic.tsv", texts=PAIR)},
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""Compiles a model's operations for a CPU before its first step: one call of the C++ compiler for all of them.
+"""Compile a model's operations for a CPU before its first step: one call of the C++ compiler for all of them.
 
 By default inductor calls the compiler once for every graph and waits for it each time. Before that it compiles a
 header, and ten tests of what this CPU can do. Most of that time goes into reading the same headers.
@@ -67,14 +67,14 @@ class Kernels:
 
     def load(self, number: int) -> Callable[..., None]:
         """Wait for the library, and return one of its kernels."""
-        assert self.library is not None, "kernels are compiled once they are collected"
+        assert self.library is not None, f"kernel {number} was loaded before the kernels were compiled"
         first = self.library()
         if number == 0:
             return getattr(first, ENTRY)
-        assert first.__file__ is not None, "the library is a file"
+        assert first.__file__ is not None, f"{first.__name__}, the library of the kernels, has no file"
         spec = importlib.util.spec_from_file_location(f"{first.__name__}_{number}", first.__file__)
-        assert spec is not None, "the library is a Python module"
-        assert spec.loader is not None, "the library is a Python module"
+        assert spec is not None, f"{first.__file__}: cannot be imported as a Python module"
+        assert spec.loader is not None, f"{first.__file__}: has no loader of Python modules"
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return getattr(module, ENTRY)

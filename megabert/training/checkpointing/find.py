@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megabert.config.recipe import RunConfig
-from megabert.files import checkpoint_format as layout
+from megabert.files import checkpoint_format
 from megabert.training.checkpointing.initial_folder import CONFIG
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def find(resume: str, folder: Path, check: Check) -> Path | None:
             raise ValueError(f"{named}: cannot resume from it: {problem}. Name another one, or use --run.resume auto.")
         return named
     found = newest(folder, check)
-    if found is None and (tags := layout.list_tags(folder)):
+    if found is None and (tags := checkpoint_format.list_tags(folder)):
         raise ValueError(
             f"{folder}: all {len(tags)} checkpoints are damaged. Remove them, or use --run.resume none, to start anew."
         )
@@ -41,13 +41,13 @@ def find_named(path: Path) -> Path:
         raise ValueError(
             f"{path}: is the folder of a model and no checkpoint. --model.init_from starts a run with its weights."
         )
-    return layout.find_checkpoint(path)
+    return checkpoint_format.find_checkpoint(path)
 
 
 def newest(folder: Path, check: Check, up_to: int | None = None) -> Path | None:
     """Return the newest undamaged checkpoint, of step `up_to` at most. Logs the damaged ones."""
-    for tag in layout.list_tags(folder):
-        if up_to is not None and layout.step_of(tag) > up_to:
+    for tag in checkpoint_format.list_tags(folder):
+        if up_to is not None and checkpoint_format.step_of(tag) > up_to:
             continue
         problem = check(folder / tag)
         if problem is None:
@@ -56,7 +56,7 @@ def newest(folder: Path, check: Check, up_to: int | None = None) -> Path | None:
     return None
 
 
-def saved_state(run: RunConfig) -> layout.State | None:
+def saved_state(run: RunConfig) -> checkpoint_format.State | None:
     """Return the state of the checkpoint that the run starts from, or None; all of a run have the same micro-batch.
 
     Only state.json is read. `find` checks the files later; here a checkpoint with a damaged state is passed over.
@@ -68,12 +68,12 @@ def saved_state(run: RunConfig) -> layout.State | None:
         path = find_named(Path(run.resume))
     if path is None and run.branch_from is not None:
         path = find_named(Path(run.branch_from))
-    return None if path is None else layout.read_state(path)
+    return None if path is None else checkpoint_format.read_state(path)
 
 
 def _state_problem(path: Path) -> str | None:
     try:
-        layout.read_state(path)
+        checkpoint_format.read_state(path)
     except (ValueError, OSError) as error:
         return str(error)
     return None

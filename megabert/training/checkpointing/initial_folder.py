@@ -1,4 +1,4 @@
-"""What a run requires of the folder of its initial weights, before it reads them; imports no torch."""
+"""Check the folder of a run's initial weights before they are read; imports no torch."""
 
 import hashlib
 from collections.abc import Mapping

@@ -30,7 +30,8 @@ def load_initial_weights(model: MegaBertForMaskedLM, folder: Path, source: Sourc
     )
     check_settings(folder, theirs, ours)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    assert weights.keys() == expected.keys(), "the settings determine the parameters"
+    differing = sorted(weights.keys() ^ expected.keys())
+    assert not differing, f"{folder}: equal settings gave other parameters: {differing}"
     check_vocabulary(folder, source)
     for name, shape in expected.items():
         if weights[name].shape != shape:

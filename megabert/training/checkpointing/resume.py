@@ -1,4 +1,4 @@
-"""Resuming: find a whole checkpoint, check that it belongs to this run, and load it into the engine."""
+"""Resume a run: find a whole checkpoint, check that it belongs to this run, and load it into the engine."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,7 +8,7 @@ import deepspeed
 
 from megabert.config.recipe import RunConfig
 from megabert.data.stream import Position, positions_from_json
-from megabert.files import checkpoint_format as layout
+from megabert.files import checkpoint_format
 from megabert.files.checkpoint_format import State
 from megabert.files.disk import DiskError, as_user_error, is_user_error
 from megabert.files.json_file import read_json
@@ -45,7 +45,7 @@ def find_checkpoint(
     if settings.branch_from is None:
         return None
     path = find.find(settings.branch_from, folder, check_together)
-    assert path is not None, "a named checkpoint is found, or it is an error"
+    assert path is not None, f"run.branch_from {settings.branch_from} named no checkpoint"
     checkpoint = read_checkpoint(path, rank, identity.world_size, branched=True)
     check_branch(path, checkpoint.state, identity, corpus)
     return checkpoint
@@ -61,10 +61,10 @@ def read_checkpoint(path: Path, rank: int, world_size: int, branched: bool = Fal
 
     branched: for a branch, which begins a new pass over the data where an earlier version read them in another order.
     """
-    file = path / layout.STREAMS
+    file = path / checkpoint_format.STREAMS
     positions = positions_from_json(read_json(file), str(file), new_pass=branched)
     own = {stream: position for stream, position in positions.items() if stream % world_size == rank}
-    return Checkpoint(path, layout.read_state(path), own, branched)
+    return Checkpoint(path, checkpoint_format.read_state(path), own, branched)
 
 
 def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
@@ -111,8 +111,8 @@ def check_together(path: Path) -> str | None:
     """
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     try:
-        names = sorted(layout.read_manifest(path))
-        problem = layout.check_files(path, names[rank::world_size])
+        names = sorted(checkpoint_format.read_manifest(path))
+        problem = checkpoint_format.check_files(path, names[rank::world_size])
     except ValueError as error:
         problem = str(error)
     except OSError as error:

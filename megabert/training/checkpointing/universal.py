@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import deepspeed
 import torch.distributed
 
-from megabert.files import checkpoint_format as layout
+from megabert.files import checkpoint_format
 from megabert.files.disk import DiskError
 from megabert.training.distributed.deepspeed_compat import convert_to_universal, loading_only_weights
 from megabert.training.distributed.heartbeat import progress
@@ -56,7 +56,7 @@ class RanksOfRun:
         return message[0]
 
 
-def needs_conversion(state: layout.State, stage: int, world_size: int) -> bool:
+def needs_conversion(state: checkpoint_format.State, stage: int, world_size: int) -> bool:
     """Return whether the checkpoint must be converted to be loaded; at stage 0 every rank has the whole state."""
     return stage > 0 and state.world_size != world_size
 
@@ -76,7 +76,7 @@ def converted(path: Path) -> Iterator[Path]:
     """
     ranks = RanksOfRun()
     # A folder of its own, because the converter also writes a `latest_universal` file next to its result.
-    folder = path.parent / f"{layout.TEMPORARY}universal"
+    folder = path.parent / f"{checkpoint_format.TEMPORARY}universal"
     problem = Conversion(path, folder / path.name, ranks).run()
     problems = gather_dicts({} if problem is None else {ranks.rank: problem})
     if problems:

@@ -19,8 +19,7 @@ import torch
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.source import Source
 from megabert.data.stream import Position, positions_to_json
-from megabert.files import checkpoint_format as layout
-from megabert.files import hashing
+from megabert.files import checkpoint_format, hashing
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import State, step_of
 from megabert.files.disk import DiskError, as_user_error
@@ -50,7 +49,7 @@ class Retention:
         last_good_step: the step of the last applied update, if later ones were skipped: a rollback needs the newest
         checkpoint up to that step.
 
-        Retention(last=1, best=True) on step 10: 3.0, step 20: 2.0, step 30: 2.5 -> step 10.
+        Example: losses 3.0, 2.0, 2.5 at steps 10, 20, 30: last=1, best=True deletes step 10.
         """
         tags = sorted(heldout_loss, key=step_of, reverse=True)
         kept = set(tags[: self.last])
@@ -96,7 +95,9 @@ class CheckpointWriter:
         self.rank = deepspeed.comm.get_rank()
         # A process group of its own: the writing thread's collectives run concurrently with the training's.
         group = torch.distributed.new_group(backend="gloo")
-        assert isinstance(group, torch.distributed.ProcessGroup), "every rank is in the group"
+        assert isinstance(group, torch.distributed.ProcessGroup), (
+            f"rank {self.rank} is not in the group of the writers: got {group!r}"
+        )
         self.group = group
         self.thread: threading.Thread | None = None
         self.finished = True
@@ -105,13 +106,13 @@ class CheckpointWriter:
     def save(self, engine: deepspeed.DeepSpeedEngine, state: State, positions: dict[int, Position], source: Source):
         """Start writing a checkpoint, after the previous one is complete.
 
-        positions: this rank's streams'. source: the shards whose tokenizer is stored in the checkpoint. Raises
+        positions: of this rank's streams. source: the shards whose tokenizer is stored in the checkpoint. Raises
         DiskError, on all ranks, if the previous checkpoint failed, or without overlap if this one did.
         """
         self.wait()
         small_files: dict[str, bytes] = {}
         if self.rank == 0:
-            small_files = {layout.STATE: _json(vars(state)), TOKENIZER: source.read_tokenizer_file()}
+            small_files = {checkpoint_format.STATE: _json(vars(state)), TOKENIZER: source.read_tokenizer_file()}
             if (config := source.read_optional(TOKENIZER_CONFIG)) is not None:
                 small_files[TOKENIZER_CONFIG] = config
         tensor_files = capture_checkpoint(engine, copy_to_host if self.overlap else None)
@@ -134,10 +135,10 @@ class CheckpointWriter:
             raise DiskError(self.problem)
 
     def _write(self, parts: CheckpointParts) -> None:
-        """Write the checkpoint. On failure set self.problem, to the same message on all ranks."""
+        """Write the checkpoint. On failure, set self.problem on all ranks."""
         self.finished = False
-        tag = layout.tag_of(parts.state.step)
-        temporary = self.folder / f"{layout.TEMPORARY}{tag}"
+        tag = checkpoint_format.tag_of(parts.state.step)
+        temporary = self.folder / f"{checkpoint_format.TEMPORARY}{tag}"
         needed = sum(self._on_all_ranks(lambda: _num_bytes(parts.tensor_files) + _num_bytes(parts.small_files)))
         try:
             self._on_all_ranks(lambda: self._begin(temporary, needed))
@@ -169,7 +170,7 @@ class CheckpointWriter:
         """Create the temporary folder on rank 0. Raises OSError if the disk has fewer than `needed` free bytes."""
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f"{layout.TEMPORARY}*"):
+            for leftover in self.folder.glob(f"{checkpoint_format.TEMPORARY}*"):
                 _delete(leftover)
             temporary.mkdir()
             if needed > shutil.disk_usage(temporary).free:
@@ -184,21 +185,21 @@ class CheckpointWriter:
         """
         if self.rank != 0:
             return
-        streams, manifest = temporary / layout.STREAMS, temporary / layout.MANIFEST
+        streams, manifest = temporary / checkpoint_format.STREAMS, temporary / checkpoint_format.MANIFEST
         streams.write_bytes(_json(positions_to_json(positions)))
         hashes |= {streams.name: hashing.hash_and_sync(streams)}
         manifest.write_bytes(_json({name: hashes[name] for name in sorted(hashes)}))
         hashing.hash_and_sync(manifest)
         hashing.sync_folder(temporary)
-        final = self.folder / temporary.name.removeprefix(layout.TEMPORARY)
-        # A damaged checkpoint of the same step, which the resumed run did not use.
+        final = self.folder / temporary.name.removeprefix(checkpoint_format.TEMPORARY)
+        # The run did not start from this checkpoint: it started from an earlier step.
         if final.exists():
             _delete_checkpoint(final)
         os.rename(temporary, final)
-        write_atomically(self.folder / layout.LATEST, final.name.encode())
+        write_atomically(self.folder / checkpoint_format.LATEST, final.name.encode())
         hashing.sync_folder(self.folder)
         last_good_step = state.step - state.guard["in_a_row"]
-        for tag in self.retention.to_delete(layout.heldout_losses(self.folder), last_good_step):
+        for tag in self.retention.to_delete(checkpoint_format.heldout_losses(self.folder), last_good_step):
             _delete_checkpoint(self.folder / tag)
 
     def _explain(self, tag: str, error: OSError, needed: int) -> str:
@@ -212,7 +213,7 @@ class CheckpointWriter:
 
 def _delete_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint; it is renamed first, so that a partly deleted one does not look complete."""
-    renamed = checkpoint.with_name(f"{layout.TEMPORARY}old-{checkpoint.name}")
+    renamed = checkpoint.with_name(f"{checkpoint_format.TEMPORARY}old-{checkpoint.name}")
     os.rename(checkpoint, renamed)
     shutil.rmtree(renamed)
 
@@ -230,7 +231,7 @@ def set_aside_after(folder: Path, step: int) -> None:
 
     The run will write other checkpoints of these steps. Left in place, the old ones would count as the newest.
     """
-    later = [tag for tag in layout.list_tags(folder) if layout.step_of(tag) > step]
+    later = [tag for tag in checkpoint_format.list_tags(folder) if checkpoint_format.step_of(tag) > step]
     if later:
         aside = Path(tempfile.mkdtemp(prefix=f"set-aside-{time.strftime('%Y%m%d-%H%M%S')}-", dir=folder))
         for tag in later:
@@ -256,7 +257,10 @@ def check_disk_space(folder: Path, num_parameters: int, stage: int, retention: R
     if problems := gather_dicts({} if problem is None else {rank: problem}):
         raise problems[0]
     # An old checkpoint is deleted after the new one is complete: the disk briefly holds one more than retention.last.
-    size, missing = layout.bytes_of(num_parameters, stage), retention.last + 1 - len(layout.list_tags(folder))
+    size, missing = (
+        checkpoint_format.bytes_of(num_parameters, stage),
+        retention.last + 1 - len(checkpoint_format.list_tags(folder)),
+    )
     free = shutil.disk_usage(folder).free
     if rank == 0 and missing * size > free:
         log.warning(

@@ -1,4 +1,4 @@
-"""Which accelerator DeepSpeed uses and which GPU this rank uses, set in the environment before DeepSpeed is loaded."""
+"""Set in the environment, before DeepSpeed is loaded, which accelerator it uses and which GPU this rank uses."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Every place where MegaBERT uses or replaces internals of DeepSpeed 0.19.8.
+"""Every place where MegaBERT uses or replaces internals of DeepSpeed 0.19.8, but for Muon in updates/optimizers.py.
 
 Each function names its canary: a test of tests/training/test_traps.py that fails once DeepSpeed no longer needs the
 function.
@@ -56,7 +56,7 @@ def ignore_deprecated_collectives() -> None:
 
 
 def pickle_enums_by_value() -> None:
-    """Write ZeRO's stage into checkpoints as later versions of Python do. Canary: stage_is_an_enum."""
+    """Pickle ZeRO's stage as its number, as newer Pythons do. Canary: stage_is_an_enum."""
     copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
@@ -92,7 +92,7 @@ def gate_optimizer_step(optimizer: torch.optim.Optimizer, allows_step: Callable[
     optimizer.step = gated_step  # pyrefly: ignore[bad-assignment]
 
 
-def zero_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float]:
+def install_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float]:
     """Return a function that reads the current step's gradient norm while ZeRO 1, 2 or 3 calls the wrapped optimizer.
 
     engine.get_global_grad_norm() still returns the previous step's norm at that moment. Canary: norm_within_step.
@@ -101,7 +101,7 @@ def zero_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float]:
     if engine.zero_optimization_stage() == 3:
         return lambda: float(optimizer._global_grad_norm)
     judge = _NormJudge()
-    judge_norms_on_the_device(judge)
+    replace_norm_checks(judge)
     # ZeRO may be told not to judge the norm before it calls the optimizer (bf16.check_grad_overflow).
     return lambda: judge.take() if judge.is_new else float(optimizer._global_grad_norm)
 
@@ -125,8 +125,8 @@ class _NormJudge:
         return self.value
 
 
-def judge_norms_on_the_device(is_invalid: Callable[[Any], bool]) -> None:
-    """Let ZeRO 1 and 2 judge norms with another function, and mark invalid ones without a copy from the host.
+def replace_norm_checks(is_invalid: Callable[[Any], bool]) -> None:
+    """Replace ZeRO 1 and 2's norm check, and overwrite invalid norms without a host-to-device copy.
 
     ZeRO itself reads the same norm again for every group that it clips, and copies the number -1 to the device for
     every group, which makes the host wait each time. Canary: reads_norm_again.
@@ -141,7 +141,7 @@ def judge_norms_on_the_device(is_invalid: Callable[[Any], bool]) -> None:
 
 
 def optimizer_partitions(engine: deepspeed.DeepSpeedEngine) -> dict[torch.Tensor, tuple[list[slice], list[int]]]:
-    """Say what the flat tensors hold that ZeRO 1, 2 or 3 gives the wrapped optimizer in the place of the parameters.
+    """Map each flat tensor that ZeRO 1, 2 or 3 passes to the optimizer to the parameters inside it.
 
     Returns the parts and numels of each one, as in updates/optimizers.py Partition. Canary: flat_partitions.
     """
@@ -176,7 +176,7 @@ def skip_reduction_of_one_rank(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def reduce_once(engine: deepspeed.DeepSpeedEngine, gradients: list[torch.Tensor]) -> None:
-    """Give the engine a step's gradients, and reduce them over the ranks as its last backward would. At ZeRO 0 and 1.
+    """Set the gradients and reduce them once, as the step's last backward does; ZeRO 0 and 1 only.
 
     gradients: summed over this rank's micro-batches, one for each of the module's parameters; their memory stays the
     caller's. Canary: gradients_move.

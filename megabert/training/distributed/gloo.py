@@ -15,7 +15,7 @@ def ring_all_gather(
     if async_op:
         return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=True)
     group = group or dist.group.WORLD
-    assert group is not None, "the process group is initialized"
+    assert group is not None, "gathering began before the process group was initialized"
     size, rank = group.size(), group.rank()
     parts = output_tensor.view(size, -1)
     if parts[rank].data_ptr() != input_tensor.data_ptr():

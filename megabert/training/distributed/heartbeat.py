@@ -1,4 +1,4 @@
-"""Progress of the ranks of a run: what this rank is doing, and which rank has made no progress for too long."""
+"""Record what this rank is doing, and tell the other ranks in heartbeats."""
 
 import sys
 import time
@@ -10,13 +10,12 @@ BEAT_S = 5.0
 # Before its first step a rank imports, compiles, opens the corpus and loads a checkpoint: its limit is this many times
 # as long.
 START_FACTOR = 5.0
-# For saving, converting a checkpoint and the last scores, which may take long without a sign: the limit of a
-# collective (process.py).
-LONG_S = 1800.0
-MAX_NAMED = 8
+# Limit for saving, converting and final scoring, which report no progress; equal to the collectives' timeout
+# (process.py).
+LONG_PART_LIMIT_S = 1800.0
 # On a CPU a part of a step may take minutes: its limit is at least this many times the longest part of the last two
 # steps.
-SLOWER = 3.0
+LIMIT_FACTOR = 3.0
 COMPUTING = ("forward", "backward", "optimizer")
 
 
@@ -51,18 +50,18 @@ class Progress:
     def __init__(self) -> None:
         self.restart(0.0)
 
-    def restart(self, timeout_s: float, waits_for_store_at: Callable[[], float] = lambda: 0.0) -> None:
-        """Begin a run. timeout_s: run.hang_timeout_s. waits_for_store_at: when a store was last waited for, or 0."""
-        self.timeout_s, self.waits_for_store_at = timeout_s, waits_for_store_at
+    def restart(self, timeout_s: float, waited_for_store_at: Callable[[], float] = lambda: 0.0) -> None:
+        """Begin a run. timeout_s: run.hang_timeout_s. waited_for_store_at: when a store was last waited for, or 0."""
+        self.timeout_s, self.waited_for_store_at = timeout_s, waited_for_store_at
         self.step = self.count = 0
-        self.long = self.compiling = self.started = False
+        self.long = self.compiling = self.has_stepped = False
         # The longest part of this step, and of the previous one.
-        self.longest_s = self.longest_before_s = 0.0
+        self.longest_s = self.previous_step_longest_s = 0.0
         self.part, self.entered_at = "", time.monotonic()
         self.enter("starting")
 
     def enter(self, part: str, *, long: bool = False) -> None:
-        """Begin a part of the run. long: it may take LONG_S."""
+        """Begin a part of the run. long: it may take LONG_PART_LIMIT_S."""
         now = time.monotonic()
         if self.part in COMPUTING:
             self.longest_s = max(self.longest_s, now - self.entered_at)
@@ -75,8 +74,8 @@ class Progress:
 
     def step_done(self, step: int) -> None:
         """Report a step. step: steps done so far."""
-        self.step, self.started = step, True
-        self.longest_s, self.longest_before_s = 0.0, self.longest_s
+        self.step, self.has_stepped = step, True
+        self.longest_s, self.previous_step_longest_s = 0.0, self.longest_s
         self.advance()
 
     def compile_began(self, _: object = None) -> None:
@@ -89,11 +88,11 @@ class Progress:
         self.advance()
 
     def beat(self) -> Beat:
-        limit_s = self.timeout_s * (START_FACTOR if self.compiling or not self.started else 1.0)
-        limit_s = max(limit_s, SLOWER * self.longest_s, SLOWER * self.longest_before_s)
+        limit_s = self.timeout_s * (START_FACTOR if self.compiling or not self.has_stepped else 1.0)
+        limit_s = max(limit_s, LIMIT_FACTOR * self.longest_s, LIMIT_FACTOR * self.previous_step_longest_s)
         if self.long:
-            limit_s = max(limit_s, LONG_S)
-        age_s = time.monotonic() - max(self.moved_at, self.waits_for_store_at())
+            limit_s = max(limit_s, LONG_PART_LIMIT_S)
+        age_s = time.monotonic() - max(self.moved_at, self.waited_for_store_at())
         return Beat(self.step, self.count, f"compiling ({self.part})" if self.compiling else self.part, age_s, limit_s)
 
 
@@ -110,67 +109,3 @@ def watch_compiler() -> None:
     if progress.compile_began not in callback_handler.start_callbacks:
         callback_handler.register_start_callback(progress.compile_began)
         callback_handler.register_end_callback(progress.compile_ended)
-
-
-class HangDetector:
-    """Finds the ranks that hang, from the heartbeats that this rank receives.
-
-    Rank 0 receives those of all ranks. The others receive rank 0's only, do not know for which rank it waits, and
-    notice only if it sends nothing.
-    """
-
-    def __init__(self, timeout_s: float, hosts: dict[int, str], now: float):
-        """timeout_s: run.hang_timeout_s. hosts: those of ranks that send heartbeats. now: as of time.monotonic()."""
-        self.timeout_s, self.hosts = timeout_s, hosts
-        # Rank 0 is one of the hosts from the beginning.
-        self.has_all_ranks = len(hosts) > 1
-        first = Beat(0, 0, "starting", 0.0, START_FACTOR * timeout_s)
-        self.beats = dict.fromkeys(hosts, (now, first))
-
-    def update(self, rank: int, beat: Beat, now: float) -> None:
-        self.beats[rank] = (now, beat)
-
-    def forget(self, rank: int) -> None:
-        """Expect no more heartbeats of a rank: it has ended."""
-        self.beats.pop(rank, None)
-
-    def restart(self, now: float) -> None:
-        """Count from now on: this process was stopped itself, as when a job is suspended, and has received nothing."""
-        self.beats = {rank: (now, beat) for rank, (_, beat) in self.beats.items()}
-
-    def find_hang(self, now: float) -> str | None:
-        """Name the ranks that hang; None if none does.
-
-        A rank hangs if it has sent nothing for too long, whatever it was doing; or if no other rank is further behind,
-        and it has been in the same place for longer than its limit. The others wait for it.
-        """
-        silent = {
-            rank: now - received_at
-            for rank, (received_at, beat) in self.beats.items()
-            if now - received_at > min(beat.limit_s, START_FACTOR * self.timeout_s)
-        }
-        if silent:
-            return self._describe(silent, "sent no heartbeat")
-        if not self.has_all_ranks:
-            return None
-        least = min((beat.count for _, beat in self.beats.values()), default=0)
-        behind = {
-            rank: (now - received_at + beat.age_s, beat.limit_s)
-            for rank, (received_at, beat) in self.beats.items()
-            if beat.count == least
-        }
-        if behind and all(age_s > limit_s for age_s, limit_s in behind.values()):
-            return self._describe({rank: age_s for rank, (age_s, _) in behind.items()}, "made no progress")
-        return None
-
-    def _describe(self, ranks: dict[int, float], what: str) -> str:
-        named = [
-            f"rank {rank} on {self.hosts[rank]} ({self.beats[rank][1].place})" for rank in sorted(ranks)[:MAX_NAMED]
-        ]
-        if len(ranks) > MAX_NAMED:
-            named.append(f"{len(ranks) - MAX_NAMED} more")
-        verb = "has" if len(ranks) == 1 else "have"
-        return (
-            f"{', '.join(named)} {verb} {what} for {max(ranks.values()):.0f} s: a process, GPU or file system hangs. "
-            "If it only needs longer, raise run.hang_timeout_s"
-        )

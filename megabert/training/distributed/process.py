@@ -10,7 +10,7 @@ import deepspeed
 import torch
 import torch.distributed
 
-from megabert.files.limits import allow_open_files
+from megabert.process.open_files import allow_open_files
 from megabert.training.distributed import deepspeed_compat, flight_recorder
 from megabert.training.distributed.accelerator import choose_own_gpu, claim_gpu
 from megabert.training.distributed.device import backend_name, gpu_id, training_device, visible_gpus

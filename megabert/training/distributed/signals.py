@@ -1,4 +1,4 @@
-"""Turn signals, and the death of the launcher, into a request to stop that the training loop reads once per step."""
+"""Convert stop signals, and the launcher's death, into a request that the training loop checks each step."""
 
 import contextlib
 import logging
@@ -57,7 +57,7 @@ class StopSignals:
         self._lock = threading.RLock()
 
     def install_handlers(self) -> None:
-        """Handle SIGNALS; call this in the main thread. A signal that is ignored, as SIGHUP under nohup, stays so."""
+        """Handle SIGNALS; call this in the main thread. An ignored SIGHUP (nohup) stays ignored."""
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
@@ -67,7 +67,7 @@ class StopSignals:
             receiver, sender = socket.socketpair()
             sender.setblocking(False)
             signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._read_numbers, args=(receiver, sender), name="signals", daemon=True).start()
+            threading.Thread(target=self._read_signals, args=(receiver, sender), name="signals", daemon=True).start()
 
     def first_step_done(self) -> None:
         """Let a request to stop take effect at the end of a step from now on."""
@@ -100,25 +100,25 @@ class StopSignals:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         """Handle a signal, in the main thread."""
-        if self.embedded and self._record_interrupt(number):
+        if self.embedded and self._is_second_interrupt(number):
             raise KeyboardInterrupt
         if self.embedded or self._has_stepped:
             self.request(_describe(number))
         if self._interruptible:
             raise StopRequested(self.reason)
 
-    def _read_numbers(self, receiver: socket.socket, _sender: socket.socket) -> None:
+    def _read_signals(self, receiver: socket.socket, _sender: socket.socket) -> None:
         """Act on signals, in a thread of its own. _sender: kept open."""
         while numbers := receiver.recv(64):
             for number in set(numbers) & set(SIGNALS):
-                if self._record_interrupt(number):
+                if self._is_second_interrupt(number):
                     _end("interrupted again: ending without saving", EXIT_INTERRUPTED)
                 if number == signal.SIGINT and not self._has_stepped:
                     self.tell_peers()
                     _end("interrupted", EXIT_INTERRUPTED)
                 self.request(_describe(number))
 
-    def _record_interrupt(self, number: int) -> bool:
+    def _is_second_interrupt(self, number: int) -> bool:
         """Record a SIGINT, and return whether it is a second one."""
         if number != signal.SIGINT:
             return False

@@ -21,7 +21,8 @@ from megabert.config.cli import exit_code
 from megabert.data.shards.retry import waited_for_store_at
 from megabert.process.exit_codes import EXIT_HANG, EXIT_PEER_LOST
 from megabert.training.distributed import flight_recorder
-from megabert.training.distributed.heartbeat import BEAT_S, Beat, HangDetector, progress
+from megabert.training.distributed.hang_detector import HangDetector
+from megabert.training.distributed.heartbeat import BEAT_S, Beat, progress
 from megabert.training.distributed.rank_env import LOOPBACK, are_ranks_on_one_machine, host_name
 from megabert.training.distributed.signals import PEER_REASON, StopSignals
 

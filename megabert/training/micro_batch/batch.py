@@ -56,7 +56,7 @@ def batch_of_web_pages(recipe: Recipe, tokens: int) -> Batch:
 def largest_batch(recipe: Recipe, tokens: int, max_documents: dict[int, int]) -> Batch:
     """Return the most that a micro-batch of a run computes. max_documents: by max_seq_len, from the run's corpus.
 
-    A padded model computes at most so many documents of that length.
+    A padded model computes at most max_documents rows of each max_seq_len.
     """
     masking, slots = recipe.masking, tokens
     share = max(masking.mlm_probability, masking.final_mlm_probability if masking.schedule != "constant" else 0)

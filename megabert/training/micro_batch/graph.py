@@ -64,7 +64,7 @@ class MicroBatchGraph:
 
     def _compute(self) -> None:
         """Compute what is in the kept batch's buffer. Nothing here may read a value that a micro-batch changes."""
-        assert self.batch is not None, "add() has copied a batch"
+        assert self.batch is not None, "a micro-batch is computed before add() has copied one"
         inputs = self.batch.model_inputs(self.device)
         # A number of the host; only model.padding padded, which has no graph, needs it.
         del inputs["num_documents"]

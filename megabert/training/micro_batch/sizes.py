@@ -18,7 +18,7 @@ def possible_micro_batches(recipe: Recipe, world_size: int, most: int) -> list[i
     One piece of a document must fit. Raises ValueError, naming what works, if there is none.
     """
     data = recipe.data
-    assert data.global_batch_tokens != "auto", "the recipe refuses auto for both"
+    assert data.global_batch_tokens != "auto", "data.micro_batch_tokens and data.global_batch_tokens are both auto"
     ranks = [world_size, *(data.ranks or [])]
     longest = data.longest
     return micro_batch_sizes(data.global_batch_tokens, data.batch_warmup_from, longest, ranks, max(most, longest))

@@ -28,7 +28,12 @@ from megabert.training.checkpointing.initial_folder import (
 )
 from megabert.training.corpora import choose_max_documents, open_corpora
 from megabert.training.identity import RunIdentity, check_branch, check_same_run, fixed_settings
-from megabert.training.limits import (
+from megabert.training.micro_batch.batch import batch_of_web_pages, largest_batch
+from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
+from megabert.training.micro_batch.sizes import largest_micro_batch
+from megabert.training.run_schedule import ENDLESS, RunSchedule, make_run_schedule, shared_batches
+from megabert.training.telemetry.cards import CARDS
+from megabert.training.unsupported import (
     refusal_of_fp8,
     refusal_of_graphs,
     why_no_trackers,
@@ -36,12 +41,7 @@ from megabert.training.limits import (
     why_not_cuda_graphs,
     why_not_fp8,
 )
-from megabert.training.micro_batch.batch import batch_of_web_pages, largest_batch
-from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
-from megabert.training.micro_batch.sizes import largest_micro_batch
-from megabert.training.run_schedule import ENDLESS, RunSchedule, make_run_schedule, shared_batches
-from megabert.training.telemetry.cards import CARDS
-from megabert.training.updates.limits import why_not_optimizer
+from megabert.training.updates.unsupported_optimizers import why_not_optimizer
 
 # A user waits for the answer, so a store gets less time than in a run.
 STORE_PATIENCE_S = 10.0
@@ -61,7 +61,7 @@ class Finding(NamedTuple):
 
 
 def dry_run(recipe: Recipe, ds_config: DsConfig, ranks: int) -> Iterator[Finding]:
-    """Say what a run would do on so many ranks, and every reason to refuse it.
+    """Say what a run would do on this number of ranks, and every reason to refuse it.
 
     A part that needs another one which is refused is left out.
     """

@@ -1,4 +1,4 @@
-"""Predicts a run on GPUs: memory, tokens/s, MFU, hours and dollars, and what bounds them."""
+"""Predict a run on GPUs: memory, tokens/s, MFU, hours and dollars, and what bounds them."""
 
 from dataclasses import dataclass
 

@@ -159,7 +159,7 @@ class ProbeRunner:
 
     def _collect(self) -> tuple[int, subprocess.Popen]:
         """Wait for the running process and return it with its step."""
-        assert self.running is not None, "a probe is running"
+        assert self.running is not None, "no probe is running whose result could be collected"
         step, process = self.running
         process.communicate()
         self.running = None

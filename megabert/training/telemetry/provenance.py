@@ -50,7 +50,9 @@ def start_messages(
         yield f"layers' products: FP8 from {recipe.run.fp8}, {_how_fp8_runs(plan)}"
     if plan.device.type == "cuda":
         how = (
-            "as CUDA graphs (not run on a GPU yet)" if plan.no_graphs is None else f"kernel by kernel: {plan.no_graphs}"
+            "as CUDA graphs (not run on a GPU yet)"
+            if plan.why_no_graphs is None
+            else f"kernel by kernel: {plan.why_no_graphs}"
         )
         yield f"micro-batches: launched {how}"
     if checkpoint is not None:

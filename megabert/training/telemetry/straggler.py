@@ -1,4 +1,4 @@
-"""The straggler: a rank that computes more slowly than the others time after time, which all of them wait for."""
+"""Detect a rank that is slower than the others again and again, so that all of them wait for it."""
 
 import statistics
 from collections.abc import Sequence

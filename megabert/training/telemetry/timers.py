@@ -48,7 +48,7 @@ class TimeBudget:
     @property
     def share_of_schedule(self) -> float:
         """The share of the time since the first step that is used, from 0 to 1: start-up shortens no warm-up."""
-        assert self.limit is not None, "only a run with max_hours has a share of its time"
+        assert self.limit is not None, "run.max_hours is not set, so there is no share of the time"
         rest = self.limit - self.schedule_start
         return min(1.0, (self.used - self.schedule_start) / rest) if rest > 0 else 1.0
 

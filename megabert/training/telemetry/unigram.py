@@ -1,4 +1,4 @@
-"""Tells a run that has learned nothing from context, because its loss is that of guessing tokens by their frequency."""
+"""Warn when a run's loss is only the unigram entropy, that of guessing tokens by their frequency."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from megabert.config.recipe import OptimizerConfig
 
 # Nats below the unigram's entropy that count as learned. The frequencies alone are learned in the first tens of steps.
 LEARNED = 0.1
-# A run that learns may need so many steps, whatever its length, to leave the unigram's loss.
+# A run that learns may need this many steps, whatever its length, to fall below the unigram's entropy.
 FIRST_STEPS = 300
 # How much of the run is looked at, in warm-ups: the loss of the last half of it counts.
 WARMUPS = 3

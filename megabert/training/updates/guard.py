@@ -1,4 +1,8 @@
-"""Skip optimizer updates whose gradient norm is not finite or far above the usual."""
+"""Decide to skip optimizer updates whose gradient norm is not finite or far above the usual.
+
+gate_optimizer_step of distributed/deepspeed_compat.py skips them; micro_batch/loss.py turns a loss that is not finite
+into a gradient norm that is not.
+"""
 
 import math
 from collections import deque
@@ -11,12 +15,12 @@ from torch import nn
 
 # The median is taken over this many norms: enough to be steady, few enough to follow the warm-up.
 NORM_WINDOW = 128
-# With fewer known norms, only a norm that is not finite is refused.
+# With fewer known norms, only an update whose norm is not finite is skipped.
 MIN_NORMS = 32
 
 
 class DivergedError(ValueError):
-    """Too many updates were refused in a row, or all of them, so the training cannot continue."""
+    """Too many updates were skipped in a row, or all of them, so the training cannot continue."""
 
 
 @dataclass
@@ -67,41 +71,41 @@ class UpdateGate:
 
     All ranks decide the same, because the norm is equal on all of them.
 
-    Call start_step() before every step. clipped_parameters: set at ZeRO stage 0, where the gate computes the norm and
-    clips, because DeepSpeed clips there without reporting the norm. zero_norm: set at the other stages; returns
+    Call start_step() before every step. parameters_to_clip: set at ZeRO stage 0, where the gate computes the norm and
+    clips, because DeepSpeed clips there without reporting the norm. read_zero_norm: set at the other stages; returns
     ZeRO's norm.
     """
 
     def __init__(self, guard: Guard, max_grad_norm: float):
         self.guard = guard
         self.max_grad_norm = max_grad_norm
-        self.clipped_parameters: list[nn.Parameter] | None = None
-        self.zero_norm: Callable[[], float] | None = None
+        self.parameters_to_clip: list[nn.Parameter] | None = None
+        self.read_zero_norm: Callable[[], float] | None = None
         self.norm = math.nan
-        self.applied: bool | None = None
+        self.allowed: bool | None = None
 
     def detach(self) -> None:
         """Forget the engine, so that its weights and optimizer state are freed before another one is built."""
-        self.clipped_parameters = self.zero_norm = None
+        self.parameters_to_clip = self.read_zero_norm = None
 
     def start_step(self) -> None:
         """Forget the decision on the previous step."""
-        self.norm, self.applied = math.nan, None
+        self.norm, self.allowed = math.nan, None
 
     def allows_step(self) -> bool:
         """Return this step's decision. The first call in a step decides, and clips the gradients at stage 0."""
-        if self.applied is None:
-            if self.clipped_parameters is None:
-                assert self.zero_norm is not None, "the gate is attached to an engine before its first step"
-                self.norm = self.zero_norm()
+        if self.allowed is None:
+            if self.parameters_to_clip is None:
+                assert self.read_zero_norm is not None, "a step began before the gate was attached to an engine"
+                self.norm = self.read_zero_norm()
             else:
-                grads = [parameter.grad for parameter in self.clipped_parameters if parameter.grad is not None]
+                grads = [parameter.grad for parameter in self.parameters_to_clip if parameter.grad is not None]
                 total = nn.utils.get_total_norm(grads, foreach=True)
                 self.norm = float(total)
                 if self.max_grad_norm:
-                    nn.utils.clip_grads_with_norm_(self.clipped_parameters, self.max_grad_norm, total, foreach=True)
-            self.applied = self.guard.allows(self.norm)
-        return self.applied
+                    nn.utils.clip_grads_with_norm_(self.parameters_to_clip, self.max_grad_norm, total, foreach=True)
+            self.allowed = self.guard.allows(self.norm)
+        return self.allowed
 
     def finish_step(self) -> bool:
         """Record the step in the guard's history and return whether the weights changed.
@@ -109,6 +113,6 @@ class UpdateGate:
         ZeRO skips a step whose gradients overflow without calling the optimizer, and so without calling
         allows_step(): the update counts as skipped.
         """
-        applied = bool(self.applied)
+        applied = bool(self.allowed)
         self.guard.record(self.norm, applied)
         return applied

@@ -11,7 +11,7 @@ from megabert.config.recipe import OptimizerConfig, Recipe
 from megabert.kernels.resolve import Implementation, choose_adamw
 from megabert.model.layers import Block
 from megabert.optim.parameter_groups import Groups, decay_groups
-from megabert.training.updates.limits import why_not_optimizer
+from megabert.training.updates.unsupported_optimizers import why_not_optimizer
 
 
 def choose_optimizer(recipe: Recipe, ds_config: ResolvedDsConfig, device: torch.device) -> Implementation:

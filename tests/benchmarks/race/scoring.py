@@ -1,4 +1,4 @@
-"""Scores both sides' models with the same code: loss on the held-out masked tokens, and fine-tuning."""
+"""Score both sides' models with the same code: loss on the held-out masked tokens, and fine-tuning."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""How every benchmark ends: figures on the screen, and in a file where one is asked for."""
+"""Print a benchmark's figures, and write them to a file where one is asked for."""
 
 import argparse
 import json

@@ -12,7 +12,7 @@ from data_prep import train_tokenizer
 from megabert.convert import to_hf
 from megabert.convert.targets import probe, registry
 from megabert.convert.targets.frame import Proof
-from megabert.convert.targets.llama import gguf_file, gguf_native, gguf_target
+from megabert.convert.targets.llama import gguf_native, gguf_proof, gguf_writer
 from megabert.convert.targets.llama.gguf_vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, check_vocabulary, composes
 from megabert.convert.targets.llama.gguf_vocabulary import describe_vocabulary as describe
 from tests.convert.helpers.checkpoints import write_checkpoint
@@ -102,9 +102,9 @@ def files(checkpoint, tmp_path, skipped_checks) -> Path:
 def test_the_files_hold_the_model(files):
     outcome = registry.read_outcomes(files)["gguf"]
     assert outcome["opened"]["difference"] <= 1e-4
-    exact = gguf_target.read_content(files / "gguf/model-f32.gguf")
+    exact = gguf_proof.read_content(files / "gguf/model-f32.gguf")
     for kind, tolerance in (("f16", 1e-3), ("q8_0", 2e-2)):
-        rounded = gguf_target.read_content(files / f"gguf/model-{kind}.gguf")
+        rounded = gguf_proof.read_content(files / f"gguf/model-{kind}.gguf")
         assert rounded.tensors.keys() == exact.tensors.keys()
         for name, tensor in exact.tensors.items():
             np.testing.assert_allclose(rounded.tensors[name], tensor, rtol=0, atol=tolerance)
@@ -143,13 +143,13 @@ def damage_writer(monkeypatch, name: str, kinds=("f32", "f16", "q8_0")) -> None:
         add = getattr(gguf.GGUFWriter, method)
         monkeypatch.setattr(gguf.GGUFWriter, method, lambda self, value: add(self, change(value)))
         return
-    quantize, change = gguf_file._quantize, (TENSOR_DAMAGES | {"query for key": query_for_key})[name]
+    quantize, change = gguf_writer._quantize, (TENSOR_DAMAGES | {"query for key": query_for_key})[name]
 
     def damaged(tensor_name: str, tensor: np.ndarray, kind: str) -> object:
         changed = change(tensor_name, tensor) if kind in kinds else tensor
         return quantize(tensor_name, np.ascontiguousarray(changed), kind)
 
-    monkeypatch.setattr(gguf_file, "_quantize", damaged)
+    monkeypatch.setattr(gguf_writer, "_quantize", damaged)
 
 
 def failure_of(checkpoint: Path, out: Path) -> str:
@@ -161,7 +161,7 @@ def failure_of(checkpoint: Path, out: Path) -> str:
 @pytest.mark.serving
 @pytest.mark.parametrize("name", [*TENSOR_DAMAGES, "other slopes", "another pooling"])
 def test_damage_is_found_without_llama_cpp(checkpoint, tmp_path, skipped_checks, monkeypatch, name):
-    monkeypatch.setattr(gguf_target, "find_spec", lambda package: None)
+    monkeypatch.setattr(gguf_proof, "find_spec", lambda package: None)
     damage_writer(monkeypatch, name)
     expected = {"another pooling": "pooling_type is 2, expected 1, the mean of all tokens"}
     assert expected.get(name, "embeddings of 200 texts by model-f32.gguf differ") in failure_of(
@@ -197,7 +197,7 @@ def sharp(corpus, tmp_path) -> Path:
 def test_llama_cpp_finds_what_only_it_can_see(sharp, tmp_path, skipped_checks, monkeypatch, name):
     """The other half of the proof counts as passed here, as if llama.cpp read the file in another way."""
     passed = Proof("a port", "1", 0.0, "")
-    monkeypatch.setattr(gguf_target, "_prove_by_port", lambda content, expected: passed)
+    monkeypatch.setattr(gguf_proof, "_prove_by_port", lambda content, expected: passed)
     monkeypatch.setattr(probe, "NUM_TEXTS", 200)
     monkeypatch.setattr(probe, "NUM_LINES", 300)
     damage_writer(monkeypatch, name)
@@ -210,7 +210,7 @@ def test_llama_cpp_finds_what_only_it_can_see(sharp, tmp_path, skipped_checks, m
 @pytest.mark.nightly
 def test_llama_cpps_own_message_is_shown(checkpoint, tmp_path, skipped_checks, monkeypatch):
     """llama.cpp stops the process when it finds an error, and by default prints a stack of calls after the message."""
-    monkeypatch.setattr(gguf_target, "CONTEXT", 100)
+    monkeypatch.setattr(gguf_proof, "CONTEXT", 100)
     monkeypatch.setattr(probe, "LONGEST", 290)
     options = to_hf.ExportOptions(targets=("gguf",), max_length=290)
     to_hf.export_checkpoint(checkpoint, tmp_path / "hf", options)
@@ -221,7 +221,7 @@ def test_llama_cpps_own_message_is_shown(checkpoint, tmp_path, skipped_checks, m
 @pytest.fixture(params=["bert", "roberta", "modernbert"])
 def native(request, export_native, tmp_path, monkeypatch) -> Path:
     """An export of a model that transformers has, too, without the target. llama.cpp counts as missing."""
-    monkeypatch.setattr(gguf_target, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_proof, "find_spec", lambda name: None)
     monkeypatch.setattr(probe, "NUM_LINES", 200)
     return shutil.copytree(export_native(request.param), tmp_path / "hf")
 
@@ -231,7 +231,7 @@ def test_transformers_own_model_computes_the_same_with_what_the_file_holds(nativ
     outcome = registry.write_targets(native, ("gguf",))["gguf"]
     assert outcome["opened"]["program"] == "transformers' own model in fp64, not llama.cpp itself,"
     assert outcome["opened"]["difference"] <= 1e-5
-    content = gguf_target.read_content(native / "gguf/model-f32.gguf")
+    content = gguf_proof.read_content(native / "gguf/model-f32.gguf")
     assert content.tensors["token_embd.weight"].shape == (832, 24)
     expected = probe.read_expected(native, 40)
     least = {"rope.freq_base": 1e3, "rope.freq_base_swa": 1e3, "attention.sliding_window": 2}
@@ -240,7 +240,7 @@ def test_transformers_own_model_computes_the_same_with_what_the_file_holds(nativ
         assert name in content.settings
         wrong = content._replace(settings=content.settings | {name: value})
         pooled = gguf_native.embed(wrong, expected.ids[:20])
-        assert np.abs(pooled - expected.pooled[:20]).max() > gguf_target.TOLERANCE, name
+        assert np.abs(pooled - expected.pooled[:20]).max() > gguf_proof.TOLERANCE, name
     for name in TENSOR_DAMAGES:
         with monkeypatch.context() as patch:
             damage_writer(patch, name)
@@ -254,15 +254,15 @@ def test_transformers_own_model_computes_the_same_with_what_the_file_holds(nativ
 def test_a_model_for_shorter_texts_than_its_positions_has_the_positions_of_its_context(
     architecture, corpus, tmp_path, skipped_checks, monkeypatch
 ):
-    monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_writer, "find_spec", lambda name: None)
     monkeypatch.setattr(probe, "NUM_LINES", 200)
     monkeypatch.setattr(probe, "NUM_TEXTS", 200)
     model = small_model(**ARCHITECTURES[architecture] | {"num_attention_heads": 2})
     write_checkpoint(tmp_path / "run", model, corpus.tokenizer)
     to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf", to_hf.ExportOptions(targets=("gguf",), max_length=20))
     assert registry.read_outcomes(tmp_path / "hf")["gguf"]["opened"]["difference"] <= 1e-5
-    content = gguf_file.read_content(tmp_path / "hf/gguf/model-f32.gguf")
-    assert content.settings["context_length"] == len(content.tensors[gguf_file.POSITIONS]) == 20 < 40
+    content = gguf_writer.read_content(tmp_path / "hf/gguf/model-f32.gguf")
+    assert content.settings["context_length"] == len(content.tensors[gguf_writer.POSITIONS]) == 20 < 40
 
 
 @pytest.mark.llama_cpp

@@ -1,4 +1,4 @@
-"""Tests that a corpus behind a URL, in memory or on a web server, is read as the same corpus in a folder."""
+"""Tests that a corpus at a URL, in memory or on a web server, is read as the same corpus in a folder."""
 
 import gzip
 import http.server

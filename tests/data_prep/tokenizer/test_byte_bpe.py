@@ -15,7 +15,7 @@ ROLES = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask":
 
 @pytest.fixture(scope="module")
 def modernbert(texts, tmp_path_factory):
-    """A tokenizer with the parts of ModernBERT's: special tokens behind the pieces, a mask that takes a space."""
+    """A tokenizer with the parts of ModernBERT's: special tokens after the pieces, a mask that takes a space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

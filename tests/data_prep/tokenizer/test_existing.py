@@ -205,7 +205,7 @@ def test_a_folder_gives_the_ids_of_transformers(tmp_path, case, has_json):
 
 
 SENTENCEPIECE_FOLDERS = {
-    # XLM-RoBERTa's ids are the model's, moved by one, behind other special tokens; ALBERT folds case itself.
+    # XLM-RoBERTa's ids are the model's, moved by one, after other special tokens; ALBERT folds case itself.
     "XLMRobertaTokenizer": ("sentencepiece.bpe.model", {}),
     "AlbertTokenizer": ("spiece.model", {"pad_id": 0, "unk_id": 1, "pad_piece": "<pad>", "bos_id": -1, "eos_id": -1,
                                          "control_symbols": ["[CLS]", "[SEP]", "[MASK]"]}),

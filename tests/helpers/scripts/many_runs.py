@@ -24,7 +24,7 @@ def flags_of(corpus: Corpus, out: Path, ds_config: Path, *more: str) -> list[str
 def run_many(
     runs: list[list[str]], ranks: int = 1, timeout_s: float = 300, max_file_bytes: dict[int, int] | None = None
 ) -> Finished:
-    """Run these flags one after the other on so many ranks. Returns the first exit code but 0, and each rank's output.
+    """Run these flags one after the other on `ranks` ranks. Returns the first exit code but 0, and each rank's output.
 
     max_file_bytes: by rank, the largest file that it may write, as if its disk were full.
     """

@@ -1,4 +1,4 @@
-"""Compiles kernels to machine code without a GPU, with the assembler in Triton's wheel.
+"""Compile kernels to machine code without a GPU, with the assembler in Triton's wheel.
 
 The launches are recorded from the operations, so that the compiled code is that of a GPU: the same types, alignments,
 block sizes and warps.

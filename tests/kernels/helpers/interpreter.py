@@ -1,4 +1,4 @@
-"""Corrects the bf16 of Triton's interpreter, which runs kernels on a CPU, and counts the bytes that they move.
+"""Correct the bf16 of Triton's interpreter, which runs kernels on a CPU, and count the bytes that they move.
 
 TRITON_INTERPRET=1 selects the interpreter when a kernel is defined, so tests that use it need a process of their own,
 which test_interpreter.py starts. Triton 3.7.1's interpreter truncates where a GPU rounds to nearest even, and

@@ -14,7 +14,8 @@ import torch
 from megabert.data.shards.retry import waited_for_store_at, waiting_for_store
 from megabert.process.exit_codes import EXIT_HANG
 from megabert.training.distributed import flight_recorder
-from megabert.training.distributed.heartbeat import LONG_S, Beat, HangDetector, Progress
+from megabert.training.distributed.hang_detector import HangDetector
+from megabert.training.distributed.heartbeat import LONG_PART_LIMIT_S, Beat, Progress
 from tests.helpers.processes import wait_for_step
 from tests.helpers.runs import Corpus, finish_ranks, pretrain_command
 from tests.helpers.runs import start_ranks as start_pretraining
@@ -56,7 +57,9 @@ def test_of_ranks_that_wait_for_each_other_the_one_behind_is_named():
     assert "rank 1 on n1 (step 12, data) has made no progress for 62 s" in str(ranks.find_hang(0.0))
 
 
-@pytest.mark.parametrize("culprit", [beat(40, "saving", 200.0, LONG_S), beat(40, "data", 1.0), beat(40, "x", 90, 300)])
+@pytest.mark.parametrize(
+    "culprit", [beat(40, "saving", 200.0, LONG_PART_LIMIT_S), beat(40, "data", 1.0), beat(40, "x", 90, 300)]
+)
 def test_ranks_that_wait_for_one_that_works_are_no_hang(culprit):
     """One that saves, waits within a store's patience, or compiles."""
     assert detector(culprit, beat(41, "agree", 200.0)).find_hang(0.0) is None
@@ -109,7 +112,7 @@ def test_the_limit_follows_what_a_rank_does(monkeypatch):
     assert progress.beat() == Beat(1, 2, "compiling (data)", 0.0, 300.0)
     progress.compile_ended()
     progress.enter("saving", long=True)
-    assert progress.beat().limit_s == LONG_S
+    assert progress.beat().limit_s == LONG_PART_LIMIT_S
 
 
 def test_a_step_that_takes_minutes_raises_the_limit_while_it_does(monkeypatch):

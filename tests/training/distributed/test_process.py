@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from megabert.files.limits import allow_open_files
 from megabert.process.exit_codes import EXIT_PEER_LOST
+from megabert.process.open_files import allow_open_files
 from megabert.training.distributed import process
 from megabert.training.distributed.watchdog import RankLostError
 from tests.helpers.runs import Corpus, finish_ranks, patched, pretrain_command, run_command, start_ranks

@@ -9,10 +9,10 @@ import pytest
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megabert.training import limits
-from megabert.training.limits import why_no_trackers
+from megabert.training import unsupported
 from megabert.training.telemetry.timers import PARTS, StepTimer
 from megabert.training.telemetry.trackers import CSV, open_trackers
+from megabert.training.unsupported import why_no_trackers
 from tests.helpers.runs import finish_ranks, patched, pretrain_command, run_command, start_ranks
 
 
@@ -69,7 +69,7 @@ def test_wandb_continues_the_run_of_its_folder(tmp_path, monkeypatch):
 
 
 def test_wandb_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(unsupported.importlib.util, "find_spec", lambda name: None)
     assert "pip install wandb" in str(why_no_trackers(["tensorboard", "wandb"]))
     assert why_no_trackers(["tensorboard", "csv"]) is None
 

@@ -50,7 +50,7 @@ def test_the_gate_stops_and_clips_an_optimizer_at_stage_0():
     parameter = torch.nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     gate = UpdateGate(Guard(10.0), max_grad_norm=1.0)
-    gate.clipped_parameters = [parameter]
+    gate.parameters_to_clip = [parameter]
     gate_optimizer_step(optimizer, gate.allows_step)
     parameter.grad = torch.full((4,), 3.0)
     gate.start_step()

@@ -13,7 +13,6 @@ from megabert.config.recipe_parser import RecipeParser
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.run_schedule import lr_factor
 from megabert.training.telemetry.reporter import read_metrics
-from megabert.training.updates.limits import why_not_optimizer
 from megabert.training.updates.optimizers import (
     StableAdamW,
     make_muon,
@@ -21,6 +20,7 @@ from megabert.training.updates.optimizers import (
     parameter_groups,
     peak_lr,
 )
+from megabert.training.updates.unsupported_optimizers import why_not_optimizer
 from tests.helpers.runs import Corpus, ds_config_in, finish_ranks, patched, pretrain_command, start_ranks
 from tests.kernels.helpers.cases import cases
 from tests.model.small import small_model

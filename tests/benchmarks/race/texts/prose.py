@@ -21,7 +21,7 @@ PACKAGES = {
 }
 NOVELS = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 COMMENTARY = "usr/share/sword/modules/comments/zcom/tdavid/ot"
-# Paragraphs are joined to documents of at least so many characters, so that 2 % of them are held out evenly.
+# Paragraphs are joined to documents of at least this many characters, so that 2 % of them are held out evenly.
 DOCUMENT_CHARACTERS = 1500
 STRING = 9  # R's serialization: CHARSXP
 
@@ -58,7 +58,7 @@ def extract(package: str, sha256: str, folder: Path) -> None:
 
 
 def novels(path: Path) -> Iterator[str]:
-    """Yield the paragraphs of R's lazy-load file: zlib streams, each behind its size, of vectors of lines."""
+    """Yield the paragraphs of R's lazy-load file: zlib streams, each after its size, of vectors of lines."""
     data = path.read_bytes()
     while data:
         stream = zlib.decompressobj()
@@ -70,7 +70,7 @@ def novels(path: Path) -> Iterator[str]:
 def strings(serialized: bytes) -> Iterator[str]:
     """Yield the elements of a serialized character vector without attributes (XDR format, version 3).
 
-    The header is "X\\n", three versions, an encoding's name behind its length; then come type and length of the vector.
+    The header is "X\\n", three versions, an encoding's name after its length; then come type and length of the vector.
     """
     (name,) = struct.unpack_from(">i", serialized, 14)
     at = 18 + name

@@ -1,4 +1,4 @@
-"""Write the encoder for llama.cpp, as a BERT, ModernBERT or JinaBERT v2, in fp32, fp16 and 8 bits."""
+"""Write the encoder as GGUF files for llama.cpp, as a BERT, ModernBERT or JinaBERT v2, in fp32, fp16 and 8 bits."""
 
 from importlib.metadata import version
 from pathlib import Path

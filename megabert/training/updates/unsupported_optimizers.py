@@ -1,4 +1,4 @@
-"""Which optimizers would train wrongly under which ds_config; imports no torch."""
+"""Explain why an optimizer would train wrongly under a ds_config; imports no torch."""
 
 from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe import OptimizerConfig

@@ -1,7 +1,6 @@
-"""Read and copy files up to a limit, as a file of others may have no end, and raise the limit of open files."""
+"""Read and copy files up to a limit, because a file from elsewhere may have no end."""
 
 import io
-import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,21 +16,6 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
 
 def too_long(where: str, max_bytes: int) -> ValueError:
     return ValueError(f"{where}: has more than {max_bytes:,} bytes, the most that are expected. Is it the right file?")
-
-
-def allow_open_files(needed: int) -> None:
-    """Raise this process's limit of open files as far as the system lets it. Raises ValueError if that is too low.
-
-    Each later failure would have another form, in a thread or a C++ library, and some would leave ranks waiting.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(
-            f"a process may open only {hard} files here (ulimit -Hn), expected at least {needed}. Raise the limit, as "
-            f"with ulimit -n {max(4096, needed)} in the shell that starts the command."
-        )
 
 
 class TooLongError(Exception):

@@ -1,4 +1,4 @@
-"""What does not fit together in a run, known before it starts; imports no torch."""
+"""Explain why FP8, CUDA graphs, torch.compile or a tracker cannot be used; imports no torch."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe import Recipe
 
-# FP8 tensor cores take rows of so many numbers.
+# FP8 tensor cores take rows whose length is a multiple of this.
 FP8_MULTIPLE = 16
 
 

@@ -1,4 +1,4 @@
-"""Configs of RoBERTa, DistilBERT and ELECTRA, whose layers are BERT's, in BERT's words and back.
+"""Convert RoBERTa, DistilBERT and ELECTRA configs to BERT's and back.
 
 Source: transformers 5.23, models/roberta, xlm_roberta, camembert, distilbert and electra.
 """
@@ -77,7 +77,7 @@ def _roberta_positions(source: Path, raw: dict[str, Any]) -> dict[str, Any]:
     if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < rows - 1:
         raise ValueError(
             f"{source / CONFIG}: pad_token_id is {pad!r} and max_position_embeddings {rows}; RoBERTa's positions begin "
-            "behind the row of pad_token_id, so that one must be a row of them and not the last."
+            "after the row of pad_token_id, so that one must be a row of them and not the last."
         )
     return {"pad_token_id": pad, "position_offset": pad + 1, "max_position_embeddings": rows - pad - 1}
 

@@ -1,4 +1,4 @@
-"""Target gguf: what llama.cpp cannot do, and the proof that it computes the model from the files."""
+"""Check that a model fits GGUF, and compare llama.cpp's output with the checkpoint's."""
 
 import json
 import unicodedata
@@ -14,8 +14,8 @@ from megabert.convert.hf.native import is_mosaicbert, native_kind
 from megabert.convert.targets import jina_port
 from megabert.convert.targets.frame import DiffersError, Expected, Proof, Target, largest_difference, smallest_cosine
 from megabert.convert.targets.llama import gguf_native
-from megabert.convert.targets.llama.gguf_file import BERTS, BLOCK, KINDS, gguf_names, path_of, write
 from megabert.convert.targets.llama.gguf_vocabulary import check_vocabulary, composes
+from megabert.convert.targets.llama.gguf_writer import BERTS, BLOCK, KINDS, gguf_names, path_of, write
 from megabert.convert.targets.probe import lines_with_ids
 from megabert.convert.targets.programs.run import run_python
 from megabert.data.shards.manifest import TOKENIZER

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data_prep import train_tokenizer, write_shards
 from data_prep.sources import LeftOut, ReadOptions, list_input_splits, read_input_split
-from data_prep.sources.streams import ChunkStream, Encoding, in_utf8, open_bytes
+from data_prep.sources.text_encoding import ChunkStream, Encoding, in_utf8, open_bytes
 from megabert.data.shards.manifest import read_manifest
 
 TEXT = "caf\u00e9 \u4f60\u597d \U0001f600\nsecond line"
@@ -248,7 +248,7 @@ def test_a_zst_with_the_largest_window_is_read(tmp_path):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=200), st.sampled_from(["utf-16-le", "utf-16-be", "utf-32-be"]), st.integers(1, 7))
 def test_text_is_encoded_again_whatever_the_size_of_the_pieces(monkeypatch, text, codec, size):
-    monkeypatch.setattr("data_prep.sources.streams.READ_BYTES", size)
+    monkeypatch.setattr("data_prep.sources.text_encoding.READ_BYTES", size)
     text = text.replace("\0", "")
     stream = in_utf8(io.BytesIO(text.encode(codec)), Encoding(codec, 0), "here")
     assert stream.read().decode() == text
