@@ -66,6 +66,7 @@ class Parser(ArgumentParser):
                 if action.dest == key:
                     action.help = f"{action.help} (range {limits})"
         self._rename_keywords()
+        self._let_lists_take_words()
         return added
 
     def _rename_keywords(self) -> None:
@@ -76,6 +77,13 @@ class Parser(ArgumentParser):
                 action.option_strings = [f"--{action.dest[:-1]}"]
                 action.metavar = action.dest[:-1].upper()
                 self._option_string_actions[action.option_strings[0]] = action
+
+    def _let_lists_take_words(self) -> None:
+        """Let a positional field of type list[str] take one or more words, instead of one list in brackets."""
+        for action in self._actions:
+            if not action.option_strings and getattr(action, "_typehint", None) == list[str]:
+                # With nargs, jsonargparse checks each word against the type.
+                vars(action).update(nargs="+", metavar=action.dest, _typehint=str)
 
     def known_keys(self) -> list[str]:
         """List every dotted name that a flag sets."""
@@ -279,4 +287,4 @@ def _expected_type(message: str) -> str:
         *names, last = literal[1].replace("'", "").split(", ")
         return f"{', '.join(names)} or {last}" if names else last
     kinds = [WORDS_OF_TYPES[name] for name in re.findall(r"<class '(\w+)'>", message) if name in WORDS_OF_TYPES]
-    return " or ".join(kinds) or "another value"
+    return " or ".join(dict.fromkeys(kinds)) or "another value"

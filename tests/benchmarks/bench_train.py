@@ -16,7 +16,6 @@ times as long. On a GPU batches are eight times as large, and peak memory is the
 FLOPs (contenders.needed_flops) divided by the rate of the best matrix product.
 """
 
-import argparse
 import ctypes
 import os
 import statistics
@@ -243,12 +242,9 @@ def torch_facts() -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="few rounds, without base and modernbert: about 80 s on two cores"
-    )
+    quick = "few rounds, without base and modernbert: about 80 s on two cores"
+    parser = report.make_parser(__doc__ or "", quick)
     parser.add_argument("--only", choices=ROWS, help="measure this size only")
-    parser.add_argument("--json", type=report.new_file, help="file to write the figures to")
     options = parser.parse_args()
     names = [options.only] if options.only else QUICK_ROWS if options.quick else list(ROWS)
     torch.manual_seed(17)

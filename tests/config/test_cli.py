@@ -24,6 +24,8 @@ class Options:
     """a switch that is on by default"""
     average: int = 1
     """a number"""
+    most: int | None = None
+    """a number or none"""
 
 
 def read(*argv: str) -> Options:
@@ -61,6 +63,19 @@ def test_the_word_after_a_switch_is_its_value_only_if_it_is_a_truth_value():
     assert read("in", "out", "--average", "1").average == 1
 
 
+def test_a_positional_list_takes_one_or_more_words(capsys):
+    @dataclass(frozen=True)
+    class Several:
+        sources: list[str]
+        out: str = "here"
+
+    assert read_flags(Several, "command", "", ["a", "1", "--out=b"]) == Several(["a", "1"], "b")
+    assert read_flags(Several, "command", "", ["[a]"]) == Several(["[a]"])
+    with pytest.raises(SystemExit):
+        read_flags(Several, "command", "", ["--out=b"])
+    assert capsys.readouterr().err == "command: the following arguments are required: sources\n"
+
+
 def test_dashes_and_underscores_are_the_same_flag():
     assert normalize_flags(["--a-b=c-d", "e-f", "--g-h"]) == ["--a_b=c-d", "e-f", "--g_h"]
 
@@ -83,6 +98,7 @@ def test_words_after_two_dashes_are_left_alone():
         (["in", "out", "--onnx=maybe"], "maybe"),
         (["in", "out", "--average"], "expected one argument"),
         (["in", "out", "--average=many"], "--average is many, expected an integer. See --help."),
+        (["in", "out", "--most=many"], "--most is many, expected an integer. See --help."),
         (["in"], "out"),
     ],
 )
