@@ -8,24 +8,31 @@ from megabert.process.interrupts import end_at_ctrl_c
 if __name__ == "__main__":
     end_at_ctrl_c()
 
+from dataclasses import dataclass
+
 from megabert.config import cli
 from megabert.config.recipe_parser import load_recipe
+from megabert.config.settings import setting
+
+
+@dataclass(frozen=True)
+class Options:
+    recipe: str = "mosaicbert-base"
+    """a recipe's name, or a YAML file"""
+    gpu: str = "h100"
+    """the card: a100, h100, h200, b200, l40s, ..."""
+    gpus: int = setting(8, "[1, 1048576]")
+    """ranks, over all machines of 8"""
+    zero: int = setting(1, "[0, 3]")
+    """ZeRO stage"""
+    micro_batch_tokens: int | None = None
+    """instead of the recipe's"""
+    price: float | None = setting(None, "(0, 1e6]")
+    """dollars per GPU and hour"""
 
 
 def main() -> None:
-    parser = cli.Parser("launch/estimate.py", __doc__ or "")
-    parser.add_argument("--recipe", default="mosaicbert-base", help="a recipe's name, or a YAML file")
-    parser.add_argument("--gpu", default="h100", help="the card: a100, h100, h200, b200, l40s, ...")
-    parser.add_argument("--gpus", type=int, default=8, help="ranks, over all machines of 8")
-    parser.add_argument("--zero", type=int, default=1, help="ZeRO stage, 0 to 3")
-    parser.add_argument("--micro_batch_tokens", type=int, default=None, help="instead of the recipe's")
-    parser.add_argument("--price", type=float, default=None, help="dollars per GPU and hour")
-    options = parser.parse_args()
-    for name, lowest, highest in (("gpus", 1, 1 << 20), ("zero", 0, 3)):
-        if not lowest <= getattr(options, name) <= highest:
-            raise ValueError(f"--{name} is {getattr(options, name)}, expected {lowest} to {highest}.")
-    if options.price is not None and not 0 < options.price <= 1e6:
-        raise ValueError(f"--price is {options.price}, expected more than 0 and at most 1e6.")
+    options = cli.read_flags(Options, "launch/estimate.py", __doc__ or "")
     given = {"micro_batch_tokens": options.micro_batch_tokens} if options.micro_batch_tokens is not None else {}
     recipe = load_recipe(options.recipe, data=given)
     # Imported after the flags are checked: torch takes seconds to load.
@@ -38,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, "launch/estimate.py")
+    cli.run(main, "launch/estimate.py", cli.exit_code)

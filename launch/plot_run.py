@@ -8,16 +8,22 @@ from megabert.process.interrupts import end_at_ctrl_c
 if __name__ == "__main__":
     end_at_ctrl_c()
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megabert.config import cli
 
 
+@dataclass(frozen=True)
+class Options:
+    runs: list[str]
+    """output folders of pretraining runs (run.output_dir)"""
+    out: str = "runs.png"
+    """image file to write"""
+
+
 def main() -> None:
-    parser = cli.Parser("launch/plot_run.py", __doc__ or "")
-    parser.add_argument("runs", nargs="+", help="output folders of pretraining runs (run.output_dir)")
-    parser.add_argument("--out", default="runs.png", help="image file to write")
-    options = parser.parse_args()
+    options = cli.read_flags(Options, "launch/plot_run.py", __doc__ or "")
     # Imported after the flags are checked: matplotlib takes a second to load.
     from megabert.plots.run_curves import plot_runs
 
@@ -26,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, "launch/plot_run.py")
+    cli.run(main, "launch/plot_run.py", cli.exit_code)

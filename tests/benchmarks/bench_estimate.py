@@ -9,7 +9,6 @@ runs used other code on the same work, so a difference is also one between progr
 copy: three rows, with --quick one.
 """
 
-import argparse
 import statistics
 from dataclasses import dataclass
 
@@ -132,10 +131,8 @@ RUNS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.make_parser(__doc__ or "", quick="one row of --cpu")
     parser.add_argument("--cpu", action="store_true", help="also compare with the speed of this machine's CPU")
-    parser.add_argument("--quick", action="store_true", help="one row of --cpu")
-    parser.add_argument("--json", type=report.new_file, help="file to write {figures, machine} to")
     arguments = parser.parse_args()
     print("| run | GPUs | published | predicted | difference | why more than 20 % |\n|---|---|---|---|---|---|")
     for run in RUNS:

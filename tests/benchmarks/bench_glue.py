@@ -18,7 +18,6 @@ difference of the means is given in standard errors of that difference. Classifi
 correlation, CoLA's metric, which varies most between seeds.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -32,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
+from jsonargparse import Namespace
 from support import report
 from transformers import (
     AutoTokenizer,
@@ -158,7 +158,7 @@ class Scores(NamedTuple):
     by_metric: dict[str, list[float]]
 
 
-def best_scores(side: Ours | Theirs, task: Task, train: Examples, dev: Examples, options: argparse.Namespace) -> Scores:
+def best_scores(side: Ours | Theirs, task: Task, train: Examples, dev: Examples, options: Namespace) -> Scores:
     """Fine-tune with every seed at every learning rate. The best one has the highest mean of the metrics."""
     found = []
     for lr in options.lr:
@@ -171,9 +171,7 @@ def best_scores(side: Ours | Theirs, task: Task, train: Examples, dev: Examples,
     return max(found, key=lambda each: statistics.mean(map(statistics.mean, each.by_metric.values())))
 
 
-def compare_scores(
-    ours: Ours, theirs: Theirs, train: Examples, dev: Examples, options: argparse.Namespace
-) -> dict[str, float]:
+def compare_scores(ours: Ours, theirs: Theirs, train: Examples, dev: Examples, options: Namespace) -> dict[str, float]:
     """Print and return mean and standard deviation of both sides, and the difference, for each metric."""
     metrics = (*ours.task.metrics, *(["matthews"] if not ours.task.is_regression else []))
     task = dataclasses.replace(ours.task, metrics=tuple(dict.fromkeys(metrics)))
@@ -210,15 +208,10 @@ def find_task(name: str) -> Task:
     return GLUE[name] if name in GLUE else read_task(TASKS / f"{name}.yaml")
 
 
-def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_options() -> Namespace:
+    quick = "within 50 s: fewer repetitions, and too few seeds and examples to compare scores"
+    parser = report.make_parser(__doc__ or "", quick)
     parser.add_argument("model", type=Path, help="folder of a BERT")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="within 50 s: fewer repetitions, and too few seeds and examples to compare scores",
-    )
-    parser.add_argument("--json", type=report.new_file, help="file to write {figures, machine} to")
     parser.add_argument("--task", nargs="+", default=DEFAULT_TASKS, help="tasks to compare scores on")
     parser.add_argument("--data", type=Path, default=Path("data/glue"))
     parser.add_argument("--seeds", type=int, default=5, help="2 or more")

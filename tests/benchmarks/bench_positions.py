@@ -13,7 +13,6 @@ of the same tokens in pieces of 128, in nats; below 0, the longer text helps.
 The full run takes about 25 minutes on two cores.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -27,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the reason given in b
 
 import torch
 from matplotlib.figure import Figure
-from support.report import new_file, write
+from support.report import make_parser, new_file, write
 from tokenizers import Tokenizer
 
 import megabert
@@ -62,9 +61,7 @@ class Reading(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="40 steps of each model: shows that the command works")
-    parser.add_argument("--json", type=new_file, help="file to write {figures, machine} to")
+    parser = make_parser(__doc__ or "", quick="40 steps of each model: shows that the command works")
     parser.add_argument("--picture", type=new_file, help="file to draw the loss against the position to")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

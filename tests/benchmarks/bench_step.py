@@ -8,7 +8,6 @@ of an operation inside it. The n-th call of an operation with the same shapes co
 steps, so that other load on the machine hardly changes the table. The profiler itself takes time, too.
 """
 
-import argparse
 import collections
 import os
 import tempfile
@@ -161,10 +160,8 @@ def table(name: str, times: dict[str, float], calls: dict[str, float]) -> list[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few steps of the two smallest rows")
+    parser = report.make_parser(__doc__ or "", quick="few steps of the two smallest rows")
     parser.add_argument("--only", choices=ROWS, help="one row only")
-    parser.add_argument("--json", type=report.new_file, help="file to write {figures, machine} to")
     options = parser.parse_args()
     torch.manual_seed(17)
     figures: dict[str, float] = {}

@@ -17,7 +17,6 @@ times as long. On a GPU batches are eight times as large, and peak memory is the
 FLOPs (contenders.needed_flops) divided by the rate of the best matrix product.
 """
 
-import argparse
 import ctypes
 import multiprocessing
 import os
@@ -301,13 +300,10 @@ def torch_facts() -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="few rounds, without base and modernbert: about 80 s on two cores"
-    )
+    quick = "few rounds, without base and modernbert: about 80 s on two cores"
+    parser = report.make_parser(__doc__ or "", quick)
     parser.add_argument("--only", choices=ROWS, help="measure this size only")
-    parser.add_argument("--runs", type=int, choices=range(1, 100), metavar="N", default=1, help="processes per row")
-    parser.add_argument("--json", type=report.new_file, help="file to write the figures to")
+    parser.add_argument("--runs", type=int, choices=range(1, 10), metavar="N", default=1, help="processes per row")
     options = parser.parse_args()
     names = [options.only] if options.only else QUICK_ROWS if options.quick else list(ROWS)
     print(", ".join(f"{name} {value}" for name, value in (report.machine() | torch_facts()).items()), flush=True)

@@ -19,7 +19,6 @@ half_outputs    rounds in which a command that writes its output at once left a 
 orphans         rounds in which a process was alive 5 s after the command
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -35,9 +34,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from jsonargparse import Namespace
 from support.command_faults import kill_commands
 from support.corpus import write_text_shards
-from support.report import new_file, write
+from support.report import make_parser, write
 
 from megabert.files import checkpoint_format as layout
 from tests.helpers.ports import free_port
@@ -324,15 +324,11 @@ def plan(seed: int, rounds: int) -> Iterator[tuple[str, int, random.Random]]:
         yield fault, 2 if "launcher" in fault else rng.choice((1, 1, 1, 2)), random.Random(rng.random())
 
 
-def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_arguments() -> Namespace:
+    parser = make_parser(__doc__ or "", quick="one round, or one of each command: within 50 s on two cores")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--commands", action="store_true", help="kill the commands around pretraining instead")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--quick", action="store_true", help="one round, or one of each command: within 50 s on two cores"
-    )
-    parser.add_argument("--json", type=new_file, help="file to write {figures, machine} to")
     return parser.parse_args()
 
 

@@ -24,6 +24,8 @@ class Options:
     """a switch that is on by default"""
     average: int = 1
     """a number"""
+    most: int | None = None
+    """a number or none"""
 
 
 def read(*argv: str) -> Options:
@@ -61,6 +63,19 @@ def test_the_word_after_a_switch_is_its_value_only_if_it_is_a_truth_value():
     assert read("in", "out", "--average", "1").average == 1
 
 
+def test_a_positional_list_takes_one_or_more_words(capsys):
+    @dataclass(frozen=True)
+    class Several:
+        sources: list[str]
+        out: str = "here"
+
+    assert read_flags(Several, "command", "", ["a", "1", "--out=b"]) == Several(["a", "1"], "b")
+    assert read_flags(Several, "command", "", ["[a]"]) == Several(["[a]"])
+    with pytest.raises(SystemExit):
+        read_flags(Several, "command", "", ["--out=b"])
+    assert capsys.readouterr().err == "command: the following arguments are required: sources\n"
+
+
 def test_dashes_and_underscores_are_the_same_flag():
     assert normalize_flags(["--a-b=c-d", "e-f", "--g-h"]) == ["--a_b=c-d", "e-f", "--g_h"]
 
@@ -83,6 +98,7 @@ def test_words_after_two_dashes_are_left_alone():
         (["in", "out", "--onnx=maybe"], "maybe"),
         (["in", "out", "--average"], "expected one argument"),
         (["in", "out", "--average=many"], "--average is many, expected an integer. See --help."),
+        (["in", "out", "--most=many"], "--most is many, expected an integer. See --help."),
         (["in"], "out"),
     ],
 )
@@ -120,6 +136,23 @@ def test_messages_name_what_is_there_with_and_without_a_checkout(capsys, monkeyp
     monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
     assert printed() == "command: No shards. Write them with megabert-shards, not with /home/me/write_shards.py.\n"
     assert cli.name_commands("Run python launch/convert_to_hf.py RUN OUT") == "Run megabert-export RUN OUT"
+    assert cli.name_commands("Use ds_configs/zero2.json, or --ds_config ds_configs/zero0.json.") == (
+        "Use --ds_config zero2, or --ds_config zero0."
+    )
+    assert cli.name_commands("See data_prep/README.md.") == "See data_prep/README.md of MegaBERT's repository."
+    assert (
+        cli.name_commands("/home/me/launch/a.sh data/ds_configs/b.json")
+        == "/home/me/launch/a.sh data/ds_configs/b.json"
+    )
+
+
+def test_what_a_command_logs_names_what_is_there_without_a_checkout(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    before = logging.getLogRecordFactory()
+    with pytest.raises(SystemExit):
+        cli.run(lambda: logging.getLogger("anything").warning("Run %s.", "launch/convert_to_hf.py"), "command")
+    logging.setLogRecordFactory(before)
+    assert caplog.messages == ["Run megabert-export."]
 
 
 def test_the_installed_commands_are_those_of_setup():

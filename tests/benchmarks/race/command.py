@@ -1,6 +1,5 @@
 """The command of the race: prepare the texts, search both sides' settings, train the final seeds, print the result."""
 
-import argparse
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from jsonargparse import Namespace
 from race import clock, scoring
 from race.clock import Clock, Contender
 from race.records import Records
@@ -21,14 +21,13 @@ from race.texts import corpora, prose
 from race.trials import Track, halve, loss_of
 from support import report
 
+from megabert.config.cli import Parser
 from megabert.files.lock import LockHeldError, acquire
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that run.py and ablation.py share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed and a small budget: at most ten minutes")
-    parser.add_argument("--json", type=report.new_file, help="file to write {figures, machine} to")
+def make_parser(description: str) -> Parser:
+    """Make a parser with the flags that run.py and ablation.py share."""
+    parser = report.make_parser(description, quick="one seed and a small budget: at most ten minutes")
     parser.add_argument(
         "--corpus", choices=corpora.NAMES, help="only this text; default: both, with --quick docstrings"
     )
@@ -36,7 +35,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def read_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def read_options(parser: Parser) -> Namespace:
     """Read the flags, and check what both commands need."""
     options = parser.parse_args()
     if find_spec("accelerate") is None:
@@ -45,7 +44,7 @@ def read_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def prepared(options: argparse.Namespace) -> list[corpora.Corpus]:
+def prepared(options: Namespace) -> list[corpora.Corpus]:
     """Make the texts. One that cannot be downloaded is left out, with a line."""
     names = [options.corpus] if options.corpus else ["docstrings"] if options.quick else list(corpora.NAMES)
     found = []
@@ -110,7 +109,7 @@ def choose_budgets(
     return budgets, max(1e-3, (before - after) / math.log(last / first))
 
 
-def race(track: Track, plan: Plan, options: argparse.Namespace) -> Result:
+def race(track: Track, plan: Plan, options: Namespace) -> Result:
     """Run the whole race on one text."""
     baseline = best_baseline(track, plan, options.quick, options.kind)
     ours = best_of_ours(track, plan, options.quick, options.kind)
@@ -126,7 +125,7 @@ def race(track: Track, plan: Plan, options: argparse.Namespace) -> Result:
 
 
 @contextmanager
-def open_tracks(options: argparse.Namespace, plan: Plan) -> Iterator[list[Track]]:
+def open_tracks(options: Namespace, plan: Plan) -> Iterator[list[Track]]:
     """Lock the output folder for this command, and prepare a track per text."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -4,15 +4,25 @@ import argparse
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 
+from jsonargparse import Namespace
 
-def read_arguments(description: str) -> argparse.Namespace:
-    """--quick and --json, which every benchmark has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions: within 50 s on two cores")
+from megabert.config.cli import Parser
+
+
+def make_parser(description: str, quick: str = "fewer repetitions: within 50 s on two cores") -> Parser:
+    """Make a parser with --quick and --json, which every benchmark has. quick: the help text of --quick."""
+    parser = Parser(Path(sys.argv[0]).name, description)
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", type=new_file, help="file to write {figures, machine} to")
-    return parser.parse_args()
+    return parser
+
+
+def read_arguments(description: str) -> Namespace:
+    """Read the command line of a benchmark without other flags."""
+    return make_parser(description).parse_args()
 
 
 def new_file(name: str) -> Path:

@@ -1,10 +1,10 @@
 """The prediction of a run on GPUs: its formulas, its limits, and the command."""
 
 import dataclasses
+import runpy
 
 import pytest
 
-from launch import estimate as command
 from megabert.config.recipe_parser import load_recipe, recipe_names
 from megabert.kernels.resolve import torch_ops
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -17,6 +17,7 @@ from megabert.training.telemetry.cards import card_named
 from tests.benchmarks.bench_estimate import CLOSE, RUNS
 from tests.benchmarks.support import contenders, this_cpu
 from tests.benchmarks.support.contenders import Row
+from tests.helpers.runs import REPOSITORY
 
 H100 = card_named("h100")
 BASE = load_recipe("mosaicbert-base")
@@ -130,32 +131,60 @@ def test_this_cpus_row_has_a_measured_and_a_predicted_speed(monkeypatch, capsys)
     assert difference == pytest.approx(predicted / measured - 1, rel=0.02)
 
 
-def call(capsys, monkeypatch, *flags):
-    monkeypatch.setattr("sys.argv", ["launch/estimate.py", *flags])
-    command.main()
-    return capsys.readouterr().out
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run the command in this process. Returns exit code, stdout and stderr."""
+
+    def run(*flags):
+        monkeypatch.setattr("sys.argv", ["launch/estimate.py", *flags])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(REPOSITORY / "launch/estimate.py"), run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    return run
 
 
-def test_the_command_prints_price_and_memory_and_refuses_what_it_cannot_predict(capsys, monkeypatch):
-    out = call(capsys, monkeypatch, "--recipe", "mosaicbert-large", "--gpu", "a100", "--gpus", "8", "--price", "2.5")
-    assert "Predicted, not measured: no GPU has run this code." in out
-    assert "GPU hours, $" in out
-    out = call(capsys, monkeypatch, "--gpu", "t4", "--gpus", "1")
-    assert "TFLOP/s in fp32" in out
-    out = call(capsys, monkeypatch, "--gpu", "h100", "--gpus", "8")
-    assert "micro-batch       58,880 tokens, 1 on each GPU in a step" in out
-    out = call(capsys, monkeypatch, "--gpu", "t4", "--gpus", "1", "--micro_batch_tokens", "58880")
-    assert "DOES NOT FIT: halve data.micro_batch_tokens" in out
-    for flags, message in (
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (
+            ["--recipe", "mosaicbert-large", "--gpu", "a100", "--gpus", "8", "--price", "2.5"],
+            ["Predicted, not measured: no GPU has run this code.", "GPU hours, $"],
+        ),
+        (["--gpu", "t4", "--gpus", "1"], ["TFLOP/s in fp32"]),
+        (["--gpu", "h100", "--gpus", "8"], ["micro-batch       58,880 tokens, 1 on each GPU in a step"]),
+        (
+            ["--gpu", "t4", "--gpus", "1", "--micro_batch_tokens", "58880"],
+            ["DOES NOT FIT: halve data.micro_batch_tokens"],
+        ),
+    ],
+)
+def test_the_command_prints_price_and_memory(call, flags, shown):
+    code, out, errors = call(*flags)
+    assert (code, errors) == (0, "")
+    assert all(text in out for text in shown)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
         (["--gpu", "h1"], "no GPU is called h1 here, expected one of: a100"),
         (["--gpus", "7"], "evenly between 7 ranks. Set data.global_batch_tokens 473088, or use 4, 5 or 8 ranks"),
         (
             ["--gpus", "7", "--micro_batch_tokens", "14720"],
             "7 GPUs cannot share the recipe's 32 micro-batches per step evenly",
         ),
-        (["--gpus", "0"], "--gpus is 0, expected 1 to"),
-        (["--zero", "4"], "--zero is 4, expected 0 to 3"),
-        (["--price", "-1"], "--price is -1.0, expected more than 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call(capsys, monkeypatch, *flags)
+        (["--gpus", "0"], "--gpus is 0, expected a number in [1, 1048576]"),
+        (["--zero", "4"], "--zero is 4, expected a number in [0, 3]"),
+        (["--price", "-1"], "--price is -1.0, expected a number in (0, 1e6]"),
+        (["--price", "0"], "--price is 0.0, expected a number in (0, 1e6]"),
+        (["--recipe", "nope"], "recipe 'nope' is neither a file nor one of: bert-base"),
+        (["--gp", "h100"], "unknown setting --gp. Did you mean --gpu?"),
+        (["--gpus", "8", "--gpus=9"], "--gpus is given twice"),
+    ],
+)
+def test_what_the_command_cannot_predict_is_one_line_and_exit_code_2(call, flags, message):
+    code, out, errors = call(*flags)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("launch/estimate.py: ")
+    assert message in errors

@@ -156,5 +156,5 @@ def test_a_run_reports_its_times_and_two_runs_are_plotted(corpus, tmp_path):
         file.write('{"step": 9, "loss": 1.0}\n[1]\n{"step": 10}\n')
     assert run_command(plot) == (0, f"{out}\n")
     missing = run_command([sys.executable, "launch/plot_run.py", str(tmp_path)])
-    assert missing.code == 1
+    assert missing.code == 2
     assert f"{tmp_path}: has no metrics.jsonl with a training loss" in missing.output
