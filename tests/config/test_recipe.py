@@ -65,7 +65,7 @@ def test_the_saved_recipe_reads_back(tmp_path):
         (["--model.hidden_dropout=1"], "model.hidden_dropout is 1.0, expected a number in [0, 1)"),
         (["--data.max_seq_len=2"], "data.max_seq_len is 2, expected a number in [3, 1048576]"),
         (["--data.micro_batch_tokens=64"], "expected at least data.max_seq_len (128)"),
-        (["--data.global_batch_tokens=1500"], "expected a multiple of data.micro_batch_tokens (1024)"),
+        (["--data.global_batch_tokens=1500"], "expected a multiple of data.micro_batch_tokens (2048)"),
         (["--data.num_workers=-1"], "data.num_workers is -1"),
         (["--masking.mlm_probability=0"], "masking.mlm_probability is 0.0, expected a number in (0, 1)"),
         (["--optimizer.final_lr=2"], "optimizer.final_lr is 2.0, expected a number in [0, 1]"),

@@ -42,7 +42,7 @@ def test_the_protocol_modernbert_has_the_papers_sweep():
 
 
 def test_every_protocol_of_the_package_can_be_read():
-    assert {"mosaicbert", "modernbert", "quick", "quickstart"} == set(protocol_names())
+    assert {"mosaicbert", "modernbert", "quick", "quickstart", "quickstart-one-seed"} == set(protocol_names())
     for name in protocol_names():
         protocol = read_protocol(name, [])
         assert protocol.about
@@ -68,7 +68,8 @@ GOOD = "seeds: [1]\nsettings: {lr: 5e-5, epochs: 1, batch_size: 8}\ntasks:\n  rt
         ("[1]", "[]", "seeds is \\[\\], expected a list of integers"),
         ("[1]", "[-1]", "seeds is \\[-1\\], expected a list of integers from 0"),
         ("[1]", "[true]", "seeds.0 is True, expected an integer"),
-        ("[1]", "[1, 2, 1]", "which has a seed twice"),
+        ("[1]", "[1, 2, 1]", "seeds: 1 is listed twice"),
+        ("start: mnli", "metrics: [accuracy, accuracy]", "metrics: 'accuracy' is listed twice"),
         ("5e-5", ".nan", "lr is nan, expected a finite number"),
         ("5e-5", "1e999", "lr is inf, expected a finite number"),
         ("5e-5", "1e300", "settings.lr is 1e.300, expected a number in \\(0, 10\\]"),
