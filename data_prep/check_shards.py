@@ -6,7 +6,10 @@ Prints one problem per line, with shard, chunk and byte. The exit code is 0 with
 folder holds no shards or the command line is wrong.
 """
 
-from megabert.process.interrupts import end_at_ctrl_c
+try:
+    from megabert.process.interrupts import end_at_ctrl_c
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.") from None
 
 if __name__ == "__main__":
     end_at_ctrl_c()

@@ -24,7 +24,7 @@ from data_prep.output_folder import PIPELINE, WORK_FORMAT, list_shards, locked_w
 from data_prep.request import REQUEST, request_hash, write_request
 from data_prep.source_options import SourceOptions
 from data_prep.sources import LeftOut
-from data_prep.sources.base import MAX_DOCUMENT_BYTES, NULL, DamagedError, not_text, too_long
+from data_prep.sources.base import MAX_DOCUMENT_BYTES, NULL, DamagedError, check_text, not_text, too_long
 from data_prep.workers import WorkerPool
 from data_prep.write_shards import report, write_from_runs
 from data_prep.writing import passes, sorted_runs
@@ -129,6 +129,7 @@ def _text(document: Document) -> str:
         raise not_text(where, "text", repr(document.text)[:40])
     if len(document.text) > MAX_DOCUMENT_BYTES:
         raise too_long(where, "Cut it in the pipeline.")
+    check_text(document.text, where)
     return document.text
 
 

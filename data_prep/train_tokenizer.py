@@ -7,7 +7,10 @@ The result has BERT's five special tokens. If it comes from sentencepiece, lines
 tokenizers, and the number of lines with different ids is printed.
 """
 
-from megabert.process.interrupts import end_at_ctrl_c
+try:
+    from megabert.process.interrupts import end_at_ctrl_c
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.") from None
 
 if __name__ == "__main__":
     end_at_ctrl_c()

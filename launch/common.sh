@@ -8,6 +8,22 @@ trap '' PIPE   # of a reader that has left, as in `| head`
 # Print a line; a closed pipe or a full disk under the log does not matter.
 say() { echo "$@" 2> /dev/null || true; }
 
+# Enter the Python environment in the folder $1 (empty: stay in the one that is active). End with one line if it is
+# missing, or has no command $2.
+enter_environment() {
+    if [ -n "$1" ]; then
+        if [ ! -f "$1/bin/activate" ]; then
+            echo "$1 is no Python environment: run bash launch/install.sh, or set VENV to the environment's folder" >&2
+            exit 2
+        fi
+        source "$1/bin/activate"
+    fi
+    if ! command -v "$2" > /dev/null; then
+        echo "there is no command $2: run bash launch/install.sh, then source .venv/bin/activate" >&2
+        exit 2
+    fi
+}
+
 # Print a port of this machine that nothing uses at the moment.
 free_port() { python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 

@@ -11,7 +11,7 @@ OUT=${OUT:?folder of the run, as run.output_dir}
 DEEPSPEED=${DEEPSPEED:-}
 # Ranks whose launcher is gone save and end within 45 s (megabert/training/distributed/signals.py).
 GRACE_S=60
-[ ! -f .venv/bin/activate ] || source .venv/bin/activate
+enter_environment "$([ ! -f .venv/bin/activate ] || echo .venv)" deepspeed
 source launch/shared/restart_policy.sh
 
 stopping=

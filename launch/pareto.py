@@ -4,7 +4,10 @@ python launch/pareto.py --runs runs/mosaicbert-base,runs/bert-base --data glue_d
 After an interruption the same command continues.
 """
 
-from megabert.process.interrupts import end_at_ctrl_c
+try:
+    from megabert.process.interrupts import end_at_ctrl_c
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.") from None
 
 if __name__ == "__main__":
     end_at_ctrl_c()

@@ -1,6 +1,9 @@
 """Pretrain an encoder: megabert/commands/pretrain.py."""
 
-from megabert.process.interrupts import end_at_ctrl_c
+try:
+    from megabert.process.interrupts import end_at_ctrl_c
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.") from None
 
 if __name__ == "__main__":
     end_at_ctrl_c()

@@ -135,7 +135,7 @@ def test_the_modelling_code_imports_the_whole_model_folder_directly():
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "launch").glob("*.py")), ids=lambda path: path.name)
 def test_launchers_stay_small(path):
-    assert len(path.read_text().splitlines()) <= 80
+    assert len(path.read_text().splitlines()) <= 90
 
 
 def test_nothing_but_two_files_asks_what_device_this_is():

@@ -15,6 +15,7 @@ from data_prep.sources.base import (
     InputSplit,
     LeftOut,
     ReadOptions,
+    texts_only,
 )
 from data_prep.sources.columns import arrow, parquet
 from data_prep.sources.folders import files_below, kind_of
@@ -106,8 +107,9 @@ def read_input_split(split: InputSplit, options: ReadOptions, left_out: LeftOut 
     """
     if split.kind in TOKEN_KINDS:
         raise ValueError(f"{split.paths[0]}: holds tokens, expected text.")
+    left_out = left_out or LeftOut(options.skip_damaged)
     try:
-        yield from READERS[split.kind](split, options, left_out or LeftOut(options.skip_damaged))
+        yield from texts_only(READERS[split.kind](split, options, left_out), split.paths[0], left_out)
     except OSError as error:
         if error.filename is None:
             raise OSError(error.errno, error.strerror or str(error), split.paths[0]) from error

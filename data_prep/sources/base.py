@@ -2,7 +2,7 @@
 
 import errno
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
 
@@ -24,6 +24,9 @@ TOKEN_KINDS = ("datatrove", "mds_tokens", "megatron")
 
 # What map(), filter() and the like of the package datasets leave beside the files of a data set: copies of its rows.
 DATASETS_CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d{5}_of_\d{5})?\.arrow")
+
+# How texts in ISO-2022, whose bytes are all ASCII, announce Chinese, Japanese or Korean characters.
+ISO_2022 = "\x1b$"
 
 # Why something is left out of a source.
 HIDDEN = "hidden files and folders"
@@ -131,21 +134,32 @@ def until_damaged(
         yield item
 
 
-def to_utf8(text: str, path: str) -> bytes:
-    """Return the UTF-8 of a document. Raises DamagedError for what a string can hold, but no text contains."""
+def check_text(text: str, path: str) -> None:
+    """Raise DamagedError for what a string can hold, but no text contains."""
     try:
-        raw = text.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise _no_text(text, path, error.start, "half of a surrogate pair") from error
-    if b"\0" in raw:
-        raise _no_text(text, path, text.index("\0"), "a NUL")
-    return raw
+    for sign, what in (("\0", "a NUL"), (ISO_2022, "an escape sequence of ISO-2022")):
+        if sign in text:
+            raise _no_text(text, path, text.index(sign), what)
+
+
+def texts_only(documents: Iterable[str], path: str, left_out: LeftOut) -> Iterator[str]:
+    """Yield the documents of a file without those that check_text refuses, which are damage."""
+    for document in documents:
+        try:
+            check_text(document, path)
+        except DamagedError as error:
+            left_out.damaged(error)
+        else:
+            yield document
 
 
 def _no_text(text: str, path: str, at: int, what: str) -> DamagedError:
+    remedy = "Convert it to UTF-8, or remove it." if text.startswith(ISO_2022, at) else "Remove it."
     return DamagedError(
-        f"{path}: a document has {what} as its character {at}, which no text contains: {text[at : at + 40]!r}. "
-        "Remove it."
+        f"{path}: a document has {what} as its character {at}, which no text contains: {text[at : at + 40]!r}. {remedy}"
     )
 
 

@@ -9,14 +9,22 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from data_prep.sources.base import INPUT_SPLIT_BYTES, NO_TEXT, DamagedError, InputSplit, LeftOut, ReadOptions, to_utf8
+from data_prep.sources.base import (
+    INPUT_SPLIT_BYTES,
+    NO_TEXT,
+    DamagedError,
+    InputSplit,
+    LeftOut,
+    ReadOptions,
+    check_text,
+)
 
 
 def read(split: InputSplit, options: ReadOptions, left_out: LeftOut) -> Iterator[str]:
     for path in split.paths:
         for text in docstrings(Path(path)):
             try:
-                to_utf8(text, path)
+                check_text(text, path)
             except DamagedError:
                 # Nobody who trains on installed packages can mend them.
                 left_out.add(NO_TEXT, path)

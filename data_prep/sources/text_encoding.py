@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 import zstandard
 
-from data_prep.sources.base import DamagedError
+from data_prep.sources.base import ISO_2022, DamagedError
 from data_prep.sources.remote import open_file
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ BYTE_ORDER_MARKS = {
 WITHOUT_ORDER = ("utf-16", "utf-32")
 # These say once, before the first such character, which characters follow, so a line alone cannot be decoded.
 STATEFUL = re.compile("iso2022_|hz$|utf-7$")
-# How texts in ISO-2022, whose bytes are all ASCII, announce Chinese, Japanese or Korean characters.
-ISO_2022 = "\x1b$"
 
 
 class UndecodableError(DamagedError):

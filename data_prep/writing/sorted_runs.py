@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep import workers
 from data_prep.sources import InputSplit, LeftOut, ReadOptions, read_input_split
-from data_prep.sources.base import SHORT, TOKEN_KINDS, DamagedError, to_utf8
+from data_prep.sources.base import SHORT, TOKEN_KINDS
 from data_prep.sources.tokens import read_token_split
 from data_prep.sources.tokens.ids import IdRule
 from megabert.data.shards.tokenizer import encode_flat
@@ -243,11 +243,7 @@ def in_batches(
     size = 0
     for document in documents:
         text = document.strip()
-        try:
-            raw = to_utf8(text, where)
-        except DamagedError as error:
-            left_out.damaged(error)
-            continue
+        raw = text.encode()
         if len(text) < settings.min_chars:
             left_out.add(SHORT, where)
             continue

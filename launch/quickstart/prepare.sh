@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source launch/common.sh
+enter_environment "" python
 # A signal that ends this script ends the command that it runs, too.
 command=
 trap '[ -z "$command" ] || kill -TERM "$command" 2> /dev/null; exit 143' TERM HUP INT

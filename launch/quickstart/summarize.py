@@ -1,5 +1,13 @@
 """Print the summary of the quickstart, and write summary.json and loss.png."""
 
+try:
+    from megabert.process.interrupts import end_at_ctrl_c
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.") from None
+
+if __name__ == "__main__":
+    end_at_ctrl_c()
+
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -20,6 +20,7 @@ from megabert.config.settings import check_limits, limits_of
 from megabert.files.disk import WRONG_NAMES, explain
 from megabert.files.redact import RedactedRecord, redact
 from megabert.process.exit_codes import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from megabert.process.interrupts import missing_package
 from megabert.process.standard_streams import keep_streams_writable
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -230,9 +231,10 @@ def exit_code(error: BaseException) -> int:
 
 
 def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseException], int] = lambda _: 1) -> NoReturn:
-    """Run a command and exit with its code; a ValueError or OSError is one line on stderr and exit code code_of(error).
+    """Run a command and exit with its code; an error that a user can mend is one line on stderr.
 
-    Ctrl-C is one line too, with exit code 130 as a shell gives it.
+    Such are a ValueError, an OSError and a missing package, with the exit code code_of(error). Ctrl-C is one line too,
+    with exit code 130 as a shell gives it.
     """
     keep_streams_writable()
     logging.setLogRecordFactory(CommandRecord)
@@ -248,6 +250,11 @@ def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseExcept
         if "Original Traceback" in message:
             message = re.sub(r"^[\w.]*Error: ", "", message.strip().splitlines()[-1])
         sys.stderr.write(f"{prog}: {redact(name_commands(message))}\n")
+        sys.exit(code_of(error))
+    except ModuleNotFoundError as error:
+        if not (message := missing_package(error)):
+            raise
+        sys.stderr.write(f"{prog}: {message}\n")
         sys.exit(code_of(error))
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")

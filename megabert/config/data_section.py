@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megabert.config.settings import check_limits, required, setting
+from megabert.config.settings import check_limits, check_once, required, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,7 @@ class DataConfig:
                 )
         if self.ranks is not None and (not self.ranks or min(self.ranks) < 1):
             raise ValueError(f"data.ranks is {self.ranks}, expected numbers of ranks from 1 on, such as [48, 64].")
+        check_once("data.ranks", self.ranks or ())
         if not self.corpora:
             raise ValueError("data.train is an empty list, expected at least one corpus.")
         self._check_batch()

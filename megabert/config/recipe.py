@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megabert.config.data_section import DataConfig
 from megabert.config.model_section import ModelConfig
-from megabert.config.settings import check_limits, check_range, metadata_of, setting, with_lists
+from megabert.config.settings import check_limits, check_once, check_range, metadata_of, setting, with_lists
 
 # Settings for the length of a run: a recipe has exactly one of them.
 LENGTHS = ("max_steps", "max_tokens", "max_hours")
@@ -151,8 +151,7 @@ class RunConfig:
                 f"run.branch_from is {self.branch_from} and run.resume {self.resume}: a run starts from one of them. "
                 "Leave one out."
             )
-        if len(set(self.trackers)) < len(self.trackers):
-            raise ValueError(f"run.trackers is {self.trackers}, expected each tracker once.")
+        check_once("run.trackers", self.trackers)
         if self.keep_every_steps % self.save_every_steps:
             raise ValueError(
                 f"run.keep_every_steps is {self.keep_every_steps}, expected a multiple of run.save_every_steps "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_type_hints
 
 LIMITS = re.compile(r"([\[(])(\S+), (\S+)([\])])")
@@ -61,6 +61,15 @@ def metadata_of(settings: type, name: str) -> Mapping[str, Any]:
     config = get_type_hints(settings).get(section)
     fields = {} if config is None else {field.name: field.metadata for field in dataclasses.fields(config)}
     return fields.get(setting, {})
+
+
+def check_once(name: str, values: Iterable[Any]) -> None:
+    """Raise ValueError, naming the list and the value, if a list has a value twice."""
+    seen = []
+    for value in values:
+        if value in seen:
+            raise ValueError(f"{name}: {shortened(value)} is listed twice.")
+        seen.append(value)
 
 
 def check_range(name: str, value: float, limits: str) -> None:

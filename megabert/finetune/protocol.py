@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import FiniteFloat
 
 from megabert.config.cli import nearest
-from megabert.config.settings import check_limits, required, setting, shortened
+from megabert.config.settings import check_limits, check_once, required, setting, shortened
 from megabert.config.strict_yaml import build, check_keys, read_dataclass
 from megabert.finetune.tasks.task import GLUE, Metric, Task
 
@@ -115,6 +115,7 @@ class TaskSection:
     def __post_init__(self):
         _check_seeds(self.seeds)
         _check_sweep(self.sweep)
+        check_once("metrics", self.metrics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +138,7 @@ class ProtocolFile:
 def _check_seeds(seeds: tuple[int, ...] | None) -> None:
     if seeds is not None and (not seeds or not all(0 <= seed < 2**63 for seed in seeds)):
         raise ValueError(f"seeds is {shortened(list(seeds))}, expected a list of integers from 0 to 2**63 - 1.")
-    if seeds is not None and len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds is {shortened(list(seeds))}, which has a seed twice.")
+    check_once("seeds", seeds or ())
     if seeds is not None and len(seeds) > MAX_SEEDS:
         raise ValueError(f"seeds has {len(seeds):,} of them, expected at most {MAX_SEEDS:,}.")
 

@@ -221,6 +221,9 @@ def read_options() -> Namespace:
     options = parser.parse_args()
     if find_spec("accelerate") is None:
         parser.error("transformers' Trainer needs accelerate: pip install accelerate")
+    for name in ("task", "lr"):
+        if len(set(getattr(options, name))) < len(getattr(options, name)):
+            parser.error(f"--{name} has a value twice")
     if options.seeds < 2:
         parser.error(f"--seeds is {options.seeds}, expected 2 or more, for a standard deviation")
     if options.quick:

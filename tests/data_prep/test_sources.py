@@ -129,7 +129,10 @@ def test_byte_ranges_of_a_txt_cover_every_paragraph_once(tmp_path, monkeypatch, 
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.text(max_size=60), min_size=1, max_size=20), st.integers(1, 90))
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\x1b"), max_size=60), min_size=1, max_size=20),
+    st.integers(1, 90),
+)
 def test_byte_ranges_of_any_size_cover_every_line_of_a_jsonl_once(tmp_path, monkeypatch, texts, split_bytes):
     monkeypatch.setattr("data_prep.sources.base.INPUT_SPLIT_BYTES", split_bytes)
     path = tmp_path / "a.jsonl"

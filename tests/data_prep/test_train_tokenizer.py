@@ -112,6 +112,16 @@ def test_a_sample_comes_from_many_places_and_has_the_requested_size(tmp_path):
     assert sum(map(len, train_tokenizer.sample_lines(few))) >= 30_000
 
 
+@pytest.mark.parametrize("bad", ["a\0b", "half \ud800", "\x1b$B"])
+def test_a_sample_has_texts_only(tmp_path, bad):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("good", bad)))
+    with pytest.raises(ValueError, match=f"{path}: a document has .* Or pass --on-bad-document skip"):
+        list(train_tokenizer.sample_lines(train_tokenizer.Options(source=str(path))))
+    skipping = train_tokenizer.Options(source=str(path), on_bad_document="skip")
+    assert list(train_tokenizer.sample_lines(skipping)) == ["good"]
+
+
 def test_a_vocabulary_of_special_tokens_alone_is_refused(capsys):
     with pytest.raises(SystemExit):
         train_tokenizer.main(["--vocab_size=5"])

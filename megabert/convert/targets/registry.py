@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from megabert.config.settings import check_once
 from megabert.convert.check import export_record
 from megabert.convert.from_hf import read_model
 from megabert.convert.targets import encoder, jina, onnx_graphs, sentence_transformers, transformers_js
@@ -45,9 +46,11 @@ class Outcome(TypedDict):
 def parse_names(text: str) -> tuple[str, ...]:
     """Read the list of --for, separated by commas, in the order of writing, with the targets that these require.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, and for one that is listed twice.
     """
-    wanted = {name.strip() for name in text.split(",") if name.strip()}
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    check_once("--for", names)
+    wanted = {*names}
     for name in sorted(wanted - TARGETS.keys() - {ALWAYS}):
         known = [ALWAYS, *TARGETS]
         close = difflib.get_close_matches(name, known, n=1)

@@ -23,6 +23,8 @@ def shards_of(
     folder, shards = storage.url("").rstrip("/"), manifest.splits.get(part, ())
     if names is not None:
         wanted = set(names)
+        if len(wanted) < len(names):
+            raise ValueError(f"{folder}: {min(wanted, key=lambda name: -names.count(name))} is named twice.")
         if unknown := sorted(wanted - {shard.name for shard in shards}):
             raise ValueError(f"{folder}: {unknown[0]} is not among the manifest's {len(shards)} {part} shards.")
         shards = tuple(shard for shard in shards if shard.name in wanted)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from megabert.config.cli import nearest
-from megabert.config.settings import shortened
+from megabert.config.settings import check_once, shortened
 from megabert.config.strict_yaml import Name, read_dataclass
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -226,8 +226,7 @@ class TaskFile:
             raise ValueError(f"name is {self.name}, which is a GLUE task; choose another.")
         if not 1 <= len(self.texts) <= 2:
             raise ValueError(f"texts has {len(self.texts)} columns, expected 1, or 2 for pairs.")
-        if len(set(self.texts)) < len(self.texts):
-            raise ValueError(f"texts names the column {self.texts[0]} twice.")
+        check_once("texts", self.texts)
         if len(self.labels) == 1 or len(set(self.labels)) != len(self.labels):
             raise ValueError(
                 f"labels is {shortened(list(self.labels))}, expected two or more different names, or none at all."
@@ -252,8 +251,7 @@ class TaskFile:
         expected = f"expected some of {', '.join(fitting)}."
         if not self.metrics:
             raise ValueError(f"metrics is empty, {expected}")
-        if len(set(self.metrics)) < len(self.metrics):
-            raise ValueError(f"metrics is {', '.join(self.metrics)}, which has one twice, {expected}")
+        check_once("metrics", self.metrics)
         for name in self.metrics:
             if name not in fitting:
                 kind = f"{len(self.labels)} labels" if self.labels else "a regression (no labels)"
@@ -274,11 +272,12 @@ def _check_path(key: str, path: str | None) -> None:
 def glue_tasks(names: str) -> list[Task]:
     """Return GLUE tasks by their names, separated by commas, or the eight for "all".
 
-    Raises ValueError for an unknown name, and for commas without a name.
+    Raises ValueError for an unknown name, for one that is listed twice, and for commas without a name.
     """
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     if names and not chosen:
         raise ValueError(f"--tasks {names}: names no task; expected all, or some of {', '.join(GLUE)}.")
+    check_once("--tasks", chosen)
     chosen = [one for name in chosen for one in (EIGHT if name == "all" else (name,))]
     for name in chosen:
         if name not in GLUE:

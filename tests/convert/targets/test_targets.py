@@ -85,6 +85,8 @@ def test_the_list_is_parsed_strictly():
         registry.parse_names("onx")
     with pytest.raises(ValueError, match="Known are transformers, sentence-transformers, onnx"):
         registry.parse_names("vhs")
+    with pytest.raises(ValueError, match="--for: 'onnx' is listed twice"):
+        registry.parse_names("onnx,gguf,onnx")
 
 
 def test_help_lists_every_target(capsys):

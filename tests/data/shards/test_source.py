@@ -52,6 +52,8 @@ def test_chunks_read_by_byte_range_equal_the_whole_shard(corpus):
 def test_brace_notation_selects_shards_of_one_manifest(corpus):
     source = open_source(f"{corpus.tokens}/train-{{00000..00003}}.tar")
     assert [shard.name for shard in source.shards] == [f"train-{i:05d}.tar" for i in range(4)]
+    with pytest.raises(ValueError, match=r"train-00001\.tar is named twice"):
+        open_source(f"{corpus.tokens}/train-0000{{0,1,1}}.tar")
     with pytest.raises(ValueError, match=r"train-99999\.tar is not among the manifest's \d+ train shards"):
         open_source(f"{corpus.tokens}/train-99999.tar")
     with pytest.raises(ValueError, match="spans the folders"):

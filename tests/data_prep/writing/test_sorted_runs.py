@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.sources import LeftOut, ReadOptions, list_input_splits
-from data_prep.sources.base import DamagedError, to_utf8
+from data_prep.sources.base import DamagedError, check_text
 from data_prep.writing import merged_runs, shard_writer, sorted_runs
 from data_prep.writing.length_statistics import plot, summarize
 
@@ -149,25 +149,27 @@ def test_a_range_of_a_sorted_run_holds_exactly_its_documents(tmp_path, source):
     ("text", "message"),
     [
         ("a\\ud800b", r"a.jsonl: a document has half of a surrogate pair as its character 1, .*: '\\ud800b'\. Remove"),
+        ("a\\u001b$Bb", r"a.jsonl: a document has an escape sequence of ISO-2022 as its character 1, .* Convert it to"),
         ("a\\u0000b", r"a.jsonl: a document has a NUL as its character 1, which no text contains: '\\x00b'\. Remove"),
     ],
 )
 def test_what_no_text_contains_is_damage_in_every_source(text, message):
     with pytest.raises(DamagedError, match=message):
-        to_utf8(json.loads(f'"{text}"'), "a.jsonl")
-    assert to_utf8(json.loads(r'"\ud83d\ude00"'), "a.jsonl") == "\U0001f600".encode()
+        check_text(json.loads(f'"{text}"'), "a.jsonl")
+    check_text(json.loads(r'"\ud83d\ude00"'), "a.jsonl")
 
 
+@pytest.mark.parametrize(("bad", "what"), [("a\0b", "NUL"), ("a\x1b$B", "escape sequence of ISO-2022")])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt"])
-def test_documents_that_are_no_text_stop_or_are_left_out_and_counted(tmp_path, name):
-    path, texts = tmp_path / name, ["good", "a\0b"]
+def test_documents_that_are_no_text_stop_or_are_left_out_and_counted(tmp_path, name, bad, what):
+    path, texts = tmp_path / name, ["good", bad]
     if name == "a.jsonl":
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     elif name == "a.parquet":
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
     else:
         path.write_text("\n\n".join(texts))
-    with pytest.raises(ValueError, match=f"{path}: .* NUL"):
+    with pytest.raises(ValueError, match=f"{path}: .* {what}"):
         both_passes(tmp_path / "stop", path, 1, heldout=0.0)
 
 

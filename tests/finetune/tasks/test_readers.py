@@ -242,8 +242,8 @@ def test_a_users_task_reads_csv_and_tsv_files(tmp_path):
         ("metrics: [accuracy, f1]", "metrics: []", "metrics is empty, expected some of accuracy, f1, matthews"),
         ("train: own.csv", "train: ''", "train is empty"),
         ("[bad, good]", '["b\\tad", good]', "labels has 'b.tad', expected names without tabs and line breaks"),
-        ("[text]", "[text, text]", "texts names the column text twice"),
-        ("[accuracy, f1]", "[accuracy, accuracy]", "metrics is accuracy, accuracy, which has one twice"),
+        ("[text]", "[text, text]", "texts: 'text' is listed twice"),
+        ("[accuracy, f1]", "[accuracy, accuracy]", "metrics: 'accuracy' is listed twice"),
         ("train: own.csv", "train: 'pipe:touch pwned'", "train begins with pipe:, expected a file: a task file may"),
         ("dev: own.tsv", "dev: ' PIPE:touch pwned'", "dev begins with .*PIPE:, expected a file"),
         ("dev: own.tsv", "dev: https://host/x.tsv", "dev begins with https:, expected a file"),
@@ -267,5 +267,7 @@ def test_tasks_are_chosen_by_name():
     assert [task.name for task in glue_tasks("all,wnli,rte,ax")][8:] == ["wnli", "ax"]
     with pytest.raises(ValueError, match="Did you mean stsb"):
         glue_tasks("cola,sts-b")
+    with pytest.raises(ValueError, match="--tasks: 'rte' is listed twice"):
+        glue_tasks("rte,cola, rte")
     with pytest.raises(ValueError, match="--tasks ,: names no task; expected all, or some of cola"):
         glue_tasks(",")
