@@ -25,7 +25,8 @@ from megabert.config import cli
 @dataclass(frozen=True)
 class Options:
     checkpoint: str
-    """folder of a run, for its newest checkpoint, or of one checkpoint (checkpoints/step-...), or a MegaBERT folder"""
+    """folder of a run, for its newest checkpoint, or of one checkpoint (checkpoints/step-...), or a folder that an
+    export or an import wrote"""
     out: str
     """folder to write"""
     average: int = 1
@@ -78,7 +79,7 @@ def export_published(options: Options) -> int:
 
 
 def export(options: Options) -> int:
-    from megabert.convert.folder_to_hf import export_folder, is_model_folder
+    from megabert.convert.folder_to_hf import explain_folder_targets, export_folder, is_model_folder
     from megabert.convert.targets.registry import parse_names, read_outcomes
     from megabert.convert.to_hf import ExportOptions, explain_targets, export_checkpoint
 
@@ -86,10 +87,12 @@ def export(options: Options) -> int:
     export_options = ExportOptions(options.average, targets, options.max_shard_size, options.max_length)
     checkpoint, out = Path(options.checkpoint), Path(options.out)
     if is_model_folder(checkpoint):
+        for note in explain_folder_targets(checkpoint, out, export_options):
+            print(note, flush=True)
         done = export_folder(checkpoint, out, export_options)
         print(f"{options.out}: {done.name}; never trained: {', '.join(done.initialized) or 'none'}")
         print(f"in {checkpoint} but not in this class: {', '.join(done.left_out) or 'none'}")
-        return report(options.out, done.measured, {})
+        return report(options.out, done.measured, read_outcomes(out))
     for note in explain_targets(checkpoint, export_options):
         print(note, flush=True)
     measured = export_checkpoint(checkpoint, out, export_options)

@@ -1,7 +1,8 @@
-"""Export a MegaBERT folder, with any head, as transformers' own class where one computes the same, and check it."""
+"""Export an import, an export or a fine-tuned model, with any head, as transformers' own class if one is the same."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,15 +14,18 @@ from megabert.convert.check.folder_record import is_model_file
 from megabert.convert.from_hf import read_model
 from megabert.convert.hf.config import set_max_length
 from megabert.convert.hf.heads import MASKED_LM, class_of, head_of
+from megabert.convert.hf.model_card import reuse_card
 from megabert.convert.hf.native import native_class
-from megabert.convert.hf.reader import CONFIG, read_config
+from megabert.convert.hf.reader import CONFIG, read_config, read_json
 from megabert.convert.hf.resize import ImportedModel
 from megabert.convert.hf.tokenizer import copy_tokenizer
-from megabert.convert.to_hf import ExportOptions, fingerprint_export, read_finished, write_model
+from megabert.convert.targets import probe, registry
+from megabert.convert.to_hf import ExportOptions, add_targets, fingerprint_export, read_finished, write_model
 from megabert.convert.weight_names import POOLER, TIED_DECODER
-from megabert.data.shards.manifest import TOKENIZER
+from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.atomic import replace_folder, staged_folder
 from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.modeling_megabert import MegaBertModel
 
 README = """# {name}
 
@@ -49,12 +53,14 @@ def is_model_folder(path: Path) -> bool:
 
 
 def export_folder(source: Path, out: Path, options: ExportOptions) -> FolderExport:
-    """Export the MegaBERT folder `source`: an import, a fine-tuned model, or what save_pretrained() wrote.
+    """Export the folder `source`: an export, an import, a fine-tuned model, or a MegaBERT of save_pretrained().
 
-    Raises ValueError if it cannot be exported, or if the check fails, in which case `out` stays as it was.
+    `out` may be `source` itself, which then keeps the targets that it has. Raises ValueError if the folder cannot be
+    exported, or if the check fails, in which case `out` stays as it was.
     """
-    _check_source(source, options)
+    record = _check_source(source, options)
     name, out = str(out), out.resolve()
+    options = _keep_targets(source, out, options)
     files = sorted(path for path in source.iterdir() if is_model_file(path.name))
     fingerprint = fingerprint_export(files, options)
     model = read_model(source)
@@ -64,39 +70,91 @@ def export_folder(source: Path, out: Path, options: ExportOptions) -> FolderExpo
     class_name = native_class(config) or f"MegaBertFor{head_of(config)}"
     if (measured := read_finished(out, fingerprint)) is not None:
         return FolderExport(measured, class_name, initialized, left_out)
-    max_length = set_max_length(
-        config, config.max_position_embeddings, options.max_length or config.max_position_embeddings
-    )
+    max_length = _check_limits(source, config, options)[0]
+    # The texts of a classifier may be pairs.
+    pairs = {"pairs": True, "texts": False}.get(record.get("classifies", ""))
     with staged_folder(out) as folder:
         copy_tokenizer(source, folder, max_length)
-        export_check.write_expected_outputs(build_head(weights, config), folder, folder, max_length)
+        module = build_head(weights, config)
+        export_check.write_expected_outputs(module, folder, folder, max_length, bool(pairs))
+        if options.targets:
+            probe.write_expected(cast(MegaBertModel, module.base_model), folder, max_length)
         written = write_model(folder, weights, config, options.max_shard_size)
-        parts = {"initialized": initialized, "left_out": left_out}
-        lines = {key: ", ".join(f"`{part}`" for part in names) or "none" for key, names in parts.items()}
-        (folder / "README.md").write_text(README.format(name=class_name, **lines), encoding="utf-8")
-        export_record.write_record(folder, fingerprint, max_length, written, head=head_of(config))
+        card = _make_card(source, record, class_name, max_length, {"initialized": initialized, "left_out": left_out})
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        export_record.write_record(folder, fingerprint, max_length, written, pairs, head_of(config), initialized)
         # The check's process loads the weights again, so they are freed here.
-        del model, weights, written
+        del model, weights, written, module
         measured = export_check.check_new_export(folder, name)
+        if options.targets:
+            add_targets(folder, options.targets)
         replace_folder(folder, out)
     return FolderExport(measured, class_name, initialized, left_out)
 
 
-def _check_source(source: Path, options: ExportOptions) -> None:
-    if (kind := read_config(source).get("model_type")) != MegaBertConfig.model_type:
+def explain_folder_targets(source: Path, out: Path, options: ExportOptions) -> list[str]:
+    """As to_hf.explain_targets(), for a folder."""
+    _check_source(source, options)
+    options = _keep_targets(source, out.resolve(), options)
+    return _check_limits(source, read_model(source).config, options)[1] if options.targets else []
+
+
+def _check_limits(source: Path, config: MegaBertConfig, options: ExportOptions) -> tuple[int, list[str]]:
+    """Return the longest text of the export, which the config gets, and what a user should know of the targets."""
+    max_length = set_max_length(
+        config, config.max_position_embeddings, options.max_length or _read_max_length(source, config)
+    )
+    return max_length, registry.check_targets(options.targets, config, read_json(source / TOKENIZER), max_length)
+
+
+def _read_max_length(source: Path, config: MegaBertConfig) -> int:
+    """Return at how many tokens the folder's tokenizer cuts a text, if it says so, and else how many the model reads.
+
+    A model may have more positions than it was trained on.
+    """
+    path = source / TOKENIZER_CONFIG
+    length = read_json(path).get("model_max_length") if path.is_file() else None
+    most = config.max_position_embeddings
+    return length if isinstance(length, int) and 3 <= length <= most else most
+
+
+def _keep_targets(source: Path, out: Path, options: ExportOptions) -> ExportOptions:
+    """Add the targets that `out` has, if it is the source itself."""
+    if source.resolve() != out:
+        return options
+    kept = {name for name, outcome in registry.read_outcomes(source).items() if "failed" not in outcome}
+    return replace(options, targets=registry.parse_names(",".join({*options.targets, *kept} & registry.TARGETS.keys())))
+
+
+def _make_card(
+    source: Path, record: dict[str, Any], class_name: str, max_length: int, parts: dict[str, list[str]]
+) -> str:
+    """Return the card of an earlier export, which has the numbers of its training, or a new one.
+
+    record: the export.json of the source, if it has one. parts: names of parameters, see README.
+    """
+    if record and (source / "README.md").is_file():
+        return reuse_card((source / "README.md").read_text(encoding="utf-8"), max_length)
+    lines = {key: ", ".join(f"`{part}`" for part in names) or "none" for key, names in parts.items()}
+    return README.format(name=class_name, **lines)
+
+
+def _check_source(source: Path, options: ExportOptions) -> dict[str, Any]:
+    """Return the folder's export.json, which is empty if it has none."""
+    record = export_record.read_record(source)
+    if (kind := read_config(source).get("model_type")) != MegaBertConfig.model_type and record is None:
         raise ValueError(
-            f"{source / CONFIG}: model_type is {kind!r}, expected a MegaBERT folder or a run. Convert it with "
-            "launch/convert_from_hf.py first."
+            f"{source / CONFIG}: model_type is {kind!r}, expected a MegaBERT folder, an export or a run. Convert it "
+            "with launch/convert_from_hf.py first."
         )
     if options.average != 1:
         raise ValueError(f"{source}: is a folder with one model; --average needs a run with several checkpoints.")
-    if options.targets:
-        raise ValueError(f"{source}: is a folder of a model; --for needs a run or a checkpoint. Leave out --for.")
     if not (source / TOKENIZER).is_file():
         raise ValueError(
             f"{source}: has no {TOKENIZER}, with which an export is checked. launch/convert_from_hf.py --tokenizer "
             "gives a folder the one that it was trained with."
         )
+    return record or {}
 
 
 def select_weights(model: ImportedModel) -> dict[str, Tensor]:

@@ -1,31 +1,27 @@
 """Export a training checkpoint to a Hugging Face folder, and check that the folder gives the checkpoint's logits."""
 
 import hashlib
-import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
-from megabert.convert.bert_names import NAMES, BertLike
 from megabert.convert.check import export_check, export_record
 from megabert.convert.check.export_record import Measurements
 from megabert.convert.deepspeed_checkpoint import TrainedModel, config_of, find_checkpoints, read_checkpoints
 from megabert.convert.gte_files import to_gte_file
-from megabert.convert.hf.bert_like_configs import to_bert_like_config
-from megabert.convert.hf.config import set_max_length, to_bert_config
+from megabert.convert.hf.config import set_max_length, write_native_config
 from megabert.convert.hf.heads import head_of
 from megabert.convert.hf.model_card import make_model_card, read_metrics_at
-from megabert.convert.hf.native import native_class, native_kind, to_gte_config, to_modernbert_config
-from megabert.convert.hf.reader import CONFIG, read_json
+from megabert.convert.hf.native import native_class, native_kind
+from megabert.convert.hf.reader import read_json
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.hf.writer import MAX_SHARD_SIZE, MODEL_CODE, check_shard_size, write_config, write_weights
 from megabert.convert.targets import probe, registry
 from megabert.convert.weight_names import from_megabert
 from megabert.data.shards.manifest import TOKENIZER
-from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.files.atomic import replace_folder, staged_folder
 from megabert.files.checkpoint_format import MANIFEST, read_state
 from megabert.files.hashing import file_sha256
@@ -155,7 +151,7 @@ def write_folder(
     module = export_check.build_model(model.weights, config)
     export_check.write_expected_outputs(module, out, checkpoint)
     if options.targets:
-        probe.write_expected(module, out, max_length)
+        probe.write_expected(module.bert, out, max_length)
     weights = write_model(out, model.weights, config, options.max_shard_size)
     metrics = read_metrics_at(checkpoint.parents[1], model.state.step)
     num_parameters = sum(tensor.numel() for tensor in weights.values())
@@ -176,15 +172,6 @@ def write_model(
         write_weights(out, weights, max_shard_size)
         return weights
     named = from_megabert(weights, kind, duplicates=False, head=head_of(config))
-    tokenizer = read_tokenizer(out / TOKENIZER)
-    ids = {role: tokenizer.token_to_id(token) for role, token in special_tokens(tokenizer).items()}
-    special = {role: number for role, number in ids.items() if number is not None}
-    if kind == "bert":
-        to_bert_config(config).save_pretrained(out)
-    elif kind in NAMES:
-        to_bert_like_config(config, cast(BertLike, kind), special).save_pretrained(out)
-    else:
-        raw = (to_modernbert_config if kind == "modernbert" else to_gte_config)(config, special)
-        (out / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    write_native_config(out, config, kind)
     write_weights(out, to_gte_file(named) if kind == "gte" else named, max_shard_size)
     return named

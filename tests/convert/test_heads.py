@@ -195,13 +195,13 @@ def test_a_head_that_the_weights_lack_and_folders_that_cannot_be_exported_are_na
     path = tmp_path / "in/model.safetensors"
     out = tmp_path / "out"
     assert (
-        "model_type is 'bert', expected a MegaBERT folder"
+        "model_type is 'bert', expected a MegaBERT folder, an export or a run"
         in run_launcher("convert_to_hf.py", tmp_path / "in", out).output
     )
     import_model(tmp_path / "in", tmp_path / "ours")
     for flags, message in (
         ([], "has no tokenizer.json, with which an export is checked"),
-        (["--for", "onnx"], "--for needs a run or a checkpoint. Leave out --for"),
+        (["--for", "onnx"], "has no tokenizer.json, with which an export is checked"),
         (["--average", "2"], "--average needs a run with several checkpoints"),
     ):
         assert message in run_launcher("convert_to_hf.py", tmp_path / "ours", out, *flags).output

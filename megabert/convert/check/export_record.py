@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -54,12 +54,13 @@ def write_record(
     parameters: dict[str, Tensor],
     pairs: bool | None = None,
     head: str = "MaskedLM",
+    initialized: Sequence[str] = (),
 ) -> None:
     """Write export.json, before the check.
 
     checkpoint: fingerprint of what was exported; max_length: tokens at which the check truncates texts; parameters: by
     their names in the folder; pairs: whether a classifier of texts reads pairs, else None; head: of the model, as the
-    names of transformers' auto classes end.
+    names of transformers' auto classes end; initialized: our names of parameters that nothing has trained.
     """
     classifier = {"classifies": "pairs" if pairs else "texts", "text_pairs": CHECK_PAIRS if pairs else None}
     record = {
@@ -70,6 +71,7 @@ def write_record(
         "max_length": max_length,
         **({} if pairs is None else classifier),
         **({} if head == "MaskedLM" else {"head": head}),
+        **({"initialized": list(initialized)} if initialized else {}),
         "files": _hash_files(folder),
         "parameters": {name: hashlib.sha256(tensor.numpy().data).hexdigest() for name, tensor in parameters.items()},
     }

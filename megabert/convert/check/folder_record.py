@@ -81,9 +81,14 @@ def read_import_record(folder: Path) -> ImportRecord | None:
 
 
 def read_initialized(folder: Path) -> list[str]:
-    """Return the parameters that an import initialized because its source lacked them; none for other folders."""
-    record = read_import_record(folder)
-    return [] if record is None else record["initialized"]
+    """Return the parameters that an import initialized because its source lacked them, by our names.
+
+    An export of such an import lists them too; other folders have none.
+    """
+    if (record := read_import_record(folder)) is not None:
+        return record["initialized"]
+    listed = (export_record.read_record(folder) or {}).get("initialized", [])
+    return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
 
 
 def describe_origin(source: Path, options: Any) -> Origin:

@@ -1,5 +1,6 @@
 """Convert model configs between MegaBERT, transformers' models and the published MosaicBERT."""
 
+import json
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -7,11 +8,20 @@ from typing import Any, Literal, cast
 from transformers import BertConfig
 
 from megabert.convert.bert_names import NAMES, BertLike
-from megabert.convert.hf.bert_like_configs import MODEL_TYPES, to_bert_settings
+from megabert.convert.hf.bert_like_configs import MODEL_TYPES, to_bert_like_config, to_bert_settings
 from megabert.convert.hf.heads import LABELS, MASKED_LM, head_of
-from megabert.convert.hf.native import check_fixed, from_gte_config, from_modernbert_config
+from megabert.convert.hf.native import (
+    NativeKind,
+    check_fixed,
+    from_gte_config,
+    from_modernbert_config,
+    to_gte_config,
+    to_modernbert_config,
+)
 from megabert.convert.hf.reader import CONFIG, MAX_SIZES
 from megabert.convert.weight_names import Kind
+from megabert.data.shards.manifest import TOKENIZER
+from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.model.configuration_megabert import MegaBertConfig
 
 # Settings that have the same name and meaning in all three configs.
@@ -166,6 +176,20 @@ def to_bert_config(config: MegaBertConfig) -> BertConfig:
     names = SHARED_SETTINGS if head_of(config) == MASKED_LM else (*SHARED_SETTINGS, *LABELS)
     settings = {name: getattr(config, name) for name in names}
     return BertConfig(hidden_act="gelu", architectures=[f"BertFor{head_of(config)}"], **settings)
+
+
+def write_native_config(folder: Path, config: MegaBertConfig, kind: NativeKind) -> None:
+    """Write config.json of transformers' own class with the config's head. The folder must have its tokenizer."""
+    tokenizer = read_tokenizer(folder / TOKENIZER)
+    ids = {role: tokenizer.token_to_id(token) for role, token in special_tokens(tokenizer).items()}
+    special = {role: number for role, number in ids.items() if number is not None}
+    if kind == "bert":
+        to_bert_config(config).save_pretrained(folder)
+    elif kind in NAMES:
+        to_bert_like_config(config, cast(BertLike, kind), special).save_pretrained(folder)
+    else:
+        raw = (to_modernbert_config if kind == "modernbert" else to_gte_config)(config, special)
+        (folder / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
 
 
 def to_mosaicbert_config(config: MegaBertConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Make the model card (README.md) of an exported folder from the numbers of its training run."""
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,11 @@ ARCHITECTURES: dict[NativeKind, str] = {
     "bert": "BERT", "roberta": "RoBERTa", "distilbert": "DistilBERT", "electra": "ELECTRA", "modernbert": "ModernBERT",
     "gte": "RoPE MosaicBERT (GTE)",
 }  # fmt: skip
+
+
+# The headings of what is written into a card, and found again when the folder is exported again.
+TARGETS_HEADING = "## Elsewhere"
+LENGTH_ROW = "maximum length of a text"
 
 
 class Metrics(NamedTuple):
@@ -70,7 +76,7 @@ def make_model_card(
     name = ARCHITECTURES[kind] if kind else "MosaicBERT" if config.position == "alibi" else "BERT"
     trust = "" if kind else ", trust_remote_code=True"
     rows = _make_rows(config, state, metrics, num_parameters, average)
-    rows.append(("maximum length of a text", _describe_length(config, state, max_length)))
+    rows.append((LENGTH_ROW, _describe_length(config, state, max_length)))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     recipe = yaml.safe_dump(publishable(state.recipe), sort_keys=False).rstrip()
     registration = (
@@ -104,6 +110,15 @@ model = AutoModelForMaskedLM.from_pretrained("this folder"{trust})
 {recipe}
 ```
 """)
+
+
+def reuse_card(card: str, max_length: int) -> str:
+    """Return the card of an export for another export of it: without its targets, and with its maximum length."""
+    card = re.sub(rf"\n{TARGETS_HEADING}\n.*?(?=\n## |\Z)", "", card, count=1, flags=re.DOTALL)
+    row = re.search(rf"^\| {LENGTH_ROW} \| (\S+) tokens, .*$", card, flags=re.MULTILINE)
+    if row is None or row[1] == f"{max_length:,}":
+        return card
+    return card.replace(row[0], f"| {LENGTH_ROW} | {max_length:,} tokens, at which the tokenizer truncates |")
 
 
 def _make_rows(

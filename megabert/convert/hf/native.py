@@ -59,13 +59,10 @@ DISTILBERT_EPS = 1e-12
 
 def native_kind(config: MegaBertConfig) -> NativeKind | None:
     """Return which of transformers' own models computes the same as ours, or None."""
-    biased = config.bias and config.norm_bias
-    everywhere = config.global_attention_every == 1
-    if config.norm_position == "post" and biased and everywhere:
-        if (config.position, config.ffn) == ("learned", "gelu"):
-            return _bert_like_kind(config)
-        if (config.position, config.ffn) == ("rope", "geglu"):
-            return "gte"
+    if _has_layers(config, "learned", "gelu"):
+        return _bert_like_kind(config)
+    if _has_layers(config, "rope", "geglu"):
+        return "gte"
     bare = not (config.bias or config.norm_bias or config.token_types)
     if config.norm_position == "pre" and (config.position, config.ffn) == ("rope", "geglu") and bare:
         return "modernbert"
@@ -95,11 +92,19 @@ def native_class(config: MegaBertConfig) -> str | None:
 
 
 def is_mosaicbert(config: MegaBertConfig) -> bool:
-    """Return whether the layers are MosaicBERT's: post-norm with all biases, ALiBi, GeGLU, and global attention."""
-    biased = config.bias and config.norm_bias
-    everywhere = config.global_attention_every == 1
+    """Return whether the encoder is MosaicBERT's: ALiBi, GeGLU and token types."""
+    return _has_layers(config, "alibi", "geglu") and config.token_types
+
+
+def has_bert_layers(config: MegaBertConfig) -> bool:
+    """Return whether the layers are BERT's, whatever the token types, the classifier and the first position."""
+    return _has_layers(config, "learned", "gelu")
+
+
+def _has_layers(config: MegaBertConfig, position: str, ffn: str) -> bool:
+    """Return whether the layers are these, post-norm, with all biases and global attention."""
     block = (config.position, config.ffn, config.norm_position)
-    return block == ("alibi", "geglu", "post") and biased and everywhere and config.token_types
+    return block == (position, ffn, "post") and config.bias and config.norm_bias and config.global_attention_every == 1
 
 
 def from_modernbert_config(source: Path, raw: dict[str, Any]) -> dict[str, Any]:

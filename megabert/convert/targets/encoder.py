@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoModel
 
 from megabert import __version__
 from megabert.convert.gte_files import to_gte_file
+from megabert.convert.hf.config import write_native_config
 from megabert.convert.hf.native import NAMES, NativeKind, native_kind
 from megabert.convert.hf.reader import CONFIG, SAFETENSORS
 from megabert.convert.hf.writer import save_tensors
@@ -30,6 +32,8 @@ from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.model.configuration_megabert import MegaBertConfig
 
 FOLDER = "encoder"
+# What our names of the encoder's parameters begin with; a pooler belongs to a head.
+ENCODER = ("bert.embeddings.", "bert.encoder.")
 TOLERANCE = 1e-5
 # The embeddings of this many texts are compared.
 COMPARED_TEXTS = 200
@@ -58,18 +62,23 @@ def write(source: Source, folder: Path) -> str:
     assert kind is not None, f"{folder}: no class of transformers computes this model"
     out = folder / FOLDER
     out.mkdir()
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    for name in (TOKENIZER, TOKENIZER_CONFIG):
+        shutil.copyfile(folder / name, out / name)
+    bare = deepcopy(source.config)
+    # The folder may have a head, which the encoder does not.
+    bare.architectures = None
+    write_native_config(out, bare, kind)
+    settings = json.loads((out / CONFIG).read_text(encoding="utf-8"))
     # vLLM chooses its class by this name.
     settings["architectures"] = [f"{NAMES[kind]}Model"]
     (out / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    named = from_megabert(source.weights, kind, duplicates=False)
+    weights = {name: tensor for name, tensor in source.weights.items() if name.startswith(ENCODER)}
+    named = from_megabert(weights, kind, duplicates=False)
     named = to_gte_file(named) if kind == "gte" else named
     prefix = PREFIXES[kind]
-    bare = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
-    save_tensors({name: tensor.contiguous() for name, tensor in bare.items()}, out / SAFETENSORS)
+    tensors = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in named.items()}
+    save_tensors(tensors, out / SAFETENSORS)
     shutil.copymode(out / CONFIG, out / SAFETENSORS)
-    for name in (TOKENIZER, TOKENIZER_CONFIG):
-        shutil.copyfile(folder / name, out / name)
     sentence_transformers.write(source, out)
     return f"megabert {__version__}"
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megabert.convert.check.export_check import build_model
+from megabert.convert.hf.heads import MASKED_LM as MASKED_LM_HEAD
+from megabert.convert.hf.heads import head_of
 from megabert.convert.targets.frame import (
     DiffersError,
     Expected,
@@ -76,7 +78,17 @@ class MaskedLmGraph(nn.Module):
 
 
 def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
+    check_head("onnx", config)
     return []
+
+
+def check_head(name: str, config: MegaBertConfig) -> None:
+    """Raise ValueError for a model with a head for a task, which no graph here computes."""
+    if (head := head_of(config)) != MASKED_LM_HEAD:
+        raise ValueError(
+            f"--for {name}: the model has a head for {head}, and the graphs are of an encoder and of masked language "
+            f"modelling only. Leave {name} out."
+        )
 
 
 def write(source: Source, folder: Path) -> str:
@@ -141,6 +153,7 @@ def prove(folder: Path, expected: Expected) -> Proof:
 
 
 def check_int8(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
+    check_head("onnx-int8", config)
     notes = ["int8 changes the embeddings: it is kept only if every cosine with the model's is at least 0.99"]
     if config.hidden_size < SMALL:
         notes.append(f"a model of width {config.hidden_size} may lose more than that; wider ones rarely do")

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from megabert.convert.check.export_check import EXPECTED_OUTPUTS
 from megabert.convert.targets.frame import DiffersError, Expected, batches
 from megabert.data.shards.manifest import TOKENIZER
-from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.model.modeling_megabert import MegaBertModel
 
 # Written only if there are targets. The texts are stored, so that another version can repeat the comparison.
 TEXTS = "target_check.json"
@@ -86,19 +86,19 @@ def read_tokenizer(folder: Path, max_length: int) -> Tokenizer:
     return tokenizer
 
 
-def write_expected(model: MegaBertForMaskedLM, folder: Path, max_length: int) -> None:
-    """Write the texts and the states that the checkpoint's model gives for them. The export check's must exist."""
+def write_expected(encoder: MegaBertModel, folder: Path, max_length: int) -> None:
+    """Write the texts and the states that the checkpoint's encoder gives for them. The export check's must exist."""
     tokenizer = read_tokenizer(folder, max_length)
     texts = make_texts(tokenizer, NUM_TEXTS, min(LONGEST, max_length))
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    pooled = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+    pooled = np.zeros((len(texts), encoder.config.hidden_size), dtype=np.float32)
     with torch.no_grad():
-        for group, rows, mask in batches(ids, model.config.pad_token_id or 0):
-            states = model.bert(torch.from_numpy(rows), torch.from_numpy(mask)).last_hidden_state
+        for group, rows, mask in batches(ids, encoder.config.pad_token_id or 0):
+            states = encoder(torch.from_numpy(rows), torch.from_numpy(mask)).last_hidden_state
             real = torch.from_numpy(mask)[:, :, None].to(states.dtype)
             pooled[group] = ((states * real).sum(dim=1) / real.sum(dim=1)).float().numpy()
         inputs = load_file(folder / EXPECTED_OUTPUTS)
-        states = model.bert(*(torch.from_numpy(inputs[name]) for name in ("input_ids", "attention_mask")))
+        states = encoder(*(torch.from_numpy(inputs[name]) for name in ("input_ids", "attention_mask")))
     real_states = states.last_hidden_state[torch.from_numpy(inputs["attention_mask"]).bool()].float()
     save_file({"pooled": pooled, "states": real_states.numpy()}, folder / ANSWERS)
     # safetensors creates files that only their owner can read.

@@ -8,6 +8,7 @@ from typing import Any, NotRequired, TypedDict
 from megabert.config.settings import check_once
 from megabert.convert.check import export_record
 from megabert.convert.from_hf import read_model
+from megabert.convert.hf.model_card import TARGETS_HEADING
 from megabert.convert.targets import encoder, jina, onnx_graphs, sentence_transformers, transformers_js
 from megabert.convert.targets.frame import DiffersError, Expected, NotOpened, Source, Target
 from megabert.convert.targets.llama import gguf_proof
@@ -155,7 +156,7 @@ def make_card_section(outcomes: dict[str, Outcome]) -> str:
     rows = [_card_row(name, outcome) for name, outcome in kept.items()]
     uses = [f"### {name}\n\n```{TARGETS[name].language}\n{TARGETS[name].use}\n```\n" for name in kept]
     head = "| target | written by | opened by | largest difference |\n|---|---|---|---|"
-    return "\n## Elsewhere\n\n" + "\n".join([head, *rows]) + "\n\n" + "\n".join(uses)
+    return f"\n{TARGETS_HEADING}\n\n" + "\n".join([head, *rows]) + "\n\n" + "\n".join(uses)
 
 
 def _card_row(name: str, outcome: Outcome) -> str:

@@ -47,6 +47,7 @@ class Node(NamedTuple):
 
 
 def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
+    onnx_graphs.check_head("transformers.js", config)
     layer = config.hidden_size * (4 * config.hidden_size + 3 * config.intermediate_size)
     size = 4 * (config.vocab_size * config.hidden_size + config.num_hidden_layers * layer)
     if size > MOST_BYTES:

@@ -18,14 +18,22 @@ ADDED_TOKENS = "added_tokens.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 FILES = (TOKENIZER, TOKENIZER_CONFIG, VOCAB, ADDED_TOKENS, SPECIAL_TOKENS_MAP)
 TOKEN_FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}
-# These classes load a tokenizer.json as it is; others change its normalizer as tokenizer_config.json says.
+# These classes load a tokenizer.json as it is.
 PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 # These split a text as BERT's own class does, by vocab.txt. Others with a vocab.txt (BertJapanese, RoFormer, Bertweet,
 # ESM) do not.
 BERTS = "Bert ConvBert DistilBert Electra LayoutLM Lxmert MobileBert RetriBert Splinter SqueezeBert"
 BERT_CLASSES = {f"{name}Tokenizer{fast}" for name in BERTS.split() for fast in ("", "Fast")}
-# These put a space before a text, or not, as tokenizer_config.json says and whatever tokenizer.json does.
-ROBERTA_CLASSES = ("RobertaTokenizer", "RobertaTokenizerFast")
+# These classes change BERT's normalizer to what tokenizer_config.json says, and to their defaults where it is silent,
+# whatever tokenizer.json has. ConvBERT's and RetriBERT's leave it as it is.
+CHANGED = [name for name in BERTS.split() if name not in ("ConvBert", "RetriBert")]
+CHANGED += ["MPNet", "Funnel"]
+CHANGING_CLASSES = {f"{name}Tokenizer{fast}" for name in CHANGED for fast in ("", "Fast")}
+# These put a space before a text as tokenizer_config.json says, or by these defaults, whatever tokenizer.json has.
+PREFIXES = dict.fromkeys("Roberta Longformer Bart LED Mvp Deberta Luke GPT2".split(), False) | {"Blenderbot": True}
+PREFIX_CLASSES = {f"{name}Tokenizer{fast}": prefix for name, prefix in PREFIXES.items() for fast in ("", "Fast")}
+# The class of a tokenizer that does not name one, by the model_type of the config.json beside it.
+CLASSES = dict.fromkeys(("bert", "distilbert", "electra"), "BertTokenizer") | {"roberta": "RobertaTokenizer"}
 # Unicode's property White_Space.
 WHITE_SPACE = "".join(
     map(chr, (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000))
@@ -36,6 +44,7 @@ NORMALIZER_SETTINGS = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
+NORMALIZER_DEFAULTS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
 
 # The texts that other tokenizers have for BERT's special tokens. A token that is taken by an earlier role is not taken
 # again: some tokenizers have one for padding and for the end.
@@ -59,14 +68,15 @@ def read_folder_tokenizer(files: dict[str, Path], lowercase: bool = True) -> Tok
         settings = settings | contents[SPECIAL_TOKENS_MAP]
     if TOKENIZER in files:
         tokenizer = read_tokenizer(path)
-        if settings.get("tokenizer_class") not in PLAIN_CLASSES:
+        name = settings.get("tokenizer_class") or _find_class(path.parent)
+        if name in CHANGING_CLASSES:
             _change_normalizer(path.parent, tokenizer, settings)
-        if settings.get("tokenizer_class") in ROBERTA_CLASSES:
-            _change_prefix(path.parent, tokenizer, settings)
+        if name in PREFIX_CLASSES:
+            _change_prefix(path.parent, tokenizer, settings, PREFIX_CLASSES[name])
     elif not is_berts(files):
         raise ValueError(
-            f"{path}: {TOKENIZER_CONFIG} names {settings['tokenizer_class']}, which splits texts otherwise than BERT. "
-            f"For the weights alone, remove {VOCAB} from a copy of the folder."
+            f"{path}: {TOKENIZER_CONFIG} names {settings['tokenizer_class']}, whose splitting or special tokens are "
+            f"not BERT's. {_explain_class(settings['tokenizer_class'])}"
         )
     else:
         tokenizer = _from_vocab(path, settings, lowercase)
@@ -106,21 +116,32 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def _explain_class(name: str) -> str:
+    if name.removesuffix("Fast") in ("FunnelTokenizer", "MPNetTokenizer"):
+        return f"{name}.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers writes {TOKENIZER} for it."
+    return f"For the weights alone, remove {VOCAB} from a copy of the folder."
+
+
+def _find_class(folder: Path) -> str | None:
+    """Return the class with which transformers loads a tokenizer that names none, as the model beside it says."""
+    path = folder / "config.json"
+    return CLASSES.get(str(_read_object(path).get("model_type"))) if path.is_file() else None
+
+
 def _change_normalizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
     """Give BERT's normalizer the settings of tokenizer_config.json, as the classes of BERT's tokenizers do."""
     normalizer = tokenizer.normalizer
     if isinstance(normalizer, normalizers.BertNormalizer):
         for name, attribute in NORMALIZER_SETTINGS.items():
-            if name in settings:
-                setattr(normalizer, attribute, _parse_flag(folder, settings, name, getattr(normalizer, attribute)))
+            setattr(normalizer, attribute, _parse_flag(folder, settings, name, NORMALIZER_DEFAULTS[name]))
         tokenizer.normalizer = normalizer
 
 
-def _change_prefix(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
-    """Put a space before a text, or none, as RoBERTa's class does: without the setting none."""
+def _change_prefix(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], default: bool) -> None:
+    """Put a space before a text, or none, as RoBERTa's class and its like do."""
     splitter = tokenizer.pre_tokenizer
     if isinstance(splitter, pre_tokenizers.ByteLevel):
-        splitter.add_prefix_space = _parse_flag(folder, settings, "add_prefix_space", False)
+        splitter.add_prefix_space = _parse_flag(folder, settings, "add_prefix_space", default)
         tokenizer.pre_tokenizer = splitter
 
 
@@ -261,8 +282,8 @@ def _find_ends(tokenizer: Tokenizer) -> dict[str, str]:
 def _has_roles(names: dict[str, str], roles: dict[str, str]) -> bool:
     """Return whether a folder gives these tokens the roles that their names say, as far as it gives roles."""
     for role, token in names.items():
-        given = {roles.get(role), roles.get(INSTEAD.get(role, ""))} - {None}
-        if given and token not in given:
+        given = roles.get(role) or roles.get(INSTEAD.get(role, ""))
+        if given and token != given:
             return False
     return True
 

@@ -218,7 +218,7 @@ def test_llama_cpps_own_message_is_shown(checkpoint, tmp_path, skipped_checks, m
     assert "GGML_ASSERT" in reason
 
 
-@pytest.fixture(params=["bert", "roberta", "modernbert"])
+@pytest.fixture(params=["bert", "roberta", "distilbert", "electra", "modernbert"])
 def native(request, export_native, tmp_path, monkeypatch) -> Path:
     """An export of a model that transformers has, too, without the target. llama.cpp counts as missing."""
     monkeypatch.setattr(gguf_proof, "find_spec", lambda name: None)
@@ -250,18 +250,18 @@ def test_transformers_own_model_computes_the_same_with_what_the_file_holds(nativ
 
 
 @pytest.mark.serving
-@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert"])
 def test_a_model_for_shorter_texts_than_its_positions_has_the_positions_of_its_context(
     architecture, corpus, tmp_path, skipped_checks, monkeypatch
 ):
-    monkeypatch.setattr(gguf_writer, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_proof, "find_spec", lambda name: None)
     monkeypatch.setattr(probe, "NUM_LINES", 200)
     monkeypatch.setattr(probe, "NUM_TEXTS", 200)
     model = small_model(**ARCHITECTURES[architecture] | {"num_attention_heads": 2})
     write_checkpoint(tmp_path / "run", model, corpus.tokenizer)
     to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf", to_hf.ExportOptions(targets=("gguf",), max_length=20))
     assert registry.read_outcomes(tmp_path / "hf")["gguf"]["opened"]["difference"] <= 1e-5
-    content = gguf_writer.read_content(tmp_path / "hf/gguf/model-f32.gguf")
+    content = gguf_proof.read_content(tmp_path / "hf/gguf/model-f32.gguf")
     assert content.settings["context_length"] == len(content.tensors[gguf_writer.POSITIONS]) == 20 < 40
 
 
@@ -269,7 +269,7 @@ def test_a_model_for_shorter_texts_than_its_positions_has_the_positions_of_its_c
 @pytest.mark.serving
 @pytest.mark.nightly
 @pytest.mark.parametrize("model", ["byte_bpe", "unigram", "wordpiece"])
-@pytest.mark.parametrize("architecture", ["mosaicbert", "bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("architecture", ["mosaicbert", "bert", "roberta", "distilbert", "modernbert"])
 def test_llama_cpp_gives_our_ids_and_embeddings(architecture, model, corpus, tmp_path, skipped_checks):
     train_tokenizer.main(
         [f"--source={corpus.jsonl}", f"--out={tmp_path / 'tokenizer'}", "--vocab_size=800", f"--model={model}"]

@@ -128,6 +128,8 @@ PRODUCT = {
     "bert": (*EVERYWHERE, "encoder", "gguf"),
     "rope-mosaicbert": (*EVERYWHERE, "encoder"),
     "modernbert": (*EVERYWHERE, "encoder", "gguf"),
+    "roberta": (*EVERYWHERE, "encoder", "gguf"),
+    "distilbert": (*EVERYWHERE, "encoder", "gguf"),
 }
 
 

@@ -233,7 +233,7 @@ def test_a_vocab_file_of_another_class_is_not_taken_for_berts(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="nor a vocab.txt of BERT's, and transformers cannot load it"):
         convert(tmp_path, tmp_path / "out")
-    with pytest.raises(ValueError, match="names BertJapaneseTokenizer, which splits .* remove vocab.txt"):
+    with pytest.raises(ValueError, match="names BertJapaneseTokenizer, whose splitting .* remove vocab.txt"):
         read_hf_tokenizer(tmp_path)
 
 

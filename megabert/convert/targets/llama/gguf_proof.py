@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from megabert.convert.hf.native import is_mosaicbert, native_kind
+from megabert.convert.hf.native import has_bert_layers, is_mosaicbert, native_kind
 from megabert.convert.targets import jina_port
 from megabert.convert.targets.frame import DiffersError, Expected, Proof, Target, largest_difference, smallest_cosine
 from megabert.convert.targets.llama import gguf_native
 from megabert.convert.targets.llama.gguf_vocabulary import check_vocabulary, composes
-from megabert.convert.targets.llama.gguf_writer import BERTS, BLOCK, KINDS, gguf_names, path_of, write
+from megabert.convert.targets.llama.gguf_writer import BLOCK, KINDS, gguf_names, path_of, write
 from megabert.convert.targets.probe import lines_with_ids
 from megabert.convert.targets.programs.run import run_python
 from megabert.data.shards.manifest import TOKENIZER
@@ -40,10 +40,10 @@ vector = model.embed("a text")"""
 
 
 def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
-    if native_kind(config) not in (*BERTS, "modernbert") and not is_mosaicbert(config):
+    if not (has_bert_layers(config) or is_mosaicbert(config) or native_kind(config) == "modernbert"):
         types = "" if config.token_types else "no token types and "
         raise ValueError(
-            f"--for gguf: llama.cpp computes MosaicBERT, BERT, RoBERTa and ModernBERT, and this model has {types}"
+            f"--for gguf: llama.cpp computes MosaicBERT, BERT with its like, and ModernBERT, and this model has {types}"
             f"{config.position}, {config.ffn} and {config.norm_position}-norm layers. Leave gguf out."
         )
     notes = ["it has the encoder only; llama.cpp computes GELU in half precision", *check_vocabulary(tokenizer)]

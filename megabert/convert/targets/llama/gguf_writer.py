@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from megabert.convert.hf.native import native_kind
+from megabert.convert.hf.model_card import ARCHITECTURES
+from megabert.convert.hf.native import has_bert_layers, is_mosaicbert, native_kind
 from megabert.convert.targets.frame import Source
 from megabert.convert.targets.jina import to_jina
 from megabert.convert.targets.llama.gguf_vocabulary import Vocabulary, describe_vocabulary
 from megabert.convert.targets.probe import make_lines
+from megabert.convert.weight_names import TOKEN_TYPES as TOKEN_TYPE_EMBEDDINGS
 from megabert.model.configuration_megabert import MegaBertConfig
 
 FOLDER = "gguf"
@@ -50,10 +53,9 @@ MODERNBERT_LAYER_NAMES = {
     "mlp.down": "ffn_down",
 }
 POSITIONS = "position_embd.weight"
-# Architectures of ours that are llama.cpp's BERT.
-BERTS = ("bert", "roberta")
+TOKEN_TYPES = "token_types.weight"
 # llama.cpp adds these tensors without converting them, so they stay in fp32.
-ALWAYS_F32 = ("token_types.weight", POSITIONS)
+ALWAYS_F32 = (TOKEN_TYPES, POSITIONS)
 
 
 def to_gguf(source: Source) -> dict[str, Tensor]:
@@ -63,12 +65,15 @@ def to_gguf(source: Source) -> dict[str, Tensor]:
         names = modernbert_names(config.num_hidden_layers)
         # GGUF has no place for the head.
         return {names[name]: tensor for name, tensor in weights.items() if name in names}
-    if native_kind(config) in BERTS:
+    if has_bert_layers(config):
         biases = {name: weights[name] for name in weights if name.endswith("mlp.up.bias")}
         renamed = {f"blk.{name.split('.')[3]}.ffn_up.bias": bias for name, bias in biases.items()}
         # llama.cpp's positions begin with the first token's, and there are as many as its context has tokens.
         table = weights["bert.embeddings.position_embeddings.weight"]
         renamed[POSITIONS] = table[config.position_offset :][: source.max_length]
+        if not config.token_types:
+            # llama.cpp adds the first of them to every token.
+            weights = weights | {TOKEN_TYPE_EMBEDDINGS: torch.zeros(1, config.hidden_size)}
     else:
         renamed = {}
     names = gguf_names(config.num_hidden_layers)
@@ -123,8 +128,8 @@ def _write_file(source: Source, tensors: dict[str, Tensor], vocabulary: Vocabula
     writer.add_layer_norm_eps(config.layer_norm_eps)
     writer.add_causal_attention(False)
     writer.add_pooling_type(gguf.PoolingType.MEAN)
-    if config.token_types:
-        writer.add_token_type_count(config.type_vocab_size)
+    if TOKEN_TYPES in tensors:
+        writer.add_token_type_count(len(tensors[TOKEN_TYPES]))
     if config.position == "rope":
         _add_positions(writer, config)
     _add_vocabulary(writer, vocabulary)
@@ -139,8 +144,10 @@ def _write_file(source: Source, tensors: dict[str, Tensor], vocabulary: Vocabula
 
 def _architecture(config: MegaBertConfig) -> tuple[str, str]:
     """Return llama.cpp's name of the architecture, and the model's."""
-    names = {"bert": ("bert", "BERT"), "roberta": ("bert", "RoBERTa"), "modernbert": ("modern-bert", "ModernBERT")}
-    return names.get(native_kind(config) or "", ("jina-bert-v2", "MosaicBERT"))
+    if is_mosaicbert(config):
+        return "jina-bert-v2", "MosaicBERT"
+    kind = native_kind(config)
+    return ("modern-bert" if kind == "modernbert" else "bert"), ARCHITECTURES.get(kind or "bert", "BERT")
 
 
 def _add_positions(writer: Any, config: MegaBertConfig) -> None:
