@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megabert.config.ds_schema import DsSettings
+from megabert.config.ds_schema import DsSettings, in_host_memory
 from megabert.config.settings import shortened
 from megabert.config.strict_yaml import build, read_small_file
 from megabert.files.json_file import parse_json
@@ -125,8 +125,7 @@ class ResolvedDsConfig:
     @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer state is in host memory."""
-        offload = self.values.zero_optimization.offload_optimizer
-        return offload is not None and offload.device != "none"
+        return in_host_memory(self.values.zero_optimization.offload_optimizer)
 
     @property
     def reduce_scatter(self) -> bool:
@@ -155,6 +154,11 @@ class DsConfig:
         value of another type.
         """
         return build(DsSettings, _supported(self.settings, self.path), self.path)
+
+    def computes_in_bf16(self, fast_bf16: bool) -> bool:
+        """Return whether activations are in bf16. fast_bf16: whether the device multiplies bf16 natively."""
+        enabled = self.values.torch_autocast.enabled
+        return self.values.bf16.enabled or (fast_bf16 if enabled == "auto" else enabled)
 
     def resolve(self, *, accumulation: int, max_grad_norm: float, world_size: int, fast_bf16: bool) -> ResolvedDsConfig:
         """Fill in the recipe's values where they are absent or "auto".
@@ -206,7 +210,7 @@ def read_ds_config(path: str | Path) -> DsConfig:
         raise ValueError(f"{path}: holds {shortened(raw)}, expected an object.")
     ds_config = DsConfig(str(path), raw)
     zero = ds_config.values.zero_optimization
-    if zero.stage < 3 and zero.offload_param is not None and zero.offload_param.device != "none":
+    if zero.stage < 3 and in_host_memory(zero.offload_param):
         raise ValueError(f"{path}: zero_optimization.offload_param does nothing below stage 3. Remove it.")
     return ds_config
 

@@ -33,6 +33,11 @@ class Offload:
     ratio: Fraction = 1.0
 
 
+def in_host_memory(offload: Offload | None) -> bool:
+    """Return whether something is in host memory."""
+    return offload is not None and offload.device != "none"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ZeroOptimization:
     """How ZeRO partitions and communicates."""

@@ -123,3 +123,8 @@ class ModelConfig:
             return 0
         number = self.gradient_checkpointing.removeprefix("every_")
         return 1 if number == "layer" else int(number) or -1
+
+    @property
+    def recomputed_layers(self) -> int:
+        """Layers whose activations are recomputed: the first and every K-th after it."""
+        return -(-self.num_hidden_layers // self.checkpoint_every) if self.checkpoint_every else 0

@@ -6,15 +6,15 @@ from typing import Any
 import deepspeed
 import torch
 
-from megabert.config.recipe import ModelConfig, Recipe
+from megabert.config.recipe import Recipe
 from megabert.data.masking import masked_count
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.source import Corpus
 from megabert.kernels.fp8 import use_fp8
 from megabert.kernels.resolve import resolve
-from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.training.architecture import architecture_of
 from megabert.training.checkpointing import resume, universal
 from megabert.training.checkpointing.initial_weights import load_initial_weights
 from megabert.training.checkpointing.resume import Checkpoint
@@ -64,7 +64,7 @@ def compile_operations(plan: RunPlan, model: MegaBertForMaskedLM) -> None:
 
 def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, bf16: bool) -> MegaBertForMaskedLM:
     """Build the model with its initial weights, which depend on the seed only, not on rank or device."""
-    config = model_config(recipe.model, tokenizer)
+    config = architecture_of(recipe.model, tokenizer.vocab_size, tokenizer.special_ids["pad"])
     ops = resolve(recipe.run.ops, device, config, bf16)
     torch.manual_seed(recipe.run.seed)
     model = MegaBertForMaskedLM(config)
@@ -73,39 +73,6 @@ def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, 
     if recipe.run.fp8 == "torchao":
         use_fp8(model, device)
     return model
-
-
-def model_config(config: ModelConfig, tokenizer: TokenizerInfo) -> MegaBertConfig:
-    """Return the model's configuration for a tokenizer, whose vocabulary size is rounded up."""
-    multiple = config.pad_vocab_to_multiple_of
-    return MegaBertConfig(
-        vocab_size=-(-tokenizer.vocab_size // multiple) * multiple,
-        pad_token_id=tokenizer.special_ids["pad"],
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        max_position_embeddings=config.max_position_embeddings,
-        position_offset=config.position_offset,
-        position=config.position,
-        rope_theta=config.rope_theta,
-        local_rope_theta=config.local_rope_theta,
-        norm_position=config.norm_position,
-        bias=config.bias,
-        norm_bias=config.norm_bias,
-        type_vocab_size=config.num_token_types,
-        global_attention_every=config.global_attention_every,
-        local_attention_window=config.local_attention_window,
-        ffn=config.ffn,
-        layer_norm_dtype=config.layer_norm_dtype,
-        layer_norm_eps=config.layer_norm_eps,
-        hidden_dropout_prob=config.hidden_dropout,
-        attention_probs_dropout_prob=config.attention_dropout,
-        attention_output_dropout_prob=config.attention_output_dropout,
-        initializer_range=config.initializer_range,
-        z_loss=config.z_loss,
-        padding=config.padding,
-    )
 
 
 def build_engine(

@@ -9,7 +9,7 @@ from megabert.config.ds_config import DsConfig, ResolvedDsConfig
 from megabert.config.recipe import Recipe
 from megabert.kernels.devices import has_fast_bf16, has_fp8
 from megabert.kernels.resolve import Implementation, why_not_all_fused
-from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.training.architecture import architecture_of
 from megabert.training.distributed.device import training_device
 from megabert.training.identity import RunIdentity, fixed_settings
 from megabert.training.run_schedule import RunSchedule, make_run_schedule
@@ -100,8 +100,8 @@ def choose_cuda_graphs(recipe: Recipe, ds_config: ResolvedDsConfig, device: torc
         return "run.cuda_graphs is false"
     reason = why_not_cuda_graphs(recipe, ds_config, device.type)
     if reason is None:
-        config = MegaBertConfig(hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads)
-        unfused = why_not_all_fused(device, config, ds_config.bf16)
+        # No kernel depends on the size of the vocabulary, which is not known yet.
+        unfused = why_not_all_fused(device, architecture_of(model, 1), ds_config.bf16)
         reason = unfused and f"plain PyTorch's operations cannot be captured ({unfused})"
     if reason and wanted is True:
         raise ValueError(refusal_of_graphs(reason))

@@ -12,7 +12,7 @@ from megabert.config.recipe_parser import RecipeParser
 from megabert.convert.hf.native import to_gte_config, to_modernbert_config
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.training.engine import model_config
+from megabert.training.architecture import architecture_of
 from megabert.training.run_schedule import lr_factor
 from megabert.training.updates.unsupported_optimizers import why_not_optimizer
 
@@ -35,7 +35,7 @@ BERT_TOKENIZER = TokenizerInfo("bert-base-uncased", 30_522, SPECIAL, tuple(SPECI
 def test_parameter_counts_at_berts_vocabulary(name, parameters):
     recipe, _ = RecipeParser("pretrain", "").read(["--recipe", name])
     with torch.device("meta"):
-        model = MegaBertForMaskedLM(model_config(recipe.model, BERT_TOKENIZER))
+        model = MegaBertForMaskedLM(architecture_of(recipe.model, BERT_TOKENIZER.vocab_size))
     model.tie_weights()
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
@@ -81,7 +81,7 @@ def test_the_baseline_differs_only_where_the_paper_says():
 def test_parameter_counts_are_those_of_transformers_classes(name):
     tokenizer = BERT_TOKENIZER if name.startswith("mosaic") else MODERNBERT_TOKENIZER
     recipe, _ = RecipeParser("pretrain", "").read(["--recipe", name])
-    config = model_config(recipe.model, tokenizer)
+    config = architecture_of(recipe.model, tokenizer.vocab_size, tokenizer.special_ids["pad"])
     make, cls, model_cls = (
         (to_gte_config, GteConfig, GteForMaskedLM)
         if name.startswith("mosaic")
@@ -102,7 +102,8 @@ def test_parameter_counts_are_those_of_transformers_classes(name):
 
 def test_the_architecture_of_modernbert_is_the_default_of_transformers():
     recipe, _ = RecipeParser("pretrain", "").read(["--recipe", "modernbert-base"])
-    made = ModernBertConfig(**to_modernbert_config(model_config(recipe.model, MODERNBERT_TOKENIZER), {})).to_dict()
+    config = architecture_of(recipe.model, MODERNBERT_TOKENIZER.vocab_size, MODERNBERT_SPECIAL["pad"])
+    made = ModernBertConfig(**to_modernbert_config(config, {})).to_dict()
     published = ModernBertConfig().to_dict()
     own = {"max_position_embeddings", "architectures", "dtype", "global_rope_theta", "local_rope_theta"}
     # layer_norm_eps repeats norm_eps for vLLM.

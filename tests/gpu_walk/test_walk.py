@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from megabert.config.recipe_parser import load_recipe
+from megabert.config.ds_config import read_ds_config
+from megabert.config.recipe_parser import ds_config_path, load_recipe
 from megabert.training.micro_batch.batch import Batch
 from megabert.training.micro_batch.memory import Memory, memory_of_rank
 from tests.helpers.runs import REPOSITORY
@@ -105,11 +106,17 @@ def allowed_waits(stage: int, ranks: int) -> dict[str, int]:
     return dict.fromkeys(allowed, 1) | ({EPILOGUE: MICRO_BATCHES} if stage == 2 else {})
 
 
-def predicted_memory(recipe: str, stage: int, ranks: int, found: dict[str, Any]) -> Memory:
+def predicted_memory(recipe: str, stage: int, ranks: int, found: dict[str, Any], fp8: str = "none") -> Memory:
     """What the formula behind data.micro_batch_tokens auto says of the micro-batch that was walked."""
     batch = Batch(tokens=found["tokens"], slots=found["slots"], masked=found["masked"], attended=0)
     model = dataclasses.replace(load_recipe(recipe).model, num_hidden_layers=found["layers"])
-    return memory_of_rank(model, batch, vocab_size=found["vocabulary"], zero_stage=stage, ranks=ranks)
+    zero = read_ds_config(ds_config_path(f"zero{stage}")).values.zero_optimization
+    return memory_of_rank(model, batch, vocab_size=found["vocabulary"], zero=zero, ranks=ranks, fp8=fp8 != "none")
+
+
+def check_memory(found: dict[str, Any], memory: Memory) -> None:
+    assert found["kept_bytes"] == pytest.approx(memory.kept, rel=0.1)
+    assert found["peak_bytes"] <= memory.states + memory.kept + memory.work <= 1.25 * found["peak_bytes"]
 
 
 def check_other_steps(found: dict[str, Any], allowed: dict[str, int], stage: int, ranks: int) -> None:
@@ -168,9 +175,7 @@ def test_a_step_on_a_gpu(library, recipe, stage, ranks, layers):
     assert found["loss_dtype"] == "torch.float32"
     assert found["wide_products"] == 0
     assert 0.9 <= found["flops_over_needed"] <= 1.1
-    memory = predicted_memory(recipe, stage, ranks, found)
-    assert found["kept_bytes"] == pytest.approx(memory.kept, rel=0.1)
-    assert found["peak_bytes"] <= memory.states + memory.kept + memory.work <= 1.25 * found["peak_bytes"]
+    check_memory(found, predicted_memory(recipe, stage, ranks, found))
     if stage < 2 and recipe != "bert-base":
         check_graph(found["graph"], allowed | ({FLUSH: 1} if stage else {}), found["launches_per_micro_batch"])
     check_other_steps(found, allowed, stage, ranks)
@@ -186,6 +191,7 @@ def test_a_step_in_fp8_reads_and_copies_nothing_more(library, stage):
     found, allowed = walk(library, "mosaicbert-base", stage, 8, 2, "torchao"), allowed_waits(stage, 8)
     assert too_many(found["waits"], allowed) == {}
     assert found["gradients"] == ["torch.float32 cuda"]
+    check_memory(found, predicted_memory("mosaicbert-base", stage, 8, found, "torchao"))
     check_graph(found["graph"], allowed | ({FLUSH: 1} if stage else {}), found["launches_per_micro_batch"])
     check_other_steps(found, allowed, stage, 8)
     # Each of two layers has four maps, and each map six casts: without run.compile they are kernels of their own.

@@ -1,9 +1,10 @@
 """Choose the number of data.micro_batch_tokens auto at a run's first start, and keeps it at every other start."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megabert.config.ds_config import DsConfig
+from megabert.config.ds_schema import ZeroOptimization
 from megabert.config.recipe import Recipe
 from megabert.files.checkpoint_format import State
 from megabert.kernels.devices import has_fast_bf16
@@ -57,7 +58,7 @@ class Chooser:
 
         def memory_of(tokens: int) -> Memory:
             documents = choose_max_documents(self.recipe.with_micro_batch(tokens).data, corpus, None)
-            return self._memory(tokens, documents, vocab_size, self.stage)
+            return self._memory(tokens, documents, vocab_size, self.zero)
 
         tokens = largest_micro_batch(self.recipe, self.world_size, memory_of, self.card_bytes)
         needed = _gb(memory_of(tokens).total)
@@ -68,32 +69,32 @@ class Chooser:
         """Return a checkpoint's number. Raises ValueError, naming what helps, if it does not fit."""
         tokens = int(saved.recipe["data"]["micro_batch_tokens"])
         documents, vocab_size = saved.max_documents or {}, saved.model["vocab_size"]
-        needed = self._memory(tokens, documents, vocab_size, self.stage)
+        needed = self._memory(tokens, documents, vocab_size, self.zero)
         if self.card_bytes is None or needed.fits(self.card_bytes):
             log.info("data.micro_batch_tokens auto is %d, as in the checkpoint", tokens)
             return tokens
-        zero2 = self._memory(tokens, documents, vocab_size, 2)
-        other = "use ds_configs/zero2.json, " if self.stage == 1 and zero2.fits(self.card_bytes) else ""
+        zero2 = self._memory(tokens, documents, vocab_size, replace(self.zero, stage=2))
+        other = "use ds_configs/zero2.json, " if self.zero.stage == 1 and zero2.fits(self.card_bytes) else ""
         raise ValueError(
             f"data.micro_batch_tokens auto: the run's checkpoint has {tokens}, which a resumed run keeps and which "
-            f"needs about {_gb(needed.total)} at ZeRO {self.stage} on {self.world_size} ranks; the card has "
+            f"needs about {_gb(needed.total)} at ZeRO {self.zero.stage} on {self.world_size} ranks; the card has "
             f"{_gb(self.card_bytes)}. To resume, {other}use cards with more memory, or set data.micro_batch_tokens "
             f"{tokens} to try it; or start anew with --run.resume none."
         )
 
     @property
-    def stage(self) -> int:
-        return self.ds_config.values.zero_optimization.stage
+    def zero(self) -> ZeroOptimization:
+        return self.ds_config.values.zero_optimization
 
-    def _memory(self, tokens: int, max_documents: dict[int, int], vocab_size: int, stage: int) -> Memory:
-        enabled = self.ds_config.values.torch_autocast.enabled
+    def _memory(self, tokens: int, max_documents: dict[int, int], vocab_size: int, zero: ZeroOptimization) -> Memory:
         return memory_of_rank(
             self.recipe.model,
             largest_batch(self.recipe, tokens, max_documents),
             vocab_size=vocab_size,
-            zero_stage=stage,
+            zero=zero,
             ranks=self.world_size,
-            bf16=has_fast_bf16(training_device()) if enabled == "auto" else enabled,
+            bf16=self.ds_config.computes_in_bf16(has_fast_bf16(training_device())),
+            fp8=self.recipe.run.fp8 != "none",
         )
 
 

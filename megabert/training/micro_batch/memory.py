@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
+from megabert.config.ds_schema import ZeroOptimization, in_host_memory
 from megabert.config.recipe import ModelConfig
 from megabert.training.micro_batch.batch import Batch
 
-# Of DeepSpeed's ZeRO 1 and 2: two buckets of gradients of 5e7 numbers, as in ds_configs/.
-ZERO_BUCKETS = 2 * 5e7 * 4
 # CUDA's context, cuBLAS and NCCL.
 CONTEXT = 1.5e9
 # Of a card's memory, what may be predicted to be full: the formula is not exact.
@@ -36,27 +35,43 @@ class Memory:
 
 def num_weights(model: ModelConfig, vocab_size: int) -> int:
     """Return the number of parameters of a masked language model; decoder and embeddings share theirs."""
-    width, inner, gated = model.hidden_size, model.intermediate_size, model.ffn == "geglu"
-    up = 2 * inner if gated else inner
-    up_bias = 0 if gated else inner
-    layer = 4 * width * width + 4 * width + width * up + up_bias + inner * width + width + 4 * width
+    width = model.hidden_size
+    norm = 2 * width if model.norm_bias else width
+    layer = weights_of_maps(model) + 2 * norm
+    head = width * width + norm + vocab_size
+    if model.bias:
+        layer += 5 * width + (0 if model.ffn == "geglu" else model.intermediate_size)
+        head += width
     rows = model.max_position_embeddings + model.position_offset if model.position == "learned" else 0
-    head = width * width + 3 * width + vocab_size
-    return (vocab_size + model.num_token_types + rows + 2) * width + model.num_hidden_layers * layer + head
+    # Without norms after its sums, the model has one at its end, and none before the first layer's attention.
+    embeddings = (vocab_size + model.num_token_types + rows) * width + norm
+    return embeddings + model.num_hidden_layers * layer + head
 
 
-def kept_bytes(model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = True) -> float:
+def weights_of_maps(model: ModelConfig) -> int:
+    """Return the numbers in the matrices of a layer's linear maps."""
+    return 4 * model.hidden_size**2 + (_width_of_up(model) + model.intermediate_size) * model.hidden_size
+
+
+def _width_of_up(model: ModelConfig) -> int:
+    """Return the features of the MLP's first map: gate and value of a gated one."""
+    return model.intermediate_size * (2 if model.ffn == "geglu" else 1)
+
+
+def kept_bytes(model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = True, fp8: bool = False) -> float:
     """Return the bytes that autograd keeps for a micro-batch's backward pass, without recomputation.
 
     Per slot and layer, up to attention: the residual, q, k, v, attention's output and log-sum-exp, 5 matrices of the
     width. After it: the input, mean and scale of both LayerNorms and the first one's output, and of the MLP both halves
     before GeGLU and its result, or GELU's input and result. Beside an fp32 stream the products keep a bf16 copy of it.
     An unpadded model computes what follows the last layer's attention for masked tokens only. Autocast keeps the
-    weights in bf16, and the loss the decoder's gradient in fp32.
+    weights in bf16, but run.fp8 those of the layers' maps only as they are, and the loss the decoder's gradient in
+    fp32.
     """
     before, after = _kept_per_slot(model, bf16)
     layers, rows = model.num_hidden_layers, batch.slots if model.padding == "padded" else batch.masked
-    casts = 2 * num_weights(model, vocab_size) if bf16 else 0
+    maps = model.num_hidden_layers * weights_of_maps(model) if fp8 else 0
+    casts = 2 * (num_weights(model, vocab_size) - maps) if bf16 else 0
     activations = layers * batch.slots * before + ((layers - 1) * batch.slots + rows) * after
     return activations + casts + 4 * vocab_size * model.hidden_size
 
@@ -71,29 +86,43 @@ def _kept_per_slot(model: ModelConfig, bf16: bool) -> tuple[float, float]:
 
 
 def memory_of_rank(
-    model: ModelConfig, batch: Batch, *, vocab_size: int, zero_stage: int, ranks: int, bf16: bool = True
+    model: ModelConfig,
+    batch: Batch,
+    *,
+    vocab_size: int,
+    zero: ZeroOptimization,
+    ranks: int,
+    bf16: bool = True,
+    fp8: bool = False,
 ) -> Memory:
-    """Return the memory of one rank.
-
-    ZeRO 1 and 2 keep a copy of the weights that the optimizer updates beside those that the model reads.
-    """
-    weights = num_weights(model, vocab_size)
-    own = weights / ranks
-    if zero_stage == 0:
-        states = 16.0 * weights
-    elif zero_stage == 1:
-        states = 8 * weights + 12 * own + ZERO_BUCKETS
-    elif zero_stage == 2:
-        states = 4 * weights + 16 * own + 2 * ZERO_BUCKETS
-    else:
-        states = 20 * own + 4 * (weights / model.num_hidden_layers) * 2 + 2 * ZERO_BUCKETS
+    """Return the memory of one rank. zero: the ds_config's. bf16: of the activations. fp8: whether run.fp8 is on."""
     size = 2 if bf16 else 4
-    layers, every = model.num_hidden_layers, model.checkpoint_every
-    kept = kept_bytes(model, vocab_size, batch, bf16)
-    if recomputed := layers // every if every else 0:
+    layers, recomputed = model.num_hidden_layers, model.recomputed_layers
+    kept = kept_bytes(model, vocab_size, batch, bf16, fp8)
+    if recomputed:
         # All layers but one of them are recomputed from their inputs.
         layer = batch.slots * sum(_kept_per_slot(model, bf16))
         kept += batch.slots * recomputed * size * model.hidden_size - (recomputed - 1) * layer
-    inner = (4 if model.ffn == "geglu" else 2) * model.intermediate_size
-    # While a layer runs backwards, its MLP's gradients exist too.
-    return Memory(states=states, kept=kept, work=max(LOSS_CHUNK, batch.slots * size * inner))
+    # While a layer runs backwards, its MLP's gradients exist too; a cast to FP8 makes an fp32 copy of the largest.
+    gradients = batch.slots * _width_of_up(model) * (2 * size + (4 if fp8 else 0))
+    states = _state_bytes(num_weights(model, vocab_size), layers, zero, ranks)
+    return Memory(states=states, kept=kept, work=max(LOSS_CHUNK, gradients))
+
+
+def _state_bytes(weights: int, layers: int, zero: ZeroOptimization, ranks: int) -> float:
+    """Return the bytes of weights, gradients and optimizer on a rank's device.
+
+    ZeRO 1 and 2 keep a copy of the weights that the optimizer updates beside those that the model reads. Offloaded,
+    that copy and the moments are in host memory. Gradients are sent from two buckets, and from ZeRO 2 on gathered in
+    two.
+    """
+    if zero.stage == 0:
+        return 16.0 * weights
+    own, buckets = weights / ranks, 2 * 4 * zero.reduce_bucket_size
+    optimizer = 0 if in_host_memory(zero.offload_optimizer) else 12 * own
+    if zero.stage == 1:
+        return 8 * weights + optimizer + buckets
+    if zero.stage == 2:
+        return 4 * weights + 4 * own + optimizer + 2 * buckets
+    # Of the weights themselves two layers are gathered at once.
+    return (4 if in_host_memory(zero.offload_param) else 8) * own + optimizer + 2 * 4 * weights / layers + 2 * buckets

@@ -137,12 +137,20 @@ class Checks:
 
     def _memory_of(self, tokens: int) -> Memory:
         """Predict the memory of a rank for a micro-batch; where the corpus is not known, with documents of the web."""
-        recipe, stage = self.recipe, self.ds_config.values.zero_optimization.stage
+        recipe = self.recipe
         if self.corpus is None:
             batch = batch_of_web_pages(recipe, tokens)
         else:
             batch = largest_batch(recipe, tokens, choose_max_documents(recipe.data, self.corpus, self.saved))
-        return memory_of_rank(recipe.model, batch, vocab_size=self._vocab_size(), zero_stage=stage, ranks=self.ranks)
+        return memory_of_rank(
+            recipe.model,
+            batch,
+            vocab_size=self._vocab_size(),
+            zero=self.ds_config.values.zero_optimization,
+            ranks=self.ranks,
+            bf16=self.ds_config.computes_in_bf16(fast_bf16=True),
+            fp8=recipe.run.fp8 != "none",
+        )
 
     def settings(self) -> Iterator[str]:
         if problem := why_no_trackers(self.recipe.run.trackers):
@@ -312,8 +320,6 @@ class Checks:
             f"{num_weights(model, self._vocab_size()) / 1e6:,.0f} M parameters; predicted for each GPU: "
             f"{_bytes(memory.total)}, of it {_bytes(memory.states)} for weights, gradients and optimizer"
         )
-        if self.resolved.offloads_optimizer:
-            yield "less with zero_optimization.offload_optimizer, which is not counted"
         sizes = sorted({card.memory for card in CARDS if memory.fits(card.memory)})
         names = ", ".join(card.name for card in CARDS if sizes and card.memory == sizes[0])
         smaller = f"halve data.micro_batch_tokens ({data.bin_tokens})"

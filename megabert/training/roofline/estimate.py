@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
+from megabert.config.ds_config import read_ds_config
+from megabert.config.ds_schema import ZeroOptimization
 from megabert.config.recipe import ModelConfig, Recipe
+from megabert.config.recipe_parser import ds_config_path
+from megabert.training.limits import refusal_of_fp8
 from megabert.training.micro_batch.batch import Batch, batch_of_web_pages
 from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
@@ -51,15 +55,15 @@ class Prediction:
 
 def predict(
     model: ModelConfig, batch: Batch, card: Card, *, gpus: int, accumulation: int, zero_stage: int,
-    vocab_size: int = VOCAB_SIZE,
+    vocab_size: int = VOCAB_SIZE, fp8: bool = False,
 ) -> Prediction:  # fmt: skip
-    """Predict a step of `accumulation` micro-batches on each of `gpus` ranks."""
+    """Predict a step of `accumulation` micro-batches on each of `gpus` ranks. fp8: run.fp8, with run.compile."""
     bf16 = card.bf16 is not None
-    seconds = {op.name: op.seconds(card, bf16) * accumulation for op in operations(model, vocab_size, batch, bf16)}
-    if model.checkpoint_every:
-        # Forward is a third of the work of a layer, and is done again.
-        for name in ("layers' products", "attention"):
-            seconds[name] *= 1 + 1 / 3 / model.checkpoint_every
+    work = operations(model, vocab_size, batch, bf16, fp8)
+    seconds = {operation.name: operation.seconds(card, bf16) * accumulation for operation in work}
+    # Forward is a third of the work of a layer, and is done again.
+    for name in ("layers' products", "casts to FP8", "attention"):
+        seconds[name] *= 1 + model.recomputed_layers / model.num_hidden_layers / 3
     busy = sum(seconds.values())
     seconds["gaps and waits"] = busy * GAPS
     seconds["Python"] = max(0.0, accumulation * HOST_PER_LAYER * model.num_hidden_layers - busy)
@@ -67,7 +71,9 @@ def predict(
     seconds["communication"] = communication_s(weights, card, gpus, zero_stage, accumulation)
     shared_by = gpus if zero_stage else 1
     seconds["optimizer"] = 28 * weights / shared_by / (card.bandwidth * BANDWIDTH)
-    memory = memory_of_rank(model, batch, vocab_size=vocab_size, zero_stage=zero_stage, ranks=gpus, bf16=bf16)
+    memory = memory_of_rank(
+        model, batch, vocab_size=vocab_size, zero=zero_of(zero_stage), ranks=gpus, bf16=bf16, fp8=fp8
+    )
     return Prediction(
         tokens=batch.tokens * accumulation * gpus,
         flops=needed_flops(model, vocab_size, batch) * accumulation * gpus,
@@ -77,6 +83,11 @@ def predict(
         gpus=gpus,
         accumulation=accumulation,
     )
+
+
+def zero_of(stage: int) -> ZeroOptimization:
+    """Return the settings of ds_configs/zeroN.json."""
+    return read_ds_config(ds_config_path(f"zero{stage}")).values.zero_optimization
 
 
 def communication_s(weights: float, card: Card, gpus: int, zero_stage: int, accumulation: int) -> float:
@@ -97,14 +108,22 @@ def communication_s(weights: float, card: Card, gpus: int, zero_stage: int, accu
 
 
 def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Prediction:
-    """Predict a recipe's step at its full batch and last length. Raises ValueError if the ranks cannot share it."""
+    """Predict a recipe's step at its full batch and last length.
+
+    Raises ValueError if the ranks cannot share it, or the card cannot compute it.
+    """
     data, multiple = recipe.data, recipe.model.pad_vocab_to_multiple_of
     vocab_size = -(-VOCAB_SIZE // multiple) * multiple
+    fp8 = recipe.run.fp8 != "none"
+    if fp8 and card.fp8 is None:
+        raise ValueError(refusal_of_fp8(f"the {card.name} has no FP8 (Hopper, Ada and later ones have)"))
+    if fp8 and zero_stage > 1:
+        raise ValueError(refusal_of_fp8(f"ZeRO {zero_stage} has not been tried with it (--zero 1)"))
 
     def memory_of(tokens: int) -> Memory:
         return memory_of_rank(
-            recipe.model, batch_of_web_pages(recipe, tokens), vocab_size=vocab_size, zero_stage=zero_stage, ranks=gpus,
-            bf16=card.bf16 is not None,
+            recipe.model, batch_of_web_pages(recipe, tokens), vocab_size=vocab_size, zero=zero_of(zero_stage),
+            ranks=gpus, bf16=card.bf16 is not None, fp8=fp8,
         )  # fmt: skip
 
     tokens = data.micro_batch_tokens
@@ -118,7 +137,7 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
         )
     return predict(
         recipe.model, batch_of_web_pages(recipe, tokens), card, gpus=gpus, accumulation=total // gpus,
-        zero_stage=zero_stage, vocab_size=vocab_size,
+        zero_stage=zero_stage, vocab_size=vocab_size, fp8=fp8,
     )  # fmt: skip
 
 
@@ -151,4 +170,9 @@ def describe(recipe: Recipe, prediction: Prediction, price: float | None) -> str
         f"the run           {hours:.1f} hours, {hours * prediction.gpus:,.0f} GPU hours"
         + ("" if price is None else f", ${hours * prediction.gpus * price:,.0f}"),
     ]
+    if recipe.run.fp8 != "none":
+        lines.append(
+            "FP8               assumed: run.compile, and twice bf16's peak, of which the layers' products reach less, "
+            "as on a card with that peak"
+        )
     return "\n".join(lines)

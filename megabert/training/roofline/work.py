@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 
 from megabert.config.recipe import ModelConfig
-from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.training.architecture import architecture_of
 from megabert.training.micro_batch.batch import Batch
-from megabert.training.micro_batch.memory import num_weights
+from megabert.training.micro_batch.memory import num_weights, weights_of_maps
 from megabert.training.telemetry.cards import Card
 from megabert.training.telemetry.flops import step_flops
 
@@ -37,44 +37,42 @@ class Operation:
     share: float = PRODUCTS
     fall: float = PRODUCTS_FALL
     bandwidth: float = BANDWIDTH
+    fp8: bool = False
 
     def seconds(self, card: Card, bf16: bool = True) -> float:
-        peak = card.bf16 if bf16 and card.bf16 else card.fp32
+        peak = card.fp8 if self.fp8 and card.fp8 else card.bf16 if bf16 and card.bf16 else card.fp32
         share = self.share - self.fall * math.log2(max(peak, A100_PEAK / 4) / A100_PEAK)
         return max(self.flops / (peak * min(share, 0.8)), self.moved_bytes / (card.bandwidth * self.bandwidth))
 
 
 def needed_flops(model: ModelConfig, vocab_size: int, batch: Batch) -> float:
     """Return the FLOPs that the real tokens of a micro-batch need, as MFU counts them."""
-    return step_flops(_config(model, vocab_size), batch.tokens, batch.masked, batch.tokens * batch.attended)
+    config = architecture_of(model, vocab_size)
+    return step_flops(config, batch.tokens, batch.masked, batch.tokens * batch.attended)
 
 
-def _config(model: ModelConfig, vocab_size: int) -> MegaBertConfig:
-    return MegaBertConfig(
-        vocab_size=vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        intermediate_size=model.intermediate_size,
-        ffn=model.ffn,
-    )
+def operations(
+    model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = True, fp8: bool = False
+) -> list[Operation]:
+    """Return the operations of a micro-batch. The bytes of elementwise ones are those of kernels/*.py's docstrings.
 
-
-def operations(model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = True) -> list[Operation]:
-    """Return the operations of a micro-batch. The bytes of elementwise ones are those of kernels/*.py's docstrings."""
+    fp8: run.fp8 torchao. Assumed are run.compile, which makes each cast one kernel, and two casts of each operand, one
+    for each product that reads it: the number is read for the largest value and to be rounded, and written in one byte.
+    """
     size = 2 if bf16 else 4
     width, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     gated = model.ffn == "geglu"
     slots, masked = batch.slots, batch.masked
     # Of a padded model the last layer computes all slots.
     last = slots if model.padding == "padded" else masked
-    attention = layers * 2 * width * slots * batch.attended * 3 * 2
-    config = _config(model, vocab_size)
+    config = architecture_of(model, vocab_size)
     products = step_flops(config, slots, last, 0)
+    # Less in layers that see a window.
+    attention = step_flops(config, slots, last, slots * batch.attended) - products
     vocabulary = 3 * 2 * masked * (width * width + width * vocab_size)
     products -= 3 * 2 * last * (width * width + width * vocab_size)
     up = 2 * inner if gated else inner
-    weights = layers * (4 * width * width + width * up + inner * width)
+    weights = layers * weights_of_maps(model)
     stream = 4 if model.layer_norm_dtype == "float32" or not bf16 else 2
     rows = 2 * layers * slots * width
     # Bytes for a number of the stream, forward and backward. After a sum, LayerNorm's kernel reads both terms and both
@@ -88,9 +86,13 @@ def operations(model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = T
     biases = layers * slots * size * (5 * width + (0 if gated else inner)) if model.bias else 0
     # GeGLU reads and writes 8 F numbers; GELU in PyTorch 5 F.
     activation = layers * slots * inner * size * (8 if gated else 5)
-    operands = 3 * size * (layers * slots * (6 * width + width + up + inner + width) + weights)
+    # Inputs and results of the products. Of each number and its gradient two are read by products and one is written.
+    operands = layers * slots * (8 * width + up + inner)
+    each = 2 + size if fp8 else 3 * size
+    casts = 2 * (operands * (2 * size + 1) + weights * (2 * 4 + 1)) if fp8 else 0
     return [
-        Operation(name="layers' products", flops=products, moved_bytes=operands),
+        Operation(name="layers' products", flops=products, moved_bytes=each * (operands + weights), fp8=fp8),
+        Operation(name="casts to FP8", moved_bytes=casts),
         Operation(
             name="vocabulary and loss", flops=vocabulary,
             moved_bytes=4 * size * masked * vocab_size + 40 * vocab_size * width

@@ -21,6 +21,15 @@ class Card:
     memory: float
     link: float
 
+    @property
+    def fp8(self) -> float | None:
+        """The dense peak in FP8, FLOP/s: twice that of bf16 since Hopper, Ada and MI300. None where there is none."""
+        return None if self.bf16 is None or self.name.startswith(WITHOUT_FP8) else 2 * self.bf16
+
+
+# How the names of cards before Hopper, Ada and MI300 begin.
+WITHOUT_FP8 = ("a", "v", "t", "rtx-a", "rtx-3", "mi2")
+
 
 def card(name: str, pattern: str, tflops: tuple[float | None, float], memory: tuple[float, float], link: float) -> Card:
     """tflops: bf16 and fp32. memory: GB and GB/s. link: GB/s."""

@@ -4,14 +4,17 @@ import dataclasses
 import runpy
 
 import pytest
+import torch
 
+from megabert.config.ds_schema import Offload
 from megabert.config.recipe_parser import load_recipe, recipe_names
 from megabert.kernels.resolve import torch_ops
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.training.architecture import architecture_of
 from megabert.training.micro_batch.batch import Batch, batch_of, piece_lengths
-from megabert.training.micro_batch.memory import memory_of_rank, num_weights
-from megabert.training.roofline.estimate import communication_s, hours_of, predict_recipe
+from megabert.training.micro_batch.memory import memory_of_rank, num_weights, weights_of_maps
+from megabert.training.roofline.estimate import communication_s, hours_of, predict_recipe, zero_of
 from megabert.training.roofline.work import needed_flops, operations
 from megabert.training.telemetry.cards import card_named
 from tests.benchmarks.bench_estimate import CLOSE, RUNS
@@ -24,37 +27,85 @@ BASE = load_recipe("mosaicbert-base")
 
 
 @pytest.mark.parametrize(
-    ("ffn", "embeddings"), [("geglu", {}), ("gelu", {}), ("gelu", {"position_offset": 2, "type_vocab_size": 1})]
+    ("ffn", "changes"),
+    [
+        ("geglu", {}),
+        ("geglu", {"norm_bias": False, "norm_position": "pre"}),
+        ("gelu", {}),
+        ("gelu", {"bias": False}),
+        ("gelu", {"position_offset": 2, "type_vocab_size": 1}),
+    ],
 )
-def test_weights_are_those_of_the_model(ffn, embeddings):
+def test_weights_are_those_of_the_model(ffn, changes):
     position = "alibi" if ffn == "geglu" else "learned"
     small = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
-    small |= {"ffn": ffn, "position": position, "max_position_embeddings": 64} | embeddings
+    small |= {"ffn": ffn, "position": position, "max_position_embeddings": 64} | changes
     model = MegaBertForMaskedLM(MegaBertConfig(vocab_size=97, **small))
     assert num_weights(dataclasses.replace(BASE.model, **small), 97) == sum(x.numel() for x in model.parameters())
 
 
-def memory(tokens, model=BASE.model, **options):
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipes_weights_are_counted_exactly(name):
+    recipe = load_recipe(name).model
+    config = architecture_of(recipe, 50_281)
+    with torch.device("meta"):
+        model = MegaBertForMaskedLM(config)
+    model.tie_weights()
+    assert num_weights(recipe, config.vocab_size) == sum(parameter.numel() for parameter in model.parameters())
+    maps = [module.weight for module in model.bert.encoder.modules() if isinstance(module, torch.nn.Linear)]
+    assert recipe.num_hidden_layers * weights_of_maps(recipe) == sum(weight.numel() for weight in maps)
+
+
+def memory(tokens, model=BASE.model, zero=1, ranks=8, **options):
+    """zero: a stage, as ds_configs/ has it, or the section of a ds_config."""
     batch = Batch(tokens=tokens, slots=tokens, masked=0.3 * tokens, attended=0)
-    return memory_of_rank(model, batch, vocab_size=30_528, **options)
+    section = zero_of(zero) if isinstance(zero, int) else zero
+    return memory_of_rank(model, batch, vocab_size=30_528, zero=section, ranks=ranks, **options)
 
 
 @pytest.mark.parametrize(("tokens", "gib"), [(14_720, 5.2), (58_880, 19.8)])
 def test_what_is_kept_is_what_a_walk_of_the_model_on_fake_tensors_kept(tokens, gib):
     """The walk saved tensors of mosaicbert-base with the Triton kernels and counted each storage once."""
-    assert memory(tokens, zero_stage=1, ranks=8).kept == pytest.approx(gib * 2**30, rel=0.1)
+    assert memory(tokens).kept == pytest.approx(gib * 2**30, rel=0.1)
+
+
+def test_the_memory_with_recomputed_layers_is_at_least_the_walks_peak():
+    """walk.py's peak_bytes of mosaicbert-base, ZeRO 1 on 8 ranks, 5 layers, a decoder of 30,528 rows."""
+    for every, peak in (("every_layer", 1_837_560_332), ("every_2", 2_446_255_660)):
+        model = dataclasses.replace(BASE.model, num_hidden_layers=5, gradient_checkpointing=every)
+        found = memory(14_720, model)
+        assert peak <= found.states + found.kept + found.work <= 1.25 * peak
+
+
+def test_offloading_and_the_size_of_buckets_count():
+    weights = num_weights(BASE.model, 30_528)
+    plain = {stage: memory(1024, zero=stage).states for stage in (1, 2, 3)}
+    for stage in (1, 2, 3):
+        offloaded = dataclasses.replace(zero_of(stage), offload_optimizer=Offload(device="cpu"))
+        assert plain[stage] - memory(1024, zero=offloaded).states == 12 * weights / 8
+        assert memory(1024, zero=dataclasses.replace(offloaded, offload_optimizer=Offload())).states == plain[stage]
+        larger = dataclasses.replace(zero_of(stage), reduce_bucket_size=500_000_000)
+        assert memory(1024, zero=larger).states - plain[stage] == (1 if stage == 1 else 2) * 2 * 4 * 450_000_000
+    no_weights = dataclasses.replace(zero_of(3), offload_param=Offload(device="cpu"))
+    assert plain[3] - memory(1024, zero=no_weights).states == 4 * weights / 8
+
+
+def test_fp8_keeps_no_copies_of_the_layers_weights_and_casts_take_memory():
+    bf16, fp8 = memory(14_720), memory(14_720, fp8=True)
+    assert bf16.kept - fp8.kept == 2 * 12 * weights_of_maps(BASE.model)
+    assert fp8.work - bf16.work == 4 * 14_720 * 2 * 3072
 
 
 def test_memory_falls_with_ranks_and_stages_and_recomputation():
     def states(stage, ranks):
-        return memory(1024, zero_stage=stage, ranks=ranks).states
+        return memory(1024, zero=stage, ranks=ranks).states
 
     weights = num_weights(BASE.model, 30_528)
     assert states(0, 8) == states(0, 1) == 16 * weights
     assert states(1, 64) < states(1, 8) < states(1, 1)
     assert states(3, 64) < states(2, 64) < states(1, 64)
     every = dataclasses.replace(BASE.model, gradient_checkpointing="every_layer")
-    kept = [memory(58_880, model, zero_stage=1, ranks=1).kept for model in (BASE.model, every)]
+    kept = [memory(58_880, model, ranks=1).kept for model in (BASE.model, every)]
     assert kept[1] < kept[0] / 5
 
 
@@ -88,6 +139,43 @@ def test_a_norm_after_a_sum_moves_what_its_kernel_says_and_autograd_sums_nothing
     assert moved["sums"] == 2 * 12 * 100 * 768 * 6 * stream
     # kernels/rotate.py: 6 * H * D * 2 bytes a pass
     assert moved["rotation"] == 12 * 100 * 2 * 6 * 768 * 2
+
+
+def test_attention_of_local_layers_sees_a_window():
+    def attention(model, attended):
+        batch = Batch(tokens=100, slots=100, masked=30, attended=attended)
+        (found,) = [operation for operation in operations(model, 30_528, batch) if operation.name == "attention"]
+        return found.flops
+
+    windowed = load_recipe("modernbert-base").model
+    everywhere = dataclasses.replace(
+        windowed, global_attention_every=1, local_attention_window=None, local_rope_theta=None
+    )
+    assert attention(windowed, 100) == attention(everywhere, 100)
+    # 8 of 22 layers are global, and the window has 64 tokens on each side.
+    assert attention(windowed, 1290) == pytest.approx(attention(everywhere, 1290) * (8 + 14 / 10) / 22)
+
+
+def test_fp8_pays_for_wide_layers_and_is_refused_where_there_is_none():
+    def speed(name, card, fp8, stage=1):
+        recipe = load_recipe(name, run={"fp8": fp8})
+        return predict_recipe(recipe, card_named(card), 8, stage).tokens_per_s
+
+    assert speed("mosaicbert-base", "h100", "torchao") < speed("mosaicbert-base", "h100", "none")
+    assert speed("mosaicbert-large", "h100", "torchao") > speed("mosaicbert-large", "h100", "none")
+    for card in ("a100", "a10", "v100", "rtx-a6000", "rtx-3090", "mi250x"):
+        with pytest.raises(ValueError, match=f"run.fp8 is torchao, but the {card} has no FP8"):
+            speed("mosaicbert-base", card, "torchao")
+    with pytest.raises(ValueError, match=r"ZeRO 2 has not been tried with it \(--zero 1\)"):
+        speed("mosaicbert-base", "h100", "torchao", stage=2)
+    for name, peak in (
+        ("l4", 242e12),
+        ("h20", 296e12),
+        ("rtx-6000-ada", 728e12),
+        ("b200", 4.5e15),
+        ("mi300x", 2614e12),
+    ):
+        assert card_named(name).fp8 == pytest.approx(peak)
 
 
 def test_communication_grows_with_stages_and_machines():
