@@ -55,10 +55,9 @@ SWITCH_VALUES = {"true": "true", "yes": "true", "1": "true", "false": "false", "
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the description, which holds commands to copy, and names commands that are there."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
+    def _get_help_string(self, action: argparse.Action) -> str:
         # Before the text is wrapped, which could break a command in two.
-        text = super()._get_help_string(action)
-        return text and name_commands(text)
+        return name_commands(super()._get_help_string(action) or "")
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         # argparse breaks a line within megabert-export, too.

@@ -6,12 +6,12 @@ from megabert.config.ds_config import read_ds_config
 from megabert.config.ds_schema import ZeroOptimization
 from megabert.config.recipe import ModelConfig, Recipe
 from megabert.config.recipe_parser import ds_config_path
-from megabert.training.limits import refusal_of_fp8
 from megabert.training.micro_batch.batch import Batch, batch_of_web_pages
 from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
 from megabert.training.roofline.work import BANDWIDTH, GAPS, HOST_PER_LAYER, needed_flops, operations
 from megabert.training.telemetry.cards import Card
+from megabert.training.unsupported import refusal_of_fp8
 
 # GPUs of one machine, whose links are the cards' own. Between machines each GPU has a port of 400 Gb/s.
 MACHINE = 8
