@@ -192,11 +192,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
-        print(error)
+        print(cli.name_commands(str(error)))
         return 1
     problems = check(folder, manifest, options.workers)
     for problem in problems:
-        print(problem)
+        print(cli.name_commands(problem))
     count = sum(map(len, manifest.splits.values()))
     print(f"{folder}: {count} shards, {manifest.statistics.get('documents')} documents, {len(problems)} problems")
     return 1 if problems else 0

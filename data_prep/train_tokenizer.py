@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None, prog: str = "data_prep/train_tokenizer.p
     print(f"{folder / TOKENIZER}: {tokenizer.get_vocab_size()} pieces ({options.existing or options.model})")
     if model is not None:
         write_atomically(folder / SENTENCEPIECE_MODEL, model)
-        print(compare_with_sentencepiece(options, model))
+        print(cli.name_commands(compare_with_sentencepiece(options, model)))
     written = (TOKENIZER, TOKENIZER_CONFIG, *([] if model is None else [SENTENCEPIECE_MODEL]))
     write_request(folder, TOKENIZER_FORMAT, request, written)
 

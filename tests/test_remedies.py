@@ -18,6 +18,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
+from megabert.config import cli
 from megabert.config.cli import Parser, split_flag
 from megabert.config.ds_config import NOT_SUPPORTED
 from megabert.config.ds_schema import DsSettings
@@ -62,6 +63,10 @@ DS_CONFIG_KEY = re.compile(
     r"(?<![\w./-])(zero_optimization|torch_autocast|checkpoint|bf16|fp16)((?:\.[a-z][a-z0-9_]*)+)(?![\w(/-])"
 )
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w.-]*[\w+])(?!\0)")
+SCRIPT_OF_A_CHECKOUT = re.compile(
+    r"\b((launch|data_prep)/\w+\.py|ds_configs/\w+\.json)\b"
+    r"|\b(launch|data_prep)/[\w/]+\.(sh|sbatch|md)\b(?! of MegaBERT's repository)"
+)
 # What follows the dot in the name of a file.
 SUFFIXES = {"adj", "adv", "bin", "json", "noun", "onnx", "pt", "py", "safetensors", "verb"}
 DS_CONFIG_SECTIONS = {
@@ -105,10 +110,14 @@ def strings_of(path: Path) -> Iterator[Text]:
             yield Text(f"{path.relative_to(REPOSITORY)}:{node.lineno}", text)
 
 
+def texts_of_code(folder: str) -> Iterator[Text]:
+    for path in sorted((REPOSITORY / folder).rglob("*.py")):
+        yield from strings_of(path)
+
+
 def all_texts() -> Iterator[Text]:
     for folder in CODE:
-        for path in sorted((REPOSITORY / folder).rglob("*.py")):
-            yield from strings_of(path)
+        yield from texts_of_code(folder)
     folders = [*CODE, "ds_configs", "tests", ".github"]
     for pattern in OTHER_TEXTS:
         paths = [*REPOSITORY.glob(pattern), *(path for name in folders for path in (REPOSITORY / name).rglob(pattern))]
@@ -261,6 +270,13 @@ def problems(text: str) -> list[str]:
 def test_every_flag_and_setting_that_a_text_names_exists():
     found = [f"{place}: {problem}" for place, text in all_texts() for problem in problems(text)]
     assert not found, "\n".join(found)
+
+
+def test_no_message_names_a_script_where_there_is_no_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    texts = [*texts_of_code("megabert"), *texts_of_code("data_prep")]
+    left = [f"{place}: {text}" for place, text in texts if SCRIPT_OF_A_CHECKOUT.search(cli.name_commands(text))]
+    assert not left, "\n".join(left)
 
 
 @pytest.mark.parametrize(

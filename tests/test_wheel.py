@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megabert.config import cli
 from tests.helpers.runs import REPOSITORY, TINY, Corpus
 
 SOURCES = ("megabert", "data_prep", "ds_configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -75,17 +76,20 @@ def test_it_says_what_is_missing_where_there_is_no_checkout(site, tmp_path):
     assert "megabert-pretrain: data/quickstart/tokens is missing. Write shards with megabert-shards" in done.stdout
     done = run(site, tmp_path, "megabert-shards", "--tokenizer=nowhere")
     assert "no such tokenizer. Train one with megabert-tokenizer." in done.stdout
+    help_text = run(site, tmp_path, "megabert-pretrain", "--help").stdout
+    assert "a task's YAML file, as for megabert-finetune" in " ".join(help_text.split())
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS - {"pretrain"}))
-def test_help_shows_the_command_as_it_is_installed(name, monkeypatch, capsys):
+def test_help_shows_the_command_as_it_is_installed(name, monkeypatch, tmp_path, capsys):
     """megabert-pretrain is left out: it ends its process."""
     [module] = re.findall(rf'"megabert-{name}": "([\w.]+)"', (REPOSITORY / "setup.py").read_text())
     monkeypatch.setattr(sys, "argv", [f"megabert-{name}", "--help"])
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
     with pytest.raises(SystemExit) as end:
         importlib.import_module(module).command()
     assert end.value.code == 0
     help_text = capsys.readouterr().out
     assert help_text.startswith(f"usage: megabert-{name} ")
     assert re.search(rf"^ *megabert-{name} [\w-]", help_text, re.MULTILINE)
-    assert ".py --" not in help_text
+    assert not re.search(r"\.py\b|/\w+\.(md|sh|sbatch)\b(?!\s+of\s+MegaBERT's\s+repository)", help_text)

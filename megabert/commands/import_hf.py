@@ -67,11 +67,12 @@ def main(prog: str) -> None:
     if model.vocabulary:
         print(f"vocabulary: {model.vocabulary}")
     if not has_tokenizer(Path(options.out)):
-        print(
+        advice = (
             f"tokenizer: none that can be read. If {options.source} has one in another format, convert it with "
             f"data_prep/train_tokenizer.py --existing {options.source} --out FOLDER; then give it to the model with "
             f"launch/convert_from_hf.py --tokenizer FOLDER"
         )
+        print(cli.name_commands(advice))
 
 
 def command(prog: str = "megabert-import") -> NoReturn:

@@ -80,7 +80,7 @@ def print_dry_run(recipe: Recipe, ds_config: DsConfig, ranks: int) -> int:
     """Print what a dry run finds. Returns the exit code of the first reason to refuse the run, or 0."""
     codes = []
     for finding in dry_run(recipe, ds_config, ranks):
-        print(finding, flush=True)
+        print(cli.name_commands(str(finding)), flush=True)
         codes.append(finding.code)
     return next((code for code in codes if code), 0)
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -36,8 +37,14 @@ INSTALLED = {
     "write_shards": "megabert-shards",
     "train_tokenizer": "megabert-tokenizer",
     "check_shards": "python -m data_prep.check_shards",
+    "fetch_tasks": "python -m data_prep.fetch_tasks",
 }
 SCRIPT = re.compile(rf"(?<![\w./-])(?:python )?(?:launch/|data_prep/)?({'|'.join(INSTALLED)})\.py\b")
+DS_CONFIG = re.compile(r"(?<![\w./-])(?:--ds_config )?ds_configs/(\w+)\.json\b")
+# What only the repository has.
+NOT_INSTALLED = re.compile(
+    r"(?<![\w./-])(?:launch|data_prep|megabert|ds_configs)/(?:[\w-]+/)*[\w-]+\.(?:md|sh|sbatch)\b"
+)
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 # The only words that a switch takes as its value: any other word after it is a positional argument.
@@ -45,7 +52,15 @@ SWITCH_VALUES = {"true": "true", "yes": "true", "1": "true", "false": "false", "
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description, which holds commands to copy."""
+    """Keeps the line breaks of the description, which holds commands to copy, and names commands that are there."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        # Before the text is wrapped, which could break a command in two.
+        return name_commands(super()._get_help_string(action))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # argparse breaks a line within megabert-export, too.
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(ArgumentParser):
@@ -57,7 +72,8 @@ class Parser(ArgumentParser):
     def __init__(self, prog: str = "", description: str = "", **nested: Any):
         """nested: what jsonargparse passes when it makes a parser of this class for a part of a setting."""
         options: dict[str, Any] = {"allow_abbrev": False} | nested
-        super().__init__(prog=prog, description=description, formatter_class=_HelpFormatter, **options)
+        description = name_commands(description)
+        super().__init__(prog=name_commands(prog), description=description, formatter_class=_HelpFormatter, **options)
 
     def add_class_arguments(self, theclass: type, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
         added = super().add_class_arguments(theclass, *rest, **options)
@@ -187,10 +203,21 @@ def read_flags(options: type[T], prog: str, description: str, argv: Sequence[str
 
 
 def name_commands(message: str) -> str:
-    """Name the installed commands in place of scripts, unless this is a checkout, which has the scripts."""
+    """Name the installed commands in place of scripts, unless this is a checkout, which has the scripts.
+
+    A ds_config becomes its name, and a file that is not installed is said to be one of the repository.
+    """
     if (CHECKOUT / "launch/pretrain.py").is_file():
         return message
-    return SCRIPT.sub(lambda match: INSTALLED[match[1]], message)
+    message = SCRIPT.sub(lambda match: INSTALLED[match[1]], message)
+    return NOT_INSTALLED.sub(r"\g<0> of MegaBERT's repository", DS_CONFIG.sub(r"--ds_config \1", message))
+
+
+class CommandRecord(RedactedRecord):
+    """A redacted record of logging that names commands as name_commands does."""
+
+    def getMessage(self) -> str:
+        return name_commands(super().getMessage())
 
 
 def exit_code(error: BaseException) -> int:
@@ -207,7 +234,8 @@ def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseExcept
     Ctrl-C is one line too, with exit code 130 as a shell gives it.
     """
     keep_streams_writable()
-    logging.setLogRecordFactory(RedactedRecord)
+    logging.setLogRecordFactory(CommandRecord)
+    prog = name_commands(prog)
     before = signal.getsignal(signal.SIGINT)
     if before != signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda _, frame: _interrupt(prog, frame))

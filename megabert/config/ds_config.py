@@ -197,7 +197,7 @@ def read_ds_config(path: str | Path) -> DsConfig:
     try:
         data = read_small_file(Path(path))
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such ds_config; pass a file such as ds_configs/zero2.json.") from error
+        raise ValueError(f"{path}: no such ds_config. An example is ds_configs/zero2.json.") from error
     try:
         raw = parse_json(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

@@ -136,6 +136,23 @@ def test_messages_name_what_is_there_with_and_without_a_checkout(capsys, monkeyp
     monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
     assert printed() == "command: No shards. Write them with megabert-shards, not with /home/me/write_shards.py.\n"
     assert cli.name_commands("Run python launch/convert_to_hf.py RUN OUT") == "Run megabert-export RUN OUT"
+    assert cli.name_commands("Use ds_configs/zero2.json, or --ds_config ds_configs/zero0.json.") == (
+        "Use --ds_config zero2, or --ds_config zero0."
+    )
+    assert cli.name_commands("See data_prep/README.md.") == "See data_prep/README.md of MegaBERT's repository."
+    assert (
+        cli.name_commands("/home/me/launch/a.sh data/ds_configs/b.json")
+        == "/home/me/launch/a.sh data/ds_configs/b.json"
+    )
+
+
+def test_what_a_command_logs_names_what_is_there_without_a_checkout(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    before = logging.getLogRecordFactory()
+    with pytest.raises(SystemExit):
+        cli.run(lambda: logging.getLogger("anything").warning("Run %s.", "launch/convert_to_hf.py"), "command")
+    logging.setLogRecordFactory(before)
+    assert caplog.messages == ["Run megabert-export."]
 
 
 def test_the_installed_commands_are_those_of_setup():
