@@ -64,8 +64,8 @@ DS_CONFIG_KEY = re.compile(
 )
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w.-]*[\w+])(?!\0)")
 SCRIPT_OF_A_CHECKOUT = re.compile(
-    r"\b(?:(launch|data_prep)/\w+\.py|ds_configs/\w+\.json"
-    r"|(launch|data_prep)/[\w/]+\.(sh|sbatch|md)(?! of MegaBERT's))\b"
+    r"\b((launch|data_prep)/\w+\.py|ds_configs/\w+\.json)\b"
+    r"|\b(launch|data_prep)/[\w/]+\.(sh|sbatch|md)\b(?! of MegaBERT's repository)"
 )
 # What follows the dot in the name of a file.
 SUFFIXES = {"adj", "adv", "bin", "json", "noun", "onnx", "pt", "py", "safetensors", "verb"}

@@ -92,4 +92,4 @@ def test_help_shows_the_command_as_it_is_installed(name, monkeypatch, tmp_path, 
     help_text = capsys.readouterr().out
     assert help_text.startswith(f"usage: megabert-{name} ")
     assert re.search(rf"^ *megabert-{name} [\w-]", help_text, re.MULTILINE)
-    assert not re.search(r"\.py\b|\.(md|sh|sbatch)\b(?!\s+of\s+MegaBERT's\s+repository)", help_text)
+    assert not re.search(r"\.py\b|/\w+\.(md|sh|sbatch)\b(?!\s+of\s+MegaBERT's\s+repository)", help_text)

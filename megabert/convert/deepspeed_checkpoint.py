@@ -1,7 +1,7 @@
 """Read the weights of a training checkpoint, of any ZeRO stage and number of ranks, without DeepSpeed or a GPU."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,21 +45,21 @@ def read_checkpoints(folders: list[Path]) -> TrainedModel:
     newest, *others = zip(folders, states, strict=True)
     for other in others:
         _check_same_run(newest, other)
-    weights = _read_verified_weights(*newest)
+    weights = _read_verified_weights(folders[0], states[0].zero_stage)
     if others:
         weights = {name: tensor.clone() for name, tensor in weights.items()}
         for folder, state in others:
-            for name, tensor in _read_verified_weights(folder, state).items():
+            for name, tensor in _read_verified_weights(folder, state.zero_stage).items():
                 weights[name] += tensor
         for tensor in weights.values():
             tensor.div_(len(folders))
-    return TrainedModel(weights, config_of(states[0], folders[0]), states[0])
+    return TrainedModel(weights, config_of(states[0].model, folders[0]), states[0])
 
 
-def config_of(state: State, folder: Path) -> MegaBertConfig:
-    """Return the architecture of a checkpoint. Raises ValueError, naming its state.json."""
+def config_of(model: Mapping[str, Any], folder: Path) -> MegaBertConfig:
+    """Return the architecture of a checkpoint. model: that of its state. Raises ValueError, naming its state.json."""
     try:
-        return MegaBertConfig(**state.model)
+        return MegaBertConfig(**model)
     except ValueError as error:
         raise ValueError(f"{folder / checkpoint_format.STATE}: {error}") from error
 
@@ -108,10 +108,10 @@ def _run_identity(folder: Path, state: State) -> dict[str, Any]:
     return identity
 
 
-def _read_verified_weights(folder: Path, state: State) -> dict[str, Tensor]:
+def _read_verified_weights(folder: Path, zero_stage: int) -> dict[str, Tensor]:
     if problem := checkpoint_format.check_files(folder):
         raise ValueError(f"{folder}: cannot be read: {problem}.")
-    weights = read_zero_weights(folder, state.zero_stage)
+    weights = read_zero_weights(folder, zero_stage)
     weights.pop(TIED_DECODER, None)
     return weights
 

@@ -105,7 +105,7 @@ def check_limits(checkpoint: Path, options: ExportOptions) -> list[str]:
     if not options.targets:
         return []
     state = read_state(checkpoint)
-    config = config_of(state, checkpoint)
+    config = config_of(state.model, checkpoint)
     max_length = set_max_length(config, state.max_seq_len, options.max_length)
     return registry.check_targets(options.targets, config, read_json(checkpoint / TOKENIZER), max_length)
 

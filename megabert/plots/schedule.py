@@ -15,7 +15,7 @@ DRAWN_POINTS = 2000
 def plot_schedule(recipe: Recipe, out: Path) -> None:
     """Plot every schedule of a recipe against its steps. Raises ValueError for schedules that a run would refuse."""
     if recipe.data.micro_batch_tokens == "auto":
-        recipe = recipe.with_micro_batch(micro_batch_on_cpu(recipe, 1))
+        recipe = recipe.with_micro_batch(micro_batch_on_cpu(recipe.data, 1))
     schedule = make_run_schedule(recipe, 1)
     total, plan, masking = schedule.total_steps, schedule.stages, schedule.masking
     if schedule.timed is not None:

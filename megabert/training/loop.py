@@ -96,7 +96,7 @@ def train_step(run: Run) -> tuple[bool, str | None]:
     If a stop is requested while a rank waits for data, the step is not done and the state is unchanged.
     """
     loaded = next_batches(run)
-    num_masked = sum_masked(run, loaded)
+    num_masked = sum_masked(loaded, run.plan.world_size, run.engine.device)
     if loaded is None or num_masked is None:
         return False, run.signals.reason or PEER_REASON
     batches, before = advance_positions(run.state, loaded, run.plan.schedule)
@@ -148,16 +148,18 @@ def take_step(run: Run, batches: list[PackedBatch], num_masked: torch.Tensor) ->
     return graph_step(run.engine, run.graph, batches, scale, seed, timed)
 
 
-def sum_masked(run: Run, loaded: list[tuple[PackedBatch, int, Position]] | None) -> torch.Tensor | None:
+def sum_masked(
+    loaded: list[tuple[PackedBatch, int, Position]] | None, world_size: int, device: torch.device
+) -> torch.Tensor | None:
     """Sum the masked tokens of a step over ranks, at least 1; None if a rank has no batches.
 
     The host of one of several ranks waits for the others' data: at this moment the device has no work left.
     """
     progress.enter("waiting for the other ranks' data")
     counts = [float(sum(batch.num_masked for batch, _, _ in loaded or [])), float(loaded is None)]
-    total, without_batches = packed = to_device(counts, torch.float32, run.engine.device)
+    total, without_batches = packed = to_device(counts, torch.float32, device)
     # A batch without a masked token has a loss of 0, not 0 / 0.
-    if run.plan.world_size == 1:
+    if world_size == 1:
         return None if loaded is None else total.clamp(min=1)
     deepspeed.comm.all_reduce(packed)
     return None if without_batches.item() else total.clamp(min=1)

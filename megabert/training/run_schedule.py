@@ -135,7 +135,7 @@ class RunSchedule:
 
 def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
     """Compute the schedule of a run. Raises ValueError if the ranks cannot share a batch."""
-    batches_per_step = choose_batches_per_step(recipe, world_size)
+    batches_per_step = choose_batches_per_step(recipe.data, world_size)
     steps = total_steps(recipe, batches_per_step)
     data, masking = recipe.data, recipe.masking
     first = data.batch_warmup_from and data.batch_warmup_from // data.bin_tokens
@@ -167,9 +167,8 @@ def masking_steps(recipe: Recipe, steps: int, stages: BatchSchedule) -> MaskingS
     return MaskingSteps(tuple(rates.items()))
 
 
-def choose_batches_per_step(recipe: Recipe, world_size: int) -> int:
+def choose_batches_per_step(data: DataConfig, world_size: int) -> int:
     """Return the micro-batches of a step over all ranks. Raises ValueError if the ranks cannot share them."""
-    data = recipe.data
     if data.global_batch_tokens == "auto":
         return world_size
     return ranks.choose_batches_per_step(

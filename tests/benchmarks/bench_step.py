@@ -127,7 +127,7 @@ def run_step(folder: Path) -> Callable[[], object]:
     def step() -> None:
         lr = loop.set_learning_rate(run.engine, run.plan, run.state)
         loaded = own["next_batches"](run)
-        num_masked = own["sum_masked"](run, loaded)
+        num_masked = own["sum_masked"](loaded, run.plan.world_size, run.engine.device)
         batches, before = loop.advance_positions(run.state, loaded, run.plan.schedule)
         own["reduce_counts"](run, batches, before, loop.take_step(run, batches, num_masked))
         if run.state.step % recipe.run.log_every_steps == 0:

@@ -49,7 +49,7 @@ class Chooser:
 
     def _new(self) -> int:
         if self.card_bytes is None:
-            tokens = micro_batch_on_cpu(self.recipe, self.world_size)
+            tokens = micro_batch_on_cpu(self.recipe.data, self.world_size)
             log.info("data.micro_batch_tokens auto is %d on CPUs", tokens)
             return tokens
         corpus, _ = open_corpora(self.recipe.data)
@@ -60,7 +60,7 @@ class Chooser:
             documents = choose_max_documents(self.recipe.with_micro_batch(tokens).data, corpus, None)
             return self._memory(tokens, documents, vocab_size, self.zero)
 
-        tokens = largest_micro_batch(self.recipe, self.world_size, memory_of, self.card_bytes)
+        tokens = largest_micro_batch(self.recipe.data, self.world_size, memory_of, self.card_bytes)
         needed = _gb(memory_of(tokens).total)
         log.info("data.micro_batch_tokens auto is %d: about %s of %s", tokens, needed, _gb(self.card_bytes))
         return tokens

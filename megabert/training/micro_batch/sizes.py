@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from megabert.config.recipe import Recipe
+from megabert.config.data_section import DataConfig
 from megabert.data.ranks import micro_batch_sizes
 from megabert.training.micro_batch.memory import Memory
 
@@ -12,30 +12,31 @@ MOST_TOKENS = 1 << 17
 MOST_TOKENS_ON_CPU = 1 << 14
 
 
-def possible_micro_batches(recipe: Recipe, world_size: int, most: int) -> list[int]:
+def possible_micro_batches(data: DataConfig, world_size: int, most: int) -> list[int]:
     """Return, ascending, the micro-batches up to `most` tokens that divide the global batch between the ranks.
 
     One piece of a document must fit. Raises ValueError, naming what works, if there is none.
     """
-    data = recipe.data
     assert data.global_batch_tokens != "auto", "data.micro_batch_tokens and data.global_batch_tokens are both auto"
     ranks = [world_size, *(data.ranks or [])]
     longest = data.longest
     return micro_batch_sizes(data.global_batch_tokens, data.batch_warmup_from, longest, ranks, max(most, longest))
 
 
-def micro_batch_on_cpu(recipe: Recipe, world_size: int) -> int:
+def micro_batch_on_cpu(data: DataConfig, world_size: int) -> int:
     """Return the tokens of a micro-batch on CPUs."""
-    return possible_micro_batches(recipe, world_size, MOST_TOKENS_ON_CPU)[-1]
+    return possible_micro_batches(data, world_size, MOST_TOKENS_ON_CPU)[-1]
 
 
-def largest_micro_batch(recipe: Recipe, world_size: int, memory_of: Callable[[int], Memory], card_bytes: float) -> int:
+def largest_micro_batch(
+    data: DataConfig, world_size: int, memory_of: Callable[[int], Memory], card_bytes: float
+) -> int:
     """Return the tokens of the largest micro-batch that fits.
 
     memory_of: the memory of a rank by the tokens of its micro-batch. card_bytes: of the smallest card. Raises
     ValueError, naming what helps, if there is none.
     """
-    sizes = possible_micro_batches(recipe, world_size, MOST_TOKENS)
+    sizes = possible_micro_batches(data, world_size, MOST_TOKENS)
     for size in reversed(sizes):
         if memory_of(size).fits(card_bytes):
             return size

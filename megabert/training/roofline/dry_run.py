@@ -130,7 +130,7 @@ class Checks:
         if saved is not None:
             tokens, where = int(saved.recipe["data"]["micro_batch_tokens"]), "as in the run's checkpoint"
         else:
-            tokens = largest_micro_batch(self.recipe, self.ranks, self._memory_of, USUAL_GPU)
+            tokens = largest_micro_batch(self.recipe.data, self.ranks, self._memory_of, USUAL_GPU)
             where = f"on GPUs of {_bytes(USUAL_GPU)}; each run chooses by its own GPUs"
         self.recipe = self.recipe.with_micro_batch(tokens)
         return f"data.micro_batch_tokens auto: {tokens:,} {where}"

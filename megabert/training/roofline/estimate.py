@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megabert.config.ds_config import read_ds_config
 from megabert.config.ds_schema import ZeroOptimization
-from megabert.config.recipe import ModelConfig, Recipe
+from megabert.config.recipe import ModelConfig, Recipe, RunConfig
 from megabert.config.recipe_parser import ds_config_path
 from megabert.training.micro_batch.batch import Batch, batch_of_web_pages
 from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
@@ -128,7 +128,7 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
 
     tokens = data.micro_batch_tokens
     if tokens == "auto":
-        tokens = largest_micro_batch(recipe, gpus, memory_of, card.memory)
+        tokens = largest_micro_batch(recipe.data, gpus, memory_of, card.memory)
     total = gpus if data.global_batch_tokens == "auto" else data.global_batch_tokens // tokens
     if total % gpus:
         raise ValueError(
@@ -141,9 +141,8 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
     )  # fmt: skip
 
 
-def hours_of(recipe: Recipe, prediction: Prediction) -> float:
+def hours_of(run: RunConfig, prediction: Prediction) -> float:
     """Return the hours of the whole run."""
-    run = recipe.run
     if run.max_hours is not None:
         return run.max_hours
     steps = run.max_steps if run.max_steps is not None else (run.max_tokens or 0) / prediction.tokens
@@ -152,7 +151,7 @@ def hours_of(recipe: Recipe, prediction: Prediction) -> float:
 
 def describe(recipe: Recipe, prediction: Prediction, price: float | None) -> str:
     """Write the prediction as lines for the screen. price: dollars per GPU and hour."""
-    card, memory, hours = prediction.card, prediction.memory, hours_of(recipe, prediction)
+    card, memory, hours = prediction.card, prediction.memory, hours_of(recipe.run, prediction)
     fits = "fits" if memory.fits(card.memory) else "DOES NOT FIT: halve data.micro_batch_tokens"
     parts = sorted(prediction.seconds.items(), key=lambda part: -part[1])
     micro_batch = prediction.tokens / prediction.gpus / prediction.accumulation

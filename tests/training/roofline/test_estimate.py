@@ -190,12 +190,12 @@ def test_every_recipe_has_a_prediction(name):
     recipe = load_recipe(name)
     prediction = predict_recipe(recipe, H100, 2, 1)
     assert 0 < prediction.mfu < 0.7
-    assert hours_of(recipe, prediction) > 0
+    assert hours_of(recipe.run, prediction) > 0
 
 
 def test_a_faster_card_and_more_gpus_take_less_time():
     hours = [
-        hours_of(BASE, predict_recipe(BASE, card_named(card), gpus, 1))
+        hours_of(BASE.run, predict_recipe(BASE, card_named(card), gpus, 1))
         for card, gpus in (("t4", 8), ("a100", 8), ("h100", 8), ("h100", 32))
     ]
     assert hours == sorted(hours, reverse=True)

@@ -98,13 +98,13 @@ def test_impossible_schedules_are_refused(capsys, settings, message):
 
 def test_ranks_share_a_global_batch():
     recipe = read("--data.global_batch_tokens=16384")
-    assert [choose_batches_per_step(recipe, world_size) for world_size in (1, 2, 8)] == [8, 8, 8]
+    assert [choose_batches_per_step(recipe.data, world_size) for world_size in (1, 2, 8)] == [8, 8, 8]
     message = (
         "8 micro-batches of 2048 tokens, which 3 ranks cannot share evenly.*set data.global_batch_tokens 18432; or"
     )
     with pytest.raises(ValueError, match=f"{message} use 1, 2 or 4 ranks"):
-        choose_batches_per_step(recipe, 3)
-    assert choose_batches_per_step(read(), 5) == 5
+        choose_batches_per_step(recipe.data, 3)
+    assert choose_batches_per_step(read().data, 5) == 5
 
 
 @pytest.mark.parametrize("name", ["mosaicbert-base", "mosaicbert-large", "bert-base", "bert-large"])
@@ -112,8 +112,8 @@ def test_the_documented_clusters_share_a_published_batch(name):
     """8 GPUs, the two machines of launch/hostfile.example, and four nodes of 8 under SLURM."""
     recipe = read("--recipe", name)
     for ranks in (1, 8, 16, 32):
-        assert {14_720, 471_040 // max(4, ranks)} <= set(possible_micro_batches(recipe, ranks, MOST_TOKENS))
-        assert choose_batches_per_step(recipe.with_micro_batch(14_720), ranks) == 32
+        assert {14_720, 471_040 // max(4, ranks)} <= set(possible_micro_batches(recipe.data, ranks, MOST_TOKENS))
+        assert choose_batches_per_step(recipe.with_micro_batch(14_720).data, ranks) == 32
 
 
 def test_the_length_of_a_run():
