@@ -207,6 +207,24 @@ def test_the_prefixes_of_wrappers_are_removed(tmp_path, prefix, changes):
         read_model(tmp_path)
 
 
+@pytest.mark.parametrize("prefix", ["student.", "0.net.", "_forward_module.module.", "encoder.", "base_model.model."])
+@pytest.mark.parametrize("changes", [BERT, {}], ids=["bert", "mosaicbert"])
+def test_a_prefix_that_all_names_share_is_removed(tmp_path, prefix, changes):
+    model = small_model(**changes)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / WEIGHTS)
+    weights = {f"{prefix}{name}": tensor for name, tensor in saved.items()}
+    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    read = read_model(tmp_path)
+    assert read.initialized == read.unused == []
+    assert all(torch.equal(read.weights[name], parameter) for name, parameter in model.named_parameters())
+    # Of two models in one file, neither is chosen.
+    both = weights | {f"teacher.{name}": tensor.clone() for name, tensor in saved.items()}
+    save_file(both, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="unknown: "):
+        read_model(tmp_path)
+
+
 def test_a_multiple_choice_model_is_imported_and_gives_the_same_scores(tmp_path):
     theirs = BertForMultipleChoice(BertConfig(**SHAPE)).eval()
     theirs.save_pretrained(tmp_path / "in")
