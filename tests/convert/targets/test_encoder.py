@@ -8,7 +8,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from megabert.convert.targets import encoder, probe, registry
@@ -104,23 +103,6 @@ def test_transformers_computes_the_same_with_the_bare_encoder(architecture, expo
     assert opened["difference"] <= encoder.TOLERANCE
 
 
-def edit_weights(name, change):
-    def damage(folder):
-        path = folder / "encoder/model.safetensors"
-        tensors = load_file(path)
-        save_file(tensors | {name: change(tensors[name]).contiguous()}, path, metadata={"format": "pt"})
-
-    return damage
-
-
-def shift_ids(folder):
-    path = folder / "encoder/tokenizer.json"
-    raw = json.loads(path.read_text())
-    vocab = raw["model"]["vocab"]
-    raw["model"]["vocab"] = [*vocab[:10], vocab[-1], *vocab[10:-1]]
-    path.write_text(json.dumps(raw))
-
-
 def lose_a_tensor(folder):
     path = folder / "encoder/model.safetensors"
     tensors = load_file(path)
@@ -128,19 +110,9 @@ def lose_a_tensor(folder):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-THETAS = {kind: {"rope_type": "default", "rope_theta": 50.0} for kind in ("full_attention", "sliding_attention")}
+# test_mutations.py has the other kinds of damage.
 DAMAGES = {
-    "a wrong weight": (edit_weights("layers.1.attn.Wo.weight", lambda weight: weight * 1.01), "differ by"),
-    "swapped halves": (edit_weights("layers.2.mlp.Wi.weight", lambda up: torch.cat(up.chunk(2)[::-1])), "differ by"),
-    "another theta": (lambda folder: edit_json(folder / "encoder/config.json", rope_parameters=THETAS), "differ by"),
     "another window": (lambda folder: edit_json(folder / "encoder/config.json", local_attention=2), "differ by"),
-    "another pooling": (
-        lambda folder: edit_json(
-            folder / "encoder/1_Pooling/config.json", pooling_mode_cls_token=True, pooling_mode_mean_tokens=False
-        ),
-        "pools by pooling_mode_cls_token",
-    ),
-    "shifted ids": (shift_ids, "gives other ids"),
     "a lost tensor": (lose_a_tensor, "parameters that are missing or too many, such as final_norm.weight"),
 }
 

@@ -10,47 +10,17 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from megabert.convert.targets import jina_port
 from megabert.model.alibi import alibi_slopes
 from megabert.model.modeling_megabert import MegaBertModel
-from tests.convert.helpers.folders import edit_json
 
 
-def swap_halves(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.cat(tensor.chunk(2)[::-1])
+def test_a_query_for_a_key_is_found(write_damaged):
+    """test_mutations.py has the other kinds of damage."""
 
-
-def edit_weights(name, change):
     def damage(folder):
-        path = folder / "jina/model.safetensors"
+        path, name = folder / "jina/model.safetensors", "encoder.layer.1.attention.self.key.weight"
         tensors = load_file(path)
-        save_file(tensors | {name: change(tensors[name])}, path)
+        save_file(tensors | {name: tensors[name].flip(0)}, path)
 
-    return damage
-
-
-def shift_ids(folder):
-    path = folder / "jina/tokenizer.json"
-    raw = json.loads(path.read_text())
-    vocab = raw["model"]["vocab"]
-    raw["model"]["vocab"] = [*vocab[:10], vocab[-1], *vocab[10:-1]]
-    path.write_text(json.dumps(raw))
-
-
-LAYER = "encoder.layer.1."
-DAMAGES = {
-    "a wrong weight": edit_weights(f"{LAYER}mlp.wo.bias", lambda bias: bias * 1.01),
-    "swapped halves": edit_weights(f"{LAYER}mlp.gated_layers.weight", swap_halves),
-    "query for key": edit_weights(f"{LAYER}attention.self.key.weight", lambda key: key.flip(0)),
-    "other slopes": lambda folder: edit_json(folder / "jina/config.json", num_attention_heads=2),
-    "another pooling": lambda folder: edit_json(
-        folder / "jina/1_Pooling/config.json", pooling_mode_cls_token=True, pooling_mode_mean_tokens=False
-    ),
-    "shifted ids": shift_ids,
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_found(write_damaged, name):
-    expected = {"another pooling": "pools by pooling_mode_cls_token", "shifted ids": "gives other ids"}
-    assert expected.get(name, "differ by") in write_damaged("jina", DAMAGES[name])
+    assert "differ by" in write_damaged("jina", damage)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 16, 20])
