@@ -30,6 +30,8 @@ MICRO_BATCHES = 2
 # Every wait of a step that is allowed, and why. None of them may happen more than once in a step, so none between
 # micro-batches, but EPILOGUE at ZeRO 2: with overlap_comm it waits after every micro-batch. So ZeRO 1 is faster.
 OF_EVERY_STAGE = {"read(tolist) megabert/training/loop.py:reduce_counts": "the step's counts, and whether to stop"}
+# A rank that has no more batches must stop all before the step, whose collectives would wait for it. Its host can tell
+# the others only through the device's all-reduce, or through another one that it would wait for as long.
 OF_SEVERAL_RANKS = {
     "read(item) megabert/training/loop.py:sum_masked": "whether every rank has batches, while the device has no work"
 }

@@ -10,6 +10,7 @@ from megabert.training.micro_batch.batch import Batch, batch_of_web_pages
 from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
 from megabert.training.roofline.work import BANDWIDTH, GAPS, HOST_PER_LAYER, needed_flops, operations
+from megabert.training.run_schedule import make_run_schedule
 from megabert.training.telemetry.cards import Card
 from megabert.training.unsupported import refusal_of_fp8
 
@@ -129,12 +130,7 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
     tokens = data.micro_batch_tokens
     if tokens == "auto":
         tokens = largest_micro_batch(recipe.data, gpus, memory_of, card.memory)
-    total = gpus if data.global_batch_tokens == "auto" else data.global_batch_tokens // tokens
-    if total % gpus:
-        raise ValueError(
-            f"{gpus} GPUs cannot share the recipe's {total} micro-batches per step evenly. Pass another --gpus, or "
-            "change data.micro_batch_tokens in the recipe."
-        )
+    total = make_run_schedule(recipe.with_micro_batch(tokens), gpus).batches_per_step
     return predict(
         recipe.model, batch_of_web_pages(recipe, tokens), card, gpus=gpus, accumulation=total // gpus,
         zero_stage=zero_stage, vocab_size=vocab_size, fp8=fp8,

@@ -20,7 +20,8 @@ from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.checkpoint_format import State
 from megabert.training.corpora import open_corpora
-from megabert.training.roofline.dry_run import Finding, dry_run
+from megabert.training.micro_batch.memory import Memory, num_weights
+from megabert.training.roofline.dry_run import Checks, Finding, dry_run
 from tests.helpers.runs import REPOSITORY, TINY, Corpus, last_of_each
 
 
@@ -172,6 +173,23 @@ def test_a_run_is_described(start: Attempt):
         assert expected in text
     assert re.search(r"24 shards, \S+ documents, .* tokens; read 0\.\d+ times", text)
     assert lines[-1] == "result      can start on 2 ranks"
+
+
+def test_memory_is_that_of_the_ds_config(start: Attempt, tmp_path):
+    def memory(**changes: Any) -> Memory:
+        settings = json.loads(ds_config_path("zero2").read_text())
+        for name, section in changes.items():
+            settings[name] |= section
+        path = tmp_path / "ds_config.json"
+        path.write_text(json.dumps(settings))
+        return Checks(start.recipe(), read_ds_config(path), 2)._memory_of(1 << 16)
+
+    bf16, fp32 = memory(), memory(torch_autocast={"enabled": False})
+    assert fp32.kept > bf16.kept
+    assert memory(torch_autocast={"enabled": False}, zero_optimization={"stage": 1}).kept == fp32.kept
+    offloaded = memory(zero_optimization={"offload_optimizer": {"device": "cpu"}})
+    weights = num_weights(start.recipe().model, 30_528)
+    assert bf16.states - offloaded.states == 12 * weights / 2
 
 
 def test_a_listed_number_of_ranks_that_the_run_cannot_have_is_named(start: Attempt):

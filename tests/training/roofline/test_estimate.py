@@ -1,6 +1,7 @@
 """The prediction of a run on GPUs: its formulas, its limits, and the command."""
 
 import dataclasses
+import re
 import runpy
 
 import pytest
@@ -193,6 +194,22 @@ def test_every_recipe_has_a_prediction(name):
     assert hours_of(recipe.run, prediction) > 0
 
 
+@pytest.mark.parametrize(("name", "ranks"), [("bert-base", 6), ("modernbert-continue", 7)])
+def test_every_advice_for_a_number_of_ranks_works(name, ranks):
+    recipe = load_recipe(name)
+    with pytest.raises(ValueError, match=f"{ranks} ranks") as refused:
+        predict_recipe(recipe, H100, ranks, 1)
+    settings = re.findall(r"[Ss]et data\.(\w+) (\d+)", str(refused.value))
+    others = re.findall(r"\d+", re.search(r"use ([\d, or]+) ranks?", str(refused.value))[1])
+    assert settings
+    assert others
+    for setting, value in settings:
+        changed = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **{setting: int(value)}))
+        assert predict_recipe(changed, H100, ranks, 1).gpus == ranks
+    for number in others:
+        assert predict_recipe(recipe, H100, int(number), 1).gpus == int(number)
+
+
 def test_a_faster_card_and_more_gpus_take_less_time():
     hours = [
         hours_of(BASE.run, predict_recipe(BASE, card_named(card), gpus, 1))
@@ -260,7 +277,7 @@ def test_the_command_prints_price_and_memory(call, flags, shown):
         (["--gpus", "7"], "evenly between 7 ranks. Set data.global_batch_tokens 473088, or use 4, 5 or 8 ranks"),
         (
             ["--gpus", "7", "--micro_batch_tokens", "14720"],
-            "7 GPUs cannot share the recipe's 32 micro-batches per step evenly",
+            "is 32 micro-batches of 14720 tokens, which 7 ranks cannot share evenly",
         ),
         (["--gpus", "0"], "--gpus is 0, expected a number in [1, 1048576]"),
         (["--zero", "4"], "--zero is 4, expected a number in [0, 3]"),
