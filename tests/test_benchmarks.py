@@ -1,6 +1,9 @@
 """Command lines of the benchmarks: one parser for all, whose errors are one line and exit code 2."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from support import report
@@ -35,3 +38,19 @@ def test_every_benchmark_makes_its_parser_from_the_shared_one(script):
         text += (BENCHMARKS / "race/command.py").read_text()
     assert re.search(r"\b(make_parser|read_arguments)\(__doc__|\bmake_parser\(description", text)
     assert "ArgumentParser" not in text
+
+
+def test_a_script_that_imports_helpers_of_the_tests_finds_them():
+    """A script's own folder is on Python's path, the repository is not."""
+    for script in SCRIPTS:
+        text = script.read_text()
+        assert "from tests." not in text or "parents[2]))" in text, script
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_benchmark_starts_without_a_path_of_the_caller(script):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, script, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=environment)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -13,6 +13,7 @@ own processes.
 """
 
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from bench_convert import read_texts
 from support.report import machine, read_arguments, write
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from data_prep import train_tokenizer
 from megabert.convert import to_hf

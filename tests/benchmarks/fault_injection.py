@@ -39,6 +39,8 @@ from support.command_faults import kill_commands
 from support.corpus import write_text_shards
 from support.report import make_parser, write
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
 from megabert.files import checkpoint_format as layout
 from tests.helpers.ports import free_port
 

@@ -60,6 +60,9 @@ READS_NORM = (
     "megabert/training/updates/guard.py:allows_step",
 )
 
+# StableAdamW's number of the step, which it keeps on the host.
+STEP_NUMBER = {"megabert/training/updates/optimizers.py:_stable_adamw_step": 2.0}
+
 
 def make_batch(index: int, bin_tokens: int, probability: float) -> PackedBatch:
     """Make a full bin of pieces, most of which have MAX_SEQ_LEN tokens."""
@@ -247,19 +250,19 @@ def refused_updates(run: types.SimpleNamespace) -> list[dict[str, Any]]:
     found = []
     for norm in (math.inf, 1000.0):
         run.feed = ((batch, 0, Position()) for batch in run.batches)
-        LOG.answers = dict.fromkeys(READS_NORM, norm)
+        LOG.answers = STEP_NUMBER | dict.fromkeys(READS_NORM, norm)
         LOG.reset()
         LOG.on = True
         loop.train_step(run)
         LOG.on = False
         found.append({"waits": dict(LOG.waits), "updates": updates(), "in_a_row": run.state.guard.skipped_in_a_row})
-    LOG.answers = {}
+    LOG.answers = STEP_NUMBER
     return found
 
 
 def updates() -> int:
-    """Count the launches of the optimizer's update."""
-    return sum(count for name, count in LOG.launches.items() if "adamw" in name)
+    """Count the launches of the optimizer's update: AdamW's, or StableAdamW's of the first moment."""
+    return sum(count for name, count in LOG.launches.items() if "adamw" in name or "lerp" in name)
 
 
 def save_and_resume(
@@ -306,6 +309,7 @@ def main() -> None:
     with fake_cuda.fake_device(), LOG, tempfile.TemporaryDirectory() as folder:
         start_ranks(arguments[2])
         run = start(*arguments)
+        LOG.answers = STEP_NUMBER
         found = walk(run)
         LOG.reset()
         LOG.on, LOG.answer = True, 1.0  # a count to divide by

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
+from megabert.files.checkpoint_format import MANIFEST
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.ports import free_port
 from tests.helpers.runs import REPOSITORY, Corpus, pretrain_command, run_ranks
@@ -61,6 +62,8 @@ def test_a_run_that_is_killed_and_restarted_ends_bitwise_as_if_undisturbed(corpu
         for killed in victims:
             reached = last_step(out)
             wait_for("more steps", lambda reached=reached: last_step(out) >= reached + 6, log)
+            # It is written while the next steps run.
+            wait_for("a checkpoint", lambda: any(out.glob(f"checkpoints/step-*/{MANIFEST}")), log)
             [deepspeed] = psutil.Process(process.pid).children()
             [launcher] = deepspeed.children()
             victim = launcher if killed == "launcher" else launcher.children()[1]
