@@ -19,7 +19,7 @@ from megabert.convert.hf.native import native_class
 from megabert.convert.hf.reader import CONFIG, read_config, read_json
 from megabert.convert.hf.resize import ImportedModel
 from megabert.convert.hf.tokenizer import copy_tokenizer
-from megabert.convert.targets import probe, registry
+from megabert.convert.targets import compared_texts, registry
 from megabert.convert.to_hf import ExportOptions, add_targets, fingerprint_export, read_finished, write_model
 from megabert.convert.weight_names import POOLER, TIED_DECODER
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
@@ -78,7 +78,7 @@ def export_folder(source: Path, out: Path, options: ExportOptions) -> FolderExpo
         module = build_head(weights, config)
         export_check.write_expected_outputs(module, folder, folder, max_length, bool(pairs))
         if options.targets:
-            probe.write_expected(cast(MegaBertModel, module.base_model), folder, max_length)
+            compared_texts.write_expected(cast(MegaBertModel, module.base_model), folder, max_length)
         written = write_model(folder, weights, config, options.max_shard_size)
         card = _make_card(source, record, class_name, max_length, {"initialized": initialized, "left_out": left_out})
         (folder / "README.md").write_text(card, encoding="utf-8")

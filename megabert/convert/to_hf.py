@@ -19,7 +19,7 @@ from megabert.convert.hf.native import native_class, native_kind
 from megabert.convert.hf.reader import read_json
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.hf.writer import MAX_SHARD_SIZE, MODEL_CODE, check_shard_size, write_config, write_weights
-from megabert.convert.targets import probe, registry
+from megabert.convert.targets import compared_texts, registry
 from megabert.convert.weight_names import from_megabert
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.files.atomic import replace_folder, staged_folder
@@ -151,7 +151,7 @@ def write_folder(
     module = export_check.build_model(model.weights, config)
     export_check.write_expected_outputs(module, out, checkpoint)
     if options.targets:
-        probe.write_expected(module.bert, out, max_length)
+        compared_texts.write_expected(module.bert, out, max_length)
     weights = write_model(out, model.weights, config, options.max_shard_size)
     metrics = read_metrics_at(checkpoint.parents[1], model.state.step)
     num_parameters = sum(tensor.numel() for tensor in weights.values())

@@ -31,8 +31,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from data_prep import train_tokenizer
 from megabert.convert import to_hf
-from megabert.convert.targets import onnx_graphs, probe, registry
-from megabert.convert.targets.frame import batches, mean_of_tokens
+from megabert.convert.targets import compared_texts, onnx_graphs, registry
+from megabert.convert.targets.target import batches, mean_of_tokens
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM, MegaBertModel
 from tests.convert.helpers.checkpoints import write_checkpoint
@@ -73,7 +73,7 @@ def make_export(folder: Path, quick: bool, texts: list[str]) -> Path:
     write_checkpoint(folder / "run", model, folder / "tokenizer")
     out = folder / "hf"
     # The proofs of the targets would take longer than the measurements.
-    probe.NUM_TEXTS = 100
+    compared_texts.NUM_TEXTS = 100
     to_hf.export_checkpoint(folder / "run", out, to_hf.ExportOptions(targets=("onnx", "onnx-int8")))
     for name, outcome in registry.read_outcomes(out).items():
         print(registry.describe(name, outcome), flush=True)
@@ -111,7 +111,7 @@ def main() -> None:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         out = make_export(Path(name), options.quick, texts)
-        tokenizer = probe.read_tokenizer(out, LONGEST)
+        tokenizer = compared_texts.read_tokenizer(out, LONGEST)
         sentences = texts[: 64 if options.quick else 1000]
         ids = [encoding.ids for encoding in tokenizer.encode_batch(sentences)]
         config = MegaBertConfig.from_pretrained(out)

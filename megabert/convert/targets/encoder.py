@@ -16,7 +16,8 @@ from megabert.convert.hf.native import NAMES, NativeKind, native_kind
 from megabert.convert.hf.reader import CONFIG, SAFETENSORS
 from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets import sentence_transformers
-from megabert.convert.targets.frame import (
+from megabert.convert.targets.compared_texts import check_ids
+from megabert.convert.targets.target import (
     DiffersError,
     Expected,
     Proof,
@@ -26,7 +27,6 @@ from megabert.convert.targets.frame import (
     largest_difference,
     mean_of_tokens,
 )
-from megabert.convert.targets.probe import check_ids
 from megabert.convert.weight_names import from_megabert
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.model.configuration_megabert import MegaBertConfig

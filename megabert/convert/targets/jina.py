@@ -14,8 +14,8 @@ from megabert.convert.hf.native import is_mosaicbert
 from megabert.convert.hf.reader import CONFIG, SAFETENSORS
 from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets import jina_port, sentence_transformers
-from megabert.convert.targets.frame import Expected, Proof, Source, Target, largest_difference
-from megabert.convert.targets.probe import check_ids
+from megabert.convert.targets.compared_texts import check_ids
+from megabert.convert.targets.target import Expected, Proof, Source, Target, largest_difference
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.model.configuration_megabert import MegaBertConfig
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, normalizers
 
-from megabert.convert.targets.frame import DiffersError
+from megabert.convert.targets.target import DiffersError
 
 SPACE = "\u2581"
 # The first code point of a private-use plane. No character has a meaning there, and no step changes one.

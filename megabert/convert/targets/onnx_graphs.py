@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from megabert.convert.check.export_check import build_model
 from megabert.convert.hf.heads import MASKED_LM as MASKED_LM_HEAD
 from megabert.convert.hf.heads import head_of
-from megabert.convert.targets.frame import (
+from megabert.convert.targets.graph_tokens import encode, find_tokens, spread
+from megabert.convert.targets.target import (
     DiffersError,
     Expected,
     Proof,
@@ -26,7 +27,6 @@ from megabert.convert.targets.frame import (
     mean_of_tokens,
     smallest_cosine,
 )
-from megabert.convert.targets.graph_tokens import encode, find_tokens, spread
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 

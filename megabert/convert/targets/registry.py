@@ -10,9 +10,9 @@ from megabert.convert.check import export_record
 from megabert.convert.from_hf import read_model
 from megabert.convert.hf.model_card import TARGETS_HEADING
 from megabert.convert.targets import encoder, jina, onnx_graphs, sentence_transformers, transformers_js
-from megabert.convert.targets.frame import DiffersError, Expected, NotOpened, Source, Target
+from megabert.convert.targets.compared_texts import read_expected
 from megabert.convert.targets.llama import gguf_proof
-from megabert.convert.targets.probe import read_expected
+from megabert.convert.targets.target import DiffersError, Expected, NotOpened, Source, Target
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.checkpoint_format import files_of
 from megabert.model.configuration_megabert import MegaBertConfig

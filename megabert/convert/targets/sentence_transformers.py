@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from megabert import __version__
-from megabert.convert.targets.frame import (
+from megabert.convert.targets.programs.run import run_python
+from megabert.convert.targets.target import (
     DiffersError,
     Expected,
     NotOpened,
@@ -17,7 +18,6 @@ from megabert.convert.targets.frame import (
     Target,
     largest_difference,
 )
-from megabert.convert.targets.programs.run import run_python
 from megabert.model.configuration_megabert import MegaBertConfig
 
 TOLERANCE = 1e-5

@@ -11,7 +11,10 @@ import numpy as np
 
 from megabert.convert.hf.config import SHARED_SETTINGS
 from megabert.convert.targets import onnx_graphs
-from megabert.convert.targets.frame import (
+from megabert.convert.targets.compared_texts import lines_with_ids
+from megabert.convert.targets.js_normalizer import check_same_ids, to_js_tokenizer
+from megabert.convert.targets.programs.run import HERE, run
+from megabert.convert.targets.target import (
     DiffersError,
     Expected,
     NotOpened,
@@ -20,9 +23,6 @@ from megabert.convert.targets.frame import (
     Target,
     largest_difference,
 )
-from megabert.convert.targets.js_normalizer import check_same_ids, to_js_tokenizer
-from megabert.convert.targets.probe import lines_with_ids
-from megabert.convert.targets.programs.run import HERE, run
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.model.configuration_megabert import MegaBertConfig
 

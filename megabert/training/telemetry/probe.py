@@ -22,7 +22,7 @@ from megabert.training.distributed.rank_env import RANK_VARIABLES
 from megabert.training.telemetry.reporter import Reporter
 
 # The probe is started by name, because training must not import fine-tuning.
-MODULE = "megabert.finetune.jobs.probe"
+MODULE = "megabert.finetune.jobs.score_checkpoint"
 # The newest format_version of a score file that can be read here. A file without one has version 1.
 SCORE_VERSION = 1
 # At the end of the run, the last score is awaited for this long. The other ranks' collectives time out after 30

@@ -10,8 +10,8 @@ import pytest
 
 from megabert.convert import to_hf
 from megabert.convert.check import export_check
-from megabert.convert.targets import probe, registry
-from megabert.convert.targets.frame import Source
+from megabert.convert.targets import compared_texts, registry
+from megabert.convert.targets.target import Source
 from megabert.files.checkpoint_format import files_of
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
@@ -52,7 +52,7 @@ def export_native(corpus, tmp_path_factory) -> Callable[[str], Path]:
             patch.setattr(
                 export_check, "run_in_subprocess", lambda folder: {"max_difference": 0.0, "transformers": "0"}
             )
-            patch.setattr(probe, "NUM_TEXTS", 200)
+            patch.setattr(compared_texts, "NUM_TEXTS", 200)
             to_hf.export_checkpoint(folder / "run", folder / "hf", to_hf.ExportOptions(targets=("encoder",)))
         return folder / "hf"
 

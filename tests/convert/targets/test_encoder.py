@@ -10,8 +10,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megabert.convert.targets import encoder, probe, registry
-from megabert.convert.targets.frame import DiffersError
+from megabert.convert.targets import compared_texts, encoder, registry
+from megabert.convert.targets.target import DiffersError
 from tests.convert.helpers.folders import edit_json
 from tests.convert.helpers.small_model import SHAPE, small_model
 
@@ -123,7 +123,7 @@ def test_damage_is_found(name, export_native, tmp_path):
     folder = shutil.copytree(export_native("modernbert"), tmp_path / "hf")
     damage(folder)
     with pytest.raises(DiffersError, match=reason):
-        encoder.prove(folder, probe.read_expected(folder, registry.read_max_length(folder)))
+        encoder.prove(folder, compared_texts.read_expected(folder, registry.read_max_length(folder)))
 
 
 def test_a_mosaicbert_is_sent_to_jina():

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from megabert.convert import folder_to_hf, to_hf
 from megabert.convert.from_hf import import_model, read_model
-from megabert.convert.targets import jina, onnx_graphs, probe, registry, sentence_transformers, transformers_js
-from megabert.convert.targets.frame import DiffersError
+from megabert.convert.targets import compared_texts, jina, onnx_graphs, registry, sentence_transformers, transformers_js
+from megabert.convert.targets.target import DiffersError
 from megabert.convert.to_hf import ExportOptions
 from megabert.files.checkpoint_format import files_of
 from tests.convert.helpers.checkpoints import write_checkpoint
@@ -29,7 +29,7 @@ OWN_FILES = {"export.json", "README.md"}
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch, skipped_checks):
     """The check in another process has tests of its own; sentence-transformers and Node.js count as missing."""
-    monkeypatch.setattr(probe, "NUM_TEXTS", 40)
+    monkeypatch.setattr(compared_texts, "NUM_TEXTS", 40)
     monkeypatch.setattr(jina, "COMPARED_TEXTS", 40)
     monkeypatch.setattr(sentence_transformers, "find_spec", lambda name: None)
     monkeypatch.setattr(transformers_js, "find_node", lambda: None)

@@ -10,11 +10,11 @@ import torch
 
 from data_prep import train_tokenizer
 from megabert.convert import to_hf
-from megabert.convert.targets import probe, registry
-from megabert.convert.targets.frame import Proof
+from megabert.convert.targets import compared_texts, registry
 from megabert.convert.targets.llama import gguf_native, gguf_proof, gguf_writer
 from megabert.convert.targets.llama.gguf_vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, check_vocabulary, composes
 from megabert.convert.targets.llama.gguf_vocabulary import describe_vocabulary as describe
+from megabert.convert.targets.target import Proof
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
 from tests.convert.hf.test_resize import WORDPIECE, wordpiece
@@ -198,8 +198,8 @@ def test_llama_cpp_finds_what_only_it_can_see(sharp, tmp_path, skipped_checks, m
     """The other half of the proof counts as passed here, as if llama.cpp read the file in another way."""
     passed = Proof("a port", "1", 0.0, "")
     monkeypatch.setattr(gguf_proof, "_prove_by_port", lambda content, expected: passed)
-    monkeypatch.setattr(probe, "NUM_TEXTS", 200)
-    monkeypatch.setattr(probe, "NUM_LINES", 300)
+    monkeypatch.setattr(compared_texts, "NUM_TEXTS", 200)
+    monkeypatch.setattr(compared_texts, "NUM_LINES", 300)
     damage_writer(monkeypatch, name)
     expected = {"shifted ids": "of 300 lines have other ids"}
     assert expected.get(name, "texts by model-f32.gguf") in failure_of(sharp, tmp_path / "hf")
@@ -211,7 +211,7 @@ def test_llama_cpp_finds_what_only_it_can_see(sharp, tmp_path, skipped_checks, m
 def test_llama_cpps_own_message_is_shown(checkpoint, tmp_path, skipped_checks, monkeypatch):
     """llama.cpp stops the process when it finds an error, and by default prints a stack of calls after the message."""
     monkeypatch.setattr(gguf_proof, "CONTEXT", 100)
-    monkeypatch.setattr(probe, "LONGEST", 290)
+    monkeypatch.setattr(compared_texts, "LONGEST", 290)
     options = to_hf.ExportOptions(targets=("gguf",), max_length=290)
     to_hf.export_checkpoint(checkpoint, tmp_path / "hf", options)
     assert "cannot be opened" in (reason := registry.read_outcomes(tmp_path / "hf")["gguf"]["failed"])
@@ -222,7 +222,7 @@ def test_llama_cpps_own_message_is_shown(checkpoint, tmp_path, skipped_checks, m
 def native(request, export_native, tmp_path, monkeypatch) -> Path:
     """An export of a model that transformers has, too, without the target. llama.cpp counts as missing."""
     monkeypatch.setattr(gguf_proof, "find_spec", lambda name: None)
-    monkeypatch.setattr(probe, "NUM_LINES", 200)
+    monkeypatch.setattr(compared_texts, "NUM_LINES", 200)
     return shutil.copytree(export_native(request.param), tmp_path / "hf")
 
 
@@ -233,7 +233,7 @@ def test_transformers_own_model_computes_the_same_with_what_the_file_holds(nativ
     assert outcome["opened"]["difference"] <= 1e-5
     content = gguf_proof.read_content(native / "gguf/model-f32.gguf")
     assert content.tensors["token_embd.weight"].shape == (832, 24)
-    expected = probe.read_expected(native, 40)
+    expected = compared_texts.read_expected(native, 40)
     least = {"rope.freq_base": 1e3, "rope.freq_base_swa": 1e3, "attention.sliding_window": 2}
     settings = least if content.architecture == "modern-bert" else {"attention.layer_norm_epsilon": 1e-2}
     for name, value in settings.items():
@@ -255,8 +255,8 @@ def test_a_model_for_shorter_texts_than_its_positions_has_the_positions_of_its_c
     architecture, corpus, tmp_path, skipped_checks, monkeypatch
 ):
     monkeypatch.setattr(gguf_proof, "find_spec", lambda name: None)
-    monkeypatch.setattr(probe, "NUM_LINES", 200)
-    monkeypatch.setattr(probe, "NUM_TEXTS", 200)
+    monkeypatch.setattr(compared_texts, "NUM_LINES", 200)
+    monkeypatch.setattr(compared_texts, "NUM_TEXTS", 200)
     model = small_model(**ARCHITECTURES[architecture] | {"num_attention_heads": 2})
     write_checkpoint(tmp_path / "run", model, corpus.tokenizer)
     to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf", to_hf.ExportOptions(targets=("gguf",), max_length=20))

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from megabert.convert import to_hf
 from megabert.convert.check import export_check
 from megabert.convert.check.export_check import build_model
-from megabert.convert.targets import onnx_graphs, probe, registry
-from megabert.convert.targets.frame import Source
+from megabert.convert.targets import compared_texts, onnx_graphs, registry
+from megabert.convert.targets.target import Source
 from megabert.files.checkpoint_format import files_of
 from megabert.model.configuration_megabert import MegaBertConfig
 from tests.convert.helpers.checkpoints import write_checkpoint
@@ -161,7 +161,7 @@ def export_mosaicbert(corpus, tmp_path_factory) -> Callable[[int], Path]:
         passed = {"max_difference": 0.0, "transformers": "0"}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(export_check, "run_in_subprocess", lambda folder: passed)
-            patch.setattr(probe, "NUM_TEXTS", 200)
+            patch.setattr(compared_texts, "NUM_TEXTS", 200)
             to_hf.export_checkpoint(folder / "run", folder / "hf", to_hf.ExportOptions(targets=("jina",)))
         return folder / "hf"
 

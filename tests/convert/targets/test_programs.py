@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from data_prep import train_tokenizer
 from megabert.convert import to_hf
 from megabert.convert.targets import js_normalizer, registry, sentence_transformers, transformers_js
-from megabert.convert.targets.frame import DiffersError, NotOpened
-from megabert.convert.targets.probe import make_texts, read_expected, read_tokenizer
+from megabert.convert.targets.compared_texts import make_texts, read_expected, read_tokenizer
+from megabert.convert.targets.target import DiffersError, NotOpened
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
 from tests.model.architectures import ARCHITECTURES

@@ -10,7 +10,7 @@ from megabert.commands.export import Options
 from megabert.config import cli
 from megabert.convert import to_hf
 from megabert.convert.targets import registry
-from megabert.convert.targets.frame import DiffersError, Target
+from megabert.convert.targets.target import DiffersError, Target
 from megabert.files.checkpoint_format import files_of
 from tests.convert.helpers.folders import edit_json
 from tests.convert.targets.conftest import TARGETS

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, PreTrainedModel
 
-from megabert.convert.targets.frame import DiffersError
+from megabert.convert.targets.target import DiffersError
 
 # The modules' names in transformers, by llama.cpp's architecture and names. {} is the layer.
 TENSOR_NAMES = {

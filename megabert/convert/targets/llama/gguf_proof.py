@@ -12,12 +12,12 @@ import torch
 
 from megabert.convert.hf.native import has_bert_layers, is_mosaicbert, native_kind
 from megabert.convert.targets import jina_port
-from megabert.convert.targets.frame import DiffersError, Expected, Proof, Target, largest_difference, smallest_cosine
+from megabert.convert.targets.compared_texts import lines_with_ids
 from megabert.convert.targets.llama import gguf_native
 from megabert.convert.targets.llama.gguf_vocabulary import check_vocabulary, composes
 from megabert.convert.targets.llama.gguf_writer import BLOCK, KINDS, gguf_names, path_of, write
-from megabert.convert.targets.probe import lines_with_ids
 from megabert.convert.targets.programs.run import run_python
+from megabert.convert.targets.target import DiffersError, Expected, Proof, Target, largest_difference, smallest_cosine
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.model.configuration_megabert import MegaBertConfig
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from megabert.convert.hf.model_card import ARCHITECTURES
 from megabert.convert.hf.native import has_bert_layers, is_mosaicbert, native_kind
-from megabert.convert.targets.frame import Source
+from megabert.convert.targets.compared_texts import make_lines
 from megabert.convert.targets.jina import to_jina
 from megabert.convert.targets.llama.gguf_vocabulary import Vocabulary, describe_vocabulary
-from megabert.convert.targets.probe import make_lines
+from megabert.convert.targets.target import Source
 from megabert.convert.weight_names import TOKEN_TYPES as TOKEN_TYPE_EMBEDDINGS
 from megabert.model.configuration_megabert import MegaBertConfig
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megabert.convert.targets.frame import DiffersError
+from megabert.convert.targets.target import DiffersError
 from megabert.process.subprocesses import end_with_parent, last_line
 
 HERE = Path(__file__).parent

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from megabert.convert.check.export_check import EXPECTED_OUTPUTS
-from megabert.convert.targets.frame import DiffersError, Expected, batches
+from megabert.convert.targets.target import DiffersError, Expected, batches
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.model.modeling_megabert import MegaBertModel
 

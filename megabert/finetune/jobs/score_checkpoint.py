@@ -1,6 +1,6 @@
 """Fine-tune one checkpoint on a small task, in a process that a pretraining run starts (training/telemetry/probe.py).
 
-python -m megabert.finetune.jobs.probe --checkpoint runs/x/checkpoints/step-00001000 --task sst2 --out score.json
+python -m megabert.finetune.jobs.score_checkpoint --checkpoint CHECKPOINT --task sst2 --out score.json
 """
 
 import dataclasses
