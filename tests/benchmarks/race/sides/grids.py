@@ -80,6 +80,11 @@ def baseline_grid(quick: bool) -> list[Baseline]:
         {"batch": 64, "lr": 2e-3},
         {"batch": 64, "lr": 1e-3},
         {"compiled": True},
+        {"batch": 8, "lr": 2.5e-4, "masking": 0.3},
+        {"lr": 2.5e-4, "masking": 0.3},
+        {"batch": 8, "lr": 5e-4, "masking": 0.3, "warmup": 0.2},
+        {"batch": 8, "masking": 0.3, "warmup": 0.2},
+        {"batch": 8, "lr": 5e-4, "masking": 0.3, "initializer_range": 0.03},
     ]
     return grid + [dataclasses.replace(Baseline(), **variant) for variant in variants]
 
