@@ -8,6 +8,8 @@ USUAL_STREAMS = 192
 # Streams of one loader worker: a slow shard then delays one stream in eight.
 STREAMS_PER_WORKER = 8
 MOST_STREAMS = 1 << 20
+# Tokens; numbers that messages propose are multiples of it.
+UNIT = 1024
 
 
 def count_streams(ranks: Sequence[int], num_workers: int) -> int:
@@ -88,8 +90,14 @@ def choose_batches_per_step(
     ways = [f"use {describe(possible_ranks(total, num_streams), world_size)}"]
     if micro := _fitting_micro_batch(global_batch_tokens, micro_batch_tokens, longest, world_size):
         ways.append(f"set data.micro_batch_tokens {micro}")
-    multiple = world_size * micro_batch_tokens
-    ways.append(f"set data.global_batch_tokens {max(1, round(global_batch_tokens / multiple)) * multiple}")
+    if total >= world_size:
+        multiple = world_size * micro_batch_tokens
+        ways.append(f"set data.global_batch_tokens {round(global_batch_tokens / multiple) * multiple}")
+    elif not micro:
+        # A batch of that many micro-batches would be many times larger: rather give each rank one smaller micro-batch.
+        unit = max(longest, min(UNIT, micro_batch_tokens))
+        each = max(1, round(global_batch_tokens / world_size / unit)) * unit
+        ways.append(f"set data.micro_batch_tokens {each} and data.global_batch_tokens {each * world_size}")
     raise ValueError(
         f"data.global_batch_tokens {global_batch_tokens} is {total} micro-batches of {micro_batch_tokens} tokens, "
         f"which {world_size} ranks cannot share evenly. To train on {world_size} ranks, {' or '.join(ways[1:])}; or "
@@ -110,7 +118,7 @@ def micro_batch_sizes(
     sizes = [size for size in possible_ranks(*shares) if longest <= size <= most] if shares else []
     if sizes and global_batch_tokens % ranks[0] == 0:
         return sizes
-    unit = ranks[0] * max(longest, 1024)
+    unit = ranks[0] * max(longest, UNIT)
     raise ValueError(
         f"data.micro_batch_tokens auto: no number of tokens from {longest} to {most} divides data.global_batch_tokens "
         f"{global_batch_tokens} evenly between {ranks[0]} ranks. Set data.global_batch_tokens "

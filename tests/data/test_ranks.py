@@ -74,12 +74,17 @@ def test_every_advice_about_a_batch_works(world_size, batch):
     message = str(error.value)
     for advised in ranks_in(message):
         assert choose_batches_per_step(total, micro, longest, advised)
-    if found := re.search(r"set data.micro_batch_tokens (\d+)", message):
+    if found := re.search(r"set data.micro_batch_tokens (\d+)(?! and)\b", message):
         assert total % int(found[1]) == 0
         assert choose_batches_per_step(total, int(found[1]), longest, world_size)
-    found = re.search(r"set data.global_batch_tokens (\d+)", message)
-    assert found is not None
-    assert choose_batches_per_step(int(found[1]), micro, longest, world_size)
+    if found := re.search(r"set data.global_batch_tokens (\d+)", message):
+        assert choose_batches_per_step(int(found[1]), micro, longest, world_size)
+        assert int(found[1]) <= 1.5 * total
+    if found := re.search(r"set data.micro_batch_tokens (\d+) and data.global_batch_tokens (\d+)", message):
+        micro, other = map(int, found.groups())
+        assert choose_batches_per_step(other, micro, longest, world_size) == world_size
+        assert other <= max(1.5 * total, 1024 * world_size)
+    assert "set data." in message
 
 
 @given(world_sizes, st.sampled_from([(2, 4, 6, 8), (48, 96, 144, 192)]))
