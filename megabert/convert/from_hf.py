@@ -206,6 +206,11 @@ def _find_missing(config: MegaBertConfig, weights: dict[str, Tensor]) -> list[st
 def check_shapes(source: Path, weights: dict[str, Tensor], config: MegaBertConfig, missing: list[str]) -> None:
     """Raise ValueError unless the tensors, except for the missing ones, have the shapes that the config implies."""
     layers = num_layers(weights)
+    if layers == 0:
+        examples = ", ".join(sorted(weights)[:3])
+        raise ValueError(
+            f"{source}: none of its weights has the name of a layer's, or they are of two models: {examples}."
+        )
     if layers != config.num_hidden_layers:
         raise ValueError(f"{source}: has weights of {layers} layers, but its {CONFIG} has {config.num_hidden_layers}.")
     expected = expected_shapes(config)
