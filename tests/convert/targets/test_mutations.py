@@ -29,9 +29,12 @@ from tests.convert.helpers.small_model import small_model
 ALWAYS = registry.ALWAYS
 MUTATIONS = ("a wrong weight", "swapped halves", "another slope", "another pooling", "shifted ids")
 POOLED_BY_CALLER = "it gives the states of tokens, and its caller pools them"
-NO_SUCH = dict.fromkeys(
-    product((ALWAYS, "onnx", "onnx-int8", "transformers.js"), ("another pooling",)), POOLED_BY_CALLER
-)
+# Other slopes change embeddings of a small model by 1 - cosine 8e-4, and 8 bits may change them by 1e-2.
+BELOW_8_BITS = "the graph that is quantized has the proof of onnx, which finds it"
+NO_SUCH = {
+    **dict.fromkeys(product((ALWAYS, "onnx", "onnx-int8", "transformers.js"), ("another pooling",)), POOLED_BY_CALLER),
+    ("onnx-int8", "another slope"): BELOW_8_BITS,
+}
 # What opens these is not everywhere. Proofs that take seconds are nightly.
 MARKS = {
     "sentence-transformers": [pytest.mark.serving, pytest.mark.nightly],
