@@ -257,10 +257,8 @@ def check_disk_space(folder: Path, num_parameters: int, stage: int, retention: R
     if problems := gather_dicts({} if problem is None else {rank: problem}):
         raise problems[0]
     # An old checkpoint is deleted after the new one is complete: the disk briefly holds one more than retention.last.
-    size, missing = (
-        checkpoint_format.bytes_of(num_parameters, stage),
-        retention.last + 1 - len(checkpoint_format.list_tags(folder)),
-    )
+    size = checkpoint_format.bytes_of(num_parameters, stage)
+    missing = retention.last + 1 - len(checkpoint_format.list_tags(folder))
     free = shutil.disk_usage(folder).free
     if rank == 0 and missing * size > free:
         log.warning(

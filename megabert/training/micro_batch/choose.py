@@ -1,4 +1,4 @@
-"""Choose the number of data.micro_batch_tokens auto at a run's first start, and keeps it at every other start."""
+"""Choose the number of data.micro_batch_tokens auto at a run's first start, and keep it at every other start."""
 
 import logging
 from dataclasses import dataclass, replace
