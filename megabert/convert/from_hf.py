@@ -209,8 +209,8 @@ def check_shapes(source: Path, weights: dict[str, Tensor], config: MegaBertConfi
     if layers == 0:
         examples = ", ".join(sorted(weights)[:3])
         raise ValueError(
-            f"{source}: no weight is named like a layer's. Its names begin with {examples}: remove what is before bert., "
-            "and the weights of another model if it has two."
+            f"{source}: no weight is named like a layer's; the first names are {examples}. Remove what stands before "
+            "the model's own names, and the weights of another model if it has two."
         )
     if layers != config.num_hidden_layers:
         raise ValueError(f"{source}: has weights of {layers} layers, but its {CONFIG} has {config.num_hidden_layers}.")

@@ -8,7 +8,7 @@ USUAL_STREAMS = 192
 # Streams of one loader worker: a slow shard then delays one stream in eight.
 STREAMS_PER_WORKER = 8
 MOST_STREAMS = 1 << 20
-# Tokens. A message proposes a new batch or micro-batch in multiples of this, or of the longest document if that is more.
+# Tokens. Messages propose new sizes of batches in multiples of this, or of the longest document if that is more.
 UNIT = 1024
 
 
