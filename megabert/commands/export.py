@@ -79,7 +79,7 @@ def export_published(options: Options) -> int:
 
 
 def export(options: Options) -> int:
-    from megabert.convert.folder_to_hf import explain_folder_targets, export_folder, is_model_folder
+    from megabert.convert.folder_to_hf import export_folder, is_model_folder
     from megabert.convert.targets.registry import parse_names, read_outcomes
     from megabert.convert.to_hf import ExportOptions, explain_targets, export_checkpoint
 
@@ -87,9 +87,7 @@ def export(options: Options) -> int:
     export_options = ExportOptions(options.average, targets, options.max_shard_size, options.max_length)
     checkpoint, out = Path(options.checkpoint), Path(options.out)
     if is_model_folder(checkpoint):
-        for note in explain_folder_targets(checkpoint, out, export_options):
-            print(note, flush=True)
-        done = export_folder(checkpoint, out, export_options)
+        done = export_folder(checkpoint, out, export_options, lambda note: print(note, flush=True))
         print(f"{options.out}: {done.name}; never trained: {', '.join(done.initialized) or 'none'}")
         print(f"in {checkpoint} but not in this class: {', '.join(done.left_out) or 'none'}")
         return report(options.out, done.measured, read_outcomes(out))

@@ -1,5 +1,6 @@
 """Export an import, an export or a fine-tuned model, with any head, as transformers' own class if one is the same."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -52,11 +53,14 @@ def is_model_folder(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def export_folder(source: Path, out: Path, options: ExportOptions) -> FolderExport:
+def export_folder(
+    source: Path, out: Path, options: ExportOptions, tell: Callable[[str], None] = lambda note: None
+) -> FolderExport:
     """Export the folder `source`: an export, an import, a fine-tuned model, or a MegaBERT of save_pretrained().
 
-    `out` may be `source` itself, which then keeps the targets that it has. Raises ValueError if the folder cannot be
-    exported, or if the check fails, in which case `out` stays as it was.
+    `out` may be `source` itself, which then keeps the targets that it has. tell: gets each line that a user should know
+    of the targets before they are written. Raises ValueError if the folder cannot be exported, or if the check fails,
+    in which case `out` stays as it was.
     """
     record = _check_source(source, options)
     name, out = str(out), out.resolve()
@@ -68,9 +72,13 @@ def export_folder(source: Path, out: Path, options: ExportOptions) -> FolderExpo
     left_out = sorted(model.weights.keys() - set(model.initialized) - {POOLER.get(key, key) for key in weights})
     initialized = [key for key in model.initialized if key in weights]
     class_name = native_class(config) or f"MegaBertFor{head_of(config)}"
+    max_length = set_max_length(
+        config, config.max_position_embeddings, options.max_length or _read_max_length(source, config)
+    )
+    for note in registry.check_targets(options.targets, config, read_json(source / TOKENIZER), max_length):
+        tell(note)
     if (measured := read_finished(out, fingerprint)) is not None:
         return FolderExport(measured, class_name, initialized, left_out)
-    max_length = _check_limits(source, config, options)[0]
     # The texts of a classifier may be pairs.
     pairs = {"pairs": True, "texts": False}.get(record.get("classifies", ""))
     with staged_folder(out) as folder:
@@ -90,21 +98,6 @@ def export_folder(source: Path, out: Path, options: ExportOptions) -> FolderExpo
             add_targets(folder, options.targets)
         replace_folder(folder, out)
     return FolderExport(measured, class_name, initialized, left_out)
-
-
-def explain_folder_targets(source: Path, out: Path, options: ExportOptions) -> list[str]:
-    """As to_hf.explain_targets(), for a folder."""
-    _check_source(source, options)
-    options = _keep_targets(source, out.resolve(), options)
-    return _check_limits(source, read_model(source).config, options)[1] if options.targets else []
-
-
-def _check_limits(source: Path, config: MegaBertConfig, options: ExportOptions) -> tuple[int, list[str]]:
-    """Return the longest text of the export, which the config gets, and what a user should know of the targets."""
-    max_length = set_max_length(
-        config, config.max_position_embeddings, options.max_length or _read_max_length(source, config)
-    )
-    return max_length, registry.check_targets(options.targets, config, read_json(source / TOKENIZER), max_length)
 
 
 def _read_max_length(source: Path, config: MegaBertConfig) -> int:
