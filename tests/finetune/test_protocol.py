@@ -41,6 +41,12 @@ def test_the_protocol_modernbert_has_the_papers_sweep():
         assert plan.start == ("mnli" if name in ("rte", "mrpc", "stsb") else "checkpoint")
 
 
+def test_the_quickstart_scores_its_checkpoints_with_the_settings_of_its_fine_tuning():
+    several, one = (read_protocol(name, []).default_plan for name in ("quickstart", "quickstart-one-seed"))
+    assert several.candidates == one.candidates
+    assert list(one.seeds) == list(several.seeds)[:1]
+
+
 def test_every_protocol_of_the_package_can_be_read():
     assert {"mosaicbert", "modernbert", "quick", "quickstart", "quickstart-one-seed"} == set(protocol_names())
     for name in protocol_names():
