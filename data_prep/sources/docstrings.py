@@ -54,7 +54,7 @@ def docstrings(path: Path) -> Iterator[str]:
 
 
 def required_distributions(root: str) -> list[importlib.metadata.Distribution]:
-    """Return an installed distribution and all its direct and indirect requirements, sorted by name."""
+    """Return the direct and indirect requirements of an installed distribution, sorted by name, without itself."""
     found: dict[str, importlib.metadata.Distribution] = {}
     queue = [root]
     while queue:
@@ -71,11 +71,11 @@ def required_distributions(root: str) -> list[importlib.metadata.Distribution]:
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 queue.append(requirement.name)
-    return [found[key] for key in sorted(found)]
+    return [found[key] for key in sorted(found) if key != root]
 
 
 def list_input_splits() -> list[InputSplit]:
-    """List the Python files of megabert and its dependencies. Other installed packages do not change the list."""
+    """List the Python files of megabert's dependencies. Neither other packages nor megabert's own code change it."""
     files: dict[str, Path] = {}
     for distribution in required_distributions("megabert"):
         for file in distribution.files or ():

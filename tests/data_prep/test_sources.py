@@ -1,11 +1,13 @@
 """Tests that every source yields exactly its documents, in a fixed order, however it is cut into input splits."""
 
 import gzip
+import importlib.metadata
 import json
 import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -47,6 +49,23 @@ def test_docstrings_that_are_no_text_are_left_out_and_counted(tmp_path):
     split = InputSplit("docstrings", (str(path),), 0, 0, 1)
     assert list(read_input_split(split, ReadOptions(), left_out)) == ["Module."]
     assert left_out.counts == {"docstrings with characters that no text contains": 2}
+
+
+def test_the_corpus_of_docstrings_has_nothing_of_megabert_itself(tmp_path, monkeypatch):
+    # setuptools leaves a megabert.egg-info beside the code, which lists all files of megabert.
+    package = tmp_path / "megabert.egg-info"
+    package.mkdir()
+    metadata = importlib.metadata.distribution("megabert").read_text("METADATA") or ""
+    (package / "PKG-INFO").write_text(metadata)
+    (package / "SOURCES.txt").write_text("megabert/own.py\n")
+    (tmp_path / "megabert").mkdir()
+    (tmp_path / "megabert/own.py").write_text('"""Of megabert."""\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    found = importlib.metadata.distribution("megabert")
+    assert [str(file) for file in found.files or ()] == ["megabert/own.py"]
+    files = [path for split in list_input_splits("docstrings", ReadOptions()) for path in split.paths]
+    assert len(files) > 1000
+    assert [path for path in files if "megabert" in Path(path).name or path.startswith(str(tmp_path))] == []
 
 
 def test_every_format_yields_its_documents(tmp_path):
