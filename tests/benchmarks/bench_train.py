@@ -36,6 +36,7 @@ from support import report
 from support.contenders import DEVICE, ROWS, Contender, Row, hf_bert, hf_modernbert, needed_flops, ours
 
 from megabert.kernels.cpu import compiled as cpu
+from megabert.process.subprocesses import exit_with_parent
 
 QUICK_ROWS = ("quickstart", "mini_128", "mini_512", "small_512")
 MOST_ROUNDS = 15
@@ -219,7 +220,7 @@ def run_row(name: str, quick: bool) -> Run:
 
 
 def run_in_new_process(name: str, quick: bool) -> Run:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), exit_with_parent) as pool:
         return pool.submit(run_row, name, quick).result()
 
 

@@ -24,6 +24,8 @@ from race.sides.baseline import Baseline
 from race.texts.corpora import Corpus
 from support.report import machine
 
+from megabert.process.subprocesses import exit_with_parent
+
 REFERENCE = Baseline()
 ROUNDS = 5
 STEPS, WARM_UP_STEPS = 9, 3
@@ -140,7 +142,7 @@ def turn(contender: Contender, corpus: Corpus, scratch: Path, steps: int = STEPS
 def startup_steps(contender: Contender, corpus: Corpus, scratch: Path) -> float:
     """Return by how much the first steps take longer than later ones where nothing is compiled, in steps."""
     with tempfile.TemporaryDirectory() as cache, environment(TORCHINDUCTOR_CACHE_DIR=cache):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), exit_with_parent) as pool:
             seconds = pool.submit(contender.step_seconds, corpus, COLD_STEPS, scratch).result()
     return excess_steps(seconds)
 
