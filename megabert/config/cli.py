@@ -9,10 +9,10 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from types import FrameType, MappingProxyType, UnionType
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
@@ -133,23 +133,25 @@ class Parser(ArgumentParser):
         finally:
             self.exit_on_error = True
 
-    def _switches(self) -> set[str]:
-        """Return the flags of type bool, after telling --help that their value is optional."""
-        switches = set()
+    def _switches(self) -> dict[str, set[str]]:
+        """Return the flags of type bool, and what else each may be, after telling --help that a value is optional."""
+        switches: dict[str, set[str]] = {}
         for action in self._actions:
-            if getattr(action, "_typehint", None) is bool:
+            hint = getattr(action, "_typehint", None)
+            if hint is bool or (get_origin(hint) in (Union, UnionType) and bool in get_args(hint)):
                 action.nargs = "?"
-                switches.update(action.option_strings)
+                words = {word for kind in get_args(hint) for word in get_args(kind)}
+                switches |= dict.fromkeys(action.option_strings, words)
         return switches
 
 
-def normalize_flags(words: Sequence[str], switches: Iterable[str] = ()) -> list[str]:
+def normalize_flags(words: Sequence[str], switches: Mapping[str, Collection[str]] = MappingProxyType({})) -> list[str]:
     """Write flags with underscores and switches with a value: ["--x-y", "out"] -> ["--x_y=true", "out"].
 
-    Raises ValueError for an empty word, an empty value, and a flag that is given twice. A flag that appends to a list,
-    such as --run.trackers+, may be repeated.
+    switches: each with the words that it takes besides true and false. Raises ValueError for an empty word, an empty
+    value, and a flag that is given twice. A flag that appends to a list, such as --run.trackers+, may be repeated.
     """
-    words, switches = list(words), set(switches)
+    words = list(words)
     result: list[str] = []
     seen: set[str] = set()
     while words:
@@ -163,7 +165,8 @@ def normalize_flags(words: Sequence[str], switches: Iterable[str] = ()) -> list[
             raise ValueError(f"{flag} is given twice.")
         if flag in switches:
             if not equals:
-                value = words.pop(0) if words and words[0].lower() in SWITCH_VALUES else "true"
+                is_value = words and (words[0].lower() in SWITCH_VALUES or words[0] in switches[flag])
+                value = words.pop(0) if is_value else "true"
             equals, value = "=", SWITCH_VALUES.get(value.lower(), value)
         if flag and not flag.endswith("+"):
             seen.add(flag)
@@ -206,7 +209,7 @@ def read_flags(options: type[T], prog: str, description: str, argv: Sequence[str
 def name_commands(message: str) -> str:
     """Name the installed commands in place of scripts, unless this is a checkout, which has the scripts.
 
-    A ds_config becomes its name, and a file that is not installed is said to be one of the repository.
+    A ds_config becomes its name, and a file that is not installed is named as the repository's.
     """
     if (CHECKOUT / "launch/pretrain.py").is_file():
         return message
@@ -254,7 +257,7 @@ def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseExcept
         if not (message := missing_package(error)):
             raise
         sys.stderr.write(f"{prog}: {message}\n")
-        sys.exit(code_of(error))
+        sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         sys.exit(EXIT_INTERRUPTED)

@@ -1,10 +1,12 @@
 """Command lines: switches need no value, and whatever could be misread is one line of error and exit code 2."""
 
+import functools
 import logging
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -63,6 +65,18 @@ def test_the_word_after_a_switch_is_its_value_only_if_it_is_a_truth_value():
     assert read("in", "out", "--average", "1").average == 1
 
 
+def test_a_switch_with_a_third_value_takes_that_too():
+    @dataclass(frozen=True)
+    class Graphs:
+        graphs: bool | Literal["auto"] = False
+        out: str = "here"
+
+    read_graphs = functools.partial(read_flags, Graphs, "command", "")
+    assert read_graphs(["--graphs", "--out=b"]) == Graphs(True, "b")
+    assert read_graphs(["--graphs", "auto"]) == read_graphs(["--graphs=auto"]) == Graphs("auto")
+    assert read_graphs(["--graphs", "no"]) == Graphs(False)
+
+
 def test_a_positional_list_takes_one_or_more_words(capsys):
     @dataclass(frozen=True)
     class Several:
@@ -81,7 +95,7 @@ def test_dashes_and_underscores_are_the_same_flag():
 
 
 def test_words_after_two_dashes_are_left_alone():
-    assert normalize_flags(["--x", "--", "--x", "--x", ""], ["--x"]) == ["--x=true", "--", "--x", "--x", ""]
+    assert normalize_flags(["--x", "--", "--x", "--x", ""], {"--x": ()}) == ["--x=true", "--", "--x", "--x", ""]
 
 
 @pytest.mark.parametrize(
