@@ -6,16 +6,18 @@ Prints one problem per line, with shard, chunk and byte. The exit code is 0 with
 folder holds no shards or the command line is wrong.
 """
 
+import sys
+
 try:
     from megabert.process.interrupts import end_at_ctrl_c
 except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.") from None
+    print(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     end_at_ctrl_c()
 
 import os
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field

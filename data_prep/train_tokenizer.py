@@ -7,10 +7,13 @@ The result has BERT's five special tokens. If it comes from sentencepiece, lines
 tokenizers, and the number of lines with different ids is printed.
 """
 
+import sys
+
 try:
     from megabert.process.interrupts import end_at_ctrl_c
 except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.") from None
+    print(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     end_at_ctrl_c()
@@ -20,7 +23,6 @@ import itertools
 import json
 import random
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -10,15 +10,17 @@ command continues where it stopped when it is run again, and ends with the same 
 work between machines.
 """
 
+import sys
+
 try:
     from megabert.process.interrupts import end_at_ctrl_c
 except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.") from None
+    print(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     end_at_ctrl_c()
 
-import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path

@@ -1,9 +1,12 @@
 """Export a training checkpoint to a Hugging Face folder: megabert/commands/export.py."""
 
+import sys
+
 try:
     from megabert.process.interrupts import end_at_ctrl_c
 except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.") from None
+    print(f"{error}: run bash launch/install.sh, then source .venv/bin/activate.", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     end_at_ctrl_c()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, get_type_hints
 
 LIMITS = re.compile(r"([\[(])(\S+), (\S+)([\])])")
@@ -63,13 +63,13 @@ def metadata_of(settings: type, name: str) -> Mapping[str, Any]:
     return fields.get(setting, {})
 
 
-def check_once(name: str, values: Iterable[Any]) -> None:
+def check_once(name: str, values: Iterable[Hashable]) -> None:
     """Raise ValueError, naming the list and the value, if a list has a value twice."""
-    seen = []
+    seen = set()
     for value in values:
         if value in seen:
             raise ValueError(f"{name}: {shortened(value)} is listed twice.")
-        seen.append(value)
+        seen.add(value)
 
 
 def check_range(name: str, value: float, limits: str) -> None:

@@ -191,7 +191,7 @@ UNUSED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 POOLER = {f"pre_classifier.dense.{part}": f"bert.pooler.dense.{part}" for part in PARTS}
 # What torch.compile, DistributedDataParallel, FSDP, activation checkpointing and Lightning add to the names of a model.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model"}
-# The first words of the names in models without a wrapper: a word that all names begin with is a wrapper's otherwise.
+# First words of names that are not a wrapper's. Any other word that all names begin with is removed.
 ROOTS = {"bert", "roberta", "distilbert", "electra", "new", "embeddings"}
 # These buffers are constants: 0, 1, 2, ... and zeros.
 BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
@@ -272,8 +272,8 @@ NORMALIZE = {"modernbert": normalize_modernbert, "gte": normalize_gte}
 def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove from names what training with a wrapper adds: module.bert.x and _orig_mod.bert.x become bert.x.
 
-    So does student.bert.x, if all names begin with the same word and it is the attribute of a module of the user's.
-    Raises ValueError if two tensors get one name.
+    Any other first word that all names share is removed too: student.bert.x becomes bert.x. Raises ValueError if two
+    tensors get one name.
     """
     stripped: dict[str, Tensor] = {}
     for name, tensor in state.items():

@@ -1,4 +1,4 @@
-"""Failures of disks and file systems, told apart from names that a user got wrong."""
+"""Distinguish failures of disks and file systems from wrong names given by the user."""
 
 import errno
 
@@ -18,7 +18,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "Choose a shorter name",
     errno.ELOOP: "It is a link to itself: remove it",
 }
-MISTAKES = {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
+USER_ERRORS = {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 class DiskError(OSError):
@@ -29,7 +29,7 @@ class DiskError(OSError):
 
 def is_user_error(error: OSError) -> bool:
     """Tell whether an error is about a name or a right, which the user must change, and not about a device."""
-    return isinstance(error, WRONG_NAMES) or error.errno in MISTAKES
+    return isinstance(error, WRONG_NAMES) or error.errno in USER_ERRORS
 
 
 def as_user_error(error: OSError, message: str) -> ValueError | DiskError:

@@ -138,9 +138,9 @@ class ProtocolFile:
 def _check_seeds(seeds: tuple[int, ...] | None) -> None:
     if seeds is not None and (not seeds or not all(0 <= seed < 2**63 for seed in seeds)):
         raise ValueError(f"seeds is {shortened(list(seeds))}, expected a list of integers from 0 to 2**63 - 1.")
-    check_once("seeds", seeds or ())
     if seeds is not None and len(seeds) > MAX_SEEDS:
         raise ValueError(f"seeds has {len(seeds):,} of them, expected at most {MAX_SEEDS:,}.")
+    check_once("seeds", seeds or ())
 
 
 def _check_sweep(sweep: dict[str, tuple[Any, ...]]) -> None:

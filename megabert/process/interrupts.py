@@ -1,8 +1,11 @@
 """End a command quietly while it still imports its modules: at Ctrl-C, or if packages are not installed."""
 
+import os
 import signal
 import sys
 from types import TracebackType
+
+from megabert.process.exit_codes import EXIT_USER_ERROR
 
 OWN_PACKAGES = ("megabert", "data_prep")
 
@@ -32,5 +35,8 @@ def _report_missing_package(kind: type[BaseException], error: BaseException, whe
     message = missing_package(error) if isinstance(error, ModuleNotFoundError) else ""
     if message:
         sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
+        # Python itself would exit with 1, the code of a crash, which is worth another attempt.
+        os._exit(EXIT_USER_ERROR)
     else:
         sys.__excepthook__(kind, error, where)

@@ -37,14 +37,14 @@ def test_every_command_is_found():
 def test_a_python_without_megabert_is_one_line_with_the_remedy(script):
     # -S: without site-packages.
     code, (line,) = run(sys.executable, "-S", script, "--help")
-    assert code == 1
+    assert code == 2
     assert line == "No module named 'megabert': run bash launch/install.sh, then source .venv/bin/activate."
 
 
 @pytest.mark.parametrize("script", PYTHON)
 def test_a_python_without_the_other_packages_is_one_line_with_the_remedy(script):
     code, (line,) = run(sys.executable, "-S", script, "--help", PYTHONPATH=str(REPOSITORY))
-    assert code == 1
+    assert code == 2
     assert re.match(
         rf"{sys.executable} has no package \w+\. In a checkout of MegaBERT run bash launch/install\.sh", line
     )
@@ -56,7 +56,7 @@ def test_a_package_that_a_running_command_lacks_is_one_line(capsys):
 
     with pytest.raises(SystemExit) as end:
         cli.run(main, "launch/x.py")
-    assert end.value.code == 1
+    assert end.value.code == 2
     assert capsys.readouterr().err == f"launch/x.py: {missing_package(ModuleNotFoundError(name='torch'))}\n"
 
 

@@ -22,7 +22,7 @@ from megabert.convert.hf.writer import save_tensors
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.process.subprocesses import end_with_parent
+from megabert.process.subprocesses import end_with_parent, last_line
 
 # The checkpoint's token ids and logits for a few texts. With export.json, the check can be repeated on any machine.
 EXPECTED_OUTPUTS = "export_check.safetensors"
@@ -124,6 +124,5 @@ def run_in_subprocess(folder: Path) -> Measurements:
             preexec_fn=end_with_parent,
         )
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-        raise ValueError(reason)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        raise ValueError(last_line(done.stderr) or f"exit code {done.returncode}")
+    return json.loads(last_line(done.stdout))

@@ -1,6 +1,7 @@
 """The shards of one part of a folder: those that a run reads, and whether they are there."""
 
 import logging
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from megabert.data.shards.manifest import Manifest, Shard, heldout_that_is_enough
@@ -24,7 +25,8 @@ def shards_of(
     if names is not None:
         wanted = set(names)
         if len(wanted) < len(names):
-            raise ValueError(f"{folder}: {min(wanted, key=lambda name: -names.count(name))} is named twice.")
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise ValueError(f"{folder}: {twice} is named twice.")
         if unknown := sorted(wanted - {shard.name for shard in shards}):
             raise ValueError(f"{folder}: {unknown[0]} is not among the manifest's {len(shards)} {part} shards.")
         shards = tuple(shard for shard in shards if shard.name in wanted)

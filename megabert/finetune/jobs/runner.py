@@ -214,7 +214,10 @@ def result_path(context: JobContext, job: FinetuneJob) -> Path:
 
 
 def read_result(context: JobContext, job: FinetuneJob, log: Callable[[str], None]) -> Result | None:
-    """Return the stored result of a job that is done, or None if there is none. log: told why a file is unusable."""
+    """Return the stored result of a job that is done, or None if there is none.
+
+    log: called with the reason if a file is unusable.
+    """
     try:
         result = read_record(result_path(context, job), FORMAT_VERSION)
     except FileNotFoundError:

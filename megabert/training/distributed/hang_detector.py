@@ -9,7 +9,7 @@ MAX_NAMED = 8
 class HangDetector:
     """Finds the ranks that hang, from the heartbeats that this rank receives.
 
-    Rank 0 receives those of all ranks. Other ranks hear only rank 0, so they detect only its silence.
+    Rank 0 receives those of all ranks. Other ranks receive only rank 0's, so they detect only its silence.
     """
 
     def __init__(self, timeout_s: float, hosts: dict[int, str], now: float):

@@ -16,7 +16,7 @@ from megabert.data.packing import SPECIALS_PER_PIECE, pieces_per_token
 from megabert.data.ranks import choose_streams, possible_ranks, worker_count
 from megabert.data.shards.retry import LONGER, StoreAwayError
 from megabert.data.shards.source import Corpus, Source
-from megabert.files import checkpoint_format as layout
+from megabert.files import checkpoint_format
 from megabert.files.checkpoint_format import State
 from megabert.files.json_file import read_json
 from megabert.files.redact import redact
@@ -224,9 +224,9 @@ class Checks:
         if path is None:
             yield f"none in {folder}: the run starts at step 0"
             return
-        file = path / layout.STREAMS
-        layout.check_streams_format(read_json(file), str(file), new_pass=self.branched)
-        state = layout.read_state(path)
+        file = path / checkpoint_format.STREAMS
+        checkpoint_format.check_streams_format(read_json(file), str(file), new_pass=self.branched)
+        state = checkpoint_format.read_state(path)
         if self.corpus is not None and self.schedule is not None and self.resolved is not None:
             check = check_branch if self.branched else check_same_run
             check(path, state, self._identity(state, self.schedule, self.resolved), self.corpus.fingerprint)
@@ -297,13 +297,13 @@ class Checks:
         count = run.keep_checkpoints + 1
         if run.keep_every_steps and self.schedule is not None and self.schedule.total_steps < ENDLESS:
             count += self.schedule.total_steps // run.keep_every_steps
-        missing = max(0, count - len(layout.list_tags(out / "checkpoints")))
+        missing = max(0, count - len(checkpoint_format.list_tags(out / "checkpoints")))
         enough = "" if missing * size <= free else ": NOT ENOUGH for all of them"
         yield f"{_bytes(size)} a checkpoint, {missing:,} more at most; {_bytes(free)} are free in {there}{enough}"
 
     def _checkpoint_bytes(self) -> int:
         stage = self.resolved.zero_stage if self.resolved is not None else 1
-        return layout.bytes_of(num_weights(self.recipe.model, self._vocab_size()), stage)
+        return checkpoint_format.bytes_of(num_weights(self.recipe.model, self._vocab_size()), stage)
 
     def _vocab_size(self) -> int:
         """Return the rows of the embeddings; BERT's where the corpus cannot be read."""
@@ -329,7 +329,7 @@ class Checks:
 def _check_sizes(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, as far as its files' names and sizes tell, or None."""
     try:
-        return layout.check_files(path, hashes=False)
+        return checkpoint_format.check_files(path, hashes=False)
     except (ValueError, OSError) as error:
         return str(error)
 

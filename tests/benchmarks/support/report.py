@@ -47,6 +47,6 @@ def machine() -> dict[str, object]:
 
 
 def write(figures: dict[str, float], path: Path | None, **more: object) -> None:
-    """Keep the figures in a file, if one was asked for. more: said of the machine, too."""
+    """Keep the figures in a file, if one was asked for. more: more facts about the machine."""
     if path is not None:
         path.write_text(json.dumps({"figures": figures, "machine": machine() | more}, indent=1) + "\n")

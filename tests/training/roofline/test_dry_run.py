@@ -113,7 +113,7 @@ def write_checkpoint(attempt: Attempt, folder: Path) -> None:
     (folder / layout.MANIFEST).write_text(json.dumps(hashes))
 
 
-MISTAKES = {
+REFUSALS = {
     "batches, ranks": (["--data.global_batch_tokens=1024"], {"ranks": 3}, "4 micro-batches of 256 tokens, which 3"),
     "batches, many ranks": (["--data.global_batch_tokens=8192"], {"ranks": 64}, "32 micro-batches .* which 64 ranks"),
     "batches, auto": (
@@ -138,9 +138,9 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", REFUSALS)
 def test_every_advice_of_a_refusal_works(name, start: Attempt, tmp_path):
-    flags, changes, message = MISTAKES[name]
+    flags, changes, message = REFUSALS[name]
     attempt = start.plus(*flags)._replace(**changes)
     check_advice(attempt, message, tmp_path)
 
