@@ -29,6 +29,8 @@ from megabert.files.atomic import write_atomically
 
 # A message names at most this many missing parts.
 SHOWN = 3
+# The keys of the plan's first line, and of every other.
+HEADER, TASK = {"format", "asked", "request", "tasks", "ids", "left_out"}, {"splits", "state"}
 
 
 class Plan(NamedTuple):
@@ -60,6 +62,7 @@ def write_plan(options: Options) -> None:
     output_folder.check_replaceable(out, request.request_hash, options.replace)
     tasks = passes.group_into_tasks(request.splits)
     header = {
+        "format": output_folder.WORK_FORMAT,
         "asked": _hash_of(options),
         "request": request.request_hash,
         "tasks": len(tasks),
@@ -95,9 +98,11 @@ def read_plan(options: Options) -> Plan:
     path = plan_path(Path(options.out))
     try:
         with open(path) as file:
-            header = json.loads(next(file))
-    except (FileNotFoundError, StopIteration) as error:
+            header = _parse_line(path, file.readline(), HEADER)
+    except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file. Run the same command with --step plan first.") from error
+    if header["format"] != output_folder.WORK_FORMAT:
+        raise _unreadable(path)
     if header["asked"] != _hash_of(options):
         raise ValueError(
             f"{path}: is for another source, tokenizer or other settings. Give every step the same, or run --step plan "
@@ -150,10 +155,25 @@ def _tasks_of(options: Options, part: Part) -> Iterator[tuple[int, list[InputSpl
 
 
 def _lines_of(out: Path) -> Iterator[dict[str, Any]]:
-    with open(plan_path(out)) as file:
+    path = plan_path(out)
+    with open(path) as file:
         next(file)
         for line in file:
-            yield json.loads(line)
+            yield _parse_line(path, line, TASK)
+
+
+def _parse_line(path: Path, line: str, keys: set[str]) -> dict[str, Any]:
+    try:
+        parsed: Any = json.loads(line)
+    except ValueError as error:
+        raise _unreadable(path) from error
+    if not isinstance(parsed, dict) or parsed.keys() != keys:
+        raise _unreadable(path)
+    return parsed
+
+
+def _unreadable(path: Path) -> ValueError:
+    return ValueError(f"{path}: is damaged, or another version of MegaBERT wrote it. Run --step plan again.")
 
 
 def _splits_of(line: dict[str, Any]) -> list[InputSplit]:

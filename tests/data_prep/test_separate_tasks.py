@@ -93,6 +93,26 @@ def test_a_source_that_changes_after_the_plan_is_noticed(command, tmp_path):
     assert (out / "manifest.json").is_file()
 
 
+def test_a_damaged_plan_is_named_and_planning_again_mends_it(command, whole, tmp_path):
+    out = tmp_path / "out"
+    write_shards.main([*command, f"--out={out}", "--step=plan"])
+    path = out / ".work/plan.jsonl"
+    header, first, *rest = path.read_text().splitlines()
+    without_key = json.loads(header)
+    del without_key["left_out"]
+    headers = ["", header[:30], "[]", json.dumps(without_key), json.dumps(json.loads(header) | {"format": 1})]
+    damages = [[text, first, *rest] for text in headers] + [[header, text, *rest] for text in ("{", first[:-9], "{}")]
+    for damaged in damages:
+        path.write_text("\n".join(damaged) + "\n")
+        with pytest.raises(
+            ValueError, match=r"plan\.jsonl: is damaged, or another version .*\. Run --step plan again\."
+        ):
+            write_shards.main([*command, f"--out={out}", "--step=runs"])
+    for name in ("plan", "runs", "merge", "shards", "finish"):
+        write_shards.main([*command, f"--out={out}", f"--step={name}"])
+    assert hashes(out) == whole
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

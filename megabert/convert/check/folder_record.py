@@ -64,18 +64,25 @@ def check_unchanged(folder: Path) -> None:
 
 
 def read_import_record(folder: Path) -> ImportRecord | None:
-    """Read import.json, or return None if there is none or it is damaged."""
+    """Read import.json, or return None if there is none or it is damaged.
+
+    Raises ValueError if a newer version of MegaBERT wrote it.
+    """
     if not (folder / IMPORT_RECORD).is_file():
         return None
     try:
         record: Any = read_json(folder / IMPORT_RECORD)
     except ValueError:
         return None
+    version = record.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder}: was imported by a newer version of MegaBERT: {IMPORT_RECORD} has format_version {version}, "
+            f"this version reads {FORMAT_VERSION}. Update MegaBERT."
+        )
     types = {"source": str, "options": str, "code": str, "initialized": list, "unused": list, "files": dict}
     valid = all(isinstance(record.get(name), kind) for name, kind in types.items())
-    valid = (
-        valid and isinstance(record.get("vocabulary"), str | None) and record.get("format_version") == FORMAT_VERSION
-    )
+    valid = valid and isinstance(record.get("vocabulary"), str | None) and version == FORMAT_VERSION
     texts = [*record["initialized"], *record["unused"], *record["files"].values()] if valid else []
     return record if valid and all(isinstance(text, str) for text in texts) else None
 

@@ -139,6 +139,16 @@ def test_a_damaged_record_is_not_passed_over(folders, tmp_path, kind):
             read_model(folder)
 
 
+def test_a_record_of_a_newer_version_asks_for_an_update(folders, readers, tmp_path):
+    folder = shutil.copytree(folders["import"], tmp_path / "out")
+    edit_json(folder / "import.json", format_version=2)
+    for read in readers.values():
+        with pytest.raises(
+            ValueError, match=r"import\.json has format_version 2, this version reads 1\. Update MegaBERT"
+        ):
+            read(folder)
+
+
 def test_what_others_add_to_a_folder_is_no_damage(folders, readers, tmp_path):
     folder = shutil.copytree(folders["export"], tmp_path / "export")
     (folder / "README.md").write_text("mine")
