@@ -5,7 +5,7 @@
     python data_prep/fetch_tasks.py --sword /usr/share/sword        # verse-paraphrase too
     python data_prep/fetch_tasks.py --text data/quickstart/text --movies false    # parameter-type, without a download
 
-Then pass --task-file data_prep/tasks/NAME.yaml to launch/finetune_glue.py.
+Then pass launch/finetune_glue.py the --task-file that each line of the output names.
 """
 
 import sys

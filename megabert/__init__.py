@@ -17,9 +17,10 @@ def load_recipe(name_or_path: "str | Path" = "quickstart", **overrides: Any) -> 
 
     Raises ValueError, with the message of the command line, for an unknown recipe or setting and for a wrong value.
     """
-    from megabert.config import recipe_parser
+    from megabert.config import cli, recipe_parser
 
-    return recipe_parser.load_recipe(name_or_path, **overrides)
+    with cli.named_commands():
+        return recipe_parser.load_recipe(name_or_path, **overrides)
 
 
 def pretrain(recipe: "Recipe", ds_config: "str | Path" = "zero2") -> "PretrainResult":
@@ -28,8 +29,10 @@ def pretrain(recipe: "Recipe", ds_config: "str | Path" = "zero2") -> "PretrainRe
     Raises ValueError for a recipe, corpus, ds_config or checkpoint that the user must change.
     """
     from megabert.commands import notebook
+    from megabert.config import cli
 
-    return notebook.pretrain(recipe, ds_config)
+    with cli.named_commands():
+        return notebook.pretrain(recipe, ds_config)
 
 
 def register_auto_classes() -> None:

@@ -206,6 +206,16 @@ def read_flags(options: type[T], prog: str, description: str, argv: Sequence[str
         parser.error(str(error))
 
 
+@contextlib.contextmanager
+def named_commands() -> Iterator[None]:
+    """Let a ValueError of the block name commands as name_commands does: for callers from Python, without run()."""
+    try:
+        yield
+    except ValueError as error:
+        error.args = (name_commands(str(error)), *error.args[1:])
+        raise
+
+
 def name_commands(message: str) -> str:
     """Name the installed commands in place of scripts, unless this is a checkout, which has the scripts.
 

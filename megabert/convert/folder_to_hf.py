@@ -30,7 +30,7 @@ from megabert.model.modeling_megabert import MegaBertModel
 
 README = """# {name}
 
-Exported by launch/convert_to_hf.py from a MegaBERT folder.
+Exported by MegaBERT from a folder of its own layout.
 
 - never trained, initialized by an import: {initialized}
 - in the MegaBERT folder but no part of this class: {left_out}

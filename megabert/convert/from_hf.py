@@ -209,8 +209,8 @@ def check_shapes(source: Path, weights: dict[str, Tensor], config: MegaBertConfi
     if layers == 0:
         examples = ", ".join(sorted(weights)[:3])
         raise ValueError(
-            f"{source}: no weight is named like a layer's; the first names are {examples}. Remove what stands before "
-            "the model's own names, and the weights of another model if it has two."
+            f"{source}: no weight is named like a layer's; without a prefix of all names, the first are {examples}. "
+            "Remove what stands before the model's own names, and the weights of another model if it has two."
         )
     if layers != config.num_hidden_layers:
         raise ValueError(f"{source}: has weights of {layers} layers, but its {CONFIG} has {config.num_hidden_layers}.")
@@ -268,7 +268,7 @@ def _make_readme(source: Path, model: ImportedModel) -> str:
     vocabulary = f"\n- vocabulary: {model.vocabulary}" if model.vocabulary else ""
     return f"""# A MegaBERT model
 
-Converted from `{source.name}` by launch/convert_from_hf.py.
+Converted from `{source.name}` by MegaBERT.
 
 - not in the source folder, initialized: {initialized}
 - in the source folder but unused: {unused}{vocabulary}

@@ -7,6 +7,7 @@ import pytest
 
 import megabert
 from megabert.commands.notebook import PretrainResult, pretrain
+from megabert.config import cli
 from megabert.config.recipe_parser import load_recipe
 from tests.helpers.runs import TINY, Corpus, run_command
 
@@ -100,6 +101,15 @@ def test_it_refuses_to_be_one_of_several_ranks(monkeypatch):
 def test_an_unknown_ds_config_is_a_value_error(ds_config):
     with pytest.raises(ValueError, match=f"ds_config '{ds_config}' is neither a file nor one of: zero0, zero1"):
         megabert.pretrain(megabert.load_recipe(), ds_config=ds_config)
+
+
+def test_an_error_names_the_installed_commands_where_there_is_no_checkout(tmp_path, monkeypatch):
+    recipe = megabert.load_recipe("quickstart", data={"train": str(tmp_path / "corpus")})
+    with pytest.raises(ValueError, match=r"manifest\.json: no such file.* data_prep/write_shards\.py"):
+        megabert.pretrain(recipe, ds_config="zero0")
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    with pytest.raises(ValueError, match=r"manifest\.json: no such file.* megabert-shards"):
+        megabert.pretrain(recipe, ds_config="zero0")
 
 
 def test_importing_megabert_loads_nothing():

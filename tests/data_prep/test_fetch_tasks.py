@@ -14,6 +14,7 @@ import pytest
 
 from data_prep.tasks import movies, parameters, same_sense, verses
 from data_prep.tasks.held_out import read_documents
+from data_prep.tasks.tsv import Row, write_splits
 from data_prep.write_shards import main
 from megabert.finetune.tasks.readers import read_split
 from megabert.finetune.tasks.task import read_task
@@ -249,6 +250,17 @@ def write_text(folder: Path, heldout: float, texts: list[str]) -> Path:
     out, source = folder / "shards", folder / "texts.jsonl"
     assert not main([f"--source={source}", f"--out={out}", f"--heldout={heldout}", "--workers=1", "--min-shards=1"])
     return out
+
+
+def test_the_output_names_the_task_file(tmp_path, capsys, monkeypatch):
+    rows = [Row(("a",), "1", held_out) for held_out in (False, False, True)]
+    monkeypatch.chdir(TASKS.parents[1])
+    write_splits(tmp_path / "same-sense", ("text",), rows)
+    monkeypatch.chdir(tmp_path)
+    write_splits(tmp_path / "same-sense", ("text",), rows)
+    counts = f"{tmp_path / 'same-sense'}: 2 rows to train on, 1 held out; --task-file "
+    files = ["data_prep/tasks/same-sense.yaml", str(TASKS / "same-sense.yaml")]
+    assert capsys.readouterr().out == "".join(f"{counts}{file}\n" for file in files)
 
 
 def test_the_parameter_task_comes_from_held_out_documents(tmp_path, launch):
