@@ -1,4 +1,4 @@
-"""Read JSON that may be damaged, or that gives a key twice."""
+"""Read JSON that may be damaged, or that gives a key twice, and write it."""
 
 import json
 from collections.abc import Callable
@@ -41,3 +41,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: damaged: it holds a {type(value).__name__}, expected an object.")
     return value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file for people to read too. Where it may be read meanwhile, use write_atomically."""
+    path.write_text(json.dumps(value, indent=1) + "\n")
