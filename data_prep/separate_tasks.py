@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from data_prep import output_folder
 from data_prep.finished import read_result_of
-from data_prep.request import request_hash
+from data_prep.request_file import request_hash
 from data_prep.sources import LeftOut, source_state
 from data_prep.sources.base import InputSplit
 from data_prep.sources.tokens.ids import IdRule
@@ -21,7 +21,7 @@ from data_prep.workers import WorkerPool
 from data_prep.writing import passes
 from data_prep.writing.merged_runs import ShardCounts, ShardReads, plan_reads
 from data_prep.writing.passes import Part
-from data_prep.writing.shard_request import Options, ShardRequest, resolve_request, what_is_asked
+from data_prep.writing.shard_options import Options, ShardRequest, resolve_request, what_is_asked
 from data_prep.writing.sorted_runs import TaskSummary
 from megabert.data.shards.manifest import MANIFEST
 from megabert.data.shards.tokenizer import find_tokenizer
