@@ -43,6 +43,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def check_format_version(path: Path, content: dict[str, Any], newest: int, remedy: str) -> int:
+    """Return the format_version of a file's content, 1 if it has none. Raises ValueError if it is unknown."""
+    version = content.get("format_version", 1)
+    if version not in range(1, newest + 1):
+        known = "version 1" if newest == 1 else f"versions 1 to {newest}"
+        raise ValueError(f"{path}: has format_version {version!r}, this MegaBERT reads {known}. {remedy}")
+    return version
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file for people to read too. Where it may be read meanwhile, use write_atomically."""
     path.write_text(json.dumps(value, indent=1) + "\n")
