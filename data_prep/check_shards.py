@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.output_folder import WRITTEN_SHARD
-from data_prep.request import REQUEST
+from data_prep.request_file import REQUEST
 from data_prep.workers import Progress, WorkerPool
 from data_prep.writing.length_statistics import PLOT
 from megabert.config import cli

@@ -21,14 +21,14 @@ from datatrove.utils.logging import logger  # pyrefly: ignore[missing-import]
 
 from data_prep.finished import read_result_of
 from data_prep.output_folder import PIPELINE, WORK_FORMAT, list_shards, locked_work_folder, remove_results
-from data_prep.request import REQUEST, request_hash, write_request
+from data_prep.request_file import REQUEST, request_hash, write_request
 from data_prep.source_options import SourceOptions
 from data_prep.sources import LeftOut
 from data_prep.sources.base import MAX_DOCUMENT_BYTES, NULL, DamagedError, check_text, not_text, too_long
 from data_prep.workers import WorkerPool
 from data_prep.write_shards import report, write_from_runs
 from data_prep.writing import passes, sorted_runs
-from data_prep.writing.shard_request import Options, ShardRequest, what_is_asked
+from data_prep.writing.shard_options import Options, ShardRequest, what_is_asked
 from megabert.data.shards.manifest import MANIFEST, read_manifest
 from megabert.data.shards.tokenizer import find_tokenizer
 from megabert.files.atomic import new_file

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.request import belongs_to_request, remove_request, was_written_for, write_request
+from data_prep.request_file import belongs_to_request, remove_request, was_written_for, write_request
 from data_prep.writing.length_statistics import PLOT
 from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS
 from megabert.files.lock import LockHeldError, acquire

@@ -6,14 +6,14 @@ what is done stays done. The result has the same bytes as that of one command.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep import output_folder
 from data_prep.finished import read_result_of
-from data_prep.request import request_hash
+from data_prep.request_file import request_hash
 from data_prep.sources import LeftOut, source_state
 from data_prep.sources.base import InputSplit
 from data_prep.sources.tokens.ids import IdRule
@@ -21,7 +21,7 @@ from data_prep.workers import WorkerPool
 from data_prep.writing import passes
 from data_prep.writing.merged_runs import ShardCounts, ShardReads, plan_reads
 from data_prep.writing.passes import Part
-from data_prep.writing.shard_request import Options, ShardRequest, resolve_request, what_is_asked
+from data_prep.writing.shard_options import Options, ShardRequest, resolve_request, what_is_asked
 from data_prep.writing.sorted_runs import TaskSummary
 from megabert.data.shards.manifest import MANIFEST
 from megabert.data.shards.tokenizer import find_tokenizer
@@ -105,8 +105,8 @@ def read_plan(options: Options) -> Plan:
         raise _unreadable(path)
     if header["asked"] != _hash_of(options):
         raise ValueError(
-            f"{path}: is for another source, tokenizer or other settings. Give every step the same, or run --step plan "
-            "again."
+            f"{path}: is for another source, tokenizer or other settings, or of another version of MegaBERT. Give "
+            "every step the same, or run --step plan again."
         )
     tokenizer_path, tokenizer = find_tokenizer(options.tokenizer) if options.tokenizer else (None, None)
     ids = IdRule(header["ids"][0], tuple(header["ids"][1]), header["ids"][2]) if header["ids"] else None
@@ -182,10 +182,11 @@ def _splits_of(line: dict[str, Any]) -> list[InputSplit]:
 
 def _hash_of(options: Options) -> str:
     tokenizer = find_tokenizer(options.tokenizer)[1] if options.tokenizer else None
-    return request_hash(options=what_is_asked(options), tokenizer=tokenizer and asdict(tokenizer))
+    asked, found = what_is_asked(options), tokenizer and asdict(tokenizer)
+    return request_hash(options=asked, tokenizer=found, format=output_folder.WORK_FORMAT)
 
 
-def _check_none_missing(out: Path, step: str, missing: list[Any]) -> None:
+def _check_none_missing(out: Path, step: str, missing: Sequence[object]) -> None:
     if missing:
         shown = ", ".join(map(str, missing[:SHOWN])) + (", ..." if len(missing) > SHOWN else "")
         raise ValueError(

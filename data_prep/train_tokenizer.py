@@ -31,7 +31,7 @@ from typing import Literal, NoReturn
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data_prep.request import belongs_to_request, remove_request, request_hash, write_request
+from data_prep.request_file import belongs_to_request, remove_request, request_hash, write_request
 from data_prep.source_options import SourceOptions
 from data_prep.sources import LeftOut, list_input_splits, read_input_split, source_state
 from data_prep.tokenizer.existing import MAX_WORD_CHARS, LoadedTokenizer, load_tokenizer, use_bert_components

@@ -36,7 +36,7 @@ from data_prep.writing.merged_runs import ShardCounts, plan_reads
 from data_prep.writing.metadata import build_manifest, tokenizer_files, write_metadata
 from data_prep.writing.passes import Part
 from data_prep.writing.ray_pool import RayPool
-from data_prep.writing.shard_request import Options, ShardRequest, resolve_request
+from data_prep.writing.shard_options import Options, ShardRequest, resolve_request
 from data_prep.writing.sorted_runs import TaskSummary
 from data_prep.writing.unknown_tokens import check_share
 from megabert.config import cli

@@ -1,6 +1,7 @@
 """Imports run one way, as ALLOWED says, folders stay small, and the model folder can be shipped alone."""
 
 import ast
+import re
 
 import pytest
 
@@ -98,6 +99,16 @@ TEST_FOLDERS = sorted(
 @pytest.mark.parametrize("folder", TEST_FOLDERS, ids=lambda folder: str(folder.relative_to(REPOSITORY)))
 def test_a_folder_of_tests_has_at_most_a_dozen_files_of_tests(folder):
     assert len([path for path in code_files(folder) if path.name != "conftest.py"]) <= 12
+
+
+def test_tests_import_from_helpers_and_not_from_each_other():
+    found = []
+    for path in sorted((REPOSITORY / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [f"{getattr(node, 'module', None) or ''}.{alias.name}" for alias in node.names]
+                found += [f"{path}: {name}" for name in modules if re.search(r"^\.?tests\.(.*\.)?test_", name)]
+    assert not found, "move what tests share to a folder of helpers"
 
 
 def test_training_has_at_most_five_levels():

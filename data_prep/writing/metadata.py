@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.request import note_request
+from data_prep.request_file import note_request
 from data_prep.writing import length_statistics, shard_writer
-from data_prep.writing.shard_request import ShardRequest
+from data_prep.writing.shard_options import ShardRequest
 from megabert.data.shards.manifest import (
     FIRST_HELDOUT,
     TOKEN_COUNTS,

@@ -9,7 +9,7 @@ from data_prep.sources.base import INPUT_SPLIT_BYTES, InputSplit
 from data_prep.workers import Progress
 from data_prep.writing import merged_runs, shard_writer, sorted_runs
 from data_prep.writing.merged_runs import ShardCounts, ShardReads
-from data_prep.writing.shard_request import Options
+from data_prep.writing.shard_options import Options
 from data_prep.writing.sorted_runs import TaskSummary, WriteSettings
 
 R = TypeVar("R")

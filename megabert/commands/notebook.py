@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import json
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from megabert.config.ds_config import read_ds_config
 from megabert.config.recipe import Recipe
 from megabert.config.recipe_parser import ds_config_path
 from megabert.files.checkpoint_format import find_checkpoint, list_tags, read_state
+from megabert.files.run_format import RESULT, read_run_file
 from megabert.training.distributed.signals import SIGNALS, StopSignals
 
 FINISHED = "finished"
@@ -60,7 +60,7 @@ def pretrain(recipe: Recipe, ds_config: str | Path = "zero2") -> PretrainResult:
         finally:
             unlock_output_dir(output_dir)
     if code == 0:
-        result = json.loads((output_dir / "result.json").read_text())
+        result = read_run_file(output_dir / RESULT)
         return PretrainResult(output_dir, result["steps"], result["heldout_loss"], FINISHED)
     checkpoints = output_dir / "checkpoints"
     steps = read_state(find_checkpoint(checkpoints)).step if list_tags(checkpoints) else 0

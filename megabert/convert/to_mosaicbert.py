@@ -1,6 +1,5 @@
 """Export a MosaicBERT in the layout of the published checkpoints: one pickle of tensors, and a BERT config."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from megabert.convert.weight_names import from_megabert
 from megabert.files.atomic import replace_folder, staged_folder
 from megabert.files.checkpoint_format import files_of
 from megabert.files.hashing import file_sha256
+from megabert.files.json_file import write_json
 from megabert.model.configuration_megabert import MegaBertConfig
 
 README = f"""# MosaicBERT, in the layout of the published checkpoints
@@ -80,7 +80,7 @@ def export_mosaicbert(source: Path, out: Path, average: int = 1, max_length: int
         except RuntimeError as error:
             raise OSError(f"{folder / PYTORCH_BIN}: cannot be written: {error}") from error
         settings = to_mosaicbert_config(model.config) | {"architectures": [_find_class(model)]}
-        (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
+        write_json(folder / CONFIG, settings)
         copy_tokenizer(model.tokenizer, folder, max_length)
         (folder / "README.md").write_text(README.format(missing=", ".join(model.missing) or "none"), encoding="utf-8")
         _check_reads_back(folder, model)

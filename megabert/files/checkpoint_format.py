@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megabert.files.hashing import file_sha256
-from megabert.files.json_file import read_json
+from megabert.files.json_file import check_format_version, read_json
 
 LATEST = "latest"
 MANIFEST = "MANIFEST.json"
@@ -162,12 +162,8 @@ def read_state(folder: Path) -> State:
     """Read state.json of any known version. Raises ValueError if it is damaged or its version is unknown."""
     path = folder / STATE
     raw = read_json(path)
-    version = raw.get("format_version", 1)
-    if version not in range(1, FORMAT_VERSION + 1):
-        raise ValueError(
-            f"{path}: has format_version {version!r}, this MegaBERT reads versions 1 to {FORMAT_VERSION}. "
-            "Use the MegaBERT that wrote this checkpoint, or a newer one."
-        )
+    remedy = "Use the MegaBERT that wrote this checkpoint, or a newer one."
+    version = check_format_version(path, raw, FORMAT_VERSION, remedy)
     try:
         state = STATE_TYPES.validate_python(_from_older_version(raw, version))
     except ValidationError as error:

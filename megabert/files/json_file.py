@@ -1,4 +1,4 @@
-"""Read JSON that may be damaged, or that gives a key twice."""
+"""Read JSON that may be damaged, or that gives a key twice, and write it."""
 
 import json
 from collections.abc import Callable
@@ -41,3 +41,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: damaged: it holds a {type(value).__name__}, expected an object.")
     return value
+
+
+def check_format_version(path: Path, content: dict[str, Any], newest: int, remedy: str) -> int:
+    """Return the format_version of a file's content, 1 if it has none. Raises ValueError if it is unknown."""
+    version = content.get("format_version", 1)
+    if version not in range(1, newest + 1):
+        known = "version 1" if newest == 1 else f"versions 1 to {newest}"
+        raise ValueError(f"{path}: has format_version {version!r}, this MegaBERT reads {known}. {remedy}")
+    return version
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file for people to read too. Where it may be read meanwhile, use write_atomically."""
+    path.write_text(json.dumps(value, indent=1) + "\n")

@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from megabert.files.json_file import read_json
 from megabert.files.metrics_format import METRICS, read_metrics
+from megabert.files.run_format import RESULT, RUN, read_run_file
 
 SENTENCES = (
     "Returns a new [MASK] with the same shape and type as the given array.",
@@ -53,7 +53,7 @@ def plot_loss(run: Path, unigram_loss: float, out: Path) -> None:
     records = read_metrics(run / METRICS)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    masking = read_json(run / "run.json")["recipe"]["masking"]
+    masking = read_run_file(run / RUN)["recipe"]["masking"]
     curves = (("loss", "training", "mlm_probability"), ("heldout_loss", "held out", "eval_mlm_probability"))
     for key, name, probability in curves:
         points = [(record["tokens"] / 1e6, record[key]) for record in records if key in record]
@@ -77,7 +77,7 @@ def summarize(
 
     finetuning: content of the fine-tuning's results.json. Seconds are wall-clock and include start-up.
     """
-    result = read_json(run / "result.json")
+    result = read_run_file(run / RESULT)
     return {
         "unigram_loss": result["unigram_loss"],
         "heldout_loss": result["heldout_loss"],

@@ -1,7 +1,6 @@
 """Train, evaluate, save and roll back: the main loop."""
 
 import gc
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from megabert.config.ds_config import DsConfig
 from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.stream import Position
-from megabert.files.atomic import write_atomically
+from megabert.files.run_format import RESULT, write_run_file
 from megabert.process.exit_codes import EXIT_REQUEUE
 from megabert.training.checkpointing import resume
 from megabert.training.checkpointing.writer import set_aside_after
@@ -35,7 +34,6 @@ from megabert.training.telemetry.flops import step_flops
 from megabert.training.updates.guard import DivergedError
 from megabert.training.updates.optimizers import peak_lr
 
-RESULT = "result.json"
 # One line for each update that the guard skipped.
 SKIPPED = "skipped.jsonl"
 # Rollbacks to one checkpoint; if updates are still skipped after them, the data is not the cause.
@@ -402,7 +400,7 @@ def write_result(folder: Path, state: TrainState, held_out: HeldOut, evaluation:
         "masked_accuracy": evaluation.accuracy,
         "skipped_updates": state.guard.skipped,
     }
-    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+    write_run_file(folder / RESULT, result)
 
 
 def shutdown(feed: Feed) -> None:

@@ -19,7 +19,7 @@ from support.report import read_arguments, write
 from data_prep import train_tokenizer, write_shards
 from data_prep.sources import ReadOptions
 from data_prep.writing import merged_runs, passes
-from data_prep.writing.shard_request import Options
+from data_prep.writing.shard_options import Options
 from data_prep.writing.sorted_runs import TaskSummary, WriteSettings
 
 TEXT_BYTES_PER_TOKEN = 4.4  # of English with a vocabulary of 30,000

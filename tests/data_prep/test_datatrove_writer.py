@@ -13,7 +13,7 @@ import pytest
 
 from data_prep import check_shards, write_shards
 from data_prep.output_folder import PIPELINE
-from data_prep.writing.shard_request import Options
+from data_prep.writing.shard_options import Options
 from megabert.data.shards.manifest import read_manifest
 
 README = Path(__file__).parents[2] / "data_prep/README.md"

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep import write_shards
+from data_prep import output_folder, write_shards
 from data_prep.writing import merged_runs, passes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def whole(command, tmp_path) -> dict[str, str]:
     return hashes(tmp_path / "whole")
 
 
-def test_separate_tasks_write_the_same_bytes_and_say_what_is_missing(command, whole, tmp_path, capsys):
+def test_separate_tasks_write_the_same_bytes_and_say_what_is_missing(command, whole, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
 
     def step(name: str, task: str = "0/1", *more: str) -> None:
@@ -58,6 +58,10 @@ def test_separate_tasks_write_the_same_bytes_and_say_what_is_missing(command, wh
     step("plan")
     with pytest.raises(ValueError, match="is for another source, tokenizer or other settings"):
         step("runs", "0/2", "--min_chars=7")
+    with monkeypatch.context() as newer:
+        newer.setattr(output_folder, "WORK_FORMAT", output_folder.WORK_FORMAT + 1)
+        with pytest.raises(ValueError, match="or of another version of MegaBERT"):
+            step("runs", "0/2")
     with pytest.raises(ValueError, match=r"separate commands with --step may be writing there.*remove this file"):
         write_shards.main([*command, f"--out={out}"])
     step("runs", "0/2")

@@ -34,7 +34,7 @@ from tests.helpers.runs import (
     start_ranks,
 )
 from tests.model.small import small_model
-from tests.training.test_plan import plan as plan_of_cpu
+from tests.training.helpers.plans import plan as plan_of_cpu
 
 CUDA = torch.device("cuda")
 # Dropout everywhere, recomputed layers, two lengths, steps of one to four micro-batches, evaluations in between.

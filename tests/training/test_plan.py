@@ -5,18 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from megabert.config.ds_config import DsConfig
-from megabert.config.recipe_parser import RecipeParser
-from megabert.training.plan import RunPlan, make_plan
 from megabert.training.unsupported import why_not_compile
-from tests.helpers.runs import TINY, last_of_each
-
-ZERO2 = {"zero_optimization": {"stage": 2}}
-
-
-def plan(*flags: str, ds_config: dict | None = None, world_size: int = 1) -> RunPlan:
-    recipe, _ = RecipeParser("pretrain", "").read(last_of_each([*TINY, "--run.max_steps=10", *flags]))
-    return make_plan(recipe, DsConfig("ds.json", ZERO2 if ds_config is None else ds_config), 0, world_size)
+from tests.training.helpers.plans import plan
 
 
 def test_the_plan_resolves_stage_batches_and_optimizer():

@@ -84,6 +84,7 @@ def test_a_run_writes_its_result_files(reference):
     assert result["heldout_loss"] == losses(reference, "heldout_loss")[-1]
     assert 0 < result["unigram_loss"] < 10
     run = json.loads((reference / "run.json").read_text())
+    assert result["format_version"] == run["format_version"] == 1
     assert {"recipe", "ds_config", "versions", "machine", "corpus"} <= run.keys()
     assert {"python", "torch", "tokenizers"} <= run["versions"].keys()
     assert (run["machine"]["threads"], run["first_step"], run["earlier"]) == (torch.get_num_threads(), 0, [])
@@ -96,11 +97,15 @@ def test_a_run_writes_its_result_files(reference):
 
 def test_a_finished_run_started_again_does_not_train(corpus, tmp_path, reference):
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    first = json.loads((reference / "run.json").read_text())
+    # As MegaBERT wrote it before it had a version.
+    del first["format_version"]
+    (tmp_path / "run.json").write_text(json.dumps(first))
     config = ds_config_in("zero0", tmp_path, bf16=False)
     done = run_command(pretrain_command(corpus, tmp_path, STEPS, ds_config=config))
     assert done.code == 0, done.output
     assert "step 4 of 4" in done.output
-    first, second = (json.loads((folder / "run.json").read_text()) for folder in (reference, tmp_path))
+    second = json.loads((tmp_path / "run.json").read_text())
     del first["earlier"]
     assert (second["first_step"], second["earlier"]) == (4, [first])
     assert losses(tmp_path) == losses(reference)

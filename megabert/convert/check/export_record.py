@@ -1,7 +1,6 @@
 """Write and read export.json of an exported folder: its files' and parameters' hashes, and what its check measured."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -11,6 +10,7 @@ from torch import Tensor
 from megabert.convert.hf.reader import read_json
 from megabert.files.checkpoint_format import files_of
 from megabert.files.hashing import file_sha256
+from megabert.files.json_file import write_json
 
 RECORD = "export.json"
 # Version of export.json. Exports without a version are older.
@@ -75,7 +75,7 @@ def write_record(
         "files": _hash_files(folder),
         "parameters": {name: hashlib.sha256(tensor.numpy().data).hexdigest() for name, tensor in parameters.items()},
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    write_json(folder / RECORD, record)
 
 
 def add_measurements(folder: Path, measured: Measurements) -> None:
@@ -89,7 +89,7 @@ def add_targets(folder: Path, outcomes: Mapping[str, Any]) -> None:
 
 def _add(folder: Path, more: dict[str, Any]) -> None:
     record = read_json(folder / RECORD) | more
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    write_json(folder / RECORD, record)
 
 
 def _hash_files(folder: Path) -> dict[str, str]:

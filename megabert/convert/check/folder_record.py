@@ -1,6 +1,5 @@
 """What a folder records of itself: the hashes of its files, and for an import (import.json) where it came from."""
 
-import json
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,6 +12,7 @@ from megabert.convert.hf.tokenizer import find_tokenizer_files
 from megabert.convert.hf.writer import MODEL_CODE
 from megabert.files.checkpoint_format import files_of
 from megabert.files.hashing import file_sha256, texts_sha256
+from megabert.files.json_file import write_json
 
 # Version of import.json.
 FORMAT_VERSION = 1
@@ -123,4 +123,4 @@ def write_import_record(folder: Path, origin: Origin, model: ImportedModel) -> N
         vocabulary=model.vocabulary,
         files={name: file_sha256(folder / name) for name in files_of(folder) if name != "README.md"},
     )
-    (folder / IMPORT_RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    write_json(folder / IMPORT_RECORD, record)

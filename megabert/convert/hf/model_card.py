@@ -9,10 +9,10 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from megabert.convert.hf.native import NativeKind, native_kind
-from megabert.convert.hf.reader import read_json
 from megabert.files.checkpoint_format import State
 from megabert.files.metrics_format import METRICS, read_metrics
 from megabert.files.redact import redact
+from megabert.files.run_format import RESULT, read_run_file
 from megabert.model.configuration_megabert import MegaBertConfig
 
 # A model of the last kind is MosaicBERT with RoPE, which transformers calls GTE.
@@ -43,8 +43,8 @@ def read_metrics_at(run: Path, step: int) -> Metrics:
         if record["step"] <= step:
             last |= record
     # An unfinished run has no result.json.
-    with contextlib.suppress(ValueError):
-        last |= {"unigram_loss": read_json(run / "result.json").get("unigram_loss")}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        last |= {"unigram_loss": read_run_file(run / RESULT).get("unigram_loss")}
     return Metrics(*(last[name] if isinstance(last.get(name), (int, float)) else None for name in Metrics._fields))
 
 

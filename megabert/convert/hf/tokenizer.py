@@ -23,6 +23,7 @@ from megabert.data.shards.tokenizer_folder import (
     rename_special_tokens,
     special_token_names,
 )
+from megabert.files.json_file import write_json
 
 # Pipelines of transformers before 4.57 load no tokenizer if the config does not name its class.
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
@@ -67,7 +68,7 @@ def copy_tokenizer(source: Path, folder: Path, max_length: int) -> None:
         special = {f"{role}_token": token for role, token in special_tokens(tokenizer).items() if token in vocabulary}
         settings = special | settings
     settings["model_max_length"] = max_length
-    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
+    write_json(folder / TOKENIZER_CONFIG, settings)
 
 
 def find_tokenizer_files(source: Path) -> dict[str, Path]:

@@ -1,6 +1,5 @@
 """Target encoder: transformers' own BERT, GTE or ModernBERT without its head, as TEI and vLLM read them."""
 
-import json
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -29,6 +28,7 @@ from megabert.convert.targets.target import (
 )
 from megabert.convert.weight_names import from_megabert
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
+from megabert.files.json_file import read_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
 
 FOLDER = "encoder"
@@ -68,10 +68,10 @@ def write(source: Source, folder: Path) -> str:
     # The folder may have a head, which the encoder does not.
     bare.architectures = None
     write_native_config(out, bare, kind)
-    settings = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+    settings = read_json(out / CONFIG)
     # vLLM chooses its class by this name.
     settings["architectures"] = [f"{NAMES[kind]}Model"]
-    (out / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_json(out / CONFIG, settings)
     weights = {name: tensor for name, tensor in source.weights.items() if name.startswith(ENCODER)}
     named = from_megabert(weights, kind, duplicates=False)
     named = to_gte_file(named) if kind == "gte" else named
@@ -88,7 +88,7 @@ def prove(folder: Path, expected: Expected) -> Proof:
     import transformers
 
     out = folder / FOLDER
-    settings = json.loads((out / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    settings = read_json(out / TOKENIZER_CONFIG)
     check_ids(out, expected, int(settings["model_max_length"]))
     sentence_transformers.check_pooling(out)
     model, loaded = AutoModel.from_pretrained(out, output_loading_info=True, local_files_only=True)

@@ -1,6 +1,5 @@
 """Target jina: MosaicBERT in the layout of JinaBERT v2, which has the same equations, for TEI's own engine."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from megabert.convert.targets import jina_port, sentence_transformers
 from megabert.convert.targets.compared_texts import check_ids
 from megabert.convert.targets.target import Expected, Proof, Source, Target, largest_difference
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
+from megabert.files.json_file import read_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
 
 FOLDER = "jina"
@@ -92,14 +92,14 @@ def make_config(config: MegaBertConfig, length: int) -> dict[str, Any]:
 def write(source: Source, folder: Path) -> str:
     out, length = folder / FOLDER, min(source.max_length, LONGEST)
     out.mkdir()
-    (out / CONFIG).write_text(json.dumps(make_config(source.config, length), indent=1) + "\n")
+    write_json(out / CONFIG, make_config(source.config, length))
     tensors = to_jina(source.weights, source.config.num_hidden_layers)
     tensors[GUARD] = torch.zeros(1, source.config.hidden_size)
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, out / SAFETENSORS)
     shutil.copymode(out / CONFIG, out / SAFETENSORS)
     shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
-    settings = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8")) | {"model_max_length": length}
-    (out / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
+    settings = read_json(folder / TOKENIZER_CONFIG) | {"model_max_length": length}
+    write_json(out / TOKENIZER_CONFIG, settings)
     sentence_transformers.write(source._replace(max_length=length), out)
     return f"megabert {__version__}"
 

@@ -4,7 +4,6 @@ Source: https://github.com/huggingface/text-embeddings-inference, backends/candl
 https://github.com/ggml-org/llama.cpp, src/models/jina-bert-v2.cpp, whose equations are the same.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+
+from megabert.files.json_file import read_json
 
 
 class JinaBert(NamedTuple):
@@ -30,7 +31,7 @@ class JinaBert(NamedTuple):
 
 
 def read_folder(folder: Path) -> JinaBert:
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
     sizes = (config["num_hidden_layers"], config["num_attention_heads"], config["layer_norm_eps"])
     return JinaBert(tensors, *sizes, config["max_position_embeddings"])

@@ -1,7 +1,6 @@
 """The targets of --for by name: which are wanted, what each cannot do, writing them, and proving each."""
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -15,6 +14,7 @@ from megabert.convert.targets.llama import gguf_proof
 from megabert.convert.targets.target import DiffersError, Expected, NotOpened, Source, Target
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.checkpoint_format import files_of
+from megabert.files.json_file import read_json
 from megabert.model.configuration_megabert import MegaBertConfig
 
 # In the order in which they are written: a target comes after those that it requires.
@@ -80,7 +80,7 @@ def check_targets(
 def write_targets(folder: Path, names: tuple[str, ...]) -> dict[str, Outcome]:
     """Write each target into a finished transformers folder and prove it; one that differs loses its own files."""
     model = read_model(folder)
-    source = Source(folder, model.config, model.weights, _read(folder / TOKENIZER), read_max_length(folder))
+    source = Source(folder, model.config, model.weights, read_json(folder / TOKENIZER), read_max_length(folder))
     expected = read_expected(folder, source.max_length)
     outcomes: dict[str, Outcome] = {}
     for name in names:
@@ -131,7 +131,7 @@ def read_outcomes(folder: Path) -> dict[str, Outcome]:
 
 
 def read_max_length(folder: Path) -> int:
-    return int(_read(folder / TOKENIZER_CONFIG)["model_max_length"])
+    return int(read_json(folder / TOKENIZER_CONFIG)["model_max_length"])
 
 
 def describe(name: str, outcome: Outcome) -> str:
@@ -174,7 +174,3 @@ def remove_files(folder: Path, names: set[str]) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,5 @@
 """Target sentence-transformers: the files beside the model that say how a text's embedding is made from its states."""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megabert.convert.targets.target import (
     Target,
     largest_difference,
 )
+from megabert.files.json_file import read_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
 
 TOLERANCE = 1e-5
@@ -37,23 +37,24 @@ def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) ->
 
 def write(source: Source, folder: Path) -> str:
     write_pooling(source, folder)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": source.max_length, "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": source.max_length, "do_lower_case": False})
     settings = {"__version__": {}, "model_type": "SentenceTransformer", "similarity_fn_name": "cosine"}
-    _write_json(folder / "config_sentence_transformers.json", settings | {"prompts": {}, "default_prompt_name": None})
+    write_json(folder / "config_sentence_transformers.json", settings | {"prompts": {}, "default_prompt_name": None})
     return f"megabert {__version__}"
 
 
 def write_pooling(source: Source, folder: Path) -> None:
     """Write modules.json and 1_Pooling/config.json, which TEI reads too: the mean of all tokens' states."""
-    _write_json(folder / "modules.json", MODULES)
+    write_json(folder / "modules.json", MODULES)
     pooling: dict[str, Any] = {"word_embedding_dimension": source.config.hidden_size}
     pooling |= {f"pooling_mode_{name}": name == "mean_tokens" for name in POOLINGS} | {"include_prompt": True}
-    _write_json(folder / "1_Pooling/config.json", pooling)
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    write_json(folder / "1_Pooling/config.json", pooling)
 
 
 def check_pooling(folder: Path) -> None:
     """Raise DiffersError unless the folder tells servers to take the mean of all tokens, as our embeddings do."""
-    pooling = json.loads((folder / "1_Pooling/config.json").read_text())
+    pooling = read_json(folder / "1_Pooling/config.json")
     chosen = sorted(name for name, value in pooling.items() if name.startswith("pooling_mode_") and value)
     if chosen != ["pooling_mode_mean_tokens"]:
         raise DiffersError(
@@ -69,11 +70,6 @@ def prove(folder: Path, expected: Expected) -> Proof | NotOpened:
     what = f"embeddings of {len(expected.texts):,} texts"
     difference = largest_difference(np.load(answer.array), expected.pooled, TOLERANCE, what)
     return Proof("sentence-transformers", answer.version, difference, what)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 TARGET = Target("sentence-transformers", check, write, prove, USAGE)

@@ -24,6 +24,7 @@ from megabert.convert.targets.target import (
     largest_difference,
 )
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
+from megabert.files.json_file import read_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
 
 FOLDER = "transformers.js"
@@ -65,10 +66,11 @@ def write(source: Source, folder: Path) -> str:
     settings = {name: getattr(source.config, name) for name in SHARED_SETTINGS}
     # The library chooses its classes by these two names; what is computed is in the graph.
     named = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
-    _write_json(out / "config.json", named | settings)
+    write_json(out / "config.json", named | settings)
     tokenizer = to_js_tokenizer(source.tokenizer)
     check_same_ids(source.tokenizer, tokenizer, lines_with_ids(folder))
-    _write_json(out / TOKENIZER, tokenizer)
+    # Not escaped, which would make a file of many scripts half as large again, and browsers download it.
+    (out / TOKENIZER).write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(folder / TOKENIZER_CONFIG, out / TOKENIZER_CONFIG)
     return f"torch {version('torch')}"
 
@@ -110,27 +112,19 @@ def find_node() -> Node | None:
     found = [place for place in places if (place / PACKAGE / "package.json").is_file()]
     if program is None or not found:
         return None
-    return Node(program, found[0], json.loads((found[0] / PACKAGE / "package.json").read_text())["version"])
+    return Node(program, found[0], read_json(found[0] / PACKAGE / "package.json")["version"])
 
 
 def _questions(folder: Path, expected: Expected) -> tuple[str, list[str], list[int]]:
     """Return the mask token, the export check's texts that have one, and the ids that the checkpoint puts there."""
-    mask = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8")).get("mask_token")
-    texts = json.loads((folder / "export.json").read_text(encoding="utf-8"))["texts"]
+    mask = read_json(folder / TOKENIZER_CONFIG).get("mask_token")
+    texts = read_json(folder / "export.json")["texts"]
     asked = [row for row, text in enumerate(texts) if mask and text.count(mask) == 1]
     ids, real = expected.inputs["input_ids"], expected.inputs["attention_mask"].astype(bool)
-    number = {token["content"]: token["id"] for token in _read_json(folder / TOKENIZER)["added_tokens"]}.get(mask)
+    number = {token["content"]: token["id"] for token in read_json(folder / TOKENIZER)["added_tokens"]}.get(mask)
     best = expected.inputs["logits"].argmax(axis=-1)
     answers = [int(best[(ids == number)[real] & (np.nonzero(real)[0] == row)][0]) for row in asked]
     return mask or "", [texts[row] for row in asked], answers
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 TARGET = Target(

@@ -15,7 +15,7 @@ import torch
 
 from megabert.config.recipe import ProbeConfig
 from megabert.files.checkpoint_format import step_of, tag_of
-from megabert.files.json_file import read_json
+from megabert.files.json_file import check_format_version, read_json
 from megabert.files.metrics_format import METRICS, read_metrics
 from megabert.process.subprocesses import last_line
 from megabert.training.distributed.rank_env import RANK_VARIABLES
@@ -169,11 +169,7 @@ class ProbeRunner:
 def _read_score(path: Path) -> dict[str, Any]:
     """Read a score file: at least "score", 0 to 1, and "tokens", those that the checkpoint was trained on."""
     result = read_json(path)
-    if (version := result.get("format_version", 1)) not in range(1, SCORE_VERSION + 1):
-        raise ValueError(
-            f"{path}: has format_version {version!r}, expected at most {SCORE_VERSION}. Update MegaBERT, or delete "
-            "the file to leave its score out."
-        )
+    check_format_version(path, result, SCORE_VERSION, "Update MegaBERT, or delete the file to leave its score out.")
     if not all(isinstance(result.get(name), (int, float)) for name in ("score", "tokens")):
         raise ValueError(f"{path}: damaged: it has no score, or no tokens. Delete it to leave its score out.")
     return result

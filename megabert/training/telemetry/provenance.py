@@ -16,14 +16,13 @@ import torch
 import yaml
 
 from megabert.data.shards.source import Corpus
-from megabert.files.atomic import write_atomically
 from megabert.files.json_file import read_json
 from megabert.files.redact import redact, redact_all
+from megabert.files.run_format import RUN, write_run_file
 from megabert.training.checkpointing.resume import Checkpoint
 from megabert.training.distributed.device import device_name
 from megabert.training.plan import RunPlan
 
-RUN_JSON = "run.json"
 PACKAGES = """
     apex deepspeed flash-attn megabert numpy nvidia-cudnn-cu12 nvidia-nccl-cu12 safetensors tokenizers torch
     transformers triton webdataset
@@ -71,10 +70,9 @@ def _how_fp8_runs(plan: RunPlan) -> str:
 
 def write_run_json(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: int) -> None:
     """Write the facts of this attempt; for a resumed run, earlier attempts follow under `earlier`, the latest first."""
-    path = plan.output_dir / RUN_JSON
+    path = plan.output_dir / RUN
     earlier = _attempts(path) if first_step else []
-    facts = attempt_facts(plan, corpus, held_out, first_step) | {"earlier": earlier}
-    write_atomically(path, json.dumps(facts, indent=1).encode())
+    write_run_file(path, attempt_facts(plan, corpus, held_out, first_step) | {"earlier": earlier})
 
 
 def attempt_facts(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: int) -> dict[str, Any]:
@@ -103,7 +101,7 @@ def attempt_facts(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: i
 
 
 def _attempts(path: Path) -> list[dict[str, Any]]:
-    """Return the attempts in a run.json; none if the file is missing or damaged."""
+    """Return the attempts in a run.json of any version, each as it is; none if the file is missing or damaged."""
     try:
         last = read_json(path)
     except (FileNotFoundError, ValueError):

@@ -53,7 +53,10 @@ def test_a_card_contains_no_secrets_and_no_folders_of_the_machine(corpus, tmp_pa
         assert private not in card.replace("users", ""), private
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"unigram_loss": "low"}', '{"unigram_loss": null}'])
+NEWER = '{"format_version": 2, "unigram_loss": 6.5}'
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"unigram_loss": "low"}', '{"unigram_loss": null}', NEWER])
 def test_a_result_without_the_number_gives_none(tmp_path, text):
     (tmp_path / "result.json").write_text(text)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "heldout_loss": "x"}\n')

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megabert.convert.check.export_check import build_model
 from megabert.convert.hf.resize import (
@@ -14,16 +14,7 @@ from megabert.convert.hf.resize import (
 )
 from megabert.convert.weight_names import TIED_DECODER, WORD_EMBEDDINGS
 from tests.convert.helpers.small_model import small_model
-
-SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDPIECE = [*SPECIALS, "the", "model", "##s", "learn", "##ing", "s"]
-
-
-def wordpiece(tokens: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return tokenizer
+from tests.convert.helpers.wordpiece import SPECIALS, WORDPIECE, wordpiece
 
 
 def unigram(tokens: list[str]) -> Tokenizer:

@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.data_prep.tokenizer.test_byte_bpe import lines_of_every_script
 from tests.helpers.foreign.published_folders import SETTINGS, write_published_folder
+from tests.helpers.foreign.sentencepiece_models import lines_of_every_script
 from tests.helpers.runs import Corpus, run_command
 
 SHAPE = ["--model.num_hidden_layers=2", "--model.hidden_size=32", "--model.num_attention_heads=2"]

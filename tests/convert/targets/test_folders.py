@@ -17,9 +17,9 @@ from megabert.convert.targets import compared_texts, jina, onnx_graphs, registry
 from megabert.convert.targets.target import DiffersError
 from megabert.convert.to_hf import ExportOptions
 from megabert.files.checkpoint_format import files_of
+from tests.convert.helpers.architecture_targets import TARGETS_OF
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
-from tests.convert.targets.test_programs import PRODUCT
 from tests.model.architectures import ARCHITECTURES
 
 # What differs although the model is the same: hashes and measured differences.
@@ -58,13 +58,13 @@ def assert_same_files(folder: Path, other: Path) -> None:
 
 
 CHEAP = {"mosaicbert": "sentence-transformers,jina", "modernbert": "sentence-transformers,encoder"}
-EVERY = [pytest.param(name, marks=[pytest.mark.nightly, pytest.mark.serving]) for name in PRODUCT]
+EVERY = [pytest.param(name, marks=[pytest.mark.nightly, pytest.mark.serving]) for name in TARGETS_OF]
 
 
 @pytest.mark.parametrize("architecture", [*CHEAP, *EVERY])
 def test_an_export_gives_the_files_that_its_run_gives(architecture, request, make_run, run_launcher, tmp_path):
     nightly = request.node.get_closest_marker("nightly") is not None
-    targets = ",".join(PRODUCT[architecture]) if nightly else CHEAP[architecture]
+    targets = ",".join(TARGETS_OF[architecture]) if nightly else CHEAP[architecture]
     run = make_run(architecture)
     # The tokenizer cuts texts at 20 tokens, the model has 40 positions.
     assert run_launcher("convert_to_hf.py", run, tmp_path / "hf", "--max-length", "20").code == 0

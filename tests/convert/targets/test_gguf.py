@@ -17,7 +17,7 @@ from megabert.convert.targets.llama.gguf_vocabulary import describe_vocabulary a
 from megabert.convert.targets.target import Proof
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
-from tests.convert.hf.test_resize import WORDPIECE, wordpiece
+from tests.convert.helpers.wordpiece import WORDPIECE, wordpiece
 from tests.model.architectures import ARCHITECTURES
 
 

@@ -12,6 +12,7 @@ from megabert.convert import to_hf
 from megabert.convert.targets import js_normalizer, registry, sentence_transformers, transformers_js
 from megabert.convert.targets.compared_texts import make_texts, read_expected, read_tokenizer
 from megabert.convert.targets.target import DiffersError, NotOpened
+from tests.convert.helpers.architecture_targets import TARGETS_OF
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
 from tests.model.architectures import ARCHITECTURES
@@ -122,23 +123,12 @@ def test_transformers_js_gives_our_ids_words_and_embeddings(checkpoint, tmp_path
     assert not (tmp_path / "other/transformers.js").exists()
 
 
-EVERYWHERE = ("sentence-transformers", "onnx", "onnx-int8", "transformers.js")
-PRODUCT = {
-    "mosaicbert": (*EVERYWHERE, "jina", "gguf"),
-    "bert": (*EVERYWHERE, "encoder", "gguf"),
-    "rope-mosaicbert": (*EVERYWHERE, "encoder"),
-    "modernbert": (*EVERYWHERE, "encoder", "gguf"),
-    "roberta": (*EVERYWHERE, "encoder", "gguf"),
-    "distilbert": (*EVERYWHERE, "encoder", "gguf"),
-}
-
-
 @pytest.mark.serving
 @pytest.mark.llama_cpp
 @pytest.mark.node
 @pytest.mark.nightly
 @pytest.mark.parametrize("model", ["byte_bpe", "unigram", "wordpiece"])
-@pytest.mark.parametrize("architecture", PRODUCT)
+@pytest.mark.parametrize("architecture", TARGETS_OF)
 def test_every_program_opens_every_architecture(architecture, model, corpus, tmp_path, skipped_checks):
     """int8 needs models of a usual width, and weights of a usual size: with larger ones it costs more.
 
@@ -154,7 +144,7 @@ def test_every_program_opens_every_architecture(architecture, model, corpus, tmp
         for parameter in weights.parameters():
             parameter.mul_(0.4 if parameter.dim() > 1 else 1)
     write_checkpoint(tmp_path / "run", weights, tmp_path / "tokenizer")
-    targets = PRODUCT[architecture]
+    targets = TARGETS_OF[architecture]
     to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf", to_hf.ExportOptions(targets=targets, max_length=300))
     outcomes = registry.read_outcomes(tmp_path / "hf")
     assert {name for name, outcome in outcomes.items() if "opened" in outcome} == set(targets), outcomes
@@ -162,7 +152,9 @@ def test_every_program_opens_every_architecture(architecture, model, corpus, tmp
         assert outcomes["gguf"]["opened"]["program"] == "llama.cpp by llama-cpp-python"
 
 
-REFUSED = [(architecture, name) for architecture in PRODUCT for name in {*registry.TARGETS} - {*PRODUCT[architecture]}]
+REFUSED = [
+    (architecture, name) for architecture in TARGETS_OF for name in {*registry.TARGETS} - {*TARGETS_OF[architecture]}
+]
 
 
 @pytest.mark.parametrize(("architecture", "name"), sorted(REFUSED))

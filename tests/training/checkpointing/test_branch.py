@@ -11,7 +11,7 @@ from megabert.files.checkpoint_format import read_state
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.runs import Corpus, ds_config_in, pretrain_command, run_command
 from tests.helpers.scripts.many_runs import flags_of, run_many
-from tests.training.checkpointing.test_resume import differences
+from tests.training.helpers.checkpoints import differences
 
 WSD = ["--optimizer.schedule=wsd", "--optimizer.warmup=0.125", "--optimizer.decay=0.25"]
 TRUNK = [*WSD, "--run.max_steps=8", "--run.save_every_steps=2", "--run.keep_checkpoints=9"]

@@ -15,28 +15,7 @@ from megabert.training.checkpointing.writer import set_aside_after
 from megabert.training.identity import RunIdentity, check_branch, check_same_run, fixed_settings
 from megabert.training.run_schedule import ENDLESS
 from megabert.training.updates.guard import Guard
-
-RECIPE = Recipe(run=RunConfig(max_steps=10))
-STATE = State(
-    step=4,
-    next_index=8,
-    tokens=1000,
-    seconds=1.0,
-    world_size=2,
-    num_streams=24,
-    batches_per_step=4,
-    total_steps=10,
-    corpus="c" * 64,
-    recipe=RECIPE.to_dict(),
-    ds_config={"zero_optimization": {"stage": 2}},
-    zero_stage=2,
-    model={},
-    optimizer_source="PyTorch",
-    guard=Guard(0.0).to_json(),
-    rolled_back_bins=[],
-    wall_seconds=60.0,
-    max_step_seconds=2.0,
-)
+from tests.training.helpers.checkpoints import RECIPE, STATE
 
 
 def check(recipe: Recipe = RECIPE, state: State = STATE, corpus: str = STATE.corpus, **changes):

@@ -14,25 +14,10 @@ from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.runs import Corpus, ds_config_in
 from tests.helpers.scripts.many_runs import flags_of, run_many
 from tests.training.checkpointing import shared_conversion
+from tests.training.helpers.checkpoints import differences
 
 STEPS, STOPPED = 4, 2
 PLAIN, SAVING = f"--run.max_steps={STEPS}", f"--run.save_every_steps={STOPPED}"
-
-
-def differences(first: Any, second: Any, where: str = "") -> list[str]:
-    """The places where the contents of two checkpoints differ in any bit."""
-    if isinstance(first, dict):
-        if first.keys() != second.keys():
-            return [f"{where}: {first.keys() ^ second.keys()}"]
-        return [found for key in first for found in differences(first[key], second[key], f"{where}/{key}")]
-    if isinstance(first, (list, tuple)):
-        if len(first) != len(second):
-            return [f"{where}: {len(first)} and {len(second)} items"]
-        pairs = enumerate(zip(first, second, strict=True))
-        return [found for i, (a, b) in pairs for found in differences(a, b, f"{where}/{i}")]
-    if isinstance(first, torch.Tensor):
-        return [] if first.dtype == second.dtype and torch.equal(first, second) else [where]
-    return []
 
 
 def assert_same_end(first: Path, second: Path) -> None:

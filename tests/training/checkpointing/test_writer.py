@@ -25,7 +25,7 @@ from megabert.training.distributed.process import init_distributed
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.runs import Corpus, ds_config_in
 from tests.helpers.scripts.many_runs import flags_of, run_many
-from tests.training.checkpointing.test_checkpoint import STATE
+from tests.training.helpers.checkpoints import STATE
 
 
 def tags(*steps: int) -> list[str]:

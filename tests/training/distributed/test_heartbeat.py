@@ -19,7 +19,7 @@ from megabert.training.distributed.heartbeat import LONG_PART_LIMIT_S, Beat, Pro
 from tests.helpers.processes import wait_for_step
 from tests.helpers.runs import Corpus, finish_ranks, pretrain_command
 from tests.helpers.runs import start_ranks as start_pretraining
-from tests.training.distributed.test_watchdog import results_of, start_ranks
+from tests.training.helpers.watched_ranks import results_of, start_ranks
 
 HOST = socket.gethostname()
 

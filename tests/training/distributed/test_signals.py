@@ -190,26 +190,38 @@ def test_an_ignored_hangup_stays_ignored(embedded: StopSignals):
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
+# Data for five steps. A rank that waits for more makes the file $WAITING followed by its number.
 HANGING = """
-import time
+import os, pathlib, time
 from megabert.data import stream
-usual = stream.open_stream
+from megabert.training import loop
+usual, usual_next = stream.open_stream, loop.next_batches
 def hanging(*arguments):
     for item in usual(*arguments):
         if item[0].index >= 10:
             time.sleep(600)
         yield item
-stream.open_stream = hanging
+def next_batches(run):
+    if run.state.next_index >= 10:
+        pathlib.Path(os.environ["WAITING"] + str(run.plan.rank)).touch()
+    return usual_next(run)
+stream.open_stream, loop.next_batches = hanging, next_batches
 """
+
+
+def wait_for_file(process: warm.Process, file: Path) -> None:
+    while not file.exists():
+        assert process.poll() is None, "the run has ended"
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("ranks", "workers", "number"), [(1, 0, signal.SIGTERM), (2, 2, signal.SIGHUP)])
 def test_a_rank_that_waits_for_data_saves_and_ends(corpus: Corpus, tmp_path, ranks, workers, number):
     """Five steps of two bins; then no rank gets more. The signal goes to the last rank only."""
     command = patched(pretrain_command(corpus, tmp_path, ENDLESS, f"--data.num_workers={workers}"))
-    processes = start_ranks(command, ranks, PATCH=HANGING)
-    wait_for_step(processes[0], tmp_path, 5)
-    time.sleep(0.5)
+    processes = start_ranks(command, ranks, PATCH=HANGING, WAITING=f"{tmp_path}/waiting")
+    for rank, process in enumerate(processes):
+        wait_for_file(process, tmp_path / f"waiting{rank}")
     began = time.monotonic()
     processes[-1].send_signal(number)
     done = finish_ranks(processes, timeout_s=60)
@@ -220,9 +232,9 @@ def test_a_rank_that_waits_for_data_saves_and_ends(corpus: Corpus, tmp_path, ran
 
 
 def test_a_stop_while_waiting_changes_no_bit_of_the_rest(corpus: Corpus, tmp_path):
-    process = start(patched(pretrain_command(corpus, tmp_path / "a", "--run.max_steps=7")), PATCH=HANGING)
-    wait_for_step(process, tmp_path / "a", 5)
-    time.sleep(0.5)
+    command = patched(pretrain_command(corpus, tmp_path / "a", "--run.max_steps=7"))
+    process = start(command, PATCH=HANGING, WAITING=f"{tmp_path}/waiting")
+    wait_for_file(process, tmp_path / "waiting0")
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == EXIT_REQUEUE
     for out in ("a", "b"):
@@ -241,12 +253,6 @@ def slow(*_):
     time.sleep(600)
 loop.{name} = slow
 """
-
-
-def wait_for_file(process: warm.Process, file: Path) -> None:
-    while not file.exists():
-        assert process.poll() is None, "the run has ended"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_REQUEUE), (signal.SIGINT, EXIT_INTERRUPTED)])

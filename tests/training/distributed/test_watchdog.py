@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,11 +16,11 @@ from megabert.process.exit_codes import EXIT_PEER_LOST, EXIT_USER_ERROR
 from megabert.training.distributed import watchdog
 from megabert.training.distributed.signals import PEER_REASON, StopSignals
 from megabert.training.distributed.watchdog import GOODBYE, PEER_DIED, STOP, PeerWatchdog, RankLostError
-from tests.helpers import warm
 from tests.helpers.ports import free_port
 from tests.helpers.processes import start, wait_for_step
 from tests.helpers.runs import Corpus, finish_ranks, pretrain_command
 from tests.helpers.runs import start_ranks as warm_ranks
+from tests.training.helpers.watched_ranks import results_of, start_ranks
 
 HOST = socket.gethostname()
 OWN_ADDRESSES = [
@@ -30,32 +29,6 @@ OWN_ADDRESSES = [
     for address in addresses
     if address.family == socket.AF_INET and not address.address.startswith("127.")
 ]
-
-
-def start_ranks(folder: Path, *actions: str, **environment: str) -> list[warm.Process]:
-    """Start one process per action, each with a log file of its own, and wait until the watchdog connects them."""
-    shared = {"WORLD_SIZE": str(len(actions)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = []
-    for rank, action in enumerate(actions):
-        command = [sys.executable, "tests/training/distributed/watchdog_rank.py", action]
-        env = os.environ | shared | environment | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        ranks.append(warm.popen(command, env, folder / f"{rank}.log"))
-    deadline = time.monotonic() + 60
-    while not all("connected" in (folder / f"{rank}.log").read_text() for rank in range(len(actions))):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return ranks
-
-
-def results_of(folder: Path, ranks: list[warm.Process]) -> list[tuple[int, str]]:
-    """Return (exit code, output after "connected") of every rank; none may take long to end."""
-    try:
-        codes = [process.wait(30) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    logs = [(folder / f"{rank}.log").read_text() for rank in range(len(ranks))]
-    return [(code, log.removeprefix("connected\n")) for code, log in zip(codes, logs, strict=True)]
 
 
 def test_ranks_that_return_log_nothing(tmp_path):

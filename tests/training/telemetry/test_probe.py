@@ -170,7 +170,7 @@ def test_a_score_of_a_newer_format_is_refused_and_one_without_a_version_is_read(
     (tmp_path / "probe/step-00000010.json").write_text('{"score": 0.5, "tokens": 10}')
     assert FakeProbe(tmp_path, monkeypatch, WRITE, step=10).lines == ["probe of step 10: about 0.5000"]
     (tmp_path / "probe/step-00000020.json").write_text('{"format_version": 2, "score": 0.5, "tokens": 10}')
-    with pytest.raises(ValueError, match=r"step-00000020.json: has format_version 2, expected at most 1"):
+    with pytest.raises(ValueError, match=r"step-00000020.json: has format_version 2, this MegaBERT reads version 1"):
         FakeProbe(tmp_path, monkeypatch, WRITE, step=20)
 
 

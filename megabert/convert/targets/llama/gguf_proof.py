@@ -1,6 +1,5 @@
 """Check that a model fits GGUF, and compare llama.cpp's output with the checkpoint's."""
 
-import json
 import unicodedata
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from megabert.convert.targets.llama.gguf_writer import BLOCK, KINDS, gguf_names,
 from megabert.convert.targets.programs.run import run_python
 from megabert.convert.targets.target import DiffersError, Expected, Proof, Target, largest_difference, smallest_cosine
 from megabert.data.shards.manifest import TOKENIZER
+from megabert.files.json_file import read_json
 from megabert.model.configuration_megabert import MegaBertConfig
 
 # The smallest cosine of llama.cpp's embeddings that is accepted of each file.
@@ -102,7 +102,7 @@ def _prove_by_llama_cpp(folder: Path, expected: Expected, by_port: Proof) -> Pro
     longest = max(len(row) for row in expected.ids)
     # A text that was cut has no end in common: llama.cpp cuts in another way.
     texts = [row for row, text in enumerate(expected.ids) if len(text) < longest]
-    if composes(json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))):
+    if composes(read_json(folder / TOKENIZER)):
         lines = tuple(unicodedata.normalize("NFC", line) for line in lines)
         texts = [row for row in texts if unicodedata.is_normalized("NFC", expected.texts[row])]
     asked = [expected.texts[row] for row in texts]

@@ -1,4 +1,4 @@
-"""Record the request of a command, so that the same command finds and reuses its results."""
+"""The file `request` in an output folder: what was asked of the command that wrote it, so that it is done once."""
 
 import json
 from collections.abc import Iterable

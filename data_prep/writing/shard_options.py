@@ -1,4 +1,4 @@
-"""The options of write_shards.py, and the request that they make."""
+"""The options of write_shards.py, and what follows from them: the input files, the tokenizer and the rule for ids."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from data_prep.request import request_hash
+from data_prep.request_file import request_hash
 from data_prep.source_options import SourceOptions
 from data_prep.sources import DOCSTRINGS, LeftOut, list_input_splits, source_state
 from data_prep.sources.base import TOKEN_KINDS, InputSplit
