@@ -320,6 +320,9 @@ def _explain(message: str, known: list[str]) -> str:
     if match := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
         return f"unexpected word {match[1]!r}: a value follows its --flag. See --help."
     message = " ".join(message.split())
+    if match := re.fullmatch(r"argument --([\w.]+): expected one argument", message):
+        flag = match[1].replace("_", "-")
+        return f"--{flag} has no value. One that begins with a dash is written as --{flag}=-VALUE."
     if match := re.search(r'Parser key "([\w.]+)": (.*?)(?: Given value type:.*)? (?:Got|Given) value: (.*)', message):
         flag = match[1].rstrip("_").replace("_", "-")
         return f"--{flag} is {match[3]}, expected {_expected_type(match[2])}. See --help."
