@@ -22,6 +22,7 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.request import LOCK, lock_output
 from data_prep.tasks import movies, parameters, same_sense, verses
 from megabert.config import cli
 
@@ -42,6 +43,14 @@ class Options:
 
 def main() -> None:
     options = cli.read_flags(Options, "data_prep/fetch_tasks.py", __doc__ or "")
+    lock = lock_output(Path(options.out), LOCK, "fetch_tasks.py")
+    try:
+        _write_tasks(options)
+    finally:
+        lock.release()
+
+
+def _write_tasks(options: Options) -> None:
     if options.movies:
         movies.write_tasks(Path(options.out))
     if options.text:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.request_file import belongs_to_request, remove_request, was_written_for, write_request
+from data_prep.request_file import belongs_to_request, lock_output, remove_request, was_written_for, write_request
 from data_prep.writing.length_statistics import PLOT
 from megabert.data.shards.manifest import CHUNKS, MANIFEST, TOKEN_COUNTS
 from megabert.files.lock import LockHeldError, acquire
@@ -54,14 +54,7 @@ def opened_work_folder(out: Path, request: str, replace: bool = False) -> Iterat
             f"{foreign[0]}: exists, but its folder has no {MANIFEST}, so it will not be replaced. Choose another "
             "--out, remove the file, or pass --replace."
         )
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = acquire(work / LOCK)
-    except LockHeldError as error:
-        raise ValueError(
-            f"{out}: another write_shards.py is writing there, process {error.pid} on {error.host}. Wait for it to "
-            "end, or choose another --out."
-        ) from error
+    lock = lock_output(out, f".work/{LOCK}", "write_shards.py")
     try:
         if not belongs_to_request(work, WORK_FORMAT, request):
             if (work / PIPELINE).is_file():

@@ -1,4 +1,4 @@
-"""The file `request` in an output folder: what was asked of the command that wrote it, so that it is done once."""
+"""The file `request` in an output folder, what was asked of its command so that it is done once; and the folder's lock."""
 
 import json
 from collections.abc import Iterable
@@ -6,8 +6,10 @@ from pathlib import Path
 
 from megabert.files.atomic import write_atomically
 from megabert.files.hashing import file_sha256, json_sha256
+from megabert.files.lock import Lock, LockHeldError, acquire
 
 REQUEST = "request"
+LOCK = "writing.lock"
 NOTE_FORMAT = 1
 
 
@@ -31,6 +33,18 @@ def belongs_to_request(folder: Path, version: int, request: str) -> bool:
         # The request is missing, or another version wrote it.
         return False
     return data == _content(version, request, found)
+
+
+def lock_output(out: Path, lock: str, command: str) -> Lock:
+    """Lock a file below a folder that a command writes to. Raises ValueError if another command holds the lock."""
+    (out / lock).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return acquire(out / lock)
+    except LockHeldError as error:
+        raise ValueError(
+            f"{out}: another {command} is writing there, process {error.pid} on {error.host}. Wait for it to end, or "
+            "choose another --out."
+        ) from error
 
 
 def note_request(out: Path, request_hash: str) -> None:

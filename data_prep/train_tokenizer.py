@@ -31,7 +31,7 @@ from typing import Literal, NoReturn
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data_prep.request_file import belongs_to_request, remove_request, request_hash, write_request
+from data_prep.request_file import LOCK, belongs_to_request, lock_output, remove_request, request_hash, write_request
 from data_prep.source_options import SourceOptions
 from data_prep.sources import LeftOut, list_input_splits, read_input_split, source_state
 from data_prep.tokenizer.existing import MAX_WORD_CHARS, LoadedTokenizer, load_tokenizer, use_bert_components
@@ -243,7 +243,11 @@ def hash_of_request(options: Options) -> str:
     """Hash the options and the state of the files that the tokenizer is made from."""
     if options.existing:
         path = Path(options.existing)
-        files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+        files = [
+            file
+            for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+            if file.is_file() and file.name != LOCK
+        ]
         state = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     else:
         state = source_state(list_input_splits(options.source, options.read, LeftOut(options.read.skip_damaged)))
@@ -257,6 +261,14 @@ def main(argv: list[str] | None = None, prog: str = "data_prep/train_tokenizer.p
     if belongs_to_request(folder, TOKENIZER_FORMAT, request):
         print(f"{folder / TOKENIZER}: already made from this with these settings, reused")
         return
+    lock = lock_output(folder, LOCK, "train_tokenizer.py")
+    try:
+        _make(options, folder, request)
+    finally:
+        lock.release()
+
+
+def _make(options: Options, folder: Path, request: str) -> None:
     tokenizer, model = load_tokenizer(Path(options.existing), options.lowercase) if options.existing else train(options)
     # Until all files are replaced, some in the folder belong to another request.
     remove_request(folder)

@@ -68,6 +68,11 @@ def list_input_splits(source: str, options: ReadOptions, left_out: LeftOut | Non
 
 
 def _list_input_splits(source: str, options: ReadOptions, left_out: LeftOut) -> list[InputSplit]:
+    if source == DOCSTRINGS and os.path.lexists(source):
+        raise ValueError(
+            f"{source}: is a folder or a file here, and also the name of the docstrings of megabert's dependencies. "
+            f"Pass ./{source} for what is here, or run the command in another folder."
+        )
     if source == DOCSTRINGS:
         return docstrings.list_input_splits()
     if is_remote(source):

@@ -1,11 +1,11 @@
 """Types, limits and error messages that all sources share."""
 
-import errno
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
 
+from megabert.files.disk import FULL
 from megabert.files.redact import redact
 
 T = TypeVar("T")
@@ -213,4 +213,4 @@ def too_long(where: str, remedy: str) -> DamagedError:
 
 def is_disk_full(error: OSError) -> bool:
     """Return whether a write failed because the disk, the quota or the file size limit is exhausted."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return error.errno in FULL

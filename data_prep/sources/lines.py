@@ -97,6 +97,12 @@ def _bounded_lines(
     number = 0
     while data := file.readline(base.MAX_DOCUMENT_BYTES + 1):
         number += 1
+        if number == 1 and start in (None, encoding.mark) and not data.endswith(b"\n") and b"\r" in data[:-1]:
+            # One line, and so one document, would be all that the file has.
+            left_out.damaged(
+                DamagedError(f"{path}: lines end with a carriage return alone. Convert them: tr '\\r' '\\n'.")
+            )
+            return
         where = f"{path} at line {number}" if start is None else f"{path} at byte {offset}"
         if len(data) <= base.MAX_DOCUMENT_BYTES:
             yield Line(where, offset, data, encoding)

@@ -48,6 +48,9 @@ NOT_INSTALLED = re.compile(
 )
 CHECKOUT = Path(__file__).resolve().parents[2]
 
+# A message may quote a line of megabytes; its end has the remedy.
+MAX_MESSAGE = 2000
+
 # The only words that a switch takes as its value: any other word after it is a positional argument.
 SWITCH_VALUES = {"true": "true", "yes": "true", "1": "true", "false": "false", "no": "false", "0": "false"}
 
@@ -234,6 +237,13 @@ class CommandRecord(RedactedRecord):
         return name_commands(super().getMessage())
 
 
+def as_line(message: str) -> str:
+    """Write a message on one line: a line break, as in a name, as \\n, and "..." for the middle of a very long one."""
+    message = message.replace("\r", "\\r").replace("\n", "\\n")
+    half = MAX_MESSAGE // 2
+    return message if len(message) <= MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+
+
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a training run that this error ends; launch/README.md lists all of them.
 
@@ -261,7 +271,7 @@ def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseExcept
         message = explain(error) if isinstance(error, OSError) else str(error)
         if "Original Traceback" in message:
             message = re.sub(r"^[\w.]*Error: ", "", message.strip().splitlines()[-1])
-        sys.stderr.write(f"{prog}: {redact(name_commands(message))}\n")
+        sys.stderr.write(f"{prog}: {as_line(redact(name_commands(message)))}\n")
         sys.exit(code_of(error))
     except ModuleNotFoundError as error:
         if not (message := missing_package(error)):
@@ -323,6 +333,9 @@ def _explain(message: str, known: list[str]) -> str:
     if match := re.search(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
         return f"unexpected word {match[1]!r}: a value follows its --flag. See --help."
     message = " ".join(message.split())
+    if match := re.fullmatch(r"argument --([\w.]+): expected one argument", message):
+        flag = match[1].replace("_", "-")
+        return f"--{flag} has no value. One that begins with a dash is written as --{flag}=-VALUE."
     if match := re.search(r'Parser key "([\w.]+)": (.*?)(?: Given value type:.*)? (?:Got|Given) value: (.*)', message):
         flag = match[1].rstrip("_").replace("_", "-")
         return f"--{flag} is {match[3]}, expected {_expected_type(match[2])}. See --help."

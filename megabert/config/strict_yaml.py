@@ -22,7 +22,7 @@ T = TypeVar("T")
 Name = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 # Bounds for files of settings, far above any real one.
-MAX_FILE_BYTES = 10_000_000
+MAX_FILE_BYTES = 1_000_000
 MAX_VALUES = 100_000
 # Deeper files than this are refused. pydantic reads 200 levels.
 MAX_DEPTH = 100

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from filelock import lock_descriptor
 
+from megabert.files.disk import FULL
 from megabert.files.lock import lock_folder
 
 
@@ -43,6 +44,11 @@ def _renamed_to(path: Path, temporary: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        # A write that fails does not name its file.
+        if error.errno in FULL and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

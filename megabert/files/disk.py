@@ -17,7 +17,11 @@ REMEDIES = {
     errno.EROFS: "Choose another place",
     errno.ENAMETOOLONG: "Choose a shorter name",
     errno.ELOOP: "It is a link to itself: remove it",
+    errno.ENOSPC: "Free some space and run the same command again, or choose another place",
+    errno.EDQUOT: "Free some space and run the same command again, or choose another place",
+    errno.EFBIG: "Raise the limit of file sizes (ulimit -f) and run the same command again",
 }
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 USER_ERRORS = {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 
 
@@ -40,7 +44,9 @@ def as_user_error(error: OSError, message: str) -> ValueError | DiskError:
 def explain(error: OSError) -> str:
     """Describe an error of the system in one line: the file, what is wrong, and the remedy if there is one."""
     remedy = REMEDIES.get(error.errno or 0)
-    if error.filename is None or remedy is None:
+    if remedy is None or (error.filename is None and error.errno not in FULL):
         return str(error)
+    if error.filename is None:
+        return f"{error.strerror}. {remedy}."
     # Of a file that cannot be moved to its name, that name is the second.
     return f"{error.filename2 or error.filename}: {error.strerror}. {remedy}."

@@ -1,5 +1,6 @@
 """Command lines: switches need no value, and whatever could be misread is one line of error and exit code 2."""
 
+import errno
 import functools
 import logging
 import os
@@ -12,6 +13,7 @@ import pytest
 
 from megabert.config import cli
 from megabert.config.cli import Parser, normalize_flags, read_flags
+from megabert.files.atomic import write_atomically
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def test_words_after_two_dashes_are_left_alone():
         (["in", "out", "--aver=2"], "unknown setting --aver. Did you mean --average?"),
         (["in", "out", "--onnx", "maybe"], "unexpected word 'maybe': a value follows its --flag"),
         (["in", "out", "--onnx=maybe"], "maybe"),
-        (["in", "out", "--average"], "expected one argument"),
+        (["in", "out", "--average"], "--average has no value. One that begins with a dash is written as --average=-"),
+        (["in", "out", "--average", "-x"], "--average has no value. One that begins with a dash is written as"),
         (["in", "out", "--average=many"], "--average is many, expected an integer. See --help."),
         (["in", "out", "--most=many"], "--most is many, expected an integer. See --help."),
         (["in"], "out"),
@@ -183,6 +186,8 @@ def test_the_installed_commands_are_those_of_setup():
         (lambda folder: (folder / ("x" * 300)).write_text(""), "xx: File name too long. Choose a shorter name."),
         (lambda folder: (folder / "loop").read_text(), "loop: Too many levels of symbolic links. It is a link to"),
         (lambda folder: (folder / "none").read_text(), "[Errno 2] No such file or directory: "),
+        (lambda folder: (folder / "a\nb\r" / "none").mkdir(), r"a\nb\r/none"),
+        (lambda folder: (folder / ("x" * 10_000)).read_text(), "xxx ... xxx"),
     ],
 )
 def test_an_error_of_the_file_system_is_one_line_with_the_file_and_a_remedy(tmp_path, capsys, action, message):
@@ -195,6 +200,24 @@ def test_an_error_of_the_file_system_is_one_line_with_the_file_and_a_remedy(tmp_
     assert message in error
     assert error.startswith(f"prog: {tmp_path}") or "[Errno 2]" in error
     assert error.count("\n") == 1
+    assert "\r" not in error
+    assert len(error) < 2500
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_one_line_with_the_file_and_a_remedy(tmp_path, capsys, monkeypatch, number):
+    """A write that fails does not name its file."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(SystemExit):
+        cli.run(lambda: write_atomically(tmp_path / "file", b"x"), "prog")
+    error = capsys.readouterr().err
+    assert error.startswith(f"prog: {tmp_path / 'file'}: {os.strerror(number)}. ")
+    assert "run the same command again" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_command_logs_holds_no_secrets(capsys, caplog):

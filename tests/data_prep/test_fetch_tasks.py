@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import runpy
 import sys
 import tarfile
@@ -16,6 +17,7 @@ from data_prep.tasks import movies, parameters, same_sense, verses
 from data_prep.tasks.held_out import read_documents
 from data_prep.tasks.tsv import Row, write_splits
 from data_prep.write_shards import main
+from megabert.files.lock import acquire
 from megabert.finetune.tasks.readers import read_split
 from megabert.finetune.tasks.task import read_task
 from tests.helpers.runs import REPOSITORY
@@ -64,6 +66,15 @@ def test_the_movie_tasks_have_the_labels_of_their_task_files(snippets, launch):
         assert not set(train.first) & set(dev.first)
     assert "snippet 8 of a film" in train.first + dev.first
     assert max(train.labels or []) == pytest.approx(3.6)
+
+
+def test_two_commands_cannot_write_to_one_folder(snippets, launch):
+    lock = acquire(snippets / "writing.lock")
+    code, stderr = launch(f"--out={snippets}")
+    assert code == 1
+    assert f"{snippets}: another fetch_tasks.py is writing there, process {os.getpid()} on" in stderr
+    assert stderr.count("\n") == 1
+    lock.release()
 
 
 def test_a_failed_download_and_a_wrong_file_are_one_line_errors(tmp_path, launch, monkeypatch):

@@ -51,6 +51,15 @@ def test_docstrings_that_are_no_text_are_left_out_and_counted(tmp_path):
     assert left_out.counts == {"docstrings with characters that no text contains": 2}
 
 
+def test_a_folder_with_the_name_of_the_corpus_of_docstrings_is_not_confused_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docstrings").mkdir()
+    (tmp_path / "docstrings/a.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"docstrings: is a folder or a file here, .* Pass \./docstrings for what is"):
+        list_input_splits("docstrings", ReadOptions())
+    assert [split.paths for split in list_input_splits("./docstrings", ReadOptions())] == [("docstrings/a.txt",)]
+
+
 def test_the_corpus_of_docstrings_has_nothing_of_megabert_itself(tmp_path, monkeypatch):
     # setuptools leaves a megabert.egg-info beside the code, which lists all files of megabert.
     package = tmp_path / "megabert.egg-info"

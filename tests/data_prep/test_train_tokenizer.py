@@ -87,6 +87,25 @@ def test_a_tokenizer_of_another_format_version_is_made_again(tmp_path, corpus, c
     assert (tmp_path / "tokenizer.json").read_bytes() == expected
 
 
+def test_two_commands_cannot_write_to_one_folder(tmp_path, corpus, monkeypatch):
+    """Each would record its own request for the files of the other, and reuse them later."""
+    command = [f"--existing={corpus.tokenizer}", f"--out={tmp_path}"]
+    refused = []
+
+    def write(*written: object) -> None:
+        with pytest.raises(ValueError, match=r"another train_tokenizer\.py is writing there, process \d+ on") as error:
+            train_tokenizer.main([*command, "--seed=1"])
+        refused.append(error)
+        write_tokenizer(*written)
+
+    write_tokenizer = train_tokenizer.write_tokenizer
+    monkeypatch.setattr(train_tokenizer, "write_tokenizer", write)
+    train_tokenizer.main(command)
+    assert refused
+    monkeypatch.undo()
+    train_tokenizer.main([*command, "--seed=1"])
+
+
 def test_a_trained_tokenizer_is_reused(corpus, capsys):
     train_tokenizer.main([f"--source={corpus.jsonl}", f"--out={corpus.tokenizer}", "--vocab_size=800"])
     assert "already made from this with these settings, reused" in capsys.readouterr().out

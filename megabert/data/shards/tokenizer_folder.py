@@ -180,11 +180,12 @@ def _add_tokens(path: Path, tokenizer: Tokenizer, tokens: list[tuple[int | None,
 def _read_vocab(path: Path) -> dict[str, int]:
     """Read a piece per line, in the order of the ids, without white space at the ends of lines, as transformers 5 does.
 
+    Unlike there, a byte order mark is no part of the first piece, which is [PAD] as a rule.
     Raises ValueError if a piece is listed twice, but for lines of white space alone: no text contains their piece.
     """
     try:
         # Not splitlines(): U+2028 and U+0085 occur in tokens.
-        text = read_bounded(path, MAX_TOKENIZER_BYTES).decode()
+        text = read_bounded(path, MAX_TOKENIZER_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8: {error}") from error
     pieces = [piece.rstrip(WHITE_SPACE) for piece in text.removesuffix("\n").split("\n")]

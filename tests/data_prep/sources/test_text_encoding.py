@@ -59,6 +59,23 @@ def test_a_byte_order_mark_says_the_encoding(tmp_path, codec, packing):
             assert read(path, encoding="latin-1") == texts
 
 
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize("packing", PACK)
+def test_line_ends_of_old_macs_are_refused_where_a_line_matters(tmp_path, packing, mark):
+    for name, content in {"a.jsonl": '{"text": "a"}\r{"text": "b"}\r', "a.txt": "a\r\rb\r"}.items():
+        path = tmp_path / (name + packing)
+        path.write_bytes(PACK[packing](mark + content.encode()))
+        with pytest.raises(ValueError, match=f"{path}: lines end with a carriage return alone. Convert them: tr"):
+            read(path, blank_lines=name == "a.txt")
+        left_out = LeftOut(skip_damaged=True)
+        assert read(path, left_out, blank_lines=name == "a.txt", skip_damaged=True) == []
+        assert left_out.counts == {"damaged": 1}
+    path = tmp_path / f"a.txt{packing}"
+    assert read(path) == ["a\r\rb\r"]
+    path.write_bytes(PACK[packing](mark + b"50 %\r99 %\n\nb"))
+    assert read(path, blank_lines=True) == ["50 %\r99 %\n", "b"]
+
+
 @pytest.mark.parametrize("packing", PACK)
 @pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be", "utf-32-le", "gb18030", "utf-8-sig", "utf-16"])
 def test_the_option_says_the_encoding(tmp_path, codec, packing):

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertTokenizerFast
 
 from data_prep import train_tokenizer
+from data_prep.tokenizer.existing import load_tokenizer
 from data_prep.train_tokenizer import apply_bert_conventions
 from megabert.convert.hf.tokenizer import read_hf_tokenizer
 from megabert.data.shards.tokenizer import encode, find_tokenizer, read_tokenizer
@@ -180,6 +181,18 @@ FOLDERS = {
     "accents kept": {"tokenizer_config": {"strip_accents": False}},
     "Chinese words kept": {"tokenizer_config": {"tokenize_chinese_chars": False}},
 }
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_byte_order_mark_and_line_ends_of_windows_are_no_part_of_a_vocab_file(tmp_path, mark, end):
+    vocab = tmp_path / "in/vocab.txt"
+    vocab.parent.mkdir()
+    vocab.write_bytes((mark + end.join(PIECES) + end).encode())
+    for path in (vocab, vocab.parent):
+        tokenizer = load_tokenizer(path, lowercase=True).tokenizer
+        assert [tokenizer.id_to_token(number) for number in range(NEXT + 1)] == [*PIECES, None]
+    assert find_tokenizer(convert(vocab, tmp_path / "out"))[1].special_ids["pad"] == 0
 
 
 @pytest.mark.parametrize("has_json", [False, True])

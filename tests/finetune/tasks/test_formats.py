@@ -56,6 +56,19 @@ def test_every_format_gives_the_same_examples(tmp_path, name):
     assert read_split(task_of(name), tmp_path, "train") == Examples(TEXTS, None, [1, 0, 1])
 
 
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "quoted.csv", "a.jsonl"])
+def test_every_format_takes_a_text_of_ten_million_characters(tmp_path, name):
+    text = "ab c " * 2_000_000
+    lines = {
+        "a.tsv": f"label\ttext\ngood\t{text}\n",
+        "a.csv": f"label,text\ngood,{text}\n",
+        "quoted.csv": f'label,text\ngood,"{text}"\n',
+        "a.jsonl": json.dumps({"label": "good", "text": text}),
+    }
+    (tmp_path / name).write_text(lines[name])
+    assert read_split(task_of(name), tmp_path, "train").first == [text]
+
+
 def write_table(path: Path, **columns: object) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
