@@ -117,7 +117,7 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
     vocab_size = -(-VOCAB_SIZE // multiple) * multiple
     fp8 = recipe.run.fp8 != "none"
     if fp8 and card.fp8 is None:
-        raise ValueError(refusal_of_fp8(f"the {card.name} has no FP8 (Hopper, Ada and later ones have)"))
+        raise ValueError(refusal_of_fp8(f"the {card.name} has no FP8 (Hopper, Ada, MI300 and later ones have)"))
     if fp8 and zero_stage > 1:
         raise ValueError(refusal_of_fp8(f"ZeRO {zero_stage} has not been tried with it (--zero 1)"))
 
