@@ -76,33 +76,58 @@ def choose_streams(
 
 
 def choose_batches_per_step(
-    global_batch_tokens: int, micro_batch_tokens: int, longest: int, world_size: int, num_streams: int = 0
+    global_batch_tokens: int,
+    micro_batch_tokens: int,
+    longest: int,
+    world_size: int,
+    num_streams: int = 0,
+    first_batch_tokens: int | None = None,
 ) -> int:
     """Return the micro-batches of one optimizer step over all ranks. longest: the least micro_batch_tokens.
 
-    num_streams: of the run, which its ranks share too; 0: those that its number of ranks gives.
+    num_streams: of the run, which its ranks share too; 0: those that its number of ranks gives. first_batch_tokens: of
+    a batch warm-up, which the advice changes where it must.
 
     Raises ValueError, naming what works, if the ranks cannot share them evenly.
     """
     total = global_batch_tokens // micro_batch_tokens
     if total % world_size == 0:
         return total
-    ways = [f"use {describe(possible_ranks(total, num_streams), world_size)}"]
+
+    def way(micro: int, batch: int) -> str:
+        """Name the settings that these sizes of micro-batch and global batch change."""
+        new = {"micro_batch_tokens": micro, "global_batch_tokens": batch}
+        old = {"micro_batch_tokens": micro_batch_tokens, "global_batch_tokens": global_batch_tokens}
+        if first_batch_tokens is not None:
+            old["batch_warmup_from"] = first_batch_tokens
+            new["batch_warmup_from"] = _first_batch(first_batch_tokens, micro, batch, world_size)
+        *others, last = [f"data.{name} {size}" for name, size in new.items() if size != old[name]]
+        return f"set {', '.join(others)}{' and ' if others else ''}{last}"
+
+    first = 0 if first_batch_tokens is None else first_batch_tokens // micro_batch_tokens
+    ways = []
     if micro := _fitting_micro_batch(global_batch_tokens, micro_batch_tokens, longest, world_size):
-        ways.append(f"set data.micro_batch_tokens {micro}")
+        ways.append(way(micro, global_batch_tokens))
     if total >= world_size:
         multiple = world_size * micro_batch_tokens
-        ways.append(f"set data.global_batch_tokens {round(global_batch_tokens / multiple) * multiple}")
+        ways.append(way(micro_batch_tokens, round(global_batch_tokens / multiple) * multiple))
     elif not micro:
         # A batch of that many micro-batches would be many times larger: rather give each rank one smaller micro-batch.
         unit = max(longest, min(UNIT, micro_batch_tokens))
         each = max(1, round(global_batch_tokens / world_size / unit)) * unit
-        ways.append(f"set data.micro_batch_tokens {each} and data.global_batch_tokens {each * world_size}")
+        ways.append(way(each, each * world_size))
     raise ValueError(
         f"data.global_batch_tokens {global_batch_tokens} is {total} micro-batches of {micro_batch_tokens} tokens, "
-        f"which {world_size} ranks cannot share evenly. To train on {world_size} ranks, {' or '.join(ways[1:])}; or "
-        f"{ways[0]}."
+        f"which {world_size} ranks cannot share evenly. To train on {world_size} ranks, {' or '.join(ways)}; or use "
+        f"{describe(possible_ranks(total, first, num_streams), world_size)}."
     )
+
+
+def _first_batch(tokens: int, micro_batch_tokens: int, global_batch_tokens: int, world_size: int) -> int:
+    """Return the least batch, from `tokens` on, from which a warm-up can grow whose every step the ranks can share."""
+    full = global_batch_tokens // micro_batch_tokens
+    sizes = [size * micro_batch_tokens for size in possible_ranks(full) if size % world_size == 0]
+    return next((size for size in sizes if size >= tokens), global_batch_tokens)
 
 
 def micro_batch_sizes(
@@ -119,11 +144,15 @@ def micro_batch_sizes(
     if sizes and global_batch_tokens % ranks[0] == 0:
         return sizes
     unit = ranks[0] * max(longest, UNIT)
+    batch = max(1, round(global_batch_tokens / unit)) * unit
+    advice = f"data.global_batch_tokens {batch}"
+    if first_batch_tokens is not None:
+        first = _first_batch(first_batch_tokens, max(longest, UNIT), batch, ranks[0])
+        advice += f" and data.batch_warmup_from {first}"
     raise ValueError(
         f"data.micro_batch_tokens auto: no number of tokens from {longest} to {most} divides data.global_batch_tokens "
-        f"{global_batch_tokens} evenly between {ranks[0]} ranks. Set data.global_batch_tokens "
-        f"{max(1, round(global_batch_tokens / unit)) * unit}, or use "
-        f"{describe(possible_ranks(global_batch_tokens), ranks[0])}."
+        f"{global_batch_tokens} evenly between {ranks[0]} ranks. Set {advice}, or use "
+        f"{describe(possible_ranks(*batches), ranks[0])}."
     )
 
 
@@ -136,11 +165,11 @@ def check_warmup(
     """
     if all(size % world_size == 0 for size in batches_per_step):
         return
-    full = batches_per_step[-1]
-    first = next(size for size in possible_ranks(full) if size >= batches_per_step[0] and size % world_size == 0)
+    first, full = (size * micro_batch_tokens for size in (batches_per_step[0], batches_per_step[-1]))
     raise ValueError(
         f"data.batch_warmup_from gives steps of {', '.join(map(str, batches_per_step))} micro-batches, which "
-        f"{world_size} ranks cannot share evenly. Set data.batch_warmup_from {first * micro_batch_tokens}, or use "
+        f"{world_size} ranks cannot share evenly. Set data.batch_warmup_from "
+        f"{_first_batch(first, micro_batch_tokens, full, world_size)}, or use "
         f"{describe(possible_ranks(*batches_per_step, num_streams), world_size)}."
     )
 

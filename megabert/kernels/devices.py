@@ -16,6 +16,9 @@ NVIDIA_FILES = (Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 OLDEST_CAPABILITY = (8, 0)
 # Ada and Hopper are the first with FP8 tensor cores.
 OLDEST_WITH_FP8 = (8, 9)
+# Of AMD's, which count on their own: the MI200 series is (9, 0) and has none, nor has RDNA 3, which is (11, 0); MI300,
+# MI350 and RDNA 4 have (https://rocm.docs.amd.com/en/latest/reference/precision-support.html).
+AMD_WITH_FP8 = ((9, 4), (9, 5), (12, 0))
 C_COMPILER = "install gcc, or set CC"
 TRAIN_ON_CPU = "set DS_ACCELERATOR=cpu to train on the CPU"
 
@@ -67,7 +70,10 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 def has_fp8(device: torch.device) -> bool:
     """Whether a CUDA device multiplies FP8 natively; on a CPU its rounding is emulated."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= OLDEST_WITH_FP8
+    if device.type == "cpu":
+        return True
+    capability = torch.cuda.get_device_capability(device)
+    return capability in AMD_WITH_FP8 if torch.version.hip else capability >= OLDEST_WITH_FP8
 
 
 @functools.cache

@@ -172,7 +172,12 @@ def choose_batches_per_step(data: DataConfig, world_size: int) -> int:
     if data.global_batch_tokens == "auto":
         return world_size
     return ranks.choose_batches_per_step(
-        data.global_batch_tokens, data.bin_tokens, data.longest, world_size, listed_streams(data)
+        data.global_batch_tokens,
+        data.bin_tokens,
+        data.longest,
+        world_size,
+        listed_streams(data),
+        data.batch_warmup_from,
     )
 
 

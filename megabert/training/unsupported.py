@@ -31,7 +31,7 @@ def why_not_fp8(recipe: Recipe, ds_config: ResolvedDsConfig, has_fp8: bool) -> s
     if importlib.util.find_spec("torchao") is None:
         return "torchao is not installed (pip install torchao)"
     if not has_fp8:
-        return "this GPU has no FP8 (Hopper, Ada and later ones have)"
+        return "this GPU has no FP8 (Hopper, Ada, MI300 and later ones have)"
     if not ds_config.bf16:
         return "the rest is computed in fp32, not in bf16 (torch_autocast.enabled in the ds_config)"
     if ds_config.zero_stage > 1:

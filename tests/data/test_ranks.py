@@ -79,12 +79,33 @@ def test_every_advice_about_a_batch_works(world_size, batch):
         assert choose_batches_per_step(total, int(found[1]), longest, world_size)
     if found := re.search(r"set data.global_batch_tokens (\d+)", message):
         assert choose_batches_per_step(int(found[1]), micro, longest, world_size)
-        assert int(found[1]) <= 1.5 * total
+        assert int(found[1]) <= max(1.5 * total, 1024 * world_size)
     if found := re.search(r"set data.micro_batch_tokens (\d+) and data.global_batch_tokens (\d+)", message):
         micro, other = map(int, found.groups())
         assert choose_batches_per_step(other, micro, longest, world_size) == world_size
         assert other <= max(1.5 * total, 1024 * world_size)
     assert "set data." in message
+
+
+@given(world_sizes, st.sampled_from([(4_718_592, 98_304, 786_432), (5_046_272, 57_344, 458_752), (1200, 100, 300)]))
+def test_every_advice_about_a_batch_heeds_the_warmup(world_size, batch):
+    total, micro, first = batch
+    longest = min(1024, micro)
+    try:
+        choose_batches_per_step(total, micro, longest, world_size, 0, first)
+    except ValueError as error:
+        message = str(error)
+    else:
+        return
+    for advised in ranks_in(message):
+        check_warmup(range(first // micro, total // micro + 1, first // micro), micro, advised)
+    for way in re.findall(r"[Ss]et ((?:data\.\w+ \d+(?:, | and )?)+)", message):
+        new = dict(re.findall(r"data\.(\w+) (\d+)", way))
+        names = ("global_batch_tokens", "micro_batch_tokens", "batch_warmup_from")
+        total, micro, first = (int(new.get(name, old)) for name, old in zip(names, batch, strict=True))
+        assert total % first == first % micro == 0
+        assert choose_batches_per_step(total, micro, longest, world_size, 0, first)
+        check_warmup(range(first // micro, total // micro + 1, first // micro), micro, world_size)
 
 
 @given(world_sizes, st.sampled_from([(2, 4, 6, 8), (48, 96, 144, 192)]))

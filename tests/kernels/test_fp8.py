@@ -11,6 +11,7 @@ from torch import nn
 from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe_parser import RecipeParser, load_recipe
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
+from megabert.kernels.devices import has_fp8
 from megabert.model.layers import Block
 from megabert.training import unsupported
 from megabert.training.unsupported import refusal_of_fp8, why_not_fp8
@@ -107,6 +108,26 @@ def test_300_steps_of_the_quickstarts_model_end_within_a_hundredth_of_bf16(corpu
         found.append(json.loads((out / "result.json").read_text())["heldout_loss"])
     assert found[1] == pytest.approx(found[0], rel=0.01)
     assert found[0] < 5.5, "it has learned"
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "expected"),
+    [
+        (None, (8, 0), False),
+        (None, (8, 9), True),
+        (None, (9, 0), True),
+        ("6.3", (9, 0), False),
+        ("6.3", (9, 4), True),
+        ("6.3", (11, 0), False),
+        ("6.3", (12, 0), True),
+    ],
+    ids=["A100", "L40S", "H100", "MI250X", "MI300X", "RX 7900", "RX 9070"],
+)
+def test_amds_cards_have_fp8_by_their_own_numbers(monkeypatch, hip, capability, expected):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_fp8(torch.device("cuda")) is expected
+    assert has_fp8(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The memory that one rank of a training run needs, in bytes, by a written formula."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from megabert.config.ds_schema import ZeroOptimization, in_host_memory
+from megabert.config.ds_schema import DsSettings, ZeroOptimization, in_host_memory
 from megabert.config.recipe import ModelConfig
 from megabert.training.micro_batch.batch import Batch
 
@@ -31,6 +32,23 @@ class Memory:
     def fits(self, card_bytes: float) -> bool:
         """Return whether a card with this memory holds it."""
         return self.total <= FULL * card_bytes
+
+
+class Formats(NamedTuple):
+    """Bytes of a number of the weights that the model reads, and of a step's gradients, as DeepSpeed keeps them."""
+
+    weight: int = 4
+    gradient: int = 4
+
+    @classmethod
+    def of(cls, values: DsSettings) -> "Formats":
+        """Return those of a ds_config. Without data_types the gradients are summed in the format of the weights."""
+        weight = 2 if values.bf16.enabled else 4
+        summed = values.data_types.grad_accum_dtype
+        return cls(weight, weight if summed is None else 4 if summed == "fp32" else 2)
+
+
+FP32 = Formats()
 
 
 def num_weights(model: ModelConfig, vocab_size: int) -> int:
@@ -94,8 +112,13 @@ def memory_of_rank(
     ranks: int,
     bf16: bool = True,
     fp8: bool = False,
+    graphs: bool = False,
+    formats: Formats = FP32,
 ) -> Memory:
-    """Return the memory of one rank. zero: the ds_config's. bf16: of the activations. fp8: whether run.fp8 is on."""
+    """Return the memory of one rank.
+
+    zero, formats: the ds_config's. bf16: of the activations. fp8, graphs: whether run.fp8 and run.cuda_graphs are on.
+    """
     size = 2 if bf16 else 4
     layers, recomputed = model.num_hidden_layers, model.recomputed_layers
     kept = kept_bytes(model, vocab_size, batch, bf16, fp8)
@@ -105,24 +128,28 @@ def memory_of_rank(
         kept += batch.slots * recomputed * size * model.hidden_size - (recomputed - 1) * layer
     # While a layer runs backwards, its MLP's gradients exist too; a cast to FP8 makes an fp32 copy of the largest.
     gradients = batch.slots * _width_of_up(model) * (2 * size + (4 if fp8 else 0))
-    states = _state_bytes(num_weights(model, vocab_size), layers, zero, ranks)
+    weights = num_weights(model, vocab_size)
+    # A graph computes all gradients of a micro-batch before it adds them to those of the step.
+    states = _state_bytes(weights, layers, zero, ranks, formats) + (formats.gradient * weights if graphs else 0)
     return Memory(states=states, kept=kept, work=max(LOSS_CHUNK, gradients))
 
 
-def _state_bytes(weights: int, layers: int, zero: ZeroOptimization, ranks: int) -> float:
+def _state_bytes(weights: int, layers: int, zero: ZeroOptimization, ranks: int, formats: Formats) -> float:
     """Return the bytes of weights, gradients and optimizer on a rank's device.
 
-    ZeRO 1 and 2 keep a copy of the weights that the optimizer updates beside those that the model reads. Offloaded,
-    that copy and the moments are in host memory. Gradients are sent from two buckets, and from ZeRO 2 on gathered in
-    two.
+    ZeRO 1 and 2 keep an fp32 copy of the weights that the optimizer updates beside those that the model reads.
+    Offloaded, that copy and the moments are in host memory. ZeRO 1 adds gradients of another format than the weights'
+    up in further memory. Gradients are sent from two buckets, and from ZeRO 2 on gathered in two.
     """
     if zero.stage == 0:
         return 16.0 * weights
-    own, buckets = weights / ranks, 2 * 4 * zero.reduce_bucket_size
+    weight, gradient = formats
+    own, buckets = weights / ranks, 2 * weight * zero.reduce_bucket_size
     optimizer = 0 if in_host_memory(zero.offload_optimizer) else 12 * own
     if zero.stage == 1:
-        return 8 * weights + optimizer + buckets
+        return (2 * weight + (gradient if gradient != weight else 0)) * weights + optimizer + buckets
     if zero.stage == 2:
-        return 4 * weights + 4 * own + optimizer + 2 * buckets
+        return weight * weights + gradient * own + optimizer + 2 * buckets
+    kept = gradient if in_host_memory(zero.offload_param) else weight + gradient
     # Of the weights themselves two layers are gathered at once.
-    return (4 if in_host_memory(zero.offload_param) else 8) * own + optimizer + 2 * 4 * weights / layers + 2 * buckets
+    return kept * own + optimizer + 2 * weight * weights / layers + 2 * buckets

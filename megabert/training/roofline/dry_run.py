@@ -29,7 +29,7 @@ from megabert.training.checkpointing.initial_folder import (
 from megabert.training.corpora import choose_max_documents, open_corpora
 from megabert.training.identity import RunIdentity, check_branch, check_same_run, fixed_settings
 from megabert.training.micro_batch.batch import batch_of_web_pages, largest_batch
-from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
+from megabert.training.micro_batch.memory import Formats, Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
 from megabert.training.run_schedule import ENDLESS, RunSchedule, make_run_schedule, shared_batches
 from megabert.training.telemetry.cards import CARDS
@@ -150,6 +150,8 @@ class Checks:
             ranks=self.ranks,
             bf16=self.ds_config.computes_in_bf16(fast_bf16=True),
             fp8=recipe.run.fp8 != "none",
+            graphs=recipe.run.cuda_graphs is not False,
+            formats=Formats.of(self.ds_config.values),
         )
 
     def settings(self) -> Iterator[str]:

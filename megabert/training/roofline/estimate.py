@@ -56,9 +56,12 @@ class Prediction:
 
 def predict(
     model: ModelConfig, batch: Batch, card: Card, *, gpus: int, accumulation: int, zero_stage: int,
-    vocab_size: int = VOCAB_SIZE, fp8: bool = False,
+    vocab_size: int = VOCAB_SIZE, fp8: bool = False, graphs: bool = False,
 ) -> Prediction:  # fmt: skip
-    """Predict a step of `accumulation` micro-batches on each of `gpus` ranks. fp8: run.fp8, with run.compile."""
+    """Predict a step of `accumulation` micro-batches on each of `gpus` ranks.
+
+    fp8: run.fp8, with run.compile. graphs: run.cuda_graphs, of which only the memory is predicted.
+    """
     bf16 = card.bf16 is not None
     work = operations(model, vocab_size, batch, bf16, fp8)
     seconds = {operation.name: operation.seconds(card, bf16) * accumulation for operation in work}
@@ -73,7 +76,7 @@ def predict(
     shared_by = gpus if zero_stage else 1
     seconds["optimizer"] = 28 * weights / shared_by / (card.bandwidth * BANDWIDTH)
     memory = memory_of_rank(
-        model, batch, vocab_size=vocab_size, zero=zero_of(zero_stage), ranks=gpus, bf16=bf16, fp8=fp8
+        model, batch, vocab_size=vocab_size, zero=zero_of(zero_stage), ranks=gpus, bf16=bf16, fp8=fp8, graphs=graphs
     )
     return Prediction(
         tokens=batch.tokens * accumulation * gpus,
@@ -115,16 +118,16 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
     """
     data, multiple = recipe.data, recipe.model.pad_vocab_to_multiple_of
     vocab_size = -(-VOCAB_SIZE // multiple) * multiple
-    fp8 = recipe.run.fp8 != "none"
+    fp8, graphs = recipe.run.fp8 != "none", recipe.run.cuda_graphs is not False
     if fp8 and card.fp8 is None:
-        raise ValueError(refusal_of_fp8(f"the {card.name} has no FP8 (Hopper, Ada and later ones have)"))
+        raise ValueError(refusal_of_fp8(f"the {card.name} has no FP8 (Hopper, Ada, MI300 and later ones have)"))
     if fp8 and zero_stage > 1:
         raise ValueError(refusal_of_fp8(f"ZeRO {zero_stage} has not been tried with it (--zero 1)"))
 
     def memory_of(tokens: int) -> Memory:
         return memory_of_rank(
             recipe.model, batch_of_web_pages(recipe, tokens), vocab_size=vocab_size, zero=zero_of(zero_stage),
-            ranks=gpus, bf16=card.bf16 is not None, fp8=fp8,
+            ranks=gpus, bf16=card.bf16 is not None, fp8=fp8, graphs=graphs,
         )  # fmt: skip
 
     tokens = data.micro_batch_tokens
@@ -133,7 +136,7 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
     total = make_run_schedule(recipe.with_micro_batch(tokens), gpus).batches_per_step
     return predict(
         recipe.model, batch_of_web_pages(recipe, tokens), card, gpus=gpus, accumulation=total // gpus,
-        zero_stage=zero_stage, vocab_size=vocab_size, fp8=fp8,
+        zero_stage=zero_stage, vocab_size=vocab_size, fp8=fp8, graphs=graphs,
     )  # fmt: skip
 
 

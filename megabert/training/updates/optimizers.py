@@ -110,37 +110,69 @@ class StableAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.zeros(())
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
-                partition = self.partitions[parameter] if self.partitions else None
-                _stable_adamw_step(parameter, parameter.grad, state, group, partition)
+            if self.partitions:
+                for flat in parameters:
+                    _stable_adamw_step([flat], self.state, group, self.partitions[flat])
+            elif parameters:
+                _stable_adamw_step(parameters, self.state, group, None)
         return loss
 
 
 def _stable_adamw_step(
-    parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], partition: Partition | None
+    parameters: list[Tensor], states: dict[Tensor, Any], group: dict[str, Any], partition: Partition | None
 ) -> None:
-    """Update one parameter, or a rank's partition of several, and their moments in place."""
-    step = int(state["step"])
+    """Update some parameters, or a rank's partition of several, and their moments in place.
+
+    Most operations are done for all tensors at once, so that a GPU gets a few kernels instead of some for each tensor.
+    """
+    weights, grads = parameters, [parameter.grad for parameter in parameters if parameter.grad is not None]
+    averages, squares = ([states[parameter][name] for parameter in parameters] for name in ("exp_avg", "exp_avg_sq"))
+    steps = list(map(int, [states[parameter]["step"] for parameter in parameters]))
     # Betas that make the moments unbiased at every step, so that no bias correction follows.
-    first, second = (beta * (1 - beta ** (step - 1)) / (1 - beta**step) for beta in group["betas"])
-    average = state["exp_avg"].lerp_(grad, 1 - first)
-    square = state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
-    parts, numels = ([...], [parameter.numel()]) if partition is None else partition
-    # Part by part, so that nothing as large as a whole partition is allocated.
-    ratios = (grad[part].square() / square[part].clamp(min=group["eps"] ** 2) for part in parts)
-    means = torch.stack([ratio.sum() / numel for ratio, numel in zip(ratios, numels, strict=True)])
+    first, second = ([beta * (1 - beta ** (n - 1)) / (1 - beta**n) for n in steps] for beta in group["betas"])
+    torch._foreach_lerp_(averages, grads, [1 - beta for beta in first])
+    torch._foreach_mul_(squares, second)
+    torch._foreach_addcmul_(squares, grads, grads, [1 - beta for beta in second])
+    held, numels = slice(None), [weight.numel() for weight in weights]
+    if partition is not None:
+        numels = partition.numels
+        own = [number for number, part in enumerate(partition.parts) if part.start < part.stop]
+        # They follow each other. A partition that is nothing but padding has none.
+        held = slice(own[0], own[-1] + 1) if own else slice(0)
+        weights, grads, averages, squares = (
+            [flat[part] for part in partition.parts[held]] for (flat,) in (weights, grads, averages, squares)
+        )
+    means = parameters[0].new_zeros(len(numels))
+    if weights:
+        ratios = torch._foreach_mul(grads, grads)
+        torch._foreach_div_(ratios, torch._foreach_clamp_min(squares, group["eps"] ** 2))
+        sums = [ratio.sum() for ratio in ratios]
+        torch._foreach_div_(sums, numels[held])
+        means[held] = torch.stack(sums)
+        del ratios
     if partition is not None:
         torch.distributed.all_reduce(means)
-    lrs = group["lr"] / means.sqrt_().clamp_(min=1)
-    for part, lr in zip(parts, lrs, strict=True):
-        weights = parameter[part]
-        weights.mul_(1 - lr * group["weight_decay"])
-        weights.sub_(average[part] / square[part].sqrt().add_(group["eps"]) * lr)
+    if weights:
+        _descend(weights, averages, squares, group, group["lr"] / means[held].sqrt().clamp_(min=1))
+
+
+def _descend(
+    weights: list[Tensor], averages: list[Tensor], squares: list[Tensor], group: dict[str, Any], lrs: Tensor
+) -> None:
+    """Change the weights in place. lrs: each one's learning rate."""
+    updates = torch._foreach_sqrt(squares)
+    torch._foreach_add_(updates, group["eps"])
+    updates = torch._foreach_div(averages, updates)
+    # torch has no operation that multiplies many tensors by a number each which is on the device.
+    for weight, update, lr, decay in zip(weights, updates, lrs, 1 - lrs * group["weight_decay"], strict=True):
+        weight.mul_(decay)
+        update.mul_(lr)
+    torch._foreach_sub_(weights, updates)

@@ -15,13 +15,15 @@ import yaml
 
 from megabert.config.ds_config import read_ds_config
 from megabert.config.recipe import Recipe
-from megabert.config.recipe_parser import ds_config_path, load_recipe
+from megabert.config.recipe_parser import ds_config_path, load_recipe, recipe_names
+from megabert.data.ranks import choose_streams, worker_count
 from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.checkpoint_format import State
 from megabert.training.corpora import open_corpora
 from megabert.training.micro_batch.memory import Memory, num_weights
 from megabert.training.roofline.dry_run import Checks, Finding, dry_run
+from megabert.training.run_schedule import make_run_schedule, shared_batches
 from tests.helpers.runs import REPOSITORY, TINY, Corpus, last_of_each
 
 
@@ -65,8 +67,10 @@ class Attempt(NamedTuple):
 def follow(attempt: Attempt, message: str, folder: Path) -> list[Attempt]:
     """Return the attempts that a message advises, one for each way that it names."""
     found = []
-    for name, value in re.findall(r"[Ss]et ((?:model|data|optimizer|run)\.\w+) (?:to )?(\w+)", message):
-        found.append(attempt.plus(f"--{name}={value}"))
+    setting = r"(?:model|data|optimizer|run)\.\w+ (?:to )?\w+"
+    for together in re.findall(rf"[Ss]et ({setting}(?:(?:, | and ){setting})*)", message):
+        ways = re.findall(r"((?:model|data|optimizer|run)\.\w+) (?:to )?(\w+)", together)
+        found.append(attempt.plus(*(f"--{name}={value}" for name, value in ways)))
     for name, value in re.findall(r"((?:data)\.\w+) is \d+, expected at least (\d+)", message):
         found.append(attempt.plus(f"--{name}={value}"))
     for ranks in re.findall(r"[Uu]se ([\d, or]+) ranks?", message):
@@ -82,6 +86,48 @@ def follow(attempt: Attempt, message: str, folder: Path) -> list[Attempt]:
     for value in re.findall(r"--run.resume (none|auto)", message):
         found.append(attempt.plus(f"--run.resume={value}"))
     return found
+
+
+@pytest.mark.parametrize("ranks", [8, 48, 1024])
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_printed_counts_are_those_of_the_run(name, ranks, tmp_path):
+    """Of micro-batches, tokens, streams, workers, and the ranks that can resume; or of the refusal."""
+    recipe = load_recipe(name, run={"output_dir": str(tmp_path)})
+    checks = Checks(recipe, read_ds_config(ds_config_path("zero1")), ranks)
+    try:
+        lines = [*checks.batches(), *checks.streams()]
+    except ValueError as error:
+        if recipe.data.micro_batch_tokens != "auto":
+            with pytest.raises(ValueError, match=re.escape(str(error))):
+                make_run_schedule(recipe, ranks)
+        return
+    data = checks.recipe.data
+    schedule = make_run_schedule(checks.recipe, ranks)
+    sizes = schedule.stages.batches_per_step
+    if recipe.data.micro_batch_tokens == "auto":
+        assert int_in(lines.pop(0), r"auto: ([\d,]+) ") == data.bin_tokens
+    step, run, streams, resume = lines
+    assert int_in(step, r"of ([\d,]+) tokens") == data.bin_tokens
+    for index, unit in enumerate((1, ranks)):
+        shown = re.findall(r"([\d,]+)(?: to ([\d,]+))?(?: micro-batches| on each)", step)[index]
+        assert [int(text.replace(",", "")) for text in shown if text] == [
+            s // unit for s in sorted({sizes[0], sizes[-1]})
+        ]
+    assert int_in(step, r"of (\d+) ranks") == ranks
+    assert int_in(run, r"run: ([\d,]+) steps") == schedule.total_steps
+    count = choose_streams(data.ranks, data.num_workers, ranks, None, shared_batches(data, schedule))
+    assert int_in(streams, r"^([\d,]+) data streams") == count
+    assert int_in(streams, r"([\d,]+) a rank") == count // ranks
+    assert int_in(streams, r"read by (\d+) loader") == worker_count(data.num_workers, count // ranks)
+    shown = [int(number) for number in re.findall(r"\d+", resume)]
+    shares = [count, *shared_batches(data, schedule)]
+    assert shown == [n for n in range(1, count + 1) if not any(share % n for share in shares)]
+
+
+def int_in(line: str, pattern: str) -> int:
+    found = re.search(pattern, line)
+    assert found is not None, line
+    return int(found[1].replace(",", ""))
 
 
 @pytest.fixture

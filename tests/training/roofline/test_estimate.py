@@ -7,6 +7,7 @@ import runpy
 import pytest
 import torch
 
+from megabert.config.ds_config import DsConfig
 from megabert.config.ds_schema import Offload
 from megabert.config.recipe_parser import load_recipe, recipe_names
 from megabert.kernels.resolve import torch_ops
@@ -14,7 +15,7 @@ from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.architecture import architecture_of
 from megabert.training.micro_batch.batch import Batch, batch_of, piece_lengths
-from megabert.training.micro_batch.memory import memory_of_rank, num_weights, weights_of_maps
+from megabert.training.micro_batch.memory import Formats, memory_of_rank, num_weights, weights_of_maps
 from megabert.training.roofline.estimate import communication_s, hours_of, predict_recipe, zero_of
 from megabert.training.roofline.work import needed_flops, operations
 from megabert.training.telemetry.cards import card_named
@@ -89,6 +90,35 @@ def test_offloading_and_the_size_of_buckets_count():
         assert memory(1024, zero=larger).states - plain[stage] == (1 if stage == 1 else 2) * 2 * 4 * 450_000_000
     no_weights = dataclasses.replace(zero_of(3), offload_param=Offload(device="cpu"))
     assert plain[3] - memory(1024, zero=no_weights).states == 4 * weights / 8
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "expected"),
+    [
+        (1, {}, 4 + 4 + 12 / 8),
+        (1, {"bf16": {"enabled": True}}, 2 + 2 + 12 / 8),
+        (1, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, 2 + 2 + 4 + 12 / 8),
+        (2, {"bf16": {"enabled": True}}, 2 + (2 + 12) / 8),
+        (3, {}, (4 + 4 + 12) / 8),
+        (3, {"bf16": {"enabled": True}}, (2 + 2 + 12) / 8),
+        (3, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, (2 + 4 + 12) / 8),
+    ],
+)
+def test_the_states_are_those_that_deepspeed_holds(stage, settings, expected):
+    """Bytes for a weight that rank 0 of 8 had after a backward pass on a CPU, without the buckets: DeepSpeed 0.19.8."""
+    formats = Formats.of(DsConfig("ds.json", settings).values)
+    section = dataclasses.replace(zero_of(stage), reduce_bucket_size=0)
+    gathered = 2 * formats.weight / BASE.model.num_hidden_layers if stage == 3 else 0
+    states = memory(1024, zero=section, formats=formats).states / num_weights(BASE.model, 30_528)
+    assert states - gathered == pytest.approx(expected)
+
+
+def test_graphs_hold_the_gradients_of_a_micro_batch():
+    assert memory(1024, graphs=True).states - memory(1024).states == 4 * num_weights(BASE.model, 30_528)
+    graphs, none = (
+        predict_recipe(load_recipe("mosaicbert-base", run={"cuda_graphs": on}), H100, 8, 1) for on in ("auto", False)
+    )
+    assert graphs.memory.states > none.memory.states
 
 
 def test_fp8_keeps_no_copies_of_the_layers_weights_and_casts_take_memory():

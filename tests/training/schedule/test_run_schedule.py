@@ -1,6 +1,7 @@
 """The schedules of a run: steps, batches, lengths, masking rate and learning rate."""
 
 import dataclasses
+import re
 import sys
 
 import numpy as np
@@ -9,11 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabert.config.recipe import OptimizerConfig, Recipe
-from megabert.config.recipe_parser import RecipeParser
+from megabert.config.recipe_parser import RecipeParser, load_recipe, recipe_names
 from megabert.data.batch_schedule import MaskingRate
 from megabert.plots.schedule import plot_schedule
 from megabert.training.micro_batch.sizes import MOST_TOKENS, possible_micro_batches
-from megabert.training.run_schedule import choose_batches_per_step, lr_factor, make_run_schedule, total_steps
+from megabert.training.run_schedule import (
+    RunSchedule,
+    choose_batches_per_step,
+    lr_factor,
+    make_run_schedule,
+    total_steps,
+)
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.runs import TINY, last_of_each, pretrain_command, run_command
 
@@ -114,6 +121,47 @@ def test_the_documented_clusters_share_a_published_batch(name):
     for ranks in (1, 8, 16, 32):
         assert {14_720, 471_040 // max(4, ranks)} <= set(possible_micro_batches(recipe.data, ranks, MOST_TOKENS))
         assert choose_batches_per_step(recipe.with_micro_batch(14_720).data, ranks) == 32
+
+
+def schedule_on(recipe: Recipe, ranks: int) -> RunSchedule:
+    if recipe.data.micro_batch_tokens == "auto":
+        recipe = recipe.with_micro_batch(possible_micro_batches(recipe.data, ranks, MOST_TOKENS)[-1])
+    return make_run_schedule(recipe, ranks)
+
+
+def settings_in(message: str) -> list[dict[str, int]]:
+    """The ways to change settings that a message names, each with all that must be set together."""
+    ways = re.findall(r"[Ss]et ((?:data\.\w+ \d+(?:, | and )?)+)", message)
+    return [{name: int(value) for name, value in re.findall(r"data\.(\w+) (\d+)", way)} for way in ways]
+
+
+@pytest.mark.parametrize("ranks", [8, 64, 256, 1000, 1024])
+@pytest.mark.parametrize("name", recipe_names())
+def test_one_message_says_all_that_a_number_of_ranks_needs(name, ranks):
+    """The batch warm-up too. Each way that it names is followed, and none ends in another refusal."""
+    recipe = load_recipe(name)
+    try:
+        schedule = schedule_on(recipe, ranks)
+    except ValueError as error:
+        message = str(error)
+    else:
+        assert all(size % ranks == 0 for size in schedule.stages.batches_per_step)
+        return
+    ways, others = settings_in(message), re.findall(r"\d+", message.rpartition("use ")[2])
+    assert ways
+    assert others
+    for changes in ways:
+        data = dataclasses.replace(recipe.data, **changes)  # pyrefly: ignore[bad-argument-type]
+        assert schedule_on(dataclasses.replace(recipe, data=data), ranks)
+    for number in others:
+        assert schedule_on(recipe, int(number))
+
+
+def test_modernbert_large_on_1000_ranks_needs_three_settings_at_once():
+    with pytest.raises(ValueError, match="which 1000 ranks cannot share evenly") as error:
+        make_run_schedule(load_recipe("modernbert-large"), 1000)
+    expected = {"micro_batch_tokens": 8192, "global_batch_tokens": 8_192_000, "batch_warmup_from": 8_192_000}
+    assert settings_in(str(error.value)) == [expected]
 
 
 def test_the_length_of_a_run():

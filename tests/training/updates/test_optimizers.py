@@ -1,11 +1,14 @@
 """Parameter groups, weight decay, StableAdamW, and Muon at every ZeRO stage."""
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe import OptimizerConfig
@@ -14,6 +17,7 @@ from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.run_schedule import lr_factor
 from megabert.training.telemetry.reporter import read_metrics
 from megabert.training.updates.optimizers import (
+    Partition,
     StableAdamW,
     make_muon,
     muon_matrices,
@@ -83,6 +87,80 @@ def test_stable_adamw_takes_the_steps_of_the_paper():
         expected = expected - lr * SETTINGS["weight_decay"] * expected - lr * m / (v**0.5 + SETTINGS["eps"])
     assert shortened
     torch.testing.assert_close(stepped(weight, 3), expected, rtol=1e-10, atol=1e-12)
+
+
+def step_part_by_part(
+    weights: torch.Tensor, grad: torch.Tensor, moments: torch.Tensor, step: int, parts: list, numels: list
+) -> None:
+    """Take a step in place, one part after the other. moments: (2, ...), of the weights' shape."""
+    average, square = moments
+    first, second = (beta * (1 - beta ** (step - 1)) / (1 - beta**step) for beta in SETTINGS["betas"])
+    average.lerp_(grad, 1 - first)
+    square.mul_(second).addcmul_(grad, grad, value=1 - second)
+    ratios = (grad[part].square() / square[part].clamp(min=SETTINGS["eps"] ** 2) for part in parts)
+    means = torch.stack([ratio.sum() / numel for ratio, numel in zip(ratios, numels, strict=True)])
+    if len(parts) > 1:
+        torch.distributed.all_reduce(means)
+    for part, lr in zip(parts, SETTINGS["lr"] / means.sqrt().clamp(min=1), strict=True):
+        weights[part] *= 1 - lr * SETTINGS["weight_decay"]
+        weights[part] -= average[part] / square[part].sqrt().add(SETTINGS["eps"]) * lr
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts operations that compute something."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func.overloadpacket.__name__ not in ("detach", "unbind", "_local_scalar_dense")
+        return func(*args, **(kwargs or {}))
+
+
+NUMELS = [35, 1, 33, 24, 301]
+
+
+@pytest.mark.parametrize("begin", [None, 0, 20, 34, 36, 68, 380, 394])
+def test_stable_adamw_steps_all_parts_at_once_as_one_after_the_other(monkeypatch, begin):
+    """Bitwise. Of whole parameters, and of a partition of 32 numbers, which ends with padding or is nothing else."""
+    generator = torch.Generator().manual_seed(5)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda means: means.add_(torch.arange(5) / 2))
+    weights = [torch.randn(n, generator=generator) for n in (NUMELS if begin is None else [32])]
+    parts = [[...]] * len(NUMELS)
+    if begin is not None:
+        edges = [min(max(edge - begin, 0), 32) for edge in itertools.accumulate([0, *NUMELS])]
+        parts = [[slice(*pair) for pair in itertools.pairwise(edges)]]
+    numels = [[n] for n in NUMELS] if begin is None else [NUMELS]
+    parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    optimizer = StableAdamW([{"params": parameters}], **SETTINGS)
+    if begin is not None:
+        optimizer.partitions = {parameters[0]: Partition(parts[0], NUMELS)}
+    moments = [torch.zeros(2, len(weight)) for weight in weights]
+    for step in range(1, 4):
+        for parameter, *rest in zip(parameters, weights, moments, parts, numels, strict=True):
+            weight, held, part, numel = rest
+            parameter.grad = torch.randn(len(weight), generator=generator) * 10.0**step
+            step_part_by_part(weight, parameter.grad, held, step, part, numel)
+        optimizer.step()
+    for parameter, weight, held in zip(parameters, weights, moments, strict=True):
+        state = optimizer.state[parameter]
+        assert torch.equal(parameter.detach(), weight)
+        assert torch.equal(torch.stack([state["exp_avg"], state["exp_avg_sq"]]), held)
+
+
+def test_stable_adamw_calls_three_operations_for_a_tensor_and_few_for_all():
+    def calls(count: int) -> int:
+        parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(count)]
+        optimizer = StableAdamW([{"params": parameters}], **SETTINGS)
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = torch.ones(3)
+            with CountCalls() as counted:
+                optimizer.step()
+        # Without the number of the step, which is on the host.
+        return counted.calls - count
+
+    assert calls(2) < 40
+    assert calls(12) - calls(2) == 10 * 3
 
 
 def test_a_closure_is_called_with_gradients():
