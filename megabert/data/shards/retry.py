@@ -162,22 +162,24 @@ class HedgedRequest:
 
     def __call__(self, request: Callable[[], T], url: str) -> T:
         """Return request(); it runs in other threads, twice at once where the first is slow. Raises what it raises."""
-        began, logged = time.monotonic(), False
+        began, logged, repeated = time.monotonic(), False, False
         pool = _request_pool(os.getpid())
         running = {pool.submit(self._timed, request)}
         slow_s = max(SLOW_S, SLOW_FACTOR * statistics.median(self._seconds)) if self._seconds else SLOW_S
-        done, running = wait(running, timeout=slow_s)
-        if not done:
-            running.add(pool.submit(self._timed, request))
         while True:
+            left_s = 1.0 if repeated else max(0.0, began + slow_s - time.monotonic())
+            done, running = wait(running, timeout=min(1.0, left_s), return_when=FIRST_COMPLETED)
             answers = [future for future in done if future.exception() is None]
             if answers or not running:
                 return (answers or list(done))[0].result()
             waiting_for_store()
-            if not logged and time.monotonic() - began > LOG_AFTER_S:
+            waited_s = time.monotonic() - began
+            if not logged and waited_s > LOG_AFTER_S:
                 logged = True
                 log.warning("%s: no answer for %.0f s", url, LOG_AFTER_S)
-            done, running = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+            if not repeated and waited_s >= slow_s:
+                repeated = True
+                running.add(pool.submit(self._timed, request))
 
     def _timed(self, request: Callable[[], T]) -> T:
         began = time.monotonic()

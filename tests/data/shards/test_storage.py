@@ -493,6 +493,21 @@ def test_a_slow_request_is_made_a_second_time_and_the_first_answer_counts(monkey
     assert waited_for_store_at() > before, "its peers know that this is no hang"
 
 
+def test_a_store_that_is_always_slow_is_no_hang_before_the_second_request():
+    request = HedgedRequest()
+    request._seconds.extend([15.0])  # so that a request counts as slow after 75 s
+    started, before, released = [], waited_for_store_at(), threading.Event()
+    answer = threading.Thread(target=lambda: request(lambda: started.append(1) or released.wait(30), "here"))
+    answer.start()
+    until = time.monotonic() + 30.0
+    while waited_for_store_at() == before and time.monotonic() < until:
+        time.sleep(0.1)
+    released.set()
+    answer.join()
+    assert waited_for_store_at() > before
+    assert len(started) == 1
+
+
 def test_two_failing_requests_raise_and_one_that_succeeds_is_enough(monkeypatch):
     monkeypatch.setattr(retry, "SLOW_S", 0.05)
     started = []
