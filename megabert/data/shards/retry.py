@@ -1,7 +1,6 @@
 """Repeat requests to stores that fail, send a slow one twice, and record when a rank last waited."""
 
 import functools
-import importlib.util
 import logging
 import mmap
 import os
@@ -9,13 +8,14 @@ import re
 import statistics
 import struct
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, wait_random_exponential
 
 from megabert.data.shards.cache import PERMANENT_ERRORS
 from megabert.process.exit_codes import EXIT_STORE_AWAY
@@ -34,6 +34,36 @@ LOG_AFTER_S = 10.0
 SLOW_S, SLOW_FACTOR = 1.0, 5.0
 # Threads of one process: two for each thread of the read-ahead.
 REQUEST_THREADS = 32
+# Missing or expired credentials are looked for again for this long, because a service that issues them may be away.
+CREDENTIALS_PATIENCE_S = 30.0
+# What the clients of stores raise besides OSError.
+STORE_ERRORS = (
+    "aiohttp.ClientError",
+    "azure.core.exceptions.AzureError",
+    "botocore.exceptions.BotoCoreError",
+    "botocore.exceptions.ClientError",
+    "gcsfs.retry.ChecksumError",
+    "gcsfs.retry.HttpError",
+    "google.auth.exceptions.GoogleAuthError",
+    "httpx.HTTPError",
+    "httpx2.HTTPError",
+)
+# What they raise before a request is made, where they find no valid credentials.
+CREDENTIAL_ERRORS = (
+    "azure.core.exceptions.ClientAuthenticationError",
+    "botocore.exceptions.CredentialRetrievalError",
+    "botocore.exceptions.LoginError",
+    "botocore.exceptions.NoAuthTokenError",
+    "botocore.exceptions.NoCredentialsError",
+    "botocore.exceptions.PartialCredentialsError",
+    "botocore.exceptions.ProfileNotFound",
+    "botocore.exceptions.SSOError",
+    "botocore.exceptions.TokenRetrievalError",
+    "google.auth.exceptions.DefaultCredentialsError",
+    "google.auth.exceptions.RefreshError",
+)
+# S3's codes for credentials that s3fs raises as an OSError with EINVAL; to a HEAD request S3 answers only "400".
+REFUSED_S3_CODES = {"400", "AuthorizationHeaderMalformed", "InvalidToken", "TokenRefreshRequired"}
 # How webdataset describes a command that failed, after the command itself, which is in the URL already.
 PIPE_ENDED = re.compile(r"exit (-?\d+) \(\w+\) \{.*\}$")
 _TIME = struct.Struct("d")
@@ -76,7 +106,7 @@ def retrying(action: Callable[[], T], url: str, patience_s: float, remedy: str =
     attempts = Retrying(
         retry=retry_if_exception(_is_temporary),
         wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
-        stop=stop_after_delay(patience_s),
+        stop=lambda state: (state.seconds_since_start or 0.0) >= _patience_s(_error_of(state.outcome), patience_s),
         before_sleep=lambda state: _log_retry(url, state),
         sleep=_pause,
     )
@@ -84,18 +114,29 @@ def retrying(action: Callable[[], T], url: str, patience_s: float, remedy: str =
         return attempts(action)
     except RetryError as failed:
         last, seconds = _error_of(failed.last_attempt), attempts.statistics["delay_since_first_attempt"]
+        if _lacks_credentials(last):
+            raise _refused(url, last) from last
         raise StoreAwayError(
             f"{url}: failed {failed.last_attempt.attempt_number} times over {seconds:.0f} s: {_describe(last)}{remedy}"
         ) from last
     except network_errors() as error:
         if _is_refusal(error):
-            raise RefusedError(
-                f"{url}: {_describe(error)}. The store refuses this request: if credentials or a signed URL have "
-                "expired, renew them, then run the same command again."
-            ) from error
-        if status := _status_of(error):
-            raise OSError(f"{url}: HTTP {status} {getattr(error, 'message', '')}") from error
+            raise _refused(url, error) from error
+        if _status_of(error):
+            raise OSError(f"{url}: {_describe(error)}") from error
         raise
+
+
+def _refused(url: str, error: BaseException) -> RefusedError:
+    return RefusedError(
+        f"{url}: {_describe(error)}. The store refuses this request: if credentials or a signed URL are missing or "
+        "have expired, renew them, then run the same command again."
+    )
+
+
+def _patience_s(error: BaseException, patience_s: float) -> float:
+    """Return for how long an error is worth another attempt."""
+    return min(patience_s, CREDENTIALS_PATIENCE_S) if _lacks_credentials(error) else patience_s
 
 
 def _pause(seconds: float) -> None:
@@ -121,22 +162,24 @@ class HedgedRequest:
 
     def __call__(self, request: Callable[[], T], url: str) -> T:
         """Return request(); it runs in other threads, twice at once where the first is slow. Raises what it raises."""
-        began, logged = time.monotonic(), False
+        began, logged, repeated = time.monotonic(), False, False
         pool = _request_pool(os.getpid())
         running = {pool.submit(self._timed, request)}
         slow_s = max(SLOW_S, SLOW_FACTOR * statistics.median(self._seconds)) if self._seconds else SLOW_S
-        done, running = wait(running, timeout=slow_s)
-        if not done:
-            running.add(pool.submit(self._timed, request))
         while True:
+            left_s = 1.0 if repeated else max(0.0, began + slow_s - time.monotonic())
+            done, running = wait(running, timeout=min(1.0, left_s), return_when=FIRST_COMPLETED)
             answers = [future for future in done if future.exception() is None]
             if answers or not running:
                 return (answers or list(done))[0].result()
             waiting_for_store()
-            if not logged and time.monotonic() - began > LOG_AFTER_S:
+            waited_s = time.monotonic() - began
+            if not logged and waited_s > LOG_AFTER_S:
                 logged = True
                 log.warning("%s: no answer for %.0f s", url, LOG_AFTER_S)
-            done, running = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+            if not repeated and waited_s >= slow_s:
+                repeated = True
+                running.add(pool.submit(self._timed, request))
 
     def _timed(self, request: Callable[[], T]) -> T:
         began = time.monotonic()
@@ -166,7 +209,16 @@ def _is_refusal(error: BaseException) -> bool:
     """Tell whether a store refuses the credentials. s3fs raises PermissionError without an errno, a disk with one."""
     if isinstance(error, PermissionError):
         return error.errno is None
-    return _status_of(error) in (401, 403)
+    answer = getattr(error.__cause__, "response", None)
+    if isinstance(answer, dict) and answer.get("Error", {}).get("Code") in REFUSED_S3_CODES:
+        return True
+    # gcsfs raises an OSError for 403.
+    return _status_of(error) in (401, 403) or (isinstance(error, OSError) and str(error).startswith("Forbidden: "))
+
+
+def _lacks_credentials(error: BaseException) -> bool:
+    """Tell whether a client found no valid credentials."""
+    return isinstance(error, _imported(CREDENTIAL_ERRORS))
 
 
 def _error_of(attempt: Future | None) -> BaseException:
@@ -176,26 +228,29 @@ def _error_of(attempt: Future | None) -> BaseException:
 
 
 def _status_of(error: BaseException) -> int:
-    """Return the HTTP status of an error, 0 if it has none."""
-    return getattr(error, "status", 0)
+    """Return the HTTP status of an error, 0 if it has none. Each client has another attribute for it."""
+    response = getattr(error, "response", None)
+    for holder, name in ((error, "status"), (error, "status_code"), (response, "status_code"), (error, "code")):
+        if re.fullmatch("[1-5][0-9]{2}", str(value := getattr(holder, name, None))):
+            return int(str(value))
+    return 0
 
 
 def _describe(error: BaseException) -> str:
     status = _status_of(error)
     if ended := PIPE_ENDED.search(str(error)):
         return f"the command ended with {ended[1]}"
-    return f"HTTP {status} {getattr(error, 'message', '')}" if status else repr(error)
+    # The message of an error may have several lines.
+    message = " ".join(str(getattr(error, "message", error)).split())
+    return f"HTTP {status} {message}" if status else repr(error)
 
 
 def network_errors() -> tuple[type[BaseException], ...]:
-    """Return the exceptions that the installed libraries raise for a broken connection."""
-    found: list[type[BaseException]] = [OSError, EOFError, TimeoutError, subprocess.SubprocessError]
-    if importlib.util.find_spec("aiohttp"):
-        import aiohttp
+    """Return the exceptions that the libraries in use raise for a broken connection."""
+    return (OSError, EOFError, TimeoutError, subprocess.SubprocessError, *_imported(STORE_ERRORS))
 
-        found.append(aiohttp.ClientError)
-    if importlib.util.find_spec("botocore"):
-        from botocore.exceptions import BotoCoreError  # pyrefly: ignore[missing-import] # comes with s3fs
 
-        found.append(BotoCoreError)
-    return tuple(found)
+def _imported(names: tuple[str, ...]) -> tuple[type[BaseException], ...]:
+    """Return the exceptions of modules that are imported: another one cannot have raised any."""
+    found = [getattr(sys.modules.get(name.rpartition(".")[0]), name.rpartition(".")[2], None) for name in names]
+    return tuple(error for error in found if error is not None)

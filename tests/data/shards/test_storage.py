@@ -13,13 +13,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
+import httpx2
 import psutil
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from megabert.config.cli import exit_code
 from megabert.data.shards import blocks, retry, side_files, storage
@@ -342,18 +345,116 @@ def test_a_failing_action_is_repeated_until_it_succeeds(caplog):
 
 def test_a_refusing_server_is_not_asked_again(corpus, serve, cache, caplog):
     url, _ = serve(corpus.tokens, failures=10**6, status=403)
-    with pytest.raises(OSError, match=rf"{url}/train-00000\.tar: HTTP 403 .*signed URL have expired, renew") as error:
+    with pytest.raises(
+        OSError, match=rf"{url}/train-00000\.tar: HTTP 403 .*signed URL are missing or have expired"
+    ) as error:
         open_source(url, cache=cache).read_chunk(0, 0)
     assert exit_code(error.value) == 2
     assert "trying again" not in caplog.text
 
 
-def test_credentials_that_s3fs_reports_as_expired_are_told_apart_from_a_disk():
-    def expired():
-        raise PermissionError("The provided token has expired.")  # as s3fs does: without an errno
+def as_raised_by(monkeypatch, name: str, message: str = "sorry", **attributes: object) -> BaseException:
+    """Return an error of a client that need not be installed, such as "gcsfs.retry.HttpError"."""
+    module = types.ModuleType(name.rpartition(".")[0])
+    error = type(name.rpartition(".")[2], (Exception,), attributes)
+    setattr(module, error.__name__, error)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return error(message)
 
-    with pytest.raises(RefusedError, match=r"s3://b/c: .*The provided token has expired.*renew them"):
-        retrying(expired, "s3://b/c", 60.0)
+
+def as_raised_by_s3fs(code: str) -> OSError:
+    error = OSError(errno.EINVAL, "The provided token is not valid")
+    error.__cause__ = Exception()
+    error.__cause__.response = {"Error": {"Code": code}}  # pyrefly: ignore[missing-attribute] # as of a ClientError
+    return error
+
+
+def as_raised_by_hub(status: int) -> HfHubHTTPError:
+    request = httpx2.Request("GET", "https://hub/file")
+    return HfHubHTTPError("for url:\nhttps://hub/file", response=httpx2.Response(status, request=request))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda patch: httpx2.ReadTimeout("slow"),
+        lambda patch: as_raised_by(patch, "gcsfs.retry.HttpError", code=503),
+        lambda patch: as_raised_by(patch, "gcsfs.retry.HttpError", code="429"),
+        lambda patch: as_raised_by(patch, "google.auth.exceptions.GoogleAuthError"),
+        lambda patch: as_raised_by(patch, "azure.core.exceptions.AzureError"),
+        lambda patch: as_raised_by(patch, "azure.core.exceptions.AzureError", status_code=503),
+        lambda patch: as_raised_by(patch, "botocore.exceptions.BotoCoreError"),
+        lambda patch: as_raised_by(patch, "botocore.exceptions.ClientError", response={"Error": {"Code": "SlowDown"}}),
+        lambda patch: as_raised_by_s3fs("RequestTimeout"),
+        lambda patch: as_raised_by_hub(503),
+    ],
+)
+def test_the_errors_of_each_store_client_are_retried(make, monkeypatch):
+    monkeypatch.setattr(retry, "_pause", lambda seconds: None)
+    error, attempts = make(monkeypatch), []
+
+    def act():
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise error
+        return "done"
+
+    assert retrying(act, "gs://b/c", 60.0) == "done"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda patch: PermissionError("The provided token has expired."),  # as s3fs does: without an errno
+        lambda patch: as_raised_by_s3fs("InvalidToken"),
+        lambda patch: as_raised_by_s3fs("TokenRefreshRequired"),
+        lambda patch: OSError("Forbidden: https://storage/file\nexpired"),  # as gcsfs does
+        lambda patch: as_raised_by(patch, "gcsfs.retry.HttpError", code=401),
+        lambda patch: as_raised_by(patch, "azure.core.exceptions.AzureError", status_code=403),
+        lambda patch: as_raised_by_hub(401),
+        lambda patch: as_raised_by_hub(403),
+    ],
+)
+def test_credentials_that_a_store_refuses_are_told_apart_from_an_outage(make, monkeypatch):
+    attempts = []
+
+    def act():
+        attempts.append(1)
+        raise make(monkeypatch)
+
+    with pytest.raises(RefusedError, match=r"^s3://b/c: .*signed URL are missing or have expired, renew.*$") as error:
+        retrying(act, "s3://b/c", 60.0)
+    assert exit_code(error.value) == 2
+    assert len(attempts) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("botocore.exceptions.BotoCoreError", "NoCredentialsError"),
+        ("botocore.exceptions.BotoCoreError", "CredentialRetrievalError"),
+        ("botocore.exceptions.BotoCoreError", "SSOError"),
+        ("google.auth.exceptions.GoogleAuthError", "RefreshError"),
+        ("azure.core.exceptions.AzureError", "ClientAuthenticationError"),
+    ],
+)
+def test_missing_credentials_are_looked_for_again_for_half_a_minute(family, name, monkeypatch):
+    error = as_raised_by(monkeypatch, family)
+    module = sys.modules[family.rpartition(".")[0]]
+    monkeypatch.setattr(module, name, type(name, (type(error),), {}), raising=False)
+    monkeypatch.setattr(retry, "_pause", lambda seconds: None)
+    clock = count()
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    attempts = []
+
+    def act():
+        attempts.append(1)
+        raise getattr(module, name)("expired")
+
+    with pytest.raises(RefusedError, match=rf"^s3://b/c: {name}\('expired'\)\. .*renew them.*$") as raised:
+        retrying(act, "s3://b/c", 900.0)
+    assert exit_code(raised.value) == 2
+    assert 2 < len(attempts) <= 31
 
 
 def test_ranks_that_fail_together_do_not_return_together(monkeypatch):
@@ -390,6 +491,21 @@ def test_a_slow_request_is_made_a_second_time_and_the_first_answer_counts(monkey
     released.set()
     assert "here: no answer for" in caplog.text
     assert waited_for_store_at() > before, "its peers know that this is no hang"
+
+
+def test_a_store_that_is_always_slow_is_no_hang_before_the_second_request():
+    request = HedgedRequest()
+    request._seconds.extend([15.0])  # so that a request counts as slow after 75 s
+    started, before, released = [], waited_for_store_at(), threading.Event()
+    answer = threading.Thread(target=lambda: request(lambda: started.append(1) or released.wait(30), "here"))
+    answer.start()
+    until = time.monotonic() + 30.0
+    while waited_for_store_at() == before and time.monotonic() < until:
+        time.sleep(0.1)
+    released.set()
+    answer.join()
+    assert waited_for_store_at() > before
+    assert len(started) == 1
 
 
 def test_two_failing_requests_raise_and_one_that_succeeds_is_enough(monkeypatch):
