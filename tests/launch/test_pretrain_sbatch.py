@@ -138,6 +138,16 @@ def test_too_many_spares_are_an_error(attempt, tmp_path):
     assert (ended, printed) == (2, "SPARES=3, expected fewer than the 3 nodes\n")
 
 
+def test_an_output_in_a_store_is_an_error_before_any_folder(attempt, tmp_path):
+    (tmp_path / "words").touch()
+    ended, printed, _ = attempt(0, "exit 0", OUT="s3://bucket/run")
+    assert (ended, printed) == (
+        2,
+        "OUT is 's3://bucket/run', expected a path: a disk or a mounted file system is written\n",
+    )
+    assert not (tmp_path / "s3:").exists()
+
+
 def test_hooks_for_modules_and_containers(attempt, tmp_path):
     """The container is a program that stands for apptainer: it runs its command."""
     (tmp_path / "bin/container").write_text('#!/usr/bin/env bash\necho "in $2 with $MODULE"; exec "${@:3}"\n')
