@@ -47,6 +47,36 @@ def write_all(folder, encode, packing: str) -> dict[str, list[str]]:
     return {"whole.txt": [TEXT], "blank.txt": [f"{TEXT}\n", f"second {TEXT}"], "lines.jsonl": [TEXT, "b"]}
 
 
+LINES = "".join(f'{{"text": "{number * 7919}"}}\n' for number in range(20_000))
+DAMAGED = {
+    "garbage behind a .gz": ("a.jsonl.gz", gzip.compress(LINES.encode()) + b"garbage", 20_000),
+    "garbage behind a small .gz": (
+        "a.jsonl.gz",
+        gzip.compress(LINES[:1000].encode()) + b"garbage",
+        LINES[:1000].count("\n"),
+    ),
+    "half a .gz": ("a.jsonl.gz", (whole := gzip.compress(LINES.encode()))[: len(whole) // 2], 9_000),
+    "garbage behind a .gz in UTF-16": ("a.jsonl.gz", gzip.compress(LINES.encode("utf-16")) + b"garbage", 20_000),
+    "garbage behind a .zst": ("a.jsonl.zst", zstandard.compress(LINES.encode()) + b"garbage", 20_000),
+    "half a character in UTF-16": ("a.jsonl", LINES.encode("utf-16") + b"\0\xd8", 20_000),
+    "a wrong character in UTF-16": ("a.jsonl", LINES.encode("utf-16") + b"\0\xdc" + LINES.encode("utf-16-le"), 20_000),
+    "a NUL in UTF-16": ("a.jsonl", LINES.encode("utf-16") + b"\0\0", 20_000),
+    "a wrong character in ISO-2022": ("a.jsonl", ('{"text": "\u65e5"}\n' * 9 + '"').encode("iso2022_jp") + b"\xff", 9),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_documents_before_the_damage_are_read(tmp_path, case):
+    name, data, intact = DAMAGED[case]
+    (tmp_path / name).write_bytes(data)
+    left_out = LeftOut(skip_damaged=True)
+    texts = read(tmp_path / name, left_out, skip_damaged=True, encoding="iso2022_jp" if "ISO" in case else None)
+    assert len(texts) >= intact
+    assert left_out.counts["damaged"]
+    if "ISO" not in case:
+        assert texts == [str(number * 7919) for number in range(len(texts))]
+
+
 @pytest.mark.parametrize("packing", PACK)
 @pytest.mark.parametrize("codec", MARKS)
 def test_a_byte_order_mark_says_the_encoding(tmp_path, codec, packing):
