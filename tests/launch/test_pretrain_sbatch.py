@@ -126,8 +126,9 @@ def test_a_spare_node_replaces_the_one_that_crashed_inside_the_job(attempt, tmp_
     assert "4 ranks on node-1 node-3" in printed, "a later attempt knows it too"
 
 
-def test_a_store_that_stays_away_blames_no_host(attempt):
-    _, printed, _ = attempt(0, CRASH_ON_2.replace("86", "75"), SPARES="1")
+@pytest.mark.parametrize("code", ["74", "75"])
+def test_a_disk_or_a_store_that_stays_away_blames_no_host(attempt, code):
+    _, printed, _ = attempt(0, CRASH_ON_2.replace("86", code), SPARES="1")
     assert printed.endswith("scontrol requeue 7\n")
     assert "node-3" not in printed
 
