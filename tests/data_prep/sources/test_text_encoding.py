@@ -210,15 +210,18 @@ def test_a_null_is_left_out_and_anything_else_is_damaged(tmp_path):
     assert str(left_out) == f"null texts: 1 ({tmp_path / 'a.jsonl'} at byte 14)"
 
 
-def test_the_switch_in_the_message_leaves_the_line_out(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{\n{"text": "b"}\n')
+def test_the_switch_in_the_message_leaves_the_lines_out_and_the_manifest_has_places(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{\n{"text": "b"}\n' + "{\n" * 5)
     command = [f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'out'}", "--workers=1", "--min-shards=1"]
     message = r"a\.jsonl at byte 14: not valid JSON.*Expected one object .* Or pass --on-bad-document skip, which"
     with pytest.raises(ValueError, match=message):
         write_shards.main(command)
     assert write_shards.main([*command, "--on-bad-document", "skip"]) == 0
-    assert f"left out: damaged: 1 ({tmp_path / 'a.jsonl'} at byte 14: not valid JSON" in capsys.readouterr().out
-    assert read_manifest(tmp_path / "out").statistics["documents"] == 2
+    assert f"left out: damaged: 6 (such as {tmp_path / 'a.jsonl'} at byte 14: not" in capsys.readouterr().out
+    statistics = read_manifest(tmp_path / "out").statistics
+    assert (statistics["documents"], statistics["left_out"]) == (2, {"damaged": 6})
+    places = [example.partition(": ")[0] for example in statistics["left_out_examples"]["damaged"]]
+    assert places == [f"{tmp_path / 'a.jsonl'} at byte {byte}" for byte in (14, 30, 32)]
 
 
 def test_a_field_inside_an_object_is_named_with_a_dot(tmp_path):
