@@ -29,6 +29,7 @@ from data_prep.workers import WorkerPool
 from data_prep.write_shards import report, write_from_runs
 from data_prep.writing import passes, sorted_runs
 from data_prep.writing.shard_options import Options, ShardRequest, what_is_asked
+from megabert.config.settings import check_limits
 from megabert.data.shards.manifest import MANIFEST, read_manifest
 from megabert.data.shards.tokenizer import find_tokenizer
 from megabert.files.atomic import new_file
@@ -52,6 +53,7 @@ class _Step(PipelineStep):
         for field in fields(options):
             if field.name in OF_THE_PIPELINE and getattr(options, field.name) != field.default:
                 raise ValueError(f"{field.name} has no effect in a datatrove pipeline. Omit it.")
+        check_limits(options)
         self.options = options
 
     def request(self) -> ShardRequest:

@@ -22,14 +22,15 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.request import LOCK, lock_output
+from data_prep.request_file import LOCK, lock_output
 from data_prep.tasks import movies, parameters, same_sense, verses
 from megabert.config import cli
+from megabert.config.settings import setting
 
 
 @dataclass(frozen=True)
 class Options:
-    out: str = "data/glue"
+    out: str = setting("data/glue", is_output=True)
     """folder to write one folder per task to"""
     movies: bool = True
     """download vaderSentiment, for movie-sentiment and movie-rating"""

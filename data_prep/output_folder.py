@@ -20,7 +20,7 @@ WRITTEN_SHARD = re.compile(r"(train|heldout)-\d{5}\.tar")
 
 # Version of everything in out/.work: request file, sorted runs, task summaries and shard records. Unfinished work of
 # another version is removed and done again. Increase it whenever one of these formats changes.
-WORK_FORMAT = 4
+WORK_FORMAT = 5
 
 
 def check_replaceable(out: Path, request: str, replace: bool) -> None:

@@ -1,4 +1,4 @@
-"""The file `request` in an output folder, what was asked of its command so that it is done once; and the folder's lock."""
+"""The file `request` of an output folder: what its command was asked, so that it is done once; the folder's lock."""
 
 import json
 from collections.abc import Iterable

@@ -56,8 +56,7 @@ def write_plan(options: Options) -> None:
     """List the source and write the plan. Work of the same request is kept, other work removed."""
     request = resolve_request(options)
     out = Path(options.out)
-    if read_result_of(out, request.request_hash) is not None:
-        print(f"{out / MANIFEST}: already written from this source with these settings")
+    if _is_written(out, request.request_hash):
         return
     output_folder.check_replaceable(out, request.request_hash, options.replace)
     tasks = passes.group_into_tasks(request.splits)
@@ -73,6 +72,16 @@ def write_plan(options: Options) -> None:
     with output_folder.opened_work_folder(out, request.request_hash, options.replace):
         write_atomically(plan_path(out), "".join(json.dumps(line) + "\n" for line in lines).encode())
     print(f"{out}: planned, {len(tasks):,} tasks in step runs; up to as many parts (--task 0/N) make it faster")
+
+
+def is_finished(options: Options) -> bool:
+    """Return whether the shards are finished, so that a step that is repeated has nothing left to do."""
+    out = Path(options.out)
+    if not (out / MANIFEST).is_file():
+        return False
+    has_plan = plan_path(out).is_file()
+    request = read_plan(options).request if has_plan else resolve_request(options)
+    return _is_written(out, request.request_hash)
 
 
 def do_part(options: Options) -> None:
@@ -139,6 +148,15 @@ def check_shards(plan: Plan, counts: ShardCounts) -> None:
 def splits_of_plan(out: Path) -> Iterator[InputSplit]:
     for line in _lines_of(out):
         yield from _splits_of(line)
+
+
+def _is_written(out: Path, request: str) -> bool:
+    """Return whether the folder holds the shards of a request, and remove what a killed finish left beside them."""
+    if read_result_of(out, request) is None:
+        return False
+    output_folder.remove_finished_work(out)
+    print(f"{out / MANIFEST}: already written from this source with these settings")
+    return True
 
 
 def _tasks_of(options: Options, part: Part) -> Iterator[tuple[int, list[InputSplit]]]:

@@ -56,7 +56,7 @@ TOKENIZER_FORMAT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SourceOptions):
-    out: str = "data/quickstart/tokenizer"
+    out: str = setting("data/quickstart/tokenizer", is_output=True)
     """folder to write tokenizer.json and tokenizer_config.json to (and tokenizer.model, if from sentencepiece)"""
     existing: str | None = None
     """convert this instead of training: vocab.txt, a sentencepiece .model, tokenizer.json, or a Hugging Face folder"""

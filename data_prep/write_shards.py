@@ -142,6 +142,8 @@ def main(argv: list[str] | None = None, prog: str = "data_prep/write_shards.py")
         if options.step == "plan":
             separate_tasks.write_plan(options)
             return 0
+        if options.step is not None and separate_tasks.is_finished(options):
+            return 0
         if options.step == "finish":
             report(*finish(options))
             return 0

@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
 OUT=${OUT:?folder of the run, as run.output_dir}
+check_output "$OUT"
 DEEPSPEED=${DEEPSPEED:-}
 # Ranks whose launcher is gone save and end within 45 s (megabert/training/distributed/signals.py).
 GRACE_S=60

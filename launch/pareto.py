@@ -38,7 +38,7 @@ class Options:
     """as in launch/finetune_glue.py"""
     allow_no_mnli: bool = False
     """as in launch/finetune_glue.py"""
-    out: str = "runs/pareto"
+    out: str = setting("runs/pareto", is_output=True)
     """folder for pareto.png, pareto.md, pareto.json and a folder per checkpoint"""
     dollars_per_gpu_hour: float = setting(0.0, "[0, 1e6]")
     """price of one device for one hour; 0: no dollars"""

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megabert.config import cli
+from megabert.config.settings import setting
 
 
 @dataclass(frozen=True)
 class Options:
     runs: list[str]
     """output folders of pretraining runs (run.output_dir)"""
-    out: str = "runs.png"
+    out: str = setting("runs.png", is_output=True)
     """image file to write"""
 
 

@@ -25,6 +25,9 @@ TOKEN_KINDS = ("datatrove", "mds_tokens", "megatron")
 # What map(), filter() and the like of the package datasets leave beside the files of a data set: copies of its rows.
 DATASETS_CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d{5}_of_\d{5})?\.arrow")
 
+# Examples of what is left out for one reason that manifest.json keeps.
+KEPT_EXAMPLES = 3
+
 # How texts in ISO-2022, whose bytes are all ASCII, announce Chinese, Japanese or Korean characters.
 ISO_2022 = "\x1b$"
 
@@ -82,18 +85,18 @@ class ReadOptions(NamedTuple):
 
 @dataclass
 class LeftOut:
-    """What is left out of a source: how much for each reason, and the first example.
+    """What is left out of a source: how much for each reason, and the first KEPT_EXAMPLES different examples.
 
     skip_damaged: whether damaged documents are among it; otherwise the first one raises its error.
     """
 
     skip_damaged: bool = False
     counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + count
-        self.examples.setdefault(reason, example)
+        self._keep(reason, [example])
 
     def damaged(self, error: DamagedError) -> None:
         """Count what is damaged, or raise the error."""
@@ -101,14 +104,21 @@ class LeftOut:
             raise DamagedError(f"{error} Or pass --on-bad-document skip, which leaves out what is damaged.") from error
         self.add(DAMAGED, str(error))
 
-    def merge(self, counts: dict[str, int], examples: dict[str, str]) -> None:
+    def merge(self, counts: dict[str, int], examples: dict[str, list[str]]) -> None:
         for reason, count in counts.items():
-            self.add(reason, examples[reason], count)
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            self._keep(reason, examples[reason])
+
+    def _keep(self, reason: str, examples: list[str]) -> None:
+        kept = self.examples.setdefault(reason, [])
+        for example in examples:
+            if len(kept) < KEPT_EXAMPLES and example not in kept:
+                kept.append(example)
 
     def __str__(self) -> str:
         """List reasons, counts and examples: "empty files: 1 (a.txt), null texts: 2 (such as b.jsonl at byte 0)"."""
         return ", ".join(
-            f"{reason}: {count:,} ({'such as ' if count > 1 else ''}{redact(self.examples[reason])})"
+            f"{reason}: {count:,} ({'such as ' if count > 1 else ''}{redact(self.examples[reason][0])})"
             for reason, count in self.counts.items()
         )
 

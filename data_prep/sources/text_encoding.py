@@ -27,6 +27,8 @@ READ_BYTES = 1 << 20
 # Compressed bytes that are decompressed by one call. A block of 128 kB takes at least 4 bytes, so the result has at
 # most 32 MB.
 PACKED_BYTES = 1 << 10
+# Bytes that one call of gzip returns: as many are lost before damage at most.
+UNPACKED_BYTES = 1 << 16
 # The largest window of the format that `zstd --long=31` writes, as in archives of Reddit.
 MAX_WINDOW_BYTES = 1 << 31
 
@@ -95,11 +97,11 @@ def encoding_of(path: str, asked: str | None) -> Encoding:
 
 
 @contextmanager
-def open_bytes(path: str) -> Iterator[IO[bytes]]:
+def open_bytes(path: str) -> Iterator[io.BufferedReader]:
     """Open a file or URL; .gz and .zst are decompressed. Reading a damaged archive raises one of DAMAGED_ARCHIVE."""
     with open_file(path) as raw:
         if path.lower().endswith(".gz"):
-            yield io.BufferedReader(gzip.GzipFile(fileobj=raw), READ_BYTES)
+            yield io.BufferedReader(ChunkStream(_unpack_gzip(raw)), READ_BYTES)
         elif path.lower().endswith(".zst"):
             yield io.BufferedReader(ChunkStream(_unpack_zstd(raw)), READ_BYTES)
         else:
@@ -124,7 +126,7 @@ def decode(data: bytes, encoding: Encoding, path: str, offset: int = 0) -> str:
     return text
 
 
-def in_utf8(file: IO[bytes], encoding: Encoding, path: str) -> IO[bytes]:
+def in_utf8(file: io.BufferedIOBase, encoding: Encoding, path: str) -> IO[bytes]:
     """Return a stream of the same text in UTF-8. file: at its beginning. Reading it raises UndecodableError."""
     return io.BufferedReader(ChunkStream(_encode_again(file, encoding, path)), READ_BYTES)
 
@@ -173,6 +175,13 @@ class ChunkStream(io.RawIOBase):
         return size
 
 
+def _unpack_gzip(raw: IO[bytes]) -> Iterator[bytes]:
+    """Yield the content of a .gz file in pieces. A read of several pieces would lose those before the damage."""
+    file = gzip.GzipFile(fileobj=raw)
+    while piece := file.read1(UNPACKED_BYTES):
+        yield piece
+
+
 def _unpack_zstd(raw: IO[bytes]) -> Iterator[bytes]:
     """Yield the content of all frames of a .zst file, in pieces.
 
@@ -191,21 +200,30 @@ def _unpack_zstd(raw: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("the file ends within a zstd frame")
 
 
-def _encode_again(file: IO[bytes], encoding: Encoding, path: str) -> Iterator[bytes]:
+def _encode_again(file: io.BufferedIOBase, encoding: Encoding, path: str) -> Iterator[bytes]:
+    """Yield the text of a file in UTF-8, up to the first byte that is no text, which raises UndecodableError."""
     decoder = codecs.getincrementaldecoder(encoding.codec)()
     offset = len(file.read(encoding.mark))
     while True:
-        data = file.read(READ_BYTES)
+        # Not read(), which loses what it has read before damage in an archive.
+        data = file.read1(READ_BYTES)
+        state = decoder.getstate()
         # The decoder keeps the bytes of an unfinished character and decodes them again with the next ones.
-        begin = offset - len(decoder.getstate()[0])
+        kept = len(state[0])
+        begin = offset - kept
+        damage = None
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise not_in_encoding(path, encoding, begin + error.start, error.object[error.start]) from error
+            damage = not_in_encoding(path, encoding, begin + error.start, error.object[error.start])
+            decoder.setstate(state)
+            text = decoder.decode(data[: max(0, error.start - kept)])
         if "\0" in text:
-            raise contains_nul(path, begin, b"", bytes_before_nul(text, encoding))
+            damage = contains_nul(path, begin, b"", bytes_before_nul(text, encoding))
+            text = text[: text.index("\0")]
+        yield text.encode()
+        if damage is not None:
+            raise damage
         if not data:
-            yield text.encode()
             return
         offset += len(data)
-        yield text.encode()

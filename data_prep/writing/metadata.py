@@ -23,6 +23,7 @@ from megabert.data.shards.sample_format import encode_npy
 from megabert.data.shards.side_files import check_tokenizer_config
 from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.files.atomic import write_atomically
+from megabert.files.redact import redact
 
 
 def build_manifest(
@@ -52,7 +53,9 @@ def build_manifest(
     statistics = length_statistics.summarize(lengths, tokens, unit, read)
     if request.tokenizer:
         statistics["unknown_tokens"] = unknown
-    statistics |= {"left_out": request.left_out.counts, FIRST_HELDOUT: first_heldout}
+    left_out = request.left_out
+    examples = {reason: [redact(place) for place in places] for reason, places in left_out.examples.items()}
+    statistics |= {"left_out": left_out.counts, "left_out_examples": examples, FIRST_HELDOUT: first_heldout}
     kind = "tokens" if request.tokenizer else "text"
     return Manifest(kind, splits, statistics, request.tokenizer, request.request_hash), ids
 

@@ -38,7 +38,7 @@ NO_EFFECT_ON_SHARDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SourceOptions):
-    out: str = "data/quickstart/text"
+    out: str = setting("data/quickstart/text", is_output=True)
     """folder to write shards and manifest.json to"""
     tokenizer: str | None = None
     """tokenizer.json, or a folder with one: write token shards; without it, write text shards"""

@@ -76,7 +76,7 @@ class TaskSummary(NamedTuple):
     elements: dict[str, int]
     first_heldout: float
     left_out: dict[str, int]
-    examples: dict[str, str]
+    examples: dict[str, list[str]]
     hash_sum: int
 
 

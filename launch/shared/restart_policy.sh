@@ -26,13 +26,16 @@ decide() {
     fi
 }
 
-# Print the host of the one rank that the last line of a log among $@ names as the cause of a crash, if one does.
+# Print the host of the ranks that the last line of a log among $@ names as the cause of a crash, if it is one host.
 crashed_host() {
-    local log last
+    local log last named hosts
     for log; do
         last=$(tail -n 1 -- "$log" 2> /dev/null || true)
-        # Ranks that stand still together are named together: none of their hosts is known to be the cause.
-        [[ ! $last =~ ^rank\ [0-9]+\ on\ [^:]*,\ rank\ [0-9]+\ on ]] || continue
+        # Ranks that stand still together are named together, such as all of a host. Of several hosts, or if some ranks
+        # are not named, none is known to be the cause.
+        named=${last%%:*}
+        mapfile -t hosts < <(grep -oE 'rank [0-9]+ on [^ :,]+ \(' <<< "$named" | cut -d ' ' -f 4 | sort -u)
+        ((${#hosts[@]} < 2)) && [[ $named != *" more have "* ]] || continue
         if [[ $last =~ ^rank\ [0-9]+\ on\ ([^\ :,]+)\ .*\;\ ending\ rank ]]; then
             echo "${BASH_REMATCH[1]}"
             return

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from megabert.config import cli
+from megabert.config.settings import required
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Options:
     checkpoint: str
     """folder of a run, for its newest checkpoint, or of one checkpoint (checkpoints/step-...), or a folder that an
     export or an import wrote"""
-    out: str
+    out: str = required(is_output=True)
     """folder to write"""
     average: int = 1
     """export the mean of the weights of this many checkpoints: that one and those before it"""

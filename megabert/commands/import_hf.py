@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megabert.config import cli
+from megabert.config.settings import required
 
 # A model of the hub: OWNER/NAME, or NAME alone.
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -26,7 +27,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 class Options:
     source: str
     """folder with config.json and model.safetensors or pytorch_model.bin"""
-    out: str
+    out: str = required(is_output=True)
     """folder to write"""
     max_length: int | None = None
     """maximum length of a text, tokens; additional learned positions repeat the first ones"""

@@ -20,6 +20,7 @@ from megabert.config.data_section import CorpusPart
 from megabert.config.ds_config import DsConfig, read_ds_config
 from megabert.config.recipe import Recipe
 from megabert.config.recipe_parser import RecipeParser, ds_config_names, ds_config_path
+from megabert.config.settings import check_output
 from megabert.process.subprocesses import end_with_parent
 from megabert.training.distributed.rank_env import rank_of_this_process
 from megabert.training.distributed.signals import StopSignals
@@ -91,6 +92,7 @@ def main(prog: str) -> int:
     stop_signals.watch_launcher()
     recipe, options = make_parser(prog).read()
     if options.plot_schedule:
+        check_output("--plot_schedule", options.plot_schedule)
         from megabert.plots.schedule import plot_schedule
 
         if rank_of_this_process() == 0:

@@ -90,7 +90,7 @@ class DataConfig:
     """numbers of ranks that the run may have, such as [48, 56, 64]; default: what it starts with and divisors of N"""
     on_bad_shard: Literal["stop", "skip"] = setting("stop", may_change=True)
     """what to do with a damaged chunk of a shard: stop the run, or skip the chunk, count it and log it"""
-    cache_dir: str = setting("~/.cache/megabert/shards", may_change=True)
+    cache_dir: str = setting("~/.cache/megabert/shards", may_change=True, is_output=True)
     """folder on a local disk for shards, or blocks of them, that come from a store, a server or a command"""
     store_patience_s: float = setting(900.0, "[1, 86400]", may_change=True)
     """how long to try again where a store or a server fails, seconds; then the run ends with exit code 75"""

@@ -83,7 +83,7 @@ class OptimizerConfig:
 class RunConfig:
     """The length of a run, its output folder, and what it reports."""
 
-    output_dir: str = setting("runs/default", may_change=True)
+    output_dir: str = setting("runs/default", may_change=True, is_output=True)
     """folder for checkpoints, TensorBoard files and run.json"""
     max_steps: int | None = setting(None, "[1, 1e12]", may_branch=True)
     """length of the run, optimizer steps; set one of this, max_tokens and max_hours"""

@@ -6,33 +6,45 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, get_type_hints
 
 LIMITS = re.compile(r"([\[(])(\S+), (\S+)([\])])")
+COMMAND_OR_ADDRESS = re.compile(r"\s*(pipe|hf|[A-Za-z][\w+.-]*(?=://)):", re.IGNORECASE)
 
 
-def setting(default: Any, limits: str | None = None, *, may_change: bool = False, may_branch: bool = False) -> Any:
+def setting(
+    default: Any,
+    limits: str | None = None,
+    *,
+    may_change: bool = False,
+    may_branch: bool = False,
+    is_output: bool = False,
+) -> Any:
     """Declare a field of a dataclass of settings.
 
     default: its default, or a type such as list that makes it. limits: the interval of a number, such as "[0, 1)",
     which check_limits checks and --help prints. may_change: whether the setting may differ when a run resumes, as
     logging, saving, caching, kernels, data locations and the guard against bad updates may; --help says so.
     may_branch: whether it may differ in a branch (run.branch_from), as the length of a run and its schedules may.
+    is_output: whether it names a file or folder that is written, which check_limits checks too.
     """
     metadata = {
         "limits": limits,
         "may_change_at_resume": may_change,
         "may_change_at_branch": may_change or may_branch,
+        "is_output": is_output,
     }
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def required(limits: str) -> Any:
+def required(limits: str | None = None, *, is_output: bool = False) -> Any:
     """Declare a field as setting() does, but without a default."""
-    return dataclasses.field(metadata={"limits": limits, "may_change_at_resume": False})
+    return dataclasses.field(metadata={"limits": limits, "may_change_at_resume": False, "is_output": is_output})
 
 
 def check_limits(settings: Any, prefix: str = "") -> None:
-    """Raise ValueError for a number outside the limits of its field. None, strings and lists have no limits.
+    """Raise ValueError for a number outside the limits of its field, and for an output that is no path.
+
+    None, lists and other strings have no limits.
 
     prefix: what the message puts before the field's name, such as "model." or "--".
     """
@@ -40,6 +52,19 @@ def check_limits(settings: Any, prefix: str = "") -> None:
         value, limits = getattr(settings, field.name), field.metadata.get("limits")
         if limits and isinstance(value, (int, float)) and not _contains(limits, value):
             raise ValueError(f"{prefix}{field.name} is {shortened(value)}, expected a number in {limits}.")
+        if field.metadata.get("is_output"):
+            # An option without a default is a positional argument, not a flag.
+            is_positional = prefix == "--" and field.default is dataclasses.MISSING
+            check_output(field.name if is_positional else f"{prefix}{field.name}", value)
+
+
+def check_output(name: str, value: str) -> None:
+    """Raise ValueError for an output that is a URL or a command, which would become a folder of that name."""
+    if match := COMMAND_OR_ADDRESS.match(value):
+        remedy = "Name a folder there, and copy the result"
+        if match[1].lower() == "file":
+            remedy = f"Leave out {match[1]}://"
+        raise ValueError(f"{name} is {value!r}, expected a path: a disk or a mounted file system is written. {remedy}.")
 
 
 def limits_of(settings: type, prefix: str = "") -> dict[str, str]:

@@ -16,7 +16,7 @@ class FinetuneOptions:
     """tasks of your own: YAML files, separated by commas"""
     data: str = "data/glue"
     """folder with the tasks' data, in GLUE's TSV layout or the hub's parquet layout; or a hub data set, nyu-mll/glue"""
-    out: str = "runs/glue"
+    out: str = setting("runs/glue", is_output=True)
     """folder for results.json, results.md, results.png, and each job's result and log"""
     protocol: str = "mosaicbert"
     """mosaicbert, modernbert, quick, quickstart, or a YAML file"""

@@ -3,17 +3,20 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from data_prep import output_folder, write_shards
 from data_prep.writing import merged_runs, passes
+from megabert.process.exit_codes import EXIT_INTERRUPTED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -82,8 +85,29 @@ def test_separate_tasks_write_the_same_bytes_and_say_what_is_missing(command, wh
     step("finish")
     assert hashes(out) == whole
     assert not (out / ".work").exists()
-    step("plan")
-    assert "already written from this source with these settings" in capsys.readouterr().out
+    for name in ("plan", "runs", "merge", "shards", "finish"):
+        step(name)
+        assert "already written from this source with these settings" in capsys.readouterr().out
+    assert hashes(out) == whole
+    with pytest.raises(ValueError, match=r"plan\.jsonl: no such file\. Run the same command with --step plan first"):
+        step("finish", "0/1", "--min_chars=7")
+
+
+def test_a_finish_that_is_killed_while_it_removes_its_work_is_repeated(command, whole, tmp_path, monkeypatch):
+    flags = [*command, f"--out={tmp_path / 'out'}"]
+    for name in ("plan", "runs", "merge", "shards"):
+        write_shards.main([*flags, f"--step={name}"])
+
+    def remove_runs(work: Path) -> None:
+        shutil.rmtree(work / "runs")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_folder, "shutil", SimpleNamespace(rmtree=remove_runs))
+        assert write_shards.main([*flags, "--step=finish"]) == EXIT_INTERRUPTED
+    assert write_shards.main([*flags, "--step=finish"]) == 0
+    assert hashes(tmp_path / "out") == whole
+    assert not (tmp_path / "out/.work").exists()
 
 
 def test_a_source_that_changes_after_the_plan_is_noticed(command, tmp_path):

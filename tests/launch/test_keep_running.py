@@ -213,6 +213,12 @@ def test_output_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, redire
     assert len((tmp_path / "starts").read_text().splitlines()) == 3
 
 
+def test_an_output_in_a_store_is_an_error_before_any_start(tmp_path, monkeypatch):
+    fake_deepspeed(tmp_path, monkeypatch, "exit 0")
+    (tmp_path / "starts").touch()
+    assert attempts(tmp_path, OUT="s3://bucket/run") == (2, 0)
+
+
 def test_two_runs_on_one_machine_get_different_ports(tmp_path, monkeypatch):
     fake_deepspeed(tmp_path, monkeypatch, "exit 0")
     for variables in ({}, {}, {"DEEPSPEED": "--master_port 29501"}):

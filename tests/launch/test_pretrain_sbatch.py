@@ -126,8 +126,9 @@ def test_a_spare_node_replaces_the_one_that_crashed_inside_the_job(attempt, tmp_
     assert "4 ranks on node-1 node-3" in printed, "a later attempt knows it too"
 
 
-def test_a_store_that_stays_away_blames_no_host(attempt):
-    _, printed, _ = attempt(0, CRASH_ON_2.replace("86", "75"), SPARES="1")
+@pytest.mark.parametrize("code", ["74", "75"])
+def test_a_disk_or_a_store_that_stays_away_blames_no_host(attempt, code):
+    _, printed, _ = attempt(0, CRASH_ON_2.replace("86", code), SPARES="1")
     assert printed.endswith("scontrol requeue 7\n")
     assert "node-3" not in printed
 
@@ -136,6 +137,16 @@ def test_too_many_spares_are_an_error(attempt, tmp_path):
     (tmp_path / "words").touch()
     ended, printed, _ = attempt(0, "exit 0", SPARES="3")
     assert (ended, printed) == (2, "SPARES=3, expected fewer than the 3 nodes\n")
+
+
+def test_an_output_in_a_store_is_an_error_before_any_folder(attempt, tmp_path):
+    (tmp_path / "words").touch()
+    ended, printed, _ = attempt(0, "exit 0", OUT="s3://bucket/run")
+    assert (ended, printed) == (
+        2,
+        "OUT is 's3://bucket/run', expected a path: a disk or a mounted file system is written\n",
+    )
+    assert not (tmp_path / "s3:").exists()
 
 
 def test_hooks_for_modules_and_containers(attempt, tmp_path):

@@ -63,11 +63,19 @@ def test_the_host_of_a_crash_is_read_from_the_last_line_that_the_watchdog_writes
     together = ranks.find_hang(1000.0)
     ranks.update(0, Beat(12, 40, "agree", 0.0, 60.0), 1000.0)
     alone = ranks.find_hang(1000.0)
+    node = HangDetector(60.0, {rank: f"n{rank // 8}" for rank in range(16)}, 0.0)
+    for rank in range(8):
+        node.update(rank, Beat(12, 40, "agree", 0.0, 60.0), 1000.0)
+    whole_node = node.find_hang(1000.0)
+    assert whole_node is not None
+    others_too = whole_node.replace(" have", ", 1 more have")
     lines = {
         f"rank 1 on n2 {PEER_DIED}; ending rank 0 on n1": ["n2"],
         "rank 3 on n2.site failed: RuntimeError: CUDA error: a, b; ending rank 0 on n1": ["n2.site"],
         f"{alone}; ending rank 0 on n1": ["n2"],
         f"{together}; ending rank 0 on n1": [],
+        f"{whole_node}; ending rank 0 on n0": ["n1"],
+        f"{others_too}; ending rank 0 on n0": [],
         "step 12/200  loss 1.000": [],
         "": [],
     }

@@ -93,7 +93,7 @@ def describe(url: str) -> RemotePath:
     return RemotePath(url, _size(url, info), _version(info))
 
 
-def open_file(path: str) -> IO[bytes]:
+def open_file(path: str) -> io.BufferedReader:
     """Open a file, local or at a URL, to read it in any order."""
     if not is_remote(path):
         return open(path, "rb")

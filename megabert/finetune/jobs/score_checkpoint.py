@@ -37,7 +37,7 @@ class Options:
     """examples to train on, and to score"""
     checkpoint: str = ""
     """checkpoint of a pretraining run"""
-    out: str = ""
+    out: str = setting("", is_output=True)
     """file for the score"""
     ops: Literal["auto", "torch", "fused"] = "auto"
     """as run.ops of a recipe"""

@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from megabert.config.cli import nearest
-from megabert.config.settings import check_once, shortened
+from megabert.config.settings import COMMAND_OR_ADDRESS, check_once, shortened
 from megabert.config.strict_yaml import Name, read_dataclass
 
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 REGRESSION_METRICS = ("pearson", "spearman")
-
-
-COMMAND_OR_ADDRESS = re.compile(r"\s*(pipe|hf|[A-Za-z][\w+.-]*(?=://)):", re.IGNORECASE)
 
 
 class Examples(NamedTuple):

@@ -148,7 +148,9 @@ def test_empty_files_before_the_first_document_are_reported(tmp_path, capsys):
         f"{tmp_path / 'out'}: 1 documents, 6 characters, shards: 1 train",
         f"left out: empty files: 7 (such as {source / 'a.arrow'})",
     ]
-    assert read_manifest(tmp_path / "out").statistics["left_out"] == {"empty files": 7}
+    statistics = read_manifest(tmp_path / "out").statistics
+    assert statistics["left_out"] == {"empty files": 7}
+    assert statistics["left_out_examples"] == {"empty files": [str(source / name) for name in sorted(NAMES)[:3]]}
 
 
 @pytest.mark.parametrize(

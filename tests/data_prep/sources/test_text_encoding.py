@@ -47,6 +47,36 @@ def write_all(folder, encode, packing: str) -> dict[str, list[str]]:
     return {"whole.txt": [TEXT], "blank.txt": [f"{TEXT}\n", f"second {TEXT}"], "lines.jsonl": [TEXT, "b"]}
 
 
+LINES = "".join(f'{{"text": "{number * 7919}"}}\n' for number in range(20_000))
+DAMAGED = {
+    "garbage behind a .gz": ("a.jsonl.gz", gzip.compress(LINES.encode()) + b"garbage", 20_000),
+    "garbage behind a small .gz": (
+        "a.jsonl.gz",
+        gzip.compress(LINES[:1000].encode()) + b"garbage",
+        LINES[:1000].count("\n"),
+    ),
+    "half a .gz": ("a.jsonl.gz", (whole := gzip.compress(LINES.encode()))[: len(whole) // 2], 9_000),
+    "garbage behind a .gz in UTF-16": ("a.jsonl.gz", gzip.compress(LINES.encode("utf-16")) + b"garbage", 20_000),
+    "garbage behind a .zst": ("a.jsonl.zst", zstandard.compress(LINES.encode()) + b"garbage", 20_000),
+    "half a character in UTF-16": ("a.jsonl", LINES.encode("utf-16") + b"\0\xd8", 20_000),
+    "a wrong character in UTF-16": ("a.jsonl", LINES.encode("utf-16") + b"\0\xdc" + LINES.encode("utf-16-le"), 20_000),
+    "a NUL in UTF-16": ("a.jsonl", LINES.encode("utf-16") + b"\0\0", 20_000),
+    "a wrong character in ISO-2022": ("a.jsonl", ('{"text": "\u65e5"}\n' * 9 + '"').encode("iso2022_jp") + b"\xff", 9),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_documents_before_the_damage_are_read(tmp_path, case):
+    name, data, intact = DAMAGED[case]
+    (tmp_path / name).write_bytes(data)
+    left_out = LeftOut(skip_damaged=True)
+    texts = read(tmp_path / name, left_out, skip_damaged=True, encoding="iso2022_jp" if "ISO" in case else None)
+    assert len(texts) >= intact
+    assert left_out.counts["damaged"]
+    if "ISO" not in case:
+        assert texts == [str(number * 7919) for number in range(len(texts))]
+
+
 @pytest.mark.parametrize("packing", PACK)
 @pytest.mark.parametrize("codec", MARKS)
 def test_a_byte_order_mark_says_the_encoding(tmp_path, codec, packing):
@@ -197,15 +227,18 @@ def test_a_null_is_left_out_and_anything_else_is_damaged(tmp_path):
     assert str(left_out) == f"null texts: 1 ({tmp_path / 'a.jsonl'} at byte 14)"
 
 
-def test_the_switch_in_the_message_leaves_the_line_out(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{\n{"text": "b"}\n')
+def test_the_switch_in_the_message_leaves_the_lines_out_and_the_manifest_has_places(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{\n{"text": "b"}\n' + "{\n" * 5)
     command = [f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'out'}", "--workers=1", "--min-shards=1"]
     message = r"a\.jsonl at byte 14: not valid JSON.*Expected one object .* Or pass --on-bad-document skip, which"
     with pytest.raises(ValueError, match=message):
         write_shards.main(command)
     assert write_shards.main([*command, "--on-bad-document", "skip"]) == 0
-    assert f"left out: damaged: 1 ({tmp_path / 'a.jsonl'} at byte 14: not valid JSON" in capsys.readouterr().out
-    assert read_manifest(tmp_path / "out").statistics["documents"] == 2
+    assert f"left out: damaged: 6 (such as {tmp_path / 'a.jsonl'} at byte 14: not" in capsys.readouterr().out
+    statistics = read_manifest(tmp_path / "out").statistics
+    assert (statistics["documents"], statistics["left_out"]) == (2, {"damaged": 6})
+    places = [example.partition(": ")[0] for example in statistics["left_out_examples"]["damaged"]]
+    assert places == [f"{tmp_path / 'a.jsonl'} at byte {byte}" for byte in (14, 30, 32)]
 
 
 def test_a_field_inside_an_object_is_named_with_a_dot(tmp_path):
