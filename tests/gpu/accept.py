@@ -86,13 +86,23 @@ def start_part(number: int, options: argparse.Namespace) -> dict[str, object]:
     return failed
 
 
+def part_numbers(text: str) -> list[int]:
+    """Read --only. Raises ArgumentTypeError, of which argparse makes a message and exit code 2."""
+    known = {str(number): number for number in range(len(PARTS))}
+    if wrong := [word for word in text.split(",") if word not in known]:
+        last = len(PARTS) - 1
+        raise argparse.ArgumentTypeError(f"{text} has the part {wrong[0]!r}, expected numbers from 0 to {last}: 0,2")
+    return [known[word] for word in text.split(",")]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON files and logs")
     parser.add_argument("--tokens", type=Path, default=REPOSITORY / "data/quickstart/tokens", help="token shards")
-    parser.add_argument("--only", default="", help="numbers of the parts to run, such as 0,2; default: all")
+    numbers = list(range(len(PARTS)))
+    parser.add_argument("--only", type=part_numbers, default=numbers, help="parts to run, such as 0,2; default: all")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=int, choices=numbers, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out = options.out.resolve()
     if not (options.tokens / "manifest.json").is_file():
@@ -103,17 +113,16 @@ def main() -> int:
     if not options.dry_run and not parts.torch.cuda.is_available():
         parser.error("torch sees no GPU here. --dry-run walks all parts on the CPU.")
     options.out.mkdir(parents=True, exist_ok=True)
-    chosen = [int(number) for number in options.only.split(",")] if options.only else list(range(len(PARTS)))
     print("| part | passed | s | figure | expected |\n|---|---|---|---|---|", flush=True)
     passed = {}
-    for number in chosen:
+    for number in options.only:
         began = time.perf_counter()
         result = start_part(number, options)
         passed[number] = bool(result["passed"])
         cells = [f"{number} {PARTS[number].name}", "yes" if passed[number] else "NO"]
         cells += [f"{time.perf_counter() - began:.0f}", str(result["figure"]), PARTS[number].expected]
         print(f"| {' | '.join(cells)} |", flush=True)
-    return int(not all(passed[number] for number in chosen if number in REQUIRED))
+    return int(not all(passed[number] for number in options.only if number in REQUIRED))
 
 
 if __name__ == "__main__":

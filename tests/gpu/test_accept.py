@@ -33,6 +33,17 @@ def test_a_failed_required_part_is_exit_code_1(corpus: Corpus, tmp_path, monkeyp
     assert "| 3 curves | NO | 0 | x |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("only", "wrong"), [("9", "9"), ("a", "a"), ("0,,1", ""), ("-1", "-1"), ("", "")])
+def test_a_part_that_does_not_exist_is_refused(only, wrong, corpus: Corpus, tmp_path, monkeypatch, capsys):
+    flags = ["--dry-run", "--out", str(tmp_path), "--tokens", str(corpus.tokens), f"--only={only}"]
+    monkeypatch.setattr(sys, "argv", ["accept.py", *flags])
+    with pytest.raises(SystemExit) as left:
+        accept.main()
+    assert left.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith(f"argument --only: {only} has the part {wrong!r}, expected numbers from 0 to 8: 0,2")
+
+
 def test_without_shards_or_a_gpu_it_says_what_to_do(corpus: Corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parts.torch.cuda, "is_available", lambda: False)
     for tokens, message in ((tmp_path, "Run bash launch/quickstart/prepare.sh"), (corpus.tokens, "torch sees no GPU")):
