@@ -34,7 +34,7 @@ class Part(NamedTuple):
 PARTS = [
     Part("machine", 30, "all operations from Triton", parts.machine),
     Part("kernels", 120, "all tests pass", parts.kernels),
-    Part("host's waits", 60, f"at most {parts.MOST_WAITS} a step", parts.host_waits),
+    Part("host's waits", 60, f"at most {parts.MOST_WAITS} (0); ZeRO 2: and one in each", parts.host_waits),
     Part("curves", 100, "differences below 1e-3, 2e-2, 1e-5", parts.curves),
     Part("crash", 110, "the same losses, 1 update skipped", parts.crash),
     Part("speeds", 150, "as launch/estimate.py predicts", parts.speeds),

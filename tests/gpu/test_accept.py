@@ -1,12 +1,19 @@
 """The acceptance script on the CPU: its comparisons at every push, all of its parts in the nightly run."""
 
+import inspect
 import json
 import math
 import sys
+import warnings
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-from tests.gpu import accept, parts
+from megabert.training.run import Run
+from tests.gpu import accept, parts, steps
 from tests.helpers.runs import Corpus, run_command
 
 
@@ -22,6 +29,68 @@ def test_curves_of_other_lengths_are_not_the_same():
     assert parts.largest_difference([1.0, 2.02], [1.0, 2.0]) == pytest.approx(0.01)
     assert parts.largest_difference([1.0], [1.0, 2.0]) == math.inf
     assert parts.largest_difference([], []) == math.inf
+
+
+def fake_waits(monkeypatch) -> None:
+    """Let the CPU wait as a GPU would, and torch warn of streams only."""
+
+    def stream(self=None):
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda.Stream, "synchronize", stream)
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda self=None: None)
+
+
+def test_every_wait_is_counted_once_and_at_its_line(monkeypatch):
+    fake_waits(monkeypatch)
+    here = inspect.currentframe()
+    assert here is not None
+    with steps.waits_by_line() as lines:
+        first = here.f_lineno + 1
+        CUDA_Accelerator.synchronize(None)
+        torch.cuda.synchronize()
+        torch.cuda.Stream.synchronize(None)
+        torch.cuda.Event.synchronize(None)
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("does not yet detect all synchronizing operations", stacklevel=1)
+    torch.cuda.synchronize()
+    assert lines == [f"{__file__}:{first + number}" for number in range(5)]
+
+
+@pytest.mark.parametrize(("stage", "each", "most"), [("0", 0, 3), ("1", 0, 3), ("2", 1, 3)])
+def test_too_many_waits_fail(stage, each, most, corpus: Corpus, tmp_path, monkeypatch):
+    """Waits that a step makes in each of its micro-batches and at its end, as DeepSpeed's timers do."""
+    fake_waits(monkeypatch)
+
+    def counts(in_each: int, at_the_end: int) -> dict[str, Any]:
+        run = SimpleNamespace(engine=SimpleNamespace(set_gradient_accumulation_boundary=lambda last: None))
+
+        def step(run):
+            for number in range(16):
+                run.engine.set_gradient_accumulation_boundary(number == 15)
+                for _ in range(in_each):
+                    torch.cuda.synchronize()
+            for _ in range(at_the_end):
+                torch.cuda.synchronize()
+
+        monkeypatch.setattr(steps, "step", step)
+        return steps.waits(cast("Run", run))
+
+    def passes(report: dict[str, Any]) -> bool:
+        none = {"waits": 0, "micro_batches": 16, "between": 0, "lines": {}}
+
+        def write(setup, command):
+            number = command[command.index("waits") + 1]
+            (setup.out / f"waits{number}.json").write_text(json.dumps(report if number == stage else none))
+
+        monkeypatch.setattr(parts.Setup, "run", write)
+        return parts.host_waits(parts.Setup(tmp_path, corpus.tokens, dry=False)).passed
+
+    assert counts(each, most)["waits"] == 16 * each + most
+    assert passes(counts(each, most))
+    assert not passes(counts(each, most + 1))
+    assert not passes(counts(each + 1, 0))
 
 
 def test_a_failed_required_part_is_exit_code_1(corpus: Corpus, tmp_path, monkeypatch, capsys):
