@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from megabert.files.metrics_format import read_metrics
+from megabert.process.subprocesses import kill_with_children
 from tests.helpers.runs import TINY, last_of_each
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -203,28 +204,30 @@ def precise(out: Path, stage: str, bf16: bool) -> Path:
 def crash(setup: Setup) -> Outcome:
     """A run that is killed after a save and resumed ends as one that is not; an injected NaN skips one update."""
     steps = 6 if setup.dry else 30
-    flags = setup.flags("mosaicbert-base", f"--run.max_steps={steps}", f"--run.save_every_steps={steps // 3}")
+    size = [f"--run.max_steps={steps}", f"--run.save_every_steps={steps // 3}", *setup.batch(14_720, 2)]
+    flags = setup.flags("mosaicbert-base", *size)
     flags = last_of_each([*flags, "--run.eval_tokens=65536" if not setup.dry else "--run.eval_tokens=768"])
     whole = losses(setup.train("whole", flags))
     folder = setup.out / "killed"
     command = [sys.executable, "launch/pretrain.py", "--ds_config=zero2", f"--run.output_dir={folder}", *flags]
     env = os.environ | {"DS_ACCELERATOR": setup.accelerator}
     with open(setup.out / "log.txt", "a") as log:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log)
     while process.poll() is None and not list((folder / "checkpoints").glob("*step-*")):
         time.sleep(0.01)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_with_children(process.pid)
+    # Otherwise it had ended by itself.
+    was_killed = process.wait() == -signal.SIGKILL
     killed = {point["step"]: point["loss"] for point in setup.train("killed", flags) if "loss" in point}
     same = list(killed.values()) == whole
     # Bins of the third step; the loss of each becomes NaN.
     fault = json.dumps({"bins": [4], "factor": "nan", "added": 0})
-    self_flags = [f"--run.output_dir={setup.out / 'nan'}", "--ds_config=zero2", *flags]
-    setup.run([sys.executable, "tests/helpers/scripts/inject.py", *self_flags], INJECT=fault)
+    its_flags = [f"--run.output_dir={setup.out / 'nan'}", "--ds_config=zero2", *flags, "--run.max_steps=6"]
+    setup.run([sys.executable, "tests/helpers/scripts/inject.py", *last_of_each(its_flags)], INJECT=fault)
     skipped = json.loads((setup.out / "nan/result.json").read_text())["skipped_updates"]
-    figure = f"{'the same' if same else 'OTHER'} losses, {skipped} update skipped"
-    return Outcome(same and skipped == 1, figure, {"whole": whole, "killed": killed, "skipped": skipped})
+    figure = f"{'the same' if same else 'OTHER'} losses, {skipped} update skipped{'' if was_killed else ', NOT KILLED'}"
+    found = {"whole": whole, "killed": killed, "skipped": skipped}
+    return Outcome(was_killed and same and skipped == 1, figure, found)
 
 
 def speeds(setup: Setup) -> Outcome:
@@ -263,7 +266,7 @@ def kernel_times(setup: Setup) -> Outcome:
 
 def where_time_goes(setup: Setup) -> Outcome:
     """The fifteen kernels of a step that take longest."""
-    flags = setup.flags("mosaicbert-base", "--run.max_steps=5")
+    flags = setup.flags("mosaicbert-base", "--run.max_steps=5", *setup.batch(14_720, 4))
     setup.run([sys.executable, "-m", "tests.gpu.steps", "profile", "1", str(setup.out), *flags])
     found = json.loads((setup.out / "profile1.json").read_text())
     size = (setup.out / "trace.json").stat().st_size

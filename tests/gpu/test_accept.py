@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -94,7 +95,7 @@ def test_too_many_waits_fail(stage, each, most, corpus: Corpus, tmp_path, monkey
 
 
 def test_a_failed_required_part_is_exit_code_1(corpus: Corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(accept, "start_part", lambda number, options: {"passed": number != 3, "figure": "x"})
+    monkeypatch.setattr(accept, "start_part", lambda number, options, left_s: {"passed": number != 3, "figure": "x"})
     flags = ["accept.py", "--dry-run", "--out", str(tmp_path), "--tokens", str(corpus.tokens)]
     for only, code in (("", 1), ("3", 1), ("1,2,4,5", 0), ("0,6,7", 0)):
         monkeypatch.setattr(sys, "argv", [*flags, *(["--only", only] if only else [])])
@@ -120,6 +121,49 @@ def test_without_shards_or_a_gpu_it_says_what_to_do(corpus: Corpus, tmp_path, mo
         with pytest.raises(SystemExit):
             accept.main()
         assert message in capsys.readouterr().err
+
+
+def test_the_limits_of_all_parts_are_the_minutes_that_the_texts_name(corpus: Corpus, tmp_path, monkeypatch, capsys):
+    assert 13 < sum(part.limit_s for part in accept.PARTS) / 60 <= 14
+    for text in (accept.__doc__, Path(accept.__file__).with_name("README.md").read_text()):
+        assert "fourteen minutes" in str(text)
+    flags = ["--dry-run", "--out", str(tmp_path), "--tokens", str(corpus.tokens), "--only=4", "--seconds=0"]
+    monkeypatch.setattr(sys, "argv", ["accept.py", *flags])
+    assert accept.main() == 1
+    assert "| 4 crash | NO | 0 | it ran longer than 0 s |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [parts.host_waits, parts.crash, parts.speeds, parts.where_time_goes])
+def test_a_step_has_the_same_tokens_on_every_card(part, corpus: Corpus, tmp_path, monkeypatch):
+    def start(setup, command, **environment):
+        raise InterruptedError(*command)
+
+    monkeypatch.setattr(parts.Setup, "run", start)
+    with pytest.raises(InterruptedError) as started:
+        part(parts.Setup(tmp_path, corpus.tokens, dry=False))
+    sizes = dict(flag.split("=") for flag in started.value.args if flag.startswith("--data."))
+    assert 0 < int(sizes["--data.micro_batch_tokens"]) < int(sizes["--data.global_batch_tokens"]) < 500_000
+
+
+@pytest.mark.parametrize(
+    ("code", "resumed", "skipped", "passed"),
+    [(-9, 2.0, 1, True), (-9, 2.1, 1, False), (-9, 2.0, 0, False), (0, 2.0, 1, False)],
+)
+def test_a_crash_that_is_not_survived_fails(code, resumed, skipped, passed, corpus: Corpus, tmp_path, monkeypatch):
+    process = SimpleNamespace(pid=0, poll=lambda: code, wait=lambda: code)
+    monkeypatch.setattr(parts.subprocess, "Popen", lambda *arguments, **options: process)
+    monkeypatch.setattr(parts, "kill_with_children", lambda pid: None)
+
+    def train(setup, name, *arguments, **options):
+        return [{"step": 1.0, "loss": 3.0}, {"step": 2.0, "loss": resumed if name == "killed" else 2.0}]
+
+    def run(setup, command, **environment):
+        (setup.out / "nan").mkdir()
+        (setup.out / "nan/result.json").write_text(json.dumps({"skipped_updates": skipped}))
+
+    monkeypatch.setattr(parts.Setup, "train", train)
+    monkeypatch.setattr(parts.Setup, "run", run)
+    assert parts.crash(parts.Setup(tmp_path, corpus.tokens, dry=False)).passed == passed
 
 
 @pytest.mark.nightly
