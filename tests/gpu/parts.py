@@ -248,22 +248,6 @@ def speeds(setup: Setup) -> Outcome:
     return Outcome(best > 0, f"at best {best:,.0f} tokens/s", rows)
 
 
-def kernel_times(setup: Setup) -> Outcome:
-    """Each kernel by replayed graphs, and the programs of LayerNorm's backward pass."""
-    from tests.benchmarks import bench_kernels
-
-    device = torch.device(setup.accelerator)
-    found: dict[str, object] = {}
-    for operation, contenders in bench_kernels.contenders(device, 512 if setup.dry else 8192).items():
-        for source, contender in contenders.items():
-            seconds = bench_kernels.time_s(contender, 1 if setup.dry else 20, sets=1 if setup.dry else 3)
-            rate = bench_kernels.WORK[operation].moved_bytes / seconds / 1e9
-            found[f"{operation}, {source}"] = {"us": 1e6 * seconds, "gb_per_s": rate}
-    mine = [value["gb_per_s"] for name, value in found.items() if "Triton" in name]  # type: ignore[index]
-    slowest = f"slowest kernel moves {min(mine):.0f} GB/s" if mine else "no kernel here"
-    return Outcome(True, slowest, found)
-
-
 def where_time_goes(setup: Setup) -> Outcome:
     """The fifteen kernels of a step that take longest."""
     flags = setup.flags("mosaicbert-base", "--run.max_steps=5", *setup.batch(14_720, 4))

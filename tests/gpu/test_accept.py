@@ -14,7 +14,8 @@ import torch
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
 from megabert.training.run import Run
-from tests.gpu import accept, parts, steps
+from tests.benchmarks import bench_kernels
+from tests.gpu import accept, kernel_times, parts, steps
 from tests.helpers.runs import Corpus, run_command
 
 
@@ -164,6 +165,56 @@ def test_a_crash_that_is_not_survived_fails(code, resumed, skipped, passed, corp
     monkeypatch.setattr(parts.Setup, "train", train)
     monkeypatch.setattr(parts.Setup, "run", run)
     assert parts.crash(parts.Setup(tmp_path, corpus.tokens, dry=False)).passed == passed
+
+
+@pytest.mark.parametrize(("share", "passed"), [(0.61, True), (0.59, False)])
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA Unknown"])
+def test_a_kernel_that_moves_too_few_bytes_fails(name, share, passed, corpus: Corpus, tmp_path, monkeypatch):
+    """LayerNorm reaches a share of the bandwidth: the data sheet's, or of an unknown card that of a copy."""
+    bandwidth = 3.35e12 if "H100" in name else 1e12
+    names = ("geglu", "add_layer_norm", "masked_cross_entropy")
+    contenders = {operation: {"Triton": operation, "compiled": "not timed"} for operation in names}
+
+    def time_s(contender, *arguments):
+        reached = {"geglu": 0.9, "add_layer_norm": share, "masked_cross_entropy": 0.01}[contender]
+        return bench_kernels.WORK[contender].moved_bytes / bandwidth / reached
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(kernel_times, "copy_rate", lambda device, size: 1e12)
+    monkeypatch.setattr(kernel_times, "by_warps", lambda device: {})
+    monkeypatch.setattr(kernel_times, "by_tile", lambda device: {})
+    monkeypatch.setattr(bench_kernels, "contenders", lambda *arguments: contenders)
+    monkeypatch.setattr(bench_kernels, "time_s", time_s)
+    outcome = kernel_times.kernel_times(parts.Setup(tmp_path, corpus.tokens, dry=False))
+    assert outcome.passed == passed
+    assert outcome.figure == f"add_layer_norm {100 * share:.0f} % of {bandwidth / 1e9:,.0f} GB/s"
+
+
+@pytest.mark.triton
+def test_other_programs_and_tiles_are_what_is_timed(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from megabert.kernels import attention, row_statistics
+
+    used: list[object] = []
+
+    def time_us(device, operation):
+        if operation == "add_layer_norm":
+            monkeypatch.setattr(row_statistics, "multiprocessors", lambda device: 132)
+            used.append(row_statistics.num_programs(8192, 768, device))
+        else:
+            used.append(attention.tile_of("short", 64, False))
+        if len(used) == 5:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return 1.0
+
+    monkeypatch.setattr(kernel_times, "time_us", time_us)
+    usual = attention.tile_of
+    found = kernel_times.by_warps(torch.device("cuda")) | kernel_times.by_tile(torch.device("cuda"))
+    assert used[:4] == [264, 660, 1056, 2112]
+    assert [str(value)[:15] for value in found.values()][3:6] == ["1.0", "out of resource", "1.0"]
+    assert len(set(used)) == len(found) > 8
+    assert attention.tile_of is usual
 
 
 @pytest.mark.nightly
