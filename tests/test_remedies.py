@@ -193,8 +193,10 @@ def known_flags() -> dict[str, set[str]]:
     flags["pretrain.py"] |= {"max_hours", "resume"}
     flags |= {name: set(options.split()) for name, options in (FOREIGN | OWN_ARGUMENTS).items()}
     for path in (REPOSITORY / "tests").rglob("*.py"):
-        if added := re.findall(r"add_argument\(\s*\"--([\w-]+)\"", path.read_text()):
-            flags[path.name] = {name.replace("-", "_") for name in added} | {"json", "quick"}
+        code = path.read_text()
+        if added := re.findall(r"add_argument\(\s*\"--([\w-]+)\"", code):
+            of_benchmarks = {"json", "quick"} if "make_parser(" in code else set()
+            flags[path.name] = {name.replace("-", "_") for name in added} | of_benchmarks
     flags["pretrain.sbatch"] = flags["keep_running.sh"] = flags["pretrain.py"]
     flags["finetune_glue.sbatch"] = flags["finetune_glue.py"]
     flags["write_shards.sbatch"] = flags["write_shards.py"]
@@ -289,6 +291,7 @@ def test_no_message_names_a_script_where_there_is_no_checkout(monkeypatch, tmp_p
         "python data_prep/write_shards.py --source a.txt --out b --min-chars",
         "    deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --recipe mosaicbert-bse",
         "    python launch/convert_to_hf.py runs/quickstart",
+        "    python tests/gpu/accept.py --out DIR --quick",
     ],
 )
 def test_a_text_that_names_what_no_parser_knows_is_found(text):

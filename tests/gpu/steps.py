@@ -4,10 +4,15 @@ python tests/gpu/steps.py waits|profile STAGE OUT [FLAG ...]
 """
 
 import collections
+import contextlib
 import json
 import sys
+import traceback
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -21,6 +26,8 @@ from megabert.training.run import Run
 REPOSITORY = Path(__file__).resolve().parents[2]
 # With one micro-batch in a step, its graph is captured in the fourth.
 WARM_UP_STEPS = 4
+# The files through which a call to synchronize() passes: this one, and DeepSpeed's view of the device.
+HANDS_ON = (__file__, "/deepspeed/accelerator/cuda_accelerator.py")
 
 
 def open_run(stage: str, flags: list[str]) -> Run:
@@ -44,18 +51,65 @@ def step(run: Run) -> None:
     loop.train_step(run)
 
 
-def waits(run: Run) -> dict[str, object]:
-    """Return the host's waits in one step, by the line that waits. torch reports them on a GPU only."""
-    gpu = run.engine.device.type == "cuda"
-    with warnings.catch_warnings(record=True) as caught:
+@contextlib.contextmanager
+def waits_by_line() -> Iterator[list[str]]:
+    """Collect the line of each wait of the host for the GPU, in order.
+
+    torch's debug mode warns of reads, copies and streams, but not of torch.cuda.synchronize(), which DeepSpeed calls,
+    nor of events.
+    """
+    lines: list[str] = []
+
+    def show(message: Warning | str, category: type[Warning], filename: str, line: int, *_: object) -> None:
+        # Not the notice that the debug mode itself is a prototype.
+        if "called a synchronizing" in str(message):
+            lines.append(f"{filename}:{line}")
+
+    def counted(wait: Callable[..., None]) -> Callable[..., None]:
+        def waiting(*arguments: Any, **options: Any) -> None:
+            before = len(lines)
+            wait(*arguments, **options)
+            # Once, though torch warns of a stream's, too.
+            lines[before:] = [line_of_caller()]
+
+        return waiting
+
+    with contextlib.ExitStack() as stack:
+        for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
+            stack.enter_context(mock.patch.object(owner, "synchronize", counted(owner.synchronize)))
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always")
-        if gpu:
+        warnings.showwarning = show
+        if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("warn")
+            stack.callback(torch.cuda.set_sync_debug_mode, "default")
+        yield lines
+
+
+def line_of_caller() -> str:
+    """Return the innermost line that is not in this file, nor in one that only hands a wait on to torch."""
+    frames = (frame for frame in reversed(traceback.extract_stack()) if not frame.filename.endswith(HANDS_ON))
+    frame = next(frames)
+    return f"{frame.filename}:{frame.lineno}"
+
+
+def waits(run: Run) -> dict[str, object]:
+    """Return the host's waits for the GPU in one step, by line, and those before its last micro-batch began."""
+    micro_batches: list[int] = []
+    begin = run.engine.set_gradient_accumulation_boundary
+
+    def begins(is_boundary: bool) -> None:
+        micro_batches.append(len(lines))
+        begin(is_boundary)
+
+    with waits_by_line() as lines, mock.patch.object(run.engine, "set_gradient_accumulation_boundary", begins):
         step(run)
-        if gpu:
-            torch.cuda.set_sync_debug_mode("default")
-    lines = [f"{warning.filename}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)]
-    return {"waits": len(lines), "lines": dict(collections.Counter(lines).most_common())}
+    return {
+        "waits": len(lines),
+        "micro_batches": len(micro_batches),
+        "between": micro_batches[-1] - micro_batches[0],
+        "lines": dict(collections.Counter(lines).most_common()),
+    }
 
 
 def where_time_goes(run: Run, out: Path) -> dict[str, object]:

@@ -1,12 +1,21 @@
 """The acceptance script on the CPU: its comparisons at every push, all of its parts in the nightly run."""
 
+import inspect
 import json
 import math
 import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-from tests.gpu import accept, parts
+from megabert.training.run import Run
+from tests.benchmarks import bench_kernels
+from tests.gpu import accept, kernel_times, parts, steps
 from tests.helpers.runs import Corpus, run_command
 
 
@@ -24,13 +33,86 @@ def test_curves_of_other_lengths_are_not_the_same():
     assert parts.largest_difference([], []) == math.inf
 
 
+def fake_waits(monkeypatch) -> None:
+    """Let the CPU wait as a GPU would, and torch warn of streams only."""
+
+    def stream(self=None):
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda.Stream, "synchronize", stream)
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda self=None: None)
+
+
+def test_every_wait_is_counted_once_and_at_its_line(monkeypatch):
+    fake_waits(monkeypatch)
+    here = inspect.currentframe()
+    assert here is not None
+    with steps.waits_by_line() as lines:
+        first = here.f_lineno + 1
+        CUDA_Accelerator.synchronize(None)
+        torch.cuda.synchronize()
+        torch.cuda.Stream.synchronize(None)
+        torch.cuda.Event.synchronize(None)
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("does not yet detect all synchronizing operations", stacklevel=1)
+    torch.cuda.synchronize()
+    assert lines == [f"{__file__}:{first + number}" for number in range(5)]
+
+
+@pytest.mark.parametrize(("stage", "each", "most"), [("0", 0, 3), ("1", 0, 3), ("2", 1, 3)])
+def test_too_many_waits_fail(stage, each, most, corpus: Corpus, tmp_path, monkeypatch):
+    """Waits that a step makes in each of its micro-batches and at its end, as DeepSpeed's timers do."""
+    fake_waits(monkeypatch)
+
+    def counts(in_each: int, at_the_end: int) -> dict[str, Any]:
+        run = SimpleNamespace(engine=SimpleNamespace(set_gradient_accumulation_boundary=lambda last: None))
+
+        def step(run):
+            for number in range(16):
+                run.engine.set_gradient_accumulation_boundary(number == 15)
+                for _ in range(in_each):
+                    torch.cuda.synchronize()
+            for _ in range(at_the_end):
+                torch.cuda.synchronize()
+
+        monkeypatch.setattr(steps, "step", step)
+        return steps.waits(cast("Run", run))
+
+    def passes(report: dict[str, Any]) -> bool:
+        none = {"waits": 0, "micro_batches": 16, "between": 0, "lines": {}}
+
+        def write(setup, command):
+            number = command[command.index("waits") + 1]
+            (setup.out / f"waits{number}.json").write_text(json.dumps(report if number == stage else none))
+
+        monkeypatch.setattr(parts.Setup, "run", write)
+        return parts.host_waits(parts.Setup(tmp_path, corpus.tokens, dry=False)).passed
+
+    assert counts(each, most)["waits"] == 16 * each + most
+    assert passes(counts(each, most))
+    assert not passes(counts(each, most + 1))
+    assert not passes(counts(each + 1, 0))
+
+
 def test_a_failed_required_part_is_exit_code_1(corpus: Corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(accept, "start_part", lambda number, options: {"passed": number != 3, "figure": "x"})
+    monkeypatch.setattr(accept, "start_part", lambda number, options, left_s: {"passed": number != 3, "figure": "x"})
     flags = ["accept.py", "--dry-run", "--out", str(tmp_path), "--tokens", str(corpus.tokens)]
     for only, code in (("", 1), ("3", 1), ("1,2,4,5", 0), ("0,6,7", 0)):
         monkeypatch.setattr(sys, "argv", [*flags, *(["--only", only] if only else [])])
         assert accept.main() == code
     assert "| 3 curves | NO | 0 | x |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("only", "wrong"), [("9", "9"), ("a", "a"), ("0,,1", ""), ("-1", "-1"), ("", "")])
+def test_a_part_that_does_not_exist_is_refused(only, wrong, corpus: Corpus, tmp_path, monkeypatch, capsys):
+    flags = ["--dry-run", "--out", str(tmp_path), "--tokens", str(corpus.tokens), f"--only={only}"]
+    monkeypatch.setattr(sys, "argv", ["accept.py", *flags])
+    with pytest.raises(SystemExit) as left:
+        accept.main()
+    assert left.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith(f"argument --only: {only} has the part {wrong!r}, expected numbers from 0 to 8: 0,2")
 
 
 def test_without_shards_or_a_gpu_it_says_what_to_do(corpus: Corpus, tmp_path, monkeypatch, capsys):
@@ -40,6 +122,99 @@ def test_without_shards_or_a_gpu_it_says_what_to_do(corpus: Corpus, tmp_path, mo
         with pytest.raises(SystemExit):
             accept.main()
         assert message in capsys.readouterr().err
+
+
+def test_the_limits_of_all_parts_are_the_minutes_that_the_texts_name(corpus: Corpus, tmp_path, monkeypatch, capsys):
+    assert 13 < sum(part.limit_s for part in accept.PARTS) / 60 <= 14
+    for text in (accept.__doc__, Path(accept.__file__).with_name("README.md").read_text()):
+        assert "fourteen minutes" in str(text)
+    flags = ["--dry-run", "--out", str(tmp_path), "--tokens", str(corpus.tokens), "--only=4", "--seconds=0"]
+    monkeypatch.setattr(sys, "argv", ["accept.py", *flags])
+    assert accept.main() == 1
+    assert "| 4 crash | NO | 0 | it ran longer than 0 s |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [parts.host_waits, parts.crash, parts.speeds, parts.where_time_goes])
+def test_a_step_has_the_same_tokens_on_every_card(part, corpus: Corpus, tmp_path, monkeypatch):
+    def start(setup, command, **environment):
+        raise InterruptedError(*command)
+
+    monkeypatch.setattr(parts.Setup, "run", start)
+    with pytest.raises(InterruptedError) as started:
+        part(parts.Setup(tmp_path, corpus.tokens, dry=False))
+    sizes = dict(flag.split("=") for flag in started.value.args if flag.startswith("--data."))
+    assert 0 < int(sizes["--data.micro_batch_tokens"]) < int(sizes["--data.global_batch_tokens"]) < 500_000
+
+
+@pytest.mark.parametrize(
+    ("code", "resumed", "skipped", "passed"),
+    [(-9, 2.0, 1, True), (-9, 2.1, 1, False), (-9, 2.0, 0, False), (0, 2.0, 1, False)],
+)
+def test_a_crash_that_is_not_survived_fails(code, resumed, skipped, passed, corpus: Corpus, tmp_path, monkeypatch):
+    process = SimpleNamespace(pid=0, poll=lambda: code, wait=lambda: code)
+    monkeypatch.setattr(parts.subprocess, "Popen", lambda *arguments, **options: process)
+    monkeypatch.setattr(parts, "kill_with_children", lambda pid: None)
+
+    def train(setup, name, *arguments, **options):
+        return [{"step": 1.0, "loss": 3.0}, {"step": 2.0, "loss": resumed if name == "killed" else 2.0}]
+
+    def run(setup, command, **environment):
+        (setup.out / "nan").mkdir()
+        (setup.out / "nan/result.json").write_text(json.dumps({"skipped_updates": skipped}))
+
+    monkeypatch.setattr(parts.Setup, "train", train)
+    monkeypatch.setattr(parts.Setup, "run", run)
+    assert parts.crash(parts.Setup(tmp_path, corpus.tokens, dry=False)).passed == passed
+
+
+@pytest.mark.parametrize(("share", "passed"), [(0.61, True), (0.59, False)])
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA Unknown"])
+def test_a_kernel_that_moves_too_few_bytes_fails(name, share, passed, corpus: Corpus, tmp_path, monkeypatch):
+    """LayerNorm reaches a share of the bandwidth: the data sheet's, or of an unknown card that of a copy."""
+    bandwidth = 3.35e12 if "H100" in name else 1e12
+    names = ("geglu", "add_layer_norm", "masked_cross_entropy")
+    contenders = {operation: {"Triton": operation, "compiled": "not timed"} for operation in names}
+
+    def time_s(contender, *arguments):
+        reached = {"geglu": 0.9, "add_layer_norm": share, "masked_cross_entropy": 0.01}[contender]
+        return bench_kernels.WORK[contender].moved_bytes / bandwidth / reached
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(kernel_times, "copy_rate", lambda device, size: 1e12)
+    monkeypatch.setattr(kernel_times, "by_warps", lambda device: {})
+    monkeypatch.setattr(kernel_times, "by_tile", lambda device: {})
+    monkeypatch.setattr(bench_kernels, "contenders", lambda *arguments: contenders)
+    monkeypatch.setattr(bench_kernels, "time_s", time_s)
+    outcome = kernel_times.kernel_times(parts.Setup(tmp_path, corpus.tokens, dry=False))
+    assert outcome.passed == passed
+    assert outcome.figure == f"add_layer_norm {100 * share:.0f} % of {bandwidth / 1e9:,.0f} GB/s"
+
+
+@pytest.mark.triton
+def test_other_programs_and_tiles_are_what_is_timed(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from megabert.kernels import attention, row_statistics
+
+    used: list[object] = []
+
+    def time_us(device, operation):
+        if operation == "add_layer_norm":
+            monkeypatch.setattr(row_statistics, "multiprocessors", lambda device: 132)
+            used.append(row_statistics.num_programs(8192, 768, device))
+        else:
+            used.append(attention.tile_of("short", 64, False))
+        if len(used) == 5:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return 1.0
+
+    monkeypatch.setattr(kernel_times, "time_us", time_us)
+    usual = attention.tile_of
+    found = kernel_times.by_warps(torch.device("cuda")) | kernel_times.by_tile(torch.device("cuda"))
+    assert used[:4] == [264, 660, 1056, 2112]
+    assert [str(value)[:15] for value in found.values()][3:6] == ["1.0", "out of resource", "1.0"]
+    assert len(set(used)) == len(found) > 8
+    assert attention.tile_of is usual
 
 
 @pytest.mark.nightly
