@@ -17,9 +17,9 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from megabert.config.settings import check_limits, limits_of
-from megabert.files.disk import WRONG_NAMES, explain
+from megabert.files.disk import FULL, explain, is_user_error
 from megabert.files.redact import RedactedRecord, redact
-from megabert.process.exit_codes import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from megabert.process.exit_codes import EXIT_DISK, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from megabert.process.interrupts import missing_package
 from megabert.process.standard_streams import keep_streams_writable
 
@@ -249,7 +249,11 @@ def exit_code(error: BaseException) -> int:
 
     An error that the user did not make has its code as the attribute `exit_code`; without one the code is 1.
     """
-    return getattr(error, "exit_code", EXIT_USER_ERROR if isinstance(error, (ValueError, *WRONG_NAMES)) else 1)
+    if isinstance(error, OSError):
+        code = EXIT_USER_ERROR if is_user_error(error) else EXIT_DISK if error.errno in FULL else 1
+    else:
+        code = EXIT_USER_ERROR if isinstance(error, ValueError) else 1
+    return getattr(error, "exit_code", code)
 
 
 def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseException], int] = lambda _: 1) -> NoReturn:

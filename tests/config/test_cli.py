@@ -204,6 +204,25 @@ def test_an_error_of_the_file_system_is_one_line_with_the_file_and_a_remedy(tmp_
     assert len(error) < 2500
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.EROFS, 2),
+        (errno.ENAMETOOLONG, 2),
+        (errno.EACCES, 2),
+        (errno.ENOSPC, 74),
+        (errno.EDQUOT, 74),
+        (errno.EFBIG, 74),
+        (errno.EADDRINUSE, 1),
+    ],
+)
+def test_a_training_run_that_another_attempt_cannot_save_is_not_started_again(number, code):
+    assert cli.exit_code(OSError(number, os.strerror(number), "file")) == code
+    error = OSError(number, os.strerror(number))
+    error.exit_code = 75  # type: ignore[attr-defined]
+    assert cli.exit_code(error) == 75
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_one_line_with_the_file_and_a_remedy(tmp_path, capsys, monkeypatch, number):
     """A write that fails does not name its file."""
