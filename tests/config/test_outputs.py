@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 import pytest
 
 from data_prep import fetch_tasks, train_tokenizer
-from data_prep.writing import shard_request
+from data_prep.writing import shard_options
 from launch import pareto, plot_run
 from megabert.commands import export, import_hf, pretrain
 from megabert.config.cli import read_flags
@@ -18,7 +18,7 @@ from tests.helpers.imports import modules
 COMMANDS = {
     fetch_tasks.Options: [],
     train_tokenizer.Options: [],
-    shard_request.Options: [],
+    shard_options.Options: [],
     FinetuneOptions: ["--checkpoint", "x"],
     pareto.Options: ["--runs", "x"],
     plot_run.Options: ["x"],
