@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from megabert.config.cli import nearest
 from megabert.config.settings import shortened
@@ -169,7 +170,7 @@ def _where(path: str | Path) -> str:
     return f"{path}: " if path else ""
 
 
-def _expected(error: Any) -> str:
+def _expected(error: ErrorDetails) -> str:
     """Say in words what one of pydantic's errors expected."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "literal_error":
@@ -327,7 +328,7 @@ def _check_mapping(node: yaml.MappingNode) -> None:
         found.add(key.value)
 
 
-def _refuse(at: Any, message: str) -> NoReturn:
+def _refuse(at: yaml.Node | yaml.Event, message: str) -> NoReturn:
     raise _RefusedError(message, at.start_mark.line + 1)
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class Backend(NamedTuple):
     """What a model computes with. ops: the implementation of its operations, as run.ops of a recipe."""
 
     device: torch.device
-    ops: Any = "auto"
+    ops: Literal["auto", "torch", "fused"] = "auto"
 
 
 class EncodedExamples(NamedTuple):

@@ -7,7 +7,6 @@ F MLP width, V vocabulary, M masked tokens. Where the trainer packs documents, B
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -402,12 +401,12 @@ def classifier_dropout(config: MegaBertConfig) -> float:
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 
 
-def pre_norm_stds(module: nn.Module, config: MegaBertConfig) -> dict[Any, float]:
+def pre_norm_stds(module: nn.Module, config: MegaBertConfig) -> dict[nn.Linear | nn.Embedding | Decoder, float]:
     """Return which weights to initialise when a module's turn comes, after its parts', and from which deviation.
 
     Smaller for what is added to the residual stream, as in ModernBERT (https://arxiv.org/abs/2412.13663, appendix A).
     """
-    stds: dict[Any, float] = {}
+    stds: dict[nn.Linear | nn.Embedding | Decoder, float] = {}
     if isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
         stds[module] = config.initializer_range
     outputs: dict[type[nn.Module], str] = {Attention: "out", Mlp: "down", GatedMlp: "down", MlmTransform: "dense"}

@@ -13,7 +13,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch.distributed
 
@@ -25,6 +26,8 @@ from megabert.training.distributed.hang_detector import HangDetector
 from megabert.training.distributed.heartbeat import BEAT_S, Beat, progress
 from megabert.training.distributed.rank_env import LOOPBACK, are_ranks_on_one_machine, host_name
 from megabert.training.distributed.signals import PEER_REASON, StopSignals
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +162,9 @@ class PeerWatchdog:
     def __enter__(self) -> "PeerWatchdog":
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self._send_all(GOODBYE)
         elif isinstance(error, RuntimeError) and self.peer_failed.wait(END_DELAY_S):
@@ -316,7 +321,7 @@ class _Peer:
         self.connection.close()
 
 
-def _none_if_lost(action: Callable[[], Any]) -> Any:
+def _none_if_lost(action: Callable[[], T]) -> T | None:
     """Return action(), or None if the connection is lost: `_watch` notices that by itself."""
     try:
         return action()
