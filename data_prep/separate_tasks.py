@@ -114,8 +114,8 @@ def read_plan(options: Options) -> Plan:
         raise _unreadable(path)
     if header["asked"] != _hash_of(options):
         raise ValueError(
-            f"{path}: is for another source, tokenizer or other settings, or of another version of MegaBERT. Give "
-            "every step the same, or run --step plan again."
+            f"{path}: is for another source, tokenizer or other settings. Give every step the same, or run --step plan "
+            "again."
         )
     tokenizer_path, tokenizer = find_tokenizer(options.tokenizer) if options.tokenizer else (None, None)
     ids = IdRule(header["ids"][0], tuple(header["ids"][1]), header["ids"][2]) if header["ids"] else None
@@ -200,8 +200,7 @@ def _splits_of(line: dict[str, Any]) -> list[InputSplit]:
 
 def _hash_of(options: Options) -> str:
     tokenizer = find_tokenizer(options.tokenizer)[1] if options.tokenizer else None
-    asked, found = what_is_asked(options), tokenizer and asdict(tokenizer)
-    return request_hash(options=asked, tokenizer=found, format=output_folder.WORK_FORMAT)
+    return request_hash(options=what_is_asked(options), tokenizer=tokenizer and asdict(tokenizer))
 
 
 def _check_none_missing(out: Path, step: str, missing: Sequence[object]) -> None:

@@ -63,7 +63,7 @@ def test_separate_tasks_write_the_same_bytes_and_say_what_is_missing(command, wh
         step("runs", "0/2", "--min_chars=7")
     with monkeypatch.context() as newer:
         newer.setattr(output_folder, "WORK_FORMAT", output_folder.WORK_FORMAT + 1)
-        with pytest.raises(ValueError, match="or of another version of MegaBERT"):
+        with pytest.raises(ValueError, match="or another version of MegaBERT wrote it"):
             step("runs", "0/2")
     with pytest.raises(ValueError, match=r"separate commands with --step may be writing there.*remove this file"):
         write_shards.main([*command, f"--out={out}"])
