@@ -126,7 +126,7 @@ class RunConfig:
     """skipped updates in a row after which to return to the last checkpoint and leave out those batches; 0: never"""
     hang_timeout_s: float = setting(60.0, "[0, 86400]", may_change=True)
     """end the run, and name the rank, if one of several ranks makes no progress for this many seconds; before its first
-    step, and while PyTorch compiles, for five times as many. 0: never"""
+    step, and while PyTorch compiles, for five times as many; around a checkpoint, for half an hour. 0: never"""
     ops: Literal["auto", "torch", "fused"] = setting("auto", may_change=True)
     """kernels. auto: the fastest that run on this device; torch: plain PyTorch; fused: fused kernels, or an error"""
     compile: bool = False

@@ -12,6 +12,7 @@ read, and whatever can be compared without them is compared.
 import hashlib
 import json
 import re
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +24,7 @@ import numpy as np
 from megabert.data.shards.sample_format import SPECIAL_TOKENS, Kind, encode_npy, read_npy
 from megabert.files.atomic import write_atomically
 from megabert.files.bounded_reads import read_bounded
-from megabert.files.hashing import json_sha256
+from megabert.files.hashing import file_sha256, json_sha256
 from megabert.files.json_file import parse_json
 
 MANIFEST = "manifest.json"
@@ -49,6 +50,7 @@ MAX_MANIFEST_BYTES = 128 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
 # The limit for chunks.npy: 50 M chunks, which have some 7 T tokens.
 MAX_CHUNKS_BYTES = 1 << 31
+SAME_SHARDS = "Copy the shards of rank 0's machine there, or name a folder that all machines share."
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -111,7 +113,8 @@ class Manifest:
     """splits: the shards of "train" and "heldout". request: a hash of the settings of write_shards.py.
 
     files: sha256 of the other files in the folder; empty for text, and where the manifest has format 2. chunks_file:
-    the path of chunks.npy, if each rank can map it into memory: then a pickled manifest has no chunks.
+    the path of chunks.npy, if each rank can map it into memory: then a pickled manifest has no chunks. chunks_sha256:
+    its hash, which the chunks.npy of a rank on another machine must have.
     """
 
     kind: Kind
@@ -121,6 +124,7 @@ class Manifest:
     request: str = ""
     files: dict[str, str] = field(default_factory=dict)
     chunks_file: str | None = None
+    chunks_sha256: str = ""
 
     def __reduce__(self) -> tuple[Callable[..., "Manifest"], tuple[Any, ...]]:
         shards = [shard for part in self.splits.values() for shard in part]
@@ -148,7 +152,7 @@ def _pack(shards: list[Shard]) -> _PackedShards:
 
 def _unpickle(settings: dict[str, Any], packed: _PackedShards, chunks: np.ndarray | None) -> Manifest:
     if chunks is None:
-        chunks = np.asarray(np.load(settings["chunks_file"], mmap_mode="r"))
+        chunks = _map_chunks(Path(settings["chunks_file"]), settings["chunks_sha256"])
     ends = packed.numbers[:, 3].cumsum().tolist()
     hashes = packed.hashes.hex()
     shards = []
@@ -163,6 +167,19 @@ def _unpickle(settings: dict[str, Any], packed: _PackedShards, chunks: np.ndarra
         splits[part] = tuple(shards[first : first + count])
         first += count
     return Manifest(**settings | {"splits": splits})
+
+
+def _map_chunks(path: Path, sha256: str) -> np.ndarray:
+    """Map this machine's chunks.npy into memory. Raises ValueError if it is missing, or not the one of rank 0."""
+    try:
+        is_the_same = file_sha256(path) == sha256
+    except FileNotFoundError as missing:
+        raise ValueError(f"{path}: no such file on {socket.gethostname()}. {SAME_SHARDS}") from missing
+    if not is_the_same:
+        raise ValueError(
+            f"{path}: on {socket.gethostname()} it is another file than on rank 0's machine. {SAME_SHARDS}"
+        )
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -228,7 +245,15 @@ def parse_manifest(data: bytes, chunks: bytes, where: str) -> Manifest:
         info = raw["tokenizer"]
         tokenizer = info and TokenizerInfo(**info | {"all_special_ids": tuple(info["all_special_ids"])})
         files = raw["files"] if found == FORMAT else {}
-        manifest = Manifest(raw["kind"], splits, raw["statistics"], tokenizer, raw["request"], files)
+        manifest = Manifest(
+            raw["kind"],
+            splits,
+            raw["statistics"],
+            tokenizer,
+            raw["request"],
+            files,
+            chunks_sha256=raw["chunks_sha256"],
+        )
         problem = _find_problem(manifest, index)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: not a manifest of write_shards.py: {error!r}. Write the shards again.") from error

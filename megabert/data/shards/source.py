@@ -1,6 +1,7 @@
 """A corpus of one or more sources: their shards, the splits that streams are made of, and reading a chunk."""
 
 import logging
+import socket
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -79,7 +80,8 @@ class Source:
         every = [shard for part in self.manifest.splits.values() for shard in part]
         numbers = {id(shard): number for number, shard in enumerate(every)}
         chosen = np.array([numbers[id(shard)] for shard in self.shards], np.int64)
-        return _unpickle, (self.folder, self.storage, self.manifest, chosen, self.tokenizer_path)
+        fingerprint = self.tokenizer.fingerprint if self.tokenizer_path else ""
+        return _unpickle, (self.folder, self.storage, self.manifest, chosen, self.tokenizer_path, fingerprint)
 
     def other_part(self, part: str, on_bad_shard: str) -> "Source":
         """Return the source of another part of this folder, without reading the manifest again."""
@@ -224,10 +226,17 @@ class Source:
 
 
 def _unpickle(
-    folder: str, storage: Storage, manifest: Manifest, chosen: np.ndarray, tokenizer_path: Path | None
+    folder: str, storage: Storage, manifest: Manifest, chosen: np.ndarray, tokenizer_path: Path | None, fingerprint: str
 ) -> Source:
+    """Return the source of another rank. Raises ValueError if this machine has another tokenizer than rank 0's."""
     every = [shard for part in manifest.splits.values() for shard in part]
-    return Source(folder, storage, manifest, tuple(every[number] for number in chosen.tolist()), tokenizer_path)
+    source = Source(folder, storage, manifest, tuple(every[number] for number in chosen.tolist()), tokenizer_path)
+    if tokenizer_path is not None and source.tokenizer.fingerprint != fingerprint:
+        raise ValueError(
+            f"{tokenizer_path}: on {socket.gethostname()} it is another file than on rank 0's machine. Copy that one "
+            "there, or name a data.tokenizer that all machines share."
+        )
+    return source
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,9 @@ import io
 import json
 import mmap
 import pickle
+import re
 import shutil
+import socket
 import tarfile
 import zlib
 from pathlib import Path
@@ -377,6 +379,30 @@ def test_another_rank_gets_the_shards_without_their_chunks_and_maps_them(corpus,
             assert (mine.chunks == theirs.chunks).all()
     assert (received.sources[0].read_chunk(0, 0).tokens == train.sources[0].read_chunk(0, 0).tokens).all()
     assert received_held_out.sources[0].shards[0].name.startswith("heldout")
+
+
+def test_a_machine_with_other_shards_or_none_under_the_name_is_refused(folder):
+    sent = pickle.dumps(open_source(str(folder)))
+    index = folder / CHUNKS
+    array = np.load(index)
+    array[0, 4] ^= 1
+    np.save(index, array)
+    other = f"{index}: on {socket.gethostname()} it is another file than on rank 0's machine. Copy the shards"
+    with pytest.raises(ValueError, match=re.escape(other)):
+        pickle.loads(sent)
+    index.unlink()
+    with pytest.raises(ValueError, match=re.escape(f"{index}: no such file on {socket.gethostname()}. Copy")):
+        pickle.loads(sent)
+
+
+def test_a_machine_with_another_tokenizer_for_text_is_refused(folder, corpus, tmp_path):
+    change_manifest(folder, lambda raw: raw.update(kind="text", tokenizer=None))
+    tokenizer = shutil.copy(corpus.tokenizer / TOKENIZER, tmp_path)
+    sent = pickle.dumps(open_source(str(folder), tokenizer=tokenizer))
+    assert pickle.loads(sent).tokenizer == open_source(str(folder), tokenizer=tokenizer).tokenizer
+    Path(tokenizer).write_bytes(Path(tokenizer).read_bytes() + b"\n")
+    with pytest.raises(ValueError, match=rf"{tokenizer}: on .* it is another file than on rank 0's machine"):
+        pickle.loads(sent)
 
 
 def test_the_sizes_of_many_shards_are_looked_up_at_once(folder, monkeypatch):
