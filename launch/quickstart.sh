@@ -73,5 +73,5 @@ cat 2> /dev/null <<TEXT || true
 
 Next: the paper's model, on your corpus:
     python data_prep/write_shards.py --source CORPUS --tokenizer TOKENIZER --out data/mine --heldout 0.001
-    deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --recipe mosaicbert-base --data.train data/mine
+    deepspeed launch/pretrain.py --ds_config ds_configs/zero1.json --recipe mosaicbert-base --data.train data/mine
 TEXT

@@ -203,6 +203,10 @@ def missing_extra(source: str, package: str) -> ValueError:
 
 
 def no_field(where: str, text_key: str, found: list[str]) -> DamagedError:
+    if {"id", "attributes"} <= set(found) <= {"id", "attributes", "source"}:
+        return DamagedError(
+            f"{where}: holds attributes of Dolma and no text. Pass the folder documents beside them as --source."
+        )
     return DamagedError(
         f"{where}: has no field {text_key!r}, its fields are: {', '.join(sorted(found)) or 'none'}. "
         "Pass the name of the field that holds the text as --text-key."

@@ -64,7 +64,8 @@ def make_parser(prog: str) -> RecipeParser:
     parser.add_argument(
         "--ds_config",
         default="zero2",
-        help=f"ZeRO stage, precision and offload for DeepSpeed: one of {', '.join(ds_config_names())}, or a JSON file",
+        help=f"ZeRO stage, precision and offload for DeepSpeed: one of {', '.join(ds_config_names())}, or a JSON file. "
+        "Between GPUs zero1 sends less than zero2, once a step",
     )
     parser.add_argument("--plot_schedule", default=None, help="only draw the recipe's schedules, to this .png")
     parser.add_argument(

@@ -18,7 +18,7 @@ class Straggler:
         self.rank, self.in_a_row = -1, 0
 
     def update(self, rates: Sequence[float]) -> str | None:
-        """Take the tokens/s of each rank in its own computing; return a line for the log when a straggler is found."""
+        """Take the tokens/s of each rank in data and forward; return a line for the log when a straggler is found."""
         slowest, median = min(range(len(rates)), key=rates.__getitem__), statistics.median(rates)
         if rates[slowest] >= SLOWER * median:
             self.rank, self.in_a_row = -1, 0
@@ -28,6 +28,6 @@ class Straggler:
         if self.in_a_row != IN_A_ROW:
             return None
         return (
-            f"straggler: rank {slowest} on {self.hosts[slowest]} computes {rates[slowest]:,.0f} tokens/s, the median "
-            f"rank {median:,.0f}; all ranks wait for it"
+            f"straggler: rank {slowest} on {self.hosts[slowest]} is slow in data and forward: {rates[slowest]:,.0f} "
+            f"tokens/s, the median rank {median:,.0f}; all ranks wait for it"
         )

@@ -1,5 +1,7 @@
 """Tests that everything below a folder is read, counted as left out, or named in an error."""
 
+import gzip
+import json
 import os
 
 import pytest
@@ -45,6 +47,40 @@ def test_a_change_behind_a_link_changes_the_state_of_the_source(folder):
     (folder / "link" / "deep" / "b.txt").write_text("another")
     assert source_state(splits) != before[0]
     assert [path.name for path in before[1]] == ["a.txt", "b.txt"]
+
+
+def test_documents_of_dolma_are_read_and_its_attributes_are_named(tmp_path):
+    """The layout of docs/data-format.md of https://github.com/allenai/dolma."""
+    document = {
+        "id": "1",
+        "text": "a text",
+        "source": "web",
+        "added": "2024",
+        "created": "2023",
+        "metadata": {"url": "u"},
+    }
+    attributes = {"id": "1", "source": "web", "attributes": {"toxicity": [[0, 6, 0.1]]}}
+    for name, row in (("documents/2019-09", document), ("attributes/toxicity-0/2019-09", attributes)):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0933_uk_all.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode() + b"\n"))
+    assert read(tmp_path / "documents") == ["a text"]
+    with pytest.raises(
+        ValueError, match=r"0933_uk_all\.jsonl\.gz at line 1: holds .* Pass the folder documents beside"
+    ):
+        read(tmp_path)
+    assert read(tmp_path, LeftOut(skip_damaged=True), skip_damaged=True) == ["a text"]
+
+
+def test_the_folders_that_nemo_curator_writes_are_read(tmp_path):
+    """One file a task, named by a hash, as pandas writes it: records with an index of no meaning."""
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    rows = pandas.DataFrame({"text": ["a text", "caf\u00e9 / b"], "id": [1, 2], "quality": [0.5, None]}, index=[7, 3])
+    for folder in ("jsonl", "parquet"):
+        (tmp_path / folder).mkdir()
+    rows.to_json(tmp_path / "jsonl/0a1b2c3d4e5f.jsonl", lines=True, orient="records")
+    rows.to_parquet(tmp_path / "parquet/0a1b2c3d4e5f.parquet")
+    assert read(tmp_path / "jsonl") == read(tmp_path / "parquet") == ["a text", "caf\u00e9 / b"]
 
 
 def test_circles_of_links_end(folder):

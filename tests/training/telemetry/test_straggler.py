@@ -8,7 +8,7 @@ def test_a_lasting_straggler_is_named_once():
     slow = [1000.0, 1010.0, 800.0, 990.0]
     said = [straggler.update(slow) for _ in range(IN_A_ROW + 2)]
     assert [line for line in said if line] == [
-        "straggler: rank 2 on n2 computes 800 tokens/s, the median rank 995; all ranks wait for it"
+        "straggler: rank 2 on n2 is slow in data and forward: 800 tokens/s, the median rank 995; all ranks wait for it"
     ]
     assert said[IN_A_ROW - 1]
 
