@@ -9,6 +9,9 @@ has_nvidia_gpu() {
     return 1
 }
 
+# AMD's driver, which shows itself for graphics inside a CPU, too.
+has_amd_driver() { [ -e /dev/kfd ]; }
+
 # Print the build of torch to install, cpu or gpu: TORCH_BUILD, or else what this machine has.
 torch_build() {
     case ${TORCH_BUILD:-} in

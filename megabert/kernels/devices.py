@@ -12,6 +12,8 @@ import torch
 
 # Where an NVIDIA driver shows itself: a file of its own, or under WSL2 the library that Windows lends.
 NVIDIA_FILES = (Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
+# AMD's driver; also for graphics inside a CPU, so that its presence is no reason to stop.
+AMD_FILES = (Path("/dev/kfd"),)
 # Ampere is the first generation with bf16 tensor cores.
 OLDEST_CAPABILITY = (8, 0)
 # Ada and Hopper are the first with FP8 tensor cores.
@@ -30,10 +32,16 @@ def can_torch_use_gpus() -> bool:
     return torch.version.cuda is not None or torch.version.hip is not None
 
 
+def has_nvidia_driver() -> bool:
+    return any(path.exists() for path in NVIDIA_FILES)
+
+
 def why_gpu_is_unused(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return why torch does not use this machine's NVIDIA GPU, with the remedy; None if it does or there is none."""
-    if torch_sees_a_gpu() or not any(path.exists() for path in NVIDIA_FILES) or environ.get("DS_ACCELERATOR") == "cpu":
+    """Return why torch does not use this machine's GPU, with the remedy; None if it does or there is none."""
+    if torch_sees_a_gpu() or environ.get("DS_ACCELERATOR") == "cpu":
         return None
+    if not has_nvidia_driver():
+        return _why_amd_is_unused() if any(path.exists() for path in AMD_FILES) else None
     if not can_torch_use_gpus():
         return (
             f"this machine has an NVIDIA GPU, but the installed torch {torch.__version__} is a CPU build, as "
@@ -46,6 +54,19 @@ def why_gpu_is_unused(environ: Mapping[str, str] = os.environ) -> str | None:
         f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU. If nvidia-smi lists one, the "
         f"driver is older than CUDA {torch.version.cuda}: update it, or install a torch for an older CUDA. If this job "
         f"has no GPU, {TRAIN_ON_CPU}."
+    )
+
+
+def _why_amd_is_unused() -> str:
+    if torch.version.hip is None:
+        return (
+            f"this machine has AMD's driver, but the installed torch {torch.__version__} is not a ROCm build. Install "
+            "PyTorch's ROCm build into .venv, which launch/install.sh keeps. If ROCm does not support this GPU, "
+            f"{TRAIN_ON_CPU}."
+        )
+    return (
+        f"this machine has AMD's driver, but torch {torch.__version__} sees no GPU. If rocminfo lists none either, add "
+        f"this user to the groups render and video. If this job has no GPU, {TRAIN_ON_CPU}."
     )
 
 

@@ -9,14 +9,16 @@ from megabert.training.distributed.accelerator import choose_accelerator, choose
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Make up a machine: whether it has an NVIDIA driver, whether torch has GPU code, whether torch sees a GPU."""
+    """Make up a machine: whether it has an NVIDIA driver, or AMD's; whether torch has GPU code and sees a GPU."""
 
-    def make(driver: bool, cuda_build: bool, sees: bool):
+    def make(driver: bool, cuda_build: bool, sees: bool, amd: bool = False, hip: str | None = None):
         file = tmp_path / "nvidiactl"
         file.touch() if driver else file.unlink(missing_ok=True)
         monkeypatch.setattr(devices, "NVIDIA_FILES", (file,))
         monkeypatch.setattr(torch.version, "cuda", "13.0" if cuda_build else None)
-        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(devices, "AMD_FILES", (tmp_path / "kfd",))
+        (tmp_path / "kfd").touch() if amd else (tmp_path / "kfd").unlink(missing_ok=True)
+        monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
 
     return make
@@ -52,6 +54,29 @@ def test_a_cpu_build_of_torch_on_a_machine_with_a_gpu_is_refused_and_the_advice_
     environ: dict[str, str] = {}
     choose_accelerator(environ)
     assert environ == {"DS_ACCELERATOR": "cuda"}
+
+
+@pytest.mark.parametrize(
+    ("cuda_build", "hip", "sees", "message"),
+    [
+        (False, None, False, "is not a ROCm build. Install PyTorch's ROCm build"),
+        (True, None, False, "is not a ROCm build. Install PyTorch's ROCm build"),
+        (False, "6.4", False, "sees no GPU. If rocminfo lists none"),
+        (False, "6.4", True, ""),
+    ],
+)
+def test_an_amd_gpu_is_not_left_out_in_silence(machine, caplog, cuda_build, hip, sees, message):
+    machine(driver=False, cuda_build=cuda_build, sees=sees, amd=True, hip=hip)
+    environ: dict[str, str] = {}
+    choose_accelerator(environ)
+    assert environ == {"DS_ACCELERATOR": "cuda" if sees else "cpu"}
+    assert len(caplog.records) == bool(message)
+    assert message in caplog.text
+    caplog.clear()
+    choose_accelerator({"DS_ACCELERATOR": "cpu"})
+    machine(driver=False, cuda_build=False, sees=False)
+    choose_accelerator({})
+    assert not caplog.records
 
 
 SRUN = {"SLURM_STEP_ID": "0", "RANK": "5"}
