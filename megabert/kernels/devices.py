@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -18,6 +19,9 @@ AMD_FILES = (Path("/dev/kfd"),)
 OLDEST_CAPABILITY = (8, 0)
 # Ada and Hopper are the first with FP8 tensor cores.
 OLDEST_WITH_FP8 = (8, 9)
+# AMD's names of the cards that multiply bf16 natively: MI100, MI200, MI300 and later, and RX 7000 and later; FP8: MI300
+# and later, and RX 9000.
+AMD_WITH_BF16, AMD_WITH_FP8 = re.compile(r"gfx(908|90a|9[45]|1[12])"), re.compile(r"gfx(9[45]|12)")
 C_COMPILER = "install gcc, or set CC"
 TRAIN_ON_CPU = "set DS_ACCELERATOR=cpu to train on the CPU"
 
@@ -83,12 +87,21 @@ def has_fast_bf16(device: torch.device) -> bool:
     """
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if torch.version.hip is not None:
+        return _is_amd(device, AMD_WITH_BF16)
     return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
 
 
 def has_fp8(device: torch.device) -> bool:
     """Whether a CUDA device multiplies FP8 natively; on a CPU its rounding is emulated."""
+    if torch.version.hip is not None and device.type == "cuda":
+        return _is_amd(device, AMD_WITH_FP8)
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= OLDEST_WITH_FP8
+
+
+def _is_amd(device: torch.device, names: re.Pattern[str]) -> bool:
+    """Whether an AMD card has one of these names; its capability says less: MI50's is 9.0, as MI250X's."""
+    return names.match(torch.cuda.get_device_properties(device).gcnArchName) is not None
 
 
 @functools.cache

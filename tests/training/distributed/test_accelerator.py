@@ -1,5 +1,7 @@
 """Which accelerator and which GPU a rank uses, for made-up machines."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -77,6 +79,27 @@ def test_an_amd_gpu_is_not_left_out_in_silence(machine, caplog, cuda_build, hip,
     machine(driver=False, cuda_build=False, sees=False)
     choose_accelerator({})
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp8"),
+    [
+        ("gfx906:sramecc+:xnack-", False, False),  # MI50
+        ("gfx908:sramecc+:xnack-", True, False),  # MI100
+        ("gfx90a:sramecc+:xnack-", True, False),  # MI250X
+        ("gfx90c", False, False),  # in a CPU
+        ("gfx942:sramecc+:xnack-", True, True),  # MI300X
+        ("gfx950:sramecc+:xnack-", True, True),  # MI355X
+        ("gfx1030", False, False),  # RX 6800
+        ("gfx1100", True, False),  # RX 7900
+        ("gfx1201", True, True),  # RX 9070
+    ],
+)
+def test_amds_cards_multiply_what_their_names_say(name, bf16, fp8, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    assert (devices.has_fast_bf16(torch.device("cuda")), devices.has_fp8(torch.device("cuda"))) == (bf16, fp8)
+    assert devices.has_fp8(torch.device("cpu"))
 
 
 SRUN = {"SLURM_STEP_ID": "0", "RANK": "5"}
