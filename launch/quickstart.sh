@@ -34,7 +34,7 @@ export TOKENIZERS_PARALLELISM=false
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 # The deepspeed launcher starts one rank per GPU, and would find none where torch sees none.
 sees_gpu() { python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }
-{ { has_nvidia_gpu || [ -e /dev/kfd ]; } && sees_gpu; } || export DS_ACCELERATOR=cpu
+{ { has_nvidia_gpu || has_amd_driver; } && sees_gpu; } || export DS_ACCELERATOR=cpu
 run=runs/quickstart
 mkdir -p $run
 

@@ -9,6 +9,9 @@ has_nvidia_gpu() {
     return 1
 }
 
+# AMD's driver, which shows itself for graphics inside a CPU, too.
+has_amd_driver() { [ -e /dev/kfd ]; }
+
 # Print the build of torch to install, cpu or gpu: TORCH_BUILD, or else what this machine has.
 torch_build() {
     case ${TORCH_BUILD:-} in
@@ -32,4 +35,22 @@ compiler_jobs() {
     echo "$((most < 1 ? 1 : most < cores ? most : cores))"
 }
 
-free_memory_gb() { awk '/^MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo; }
+# Print the GB of free memory: the machine's, or the limit that SLURM or a container sets by cgroups, if that is lower.
+free_memory_gb() {
+    local root=${1:-} least folder controllers file limit
+    least=$(awk '/^MemAvailable/ {printf "%.0f", $2 * 1024}' "$root/proc/meminfo")
+    while IFS=: read -r _ controllers folder; do
+        case $controllers in
+            '') folder=$root/sys/fs/cgroup$folder file=memory.max ;;
+            *memory*) folder=$root/sys/fs/cgroup/memory$folder file=memory.limit_in_bytes ;;
+            *) continue ;;
+        esac
+        # A limit of a folder holds for those below it, too.
+        while [[ $folder == $root/sys/fs/cgroup* ]]; do
+            limit=$(cat "$folder/$file" 2> /dev/null) || limit=max
+            if [[ $limit =~ ^[0-9]+$ ]] && ((limit < least)); then least=$limit; fi
+            folder=${folder%/*}
+        done
+    done < "$root/proc/self/cgroup"
+    echo $((least / 1073741824))
+}

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -12,13 +13,15 @@ import torch
 
 # Where an NVIDIA driver shows itself: a file of its own, or under WSL2 the library that Windows lends.
 NVIDIA_FILES = (Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
+# AMD's driver; also for graphics inside a CPU, so that its presence is no reason to stop.
+AMD_FILES = (Path("/dev/kfd"),)
 # Ampere is the first generation with bf16 tensor cores.
 OLDEST_CAPABILITY = (8, 0)
 # Ada and Hopper are the first with FP8 tensor cores.
 OLDEST_WITH_FP8 = (8, 9)
-# Of AMD's, which count on their own: the MI200 series is (9, 0) and has none, nor has RDNA 3, which is (11, 0); MI300,
-# MI350 and RDNA 4 have (https://rocm.docs.amd.com/en/latest/reference/precision-support.html).
-AMD_WITH_FP8 = ((9, 4), (9, 5), (12, 0))
+# AMD's names of the cards that multiply bf16 natively: MI100, MI200, MI300 and later, and RX 7000 and later; FP8: MI300
+# and later, and RX 9000 (https://rocm.docs.amd.com/en/latest/reference/precision-support.html).
+AMD_WITH_BF16, AMD_WITH_FP8 = re.compile(r"gfx(908|90a|9[45]|1[12])"), re.compile(r"gfx(9[45]|12)")
 C_COMPILER = "install gcc, or set CC"
 TRAIN_ON_CPU = "set DS_ACCELERATOR=cpu to train on the CPU"
 
@@ -33,10 +36,16 @@ def can_torch_use_gpus() -> bool:
     return torch.version.cuda is not None or torch.version.hip is not None
 
 
+def has_nvidia_driver() -> bool:
+    return any(path.exists() for path in NVIDIA_FILES)
+
+
 def why_gpu_is_unused(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return why torch does not use this machine's NVIDIA GPU, with the remedy; None if it does or there is none."""
-    if torch_sees_a_gpu() or not any(path.exists() for path in NVIDIA_FILES) or environ.get("DS_ACCELERATOR") == "cpu":
+    """Return why torch does not use this machine's GPU, with the remedy; None if it does or there is none."""
+    if torch_sees_a_gpu() or environ.get("DS_ACCELERATOR") == "cpu":
         return None
+    if not has_nvidia_driver():
+        return _why_amd_is_unused() if any(path.exists() for path in AMD_FILES) else None
     if not can_torch_use_gpus():
         return (
             f"this machine has an NVIDIA GPU, but the installed torch {torch.__version__} is a CPU build, as "
@@ -49,6 +58,19 @@ def why_gpu_is_unused(environ: Mapping[str, str] = os.environ) -> str | None:
         f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU. If nvidia-smi lists one, the "
         f"driver is older than CUDA {torch.version.cuda}: update it, or install a torch for an older CUDA. If this job "
         f"has no GPU, {TRAIN_ON_CPU}."
+    )
+
+
+def _why_amd_is_unused() -> str:
+    if torch.version.hip is None:
+        return (
+            f"this machine has AMD's driver, but the installed torch {torch.__version__} is not a ROCm build. Install "
+            "PyTorch's ROCm build into .venv, which launch/install.sh keeps. If ROCm does not support this GPU, "
+            f"{TRAIN_ON_CPU}."
+        )
+    return (
+        f"this machine has AMD's driver, but torch {torch.__version__} sees no GPU. If rocminfo lists none either, add "
+        f"this user to the groups render and video. If this job has no GPU, {TRAIN_ON_CPU}."
     )
 
 
@@ -65,15 +87,21 @@ def has_fast_bf16(device: torch.device) -> bool:
     """
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if torch.version.hip is not None:
+        return _is_amd(device, AMD_WITH_BF16)
     return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
 
 
 def has_fp8(device: torch.device) -> bool:
     """Whether a CUDA device multiplies FP8 natively; on a CPU its rounding is emulated."""
-    if device.type == "cpu":
-        return True
-    capability = torch.cuda.get_device_capability(device)
-    return capability in AMD_WITH_FP8 if torch.version.hip else capability >= OLDEST_WITH_FP8
+    if torch.version.hip is not None and device.type == "cuda":
+        return _is_amd(device, AMD_WITH_FP8)
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= OLDEST_WITH_FP8
+
+
+def _is_amd(device: torch.device, names: re.Pattern[str]) -> bool:
+    """Whether an AMD card has one of these names; its capability says less: MI50's is 9.0, as MI250X's."""
+    return names.match(torch.cuda.get_device_properties(device).gcnArchName) is not None
 
 
 @functools.cache

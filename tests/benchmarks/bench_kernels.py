@@ -31,6 +31,7 @@ from megabert.model.attention import PLANNERS, Planner
 from megabert.model.ops import Ops
 from megabert.model.padding import Sequences
 from megabert.training.roofline.estimate import predict_recipe
+from megabert.training.roofline.work import ATTENTION, ATTENTION_FALL, ROWS, Operation
 from megabert.training.telemetry.cards import card_named
 
 TOKENS, MASKED, HIDDEN, WIDTH, VOCAB, HEADS = 8192, 2458, 768, 3072, 30_528, 12
@@ -41,9 +42,7 @@ DROPOUT = 0.1
 # Equal sets of inputs that are used in turn: together more than the caches of an H100 or B200 hold.
 SETS = 3
 
-# Bf16 FLOP/s and bytes/s. That 85 % of the bandwidth and 65 % of the FLOP/s can be reached is an assumption.
-GPUS = {name: (card.bf16 or card.fp32, card.bandwidth) for name in ("A100", "H100") for card in [card_named(name)]}
-REACHABLE_BYTES, REACHABLE_FLOPS = 0.85, 0.65
+GPUS = ("A100", "H100")
 # Triton's speed relative to cuBLAS's in published measurements on an H100; sources in megabert/kernels/README.md.
 PRODUCTS_OF_TRITON = (0.76, 0.92, 0.97)
 
@@ -81,10 +80,15 @@ WORK = {
 }
 
 
-def bound_s(work: Work, gpu: str) -> float:
-    """Return the time at the reachable rates, without overlap. Repeated reads count as reads from memory."""
-    flops, bandwidth = GPUS[gpu]
-    return work.moved_bytes / (bandwidth * REACHABLE_BYTES) + work.flops / (flops * REACHABLE_FLOPS)
+def bound_s(operation: str, gpu: str) -> float:
+    """Return the time that launch/estimate.py assumes. Repeated reads count as reads from memory."""
+    work, shares = WORK[operation], {}
+    if operation.startswith("attention"):
+        shares = {"share": ATTENTION, "fall": ATTENTION_FALL}
+    elif operation == "add_layer_norm":
+        shares = {"bandwidth": ROWS}
+    one = Operation(name=operation, flops=work.flops, moved_bytes=work.moved_bytes, **shares)
+    return one.seconds(card_named(gpu))
 
 
 def estimate() -> dict[str, float]:
@@ -93,7 +97,7 @@ def estimate() -> dict[str, float]:
     print("|---|---|---|" + "---|" * len(GPUS))
     figures = {}
     for name, work in WORK.items():
-        times = {gpu: bound_s(work, gpu) * 1e6 for gpu in GPUS}
+        times = {gpu: bound_s(name, gpu) * 1e6 for gpu in GPUS}
         figures |= {f"estimate_{name}_{gpu.lower()}_us": time for gpu, time in times.items()}
         cells = " | ".join(f"{time:.0f}" for time in times.values())
         print(f"| {name} | {work.moved_bytes / 1e6:.1f} | {work.flops / 1e9:.1f} | {cells} |")

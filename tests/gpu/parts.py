@@ -230,32 +230,15 @@ def crash(setup: Setup) -> Outcome:
     return Outcome(was_killed and same and skipped == 1, figure, found)
 
 
-def speeds(setup: Setup) -> Outcome:
-    """Tokens/s of whole runs, by micro-batch and ZeRO stage, beside the prediction."""
-    steps = 3 if setup.dry else 8
-    rows: dict[str, object] = {}
-    best = 0.0
-    cases = [("mosaicbert-base", tokens, stage) for tokens in (14_720, 58_880) for stage in ("1", "2")]
-    cases += [("mosaicbert-base", 117_760, "1"), ("bert-base", 14_720, "1")]
-    for recipe, tokens, stage in cases[:2] if setup.dry else cases:
-        more = [] if setup.dry else ["--model.pad_vocab_to_multiple_of=30528", "--run.eval_tokens=65536"]
-        flags = setup.flags(recipe, f"--run.max_steps={steps}", *setup.batch(tokens, 4), *more)
-        points = setup.train(f"{recipe}-{tokens}-{stage}", flags, f"zero{stage}")
-        last = [point for point in points if "tokens_per_s" in point][-1]
-        kept = {name: last[name] for name in ("tokens_per_s", "mfu", "memory_gb", "seconds_per_step") if name in last}
-        rows[f"{recipe}, {tokens} tokens, ZeRO {stage}"] = kept
-        best = max(best, last["tokens_per_s"])
-    return Outcome(best > 0, f"at best {best:,.0f} tokens/s", rows)
-
-
 def where_time_goes(setup: Setup) -> Outcome:
-    """The fifteen kernels of a step that take longest."""
+    """The fifteen kernels of a step that take longest, and the longest gaps between kernels."""
     flags = setup.flags("mosaicbert-base", "--run.max_steps=5", *setup.batch(14_720, 4))
     setup.run([sys.executable, "-m", "tests.gpu.steps", "profile", "1", str(setup.out), *flags])
     found = json.loads((setup.out / "profile1.json").read_text())
     size = (setup.out / "trace.json").stat().st_size
     first = re.sub(r"[<(].*", "", next(iter(found["top_ms"])))
-    return Outcome(size < 16 * 2**20, f"first {first}, trace {size / 2**20:.1f} MiB", found)
+    figure = f"first {first}, GPU idle {found['idle_percent']:.0f} %, trace {size / 2**20:.1f} MiB"
+    return Outcome(size < 16 * 2**20, figure, found)
 
 
 def graphs(setup: Setup) -> Outcome:

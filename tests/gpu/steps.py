@@ -11,10 +11,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from megabert.config.ds_config import read_ds_config
@@ -112,16 +113,50 @@ def waits(run: Run) -> dict[str, object]:
     }
 
 
+class Work(NamedTuple):
+    """A kernel or a copy on the device; without a GPU, an operation. In microseconds."""
+
+    start: float
+    end: float
+    name: str
+
+
+def activities(run: Run) -> list[ProfilerActivity]:
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.engine.device.type == "cuda" else [])]
+
+
+def device_work(profiler: profile, run: Run) -> list[Work]:
+    """Return what the device did, in order."""
+    on = DeviceType.CUDA if run.engine.device.type == "cuda" else DeviceType.CPU
+    events = [event for event in profiler.events() or [] if event.device_type == on and not event.is_user_annotation]
+    return sorted(Work(event.time_range.start, event.time_range.end, event.name) for event in events)
+
+
+def gaps_after(work: list[Work]) -> list[tuple[float, str]]:
+    """Return the microseconds in which the device had nothing to do, and after which work."""
+    gaps, last = [], work[0]
+    for one in work:
+        if one.start > last.end:
+            gaps.append((one.start - last.end, last.name))
+        if one.end > last.end:
+            last = one
+    return gaps
+
+
 def where_time_goes(run: Run, out: Path) -> dict[str, object]:
-    """Profile one step. Returns the fifteen operations or kernels that take longest, in ms."""
-    gpu = run.engine.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with profile(activities=activities) as profiler:
+    """Profile one step. Returns the fifteen kernels that take longest and the fifteen longest gaps, in ms."""
+    with profile(activities=activities(run)) as profiler:
         step(run)
-    time_of = "self_device_time_total" if gpu else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, time_of))
     profiler.export_chrome_trace(str(out / "trace.json"))
-    return {"top_ms": {event.key[:80]: round(getattr(event, time_of) / 1000, 3) for event in events[:15]}}
+    work, times = device_work(profiler, run), collections.Counter[str]()
+    for one in work:
+        times[one.name[:80]] += one.end - one.start
+    gaps = gaps_after(work)
+    return {
+        "top_ms": {name: round(time / 1000, 3) for name, time in times.most_common(15)},
+        "idle_percent": 100 * sum(gap for gap, _ in gaps) / (max(one.end for one in work) - work[0].start),
+        "gaps_ms": [[round(gap / 1000, 3), f"after {name[:80]}"] for gap, name in sorted(gaps, reverse=True)[:15]],
+    }
 
 
 def main() -> None:

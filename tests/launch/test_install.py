@@ -98,3 +98,26 @@ def test_the_code_is_compiled_for_the_card_on_as_many_cores_as_memory_allows():
     assert from_bash(cards).split() == ["80", "80", "80", "90", "100", "100", "120", "none"]
     jobs = "compiler_jobs 16 128; compiler_jobs 64 60; compiler_jobs 4 3; ((`free_memory_gb` > 0))"
     assert from_bash(jobs).split() == ["16", "12", "1"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "gb"),
+    [
+        ("0::/\n", {}, "64"),
+        ("0::/\n", {"memory.max": 8 << 30}, "8"),  # a container
+        ("0::/job_1/step_0/task_0\n", {"job_1/memory.max": 12 << 30, "job_1/step_0/memory.max": "max"}, "12"),
+        ("0::/\n", {"memory.max": 512 << 30}, "64"),
+        ("4:cpu:/a\n9:memory:/slurm/job_1\n0::/\n", {"memory/slurm/job_1/memory.limit_in_bytes": 5 << 30}, "5"),
+        ("9:memory:/a\n", {"memory/memory.limit_in_bytes": 9223372036854771712}, "64"),
+        ("0::/../other\n", {"memory.max": 6 << 30}, "6"),
+    ],
+)
+def test_a_jobs_limit_of_memory_counts(groups, limits, gb, tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {64 << 20} kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, limit in limits.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{limit}\n")
+    assert from_bash(f"free_memory_gb {tmp_path}") == f"{gb}\n"

@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 import torch
 import torch.distributed
 
-from megabert.kernels.devices import can_torch_use_gpus, torch_sees_a_gpu, why_gpu_is_unused
+from megabert.kernels.devices import can_torch_use_gpus, has_nvidia_driver, torch_sees_a_gpu, why_gpu_is_unused
 
 log = logging.getLogger(__name__)
 
@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 def choose_accelerator(environ: MutableMapping[str, str] = os.environ) -> None:
     """Tell DeepSpeed which accelerator to use, unless the user has; without this it tries several and warns.
 
-    Raises ValueError if torch is a CPU build on a machine with a GPU.
+    Raises ValueError if torch is a CPU build on a machine with an NVIDIA GPU.
     """
     if environ.get("DS_ACCELERATOR"):
         return
     if problem := why_gpu_is_unused(environ):
-        if not can_torch_use_gpus():
+        if has_nvidia_driver() and not can_torch_use_gpus():
             raise ValueError(problem)
         log.warning("training on the CPU: %s", problem)
     environ["DS_ACCELERATOR"] = "cuda" if torch_sees_a_gpu() else "cpu"

@@ -4,11 +4,12 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from megabert.training.distributed.device import device_name
 from megabert.training.plan import RunPlan
 
 PACKAGES = """
-    apex deepspeed flash-attn megabert numpy nvidia-cudnn-cu12 nvidia-nccl-cu12 safetensors tokenizers torch
-    transformers triton webdataset
+    apex deepspeed flash-attn megabert numpy safetensors tokenizers torch transformers triton webdataset
 """.split()
+# Named after the release of CUDA, too.
+NVIDIA_PACKAGES = re.compile(r"nvidia-(cudnn|nccl)-cu\d+")
 # Environment variables that affect the arithmetic, its speed or the links between ranks. None is secret.
 VARIABLES = ("CUDA_", "DS_", "GLOO_", "KMP_", "MKL_", "NCCL_", "OMP_", "PYTORCH_", "SLURM_JOB_", "TORCH_", "TRITON_")
 
@@ -111,9 +113,10 @@ def _attempts(path: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages among PACKAGES."""
+    """Return the versions of Python and of the installed packages among PACKAGES and NVIDIA_PACKAGES."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    names = {str(installed.name).lower().replace("_", "-") for installed in distributions()}
+    for name in [*PACKAGES, *sorted(filter(NVIDIA_PACKAGES.fullmatch, names))]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

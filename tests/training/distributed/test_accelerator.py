@@ -1,5 +1,7 @@
 """Which accelerator and which GPU a rank uses, for made-up machines."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,14 +11,16 @@ from megabert.training.distributed.accelerator import choose_accelerator, choose
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Make up a machine: whether it has an NVIDIA driver, whether torch has GPU code, whether torch sees a GPU."""
+    """Make up a machine: whether it has an NVIDIA driver, or AMD's; whether torch has GPU code and sees a GPU."""
 
-    def make(driver: bool, cuda_build: bool, sees: bool):
+    def make(driver: bool, cuda_build: bool, sees: bool, amd: bool = False, hip: str | None = None):
         file = tmp_path / "nvidiactl"
         file.touch() if driver else file.unlink(missing_ok=True)
         monkeypatch.setattr(devices, "NVIDIA_FILES", (file,))
         monkeypatch.setattr(torch.version, "cuda", "13.0" if cuda_build else None)
-        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(devices, "AMD_FILES", (tmp_path / "kfd",))
+        (tmp_path / "kfd").touch() if amd else (tmp_path / "kfd").unlink(missing_ok=True)
+        monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
 
     return make
@@ -52,6 +56,50 @@ def test_a_cpu_build_of_torch_on_a_machine_with_a_gpu_is_refused_and_the_advice_
     environ: dict[str, str] = {}
     choose_accelerator(environ)
     assert environ == {"DS_ACCELERATOR": "cuda"}
+
+
+@pytest.mark.parametrize(
+    ("cuda_build", "hip", "sees", "message"),
+    [
+        (False, None, False, "is not a ROCm build. Install PyTorch's ROCm build"),
+        (True, None, False, "is not a ROCm build. Install PyTorch's ROCm build"),
+        (False, "6.4", False, "sees no GPU. If rocminfo lists none"),
+        (False, "6.4", True, ""),
+    ],
+)
+def test_an_amd_gpu_is_not_left_out_in_silence(machine, caplog, cuda_build, hip, sees, message):
+    machine(driver=False, cuda_build=cuda_build, sees=sees, amd=True, hip=hip)
+    environ: dict[str, str] = {}
+    choose_accelerator(environ)
+    assert environ == {"DS_ACCELERATOR": "cuda" if sees else "cpu"}
+    assert len(caplog.records) == bool(message)
+    assert message in caplog.text
+    caplog.clear()
+    choose_accelerator({"DS_ACCELERATOR": "cpu"})
+    machine(driver=False, cuda_build=False, sees=False)
+    choose_accelerator({})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp8"),
+    [
+        ("gfx906:sramecc+:xnack-", False, False),  # MI50
+        ("gfx908:sramecc+:xnack-", True, False),  # MI100
+        ("gfx90a:sramecc+:xnack-", True, False),  # MI250X
+        ("gfx90c", False, False),  # in a CPU
+        ("gfx942:sramecc+:xnack-", True, True),  # MI300X
+        ("gfx950:sramecc+:xnack-", True, True),  # MI355X
+        ("gfx1030", False, False),  # RX 6800
+        ("gfx1100", True, False),  # RX 7900
+        ("gfx1201", True, True),  # RX 9070
+    ],
+)
+def test_amds_cards_multiply_what_their_names_say(name, bf16, fp8, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    assert (devices.has_fast_bf16(torch.device("cuda")), devices.has_fp8(torch.device("cuda"))) == (bf16, fp8)
+    assert devices.has_fp8(torch.device("cpu"))
 
 
 SRUN = {"SLURM_STEP_ID": "0", "RANK": "5"}
