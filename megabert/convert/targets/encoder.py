@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModel
 
 from megabert import __version__
+from megabert.convert.from_hf import read_model
 from megabert.convert.gte_files import to_gte_file
 from megabert.convert.hf.config import write_native_config
 from megabert.convert.hf.native import NAMES, NativeKind, native_kind
@@ -91,6 +92,8 @@ def prove(folder: Path, expected: Expected) -> Proof:
     settings = read_json(out / TOKENIZER_CONFIG)
     check_ids(out, expected, int(settings["model_max_length"]))
     sentence_transformers.check_pooling(out)
+    # Names what is damaged; transformers raises errors of many kinds.
+    read_model(out)
     model, loaded = AutoModel.from_pretrained(out, output_loading_info=True, local_files_only=True)
     wrong = {name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loaded[kind]}
     # BERT's pooler is trained with next sentences only, which no recipe does, and no embedding uses it.

@@ -25,9 +25,6 @@ LONGEST = 2048
 # The embeddings of this many texts are compared. They are few because the port computes in fp64.
 COMPARED_TEXTS = 200
 TOLERANCE = 1e-5
-# transformers and vLLM would take the folder for a BERT and draw the parameters that it lacks at random. A table of
-# positions with one row, which no program that knows the layout reads, makes them refuse it.
-GUARD = "embeddings.position_embeddings.weight"
 LAYER = {
     "attention.out": "attention.output.dense",
     "attention_norm": "attention.output.LayerNorm",
@@ -94,7 +91,7 @@ def write(source: Source, folder: Path) -> str:
     out.mkdir()
     write_json(out / CONFIG, make_config(source.config, length))
     tensors = to_jina(source.weights, source.config.num_hidden_layers)
-    tensors[GUARD] = torch.zeros(1, source.config.hidden_size)
+    tensors[jina_port.GUARD] = torch.zeros(1, source.config.hidden_size)
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, out / SAFETENSORS)
     shutil.copymode(out / CONFIG, out / SAFETENSORS)
     shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from megabert import __version__
+from megabert.convert.hf.reader import read_json
 from megabert.convert.targets.programs.run import run_python
 from megabert.convert.targets.target import (
     DiffersError,
@@ -17,7 +18,7 @@ from megabert.convert.targets.target import (
     Target,
     largest_difference,
 )
-from megabert.files.json_file import read_json, write_json
+from megabert.files.json_file import write_json
 from megabert.model.configuration_megabert import MegaBertConfig
 
 TOLERANCE = 1e-5

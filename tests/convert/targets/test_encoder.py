@@ -110,10 +110,25 @@ def lose_a_tensor(folder):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def cut_the_end(folder):
+    path = folder / "encoder/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
 # test_mutations.py has the other kinds of damage.
 DAMAGES = {
     "another window": (lambda folder: edit_json(folder / "encoder/config.json", local_attention=2), "differ by"),
-    "a lost tensor": (lose_a_tensor, "parameters that are missing or too many, such as final_norm.weight"),
+    "a lost tensor": (lose_a_tensor, "lacks bert.encoder.final_norm.weight"),
+    "cut weights": (cut_the_end, "^encoder/model.safetensors: damaged"),
+    "a broken config": (
+        lambda folder: (folder / "encoder/config.json").write_text("{"),
+        "^encoder/config.json: damaged",
+    ),
+    "a broken tokenizer": (
+        lambda folder: (folder / "encoder/tokenizer.json").write_text("{"),
+        "encoder/tokenizer.json",
+    ),
+    "no pooling": (lambda folder: (folder / "encoder/1_Pooling/config.json").unlink(), "config.json: no such file"),
 }
 
 
@@ -123,7 +138,7 @@ def test_damage_is_found(name, export_native, tmp_path):
     folder = shutil.copytree(export_native("modernbert"), tmp_path / "hf")
     damage(folder)
     with pytest.raises(DiffersError, match=reason):
-        encoder.prove(folder, compared_texts.read_expected(folder, registry.read_max_length(folder)))
+        registry.prove(encoder.TARGET, folder, compared_texts.read_expected(folder, registry.read_max_length(folder)))
 
 
 def test_a_mosaicbert_is_sent_to_jina():

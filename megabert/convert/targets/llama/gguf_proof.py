@@ -136,7 +136,9 @@ def read_content(path: Path) -> gguf_native.Content:
 
     reader = gguf.GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
-    settings = {name.removeprefix(f"{architecture}."): value.contents() for name, value in reader.fields.items()}
+    settings = gguf_native.Settings(
+        {name.removeprefix(f"{architecture}."): value.contents() for name, value in reader.fields.items()}
+    )
     tensors = {
         tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).double()
         for tensor in reader.tensors
@@ -145,12 +147,20 @@ def read_content(path: Path) -> gguf_native.Content:
 
 
 def as_jina(content: gguf_native.Content) -> jina_port.JinaBert:
-    """Give the content the names of JinaBERT v2's layout. Raises DiffersError for missing tensors."""
+    """Give the content the names of JinaBERT v2's layout. Raises DiffersError for tensors that do not fit."""
     settings = content.settings
     back = {new: theirs for theirs, new in gguf_names(settings["block_count"]).items()}
     renamed = {back.get(name, name): tensor for name, tensor in content.tensors.items()}
-    sizes = (settings["block_count"], settings["attention.head_count"], settings["attention.layer_norm_epsilon"])
-    return jina_port.JinaBert(renamed, *sizes, settings["context_length"])
+    sizes = {
+        "vocab_size": len(settings["tokenizer.ggml.tokens"]),
+        "hidden_size": settings["embedding_length"],
+        "num_hidden_layers": settings["block_count"],
+        "num_attention_heads": settings["attention.head_count"],
+        "intermediate_size": settings["feed_forward_length"],
+        "type_vocab_size": settings["tokenizer.ggml.token_type_count"],
+        "max_position_embeddings": settings["context_length"],
+    }
+    return jina_port.make_model(renamed, sizes, settings["attention.layer_norm_epsilon"])
 
 
 TARGET = Target("gguf", check, write, prove, USAGE, packages=("gguf",), extra="gguf")
