@@ -14,7 +14,7 @@ from megabert.convert.hf.reader import CONFIG, SAFETENSORS
 from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets import jina_port, sentence_transformers
 from megabert.convert.targets.compared_texts import check_ids
-from megabert.convert.targets.target import Expected, Proof, Source, Target, largest_difference
+from megabert.convert.targets.target import DiffersError, Expected, Proof, Source, Target, largest_difference
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.json_file import read_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -105,8 +105,11 @@ def prove(folder: Path, expected: Expected) -> Proof:
     """Compare the states of the export check's texts, and embeddings of some texts, with those of the port in fp64."""
     out = folder / FOLDER
     model = jina_port.read_folder(out)
-    check_ids(out, expected, model.max_length)
-    sentence_transformers.check_pooling(out)
+    length = min(int(read_json(folder / TOKENIZER_CONFIG)["model_max_length"]), LONGEST)
+    if model.max_length != length:
+        raise DiffersError(f"max_position_embeddings is {model.max_length}, expected {length}")
+    check_ids(out, expected, length)
+    sentence_transformers.check_server_files(out, length)
     texts = [row for row in range(COMPARED_TEXTS) if len(expected.ids[row]) <= model.max_length]
     pooled = jina_port.embed(model, [expected.ids[row] for row in texts])
     embeddings = f"embeddings of {len(texts)} texts"
