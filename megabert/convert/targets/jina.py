@@ -72,18 +72,16 @@ def make_config(config: MegaBertConfig, length: int) -> dict[str, Any]:
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
              "type_vocab_size", "pad_token_id", "layer_norm_eps", "hidden_dropout_prob",
              "attention_probs_dropout_prob", "initializer_range")  # fmt: skip
-    return {
-        # TEI distinguishes the layout from BERT's by this name.
-        "_name_or_path": "jinaai/jina-bert-implementation",
-        "model_type": "bert",
-        "architectures": ["JinaBertModel"],
-        "position_embedding_type": "alibi",
-        "feed_forward_type": "geglu",
-        "hidden_act": "gelu",
-        "emb_pooler": "mean",
-        "torch_dtype": "float32",
-        "max_position_embeddings": length,
-    } | {name: getattr(config, name) for name in names}
+    return (
+        jina_port.SETTINGS
+        | {
+            "architectures": ["JinaBertModel"],
+            "emb_pooler": "mean",
+            "torch_dtype": "float32",
+            "max_position_embeddings": length,
+        }
+        | {name: getattr(config, name) for name in names}
+    )
 
 
 def write(source: Source, folder: Path) -> str:

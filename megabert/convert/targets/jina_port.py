@@ -20,6 +20,14 @@ from megabert.convert.targets.target import DiffersError
 # transformers and vLLM would take the folder for a BERT and draw the parameters that it lacks at random. A table of
 # positions with one row, which no program that knows the layout reads, makes them refuse it.
 GUARD = "embeddings.position_embeddings.weight"
+# TEI distinguishes the layout from BERT's by the first of these settings, and chooses its equations by the others.
+SETTINGS = {
+    "_name_or_path": "jinaai/jina-bert-implementation",
+    "model_type": "bert",
+    "position_embedding_type": "alibi",
+    "feed_forward_type": "geglu",
+    "hidden_act": "gelu",
+}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
          "type_vocab_size", "max_position_embeddings")  # fmt: skip
 
@@ -44,6 +52,9 @@ def read_folder(folder: Path) -> JinaBert:
         raise DiffersError(f"config.json lacks {', '.join(missing)}")
     if not isinstance(eps := config.get("layer_norm_eps"), float):
         raise DiffersError(f"config.json: layer_norm_eps is {eps!r}, expected a number")
+    for name, value in SETTINGS.items():
+        if config.get(name) != value:
+            raise DiffersError(f"config.json: {name} is {config.get(name)!r}, expected {value!r}")
     tensors = {name: tensor.double() for name, tensor in read_weights(folder).items()}
     guard = tensors.pop(GUARD, torch.empty(0))
     if guard.shape != (1, config["hidden_size"]):

@@ -33,16 +33,34 @@ def edit_tensors(change):
     return damage
 
 
+def edit_config(**changes):
+    return lambda folder: edit_json(folder / "jina/config.json", **changes)
+
+
 DAMAGES = {
     "a broken config": (lambda folder: (folder / "jina/config.json").write_text("{"), "^jina/config.json: damaged"),
     "no number of layers": (
         lambda folder: (folder / "jina/config.json").write_text('{"model_type": "bert"}'),
         "config.json lacks vocab_size",
     ),
-    "another width": (lambda folder: edit_json(folder / "jina/config.json", num_attention_heads=5), "no multiple"),
+    "heads that do not fit": (edit_config(num_attention_heads=5), "no multiple"),
     "a text for a number": (
-        lambda folder: edit_json(folder / "jina/config.json", layer_norm_eps="1"),
+        edit_config(layer_norm_eps="1"),
         "layer_norm_eps",
+    ),
+    "fewer positions": (edit_config(max_position_embeddings=5), "max_position_embeddings is 5, expected"),
+    **{
+        f"another {name}": (edit_config(**{name: "another"}), f"{name} is 'another', expected")
+        for name in ("position_embedding_type", "hidden_act", "feed_forward_type", "_name_or_path")
+    },
+    "no modules": (lambda folder: (folder / "jina/modules.json").unlink(), "modules.json is missing"),
+    "a shorter text": (
+        lambda folder: edit_json(folder / "jina/sentence_bert_config.json", max_seq_length=5),
+        "max_seq_length is 5, expected",
+    ),
+    "a shorter text for the tokenizer": (
+        lambda folder: edit_json(folder / "jina/tokenizer_config.json", model_max_length=5),
+        "model_max_length is 5, expected",
     ),
     "an extra tensor": (edit_tensors(lambda tensors: tensors | {"x": torch.zeros(2)}), "x has shape .* imply none"),
     "no guard": (edit_tensors(lambda tensors: {n: t for n, t in tensors.items() if "position" not in n}), "one row"),
