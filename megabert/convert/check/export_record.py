@@ -23,12 +23,16 @@ EDITABLE_FILES = {RECORD, IMPORT_RECORD, "README.md"}
 TOLERANCE = 1e-5
 
 # Real sentences of different lengths, with what tokenizers treat differently: case, accents, other scripts, numbers,
-# spaces, and the mask token.
+# spaces, and the mask token. The third has more tokens than ModernBERT's window of 128, of which 64 are on one side.
 CHECK_TEXTS = (
     "Return a new array of given shape and type, filled with zeros.",
     "The optimizer's learning rate.",
     "If the file does not exist, an error is raised; otherwise its contents are read line by line, decoded as UTF-8, "
-    "and passed to the function, which must not modify them. Lines that begin with a number sign are comments.",
+    "and passed to the function, which must not modify them. Lines that begin with a number sign are comments. A line "
+    "that ends with a backslash continues on the next one, and spaces at its beginning are removed. Values are "
+    "numbers, dates or texts; a text is quoted if it contains a comma, and a date has the year first. Names may "
+    "contain letters, digits and the sign for a minus, in any order, but must not begin with a digit. Whatever is left "
+    "at the end of the file is returned as one list, in the order in which it was read.",
     "The [MASK] of M\u00fcnchen is na\u00efve:  3.14 \u2264 \u03c0? \u6771\u4eac, don't_stop\u2028(e-mail) \U0001f600!",
 )
 # The second texts of the pairs, for a model that reads pairs.

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from megabert.convert.check.export_check import EXPECTED_OUTPUTS
 from megabert.convert.targets.target import DiffersError, Expected, batches
 from megabert.data.shards.manifest import TOKENIZER
+from megabert.data.shards.tokenizer import rust_errors_as_value_error
 from megabert.model.modeling_megabert import MegaBertModel
 
 # Written only if there are targets. The texts are stored, so that another version can repeat the comparison.
@@ -79,8 +80,12 @@ def _word(rng: random.Random, words: list[str]) -> str:
 
 
 def read_tokenizer(folder: Path, max_length: int) -> Tokenizer:
-    """Read a folder's tokenizer, cutting texts at max_length tokens and padding none."""
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    """Read a folder's tokenizer, cutting texts at max_length tokens and padding none.
+
+    Raises ValueError if it is damaged.
+    """
+    with rust_errors_as_value_error(str(folder / TOKENIZER)):
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     return tokenizer

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModel
 
 from megabert import __version__
+from megabert.convert.from_hf import read_model
 from megabert.convert.gte_files import to_gte_file
-from megabert.convert.hf.config import write_native_config
+from megabert.convert.hf.config import from_their_config, write_native_config
 from megabert.convert.hf.native import NAMES, NativeKind, native_kind
-from megabert.convert.hf.reader import CONFIG, SAFETENSORS
+from megabert.convert.hf.reader import CONFIG, SAFETENSORS, read_config
 from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets import sentence_transformers
 from megabert.convert.targets.compared_texts import check_ids
@@ -35,6 +36,8 @@ FOLDER = "encoder"
 # What our names of the encoder's parameters begin with; a pooler belongs to a head.
 ENCODER = ("bert.embeddings.", "bert.encoder.")
 TOLERANCE = 1e-5
+# Only transformers 5 reads these; its other settings say the same to the servers.
+NEW_NAMES = ("rope_parameters", "layer_types")
 # The embeddings of this many texts are compared.
 COMPARED_TEXTS = 200
 # vLLM stops at a tensor that the encoder does not have or that has a prefix.
@@ -88,9 +91,10 @@ def prove(folder: Path, expected: Expected) -> Proof:
     import transformers
 
     out = folder / FOLDER
-    settings = read_json(out / TOKENIZER_CONFIG)
-    check_ids(out, expected, int(settings["model_max_length"]))
-    sentence_transformers.check_pooling(out)
+    length = int(read_json(folder / TOKENIZER_CONFIG)["model_max_length"])
+    check_ids(out, expected, length)
+    sentence_transformers.check_server_files(out, length)
+    _check_settings(out)
     model, loaded = AutoModel.from_pretrained(out, output_loading_info=True, local_files_only=True)
     wrong = {name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loaded[kind]}
     # BERT's pooler is trained with next sentences only, which no recipe does, and no embedding uses it.
@@ -106,6 +110,25 @@ def prove(folder: Path, expected: Expected) -> Proof:
     difference = largest_difference(pooled, expected.pooled[:COMPARED_TEXTS], TOLERANCE, what)
     note = "the servers were not run; a test compares the folder with the names and settings that they read"
     return Proof("transformers", transformers.__version__, difference, what, (note,))
+
+
+def _check_settings(out: Path) -> None:
+    """Check the tensors, and the settings that servers read in place of those that transformers 5 does.
+
+    Raises ValueError for what cannot be read, which transformers would answer with errors of many kinds.
+    """
+    config, raw = read_model(out).config, read_config(out)
+    kind: NativeKind | None = next((kind for kind in NAMES if kind == raw["model_type"]), None)
+    if kind is None or raw.get("architectures") != [f"{NAMES[kind]}Model"]:
+        raise DiffersError(
+            f"{CONFIG}: architectures is {raw.get('architectures')!r}, but vLLM needs that of model_type"
+        )
+    older = {name: value for name, value in raw.items() if name not in NEW_NAMES}
+    theirs, ours = (read.to_dict() for read in (from_their_config(out, older, kind), config))
+    if wrong := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        raise DiffersError(
+            f"{CONFIG}: without {' and '.join(NEW_NAMES)}, which servers do not read, {wrong[0]} differs"
+        )
 
 
 TARGET = Target("encoder", check, write, prove, USAGE, language="bash")

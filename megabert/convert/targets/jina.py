@@ -14,7 +14,7 @@ from megabert.convert.hf.reader import CONFIG, SAFETENSORS
 from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets import jina_port, sentence_transformers
 from megabert.convert.targets.compared_texts import check_ids
-from megabert.convert.targets.target import Expected, Proof, Source, Target, largest_difference
+from megabert.convert.targets.target import DiffersError, Expected, Proof, Source, Target, largest_difference
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.json_file import read_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -25,9 +25,6 @@ LONGEST = 2048
 # The embeddings of this many texts are compared. They are few because the port computes in fp64.
 COMPARED_TEXTS = 200
 TOLERANCE = 1e-5
-# transformers and vLLM would take the folder for a BERT and draw the parameters that it lacks at random. A table of
-# positions with one row, which no program that knows the layout reads, makes them refuse it.
-GUARD = "embeddings.position_embeddings.weight"
 LAYER = {
     "attention.out": "attention.output.dense",
     "attention_norm": "attention.output.LayerNorm",
@@ -75,18 +72,16 @@ def make_config(config: MegaBertConfig, length: int) -> dict[str, Any]:
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
              "type_vocab_size", "pad_token_id", "layer_norm_eps", "hidden_dropout_prob",
              "attention_probs_dropout_prob", "initializer_range")  # fmt: skip
-    return {
-        # TEI distinguishes the layout from BERT's by this name.
-        "_name_or_path": "jinaai/jina-bert-implementation",
-        "model_type": "bert",
-        "architectures": ["JinaBertModel"],
-        "position_embedding_type": "alibi",
-        "feed_forward_type": "geglu",
-        "hidden_act": "gelu",
-        "emb_pooler": "mean",
-        "torch_dtype": "float32",
-        "max_position_embeddings": length,
-    } | {name: getattr(config, name) for name in names}
+    return (
+        jina_port.SETTINGS
+        | {
+            "architectures": ["JinaBertModel"],
+            "emb_pooler": "mean",
+            "torch_dtype": "float32",
+            "max_position_embeddings": length,
+        }
+        | {name: getattr(config, name) for name in names}
+    )
 
 
 def write(source: Source, folder: Path) -> str:
@@ -94,7 +89,7 @@ def write(source: Source, folder: Path) -> str:
     out.mkdir()
     write_json(out / CONFIG, make_config(source.config, length))
     tensors = to_jina(source.weights, source.config.num_hidden_layers)
-    tensors[GUARD] = torch.zeros(1, source.config.hidden_size)
+    tensors[jina_port.GUARD] = torch.zeros(1, source.config.hidden_size)
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, out / SAFETENSORS)
     shutil.copymode(out / CONFIG, out / SAFETENSORS)
     shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
@@ -108,8 +103,11 @@ def prove(folder: Path, expected: Expected) -> Proof:
     """Compare the states of the export check's texts, and embeddings of some texts, with those of the port in fp64."""
     out = folder / FOLDER
     model = jina_port.read_folder(out)
-    check_ids(out, expected, model.max_length)
-    sentence_transformers.check_pooling(out)
+    length = min(int(read_json(folder / TOKENIZER_CONFIG)["model_max_length"]), LONGEST)
+    if model.max_length != length:
+        raise DiffersError(f"max_position_embeddings is {model.max_length}, expected {length}")
+    check_ids(out, expected, length)
+    sentence_transformers.check_server_files(out, length)
     texts = [row for row in range(COMPARED_TEXTS) if len(expected.ids[row]) <= model.max_length]
     pooled = jina_port.embed(model, [expected.ids[row] for row in texts])
     embeddings = f"embeddings of {len(texts)} texts"

@@ -5,16 +5,31 @@ https://github.com/ggml-org/llama.cpp, src/models/jina-bert-v2.cpp, whose equati
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from megabert.files.json_file import read_json
+from megabert.convert.hf.reader import read_config, read_weights
+from megabert.convert.targets.target import DiffersError
+
+# transformers and vLLM would take the folder for a BERT and draw the parameters that it lacks at random. A table of
+# positions with one row, which no program that knows the layout reads, makes them refuse it.
+GUARD = "embeddings.position_embeddings.weight"
+# TEI distinguishes the layout from BERT's by the first of these settings, and chooses its equations by the others.
+SETTINGS = {
+    "_name_or_path": "jinaai/jina-bert-implementation",
+    "model_type": "bert",
+    "position_embedding_type": "alibi",
+    "feed_forward_type": "geglu",
+    "hidden_act": "gelu",
+}
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+         "type_vocab_size", "max_position_embeddings")  # fmt: skip
 
 
 class JinaBert(NamedTuple):
@@ -31,10 +46,50 @@ class JinaBert(NamedTuple):
 
 
 def read_folder(folder: Path) -> JinaBert:
-    config = read_json(folder / "config.json")
-    tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
-    sizes = (config["num_hidden_layers"], config["num_attention_heads"], config["layer_norm_eps"])
-    return JinaBert(tensors, *sizes, config["max_position_embeddings"])
+    """Read a model. Raises ValueError for damaged files, and DiffersError for other tensors than the config implies."""
+    config = read_config(folder)
+    if missing := [name for name in SIZES if name not in config]:
+        raise DiffersError(f"config.json lacks {', '.join(missing)}")
+    if not isinstance(eps := config.get("layer_norm_eps"), float):
+        raise DiffersError(f"config.json: layer_norm_eps is {eps!r}, expected a number")
+    for name, value in SETTINGS.items():
+        if config.get(name) != value:
+            raise DiffersError(f"config.json: {name} is {config.get(name)!r}, expected {value!r}")
+    tensors = {name: tensor.double() for name, tensor in read_weights(folder).items()}
+    guard = tensors.pop(GUARD, torch.empty(0))
+    if guard.shape != (1, config["hidden_size"]):
+        raise DiffersError(f"{GUARD} must have one row, so that programs that do not know the layout refuse it")
+    return make_model(tensors, config, eps)
+
+
+def make_model(tensors: dict[str, Tensor], sizes: Mapping[str, Any], eps: float) -> JinaBert:
+    """Check the tensors. Raises DiffersError unless they are those that the sizes, by their names in SIZES, imply."""
+    found, expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected_shapes(sizes)
+    names = found.keys() | expected.keys()
+    if wrong := sorted(name for name in names if found.get(name) != expected.get(name)):
+        got, wanted = (shapes.get(wrong[0], "none") for shapes in (found, expected))
+        raise DiffersError(f"{wrong[0]} has shape {got}, but the settings imply {wanted}")
+    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if width % heads:
+        raise DiffersError(f"the width {width} is no multiple of the number of heads, {heads}")
+    return JinaBert(tensors, sizes["num_hidden_layers"], heads, eps, sizes["max_position_embeddings"])
+
+
+def expected_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of the layout, but for GUARD."""
+    width, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    tables = {"word_embeddings": sizes["vocab_size"], "token_type_embeddings": sizes["type_vocab_size"]}
+    shapes = {f"embeddings.{name}.weight": (rows, width) for name, rows in tables.items()}
+    linears = dict.fromkeys((f"attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")),
+                            (width, width)) | {"mlp.wo": (width, inner)}  # fmt: skip
+    norms = ["embeddings.LayerNorm"]
+    for layer in range(sizes["num_hidden_layers"]):
+        name = f"encoder.layer.{layer}."
+        shapes |= {f"{name}{module}.weight": shape for module, shape in linears.items()}
+        shapes |= {f"{name}{module}.bias": shape[:1] for module, shape in linears.items()}
+        shapes[f"{name}mlp.gated_layers.weight"] = (2 * inner, width)
+        norms += [f"{name}attention.output.LayerNorm", f"{name}mlp.layernorm"]
+    return shapes | {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
 
 
 def slopes(heads: int) -> list[float]:

@@ -136,12 +136,13 @@ def prove(folder: Path, expected: Expected) -> Proof:
     """Compare states and logits of the export check's texts, and means of the states of all texts."""
     import onnxruntime
 
-    encoder, masked_lm = (_open(folder / name) for name in (ENCODER, MASKED_LM))
     feed = {name: expected.inputs[name] for name in ("input_ids", "attention_mask")}
     real = feed["attention_mask"].astype(bool)
-    (states,) = encoder.run([STATES], feed)
-    logits, again = masked_lm.run([LOGITS, STATES], feed)
-    pooled = embed(encoder, expected)
+    with _errors_as_differs():
+        encoder, masked_lm = (_open(folder / name) for name in (ENCODER, MASKED_LM))
+        (states,) = encoder.run([STATES], feed)
+        logits, again = masked_lm.run([LOGITS, STATES], feed)
+        pooled = embed(encoder, expected)
     differences = [
         largest_difference(states[real], expected.states, TOLERANCE, f"{ENCODER}: states"),
         largest_difference(logits[real], expected.inputs[LOGITS], TOLERANCE, f"{MASKED_LM}: logits"),
@@ -178,7 +179,8 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
 def prove_int8(folder: Path, expected: Expected) -> Proof:
     import onnxruntime
 
-    pooled = embed(_open(folder / QUANTIZED), expected)
+    with _errors_as_differs():
+        pooled = embed(_open(folder / QUANTIZED), expected)
     what = f"embeddings of {len(expected.texts):,} texts"
     cosine = smallest_cosine(pooled, expected.pooled, INT8_COSINE, what)
     note = f"int8 costs agreement: the smallest cosine with the model's embeddings is {cosine:.4f}"
@@ -195,16 +197,30 @@ def embed(session: Any, expected: Expected, output: str = STATES) -> np.ndarray:
 
 
 def _open(path: Path) -> Any:
-    """Open a graph on the CPU. Raises DiffersError if onnxruntime cannot."""
+    """Open a graph on the CPU."""
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _errors_as_differs() -> Iterator[None]:
+    """Raise DiffersError for a graph that onnxruntime cannot open or run."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.RuntimeException) as error:
-        raise DiffersError(f"{path.name} cannot be opened: {str(error).splitlines()[0]}") from error
+        yield
+    except (
+        errors.Fail,
+        errors.InvalidArgument,
+        errors.InvalidGraph,
+        errors.InvalidProtobuf,
+        errors.NotImplemented,
+        errors.RuntimeException,
+    ) as error:
+        raise DiffersError(f"onnxruntime cannot run a graph: {str(error).splitlines()[0]}") from error
 
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

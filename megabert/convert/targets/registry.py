@@ -98,8 +98,12 @@ def write_targets(folder: Path, names: tuple[str, ...]) -> dict[str, Outcome]:
 
 
 def prove(target: Target, folder: Path, expected: Expected) -> Outcome:
-    """Open what was written and compare it. Raises DiffersError."""
-    proof = target.prove(folder, expected)
+    """Open what was written and compare it. Raises DiffersError, for files that cannot be read, too."""
+    try:
+        proof = target.prove(folder, expected)
+    except ValueError as error:
+        # What reads files names them, and during an export the folder has a temporary name.
+        raise DiffersError(str(error).replace(f"{folder}/", "")) from error
     if isinstance(proof, NotOpened):
         return {"not_opened": f"not opened here: needs {proof.needs}"}
     return {"opened": proof._asdict() | {"notes": list(proof.notes)}}

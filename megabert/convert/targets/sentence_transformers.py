@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from megabert import __version__
+from megabert.convert.hf.reader import read_json
 from megabert.convert.targets.programs.run import run_python
 from megabert.convert.targets.target import (
     DiffersError,
@@ -17,7 +18,8 @@ from megabert.convert.targets.target import (
     Target,
     largest_difference,
 )
-from megabert.files.json_file import read_json, write_json
+from megabert.data.shards.manifest import TOKENIZER_CONFIG
+from megabert.files.json_file import parse_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
 
 TOLERANCE = 1e-5
@@ -52,8 +54,13 @@ def write_pooling(source: Source, folder: Path) -> None:
     write_json(folder / "1_Pooling/config.json", pooling)
 
 
-def check_pooling(folder: Path) -> None:
-    """Raise DiffersError unless the folder tells servers to take the mean of all tokens, as our embeddings do."""
+def check_server_files(folder: Path, length: int) -> None:
+    """Raise DiffersError unless servers cut texts at `length` tokens and take the mean of all tokens, as we do."""
+    for name, setting in (("sentence_bert_config.json", "max_seq_length"), (TOKENIZER_CONFIG, "model_max_length")):
+        if (got := read_json(folder / name).get(setting)) != length:
+            raise DiffersError(f"{name}: {setting} is {got!r}, expected {length}")
+    if not (modules := folder / "modules.json").is_file() or parse_json(modules.read_bytes()) != MODULES:
+        raise DiffersError("modules.json is missing or names other modules than a transformer and its pooling")
     pooling = read_json(folder / "1_Pooling/config.json")
     chosen = sorted(name for name, value in pooling.items() if name.startswith("pooling_mode_") and value)
     if chosen != ["pooling_mode_mean_tokens"]:

@@ -20,6 +20,8 @@ from megabert.files.checkpoint_format import MANIFEST
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.folders import edit_json
 from tests.convert.helpers.small_model import small_model
+from tests.convert.helpers.wordpiece import SPECIALS, wordpiece
+from tests.model.architectures import ARCHITECTURES
 
 
 def edit_tensors(change: Callable[[dict], dict]) -> Callable[[Path], object]:
@@ -62,6 +64,13 @@ def test_every_kind_of_damage_fails_the_check(exported, tmp_path):
     """All folders are checked in one process, because most of the time goes into loading torch and transformers."""
     for name, (file, damage, _) in DAMAGES.items():
         damage(shutil.copytree(exported, tmp_path / name) / file)
+    messages = check_folders([tmp_path / name for name in DAMAGES], tmp_path)
+    for message, (_, _, expected) in zip(messages, DAMAGES.values(), strict=True):
+        assert re.search(expected, message)
+
+
+def check_folders(folders: list[Path], scratch: Path) -> list[str]:
+    """Check folders in a process without megabert. Returns what it says of each."""
     code = f"""
 import runpy, sys
 from pathlib import Path
@@ -69,17 +78,45 @@ check = runpy.run_path({str(export_check.SUBPROCESS_SCRIPT)!r})["main"]
 for folder in sys.argv[1:]:
     try:
         check(Path(folder))
+        print("passed")
     except SystemExit as end:
         print(end.code)
 """
-    folders = [str(tmp_path / name) for name in DAMAGES]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", "-c", code, *folders]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-c", code, *map(str, folders)]
+    done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=True)
     messages = done.stdout.splitlines()
-    assert len(messages) == len(DAMAGES), done.stderr
-    for message, (_, _, expected) in zip(messages, DAMAGES.values(), strict=True):
-        assert re.search(expected, message)
+    assert len(messages) == len(folders), done.stderr
+    return messages
+
+
+def test_another_window_than_the_published_one_fails_the_check(tmp_path, skipped_checks):
+    """With a tokenizer that splits no word, which makes the shortest inputs."""
+    sizes = {"num_attention_heads": 2, "local_attention_window": 128, "max_position_embeddings": 512}
+    model = small_model(**ARCHITECTURES["modernbert"] | sizes)
+    write_checkpoint(tmp_path / "run", model, write_tokenizer_of_words(tmp_path / "tokenizer"))
+    to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
+    windows = (128, 256, 100)
+    for window in windows:
+        config = shutil.copytree(tmp_path / "hf", tmp_path / str(window)) / "config.json"
+        edit_json(config, local_attention=window)
+    messages = check_folders([tmp_path / str(window) for window in windows], tmp_path)
+    assert messages[0] == "passed"
+    assert all(message.startswith("logits differ by") for message in messages[1:]), messages
+
+
+def write_tokenizer_of_words(folder: Path) -> Path:
+    splitter = wordpiece(SPECIALS)
+    words = {
+        word for text in export_record.CHECK_TEXTS for word, _ in splitter.pre_tokenizer.pre_tokenize_str(text.lower())
+    }
+    tokenizer = wordpiece([*SPECIALS, *sorted(words)])
+    tokenizer.add_special_tokens(SPECIALS)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    roles = {f"{special[1:-1].lower()}_token": special for special in SPECIALS}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | roles))
+    return folder
 
 
 def test_an_export_that_fails_its_check_is_removed(corpus, tmp_path, monkeypatch):

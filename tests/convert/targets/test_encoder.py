@@ -110,10 +110,41 @@ def lose_a_tensor(folder):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def edit_config(**changes):
+    return lambda folder: edit_json(folder / "encoder/config.json", **changes)
+
+
+def cut_the_end(folder):
+    path = folder / "encoder/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
 # test_mutations.py has the other kinds of damage.
 DAMAGES = {
     "another window": (lambda folder: edit_json(folder / "encoder/config.json", local_attention=2), "differ by"),
-    "a lost tensor": (lose_a_tensor, "parameters that are missing or too many, such as final_norm.weight"),
+    "a lost tensor": (lose_a_tensor, "lacks bert.encoder.final_norm.weight"),
+    "cut weights": (cut_the_end, "^encoder/model.safetensors: damaged"),
+    "a broken config": (
+        lambda folder: (folder / "encoder/config.json").write_text("{"),
+        "^encoder/config.json: damaged",
+    ),
+    "a broken tokenizer": (
+        lambda folder: (folder / "encoder/tokenizer.json").write_text("{"),
+        "encoder/tokenizer.json",
+    ),
+    "another theta for servers": (edit_config(global_rope_theta=5.0), "rope_theta differs"),
+    "other global layers for servers": (edit_config(global_attn_every_n_layers=1), "global_attention_every differs"),
+    "another class for vLLM": (edit_config(architectures=["ModernBertForMaskedLM"]), "architectures is"),
+    "a shorter text": (
+        lambda folder: edit_json(folder / "encoder/sentence_bert_config.json", max_seq_length=5),
+        "max_seq_length is 5, expected 40",
+    ),
+    "a shorter text for the tokenizer": (
+        lambda folder: edit_json(folder / "encoder/tokenizer_config.json", model_max_length=5),
+        "model_max_length is 5, expected 40",
+    ),
+    "no modules": (lambda folder: (folder / "encoder/modules.json").unlink(), "modules.json is missing"),
+    "no pooling": (lambda folder: (folder / "encoder/1_Pooling/config.json").unlink(), "config.json: no such file"),
 }
 
 
@@ -123,7 +154,14 @@ def test_damage_is_found(name, export_native, tmp_path):
     folder = shutil.copytree(export_native("modernbert"), tmp_path / "hf")
     damage(folder)
     with pytest.raises(DiffersError, match=reason):
-        encoder.prove(folder, compared_texts.read_expected(folder, registry.read_max_length(folder)))
+        registry.prove(encoder.TARGET, folder, compared_texts.read_expected(folder, registry.read_max_length(folder)))
+
+
+def test_another_theta_of_a_gte_for_servers_is_found(export_native, tmp_path):
+    folder = shutil.copytree(export_native("rope-mosaicbert"), tmp_path / "hf")
+    edit_json(folder / "encoder/config.json", rope_theta=5.0)
+    with pytest.raises(DiffersError, match="rope_theta differs"):
+        registry.prove(encoder.TARGET, folder, compared_texts.read_expected(folder, 40))
 
 
 def test_a_mosaicbert_is_sent_to_jina():

@@ -1,6 +1,7 @@
 """GGUF files hold the model, llama.cpp or what stands for it computes its states, and damage is found."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -163,10 +164,44 @@ def failure_of(checkpoint: Path, out: Path) -> str:
 def test_damage_is_found_without_llama_cpp(checkpoint, tmp_path, skipped_checks, monkeypatch, name):
     monkeypatch.setattr(gguf_proof, "find_spec", lambda package: None)
     damage_writer(monkeypatch, name)
-    expected = {"another pooling": "pooling_type is 2, expected 1, the mean of all tokens"}
+    expected = {"another pooling": "pooling_type is 2, expected 1"}
     assert expected.get(name, "embeddings of 200 texts by model-f32.gguf differ") in failure_of(
         checkpoint, tmp_path / "hf"
     )
+
+
+# Of a MosaicBERT and of a ModernBERT: the method of GGUFWriter, what it gets instead, and the reason.
+WRONG_SETTINGS = {
+    "causal": ("add_causal_attention", lambda _: True, "attention.causal is True, expected False"),
+    "context": ("add_context_length", lambda _: 3, "context_length is 3, expected"),
+    "width of the MLP": ("add_feed_forward_length", lambda size: 2 * size, "has shape|tensors are not those"),
+    "width": ("add_embedding_length", lambda size: 2 * size, "has shape|tensors are not those"),
+    "fewer tokens": ("add_token_list", lambda tokens: tokens[:-50], "has shape|tensors are not those"),
+}
+
+
+@pytest.mark.serving
+@pytest.mark.parametrize("architecture", ["mosaicbert", "modernbert"])
+def test_a_wrong_setting_is_found_without_llama_cpp(architecture, checkpoint, export_native, tmp_path, monkeypatch):
+    import gguf
+
+    monkeypatch.setattr(gguf_proof, "find_spec", lambda name: None)
+    monkeypatch.setattr(compared_texts, "NUM_LINES", 200)
+    base = tmp_path / "base"
+    if architecture == "mosaicbert":
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                to_hf.export_check, "run_in_subprocess", lambda _: {"max_difference": 0.0, "transformers": "0"}
+            )
+            to_hf.export_checkpoint(checkpoint, base, to_hf.ExportOptions(targets=("sentence-transformers",)))
+    else:
+        shutil.copytree(export_native(architecture), base)
+    for name, (method, change, reason) in WRONG_SETTINGS.items():
+        folder = shutil.copytree(base, tmp_path / name)
+        with monkeypatch.context() as patch:
+            add = getattr(gguf.GGUFWriter, method)
+            patch.setattr(gguf.GGUFWriter, method, lambda self, value, add=add, change=change: add(self, change(value)))
+            assert re.search(reason, registry.write_targets(folder, ("gguf",))["gguf"]["failed"]), name
 
 
 @pytest.mark.serving
@@ -197,7 +232,7 @@ def sharp(corpus, tmp_path) -> Path:
 def test_llama_cpp_finds_what_only_it_can_see(sharp, tmp_path, skipped_checks, monkeypatch, name):
     """The other half of the proof counts as passed here, as if llama.cpp read the file in another way."""
     passed = Proof("a port", "1", 0.0, "")
-    monkeypatch.setattr(gguf_proof, "_prove_by_port", lambda content, expected: passed)
+    monkeypatch.setattr(gguf_proof, "_prove_by_port", lambda content, expected, length: passed)
     monkeypatch.setattr(compared_texts, "NUM_TEXTS", 200)
     monkeypatch.setattr(compared_texts, "NUM_LINES", 300)
     damage_writer(monkeypatch, name)

@@ -1,6 +1,7 @@
 """The layout of JinaBERT v2 computes what the model does; every kind of damage is found, and then nothing is left."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from megabert.convert.targets import jina_port
 from megabert.model.alibi import alibi_slopes
 from megabert.model.modeling_megabert import MegaBertModel
+from tests.convert.helpers.folders import edit_json
 
 
 def test_a_query_for_a_key_is_found(write_damaged):
@@ -21,6 +23,54 @@ def test_a_query_for_a_key_is_found(write_damaged):
         save_file(tensors | {name: tensors[name].flip(0)}, path)
 
     assert "differ by" in write_damaged("jina", damage)
+
+
+def edit_tensors(change):
+    def damage(folder):
+        path = folder / "jina/model.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return damage
+
+
+def edit_config(**changes):
+    return lambda folder: edit_json(folder / "jina/config.json", **changes)
+
+
+DAMAGES = {
+    "a broken config": (lambda folder: (folder / "jina/config.json").write_text("{"), "^jina/config.json: damaged"),
+    "no number of layers": (
+        lambda folder: (folder / "jina/config.json").write_text('{"model_type": "bert"}'),
+        "config.json lacks vocab_size",
+    ),
+    "heads that do not fit": (edit_config(num_attention_heads=5), "no multiple"),
+    "a text for a number": (
+        edit_config(layer_norm_eps="1"),
+        "layer_norm_eps",
+    ),
+    "fewer positions": (edit_config(max_position_embeddings=5), "max_position_embeddings is 5, expected"),
+    **{
+        f"another {name}": (edit_config(**{name: "another"}), f"{name} is 'another', expected")
+        for name in ("position_embedding_type", "hidden_act", "feed_forward_type", "_name_or_path")
+    },
+    "no modules": (lambda folder: (folder / "jina/modules.json").unlink(), "modules.json is missing"),
+    "a shorter text": (
+        lambda folder: edit_json(folder / "jina/sentence_bert_config.json", max_seq_length=5),
+        "max_seq_length is 5, expected",
+    ),
+    "a shorter text for the tokenizer": (
+        lambda folder: edit_json(folder / "jina/tokenizer_config.json", model_max_length=5),
+        "model_max_length is 5, expected",
+    ),
+    "an extra tensor": (edit_tensors(lambda tensors: tensors | {"x": torch.zeros(2)}), "x has shape .* imply none"),
+    "no guard": (edit_tensors(lambda tensors: {n: t for n, t in tensors.items() if "position" not in n}), "one row"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_that_cannot_be_read_or_does_not_fit_is_found(name, write_damaged):
+    damage, reason = DAMAGES[name]
+    assert re.search(reason, write_damaged("jina", damage))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 16, 20])

@@ -11,8 +11,10 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
 from megabert.convert import to_hf
@@ -27,7 +29,9 @@ from tests.convert.helpers.folders import edit_json
 from tests.convert.helpers.small_model import small_model
 
 ALWAYS = registry.ALWAYS
-MUTATIONS = ("a wrong weight", "swapped halves", "another slope", "another pooling", "shifted ids")
+# Of the files that were written, and not of what they are made from.
+OF_FILES = ("a lost tensor", "a wrong shape")
+MUTATIONS = ("a wrong weight", "swapped halves", "another slope", "another pooling", "shifted ids", *OF_FILES)
 POOLED_BY_CALLER = "it gives the states of tokens, and its caller pools them"
 # Other slopes change embeddings of a small model by 1 - cosine 8e-4, and 8 bits may change them by 1e-2.
 BELOW_8_BITS = "the graph that is quantized has the proof of onnx, which finds it"
@@ -44,6 +48,18 @@ MARKS = {
 }
 WEIGHT, HALVES = "bert.encoder.layers.1.attention.out.weight", "bert.encoder.layers.1.mlp.up.weight"
 WORDS = "bert.embeddings.word_embeddings.weight"
+
+
+# The file of each target and a tensor in it, any matrix of a graph.
+FILES = {
+    "sentence-transformers": ("model.safetensors", WEIGHT),
+    "jina": ("jina/model.safetensors", "encoder.layer.1.mlp.wo.bias"),
+    "encoder": ("encoder/model.safetensors", "layers.1.mlp.Wi.weight"),
+    "onnx": (onnx_graphs.MASKED_LM, None),
+    "onnx-int8": (onnx_graphs.QUANTIZED, None),
+    "transformers.js": (f"transformers.js/{onnx_graphs.ENCODER}", None),
+    "gguf": (None, "blk.1.ffn_down.bias"),
+}
 
 
 def swap(tensor: torch.Tensor) -> torch.Tensor:
@@ -89,11 +105,45 @@ def mutate_folder(folder: Path, mutation: str) -> None:
         edit_json(folder / "config.json", num_attention_heads=2)
     elif mutation == "shifted ids":
         shift_vocabulary(folder / "tokenizer.json")
+    elif mutation in OF_FILES:
+        damage_tensor(folder / "model.safetensors", WEIGHT, mutation)
     else:
         name, change = TENSORS[mutation]
         tensors = load_file(folder / "model.safetensors")
         changed = tensors | {name: change(tensors[name]).contiguous()}
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def damage_tensor(path: Path, name: str | None, mutation: str) -> None:
+    """Remove a tensor from a file, or its last row or column."""
+    if name is not None:
+        tensors = load_file(path)
+        tensor = tensors.pop(name)
+        if mutation == "a wrong shape":
+            tensors[name] = tensor[:-1].contiguous()
+        save_file(tensors, path, metadata={"format": "pt"})
+        return
+    graph = onnx.load(path)
+    tensors = graph.graph.initializer
+    number = next(number for number, tensor in enumerate(tensors) if len(tensor.dims) == 2)
+    tensor = tensors.pop(number)
+    if mutation == "a wrong shape":
+        tensors.append(numpy_helper.from_array(numpy_helper.to_array(tensor)[:, :-1].copy(), tensor.name))
+    onnx.save(graph, path)
+
+
+def damage_gguf(mutation: str, monkeypatch) -> None:
+    import gguf
+
+    add, damaged = gguf.GGUFWriter.add_tensor, FILES["gguf"][1]
+
+    def add_tensor(self, name, data, **options):
+        if name != damaged:
+            add(self, name, data, **options)
+        elif mutation == "a wrong shape":
+            add(self, name, data[:-1], **options)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_tensor)
 
 
 def pool_by_first(folder: Path) -> None:
@@ -106,6 +156,14 @@ def write_mutated(target: str, mutation: str | None, source: Source, folder: Pat
     if mutation is None:
         write_graphs(source, folder, target)
         return write(source, folder)
+    if target == "gguf" and mutation in OF_FILES:
+        damage_gguf(mutation, monkeypatch)
+        return write(source, folder)
+    if mutation in OF_FILES:
+        write_graphs(source, folder, target)
+        wrote, (file, name) = write(source, folder), FILES[target]
+        damage_tensor(folder / file, name, mutation)
+        return wrote
     if target == "gguf" and mutation == "another pooling":
         import gguf
 
@@ -205,7 +263,8 @@ def test_a_mutated_target_fails_its_proof_and_leaves_nothing(target, mutation, b
     before = files_of(folder)
     outcome = write_target(target, mutation, folder, monkeypatch)
     assert "failed" in outcome, outcome
-    words = ("differ", "cosine", "other ids", "pools by", "pooling_type is")
+    words = ("differ", "cosine", "other ids", "pools by", "pooling_type is", "has shape", "lacks", "cannot")
+    words += ("tensors are not those of the model",)
     assert any(word in outcome["failed"] for word in words), outcome
     assert files_of(folder) == before
     assert not [path for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())]
@@ -227,7 +286,8 @@ def test_a_mutated_folder_is_not_exported(target, mutation, checkpoint, tmp_path
 
     monkeypatch.setattr(export_check, "check_new_export", mutate_and_check)
     with pytest.raises(
-        ValueError, match="the export failed its check and was removed: .*(differ|gives other input_ids)"
+        ValueError,
+        match="the export failed its check and was removed: .*(differ|other input_ids|mismatch|do not match)",
     ):
         to_hf.export_checkpoint(checkpoint, tmp_path / "hf")
     assert not any(tmp_path.iterdir())

@@ -39,6 +39,13 @@ TENSOR_NAMES = {
 }
 
 
+class Settings(dict[str, Any]):
+    """The settings of a file. Raises DiffersError for one that it lacks."""
+
+    def __missing__(self, name: str) -> Any:
+        raise DiffersError(f"the file lacks the setting {name}")
+
+
 class Content(NamedTuple):
     """What a GGUF file holds. settings: without the architecture's name in front; tensors: fp64, by GGUF's names."""
 

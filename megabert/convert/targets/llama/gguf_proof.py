@@ -14,10 +14,10 @@ from megabert.convert.targets import jina_port
 from megabert.convert.targets.compared_texts import lines_with_ids
 from megabert.convert.targets.llama import gguf_native
 from megabert.convert.targets.llama.gguf_vocabulary import check_vocabulary, composes
-from megabert.convert.targets.llama.gguf_writer import BLOCK, KINDS, gguf_names, path_of, write
+from megabert.convert.targets.llama.gguf_writer import BLOCK, JINA, KINDS, gguf_names, path_of, write
 from megabert.convert.targets.programs.run import run_python
 from megabert.convert.targets.target import DiffersError, Expected, Proof, Target, largest_difference, smallest_cosine
-from megabert.data.shards.manifest import TOKENIZER
+from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.json_file import read_json
 from megabert.model.configuration_megabert import MegaBertConfig
 
@@ -58,7 +58,7 @@ def prove(folder: Path, expected: Expected) -> Proof:
     The first shows smaller errors than llama.cpp's own rounding, the second that llama.cpp reads the files so.
     """
     exact = read_content(path_of(folder, "f32"))
-    proof = _prove_by_port(exact, expected)
+    proof = _prove_by_port(exact, expected, int(read_json(folder / TOKENIZER_CONFIG)["model_max_length"]))
     for kind, tolerance in ROUNDING.items():
         _check_rounding(exact, read_content(path_of(folder, kind)), tolerance, path_of(folder, kind).name)
     if find_spec("llama_cpp") is None:
@@ -66,14 +66,19 @@ def prove(folder: Path, expected: Expected) -> Proof:
     return _prove_by_llama_cpp(folder, expected, proof)
 
 
-def _prove_by_port(content: gguf_native.Content, expected: Expected) -> Proof:
-    if (pooling := content.settings["pooling_type"]) != MEAN:
-        raise DiffersError(f"pooling_type is {pooling}, expected {MEAN}, the mean of all tokens")
+def _prove_by_port(content: gguf_native.Content, expected: Expected, length: int) -> Proof:
+    """Compare embeddings, and the settings that the port does not read: those that no tensor's shape shows."""
+    settings = {"pooling_type": MEAN, "attention.causal": False, "context_length": length}
+    for name, value in settings.items():
+        if (got := content.settings[name]) != value:
+            raise DiffersError(f"{name} is {got}, expected {value}")
     ids = expected.ids[:COMPARED_TEXTS]
     what = f"embeddings of {len(ids)} texts by model-f32.gguf"
     if content.architecture in gguf_native.TENSOR_NAMES:
         pooled = gguf_native.embed(content, ids)
         program, version_found = "transformers' own model in fp64, not llama.cpp itself,", version("transformers")
+    elif content.architecture != JINA:
+        raise DiffersError(f"llama.cpp has no encoder {content.architecture!r} of ours")
     else:
         pooled = jina_port.embed(as_jina(content), ids)
         program, version_found = "an independent port of llama.cpp's equations in fp64, not llama.cpp itself,", "1"
@@ -136,7 +141,9 @@ def read_content(path: Path) -> gguf_native.Content:
 
     reader = gguf.GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
-    settings = {name.removeprefix(f"{architecture}."): value.contents() for name, value in reader.fields.items()}
+    settings = gguf_native.Settings(
+        {name.removeprefix(f"{architecture}."): value.contents() for name, value in reader.fields.items()}
+    )
     tensors = {
         tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).double()
         for tensor in reader.tensors
@@ -145,12 +152,20 @@ def read_content(path: Path) -> gguf_native.Content:
 
 
 def as_jina(content: gguf_native.Content) -> jina_port.JinaBert:
-    """Give the content the names of JinaBERT v2's layout. Raises DiffersError for missing tensors."""
+    """Give the content the names of JinaBERT v2's layout. Raises DiffersError for tensors that do not fit."""
     settings = content.settings
     back = {new: theirs for theirs, new in gguf_names(settings["block_count"]).items()}
     renamed = {back.get(name, name): tensor for name, tensor in content.tensors.items()}
-    sizes = (settings["block_count"], settings["attention.head_count"], settings["attention.layer_norm_epsilon"])
-    return jina_port.JinaBert(renamed, *sizes, settings["context_length"])
+    sizes = {
+        "vocab_size": len(settings["tokenizer.ggml.tokens"]),
+        "hidden_size": settings["embedding_length"],
+        "num_hidden_layers": settings["block_count"],
+        "num_attention_heads": settings["attention.head_count"],
+        "intermediate_size": settings["feed_forward_length"],
+        "type_vocab_size": settings["tokenizer.ggml.token_type_count"],
+        "max_position_embeddings": settings["context_length"],
+    }
+    return jina_port.make_model(renamed, sizes, settings["attention.layer_norm_epsilon"])
 
 
 TARGET = Target("gguf", check, write, prove, USAGE, packages=("gguf",), extra="gguf")

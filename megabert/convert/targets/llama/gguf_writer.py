@@ -18,6 +18,8 @@ from megabert.convert.weight_names import TOKEN_TYPES as TOKEN_TYPE_EMBEDDINGS
 from megabert.model.configuration_megabert import MegaBertConfig
 
 FOLDER = "gguf"
+# llama.cpp's name of the architecture that MosaicBERT is.
+JINA = "jina-bert-v2"
 # Each file's kind, and its number in llama_ftype in llama.h.
 KINDS = {"f32": 0, "f16": 1, "q8_0": 7}
 # q8_0 quantizes this many numbers of a row together.
@@ -145,7 +147,7 @@ def _write_file(source: Source, tensors: dict[str, Tensor], vocabulary: Vocabula
 def _architecture(config: MegaBertConfig) -> tuple[str, str]:
     """Return llama.cpp's name of the architecture, and the model's."""
     if is_mosaicbert(config):
-        return "jina-bert-v2", "MosaicBERT"
+        return JINA, "MosaicBERT"
     kind = native_kind(config)
     return ("modern-bert" if kind == "modernbert" else "bert"), ARCHITECTURES.get(kind or "bert", "BERT")
 
