@@ -79,8 +79,8 @@ def expected_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of the layout, but for GUARD."""
     width, inner = sizes["hidden_size"], sizes["intermediate_size"]
     tables = {"word_embeddings": sizes["vocab_size"], "token_type_embeddings": sizes["type_vocab_size"]}
-    shapes = {f"embeddings.{name}.weight": (rows, width) for name, rows in tables.items()}
-    linears = dict.fromkeys((f"attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")),
+    shapes: dict[str, tuple[int, ...]] = {f"embeddings.{name}.weight": (rows, width) for name, rows in tables.items()}
+    linears: dict[str, tuple[int, ...]] = dict.fromkeys((f"attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")),
                             (width, width)) | {"mlp.wo": (width, inner)}  # fmt: skip
     norms = ["embeddings.LayerNorm"]
     for layer in range(sizes["num_hidden_layers"]):
@@ -89,7 +89,8 @@ def expected_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{name}{module}.bias": shape[:1] for module, shape in linears.items()}
         shapes[f"{name}mlp.gated_layers.weight"] = (2 * inner, width)
         norms += [f"{name}attention.output.LayerNorm", f"{name}mlp.layernorm"]
-    return shapes | {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+    shapes |= {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+    return shapes
 
 
 def slopes(heads: int) -> list[float]:
