@@ -80,8 +80,9 @@ def expected_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     width, inner = sizes["hidden_size"], sizes["intermediate_size"]
     tables = {"word_embeddings": sizes["vocab_size"], "token_type_embeddings": sizes["type_vocab_size"]}
     shapes: dict[str, tuple[int, ...]] = {f"embeddings.{name}.weight": (rows, width) for name, rows in tables.items()}
-    linears: dict[str, tuple[int, ...]] = dict.fromkeys((f"attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")),
-                            (width, width)) | {"mlp.wo": (width, inner)}  # fmt: skip
+    square: tuple[int, ...] = (width, width)
+    modules = ("self.query", "self.key", "self.value", "output.dense")
+    linears = {f"attention.{name}": square for name in modules} | {"mlp.wo": (width, inner)}
     norms = ["embeddings.LayerNorm"]
     for layer in range(sizes["num_hidden_layers"]):
         name = f"encoder.layer.{layer}."
