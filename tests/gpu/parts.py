@@ -16,6 +16,7 @@ import torch
 
 from megabert.files.metrics_format import read_metrics
 from megabert.process.subprocesses import kill_with_children
+from tests.helpers.ports import free_port
 from tests.helpers.runs import TINY, last_of_each
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -72,10 +73,12 @@ class Setup:
         self, name: str, flags: list[str], ds_config: str | Path = "zero2", **environment: str
     ) -> list[dict[str, float]]:
         """Run launch/pretrain.py. Returns its metrics."""
-        folder = self.out / name
-        command = [sys.executable, "launch/pretrain.py", f"--ds_config={ds_config}", f"--run.output_dir={folder}"]
-        self.run([*command, *flags], **environment)
-        return read_metrics(folder / "metrics.jsonl")
+        self.run([sys.executable, *self.pretrain(name, flags, ds_config)], **environment)
+        return read_metrics(self.out / name / "metrics.jsonl")
+
+    def pretrain(self, name: str, flags: list[str], ds_config: str | Path = "zero2") -> list[str]:
+        """Return the command of a run, without what starts it."""
+        return ["launch/pretrain.py", f"--ds_config={ds_config}", f"--run.output_dir={self.out / name}", *flags]
 
 
 def losses(metrics: list[dict[str, float]]) -> list[float]:
@@ -202,14 +205,16 @@ def precise(out: Path, stage: str, bf16: bool) -> Path:
 
 
 def crash(setup: Setup) -> Outcome:
-    """A run that is killed after a save and resumed ends as one that is not; an injected NaN skips one update."""
+    """A launched run, killed after a save and resumed, ends as one that is not; an injected NaN skips one update."""
     steps = 6 if setup.dry else 30
     size = [f"--run.max_steps={steps}", f"--run.save_every_steps={steps // 3}", *setup.batch(14_720, 2)]
     flags = setup.flags("mosaicbert-base", *size)
     flags = last_of_each([*flags, "--run.eval_tokens=65536" if not setup.dry else "--run.eval_tokens=768"])
     whole = losses(setup.train("whole", flags))
     folder = setup.out / "killed"
-    command = [sys.executable, "launch/pretrain.py", "--ds_config=zero2", f"--run.output_dir={folder}", *flags]
+    # As users start it.
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=1", f"--master_port={free_port()}"]
+    command = [*launcher, *setup.pretrain("killed", flags)]
     env = os.environ | {"DS_ACCELERATOR": setup.accelerator}
     with open(setup.out / "log.txt", "a") as log:
         process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log)
@@ -218,12 +223,13 @@ def crash(setup: Setup) -> Outcome:
     kill_with_children(process.pid)
     # Otherwise it had ended by itself.
     was_killed = process.wait() == -signal.SIGKILL
-    killed = {point["step"]: point["loss"] for point in setup.train("killed", flags) if "loss" in point}
+    setup.run(command)
+    killed = {point["step"]: point["loss"] for point in read_metrics(folder / "metrics.jsonl") if "loss" in point}
     same = list(killed.values()) == whole
     # Bins of the third step; the loss of each becomes NaN.
     fault = json.dumps({"bins": [4], "factor": "nan", "added": 0})
-    its_flags = [f"--run.output_dir={setup.out / 'nan'}", "--ds_config=zero2", *flags, "--run.max_steps=6"]
-    setup.run([sys.executable, "tests/helpers/scripts/inject.py", *last_of_each(its_flags)], INJECT=fault)
+    _, *its_flags = setup.pretrain("nan", last_of_each([*flags, "--run.max_steps=6"]))
+    setup.run([sys.executable, "tests/helpers/scripts/inject.py", *its_flags], INJECT=fault)
     skipped = json.loads((setup.out / "nan/result.json").read_text())["skipped_updates"]
     figure = f"{'the same' if same else 'OTHER'} losses, {skipped} update skipped{'' if was_killed else ', NOT KILLED'}"
     found = {"whole": whole, "killed": killed, "skipped": skipped}

@@ -157,16 +157,18 @@ def test_a_crash_that_is_not_survived_fails(code, resumed, skipped, passed, corp
     monkeypatch.setattr(parts.subprocess, "Popen", lambda *arguments, **options: process)
     monkeypatch.setattr(parts, "kill_with_children", lambda pid: None)
 
-    def train(setup, name, *arguments, **options):
-        return [{"step": 1.0, "loss": 3.0}, {"step": 2.0, "loss": resumed if name == "killed" else 2.0}]
-
     def run(setup, command, **environment):
-        (setup.out / "nan").mkdir()
-        (setup.out / "nan/result.json").write_text(json.dumps({"skipped_updates": skipped}))
+        name = next(Path(flag.partition("=")[2]).name for flag in command if flag.startswith("--run.output_dir="))
+        started.append("deepspeed.launcher.runner" in command)
+        (setup.out / name).mkdir()
+        points = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": resumed if name == "killed" else 2.0}]
+        (setup.out / name / "metrics.jsonl").write_text("".join(f"{json.dumps(point)}\n" for point in points))
+        (setup.out / name / "result.json").write_text(json.dumps({"skipped_updates": skipped}))
 
-    monkeypatch.setattr(parts.Setup, "train", train)
+    started: list[bool] = []
     monkeypatch.setattr(parts.Setup, "run", run)
     assert parts.crash(parts.Setup(tmp_path, corpus.tokens, dry=False)).passed == passed
+    assert started == [False, True, False]
 
 
 @pytest.mark.parametrize(

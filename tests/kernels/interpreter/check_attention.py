@@ -1,21 +1,19 @@
 """Attention in Triton's interpreter: results, gradients, dropout, bytes moved."""
 
-import math
 from itertools import product
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from megabert.kernels import attention as kernels
-from megabert.kernels.dropout import threshold, tile_factor
+from megabert.kernels.dropout import draw_seed
 from megabert.model.alibi import alibi_slopes
 from megabert.model.attention import plan_eager
 from megabert.model.padding import Sequences
 from tests.kernels.helpers import interpreter
 from tests.kernels.helpers.cases import cases
 from tests.kernels.helpers.interpreter import counted
+from tests.kernels.helpers.masked_attention import masked_attention, masks_of
 from tests.kernels.helpers.yardstick import assert_as_good, assert_gradients, results
 
 interpreter.install()
@@ -187,15 +185,6 @@ def test_gradients(monkeypatch, dropout_p, lengths, short):
     assert_gradients(ours(sequences, alibi_slopes(2), 16, dropout_p), [qkv_for(sequences, 2, 16)])
 
 
-@triton.jit
-def write_mask(OUT, SEED, start, length, head, below, SIZE: tl.constexpr):
-    place = tl.arange(0, SIZE)
-    keep = tile_factor(tl.load(SEED), start + place, 0, head, below, 1.0, SIZE)
-    tl.store(
-        OUT + place[:, None] * length + place[None, :], keep, mask=(place[:, None] < length) & (place[None, :] < length)
-    )
-
-
 @pytest.mark.parametrize(
     ("lengths", "dtype", "short"),
     cases(
@@ -208,29 +197,12 @@ def test_dropout_is_on_the_weights(monkeypatch, lengths, dtype, short):
     monkeypatch.setattr(kernels, "SHORT", short)
     dropout_p, heads, size = 0.25, 2, 32
     sequences, slopes = packed(lengths), alibi_slopes(heads)
+    qkv = qkv_for(sequences, heads, size, dtype)
     torch.manual_seed(5)
-    seed = torch.randint(2**63 - 1, (1,))
-    masks, bounds = {}, sequences.cu_seqlens.tolist()
-    for document, length in enumerate(lengths):
-        masks[document] = torch.zeros(heads, length, length)
-        for head in range(heads):
-            write_mask[(1,)](
-                masks[document][head], seed, bounds[document], length, head, threshold(dropout_p), SIZE=256
-            )
-    assert 0.7 < torch.cat([mask.flatten() for mask in masks.values()]).mean() < 0.8
-
-    def masked(qkv):
-        outputs = []
-        for document, part in enumerate(qkv.split(lengths)):
-            query, key, value = part.permute(1, 2, 0, 3)
-            place = torch.arange(len(part))
-            bias = -slopes[:, None, None] * (place[:, None] - place[None, :]).abs()
-            weights = torch.softmax(query @ key.transpose(1, 2) / math.sqrt(size) + bias.to(qkv.dtype), dim=-1)
-            weights = weights * masks[document].to(qkv.dtype) / (1 - dropout_p)
-            outputs.append((weights @ value).transpose(0, 1))
-        return torch.cat(outputs)
-
-    assert_as_good(ours(sequences, slopes, size, dropout_p), masked, [qkv_for(sequences, heads, size, dtype)])
+    masks = masks_of(lengths, heads, dropout_p, draw_seed(qkv, dropout_p))
+    assert 0.7 < torch.cat([mask.flatten() for mask in masks]).mean() < 0.8
+    masked = masked_attention(slopes, size, masks, dropout_p)
+    assert_as_good(ours(sequences, slopes, size, dropout_p), masked, [qkv])
 
 
 def test_documents_do_not_see_each_other():
