@@ -188,9 +188,6 @@ class SourceOrder:
         at_once, window = (
             math.ceil(math.sqrt(share * parts / (bins * REPEATED_BINMATES))) for parts in (len(self.splits), chunks)
         )
-        # A stream's first epoch mixes no more chunks than it has, and later ones make up for it; with twice the chunks,
-        # at most 1 % of the bin-mates meet again, and the few documents of tiny chunks do not come too early.
-        window = math.ceil(window * min(2.0, max(1.0, window * stream.num_streams / chunks)))
         self.at_once = min(MOST_SPLITS_AT_ONCE, max(1, at_once))
         self.window = Window(min(MOST_CHUNKS_AT_ONCE, max(1, window)), max(1.0, tokens / chunks))
 
