@@ -3,9 +3,12 @@
 A pass over a source is an epoch. Its splits are shuffled and dealt to the streams; a stream reads several splits at
 once, their chunks in shuffled order, and the documents of each chunk in shuffled order, spread over a window of
 several chunks. All of it is a function of (seed, epoch), so a position says only how many chunks have been read.
+
+The window of a stream's first epoch ends with it: none of its documents comes after one of the second epoch.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -94,7 +97,8 @@ class Splits(NamedTuple):
 def cut_into_splits(source: Source, num_streams: int) -> Splits:
     """Cut a source into at least LEAST_SPLITS_PER_STREAM splits for each stream.
 
-    They are shards, ranges of chunks or parts of chunks. Only a source with fewer documents than that has fewer splits.
+    They are shards, ranges of chunks or parts of chunks, and none is empty. Only a source with fewer documents than
+    that has fewer splits.
     """
     counts = np.array([len(shard.chunks) for shard in source.shards])
     wanted, total = LEAST_SPLITS_PER_STREAM * num_streams, int(counts.sum())
@@ -105,7 +109,9 @@ def cut_into_splits(source: Source, num_streams: int) -> Splits:
         first, last = number * counts[shard] // ranges, (number + 1) * counts[shard] // ranges
         return Splits(shard, first, last, np.zeros_like(shard), np.ones_like(shard))
     documents = np.concatenate([shard.chunks[:, 2] for shard in source.shards]).astype(np.int64)
-    chunk, part, parts = _enumerate(np.clip(documents, 1, -(-wanted // total)))
+    wanted = min(wanted, int(documents.sum()))
+    most = bisect_left(range(wanted), wanted, key=lambda parts: np.minimum(documents, parts).sum())
+    chunk, part, parts = _enumerate(np.clip(documents, 1, most))
     shard, number, _ = _enumerate(counts)
     return Splits(shard[chunk], number[chunk], number[chunk] + 1, part, parts)
 
@@ -133,13 +139,29 @@ class Window:
     chunks: int
     chunk_tokens: float
 
-    def place(self, used_before: np.ndarray | int, offset: np.ndarray | int = 0, used_tokens: int = 1) -> np.ndarray:
+    def place(
+        self, used_before: int, offset: np.ndarray | int = 0, used_tokens: int = 1, first_epoch: int | None = None
+    ) -> np.ndarray:
         """Return the mean number of used tokens before a piece.
 
         used_before: used tokens before its chunk. offset: used tokens of the chunk before it, of used_tokens.
+        first_epoch: used tokens of the stream's first epoch, None until all of its chunks have been read. Places that
+        depend on it are after the chunks read so far.
         """
-        spread = max(1.0, self.chunks * self.chunk_tokens / max(1, used_tokens))
-        at = used_before + np.asarray(offset) * spread
+        width = self.chunks * self.chunk_tokens
+        at = used_before + np.asarray(offset) * max(1.0, width / max(1, used_tokens))
+        if first_epoch is None:
+            return self._growing(at)
+        if used_before >= first_epoch:
+            return first_epoch + self._growing(at - first_epoch)
+        # What the window has left at the last chunk follows it, in a share of the places that falls as fewer chunks are
+        # left, from at most all of the epoch's: this is its integral.
+        left = np.maximum(0.0, width - np.maximum(0.0, at - first_epoch))
+        share = (left**2 - np.maximum(0.0, left - first_epoch) ** 2) / (width**2 - max(0.0, width - first_epoch) ** 2)
+        end = self._growing(first_epoch)
+        return np.minimum(first_epoch, self._growing(np.minimum(at, first_epoch)) + (first_epoch - end) * (1 - share))
+
+    def _growing(self, at: np.ndarray | int) -> np.ndarray:
         # The places [i C, (i + 1) C) hold documents of i + 1 chunks, and of `chunks` chunks once the window is full: a
         # share 1 / `chunks` of each one's tokens. A place is the number of tokens before it, so it grows as they do.
         full = np.minimum(at // self.chunk_tokens, self.chunks - 1)
@@ -227,8 +249,9 @@ class SourceOrder:
         rng = np.random.default_rng([self._stream.seed, ref.epoch, self._index, ref.shard + 1, ref.chunk + 1])
         order = rng.permutation(len(size))
         if ref.parts > 1:
-            # A document belongs to the part in which its middle is, so that parts have the same number of tokens.
-            middle = 2 * size[order].cumsum() - size[order]
-            part = middle * ref.parts // max(1, 2 * int(size.sum()))
-            order = order[np.minimum(part, ref.parts - 1) == ref.part]
+            # Each part has one of the `parts` longest documents, one of the next longest and so on: no part is empty,
+            # and their tokens differ by one document at most.
+            by_size = order[np.argsort(-size[order], kind="stable")]
+            rounds = np.tile(np.arange(ref.parts), (-(-len(size) // ref.parts), 1))
+            order = rng.permutation(by_size[rng.permuted(rounds, axis=1).ravel()[: len(size)] == ref.part])
         return Documents(data.tokens, start[order], size[order])

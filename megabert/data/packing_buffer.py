@@ -24,6 +24,9 @@ from megabert.data.shards.source import Corpus, DamagedShardError, Source
 
 log = logging.getLogger(__name__)
 
+# The lowest bit of the source's number in a chunk's key.
+SOURCE_SHIFT = 56
+
 
 @dataclass(frozen=True)
 class SourcePosition:
@@ -34,6 +37,7 @@ class SourcePosition:
     bin. phases: the same at the end of each earlier phase, as (max_seq_len, pieces, taken); in pieces, None stands
     for a chunk that was not in the buffer then. damaged: chunks in the buffer that could not be read; skipped:
     damaged chunks so far. merged_before: place of the oldest piece that waited when the mixture last changed.
+    first_epoch: used tokens of the stream's first epoch of this source, None until a chunk of the second was read.
     """
 
     entry: int = 0
@@ -45,6 +49,7 @@ class SourcePosition:
     damaged: tuple[ChunkId, ...] = ()
     skipped: int = 0
     merged_before: float = 0.0
+    first_epoch: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,23 +61,23 @@ class SourcePosition:
             "phases": [[max_seq_len, list(pieces), bits.to_json()] for max_seq_len, pieces, bits in self.phases],
             "damaged": [list(chunk_id) for chunk_id in self.damaged],
             "skipped": self.skipped,
+            "first_epoch": self.first_epoch,
             **({"merged_before": self.merged_before} if self.merged_before else {}),
         }
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "SourcePosition":
-        # Format 3 of streams.json called the phases past.
-        phases = raw["phases"] if "phases" in raw else raw["past"]
         return cls(
             entry=raw["entry"],
             chunk=raw["chunk"],
             used_tokens=raw["used_tokens"],
             pieces=tuple(raw["pieces"]),
             taken=Bits.from_json(raw["taken"]),
-            phases=tuple((length, tuple(pieces), Bits.from_json(bits)) for length, pieces, bits in phases),
+            phases=tuple((length, tuple(pieces), Bits.from_json(bits)) for length, pieces, bits in raw["phases"]),
             damaged=tuple(ChunkId(*chunk_id) for chunk_id in raw["damaged"]),
             skipped=raw["skipped"],
             merged_before=raw.get("merged_before", 0.0),
+            first_epoch=raw["first_epoch"],
         )
 
     def next_phase(self, max_seq_len: int) -> "SourcePosition":
@@ -139,6 +144,7 @@ class SourceCursor:
         # Tokens of this source and stream before the next chunk to load.
         self.used_tokens = position.used_tokens
         self.skipped = position.skipped - len(position.damaged)
+        self.first_epoch = position.first_epoch
         self.ended = False
         self._tokenizer = source.tokenizer
         self._options = options
@@ -175,6 +181,8 @@ class SourceCursor:
             self.ended = True
             return None
         ref, data = read
+        if self.first_epoch is None and ref.epoch > 0:
+            self.first_epoch = self.used_tokens
         documents = None if data is None else self._order.documents(ref, data)
         chunk = cut_chunk(ref.chunk_id, self.used_tokens, documents, self._options, self._tokenizer, snapshots)
         self.chunks.append(chunk)
@@ -185,20 +193,32 @@ class SourceCursor:
     @property
     def loaded_until(self) -> float:
         """The merge key up to which all pieces of this source are loaded."""
-        return np.inf if self.ended else float(self._merge_key(self._order.window.place(self.used_tokens)))
+        return np.inf if self.ended else float(self._merge_key(self._next_place))
 
     def merge_keys(self, chunk: ChunkPieces, pieces: np.ndarray) -> np.ndarray:
         """Give the merge order of pieces of a chunk, by their indices in it."""
         return self._merge_key(self._place(chunk, pieces))
 
+    def chunks_of_both_epochs(self) -> tuple[ChunkPieces, ChunkPieces, ChunkPieces] | None:
+        """Return the oldest chunk, the first one after the first epoch, and the newest; None if there are not both."""
+        if self.first_epoch is None or self._order.epoch_of(self.chunks[0].chunk_id.entry) > 0:
+            return None
+        later = next(chunk for chunk in self.chunks if self._order.epoch_of(chunk.chunk_id.entry) > 0)
+        return self.chunks[0], later, self.chunks[-1]
+
     @property
     def oldest_place(self) -> float:
         """The place of the oldest waiting piece in the order of this source."""
         waiting = [self._place(chunk, np.flatnonzero(~chunk.taken)) for chunk in self.chunks if chunk.num_waiting]
-        return min([float(places.min()) for places in waiting] or [float(self._order.window.place(self.used_tokens))])
+        return min([float(places.min()) for places in waiting] or [float(self._next_place)])
+
+    @property
+    def _next_place(self) -> np.ndarray:
+        return self._order.window.place(self.used_tokens, first_epoch=self.first_epoch)
 
     def _place(self, chunk: ChunkPieces, pieces: np.ndarray) -> np.ndarray:
-        return self._order.window.place(chunk.used_before, chunk.used_offset[pieces], chunk.used_tokens)
+        offset = chunk.used_offset[pieces]
+        return self._order.window.place(chunk.used_before, offset, chunk.used_tokens, self.first_epoch)
 
     def _merge_key(self, place: np.ndarray) -> np.ndarray:
         return (place - self._start.merged_before + self._offset) / self.weight
@@ -230,6 +250,7 @@ class SourceCursor:
             damaged=tuple(chunk.chunk_id for chunk in self.chunks if chunk.damaged),
             skipped=self.skipped,
             merged_before=self._start.merged_before,
+            first_epoch=self.first_epoch,
         )
 
 
@@ -243,6 +264,11 @@ def _split_by_chunk(sizes: Sequence[int | None], masks: np.ndarray) -> Iterator[
 
 def _pack_masks(masks: Sequence[np.ndarray | None]) -> Bits:
     return Bits.of(np.concatenate([np.empty(0, dtype=bool), *(mask for mask in masks if mask is not None)]))
+
+
+def _chunk_key(cursor: SourceCursor, chunk: ChunkPieces) -> int:
+    """Return a number of this chunk that is the same in a resumed stream, and that grows in the order of reading."""
+    return (cursor.source_index << SOURCE_SHIFT) + (chunk.chunk_id.entry << 24) + chunk.chunk_id.chunk
 
 
 class PackingBuffer:
@@ -267,8 +293,7 @@ class PackingBuffer:
         ]
         self._corpus, self._stream = corpus, stream
         self._chunks: dict[int, ChunkPieces] = {}
-        # A table of the waiting pieces, one entry for each in every column. A chunk's key is made of its
-        # source and its ChunkId, so that it is the same in a resumed stream.
+        # A table of the waiting pieces, one entry for each in every column.
         self._chunk_key = np.empty(0, dtype=np.int64)
         # Index of each piece in its chunk.
         self._piece = np.empty(0, dtype=np.int64)
@@ -301,8 +326,11 @@ class PackingBuffer:
             cursor = min(self.cursors, key=lambda cursor: cursor.loaded_until)
             if cursor.ended:
                 return
+            first_epoch = cursor.first_epoch
             if (chunk := cursor.load()) is not None:
                 self._append(cursor, chunk)
+            if cursor.first_epoch != first_epoch:
+                self._merge_again(cursor)
             self._sort()
 
     def next_bin(self, tokens: int, max_documents: int, look_ahead: int) -> Bin | None:
@@ -310,8 +338,15 @@ class PackingBuffer:
         if not self._num_ready:
             return None
         lengths = self._length[: self._num_ready]
-        near = int(np.searchsorted(lengths.cumsum(), look_ahead, side="right"))
-        chosen = choose_pieces(lengths[:near], tokens, max_documents, self.options.max_seq_len)
+        ends = lengths.cumsum()
+        near = int(np.searchsorted(ends, look_ahead, side="right"))
+        if (closed := self._of_a_later_epoch(near)).any():
+            # Without a look-ahead, no other source takes the places of these pieces.
+            open_pieces = np.flatnonzero(~closed & (ends[:near] <= tokens))
+            chosen = choose_pieces(lengths[open_pieces], tokens, max_documents, self.options.max_seq_len)
+            chosen = open_pieces[chosen]
+        else:
+            chosen = choose_pieces(lengths[:near], tokens, max_documents, self.options.max_seq_len)
         # Neighbouring pieces of a chunk are taken together: most of a bin is a few runs of them.
         chosen = chosen[np.lexsort((self._piece[chosen], self._chunk_key[chosen]))]
         chunk_key, piece = self._chunk_key[chosen], self._piece[chosen]
@@ -329,6 +364,21 @@ class PackingBuffer:
         self._drop_finished()
         return taken
 
+    def _of_a_later_epoch(self, near: int) -> np.ndarray:
+        """Tell which of the first `near` pieces the next bin may not take.
+
+        A bin with pieces of the first epoch of a source has none of a later one: other streams may not have used them
+        yet. It is left emptier if need be, once in a run for each stream and source.
+        """
+        keys = self._chunk_key[:near]
+        closed = np.zeros(near, dtype=bool)
+        for cursor in self.cursors:
+            if (chunks := cursor.chunks_of_both_epochs()) is not None:
+                first, later, last = (_chunk_key(cursor, chunk) for chunk in chunks)
+                if ((keys >= first) & (keys < later)).any():
+                    closed |= (keys >= later) & (keys <= last)
+        return closed
+
     def position(self) -> tuple[SourcePosition, ...]:
         positions = list(self._positions)
         for cursor in self.cursors:
@@ -336,13 +386,21 @@ class PackingBuffer:
         return tuple(positions)
 
     def _append(self, cursor: SourceCursor, chunk: ChunkPieces) -> None:
-        key = (cursor.source_index << 56) + (chunk.chunk_id.entry << 24) + chunk.chunk_id.chunk
+        key = _chunk_key(cursor, chunk)
         self._chunks[key] = chunk
         waiting = np.flatnonzero(~chunk.taken)
         self._chunk_key = np.concatenate([self._chunk_key, np.full(len(waiting), key)])
         self._piece = np.concatenate([self._piece, waiting])
         self._length = np.concatenate([self._length, chunk.lengths[waiting]])
         self._merge_key = np.concatenate([self._merge_key, cursor.merge_keys(chunk, waiting)])
+
+    def _merge_again(self, cursor: SourceCursor) -> None:
+        """Give a source's waiting pieces their order again, now that its first epoch has ended."""
+        for chunk in cursor.chunks:
+            rows = np.flatnonzero(self._chunk_key == _chunk_key(cursor, chunk))
+            self._merge_key[rows] = cursor.merge_keys(chunk, self._piece[rows])
+        # Of equal keys, the lowest chunk comes first, as when these chunks are loaded to resume.
+        self._select(np.lexsort((self._piece, self._chunk_key)))
 
     def _sort(self) -> None:
         # Of equal merge keys, the lowest chunk comes first. The table of one source is in this order already.

@@ -33,7 +33,7 @@ from megabert.data.packing_buffer import PackingBuffer, SourcePosition
 from megabert.data.ranks import worker_count
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.source import Corpus
-from megabert.files.checkpoint_format import SAME_ORDER, STREAMS_FORMAT, check_streams_format
+from megabert.files.checkpoint_format import STREAMS_FORMAT, check_streams_format
 from megabert.process.subprocesses import exit_with_parent, use_short_socket_paths
 
 log = logging.getLogger(__name__)
@@ -73,9 +73,7 @@ class Position:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Position":
-        # Format 3 of streams.json called the sources lanes.
-        sources = raw["sources"] if "sources" in raw else raw["lanes"]
-        return cls(raw["bins"], tuple(SourcePosition.from_json(source) for source in sources))
+        return cls(raw["bins"], tuple(SourcePosition.from_json(source) for source in raw["sources"]))
 
     @property
     def skipped(self) -> int:
@@ -97,7 +95,7 @@ def positions_from_json(raw: dict[str, Any], where: str, new_pass: bool = False)
     """
     found = check_streams_format(raw, where, new_pass)
     try:
-        if found in SAME_ORDER:
+        if found == STREAMS_FORMAT:
             return {int(stream): Position.from_json(position) for stream, position in raw["streams"].items()}
         streams = raw if found == 1 else raw["streams"]
         return {int(stream): Position(position["bins"]) for stream, position in streams.items()}

@@ -32,10 +32,9 @@ STREAMS = "streams.json"
 TAG = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
 FORMAT_VERSION = 5
-# The format of streams.json, {"format": 4, "streams": {NUMBER: POSITION}}. Formats 1, without the key "format", and 2
-# are of another order of the documents. Format 3 has other names for two keys.
-STREAMS_FORMAT = 4
-SAME_ORDER = (3, STREAMS_FORMAT)
+# The format of streams.json, {"format": 5, "streams": {NUMBER: POSITION}}. Formats 1, without the key "format", to 4
+# are of other orders of the documents.
+STREAMS_FORMAT = 5
 # Settings of the recipe that readers of a checkpoint use.
 NEEDED_SETTINGS = (("data", "max_seq_len"), ("optimizer", "name"))
 # Keys of version 1 that have other names now.
@@ -199,12 +198,12 @@ def check_streams_format(raw: dict[str, Any], where: str, new_pass: bool = False
     where: names the file in errors. new_pass: allow earlier formats, of which only the counts of bins are used.
     """
     found = raw.get("format", 1)
-    if found not in (1, 2, *SAME_ORDER):
+    if found not in range(1, STREAMS_FORMAT + 1):
         raise ValueError(
             f"{where}: format {found!r}, but this version of megabert reads formats up to {STREAMS_FORMAT}. Upgrade "
             "megabert to resume from this checkpoint, or name another one with --run.resume FOLDER."
         )
-    if found not in SAME_ORDER and not new_pass:
+    if found < STREAMS_FORMAT and not new_pass:
         checkpoint = os.path.dirname(where) or where
         raise ValueError(
             f"{where}: format {found}: written by an earlier version of megabert, which read documents in another "

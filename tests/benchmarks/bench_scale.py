@@ -25,6 +25,7 @@ from tests.helpers.order_quality import (
     NumberedSource,
     config_of,
     copies_in_batch,
+    copies_in_batches,
     mixture_of,
     reads_per_chunk,
     repeated_binmates,
@@ -38,6 +39,16 @@ def copies(num_streams: int) -> int:
     corpus = mixture_of(large, small, weights=(0.9, 0.1))
     numbers = range(small.first_id, small.first_id + small.num_documents)
     return copies_in_batch(corpus, config_of(corpus, num_streams, 8192), numbers, count=3)
+
+
+def copies_few_chunks() -> int:
+    """Copies of a document in the batches before a source of 4 or 5 chunks for each stream has been through."""
+    source = NumberedSource(24, 10, documents=400)
+    corpus = mixture_of(source)
+    numbers = range(source.first_id, source.first_id + source.num_documents)
+    config = config_of(corpus, 60, 8192)
+    batches = source.tokens // (config.num_streams * config.bin_tokens)
+    return copies_in_batches(corpus, config, numbers, batches)
 
 
 def start(num_shards: int, chunks: int) -> tuple[float, float]:
@@ -75,6 +86,7 @@ def main() -> None:
     config = config_of(corpus, 8, 1024)
     figures: dict[str, float] = {
         "copies_in_batch": copies(192 if arguments.quick else 1024),
+        "copies_few_chunks": copies_few_chunks(),
         "repeated_binmates": repeated_binmates(corpus, config, source.num_documents),
         "reads_per_chunk": reads_per_chunk(corpus, config, 2 * source.tokens),
         "reads_per_chunk_few_chunks": reads_per_chunk(corpus, config_of(corpus, 240, 1024), 2 * source.tokens),

@@ -400,26 +400,19 @@ def positions(mixture) -> dict[int, Position]:
 def test_positions_keep_their_format(positions):
     """These keys are in the checkpoints of every run."""
     raw = positions_to_json(positions)
-    assert (raw["format"], list(raw["streams"])) == (4, [str(stream) for stream in range(8)])
+    assert (raw["format"], list(raw["streams"])) == (5, [str(stream) for stream in range(8)])
     position = raw["streams"]["0"]
     assert list(position) == ["bins", "sources"]
-    keys = ["entry", "chunk", "used_tokens", "pieces", "taken", "phases", "damaged", "skipped"]
+    keys = ["entry", "chunk", "used_tokens", "pieces", "taken", "phases", "damaged", "skipped", "first_epoch"]
     assert [list(source) for source in position["sources"]] == [keys, keys]
     assert any(source["phases"] for source in position["sources"])
     assert positions_from_json(json.loads(json.dumps(raw)), "here") == positions
 
 
-def test_positions_of_format_3_are_read(positions):
-    text = json.dumps(positions_to_json(positions) | {"format": 3})
-    old = text.replace('"sources":', '"lanes":').replace('"phases":', '"past":')
-    assert old != text
-    assert positions_from_json(json.loads(old), "here") == positions
-
-
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_positions_of_another_order_are_refused_but_may_begin_a_branch(positions, version):
     streams = {str(stream): position.to_json() for stream, position in positions.items()}
-    raw = streams if version == 1 else {"format": 2, "streams": streams}
+    raw = streams if version == 1 else {"format": version, "streams": streams}
     message = rf"runs/a/streams.json: format {version}: .* start a branch: --run.branch_from runs/a --run.output_dir"
     with pytest.raises(ValueError, match=message):
         positions_from_json(raw, "runs/a/streams.json")
@@ -428,9 +421,9 @@ def test_positions_of_another_order_are_refused_but_may_begin_a_branch(positions
 
 
 def test_positions_of_a_newer_version_are_refused():
-    message = "streams.json: format 5, but this version of megabert reads formats up to 4. Upgrade megabert"
+    message = "streams.json: format 6, but this version of megabert reads formats up to 5. Upgrade megabert"
     with pytest.raises(ValueError, match=message):
-        positions_from_json({"format": 5, "streams": {}}, "streams.json")
+        positions_from_json({"format": 6, "streams": {}}, "streams.json")
 
 
 @pytest.mark.parametrize("longest", [1, 40, 4000])

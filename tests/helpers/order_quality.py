@@ -93,6 +93,12 @@ def copies_in_batch(corpus: Corpus, config: StreamConfig, numbers: range, count:
     return most
 
 
+def copies_in_batches(corpus: Corpus, config: StreamConfig, numbers: range, count: int) -> int:
+    """The most copies of one document, of those with these numbers, in the first `count` batches together."""
+    given = np.concatenate(list(batches_of(corpus, config, count)))
+    return int(np.bincount(given)[numbers.start : numbers.stop].max())
+
+
 def repeated_binmates(corpus: Corpus, config: StreamConfig, documents: int) -> float:
     """The share of a document's bin-mates in the first epoch that are its bin-mates in the second one, too.
 
