@@ -1,4 +1,4 @@
-"""The transformers config of one encoder: every setting that determines its parameters and its output."""
+"""Define the transformers config of one encoder: every setting that determines its parameters and its output."""
 
 from transformers import PretrainedConfig
 

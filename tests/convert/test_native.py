@@ -96,7 +96,7 @@ def test_settings_mean_what_they_mean_to_transformers(tmp_path, settings):
     theirs = ModernBertConfig(**json.loads(json.dumps(raw)))
     every = ours.global_attention_every
     assert layer_types(2, every) == theirs.layer_types
-    thetas = [theirs.rope_parameters[part]["rope_theta"] for part in PARTS]
+    thetas = [(theirs.rope_parameters or {})[part]["rope_theta"] for part in PARTS]
     assert [ours.rope_theta, ours.local_rope_theta] == thetas
     assert ours.reach == theirs.local_attention // 2
 

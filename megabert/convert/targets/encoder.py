@@ -1,4 +1,4 @@
-"""Target encoder: transformers' own BERT, GTE or ModernBERT without its head, as TEI and vLLM read them."""
+"""Write the target encoder: transformers' own BERT, GTE or ModernBERT without its head, as TEI and vLLM read it."""
 
 import shutil
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""The memory that one rank of a training run needs, in bytes, by a written formula."""
+"""Compute the memory that one rank of a training run needs, in bytes, by a written formula."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What GPUs can do at most: FLOP/s, memory and its bandwidth, links between GPUs, from the makers' data sheets."""
+"""List what GPUs can do at most, by the makers' data sheets: FLOP/s, memory and its bandwidth, links between GPUs."""
 
 import re
 from dataclasses import dataclass

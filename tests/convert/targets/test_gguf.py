@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_vocabularies_that_llama_cpp_cannot_have_are_refused(unigram, changes, m
         check_vocabulary(unigram | changes | {"normalizer": None})
 
 
-BYTE_BPE = {
+BYTE_BPE: dict[str, Any] = {
     "model": {"type": "BPE", "vocab": {"[UNK]": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"], "unk_token": "[UNK]"},
     "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     "added_tokens": [],
