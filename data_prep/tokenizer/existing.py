@@ -1,7 +1,7 @@
 """Load an existing tokenizer: BERT's vocab.txt, a sentencepiece model, tokenizer.json, or a Hugging Face folder."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
@@ -14,6 +14,7 @@ from megabert.data.shards.tokenizer_folder import (
     INSTEAD,
     VOCAB,
     is_berts,
+    load_with_transformers,
     read_folder_tokenizer,
     rename_special_tokens,
     special_token_names,
@@ -67,19 +68,15 @@ def _load_folder(folder: Path, lowercase: bool) -> LoadedTokenizer:
 
 def _load_with_transformers(folder: Path, models: list[Path]) -> LoadedTokenizer:
     """Load what only transformers' own class knows, such as the ids that XLM-RoBERTa gives the pieces of its .model."""
-    from transformers import AutoTokenizer
-
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        backend = loaded.backend_tokenizer
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+        loaded = load_with_transformers(folder)
+    except ValueError as error:
         remedy = f" For the ids of the sentencepiece model alone, pass --existing {models[0]}." if models else ""
         raise ValueError(
-            f"{folder}: holds neither {TOKENIZER} nor a {VOCAB} of BERT's, and transformers cannot load it: "
-            f"{' '.join(str(error).split())[:300]}.{remedy}"
+            f"{folder}: holds neither {TOKENIZER} nor a {VOCAB} of BERT's, and {error}.{remedy}"
         ) from error
     roles = {role: getattr(loaded, f"{role}_token") for role in (*SPECIAL_TOKENS, *INSTEAD.values())}
-    return LoadedTokenizer(rename_special_tokens(Tokenizer.from_str(backend.to_str()), roles))
+    return LoadedTokenizer(rename_special_tokens(Tokenizer.from_str(loaded.backend_tokenizer.to_str()), roles))
 
 
 def bert_normalizer(lowercase: bool) -> normalizers.BertNormalizer:
