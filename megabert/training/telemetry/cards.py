@@ -26,6 +26,11 @@ class Card:
         """The dense peak in FP8, FLOP/s: twice that of bf16 since Hopper, Ada and MI300. None where there is none."""
         return None if self.bf16 is None or self.name.startswith(WITHOUT_FP8) else 2 * self.bf16
 
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether kernels/ runs on it, as kernels/resolve.py decides: on NVIDIA's cards with bf16."""
+        return self.bf16 is not None and not self.name.startswith("mi")
+
 
 # How the names of cards before Hopper, Ada and MI300 begin.
 WITHOUT_FP8 = ("a", "v", "t", "rtx-a", "rtx-3", "mi2")

@@ -11,7 +11,9 @@ from megabert.config.ds_config import DsConfig
 from megabert.config.ds_schema import Offload
 from megabert.config.recipe_parser import load_recipe, recipe_names
 from megabert.kernels.resolve import torch_ops
+from megabert.model import attention
 from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.architecture import architecture_of
 from megabert.training.micro_batch.batch import Batch, batch_of, piece_lengths
@@ -69,6 +71,64 @@ def memory(tokens, model=BASE.model, zero=1, ranks=8, **options):
 def test_what_is_kept_is_what_a_walk_of_the_model_on_fake_tensors_kept(tokens, gib):
     """The walk saved tensors of mosaicbert-base with the Triton kernels and counted each storage once."""
     assert memory(tokens).kept == pytest.approx(gib * 2**30, rel=0.1)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("name", ["mosaicbert-base", "modernbert-base", "bert-base"])
+def test_what_plain_pytorch_keeps_is_what_autograd_saves(name, bf16, monkeypatch):
+    """Each storage is counted once, with the dropout and the fused attention that PyTorch has on a GPU."""
+    layers, vocab_size, slots, length = 6, 512, 1024, 256
+    small = {"num_hidden_layers": layers, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
+    recipe = load_recipe(name, model=small | ({"max_position_embeddings": 512} if name == "bert-base" else {}))
+    # With dropout PyTorch's attention on a CPU would keep its weights.
+    section = dataclasses.replace(recipe.model, attention_dropout=0.0)
+    model = MegaBertForMaskedLM(architecture_of(section, vocab_size)).train()
+
+    def planner(sequences, slopes, head_dim, reach=None):
+        if sequences.num_keys is None and reach is None:
+            return attention._plan_by_length(sequences.cu_seqlens, slopes)
+        return attention.plan_sdpa(sequences, slopes, head_dim, reach)
+
+    set_ops(model, torch_ops()._replace(attention=planner))
+    monkeypatch.setattr("torch.nn.functional.dropout", lambda x, p: torch.native_dropout(x, p, train=True)[0])
+    weights, saved = {parameter.untyped_storage()._cdata for parameter in model.parameters()}, {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    documents, masked = slots // length, 256
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16, bf16):
+        loss = model.masked_loss(
+            input_ids=torch.arange(slots) % vocab_size,
+            position_ids=torch.arange(length).repeat(documents),
+            cu_seqlens=torch.arange(0, slots + 1, length, dtype=torch.int32),
+            max_seqlen=length,
+            masked_positions=torch.arange(masked),
+            masked_labels=torch.arange(masked),
+        )
+    kept = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
+    assert loss.loss_sum.requires_grad
+    batch = Batch(tokens=slots, slots=slots, masked=masked, attended=0)
+    predicted = memory_of_rank(
+        section, batch, vocab_size=vocab_size, zero=zero_of(1), ranks=1, bf16=bf16, fused=False
+    ).kept
+    assert kept == pytest.approx(predicted, rel=0.05)
+
+
+def test_weights_in_bf16_have_no_copies_of_autocast():
+    own = Formats.of(DsConfig("ds.json", {"bf16": {"enabled": True}}).values)
+    assert memory(1024).kept - memory(1024, formats=own).kept == 2 * num_weights(BASE.model, 30_528)
+
+
+def test_a_card_without_our_kernels_needs_more_memory():
+    recipes = [load_recipe("mosaicbert-base", run={"ops": ops}) for ops in ("auto", "torch")]
+    chosen = [predict_recipe(recipe, card_named("a10"), 8, 1).tokens for recipe in recipes]
+    assert chosen[0] == chosen[1]
+    fits = {name: predict_recipe(recipes[0], card_named(name), 8, 1).memory.total for name in ("v100", "t4", "mi300x")}
+    assert all(total <= 0.9 * card_named(name).memory for name, total in fits.items())
+    small = load_recipe("mosaicbert-base", data={"micro_batch_tokens": 14_720})
+    assert predict_recipe(small, card_named("mi300x"), 8, 1).memory.kept > 1.3 * memory(14_720).kept
 
 
 def test_the_memory_with_recomputed_layers_is_at_least_the_walks_peak():
