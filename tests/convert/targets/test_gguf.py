@@ -16,7 +16,7 @@ from megabert.convert.targets import compared_texts, registry
 from megabert.convert.targets.llama import gguf_native, gguf_proof, gguf_writer
 from megabert.convert.targets.llama.gguf_vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, check_vocabulary, composes
 from megabert.convert.targets.llama.gguf_vocabulary import describe_vocabulary as describe
-from megabert.convert.targets.target import Proof
+from megabert.convert.targets.target import DiffersError, Proof
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
 from tests.convert.helpers.wordpiece import WORDPIECE, wordpiece
@@ -110,6 +110,14 @@ def test_the_files_hold_the_model(files):
         assert rounded.tensors.keys() == exact.tensors.keys()
         for name, tensor in exact.tensors.items():
             np.testing.assert_allclose(rounded.tensors[name], tensor, rtol=0, atol=tolerance)
+
+
+@pytest.mark.serving
+@pytest.mark.parametrize("content", [b"", b"GGU", b"GGUF\x03\0\0\0"])
+def test_a_cut_file_is_named(content, tmp_path):
+    (tmp_path / "cut.gguf").write_bytes(content)
+    with pytest.raises(DiffersError, match="cut.gguf cannot be read"):
+        gguf_proof.read_content(tmp_path / "cut.gguf")
 
 
 def swap_halves(name: str, tensor: np.ndarray) -> np.ndarray:
