@@ -56,7 +56,7 @@ SIZES = dict.fromkeys(
     ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
      "max_position_embeddings", "pad_token_id"), int,
 )  # fmt: skip
-NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("roberta", "distilbert")]
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("roberta", "electra")]
 SETTINGS = {
     "rope-mosaicbert": SIZES | {
         "hidden_act": str, "type_vocab_size": int, "layer_norm_type": str, "layer_norm_eps": float,
@@ -96,11 +96,21 @@ def test_the_servers_find_the_tensors_and_settings_that_they_read(architecture, 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", ["modernbert", "rope-mosaicbert", "bert", *NIGHTLY])
+@pytest.mark.parametrize("architecture", ["modernbert", "rope-mosaicbert", "bert", "distilbert", *NIGHTLY])
 def test_transformers_computes_the_same_with_the_bare_encoder(architecture, export_native):
     opened = registry.read_outcomes(export_native(architecture))["encoder"]["opened"]
     assert opened["program"] == "transformers"
     assert opened["difference"] <= encoder.TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", pytest.param("electra", marks=pytest.mark.nightly)])
+def test_what_vllm_lacks_is_written_as_a_bert(architecture, export_native):
+    folder = export_native(architecture) / "encoder"
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings | {"model_type": "bert", "architectures": ["BertModel"], "type_vocab_size": 2} == settings
+    types = load_file(folder / "model.safetensors")["embeddings.token_type_embeddings.weight"]
+    assert types.shape == (2, E)
+    assert bool(types.any()) is (architecture == "electra")
 
 
 def lose_a_tensor(folder):
