@@ -190,7 +190,7 @@ WRONG_SETTINGS = {
 
 
 @pytest.mark.serving
-@pytest.mark.parametrize("architecture", ["mosaicbert", "modernbert"])
+@pytest.mark.parametrize("architecture", ["mosaicbert", pytest.param("modernbert", marks=pytest.mark.nightly)])
 def test_a_wrong_setting_is_found_without_llama_cpp(architecture, checkpoint, export_native, tmp_path, monkeypatch):
     import gguf
 
