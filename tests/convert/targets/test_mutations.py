@@ -58,7 +58,7 @@ FILES = {
     "onnx": (onnx_graphs.MASKED_LM, None),
     "onnx-int8": (onnx_graphs.QUANTIZED, None),
     "transformers.js": (f"transformers.js/{onnx_graphs.ENCODER}", None),
-    "gguf": (None, "blk.1.ffn_down.bias"),
+    "gguf": ("", "blk.1.ffn_down.bias"),
 }
 
 
