@@ -98,20 +98,22 @@ def _from_vocab(path: Path, files: dict[str, Path], lowercase: bool) -> Tokenize
     """Read a vocab.txt, and the other files of its folder. Raises ValueError if its case is not that of the text."""
     tokenizer = read_folder_tokenizer(files, lowercase)
     folds = tokenizer.normalizer.lowercase
+    # title() leaves Georgian as it is, which upper() gives capitals that nobody writes.
     pieces = [
-        piece for piece in tokenizer.get_vocab() if piece[:1] not in ("[", "<") and piece.lower() != piece.upper()
+        piece for piece in tokenizer.get_vocab() if piece[:1] not in ("[", "<") and piece.lower() != piece.title()
     ]
     upper = [piece for piece in pieces if piece != piece.lower()]
-    enough = len(pieces) >= FEWEST_PIECES_TO_JUDGE
-    if folds and enough and len(upper) > CASED_SHARE * len(pieces):
+    enough, cased = len(pieces) >= FEWEST_PIECES_TO_JUDGE, len(upper) > CASED_SHARE * len(pieces)
+    if folds and enough and cased:
         raise ValueError(
             f"{path}: is cased ({len(upper)} of its {len(pieces)} pieces of letters have capitals, such as "
             f"{min(upper)!r}), but text would be lower-cased. Pass --lowercase false, or if --existing is a folder "
             f"with a {TOKENIZER_CONFIG}, set do_lower_case to false in that file."
         )
-    if not folds and enough and not upper and TOKENIZER_CONFIG not in files:
+    if not folds and enough and not cased and TOKENIZER_CONFIG not in files:
         raise ValueError(
-            f"{path}: is uncased (none of its {len(pieces)} pieces of letters has a capital), so every word with one "
-            "would be [UNK]. Pass --lowercase true."
+            f"{path}: is uncased ({len(upper)} of its {len(pieces)} pieces of letters have capitals), so words with "
+            f"one would be [UNK]. Pass --lowercase true, or if it is cased, put a {TOKENIZER_CONFIG} of "
+            '{"do_lower_case": false} beside it and pass the folder.'
         )
     return rename_special_tokens(tokenizer, special_token_names(files))

@@ -84,6 +84,7 @@ THETAS = [
     {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 9e4}}, "local_rope_theta": 123.0},
     {"rope_parameters": None, "global_rope_theta": 10_000},
     {"layer_types": ["full_attention", "sliding_attention"], "global_attn_every_n_layers": 3},
+    {"global_attn_every_n_layers": 50},
     {"local_attention": 7, "sliding_window": 3, "rope_scaling": None},
     {"sparse_prediction": True, "deterministic_flash_attn": True, "reference_compile": True, "torch_dtype": "bfloat16"},
 ]
