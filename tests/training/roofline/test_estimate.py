@@ -296,6 +296,7 @@ def test_every_recipe_has_a_prediction(name):
     recipe = load_recipe(name)
     prediction = predict_recipe(recipe, H100, 2, 1)
     assert 0 < prediction.mfu < 0.7
+    assert predict_recipe(recipe, H100, 8, 1).memory.fits(H100.memory)
     assert hours_of(recipe.run, prediction) > 0
 
 
