@@ -47,7 +47,7 @@ def test_it_suits_other_numbers_of_ranks_and_a_growing_batch(base):
 
 
 def test_plain_pytorch_gets_a_smaller_one(base):
-    assert chooser(base(), "a10", fused=False).choose() < chooser(base(), "a10").choose()
+    assert chooser(base(), memory=20e9, fused=False).choose() < chooser(base(), memory=20e9).choose()
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,21 @@ def test_fp8_pays_for_wide_layers_and_is_refused_where_there_is_none():
         assert card_named(name).fp8 == pytest.approx(peak)
 
 
+def test_a_cuda_graph_takes_pythons_time_away_and_is_refused_where_it_cannot_be():
+    def predict(card="b200", stage=1, **run):
+        data = {"micro_batch_tokens": 3680, "global_batch_tokens": 29_440}
+        return predict_recipe(load_recipe("mosaicbert-base", data=data, run=run), card_named(card), 8, stage)
+
+    assert predict().seconds["Python"] > 0
+    for on in ("auto", True):
+        assert predict(cuda_graphs=on).seconds["Python"] == 0
+    for card, stage, reason in (("b200", 2, "ZeRO 2 reduces"), ("v100", 1, "the kernels do not run on v100")):
+        impossible = predict(card, stage, cuda_graphs="auto")
+        assert impossible == predict(card, stage)
+        with pytest.raises(ValueError, match=f"run.cuda_graphs is true, but {reason}"):
+            predict(card, stage, cuda_graphs=True)
+
+
 def test_communication_grows_with_stages_and_machines():
     assert communication_s(1e8, H100, 1, 2, 4) == 0
     one, two, many = (communication_s(1e8, H100, *rest) for rest in ((8, 1, 4), (8, 2, 4), (64, 1, 4)))
@@ -281,6 +296,7 @@ def test_every_recipe_has_a_prediction(name):
     recipe = load_recipe(name)
     prediction = predict_recipe(recipe, H100, 2, 1)
     assert 0 < prediction.mfu < 0.7
+    assert predict_recipe(recipe, H100, 8, 1).memory.fits(H100.memory)
     assert hours_of(recipe.run, prediction) > 0
 
 
@@ -331,7 +347,8 @@ def call(capsys, monkeypatch):
     """Run the command in this process. Returns exit code, stdout and stderr."""
 
     def run(*flags):
-        monkeypatch.setattr("sys.argv", ["launch/estimate.py", *flags])
+        recipe = () if "--recipe" in flags else ("--recipe", "mosaicbert-base")
+        monkeypatch.setattr("sys.argv", ["launch/estimate.py", *recipe, *flags])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(REPOSITORY / "launch/estimate.py"), run_name="__main__")
         return end.value.code, *capsys.readouterr()
@@ -349,7 +366,7 @@ def call(capsys, monkeypatch):
         (["--gpu", "t4", "--gpus", "1"], ["TFLOP/s in fp32"]),
         (["--gpu", "h100", "--gpus", "8"], ["micro-batch       58,880 tokens, 1 on each GPU in a step"]),
         (
-            ["--gpu", "t4", "--gpus", "1", "--micro_batch_tokens", "58880"],
+            ["--gpu", "t4", "--gpus", "1", "--data.micro_batch_tokens", "58880"],
             ["DOES NOT FIT: halve data.micro_batch_tokens"],
         ),
     ],
@@ -366,7 +383,7 @@ def test_the_command_prints_price_and_memory(call, flags, shown):
         (["--gpu", "h1"], "no GPU is called h1 here, expected one of: a100"),
         (["--gpus", "7"], "evenly between 7 ranks. Set data.global_batch_tokens 473088, or use 4, 5 or 8 ranks"),
         (
-            ["--gpus", "7", "--micro_batch_tokens", "14720"],
+            ["--gpus", "7", "--data.micro_batch_tokens", "14720"],
             "is 32 micro-batches of 14720 tokens, which 7 ranks cannot share evenly",
         ),
         (["--gpus", "0"], "--gpus is 0, expected a number in [1, 1048576]"),
@@ -383,3 +400,23 @@ def test_what_the_command_cannot_predict_is_one_line_and_exit_code_2(call, flags
     assert (code, out, errors.count("\n")) == (2, "", 1)
     assert errors.startswith("launch/estimate.py: ")
     assert message in errors
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus"), [("mosaicbert-base", "3"), ("mosaicbert-base", "1000"), ("modernbert-large", "64")]
+)
+def test_the_commands_advice_can_be_followed(call, recipe, gpus):
+    code, _, errors = call("--recipe", recipe, "--gpus", gpus)
+    assert code == 2
+    advice = re.split(r"[Ss]et ", errors)[1]
+    flags = [f"--{name}={value}" for name, value in re.findall(r"(data\.\w+) (\d+)", advice)]
+    code, out, errors = call("--recipe", recipe, "--gpus", gpus, *flags)
+    assert (code, errors) == (0, "")
+    assert f"{recipe} on {gpus} x h100" in out
+
+
+def test_the_commands_refusal_of_fp8_can_be_followed(call):
+    code, _, errors = call("--gpu", "a100", "--run.fp8", "torchao")
+    assert code == 2
+    assert "set run.fp8 to none" in errors
+    assert call("--gpu", "a100", "--run.fp8", "none")[0] == 0
