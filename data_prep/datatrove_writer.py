@@ -1,4 +1,4 @@
-"""Steps of a datatrove pipeline that write its documents as shards; they need the extra [datatrove].
+"""Write the documents of a datatrove pipeline as shards, in steps that need the extra [datatrove].
 
     options = Options(out="data/tokens", tokenizer="data/tokenizer", heldout=0.001)
     written = LocalPipelineExecutor([..., WriteRuns(options)], tasks=64, workers=8)

@@ -1,4 +1,4 @@
-"""The file `request` of an output folder: what its command was asked, so that it is done once; the folder's lock."""
+"""Record in the file `request` what an output folder's command was asked, so that it is done once; lock the folder."""
 
 import json
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Command-line options of a corpus, the same for every command that reads one."""
+"""Define the command-line options of a corpus, the same for every command that reads one."""
 
 from dataclasses import dataclass
 from typing import Literal

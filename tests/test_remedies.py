@@ -249,15 +249,16 @@ def problems_of_commands(text: str) -> Iterator[str]:
         if not match or match[1] not in parsers() or not match[2] or re.search(r"\.\.\.|\0|[\[\]]", match[2]):
             continue
         arguments = shlex.split(match[2])
-        if not any(accepts(parser, arguments) for parser in parsers()[match[1]]):
+        if not any(accepts(match[1], parser, arguments) for parser in parsers()[match[1]]):
             yield f"{match[1]} refuses: {words}"
 
 
-def accepts(parser: argparse.ArgumentParser, arguments: list[str]) -> bool:
+def accepts(command: str, parser: argparse.ArgumentParser, arguments: list[str]) -> bool:
     try:
         if isinstance(parser, RecipeParser):
             # A new parser: the defaults of this one are those of the recipe that it read last.
-            parsers_of(REPOSITORY / "launch/pretrain.py")[0].read(arguments)
+            script = "estimate.py" if command == "estimate.py" else "pretrain.py"
+            parsers_of(REPOSITORY / "launch" / script)[0].read(arguments)
         else:
             parser.parse_args(arguments)
     except SystemExit:

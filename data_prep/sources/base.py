@@ -1,4 +1,4 @@
-"""Types, limits and error messages that all sources share."""
+"""Define the types, limits and error messages that all sources share."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,7 @@
 """Load an existing tokenizer: BERT's vocab.txt, a sentencepiece model, tokenizer.json, or a Hugging Face folder."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
@@ -14,6 +14,7 @@ from megabert.data.shards.tokenizer_folder import (
     INSTEAD,
     VOCAB,
     is_berts,
+    load_with_transformers,
     read_folder_tokenizer,
     rename_special_tokens,
     special_token_names,
@@ -67,19 +68,15 @@ def _load_folder(folder: Path, lowercase: bool) -> LoadedTokenizer:
 
 def _load_with_transformers(folder: Path, models: list[Path]) -> LoadedTokenizer:
     """Load what only transformers' own class knows, such as the ids that XLM-RoBERTa gives the pieces of its .model."""
-    from transformers import AutoTokenizer
-
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        backend = loaded.backend_tokenizer
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+        loaded = load_with_transformers(folder)
+    except ValueError as error:
         remedy = f" For the ids of the sentencepiece model alone, pass --existing {models[0]}." if models else ""
         raise ValueError(
-            f"{folder}: holds neither {TOKENIZER} nor a {VOCAB} of BERT's, and transformers cannot load it: "
-            f"{' '.join(str(error).split())[:300]}.{remedy}"
+            f"{folder}: holds neither {TOKENIZER} nor a {VOCAB} of BERT's, and {error}.{remedy}"
         ) from error
     roles = {role: getattr(loaded, f"{role}_token") for role in (*SPECIAL_TOKENS, *INSTEAD.values())}
-    return LoadedTokenizer(rename_special_tokens(Tokenizer.from_str(backend.to_str()), roles))
+    return LoadedTokenizer(rename_special_tokens(Tokenizer.from_str(loaded.backend_tokenizer.to_str()), roles))
 
 
 def bert_normalizer(lowercase: bool) -> normalizers.BertNormalizer:
@@ -101,20 +98,22 @@ def _from_vocab(path: Path, files: dict[str, Path], lowercase: bool) -> Tokenize
     """Read a vocab.txt, and the other files of its folder. Raises ValueError if its case is not that of the text."""
     tokenizer = read_folder_tokenizer(files, lowercase)
     folds = tokenizer.normalizer.lowercase
+    # title() leaves Georgian as it is, which upper() gives capitals that nobody writes.
     pieces = [
-        piece for piece in tokenizer.get_vocab() if piece[:1] not in ("[", "<") and piece.lower() != piece.upper()
+        piece for piece in tokenizer.get_vocab() if piece[:1] not in ("[", "<") and piece.lower() != piece.title()
     ]
     upper = [piece for piece in pieces if piece != piece.lower()]
-    enough = len(pieces) >= FEWEST_PIECES_TO_JUDGE
-    if folds and enough and len(upper) > CASED_SHARE * len(pieces):
+    enough, cased = len(pieces) >= FEWEST_PIECES_TO_JUDGE, len(upper) > CASED_SHARE * len(pieces)
+    if folds and enough and cased:
         raise ValueError(
             f"{path}: is cased ({len(upper)} of its {len(pieces)} pieces of letters have capitals, such as "
             f"{min(upper)!r}), but text would be lower-cased. Pass --lowercase false, or if --existing is a folder "
             f"with a {TOKENIZER_CONFIG}, set do_lower_case to false in that file."
         )
-    if not folds and enough and not upper and TOKENIZER_CONFIG not in files:
+    if not folds and enough and not cased and TOKENIZER_CONFIG not in files:
         raise ValueError(
-            f"{path}: is uncased (none of its {len(pieces)} pieces of letters has a capital), so every word with one "
-            "would be [UNK]. Pass --lowercase true."
+            f"{path}: is uncased ({len(upper)} of its {len(pieces)} pieces of letters have capitals), so words with "
+            f"one would be [UNK]. Pass --lowercase true, or if it is cased, put a {TOKENIZER_CONFIG} of "
+            '{"do_lower_case": false} beside it and pass the folder.'
         )
     return rename_special_tokens(tokenizer, special_token_names(files))

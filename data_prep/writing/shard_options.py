@@ -1,4 +1,4 @@
-"""The options of write_shards.py, and what follows from them: the input files, the tokenizer and the rule for ids."""
+"""Define the options of write_shards.py, and derive from them the input files, the tokenizer and the rule for ids."""
 
 import os
 import re

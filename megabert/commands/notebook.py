@@ -1,4 +1,4 @@
-"""Pretraining in a process that continues afterwards, such as a notebook's."""
+"""Pretrain a recipe in a process that continues afterwards, such as a notebook's."""
 
 import contextlib
 import gc

@@ -1,4 +1,4 @@
-"""Command-line parsers made from dataclasses: every field is a flag, and every error is one line."""
+"""Make command-line parsers from dataclasses, where every field is a flag, and print every error on one line."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""The recipe's section `data`: corpora, the lengths of pieces, and the batches that they are packed into."""
+"""Define the recipe's section `data`: corpora, the lengths of pieces, and the batches that they are packed into."""
 
 from dataclasses import dataclass
 from typing import Literal

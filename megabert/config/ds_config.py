@@ -1,4 +1,4 @@
-"""The ds_config: read it strictly, and fill in the values that the recipe determines.
+"""Read the ds_config strictly, and fill in the values that the recipe determines.
 
 This module imports neither DeepSpeed nor torch. ds_configs/README.md describes the settings for users.
 """

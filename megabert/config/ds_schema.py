@@ -1,4 +1,4 @@
-"""The types and limits of the ds_config's values: what DeepSpeed 0.19.8 reads and MegaBERT supports."""
+"""Define the ds_config's values, their types and limits, as DeepSpeed 0.19.8 reads and MegaBERT supports them."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal

@@ -1,4 +1,4 @@
-"""The recipe's section `model`: the encoder's architecture."""
+"""Define the recipe's section `model`: the encoder's architecture."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The recipe: dataclasses with every setting of a training run, its unit, its default and its limits.
+"""Define the recipe: dataclasses with every setting of a training run, its unit, its default and its limits.
 
 The ds_config, not the recipe, says how a run is spread over devices. --help prints the docstrings of the settings.
 """

@@ -1,4 +1,4 @@
-"""Recipes and ds_configs by name or path, and the strict parser that merges a recipe file with flags."""
+"""Find recipes and ds_configs by name or path, and merge a recipe file with flags by a strict parser."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Settings of dataclasses: their limits and metadata, and conversion to plain containers."""
+"""Declare settings as fields of dataclasses, check their limits, and convert them to plain containers."""
 
 import dataclasses
 import re

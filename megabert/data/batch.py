@@ -1,4 +1,4 @@
-"""PackedBatch, the input of the model: one packed and masked bin in one flat buffer."""
+"""Lay out pieces as a PackedBatch, the input of the model: one packed and masked bin in one flat buffer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

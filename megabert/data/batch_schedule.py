@@ -1,4 +1,4 @@
-"""The batch schedule: micro-batches per step, longest piece and masking rate as functions of a bin's global index."""
+"""Compute micro-batches per step, longest piece and masking rate as functions of a bin's global index."""
 
 import math
 from bisect import bisect_right

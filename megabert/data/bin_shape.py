@@ -1,4 +1,4 @@
-"""How many pieces a bin may have: D_max, from the lengths of a corpus's documents."""
+"""Choose D_max, the most pieces that a bin may have, from the lengths of a corpus's documents."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Pieces of one chunk, framed as [CLS] ... [SEP], and a record of which ones are already in a bin."""
+"""Cut a chunk into pieces, frame them as [CLS] ... [SEP], and record which ones are already in a bin."""
 
 import base64
 import zlib

@@ -1,4 +1,4 @@
-"""Masked language modelling on one bin: choose tokens, hide them in place, and return their labels."""
+"""Choose the tokens of a bin that a model has to predict, hide them in place, and return their labels."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The order in which streams read a source: every pass deals out and mixes its documents anew.
+"""Compute the order in which streams read a source: every pass deals out and mixes its documents anew.
 
 A pass over a source is an epoch. Its splits are shuffled and dealt to the streams; a stream reads several splits at
 once, their chunks in shuffled order, and the documents of each chunk in shuffled order, spread over a window of

@@ -1,4 +1,4 @@
-"""Pure functions that cut documents into pieces and choose whole pieces for bins of exactly T tokens."""
+"""Cut documents into pieces, and choose whole pieces for bins of exactly T tokens, in pure functions."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The packing buffer of one stream: pieces of every source that wait to be packed into bins.
+"""Keep the packing buffer of one stream: pieces of every source that wait to be packed into bins.
 
 A source cursor reads one source's share of the stream, in the order of order.py. Pieces are merged in the order of
 (used tokens of their source before them) / weight, so that every stretch of the stream holds the sources in proportion

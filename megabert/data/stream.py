@@ -1,4 +1,4 @@
-"""Streams of packed, masked batches from shards: endless, resumable at any step, and the same for any number of ranks.
+"""Stream packed, masked batches from shards: endless, resumable at any step, the same for any number of ranks.
 
 Bins have one global index i, counted from the start of the run. With N streams and W ranks, bin i is number i // N of
 stream i % N, and rank i % W trains on it. Streams, masks and dropout are pure functions of (seed, i); ranks and loader

@@ -1,4 +1,4 @@
-"""The layout of a checkpoint folder, its hashes and its integrity check; imports no DeepSpeed.
+"""Define the layout of a checkpoint folder, and find, read and check checkpoints; imports no DeepSpeed.
 
 checkpoints/latest                      the tag of the newest complete checkpoint
 checkpoints/step-00000250/              exists only when complete

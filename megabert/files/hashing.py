@@ -1,4 +1,4 @@
-"""Hashes of files and values, and files and folders that are safely on disk."""
+"""Hash files and values, and wait until files and folders are safely on disk."""
 
 import hashlib
 import json

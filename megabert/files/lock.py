@@ -1,4 +1,4 @@
-"""File locks that record which process holds them."""
+"""Lock files and folders for a process, and record in a locked file which process holds it."""
 
 import errno
 import fcntl

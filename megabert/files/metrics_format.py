@@ -1,4 +1,4 @@
-"""The format of metrics.jsonl: one JSON record per line, each with its step."""
+"""Read metrics.jsonl, which has one JSON record per line, each with its step."""
 
 import contextlib
 from pathlib import Path

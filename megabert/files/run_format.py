@@ -1,4 +1,4 @@
-"""The format of run.json and result.json, which describe a run and its final figures."""
+"""Write and read run.json and result.json, which describe a run and its final figures."""
 
 import json
 from collections.abc import Mapping

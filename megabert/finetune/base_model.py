@@ -1,4 +1,4 @@
-"""The model that fine-tuning starts from: any checkpoint or BERT-like folder, converted to one folder in our layout."""
+"""Convert the model that fine-tuning starts from, any checkpoint or BERT-like folder, to one folder in our layout."""
 
 import hashlib
 import json

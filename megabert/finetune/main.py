@@ -1,4 +1,4 @@
-"""The fine-tuning command: check all inputs, run the jobs, and report the results."""
+"""Check all inputs of the fine-tuning command, run its jobs, and report the results."""
 
 import os
 import re

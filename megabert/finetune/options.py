@@ -1,4 +1,4 @@
-"""The command-line options of launch/finetune_glue.py, in a module that imports nothing slow."""
+"""Define the command-line options of launch/finetune_glue.py, in a module that imports nothing slow."""
 
 from dataclasses import dataclass
 from typing import Literal

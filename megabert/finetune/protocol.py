@@ -1,4 +1,4 @@
-"""Fine-tuning protocols, YAML files with the hyper-parameters, seeds and starting points of each task."""
+"""Read fine-tuning protocols, YAML files with the hyper-parameters, seeds and starting points of each task."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""JSON files of results, which carry a version and the hash of their content, so that a change by hand is noticed."""
+"""Write and read JSON files of results with a version and a hash of their content, which reveals a change by hand."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Faster implementations of the model's operations, one file each. README.md describes them.
+"""This package holds faster implementations of the model's operations, one file each. README.md describes them.
 
 Importing this package imports no kernel; resolve.py imports the kernels that it chose. Deleting a kernel's file does
 not affect model/.

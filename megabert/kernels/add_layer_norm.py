@@ -1,4 +1,4 @@
-"""LayerNorm(dropout(x) + residual), which ends each half of a post-LN block, without storing the sum or a mask.
+"""Compute LayerNorm(dropout(x) + residual), which ends each half of a post-LN block, and store neither sum nor mask.
 
 x, residual, y: (T, E), each in its own precision: bf16 + bf16 -> bf16 is the low-precision LayerNorm, bf16 + fp32 ->
 fp32 the fp32 residual stream. The sum is kept in registers, in fp32. The backward pass computes it again from x and

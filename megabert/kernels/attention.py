@@ -1,4 +1,4 @@
-"""Triton attention within documents, with or without ALiBi, that never stores bias, scores or weights.
+"""Attend within documents in Triton, with or without ALiBi, without storing bias, scores or weights.
 
 The forward pass is FlashAttention-2's (https://arxiv.org/abs/2307.08691): softmax in one sweep over the keys. The
 backward pass computes the weights again from the saved log-sum-exp. Each gradient is written once, by one program:

@@ -1,4 +1,4 @@
-"""The masked tokens' loss, its gradient and the number of correct rows, without a (T, V) or an fp32 (M, V) matrix.
+"""Compute the masked tokens' loss, its gradient and the number correct without a (T, V) or an fp32 (M, V) matrix.
 
 hidden (M, E) is multiplied with the vocabulary (V, E) in chunks of rows. One kernel overwrites each chunk's logits, in
 the precision of the product, with their gradient, for which softmax - onehot needs only the row's log-sum-exp. The

@@ -1,4 +1,4 @@
-"""What this machine's devices can do: whether torch sees a GPU, bf16, and whether a Triton kernel can be launched."""
+"""Detect what this machine's devices can do: use a GPU, multiply bf16 and FP8 natively, launch Triton kernels."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""Dropout masks that are not stored: the backward pass draws them again from the same seed.
+"""Draw dropout masks from a seed, so that the backward pass draws them again and none is stored.
 
 Philox 4x32-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405) is a function of (seed, counter). The
 counter here is the element's position, so a mask depends neither on a kernel's block sizes nor on the machine. One call

@@ -1,4 +1,4 @@
-"""dropout(LayerNorm(sum of embeddings)), with a gradient of the tables that has the same bits in every run.
+"""Compute dropout(LayerNorm(sum of embeddings)), and a gradient of the tables that has the same bits in every run.
 
 ids: one (T,) for each of up to three tables (rows, E): words, types and, for BERT, positions. The sum is kept in
 registers; the backward pass computes it again from the tables. A table's gradient adds the rows of dz in the order of

@@ -1,4 +1,4 @@
-"""FP8 products for the layers' linear maps, from torchao. Not run on a GPU yet."""
+"""Compute the layers' linear maps in FP8 with torchao. It has not run on a GPU yet."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""GELU(gate) * value, then dropout (https://arxiv.org/abs/2002.05202), which reads and writes every number once.
+"""Compute GELU(gate) * value, then dropout (https://arxiv.org/abs/2002.05202); read and write every number once.
 
 x: (T, 2F), gate first, the output of the up-projection; y: (T, F). Exact (erf) GELU, computed in fp32. Bytes moved,
 with s bytes per element:

@@ -1,4 +1,4 @@
-"""RoPE for queries and keys in one pass over qkv, forward and backward.
+"""Compute RoPE for queries and keys in one pass over qkv, forward and backward.
 
 The backward pass is the rotation by the opposite angles, so that nothing but the table is saved. Let s be the bytes per
 number: each pass reads and writes 3 * H * D numbers per token, and reads D of the table, 6 * H * D * s + 4 * D bytes.

@@ -1,4 +1,4 @@
-"""Shared parts of the kernels with a LayerNorm: statistics, gradient, precision, launch constants.
+"""Compute what all kernels with a LayerNorm need: statistics, gradient, precision, launch constants.
 
 One program holds a whole row (E,) in registers. Statistics are in fp32 for every dtype of the residual stream but fp64.
 """

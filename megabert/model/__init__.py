@@ -1,4 +1,4 @@
-"""The encoder. Importing this package registers it with transformers' Auto classes.
+"""This package holds the encoder. Importing it registers the encoder with transformers' Auto classes.
 
 An exported folder contains the other files of this folder, not this one.
 """

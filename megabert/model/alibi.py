@@ -1,4 +1,4 @@
-"""ALiBi (https://arxiv.org/abs/2108.12409) in its symmetric form: -slope_h * |i - j| is added to the scaled scores."""
+"""Compute ALiBi (https://arxiv.org/abs/2108.12409), symmetric: -slope_h * |i - j| is added to the scaled scores."""
 
 import math
 

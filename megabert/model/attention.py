@@ -1,4 +1,4 @@
-"""Attention within documents: the implementations that transformers' attn_implementation names.
+"""Attend within documents with the implementation that transformers' attn_implementation names.
 
 A *planner* takes (sequences, alibi_slopes, head_dim, reach) once per forward pass and returns `attend(qkv, dropout_p)`,
 which every layer calls: (T, 3, H, D) -> (T, H, D). Document boundaries and ALiBi's bias are prepared once, for all

@@ -1,4 +1,4 @@
-"""Attention on a CPU with explicit score matrices, for documents of nearly equal length at once.
+"""Attend on a CPU with explicit score matrices, to documents of nearly equal length at once.
 
 A *bucket* is a group of documents that get L slots each; a shorter document leaves its last slots empty. Calling an
 operation takes as long as computing many thousands of scores, so a few empty slots are cheaper than another bucket.

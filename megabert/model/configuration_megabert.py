@@ -1,4 +1,4 @@
-"""The transformers config of one encoder: every setting that determines its parameters and its output."""
+"""Define the transformers config of one encoder: every setting that determines its parameters and its output."""
 
 from transformers import PretrainedConfig
 
@@ -33,6 +33,7 @@ class MegaBertConfig(PretrainedConfig):
         the up-projection of "geglu" never.
     global_attention_every: layers 0, k, 2k... attend to whole documents, the others to local_attention_window tokens:
         half of it, rounded down, on each side of a token, in addition to the token itself.
+        k may exceed the number of layers, as in a ModernBERT that was cut to two; then only the first is global.
     type_vocab_size: 0 for no token type embeddings; token_type_ids are then ignored, as in ModernBERT.
     attention_output_dropout_prob: after attention's output projection; None means hidden_dropout_prob.
     ffn: "geglu" is GELU(gate) * value without biases in the up-projection; "gelu" is BERT's plain MLP.

@@ -1,4 +1,4 @@
-"""The encoder, from token ids to hidden states, on (T,) tokens without padding.
+"""Compute hidden states from token ids with the encoder's layers, on (T,) tokens without padding.
 
 Letters of the shapes in this package:
 T tokens in a bin, B documents, S longest document or padded length, H heads, D head size, E hidden size,

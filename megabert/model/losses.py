@@ -1,4 +1,4 @@
-"""The losses of the heads, chosen as transformers chooses them, and the shapes that their labels must have."""
+"""Compute the losses of the heads, chosen as transformers chooses them, and check the shapes of their labels."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""MegaBERT and its heads as transformers models, for padded rows and for the trainer's packed tokens.
+"""Wrap MegaBERT and its heads as transformers models, for padded rows and for the trainer's packed tokens.
 
 With cu_seqlens a call is packed: every tensor is (T, ...). Without, tensors are (B, S) with an attention_mask; the rows
 are unpadded at the start of the forward pass, and its results are padded again at the end.

@@ -1,4 +1,4 @@
-"""The model's operations in plain PyTorch: the specification that every faster kernel is tested against.
+"""Compute the model's operations in plain PyTorch, the specification that every faster kernel is tested against.
 
 Shapes as in layers.py. Nothing here depends on the device; kernels/resolve.py chooses the implementation that runs.
 """

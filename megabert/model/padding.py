@@ -1,4 +1,4 @@
-"""Conversion between (B, S) rows with padding and (T,) tokens without it.
+"""Convert (B, S) rows with padding to (T,) tokens without it, and back.
 
 T tokens in a bin, B documents, S longest document or padded length. Example: lengths [3, 2] -> cu_seqlens [0, 3, 5].
 """

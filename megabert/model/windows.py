@@ -1,4 +1,4 @@
-"""Local attention with explicit score matrices, whose time and memory grow with the tokens, not with their square.
+"""Attend locally with explicit score matrices, in time and memory that grow with the tokens, not with their square.
 
 The T tokens are cut into blocks of B >= reach tokens, without regard to documents. The queries of a block see at most
 the keys of it and of the blocks before and after it: one product of (B, D) and (D, 3B) per block and head, in one batch

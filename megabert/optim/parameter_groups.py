@@ -1,4 +1,4 @@
-"""Parameter groups with and without weight decay, for pretraining and fine-tuning."""
+"""Split parameters into groups with and without weight decay, for pretraining and fine-tuning."""
 
 from collections.abc import Iterable
 from typing import Any

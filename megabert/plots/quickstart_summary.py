@@ -1,4 +1,4 @@
-"""The summary that the quickstart prints: its figures, five predicted masks, and a plot of the loss."""
+"""Make the summary that the quickstart prints: its figures, five predicted masks, and a plot of the loss."""
 
 import math
 import statistics

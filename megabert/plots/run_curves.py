@@ -1,4 +1,4 @@
-"""Plots of the loss and the throughput of runs, from their metrics.jsonl."""
+"""Plot the loss and the throughput of runs, from their metrics.jsonl."""
 
 from pathlib import Path
 from typing import Any

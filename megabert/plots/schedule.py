@@ -1,4 +1,4 @@
-"""A plot of a recipe's schedules: learning rate, masking rate, batch size and sequence length."""
+"""Plot a recipe's schedules: learning rate, masking rate, batch size and sequence length."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A bar chart of fine-tuning scores."""
+"""Plot fine-tuning scores as bars."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The exit codes of the commands, which the launch scripts act on; launch/README.md explains them."""
+"""Define the exit codes of the commands, which the launch scripts act on; launch/README.md explains them."""
 
 # A user's error in a flag, or in what the flag names.
 EXIT_USER_ERROR = 2

@@ -1,4 +1,4 @@
-"""The model's configuration from the recipe's section `model`."""
+"""Make the model's configuration from the recipe's section `model`."""
 
 from megabert.config.model_section import ModelConfig
 from megabert.model.configuration_megabert import MegaBertConfig

@@ -1,4 +1,4 @@
-"""The model and its DeepSpeed engine, built from the plan and optionally restored from a checkpoint."""
+"""Build the model and its DeepSpeed engine from the plan, and optionally restore them from a checkpoint."""
 
 from pathlib import Path
 from typing import Any

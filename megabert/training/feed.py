@@ -1,4 +1,4 @@
-"""The training data of a run: opening the corpora, the shapes of a batch, and this rank's batches."""
+"""Load this rank's batches of the training data, and set their shapes."""
 
 import gc
 import multiprocessing

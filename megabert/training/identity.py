@@ -1,4 +1,4 @@
-"""The identity of a run: the properties that it must share with a checkpoint to resume from it."""
+"""Check that a run shares with a checkpoint all that it must share to resume or to branch off from it."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

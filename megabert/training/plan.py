@@ -1,4 +1,4 @@
-"""The plan of a run: everything that the recipe, the ds_config, the ranks and the device determine, resolved once."""
+"""Make the plan of a run: resolve once all that the recipe, the ds_config, the ranks and the device determine."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run: its plan, its training state, and the services that act on them; how they are opened and restored."""
+"""Open and restore a run: its plan, its training state, and the services that act on them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -105,7 +105,8 @@ def prepare(folder: Path, every: int) -> None:
 def read_held_out(folder: Path, count: int) -> Reading:
     """Mask the first 1,022 tokens of held-out texts that are long enough. Raises ValueError if there are too few."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    cls, sep, mask = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]", "[MASK]"))
+    vocabulary = tokenizer.get_vocab()
+    cls, sep, mask = (vocabulary[name] for name in ("[CLS]", "[SEP]", "[MASK]"))
     texts = [json.loads(line)["text"] for line in (folder / "held-out.jsonl").read_text().splitlines()]
     rows = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
     rows = [row[: READ_LENGTH - 2] for row in rows if len(row) >= READ_LENGTH - 2][:count]

@@ -90,7 +90,8 @@ def account(step: Callable[[], object], steps: int) -> tuple[dict[str, float], d
         key = part_of(event), event.name, str(event.input_shapes)
         groups[*key, seen[key]].append(event.self_cpu_time_total)
         seen[key] += 1
-    times, calls = collections.Counter[str](), collections.Counter[str]()
+    times: dict[str, float] = collections.defaultdict(float)
+    calls: dict[str, float] = collections.defaultdict(float)
     for (part, _, _, _), taken in groups.items():
         times[part] += len(taken) * float(np.quantile(taken, 0.25)) / 1e3 / steps
         calls[part] += len(taken) / steps

@@ -84,6 +84,7 @@ THETAS = [
     {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 9e4}}, "local_rope_theta": 123.0},
     {"rope_parameters": None, "global_rope_theta": 10_000},
     {"layer_types": ["full_attention", "sliding_attention"], "global_attn_every_n_layers": 3},
+    {"global_attn_every_n_layers": 50},
     {"local_attention": 7, "sliding_window": 3, "rope_scaling": None},
     {"sparse_prediction": True, "deterministic_flash_attn": True, "reference_compile": True, "torch_dtype": "bfloat16"},
 ]
@@ -96,7 +97,7 @@ def test_settings_mean_what_they_mean_to_transformers(tmp_path, settings):
     theirs = ModernBertConfig(**json.loads(json.dumps(raw)))
     every = ours.global_attention_every
     assert layer_types(2, every) == theirs.layer_types
-    thetas = [theirs.rope_parameters[part]["rope_theta"] for part in PARTS]
+    thetas = [(theirs.rope_parameters or {})[part]["rope_theta"] for part in PARTS]
     assert [ours.rope_theta, ours.local_rope_theta] == thetas
     assert ours.reach == theirs.local_attention // 2
 

@@ -55,7 +55,7 @@ def test_the_advice_about_the_size_of_the_vocabulary_works(tmp_path, model, voca
         return
     with pytest.raises(ValueError, match=r"a\.txt: .*[Pp]ass --vocab-size \d+ or (more|less)\.$") as info:
         train_tokenizer.main([*command, f"--vocab-size={vocab_size}"])
-    advice = re.search(r"--vocab-size \d+", str(info.value))[0].split()
+    advice = re.findall(r"--vocab-size \d+", str(info.value))[0].split()
     train_tokenizer.main([*command, *advice])
     assert find_tokenizer(tmp_path / "out")[1].vocab_size == int(advice[1])
 

@@ -272,7 +272,7 @@ def test_too_many_unknown_tokens_end_the_command_with_examples_and_a_remedy(tmp_
     ) as info:
         write_shards.main(command)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    advice = re.search(r"--max-unknown [\d.]+", str(info.value))[0].split()
+    advice = re.findall(r"--max-unknown [\d.]+", str(info.value))[0].split()
     capsys.readouterr()
     write_shards.main([*command, *advice])
     statistics = read_manifest(tmp_path / "out").statistics
@@ -293,14 +293,14 @@ def test_the_share_in_the_message_holds_out_a_document(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(20)))
     command = [f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'out'}", "--workers=1", "--min-shards=1"]
     write_shards.main([*command, "--heldout=0.001"])
-    found = re.search(
+    share, *_ = re.findall(
         r"no document is held out\. Write the shards again with --heldout (\S+) or", capsys.readouterr().out
     )
-    with pytest.raises(ValueError, match=rf"the heldout part has no documents\. .* with --heldout {found[1]} or more"):
+    with pytest.raises(ValueError, match=rf"the heldout part has no documents\. .* with --heldout {share} or more"):
         open_source(str(tmp_path / "out"), "heldout")
-    write_shards.main([*command, f"--heldout={found[1]}", "--replace"])
+    write_shards.main([*command, f"--heldout={share}", "--replace"])
     assert "no document is held out" not in capsys.readouterr().out
-    assert read_manifest(tmp_path / "out").statistics["first_heldout"] == float(found[1])
+    assert read_manifest(tmp_path / "out").statistics["first_heldout"] == float(share)
     assert len(document_texts(tmp_path / "out", ["heldout"])) == 1
     write_shards.main([*command, "--heldout=0.9999", "--replace"])
     assert "every document is held out. Write the shards again with a smaller --heldout." in capsys.readouterr().out

@@ -182,10 +182,11 @@ def test_a_classifier_of_transformers_starts_from_the_same_encoder(bert, tmp_pat
     encoded = encode(
         Examples(["the cat sat", "bad"], ["on the mat", "so good"], [0, 1]), load_tokenizer(bert, 64), True
     )
+    types = encoded.token_type_ids or []
     with torch.no_grad():
         ours = model(**pack(encoded, np.arange(2), CPU.device)).logits
         for number in range(2):
-            inputs = (torch.tensor([encoded.input_ids[number]]), None, torch.tensor([encoded.token_type_ids[number]]))
+            inputs = (torch.tensor([encoded.input_ids[number]]), None, torch.tensor([types[number]]))
             torch.testing.assert_close(theirs(*inputs).logits[0], ours[number], rtol=0, atol=1e-5)
 
 

@@ -148,12 +148,13 @@ def where_time_goes(run: Run, out: Path) -> dict[str, object]:
     with profile(activities=activities(run)) as profiler:
         step(run)
     profiler.export_chrome_trace(str(out / "trace.json"))
-    work, times = device_work(profiler, run), collections.Counter[str]()
+    work = device_work(profiler, run)
+    times: dict[str, float] = collections.defaultdict(float)
     for one in work:
         times[one.name[:80]] += one.end - one.start
     gaps = gaps_after(work)
     return {
-        "top_ms": {name: round(time / 1000, 3) for name, time in times.most_common(15)},
+        "top_ms": {name: round(times[name] / 1000, 3) for name in sorted(times, key=lambda n: -times[n])[:15]},
         "idle_percent": 100 * sum(gap for gap, _ in gaps) / (max(one.end for one in work) - work[0].start),
         "gaps_ms": [[round(gap / 1000, 3), f"after {name[:80]}"] for gap, name in sorted(gaps, reverse=True)[:15]],
     }

@@ -100,14 +100,15 @@ def test_one_seed_gives_one_result():
 def test_computing_logits_in_parts_changes_nothing(monkeypatch):
     """One row at a time, with two rows of gradients kept, gives the loss and gradients of the whole matrix."""
     build, make = CASES["masked_cross_entropy"]
-    inputs = make()
+    inputs = hidden, weight, bias = make()
     whole = results(build(cpu, 0), inputs)
     monkeypatch.setattr(cpu, "LOGITS_BYTES", 1)
     monkeypatch.setattr(cpu, "GRADIENT_BYTES", {8: 2 * 9 * 8})
     for got, expected in zip(results(build(cpu, 0), inputs), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    counted = cpu.masked_cross_entropy(*inputs, LABELS)
-    assert [int(x) for x in counted[1:]] == [int(x) for x in ops.masked_cross_entropy(*inputs, LABELS)[1:]]
+    counted = cpu.masked_cross_entropy(hidden, weight, bias, LABELS)
+    expected = ops.masked_cross_entropy(hidden, weight, bias, LABELS)
+    assert [int(x) for x in counted[1:]] == [int(x) for x in expected[1:]]
 
 
 @pytest.mark.parametrize("rows", [7, 0])
@@ -123,13 +124,13 @@ def test_no_target_and_no_row(use, rows):
 
 def test_without_gradients_none_are_computed(monkeypatch):
     """Parameters require gradients, but the loss is computed under no_grad."""
-    leaves = [x.requires_grad_() for x in CASES["masked_cross_entropy"][1]()]
+    hidden, weight, bias = (x.requires_grad_() for x in CASES["masked_cross_entropy"][1]())
     needs_grad = []
     compute = cpu._loss_and_gradients
     monkeypatch.setattr(cpu, "_loss_and_gradients", lambda *x: needs_grad.append(x[-1]) or compute(*x))
     with torch.no_grad():
-        got = cpu.masked_cross_entropy(*leaves, LABELS)
-    assert torch.equal(got.loss_sum, cpu.masked_cross_entropy(*leaves, LABELS).loss_sum)
+        got = cpu.masked_cross_entropy(hidden, weight, bias, LABELS)
+    assert torch.equal(got.loss_sum, cpu.masked_cross_entropy(hidden, weight, bias, LABELS).loss_sum)
     assert needs_grad == [False, True]
 
 

@@ -138,7 +138,7 @@ def test_gradients_of_heads(kind, head):
     config = to_bert_like_config(ours.config, kind, {})
     # DistilBERT has a dropout of its own before the scores of answers.
     config.qa_dropout = 0.0
-    theirs = getattr(transformers, config.architectures[0])(config).double()
+    theirs = getattr(transformers, (config.architectures or [])[0])(config).double()
     theirs.load_state_dict(from_megabert(ours.state_dict(), kind, head=head))
     inputs = padded(documents((20, 20, 20)))
     targets = {

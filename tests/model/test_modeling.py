@@ -232,7 +232,9 @@ def test_every_head_runs_on_padded_rows():
     assert output.logits.shape == (batch, length, 4)
     assert output.loss.isfinite()
     answers = small_model(MegaBertForQuestionAnswering)
-    output = answers(**inputs, start_positions=torch.zeros(batch, dtype=int), end_positions=torch.full((batch,), 99))
+    output = answers(
+        **inputs, start_positions=torch.zeros(batch, dtype=torch.long), end_positions=torch.full((batch,), 99)
+    )
     assert output.start_logits.shape == (batch, length)
     assert not small_model(MegaBertModel).eval()(**inputs).pooler_output.isnan().any()
 

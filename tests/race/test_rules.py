@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from typing import ClassVar
 
 import pytest
 from race import clock, trials, variants
@@ -28,6 +29,8 @@ class Fake:
     """A contender whose loss is known. trained: what was trained, as (name, steps, seed)."""
 
     side = "ours"
+    slowdown = 1.0
+    turns: ClassVar[list[str]] = []
 
     def __init__(self, name="a", seconds=1.0, killed_at=None):
         self.name, self.seconds, self.killed_at = name, seconds, killed_at
@@ -52,11 +55,11 @@ class Fake:
 
     def reference_step(self, corpus, steps, warm_up, out):
         Fake.turns.append(self.name)
-        return self.seconds * Fake.load, self.seconds
+        return self.seconds * Fake.slowdown, self.seconds
 
     def step_seconds(self, corpus, steps, out):
         Fake.turns.append(self.name)
-        return [self.seconds * Fake.load] * steps
+        return [self.seconds * Fake.slowdown] * steps
 
 
 class FakeCorpus:
@@ -131,7 +134,7 @@ def test_the_clock_measures_in_turns_and_other_load_does_not_change_it(tmp_path,
     cores = clock.place(FakeCorpus())["cores"]
     found = []
     for load in (1.0, 7.0):
-        Fake.load, Fake.turns = load, []
+        Fake.slowdown, Fake.turns = load, []
         records = Records(tmp_path / f"{load}.jsonl", tmp_path / "committed")
         contenders = [Fake("a", 0.5), Fake("b", 0.25)]
         clock.measure(contenders, FakeCorpus(), records)
@@ -146,7 +149,7 @@ def test_the_clock_measures_in_turns_and_other_load_does_not_change_it(tmp_path,
 
 
 def test_the_finalists_have_rounds_of_their_own(tmp_path):
-    Fake.load, Fake.turns = 3.0, []
+    Fake.slowdown, Fake.turns = 3.0, []
     records = Records(tmp_path / "records.jsonl", tmp_path / "committed")
     theirs, mine = Fake("theirs", 1.0), Fake("mine", 0.5)
     for contender in (theirs, mine):
@@ -162,7 +165,7 @@ def test_the_finalists_have_rounds_of_their_own(tmp_path):
 
 
 def test_a_clock_that_was_killed_goes_on_with_the_next_round(tmp_path, monkeypatch):
-    Fake.load, Fake.turns = 1.0, []
+    Fake.slowdown, Fake.turns = 1.0, []
     monkeypatch.setattr(clock, "REFERENCE", Fake("reference", 1.0))
     monkeypatch.setattr(clock, "startup_steps", lambda *_: 4.0)
     records = Records(tmp_path / "records.jsonl", tmp_path)
@@ -195,7 +198,7 @@ def test_the_interval_comes_from_seeds_and_rounds():
 
 def test_misses_count():
     line = Line([4.0, 4.1, 4.2])
-    values = {10: [5.0] * 3, 20: [4.11] * 3, 30: [3.0, 3.1, 3.2], 40: [1.0] * 3}
+    values: dict[float, list[float]] = {10: [5.0] * 3, 20: [4.11] * 3, 30: [3.0, 3.1, 3.2], 40: [1.0] * 3}
     verdict = first_to_reach(line, sorted(values), lambda number, budget: values[budget])
     assert [attempt.budget_s for attempt in verdict.attempts] == [10, 20, 30]
     assert verdict.reached

@@ -3,20 +3,22 @@
 import dataclasses
 
 import pytest
+import torch
 
 from megabert.config.ds_config import DsConfig, read_ds_config
 from megabert.config.recipe_parser import ds_config_path, load_recipe
 from megabert.data.ranks import micro_batch_sizes
 from megabert.files.checkpoint_format import find_checkpoint, read_state
+from megabert.training.micro_batch import choose
 from megabert.training.micro_batch.choose import Chooser, resolve_micro_batch
 from megabert.training.telemetry.cards import card_named
 from tests.helpers.runs import pretrain_command, run_command
 
 
-def chooser(recipe, card=None, ranks=1, zero=1, memory=None):
+def chooser(recipe, card=None, ranks=1, zero=1, memory=None, fused=True):
     settings = read_ds_config(ds_config_path(f"zero{zero}")).settings
     ds_config = DsConfig("ds.json", settings | {"torch_autocast": {"enabled": True}})
-    return Chooser(recipe, ds_config, ranks, memory or (card and card_named(card).memory))
+    return Chooser(recipe, ds_config, ranks, memory or (card and card_named(card).memory), fused)
 
 
 @pytest.fixture
@@ -42,6 +44,24 @@ def test_it_suits_other_numbers_of_ranks_and_a_growing_batch(base):
     assert chooser(base(data={"ranks": [1, 64]}), "h100").choose() == 7360
     assert chooser(base(data={"batch_warmup": 0.1, "batch_warmup_from": 94_208}), "h100").choose() == 94_208
     assert micro_batch_sizes(4096, 1024, 100, [2, 3], 4096) == [128, 256, 512]
+
+
+def test_plain_pytorch_gets_a_smaller_one(base):
+    assert chooser(base(), memory=20e9, fused=False).choose() < chooser(base(), memory=20e9).choose()
+
+
+@pytest.mark.parametrize(
+    ("ops", "missing", "fused"), [("auto", None, True), ("auto", "no compiler", False), ("torch", None, False)]
+)
+def test_a_card_that_runs_plain_pytorch_is_told_apart(base, monkeypatch, ops, missing, fused):
+    made = []
+    monkeypatch.setattr(choose, "training_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(choose, "memory_bytes", lambda device: 24e9)
+    monkeypatch.setattr(choose, "has_fast_bf16", lambda device: True)
+    monkeypatch.setattr(choose, "why_not_all_fused", lambda *arguments: missing)
+    monkeypatch.setattr(Chooser, "choose", lambda self: made.append(self.fused) or 1024)
+    resolve_micro_batch(base(run={"ops": ops}), read_ds_config(ds_config_path("zero1")), 0, 1)
+    assert made == [fused]
 
 
 def test_a_padded_model_counts_its_padding_by_the_corpus(base):

@@ -1,4 +1,4 @@
-"""What a folder records of itself: the hashes of its files, and for an import (import.json) where it came from."""
+"""Read and write import.json, where an import came from, and compare a folder's files with their recorded hashes."""
 
 from pathlib import Path
 from typing import Any, TypedDict

@@ -15,8 +15,10 @@ from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.data.shards.tokenizer_folder import (
     ADDED_TOKENS,
     FILES,
+    KNOWN_CLASSES,
     SPECIAL_TOKENS_MAP,
     VOCAB,
+    find_class,
     find_new_names,
     read_folder_tokenizer,
     read_json_files,
@@ -60,7 +62,8 @@ def copy_tokenizer(source: Path, folder: Path, max_length: int) -> None:
         else:
             (folder / TOKENIZER).write_text(whole.to_str(), encoding="utf-8")
     settings = {name: value for name, value in contents[TOKENIZER_CONFIG].items() if name in COPIED_SETTINGS}
-    if "Token" not in (name := str(settings.get(CLASS))) or not hasattr(transformers, name):
+    name = settings.get(CLASS)
+    if not _keeps_ids(name) or find_class(source if source.is_dir() else source.parent, settings) is None:
         settings[CLASS] = TOKENIZER_CLASS
     if (folder / TOKENIZER).is_file():
         tokenizer = read_tokenizer(folder / TOKENIZER)
@@ -69,6 +72,11 @@ def copy_tokenizer(source: Path, folder: Path, max_length: int) -> None:
         settings = special | settings
     settings["model_max_length"] = max_length
     write_json(folder / TOKENIZER_CONFIG, settings)
+
+
+def _keeps_ids(name: Any) -> bool:
+    """Return whether this class gives the written tokenizer.json's ids, in every folder and version of transformers."""
+    return isinstance(name, str) and name in KNOWN_CLASSES and hasattr(transformers, name)
 
 
 def find_tokenizer_files(source: Path) -> dict[str, Path]:

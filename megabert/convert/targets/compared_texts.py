@@ -1,4 +1,4 @@
-"""The texts with which targets are compared: made of the vocabulary and of many scripts, and the model's answers."""
+"""Make the texts with which targets are compared, and store what the checkpoint's encoder gives for them."""
 
 import json
 import random

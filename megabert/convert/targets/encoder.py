@@ -1,4 +1,4 @@
-"""Target encoder: transformers' own BERT, GTE or ModernBERT without its head, as TEI and vLLM read them."""
+"""Write the target encoder: BERT, RoBERTa, GTE or ModernBERT of transformers without its head, for TEI and vLLM."""
 
 import shutil
 from copy import deepcopy
@@ -27,7 +27,7 @@ from megabert.convert.targets.target import (
     largest_difference,
     mean_of_tokens,
 )
-from megabert.convert.weight_names import from_megabert
+from megabert.convert.weight_names import TOKEN_TYPES, from_megabert
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.json_file import read_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -41,10 +41,9 @@ NEW_NAMES = ("rope_parameters", "layer_types")
 # The embeddings of this many texts are compared.
 COMPARED_TEXTS = 200
 # vLLM stops at a tensor that the encoder does not have or that has a prefix.
-PREFIXES: dict[NativeKind, str] = {
-    "bert": "bert.", "roberta": "roberta.", "distilbert": "distilbert.", "electra": "electra.", "modernbert": "model.",
-    "gte": "new.",
-}  # fmt: skip
+PREFIXES: dict[NativeKind, str] = {"bert": "bert.", "roberta": "roberta.", "modernbert": "model.", "gte": "new."}
+# vLLM has none of these classes, and TEI no ELECTRA. Their encoders are BERT's, DistilBERT's without token types.
+AS_BERT = ("distilbert", "electra")
 USAGE = """docker run -p 8080:80 -v "$PWD/this folder":/data ghcr.io/huggingface/text-embeddings-inference:cpu-1.8 \\
     --model-id /data/encoder
 vllm serve "this folder/encoder" --runner pooling"""
@@ -61,7 +60,7 @@ def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) ->
 
 
 def write(source: Source, folder: Path) -> str:
-    kind = native_kind(source.config)
+    kind, weights = native_kind(source.config), source.weights
     assert kind is not None, f"{folder}: no class of transformers computes this model"
     out = folder / FOLDER
     out.mkdir()
@@ -70,13 +69,19 @@ def write(source: Source, folder: Path) -> str:
     bare = deepcopy(source.config)
     # The folder may have a head, which the encoder does not.
     bare.architectures = None
+    if kind in AS_BERT:
+        kind = "bert"
+    if kind == "bert" and not bare.token_types:
+        # BERT adds a row of them to every token; rows of zeros change no output.
+        bare.type_vocab_size = 2
+        weights = weights | {TOKEN_TYPES: torch.zeros(2, bare.hidden_size)}
     write_native_config(out, bare, kind)
     settings = read_json(out / CONFIG)
     # vLLM chooses its class by this name.
     settings["architectures"] = [f"{NAMES[kind]}Model"]
     write_json(out / CONFIG, settings)
-    weights = {name: tensor for name, tensor in source.weights.items() if name.startswith(ENCODER)}
-    named = from_megabert(weights, kind, duplicates=False)
+    encoder = {name: tensor for name, tensor in weights.items() if name.startswith(ENCODER)}
+    named = from_megabert(encoder, kind, duplicates=False)
     named = to_gte_file(named) if kind == "gte" else named
     prefix = PREFIXES[kind]
     tensors = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in named.items()}

@@ -1,4 +1,4 @@
-"""Unpadding in a graph: everything but attention is computed on the real tokens only, whose number depends on the data.
+"""Unpad in a graph: compute all but attention on the real tokens only, whose number depends on the data.
 
 Only gathers move tokens between rows and the list of tokens: graphs compute scatters on one core.
 """

@@ -1,4 +1,4 @@
-"""Target jina: MosaicBERT in the layout of JinaBERT v2, which has the same equations, for TEI's own engine."""
+"""Write the target jina for TEI's own engine: MosaicBERT in the layout of JinaBERT v2, whose equations are the same."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""JinaBERT v2's encoder as servers compute it, written from their equations; it shares no code with megabert/model.
+"""Compute JinaBERT v2's encoder with the equations that servers use, and with no code of megabert/model.
 
 Source: https://github.com/huggingface/text-embeddings-inference, backends/candle/src/models/jina.rs, and
 https://github.com/ggml-org/llama.cpp, src/models/jina-bert-v2.cpp, whose equations are the same.

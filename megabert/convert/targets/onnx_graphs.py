@@ -1,4 +1,4 @@
-"""Targets onnx and onnx-int8: graphs of the encoder and of the masked language model, for any batch size and length."""
+"""Write the targets onnx and onnx-int8: graphs of encoder and masked language model, for any batch size and length."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""The targets of --for by name: which are wanted, what each cannot do, writing them, and proving each."""
+"""Choose the targets that --for names, write each, compare it with the checkpoint, and describe the outcome."""
 
 import difflib
 from pathlib import Path

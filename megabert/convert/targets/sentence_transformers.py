@@ -1,4 +1,4 @@
-"""Target sentence-transformers: the files beside the model that say how a text's embedding is made from its states."""
+"""Write the target sentence-transformers: files that say how to make a text's embedding from the model's states."""
 
 from importlib.util import find_spec
 from pathlib import Path

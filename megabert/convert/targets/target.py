@@ -1,4 +1,4 @@
-"""What one target of an export is: its files, what it cannot do, and the proof that it computes what the model does."""
+"""Define a target of an export: its files, what it cannot do, and the proof that it computes what the model does."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

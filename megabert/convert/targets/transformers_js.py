@@ -1,4 +1,4 @@
-"""Target transformers.js: the graph, a config and a tokenizer as that library reads them, in a folder of their own."""
+"""Write the target transformers.js: a folder with the graph, a config and a tokenizer as that library reads them."""
 
 import json
 import os

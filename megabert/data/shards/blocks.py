@@ -1,4 +1,4 @@
-"""A local disk cache of blocks of remote shards: small reads become requests of 2 MB, which a machine makes once.
+"""Cache blocks of remote shards on a local disk: small reads become requests of 2 MB, which a machine makes once.
 
 A block that cannot be kept costs another request, never the run: without a disk to write to, each read is a request.
 """

@@ -1,4 +1,4 @@
-"""A local disk cache of whole shards: keyed by content hash, shared by all processes of a machine, bounded in size.
+"""Cache whole shards on a local disk, by content hash, for all processes of a machine, up to a number of bytes.
 
 blocks.py keeps parts of shards in the same folder, under the same limit.
 """

@@ -1,4 +1,4 @@
-"""The manifest of a folder of shards: what it contains, how it is written, and how it is validated.
+"""Write, read and validate the manifest of a folder of shards, which says what the folder contains.
 
 folder/manifest.json      hash, bytes, documents and tokens of each shard; the tokenizer's fingerprint; statistics; the
                           hashes of the other files, and of the manifest itself

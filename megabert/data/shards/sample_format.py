@@ -1,4 +1,4 @@
-"""The format of a sample in a shard: its keys, its dtypes, and how it is written and read.
+"""Write and read samples of a shard, whose keys and dtypes this module defines.
 
 A shard is a plain webdataset tar. One sample is a *chunk* of many documents, because a tar member per document
 would cost more than the document. There are two kinds:

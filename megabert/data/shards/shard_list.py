@@ -1,4 +1,4 @@
-"""The shards of one part of a folder: those that a run reads, and whether they are there."""
+"""List the shards of one part of a folder that a run reads, and check that they are there and have the right size."""
 
 import logging
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A corpus of one or more sources: their shards, the splits that streams are made of, and reading a chunk."""
+"""Open a corpus of one or more sources, and read the chunks of their shards."""
 
 import logging
 import socket

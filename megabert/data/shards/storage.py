@@ -1,4 +1,4 @@
-"""Storages that return the bytes of a corpus: a local folder, a URL, or a command.
+"""Read the bytes of a corpus from a local folder, a URL or a command.
 
     data/tokens                                           local: read by position
     https://host/c4   s3://bucket/c4                      remote: byte ranges through fsspec, in a local cache

@@ -32,8 +32,14 @@ CHANGING_CLASSES = {f"{name}Tokenizer{fast}" for name in CHANGED for fast in (""
 # These put a space before a text as tokenizer_config.json says, or by these defaults, whatever tokenizer.json has.
 PREFIXES = dict.fromkeys("Roberta Longformer Bart LED Mvp Deberta Luke GPT2".split(), False) | {"Blenderbot": True}
 PREFIX_CLASSES = {f"{name}Tokenizer{fast}": prefix for name, prefix in PREFIXES.items() for fast in ("", "Fast")}
+# What these do to tokenizer.json is done here. transformers loads the tokenizers of its other classes, many of which,
+# as XLM-RoBERTa's, make another one of the vocabulary. A class that it lacks leaves tokenizer.json as it is.
+KNOWN_CLASSES = {*PLAIN_CLASSES, *BERT_CLASSES, *CHANGING_CLASSES, *PREFIX_CLASSES}
 # The class of a tokenizer that does not name one, by the model_type of the config.json beside it.
 CLASSES = dict.fromkeys(("bert", "distilbert", "electra"), "BertTokenizer") | {"roberta": "RobertaTokenizer"}
+CLASSES |= {"camembert": "CamembertTokenizer"} | dict.fromkeys(("xlm-roberta", "gte"), "XLMRobertaTokenizer")
+# With this model, tokenizer.json is loaded as it is, whatever class is named.
+PLAIN_MODEL = "modernbert"
 # Unicode's property White_Space.
 WHITE_SPACE = "".join(
     map(chr, (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000))
@@ -68,7 +74,9 @@ def read_folder_tokenizer(files: dict[str, Path], lowercase: bool = True) -> Tok
         settings = settings | contents[SPECIAL_TOKENS_MAP]
     if TOKENIZER in files:
         tokenizer = read_tokenizer(path)
-        name = settings.get("tokenizer_class") or _find_class(path.parent)
+        name = find_class(path.parent, settings)
+        if name and name not in KNOWN_CLASSES and path.name == TOKENIZER and _has_class(name):
+            tokenizer = _read_with_class(path, name)
         if name in CHANGING_CLASSES:
             _change_normalizer(path.parent, tokenizer, settings)
         if name in PREFIX_CLASSES:
@@ -122,10 +130,46 @@ def _explain_class(name: str) -> str:
     return f"For the weights alone, remove {VOCAB} from a copy of the folder."
 
 
-def _find_class(folder: Path) -> str | None:
-    """Return the class with which transformers loads a tokenizer that names none, as the model beside it says."""
+def find_class(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Return the class with which transformers loads a tokenizer.json, as its settings and the model beside it say."""
     path = folder / "config.json"
-    return CLASSES.get(str(_read_object(path).get("model_type"))) if path.is_file() else None
+    config = _read_object(path) if path.is_file() else {}
+    if (kind := config.get("model_type")) == PLAIN_MODEL:
+        return None
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class") or CLASSES.get(str(kind))
+    return str(name) if name else None
+
+
+def _has_class(name: str) -> bool:
+    import transformers
+
+    return any(hasattr(transformers, spelling) for spelling in (name, name.removesuffix("Fast")))
+
+
+def load_with_transformers(folder: Path) -> Any:
+    """Load a folder's tokenizer with transformers' class of it, which must have tokenizers' Rust object.
+
+    Raises ValueError, whose text lacks the folder.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        loaded.backend_tokenizer.no_truncation()
+        loaded.backend_tokenizer.no_padding()
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+        raise ValueError(f"transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+    return loaded
+
+
+def _read_with_class(path: Path, name: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(load_with_transformers(path.parent).backend_tokenizer.to_str())
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: its class is {name}, but {error}. To take the file as it is, set tokenizer_class to "
+            f"PreTrainedTokenizerFast in the {TOKENIZER_CONFIG} beside it."
+        ) from error
 
 
 def _change_normalizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One fine-tuning job: its settings, its training and scoring, and the files that it writes.
+"""Run one fine-tuning job: train with its settings, score the model, and write its files.
 
 OUT/jobs/NAME.json   the request and the scores, or the reason of a failure
 OUT/jobs/NAME.log    output of the job's process

@@ -1,4 +1,4 @@
-"""Score and cost of the checkpoints of several pretraining runs, with their Pareto fronts."""
+"""Collect score and cost of the checkpoints of several pretraining runs, and find their Pareto fronts."""
 
 import dataclasses
 from dataclasses import asdict, dataclass

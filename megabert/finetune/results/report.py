@@ -1,4 +1,4 @@
-"""Results of all jobs as results.json, as a Markdown table and as a bar chart."""
+"""Write the results of all jobs as results.json, as a Markdown table and as a bar chart."""
 
 import statistics
 from pathlib import Path

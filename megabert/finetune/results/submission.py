@@ -1,4 +1,4 @@
-"""Predictions on the test sets, in the files that GLUE's server accepts (https://gluebenchmark.com/submit)."""
+"""Write predictions on the test sets in the files that GLUE's server accepts (https://gluebenchmark.com/submit)."""
 
 import zipfile
 from typing import Any

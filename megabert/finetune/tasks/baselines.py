@@ -1,4 +1,4 @@
-"""The TF-IDF baseline, a linear model on words and pairs of words, which a fine-tuned encoder should beat."""
+"""Train the TF-IDF baseline, a linear model on words and pairs of words, which a fine-tuned encoder should beat."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""The names of labels that a parquet file holds as numbers, from its metadata or the data set's README.md."""
+"""Read the names of labels that a parquet file holds as numbers, from its metadata or the data set's README.md."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""GLUE's metrics, computed by scikit-learn and scipy, and 0 where those are undefined."""
+"""Compute GLUE's metrics by scikit-learn and scipy, and return 0 where those are undefined."""
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr

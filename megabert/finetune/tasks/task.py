@@ -1,4 +1,4 @@
-"""Fine-tuning tasks: text columns, names of labels, metrics and files, of GLUE's tasks and of a user's task file."""
+"""Define the text columns, names of labels, metrics and files of GLUE's tasks, and read a user's task file."""
 
 import dataclasses
 import re

@@ -1,1 +1,1 @@
-"""The operations for a CPU, fused by torch.compile."""
+"""This package computes the operations on a CPU, fused by torch.compile."""

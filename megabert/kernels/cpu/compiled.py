@@ -1,4 +1,4 @@
-"""Operations for a CPU, fused by torch.compile: each reads and writes its activations once, forward and backward.
+"""Fuse operations for a CPU with torch.compile: each reads and writes its activations once, forward and backward.
 
 Every Function here saves its inputs and one seed and computes everything else again in its backward pass. Dropout
 stores no mask: a hash of the seed and an element's position decides whether the element is kept. The seed comes from

@@ -1,4 +1,4 @@
-"""RoPE for a CPU, fused by torch.compile: one pass over queries, keys and values, forward and backward."""
+"""Compute RoPE on a CPU, fused by torch.compile: one pass over queries, keys and values, forward and backward."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every place where MegaBERT uses or replaces internals of DeepSpeed 0.19.8, but for Muon in updates/optimizers.py.
+"""This module holds every use and replacement of internals of DeepSpeed 0.19.8, but for Muon in updates/optimizers.py.
 
 Each function names its canary: a test of tests/training/test_traps.py that fails once DeepSpeed no longer needs the
 function.

@@ -1,4 +1,4 @@
-"""The accelerator of this rank; only this file and kernels/devices.py ask which device it is."""
+"""Choose and use the accelerator of this rank; only this file and kernels/devices.py ask which device it is."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""PyTorch's flight recorder: the last collectives of each rank, written to a file when a run hangs."""
+"""Switch on PyTorch's flight recorder, and write the last collectives of each rank to a file when a run hangs."""
 
 import os
 import tempfile

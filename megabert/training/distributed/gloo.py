@@ -1,4 +1,4 @@
-"""A ring all-gather for CPU ranks, because gloo's own all-gather allocates buffers in every call."""
+"""Gather tensors of CPU ranks in a ring, because gloo's own all-gather allocates buffers in every call."""
 
 import torch.distributed as dist
 from torch import Tensor

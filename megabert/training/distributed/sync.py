@@ -1,4 +1,4 @@
-"""Start-up coordination of ranks: work done once on rank 0, the shared-folder check, the output folder's lock."""
+"""Coordinate ranks at start-up: do work once on rank 0, check the shared folder, and lock the output folder."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""A watchdog that ends all ranks as soon as one of them dies or hangs, and names that rank in the log."""
+"""End all ranks as soon as one of them dies or hangs, and name that rank in the log."""
 
 import contextlib
 import hmac

@@ -1,4 +1,4 @@
-"""A micro-batch of web documents in numbers: its tokens, padding, masked tokens and attended keys."""
+"""Estimate the size of a micro-batch of web documents: its tokens, padding, masked tokens and attended keys."""
 
 import math
 from dataclasses import dataclass

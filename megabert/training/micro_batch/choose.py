@@ -8,6 +8,8 @@ from megabert.config.ds_schema import ZeroOptimization
 from megabert.config.recipe import Recipe
 from megabert.files.checkpoint_format import State
 from megabert.kernels.devices import has_fast_bf16
+from megabert.kernels.resolve import why_not_all_fused
+from megabert.training.architecture import architecture_of
 from megabert.training.checkpointing import find
 from megabert.training.corpora import choose_max_documents, open_corpora
 from megabert.training.distributed.device import memory_bytes, training_device
@@ -26,21 +28,35 @@ def resolve_micro_batch(recipe: Recipe, ds_config: DsConfig, rank: int, world_si
     """
     if recipe.data.micro_batch_tokens != "auto":
         return recipe
-    found = gather_dicts({rank: memory_bytes(training_device())})
-    cards = [card for card in found.values() if card is not None]
-    chooser = Chooser(recipe, ds_config, world_size, min(cards) if cards else None)
+    found = gather_dicts({rank: (memory_bytes(training_device()), _runs_fused(recipe, ds_config))})
+    cards = [card for card, _ in found.values() if card is not None]
+    fused = all(fused for _, fused in found.values())
+    chooser = Chooser(recipe, ds_config, world_size, min(cards) if cards else None, fused)
     tokens = broadcast_from_rank0(chooser.choose, rank, world_size)
     return recipe.with_micro_batch(tokens)
 
 
+def _runs_fused(recipe: Recipe, ds_config: DsConfig) -> bool:
+    """Whether all operations are our kernels on this rank's card, of which PyTorch's would keep more."""
+    device, run = training_device(), recipe.run
+    if device.type == "cpu" or run.ops == "torch":
+        return False
+    bf16 = ds_config.computes_in_bf16(has_fast_bf16(device))
+    return why_not_all_fused(device, architecture_of(recipe.model, 1), bf16) is None
+
+
 @dataclass(frozen=True)
 class Chooser:
-    """Chooses for a run on world_size ranks. card_bytes: memory of the smallest card; None on CPUs."""
+    """Chooses for a run on world_size ranks.
+
+    card_bytes: memory of the smallest card; None on CPUs. fused: whether all operations are our kernels on every rank.
+    """
 
     recipe: Recipe
     ds_config: DsConfig
     world_size: int
     card_bytes: float | None
+    fused: bool
 
     def choose(self) -> int:
         """Return the number of the run's checkpoint, or the largest that fits. Call on one rank."""
@@ -94,6 +110,7 @@ class Chooser:
             zero=zero,
             ranks=self.world_size,
             bf16=self.ds_config.computes_in_bf16(has_fast_bf16(training_device())),
+            fused=self.fused,
             fp8=self.recipe.run.fp8 != "none",
             graphs=self.recipe.run.cuda_graphs is not False,
             formats=Formats.of(self.ds_config.values),

@@ -1,4 +1,4 @@
-"""A micro-batch's forward and backward pass as one CUDA graph, which is replayed for each micro-batch."""
+"""Capture a micro-batch's forward and backward pass as one CUDA graph, and replay it for each micro-batch."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch as its share of the step's loss."""
+"""Compute the loss of a micro-batch as its share of the step's loss."""
 
 import math
 

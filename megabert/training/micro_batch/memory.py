@@ -1,5 +1,6 @@
-"""The memory that one rank of a training run needs, in bytes, by a written formula."""
+"""Compute the memory that one rank of a training run needs, in bytes, by a written formula."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ FULL = 0.9
 FRAGMENTS = 0.05
 # Logits of a chunk of the loss in bf16, and their copy in the products: kernels/cross_entropy.py's MAX_LOGITS.
 LOSS_CHUNK = 2 * 2 * (1 << 26)
+# Fewest tokens of a block of PyTorch's local attention: model/windows.py, which imports torch.
+SMALLEST_BLOCK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,31 +79,57 @@ def _width_of_up(model: ModelConfig) -> int:
     return model.intermediate_size * (2 if model.ffn == "geglu" else 1)
 
 
-def kept_bytes(model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = True, fp8: bool = False) -> float:
-    """Return the bytes that autograd keeps for a micro-batch's backward pass, without recomputation.
+def kept_bytes(model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = True, fused: bool = True) -> float:
+    """Return the bytes that autograd keeps for a micro-batch's backward pass.
 
-    Per slot and layer, up to attention: the residual, q, k, v, attention's output and log-sum-exp, 5 matrices of the
-    width. After it: the input, mean and scale of both LayerNorms and the first one's output, and of the MLP both halves
-    before GeGLU and its result, or GELU's input and result. Beside an fp32 stream the products keep a bf16 copy of it.
-    An unpadded model computes what follows the last layer's attention for masked tokens only. Autocast keeps the
-    weights in bf16, but run.fp8 those of the layers' maps only as they are, and the loss the decoder's gradient in
-    fp32.
+    Without recomputation, and without autocast's copies of weights. An unpadded model computes what follows the last
+    layer's attention for masked tokens only. fused: by our kernels, whose loss keeps the decoder's gradient in fp32;
+    PyTorch's keeps the logits.
     """
-    before, after = _kept_per_slot(model, bf16)
+    before, after = _kept_per_slot(model, bf16, fused)
     layers, rows = model.num_hidden_layers, batch.slots if model.padding == "padded" else batch.masked
-    maps = model.num_hidden_layers * weights_of_maps(model) if fp8 else 0
-    casts = 2 * (num_weights(model, vocab_size) - maps) if bf16 else 0
     activations = layers * batch.slots * before + ((layers - 1) * batch.slots + rows) * after
-    return activations + casts + 4 * vocab_size * model.hidden_size
+    return activations + 4 * vocab_size * (model.hidden_size if fused else batch.masked)
 
 
-def _kept_per_slot(model: ModelConfig, bf16: bool) -> tuple[float, float]:
-    """Return the bytes that a layer keeps for a slot, up to attention and after it."""
-    size = 2 if bf16 else 4
-    stream = 4 * model.hidden_size if bf16 and model.layer_norm_dtype == "float32" else 0
+def _kept_per_slot(model: ModelConfig, bf16: bool, fused: bool) -> tuple[float, float]:
+    """Return the bytes that a layer keeps for a slot, up to attention and after it.
+
+    Up to attention: the residual, q, k, v, attention's output and log-sum-exp, 5 matrices of the width. After it: the
+    input, mean and scale of both LayerNorms and the first one's output, and of the MLP both halves before GeGLU and its
+    result, or GELU's input and result. Beside an fp32 stream the products keep a bf16 copy of it.
+    """
+    size, width = 2 if bf16 else 4, model.hidden_size
+    stream = 4 * width if bf16 and model.layer_norm_dtype == "float32" else 0
+    if not fused:
+        return _kept_by_pytorch(model, size, stream or size * width)
     inner = (3 if model.ffn == "geglu" else 2) * model.intermediate_size
-    before = stream + 5 * size * model.hidden_size + 4 * model.num_attention_heads
-    return before, stream + size * (3 * model.hidden_size + inner) + 16
+    before = stream + 5 * size * width + 4 * model.num_attention_heads
+    return before, stream + size * (3 * width + inner) + 16
+
+
+def _kept_by_pytorch(model: ModelConfig, size: int, norm_input: int) -> tuple[float, float]:
+    """Return the same for plain PyTorch on a GPU: more matrices, and the masks of dropout, a byte for a number.
+
+    GeGLU keeps its gate's GELU too. An unpadded model's attention sorts its tokens by the length of their documents and
+    its result back. Local attention keeps its weights, of three blocks of keys: model/windows.py. norm_input: bytes.
+    """
+    width, inner, gated = model.hidden_size, model.intermediate_size, model.ffn == "geglu"
+    output = size * width + 4 * model.num_attention_heads
+    if model.local_attention_window is not None:
+        weights = 3 * max(model.local_attention_window // 2, SMALLEST_BLOCK) * model.num_attention_heads * size
+        local = 1 - math.ceil(model.num_hidden_layers / model.global_attention_every) / model.num_hidden_layers
+        output += local * (weights * (2 if model.attention_dropout else 1) - output)
+    before = size * 4 * width + output
+    after = 2 * norm_input + size * (width + (4 if gated else 2) * inner) + 16
+    if model.padding == "unpadded":
+        after += size * width
+    after_attention = model.attention_output_dropout
+    if model.hidden_dropout if after_attention is None else after_attention:
+        after += width
+    if model.hidden_dropout:
+        after += inner if gated else width
+    return before, after
 
 
 def memory_of_rank(
@@ -111,27 +140,34 @@ def memory_of_rank(
     zero: ZeroOptimization,
     ranks: int,
     bf16: bool = True,
+    fused: bool = True,
     fp8: bool = False,
     graphs: bool = False,
     formats: Formats = FP32,
 ) -> Memory:
     """Return the memory of one rank.
 
-    zero, formats: the ds_config's. bf16: of the activations. fp8, graphs: whether run.fp8 and run.cuda_graphs are on.
+    zero, formats: the ds_config's. bf16: of the activations. fused: whether our kernels run, not plain PyTorch. fp8,
+    graphs: whether run.fp8 and run.cuda_graphs are on.
     """
     size = 2 if bf16 else 4
     layers, recomputed = model.num_hidden_layers, model.recomputed_layers
-    kept = kept_bytes(model, vocab_size, batch, bf16, fp8)
+    weights = num_weights(model, vocab_size)
+    kept = kept_bytes(model, vocab_size, batch, bf16, fused)
+    if bf16 and formats.weight == 4:
+        # Autocast keeps the weights in bf16, but run.fp8 those of the layers' maps only as they are.
+        kept += 2 * (weights - (layers * weights_of_maps(model) if fp8 else 0))
     if recomputed:
         # All layers but one of them are recomputed from their inputs.
-        layer = batch.slots * sum(_kept_per_slot(model, bf16))
+        layer = batch.slots * sum(_kept_per_slot(model, bf16, fused))
         kept += batch.slots * recomputed * size * model.hidden_size - (recomputed - 1) * layer
     # While a layer runs backwards, its MLP's gradients exist too; a cast to FP8 makes an fp32 copy of the largest.
     gradients = batch.slots * _width_of_up(model) * (2 * size + (4 if fp8 else 0))
-    weights = num_weights(model, vocab_size)
+    # PyTorch's loss makes the fp32 logits from those in bf16.
+    loss = LOSS_CHUNK if fused else 2 * batch.masked * vocab_size if bf16 else 0
     # A graph computes all gradients of a micro-batch before it adds them to those of the step.
     states = _state_bytes(weights, layers, zero, ranks, formats) + (formats.gradient * weights if graphs else 0)
-    return Memory(states=states, kept=kept, work=max(LOSS_CHUNK, gradients))
+    return Memory(states=states, kept=kept, work=max(loss, gradients))
 
 
 def _state_bytes(weights: int, layers: int, zero: ZeroOptimization, ranks: int, formats: Formats) -> float:

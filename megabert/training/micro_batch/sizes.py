@@ -1,4 +1,4 @@
-"""The micro-batch that data.micro_batch_tokens auto stands for: the largest that a card's memory holds."""
+"""Find the micro-batch that data.micro_batch_tokens auto stands for: the largest that a card's memory holds."""
 
 from collections.abc import Callable
 

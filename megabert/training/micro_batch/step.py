@@ -1,4 +1,4 @@
-"""Forward and backward of a step's micro-batches and one update: kernel by kernel, or by replaying a CUDA graph."""
+"""Compute a step's micro-batches, forward and backward, kernel by kernel or by a CUDA graph, and update once."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

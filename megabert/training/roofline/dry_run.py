@@ -32,7 +32,7 @@ from megabert.training.micro_batch.batch import batch_of_web_pages, largest_batc
 from megabert.training.micro_batch.memory import Formats, Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
 from megabert.training.run_schedule import ENDLESS, RunSchedule, make_run_schedule, shared_batches
-from megabert.training.telemetry.cards import CARDS
+from megabert.training.telemetry.cards import CARDS, Card
 from megabert.training.unsupported import (
     refusal_of_fp8,
     refusal_of_graphs,
@@ -135,8 +135,11 @@ class Checks:
         self.recipe = self.recipe.with_micro_batch(tokens)
         return f"data.micro_batch_tokens auto: {tokens:,} {where}"
 
-    def _memory_of(self, tokens: int) -> Memory:
-        """Predict the memory of a rank for a micro-batch; where the corpus is not known, with documents of the web."""
+    def _memory_of(self, tokens: int, card: Card | None = None) -> Memory:
+        """Predict the memory of a rank for a micro-batch; where the corpus is not known, with documents of the web.
+
+        card: by default one that multiplies bf16 natively and runs our kernels.
+        """
         recipe = self.recipe
         if self.corpus is None:
             batch = batch_of_web_pages(recipe, tokens)
@@ -148,7 +151,8 @@ class Checks:
             vocab_size=self._vocab_size(),
             zero=self.ds_config.values.zero_optimization,
             ranks=self.ranks,
-            bf16=self.ds_config.computes_in_bf16(fast_bf16=True),
+            bf16=self.ds_config.computes_in_bf16(fast_bf16=card is None or card.bf16 is not None),
+            fused=recipe.run.ops != "torch" and (card is None or card.runs_kernels),
             fp8=recipe.run.fp8 != "none",
             graphs=recipe.run.cuda_graphs is not False,
             formats=Formats.of(self.ds_config.values),
@@ -322,10 +326,15 @@ class Checks:
             f"{num_weights(model, self._vocab_size()) / 1e6:,.0f} M parameters; predicted for each GPU: "
             f"{_bytes(memory.total)}, of it {_bytes(memory.states)} for weights, gradients and optimizer"
         )
-        sizes = sorted({card.memory for card in CARDS if memory.fits(card.memory)})
-        names = ", ".join(card.name for card in CARDS if sizes and card.memory == sizes[0])
-        smaller = f"halve data.micro_batch_tokens ({data.bin_tokens})"
-        yield f"fits GPUs of {sizes[0] / 1e9:.0f} GB ({names}) and more" if sizes else f"fits no known GPU: {smaller}"
+        fitting = [card for card in CARDS if self._memory_of(data.bin_tokens, card).fits(card.memory)]
+        if not fitting:
+            yield f"fits no known GPU: halve data.micro_batch_tokens ({data.bin_tokens})"
+            return
+        least = min(card.memory for card in fitting)
+        names = ", ".join(card.name for card in fitting if card.memory == least)
+        others = [card.name for card in CARDS if card.memory >= least and card not in fitting]
+        without = f", without {', '.join(others)}" if others else ""
+        yield f"fits GPUs of {least / 1e9:.0f} GB ({names}) and more{without}"
 
 
 def _check_sizes(path: Path) -> str | None:

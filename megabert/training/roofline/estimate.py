@@ -12,7 +12,7 @@ from megabert.training.micro_batch.sizes import largest_micro_batch
 from megabert.training.roofline.work import BANDWIDTH, GAPS, HOST_PER_LAYER, needed_flops, operations
 from megabert.training.run_schedule import make_run_schedule
 from megabert.training.telemetry.cards import Card
-from megabert.training.unsupported import refusal_of_fp8
+from megabert.training.unsupported import refusal_of_fp8, refusal_of_graphs, why_not_cuda_graphs
 
 # GPUs of one machine, whose links are the cards' own. Between machines each GPU has a port of 400 Gb/s.
 MACHINE = 8
@@ -56,11 +56,12 @@ class Prediction:
 
 def predict(
     model: ModelConfig, batch: Batch, card: Card, *, gpus: int, accumulation: int, zero_stage: int,
-    vocab_size: int = VOCAB_SIZE, fp8: bool = False, graphs: bool = False,
+    vocab_size: int = VOCAB_SIZE, fp8: bool = False, graphs: bool = False, fused: bool = True,
 ) -> Prediction:  # fmt: skip
     """Predict a step of `accumulation` micro-batches on each of `gpus` ranks.
 
-    fp8: run.fp8, with run.compile. graphs: run.cuda_graphs, of which only the memory is predicted.
+    fp8: run.fp8, with run.compile. graphs: whether a CUDA graph launches a micro-batch, without Python. fused:
+    whether our kernels run; of plain PyTorch only the memory is predicted.
     """
     bf16 = card.bf16 is not None
     work = operations(model, vocab_size, batch, bf16, fp8)
@@ -70,14 +71,16 @@ def predict(
         seconds[name] *= 1 + model.recomputed_layers / model.num_hidden_layers / 3
     busy = sum(seconds.values())
     seconds["gaps and waits"] = busy * GAPS
-    seconds["Python"] = max(0.0, accumulation * HOST_PER_LAYER * model.num_hidden_layers - busy)
+    host = 0.0 if graphs else accumulation * HOST_PER_LAYER * model.num_hidden_layers
+    seconds["Python"] = max(0.0, host - busy)
     weights = num_weights(model, vocab_size)
     seconds["communication"] = communication_s(weights, card, gpus, zero_stage, accumulation)
     shared_by = gpus if zero_stage else 1
     seconds["optimizer"] = 28 * weights / shared_by / (card.bandwidth * BANDWIDTH)
     memory = memory_of_rank(
-        model, batch, vocab_size=vocab_size, zero=zero_of(zero_stage), ranks=gpus, bf16=bf16, fp8=fp8, graphs=graphs
-    )
+        model, batch, vocab_size=vocab_size, zero=zero_of(zero_stage), ranks=gpus, bf16=bf16, fused=fused, fp8=fp8,
+        graphs=graphs,
+    )  # fmt: skip
     return Prediction(
         tokens=batch.tokens * accumulation * gpus,
         flops=needed_flops(model, vocab_size, batch) * accumulation * gpus,
@@ -118,7 +121,8 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
     """
     data, multiple = recipe.data, recipe.model.pad_vocab_to_multiple_of
     vocab_size = -(-VOCAB_SIZE // multiple) * multiple
-    fp8, graphs = recipe.run.fp8 != "none", recipe.run.cuda_graphs is not False
+    fp8, fused = recipe.run.fp8 != "none", _runs_fused(recipe, card)
+    graphs = _uses_graphs(recipe, card, gpus, zero_stage)
     if fp8 and card.fp8 is None:
         raise ValueError(refusal_of_fp8(f"the {card.name} has no FP8 (Hopper, Ada, MI300 and later ones have)"))
     if fp8 and zero_stage > 1:
@@ -127,7 +131,7 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
     def memory_of(tokens: int) -> Memory:
         return memory_of_rank(
             recipe.model, batch_of_web_pages(recipe, tokens), vocab_size=vocab_size, zero=zero_of(zero_stage),
-            ranks=gpus, bf16=card.bf16 is not None, fp8=fp8, graphs=graphs,
+            ranks=gpus, bf16=card.bf16 is not None, fused=fused, fp8=fp8, graphs=graphs,
         )  # fmt: skip
 
     tokens = data.micro_batch_tokens
@@ -136,8 +140,25 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
     total = make_run_schedule(recipe.with_micro_batch(tokens), gpus).batches_per_step
     return predict(
         recipe.model, batch_of_web_pages(recipe, tokens), card, gpus=gpus, accumulation=total // gpus,
-        zero_stage=zero_stage, vocab_size=vocab_size, fp8=fp8, graphs=graphs,
+        zero_stage=zero_stage, vocab_size=vocab_size, fp8=fp8, graphs=graphs, fused=fused,
     )  # fmt: skip
+
+
+def _runs_fused(recipe: Recipe, card: Card) -> bool:
+    return card.runs_kernels and recipe.run.ops != "torch"
+
+
+def _uses_graphs(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> bool:
+    """Whether run.cuda_graphs has an effect. Raises ValueError if it is true and cannot be."""
+    resolved = read_ds_config(ds_config_path(f"zero{zero_stage}")).resolve(
+        accumulation=1, max_grad_norm=recipe.optimizer.max_grad_norm, world_size=gpus, fast_bf16=card.bf16 is not None
+    )
+    reason = why_not_cuda_graphs(recipe, resolved, "cuda")
+    if reason is None and not card.runs_kernels:
+        reason = f"the kernels do not run on {card.name}, and plain PyTorch's operations cannot be captured"
+    if recipe.run.cuda_graphs is True and reason is not None:
+        raise ValueError(refusal_of_graphs(reason))
+    return recipe.run.cuda_graphs is not False and reason is None
 
 
 def hours_of(run: RunConfig, prediction: Prediction) -> float:
@@ -168,6 +189,8 @@ def describe(recipe: Recipe, prediction: Prediction, price: float | None) -> str
         f"the run           {hours:.1f} hours, {hours * prediction.gpus:,.0f} GPU hours"
         + ("" if price is None else f", ${hours * prediction.gpus * price:,.0f}"),
     ]
+    if not _runs_fused(recipe, card):
+        lines.append("operations        plain PyTorch's, whose memory is predicted; their speed is that of our kernels")
     if recipe.run.fp8 != "none":
         lines.append(
             "FP8               assumed: run.compile, and twice bf16's peak, of which the layers' products reach less, "

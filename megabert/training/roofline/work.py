@@ -1,4 +1,4 @@
-"""The operations of a micro-batch: their FLOPs, the bytes that they move, and the time that a card needs for them.
+"""Count the operations of a micro-batch, their FLOPs, the bytes that they move, and the time that a card needs.
 
 One set of efficiencies for all models and cards, fixed before any comparison with published runs.
 """

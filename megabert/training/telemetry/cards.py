@@ -1,4 +1,4 @@
-"""What GPUs can do at most: FLOP/s, memory and its bandwidth, links between GPUs, from the makers' data sheets."""
+"""List what GPUs can do at most, by the makers' data sheets: FLOP/s, memory and its bandwidth, links between GPUs."""
 
 import re
 from dataclasses import dataclass
@@ -26,6 +26,11 @@ class Card:
         """The dense peak in FP8, FLOP/s: twice that of bf16 since Hopper, Ada and MI300. None where there is none."""
         return None if self.bf16 is None or self.name.startswith(WITHOUT_FP8) else 2 * self.bf16
 
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether kernels/ runs on it, as kernels/resolve.py decides: on NVIDIA's cards with bf16."""
+        return self.bf16 is not None and not self.name.startswith("mi")
+
 
 # How the names of cards before Hopper, Ada and MI300 begin.
 WITHOUT_FP8 = ("a", "v", "t", "rtx-a", "rtx-3", "mi2")
@@ -45,18 +50,19 @@ def card(name: str, pattern: str, tflops: tuple[float | None, float], memory: tu
     )
 
 
+# Memory of the cards sold as 80 GB and 40 GB: what torch reports, 81,082 and 40,339 MiB; of others the data sheet's.
 # Links: NVLink in one direction, or PCIe. A card's name in torch ends where its pattern does: a part of a card (MIG) or
 # a variant that is not here has no peak, rather than another's.
 CARDS = [
-    card("a100", r"A100(-SXM4-80GB|-SXM-80GB)", (312, 19.5), (80, 2039), 300),
-    card("a100-40", r"A100-(SXM4|SXM)-40GB", (312, 19.5), (40, 1555), 300),
-    card("a100-pcie", r"A100 80GB PCIe", (312, 19.5), (80, 1935), 32),
-    card("a100-pcie-40", r"A100-PCIE-40GB", (312, 19.5), (40, 1555), 32),
-    card("a800", r"A800-SXM4-80GB", (312, 19.5), (80, 2039), 200),
-    card("h100", r"H100( SXM5)?( 80GB)?( HBM3)?", (989, 66.9), (80, 3350), 450),
-    card("h100-pcie", r"H100 PCIe", (756, 51.2), (80, 2000), 64),
+    card("a100", r"A100(-SXM4-80GB|-SXM-80GB)", (312, 19.5), (85.0, 2039), 300),
+    card("a100-40", r"A100-(SXM4|SXM)-40GB", (312, 19.5), (42.3, 1555), 300),
+    card("a100-pcie", r"A100 80GB PCIe", (312, 19.5), (85.0, 1935), 32),
+    card("a100-pcie-40", r"A100-PCIE-40GB", (312, 19.5), (42.3, 1555), 32),
+    card("a800", r"A800-SXM4-80GB", (312, 19.5), (85.0, 2039), 200),
+    card("h100", r"H100( SXM5)?( 80GB)?( HBM3)?", (989, 66.9), (85.0, 3350), 450),
+    card("h100-pcie", r"H100 PCIe", (756, 51.2), (85.0, 2000), 64),
     card("h100-nvl", r"H100 NVL", (835, 60.0), (94, 3900), 300),
-    card("h800", r"H800", (989, 66.9), (80, 3350), 200),
+    card("h800", r"H800", (989, 66.9), (85.0, 3350), 200),
     card("h20", r"H20", (148, 44.0), (96, 4000), 450),
     card("h200", r"H200", (989, 66.9), (141, 4800), 450),
     card("h200-nvl", r"H200 NVL", (835, 60.0), (141, 4800), 450),

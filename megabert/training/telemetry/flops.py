@@ -1,4 +1,4 @@
-"""The FLOPs that a training step needs and the FLOP/s that a device can do; MFU is their ratio over time.
+"""Compute the FLOPs that a training step needs and the FLOP/s that a device can do; MFU is their ratio over time.
 
 Counted is what the model needs, whatever else a kernel computes: real tokens only; attention within documents;
 everything after the last layer's attention on masked tokens only; matrix products only, with a multiplication and an

@@ -1,4 +1,4 @@
-"""The record of a run: run.json, with all that is needed to repeat it, and the messages at its start."""
+"""Write run.json, with all that is needed to repeat a run, and make the messages at the run's start."""
 
 import contextlib
 import json

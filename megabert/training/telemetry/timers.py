@@ -1,4 +1,4 @@
-"""Timers: how long each part of a step takes on this rank, and how much of a run's time budget is used."""
+"""Measure how long each part of a step takes on this rank, and how much of a run's time budget is used."""
 
 import time
 from collections.abc import Iterator

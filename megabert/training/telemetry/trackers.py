@@ -1,4 +1,4 @@
-"""Experiment trackers that receive a run's curves besides metrics.jsonl: TensorBoard, a CSV file, Weights & Biases."""
+"""Write a run's curves to experiment trackers besides metrics.jsonl: TensorBoard, a CSV file, Weights & Biases."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Optimizers for pretraining: AdamW, Muon and StableAdamW, and their parameter groups."""
+"""Build the optimizers for pretraining, AdamW, Muon and StableAdamW, and their parameter groups."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

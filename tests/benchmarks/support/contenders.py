@@ -192,9 +192,9 @@ def hf_bert(row: Row, attention_dropout: float = 0.1) -> Contender:
         intermediate_size=row.ffn,
         hidden_dropout_prob=row.dropout,
         attention_probs_dropout_prob=attention_dropout,
-        attn_implementation="sdpa",
     )
     model = BertForMaskedLM(config)
+    model.set_attn_implementation("sdpa")
     return _contender(
         "hf_bert" if attention_dropout else "hf_bert, no attention dropout",
         model,
@@ -219,9 +219,9 @@ def hf_modernbert(row: Row) -> Contender:
         cls_token_id=101,
         sep_token_id=102,
         sparse_prediction=True,
-        attn_implementation="sdpa",
     )
     model = ModernBertForMaskedLM(config)
+    model.set_attn_implementation("sdpa")
     return _contender(
         "hf_modernbert",
         model,

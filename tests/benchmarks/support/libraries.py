@@ -111,7 +111,9 @@ def row_of(counted: Count, kernel: Launch, rows: int, reads: list[int]) -> Row:
     return Row(rows, counted.launches, counted.moved_bytes, len(reads), code.registers, code.spills, programs)
 
 
-def loss_operands(masked: int, hidden: int, vocab: int, device: str) -> tuple[torch.Tensor, ...]:
+def loss_operands(
+    masked: int, hidden: int, vocab: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return hidden (M, E), weight (V, E), bias (V,) in bf16, as autocast casts them, and labels (M,)."""
     shapes = ((masked, hidden), (vocab, hidden), (vocab,))
     rows, weight, bias = (torch.empty(shape, device=device, dtype=torch.bfloat16) for shape in shapes)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import transformers
 from packaging.version import Version
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from sentencepiece import SentencePieceNormalizer
+from sentencepiece.sentencepiece_model_pb2 import NormalizerSpec
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from data_prep import train_tokenizer
@@ -26,6 +28,9 @@ LINES = [
     "The Caf\u00e9 of M\u00dcNCHEN, 東京 don't_stop",
     "a\tb\nc",
     "e\u0301 \u00c9",
+    "a ",
+    "a\n",
+    "A  b. ",
 ]
 LETTERS = sorted({letter for line in LINES for letter in line + line.lower() if not letter.isspace()} | {"e", "u"})
 # Those of a tokenizer_config.json, and of the normalizer in tokenizer.json.
@@ -42,6 +47,14 @@ STATES = [
 ]
 WORDPIECE = "Bert ConvBert DistilBert Electra LayoutLM Lxmert MobileBert RetriBert Splinter SqueezeBert MPNet Funnel"
 SOME = [("Bert", ""), ("ConvBert", "Fast"), ("Funnel", "")]
+SPACES = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+# Normalizers and pre-tokenizers of unigram models. The second is what transformers 4.3 saved of XLM-RoBERTa.
+UNIGRAMS = {
+    "cased": ([], pre_tokenizers.Sequence(SPACES)),
+    "precompiled": ([normalizers.Replace(Regex(" {2,}"), " ")], pre_tokenizers.Metaspace()),
+    "lower": ([normalizers.NFKC(), normalizers.Lowercase()], pre_tokenizers.Metaspace(prepend_scheme="never")),
+}
+PIECES = "XLMRoberta Camembert DebertaV2 Albert T5 Llama BigBird RemBert"
 BYTES = "Roberta Longformer Bart LED Mvp Deberta Luke GPT2 Blenderbot"
 
 pytestmark = pytest.mark.skipif(
@@ -70,6 +83,23 @@ def make_bytes(prefix: bool) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(ROBERTA))
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", ids["</s>"]), ("<s>", ids["<s>"]), True, prefix)
+    return tokenizer
+
+
+def make_unigram(layout: str) -> Tokenizer:
+    steps, splitter = UNIGRAMS[layout]
+    if layout == "precompiled":
+        spec = NormalizerSpec.FromString(SentencePieceNormalizer(rule_name="nmt_nfkc").serialized_normalizer_spec())
+        steps = [normalizers.Precompiled(spec.precompiled_charsmap), *steps]
+    scores = dict.fromkeys(ROBERTA, 0.0) | {"\u2581": -3.0, "\u2581a": -2.0, "\u2581The": -2.0}
+    scores |= {letter: -5 - i / 1000 for i, letter in enumerate(LETTERS)}
+    tokenizer = Tokenizer(models.Unigram(list(scores.items()), unk_id=1))
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(list(ROBERTA))
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 3), ("<s>", 2), False, False)
     return tokenizer
 
 
@@ -116,11 +146,49 @@ def test_a_class_of_bytes_puts_a_space_before_a_text_as_it_does(name, prefix, tm
         )
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "electra", "roberta"])
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    cases([("XLMRoberta", ""), ("Camembert", "Fast"), ("T5", "")], product(PIECES.split(), ("", "Fast"))),
+)
+def test_a_class_of_pieces_gives_its_ids_whatever_its_files_say(name, fast, tmp_path):
+    for layout in UNIGRAMS:
+        assert_same_ids(
+            write(tmp_path / layout, make_unigram(layout), ROBERTA, tokenizer_class=f"{name}Tokenizer{fast}")
+        )
+
+
+KINDS = ["bert", "distilbert", "electra", "roberta", "xlm-roberta", "camembert", "gte"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_tokenizer_that_names_no_class_has_that_of_the_model_beside_it(kind, tmp_path):
-    tokenizer = make_bytes(True) if kind == "roberta" else make_wordpiece(BERT, STATES[1])
-    folder = write(tmp_path / "in", tokenizer, ROBERTA if kind == "roberta" else BERT)
+    if kind in KINDS[4:]:
+        tokenizer = make_unigram("lower")
+    else:
+        tokenizer = make_bytes(True) if kind == "roberta" else make_wordpiece(BERT, STATES[1])
+    folder = write(tmp_path / "in", tokenizer, ROBERTA if kind in KINDS[3:] else BERT)
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert_same_ids(folder)
+
+
+def test_the_config_of_a_model_may_name_the_class(tmp_path):
+    folder = write(tmp_path / "in", make_unigram("lower"), ROBERTA)
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "tokenizer_class": "XLMRobertaTokenizer"}))
+    assert_same_ids(folder)
+
+
+def test_a_modernbert_takes_tokenizer_json_as_it_is_whatever_class_is_named(tmp_path):
+    folder = write(tmp_path / "in", make_wordpiece(BERT, STATES[1]), BERT, tokenizer_class="BertTokenizer")
+    (folder / "config.json").write_text(json.dumps({"model_type": "modernbert"}))
+    assert_same_ids(folder)
+
+
+def test_a_class_that_reads_no_tokenizer_json_is_refused_and_the_advice_works(tmp_path):
+    folder = write(tmp_path / "in", make_bytes(False), ROBERTA, tokenizer_class="BertweetTokenizer")
+    with pytest.raises(ValueError, match=r"tokenizer.json: its class is BertweetTokenizer, but .* set tokenizer_class"):
+        read_hf_tokenizer(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     assert_same_ids(folder)
 
 

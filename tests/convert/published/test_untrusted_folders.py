@@ -137,7 +137,7 @@ def test_heads_must_have_the_shapes_that_the_config_implies(ours, tensors, messa
 
 
 def test_berts_classifier_must_match_its_labels_too(tmp_path):
-    BertForSequenceClassification(BertConfig(**SHAPE, num_labels=3)).save_pretrained(tmp_path)
+    BertForSequenceClassification(BertConfig(**SHAPE | {"num_labels": 3})).save_pretrained(tmp_path)
     assert read_model(tmp_path).config.num_labels == 3
     edit_json(tmp_path / "config.json", id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
     with pytest.raises(ValueError, match=r"classifier.weight has shape \(3, 24\), .* implies \(2, 24\)"):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from megabert.convert.targets import compared_texts, registry
 from megabert.convert.targets.llama import gguf_native, gguf_proof, gguf_writer
 from megabert.convert.targets.llama.gguf_vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, check_vocabulary, composes
 from megabert.convert.targets.llama.gguf_vocabulary import describe_vocabulary as describe
-from megabert.convert.targets.target import Proof
+from megabert.convert.targets.target import DiffersError, Proof
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
 from tests.convert.helpers.wordpiece import WORDPIECE, wordpiece
@@ -67,7 +68,7 @@ def test_vocabularies_that_llama_cpp_cannot_have_are_refused(unigram, changes, m
         check_vocabulary(unigram | changes | {"normalizer": None})
 
 
-BYTE_BPE = {
+BYTE_BPE: dict[str, Any] = {
     "model": {"type": "BPE", "vocab": {"[UNK]": 0, "a": 1, "b": 2, "ab": 3}, "merges": ["a b"], "unk_token": "[UNK]"},
     "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     "added_tokens": [],
@@ -109,6 +110,14 @@ def test_the_files_hold_the_model(files):
         assert rounded.tensors.keys() == exact.tensors.keys()
         for name, tensor in exact.tensors.items():
             np.testing.assert_allclose(rounded.tensors[name], tensor, rtol=0, atol=tolerance)
+
+
+@pytest.mark.serving
+@pytest.mark.parametrize("content", [b"", b"GGU", b"GGUF\x03\0\0\0"])
+def test_a_cut_file_is_named(content, tmp_path):
+    (tmp_path / "cut.gguf").write_bytes(content)
+    with pytest.raises(DiffersError, match="cut.gguf cannot be read"):
+        gguf_proof.read_content(tmp_path / "cut.gguf")
 
 
 def swap_halves(name: str, tensor: np.ndarray) -> np.ndarray:
@@ -181,7 +190,7 @@ WRONG_SETTINGS = {
 
 
 @pytest.mark.serving
-@pytest.mark.parametrize("architecture", ["mosaicbert", "modernbert"])
+@pytest.mark.parametrize("architecture", ["mosaicbert", pytest.param("modernbert", marks=pytest.mark.nightly)])
 def test_a_wrong_setting_is_found_without_llama_cpp(architecture, checkpoint, export_native, tmp_path, monkeypatch):
     import gguf
 

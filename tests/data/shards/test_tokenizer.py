@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from megabert.data.shards.tokenizer import find_tokenizer, parse_tokenizer
 VALUES = [None, True, 0, -1, 1e300, 2**63, "", "x", "\0", [], {}, [[]], "AAAA", [["a", "b"]]]
 
 
-def places(value: object, path: tuple = ()) -> list[tuple]:
+def places(value: Any, path: tuple = ()) -> list[tuple]:
     keys = list(value) if isinstance(value, dict) else range(min(len(value), 9)) if isinstance(value, list) else []
     return [path, *(place for key in keys for place in places(value[key], (*path, key)))]
 

@@ -1,6 +1,7 @@
 """Byte-level BPE, as in ModernBERT: taken as it is, and trained; ids are transformers' on lines of every script."""
 
 import json
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -32,7 +33,7 @@ def modernbert(texts, tmp_path_factory):
         single="[CLS]:0 $A:0 [SEP]:0", pair=pair, special_tokens=ids
     )
     folder = tmp_path_factory.mktemp("modernbert")
-    names = {f"{role}_token": name for role, name in ROLES.items()}
+    names: dict[str, Any] = {f"{role}_token": name for role, name in ROLES.items()}
     names["model_input_names"] = ["input_ids", "attention_mask"]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return folder

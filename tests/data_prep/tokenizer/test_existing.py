@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -256,10 +257,23 @@ def test_the_case_of_a_vocabulary_is_judged_by_shares(wordpiece, tmp_path):
     path.write_text(path.read_text() + "<S>\n<T>\nQ\n")
     converted = AutoTokenizer.from_pretrained(convert(path, tmp_path / "out"))
     assert converted.unk_token_id not in converted("Tensor LAYER <S>")["input_ids"]
-    vocab_file(wordpiece[True], tmp_path)
-    with pytest.raises(ValueError, match=r"is uncased \(none of its \d+ pieces .* Pass --lowercase true"):
-        convert(path, tmp_path / "out", "--lowercase=false")
+    for strays in ("<S>\n<T>\nQ\n", ""):
+        path = vocab_file(wordpiece[True], tmp_path)
+        path.write_text(path.read_text() + strays)
+        with pytest.raises(ValueError, match=r"is uncased \([01] of its \d+ pieces .* Pass --lowercase true, or if"):
+            convert(path, tmp_path / "out", "--lowercase=false")
     convert(path, tmp_path / "out", "--lowercase=true")
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    convert(tmp_path, tmp_path / "as it says")
+
+
+def test_a_georgian_vocabulary_with_latin_capitals_is_cased(tmp_path):
+    """Python's upper() gives Georgian letters capitals, which no text has."""
+    letters = [chr(number) for number in range(0x10D0, 0x10F1)]
+    pieces = [*BERTS, "a", "Tbilisi", *letters, *map("".join, product(letters[:5], letters))]
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(pieces), encoding="utf-8")
+    convert(path, tmp_path / "out", "--lowercase=false")
 
 
 @pytest.mark.parametrize(

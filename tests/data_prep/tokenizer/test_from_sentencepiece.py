@@ -70,13 +70,16 @@ def pair(request, lines):
 
 
 def test_the_ids_are_the_same_on_ten_thousand_real_lines(lines, pair):
-    assert_same(*pair, lines)
+    tokenizer, model = pair
+    assert_same(tokenizer, model, lines)
 
 
 @settings(max_examples=300)
 @given(text=st.text(max_size=60))
 def test_the_ids_are_the_same_on_any_text(pair, text):
-    assert [line for line in differing_lines(*pair, [text]) if not is_tie(*pair, line)] == []
+    tokenizer, model = pair
+    differing = differing_lines(tokenizer, model, [text])
+    assert [line for line in differing if not is_tie(tokenizer, model, line)] == []
 
 
 def test_the_differences_are_those_that_the_readme_lists(lines):

@@ -38,8 +38,8 @@ def cast(self, source, target):
 
 
 def dot(self, a, b, accumulator, *rest):
-    wide = [TensorHandle(widen_bf16(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)]
-    return stock_dot(self, *wide, accumulator, *rest)
+    a, b = (TensorHandle(widen_bf16(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return stock_dot(self, a, b, accumulator, *rest)
 
 
 def install() -> None:

@@ -20,9 +20,9 @@ BF16, FP32 = torch.bfloat16, torch.float32
 SHAPES = [(1, 2), (7, 50), (5, 4097), (4, 9000)]
 
 
-def inputs(rows, width, vocab, dtype=FP32):
+def inputs(rows, width, vocab, dtype=FP32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden = torch.randn(rows, width).to(dtype)
-    return [hidden, torch.randn(vocab, width) / width**0.5, torch.randn(vocab) / 4]
+    return hidden, torch.randn(vocab, width) / width**0.5, torch.randn(vocab) / 4
 
 
 def some_labels(rows, vocab):
@@ -188,8 +188,10 @@ def test_a_label_outside_the_vocabulary_makes_the_loss_nan(wrong):
 
 def test_no_rows_and_only_ignored_rows():
     for labels in (torch.zeros(0, dtype=torch.long), torch.full((3,), ops.IGNORE_INDEX)):
-        leaves = [x.requires_grad_() for x in inputs(len(labels), 8, 30)]
-        loss = kernels.masked_cross_entropy(*leaves, labels)
+        leaves = hidden, weight, bias = inputs(len(labels), 8, 30)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        loss = kernels.masked_cross_entropy(hidden, weight, bias, labels)
         loss.loss_sum.backward()
         assert (loss.loss_sum, loss.num_correct, loss.num_targets) == (0, 0, 0)
         assert all(not x.grad.any() for x in leaves)

@@ -11,7 +11,9 @@ from megabert.config.ds_config import DsConfig
 from megabert.config.ds_schema import Offload
 from megabert.config.recipe_parser import load_recipe, recipe_names
 from megabert.kernels.resolve import torch_ops
+from megabert.model import attention
 from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.architecture import architecture_of
 from megabert.training.micro_batch.batch import Batch, batch_of, piece_lengths
@@ -69,6 +71,64 @@ def memory(tokens, model=BASE.model, zero=1, ranks=8, **options):
 def test_what_is_kept_is_what_a_walk_of_the_model_on_fake_tensors_kept(tokens, gib):
     """The walk saved tensors of mosaicbert-base with the Triton kernels and counted each storage once."""
     assert memory(tokens).kept == pytest.approx(gib * 2**30, rel=0.1)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("name", ["mosaicbert-base", "modernbert-base", "bert-base"])
+def test_what_plain_pytorch_keeps_is_what_autograd_saves(name, bf16, monkeypatch):
+    """Each storage is counted once, with the dropout and the fused attention that PyTorch has on a GPU."""
+    layers, vocab_size, slots, length = 6, 512, 1024, 256
+    small = {"num_hidden_layers": layers, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
+    recipe = load_recipe(name, model=small | ({"max_position_embeddings": 512} if name == "bert-base" else {}))
+    # With dropout PyTorch's attention on a CPU would keep its weights.
+    section = dataclasses.replace(recipe.model, attention_dropout=0.0)
+    model = MegaBertForMaskedLM(architecture_of(section, vocab_size)).train()
+
+    def planner(sequences, slopes, head_dim, reach=None):
+        if sequences.num_keys is None and reach is None:
+            return attention._plan_by_length(sequences.cu_seqlens, slopes)
+        return attention.plan_sdpa(sequences, slopes, head_dim, reach)
+
+    set_ops(model, torch_ops()._replace(attention=planner))
+    monkeypatch.setattr("torch.nn.functional.dropout", lambda x, p: torch.native_dropout(x, p, train=True)[0])
+    weights, saved = {parameter.untyped_storage()._cdata for parameter in model.parameters()}, {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    documents, masked = slots // length, 256
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16, bf16):
+        loss = model.masked_loss(
+            input_ids=torch.arange(slots) % vocab_size,
+            position_ids=torch.arange(length).repeat(documents),
+            cu_seqlens=torch.arange(0, slots + 1, length, dtype=torch.int32),
+            max_seqlen=length,
+            masked_positions=torch.arange(masked),
+            masked_labels=torch.arange(masked),
+        )
+    kept = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
+    assert loss.loss_sum.requires_grad
+    batch = Batch(tokens=slots, slots=slots, masked=masked, attended=0)
+    predicted = memory_of_rank(
+        section, batch, vocab_size=vocab_size, zero=zero_of(1), ranks=1, bf16=bf16, fused=False
+    ).kept
+    assert kept == pytest.approx(predicted, rel=0.05)
+
+
+def test_weights_in_bf16_have_no_copies_of_autocast():
+    own = Formats.of(DsConfig("ds.json", {"bf16": {"enabled": True}}).values)
+    assert memory(1024).kept - memory(1024, formats=own).kept == 2 * num_weights(BASE.model, 30_528)
+
+
+def test_a_card_without_our_kernels_needs_more_memory():
+    recipes = [load_recipe("mosaicbert-base", run={"ops": ops}) for ops in ("auto", "torch")]
+    chosen = [predict_recipe(recipe, card_named("a10"), 8, 1).tokens for recipe in recipes]
+    assert chosen[0] == chosen[1]
+    fits = {name: predict_recipe(recipes[0], card_named(name), 8, 1).memory.total for name in ("v100", "t4", "mi300x")}
+    assert all(total <= 0.9 * card_named(name).memory for name, total in fits.items())
+    small = load_recipe("mosaicbert-base", data={"micro_batch_tokens": 14_720})
+    assert predict_recipe(small, card_named("mi300x"), 8, 1).memory.kept > 1.3 * memory(14_720).kept
 
 
 def test_the_memory_with_recomputed_layers_is_at_least_the_walks_peak():
@@ -209,6 +269,21 @@ def test_fp8_pays_for_wide_layers_and_is_refused_where_there_is_none():
         assert card_named(name).fp8 == pytest.approx(peak)
 
 
+def test_a_cuda_graph_takes_pythons_time_away_and_is_refused_where_it_cannot_be():
+    def predict(card="b200", stage=1, **run):
+        data = {"micro_batch_tokens": 3680, "global_batch_tokens": 29_440}
+        return predict_recipe(load_recipe("mosaicbert-base", data=data, run=run), card_named(card), 8, stage)
+
+    assert predict().seconds["Python"] > 0
+    for on in ("auto", True):
+        assert predict(cuda_graphs=on).seconds["Python"] == 0
+    for card, stage, reason in (("b200", 2, "ZeRO 2 reduces"), ("v100", 1, "the kernels do not run on v100")):
+        impossible = predict(card, stage, cuda_graphs="auto")
+        assert impossible == predict(card, stage)
+        with pytest.raises(ValueError, match=f"run.cuda_graphs is true, but {reason}"):
+            predict(card, stage, cuda_graphs=True)
+
+
 def test_communication_grows_with_stages_and_machines():
     assert communication_s(1e8, H100, 1, 2, 4) == 0
     one, two, many = (communication_s(1e8, H100, *rest) for rest in ((8, 1, 4), (8, 2, 4), (64, 1, 4)))
@@ -221,6 +296,7 @@ def test_every_recipe_has_a_prediction(name):
     recipe = load_recipe(name)
     prediction = predict_recipe(recipe, H100, 2, 1)
     assert 0 < prediction.mfu < 0.7
+    assert predict_recipe(recipe, H100, 8, 1).memory.fits(H100.memory)
     assert hours_of(recipe.run, prediction) > 0
 
 
@@ -230,7 +306,7 @@ def test_every_advice_for_a_number_of_ranks_works(name, ranks):
     with pytest.raises(ValueError, match=f"{ranks} ranks") as refused:
         predict_recipe(recipe, H100, ranks, 1)
     settings = re.findall(r"[Ss]et data\.(\w+) (\d+)", str(refused.value))
-    others = re.findall(r"\d+", re.search(r"use ([\d, or]+) ranks?", str(refused.value))[1])
+    others = re.findall(r"\d+", re.findall(r"use ([\d, or]+) ranks?", str(refused.value))[0])
     assert settings
     assert others
     for setting, value in settings:
@@ -271,7 +347,8 @@ def call(capsys, monkeypatch):
     """Run the command in this process. Returns exit code, stdout and stderr."""
 
     def run(*flags):
-        monkeypatch.setattr("sys.argv", ["launch/estimate.py", *flags])
+        recipe = () if "--recipe" in flags else ("--recipe", "mosaicbert-base")
+        monkeypatch.setattr("sys.argv", ["launch/estimate.py", *recipe, *flags])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(REPOSITORY / "launch/estimate.py"), run_name="__main__")
         return end.value.code, *capsys.readouterr()
@@ -289,7 +366,7 @@ def call(capsys, monkeypatch):
         (["--gpu", "t4", "--gpus", "1"], ["TFLOP/s in fp32"]),
         (["--gpu", "h100", "--gpus", "8"], ["micro-batch       58,880 tokens, 1 on each GPU in a step"]),
         (
-            ["--gpu", "t4", "--gpus", "1", "--micro_batch_tokens", "58880"],
+            ["--gpu", "t4", "--gpus", "1", "--data.micro_batch_tokens", "58880"],
             ["DOES NOT FIT: halve data.micro_batch_tokens"],
         ),
     ],
@@ -306,7 +383,7 @@ def test_the_command_prints_price_and_memory(call, flags, shown):
         (["--gpu", "h1"], "no GPU is called h1 here, expected one of: a100"),
         (["--gpus", "7"], "evenly between 7 ranks. Set data.global_batch_tokens 473088, or use 4, 5 or 8 ranks"),
         (
-            ["--gpus", "7", "--micro_batch_tokens", "14720"],
+            ["--gpus", "7", "--data.micro_batch_tokens", "14720"],
             "is 32 micro-batches of 14720 tokens, which 7 ranks cannot share evenly",
         ),
         (["--gpus", "0"], "--gpus is 0, expected a number in [1, 1048576]"),
@@ -323,3 +400,23 @@ def test_what_the_command_cannot_predict_is_one_line_and_exit_code_2(call, flags
     assert (code, out, errors.count("\n")) == (2, "", 1)
     assert errors.startswith("launch/estimate.py: ")
     assert message in errors
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus"), [("mosaicbert-base", "3"), ("mosaicbert-base", "1000"), ("modernbert-large", "64")]
+)
+def test_the_commands_advice_can_be_followed(call, recipe, gpus):
+    code, _, errors = call("--recipe", recipe, "--gpus", gpus)
+    assert code == 2
+    advice = re.split(r"[Ss]et ", errors)[1]
+    flags = [f"--{name}={value}" for name, value in re.findall(r"(data\.\w+) (\d+)", advice)]
+    code, out, errors = call("--recipe", recipe, "--gpus", gpus, *flags)
+    assert (code, errors) == (0, "")
+    assert f"{recipe} on {gpus} x h100" in out
+
+
+def test_the_commands_refusal_of_fp8_can_be_followed(call):
+    code, _, errors = call("--gpu", "a100", "--run.fp8", "torchao")
+    assert code == 2
+    assert "set run.fp8 to none" in errors
+    assert call("--gpu", "a100", "--run.fp8", "none")[0] == 0

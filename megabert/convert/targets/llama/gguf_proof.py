@@ -136,10 +136,13 @@ def _prove_by_llama_cpp(folder: Path, expected: Expected, by_port: Proof) -> Pro
 
 
 def read_content(path: Path) -> gguf_native.Content:
-    """Read a file back by the package gguf."""
+    """Read a file back by the package gguf. Raises DiffersError if it is cut."""
     import gguf
 
-    reader = gguf.GGUFReader(path)
+    try:
+        reader = gguf.GGUFReader(path)
+    except (IndexError, ValueError) as error:
+        raise DiffersError(f"{path.name} cannot be read: {error}") from error
     architecture = reader.fields["general.architecture"].contents()
     settings = gguf_native.Settings(
         {name.removeprefix(f"{architecture}."): value.contents() for name, value in reader.fields.items()}

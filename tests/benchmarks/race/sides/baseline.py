@@ -90,7 +90,7 @@ class Baseline:
             vocab_size=len(names), hidden_size=self.width, num_hidden_layers=self.layers,
             num_attention_heads=self.heads, intermediate_size=self.ffn, max_position_embeddings=MAX_SEQ_LEN,
             hidden_dropout_prob=self.dropout, attention_probs_dropout_prob=self.dropout,
-            initializer_range=self.initializer_range, pad_token_id=names.pad_token_id, attn_implementation="sdpa",
+            initializer_range=self.initializer_range, pad_token_id=names.pad_token_id,
         )  # fmt: skip
         arguments = TrainingArguments(
             str(out / "trainer"), use_cpu=True, bf16=self.bf16, seed=seed, max_steps=steps, learning_rate=self.lr,
@@ -101,7 +101,9 @@ class Baseline:
         )  # fmt: skip
         collator = DataCollatorForLanguageModeling(names, mlm_probability=self.masking)
         watch = Stopwatch()
-        trainer = Trainer(BertForMaskedLM(config), arguments, collator, Rows(corpus, self.layout), callbacks=[watch])
+        model = BertForMaskedLM(config)
+        model.set_attn_implementation("sdpa")
+        trainer = Trainer(model, arguments, collator, Rows(corpus, self.layout), callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         return trainer, watch
