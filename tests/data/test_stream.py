@@ -493,7 +493,8 @@ def test_places_for_documents_suffice_and_are_few(truncate, bin_tokens, most):
     assert config.max_documents == {128: most}
     batches = [batch for batch, _, _ in rank_batches(corpus, config, 60)]
     assert sum(batch.num_documents == most for batch in batches) <= 1
-    assert np.mean([batch.num_tokens for batch in batches]) > 0.99 * bin_tokens
+    # With truncate the batches pass the end of the first epoch, which leaves one bin half empty.
+    assert np.mean(sorted(batch.num_tokens for batch in batches)[truncate:]) > 0.99 * bin_tokens
     for batch in batches:
         assert (batch.cu_seqlens.diff() > 0).sum() == batch.num_documents
         assert batch.cu_seqlens[batch.num_documents] == bin_tokens
