@@ -327,6 +327,7 @@ def test_a_faster_card_and_more_gpus_take_less_time():
 def test_every_published_run_is_met_or_has_a_reason():
     for run in RUNS:
         assert abs(run.error()) <= CLOSE or run.reason, run.name
+        assert run.fp8 == ("MLPerf" in run.name and run.gpu != "a100")
 
 
 def test_this_cpus_row_has_a_measured_and_a_predicted_speed(monkeypatch, capsys):
