@@ -18,7 +18,7 @@ from support import report
 from megabert.config.recipe import ModelConfig
 from megabert.config.recipe_parser import load_recipe
 from megabert.training.micro_batch.batch import Batch
-from megabert.training.roofline.estimate import predict
+from megabert.training.roofline.estimate import predict, predict_recipe
 from megabert.training.telemetry.cards import card_named
 
 CLOSE = 0.2
@@ -135,6 +135,40 @@ RUNS = [
 ]  # fmt: skip
 
 
+# The settings whose effect the formula knows, each against mosaicbert-base as it is, at ZeRO 1: overrides and stage.
+LEVERS = {
+    "run.cuda_graphs auto": ({"run.cuda_graphs": "auto"}, 1),
+    "run.fp8 torchao, run.compile": ({"run.fp8": "torchao", "run.compile": True}, 1),
+    "data.micro_batch_tokens 14720": ({"data.micro_batch_tokens": 14_720}, 1),
+    "model.layer_norm_dtype float32": ({"model.layer_norm_dtype": "float32"}, 1),
+    "ZeRO 0": ({}, 0),
+    "ZeRO 2": ({}, 2),
+}
+
+
+def speed(gpu: str, overrides: dict[str, object], stage: int) -> float:
+    """Return the predicted tokens/s per GPU of mosaicbert-base on 8 of them."""
+    recipe = load_recipe("mosaicbert-base", **overrides)
+    return predict_recipe(recipe, card_named(gpu), 8, stage).tokens_per_s
+
+
+def print_levers() -> None:
+    """Print the likely speed, a floor, and what each setting changes.
+
+    The floor is as far below as the worst of the published runs of fused programs is below its prediction.
+    """
+    worst = max(run.error() for run in RUNS if run.model.padding != "padded")
+    gpus = ("a100", "h100")
+    likely = {gpu: speed(gpu, {}, 1) for gpu in gpus}
+    print("\n| mosaicbert-base, tokens/s per GPU | 8 x a100 | 8 x h100 |\n|---|---|---|")
+    print(f"| likely | {' | '.join(f'{likely[gpu] / 1e3:.0f}k' for gpu in gpus)} |")
+    print(f"| floor | {' | '.join(f'{likely[gpu] / (1 + worst) / 1e3:.0f}k' for gpu in gpus)} |")
+    for name, (overrides, stage) in LEVERS.items():
+        of = [gpu for gpu in gpus if "fp8" not in name or card_named(gpu).fp8]
+        gains = [f"{speed(gpu, overrides, stage) / likely[gpu] - 1:+.1%}" if gpu in of else "none" for gpu in gpus]
+        print(f"| {name} | {' | '.join(gains)} |")
+
+
 def main() -> None:
     parser = report.make_parser(__doc__ or "", quick="one row of --cpu")
     parser.add_argument("--cpu", action="store_true", help="also compare with the speed of this machine's CPU")
@@ -149,6 +183,7 @@ def main() -> None:
     errors = [abs(run.error()) for run in RUNS]
     figures = {"estimate_error_max": max(errors), "estimate_error_median": statistics.median(errors)}
     print(f"\nlargest difference {figures['estimate_error_max']:.0%}, median {figures['estimate_error_median']:.0%}")
+    print_levers()
     if arguments.cpu:
         # Imported here because it loads transformers and the compiler.
         from support.this_cpu import compare
