@@ -59,6 +59,8 @@ def test_a_card_that_runs_plain_pytorch_is_told_apart(base, monkeypatch, ops, mi
     monkeypatch.setattr(choose, "memory_bytes", lambda device: 24e9)
     monkeypatch.setattr(choose, "has_fast_bf16", lambda device: True)
     monkeypatch.setattr(choose, "why_not_all_fused", lambda *arguments: missing)
+    monkeypatch.setattr(choose, "gather_dicts", lambda own: own)
+    monkeypatch.setattr(choose, "broadcast_from_rank0", lambda make, *_: make())
     monkeypatch.setattr(Chooser, "choose", lambda self: made.append(self.fused) or 1024)
     resolve_micro_batch(base(run={"ops": ops}), read_ds_config(ds_config_path("zero1")), 0, 1)
     assert made == [fused]

@@ -21,7 +21,7 @@ from megabert.training.micro_batch.memory import Formats, memory_of_rank, num_we
 from megabert.training.roofline.estimate import communication_s, hours_of, predict_recipe, zero_of
 from megabert.training.roofline.work import needed_flops, operations
 from megabert.training.telemetry.cards import card_named
-from tests.benchmarks.bench_estimate import CLOSE, RUNS
+from tests.benchmarks.bench_estimate import CLOSE, LEVERS, RUNS, print_levers
 from tests.benchmarks.support import contenders, this_cpu
 from tests.benchmarks.support.contenders import Row
 from tests.helpers.runs import REPOSITORY
@@ -327,6 +327,15 @@ def test_a_faster_card_and_more_gpus_take_less_time():
 def test_every_published_run_is_met_or_has_a_reason():
     for run in RUNS:
         assert abs(run.error()) <= CLOSE or run.reason, run.name
+        assert run.fp8 == ("MLPerf" in run.name and run.gpu != "a100")
+
+
+def test_the_floor_and_the_levers_are_printed_for_both_cards(capsys):
+    print_levers()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [name for name, *_ in rows] == ["likely", "floor", *LEVERS]
+    likely, floor = ([int(cell[:-1]) for cell in row[1:]] for row in rows[:2])
+    assert all(low < high for low, high in zip(floor, likely, strict=True))
 
 
 def test_this_cpus_row_has_a_measured_and_a_predicted_speed(monkeypatch, capsys):
