@@ -64,8 +64,8 @@ def test_the_corpus_of_docstrings_has_nothing_of_megabert_itself(tmp_path, monke
     # setuptools leaves a megabert.egg-info beside the code, which lists all files of megabert.
     package = tmp_path / "megabert.egg-info"
     package.mkdir()
-    metadata = importlib.metadata.distribution("megabert").read_text("METADATA") or ""
-    (package / "PKG-INFO").write_text(metadata)
+    installed = importlib.metadata.distribution("megabert")
+    (package / "PKG-INFO").write_text(installed.read_text("METADATA") or installed.read_text("PKG-INFO") or "")
     (package / "SOURCES.txt").write_text("megabert/own.py\n")
     (tmp_path / "megabert").mkdir()
     (tmp_path / "megabert/own.py").write_text('"""Of megabert."""\n')

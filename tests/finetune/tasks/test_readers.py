@@ -211,8 +211,7 @@ def test_a_users_task_reads_csv_and_tsv_files(tmp_path):
     with pytest.raises(ValueError, match=r"own\.csv, line 2: new-line character seen in unquoted field"):
         read_split(task, tmp_path, "train")
     (tmp_path / "own.csv").write_text('label,text\ngood,"' + "long " * 30_000 + '"\n')
-    with pytest.raises(ValueError, match=r"own\.csv, line 2: field larger than field limit.*is a quote not closed"):
-        read_split(task, tmp_path, "train")
+    assert len(read_split(task, tmp_path, "train").first[0]) == 150_000
     (tmp_path / "own.tsv").write_text("text\tlabel\n" + "long " * 30_000 + "\tgood\n")
     assert len(read_split(task, tmp_path, "validation").first[0]) == 150_000
 

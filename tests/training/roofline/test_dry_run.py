@@ -152,7 +152,7 @@ def write_checkpoint(attempt: Attempt, folder: Path) -> None:
     )  # fmt: skip
     folder.mkdir(parents=True)
     (folder / layout.STATE).write_text(json.dumps(dataclasses.asdict(state)))
-    (folder / layout.STREAMS).write_text(json.dumps({"format": 3, "streams": {}}))
+    (folder / layout.STREAMS).write_text(json.dumps({"format": 5, "streams": {}}))
     (folder / "a.pt").write_bytes(b"weights")
     files = {name: (folder / name).stat().st_size for name in layout.files_of(folder)}
     hashes = {name: [size, hashing.file_sha256(folder / name)] for name, size in files.items()}
