@@ -19,7 +19,7 @@ def load_recipe(name_or_path: "str | Path" = "quickstart", **overrides: Any) -> 
     """
     from megabert.config import cli, recipe_parser
 
-    with cli.named_commands():
+    with cli.installed_names():
         return recipe_parser.load_recipe(name_or_path, **overrides)
 
 
@@ -31,7 +31,7 @@ def pretrain(recipe: "Recipe", ds_config: "str | Path" = "zero2") -> "PretrainRe
     from megabert.commands import notebook
     from megabert.config import cli
 
-    with cli.named_commands():
+    with cli.installed_names():
         return notebook.pretrain(recipe, ds_config)
 
 

@@ -210,7 +210,7 @@ def read_flags(options: type[T], prog: str, description: str, argv: Sequence[str
 
 
 @contextlib.contextmanager
-def named_commands() -> Iterator[None]:
+def installed_names() -> Iterator[None]:
     """Let a ValueError of the block name commands as name_commands does: for callers from Python, without run()."""
     try:
         yield

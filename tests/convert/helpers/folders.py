@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,21 @@ def write_published_mosaicbert(folder: Path, **more: object) -> dict[str, torch.
 
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def damages_of_server_files(target: str) -> dict[str, tuple[Callable[[Path], object], str]]:
+    """What may be wrong in the files that TEI and others read beside a target's model, and what is said of each."""
+
+    def edit(file: str, **changes: object) -> Callable[[Path], object]:
+        return lambda folder: edit_json(folder / target / file, **changes)
+
+    return {
+        "no modules": (lambda folder: (folder / target / "modules.json").unlink(), "modules.json is missing"),
+        "a shorter text": (edit("sentence_bert_config.json", max_seq_length=5), "max_seq_length is 5, expected"),
+        "a shorter text for the tokenizer": (
+            edit("tokenizer_config.json", model_max_length=5), "model_max_length is 5, expected"
+        ),
+    }  # fmt: skip
 
 
 class MakesFolder:

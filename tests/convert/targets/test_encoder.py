@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megabert.convert.targets import compared_texts, encoder, registry
 from megabert.convert.targets.target import DiffersError
-from tests.convert.helpers.folders import edit_json
+from tests.convert.helpers.folders import damages_of_server_files, edit_json
 from tests.convert.helpers.small_model import SHAPE, small_model
 
 V, E, F = SHAPE["vocab_size"], SHAPE["hidden_size"], SHAPE["intermediate_size"]
@@ -145,15 +145,7 @@ DAMAGES = {
     "another theta for servers": (edit_config(global_rope_theta=5.0), "rope_theta differs"),
     "other global layers for servers": (edit_config(global_attn_every_n_layers=1), "global_attention_every differs"),
     "another class for vLLM": (edit_config(architectures=["ModernBertForMaskedLM"]), "architectures is"),
-    "a shorter text": (
-        lambda folder: edit_json(folder / "encoder/sentence_bert_config.json", max_seq_length=5),
-        "max_seq_length is 5, expected",
-    ),
-    "a shorter text for the tokenizer": (
-        lambda folder: edit_json(folder / "encoder/tokenizer_config.json", model_max_length=5),
-        "model_max_length is 5, expected",
-    ),
-    "no modules": (lambda folder: (folder / "encoder/modules.json").unlink(), "modules.json is missing"),
+    **damages_of_server_files("encoder"),
     "no pooling": (lambda folder: (folder / "encoder/1_Pooling/config.json").unlink(), "config.json: no such file"),
 }
 

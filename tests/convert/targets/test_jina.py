@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from megabert.convert.targets import jina_port
 from megabert.model.alibi import alibi_slopes
 from megabert.model.modeling_megabert import MegaBertModel
-from tests.convert.helpers.folders import edit_json
+from tests.convert.helpers.folders import damages_of_server_files, edit_json
 
 
 def test_a_query_for_a_key_is_found(write_damaged):
@@ -53,15 +53,7 @@ DAMAGES = {
         f"another {name}": (edit_config(**{name: "another"}), f"{name} is 'another', expected")
         for name in ("position_embedding_type", "hidden_act", "feed_forward_type", "_name_or_path")
     },
-    "no modules": (lambda folder: (folder / "jina/modules.json").unlink(), "modules.json is missing"),
-    "a shorter text": (
-        lambda folder: edit_json(folder / "jina/sentence_bert_config.json", max_seq_length=5),
-        "max_seq_length is 5, expected",
-    ),
-    "a shorter text for the tokenizer": (
-        lambda folder: edit_json(folder / "jina/tokenizer_config.json", model_max_length=5),
-        "model_max_length is 5, expected",
-    ),
+    **damages_of_server_files("jina"),
     "an extra tensor": (edit_tensors(lambda tensors: tensors | {"x": torch.zeros(2)}), "x has shape .* imply none"),
     "no guard": (edit_tensors(lambda tensors: {n: t for n, t in tensors.items() if "position" not in n}), "one row"),
 }

@@ -1,5 +1,6 @@
 """Compute embeddings with the BERT or ModernBERT in a GGUF file by transformers' own class, in place of llama.cpp."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,18 +79,22 @@ def _rename(name: str, architecture: str) -> str:
     return f"{TENSOR_NAMES[architecture].get(general, general)}.{part}".replace("{}", layer)
 
 
-def _make_model(content: Content) -> PreTrainedModel:
-    """Make the model that the file's settings describe, in fp64, without weights."""
-    settings = content.settings
-    sizes = {
+def sizes_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes of a model that the file's settings give, by transformers' names."""
+    return {
         "vocab_size": len(settings["tokenizer.ggml.tokens"]),
         "hidden_size": settings["embedding_length"],
         "num_hidden_layers": settings["block_count"],
         "num_attention_heads": settings["attention.head_count"],
         "intermediate_size": settings["feed_forward_length"],
         "max_position_embeddings": settings["context_length"],
-        "pad_token_id": None,
     }
+
+
+def _make_model(content: Content) -> PreTrainedModel:
+    """Make the model that the file's settings describe, in fp64, without weights."""
+    settings = content.settings
+    sizes = sizes_of(settings) | {"pad_token_id": None}
     epsilon = settings["attention.layer_norm_epsilon"]
     if content.architecture == "bert":
         config = BertConfig(

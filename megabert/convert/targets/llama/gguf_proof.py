@@ -159,15 +159,7 @@ def as_jina(content: gguf_native.Content) -> jina_port.JinaBert:
     settings = content.settings
     back = {new: theirs for theirs, new in gguf_names(settings["block_count"]).items()}
     renamed = {back.get(name, name): tensor for name, tensor in content.tensors.items()}
-    sizes = {
-        "vocab_size": len(settings["tokenizer.ggml.tokens"]),
-        "hidden_size": settings["embedding_length"],
-        "num_hidden_layers": settings["block_count"],
-        "num_attention_heads": settings["attention.head_count"],
-        "intermediate_size": settings["feed_forward_length"],
-        "type_vocab_size": settings["tokenizer.ggml.token_type_count"],
-        "max_position_embeddings": settings["context_length"],
-    }
+    sizes = gguf_native.sizes_of(settings) | {"type_vocab_size": settings["tokenizer.ggml.token_type_count"]}
     return jina_port.make_model(renamed, sizes, settings["attention.layer_norm_epsilon"])
 
 
