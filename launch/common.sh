@@ -10,7 +10,7 @@ say() { echo "$@" 2> /dev/null || true; }
 
 # End with one line if the folder $1, which OUT names, is a URL: mkdir would make a folder of that name.
 check_output() {
-    [[ $1 != *://* ]] || { echo "OUT is '$1', expected a path: a disk or a mounted file system is written" >&2; exit 2; }
+    [[ $1 != *://* ]] || { echo "OUT is '$1', expected a path on a disk or a mounted file system" >&2; exit 2; }
 }
 
 # Enter the Python environment in the folder $1 (empty: stay in the one that is active). End with one line if it is

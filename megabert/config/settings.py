@@ -61,10 +61,10 @@ def check_limits(settings: Any, prefix: str = "") -> None:
 def check_output(name: str, value: str) -> None:
     """Raise ValueError for an output that is a URL or a command, which would become a folder of that name."""
     if match := COMMAND_OR_ADDRESS.match(value):
-        remedy = "Name a folder there, and copy the result"
+        remedy = "Pass such a path, and copy the result"
         if match[1].lower() == "file":
             remedy = f"Leave out {match[1]}://"
-        raise ValueError(f"{name} is {value!r}, expected a path: a disk or a mounted file system is written. {remedy}.")
+        raise ValueError(f"{name} is {value!r}, expected a path on a disk or a mounted file system. {remedy}.")
 
 
 def limits_of(settings: type, prefix: str = "") -> dict[str, str]:

@@ -39,7 +39,7 @@ def test_an_output_that_is_no_path_is_refused(options, out, capsys):
         read_flags(options, "x.py", "", [*COMMANDS[options], *(["--out", out] if is_flag else [out])])
     assert exit.value.code == 2
     printed = capsys.readouterr().err
-    assert printed.startswith(f"x.py: {'--' if is_flag else ''}out is '{out}', expected a path: ")
+    assert printed.startswith(f"x.py: {'--' if is_flag else ''}out is '{out}', expected a path on ")
     assert printed.endswith("Leave out file://.\n" if out.startswith("file:") else "copy the result.\n")
 
 

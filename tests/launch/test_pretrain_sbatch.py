@@ -144,7 +144,7 @@ def test_an_output_in_a_store_is_an_error_before_any_folder(attempt, tmp_path):
     ended, printed, _ = attempt(0, "exit 0", OUT="s3://bucket/run")
     assert (ended, printed) == (
         2,
-        "OUT is 's3://bucket/run', expected a path: a disk or a mounted file system is written\n",
+        "OUT is 's3://bucket/run', expected a path on a disk or a mounted file system\n",
     )
     assert not (tmp_path / "s3:").exists()
 
