@@ -121,6 +121,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: contains a {type(value).__name__}, expected an object.")
+    if not isinstance(name := value.get("tokenizer_class"), str | None):
+        raise ValueError(f"{path}: tokenizer_class is a {type(name).__name__}, expected a text.")
     return value
 
 
@@ -137,7 +139,7 @@ def find_class(folder: Path, settings: dict[str, Any]) -> str | None:
     if (kind := config.get("model_type")) == PLAIN_MODEL:
         return None
     name = settings.get("tokenizer_class") or config.get("tokenizer_class") or CLASSES.get(str(kind))
-    return str(name) if name else None
+    return name or None
 
 
 def _has_class(name: str) -> bool:

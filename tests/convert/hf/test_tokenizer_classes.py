@@ -183,6 +183,16 @@ def test_a_modernbert_takes_tokenizer_json_as_it_is_whatever_class_is_named(tmp_
     assert_same_ids(folder)
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt"])
+def test_a_class_that_is_no_text_is_refused(tmp_path, file):
+    folder = write(tmp_path / "in", make_wordpiece(BERT, STATES[1]), BERT, tokenizer_class=["BertTokenizer"])
+    if file == "vocab.txt":
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.txt").write_text("\n".join([*BERT, "the"]))
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: tokenizer_class is a list, expected a text\."):
+        read_hf_tokenizer(folder)
+
+
 def test_a_class_that_reads_no_tokenizer_json_is_refused_and_the_advice_works(tmp_path):
     folder = write(tmp_path / "in", make_bytes(False), ROBERTA, tokenizer_class="BertweetTokenizer")
     with pytest.raises(ValueError, match=r"tokenizer.json: its class is BertweetTokenizer, but .* set tokenizer_class"):
