@@ -72,7 +72,8 @@ def test_training_resumes_before_a_damaged_checkpoint_and_says_so(corpus, undist
     newest = out / "checkpoints" / f"step-{STEPS:08d}"
     largest = max(newest.glob("*.pt"), key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 1  # one bit
+    # One bit.
+    data[len(data) // 2] ^= 1
     largest.write_bytes(bytes(data))
     done = run_command(pretrain_command(corpus, out, *SETTINGS))
     assert done.code == 0, done.output
@@ -174,6 +175,7 @@ def test_score_against_cost_is_drawn_from_training_checkpoints(undisturbed, task
     assert points[-1]["step"] == STEPS
     assert points[-1]["dollars"] == pytest.approx(2 * points[-1]["hours"])
     assert points[-1]["tokens"] == read_metrics(undisturbed / "metrics.jsonl")[-1]["tokens"]
-    for cost in ("hours", "tokens", "dollars"):  # the best point is on each cost's front
+    # The best point is on each cost's front.
+    for cost in ("hours", "tokens", "dollars"):
         assert any(cost in point["fronts"] for point in points)
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")

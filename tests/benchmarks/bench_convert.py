@@ -119,7 +119,8 @@ def main() -> None:
             str(Path(__file__).with_name("support") / "encode_texts.py"),
             str(folder / "base-hf"),
         ]
-        size, rounds = 32, 2 if options.quick else 12  # smaller batches have less padding to avoid
+        # Smaller batches have less padding to avoid.
+        size, rounds = 32, 2 if options.quick else 12
         speed = run([*encode, str(folder / "texts.json"), str(size), str(rounds)])
     figures["encode_vs_hf_bert"] = speed["ratio"]
     lengths = (

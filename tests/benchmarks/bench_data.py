@@ -89,7 +89,8 @@ def compare_loaders(corpus: Corpus, folder: Path, rounds: int, seconds: float) -
     pieces = [piece for chunk in chunks[:16] for piece in framed(*chunk)]
     config = config_of(corpus)
     alone = counted(iter(stream(corpus, config)))
-    sum(islice(alone, 48))  # fills every stream's packing buffer
+    # Fills every stream's packing buffer.
+    sum(islice(alone, 48))
     loaders = {
         "ours": counted(iter(open_loader(stream(corpus, config), 1))),
         "memory_mapped": peers.packed_tokens(peers.MemoryMapped(pieces, VOCAB, T, folder / "tokens.bin")),
@@ -104,7 +105,8 @@ def compare_loaders(corpus: Corpus, folder: Path, rounds: int, seconds: float) -
     for _ in range(rounds):
         rates["alone"].append(rate(alone, seconds))
         for name, tokens in loaders.items():
-            time.sleep(0.5)  # until the queues of the other loaders are full and their workers sleep
+            # Until the queues of the other loaders are full and their workers sleep.
+            time.sleep(0.5)
             rates[name].append(rate(tokens, seconds))
     for name, values in rates.items():
         print(f"  {name:20} {statistics.median(values) / 1e6:8.2f} M tokens/s")

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the reason given in bench_train.py
+# For the reason given in bench_train.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from bench_saving import SIZES, open_run, overhead, run_flags, window
@@ -43,7 +44,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 ROUNDS = 25
 QUICK_ROUNDS = 7
-PAIRS = 3  # pairs of commands, on one and on two ranks; one pair with --quick
+# Pairs of commands, on one and on two ranks; one pair with --quick.
+PAIRS = 3
 # Steps of a command whose speed is measured; the first WARM_UP_STEPS do not count.
 SPEED_STEPS = 12
 QUICK_SPEED_STEPS = 7

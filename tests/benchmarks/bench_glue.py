@@ -119,7 +119,8 @@ class Theirs:
 
     def train(self, train: Examples, settings: Settings, seed: int, sampling: str = "random") -> tuple[Any, float]:
         """Train a model. sampling: the order of the examples, random or group_by_length."""
-        torch.manual_seed(seed)  # initializes the classifier
+        # Initializes the classifier.
+        torch.manual_seed(seed)
         model = BertForSequenceClassification.from_pretrained(
             self.folder, num_labels=self.task.num_labels, attention_probs_dropout_prob=settings.attention_dropout
         )
@@ -136,7 +137,8 @@ class Theirs:
 def measure_speed(ours: Ours, theirs: Theirs, train: Examples, turns: int) -> dict[str, float]:
     """Return the examples per second of both sides, which train in turns, and the median ratio over the turns."""
     settings = dataclasses.replace(SETTINGS, epochs=1)
-    ours.train(train, settings, 0)  # torch.compile compiles here
+    # torch.compile compiles here.
+    ours.train(train, settings, 0)
     theirs.train(random_subset(train, settings.batch_size), settings, 0)
     speeds: list[tuple[float, float]] = []
     for turn in range(turns):

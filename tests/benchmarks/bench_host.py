@@ -143,7 +143,8 @@ def engine_step(stage: int, batches: list[PackedBatch]) -> Callable[[], None]:
     settings = plan.ds_config.settings | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     if stage:
         # As many buckets as mosaicbert-base has with those of ds_configs.
-        bucket = sum(parameter.numel() for parameter in model.parameters()) // 6 * 2 + 2  # an even number
+        # An even number.
+        bucket = sum(parameter.numel() for parameter in model.parameters()) // 6 * 2 + 2
         buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         settings["zero_optimization"] = settings["zero_optimization"] | buckets
     engine = engine_module.build_engine(plan, model, settings, gate)
@@ -162,7 +163,8 @@ def main() -> None:
     if ZEROS not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {ZEROS: "255"})
     torch.set_num_threads(1)
-    torch.backends.mkldnn.set_flags(False)  # it takes 0.3 ms for the smallest product
+    # It takes 0.3 ms for the smallest product.
+    torch.backends.mkldnn.set_flags(False)
     no_launch = NoLaunch()
     driver.set_active(no_launch)
     init_distributed()

@@ -239,7 +239,8 @@ def time_s(contender: Contender, repeats: int, sets: int = SETS) -> float:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles and tunes what it will
+        # Compiles and tunes what it will.
+        for _ in range(3):
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the reason given in bench_train.py
+# For the reason given in bench_train.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from matplotlib.figure import Figure
@@ -48,9 +49,11 @@ LIMITS = (128, 256, 512, 1024)
 MASKED_SHARE = 0.15
 TOKENS, QUICK_TOKENS = 1_700_000, 40_960
 TEXTS, QUICK_TEXTS = 200, 8
-QUICK_FILES = 8  # every 8th file of the corpus
+# Every 8th file of the corpus.
+QUICK_FILES = 8
 HOLD_OUT_EVERY = 12
-CURVE_STEP = 32  # positions that one point of a curve averages
+# Positions that one point of a curve averages.
+CURVE_STEP = 32
 
 
 class Reading(NamedTuple):

@@ -22,8 +22,10 @@ from data_prep.writing import merged_runs, passes
 from data_prep.writing.shard_options import Options
 from data_prep.writing.sorted_runs import TaskSummary, WriteSettings
 
-TEXT_BYTES_PER_TOKEN = 4.4  # of English with a vocabulary of 30,000
-PARTS = 3  # of each step
+# Of English with a vocabulary of 30,000.
+TEXT_BYTES_PER_TOKEN = 4.4
+# Of each step.
+PARTS = 3
 QUICK_BYTES, FULL_BYTES = 2_000_000, 20_000_000
 
 

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the reason given in bench_train.py
+# For the reason given in bench_train.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from support.corpus import write_text_shards
 from support.report import read_arguments, write
@@ -30,8 +31,10 @@ from megabert.training.plan import make_plan
 from megabert.training.run import Run, build_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-EVERY = 100  # steps between two saves
-SIZES = {  # layers, hidden size, heads, MLP width; steps of a window, which must take longer than a save
+# Steps between two saves.
+EVERY = 100
+# Layers, hidden size, heads, MLP width; steps of a window, which must take longer than a save.
+SIZES = {
     "mini": (4, 256, 4, 1024, 8),
     "small": (6, 512, 8, 2048, 5),
 }
@@ -89,7 +92,8 @@ def main() -> None:
         for size in ["mini"] if options.quick else list(SIZES):
             run = open_run(size, tokens, base / size)
             steps = SIZES[size][-1]
-            window(run, 3, save=False)  # before the first step the optimizer has no moments to save
+            # Before the first step the optimizer has no moments to save.
+            window(run, 3, save=False)
             window(run, 1, save=True)
             files = next(path for path in run.plan.checkpoints.glob("step-*")).iterdir()
             mb = sum(path.stat().st_size for path in files) / 1e6

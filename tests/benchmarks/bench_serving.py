@@ -124,8 +124,10 @@ def main() -> None:
             "onnx_int8": by_onnx(out / onnx_graphs.QUANTIZED),
         }
         for encode in encoders.values():
-            encode(*batches(ids[:2], 0)[0][1:])  # the first call of each is slower
-        equal = share_equal(ids, sentences, out)  # the graphs have no tokenizer but the folder's
+            # The first call of each is slower.
+            encode(*batches(ids[:2], 0)[0][1:])
+        # The graphs have no tokenizer but the folder's.
+        equal = share_equal(ids, sentences, out)
         measured = {kind: measure(encoders, ids, kind == "sorted") for kind in ("as they come", "sorted")}
     counts = " and ".join(f"{len(part['hf_bert'][1])} {kind}" for kind, part in measured.items())
     print(f"\n{counts} of {len(sentences)} sentences, in batches of {BATCH}; {config.num_hidden_layers} x ", end="")

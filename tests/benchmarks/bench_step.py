@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads OpenMP
+# Read when torch loads OpenMP.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
@@ -83,7 +84,8 @@ def account(step: Callable[[], object], steps: int) -> tuple[dict[str, float], d
                 step()
     events = sorted(recorded.events() or [], key=lambda event: event.time_range.start)
     groups: dict[tuple[str, str, str, int], list[float]] = collections.defaultdict(list)
-    seen: collections.Counter[tuple[str, str, str]] = collections.Counter()  # in the current step
+    # In the current step.
+    seen: collections.Counter[tuple[str, str, str]] = collections.Counter()
     for event in events:
         if event.name == STEP:
             seen.clear()

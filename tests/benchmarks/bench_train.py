@@ -126,7 +126,8 @@ def peak_mb(contender: Contender, batches: list[dict]) -> float:
         return held + (torch.cuda.max_memory_allocated() - before) / 2**20
     cpu.free_workspaces()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    # Resets the high-water mark.
+    Path("/proc/self/clear_refs").write_text("5")
     before = resident_mb("VmRSS")
     contender.step(batches)
     return held + resident_mb("VmHWM") - before

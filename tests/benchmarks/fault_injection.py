@@ -52,7 +52,8 @@ RECIPE = [
     f"--data.global_batch_tokens={256 * STEP_BINS}", "--data.num_workers=0", "--run.eval_tokens=512",
     "--run.log_every_steps=1", "--run.ops=torch", f"--run.max_steps={STEPS}", f"--run.save_every_steps={SAVE_EVERY}",
 ]  # fmt: skip
-TIMEOUT_S = 120.0  # for a start to reach the moment of its fault, and for processes to end
+# For a start to reach the moment of its fault, and for processes to end.
+TIMEOUT_S = 120.0
 KILLS = ("kill rank", "kill rank in saving", "kill launcher", "kill launcher in saving")
 FAULTS = (*KILLS, "damaged checkpoint", "full disk", "read-only folder")
 WEIGHTS = (2, 4, 1, 2, 3, 2, 2)
@@ -92,7 +93,8 @@ class Round:
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
-        if max_file_bytes is not None:  # at once, so that its children inherit the limit
+        # At once, so that its children inherit the limit.
+        if max_file_bytes is not None:
             psutil.Process(process.pid).rlimit(psutil.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
         return Started(process, log)
 
@@ -159,7 +161,8 @@ class Round:
     def fill_disk(self) -> None:
         """Leave space for one or two checkpoints, or fill the disk while one is written."""
         if not MOUNTS:
-            self.expect_refusal(self.start(max_file_bytes=300_000))  # less than a shard of the optimizer state
+            # Less than a shard of the optimizer state.
+            self.expect_refusal(self.start(max_file_bytes=300_000))
             self.moment = "files limited to 300 kB"
             return
         size = int(CHECKPOINT_BYTES * self.rng.uniform(1.0, 2.9))
@@ -184,7 +187,8 @@ class Round:
         started = self.start()
         step = self.rng.randint(1, STEPS - SAVE_EVERY)
         self.wait_for_step(started, step)
-        for _ in range(1000):  # the mount is busy while a checkpoint is written
+        # The mount is busy while a checkpoint is written.
+        for _ in range(1000):
             if self.remount("ro") == 0:
                 break
             time.sleep(0.001)
@@ -260,7 +264,8 @@ class Round:
             subprocess.run(["umount", str(self.checkpoints)], check=True)
 
 
-CHECKPOINT_BYTES = 0  # set by the first undisturbed run
+# Set by the first undisturbed run.
+CHECKPOINT_BYTES = 0
 
 
 def steps_begun(folder: Path, start: int) -> int:

@@ -54,7 +54,8 @@ class Job:
                 return facts
             assert facts["JobState"] not in ("FAILED", "CANCELLED", "TIMEOUT"), f"{facts}\n{self.log.read_text()}"
             if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
-                time.sleep(2)  # in the second in which the old attempt ends, the nodes mistake the new one for it
+                # In the second in which the old attempt ends, the nodes mistake the new one for it.
+                time.sleep(2)
                 self.run("scontrol", "update", f"jobid={self.id}", "starttime=now")
             time.sleep(0.2)
         raise AssertionError(f"{what} was not reached: {facts['JobState']}\n{self.log.read_text()}")
@@ -117,7 +118,8 @@ def test_a_warned_killed_and_preempted_job_ends_with_the_bits_of_an_undisturbed_
         line for line in logs[f"{job.id}-rank0.log"].split("\n") if line.startswith("step ") and "tokens/s" in line
     ]
     assert len(lines) > 50
-    assert all(re.fullmatch(progress, line) for line in lines)  # whole lines without a terminal's control characters
+    # Whole lines without a terminal's control characters.
+    assert all(re.fullmatch(progress, line) for line in lines)
     assert "tokens/s" not in logs[f"{job.id}-rank1.log"]
     done = run_ranks(corpus, tmp_path / "whole", *SETTINGS, ranks=2)
     assert done.code == 0, done.output

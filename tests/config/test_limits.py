@@ -109,7 +109,8 @@ def test_a_flag_imports_nothing(capsys, tmp_path, monkeypatch, flag):
     (tmp_path / "imported_by_a_flag.py").write_text("class Part:\n    def __init__(self, shards='x'): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     for value in ("imported_by_a_flag.Part", '[{"class_path": "imported_by_a_flag.Part"}]'):
-        if (flag, value) != ("--data.train", "imported_by_a_flag.Part"):  # a path
+        # A path.
+        if (flag, value) != ("--data.train", "imported_by_a_flag.Part"):
             with pytest.raises(SystemExit):
                 RecipeParser("pretrain").read([flag, value])
     assert "imported_by_a_flag" not in sys.modules

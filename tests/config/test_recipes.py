@@ -94,7 +94,8 @@ def test_parameter_counts_are_those_of_transformers_classes(name):
         model.tie_weights()
         counts.append(sum(parameter.numel() for parameter in model.parameters()))
     assert counts[0] == counts[1]
-    if name == "modernbert-base":  # published: 149 M, 395 M
+    # Published: 149 M, 395 M.
+    if name == "modernbert-base":
         assert round(counts[0] / 1e6) == 150
     if name == "modernbert-large":
         assert round(counts[0] / 1e6) == 396

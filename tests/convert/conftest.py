@@ -60,7 +60,8 @@ def run_launcher(monkeypatch, capsys) -> Callable[..., Finished]:
 
     def run_launcher(file: str, *arguments: str | Path) -> Finished:
         monkeypatch.setattr(sys, "argv", [file, *map(str, arguments)])
-        capsys.readouterr()  # what the test printed before
+        # What the test printed before.
+        capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(REPOSITORY / "launch" / file), run_name="__main__")
         captured = capsys.readouterr()

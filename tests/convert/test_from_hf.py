@@ -295,7 +295,8 @@ def test_weights_that_are_not_finite_and_too_large_tokenizers_are_refused(tmp_pa
 
 def test_damaged_and_inconsistent_files_are_refused(tmp_path):
     write_published_mosaicbert(tmp_path / "in")
-    huge = torch.zeros(1).expand(10**7, 10**6)  # one number with the shape of 40 TB
+    # One number with the shape of 40 TB.
+    huge = torch.zeros(1).expand(10**7, 10**6)
     torch.save({"bert.embeddings.word_embeddings.weight": huge}, tmp_path / "in" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="more data than the file contains"):
         read_model(tmp_path / "in")

@@ -62,7 +62,8 @@ def are_equal(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) 
 @pytest.mark.parametrize("targets", TARGETS, ids=["blocks", "all-linear"])
 @pytest.mark.parametrize("head", LABELS)
 def test_a_saved_adapter_comes_back_with_the_same_logits(tmp_path, head, targets):
-    small_model().save_pretrained(tmp_path)  # a masked language model: every head is fresh
+    # A masked language model: every head is fresh.
+    small_model().save_pretrained(tmp_path)
     assert are_equal(*adapt_and_load(tmp_path, head, **targets))
 
 

@@ -38,7 +38,8 @@ def model_of(kind: str, **changes) -> MegaBertForMaskedLM:
     model = MegaBertForMaskedLM(MegaBertConfig(**(SHAPE | classic | changes)))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_()  # biases too
+            # Biases too.
+            parameter.normal_()
     return model
 
 

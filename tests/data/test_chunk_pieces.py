@@ -58,7 +58,8 @@ def test_a_new_phase_cuts_only_the_waiting_tokens(lengths, phases, truncate, see
             seen += text_of(chunk.take(piece, piece + 1))
         assert chunk.num_waiting == (~taken).sum()
         snapshots.append(PhaseSnapshot(max_seq_len, chunk.taken))
-    if truncate:  # the first tokens of every document, as many as fit in the phase that took it
+    # The first tokens of every document, as many as fit in the phase that took it.
+    if truncate:
         begins = {5 + b for b, n in zip(np.cumsum([0, *lengths])[:-1], lengths, strict=True) if n}
         assert begins <= set(seen)
         assert len(seen) == len(set(seen))

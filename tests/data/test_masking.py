@@ -47,10 +47,12 @@ def test_every_position_is_equally_likely():
     maskable = np.array([True, False, True] * 6)
     drawn = np.stack([choose_masked(maskable, 0.25, rng) for _ in range(20_000)])[:, maskable].astype(float)
     assert (drawn.sum(axis=1) == 3).all()
-    assert np.abs(drawn.mean(axis=0) - 3 / 12).max() < 0.015  # standard error 0.003
+    # Standard error 0.003.
+    assert np.abs(drawn.mean(axis=0) - 3 / 12).max() < 0.015
     together = drawn.T @ drawn / len(drawn)
     pairs = together[~np.eye(12, dtype=bool)]
-    assert np.abs(pairs - (3 * 2) / (12 * 11)).max() < 0.01  # standard error 0.0015
+    # Standard error 0.0015.
+    assert np.abs(pairs - (3 * 2) / (12 * 11)).max() < 0.01
 
 
 def test_masking_depends_only_on_the_random_generator():

@@ -75,13 +75,15 @@ def check_batch(batch, config: StreamConfig) -> None:
     assert np.array_equal(batch.position_ids.numpy(), np.concatenate([np.arange(length) for length in lengths]))
     real = ids != SPECIALS["pad"]
     assert real.sum() == batch.num_tokens
-    assert (np.diff(real.astype(int)) <= 0).all()  # filler comes last
+    # Filler comes last.
+    assert (np.diff(real.astype(int)) <= 0).all()
     pieces = pieces_of(batch)
     assert (ids == SPECIALS["cls"]).sum() == (ids == SPECIALS["sep"]).sum() == len(pieces)
     assert batch.sum_squared_lengths == sum((len(piece) + SPECIALS_PER_PIECE) ** 2 for piece in pieces)
     labels, positions = batch.masked_labels.numpy(), batch.masked_positions.numpy()
     assert (labels != -100).sum() == batch.num_masked == min(round(0.3 * sum(map(len, pieces))), sum(map(len, pieces)))
-    assert (labels[: batch.num_masked] >= FIRST_ID).all()  # no special token is ever masked
+    # No special token is ever masked.
+    assert (labels[: batch.num_masked] >= FIRST_ID).all()
     assert not positions[batch.num_masked :].any()
     changed = np.flatnonzero(batch.input_ids.numpy() != ids)
     assert np.isin(changed, positions[: batch.num_masked]).all()
@@ -113,7 +115,8 @@ def test_every_token_appears_exactly_once_per_pass(source, max_seq_len, multiple
         if order.epoch_of(0) < 2:
             for batch, position in open_stream(corpus, config, stream, Position()):
                 pieces += pieces_of(batch)
-                if order.epoch_of(position.sources[0].entry) >= 2:  # the oldest waiting piece is of a later pass
+                # The oldest waiting piece is of a later pass.
+                if order.epoch_of(position.sources[0].entry) >= 2:
                     break
         counts = np.bincount(np.concatenate(pieces) - FIRST_ID, minlength=source.tokens)
         expected = np.zeros(source.tokens, dtype=int)
@@ -314,7 +317,8 @@ def test_a_damaged_chunk_stops_the_run_or_is_skipped_and_counted(caplog):
         rest = rank_batches(skipping, config, 200 - done, positions=positions, first=done)
         assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
         later = [sum(p.skipped for p in positions_after(whole[:end]).values()) for end in (done, done + 2)]
-        if skipped_chunks and later[0] == later[1]:  # no other damaged chunk is read meanwhile
+        # No other damaged chunk is read meanwhile.
+        if skipped_chunks and later[0] == later[1]:
             compared += 1
             rest = rank_batches(repaired, config, 2, positions=positions, first=done)
             assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)

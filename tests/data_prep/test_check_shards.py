@@ -40,10 +40,12 @@ def test_damage_is_reported_with_shard_chunk_and_byte(folder, capsys):
     manifest = read_manifest(folder)
     begin = int(manifest.splits["train"][2].chunks[1, 0])
     data = bytearray(third.read_bytes())
-    data[begin + 100] ^= 0xFF  # in the tar header
+    # In the tar header.
+    data[begin + 100] ^= 0xFF
     third.write_bytes(bytes(data))
     data = bytearray(fourth.read_bytes())
-    data[700] ^= 1  # in a token
+    # In a token.
+    data[700] ^= 1
     fourth.write_bytes(bytes(data))
     code, found = check(folder, capsys)
     assert code == 1
@@ -142,7 +144,8 @@ def test_the_exit_code_tells_a_script_the_result(folder):
     assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=False).returncode == 0
     path = folder / "train-00003.tar"
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1  # after the last chunk
+    # After the last chunk.
+    data[-1] ^= 1
     path.write_bytes(bytes(data))
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -141,7 +141,8 @@ class Bible:
         return types.SimpleNamespace(get_books=lambda: {"ot": [book]})
 
     def get_iter(self, books: list[str], chapters: list[int]) -> list[str]:
-        more = [""] if chapters == [7] and self.verbs == NEW_WORDS else []  # other numbering
+        # Other numbering.
+        more = [""] if chapters == [7] and self.verbs == NEW_WORDS else []
         return translated(chapters[0], self.verbs) + more
 
 
@@ -242,7 +243,8 @@ def test_a_text_is_as_often_a_positive_as_a_negative_and_not_in_the_pretraining_
     texts = [part.format(number=number) for number in range(40) for part in (DOCUMENT, GOOGLE)]
     known = {"name: The name of number 3."}
     rows = list(parameters.rows([*texts, texts[4]], known))
-    assert len(rows) == 2 * 2 * (2 * 40 - 1)  # without the document whose name is known, since its flag is alone
+    # Without the document whose name is known, since its flag is alone.
+    assert len(rows) == 2 * 2 * (2 * 40 - 1)
     for column in (0, 1):
         labels = {
             label: Counter(row.texts[column] for row in rows if row.label == label) for label in ("fits", "other")

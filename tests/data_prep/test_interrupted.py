@@ -109,14 +109,17 @@ def test_ctrl_c_prints_one_line_and_leaves_no_process(command, tmp_path, corpus)
     for _ in range(5):
         # Early, because the rest takes a tenth of a second.
         process = start_until(command, tmp_path / "out", "runs/*", 1)
-        os.killpg(process.pid, signal.SIGSTOP)  # so that a busy machine cannot finish it while its workers are listed
+        # So that a busy machine cannot finish it while its workers are listed.
+        os.killpg(process.pid, signal.SIGSTOP)
         workers = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        # As a terminal does.
+        os.killpg(process.pid, signal.SIGINT)
         os.killpg(process.pid, signal.SIGCONT)
         output, errors = process.communicate(timeout=20)
         if process.returncode:
             break
-        shutil.rmtree(tmp_path / "out")  # it was finished nevertheless
+        # It was finished nevertheless.
+        shutil.rmtree(tmp_path / "out")
     assert process.returncode == 130
     assert (output, errors) == ("", f"\n{tmp_path / 'out'}: interrupted. Run the same command again to continue.\n")
     assert psutil.wait_procs(workers, timeout=10)[1] == []
@@ -125,7 +128,8 @@ def test_ctrl_c_prints_one_line_and_leaves_no_process(command, tmp_path, corpus)
 
 def test_a_killed_worker_ends_the_command_with_an_error(command, tmp_path, corpus):
     process = start_until([*command, "--workers=2"], tmp_path / "out", "runs/*", 1)
-    process.send_signal(signal.SIGSTOP)  # so that it cannot finish in the meantime
+    # So that it cannot finish in the meantime.
+    process.send_signal(signal.SIGSTOP)
     for child in psutil.Process(process.pid).children(recursive=True):
         if not child.children() and "resource_tracker" not in " ".join(child.cmdline()):
             child.kill()
@@ -207,7 +211,8 @@ def test_the_same_command_removes_the_work_folder_of_one_killed_after_its_manife
     (tmp_path / ".work" / "runs").mkdir(parents=True)
     lock = acquire(tmp_path / ".work" / "lock")
     write_shards.main(command)
-    assert (tmp_path / ".work").exists()  # it belongs to a command that still runs
+    # It belongs to a command that still runs.
+    assert (tmp_path / ".work").exists()
     lock.release()
     write_shards.main(command)
     assert capsys.readouterr().out.count("already written from this source with these settings, reused") == 2

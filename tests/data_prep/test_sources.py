@@ -171,7 +171,8 @@ def test_byte_ranges_of_any_size_cover_every_line_of_a_jsonl_once(tmp_path, monk
 def test_a_file_too_large_for_one_document_is_refused_with_a_remedy(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(b"x\n\n")
     with open(tmp_path / "a.txt", "r+b") as file:
-        file.truncate(65 << 20)  # a sparse file, which takes no space on disk
+        # A sparse file, which takes no space on disk.
+        file.truncate(65 << 20)
     with pytest.raises(
         ValueError, match="a.txt: longer than 64 MB, the largest allowed document. Pass --blank-lines if"
     ):
@@ -312,7 +313,8 @@ def test_the_error_names_a_missing_package(tmp_path, monkeypatch, source, packag
         (tmp_path / name).write_bytes(b"ARROW1")
     monkeypatch.chdir(tmp_path)
     for name in ("pyarrow", "pyarrow.parquet", "datasets", "huggingface_hub"):
-        monkeypatch.setitem(sys.modules, name, None)  # import then fails as if it were not installed
+        # Import then fails as if it were not installed.
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=rf"needs the package {package}. Install it: pip install -e '\.\[prep\]'"):
         list_input_splits(source, ReadOptions(), LeftOut())
 

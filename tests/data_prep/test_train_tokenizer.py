@@ -51,7 +51,8 @@ def test_the_advice_about_the_size_of_the_vocabulary_works(tmp_path, model, voca
     (tmp_path / "a.txt").write_text("only these few words " * 30)
     command = [f"--source={tmp_path / 'a.txt'}", f"--out={tmp_path / 'out'}", f"--model={model}"]
     if model == "wordpiece" and vocab_size == 8192:
-        train_tokenizer.main([*command, f"--vocab-size={vocab_size}"])  # it gets fewer
+        # It gets fewer.
+        train_tokenizer.main([*command, f"--vocab-size={vocab_size}"])
         return
     with pytest.raises(ValueError, match=r"a\.txt: .*[Pp]ass --vocab-size \d+ or (more|less)\.$") as info:
         train_tokenizer.main([*command, f"--vocab-size={vocab_size}"])

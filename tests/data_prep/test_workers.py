@@ -29,7 +29,8 @@ def test_ctrl_c_waits_for_the_start_of_a_worker_whichever_thread_gets_it():
     def start_a_worker():
         with workers._sigint_deferred():
             other = threading.Thread(target=lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
-            unblocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as in a library's own thread
+            # As in a library's own thread.
+            unblocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             other.start()
             other.join()
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
@@ -55,7 +56,8 @@ def clock(monkeypatch):
 
 def test_a_log_gets_a_line_every_half_minute_and_at_the_end(clock, capsys):
     progress = Progress("reading", 100_000_000, "B")
-    progress.start_at(40_000_000)  # done by an interrupted command
+    # Done by an interrupted command.
+    progress.start_at(40_000_000)
     for second in range(0, 61, 5):
         clock[0] = 1000 + second
         progress.show(500_000 * second, 800_000 * second)

@@ -35,7 +35,8 @@ class EndedProcess:
 
     def __init__(self, exitcode: int):
         self.exitcode = exitcode
-        self.file = open(os.devnull)  # always ready to be read, as the sentinel of a process that has ended
+        # Always ready to be read, as the sentinel of a process that has ended.
+        self.file = open(os.devnull)
         self.sentinel = self.file.fileno()
 
     def join(self) -> None:

@@ -161,7 +161,8 @@ def test_rescaling_embeddings_changes_no_output(position):
 def test_the_mean_of_documents():
     hidden = torch.tensor([[1.0], [3.0], [5.0]])
     assert mean_of_documents(hidden, torch.tensor([0, 2, 2, 3])).flatten().tolist() == [2.0, 0.0, 5.0]
-    rows = torch.tensor([0, 3])  # one of three slots, of which the last is padding
+    # One of three slots, of which the last is padding.
+    rows = torch.tensor([0, 3])
     assert mean_of_documents(hidden, rows, num_keys=torch.tensor([2])).flatten().tolist() == [2.0]
 
 

@@ -26,7 +26,8 @@ def kernel_times(setup: Setup) -> Outcome:
     shares: dict[str, float] = {}
     for operation, contenders in bench_kernels.contenders(device, tokens).items():
         if setup.dry and operation == "masked_cross_entropy":
-            continue  # minutes in bf16 on a CPU
+            # Minutes in bf16 on a CPU.
+            continue
         work = bench_kernels.WORK[operation]
         floor = max(work.moved_bytes / bandwidth, work.flops / (card.bf16 or card.fp32) if card else 0.0)
         for source, contender in contenders.items():

@@ -38,10 +38,14 @@ class Log(TorchDispatchMode):
         super().__init__()
         self.on = False
         self.capturing = False
-        self.answer = 0.0  # what the host reads from the device
-        self.answers: dict[str, float] = {}  # what these read instead, by FILE:FUNCTION
-        self.live = 0  # bytes of the device's tensors
-        self.peak = 0  # the most of them so far
+        # What the host reads from the device.
+        self.answer = 0.0
+        # What these read instead, by FILE:FUNCTION.
+        self.answers: dict[str, float] = {}
+        # Bytes of the device's tensors.
+        self.live = 0
+        # The most of them so far.
+        self.peak = 0
         self.known: set[int] = set()
         self.reset()
 
@@ -316,5 +320,6 @@ def install() -> None:
 def fake_device() -> Iterator[None]:
     """Compute nothing within the block: every new tensor is fake."""
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") stays fake
+        # torch.tensor(..., device="cuda") stays fake.
+        torch._C._set_only_lift_cpu_tensors(True)
         yield

@@ -50,10 +50,13 @@ from megabert.training.updates.guard import MIN_NORMS, Guard, UpdateGate
 from tests.gpu_walk import fake_cuda
 from tests.gpu_walk.fake_cuda import LOG
 
-VOCAB = 30_522  # of BERT's own tokenizer
+# Of BERT's own tokenizer.
+VOCAB = 30_522
 TOKENIZER = TokenizerInfo("f" * 64, VOCAB, {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}, (0, 100, 101))
-TOKENS = 14_720  # of a micro-batch, where the recipe leaves it open
-MAX_SEQ_LEN, MEAN_PIECE = 128, 115  # of C4's documents, truncated to 128 tokens
+# Of a micro-batch, where the recipe leaves it open.
+TOKENS = 14_720
+# Of C4's documents, truncated to 128 tokens.
+MAX_SEQ_LEN, MEAN_PIECE = 128, 115
 # Where the host reads the gradient's norm, at ZeRO 1 and 2, and at stage 0.
 READS_NORM = (
     "megabert/training/distributed/deepspeed_compat.py:__call__",
@@ -172,10 +175,12 @@ def describe(run: types.SimpleNamespace) -> dict[str, Any]:
     slots = batch.num_documents * batch.max_seqlen if model.config.padding == "padded" else tokens
     masked = len(batch.masked_positions)
     needed = step_flops(model.config, slots, masked, 0)
-    if model.config.padding == "padded":  # its last layer computes every slot
+    # Its last layer computes every slot.
+    if model.config.padding == "padded":
         width = model.config.hidden_size
         needed += 6 * (slots - masked) * (width * width + 2 * width * model.config.intermediate_size)
-    in_operations = 6 * masked * model.config.hidden_size * model.config.vocab_size  # the loss is one operation
+    # The loss is one operation.
+    in_operations = 6 * masked * model.config.hidden_size * model.config.vocab_size
     return {
         "waits": dict(LOG.waits),
         "launches_per_micro_batch": sum(LOG.launches.values()) / count,
@@ -312,7 +317,8 @@ def main() -> None:
         LOG.answers = STEP_NUMBER
         found = walk(run)
         LOG.reset()
-        LOG.on, LOG.answer = True, 1.0  # a count to divide by
+        # A count to divide by.
+        LOG.on, LOG.answer = True, 1.0
         evaluate(run.engine, run.batches)
         found["evaluation_waits"] = dict(LOG.waits)
         LOG.on, LOG.answer = False, 0.0

@@ -136,7 +136,8 @@ def _connect() -> socket.socket:
 @functools.cache
 def _server() -> str:
     """Start the server once per test process; returns its socket when it listens."""
-    folder = tempfile.mkdtemp(prefix="mb-")  # a socket's path may have 107 bytes
+    # A socket's path may have 107 bytes.
+    folder = tempfile.mkdtemp(prefix="mb-")
     path = os.path.join(folder, "s")
     paths = [str(REPOSITORY), AT_START.get("PYTHONPATH", "")]
     env = AT_START | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": ":".join(filter(None, paths))}

@@ -20,7 +20,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-MAX_REQUEST = 1 << 20  # bytes
+# Bytes.
+MAX_REQUEST = 1 << 20
 
 
 def preload() -> None:

@@ -14,7 +14,8 @@ from tests.kernels.helpers.cases import cases
 
 pytestmark = pytest.mark.triton
 
-CAPABILITIES = [80, 90, 100]  # A100, H100, B200
+# A100, H100, B200.
+CAPABILITIES = [80, 90, 100]
 LEAST_SHARED_MEMORY = 80
 BF16, FP32 = torch.bfloat16, torch.float32
 

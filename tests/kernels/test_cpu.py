@@ -168,7 +168,8 @@ def test_a_buffer_allocated_in_inference_mode_can_be_used_in_training():
 
 
 def test_threads_do_not_share_scratch_memory():
-    torch._dynamo.reset()  # other threads do not see the recompile limit set above
+    # Other threads do not see the recompile limit set above.
+    torch._dynamo.reset()
     build, _ = CASES["masked_cross_entropy"]
     torch.manual_seed(0)
     inputs = [[normal(7, 10), normal(9, 10), normal(9)] for _ in range(3)]

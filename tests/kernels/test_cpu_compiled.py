@@ -38,7 +38,8 @@ def test_in_bf16_errs_at_most_twice_as_much_as_plain_bf16(name):
     exact = results(build(ops, 0), [x.double() for x in inputs])
     fused, plain = (results(build(use, 0), inputs, autocast=True) for use in (cpu, ops))
     for got, other, expected in zip(fused, plain, exact, strict=True):
-        rounding = 2**-9 * expected.norm()  # where plain PyTorch's result happens to be exact
+        # Where plain PyTorch's result happens to be exact.
+        rounding = 2**-9 * expected.norm()
         assert (got - expected).norm() <= 2 * max((other - expected).norm(), rounding)
 
 

@@ -50,7 +50,8 @@ def test_a_seed_repeats_its_masks_and_another_seed_gives_independent_ones(name):
         return torch.stack([MASKS[name](cpu, 64, 96, 0.3) for _ in range(2)])
 
     assert torch.equal(masks(3), masks(3))
-    neighbours = torch.stack([masks(seed)[0] for seed in range(24)])  # seeds that differ in a few bits
+    # Seeds that differ in a few bits.
+    neighbours = torch.stack([masks(seed)[0] for seed in range(24)])
     assert_independent(neighbours, 0.3)
 
 

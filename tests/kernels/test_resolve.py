@@ -250,7 +250,8 @@ def test_what_flash_attn_4_leaves_behind_is_not_flash_attn(monkeypatch, tmp_path
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert inspect_machine(CUDA).lacks("flash_attn")
-    (tmp_path / "flash_attn/__init__.py").touch()  # as some of its releases do
+    # As some of its releases do.
+    (tmp_path / "flash_attn/__init__.py").touch()
     assert inspect_machine(CUDA).lacks("flash_attn")
 
 
@@ -316,7 +317,8 @@ def test_the_optimizer_and_its_reason(machine, offloaded, description, kind, mon
 def test_megabert_works_where_triton_is_not_installed():
     """No Triton kernel is imported before it is chosen, either."""
     program = (
-        "import sys; sys.modules['triton'] = None;"  # makes its import raise ImportError
+        # Makes its import raise ImportError.
+        "import sys; sys.modules['triton'] = None;"
         "import torch, megabert.training.engine;"
         "from megabert.kernels.resolve import resolve; from megabert.model.modeling_megabert import MegaBertConfig;"
         "resolve('auto', torch.device('cpu'), MegaBertConfig(), True);"

@@ -34,7 +34,8 @@ def checkout(tmp_path) -> Path:
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON)
     python.chmod(0o755)
-    (tmp_path / "plain").write_text("gpu\n")  # what plain torch is: on most machines a CUDA build
+    # What plain torch is: on most machines a CUDA build.
+    (tmp_path / "plain").write_text("gpu\n")
     return tmp_path
 
 
@@ -53,7 +54,8 @@ def test_a_cpu_install_becomes_one_for_gpus_where_it_is_asked_for(checkout):
     assert install(checkout, "cpu")[2] == [f"install {TORCH}+cpu", "install ."]
     assert install(checkout, "cpu") == (0, "", [])
     assert install(checkout, "gpu")[2] == ["uninstall torch", f"install {TORCH}", "install ."]
-    for build in ("gpu", "cpu"):  # a login node that shares this .venv leaves it alone
+    # A login node that shares this .venv leaves it alone.
+    for build in ("gpu", "cpu"):
         assert install(checkout, build) == (0, "", [])
 
 
@@ -104,7 +106,8 @@ def test_the_code_is_compiled_for_the_card_on_as_many_cores_as_memory_allows():
     ("groups", "limits", "gb"),
     [
         ("0::/\n", {}, "64"),
-        ("0::/\n", {"memory.max": 8 << 30}, "8"),  # a container
+        # A container.
+        ("0::/\n", {"memory.max": 8 << 30}, "8"),
         ("0::/job_1/step_0/task_0\n", {"job_1/memory.max": 12 << 30, "job_1/step_0/memory.max": "max"}, "12"),
         ("0::/\n", {"memory.max": 512 << 30}, "64"),
         ("4:cpu:/a\n9:memory:/slurm/job_1\n0::/\n", {"memory/slurm/job_1/memory.limit_in_bytes": 5 << 30}, "5"),

@@ -131,7 +131,8 @@ def test_a_new_checkpoint_resets_the_count_and_a_stop_is_no_crash(tmp_path, monk
 def test_the_users_resume_holds_until_this_command_has_a_checkpoint(tmp_path, monkeypatch):
     latest = tmp_path / "out/checkpoints/latest"
     latest.parent.mkdir(parents=True)
-    latest.write_text("step-9")  # of an earlier run
+    # Of an earlier run.
+    latest.write_text("step-9")
     os.utime(latest, (1, 1))
     script = f"case $(wc -l < {tmp_path}/starts) in 1) exit 86;; 2) echo step-2 > {latest}; exit 85;; esac"
     fake_deepspeed(tmp_path, monkeypatch, script)

@@ -32,14 +32,21 @@ def bash(script: str, *arguments: str, **variables: str) -> list[str]:
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        (0, "stop 0"),  # done
-        (2, "stop 0"),  # an error of the user
-        (130, "stop 0"),  # a second Ctrl-C
-        (85, "again 0"),  # stopped on request, and saved
+        # Done.
+        (0, "stop 0"),
+        # An error of the user.
+        (2, "stop 0"),
+        # A second Ctrl-C.
+        (130, "stop 0"),
+        # Stopped on request, and saved.
+        (85, "again 0"),
         (1, "again 1"),
-        (75, "again 1"),  # a store stayed away
-        (87, "again 1"),  # a rank hung
-        (137, "again 1"),  # killed
+        # A store stayed away.
+        (75, "again 1"),
+        # A rank hung.
+        (87, "again 1"),
+        # Killed.
+        (137, "again 1"),
     ],
 )
 def test_one_attempt(code, expected):

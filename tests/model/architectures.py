@@ -51,7 +51,8 @@ def their_model(cls: type, ours: nn.Module, kind: Any, **changes: Any) -> nn.Mod
         "decoder.bias",
         *(["transform.dense.weight", "transform.norm.weight"] if kind == "modernbert" else []),
     ):
-        state.setdefault(name, torch.zeros(1))  # of a head that this model does not have
+        # Of a head that this model does not have.
+        state.setdefault(name, torch.zeros(1))
     heads = {name: state.pop(name) for name in list(state) if name.startswith(("classifier.", "qa_outputs."))}
     renamed = from_megabert(state, kind) | {name.replace("qa_outputs", "classifier"): x for name, x in heads.items()}
     own = theirs.state_dict()

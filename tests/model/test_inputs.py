@@ -207,7 +207,8 @@ def test_ids_or_embeddings_are_passed_but_not_both(cls, given, message):
 @pytest.mark.parametrize("layout", [padded, packed])
 def test_embeddings_of_ids_give_what_the_ids_give(cls, changes, layout):
     if layout is packed and cls in (MegaBertForTokenClassification, MegaBertForQuestionAnswering):
-        layout = padded  # these have no packed call
+        # These have no packed call.
+        layout = padded
     model, inputs = small_model(cls, **changes).eval(), layout(documents())
     expected = model(**inputs)
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))

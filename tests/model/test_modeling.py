@@ -45,7 +45,8 @@ def test_parameter_counts_are_the_published_ones(changes, parameters):
 @pytest.mark.parametrize("num_heads", [4, 8, 12, 16])
 def test_alibi_slopes(num_heads):
     assert alibi_slopes(num_heads).tolist() == pytest.approx(reference.slopes(num_heads), rel=1e-7)
-    if num_heads == 12:  # the published values
+    # The published values.
+    if num_heads == 12:
         assert alibi_slopes(12)[8:].tolist() == pytest.approx([0.70710678, 0.35355339, 0.1767767, 0.08838835], rel=1e-7)
 
 
@@ -254,7 +255,8 @@ def test_hidden_states_and_tuples_on_request():
         plain = model(**inputs, return_dict=False)
     assert len(output.hidden_states) == SMALL["num_hidden_layers"] + 1
     torch.testing.assert_close(plain[0], output.logits)
-    model.config.torchscript = True  # a setting of transformers 4, for torch.jit.trace
+    # A setting of transformers 4, for torch.jit.trace.
+    model.config.torchscript = True
     assert isinstance(model(**inputs), tuple)
     model.config.torchscript = False
     deeper = small_model(padding="padded").eval()(**inputs, output_hidden_states=True)

@@ -18,7 +18,8 @@ from megabert.model.modeling_megabert import MegaBertForMaskedLM, MegaBertForSeq
 from tests.model import reference
 from tests.model.small import SMALL, documents, packed, padded, small_model
 
-WIDE = {"hidden_size": 48}  # a multiple of 3, 4, 8, 12 and 16 heads
+# A multiple of 3, 4, 8, 12 and 16 heads.
+WIDE = {"hidden_size": 48}
 BERT = {"position": "learned", "ffn": "gelu"}
 TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 
@@ -52,7 +53,8 @@ def assert_same_gradients(ours, theirs, tolerance: float) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["fp64", "fp32"])
 def test_bert_equals_transformers_masked_language_model(padding, attention, dtype, tolerance):
     if padding == "padded" and attention == "sdpa" and dtype == torch.float32:
-        tolerance *= 2  # PyTorch's fused attention sums in another order than its plain one
+        # PyTorch's fused attention sums in another order than its plain one.
+        tolerance *= 2
     ours = small_model(padding=padding, **BERT).to(dtype)
     ours.config._attn_implementation = attention
     theirs = hf_bert(ours, hf_config())
@@ -158,7 +160,8 @@ def test_mosaicbert_drops_where_the_paper_drops(monkeypatch, num_heads):
 def test_biases_are_where_mosaicbert_has_them():
     model = small_model()
     biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
-    layer = {"attention.qkv", "attention.out", "attention_norm", "mlp.down", "mlp_norm"}  # mlp.up has none
+    # mlp.up has none.
+    layer = {"attention.qkv", "attention.out", "attention_norm", "mlp.down", "mlp_norm"}
     expected = {f"bert.encoder.layers.{i}.{name}.bias" for i in range(SMALL["num_hidden_layers"]) for name in layer}
     assert biases == expected | {
         "bert.embeddings.norm.bias",
@@ -224,8 +227,10 @@ def test_the_last_layer_and_the_head_compute_masked_rows_only():
     products = counter.get_flop_counts()["Global"]
     linear = sum(flops for operation, flops in products.items() if operation.__name__ in ("mm", "addmm"))
     tokens, width, ffn = len(inputs["input_ids"]), SMALL["hidden_size"], SMALL["intermediate_size"]
-    behind = width**2 + 3 * width * ffn  # attention's output, the FFN
-    every = 2 * 3 * width**2 + behind  # two layers' query, key and value; all of the first layer
+    # Attention's output, the FFN.
+    behind = width**2 + 3 * width * ffn
+    # Two layers' query, key and value; all of the first layer.
+    every = 2 * 3 * width**2 + behind
     assert linear == 2 * (tokens * every + len(rows) * (behind + width**2 + width * SMALL["vocab_size"]))
 
 
@@ -252,4 +257,5 @@ def test_a_model_trained_at_128_runs_at_2048():
     one, two, four = (kept_bytes((2048,) * n) for n in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.01)
     assert two < 2 * one
-    assert kept_bytes((4096,)) == pytest.approx(two, rel=0.01)  # the length of the documents does not matter
+    # The length of the documents does not matter.
+    assert kept_bytes((4096,)) == pytest.approx(two, rel=0.01)

@@ -47,7 +47,8 @@ def test_the_baseline_sees_every_training_token(text):
     assert (np.concatenate(windows) == ids).all()
     blocks = corpora.blocks(text.train)
     special = text.train.tokenizer.is_special
-    words = ids[~special[ids]]  # without [UNK]
+    # Without [UNK].
+    words = ids[~special[ids]]
     assert (blocks[~special[blocks]] == words[: (~special[blocks]).sum()]).all()
     assert blocks.shape[1] == corpora.MAX_SEQ_LEN
     row = Rows(text, "blocks")[0]

@@ -23,7 +23,8 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from megabert.training.distributed.deepspeed_compat import convert_to_universal
 
 COMPATIBLE_BY_DEFAULT = bool(deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"])
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would take a minute to build
+# It would take a minute to build.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 BATCH = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": None}
@@ -129,7 +130,8 @@ class _MakesFolder:
         self.folder = folder
 
     def __reduce__(self):
-        return os.makedirs, (f"{self.folder}/made", 0o777, True)  # it is loaded twice
+        # It is loaded twice.
+        return os.makedirs, (f"{self.folder}/made", 0o777, True)
 
 
 def client_state_overwrites() -> int:
@@ -175,7 +177,8 @@ def all_gather_is_an_attribute() -> bool:
         deepspeed.comm.all_gather_into_tensor(torch.zeros(3), torch.ones(3))
     finally:
         backend.all_gather_function = usual
-    source = Path(deepspeed.__file__).parent / "runtime/utils.py"  # one rank alone gathers nothing at stages 1 and 2
+    # One rank alone gathers nothing at stages 1 and 2.
+    source = Path(deepspeed.__file__).parent / "runtime/utils.py"
     return len(calls) == 1 and "dist.all_gather_into_tensor(group_flat, partitioned" in source.read_text()
 
 

@@ -40,7 +40,8 @@ class Records:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:
             if file.tell() and not ends_with_newline(self.path):
-                line = b"\n" + line  # a killed command left half a line
+                # A killed command left half a line.
+                line = b"\n" + line
             file.write(line)
             file.flush()
             os.fsync(file.fileno())

@@ -18,7 +18,8 @@ from race.texts.corpora import Corpus
 from megabert.finetune.tasks.task import Task
 from megabert.training.updates.guard import DivergedError
 
-KEPT = 4  # one of so many settings goes on to the next rung
+# One of so many settings goes on to the next rung.
+KEPT = 4
 Any_ = TypeVar("Any_", bound=Contender)
 
 

@@ -36,7 +36,8 @@ def write_large_checkpoint(size: str, run: Path, tokenizer: Path) -> None:
     with torch.device("meta"):
         model = MegaBertForMaskedLM(MegaBertConfig(**SIZES[size]))
     model.to_empty(device="cpu").tie_weights()
-    some = torch.randn(1 << 20) * 0.02  # repeated, because drawing 435 million numbers takes longer than writing them
+    # Repeated, because drawing 435 million numbers takes longer than writing them.
+    some = torch.randn(1 << 20) * 0.02
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             repeats = -(-parameter.numel() // len(some))

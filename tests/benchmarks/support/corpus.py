@@ -17,7 +17,8 @@ from megabert.data.shards.manifest import TOKEN_COUNTS, Manifest, Shard, Tokeniz
 from megabert.data.shards.sample_format import MAX_CHUNK_TOKENS, SPECIAL_TOKENS, TokenChunk, encode_tokens, write_sample
 
 VOCAB = 30_522
-MEAN, SIGMA = 5.5, 1.0  # of the logarithm of a document's tokens
+# Of the logarithm of a document's tokens.
+MEAN, SIGMA = 5.5, 1.0
 
 
 def chunk_lengths(rng: np.random.Generator) -> np.ndarray:

@@ -20,7 +20,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.utils import logging
 
-MAX_LENGTH = 512  # tokens
+# Tokens.
+MAX_LENGTH = 512
 
 
 def mean_of(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,8 @@ PACKAGES = (
     "zstd==1.5.7.2",
     "catalogue==2.0.10",
 )
-BATCH = 32  # sequences; larger batches are not faster per token, and have more padding
+# Sequences; larger batches are not faster per token, and have more padding.
+BATCH = 32
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -160,7 +161,8 @@ class GreedyStreaming(Greedy):
 
     def __init__(self, folder: Path, vocab_size: int, bin_tokens: int):
         super().__init__(None, vocab_size, bin_tokens)
-        copy = folder.with_name("mds-greedy")  # two data sets may not share a folder
+        # Two data sets may not share a folder.
+        copy = folder.with_name("mds-greedy")
         if not copy.is_dir():
             shutil.copytree(folder, copy)
         self.dataset = import_streaming().StreamingDataset(local=str(copy), shuffle=True, batch_size=BATCH)

@@ -280,7 +280,8 @@ def test_an_export_json_of_another_program_is_not_an_export_record(corpus, tmp_p
 def test_an_export_may_be_written_through_a_link(corpus, tmp_path, skipped_checks):
     write_checkpoint(tmp_path / "run", small_model(), corpus.tokenizer)
     (tmp_path / "disk").mkdir()
-    (tmp_path / "hf").symlink_to("disk/hf")  # which does not exist yet
+    # Which does not exist yet.
+    (tmp_path / "hf").symlink_to("disk/hf")
     for _ in range(2):
         to_hf.export_checkpoint(tmp_path / "run", tmp_path / "hf")
         assert (tmp_path / "hf").is_symlink()

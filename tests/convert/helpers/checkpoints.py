@@ -62,7 +62,8 @@ def write_checkpoint(
 
 def partition(tensors: list[Tensor], stage: int, rank: int, world_size: int) -> Tensor:
     """Return a rank's share of a parameter group, 1-D."""
-    if stage == 3:  # every parameter is cut on its own
+    # Every parameter is cut on its own.
+    if stage == 3:
         return torch.cat([_share(tensor.flatten(), rank, world_size, 1) for tensor in tensors])
     return _share(torch.cat([tensor.flatten() for tensor in tensors]), rank, world_size, 2).clone()
 

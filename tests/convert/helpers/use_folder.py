@@ -63,7 +63,8 @@ def check_auto_classes(folder: Path, load: dict) -> list[str]:
     for head in ("", *(f"For{head}" for head in heads)):
         model = getattr(transformers, f"AutoModel{head}").from_pretrained(folder, **load).eval()
         inputs = tokenize(folder, load)
-        if head == "ForMultipleChoice":  # two choices of one question
+        # Two choices of one question.
+        if head == "ForMultipleChoice":
             inputs = {name: values[None] for name, values in inputs.items()}
         output = model(**inputs)
         assert all(value.isfinite().all() for value in output.values()), head
@@ -115,7 +116,8 @@ def check_recomputed_gradients(folder: Path, load: dict) -> None:
         nonlocal calls
         calls += 1
 
-    is_megabert = "MegaBert" in type(model).__name__  # transformers' own BERT is not tested
+    # Transformers' own BERT is not tested.
+    is_megabert = "MegaBert" in type(model).__name__
     if is_megabert:
         model.bert.encoder.layers[0].register_forward_pre_hook(count)
     for recompute in (False, True):
@@ -124,7 +126,8 @@ def check_recomputed_gradients(folder: Path, load: dict) -> None:
             assert model.is_gradient_checkpointing
         calls = 0
         model.zero_grad()
-        torch.manual_seed(0)  # dropout
+        # Dropout.
+        torch.manual_seed(0)
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         assert calls == is_megabert * (1 + recompute)
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.mosaic
 
 # Both models compute in fp64, but Mosaic's ALiBi bias is made in fp32.
 TOLERANCE = 1e-8
-HEADS = [3, 4, 8, 12]  # also such as are no power of two, for which ALiBi's slopes are made of two sequences
+# Also such as are no power of two, for which ALiBi's slopes are made of two sequences.
+HEADS = [3, 4, 8, 12]
 
 
 def write_inputs(folder: Path) -> dict[str, torch.Tensor]:

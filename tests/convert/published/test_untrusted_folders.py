@@ -60,7 +60,8 @@ def test_excessive_options_fail_before_anything_is_allocated(corpus, ours, tmp_p
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=message):
         import_model(ours, tmp_path / "out", ImportOptions(**change))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+    # KiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
     assert not (tmp_path / "out").exists()
 
 

@@ -33,7 +33,8 @@ GTE_LAYER = {
 } | {f"{norm}.{part}": (E,) for norm in ("attn_ln", "mlp_ln") for part in ("weight", "bias")}
 MODERNBERT = {"embeddings.tok_embeddings.weight": (V, E), "embeddings.norm.weight": (E,), "final_norm.weight": (E,)}
 MODERNBERT_LAYER = {
-    "attn_norm.weight": (E,),  # the first layer has none
+    # The first layer has none.
+    "attn_norm.weight": (E,),
     "attn.Wqkv.weight": (3 * E, E),
     "attn.Wo.weight": (E, E),
     "mlp_norm.weight": (E,),

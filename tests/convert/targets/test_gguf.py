@@ -81,7 +81,8 @@ def test_a_byte_level_vocabulary_keeps_its_merges():
     assert composes(raw)
     assert check_vocabulary(BYTE_BPE) == []
     assert not composes(BYTE_BPE)
-    for merges in (["a b"], [["a", "b"]]):  # as tokenizer.json may write them
+    # As tokenizer.json may write them.
+    for merges in (["a b"], [["a", "b"]]):
         vocabulary = describe(raw | {"model": raw["model"] | {"merges": merges}}, 5, [])
         assert (vocabulary.model, vocabulary.splits, vocabulary.merges) == ("gpt2", "modern-bert", ["a b"])
         assert vocabulary.tokens == ["[UNK]", "a", "b", "ab", "[unused4]"]

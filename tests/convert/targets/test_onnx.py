@@ -151,5 +151,6 @@ def test_the_graph_of_every_head_gives_the_same_outputs(cls, changes):
         with torch.no_grad():
             got, expected = graph(ids, mask), model(ids, mask)
         for name, value in expected.items():
-            real = mask != 0 if value.shape[:2] == shape else slice(None)  # outputs at padding are meaningless
+            # Outputs at padding are meaningless.
+            real = mask != 0 if value.shape[:2] == shape else slice(None)
             torch.testing.assert_close(got[name][real], value[real], rtol=0, atol=1e-5, msg=name)

@@ -304,7 +304,8 @@ def test_a_manifest_of_format_2_is_read_and_compared_as_far_as_it_goes(folder):
     (folder / "tokenizer_config.json").write_bytes(b"")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: not valid JSON"):
         source.check_files()
-    (folder / "tokenizer_config.json").unlink()  # optional in this format
+    # Optional in this format.
+    (folder / "tokenizer_config.json").unlink()
     source.check_files()
     counts = np.load(folder / "token_counts.npy")
     counts[7] += 1

@@ -141,7 +141,8 @@ def test_whole_shards_are_fetched_from_a_server_without_byte_ranges(corpus, serv
     assert len(source.shards) == 3
     every_chunk(source)
     assert "ignores byte ranges; shards are fetched whole" in caplog.text
-    assert len([request for request in handler.requests if ".tar" in request]) == 4  # the first had a byte range
+    # The first had a byte range.
+    assert len([request for request in handler.requests if ".tar" in request]) == 4
     assert len(list(cache.folder.glob("*.tar"))) == 3
 
 
@@ -164,7 +165,8 @@ def test_a_lasting_network_error_raises_with_the_url(corpus, serve, cache):
 
 def test_an_unreachable_server_raises_with_the_url(cache):
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # without listen(), connections are refused
+        # Without listen(), connections are refused.
+        unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/c4"
         with pytest.raises(OSError, match=rf"{url}/manifest\.json: failed \d+ times"):
             open_source(url, cache=cache)
@@ -235,7 +237,8 @@ def test_the_cache_is_bounded_and_evicts_the_least_recently_read(tmp_path):
 
     for number, name in enumerate(("0.tar", "1.tar")):
         os.utime(get(name), (number, number))
-    os.utime(get("0.tar"), (5, 5))  # read later than the other
+    # Read later than the other.
+    os.utime(get("0.tar"), (5, 5))
     assert get("2.tar").read_bytes() == data["2.tar"]
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["0.tar", "2.tar"]
     assert get("1.tar").read_bytes() == data["1.tar"]
@@ -278,7 +281,8 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(folder, cache):
     [kept] = cache.folder.glob("*.tar")
     data = bytearray(kept.read_bytes())
     data[1000] ^= 1
-    kept.write_bytes(bytes(data))  # the size stays right
+    # The size stays right.
+    kept.write_bytes(bytes(data))
     assert (first.read_chunk(0, 0).tokens == open_source(str(folder)).read_chunk(0, 0).tokens).all()
     shard = first.shards[0]
     assert kept.name.endswith(f"{shard.sha256[:16]}-{shard.name}")
@@ -405,10 +409,12 @@ def test_the_errors_of_each_store_client_are_retried(make, monkeypatch):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda patch: PermissionError("The provided token has expired."),  # as s3fs does: without an errno
+        # As s3fs does: without an errno.
+        lambda patch: PermissionError("The provided token has expired."),
         lambda patch: as_raised_by_s3fs("InvalidToken"),
         lambda patch: as_raised_by_s3fs("TokenRefreshRequired"),
-        lambda patch: OSError("Forbidden: https://storage/file\nexpired"),  # as gcsfs does
+        # As gcsfs does.
+        lambda patch: OSError("Forbidden: https://storage/file\nexpired"),
         lambda patch: as_raised_by(patch, "gcsfs.retry.HttpError", code=401),
         lambda patch: as_raised_by(patch, "azure.core.exceptions.AzureError", status_code=403),
         lambda patch: as_raised_by_hub(401),
@@ -495,7 +501,8 @@ def test_a_slow_request_is_made_a_second_time_and_the_first_answer_counts(monkey
 
 def test_a_store_that_is_always_slow_is_no_hang_before_the_second_request():
     request = HedgedRequest()
-    request._seconds.extend([15.0])  # so that a request counts as slow after 75 s
+    # So that a request counts as slow after 75 s.
+    request._seconds.extend([15.0])
     started, before, released = [], waited_for_store_at(), threading.Event()
     answer = threading.Thread(target=lambda: request(lambda: started.append(1) or released.wait(30), "here"))
     answer.start()

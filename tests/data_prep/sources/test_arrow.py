@@ -264,7 +264,8 @@ def test_a_page_that_expands_beyond_the_limit_is_refused(tmp_path, monkeypatch):
     pq.write_table(
         table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False, write_batch_size=2, data_page_size=1000
     )
-    assert len(read(tmp_path)) == 20  # as the message says
+    # As the message says.
+    assert len(read(tmp_path)) == 20
 
 
 @pytest.mark.parametrize(
@@ -334,7 +335,8 @@ def test_an_arrow_batch_that_expands_beyond_the_limit_is_refused_before_it_is_un
             with pytest.raises(ValueError, match=r"a\.arrow: message 1 takes 2 MB when it is unpacked, the limit is 0"):
                 read(tmp_path)
         else:
-            assert len(read(tmp_path)) == 20  # as the message says; what is not compressed takes what the file has
+            # As the message says; what is not compressed takes what the file has.
+            assert len(read(tmp_path)) == 20
 
 
 def test_a_text_beyond_the_limit_of_a_document_is_refused(tmp_path, monkeypatch):

@@ -136,7 +136,8 @@ def test_what_cannot_be_read_is_named(folder, make, message):
     for source in (folder, folder / "x"):
         with pytest.raises(ValueError, match=message):
             read(source)
-    (folder / "x").unlink()  # as the message says
+    # As the message says.
+    (folder / "x").unlink()
     assert read(folder) == ["a", "b"]
 
 

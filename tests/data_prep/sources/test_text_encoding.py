@@ -264,7 +264,8 @@ def test_a_line_that_is_too_long_is_left_out_with_the_switch(tmp_path, monkeypat
 def test_the_rest_of_a_long_line_is_not_read_beyond_the_byte_range(tmp_path):
     """Otherwise each byte range of a file without line ends would read the file to its end."""
     with open(tmp_path / "a.jsonl", "wb") as file:
-        file.truncate(200 << 20)  # NULs, which take no space on disk
+        # NULs, which take no space on disk.
+        file.truncate(200 << 20)
     splits = list_input_splits(str(tmp_path), ReadOptions(), LeftOut())
     tracemalloc.start()
     assert [list(read_input_split(split, ReadOptions(), LeftOut())) for split in splits[1:]] == [[]] * (len(splits) - 1)

@@ -18,7 +18,8 @@ from megabert.convert.hf.tokenizer import read_hf_tokenizer
 from megabert.data.shards.tokenizer import encode, find_tokenizer, read_tokenizer
 from tests.helpers.foreign.sentencepiece_models import STRANGE, train
 
-VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # bert-base-uncased
+# bert-base-uncased.
+VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 BERTS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXTS = [
     *STRANGE,
@@ -99,7 +100,8 @@ def test_a_cased_vocab_file_is_not_lower_cased(wordpiece, tmp_path):
     with pytest.raises(ValueError, match="is cased .* Pass --lowercase false"):
         convert(path, tmp_path / "out")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
-    out = convert(tmp_path, tmp_path / "out")  # tokenizer_config.json of the folder decides
+    # tokenizer_config.json of the folder decides.
+    out = convert(tmp_path, tmp_path / "out")
     assert not AutoTokenizer.from_pretrained(out).backend_tokenizer.normalizer.lowercase
 
 

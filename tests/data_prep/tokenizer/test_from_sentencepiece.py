@@ -23,7 +23,8 @@ def is_tie(tokenizer, model: bytes, line: str) -> bool:
     """
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     if to_fast_tokenizer(model).model.__class__.__name__ == "BPE":
-        return False  # merges have an order but no score
+        # Merges have an order but no score.
+        return False
     scores = [sum(map(processor.get_score, ids)) for ids in (encode(tokenizer, [line])[0], processor.encode(line))]
     return abs(scores[0] - scores[1]) < 1e-5 * abs(scores[0])
 

@@ -175,7 +175,8 @@ def test_documents_that_are_no_text_stop_or_are_left_out_and_counted(tmp_path, n
 
 def test_statistics_match_the_lengths():
     lengths = np.zeros(65_536, np.int64)
-    lengths[[1, 100, 600, 65_535]] = [5, 3, 1, 1]  # the last document has 100,000 tokens
+    # The last document has 100,000 tokens.
+    lengths[[1, 100, 600, 65_535]] = [5, 3, 1, 1]
     total = 5 + 300 + 600 + 100_000
     found = summarize(lengths, total, "tokens", 12)
     assert (found["documents"], found["tokens"], found["dropped_documents"]) == (10, total, 2)

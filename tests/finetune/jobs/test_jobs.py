@@ -175,7 +175,8 @@ def holds_open(path: Path) -> bool:
         try:
             if os.readlink(link) == str(path):
                 return True
-        except OSError:  # the process ended meanwhile
+        except OSError:
+            # The process ended meanwhile.
             continue
     return False
 

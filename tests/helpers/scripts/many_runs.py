@@ -57,7 +57,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO if os.environ["RANK"] == "0" else logging.WARNING, format="%(message)s")
     limit = int(os.environ["MAX_FILE_BYTES"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    loop.shutdown = lambda feed: deepspeed.comm.barrier()  # the process group is for the next run too
+    # The process group is for the next run too.
+    loop.shutdown = lambda feed: deepspeed.comm.barrier()
     parser = RecipeParser("many_runs.py")
     parser.add_argument("--ds_config")
     code = 0
@@ -74,7 +75,8 @@ def main() -> None:
             break
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # as launch/pretrain.py does
+    # As launch/pretrain.py does.
+    os._exit(code)
 
 
 if __name__ == "__main__":

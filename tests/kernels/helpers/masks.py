@@ -26,7 +26,8 @@ def kept_by_add_layer_norm(ops: Any, rows: int, columns: int, p: float) -> Tenso
 
 def kept_by_embed_layer_norm(ops: Any, rows: int, columns: int, p: float) -> Tensor:
     ids, tables = torch.arange(rows) % 7, [torch.randn(7, columns), torch.randn(2, columns)]
-    weight, bias = torch.ones(columns), torch.ones(columns) * 20  # far from 0
+    # Far from 0.
+    weight, bias = torch.ones(columns), torch.ones(columns) * 20
     return ops.embed_layer_norm([ids, ids % 2], tables, weight, bias, dropout_p=p, **NORM) != 0
 
 
@@ -67,7 +68,8 @@ def assert_independent(masks: Tensor, p: float) -> None:
     # Over the masks, a token, a feature and an element drop as often as chance has it: the sums' variances are right.
     for what, dims in {"a token": (0, 2), "a feature": (0, 1), "an element": (0,)}.items():
         sums = centred.sum(dim=dims).flatten()
-        kurtosis = 2 + 1 / (p * (1 - p) * (centred.numel() / sums.numel()))  # of a binomial, plus 2
+        # Of a binomial, plus 2.
+        kurtosis = 2 + 1 / (p * (1 - p) * (centred.numel() / sums.numel()))
         ratio = sums.square() / (centred.numel() / sums.numel())
         check(ratio, 1.0, kurtosis, f"the drops of {what}")
 

@@ -122,7 +122,8 @@ def test_dropout_is_on_x_alone(dtype):
     x, residual, weight, bias = inputs(8, 64, dtype, dtype)
     ones = torch.ones_like(weight)
     only_x = call(kernels, 0.25)(torch.ones_like(x), torch.zeros_like(x), ones, 0 * ones)
-    mask = only_x > 0  # a kept 1 is above its row's mean, a dropped 1 below
+    # A kept 1 is above its row's mean, a dropped 1 below.
+    mask = only_x > 0
     assert 0.6 < mask.double().mean() < 0.9
 
     def specification(x, residual, weight, bias):

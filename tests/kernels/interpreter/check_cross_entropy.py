@@ -166,8 +166,10 @@ def test_no_fp32_logits_and_no_more_than_a_chunk(monkeypatch):
     monkeypatch.setattr(kernels, "ROWS_MULTIPLE", 1)
     with Largest() as largest:
         kernels.in_chunks(*inputs(rows, width, vocab, BF16), some_labels(rows, vocab), 0.0, True, BF16)
-    assert largest.elements[FP32] == vocab * width  # the weight and its gradient
-    assert largest.elements[BF16] == 16 * 208  # one chunk's logits
+    # The weight and its gradient.
+    assert largest.elements[FP32] == vocab * width
+    # One chunk's logits.
+    assert largest.elements[BF16] == 16 * 208
 
 
 def test_without_gradients_none_are_computed():

@@ -37,7 +37,8 @@ def kept_by_attention(num_heads: int, length: int, p: float) -> torch.Tensor:
 
 def test_masks_of_attention_are_independent_between_heads_queries_and_keys():
     torch.manual_seed(7)
-    masks = torch.cat([kept_by_attention(3, 32, 0.3) for _ in range(3)])  # (9, 32, 32): the heads of three layers
+    # (9, 32, 32): the heads of three layers.
+    masks = torch.cat([kept_by_attention(3, 32, 0.3) for _ in range(3)])
     assert_independent(masks, 0.3)
 
 
@@ -54,7 +55,8 @@ def test_one_steps_gradient_is_as_noisy_as_with_plain_pytorch():
         "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16,
         "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2,
     }  # fmt: skip
-    ids, noises, steps = torch.randint(5, 32, (1, 4)), [], 40  # a step takes two seconds in the interpreter
+    # A step takes two seconds in the interpreter.
+    ids, noises, steps = torch.randint(5, 32, (1, 4)), [], 40
     torch.manual_seed(1)
     model = MegaBertForMaskedLM(MegaBertConfig(**shape)).train()
     for parameter in model.parameters():

@@ -31,7 +31,8 @@ def test_is_the_specification_in_fp64():
 @pytest.mark.parametrize("dropout_p", cases(per_push=[[0.3]], nightly=[[0.0], [0.3]]))
 def test_gradients(dropout_p):
     def geglu(x):
-        torch.manual_seed(0)  # the same mask at every point
+        # The same mask at every point.
+        torch.manual_seed(0)
         return kernels.geglu(x, dropout_p)
 
     assert_gradients(geglu, [torch.randn(3, 40)])

@@ -43,7 +43,8 @@ def test_canary_the_interpreters_bf16_is_still_wrong():
 
 
 def test_canary_the_interpreter_still_truncates():
-    x = torch.tensor([1.0 + 2**-8 + 2**-9])  # nearer to 1 + 2^-7 than to 1
+    # Nearer to 1 + 2^-7 than to 1.
+    x = torch.tensor([1.0 + 2**-8 + 2**-9])
     with interpreter.stock():
         assert narrow(x).item() == 1.0
     assert narrow(x).item() == 1.0 + 2**-7

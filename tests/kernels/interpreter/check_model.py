@@ -33,7 +33,8 @@ KINDS = {
 def model_of(**more):
     torch.manual_seed(1)
     model = MegaBertForMaskedLM(MegaBertConfig(**SHAPE | more)).train()
-    for parameter in model.parameters():  # zeros and ones would hide errors
+    # Zeros and ones would hide errors.
+    for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 

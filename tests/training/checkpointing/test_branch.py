@@ -59,7 +59,8 @@ def test_a_decay_branch_continues_the_plateau_and_resumes_like_any_run(corpus: C
     assert losses[5] == recorded(run, "loss")[5]
     assert rates[6] < 0.6 * rates[5]
     assert read_state(tmp_path / "checkpoints/step-00000006").next_index == 12
-    again = run_many([flags])  # the folder's own checkpoint goes before the trunk's
+    # The folder's own checkpoint goes before the trunk's.
+    again = run_many([flags])
     assert again.code == 0, again.output
     assert f"resumed from {tmp_path}/checkpoints/step-00000006" in again.output
 

@@ -59,9 +59,11 @@ def with_steps(steps: int, **optimizer) -> Recipe:
     ("step", "optimizer", "allowed"),
     [
         (30, {"schedule": "wsd"}, True),
-        (90, {"schedule": "wsd"}, True),  # the decay would begin here
+        # The decay would begin here.
+        (90, {"schedule": "wsd"}, True),
         (91, {"schedule": "wsd"}, False),
-        (10, {"schedule": "wsd"}, False),  # in the warm-up of the longer run
+        # In the warm-up of the longer run.
+        (10, {"schedule": "wsd"}, False),
         (99, {"schedule": "constant"}, True),
         (30, {"schedule": "cosine"}, False),
     ],

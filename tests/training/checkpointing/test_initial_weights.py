@@ -17,7 +17,8 @@ def start(corpus, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "in" / name).write_bytes((corpus.tokenizer / name).read_bytes())
     import_model(tmp_path / "in", tmp_path / "start")
-    (tmp_path / "start" / "import.json").unlink()  # so that tests may change its files
+    # So that tests may change its files.
+    (tmp_path / "start" / "import.json").unlink()
     return tmp_path / "start"
 
 

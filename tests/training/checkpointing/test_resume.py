@@ -73,7 +73,8 @@ def test_a_resumed_run_ends_bitwise_the_same(corpus: Corpus, tmp_path, cases, ra
     assert done.output.count(f"resumed from {tmp_path}") == len(folders) + 1
     for folder in folders:
         assert_same_end(folder / "whole", folder / "resumed")
-    if ranks == 1:  # on more ranks, stages 1 and 2 add gradients in different orders
+    # On more ranks, stages 1 and 2 add gradients in different orders.
+    if ranks == 1:
         assert_same_end(whole, tmp_path / "other")
 
 
@@ -127,7 +128,8 @@ def test_a_run_resumes_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path, stag
             assert len(stayed) == STEPS
             assert moved == pytest.approx(stayed[STOPPED:], rel=1e-6)
             stayed, moved = (losses_of(tmp_path / out, "heldout_loss")[-1] for out in (stage, f"{stage}-{ranks}"))
-            assert moved == pytest.approx(stayed, rel=1e-6)  # evaluation is the same on 1, 2 and 3 ranks too
+            # Evaluation is the same on 1, 2 and 3 ranks too.
+            assert moved == pytest.approx(stayed, rel=1e-6)
             assert not list((tmp_path / stage / "checkpoints").glob(".tmp-*"))
             for file in checkpoint_of(tmp_path / f"{stage}-{ranks}", STEPS).glob("zero_pp*optim_states.pt"):
                 assert_groups_are_right(torch.load(file, weights_only=False)["optimizer_state_dict"])

@@ -192,7 +192,8 @@ def test_a_failure_is_reported_and_earlier_checkpoints_remain(tmp_path, corpus, 
         assert f"checkpoint {tags(2)[0]} could not be written" in written.writer.problem
     assert layout.check_files(tmp_path / tags(1)[0]) is None
     with pytest.raises(DiskError, match=message):
-        written.save(3)  # a run must not continue without its checkpoints
+        # A run must not continue without its checkpoints.
+        written.save(3)
 
 
 def test_one_rank_with_a_full_disk_ends_all_with_the_same_message(corpus, tmp_path):
@@ -227,9 +228,11 @@ def test_a_disk_that_fails_before_the_first_step_is_no_error_of_the_user(tmp_pat
 def test_checkpoints_that_will_not_fit_cause_a_warning(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 50, 4_000_000))
-    check_disk_space(tmp_path, 100_000, 0, Retention(2))  # 3 x 1.2 MB
+    # 3 x 1.2 MB.
+    check_disk_space(tmp_path, 100_000, 0, Retention(2))
     assert not caplog.text
-    check_disk_space(tmp_path, 100_000, 2, Retention(2))  # 3 x 1.6 MB
+    # 3 x 1.6 MB.
+    check_disk_space(tmp_path, 100_000, 2, Retention(2))
     assert "3 more checkpoints of 2 MB will not fit, 4 MB are free" in caplog.text
 
 
@@ -247,7 +250,8 @@ def test_resuming_uses_the_newest_complete_checkpoint_or_the_named_one(tmp_path,
     assert resumed_from("none", tmp_path) is None
     assert resumed_from(str(old), tmp_path) == old
     data = bytearray((new / "mp_rank_00_model_states.pt").read_bytes())
-    data[1500] ^= 1  # it would load without an error
+    # It would load without an error.
+    data[1500] ^= 1
     (new / "mp_rank_00_model_states.pt").write_bytes(data)
     assert resumed_from("auto", tmp_path) == old
     assert f"checkpoint {new.name} is damaged and not used: {new}/mp_rank_00_model_states.pt" in caplog.text
@@ -273,7 +277,8 @@ def test_a_checkpoint_that_cannot_be_read_for_now_is_not_passed_over_as_damaged(
     with pytest.raises(DiskError, match="does not mean that it is damaged: .*--run.resume FOLDER"):
         resumed_from("auto", tmp_path)
     assert not caplog.text
-    assert resumed_from(str(old), tmp_path) == old  # the advice
+    # The advice.
+    assert resumed_from(str(old), tmp_path) == old
 
 
 def test_a_failed_conversion_names_the_checkpoint(tmp_path, corpus):

@@ -30,9 +30,11 @@ def machine(monkeypatch, tmp_path):
     ("driver", "cuda_build", "sees", "environ", "chosen", "warned"),
     [
         (True, True, True, {}, "cuda", False),
-        (False, True, True, {}, "cuda", False),  # WSL2 without the file, ROCm
+        # WSL2 without the file, ROCm.
+        (False, True, True, {}, "cuda", False),
         (False, False, False, {}, "cpu", False),
-        (True, True, False, {}, "cpu", True),  # an old driver, or a job without a GPU on a machine with some
+        # An old driver, or a job without a GPU on a machine with some.
+        (True, True, False, {}, "cpu", True),
         (True, True, False, {"CUDA_VISIBLE_DEVICES": ""}, "cpu", False),
         (True, False, False, {"DS_ACCELERATOR": "cpu"}, "cpu", False),
         (True, True, True, {"DS_ACCELERATOR": "cpu"}, "cpu", False),
@@ -52,7 +54,8 @@ def test_a_cpu_build_of_torch_on_a_machine_with_a_gpu_is_refused_and_the_advice_
     machine(driver=True, cuda_build=False, sees=False)
     with pytest.raises(ValueError, match="is a CPU build.* TORCH_BUILD=gpu bash launch/install.sh, or set DS_ACC"):
         choose_accelerator({})
-    machine(driver=True, cuda_build=True, sees=True)  # after that install
+    # After that install.
+    machine(driver=True, cuda_build=True, sees=True)
     environ: dict[str, str] = {}
     choose_accelerator(environ)
     assert environ == {"DS_ACCELERATOR": "cuda"}
@@ -84,15 +87,24 @@ def test_an_amd_gpu_is_not_left_out_in_silence(machine, caplog, cuda_build, hip,
 @pytest.mark.parametrize(
     ("name", "bf16", "fp8"),
     [
-        ("gfx906:sramecc+:xnack-", False, False),  # MI50
-        ("gfx908:sramecc+:xnack-", True, False),  # MI100
-        ("gfx90a:sramecc+:xnack-", True, False),  # MI250X
-        ("gfx90c", False, False),  # in a CPU
-        ("gfx942:sramecc+:xnack-", True, True),  # MI300X
-        ("gfx950:sramecc+:xnack-", True, True),  # MI355X
-        ("gfx1030", False, False),  # RX 6800
-        ("gfx1100", True, False),  # RX 7900
-        ("gfx1201", True, True),  # RX 9070
+        # MI50.
+        ("gfx906:sramecc+:xnack-", False, False),
+        # MI100.
+        ("gfx908:sramecc+:xnack-", True, False),
+        # MI250X.
+        ("gfx90a:sramecc+:xnack-", True, False),
+        # In a CPU.
+        ("gfx90c", False, False),
+        # MI300X.
+        ("gfx942:sramecc+:xnack-", True, True),
+        # MI355X.
+        ("gfx950:sramecc+:xnack-", True, True),
+        # RX 6800.
+        ("gfx1030", False, False),
+        # RX 7900.
+        ("gfx1100", True, False),
+        # RX 9070.
+        ("gfx1201", True, True),
     ],
 )
 def test_amds_cards_multiply_what_their_names_say(name, bf16, fp8, monkeypatch):
@@ -110,8 +122,10 @@ SRUN = {"SLURM_STEP_ID": "0", "RANK": "5"}
     [
         ({"RANK": "5", "LOCAL_RANK": "1"}, 4, "1"),
         (SRUN | {"LOCAL_RANK": "5"}, 8, "5"),
-        (SRUN | {"LOCAL_RANK": "5"}, 1, "0"),  # --gpus-per-task=1
-        (SRUN | {"LOCAL_RANK": "3"}, 2, "1"),  # two GPUs for each task
+        # --gpus-per-task=1.
+        (SRUN | {"LOCAL_RANK": "5"}, 1, "0"),
+        # Two GPUs for each task.
+        (SRUN | {"LOCAL_RANK": "3"}, 2, "1"),
     ],
 )
 def test_a_rank_uses_a_gpu_that_it_sees(environ, visible, index):

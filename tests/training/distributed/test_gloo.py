@@ -38,5 +38,6 @@ def compare_on_one_rank(rank: int, store: Path) -> None:
 
 
 def test_the_ring_gathers_what_gloo_gathers(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY)  # for the spawned processes
+    # For the spawned processes.
+    monkeypatch.syspath_prepend(REPOSITORY)
     torch.multiprocessing.spawn(compare_on_one_rank, (tmp_path / "store",), nprocs=RANKS)

@@ -106,7 +106,8 @@ def test_the_limit_follows_what_a_rank_does(monkeypatch):
     progress.enter("data")
     now[0] += 50
     assert progress.beat() == Beat(1, 2, "data", 50.0, 60.0)
-    store[0] = now[0] - 1  # a worker waits for a store
+    # A worker waits for a store.
+    store[0] = now[0] - 1
     assert progress.beat().age_s == 1.0
     progress.compile_began()
     assert progress.beat() == Beat(1, 2, "compiling (data)", 0.0, 300.0)

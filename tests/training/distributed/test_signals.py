@@ -158,7 +158,8 @@ def test_a_signal_sets_the_reason_once(embedded: StopSignals, number):
 
 def test_a_second_interrupt_is_not_met_by_waiting(embedded: StopSignals, monkeypatch):
     signal.raise_signal(signal.SIGINT)
-    signal.raise_signal(signal.SIGINT)  # the same Ctrl-C, sent by a launcher too
+    # The same Ctrl-C, sent by a launcher too.
+    signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(signals, "SAME_INTERRUPT_S", -1.0)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -265,7 +266,8 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once(corpus: Corpus, tmp
     process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == code, output
-    assert time.monotonic() - began < 20  # 0.2 s on a quiet machine
+    # 0.2 s on a quiet machine.
+    assert time.monotonic() - began < 20
     assert len(output.splitlines()) == 1, output
 
 
@@ -277,7 +279,8 @@ def test_a_second_interrupt_ends_a_run_that_does_not_save(corpus: Corpus, tmp_pa
     wait_for_step(process, tmp_path, 3)
     process.send_signal(signal.SIGINT)
     wait_for_file(process, began_save)
-    time.sleep(1.5)  # two Ctrl-C within a second are one
+    # Two Ctrl-C within a second are one.
+    time.sleep(1.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)

@@ -117,7 +117,8 @@ def test_a_greeting_that_drips_holds_no_rank(monkeypatch):
     assert accepting.is_alive()
     rank = socket.create_connection(server.getsockname())
     rank.sendall(b'{"token": "secret", ')
-    time.sleep(0.1)  # a greeting may arrive in parts
+    # A greeting may arrive in parts.
+    time.sleep(0.1)
     rank.sendall(b'"rank": 1, "host": "node1"}\n')
     accepting.join(10)
     assert {number: peer.host for number, peer in rank0.peers.items()} == {1: "node1"}
@@ -132,7 +133,8 @@ def test_a_greeting_that_drips_holds_no_rank(monkeypatch):
         ({}, "127.0.0.1"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "127.0.0.1"),
         ({"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "node0"}, "127.0.0.1"),
-        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "1", "MASTER_ADDR": "10.255.0.77"}, "::"),  # not an address of this machine
+        # Not an address of this machine.
+        ({"WORLD_SIZE": "2", "LOCAL_SIZE": "1", "MASTER_ADDR": "10.255.0.77"}, "::"),
         *[({"WORLD_SIZE": "2", "LOCAL_SIZE": "1", "MASTER_ADDR": own}, own) for own in OWN_ADDRESSES],
     ],
 )

@@ -27,7 +27,8 @@ hang_timeout_s = float(os.environ.get("HANG_TIMEOUT_S", "0"))
 with PeerWatchdog(rank, world_size, hang_timeout_s=hang_timeout_s):
     progress.step_done(12)
     progress.enter("data")
-    time.sleep(hang_timeout_s / 2)  # two beats
+    # Two beats.
+    time.sleep(hang_timeout_s / 2)
     sys.stdout.write("connected\n")
     sys.stdout.flush()
     match sys.argv[1]:

@@ -48,7 +48,8 @@ def test_phases_change_the_masking_by_the_time():
     schedule, _ = schedule_of(f"--data.phases={PHASES}", "--optimizer.schedule=wsd")
     bins = bins_of_steps(schedule, [0.0, 0.49, 0.5, 1.0])
     assert [schedule.masking.at(i) for i in bins] == [0.3, 0.3, 0.15, 0.15]
-    assert schedule.total_steps > 1e12  # which the learning rate counts in
+    # Which the learning rate counts in.
+    assert schedule.total_steps > 1e12
     recipe = RecipeParser("p", "").read(["--max-hours=1", "--optimizer.schedule=wsd", "--optimizer.final_lr=0"])[0]
     rates = [lr_factor(int(s * schedule.total_steps), schedule.total_steps, recipe.optimizer) for s in (0.5, 0.9, 1)]
     assert rates == [1.0, 1.0, 0.0]

@@ -39,7 +39,8 @@ def scores(out) -> dict[int, float]:
 
 @pytest.mark.nightly
 def test_ranks_with_probes_have_the_bits_of_ranks_without(corpus: Corpus, tmp_path, task):
-    every = "--probe.every_steps=4"  # a probe is a process of its own, which takes seconds to start
+    # A probe is a process of its own, which takes seconds to start.
+    every = "--probe.every_steps=4"
     with_probes = run_ranks(corpus, tmp_path / "with", *SETTINGS, *task, every, ranks=2, ds_config="zero3")
     assert with_probes.code == 0, with_probes.output
     without = run_ranks(corpus, tmp_path / "without", *SETTINGS, ranks=2, ds_config="zero3")

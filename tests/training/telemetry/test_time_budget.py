@@ -21,10 +21,12 @@ def test_the_budget_is_over_before_a_step_that_would_exceed_it():
     assert (budget.used, budget.share_of_schedule) == (40.0, 40 / 60)
     assert not budget.is_over
     budget.update(53.0)
-    assert budget.is_over  # 7 s left, and the last step took 13
+    # 7 s left, and the last step took 13.
+    assert budget.is_over
     again = TimeBudget(limit=60.0)
     again.resume(budget.used, budget.max_step)
-    assert again.is_over  # a finished run that is started again makes no further step
+    # A finished run that is started again makes no further step.
+    assert again.is_over
     assert not TimeBudget(limit=None, used=1e9).is_over
 
 

@@ -27,7 +27,8 @@ def test_csv_has_a_row_per_number_and_drops_those_of_later_steps(tmp_path):
         tracker.log_metrics(step, {"loss": step / 2, "time/data": 0.25})
     tracker.close()
     with open(tmp_path / CSV, "a") as file:
-        file.write("4,lo")  # cut short by a kill
+        # Cut short by a kill.
+        file.write("4,lo")
     (tracker,) = open_trackers(["csv"], tmp_path, 2, {})
     tracker.log_metrics(3, {"loss": 9.0})
     tracker.close()
@@ -109,7 +110,8 @@ def test_the_step_timer_uses_the_clock_of_the_device():
     with timer.time("data"):
         pass
     assert timer.totals()["forward"] == pytest.approx(3 * 2e-3)
-    assert timer.totals()["forward"] == pytest.approx(3 * 2e-3)  # not twice
+    # Not twice.
+    assert timer.totals()["forward"] == pytest.approx(3 * 2e-3)
     assert 0 < timer.totals()["data"] < 1e-3
 
 
@@ -130,7 +132,8 @@ def test_the_slowest_and_the_fastest_rank_are_reported(corpus, tmp_path):
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     point = [json.loads(line) for line in lines if "slowest_rank" in line][-1]
     assert 0 < point["slowest_rank"] < 256 / 0.3 < point["fastest_rank"]
-    assert point["time/forward"] < 0.3 < point["seconds_per_step"]  # rank 0's own
+    # Rank 0's own.
+    assert point["time/forward"] < 0.3 < point["seconds_per_step"]
 
 
 def test_a_run_reports_its_times_and_two_runs_are_plotted(corpus, tmp_path):

@@ -10,7 +10,8 @@ from tests.helpers.runs import patched, pretrain_command, run_command
 # Of 1,000 tokens, the n-th is drawn in proportion to 1 / n.
 SHARES = 1 / np.arange(1, 1001)
 SHARES /= SHARES.sum()
-ENTROPY = 5.19  # of these shares
+# Of these shares.
+ENTROPY = 5.19
 # As 4 layers of 256 learn docstrings: 0.1, 0.5 and 0.8 nats below the unigram after 100, 200 and 300 steps.
 LEARNING = [5.1, 4.7, 4.4, 4.3, 4.2, 4.1, 4.0, 4.0]
 STANDING = [6.9, 5.4, 5.25, 5.2, 5.19, 5.2, 5.18, 5.2]

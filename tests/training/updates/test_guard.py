@@ -24,7 +24,8 @@ def guard_with(norms: list[float], ratio: float = 10.0) -> Guard:
 
 def test_a_norm_that_is_not_finite_is_refused_from_the_first_step():
     assert not any(Guard(10.0).allows(norm) for norm in (math.nan, math.inf, -math.inf))
-    assert Guard(10.0).allows(1e30)  # no norm is known yet
+    # No norm is known yet.
+    assert Guard(10.0).allows(1e30)
 
 
 def test_a_norm_far_above_the_median_is_refused():
@@ -97,13 +98,15 @@ def test_nan_never_reaches_the_weights(corpus: Corpus, tmp_path, stage, ranks):
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     records = read_metrics(tmp_path / "metrics.jsonl")
     losses = [record["loss"] for record in records if "loss" in record]
-    assert len(losses) == 4  # the skipped step has none
+    # The skipped step has none.
+    assert len(losses) == 4
     assert all(map(math.isfinite, losses))
     assert records[-1].get("heldout_loss", 0) > 0
     assert read_state(tmp_path / "checkpoints/step-00000005").guard["skipped"] == 1
     [skipped] = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert (skipped["step"], skipped["bins"], skipped["loss"]) == (3, [4, 6], "nan")
-    assert set(skipped["positions"]) == {"4", "5"}  # from both ranks
+    # From both ranks.
+    assert set(skipped["positions"]) == {"4", "5"}
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2"])
@@ -133,7 +136,8 @@ def test_a_spike_is_refused_once_the_usual_norm_is_known(corpus: Corpus, tmp_pat
     spike = [2 * MIN_NORMS + 2, 2 * MIN_NORMS + 3]
     done = run_with(corpus, tmp_path, [2, 3, *spike], "1000", *settings, stage="zero0")
     assert done.code == 0, done.output
-    assert done.output.count("update skipped") == 1  # at step 2 the usual norm was not known
+    # At step 2 the usual norm was not known.
+    assert done.output.count("update skipped") == 1
     assert f"step {MIN_NORMS + 2}: update skipped" in done.output
 
 

@@ -287,7 +287,8 @@ def test_muon_orthogonalizes_at_stage_0_and_leaves_the_rest_to_adamw():
             assert 0.5 < values.min(), name
             assert values.max() < 1.4, name
         else:
-            assert change.abs().median() == pytest.approx(1e-3, rel=0.02), name  # Adam's first step
+            # Adam's first step.
+            assert change.abs().median() == pytest.approx(1e-3, rel=0.02), name
 
 
 @pytest.mark.parametrize(

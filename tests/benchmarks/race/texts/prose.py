@@ -23,7 +23,8 @@ NOVELS = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 COMMENTARY = "usr/share/sword/modules/comments/zcom/tdavid/ot"
 # Paragraphs are joined to documents of at least this many characters, so that 2 % of them are held out evenly.
 DOCUMENT_CHARACTERS = 1500
-STRING = 9  # R's serialization: CHARSXP
+# R's serialization: CHARSXP.
+STRING = 9
 
 
 class UnreachableError(Exception):
