@@ -33,7 +33,7 @@ SHOWN = 3
 HEADER, TASK = {"format", "asked", "request", "tasks", "ids", "left_out"}, {"splits", "state"}
 
 
-class Plan(NamedTuple):
+class ShardPlan(NamedTuple):
     """A request, and the number of tasks of its first pass."""
 
     request: ShardRequest
@@ -102,7 +102,7 @@ def do_part(options: Options) -> None:
     print(f"{options.out}: step {options.step}, part {options.task}: done")
 
 
-def read_plan(options: Options) -> Plan:
+def read_plan(options: Options) -> ShardPlan:
     """Read the plan. Raises ValueError if there is none, or if it is one for other options."""
     path = plan_path(Path(options.out))
     try:
@@ -121,10 +121,10 @@ def read_plan(options: Options) -> Plan:
     ids = IdRule(header["ids"][0], tuple(header["ids"][1]), header["ids"][2]) if header["ids"] else None
     left_out = LeftOut(**header["left_out"])
     request = ShardRequest(options, [], tokenizer_path, tokenizer, ids, header["request"], left_out)
-    return Plan(request, header["tasks"])
+    return ShardPlan(request, header["tasks"])
 
 
-def read_first_pass(plan: Plan) -> FirstPass:
+def read_first_pass(plan: ShardPlan) -> FirstPass:
     """Raise ValueError if a task of the first pass is not done."""
     settings = plan.request.settings
     _check_none_missing(settings.out, "runs", passes.missing_summaries(settings, plan.tasks))
@@ -133,13 +133,13 @@ def read_first_pass(plan: Plan) -> FirstPass:
     return FirstPass(summaries, counts, plan_reads(settings, summaries, counts))
 
 
-def check_merged(plan: Plan, first: FirstPass) -> None:
+def check_merged(plan: ShardPlan, first: FirstPass) -> None:
     """Raise ValueError if a group is not merged."""
     settings = plan.request.settings
     _check_none_missing(settings.out, "merge", passes.missing_groups(settings, first.reads))
 
 
-def check_shards(plan: Plan, counts: ShardCounts) -> None:
+def check_shards(plan: ShardPlan, counts: ShardCounts) -> None:
     """Raise ValueError if a shard is not written."""
     settings = plan.request.settings
     _check_none_missing(settings.out, "shards", passes.missing_shards(settings, counts))

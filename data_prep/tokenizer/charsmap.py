@@ -67,7 +67,7 @@ class CharsMap:
         return self._texts[begin : self._texts.index(b"\0", begin)].decode()
 
 
-class Plan:
+class RuleGroups:
     """Which step applies each rule. Rules for one character that are in none of these groups are left to `Precompiled`.
 
     composed: pairs and longer texts that NFC composes after `Precompiled`. late: marks that a rule turns into a letter,
@@ -118,8 +118,8 @@ class Plan:
 
 
 @lru_cache(maxsize=8)
-def plan_of(precompiled_charsmap: bytes) -> Plan:
-    return Plan(CharsMap(precompiled_charsmap))
+def group_rules(precompiled_charsmap: bytes) -> RuleGroups:
+    return RuleGroups(CharsMap(precompiled_charsmap))
 
 
 def _nfc(texts: Iterable[str]) -> list[str]:

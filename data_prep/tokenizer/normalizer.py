@@ -20,7 +20,7 @@ from typing import Any
 
 from tokenizers import Regex, normalizers
 
-from data_prep.tokenizer.charsmap import Plan, canonical_decompositions, composing_characters, plan_of
+from data_prep.tokenizer.charsmap import RuleGroups, canonical_decompositions, composing_characters, group_rules
 
 # Reserved characters that no text contains and that are graphemes of their own. Two of them stand together, so that one
 # in a text is kept.
@@ -50,39 +50,39 @@ def normalize_by_rules(charsmap: bytes, symbols: Collection[str], alphabet: set[
     symbols: texts that are never changed. alphabet: the characters of all pieces, if all others are the same unknown
     piece; rules between others are left out. None if each of them is encoded in bytes.
     """
-    plan = plan_of(charsmap)
+    by_step = group_rules(charsmap)
 
     def matters(key: str, result: str) -> bool:
-        return alphabet is None or not alphabet.isdisjoint(key + result + plan.map_each(key))
+        return alphabet is None or not alphabet.isdisjoint(key + result + by_step.map_each(key))
 
-    results = {key: result for key, result in plan.replaced.items() if matters(key, result)}
-    results |= {text: text for text in symbols if _is_changed(plan, text)}
+    results = {key: result for key, result in by_step.replaced.items() if matters(key, result)}
+    results |= {text: text for text in symbols if _is_changed(by_step, text)}
     placeholders = {text: 2 * chr(LAST_PLACEHOLDER - n) for n, text in enumerate(dict.fromkeys(results.values()))}
-    steps = list(_insert_placeholders(plan, results, placeholders))
-    if plan.composed:
-        steps.append(normalizers.Replace(Regex(_boundary_pattern(plan)), BOUNDARY))
-    removed = next((c for c in ("\x01", "\x02") if plan.rules.get(c) == ""), None)
-    steps.append(normalizers.Replace(Regex(_separator_pattern(plan)), removed or SEPARATOR))
-    steps.append(normalizers.Precompiled(plan.precompiled))
+    steps = list(_insert_placeholders(by_step, results, placeholders))
+    if by_step.composed:
+        steps.append(normalizers.Replace(Regex(_boundary_pattern(by_step)), BOUNDARY))
+    removed = next((c for c in ("\x01", "\x02") if by_step.rules.get(c) == ""), None)
+    steps.append(normalizers.Replace(Regex(_separator_pattern(by_step)), removed or SEPARATOR))
+    steps.append(normalizers.Precompiled(by_step.precompiled))
     if removed is None:
         steps.append(normalizers.Replace(SEPARATOR, ""))
-    if plan.composed:
+    if by_step.composed:
         steps += [normalizers.NFC(), normalizers.Replace(BOUNDARY, "")]
-    steps += [normalizers.Replace(mark, result) for mark, result in plan.late.items() if matters(mark, result)]
+    steps += [normalizers.Replace(mark, result) for mark, result in by_step.late.items() if matters(mark, result)]
     return steps + [normalizers.Replace(character, text) for text, character in placeholders.items()]
 
 
-def _is_changed(plan: Plan, symbol: str) -> bool:
+def _is_changed(by_step: RuleGroups, symbol: str) -> bool:
     """Return whether a rule applies in a symbol, or may apply to its end and what follows."""
     keys = {symbol[a:b] for a in range(len(symbol)) for b in range(a + 1, len(symbol) + 1)}
-    return not keys.isdisjoint(plan.rules) or not keys.isdisjoint(plan.replaced)
+    return not keys.isdisjoint(by_step.rules) or not keys.isdisjoint(by_step.replaced)
 
 
-def _insert_placeholders(plan: Plan, results: dict[str, str], placeholders: dict[str, str]) -> Iterator[Any]:
+def _insert_placeholders(by_step: RuleGroups, results: dict[str, str], placeholders: dict[str, str]) -> Iterator[Any]:
     """Yield steps that replace each key of `results` by the placeholder of its result, long keys before short ones."""
     following: dict[str, set[str]] = defaultdict(set)
-    if results.keys() & plan.replaced.keys():
-        for key in plan.rules:
+    if results.keys() & by_step.replaced.keys():
+        for key in by_step.rules:
             following[key[:-1]].add(key[-1])
     groups: dict[tuple[int, str, str], list[str]] = defaultdict(list)
     for key, result in results.items():
@@ -94,21 +94,21 @@ def _insert_placeholders(plan: Plan, results: dict[str, str], placeholders: dict
 
 
 @cache
-def _boundary_pattern(plan: Plan) -> str:
+def _boundary_pattern(by_step: RuleGroups) -> str:
     r"""Match before each mark that NFC must not move, or join with the character before.
 
     These are the marks that end no composed rule. \G continues at the last match, so that the text is read once.
     """
     firsts, seconds = composing_characters()
     moving = firsts | seconds
-    characters = {c for c in plan.rules if len(c) == 1} | moving | canonical_decompositions().keys()
-    marks = one_of(c for c in characters if plan.is_mark(c))
-    ends = {c: unicodedata.normalize("NFD", plan.map_each(c)[-1:]) for c in characters}
+    characters = {c for c in by_step.rules if len(c) == 1} | moving | canonical_decompositions().keys()
+    marks = one_of(c for c in characters if by_step.is_mark(c))
+    ends = {c: unicodedata.normalize("NFD", by_step.map_each(c)[-1:]) for c in characters}
     joins = one_of(c for c, end in ends.items() if not end or not moving.isdisjoint(end))
     steps = [rf"[^{marks[1:]}++", rf"(?<!{joins}){marks}"]
     tails: dict[str, set[str]] = defaultdict(set)
     # Sorted: the order of a set of strings is another one in every process, and the same command writes the same bytes.
-    for key in sorted(plan.composed):
+    for key in sorted(by_step.composed):
         tails[key[:-1]].add(key[-1])
     heads: dict[tuple[int, frozenset[str]], list[str]] = defaultdict(list)
     for head, tail in tails.items():
@@ -118,9 +118,9 @@ def _boundary_pattern(plan: Plan) -> str:
 
 
 @cache
-def _separator_pattern(plan: Plan) -> str:
+def _separator_pattern(by_step: RuleGroups) -> str:
     """Match before each character that forms a grapheme with one before it for which there is a rule."""
-    before = {key[0] for key in plan.rules if len(key[0].encode()) <= MAX_BYTES_BEFORE_JOINING}
+    before = {key[0] for key in by_step.rules if len(key[0].encode()) <= MAX_BYTES_BEFORE_JOINING}
     joining = one_of(_joining_characters())
     newline = r"|(?<!\r)\n" if "\r" in before else ""
     skipped = rf"[^{joining[1:-1]}\n]++" if newline else f"[^{joining[1:]}++"

@@ -130,7 +130,7 @@ def _shuffled(num_splits: int, seed: int, epoch: int, source: int) -> np.ndarray
 
 
 @dataclass(frozen=True)
-class Window:
+class ShuffleWindow:
     """How a source's documents are spread: those of a chunk over the next `chunks` chunks.
 
     chunk_tokens: mean tokens of a chunk, C. `place` gives a piece's place in the order of the stream.
@@ -189,7 +189,7 @@ class SourceOrder:
             math.ceil(math.sqrt(share * parts / (bins * REPEATED_BINMATES))) for parts in (len(self.splits), chunks)
         )
         self.at_once = min(MOST_SPLITS_AT_ONCE, max(1, at_once))
-        self.window = Window(min(MOST_CHUNKS_AT_ONCE, max(1, window)), max(1.0, tokens / chunks))
+        self.window = ShuffleWindow(min(MOST_CHUNKS_AT_ONCE, max(1, window)), max(1.0, tokens / chunks))
 
     def epoch_of(self, entry: int) -> int:
         return (self._stream.number + entry * self._stream.num_streams) // len(self.splits)

@@ -20,8 +20,8 @@ from megabert.convert.targets.compared_texts import check_ids
 from megabert.convert.targets.target import (
     DiffersError,
     Expected,
+    ExportedFolder,
     Proof,
-    Source,
     Target,
     batches,
     largest_difference,
@@ -59,14 +59,14 @@ def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) ->
     return ["it has the encoder only, for TEI and vLLM, which do not read a folder with another head"]
 
 
-def write(source: Source, folder: Path) -> str:
-    kind, weights = native_kind(source.config), source.weights
+def write(exported: ExportedFolder, folder: Path) -> str:
+    kind, weights = native_kind(exported.config), exported.weights
     assert kind is not None, f"{folder}: no class of transformers computes this model"
     out = folder / FOLDER
     out.mkdir()
     for name in (TOKENIZER, TOKENIZER_CONFIG):
         shutil.copyfile(folder / name, out / name)
-    bare = deepcopy(source.config)
+    bare = deepcopy(exported.config)
     # The folder may have a head, which the encoder does not.
     bare.architectures = None
     if kind in AS_BERT:
@@ -87,7 +87,7 @@ def write(source: Source, folder: Path) -> str:
     tensors = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in named.items()}
     save_tensors(tensors, out / SAFETENSORS)
     shutil.copymode(out / CONFIG, out / SAFETENSORS)
-    sentence_transformers.write(source, out)
+    sentence_transformers.write(exported, out)
     return f"megabert {__version__}"
 
 

@@ -14,7 +14,7 @@ from megabert.convert.hf.reader import CONFIG, SAFETENSORS
 from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets import jina_port, sentence_transformers
 from megabert.convert.targets.compared_texts import check_ids
-from megabert.convert.targets.target import DiffersError, Expected, Proof, Source, Target, largest_difference
+from megabert.convert.targets.target import DiffersError, Expected, ExportedFolder, Proof, Target, largest_difference
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.json_file import read_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -84,18 +84,18 @@ def make_config(config: MegaBertConfig, length: int) -> dict[str, Any]:
     )
 
 
-def write(source: Source, folder: Path) -> str:
-    out, length = folder / FOLDER, min(source.max_length, LONGEST)
+def write(exported: ExportedFolder, folder: Path) -> str:
+    out, length = folder / FOLDER, min(exported.max_length, LONGEST)
     out.mkdir()
-    write_json(out / CONFIG, make_config(source.config, length))
-    tensors = to_jina(source.weights, source.config.num_hidden_layers)
-    tensors[jina_port.GUARD] = torch.zeros(1, source.config.hidden_size)
+    write_json(out / CONFIG, make_config(exported.config, length))
+    tensors = to_jina(exported.weights, exported.config.num_hidden_layers)
+    tensors[jina_port.GUARD] = torch.zeros(1, exported.config.hidden_size)
     save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, out / SAFETENSORS)
     shutil.copymode(out / CONFIG, out / SAFETENSORS)
     shutil.copyfile(folder / TOKENIZER, out / TOKENIZER)
     settings = read_json(folder / TOKENIZER_CONFIG) | {"model_max_length": length}
     write_json(out / TOKENIZER_CONFIG, settings)
-    sentence_transformers.write(source._replace(max_length=length), out)
+    sentence_transformers.write(exported._replace(max_length=length), out)
     return f"megabert {__version__}"
 
 

@@ -19,8 +19,8 @@ from megabert.convert.targets.graph_tokens import encode, find_tokens, spread
 from megabert.convert.targets.target import (
     DiffersError,
     Expected,
+    ExportedFolder,
     Proof,
-    Source,
     Target,
     batches,
     largest_difference,
@@ -91,8 +91,8 @@ def check_head(name: str, config: MegaBertConfig) -> None:
         )
 
 
-def write(source: Source, folder: Path) -> str:
-    model = build_model(source.weights, source.config)
+def write(exported: ExportedFolder, folder: Path) -> str:
+    model = build_model(exported.weights, exported.config)
     (folder / ENCODER).parent.mkdir()
     write_graph(EncoderGraph(model), folder / ENCODER, [STATES])
     write_graph(MaskedLmGraph(model), folder / MASKED_LM, [LOGITS, STATES])
@@ -161,7 +161,7 @@ def check_int8(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: in
     return notes
 
 
-def write_int8(source: Source, folder: Path) -> str:
+def write_int8(exported: ExportedFolder, folder: Path) -> str:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     logging.getLogger().addFilter(_is_worth_reading)

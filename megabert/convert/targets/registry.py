@@ -11,7 +11,7 @@ from megabert.convert.hf.model_card import TARGETS_HEADING
 from megabert.convert.targets import encoder, jina, onnx_graphs, sentence_transformers, transformers_js
 from megabert.convert.targets.compared_texts import read_expected
 from megabert.convert.targets.llama import gguf_proof
-from megabert.convert.targets.target import DiffersError, Expected, NotOpened, Source, Target
+from megabert.convert.targets.target import DiffersError, Expected, ExportedFolder, NotOpened, Target
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.checkpoint_format import files_of
 from megabert.files.json_file import read_json
@@ -80,8 +80,10 @@ def check_targets(
 def write_targets(folder: Path, names: tuple[str, ...]) -> dict[str, Outcome]:
     """Write each target into a finished transformers folder and prove it; one that differs loses its own files."""
     model = read_model(folder)
-    source = Source(folder, model.config, model.weights, read_json(folder / TOKENIZER), read_max_length(folder))
-    expected = read_expected(folder, source.max_length)
+    exported = ExportedFolder(
+        folder, model.config, model.weights, read_json(folder / TOKENIZER), read_max_length(folder)
+    )
+    expected = read_expected(folder, exported.max_length)
     outcomes: dict[str, Outcome] = {}
     for name in names:
         target = TARGETS[name]
@@ -90,7 +92,7 @@ def write_targets(folder: Path, names: tuple[str, ...]) -> dict[str, Outcome]:
             continue
         before = set(files_of(folder))
         try:
-            outcomes[name] = {"wrote": target.write(source, folder)} | prove(target, folder, expected)
+            outcomes[name] = {"wrote": target.write(exported, folder)} | prove(target, folder, expected)
         except DiffersError as error:
             outcomes[name] = {"failed": str(error)}
             remove_files(folder, set(files_of(folder)) - before)

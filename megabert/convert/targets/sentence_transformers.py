@@ -12,9 +12,9 @@ from megabert.convert.targets.programs.run import run_python
 from megabert.convert.targets.target import (
     DiffersError,
     Expected,
+    ExportedFolder,
     NotOpened,
     Proof,
-    Source,
     Target,
     largest_difference,
 )
@@ -37,18 +37,18 @@ def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) ->
     return []
 
 
-def write(source: Source, folder: Path) -> str:
-    write_pooling(source, folder)
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": source.max_length, "do_lower_case": False})
+def write(exported: ExportedFolder, folder: Path) -> str:
+    write_pooling(exported, folder)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": exported.max_length, "do_lower_case": False})
     settings = {"__version__": {}, "model_type": "SentenceTransformer", "similarity_fn_name": "cosine"}
     write_json(folder / "config_sentence_transformers.json", settings | {"prompts": {}, "default_prompt_name": None})
     return f"megabert {__version__}"
 
 
-def write_pooling(source: Source, folder: Path) -> None:
+def write_pooling(exported: ExportedFolder, folder: Path) -> None:
     """Write modules.json and 1_Pooling/config.json, which TEI reads too: the mean of all tokens' states."""
     write_json(folder / "modules.json", MODULES)
-    pooling: dict[str, Any] = {"word_embedding_dimension": source.config.hidden_size}
+    pooling: dict[str, Any] = {"word_embedding_dimension": exported.config.hidden_size}
     pooling |= {f"pooling_mode_{name}": name == "mean_tokens" for name in POOLINGS} | {"include_prompt": True}
     (folder / "1_Pooling").mkdir(exist_ok=True)
     write_json(folder / "1_Pooling/config.json", pooling)

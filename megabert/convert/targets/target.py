@@ -18,7 +18,7 @@ class DiffersError(ValueError):
     """A target's own program gives something else than the checkpoint; the message says what."""
 
 
-class Source(NamedTuple):
+class ExportedFolder(NamedTuple):
     """The finished transformers folder that a target is made from. weights: by our names, memory-mapped.
 
     tokenizer: the content of its tokenizer.json; max_length: at which a text is cut, in tokens.
@@ -76,7 +76,7 @@ class Target:
 
     name: str
     check: Callable[[MegaBertConfig, dict[str, Any], int], list[str]]
-    write: Callable[[Source, Path], str]
+    write: Callable[[ExportedFolder, Path], str]
     prove: Callable[[Path, Expected], Proof | NotOpened]
     use: str
     language: str = "python"

@@ -17,9 +17,9 @@ from megabert.convert.targets.programs.run import HERE, run
 from megabert.convert.targets.target import (
     DiffersError,
     Expected,
+    ExportedFolder,
     NotOpened,
     Proof,
-    Source,
     Target,
     largest_difference,
 )
@@ -59,16 +59,16 @@ def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) ->
     return ["feature extraction computes the logits too, because one graph serves both pipelines; use dtype fp32"]
 
 
-def write(source: Source, folder: Path) -> str:
+def write(exported: ExportedFolder, folder: Path) -> str:
     out = folder / FOLDER
     (out / "onnx").mkdir(parents=True)
     shutil.copyfile(folder / onnx_graphs.MASKED_LM, out / onnx_graphs.ENCODER)
-    settings = {name: getattr(source.config, name) for name in SHARED_SETTINGS}
+    settings = {name: getattr(exported.config, name) for name in SHARED_SETTINGS}
     # The library chooses its classes by these two names; what is computed is in the graph.
     named = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
     write_json(out / "config.json", named | settings)
-    tokenizer = to_js_tokenizer(source.tokenizer)
-    check_same_ids(source.tokenizer, tokenizer, lines_with_ids(folder))
+    tokenizer = to_js_tokenizer(exported.tokenizer)
+    check_same_ids(exported.tokenizer, tokenizer, lines_with_ids(folder))
     # Not escaped, which would make a file of many scripts half as large again, and browsers download it.
     (out / TOKENIZER).write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(folder / TOKENIZER_CONFIG, out / TOKENIZER_CONFIG)

@@ -15,7 +15,7 @@ from race.clock import Clock, Contender
 from race.records import Records
 from race.result import Result, compare, print_result
 from race.sides.baseline import Baseline
-from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, Plan, baseline_grid, open_baselines, open_ours, our_grid
+from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, SearchPlan, baseline_grid, open_baselines, open_ours, our_grid
 from race.sides.ours import Ours
 from race.texts import corpora, prose
 from race.trials import Track, halve, loss_of
@@ -58,7 +58,7 @@ def prepared(options: Namespace) -> list[corpora.Corpus]:
     return found
 
 
-def best_baseline(track: Track, plan: Plan, quick: bool, kind: str) -> Baseline:
+def best_baseline(track: Track, plan: SearchPlan, quick: bool, kind: str) -> Baseline:
     """Search the baseline's settings."""
     grid = baseline_grid(quick)
     print(f"baseline: {len(grid)} settings", flush=True)
@@ -66,14 +66,14 @@ def best_baseline(track: Track, plan: Plan, quick: bool, kind: str) -> Baseline:
     return search(track, open_baselines(best), plan, plan.baseline_rungs[-1:]) if kind == "open" else best
 
 
-def best_of_ours(track: Track, plan: Plan, quick: bool, kind: str) -> Ours:
+def best_of_ours(track: Track, plan: SearchPlan, quick: bool, kind: str) -> Ours:
     grid = our_grid(quick)
     print(f"ours: {len(grid)} settings", flush=True)
     best = search(track, grid, plan, plan.our_rungs)
     return search(track, open_ours(best), plan, plan.our_rungs[-1:]) if kind == "open" else best
 
 
-def search(track: Track, grid: Sequence[Any], plan: Plan, rungs: Sequence[float]) -> Any:
+def search(track: Track, grid: Sequence[Any], plan: SearchPlan, rungs: Sequence[float]) -> Any:
     """Return the best setting of a grid. Its clock is measured first."""
     clock.measure(grid, track.corpus, track.records)
     return halve(track, grid, [plan.budget_s / rung for rung in rungs])[0][1]
@@ -85,7 +85,7 @@ def final_trials(track: Track, contender: Contender, steps: int, seeds: Sequence
 
 
 def choose_budgets(
-    track: Track, ours: Ours, clock_of_ours: Clock, plan: Plan, line: float
+    track: Track, ours: Ours, clock_of_ours: Clock, plan: SearchPlan, line: float
 ) -> tuple[list[float], float]:
     """Fix the budgets to try, by a search seed: the shortest that reaches the line, and all longer ones.
 
@@ -109,7 +109,7 @@ def choose_budgets(
     return budgets, max(1e-3, (before - after) / math.log(last / first))
 
 
-def race(track: Track, plan: Plan, options: Namespace) -> Result:
+def race(track: Track, plan: SearchPlan, options: Namespace) -> Result:
     """Run the whole race on one text."""
     baseline = best_baseline(track, plan, options.quick, options.kind)
     ours = best_of_ours(track, plan, options.quick, options.kind)
@@ -125,7 +125,7 @@ def race(track: Track, plan: Plan, options: Namespace) -> Result:
 
 
 @contextmanager
-def open_tracks(options: Namespace, plan: Plan) -> Iterator[list[Track]]:
+def open_tracks(options: Namespace, plan: SearchPlan) -> Iterator[list[Track]]:
     """Lock the output folder for this command, and prepare a track per text."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -162,7 +162,7 @@ def main(description: str) -> None:
     report.write(figures, options.json, quick=options.quick)
 
 
-def figures_of(results: Sequence[Result], kind: str, plan: Plan) -> dict[str, float]:
+def figures_of(results: Sequence[Result], kind: str, plan: SearchPlan) -> dict[str, float]:
     """Return the figures: of several texts the smallest speedup and the largest p-value."""
     name = kind.replace("-", "_")
     figures: dict[str, float] = {"seeds": plan.seeds, "p_value": max(result.p_value for result in results)}

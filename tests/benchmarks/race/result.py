@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from race.clock import Clock, Contender
-from race.sides.grids import Plan
+from race.sides.grids import SearchPlan
 from race.significance import Line, Verdict, beats, first_to_reach, ratio_interval
 from race.trials import Track, loss_of, short
 
@@ -93,7 +93,7 @@ def why_no_score(track: Track, finals: Sequence[dict[str, Any]]) -> str | None:
     )
 
 
-def print_result(name: str, result: Result, plan: Plan) -> None:
+def print_result(name: str, result: Result, plan: SearchPlan) -> None:
     print(f"\n{name}: baseline {short(result.baseline)}\n{name}: ours {short(result.ours)}")
     print_verdict(f"{name}, loss line {result.loss_line:.3f}", result.loss, result.loss_speedup, plan, 1.0)
     if result.loss.reached:
@@ -104,7 +104,7 @@ def print_result(name: str, result: Result, plan: Plan) -> None:
         print_verdict(f"{name}, score line", result.score, result.score_speedup or 0.0, plan, -1.0)
 
 
-def print_verdict(title: str, verdict: Verdict, speedup: float, plan: Plan, sign: float) -> None:
+def print_verdict(title: str, verdict: Verdict, speedup: float, plan: SearchPlan, sign: float) -> None:
     print(title)
     for attempt in verdict.attempts:
         missed = "" if attempt is verdict.attempts[-1] and verdict.reached else ": missed"

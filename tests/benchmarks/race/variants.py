@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from race import clock, command
 from race.result import mean_score
-from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, Plan
+from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, SearchPlan
 from race.sides.ours import Ours
 from race.trials import Track, loss_of
 from support import report
@@ -50,7 +50,7 @@ def contenders() -> dict[str, dict[str, Any]]:
     return found | {"MosaicBERT": {name: value for change in CHANGES.values() for name, value in change.items()}}
 
 
-def best_rate(track: Track, settings: Mapping[str, Any], plan: Plan, rates: tuple[float, ...]) -> Ours:
+def best_rate(track: Track, settings: Mapping[str, Any], plan: SearchPlan, rates: tuple[float, ...]) -> Ours:
     """Choose a contender's learning rate by a search seed at a third of the budget, from the same ones for each."""
     tried = []
     for rate in rates:
@@ -74,7 +74,7 @@ def point(track: Track, ours: Ours, budget_s: float, seeds: range) -> Point:
     )
 
 
-def ablate(track: Track, plan: Plan, quick: bool) -> dict[str, list[Point]]:
+def ablate(track: Track, plan: SearchPlan, quick: bool) -> dict[str, list[Point]]:
     """Train every contender for every budget."""
     rates, shares = (RATES[1:2], SHARES[-1:]) if quick else (RATES, SHARES)
     clock.measure([Ours(settings) for settings in contenders().values()], track.corpus, track.records)
@@ -87,7 +87,7 @@ def ablate(track: Track, plan: Plan, quick: bool) -> dict[str, list[Point]]:
     return curves
 
 
-def as_table(curves: Mapping[str, list[Point]], plan: Plan) -> str:
+def as_table(curves: Mapping[str, list[Point]], plan: SearchPlan) -> str:
     """Return the last point of each curve as a Markdown table."""
     lines = [f"| {plan.budget_s:.0f} s, {plan.seeds} seeds | held-out loss | score |", "|---|---|---|"]
     for name, points in curves.items():

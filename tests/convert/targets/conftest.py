@@ -11,7 +11,7 @@ import pytest
 from megabert.convert import to_hf
 from megabert.convert.check import export_check
 from megabert.convert.targets import compared_texts, registry
-from megabert.convert.targets.target import Source
+from megabert.convert.targets.target import ExportedFolder
 from megabert.files.checkpoint_format import files_of
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
@@ -70,7 +70,7 @@ def write_damaged(served, tmp_path, monkeypatch) -> Callable[[str, Callable[[Pat
         registry.remove_files(folder, set(own))
         before = files_of(folder)
 
-        def write(source: Source, folder: Path) -> str:
+        def write(exported: ExportedFolder, folder: Path) -> str:
             for file in own:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(served / file, folder / file)

@@ -21,7 +21,7 @@ from megabert.convert import to_hf
 from megabert.convert.check import export_check
 from megabert.convert.check.export_check import build_model
 from megabert.convert.targets import compared_texts, onnx_graphs, registry
-from megabert.convert.targets.target import Source
+from megabert.convert.targets.target import ExportedFolder
 from megabert.files.checkpoint_format import files_of
 from megabert.model.configuration_megabert import MegaBertConfig
 from tests.convert.helpers.checkpoints import write_checkpoint
@@ -85,11 +85,11 @@ def mutate_config(config: MegaBertConfig) -> MegaBertConfig:
     return changed
 
 
-def mutate_source(source: Source, target: str, mutation: str) -> Source:
+def mutate_exported(exported: ExportedFolder, target: str, mutation: str) -> ExportedFolder:
     if mutation == "another slope":
-        return source._replace(config=mutate_config(source.config))
+        return exported._replace(config=mutate_config(exported.config))
     name, change = (INT8 if target == "onnx-int8" else TENSORS)[mutation]
-    return source._replace(weights=source.weights | {name: change(source.weights[name]).contiguous()})
+    return exported._replace(weights=exported.weights | {name: change(exported.weights[name]).contiguous()})
 
 
 def shift_vocabulary(path: Path) -> None:
@@ -150,18 +150,18 @@ def pool_by_first(folder: Path) -> None:
     edit_json(folder / "1_Pooling/config.json", pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
 
 
-def write_mutated(target: str, mutation: str | None, source: Source, folder: Path, monkeypatch) -> str:
+def write_mutated(target: str, mutation: str | None, exported: ExportedFolder, folder: Path, monkeypatch) -> str:
     """Write a target with an error in what it is made from, or in its files."""
     write = WRITERS[target]
     if mutation is None:
-        write_graphs(source, folder, target)
-        return write(source, folder)
+        write_graphs(exported, folder, target)
+        return write(exported, folder)
     if target == "gguf" and mutation in OF_FILES:
         damage_gguf(mutation, monkeypatch)
-        return write(source, folder)
+        return write(exported, folder)
     if mutation in OF_FILES:
-        write_graphs(source, folder, target)
-        wrote, (file, name) = write(source, folder), FILES[target]
+        write_graphs(exported, folder, target)
+        wrote, (file, name) = write(exported, folder), FILES[target]
         damage_tensor(folder / file, name, mutation)
         return wrote
     if target == "gguf" and mutation == "another pooling":
@@ -169,34 +169,34 @@ def write_mutated(target: str, mutation: str | None, source: Source, folder: Pat
 
         add = gguf.GGUFWriter.add_pooling_type
         monkeypatch.setattr(gguf.GGUFWriter, "add_pooling_type", lambda self, kind: add(self, type(kind)(kind + 1)))
-        return write(source, folder)
+        return write(exported, folder)
     files = {"jina": "jina", "encoder": "encoder", "sentence-transformers": "."}
     if target == "sentence-transformers" and mutation != "another pooling":
         mutate_folder(folder, mutation)
-        return write(source, folder)
+        return write(exported, folder)
     if target == "transformers.js" and mutation == "shifted ids":
         # Of the vocabulary; a graph with other rows is the same to it as to onnx.
         shift_vocabulary(folder / "tokenizer.json")
-        write_graphs(source, folder, target)
-        return write(source._replace(tokenizer=json.loads((folder / "tokenizer.json").read_text())), folder)
+        write_graphs(exported, folder, target)
+        return write(exported._replace(tokenizer=json.loads((folder / "tokenizer.json").read_text())), folder)
     if target in files and mutation in ("another pooling", "shifted ids"):
-        wrote, place = write(source, folder), folder / files[target]
+        wrote, place = write(exported, folder), folder / files[target]
         if mutation == "another pooling":
             pool_by_first(place)
         else:
             shift_vocabulary(place / "tokenizer.json")
         return wrote
-    mutated = mutate_source(source, target, mutation)
+    mutated = mutate_exported(exported, target, mutation)
     write_graphs(mutated, folder, target)
     return write(mutated, folder)
 
 
-def write_graphs(source: Source, folder: Path, target: str) -> None:
+def write_graphs(exported: ExportedFolder, folder: Path, target: str) -> None:
     """Write the graph that the target is made from, if it is made from one."""
     if target not in ("onnx-int8", "transformers.js"):
         return
     (folder / "onnx").mkdir()
-    model = build_model(source.weights, source.config)
+    model = build_model(exported.weights, exported.config)
     if target == "onnx-int8":
         onnx_graphs.write_graph(onnx_graphs.EncoderGraph(model), folder / onnx_graphs.ENCODER, [onnx_graphs.STATES])
     else:
@@ -250,8 +250,8 @@ def params(names) -> list:
 
 
 def write_target(target: str, mutation: str | None, folder: Path, monkeypatch) -> registry.Outcome:
-    def write(source: Source, folder: Path) -> str:
-        return write_mutated(target, mutation, source, folder, monkeypatch)
+    def write(exported: ExportedFolder, folder: Path) -> str:
+        return write_mutated(target, mutation, exported, folder, monkeypatch)
 
     monkeypatch.setitem(registry.TARGETS, target, replace(registry.TARGETS[target], write=write, requires=()))
     return registry.write_targets(folder, (target,))[target]

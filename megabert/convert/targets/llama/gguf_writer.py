@@ -13,7 +13,7 @@ from megabert.convert.hf.native import has_bert_layers, is_mosaicbert, native_ki
 from megabert.convert.targets.compared_texts import make_lines
 from megabert.convert.targets.jina import to_jina
 from megabert.convert.targets.llama.gguf_vocabulary import Vocabulary, describe_vocabulary
-from megabert.convert.targets.target import Source
+from megabert.convert.targets.target import ExportedFolder
 from megabert.convert.weight_names import TOKEN_TYPES as TOKEN_TYPE_EMBEDDINGS
 from megabert.model.configuration_megabert import MegaBertConfig
 
@@ -60,9 +60,9 @@ TOKEN_TYPES = "token_types.weight"
 ALWAYS_F32 = (TOKEN_TYPES, POSITIONS)
 
 
-def to_gguf(source: Source) -> dict[str, Tensor]:
+def to_gguf(exported: ExportedFolder) -> dict[str, Tensor]:
     """Rename the encoder's weights."""
-    config, weights = source.config, source.weights
+    config, weights = exported.config, exported.weights
     if native_kind(config) == "modernbert":
         names = modernbert_names(config.num_hidden_layers)
         # GGUF has no place for the head.
@@ -72,7 +72,7 @@ def to_gguf(source: Source) -> dict[str, Tensor]:
         renamed = {f"blk.{name.split('.')[3]}.ffn_up.bias": bias for name, bias in biases.items()}
         # llama.cpp's positions begin with the first token's, and there are as many as its context has tokens.
         table = weights["bert.embeddings.position_embeddings.weight"]
-        renamed[POSITIONS] = table[config.position_offset :][: source.max_length]
+        renamed[POSITIONS] = table[config.position_offset :][: exported.max_length]
         if not config.token_types:
             # llama.cpp adds the first of them to every token.
             weights = weights | {TOKEN_TYPE_EMBEDDINGS: torch.zeros(1, config.hidden_size)}
@@ -100,12 +100,12 @@ def modernbert_names(num_layers: int) -> dict[str, str]:
     return {f"{ours}.weight": f"{new}.weight" for ours, new in modules.items()}
 
 
-def write(source: Source, folder: Path) -> str:
+def write(exported: ExportedFolder, folder: Path) -> str:
     (folder / FOLDER).mkdir()
-    vocabulary = describe_vocabulary(source.tokenizer, source.config.vocab_size, make_lines(folder)[::10])
-    tensors = to_gguf(source)
+    vocabulary = describe_vocabulary(exported.tokenizer, exported.config.vocab_size, make_lines(folder)[::10])
+    tensors = to_gguf(exported)
     for kind in KINDS:
-        _write_file(source, tensors, vocabulary, folder, kind)
+        _write_file(exported, tensors, vocabulary, folder, kind)
     return f"gguf {version('gguf')}"
 
 
@@ -113,17 +113,19 @@ def path_of(folder: Path, kind: str) -> Path:
     return folder / FOLDER / f"model-{kind}.gguf"
 
 
-def _write_file(source: Source, tensors: dict[str, Tensor], vocabulary: Vocabulary, folder: Path, kind: str) -> None:
+def _write_file(
+    exported: ExportedFolder, tensors: dict[str, Tensor], vocabulary: Vocabulary, folder: Path, kind: str
+) -> None:
     import gguf
 
-    config = source.config
+    config = exported.config
     architecture, name = _architecture(config)
     writer = gguf.GGUFWriter(path_of(folder, kind), architecture)
     writer.add_name(name)
     writer.add_file_type(KINDS[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(source.max_length)
+    writer.add_context_length(exported.max_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)

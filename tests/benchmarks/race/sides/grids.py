@@ -13,7 +13,7 @@ FIRST_FINAL_SEED = 1001
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SearchPlan:
     """Budgets are seconds of training by the clock. Ladders are shares: budget / 8, budget / 6, ..."""
 
     budget_s: float
@@ -32,7 +32,7 @@ class Plan:
         return range(FIRST_FINAL_SEED + attempt * self.seeds, FIRST_FINAL_SEED + (attempt + 1) * self.seeds)
 
 
-FULL = Plan(
+FULL = SearchPlan(
     budget_s=600.0,
     seeds=5,
     baseline_rungs=(8, 4, 1),
@@ -40,7 +40,7 @@ FULL = Plan(
     ladder=(16, 12, 10, 8, 7, 6, 5, 4, 3, 2.5, 2, 1.5, 1),
     examples=0,
 )
-QUICK = Plan(
+QUICK = SearchPlan(
     # Compilation takes our side some 15 s of each budget.
     budget_s=60.0,
     seeds=1,
