@@ -19,6 +19,8 @@ up)
 down)
     for i in $(seq "$count"); do
         ip netns del "mb$i" 2> /dev/null || true
+        # The kernel removes it later, or never while a process runs there, and until then its name is taken.
+        ip link del "mb-veth$i" 2> /dev/null || true
     done
     ip link del mb-bridge 2> /dev/null || true
     ;;
