@@ -1,6 +1,7 @@
 """Run tasks in a pool of worker processes and show their progress."""
 
 import concurrent.futures
+import errno
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from data_prep.sources.base import is_disk_full
 from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.files.disk import explain
 from megabert.process.open_files import allow_open_files
 from megabert.process.subprocesses import exit_with_parent, use_short_socket_paths
 
@@ -102,10 +104,12 @@ def _naming_shared_memory() -> Iterator[None]:
     except OSError as error:
         if not is_disk_full(error):
             raise
+        where = f"for the worker processes in /dev/shm or {tempfile.gettempdir()}"
+        if error.errno == errno.EFBIG:
+            raise ValueError(f"cannot write a file {where}: {explain(error)}") from error
         raise ValueError(
-            f"no space left for the worker processes in /dev/shm or {tempfile.gettempdir()} ({error.strerror}). Free "
-            "some space there and run the same command again. A container has little in /dev/shm: docker run "
-            "--shm-size=1g gives it more."
+            f"no space left {where} ({error.strerror}). Free some space there and run the same command again. A "
+            "container has little in /dev/shm: docker run --shm-size=1g gives it more."
         ) from error
 
 

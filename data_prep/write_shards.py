@@ -41,6 +41,7 @@ from data_prep.writing.sorted_runs import TaskSummary
 from data_prep.writing.unknown_tokens import check_share
 from megabert.config import cli
 from megabert.data.shards.manifest import MANIFEST, Manifest, heldout_that_is_enough
+from megabert.files.disk import explain
 from megabert.process.exit_codes import EXIT_INTERRUPTED
 
 
@@ -159,10 +160,8 @@ def main(argv: list[str] | None = None, prog: str = "data_prep/write_shards.py")
     except OSError as error:
         if not is_disk_full(error):
             raise
-        raise ValueError(
-            f"{out}: no space left for the output ({error.strerror}). Free some space and run the same command again "
-            "to continue, or choose another --out."
-        ) from error
+        what = explain(error) if error.filename is not None else f"{out}: {explain(error)}"
+        raise ValueError(f"{what} What has been written is kept.") from error
     return 0
 
 

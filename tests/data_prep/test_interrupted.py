@@ -153,7 +153,7 @@ def test_a_full_disk_is_a_one_line_error_and_no_partial_shard_is_listed(command,
     process = start(command, preexec_fn=limit)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (1, "")
-    assert "no space left for the output (File too large). Free some space and run the same command again" in errors
+    assert "File too large. Raise the limit of file sizes (ulimit -f) and run the same command again." in errors
     assert "Traceback" not in errors
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".work"]
     finish(command, tmp_path / "out", hashes(corpus.tokens))

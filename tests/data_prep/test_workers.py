@@ -109,7 +109,7 @@ def test_input_splits_are_grouped_in_order_and_each_once():
     assert group_into_tasks([]) == []
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EFBIG, errno.EACCES])
 def test_full_shared_memory_is_not_blamed_on_the_output(tmp_path, monkeypatch, error):
     def fail(*_, **__):
         raise OSError(error, os.strerror(error))
@@ -121,5 +121,7 @@ def test_full_shared_memory_is_not_blamed_on_the_output(tmp_path, monkeypatch, e
     if error == errno.ENOSPC:
         assert "no space left for the worker processes in /dev/shm or /tmp" in str(found.value)
         assert "docker run --shm-size=1g" in str(found.value)
+    elif error == errno.EFBIG:
+        assert "/dev/shm or /tmp: File too large. Raise the limit of file sizes (ulimit -f)" in str(found.value)
     else:
         assert str(found.value) == "[Errno 13] Permission denied"
