@@ -327,9 +327,10 @@ def evaluate_held_out(run: Run) -> None:
         run.reporter.log_metrics(
             state.step, {"heldout_loss": loss, "heldout_accuracy": accuracy, "tokens": state.tokens}
         )
+        gain = f"{abs(unigram - loss):.3f} nats {'better' if loss <= unigram else 'worse'}"
         run.reporter.log_line(
-            f"step {state.step}: held-out loss {loss:.3f} (unigram {unigram:.3f}, {unigram - loss:+.3f} nats better), "
-            f"accuracy {accuracy:.3f}, {masked:,} masked tokens"
+            f"step {state.step}: held-out loss {loss:.3f} (unigram {unigram:.3f}, {gain}), accuracy {accuracy:.3f}, "
+            f"{masked:,} masked tokens"
         )
     run.meter.excluded_seconds += time.perf_counter() - began
 

@@ -77,6 +77,11 @@ def test_text_from_a_pipe_is_tokenized_while_training(corpus: Corpus, text: Path
     )
     assert done.code == 0, done.output
     assert len(recorded(tmp_path / "run", "heldout_loss")) == 1
+    [(loss, unigram, gain, word)] = re.findall(
+        r"held-out loss ([\d.]+) \(unigram ([\d.]+), ([\d.]+) nats (better|worse)\)", done.output
+    )
+    assert float(gain) == pytest.approx(abs(float(unigram) - float(loss)), abs=2e-3)
+    assert word == ("better" if float(loss) < float(unigram) else "worse")
     assert (tmp_path / "run/checkpoints/step-00000003/tokenizer.json").is_file()
     assert list((tmp_path / "cache").glob("*.tar"))
 
