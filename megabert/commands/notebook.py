@@ -23,7 +23,7 @@ FINISHED = "finished"
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What a run has come to."""
+    """The results of a run."""
 
     output_dir: Path
     """folder with checkpoints, metrics.jsonl and run.json"""
@@ -76,7 +76,8 @@ def restored_process() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "WORLD_SIZE is more than 1, but megabert.pretrain() trains in one process. For several ranks, run "
-            "torchrun -m megabert.commands.pretrain."
+            "torchrun --nproc-per-node N -m megabert.commands.pretrain. If no launcher started this process, unset "
+            "WORLD_SIZE."
         )
     import torch
 

@@ -93,7 +93,7 @@ def test_it_trains_several_times_in_one_process_and_restores_the_process(corpus:
 
 def test_it_refuses_to_be_one_of_several_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE is more than 1.*torchrun -m megabert.commands.pretrain"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is more than 1.*torchrun --nproc-per-node N -m megabert"):
         pretrain(load_recipe("quickstart", data={"train": "somewhere"}))
 
 
@@ -104,7 +104,8 @@ def test_an_unknown_ds_config_is_a_value_error(ds_config):
 
 
 def test_an_error_names_the_installed_commands_where_there_is_no_checkout(tmp_path, monkeypatch):
-    recipe = megabert.load_recipe("quickstart", data={"train": str(tmp_path / "corpus")})
+    run = {"output_dir": str(tmp_path / "run")}
+    recipe = megabert.load_recipe("quickstart", data={"train": str(tmp_path / "corpus")}, run=run)
     with pytest.raises(ValueError, match=r"manifest\.json: no such file.* data_prep/write_shards\.py"):
         megabert.pretrain(recipe, ds_config="zero0")
     monkeypatch.setattr(cli, "CHECKOUT", tmp_path)

@@ -517,14 +517,16 @@ def test_a_store_that_is_always_slow_is_no_hang_before_the_second_request():
 
 def test_two_failing_requests_raise_and_one_that_succeeds_is_enough(monkeypatch):
     monkeypatch.setattr(retry, "SLOW_S", 0.05)
-    started = []
+    started, second_began, first_failed = [], threading.Event(), threading.Event()
 
     def request() -> str:
         started.append(1)
         if len(started) == 1:
-            time.sleep(0.2)
+            second_began.wait(30)
+            first_failed.set()
             raise TimeoutError("the first")
-        time.sleep(0.4)
+        second_began.set()
+        first_failed.wait(30)
         return "the second"
 
     assert HedgedRequest()(request, "here") == "the second"

@@ -1,8 +1,10 @@
 """TensorBoard, CSV, Weights & Biases, the step timer, and the plot of several runs."""
 
 import csv
+import itertools
 import json
 import sys
+import time
 import types
 
 import pytest
@@ -102,7 +104,9 @@ def test_the_step_timer_adds_up_each_part():
     assert timer.totals() == dict.fromkeys(PARTS, 0.0)
 
 
-def test_the_step_timer_uses_the_clock_of_the_device():
+def test_the_step_timer_uses_the_clock_of_the_device(monkeypatch):
+    """But for loading, which the host does itself."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count(5.0, 0.25).__next__)
     timer = StepTimer(FakeEvent)
     for _ in range(3):
         with timer.time("forward"):
@@ -112,7 +116,7 @@ def test_the_step_timer_uses_the_clock_of_the_device():
     assert timer.totals()["forward"] == pytest.approx(3 * 2e-3)
     # Not twice.
     assert timer.totals()["forward"] == pytest.approx(3 * 2e-3)
-    assert 0 < timer.totals()["data"] < 1e-3
+    assert timer.totals()["data"] == 0.25
 
 
 SLOW_FORWARD = """
@@ -131,9 +135,10 @@ def test_the_slowest_and_the_fastest_rank_are_reported(corpus, tmp_path):
     assert done.code == 0, done.output
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     point = [json.loads(line) for line in lines if "slowest_rank" in line][-1]
-    assert 0 < point["slowest_rank"] < 256 / 0.3 < point["fastest_rank"]
-    # Rank 0's own.
-    assert point["time/forward"] < 0.3 < point["seconds_per_step"]
+    assert 0 < point["slowest_rank"] < min(256 / 0.3, point["fastest_rank"])
+    # Rank 0's own, which includes no waiting.
+    assert point["time/forward"] < point["seconds_per_step"] - 0.2
+    assert point["seconds_per_step"] > 0.3
 
 
 def test_a_run_reports_its_times_and_two_runs_are_plotted(corpus, tmp_path):
