@@ -1,4 +1,4 @@
-"""Every --flag and every section.key that a message, --help or a README names is one that the real parsers accept."""
+"""Every flag, setting, command, extra and file that a message, --help or a README names exists."""
 
 import argparse
 import ast
@@ -66,6 +66,10 @@ FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w.-]*[\w+])(?!\0)")
 SCRIPT_OF_A_CHECKOUT = re.compile(
     r"\b((launch|data_prep)/\w+\.py|ds_configs/\w+\.json)\b"
     r"|\b(launch|data_prep)/[\w/]+\.(sh|sbatch|md)\b(?! of MegaBERT's repository)"
+)
+EXTRAS = re.compile(r"(?:megabert|\.)\[(\w+(?:,\w+)*)\](?=')")
+PATH_OF_A_FILE = re.compile(
+    r"(?<![\w./*{\0-])(?:megabert|launch|data_prep|ds_configs|tests)/[\w./-]+\.(?:py|sh|sbatch|json|yaml|md)\b(?!\*)"
 )
 # What follows the dot in the name of a file.
 SUFFIXES = {"adj", "adv", "bin", "json", "noun", "onnx", "pt", "py", "safetensors", "verb"}
@@ -266,13 +270,47 @@ def accepts(command: str, parser: argparse.ArgumentParser, arguments: list[str])
     return True
 
 
+@cache
+def extras() -> set[str]:
+    """The extras that setup.py defines."""
+    [found] = [
+        keyword.value
+        for node in ast.walk(ast.parse((REPOSITORY / "setup.py").read_text()))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "extras_require"
+    ]
+    assert isinstance(found, ast.Dict)
+    return {str(ast.literal_eval(key)) for key in found.keys if key is not None}
+
+
+def problems_of_names(text: str) -> Iterator[str]:
+    """Report extras that setup.py does not define, and files that do not exist."""
+    for match in EXTRAS.finditer(text):
+        for name in match[1].split(","):
+            if name not in extras():
+                yield f"setup.py has no extra {name}"
+    for match in PATH_OF_A_FILE.finditer(text):
+        # Capital letters stand for any name, as in zeroN.json.
+        is_pattern = not match[0].endswith(".md") and match[0] != match[0].lower()
+        if not is_pattern and not (REPOSITORY / match[0]).exists():
+            yield f"there is no {match[0]}"
+
+
 def problems(text: str) -> list[str]:
-    return [*problems_of_flags(text), *problems_of_keys(text), *problems_of_commands(text)]
+    return [
+        *problems_of_flags(text), *problems_of_keys(text), *problems_of_commands(text), *problems_of_names(text)
+    ]  # fmt: skip
 
 
 def test_every_flag_and_setting_that_a_text_names_exists():
     found = [f"{place}: {problem}" for place, text in all_texts() for problem in problems(text)]
     assert not found, "\n".join(found)
+
+
+def test_no_message_installs_from_the_folder_in_which_it_is_read():
+    left = [place for folder in CODE for place, text in texts_of_code(folder) if "pip install -e" in text]
+    assert not left, "\n".join(left)
 
 
 def test_no_message_names_a_script_where_there_is_no_checkout(monkeypatch, tmp_path):
@@ -293,6 +331,8 @@ def test_no_message_names_a_script_where_there_is_no_checkout(monkeypatch, tmp_p
         "    deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --recipe mosaicbert-bse",
         "    python launch/convert_to_hf.py runs/quickstart",
         "    python tests/gpu/accept.py --out DIR --quick",
+        "Triton is not installed (pip install 'megabert[kernel]')",
+        "Run bash launch/instal.sh first.",
     ],
 )
 def test_a_text_that_names_what_no_parser_knows_is_found(text):

@@ -199,7 +199,7 @@ def text_of(row: object, text_key: str, where: str) -> str | None:
 
 def missing_extra(source: str, package: str) -> ValueError:
     """Make the error for a source whose library is not installed."""
-    return ValueError(f"{source}: reading it needs the package {package}. Install it: pip install -e '.[prep]'")
+    return ValueError(f"{source}: reading it needs the package {package}. Install it: pip install 'megabert[prep]'")
 
 
 def no_field(where: str, text_key: str, found: list[str]) -> DamagedError:

@@ -107,5 +107,5 @@ def _import_ray() -> ModuleType:
         import ray  # pyrefly: ignore[missing-import] # of the extra [ray]
         import ray.exceptions  # pyrefly: ignore[missing-import]
     except ImportError as missing:
-        raise ValueError("--engine ray needs the package ray. Install it: pip install -e '.[ray]'") from missing
+        raise ValueError("--engine ray needs the package ray. Install it: pip install 'megabert[ray]'") from missing
     return ray

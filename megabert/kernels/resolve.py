@@ -136,9 +136,9 @@ def why_not_triton(operation: str, config: MegaBertConfig, bf16: bool, machine: 
     if machine.device_type != "cuda":
         return f"Triton needs a CUDA device, this is {machine.device_type}"
     if machine.lacks("triton"):
-        return "Triton is not installed (pip install -e '.[kernels]')"
+        return "Triton is not installed (pip install 'megabert[kernels]')"
     if _is_older(version := machine.installed["triton"], TRITON_OLDEST):
-        return f"Triton {version} is older than {TRITON_OLDEST} (pip install -e '.[kernels]')"
+        return f"Triton {version} is older than {TRITON_OLDEST} (pip install 'megabert[kernels]')"
     if too_old := _why_too_old("Triton", machine):
         return too_old
     if config.hidden_size > MAX_WIDTH and "norm" in operation:
@@ -343,6 +343,5 @@ def choose_adamw(
     return Implementation(
         from_torch,
         "PyTorch",
-        "apex is not built: bash launch/install_gpu.sh; "
-        "DeepSpeed's is not built: DS_BUILD_FUSED_ADAM=1 pip install deepspeed",
+        "neither apex's nor DeepSpeed's is built: bash launch/install_gpu.sh builds apex",
     )

@@ -29,7 +29,7 @@ def why_not_fp8(recipe: Recipe, ds_config: ResolvedDsConfig, has_fp8: bool) -> s
     """Return why the layers cannot multiply in FP8, or None. has_fp8: whether the device can. Not run on a GPU yet."""
     model = recipe.model
     if importlib.util.find_spec("torchao") is None:
-        return "torchao is not installed (pip install torchao)"
+        return "torchao is not installed (pip install 'megabert[fp8]')"
     if not has_fp8:
         return "this GPU has no FP8 (Hopper, Ada, MI300 and later ones have)"
     if not ds_config.bf16:

@@ -105,7 +105,7 @@ def main() -> None:
             write_on_ray(flags, folder / "ray")
             figures["ray_equal"] = float(hashes(folder / "ray") == expected)
         else:
-            print("ray_equal is not measured: pip install -e '.[ray]'")
+            print("ray_equal is not measured: pip install 'megabert[ray]'")
     for name in ("prep_tasks_equal", "ray_equal"):
         if name in figures:
             print(f"{name:20} {figures[name]:.0f}")

@@ -315,7 +315,7 @@ def test_the_error_names_a_missing_package(tmp_path, monkeypatch, source, packag
     for name in ("pyarrow", "pyarrow.parquet", "datasets", "huggingface_hub"):
         # Import then fails as if it were not installed.
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=rf"needs the package {package}. Install it: pip install -e '\.\[prep\]'"):
+    with pytest.raises(ValueError, match=rf"needs the package {package}. Install it: pip install 'megabert\[prep\]'"):
         list_input_splits(source, ReadOptions(), LeftOut())
 
 

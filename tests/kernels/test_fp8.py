@@ -138,5 +138,5 @@ def test_it_is_refused_where_it_cannot_be(monkeypatch, flags, ds_config, has_fp8
 def test_a_missing_torchao_is_named(monkeypatch):
     monkeypatch.setattr(unsupported.importlib.util, "find_spec", lambda name: None)
     reason = why_not_fp8(load_recipe("quickstart"), ResolvedDsConfig(BF16), True)
-    assert reason == "torchao is not installed (pip install torchao)"
+    assert reason == "torchao is not installed (pip install 'megabert[fp8]')"
     assert refusal_of_fp8(reason).endswith("Change that, or set run.fp8 to none.")

@@ -124,7 +124,7 @@ def test_without_triton_the_other_operations_are_from_pytorch(caplog):
     ops, line = resolve_and_log(caplog, "auto", without(A100, "triton"))
     assert ops == TORCH_OPS._replace(attention=PLANNERS["flash_attention_2"])
     assert line.startswith("ops: attention from flash-attn; layer_norm, geglu,")
-    assert "from PyTorch (Triton is not installed (pip install -e '.[kernels]'))" in line
+    assert "from PyTorch (Triton is not installed (pip install 'megabert[kernels]'))" in line
 
 
 def test_with_nothing_installed_all_operations_are_from_pytorch(caplog):
@@ -293,7 +293,7 @@ class Adam(torch.optim.AdamW):
             "DeepSpeed (apex is not built: bash launch/install_gpu.sh)",
             Adam,
         ),
-        (A100, False, "PyTorch (apex is not built: bash launch/install_gpu.sh; Deep", torch.optim.AdamW),
+        (A100, False, "PyTorch (neither apex's nor DeepSpeed's is built: bash launch", torch.optim.AdamW),
     ],
 )
 def test_the_optimizer_and_its_reason(machine, offloaded, description, kind, monkeypatch):

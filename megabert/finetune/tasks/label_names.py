@@ -20,14 +20,15 @@ def read_label_names(task: Task, path: Path, metadata: dict[bytes, bytes]) -> li
     are words, or others than those that were found.
     """
     names = _names_in_metadata(task, metadata.get(b"huggingface", b"{}"))
+    readme = path.absolute().parent.parent / "README.md"
     if names is None:
-        names = _names_in_readme(task, path.absolute().parent.parent / "README.md")
+        names = _names_in_readme(task, readme)
     if names is None and all(INTEGER.fullmatch(name) for name in task.labels):
         return None
     if names is None:
         raise ValueError(
-            f"{path}, column {task.label}: holds numbers, and neither its metadata nor ../README.md names them, "
-            f"so that their order is unknown. Expected {', '.join(task.labels)}."
+            f"{path}, column {task.label}: holds numbers, and neither the file's metadata nor {readme} names "
+            f"them. Write the labels as words: {', '.join(task.labels)}."
         )
     if sorted(names) != sorted(task.labels):
         raise ValueError(f"{path}, column {task.label}: has labels {', '.join(names)}, not {', '.join(task.labels)}.")

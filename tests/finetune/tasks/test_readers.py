@@ -152,7 +152,7 @@ def test_numbers_without_names_are_refused_unless_the_readme_names_them(tmp_path
     folder.mkdir()
     table = pyarrow.table({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0, 1]})
     pyarrow.parquet.write_table(table, folder / "train-0.parquet")
-    with pytest.raises(ValueError, match="so that their order is unknown"):
+    with pytest.raises(ValueError, match="Write the labels as words"):
         read_split(task, tmp_path, "train")
     for odd in (
         b"---\ndataset_info: 7\n---\n",
@@ -160,11 +160,11 @@ def test_numbers_without_names_are_refused_unless_the_readme_names_them(tmp_path
         b"---\n- 1\n---\n",
     ):
         (tmp_path / "README.md").write_bytes(odd)
-        with pytest.raises(ValueError, match="so that their order is unknown"):
+        with pytest.raises(ValueError, match="Write the labels as words"):
             read_split(task, tmp_path, "train")
     for odd in (b"[", b'{"info": 3}', b'{"info": {"features": {"label": {"names": 5}}}}'):
         pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": odd}), folder / "train-0.parquet")
-        with pytest.raises(ValueError, match="so that their order is unknown"):
+        with pytest.raises(ValueError, match="Write the labels as words"):
             read_split(task, tmp_path, "train")
     (tmp_path / "README.md").write_bytes(b"---\ndataset_info: [\n---\n")
     with pytest.raises(ValueError, match=r"README\.md: its front matter is not valid YAML"):
