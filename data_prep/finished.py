@@ -1,4 +1,4 @@
-"""Compare finished shards with their manifest, and restore files that can be had without the corpus."""
+"""Compare finished shards with their manifest, and restore lost files that do not need the corpus."""
 
 import hashlib
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def damaged_files(out: Path, manifest: Manifest, workers: int) -> list[str]:
 
 
 def restore_tokenizer(out: Path, manifest: Manifest, tokenizer_files: dict[str, bytes]) -> Iterator[str]:
-    """Write the tokenizer's files again, as far as they are those that the manifest means. Yields their names."""
+    """Write lost tokenizer files again if their hashes are the manifest's. Yields their names."""
     expected = dict(manifest.files)
     if manifest.tokenizer is not None:
         expected[TOKENIZER] = manifest.tokenizer.fingerprint

@@ -34,7 +34,7 @@ def check_replaceable(out: Path, request: str, replace: bool) -> None:
 
 @contextmanager
 def locked_work_folder(out: Path, request: str, replace: bool = False) -> Iterator[Path]:
-    """Do as opened_work_folder, and remove the folder when the block ends without an exception."""
+    """Yield the folder of opened_work_folder(), and remove it when the block ends without an exception."""
     with opened_work_folder(out, request, replace) as work:
         yield work
         shutil.rmtree(work)

@@ -1,4 +1,4 @@
-"""Record in the file `request` what an output folder's command was asked, so that it is done once; lock the folder."""
+"""Record a command's options in the file `request`, so that finished work is not repeated; lock its output folder."""
 
 import json
 from collections.abc import Iterable

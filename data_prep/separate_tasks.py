@@ -1,4 +1,4 @@
-"""Do write_shards.py's work in steps and parts that separate machines do, over a folder that all of them see.
+"""Divide the work of write_shards.py into steps and parts that separate machines run on one shared folder.
 
 --step plan lists the source and writes .work/plan.jsonl; runs, merge and shards each consist of any number of equal
 parts, --task 0/N to (N-1)/N, which may run at the same time; finish writes the manifest. Each command may be repeated:

@@ -74,7 +74,7 @@ class Options(SourceOptions):
 
 
 def sample_lines(options: Options) -> Iterator[str]:
-    """Yield lines of input splits in random order, about sample_bytes in all. Of a large split, only a part is read."""
+    """Yield lines of input splits in random order, about sample_bytes in all. Only a part of a large split is read."""
     left_out = LeftOut(options.read.skip_damaged)
     splits = list_input_splits(options.source, options.read, left_out)
     random.Random(options.seed).shuffle(splits)

@@ -1,4 +1,4 @@
-"""Open text files as streams of bytes, decompressed, and decode them by what they say of themselves."""
+"""Open text files as decompressed streams of bytes, and decode them by their byte order mark or a given encoding."""
 
 import codecs
 import gzip

@@ -70,9 +70,9 @@ class CharsMap:
 class RuleGroups:
     """Which step applies each rule. Rules for one character that are in none of these groups are left to `Precompiled`.
 
-    composed: pairs and longer texts that NFC composes after `Precompiled`. late: marks that a rule turns into a letter,
-    which would not compose, so it comes after NFC. replaced: the other rules, each of which costs a step; among them
-    characters that NFC would change although they have no rule.
+    composed: pairs and longer texts that NFC composes after `Precompiled`. late: rules that turn a mark into a
+    letter; they come after NFC, because the letter would not compose. replaced: the other rules, each of which costs a
+    step; among them characters that NFC would change although they have no rule.
     """
 
     def __init__(self, charsmap: CharsMap):

@@ -56,7 +56,7 @@ SWITCH_VALUES = {"true": "true", "yes": "true", "1": "true", "false": "false", "
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description, which holds commands to copy, and names commands that are there."""
+    """Keeps the line breaks of the description, which holds commands to copy, and names commands that exist here."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         # Before the text is wrapped, which could break a command in two.
@@ -257,10 +257,10 @@ def exit_code(error: BaseException) -> int:
 
 
 def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseException], int] = lambda _: 1) -> NoReturn:
-    """Run a command and exit with its code; an error that a user can mend is one line on stderr.
+    """Run a command and exit with its code.
 
-    Such are a ValueError, an OSError and a missing package, with the exit code code_of(error). Ctrl-C is one line too,
-    with exit code 130 as a shell gives it.
+    A ValueError, an OSError and a missing package become one line on stderr, with the exit code code_of(error). Ctrl-C
+    is one line too, with exit code 130 as a shell gives it.
     """
     keep_streams_writable()
     logging.setLogRecordFactory(CommandRecord)

@@ -1,4 +1,4 @@
-"""Rename weights between transformers' class of GTE and its files, whose names transformers and other programs read."""
+"""Rename weights between transformers' GTE class and the names in GTE's files, which other programs read, too."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ GTE_FILE_PARTS = {
 
 
 def normalize_gte(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Use the names of the class, in which a file may be, too, and add the prefix that a bare encoder lacks.
+    """Convert a file's names to the class's, which it may already have, and add the prefix that a bare encoder lacks.
 
     Raises ValueError for a tensor that cannot be divided into its parts.
     """

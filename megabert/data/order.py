@@ -154,8 +154,8 @@ class ShuffleWindow:
             return self._growing(at)
         if used_before >= first_epoch:
             return first_epoch + self._growing(at - first_epoch)
-        # What the window has left at the last chunk follows it, in a share of the places that falls as fewer chunks are
-        # left, from at most all of the epoch's: this is its integral.
+        # After the last chunk, the documents that the window still holds take a share of the places that falls linearly
+        # with the chunks that are left, from at most all of the epoch's. This is the share's integral.
         left = np.maximum(0.0, width - np.maximum(0.0, at - first_epoch))
         share = (left**2 - np.maximum(0.0, left - first_epoch) ** 2) / (width**2 - max(0.0, width - first_epoch) ** 2)
         end = self._growing(first_epoch)

@@ -156,7 +156,7 @@ class AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Tensor | None):  # type: ignore[override]
         x, residual, weight, mean, rstd, seed = ctx.saved_tensors
-        # Of the last layer's y, one use has no gradient.
+        # One use of the last layer's y has no gradient.
         used = [gradient.contiguous() for gradient in gradients if gradient is not None]
         if not used:
             return (None,) * 8

@@ -203,7 +203,10 @@ class PostNormBlock(Block):
 
 
 class PreNormBlock(Block):
-    """ModernBERT's order: norm, attention, add, norm, MLP, add. The embeddings' norm is the first layer's first."""
+    """ModernBERT's order: norm, attention, add, norm, MLP, add.
+
+    The first layer has no norm before attention: the embeddings' norm takes its place.
+    """
 
     def __init__(self, config: MegaBertConfig, first: bool):
         super().__init__(config)
@@ -402,7 +405,7 @@ def classifier_dropout(config: MegaBertConfig) -> float:
 
 
 def pre_norm_stds(module: nn.Module, config: MegaBertConfig) -> dict[nn.Linear | nn.Embedding | Decoder, float]:
-    """Return which weights to initialise when a module's turn comes, after its parts', and from which deviation.
+    """Return the weights to initialise after a module's submodules, each with its standard deviation.
 
     Smaller for what is added to the residual stream, as in ModernBERT (https://arxiv.org/abs/2412.13663, appendix A).
     """

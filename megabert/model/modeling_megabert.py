@@ -130,8 +130,8 @@ class MegaBertPreTrainedModel(PreTrainedModel):
 class MegaBertModel(MegaBertPreTrainedModel):
     """The embeddings, the encoder and optionally the pooler, which ModernBERT does not have.
 
-    position_ids count with learned positions, from 0 also with a position_offset, and with RoPE only: ALiBi's distances
-    are those of the tokens' places.
+    position_ids matter with learned positions, where they begin at 0 even with a position_offset, and with RoPE; ALiBi
+    uses the tokens' places.
     """
 
     _auto_class = "AutoModel"

@@ -1,4 +1,4 @@
-"""Check that a run shares with a checkpoint all that it must share to resume or to branch off from it."""
+"""Check that a run agrees with a checkpoint in everything that resuming or branching requires."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -56,7 +56,7 @@ def is_saved_data_set(path: Path) -> bool:
 def list_saved(folder: Path, options: ReadOptions, left_out: LeftOut) -> list[InputSplit]:
     """List one input split per file of a saved data set, or of its split --dataset-split if it has several.
 
-    Raises ValueError for a split that it has not. Other .arrow files in the folder are caches of datasets.
+    Raises ValueError for a split that it does not have. Other .arrow files in the folder are caches of datasets.
     """
     if splits := _names_in(folder / DATA_SETS, "splits"):
         if options.dataset_split not in splits:

@@ -66,7 +66,7 @@ def size_of(path: Path | RemotePath) -> int:
 def remote_files(url: str, left_out: LeftOut) -> Iterator[RemotePath]:
     """Yield the files below a URL in the order of their paths; hidden ones are left out, as in a folder.
 
-    Of a web server, a URL that ends with a slash is a page of links. Raises ValueError for a URL that cannot be read.
+    On a web server, a URL that ends with a slash is a page of links. Raises ValueError for a URL that cannot be read.
     """
     system = _system(url)
     stack = [url]

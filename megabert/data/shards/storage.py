@@ -262,8 +262,7 @@ def _reporting(write: Callable[[bytes], object]) -> Callable[[bytes], object]:
 def copy_pipe(url: str, file: LimitedWriter) -> None:
     """Copy what pipe:COMMAND prints.
 
-    A command that prints too much, or nothing for SILENT_S, is killed; the latter raises OSError. So does one that
-    fails, or does not end.
+    Kills a command that prints too much. Raises OSError if it prints nothing for SILENT_S, fails, or does not end.
     """
     with open_pipe(url) as pipe:
         assert isinstance(pipe.stream, io.BufferedReader), (

@@ -1,4 +1,6 @@
-"""This module holds every use and replacement of internals of DeepSpeed 0.19.8, but for Muon in updates/optimizers.py.
+"""Hold every import and replacement of DeepSpeed 0.19.8's internals, except Muon, which updates/optimizers.py imports.
+
+files/pickles.py and convert/deepspeed_checkpoint.py know the format of its files.
 
 Each function names its canary: a test of tests/training/test_traps.py that fails once DeepSpeed no longer needs the
 function.

@@ -35,7 +35,7 @@ class HangDetector:
         """Name the ranks that hang; None if none does.
 
         A rank hangs if it has been silent too long, or if it is the furthest behind and has exceeded its own limit
-        there; the other ranks wait for it. Of several equally far behind, all must have exceeded theirs.
+        there; the other ranks wait for it. If several are equally far behind, all must have exceeded theirs.
         """
         silent = {
             rank: now - received_at

@@ -1,4 +1,4 @@
-"""Choose the number of data.micro_batch_tokens auto at a run's first start, and keep it at every other start."""
+"""Choose data.micro_batch_tokens for auto when a run first starts; later starts keep it."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ def resolve_micro_batch(recipe: Recipe, ds_config: DsConfig, rank: int, world_si
 
 
 def _runs_fused(recipe: Recipe, ds_config: DsConfig) -> bool:
-    """Whether all operations are our kernels on this rank's card, of which PyTorch's would keep more."""
+    """Return whether all operations on this rank's card use our kernels; PyTorch's keep more activations."""
     device, run = training_device(), recipe.run
     if device.type == "cpu" or run.ops == "torch":
         return False

@@ -155,7 +155,7 @@ def memory_of_rank(
     weights = num_weights(model, vocab_size)
     kept = kept_bytes(model, vocab_size, batch, bf16, fused)
     if bf16 and formats.weight == 4:
-        # Autocast keeps the weights in bf16, but run.fp8 those of the layers' maps only as they are.
+        # Autocast keeps bf16 copies of the weights; with run.fp8 the layers' linear maps have none.
         kept += 2 * (weights - (layers * weights_of_maps(model) if fp8 else 0))
     if recomputed:
         # All layers but one of them are recomputed from their inputs.
@@ -187,5 +187,5 @@ def _state_bytes(weights: int, layers: int, zero: ZeroOptimization, ranks: int, 
     if zero.stage == 2:
         return weight * weights + gradient * own + optimizer + 2 * buckets
     kept = gradient if in_host_memory(zero.offload_param) else weight + gradient
-    # Of the weights themselves two layers are gathered at once.
+    # The weights of two layers are gathered at a time.
     return kept * own + optimizer + 2 * weight * weights / layers + 2 * buckets

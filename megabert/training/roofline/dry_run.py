@@ -242,7 +242,7 @@ class Checks:
             yield f"written by {state.world_size} ranks: it is converted first, which takes its bytes twice on the disk"
 
     def _identity(self, saved: State, schedule: RunSchedule, resolved: ResolvedDsConfig) -> RunIdentity:
-        """Return this run's identity, as the checkpoint has it in what only the device decides."""
+        """Return this run's identity; what only the device decides is taken from the checkpoint."""
         if self.ds_config.values.torch_autocast.enabled == "auto":
             autocast = resolved.settings["torch_autocast"] | {"enabled": ResolvedDsConfig(saved.ds_config).bf16}
             resolved = ResolvedDsConfig(resolved.settings | {"torch_autocast": autocast})

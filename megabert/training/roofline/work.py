@@ -63,7 +63,7 @@ def operations(
     width, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     gated = model.ffn == "geglu"
     slots, masked = batch.slots, batch.masked
-    # Of a padded model the last layer computes all slots.
+    # In a padded model the last layer computes all slots.
     last = slots if model.padding == "padded" else masked
     config = architecture_of(model, vocab_size)
     products = step_flops(config, slots, last, 0)
