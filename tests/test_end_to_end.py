@@ -29,7 +29,7 @@ SETTINGS += ["--run.log_every_steps=2"]
 def kill_during(command: list[str], metrics: Path, step: int) -> None:
     """Start the command in its own session, and kill -9 the session when `step` is logged."""
     process = warm.popen(command, os.environ | {"DS_ACCELERATOR": "cpu"}, Path(os.devnull))
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while time.monotonic() < until and process.poll() is None:
         if any(record["step"] >= step for record in read_metrics(metrics)):
             break

@@ -32,7 +32,7 @@ class Job:
 
     def run(self, *command: str) -> str:
         done = subprocess.run(
-            command, cwd=REPOSITORY, env=self.env, capture_output=True, text=True, timeout=60, check=False
+            command, cwd=REPOSITORY, env=self.env, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -131,7 +131,7 @@ def test_a_failing_command_is_not_retried(corpus: Corpus, tmp_path, cluster):
     variables = {"RECIPE": "quickstart", "DATA": str(tmp_path / "none"), "OUT": str(tmp_path), "VENV": sys.prefix}
     job = Job(cluster, tmp_path / "job.log", *TINY, **variables)
     ended: dict[str, str] = {}
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while ended.get("JobState") not in ("FAILED", "COMPLETED") and time.monotonic() < until:
         time.sleep(0.2)
         ended = job.facts()

@@ -102,7 +102,7 @@ def test_workers_of_a_killed_command_end(command, tmp_path):
     process = start_until([*command, "--workers=2"], tmp_path / "out", "shards/*.npz", 1)
     workers = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert psutil.wait_procs(workers, timeout=300)[1] == []
 
 
 def test_ctrl_c_prints_one_line_and_leaves_no_process(command, tmp_path, corpus):
@@ -115,14 +115,14 @@ def test_ctrl_c_prints_one_line_and_leaves_no_process(command, tmp_path, corpus)
         # As a terminal does.
         os.killpg(process.pid, signal.SIGINT)
         os.killpg(process.pid, signal.SIGCONT)
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=300)
         if process.returncode:
             break
         # It was finished nevertheless.
         shutil.rmtree(tmp_path / "out")
     assert process.returncode == 130
     assert (output, errors) == ("", f"\n{tmp_path / 'out'}: interrupted. Run the same command again to continue.\n")
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert psutil.wait_procs(workers, timeout=300)[1] == []
     finish(command, tmp_path / "out", hashes(corpus.tokens))
 
 
@@ -134,7 +134,7 @@ def test_a_killed_worker_ends_the_command_with_an_error(command, tmp_path, corpu
         if not child.children() and "resource_tracker" not in " ".join(child.cmdline()):
             child.kill()
     process.send_signal(signal.SIGCONT)
-    errors = process.communicate(timeout=20)[1]
+    errors = process.communicate(timeout=300)[1]
     assert process.returncode == 1
     assert "a worker process died, perhaps killed because memory ran out" in errors
     assert "Traceback" not in errors
@@ -151,7 +151,7 @@ def test_a_full_disk_is_a_one_line_error_and_no_partial_shard_is_listed(command,
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     process = start(command, preexec_fn=limit)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     assert (process.returncode, output) == (1, "")
     assert "File too large. Raise the limit of file sizes (ulimit -f) and run the same command again." in errors
     assert "Traceback" not in errors

@@ -40,7 +40,7 @@ def test_a_signal_leaves_nothing(tmp_path, number, code):
     process, name = start(tmp_path / "out")
     assert (tmp_path / name / "half").is_file()
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == code
     assert not list(tmp_path.iterdir())
 
@@ -53,7 +53,7 @@ def test_the_next_writer_removes_folders_of_killed_processes_only(tmp_path):
     other, left_of_another = start(tmp_path / "out-2")
     for process in (killed, other):
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     assert len({being_written, left, left_of_another}) == 3
     with staged_folder(out) as folder:
         assert not (tmp_path / left).exists()
@@ -61,7 +61,7 @@ def test_the_next_writer_removes_folders_of_killed_processes_only(tmp_path):
         (folder / "mine").write_text("")
         replace_folder(folder, out)
     alive.terminate()
-    alive.communicate(timeout=60)
+    alive.communicate(timeout=300)
     assert {path.name for path in tmp_path.iterdir()} == {"out", ".tmp-out-of-another-program", left_of_another}
 
 

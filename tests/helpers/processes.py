@@ -22,7 +22,7 @@ def start(command: list[str], **environment: str) -> warm.Process:
 
 def wait_for_step(process: warm.Process, out: Path, step: int) -> None:
     """Wait until the run in the folder `out` has logged this step."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if any(record["step"] >= step for record in read_metrics(out / "metrics.jsonl")):
             return

@@ -104,7 +104,7 @@ def running(folder: Path) -> subprocess.Popen:
 def attempts(folder: Path, *flags: str, **variables: str) -> tuple[int, int]:
     """(exit code, number of starts)."""
     env = os.environ | {"OUT": str(folder / "out")} | variables
-    done = subprocess.run(["bash", str(folder / "launch/keep_running.sh"), *flags], env=env, check=False, timeout=60)
+    done = subprocess.run(["bash", str(folder / "launch/keep_running.sh"), *flags], env=env, check=False, timeout=300)
     return done.returncode, len((folder / "starts").read_text().splitlines())
 
 
@@ -182,7 +182,7 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_save(tmp_path, monkeypatch):
     wait_for("the rank", (tmp_path / "up").exists, tmp_path / "starts")
     everyone = psutil.Process(process.pid).children(recursive=True)
     # Repeated, because two signals that come before the shell handles the first are one.
-    until = time.monotonic() + 30
+    until = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < until:
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
@@ -210,7 +210,7 @@ def test_output_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, redire
     fake_deepspeed(tmp_path, monkeypatch, script)
     shell = f"bash {tmp_path}/launch/keep_running.sh {redirection}; exit ${{PIPESTATUS[0]}}"
     env = os.environ | {"OUT": str(tmp_path / "out")}
-    assert subprocess.run(["bash", "-c", shell], env=env, check=False, timeout=60).returncode == 0
+    assert subprocess.run(["bash", "-c", shell], env=env, check=False, timeout=300).returncode == 0
     assert len((tmp_path / "starts").read_text().splitlines()) == 3
 
 

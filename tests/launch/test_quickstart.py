@@ -30,7 +30,7 @@ def start(repository: Path, script: str) -> tuple[subprocess.Popen, list[psutil.
     """Start a script, and return it with its descendants once its first command runs."""
     env = os.environ | {"PATH": f"{repository}/bin:{os.environ['PATH']}"}
     process = subprocess.Popen(["bash", f"launch/{script}"], cwd=repository, env=env, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 30
+    until = time.monotonic() + 300
     while not (repository / "up").exists() or len(psutil.Process(process.pid).children(recursive=True)) < 2:
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -41,8 +41,8 @@ def start(repository: Path, script: str) -> tuple[subprocess.Popen, list[psutil.
 def test_a_signal_to_the_quickstart_ends_its_stage(repository, number, code):
     process, stage = start(repository, "quickstart.sh")
     process.send_signal(number)
-    assert process.wait(30) == code
-    _, alive = psutil.wait_procs(stage, timeout=5)
+    assert process.wait(300) == code
+    _, alive = psutil.wait_procs(stage, timeout=60)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -51,7 +51,7 @@ def test_a_killed_quickstart_ends_its_stage(repository):
     process, (stage, command, *rest) = start(repository, "quickstart.sh")
     assert "prepare.sh" in " ".join(stage.cmdline())
     process.kill()
-    assert not psutil.wait_procs([stage, command], timeout=5)[1]
+    assert not psutil.wait_procs([stage, command], timeout=60)[1]
     for other in rest:
         other.kill()
 
@@ -59,7 +59,7 @@ def test_a_killed_quickstart_ends_its_stage(repository):
 def test_a_signal_to_the_preparation_ends_its_command(repository):
     process, commands = start(repository, "quickstart/prepare.sh")
     process.terminate()
-    assert process.wait(30) == 143
-    assert not psutil.wait_procs(commands[:1], timeout=5)[1]
+    assert process.wait(300) == 143
+    assert not psutil.wait_procs(commands[:1], timeout=60)[1]
     for command in commands[1:]:
         command.kill()

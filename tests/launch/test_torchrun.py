@@ -49,7 +49,7 @@ def test_ranks_save_and_end_when_the_agent_is_killed(corpus: Corpus, tmp_path):
     agent, ranks = torchrun(corpus, tmp_path, ENDLESS)
     assert len(ranks) == 2
     agent.kill()
-    _, alive = psutil.wait_procs(ranks, timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=300)
     assert not alive
     assert list_tags(tmp_path / "checkpoints")
 
@@ -69,7 +69,7 @@ def test_a_pod_that_is_deleted_saves_and_its_successor_resumes(corpus: Corpus, t
     agent, ranks = torchrun(corpus, tmp_path, ENDLESS)
     agent.send_signal(signal.SIGTERM)
     agent.communicate(timeout=90)
-    _, alive = psutil.wait_procs(ranks, timeout=10)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive
     [tag] = list_tags(tmp_path / "checkpoints")
     again, _ = torchrun(corpus, tmp_path, ENDLESS, step=step_of(tag) + 2)

@@ -45,7 +45,7 @@ def test_after_a_signal_a_run_saves_and_asks_to_be_requeued(corpus: Corpus, tmp_
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_REQUEUE, output
     assert re.search(f"received {number.name}; .*saved", output)
     step = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
@@ -105,7 +105,7 @@ def test_ranks_end_when_their_launcher_is_killed(corpus: Corpus, tmp_path):
     ranks = ranks_of(process)
     assert len(ranks) == 2
     kill_launchers(process, ranks)
-    _, alive = psutil.wait_procs(ranks, timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=300)
     assert not alive
     assert list((tmp_path / "checkpoints").glob("step-*"))
 
@@ -113,7 +113,7 @@ def test_ranks_end_when_their_launcher_is_killed(corpus: Corpus, tmp_path):
 def test_ranks_end_when_their_launcher_is_killed_during_start_up(corpus: Corpus, tmp_path):
     """From the moment when a rank's second thread, which watches the launcher, runs: long before torch is loaded."""
     process = start(pretrain_command(corpus, tmp_path, ENDLESS, launcher=True))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (ranks := ranks_of(process)) or any(rank.num_threads() < 2 for rank in ranks):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -130,7 +130,7 @@ def test_after_a_signal_to_the_deepspeed_command_alone_the_ranks_save(corpus: Co
     descendants = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     output, _ = process.communicate(timeout=90)
-    _, alive = psutil.wait_procs(descendants, timeout=60)
+    _, alive = psutil.wait_procs(descendants, timeout=300)
     assert not alive
     assert "the deepspeed command is gone: stopping after a checkpoint" in output
     assert re.search("the deepspeed command is gone; .*saved", output)
@@ -264,7 +264,7 @@ def test_before_the_first_step_a_signal_ends_the_run_at_once(corpus: Corpus, tmp
     wait_for_file(process, began_plan)
     began = time.monotonic()
     process.send_signal(number)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == code, output
     # 0.2 s on a quiet machine.
     assert time.monotonic() - began < 20
@@ -283,7 +283,7 @@ def test_a_second_interrupt_ends_a_run_that_does_not_save(corpus: Corpus, tmp_pa
     time.sleep(1.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_INTERRUPTED
     assert output.endswith("pretrain: interrupted again: ending without saving\n")
 
@@ -294,7 +294,7 @@ def test_loader_workers_end_with_their_rank(corpus: Corpus, tmp_path):
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
     process.kill()
-    assert not psutil.wait_procs(workers, timeout=5)[1]
+    assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
 def test_a_hangup_under_nohup_is_ignored(corpus: Corpus, tmp_path):
@@ -314,7 +314,7 @@ def test_ctrl_c_at_the_deepspeed_command_saves(corpus: Corpus, tmp_path, ranks):
     descendants = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=90)
-    assert not psutil.wait_procs(descendants, timeout=60)[1]
+    assert not psutil.wait_procs(descendants, timeout=300)[1]
     # The rank that logs may learn of the signal from the other rank.
     assert re.search("(received SIG(INT|TERM)|another rank was asked to stop); checkpoint saved", output), output
     assert list((tmp_path / "checkpoints").glob("step-*"))

@@ -17,7 +17,7 @@ def start_ranks(folder: Path, *actions: str, **environment: str) -> list[warm.Pr
         command = [sys.executable, "tests/training/distributed/watchdog_rank.py", action]
         env = os.environ | shared | environment | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}
         ranks.append(warm.popen(command, env, folder / f"{rank}.log"))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not all("connected" in (folder / f"{rank}.log").read_text() for rank in range(len(actions))):
         assert time.monotonic() < deadline
         time.sleep(0.05)

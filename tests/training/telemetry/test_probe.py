@@ -73,13 +73,13 @@ def test_a_kill_loses_no_score_no_bit_and_leaves_no_process(corpus: Corpus, tmp_
     out = tmp_path / "out"
     env = os.environ | {"DS_ACCELERATOR": "cpu"}
     training = warm.popen(pretrain_command(corpus, out, *SETTINGS, *task), env, tmp_path / "log")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (probes := probes_of(training)) and time.monotonic() < deadline and training.poll() is None:
         time.sleep(0.02)
     training.kill()
     training.wait()
     assert len(probes) == 1
-    _, alive = psutil.wait_procs(probes, timeout=60)
+    _, alive = psutil.wait_procs(probes, timeout=300)
     assert not alive
     done = run_command(pretrain_command(corpus, out, *SETTINGS, *task))
     assert done.code == 0, done.output
