@@ -111,6 +111,14 @@ def test_tests_import_from_helpers_and_not_from_each_other():
     assert not found, "move what tests share to a folder of helpers"
 
 
+def test_what_is_no_test_lies_in_a_folder_of_helpers():
+    programs = {"benchmarks", "fuzz", "gpu", "gpu_walk"}
+    tests = re.compile(r"(test_|check_)\w+\.py|conftest\.py|__init__\.py|count_code\.py")
+    for path in (REPOSITORY / "tests").rglob("*.py"):
+        folders = path.relative_to(REPOSITORY / "tests").parts[:-1]
+        assert tests.fullmatch(path.name) or "helpers" in folders or programs & {*folders}, path
+
+
 def test_training_has_at_most_five_levels():
     assert max(levels(units("megabert.training")).values()) <= 5
 

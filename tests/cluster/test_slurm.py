@@ -13,7 +13,7 @@ import torch
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.telemetry.reporter import read_metrics
-from tests.cluster.nodes import cluster as cluster
+from tests.cluster.helpers.nodes import cluster as cluster
 from tests.helpers.runs import REPOSITORY, TINY, Corpus, run_ranks
 
 pytestmark = pytest.mark.slurm

@@ -18,8 +18,8 @@ from megabert.convert.to_hf import ExportOptions
 from tests.convert.helpers.folders import edit_json
 from tests.helpers.runs import Corpus, run_command
 from tests.kernels.helpers.cases import cases
-from tests.model.architectures import exact_rope  # noqa: F401
-from tests.model.small import documents, packed, padded
+from tests.model.helpers.architectures import exact_rope  # noqa: F401
+from tests.model.helpers.small import documents, packed, padded
 
 SIZES = {
     "vocab_size": 832, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 40,

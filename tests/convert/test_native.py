@@ -14,7 +14,7 @@ from megabert.convert.hf.config import from_their_config
 from megabert.convert.hf.native import layer_types, native_kind
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import SHAPE, small_model
-from tests.model.architectures import ARCHITECTURES
+from tests.model.helpers.architectures import ARCHITECTURES
 
 EVEN = {"num_attention_heads": 2}
 SIZES = {name: SHAPE[name] for name in SHAPE if name != "max_position_embeddings"} | EVEN

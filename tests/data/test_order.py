@@ -11,8 +11,8 @@ from megabert.data.batch_schedule import Length
 from megabert.data.order import ChunkId, SourceOrder, StreamOrder, cut_into_splits
 from megabert.data.packing_buffer import PackingBuffer
 from megabert.data.stream import next_bin
-from tests.data import synthetic
-from tests.data.synthetic import FIRST_ID, SyntheticSource, random_shards
+from tests.data.helpers import synthetic
+from tests.data.helpers.synthetic import FIRST_ID, SyntheticSource, random_shards
 from tests.helpers.order_quality import (
     NumberedSource,
     config_of,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabert.data.ranks import check_warmup, choose_batches_per_step, choose_streams, count_streams, possible_ranks
-from tests.data.synthetic import SyntheticSource, config_of, corpus_of, positions_after, rank_batches, same
+from tests.data.helpers.synthetic import SyntheticSource, config_of, corpus_of, positions_after, rank_batches, same
 
 world_sizes = st.integers(1, 300)
 

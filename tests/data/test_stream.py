@@ -27,7 +27,7 @@ from megabert.data.stream import (
     positions_to_json,
     worker_count,
 )
-from tests.data.synthetic import (
+from tests.data.helpers.synthetic import (
     FIRST_ID,
     SPECIALS,
     SyntheticSource,
@@ -507,7 +507,7 @@ def test_places_for_documents_suffice_and_are_few(truncate, bin_tokens, most):
 EXITING = """
 from itertools import islice, takewhile
 from megabert.data.stream import BatchStream, open_loader
-from tests.data.synthetic import SyntheticSource, config_of, corpus_of
+from tests.data.helpers.synthetic import SyntheticSource, config_of, corpus_of
 
 if __name__ == "__main__":
     corpus = corpus_of(SyntheticSource([[[20] * 6] * 3] * 24))

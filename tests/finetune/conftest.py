@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 
 from megabert.finetune.jobs import runner
 from megabert.finetune.options import FinetuneOptions
-from tests.finetune.layouts import write_tsv
+from tests.finetune.helpers.layouts import write_tsv
 
 WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),

@@ -13,7 +13,7 @@ import pytest
 
 from megabert.finetune.jobs import runner
 from megabert.finetune.main import run_finetuning
-from tests.finetune.layouts import write_tsv
+from tests.finetune.helpers.layouts import write_tsv
 
 
 def results_of_jobs(out: Path) -> dict[str, dict]:

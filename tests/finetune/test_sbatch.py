@@ -11,7 +11,7 @@ import time
 import pytest
 
 from megabert.finetune.main import parse_shard, run_finetuning
-from tests.cluster.nodes import cluster as cluster
+from tests.cluster.helpers.nodes import cluster as cluster
 from tests.helpers.runs import REPOSITORY, make_printing_venv
 
 SCRIPT = REPOSITORY / "launch/slurm/finetune_glue.sbatch"

@@ -14,7 +14,7 @@ from megabert.data.shards.manifest import Manifest, Shard, TokenizerInfo
 from megabert.data.shards.sample_format import TokenChunk
 from megabert.data.shards.source import Corpus, Source
 from megabert.data.stream import StreamConfig, next_bin
-from tests.data.synthetic import FIRST_ID, SPECIALS, NoStorage
+from tests.data.helpers.synthetic import FIRST_ID, SPECIALS, NoStorage
 
 
 class NumberedSource(Source):

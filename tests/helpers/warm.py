@@ -30,7 +30,7 @@ SCRIPTS = (
     "launch/convert_from_hf.py",
     "launch/quickstart/summarize.py",
     "tests/helpers/scripts/many_runs.py",
-    "tests/training/distributed/watchdog_rank.py",
+    "tests/training/helpers/watchdog_rank.py",
     "tests/helpers/scripts/inject.py",
     "tests/helpers/scripts/patched.py",
     "tests/helpers/scripts/run_code.py",

@@ -16,7 +16,7 @@ from megabert.model.layers import set_ops
 from megabert.model.padding import Sequences
 from tests.kernels.helpers.cases import cases
 from tests.kernels.helpers.cpu_operations import CASES, LABELS, NORM, ids, normal, results
-from tests.model.small import LENGTHS, documents, packed, small_model
+from tests.model.helpers.small import LENGTHS, documents, packed, small_model
 
 
 @pytest.fixture(autouse=True, params=["force_eager", pytest.param("default", marks=pytest.mark.nightly)])

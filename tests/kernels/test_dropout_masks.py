@@ -8,7 +8,7 @@ from megabert.kernels.resolve import RECOMPILE_LIMIT
 from megabert.model import ops
 from megabert.model.layers import set_ops
 from tests.kernels.helpers.masks import MASKS, assert_independent, assert_same_noise, gradient_noise, noise_of_rows
-from tests.model.small import documents, padded, small_model
+from tests.model.helpers.small import documents, padded, small_model
 
 STEPS = 300
 

@@ -16,7 +16,7 @@ from megabert.model.layers import Block
 from megabert.training import unsupported
 from megabert.training.unsupported import refusal_of_fp8, why_not_fp8
 from tests.helpers.runs import TINY, Corpus, last_of_each, pretrain_command, run_command
-from tests.model.small import small_model
+from tests.model.helpers.small import small_model
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}

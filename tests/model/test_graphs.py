@@ -11,7 +11,7 @@ from megabert.model.modeling_megabert import (
     MegaBertModel,
 )
 from tests.kernels.helpers.cases import cases
-from tests.model.small import SMALL, documents, padded, small_model
+from tests.model.helpers.small import SMALL, documents, padded, small_model
 
 CASES = [
     (MegaBertModel, {}),

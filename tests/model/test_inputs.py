@@ -17,7 +17,7 @@ from megabert.model.modeling_megabert import (
     MegaBertModel,
 )
 from megabert.model.ops import TORCH_OPS
-from tests.model.small import SMALL, documents, packed, padded, small_model
+from tests.model.helpers.small import SMALL, documents, packed, padded, small_model
 
 HEADS = [
     MegaBertModel,

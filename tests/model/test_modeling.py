@@ -14,8 +14,8 @@ from megabert.model.modeling_megabert import (
     MegaBertModel,
 )
 from megabert.model.ops import MaskedLoss
-from tests.model import reference
-from tests.model.small import SMALL, documents, packed, padded, small_model
+from tests.model.helpers import reference
+from tests.model.helpers.small import SMALL, documents, packed, padded, small_model
 
 
 @pytest.mark.parametrize(

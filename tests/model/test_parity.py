@@ -15,8 +15,8 @@ from megabert.convert.weight_names import (
 )
 from megabert.model.buckets import LONGEST_KEPT
 from megabert.model.modeling_megabert import MegaBertForMaskedLM, MegaBertForSequenceClassification
-from tests.model import reference
-from tests.model.small import SMALL, documents, packed, padded, small_model
+from tests.model.helpers import reference
+from tests.model.helpers.small import SMALL, documents, packed, padded, small_model
 
 # A multiple of 3, 4, 8, 12 and 16 heads.
 WIDE = {"hidden_size": 48}

@@ -10,14 +10,14 @@ from transformers import GteForMaskedLM, GteModel, ModernBertForMaskedLM, Modern
 
 from megabert.model import modeling_megabert as modeling
 from tests.kernels.helpers.cases import cases
-from tests.model.architectures import (
+from tests.model.helpers.architectures import (
     ARCHITECTURES,
     exact_rope,  # noqa: F401
     our_gradients,
     their_gradients,
     their_model,
 )
-from tests.model.small import SMALL, documents, packed, padded, small_model
+from tests.model.helpers.small import SMALL, documents, packed, padded, small_model
 
 KINDS = {
     "modernbert": ("modernbert", ModernBertForMaskedLM, ModernBertModel),

@@ -33,7 +33,7 @@ from tests.helpers.runs import (
     pretrain_command,
     start_ranks,
 )
-from tests.model.small import small_model
+from tests.model.helpers.small import small_model
 from tests.training.helpers.plans import plan as plan_of_cpu
 
 CUDA = torch.device("cuda")

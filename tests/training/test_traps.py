@@ -21,7 +21,7 @@ from tests.helpers.runs import REPOSITORY
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What traps.py found."""
-    command = [sys.executable, "tests/training/traps.py"]
+    command = [sys.executable, "tests/training/helpers/traps.py"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -21,7 +21,7 @@ from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.folders import edit_json
 from tests.convert.helpers.small_model import small_model
 from tests.convert.helpers.wordpiece import SPECIALS, wordpiece
-from tests.model.architectures import ARCHITECTURES
+from tests.model.helpers.architectures import ARCHITECTURES
 
 
 def edit_tensors(change: Callable[[dict], dict]) -> Callable[[Path], object]:

@@ -15,7 +15,7 @@ from megabert.convert.targets.target import ExportedFolder
 from megabert.files.checkpoint_format import files_of
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
-from tests.model.architectures import ARCHITECTURES
+from tests.model.helpers.architectures import ARCHITECTURES
 
 TARGETS = ("onnx", "onnx-int8", "jina")
 # How the names of each target's files begin.

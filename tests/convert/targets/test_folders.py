@@ -20,7 +20,7 @@ from megabert.files.checkpoint_format import files_of
 from tests.convert.helpers.architecture_targets import TARGETS_OF
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
-from tests.model.architectures import ARCHITECTURES
+from tests.model.helpers.architectures import ARCHITECTURES
 
 # What differs although the model is the same: hashes and measured differences.
 OWN_FILES = {"export.json", "README.md"}

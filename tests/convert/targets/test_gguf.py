@@ -20,7 +20,7 @@ from megabert.convert.targets.target import DiffersError, Proof
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
 from tests.convert.helpers.wordpiece import WORDPIECE, wordpiece
-from tests.model.architectures import ARCHITECTURES
+from tests.model.helpers.architectures import ARCHITECTURES
 
 
 @pytest.fixture(scope="module")

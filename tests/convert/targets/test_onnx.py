@@ -18,7 +18,7 @@ from megabert.model.modeling_megabert import (
     MegaBertModel,
 )
 from tests.convert.helpers.small_model import BERT, small_model
-from tests.model.architectures import ARCHITECTURES
+from tests.model.helpers.architectures import ARCHITECTURES
 
 ROWS = ["batch", "sequence"]
 

@@ -15,7 +15,7 @@ from megabert.convert.targets.target import DiffersError, NotOpened
 from tests.convert.helpers.architecture_targets import TARGETS_OF
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
-from tests.model.architectures import ARCHITECTURES
+from tests.model.helpers.architectures import ARCHITECTURES
 
 
 def lines_with_ids(tokenizer):

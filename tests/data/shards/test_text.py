@@ -10,7 +10,7 @@ import pytest
 from data_prep import write_shards
 from megabert.data.shards.source import open_corpus
 from megabert.data.stream import BatchStream, Position, held_out_batches, open_loader
-from tests.data.synthetic import config_of, same
+from tests.data.helpers.synthetic import config_of, same
 
 
 @pytest.fixture(scope="module")

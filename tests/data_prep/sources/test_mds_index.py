@@ -8,7 +8,7 @@ import zstandard
 from data_prep.sources import LeftOut, ReadOptions, list_input_splits
 from data_prep.sources.tokens import read_token_split
 from data_prep.sources.tokens.ids import IdRule
-from tests.data_prep.sources.foreign_tokens import write_mds
+from tests.data_prep.helpers.foreign_tokens import write_mds
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10]]
 OPTIONS = ReadOptions(text_key="tokens")

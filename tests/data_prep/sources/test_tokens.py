@@ -15,7 +15,7 @@ from data_prep.sources.tokens.check import check_tokenizer
 from data_prep.sources.tokens.ids import IdRule, make_rule
 from megabert.data.shards.source import open_source
 from megabert.data.shards.tokenizer import encode, find_tokenizer, read_tokenizer
-from tests.data_prep.sources.foreign_tokens import (
+from tests.data_prep.helpers.foreign_tokens import (
     write_datatrove,
     write_mds,
     write_megatron,

@@ -19,7 +19,7 @@ from megabert.finetune.results.report import average
 from megabert.finetune.results.submission import FILES, as_tsv
 from megabert.finetune.tasks.task import GLUE
 from tests.finetune.conftest import PROTOCOL
-from tests.finetune.layouts import write_tsv
+from tests.finetune.helpers.layouts import write_tsv
 from tests.helpers import warm
 
 

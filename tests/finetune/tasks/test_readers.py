@@ -4,7 +4,7 @@ import pytest
 
 from megabert.finetune.tasks.readers import file_hashes, locate_data, read_split
 from megabert.finetune.tasks.task import GLUE, glue_tasks, read_task
-from tests.finetune.layouts import label, splits, text, write_parquet, write_tsv
+from tests.finetune.helpers.layouts import label, splits, text, write_parquet, write_tsv
 
 
 @pytest.fixture(scope="module")

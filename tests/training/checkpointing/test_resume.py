@@ -13,7 +13,7 @@ from megabert.files import checkpoint_format as layout
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers.runs import Corpus, ds_config_in
 from tests.helpers.scripts.many_runs import flags_of, run_many
-from tests.training.checkpointing import shared_conversion
+from tests.training.helpers import shared_conversion
 from tests.training.helpers.checkpoints import differences
 
 STEPS, STOPPED = 4, 2

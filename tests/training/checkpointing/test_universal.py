@@ -10,7 +10,7 @@ import pytest
 
 from megabert.training.checkpointing import universal
 from megabert.training.checkpointing.universal import Conversion
-from tests.training.checkpointing.shared_conversion import ThreadRank, Threads
+from tests.training.helpers.shared_conversion import ThreadRank, Threads
 
 
 def merge_zero3_slices(folder: Path, name: str) -> int:

@@ -14,7 +14,7 @@ def start_ranks(folder: Path, *actions: str, **environment: str) -> list[warm.Pr
     shared = {"WORLD_SIZE": str(len(actions)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank, action in enumerate(actions):
-        command = [sys.executable, "tests/training/distributed/watchdog_rank.py", action]
+        command = [sys.executable, "tests/training/helpers/watchdog_rank.py", action]
         env = os.environ | shared | environment | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}
         ranks.append(warm.popen(command, env, folder / f"{rank}.log"))
     deadline = time.monotonic() + 300

@@ -1,6 +1,6 @@
 """One rank of a run that only connects to the watchdog and then does what its argument says.
 
-RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=12345 python tests/training/distributed/watchdog_rank.py \
+RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=12345 python tests/training/helpers/watchdog_rank.py \
     {return,wait,raise,all_reduce}
 
 HANG_TIMEOUT_S: as run.hang_timeout_s, 0 without it.
