@@ -1,4 +1,7 @@
-"""Records of the race: one JSON object per line, appended and synced to disk when a measurement has ended."""
+"""Records of the race: one JSON object per line, appended and synced to disk when a measurement has ended.
+
+They have no format version: readers look for records with the kind and the settings that they need.
+"""
 
 import hashlib
 import json
