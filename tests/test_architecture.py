@@ -16,7 +16,7 @@ ALLOWED = {
     "megabert.data": {"megabert.files", "megabert.process"},
     "megabert.model": set(),
     "megabert.optim": set(),
-    "megabert.kernels": {"megabert.model"},
+    "megabert.kernels": {"megabert.model", "megabert.process"},
     "megabert.training": {
         "megabert.config",
         "megabert.convert",

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from data_prep import workers
+from megabert.process.error_text import first_line
 
 R = TypeVar("R")
 
@@ -36,7 +37,7 @@ class RayPool:
                 self._ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
             except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
                 raise ValueError(
-                    f"ray_address is {self._address}: no Ray cluster answers there: {str(error).splitlines()[0]} Start "
+                    f"ray_address is {self._address}: no Ray cluster answers there: {first_line(error)} Start "
                     "one with ray start --head, and ray start --address on the other machines."
                 ) from error
         (self._work / MARK).write_text(self._mark)
@@ -76,7 +77,7 @@ class RayPool:
         except ray.exceptions.RayError as error:
             raise ValueError(
                 f"a Ray task was lost {TRIES + 1} times, perhaps killed because memory ran out: "
-                f"{str(error).splitlines()[0]} Finished work is kept: run the same command again."
+                f"{first_line(error)} Finished work is kept: run the same command again."
             ) from error
         finally:
             for task in pending:

@@ -6,6 +6,8 @@ from pickle import UnpicklingError
 
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from megabert.process.error_text import first_line
+
 # Besides tensors and plain containers, DeepSpeed's files name these classes, all of which only hold values.
 DEEPSPEED_CLASSES = (
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -41,7 +43,7 @@ def check_pickle(path: Path) -> None:
     try:
         names = get_unsafe_globals_in_checkpoint(path)
     except UNPICKLING_ERRORS as error:
-        raise ValueError(f"{path}: damaged: {next(iter(str(error).splitlines()), repr(error))}") from error
+        raise ValueError(f"{path}: damaged: {first_line(error)}") from error
     if foreign := sorted(set(names) - {*DEEPSPEED_CLASSES, GETATTR}):
         raise ValueError(
             f"{path}: was not read, because it names {', '.join(foreign)}, which no MegaBERT checkpoint does. It was "

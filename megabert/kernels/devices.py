@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from megabert.process.error_text import first_line
+
 # Where an NVIDIA driver shows itself: a file of its own, or under WSL2 the library that Windows lends.
 NVIDIA_FILES = (Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 # AMD's driver; also for graphics inside a CPU, so that its presence is no reason to stop.
@@ -153,7 +155,3 @@ def has_compiler() -> bool:
     """Whether Triton finds a C compiler as it looks for one."""
     named = os.environ.get("CC")
     return shutil.which(named.split()[0] if named else "gcc") is not None or (not named and bool(shutil.which("clang")))
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,6 +10,7 @@ from megabert.data.batch import PackedBatch
 from megabert.data.masking import masked_count
 from megabert.data.shards.source import Corpus
 from megabert.data.stream import PREFETCHED, BatchStream, Position, StreamConfig, open_loader
+from megabert.process.error_text import first_line
 from megabert.training.distributed.watchdog import RankLostError
 from megabert.training.run_schedule import RunSchedule
 
@@ -68,7 +69,7 @@ class Feed:
             if not str(error).startswith("DataLoader"):
                 raise
             raise RankLostError(
-                f"data.train: rank {self.rank} gets no more batches: {str(error).splitlines()[0]}. If a worker was "
+                f"data.train: rank {self.rank} gets no more batches: {first_line(error)}. If a worker was "
                 "killed, perhaps memory is short: lower data.num_workers. If nothing arrives, look at where the "
                 "shards are, or use data.num_workers 0 to see the error."
             ) from error

@@ -12,6 +12,7 @@ from megabert.data.shards.manifest import TOKENIZER_CONFIG
 from megabert.files import json_file
 from megabert.files.checkpoint_format import has_checkpoint
 from megabert.files.pickles import UNPICKLING_ERRORS
+from megabert.process.error_text import first_line
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -220,7 +221,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UNPICKLING_ERRORS as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ValueError(f"{path}: was not read, because it does not contain only tensors: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         keys = f" It has {', '.join(map(repr, list(state)[:3]))}." if isinstance(state, dict) and state else ""

@@ -29,6 +29,7 @@ from megabert.convert.targets.target import (
 )
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.process.error_text import first_line
 
 # optimum, TEI, Infinity and sentence-transformers look for the encoder here.
 ENCODER = "onnx/model.onnx"
@@ -220,7 +221,7 @@ def _errors_as_differs() -> Iterator[None]:
         errors.NotImplemented,
         errors.RuntimeException,
     ) as error:
-        raise DiffersError(f"onnxruntime cannot run a graph: {str(error).splitlines()[0]}") from error
+        raise DiffersError(f"onnxruntime cannot run a graph: {first_line(error)}") from error
 
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

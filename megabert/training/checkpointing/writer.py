@@ -23,6 +23,7 @@ from megabert.files import checkpoint_format, hashing
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import State, step_of
 from megabert.files.disk import DiskError, as_user_error
+from megabert.process.error_text import first_line
 from megabert.training.distributed.deepspeed_compat import capture_checkpoint
 from megabert.training.distributed.sync import gather_dicts
 
@@ -296,7 +297,7 @@ def _write_files(folder: Path, parts: CheckpointParts) -> dict[str, tuple[int, s
             torch.save(content, folder / name)
         except RuntimeError as error:
             # torch reports a full disk as a RuntimeError.
-            raise OSError(errno.EIO, str(error).splitlines()[0], str(folder / name)) from error
+            raise OSError(errno.EIO, first_line(error), str(folder / name)) from error
     for name, content in parts.small_files.items():
         (folder / name).write_bytes(content)
     return {name: hashing.hash_and_sync(folder / name) for name in [*parts.tensor_files, *parts.small_files]}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from megabert.kernels.devices import first_line
+from megabert.process.error_text import first_line
 
 
 def training_device() -> torch.device:

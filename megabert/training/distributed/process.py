@@ -10,6 +10,7 @@ import deepspeed
 import torch
 import torch.distributed
 
+from megabert.process.error_text import first_line
 from megabert.process.open_files import allow_open_files
 from megabert.training.distributed import deepspeed_compat, flight_recorder
 from megabert.training.distributed.accelerator import choose_own_gpu, claim_gpu
@@ -61,7 +62,7 @@ def init_distributed() -> tuple[int, int]:
         deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     except torch.distributed.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RankLostError(f"the ranks cannot meet at {address}: {str(error).splitlines()[0]} {OTHER_PORT}") from error
+        raise RankLostError(f"the ranks cannot meet at {address}: {first_line(error)} {OTHER_PORT}") from error
     # Called on a GPU too: it sets the current device, from which NCCL sends Python objects.
     device = training_device()
     if device.type == "cpu":
