@@ -42,6 +42,7 @@ from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.files.atomic import write_atomically
+from megabert.process.error_text import one_line
 
 # A sample comes from at least this many input splits of the corpus, if it has them.
 SAMPLED_SPLITS = 16
@@ -184,7 +185,7 @@ def explain_failure(message: str, vocab_size: int) -> str:
         return f"{vocab_size} pieces are fewer than its characters. Pass --vocab-size {needed[1]} or more."
     if most := re.search(r"set it to a value <= (\d+)", message):
         return f"has not enough text for {vocab_size} pieces. Use more text, or pass --vocab-size {most[1]} or less."
-    return f"sentencepiece cannot train {vocab_size} pieces on it: {' '.join(message.split())}"
+    return f"sentencepiece cannot train {vocab_size} pieces on it: {one_line(message)}"
 
 
 def short_lines(lines: Iterable[str]) -> Iterator[str]:

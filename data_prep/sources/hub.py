@@ -21,6 +21,7 @@ from data_prep.sources.base import (
 )
 from data_prep.sources.folders import files_below
 from data_prep.sources.text_encoding import DAMAGED_ARCHIVE
+from megabert.process.error_text import one_line
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -101,7 +102,7 @@ def transport_error() -> type[Exception]:
 
 
 def _describe(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or f"it is empty ({type(error).__name__})"
+    return one_line(error).rstrip(".") or f"it is empty ({type(error).__name__})"
 
 
 def _reading_errors() -> tuple[type[Exception], ...]:

@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from data_prep.tokenizer.normalizer import normalize_by_rules
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import encode
+from megabert.process.error_text import one_line
 
 # The character that stands for a space in sentencepiece.
 META = "\u2581"
@@ -76,7 +77,7 @@ def parse_model(sentencepiece_model: bytes, where: str) -> Any:
     try:
         sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(sentencepiece_model)
     except RuntimeError as error:
-        raise ValueError(f"{where}: not a sentencepiece model: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{where}: not a sentencepiece model: {one_line(error)}") from error
     proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model)  # pyrefly: ignore[missing-attribute]
     kind = proto.trainer_spec.model_type
     if kind not in (proto.trainer_spec.UNIGRAM, proto.trainer_spec.BPE):

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from megabert.config.cli import nearest
 from megabert.config.settings import shortened
 from megabert.files.bounded_reads import read_bounded
+from megabert.process.error_text import one_line
 
 T = TypeVar("T")
 
@@ -215,11 +216,6 @@ def check_keys(path: str | Path, keys: Iterable[str], known: Iterable[str], key:
         if name not in known:
             expected = f" Expected some of {', '.join(known)}."
             raise ValueError(f"{_where(path)}unknown key {above}{name}.{nearest(name, known, above, expected)}")
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's message without line breaks."""
-    return " ".join(str(error).split())
 
 
 @functools.cache

@@ -29,6 +29,7 @@ from data_prep.sources.remote import RemotePath, is_remote, open_file, size_of
 from data_prep.sources.text_encoding import ChunkStream
 from megabert.files.bounded_reads import read_bounded
 from megabert.files.json_file import parse_json
+from megabert.process.error_text import one_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -151,7 +152,7 @@ def explain_damage(where: str) -> Callable[[Exception], DamagedError]:
             return error
         if isinstance(error, OSError) and error.errno is not None:
             raise error
-        return DamagedError(f"{where}: damaged: {' '.join(str(error).split())} Download or write it again.")
+        return DamagedError(f"{where}: damaged: {one_line(error)} Download or write it again.")
 
     return explain
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception, wait_random_exponential
 
 from megabert.data.shards.cache import PERMANENT_ERRORS
+from megabert.process.error_text import one_line
 from megabert.process.exit_codes import EXIT_STORE_AWAY
 
 log = logging.getLogger(__name__)
@@ -240,9 +241,7 @@ def _describe(error: BaseException) -> str:
     status = _status_of(error)
     if ended := PIPE_ENDED.search(str(error)):
         return f"the command ended with {ended[1]}"
-    # The message of an error may have several lines.
-    message = " ".join(str(getattr(error, "message", error)).split())
-    return f"HTTP {status} {message}" if status else repr(error)
+    return f"HTTP {status} {one_line(getattr(error, 'message', error))}" if status else repr(error)
 
 
 def network_errors() -> tuple[type[BaseException], ...]:

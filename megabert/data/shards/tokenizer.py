@@ -14,6 +14,7 @@ from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, Tokeni
 from megabert.data.shards.sample_format import KEPT_NAMES, SPECIAL_TOKENS
 from megabert.files.bounded_reads import read_bounded
 from megabert.files.json_file import parse_json
+from megabert.process.error_text import one_line
 
 # Encoded once, since some damage makes only the first use of a tokenizer fail.
 PROBE = "A b\u0301 \uac00 1"
@@ -103,7 +104,7 @@ def rust_errors_as_value_error(where: str) -> Iterator[None]:
             # The library has no class of its own: a plain Exception, or PanicException, which is no Exception.
             if type(error) not in (Exception, ValueError) and type(error).__name__ != "PanicException":
                 raise
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise ValueError(
                 f"{where}: the tokenizers library cannot read it: {reason}. Fetch or write it again."
             ) from error

@@ -12,6 +12,7 @@ from megabert.data.shards.sample_format import KEPT_NAMES, SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.files.bounded_reads import read_bounded
 from megabert.files.json_file import parse_json
+from megabert.process.error_text import one_line
 
 VOCAB = "vocab.txt"
 ADDED_TOKENS = "added_tokens.json"
@@ -160,7 +161,7 @@ def load_with_transformers(folder: Path) -> Any:
         loaded.backend_tokenizer.no_truncation()
         loaded.backend_tokenizer.no_padding()
     except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
-        raise ValueError(f"transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"transformers cannot load it: {one_line(error)[:300]}") from error
     return loaded
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megabert.config.settings import shortened
-from megabert.config.strict_yaml import one_line
 from megabert.files.json_file import parse_json
 from megabert.finetune.tasks.label_names import read_label_names
 from megabert.finetune.tasks.task import TableLayout, Task
+from megabert.process.error_text import one_line
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from megabert.config.strict_yaml import one_line, read_small_file
+from megabert.config.strict_yaml import read_small_file
 from megabert.finetune.tasks.task import Task
+from megabert.process.error_text import one_line
 
 INTEGER = re.compile(r"-?[0-9]+")
 
