@@ -1,6 +1,5 @@
 """Export a training checkpoint to a Hugging Face folder, and check that the folder gives the checkpoint's logits."""
 
-import hashlib
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from megabert.convert.weight_names import from_megabert
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.files.atomic import replace_folder, staged_folder
 from megabert.files.checkpoint_format import MANIFEST, read_state
-from megabert.files.hashing import file_sha256
+from megabert.files.hashing import file_sha256, texts_sha256
 from megabert.model.configuration_megabert import MegaBertConfig
 
 
@@ -133,8 +132,7 @@ def check_replaceable(out: Path, record: dict[str, Any] | None) -> None:
 def fingerprint_export(files: list[Path], options: ExportOptions) -> str:
     """Hash everything that determines an export: the source's files, the code and the options."""
     code = [*sorted(MODEL_CODE.glob("*.py")), *sorted(Path(__file__).parent.rglob("*.py"))]
-    hashes = "".join(file_sha256(file) for file in [*files, *code])
-    return hashlib.sha256((hashes + repr(options)).encode()).hexdigest()
+    return texts_sha256([*map(file_sha256, [*files, *code]), repr(options)])
 
 
 def write_folder(

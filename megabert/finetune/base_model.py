@@ -1,6 +1,5 @@
 """Convert the model that fine-tuning starts from, any checkpoint or BERT-like folder, to one folder in our layout."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from megabert.convert.hf.writer import write_config, write_weights
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.files.atomic import replace_folder, staged_folder, write_atomically
 from megabert.files.checkpoint_format import find_checkpoint
-from megabert.files.hashing import file_sha256
+from megabert.files.hashing import file_sha256, texts_sha256
 from megabert.finetune.protocol import Settings
 from megabert.finetune.tasks.task import Task
 from megabert.finetune.training import Backend, build_model
@@ -99,8 +98,7 @@ def fingerprint(folder: Path) -> str:
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"{folder}: has no weights.")
-    hashes = [file_sha256(folder / name) for name in (CONFIG, TOKENIZER, *weights)]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return texts_sha256(["".join(file_sha256(folder / name) for name in (CONFIG, TOKENIZER, *weights))])
 
 
 def save_model(model: MegaBertForSequenceClassification, base: Path, out: Path) -> None:

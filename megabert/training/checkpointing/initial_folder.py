@@ -1,6 +1,5 @@
 """Check the folder of a run's initial weights before they are read; imports no torch."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.source import Source
 from megabert.data.shards.tokenizer import read_tokenizer
 from megabert.files.checkpoint_format import has_checkpoint
+from megabert.files.hashing import file_sha256
 from megabert.files.json_file import read_json
 
 CONFIG = "config.json"
@@ -80,7 +80,7 @@ def check_vocabulary(folder: Path, source: Source) -> None:
             f"model.init_from {folder}: has no {TOKENIZER} to compare with the shards' tokenizer. Give it the one that "
             "it was trained with: launch/convert_from_hf.py --tokenizer."
         )
-    if hashlib.sha256(path.read_bytes()).hexdigest() == source.tokenizer.fingerprint:
+    if file_sha256(path) == source.tokenizer.fingerprint:
         return
     folder_ids = read_tokenizer(path).get_vocab()
     shard_ids = Tokenizer.from_buffer(source.read_tokenizer_file()).get_vocab()
