@@ -15,13 +15,13 @@ except ModuleNotFoundError as error:
 if __name__ == "__main__":
     end_at_ctrl_c()
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from megabert.config import cli
 from megabert.config.settings import setting
+from megabert.files.json_file import write_json
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def main() -> int:
     points = pareto.mark_fronts(points)
     plot_pareto(pareto.panels(points), f"protocol {options.protocol}", out / "pareto.png")
     (out / "pareto.md").write_text(pareto.as_markdown(points), encoding="utf-8")
-    (out / "pareto.json").write_text(json.dumps(pareto.as_records(points), indent=1) + "\n")
+    write_json(out / "pareto.json", pareto.as_records(points))
     print(pareto.as_markdown(points))
     return 0
 

@@ -23,6 +23,7 @@ from data_prep.sources.tokens import read_token_split
 from data_prep.sources.tokens.ids import IdRule
 from megabert.data.shards.tokenizer import encode_flat
 from megabert.files.atomic import new_file, write_atomically
+from megabert.files.json_file import read_json
 
 # blake2b. The first half decides whether a document is held out, the second half decides its shard.
 HASH_BYTES = 16
@@ -309,7 +310,7 @@ def summary_path(settings: WriteSettings, task: int) -> Path:
 
 
 def read_summary(settings: WriteSettings, task: int) -> TaskSummary:
-    return TaskSummary(**json.loads(summary_path(settings, task).read_bytes()))
+    return TaskSummary(**read_json(summary_path(settings, task)))
 
 
 def run_path(settings: WriteSettings, task: int, number: int) -> Path:

@@ -11,11 +11,11 @@ except ModuleNotFoundError as error:
 if __name__ == "__main__":
     end_at_ctrl_c()
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from megabert.config import cli
+from megabert.files.json_file import write_json
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def main() -> None:
     summary = summarize(run, run / "hf", finetuning, pretraining, total)
     plot_loss(run, summary["unigram_loss"], run / "loss.png")
     masks = fill_masks(run / "hf")
-    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(run / "summary.json", summary)
     print(as_text(summary, run, masks))
 
 

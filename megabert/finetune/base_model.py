@@ -16,6 +16,7 @@ from megabert.data.shards.manifest import TOKENIZER
 from megabert.files.atomic import replace_folder, staged_folder, write_atomically
 from megabert.files.checkpoint_format import find_checkpoint
 from megabert.files.hashing import file_sha256, texts_sha256
+from megabert.files.json_file import read_json
 from megabert.finetune.protocol import Settings
 from megabert.finetune.tasks.task import Task
 from megabert.finetune.training import Backend, build_model
@@ -69,9 +70,9 @@ def prepare_base_model(checkpoint: Path, out: Path) -> BaseModel:
 def _read_prepared(out: Path, record: dict[str, Any]) -> BaseModel | None:
     """Return the base model of an earlier command, if it is complete and was made from the same files."""
     try:
-        found = json.loads((out / ORIGIN).read_bytes())
+        found = read_json(out / ORIGIN)
         sha256 = fingerprint(out)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         # The base model is missing or incomplete.
         return None
     return BaseModel(out, sha256) if found == record | {"sha256": sha256} else None

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megabert.config.strict_yaml import read_small_file
 from megabert.files.atomic import write_atomically
 from megabert.files.hashing import json_sha256
+from megabert.files.json_file import read_json
 
 VERSION, HASH = "format_version", "content_sha256"
 
@@ -24,14 +24,9 @@ def read_record(path: Path, version: int) -> dict[str, Any]:
     Raises FileNotFoundError, and ValueError naming the file and what is wrong, for anything but an unchanged record of
     this version.
     """
-    try:
-        record = json.loads(read_small_file(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is damaged, not valid JSON") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: is damaged, not a JSON object")
+    record = read_json(path)
     if (found := record.get(VERSION, 1)) != version:
-        raise ValueError(f"{path}: has {VERSION} {str(found)[:20]}, expected {version}")
+        raise ValueError(f"{path}: has {VERSION} {str(found)[:20]}, expected {version}.")
     if record.pop(HASH, None) != json_sha256(record):
-        raise ValueError(f"{path}: was changed since it was written: its content has another hash")
+        raise ValueError(f"{path}: was changed since it was written: its content has another hash.")
     return record

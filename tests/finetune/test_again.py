@@ -79,11 +79,11 @@ def test_a_task_added_later_starts_from_the_model_that_mnli_kept(options_for, in
 
 DEEP = b'{"a": ' * 100_000
 BROKEN = {
-    "empty": (b"", "is damaged, not valid JSON"),
-    "cut": (b'{"status": "do', "is damaged, not valid JSON"),
-    "a list": (b"[]", "is damaged, not a JSON object"),
-    "deep": (DEEP, "is damaged, not valid JSON"),
-    "not UTF-8": (b"\xff\xfe{", "is damaged, not valid JSON"),
+    "empty": (b"", "damaged: it is not JSON"),
+    "cut": (b'{"status": "do', "damaged: it is not JSON"),
+    "a list": (b"[]", "damaged: it holds a list, expected an object"),
+    "deep": (DEEP, "damaged: it is not JSON"),
+    "not UTF-8": (b"\xff\xfe{", "damaged: it is not JSON"),
     "without a version": (b'{"status": "done"}', "has format_version 1, expected 2"),
     "of wrong types": (b'{"format_version": 2, "status": "done", "scores": 3, "request": []}', "was changed since"),
     "not a number": (b'{"format_version": 2, "status": "done", "score": NaN}', "was changed since"),

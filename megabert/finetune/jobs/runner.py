@@ -223,7 +223,7 @@ def read_result(context: JobContext, job: FinetuneJob, log: Callable[[str], None
     except FileNotFoundError:
         return None
     except ValueError as error:
-        log(f"{error}. It does not count, and the job runs again.")
+        log(f"{error} It does not count, and the job runs again.")
         return None
     return result if result.get("status") == "done" else None
 

@@ -15,6 +15,7 @@ from megabert.convert.to_hf import check_replaceable, write_model
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.atomic import replace_folder, staged_folder
 from megabert.files.hashing import texts_sha256
+from megabert.files.json_file import read_json, write_json
 from megabert.finetune.base_model import load_model
 from megabert.finetune.jobs.job import FinetuneJob, JobContext, has_token_types, tokenizer_for
 from megabert.finetune.jobs.runner import Result, kept_model_is_intact
@@ -125,8 +126,8 @@ def _write_tokenizer(folder: Path, kept: Path, model: MegaBertForSequenceClassif
     tokenizer.save(str(folder / TOKENIZER))
     path = folder / TOKENIZER_CONFIG
     types = ["token_type_ids"] if has_token_types(model) else []
-    settings = json.loads(path.read_text()) | {"model_input_names": ["input_ids", *types, "attention_mask"]}
-    path.write_text(json.dumps(settings, indent=1) + "\n")
+    settings = read_json(path) | {"model_input_names": ["input_ids", *types, "attention_mask"]}
+    write_json(path, settings)
     return max_length
 
 

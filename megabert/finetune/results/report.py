@@ -123,7 +123,7 @@ def read_results(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file. Run the fine-tuning first.") from error
     except ValueError as error:
-        raise ValueError(f"{error}. Run the fine-tuning again: it reuses its jobs and writes the file anew.") from error
+        raise ValueError(f"{error} Run the fine-tuning again: it reuses its jobs and writes the file anew.") from error
 
 
 def _percent(value: float | None) -> str:

@@ -112,8 +112,8 @@ def test_results_that_were_changed_are_refused_with_a_remedy(corpus, tmp_path, l
         (edited, "was changed since it was written: its content has another hash"),
         ('{"average": 0.97}', "has format_version 1, expected 2"),
         ('{"format_version": 2, "average": NaN}', "was changed since it was written"),
-        ('{"a":' * 100_000, "is damaged, not valid JSON"),
-        ("[0.97]", "is damaged, not a JSON object"),
+        ('{"a":' * 100_000, "damaged: it is not JSON"),
+        ("[0.97]", "damaged: it holds a list, expected an object"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=re.escape(f"{path}: {reason}")) as error:
