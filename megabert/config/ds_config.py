@@ -3,7 +3,7 @@
 This module imports neither DeepSpeed nor torch. ds_configs/README.md describes the settings for users.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,17 +90,6 @@ ON_BY_DEFAULT = {
     "zero_optimization.zero_hpz_partition_size": 1,
 }
 
-# Keys that affect the arithmetic, with the values that have no effect.
-NUMERICS: dict[str, Any] = {
-    "bf16": None,
-    "communication_data_type": None,
-    "data_types": None,
-    "gradient_allreduce_op": None,
-    "gradient_predivide_factor": 1.0,
-    "prescale_gradients": False,
-    "torch_autocast": None,
-}
-
 
 @dataclass(frozen=True)
 class ResolvedDsConfig:
@@ -135,8 +124,9 @@ class ResolvedDsConfig:
     @property
     def numerics(self) -> dict[str, Any]:
         """The settings that affect the arithmetic, without those that are off. A resume needs the same ones."""
-        found = {key: (self.settings.get(key), neutral) for key, neutral in NUMERICS.items()}
-        return {key: value for key, (value, neutral) in found.items() if _is_on(value) and value != neutral}
+        fixed = [field for field in fields(DsSettings) if not field.metadata.get("may_change_at_resume", True)]
+        found = {field.name: (self.settings.get(field.name), field.default) for field in fixed}
+        return {key: value for key, (value, default) in found.items() if _is_on(value) and value != default}
 
 
 @dataclass(frozen=True)

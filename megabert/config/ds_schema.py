@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from megabert.config.settings import setting
+
 
 def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -174,20 +176,23 @@ class Timers:
 
 @dataclass(frozen=True, kw_only=True)
 class DsSettings:
-    """A ds_config. The defaults are DeepSpeed's; None: DeepSpeed decides."""
+    """A ds_config. The defaults are DeepSpeed's; None: DeepSpeed decides.
+
+    setting(): affects the arithmetic, and may not change at a resume.
+    """
 
     train_batch_size: Positive | Auto = "auto"
     train_micro_batch_size_per_gpu: Positive | Auto = "auto"
     gradient_accumulation_steps: Positive | Auto = "auto"
     gradient_clipping: Annotated[float, Field(ge=0)] | Auto = "auto"
     zero_optimization: ZeroOptimization = ZeroOptimization()
-    torch_autocast: TorchAutocast = TorchAutocast()
-    bf16: Bf16 = Bf16()
+    torch_autocast: TorchAutocast = setting(TorchAutocast())
+    bf16: Bf16 = setting(Bf16())
     fp16: Fp16 = Fp16()
-    data_types: DataTypes = DataTypes()
-    communication_data_type: DataType | None = None
-    gradient_predivide_factor: Annotated[float, Field(gt=0)] = 1.0
-    prescale_gradients: bool = False
+    data_types: DataTypes = setting(DataTypes())
+    communication_data_type: DataType | None = setting(None)
+    gradient_predivide_factor: Annotated[float, Field(gt=0)] = setting(1.0)
+    prescale_gradients: bool = setting(False)
     zero_allow_untested_optimizer: bool = False
     zero_force_ds_cpu_optimizer: bool = True
     steps_per_print: Positive | None = 10
