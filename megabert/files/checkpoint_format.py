@@ -197,12 +197,8 @@ def check_streams_format(raw: dict[str, Any], where: str, new_pass: bool = False
 
     where: names the file in errors. new_pass: allow earlier formats, of which only the counts of bins are used.
     """
-    found = raw.get("format", 1)
-    if found not in range(1, STREAMS_FORMAT + 1):
-        raise ValueError(
-            f"{where}: format {found!r}, but this version of megabert reads formats up to {STREAMS_FORMAT}. Upgrade "
-            "megabert to resume from this checkpoint, or name another one with --run.resume FOLDER."
-        )
+    remedy = "Upgrade megabert to resume from this checkpoint, or name another one with --run.resume FOLDER."
+    found = check_format_version(where, raw, STREAMS_FORMAT, remedy, key="format")
     if found < STREAMS_FORMAT and not new_pass:
         checkpoint = os.path.dirname(where) or where
         raise ValueError(

@@ -43,12 +43,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_format_version(path: Path, content: dict[str, Any], newest: int, remedy: str) -> int:
-    """Return the format_version of a file's content, 1 if it has none. Raises ValueError if it is unknown."""
-    version = content.get("format_version", 1)
+def check_format_version(
+    path: Path | str, content: dict[str, Any], newest: int, remedy: str, key: str = "format_version"
+) -> int:
+    """Return the version of a file's format, 1 if it names none under this key. Raises ValueError if it is unknown."""
+    version = content.get(key, 1)
     if version not in range(1, newest + 1):
         known = "version 1" if newest == 1 else f"versions 1 to {newest}"
-        raise ValueError(f"{path}: has format_version {version!r}, this MegaBERT reads {known}. {remedy}")
+        raise ValueError(f"{path}: has {key} {version!r}, this MegaBERT reads {known}. {remedy}")
     return version
 
 

@@ -425,7 +425,7 @@ def test_positions_of_another_order_are_refused_but_may_begin_a_branch(positions
 
 
 def test_positions_of_a_newer_version_are_refused():
-    message = "streams.json: format 6, but this version of megabert reads formats up to 5. Upgrade megabert"
+    message = "streams.json: has format 6, this MegaBERT reads versions 1 to 5. Upgrade megabert"
     with pytest.raises(ValueError, match=message):
         positions_from_json({"format": 6, "streams": {}}, "streams.json")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megabert.convert.hf.reader import read_json
 from megabert.files.checkpoint_format import files_of
 from megabert.files.hashing import file_sha256
-from megabert.files.json_file import write_json
+from megabert.files.json_file import check_format_version, write_json
 
 RECORD = "export.json"
 # Version of export.json. Exports without a version are older.
@@ -115,15 +115,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def check_version(folder: Path, record: dict[str, Any]) -> None:
     """Raise ValueError unless this version of MegaBERT can verify the export."""
-    version = record.get("format_version", 0)
-    if version == FORMAT_VERSION:
-        return
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if "format_version" not in record:
         raise ValueError(
-            f"{folder}: was exported by a newer version of MegaBERT: {RECORD} has format_version {version}, "
-            f"this version reads {FORMAT_VERSION}. Update MegaBERT."
+            f"{folder}: was exported by an older version of MegaBERT, which recorded less. Export it again."
         )
-    raise ValueError(f"{folder}: was exported by an older version of MegaBERT, which recorded less. Export it again.")
+    check_format_version(folder / RECORD, record, FORMAT_VERSION, "Update MegaBERT.")
 
 
 def find_added_files(folder: Path, record: Mapping[str, Any]) -> list[str]:

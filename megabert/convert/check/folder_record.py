@@ -12,7 +12,7 @@ from megabert.convert.hf.tokenizer import find_tokenizer_files
 from megabert.convert.hf.writer import MODEL_CODE
 from megabert.files.checkpoint_format import files_of
 from megabert.files.hashing import file_sha256, texts_sha256
-from megabert.files.json_file import write_json
+from megabert.files.json_file import check_format_version, write_json
 
 # Version of import.json.
 FORMAT_VERSION = 1
@@ -75,11 +75,8 @@ def read_import_record(folder: Path) -> ImportRecord | None:
     except ValueError:
         return None
     version = record.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise ValueError(
-            f"{folder}: was imported by a newer version of MegaBERT: {IMPORT_RECORD} has format_version {version}, "
-            f"this version reads {FORMAT_VERSION}. Update MegaBERT."
-        )
+    if isinstance(version, int):
+        check_format_version(folder / IMPORT_RECORD, record, FORMAT_VERSION, "Update MegaBERT.")
     types = {"source": str, "options": str, "code": str, "initialized": list, "unused": list, "files": dict}
     valid = all(isinstance(record.get(name), kind) for name, kind in types.items())
     valid = valid and isinstance(record.get("vocabulary"), str | None) and version == FORMAT_VERSION

@@ -242,7 +242,7 @@ def test_an_export_of_another_format_version_is_refused_but_can_be_replaced(corp
     record = json.loads(export_json.read_text())
     assert record["format_version"] == export_record.FORMAT_VERSION == 1
     edit_json(export_json, format_version=2)
-    with pytest.raises(ValueError, match="by a newer version of MegaBERT: export.json has format_version 2, this .* 1"):
+    with pytest.raises(ValueError, match="export.json: has format_version 2, this .* reads version 1. Update"):
         export_check.verify(tmp_path / "hf")
     # Exports from before format_version: the first lacked the texts, too.
     for lacking in (["format_version"], ["format_version", "texts"]):
