@@ -1,4 +1,4 @@
-"""Distinguish failures of disks and file systems from wrong names given by the user."""
+"""Distinguish failures of disks and file systems from wrong names given by the user, and write sizes for people."""
 
 import errno
 
@@ -39,6 +39,11 @@ def is_user_error(error: OSError) -> bool:
 def as_user_error(error: OSError, message: str) -> ValueError | DiskError:
     """Return the error to raise with this message: ValueError for an error of the user, DiskError otherwise."""
     return ValueError(message) if is_user_error(error) else DiskError(message)
+
+
+def format_bytes(count: float) -> str:
+    """Write a size for people: 194 MB, 1.9 GB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def explain(error: OSError) -> str:

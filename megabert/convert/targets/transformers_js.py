@@ -24,6 +24,7 @@ from megabert.convert.targets.target import (
     largest_difference,
 )
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
+from megabert.files.disk import format_bytes
 from megabert.files.json_file import read_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
 
@@ -53,7 +54,7 @@ def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) ->
     size = 4 * (config.vocab_size * config.hidden_size + config.num_hidden_layers * layer)
     if size > MOST_BYTES:
         raise ValueError(
-            f"--for transformers.js: the graph would have {size / 1e9:.1f} GB, and the library reads one file of less "
+            f"--for transformers.js: the graph would have {format_bytes(size)}, and the library reads one file of less "
             "than 2 GB. Leave transformers.js out."
         )
     return ["feature extraction computes the logits too, because one graph serves both pipelines; use dtype fp32"]

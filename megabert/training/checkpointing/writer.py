@@ -22,7 +22,7 @@ from megabert.data.stream import Position, positions_to_json
 from megabert.files import checkpoint_format, hashing
 from megabert.files.atomic import write_atomically
 from megabert.files.checkpoint_format import State, step_of
-from megabert.files.disk import DiskError, as_user_error
+from megabert.files.disk import DiskError, as_user_error, format_bytes
 from megabert.process.error_text import first_line
 from megabert.training.distributed.deepspeed_compat import capture_checkpoint
 from megabert.training.distributed.sync import gather_dicts
@@ -204,9 +204,9 @@ class CheckpointWriter:
             _delete_checkpoint(self.folder / tag)
 
     def _explain(self, tag: str, error: OSError, needed: int) -> str:
-        free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
+        free = format_bytes(shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0)
         return (
-            f"checkpoint {tag} could not be written: {error}. It needs {_mb(needed)}; {_mb(free)} are free in "
+            f"checkpoint {tag} could not be written: {error}. It needs {format_bytes(needed)}; {free} are free in "
             f"{self.folder}. Earlier checkpoints are intact: free some space there, then run the same command to "
             "resume from the last one."
         )
@@ -264,7 +264,7 @@ def check_disk_space(folder: Path, num_parameters: int, stage: int, retention: R
     if rank == 0 and missing * size > free:
         log.warning(
             "%s: %d more checkpoints of %s will not fit, %s are free: free some space, or lower run.keep_checkpoints.",
-            folder, missing, _mb(size), _mb(free),
+            folder, missing, format_bytes(size), format_bytes(free),
         )  # fmt: skip
 
 
@@ -319,7 +319,3 @@ def _merge(parts: list[dict]) -> dict:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"

@@ -7,6 +7,7 @@ from megabert.config.ds_config import DsConfig
 from megabert.config.ds_schema import ZeroOptimization
 from megabert.config.recipe import Recipe
 from megabert.files.checkpoint_format import State
+from megabert.files.disk import format_bytes
 from megabert.kernels.devices import has_fast_bf16
 from megabert.kernels.resolve import why_not_all_fused
 from megabert.training.architecture import architecture_of
@@ -77,8 +78,8 @@ class Chooser:
             return self._memory(tokens, documents, vocab_size, self.zero)
 
         tokens = largest_micro_batch(self.recipe.data, self.world_size, memory_of, self.card_bytes)
-        needed = _gb(memory_of(tokens).total)
-        log.info("data.micro_batch_tokens auto is %d: about %s of %s", tokens, needed, _gb(self.card_bytes))
+        needed = format_bytes(memory_of(tokens).total)
+        log.info("data.micro_batch_tokens auto is %d: about %s of %s", tokens, needed, format_bytes(self.card_bytes))
         return tokens
 
     def _kept(self, saved: State) -> int:
@@ -93,9 +94,9 @@ class Chooser:
         other = "use ds_configs/zero2.json, " if self.zero.stage == 1 and zero2.fits(self.card_bytes) else ""
         raise ValueError(
             f"data.micro_batch_tokens auto: the run's checkpoint has {tokens}, which a resumed run keeps and which "
-            f"needs about {_gb(needed.total)} at ZeRO {self.zero.stage} on {self.world_size} ranks; the card has "
-            f"{_gb(self.card_bytes)}. To resume, {other}use cards with more memory, or set data.micro_batch_tokens "
-            f"{tokens} to try it; or start anew with --run.resume none."
+            f"needs about {format_bytes(needed.total)} at ZeRO {self.zero.stage} on {self.world_size} ranks; the card "
+            f"has {format_bytes(self.card_bytes)}. To resume, {other}use cards with more memory, or set "
+            f"data.micro_batch_tokens {tokens} to try it; or start anew with --run.resume none."
         )
 
     @property
@@ -115,7 +116,3 @@ class Chooser:
             graphs=self.recipe.run.cuda_graphs is not False,
             formats=Formats.of(self.ds_config.values),
         )
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from megabert.config.data_section import DataConfig
 from megabert.data.ranks import micro_batch_sizes
+from megabert.files.disk import format_bytes
 from megabert.training.micro_batch.memory import Memory
 
 # A larger micro-batch is not faster: the host's work for one, and the waits of a step, are then hidden.
@@ -41,7 +42,7 @@ def largest_micro_batch(
         if memory_of(size).fits(card_bytes):
             return size
     raise ValueError(
-        f"data.micro_batch_tokens auto: even {sizes[0]} tokens need about {memory_of(sizes[0]).total / 1e9:.1f} GB, "
-        f"and the card has {card_bytes / 1e9:.1f} GB. Set model.gradient_checkpointing every_layer, use "
+        f"data.micro_batch_tokens auto: even {sizes[0]} tokens need about {format_bytes(memory_of(sizes[0]).total)}, "
+        f"and the card has {format_bytes(card_bytes)}. Set model.gradient_checkpointing every_layer, use "
         "ds_configs/zero3.json, shorten data.max_seq_len, or set data.micro_batch_tokens to a number to try it."
     )

@@ -18,6 +18,7 @@ from megabert.data.shards.retry import LONGER, StoreAwayError
 from megabert.data.shards.source import Corpus, Source
 from megabert.files import checkpoint_format
 from megabert.files.checkpoint_format import State
+from megabert.files.disk import format_bytes
 from megabert.files.json_file import read_json
 from megabert.files.redact import redact
 from megabert.training.checkpointing import find
@@ -131,7 +132,7 @@ class Checks:
             tokens, where = int(saved.recipe["data"]["micro_batch_tokens"]), "as in the run's checkpoint"
         else:
             tokens = largest_micro_batch(self.recipe.data, self.ranks, self._memory_of, USUAL_GPU)
-            where = f"on GPUs of {_bytes(USUAL_GPU)}; each run chooses by its own GPUs"
+            where = f"on GPUs of {format_bytes(USUAL_GPU)}; each run chooses by its own GPUs"
         self.recipe = self.recipe.with_micro_batch(tokens)
         return f"data.micro_batch_tokens auto: {tokens:,} {where}"
 
@@ -297,15 +298,16 @@ class Checks:
         size, free = self._checkpoint_bytes(), shutil.disk_usage(there).free
         if size > free:
             raise ValueError(
-                f"{out}: a checkpoint needs {_bytes(size)}, {_bytes(free)} are free. Free some space, or choose "
-                "another run.output_dir."
+                f"{out}: a checkpoint needs {format_bytes(size)}, {format_bytes(free)} are free. Free some space, or "
+                "choose another run.output_dir."
             )
         count = run.keep_checkpoints + 1
         if run.keep_every_steps and self.schedule is not None and self.schedule.total_steps < ENDLESS:
             count += self.schedule.total_steps // run.keep_every_steps
         missing = max(0, count - len(checkpoint_format.list_tags(out / "checkpoints")))
         enough = "" if missing * size <= free else ": NOT ENOUGH for all of them"
-        yield f"{_bytes(size)} a checkpoint, {missing:,} more at most; {_bytes(free)} are free in {there}{enough}"
+        left = f"{format_bytes(free)} are free in {there}{enough}"
+        yield f"{format_bytes(size)} a checkpoint, {missing:,} more at most; {left}"
 
     def _checkpoint_bytes(self) -> int:
         stage = self.resolved.zero_stage if self.resolved is not None else 1
@@ -324,7 +326,7 @@ class Checks:
         memory = self._memory_of(data.bin_tokens)
         yield (
             f"{num_weights(model, self._vocab_size()) / 1e6:,.0f} M parameters; predicted for each GPU: "
-            f"{_bytes(memory.total)}, of it {_bytes(memory.states)} for weights, gradients and optimizer"
+            f"{format_bytes(memory.total)}, of it {format_bytes(memory.states)} for weights, gradients and optimizer"
         )
         fitting = [card for card in CARDS if self._memory_of(data.bin_tokens, card).fits(card.memory)]
         if not fitting:
@@ -361,7 +363,3 @@ def _number(count: float) -> str:
         if count >= size:
             return f"{count / size:,.3g} {letter}"
     return f"{count:,.0f}"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
