@@ -222,7 +222,7 @@ def not_text(where: str, text_key: str, got: object) -> DamagedError:
 
 def too_long(where: str, remedy: str) -> DamagedError:
     """Make the error for a document that is too large to be held in memory."""
-    return DamagedError(f"{where}: longer than {MAX_DOCUMENT_BYTES >> 20} MB, the largest allowed document. {remedy}")
+    return DamagedError(f"{where}: longer than {MAX_DOCUMENT_BYTES >> 20} MiB, the largest allowed document. {remedy}")
 
 
 def is_disk_full(error: OSError) -> bool:

@@ -51,7 +51,7 @@ class Options(SourceOptions):
     min_shards: int = setting(24, "[1, 2^20]")
     """minimum number of training shards; 24 are enough for up to 8 ranks"""
     shard_mb: int = setting(64, "[1, 2^20]")
-    """approximate maximum size of a shard, MB"""
+    """approximate maximum size of a shard, MiB"""
     chunk_tokens: int = setting(MAX_CHUNK_TOKENS, "[1, 131072]")
     """maximum tokens (bytes, for text) of a chunk; a longer document is cut, or if text, gets a chunk of its own"""
     workers: int = setting(os.cpu_count() or 1, "[1, 1024]")

@@ -174,10 +174,10 @@ def test_a_file_too_large_for_one_document_is_refused_with_a_remedy(tmp_path, mo
         # A sparse file, which takes no space on disk.
         file.truncate(65 << 20)
     with pytest.raises(
-        ValueError, match="a.txt: longer than 64 MB, the largest allowed document. Pass --blank-lines if"
+        ValueError, match="a.txt: longer than 64 MiB, the largest allowed document. Pass --blank-lines if"
     ):
         list_input_splits(str(tmp_path / "a.txt"), ReadOptions(), LeftOut())
-    with pytest.raises(ValueError, match="a.txt at byte 3: longer than 64 MB"):
+    with pytest.raises(ValueError, match="a.txt at byte 3: longer than 64 MiB"):
         read_all(str(tmp_path / "a.txt"), blank_lines=True)
 
 

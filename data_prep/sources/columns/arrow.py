@@ -256,8 +256,8 @@ def _checked_messages(data: "pyarrow.NativeFile", path: str, is_file: bool) -> I
             raise DamagedError(f"{path}: message {number} is damaged. Download or write it again.") from error
         if size > MAX_BATCH_BYTES:
             raise DamagedError(
-                f"{path}: message {number} takes {size / (1 << 20):,.0f} MB when it is unpacked, the limit is "
-                f"{MAX_BATCH_BYTES >> 20} MB. Write the file with fewer rows in a batch, or without compression."
+                f"{path}: message {number} takes {size / (1 << 20):,.0f} MiB when it is unpacked, the limit is "
+                f"{MAX_BATCH_BYTES >> 20} MiB. Write the file with fewer rows in a batch, or without compression."
             )
         yield message
 

@@ -85,8 +85,8 @@ def _largest_page(path: str, rows: "pyarrow.parquet.RowGroupMetaData", text_key:
                 unpacked, packed, header = _read_page_header(file, path, offset)
                 if not 0 <= unpacked <= MAX_PAGE_BYTES or packed < 0:
                     raise DamagedError(
-                        f"{path}: the page at byte {offset} takes {unpacked / (1 << 20):,.0f} MB when it is unpacked, "
-                        f"the limit is {MAX_PAGE_BYTES >> 20} MB. Write the file with fewer rows in a page, such as "
+                        f"{path}: the page at byte {offset} takes {unpacked / (1 << 20):,.0f} MiB when it is unpacked, "
+                        f"the limit is {MAX_PAGE_BYTES >> 20} MiB. Write the file with fewer rows in a page, such as "
                         "with write_batch_size=16 of pyarrow."
                     )
                 largest = max(largest, unpacked)

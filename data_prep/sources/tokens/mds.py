@@ -128,8 +128,8 @@ def _file_of(folder: Path, shard: Shard) -> tuple[Path, int]:
             break
     if max(file.bytes, shard.raw_data.bytes) > MAX_SHARD_BYTES:
         raise DamagedError(
-            f"{path}: has {shard.raw_data.bytes / (1 << 20):,.0f} MB, the limit of a shard is {MAX_SHARD_BYTES >> 20} "
-            "MB. Write the folder again with smaller shards (size_limit of MDSWriter)."
+            f"{path}: has {shard.raw_data.bytes / (1 << 20):,.0f} MiB, the limit of a shard is {MAX_SHARD_BYTES >> 20} "
+            "MiB. Write the folder again with smaller shards (size_limit of MDSWriter)."
         )
     return path, file.bytes
 

@@ -372,7 +372,7 @@ def _find_shard_problem(shard: Shard) -> str | None:
         )
     offsets, sizes = shard.chunks[:, 0], shard.chunks[:, 1]
     if (shard.chunks < 0).any() or (sizes > MAX_CHUNK_BYTES).any() or (offsets > shard.bytes - sizes).any():
-        return f"{shard.name} has a chunk outside its {shard.bytes} bytes, or of more than {MAX_CHUNK_BYTES >> 20} MB"
+        return f"{shard.name} has a chunk outside its {shard.bytes} bytes, or of more than {MAX_CHUNK_BYTES >> 20} MiB"
     documents, tokens = shard.chunks[:, 2:4].sum(axis=0).tolist()
     # The chunks may have more documents than the shard, because a long document is cut into several.
     if tokens != shard.tokens or documents < shard.documents:

@@ -117,7 +117,7 @@ def test_impossible_values_are_refused(folder, change, message):
 def test_an_index_that_points_outside_the_shard_is_refused(folder, row):
     file = io.BytesIO()
     np.save(file, np.array([row, INDEX[1]]))
-    with pytest.raises(ValueError, match="a chunk outside its 3072 bytes, or of more than 1024 MB"):
+    with pytest.raises(ValueError, match="a chunk outside its 3072 bytes, or of more than 1024 MiB"):
         parse(folder, index=file.getvalue())
 
 

@@ -258,7 +258,7 @@ def test_a_page_that_expands_beyond_the_limit_is_refused(tmp_path, monkeypatch):
     pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
     monkeypatch.setattr(parquet, "MAX_PAGE_BYTES", 1_000_000)
     with pytest.raises(
-        ValueError, match=r"a\.parquet: the page at byte 4 takes 2 MB when it is unpacked.*write_batch_size"
+        ValueError, match=r"a\.parquet: the page at byte 4 takes 2 MiB when it is unpacked.*write_batch_size"
     ):
         read(tmp_path)
     pq.write_table(
@@ -312,7 +312,7 @@ def test_a_remote_arrow_file_is_fetched_once_and_refused_as_a_local_one(monkeypa
         read("memory://arrow/a.arrow")
     system.pipe("/arrow/a.arrow", data)
     monkeypatch.setattr(arrow, "MAX_BATCH_BYTES", 10_000)
-    with pytest.raises(ValueError, match=r"a\.arrow: message 1 takes 0 MB when it is unpacked, the limit is 0"):
+    with pytest.raises(ValueError, match=r"a\.arrow: message 1 takes 0 MiB when it is unpacked, the limit is 0"):
         read("memory://arrow/a.arrow")
     system.rm("/arrow", recursive=True)
 
@@ -332,7 +332,9 @@ def test_an_arrow_batch_that_expands_beyond_the_limit_is_refused_before_it_is_un
         assert len(read(tmp_path)) == 20
         monkeypatch.setattr(arrow, "MAX_BATCH_BYTES", 1_000_000)
         if compression and (rows == 20 or kind == "dictionary"):
-            with pytest.raises(ValueError, match=r"a\.arrow: message 1 takes 2 MB when it is unpacked, the limit is 0"):
+            with pytest.raises(
+                ValueError, match=r"a\.arrow: message 1 takes 2 MiB when it is unpacked, the limit is 0"
+            ):
                 read(tmp_path)
         else:
             # As the message says; what is not compressed takes what the file has.

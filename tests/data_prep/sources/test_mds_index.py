@@ -50,7 +50,7 @@ def in_shard(**values):
         (in_shard(samples="2"), r"shards\.0\.samples is '2', expected an integer"),
         (in_shard(raw_data={"basename": "shard.00000.mds"}), r"lacks shards\.0\.raw_data\.bytes"),
         (in_shard(raw_data={"basename": "../a.mds", "bytes": 5}), r"'\.\./a\.mds' is not below its folder"),
-        (in_shard(raw_data={"basename": "shard.00000.mds", "bytes": 10**12}), r"the limit of a shard is 1024 MB"),
+        (in_shard(raw_data={"basename": "shard.00000.mds", "bytes": 10**12}), r"the limit of a shard is 1024 MiB"),
     ],
 )  # fmt: skip
 def test_a_damaged_index_is_named_and_may_be_skipped(tmp_path, change, message):
