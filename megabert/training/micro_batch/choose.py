@@ -31,7 +31,7 @@ def resolve_micro_batch(recipe: Recipe, ds_config: DsConfig, rank: int, world_si
     found = gather_dicts({rank: (memory_bytes(training_device()), _runs_fused(recipe, ds_config))})
     cards = [card for card, _ in found.values() if card is not None]
     fused = all(fused for _, fused in found.values())
-    chooser = Chooser(recipe, ds_config, world_size, min(cards) if cards else None, fused)
+    chooser = MicroBatchChooser(recipe, ds_config, world_size, min(cards) if cards else None, fused)
     tokens = broadcast_from_rank0(chooser.choose, rank, world_size)
     return recipe.with_micro_batch(tokens)
 
@@ -46,7 +46,7 @@ def _runs_fused(recipe: Recipe, ds_config: DsConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class Chooser:
+class MicroBatchChooser:
     """Chooses for a run on world_size ranks.
 
     card_bytes: memory of the smallest card; None on CPUs. fused: whether all operations are our kernels on every rank.
