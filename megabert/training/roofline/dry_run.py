@@ -31,7 +31,7 @@ from megabert.training.identity import RunIdentity, check_branch, check_same_run
 from megabert.training.micro_batch.batch import batch_of_web_pages, largest_batch
 from megabert.training.micro_batch.memory import Formats, Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
-from megabert.training.run_schedule import ENDLESS, RunSchedule, make_run_schedule, shared_batches
+from megabert.training.run_schedule import RunSchedule, make_run_schedule, shared_batches
 from megabert.training.telemetry.cards import CARDS, Card
 from megabert.training.unsupported import (
     refusal_of_fp8,
@@ -118,7 +118,7 @@ class Checks:
             f"a step: {_range(sizes)} micro-batches of {data.bin_tokens:,} tokens, "
             f"{_range([size // self.ranks for size in sizes])} on each of {self.ranks} ranks"
         )
-        if schedule.total_steps < ENDLESS:
+        if schedule.timed is None:
             slots = schedule.stages.bins_before(schedule.total_steps) * data.bin_tokens
             yield f"the run: {schedule.total_steps:,} steps, {_number(slots)} tokens"
         else:
@@ -207,7 +207,7 @@ class Checks:
     def _passes(self, source: Source, weight: float) -> str:
         """Say how often the run reads a source; "" where that is not known."""
         known = source.document_lengths()
-        if self.schedule is None or self.schedule.total_steps == ENDLESS or known is None:
+        if self.schedule is None or self.schedule.timed is not None or known is None:
             return ""
         data, (lengths, documents) = self.recipe.data, known
         longest = data.lengths[-1][0]
@@ -301,7 +301,7 @@ class Checks:
                 "another run.output_dir."
             )
         count = run.keep_checkpoints + 1
-        if run.keep_every_steps and self.schedule is not None and self.schedule.total_steps < ENDLESS:
+        if run.keep_every_steps and self.schedule is not None and self.schedule.timed is None:
             count += self.schedule.total_steps // run.keep_every_steps
         missing = max(0, count - len(checkpoint_format.list_tags(out / "checkpoints")))
         enough = "" if missing * size <= free else ": NOT ENOUGH for all of them"
