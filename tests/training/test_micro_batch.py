@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megabert.config.ds_config import DsConfig, read_ds_config
+from megabert.config.ds_config import read_ds_config
 from megabert.config.recipe_parser import ds_config_path, load_recipe
 from megabert.data.ranks import micro_batch_sizes
 from megabert.files.checkpoint_format import find_checkpoint, read_state
@@ -16,9 +16,8 @@ from tests.helpers.runs import pretrain_command, run_command
 
 
 def chooser(recipe, card=None, ranks=1, zero=1, memory=None, fused=True):
-    settings = read_ds_config(ds_config_path(f"zero{zero}")).settings
-    ds_config = DsConfig("ds.json", settings | {"torch_autocast": {"enabled": True}})
-    return MicroBatchChooser(recipe, ds_config, ranks, memory or (card and card_named(card).memory), fused)
+    ds_config = read_ds_config(ds_config_path(f"zero{zero}"))
+    return MicroBatchChooser(recipe, ds_config, ranks, memory or (card and card_named(card).memory), True, fused)
 
 
 @pytest.fixture
