@@ -219,7 +219,8 @@ def roll_back(run: Run) -> None:
     skipped = state.guard.skipped_in_a_row
     progress.enter("rolling back", long=True)
     run.writer.wait()
-    path = resume.newest(plan.checkpoints, up_to=state.step - skipped) or state.branched_from
+    newest = resume.newest(plan.checkpoints, plan.rank, plan.world_size, up_to=state.step - skipped)
+    path = newest or state.branched_from
     if path is None:
         raise DivergedError(
             f"{skipped} updates in a row were skipped, and {plan.checkpoints} has no checkpoint to return to. "
