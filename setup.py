@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megabert/__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megabert/version.py").read_text())[1]
 
 # For data_prep only: .parquet files, and data sets of the Hugging Face hub.
 PREP = ["datasets>=3", "pyarrow>=16"]

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megabert.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from megabert.commands.notebook import PretrainResult
     from megabert.config.recipe import Recipe
 
-__version__ = "0.1.0"
-
-# The functions import what they need when they are called: importing megabert loads nothing else.
+# The functions import what they need when they are called: importing megabert loads its version only.
 
 
 def load_recipe(name_or_path: "str | Path" = "quickstart", **overrides: Any) -> "Recipe":

@@ -48,7 +48,7 @@ def start_engine(
     engine = build_engine(plan, model, settings, gate)
     watch_compiler()
     if checkpoint is not None:
-        resume.load(engine, checkpoint.path)
+        resume.load(engine, checkpoint.path, plan.rank, plan.world_size)
     return engine
 
 

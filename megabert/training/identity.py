@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megabert.config.ds_config import ResolvedDsConfig
-from megabert.config.recipe import default_settings, may_change_at_branch, may_change_at_resume
+from megabert.config.recipe import Recipe, default_settings, may_change_at_branch, may_change_at_resume
 from megabert.config.settings import flatten
 from megabert.files.checkpoint_format import State
 
@@ -40,6 +40,27 @@ class RunIdentity:
         """How long the run is."""
         hours = self.settings.get("run.max_hours")
         return f"{self.total_steps} steps" if hours is None else f"{hours:g} hours"
+
+    @classmethod
+    def of_run(
+        cls,
+        recipe: Recipe,
+        ds_config: ResolvedDsConfig,
+        optimizer_source: str,
+        *,
+        batches_per_step: int,
+        total_steps: int,
+        world_size: int,
+    ) -> "RunIdentity":
+        return cls(
+            settings=fixed_settings(recipe.to_dict()),
+            batches_per_step=batches_per_step,
+            total_steps=total_steps,
+            optimizer_source=optimizer_source,
+            numerics=ds_config.numerics,
+            zero_stage=ds_config.zero_stage,
+            world_size=world_size,
+        )
 
     @classmethod
     def of_checkpoint(cls, state: State) -> "RunIdentity":

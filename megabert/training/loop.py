@@ -73,9 +73,9 @@ def train(run: Run) -> str | None:
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: TrainState) -> float:
     """Set and return the learning rate. It depends on the step or the time budget only; it has no state."""
-    config, timed = plan.recipe.optimizer, state.time_budget.limit is not None
-    step = int(share_done(plan.schedule, state) * plan.schedule.total_steps) if timed else state.step
-    factor = lr_factor(step, plan.schedule.total_steps, config)
+    config, schedule = plan.recipe.optimizer, plan.schedule
+    step = state.step if schedule.timed is None else int(share_done(schedule, state) * schedule.total_steps)
+    factor = lr_factor(step, schedule.total_steps, config)
     assert engine.optimizer is not None, "the engine was built without an optimizer"
     for group in engine.optimizer.param_groups:
         group["lr"] = peak_lr(group, config) * factor
@@ -84,8 +84,7 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, plan: RunPlan, state: T
 
 def share_done(schedule: RunSchedule, state: TrainState) -> float:
     """Return the share of the run that is done: of its time, or else of its steps."""
-    timed = state.time_budget.limit is not None
-    return state.time_budget.share_of_schedule if timed else state.step / schedule.total_steps
+    return state.step / schedule.total_steps if schedule.timed is None else state.time_budget.share_of_schedule
 
 
 def train_step(run: Run) -> tuple[bool, str | None]:
@@ -220,7 +219,8 @@ def roll_back(run: Run) -> None:
     skipped = state.guard.skipped_in_a_row
     progress.enter("rolling back", long=True)
     run.writer.wait()
-    path = resume.newest(plan.checkpoints, up_to=state.step - skipped) or state.branched_from
+    newest = resume.newest(plan.checkpoints, plan.rank, plan.world_size, up_to=state.step - skipped)
+    path = newest or state.branched_from
     if path is None:
         raise DivergedError(
             f"{skipped} updates in a row were skipped, and {plan.checkpoints} has no checkpoint to return to. "
@@ -288,9 +288,9 @@ def report(run: Run, lr: float) -> None:
     }
     log_warnings(run, values["loss"], [speed for speed, _ in ranks])
     if run.reporter is not None and meter.steps:
-        if state.time_budget.limit is not None:
-            left = max(0.0, state.time_budget.limit - state.time_budget.used)
-            run.reporter.set_total_steps(state.step + round(left / values["seconds_per_step"]))
+        if run.plan.schedule.timed is not None:
+            left = state.time_budget.left / values["seconds_per_step"]
+            run.reporter.set_total_steps(state.step + round(left))
         run.reporter.log_step(state.step, values)
     meter.reset()
 

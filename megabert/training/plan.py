@@ -11,15 +11,9 @@ from megabert.kernels.devices import has_fast_bf16, has_fp8
 from megabert.kernels.resolve import Implementation, why_not_all_fused
 from megabert.training.architecture import architecture_of
 from megabert.training.distributed.device import training_device
-from megabert.training.identity import RunIdentity, fixed_settings
+from megabert.training.identity import RunIdentity
 from megabert.training.run_schedule import RunSchedule, make_run_schedule
-from megabert.training.unsupported import (
-    refusal_of_fp8,
-    refusal_of_graphs,
-    why_not_compile,
-    why_not_cuda_graphs,
-    why_not_fp8,
-)
+from megabert.training.unsupported import check_compile_and_fp8, choose_cuda_graphs
 from megabert.training.updates.optimizers import choose_optimizer
 
 
@@ -63,18 +57,14 @@ def make_plan(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -
         world_size=world_size,
         fast_bf16=has_fast_bf16(device),
     )
-    if recipe.run.compile and (reason := why_not_compile(device.type, resolved.zero_stage)):
-        raise ValueError(reason)
-    if recipe.run.fp8 != "none" and (reason := why_not_fp8(recipe, resolved, has_fp8(device))):
-        raise ValueError(refusal_of_fp8(reason))
+    check_compile_and_fp8(recipe, resolved, device.type, has_fp8(device))
     optimizer = choose_optimizer(recipe, resolved, device)
-    identity = RunIdentity(
-        settings=fixed_settings(recipe.to_dict()),
+    identity = RunIdentity.of_run(
+        recipe,
+        resolved,
+        optimizer.source,
         batches_per_step=schedule.batches_per_step,
         total_steps=schedule.total_steps,
-        optimizer_source=optimizer.source,
-        numerics=resolved.numerics,
-        zero_stage=resolved.zero_stage,
         world_size=world_size,
     )
     return RunPlan(
@@ -86,23 +76,14 @@ def make_plan(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -
         world_size=world_size,
         schedule=schedule,
         identity=identity,
-        why_no_graphs=choose_cuda_graphs(recipe, resolved, device),
+        why_no_graphs=choose_cuda_graphs(
+            recipe, resolved, device.type, lambda: why_not_captured(recipe, device, resolved.bf16)
+        ),
     )
 
 
-def choose_cuda_graphs(recipe: Recipe, ds_config: ResolvedDsConfig, device: torch.device) -> str | None:
-    """Return why micro-batches are not launched as CUDA graphs, or None.
-
-    Raises ValueError if they must be (run.cuda_graphs true) and cannot.
-    """
-    wanted, model = recipe.run.cuda_graphs, recipe.model
-    if wanted is False:
-        return "run.cuda_graphs is false"
-    reason = why_not_cuda_graphs(recipe, ds_config, device.type)
-    if reason is None:
-        # No kernel depends on the size of the vocabulary, which is not known yet.
-        unfused = why_not_all_fused(device, architecture_of(model, 1), ds_config.bf16)
-        reason = unfused and f"plain PyTorch's operations cannot be captured ({unfused})"
-    if reason and wanted is True:
-        raise ValueError(refusal_of_graphs(reason))
-    return reason
+def why_not_captured(recipe: Recipe, device: torch.device, bf16: bool) -> str | None:
+    """Return why this device's operations cannot be part of a CUDA graph, or None."""
+    # No kernel depends on the size of the vocabulary, which is not known yet.
+    unfused = why_not_all_fused(device, architecture_of(recipe.model, 1), bf16)
+    return unfused and f"plain PyTorch's operations cannot be captured ({unfused})"

@@ -274,9 +274,9 @@ def open_writer(plan: RunPlan, num_parameters: int, reporter: Reporter | None) -
     """Check the room for checkpoints, and open this rank's writer."""
     settings = plan.recipe.run
     retention = Retention(settings.keep_checkpoints, settings.keep_every_steps, settings.keep_best)
-    check_disk_space(plan.checkpoints, num_parameters, plan.ds_config.zero_stage, retention)
+    check_disk_space(plan.checkpoints, num_parameters, plan.ds_config.zero_stage, retention, plan.rank)
     return CheckpointWriter(
-        plan.checkpoints, retention, settings.async_save, reporter.log_line if reporter else _discard
+        plan.checkpoints, retention, settings.async_save, reporter.log_line if reporter else _discard, plan.rank
     )
 
 

@@ -1,13 +1,37 @@
 """Explain why FP8, CUDA graphs, torch.compile or a tracker cannot be used; imports no torch."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe import Recipe
 
 # FP8 tensor cores take rows whose length is a multiple of this.
 FP8_MULTIPLE = 16
+
+
+def check_compile_and_fp8(recipe: Recipe, ds_config: ResolvedDsConfig, device_type: str, has_fp8: bool) -> None:
+    """Raise ValueError if run.compile or run.fp8 asks for what cannot be."""
+    if recipe.run.compile and (reason := why_not_compile(device_type, ds_config.zero_stage)):
+        raise ValueError(reason)
+    if recipe.run.fp8 != "none" and (reason := why_not_fp8(recipe, ds_config, has_fp8)):
+        raise ValueError(refusal_of_fp8(reason))
+
+
+def choose_cuda_graphs(
+    recipe: Recipe, ds_config: ResolvedDsConfig, device_type: str, why_not_captured: Callable[[], str | None]
+) -> str | None:
+    """Return why micro-batches are not launched as CUDA graphs, or None.
+
+    why_not_captured: asked last, says what the operations on this device have against it, or None. Raises ValueError if
+    graphs must be (run.cuda_graphs true) and cannot.
+    """
+    if recipe.run.cuda_graphs is False:
+        return "run.cuda_graphs is false"
+    reason = why_not_cuda_graphs(recipe, ds_config, device_type) or why_not_captured()
+    if reason and recipe.run.cuda_graphs is True:
+        raise ValueError(refusal_of_graphs(reason))
+    return reason
 
 
 def why_not_compile(device_type: str, zero_stage: int) -> str | None:
@@ -49,7 +73,7 @@ def refusal_of_fp8(reason: str) -> str:
 def why_not_cuda_graphs(recipe: Recipe, ds_config: ResolvedDsConfig, device_type: str) -> str | None:
     """Return why a micro-batch cannot be launched as one CUDA graph, or None. Not run on a GPU yet.
 
-    The kernels may object too: kernels/resolve.py, why_not_all_fused.
+    The kernels may object too: training/plan.py, why_not_captured.
     """
     values = ds_config.values
     if device_type != "cuda":

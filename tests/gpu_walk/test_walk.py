@@ -36,12 +36,12 @@ OF_SEVERAL_RANKS = {
     "read(item) megabert/training/loop.py:sum_masked": "whether every rank has batches, while the device has no work"
 }
 OF_STAGE_0 = {
-    "read(float) megabert/training/updates/guard.py:allows_step": "the guard judges the norm before the update"
+    "read(float) megabert/training/updates/guard.py:allows_step": "the guard checks the norm before the update"
 }
 EPILOGUE = "synchronize deepspeed/runtime/zero/stage_1_and_2.py:independent_gradient_partition_epilogue"
 FLUSH = "synchronize deepspeed/runtime/engine.py:_flush_coalesced_reduction_zero12"
 OF_ZERO = {
-    "read(float) megabert/training/distributed/deepspeed_compat.py:__call__": "DeepSpeed and the guard judge the norm",
+    "read(float) megabert/training/distributed/deepspeed_compat.py:__call__": "DeepSpeed and the guard check the norm",
     EPILOGUE: "DeepSpeed reduces the last gradients",
 }
 

@@ -296,7 +296,7 @@ def save_and_resume(
     resumed = start(*arguments, compiled=True)
     LOG.reset()
     LOG.on = True
-    resume.load(resumed.engine, folder)
+    resume.load(resumed.engine, folder, resumed.plan.rank, resumed.plan.world_size)
     LOG.on = False
     found["resuming"] = dict(LOG.waits)
     resumed.feed = ((batch, 0, Position()) for _ in range(2) for batch in resumed.batches)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 from itertools import product
 from pathlib import Path
@@ -21,8 +22,8 @@ from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.training import plan as plan_module
 from megabert.training.distributed import device
 from megabert.training.micro_batch.graph import WARM_UPS, MicroBatchGraph
-from megabert.training.plan import choose_cuda_graphs
 from megabert.training.telemetry.provenance import start_messages
+from megabert.training.unsupported import choose_cuda_graphs
 from tests.helpers.recorded_graph import record
 from tests.helpers.runs import (
     TINY,
@@ -152,7 +153,8 @@ def chosen(*flags: str, on: torch.device = CUDA, **ds_config: object) -> str | N
         last_of_each([*TINY, "--run.max_steps=10", "--run.ops=auto", "--run.cuda_graphs=auto", *flags])
     )
     settings = {"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": True}} | ds_config
-    return choose_cuda_graphs(recipe, ResolvedDsConfig(settings), on)
+    captured = functools.partial(plan_module.why_not_captured, recipe, on, True)
+    return choose_cuda_graphs(recipe, ResolvedDsConfig(settings), on.type, captured)
 
 
 ZERO_2 = {"zero_optimization": {"stage": 2}}

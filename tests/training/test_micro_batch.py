@@ -5,20 +5,19 @@ import dataclasses
 import pytest
 import torch
 
-from megabert.config.ds_config import DsConfig, read_ds_config
+from megabert.config.ds_config import read_ds_config
 from megabert.config.recipe_parser import ds_config_path, load_recipe
 from megabert.data.ranks import micro_batch_sizes
 from megabert.files.checkpoint_format import find_checkpoint, read_state
 from megabert.training.micro_batch import choose
-from megabert.training.micro_batch.choose import Chooser, resolve_micro_batch
+from megabert.training.micro_batch.choose import MicroBatchChooser, resolve_micro_batch
 from megabert.training.telemetry.cards import card_named
 from tests.helpers.runs import pretrain_command, run_command
 
 
 def chooser(recipe, card=None, ranks=1, zero=1, memory=None, fused=True):
-    settings = read_ds_config(ds_config_path(f"zero{zero}")).settings
-    ds_config = DsConfig("ds.json", settings | {"torch_autocast": {"enabled": True}})
-    return Chooser(recipe, ds_config, ranks, memory or (card and card_named(card).memory), fused)
+    ds_config = read_ds_config(ds_config_path(f"zero{zero}"))
+    return MicroBatchChooser(recipe, ds_config, ranks, memory or (card and card_named(card).memory), True, fused)
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def test_a_card_that_runs_plain_pytorch_is_told_apart(base, monkeypatch, ops, mi
     monkeypatch.setattr(choose, "why_not_all_fused", lambda *arguments: missing)
     monkeypatch.setattr(choose, "gather_dicts", lambda own: own)
     monkeypatch.setattr(choose, "broadcast_from_rank0", lambda make, *_: make())
-    monkeypatch.setattr(Chooser, "choose", lambda self: made.append(self.fused) or 1024)
+    monkeypatch.setattr(MicroBatchChooser, "choose", lambda self: made.append(self.fused) or 1024)
     resolve_micro_batch(base(run={"ops": ops}), read_ds_config(ds_config_path("zero1")), 0, 1)
     assert made == [fused]
 

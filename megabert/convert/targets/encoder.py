@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from megabert import __version__
 from megabert.convert.from_hf import read_model
 from megabert.convert.gte_files import to_gte_file
 from megabert.convert.hf.config import from_their_config, write_native_config
@@ -31,6 +30,7 @@ from megabert.convert.weight_names import TOKEN_TYPES, from_megabert
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.json_file import read_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.version import __version__
 
 FOLDER = "encoder"
 # What our names of the encoder's parameters begin with; a pooler belongs to a head.

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megabert import __version__
 from megabert.convert.hf.native import is_mosaicbert
 from megabert.convert.hf.reader import CONFIG, SAFETENSORS
 from megabert.convert.hf.writer import save_tensors
@@ -18,6 +17,7 @@ from megabert.convert.targets.target import DiffersError, Expected, ExportedFold
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.json_file import read_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.version import __version__
 
 FOLDER = "jina"
 # TEI makes a table of heads x length x length in fp32: 200 MB for 12 heads and this length.

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from megabert import __version__
 from megabert.convert.hf.reader import read_json
 from megabert.convert.targets.programs.run import run_python
 from megabert.convert.targets.target import (
@@ -21,6 +20,7 @@ from megabert.convert.targets.target import (
 from megabert.data.shards.manifest import TOKENIZER_CONFIG
 from megabert.files.json_file import parse_json, write_json
 from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.version import __version__
 
 TOLERANCE = 1e-5
 MODULES = [

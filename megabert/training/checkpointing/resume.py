@@ -1,6 +1,7 @@
 """Resume a run: find a whole checkpoint, check that it belongs to this run, and load it into the engine."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,23 +38,24 @@ def find_checkpoint(
     folder: of this run's checkpoints. identity, corpus: of this run, and the fingerprint of its training corpus. Raises
     ValueError if the checkpoint belongs to another run, or if this run cannot be a branch of it.
     """
-    path = find.find(settings.resume, folder, check_together)
+    check = partial(check_together, rank=rank, world_size=identity.world_size)
+    path = find.find(settings.resume, folder, check)
     if path is not None:
         checkpoint = read_checkpoint(path, rank, identity.world_size)
         check_same_run(path, checkpoint.state, identity, corpus)
         return checkpoint
     if settings.branch_from is None:
         return None
-    path = find.find(settings.branch_from, folder, check_together)
+    path = find.find(settings.branch_from, folder, check)
     assert path is not None, f"run.branch_from {settings.branch_from} named no checkpoint"
     checkpoint = read_checkpoint(path, rank, identity.world_size, branched=True)
     check_branch(path, checkpoint.state, identity, corpus)
     return checkpoint
 
 
-def newest(folder: Path, up_to: int | None = None) -> Path | None:
+def newest(folder: Path, rank: int, world_size: int, up_to: int | None = None) -> Path | None:
     """Return the newest undamaged checkpoint, of step `up_to` at most; every rank calls this. Logs the damaged ones."""
-    return find.newest(folder, check_together, up_to)
+    return find.newest(folder, partial(check_together, rank=rank, world_size=world_size), up_to)
 
 
 def read_checkpoint(path: Path, rank: int, world_size: int, branched: bool = False) -> Checkpoint:
@@ -67,15 +69,15 @@ def read_checkpoint(path: Path, rank: int, world_size: int, branched: bool = Fal
     return Checkpoint(path, checkpoint_format.read_state(path), own, branched)
 
 
-def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
+def load(engine: deepspeed.DeepSpeedEngine, path: Path, rank: int, world_size: int) -> None:
     """Load a checkpoint into the engine; every rank calls this.
 
     Raises ValueError if DeepSpeed finds none, or if one of its files would do more than hold values when it is loaded.
     """
     progress.enter("loading the checkpoint", long=True)
-    check_pickles(path)
+    check_pickles(path, rank, world_size)
     is_universal = engine.load_universal_checkpoint()
-    with universal.converted(path) if is_universal else nullcontext(path) as folder:
+    with universal.converted(path, rank, world_size) if is_universal else nullcontext(path) as folder:
         settings = deepspeed_compat.group_settings(engine) if is_universal else []
         with deepspeed_compat.loading_only_weights():
             loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
@@ -86,12 +88,11 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path) -> None:
     deepspeed_compat.partition_after_load(engine)
 
 
-def check_pickles(path: Path) -> None:
+def check_pickles(path: Path, rank: int, world_size: int) -> None:
     """Raise ValueError, on all ranks, if a checkpoint's pickles name foreign classes; each rank reads a part of them.
 
     Also those files that the manifest does not list: DeepSpeed finds its files by their names.
     """
-    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     problem: ValueError | DiskError | None = None
     try:
         for file in sorted(path.rglob("*.pt"))[rank::world_size]:
@@ -104,12 +105,11 @@ def check_pickles(path: Path) -> None:
         raise problems[min(problems)]
 
 
-def check_together(path: Path) -> str | None:
+def check_together(path: Path, rank: int, world_size: int) -> str | None:
     """Check a checkpoint's files, each rank a part of them. Returns the first problem that any rank found.
 
     Raises DiskError, on all ranks, if the file system fails: that does not mean that the checkpoint is damaged.
     """
-    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     try:
         names = sorted(checkpoint_format.read_manifest(path))
         problem = checkpoint_format.check_files(path, names[rank::world_size])

@@ -40,8 +40,8 @@ class Ranks(Protocol):
 
 
 class RanksOfRun:
-    def __init__(self) -> None:
-        self.rank, self.size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
 
     def gather(self, part: Any) -> list[Any]:
         parts: list[Any] = [None] * self.size
@@ -67,14 +67,14 @@ def with_universal_loading(ds_config: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def converted(path: Path) -> Iterator[Path]:
+def converted(path: Path, rank: int, world_size: int) -> Iterator[Path]:
     """Convert a checkpoint to the universal format in a temporary folder next to it; every rank calls this.
 
     An ordinary ZeRO checkpoint can only be loaded by as many ranks as wrote it. The universal format has one file per
     parameter and optimizer state, and takes about twice the checkpoint's bytes while the block runs. What a killed
     conversion leaves is removed by the next one, and never read. Raises DiskError if it cannot be written.
     """
-    ranks = RanksOfRun()
+    ranks = RanksOfRun(rank, world_size)
     # A folder of its own, because the converter also writes a `latest_universal` file next to its result.
     folder = path.parent / f"{checkpoint_format.TEMPORARY}universal"
     problem = Conversion(path, folder / path.name, ranks).run()

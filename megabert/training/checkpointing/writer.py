@@ -88,12 +88,12 @@ class CheckpointWriter:
     log_line: called with a message when a checkpoint is complete.
     """
 
-    def __init__(self, folder: Path, retention: Retention, overlap: bool, log_line: Callable[[str], None]):
+    def __init__(self, folder: Path, retention: Retention, overlap: bool, log_line: Callable[[str], None], rank: int):
         self.folder = folder
         self.retention = retention
         self.overlap = overlap
         self.log_line = log_line
-        self.rank = deepspeed.comm.get_rank()
+        self.rank = rank
         # A process group of its own: the writing thread's collectives run concurrently with the training's.
         group = torch.distributed.new_group(backend="gloo")
         assert isinstance(group, torch.distributed.ProcessGroup), (
@@ -240,12 +240,12 @@ def set_aside_after(folder: Path, step: int) -> None:
         log.warning("checkpoints of later steps are moved to %s: %s", aside, ", ".join(later))
 
 
-def check_disk_space(folder: Path, num_parameters: int, stage: int, retention: Retention) -> None:
+def check_disk_space(folder: Path, num_parameters: int, stage: int, retention: Retention, rank: int) -> None:
     """Warn, before a run, if its checkpoints will not fit.
 
     Raises ValueError or DiskError, on all ranks, if none can be written.
     """
-    problem, rank = None, deepspeed.comm.get_rank()
+    problem = None
     if rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -102,13 +102,13 @@ def install_norm_reader(engine: deepspeed.DeepSpeedEngine) -> Callable[[], float
     optimizer: Any = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         return lambda: float(optimizer._global_grad_norm)
-    judge = _NormJudge()
-    replace_norm_checks(judge)
-    # ZeRO may be told not to judge the norm before it calls the optimizer (bf16.check_grad_overflow).
-    return lambda: judge.take() if judge.is_new else float(optimizer._global_grad_norm)
+    check = _NormCheck()
+    replace_norm_checks(check)
+    # ZeRO may be told not to check the norm before it calls the optimizer (bf16.check_grad_overflow).
+    return lambda: check.take() if check.is_new else float(optimizer._global_grad_norm)
 
 
-class _NormJudge:
+class _NormCheck:
     """ZeRO's test of a gradient norm, which reads it from the device once, and keeps it for the guard."""
 
     def __init__(self) -> None:

@@ -3,6 +3,8 @@
 import logging
 from dataclasses import dataclass, replace
 
+import torch
+
 from megabert.config.ds_config import DsConfig
 from megabert.config.ds_schema import ZeroOptimization
 from megabert.config.recipe import Recipe
@@ -25,38 +27,41 @@ log = logging.getLogger(__name__)
 def resolve_micro_batch(recipe: Recipe, ds_config: DsConfig, rank: int, world_size: int) -> Recipe:
     """Return the recipe with a number for data.micro_batch_tokens; every rank calls this and gets the same one.
 
+    This precedes the plan, whose batches and steps follow from the number; a choice by the corpus opens it for itself.
     Raises ValueError if no micro-batch, or not that of the run's checkpoint, fits into the ranks' memory.
     """
     if recipe.data.micro_batch_tokens != "auto":
         return recipe
-    found = gather_dicts({rank: (memory_bytes(training_device()), _runs_fused(recipe, ds_config))})
+    device = training_device()
+    bf16 = ds_config.computes_in_bf16(has_fast_bf16(device))
+    found = gather_dicts({rank: (memory_bytes(device), _runs_fused(recipe, device, bf16))})
     cards = [card for card, _ in found.values() if card is not None]
     fused = all(fused for _, fused in found.values())
-    chooser = Chooser(recipe, ds_config, world_size, min(cards) if cards else None, fused)
+    chooser = MicroBatchChooser(recipe, ds_config, world_size, min(cards) if cards else None, bf16, fused)
     tokens = broadcast_from_rank0(chooser.choose, rank, world_size)
     return recipe.with_micro_batch(tokens)
 
 
-def _runs_fused(recipe: Recipe, ds_config: DsConfig) -> bool:
+def _runs_fused(recipe: Recipe, device: torch.device, bf16: bool) -> bool:
     """Return whether all operations on this rank's card use our kernels; PyTorch's keep more activations."""
-    device, run = training_device(), recipe.run
-    if device.type == "cpu" or run.ops == "torch":
+    if device.type == "cpu" or recipe.run.ops == "torch":
         return False
-    bf16 = ds_config.computes_in_bf16(has_fast_bf16(device))
     return why_not_all_fused(device, architecture_of(recipe.model, 1), bf16) is None
 
 
 @dataclass(frozen=True)
-class Chooser:
+class MicroBatchChooser:
     """Chooses for a run on world_size ranks.
 
-    card_bytes: memory of the smallest card; None on CPUs. fused: whether all operations are our kernels on every rank.
+    card_bytes: memory of the smallest card; None on CPUs. bf16: whether activations are in bf16. fused: whether all
+    operations are our kernels on every rank.
     """
 
     recipe: Recipe
     ds_config: DsConfig
     world_size: int
     card_bytes: float | None
+    bf16: bool
     fused: bool
 
     def choose(self) -> int:
@@ -110,7 +115,7 @@ class Chooser:
             vocab_size=vocab_size,
             zero=zero,
             ranks=self.world_size,
-            bf16=self.ds_config.computes_in_bf16(has_fast_bf16(training_device())),
+            bf16=self.bf16,
             fused=self.fused,
             fp8=self.recipe.run.fp8 != "none",
             graphs=self.recipe.run.cuda_graphs is not False,

@@ -28,20 +28,13 @@ from megabert.training.checkpointing.initial_folder import (
     check_vocabulary,
 )
 from megabert.training.corpora import choose_max_documents, open_corpora
-from megabert.training.identity import RunIdentity, check_branch, check_same_run, fixed_settings
+from megabert.training.identity import RunIdentity, check_branch, check_same_run
 from megabert.training.micro_batch.batch import batch_of_web_pages, largest_batch
 from megabert.training.micro_batch.memory import Formats, Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
-from megabert.training.run_schedule import ENDLESS, RunSchedule, make_run_schedule, shared_batches
+from megabert.training.run_schedule import RunSchedule, make_run_schedule, shared_batches
 from megabert.training.telemetry.cards import CARDS, Card
-from megabert.training.unsupported import (
-    refusal_of_fp8,
-    refusal_of_graphs,
-    why_no_trackers,
-    why_not_compile,
-    why_not_cuda_graphs,
-    why_not_fp8,
-)
+from megabert.training.unsupported import check_compile_and_fp8, choose_cuda_graphs, why_no_trackers
 from megabert.training.updates.unsupported_optimizers import why_not_optimizer
 
 # A user waits for the answer, so a store gets less time than in a run.
@@ -119,7 +112,7 @@ class Checks:
             f"a step: {_range(sizes)} micro-batches of {data.bin_tokens:,} tokens, "
             f"{_range([size // self.ranks for size in sizes])} on each of {self.ranks} ranks"
         )
-        if schedule.total_steps < ENDLESS:
+        if schedule.timed is None:
             slots = schedule.stages.bins_before(schedule.total_steps) * data.bin_tokens
             yield f"the run: {schedule.total_steps:,} steps, {_number(slots)} tokens"
         else:
@@ -170,14 +163,10 @@ class Checks:
             world_size=self.ranks,
             fast_bf16=True,
         )
+        check_compile_and_fp8(self.recipe, resolved, "cuda", has_fp8=True)
         if problem := why_not_optimizer(self.recipe.optimizer, resolved):
             raise ValueError(problem)
-        if self.recipe.run.compile and (problem := why_not_compile("cuda", resolved.zero_stage)):
-            raise ValueError(problem)
-        if self.recipe.run.cuda_graphs is True and (reason := why_not_cuda_graphs(self.recipe, resolved, "cuda")):
-            raise ValueError(refusal_of_graphs(reason))
-        if self.recipe.run.fp8 != "none" and (reason := why_not_fp8(self.recipe, resolved, has_fp8=True)):
-            raise ValueError(refusal_of_fp8(reason))
+        choose_cuda_graphs(self.recipe, resolved, "cuda", lambda: None)
         self.resolved = resolved
         precision = "bf16 where the GPUs multiply it natively" if resolved.bf16 else "fp32"
         yield f"ZeRO {resolved.zero_stage}, {precision}, {self.recipe.optimizer.name}"
@@ -208,7 +197,7 @@ class Checks:
     def _passes(self, source: Source, weight: float) -> str:
         """Say how often the run reads a source; "" where that is not known."""
         known = source.document_lengths()
-        if self.schedule is None or self.schedule.total_steps == ENDLESS or known is None:
+        if self.schedule is None or self.schedule.timed is not None or known is None:
             return ""
         data, (lengths, documents) = self.recipe.data, known
         longest = data.lengths[-1][0]
@@ -247,13 +236,12 @@ class Checks:
         if self.ds_config.values.torch_autocast.enabled == "auto":
             autocast = resolved.settings["torch_autocast"] | {"enabled": ResolvedDsConfig(saved.ds_config).bf16}
             resolved = ResolvedDsConfig(resolved.settings | {"torch_autocast": autocast})
-        return RunIdentity(
-            settings=fixed_settings(self.recipe.to_dict()),
+        return RunIdentity.of_run(
+            self.recipe,
+            resolved,
+            saved.optimizer_source,
             batches_per_step=schedule.batches_per_step,
             total_steps=schedule.total_steps,
-            optimizer_source=saved.optimizer_source,
-            numerics=resolved.numerics,
-            zero_stage=resolved.zero_stage,
             world_size=self.ranks,
         )
 
@@ -302,7 +290,7 @@ class Checks:
                 "choose another run.output_dir."
             )
         count = run.keep_checkpoints + 1
-        if run.keep_every_steps and self.schedule is not None and self.schedule.total_steps < ENDLESS:
+        if run.keep_every_steps and self.schedule is not None and self.schedule.timed is None:
             count += self.schedule.total_steps // run.keep_every_steps
         missing = max(0, count - len(checkpoint_format.list_tags(out / "checkpoints")))
         enough = "" if missing * size <= free else ": NOT ENOUGH for all of them"

@@ -12,7 +12,7 @@ from megabert.training.micro_batch.sizes import largest_micro_batch
 from megabert.training.roofline.work import BANDWIDTH, GAPS, HOST_PER_LAYER, needed_flops, operations
 from megabert.training.run_schedule import make_run_schedule
 from megabert.training.telemetry.cards import Card
-from megabert.training.unsupported import refusal_of_fp8, refusal_of_graphs, why_not_cuda_graphs
+from megabert.training.unsupported import choose_cuda_graphs, refusal_of_fp8
 
 # GPUs of one machine, whose links are the cards' own. Between machines each GPU has a port of 400 Gb/s.
 MACHINE = 8
@@ -153,12 +153,8 @@ def _uses_graphs(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> bool
     resolved = read_ds_config(ds_config_path(f"zero{zero_stage}")).resolve(
         accumulation=1, max_grad_norm=recipe.optimizer.max_grad_norm, world_size=gpus, fast_bf16=card.bf16 is not None
     )
-    reason = why_not_cuda_graphs(recipe, resolved, "cuda")
-    if reason is None and not card.runs_kernels:
-        reason = f"the kernels do not run on {card.name}, and plain PyTorch's operations cannot be captured"
-    if recipe.run.cuda_graphs is True and reason is not None:
-        raise ValueError(refusal_of_graphs(reason))
-    return recipe.run.cuda_graphs is not False and reason is None
+    missing = f"the kernels do not run on {card.name}, and plain PyTorch's operations cannot be captured"
+    return choose_cuda_graphs(recipe, resolved, "cuda", lambda: None if card.runs_kernels else missing) is None
 
 
 def hours_of(run: RunConfig, prediction: Prediction) -> float:

@@ -53,6 +53,12 @@ class TimeBudget:
         return min(1.0, (self.used - self.schedule_start) / rest) if rest > 0 else 1.0
 
     @property
+    def left(self) -> float:
+        """The time that is left, at least 0."""
+        assert self.limit is not None, "run.max_hours is not set, so no time is left or used up"
+        return max(0.0, self.limit - self.used)
+
+    @property
     def is_over(self) -> bool:
         """Whether another step would end after the limit."""
         return self.limit is not None and self.used + self.max_step > self.limit

@@ -1,6 +1,7 @@
 """A checkpoint is complete or absent, whatever fails while it is written; which are kept, and which is resumed from."""
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -87,7 +88,7 @@ class Written:
 
     def __init__(self, folder: Path, corpus: Corpus, overlap: bool = True, last: int = 2):
         self.lines: list[str] = []
-        self.writer = CheckpointWriter(folder, Retention(last), overlap, self.lines.append)
+        self.writer = CheckpointWriter(folder, Retention(last), overlap, self.lines.append, rank=0)
         self.engine, self.source, self.folder = Engine(), open_source(str(corpus.tokens)), folder
 
     def save(self, step: int) -> None:
@@ -212,7 +213,7 @@ def test_one_rank_with_a_full_disk_ends_all_with_the_same_message(corpus, tmp_pa
 def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file/run: checkpoints cannot be written here: .*Not a directory"):
-        check_disk_space(tmp_path / "file/run", 1000, 2, Retention(2))
+        check_disk_space(tmp_path / "file/run", 1000, 2, Retention(2), rank=0)
 
 
 def test_a_disk_that_fails_before_the_first_step_is_no_error_of_the_user(tmp_path, monkeypatch):
@@ -221,7 +222,7 @@ def test_a_disk_that_fails_before_the_first_step_is_no_error_of_the_user(tmp_pat
 
     monkeypatch.setattr(writer.tempfile, "TemporaryFile", fail)
     with pytest.raises(DiskError, match="checkpoints cannot be written here: .*Input/output error") as error:
-        check_disk_space(tmp_path, 1000, 2, Retention(2))
+        check_disk_space(tmp_path, 1000, 2, Retention(2), rank=0)
     assert exit_code(error.value) == 74
 
 
@@ -229,15 +230,15 @@ def test_checkpoints_that_will_not_fit_cause_a_warning(tmp_path, monkeypatch, ca
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 50, 4_000_000))
     # 3 x 1.2 MB.
-    check_disk_space(tmp_path, 100_000, 0, Retention(2))
+    check_disk_space(tmp_path, 100_000, 0, Retention(2), rank=0)
     assert not caplog.text
     # 3 x 1.6 MB.
-    check_disk_space(tmp_path, 100_000, 2, Retention(2))
+    check_disk_space(tmp_path, 100_000, 2, Retention(2), rank=0)
     assert "3 more checkpoints of 2 MB will not fit, 4 MB are free" in caplog.text
 
 
 def resumed_from(setting: str, folder: Path) -> Path | None:
-    return find.find(setting, folder, resume.check_together)
+    return find.find(setting, folder, functools.partial(resume.check_together, rank=0, world_size=1))
 
 
 def test_resuming_uses_the_newest_complete_checkpoint_or_the_named_one(tmp_path, corpus, caplog):
@@ -286,7 +287,7 @@ def test_a_failed_conversion_names_the_checkpoint(tmp_path, corpus):
     written.save(1)
     with (
         pytest.raises(DiskError, match="step-00000001: cannot be converted for this number of ranks"),
-        universal.converted(tmp_path / tags(1)[0]),
+        universal.converted(tmp_path / tags(1)[0], rank=0, world_size=1),
     ):
         pass
     assert written.present() == ["latest", *tags(1)]

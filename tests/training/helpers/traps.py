@@ -218,7 +218,7 @@ def flat_partitions() -> list[list[int]]:
 
 
 def reads_norm_again() -> list[int]:
-    """Return how often stage 1 judges the norm in a step that clips two groups, and how often it marks one with -1."""
+    """Return how often stage 1 checks the norm in a step that clips two groups, and how often it marks one with -1."""
     engine = engine_with(gradient_clipping=1.0, **zero(1))
     internals: Any = stage_1_and_2
     calls = {"is_invalid_grad_norm": 0, "mask_nan_or_inf_with_val_inplace": 0}

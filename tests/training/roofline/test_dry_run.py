@@ -124,6 +124,12 @@ def test_the_printed_counts_are_those_of_the_run(name, ranks, tmp_path):
     assert shown == [n for n in range(1, count + 1) if not any(share % n for share in shares)]
 
 
+def test_a_length_in_tokens_is_not_taken_for_one_in_hours():
+    recipe = Attempt(("--run.max_steps=null", "--run.max_tokens=1000000000000000000")).recipe()
+    *_, run = Checks(recipe, read_ds_config(ds_config_path("zero1")), 1).batches()
+    assert run.endswith(" steps, 1e+06 T tokens")
+
+
 def int_in(line: str, pattern: str) -> int:
     found = re.search(pattern, line)
     assert found is not None, line
