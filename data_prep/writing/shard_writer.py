@@ -68,7 +68,7 @@ def write_shard(settings: WriteSettings, files: list[Path], part: str, number: i
     kept = documents.lengths[order]
     lengths = np.bincount(np.minimum(kept, LONGEST_COUNTED), minlength=LONGEST_COUNTED + 1)
     ids = _count(documents.payload) if settings.tokenizer_path else np.zeros(0, np.int64)
-    write_record(record_path(settings, part, number), ShardRecord(shard, lengths, ids))
+    write_shard_record(record_path(settings, part, number), ShardRecord(shard, lengths, ids))
     return name
 
 
@@ -138,7 +138,7 @@ def _count(ids: np.ndarray) -> np.ndarray:
     return counts
 
 
-def write_record(path: Path, record: ShardRecord) -> None:
+def write_shard_record(path: Path, record: ShardRecord) -> None:
     shard = record.shard
     plain = {name: getattr(shard, name) for name in ("name", "sha256", "bytes", "documents", "tokens")}
     with new_file(path) as temporary, open(temporary, "wb") as file:

@@ -90,7 +90,7 @@ def export_folder(
         written = write_model(folder, weights, config, options.max_shard_size)
         card = _make_card(source, record, class_name, max_length, {"initialized": initialized, "left_out": left_out})
         (folder / "README.md").write_text(card, encoding="utf-8")
-        export_record.write_record(folder, fingerprint, max_length, written, pairs, head_of(config), initialized)
+        export_record.write_export_record(folder, fingerprint, max_length, written, pairs, head_of(config), initialized)
         # The check's process loads the weights again, so they are freed here.
         del model, weights, written, module
         measured = export_check.check_new_export(folder, name)

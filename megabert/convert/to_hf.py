@@ -63,7 +63,7 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = Expo
     max_length = set_max_length(model.config, model.state.max_seq_len, options.max_length)
     with staged_folder(out) as folder:
         parameters = write_folder(folder, model, checkpoints[0], options, max_length)
-        export_record.write_record(folder, fingerprint, model.config.max_position_embeddings, parameters)
+        export_record.write_export_record(folder, fingerprint, model.config.max_position_embeddings, parameters)
         # The check's process loads the weights again, so they are freed here.
         del model, parameters
         measured = export_check.check_new_export(folder, name)

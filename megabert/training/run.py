@@ -13,7 +13,7 @@ from megabert.data.stream import Position
 from megabert.files.checkpoint_format import State
 from megabert.files.redact import redact_all
 from megabert.model.configuration_megabert import MegaBertConfig
-from megabert.training.checkpointing.resume import Checkpoint, find_checkpoint
+from megabert.training.checkpointing.resume import Checkpoint, find_start
 from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space, set_aside_after
 from megabert.training.corpora import choose_max_documents, open_corpora
 from megabert.training.distributed.deepspeed_compat import num_parameters
@@ -166,7 +166,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     progress.enter("opening the corpus")
     corpus, held_out_corpus = broadcast_from_rank0(lambda: open_inputs(recipe), rank, world_size)
     progress.enter("checking the checkpoint", long=True)
-    checkpoint = find_checkpoint(recipe.run, plan.checkpoints, plan.identity, corpus.fingerprint, rank)
+    checkpoint = find_start(recipe.run, plan.checkpoints, plan.identity, corpus.fingerprint, rank)
     if checkpoint is not None:
         state.restore(checkpoint.state, checkpoint.positions)
         state.branched_from = checkpoint.path if checkpoint.branched else None

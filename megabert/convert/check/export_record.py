@@ -51,7 +51,7 @@ class Measurements(TypedDict):
     reused: NotRequired[bool]
 
 
-def write_record(
+def write_export_record(
     folder: Path,
     checkpoint: str,
     max_length: int,

@@ -99,7 +99,7 @@ def export_model(context: JobContext, job: FinetuneJob, result: Result, num_jobs
         parameters = write_model(folder, weights, config, MAX_SHARD_SIZE)
         export_check.write_expected_outputs(model, folder, folder, max_length, pairs)
         (folder / "README.md").write_text(_make_card(native_class(config), job, result, num_jobs), encoding="utf-8")
-        export_record.write_record(folder, _fingerprint(job, result), max_length, parameters, pairs)
+        export_record.write_export_record(folder, _fingerprint(job, result), max_length, parameters, pairs)
         measured = export_check.check_new_export(folder, str(out))
         replace_folder(folder, out)
     return measured

@@ -30,9 +30,7 @@ class Checkpoint(NamedTuple):
     branched: bool = False
 
 
-def find_checkpoint(
-    settings: RunConfig, folder: Path, identity: RunIdentity, corpus: str, rank: int
-) -> Checkpoint | None:
+def find_start(settings: RunConfig, folder: Path, identity: RunIdentity, corpus: str, rank: int) -> Checkpoint | None:
     """Find the checkpoint that this run starts from, if any; every rank calls this and gets the same one.
 
     folder: of this run's checkpoints. identity, corpus: of this run, and the fingerprint of its training corpus. Raises

@@ -8,7 +8,7 @@ import torch._C._distributed_c10d as c10d
 
 # A rank remembers this many collectives. They are those of some hundred steps, and take a megabyte.
 RECORDS = "2000"
-# NCCL's own watchdog writes PREFIX + rank at a collective's timeout, as write_record does.
+# NCCL's own watchdog writes PREFIX + rank at a collective's timeout, as dump_collectives does.
 PREFIX = "TORCH_FR_DUMP_TEMP_FILE"
 # The older name of the same variable.
 NCCL_PREFIX = "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
@@ -25,7 +25,7 @@ def switch_on() -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
-def write_record(rank: int) -> str:
+def dump_collectives(rank: int) -> str:
     """Write this rank's last collectives. Returns a sentence that says where they are, or why they are not."""
     # NCCL has a recorder of its own; the other one is gloo's.
     dump = getattr(c10d, "_dump_nccl_trace", None) or getattr(c10d, "_dump_fr_trace")  # noqa: B009 (not in its stub)

@@ -255,7 +255,7 @@ class PeerWatchdog:
                 code, message = int(failed[1]), failed[2]
             if message.startswith(HANG):
                 code, message = EXIT_HANG, message.removeprefix(HANG)
-                log.error("%s", flight_recorder.write_record(self.rank))
+                log.error("%s", flight_recorder.dump_collectives(self.rank))
             log.error("%s; ending rank %d on %s", message, self.rank, self.host)
             logging.shutdown()
             # The main thread may be in a collective, which nothing can interrupt.

@@ -159,7 +159,7 @@ def test_a_worker_tells_its_rank_that_it_waits_for_a_store():
 
 def test_a_record_that_cannot_be_written_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv(flight_recorder.PREFIX, str(tmp_path / "missing/rank_"))
-    assert "the last collectives of rank 3 cannot be written: " in flight_recorder.write_record(3)
+    assert "the last collectives of rank 3 cannot be written: " in flight_recorder.dump_collectives(3)
 
 
 @pytest.mark.parametrize("stopped", [1, 0])
