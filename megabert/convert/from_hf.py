@@ -71,7 +71,7 @@ def import_model(source: Path, out: Path, options: ImportOptions = ImportOptions
     with staged_folder(out) as folder:
         write_folder(folder, source, model, options)
         folder_record.write_import_record(folder, origin, model)
-        replace_folder(folder, out)
+        replace_folder(folder, out, lambda: _read_finished(out, origin))
     return model
 
 

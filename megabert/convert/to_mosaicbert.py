@@ -85,11 +85,14 @@ def export_mosaicbert(source: Path, out: Path, average: int = 1, max_length: int
         (folder / "README.md").write_text(README.format(missing=", ".join(model.missing) or "none"), encoding="utf-8")
         _check_reads_back(folder, model)
         reused = out.is_dir() and _hash_files(folder) == _hash_files(out)
-        if out.is_dir() and any(out.iterdir()) and not reused:
-            raise ValueError(f"{out}: is not empty, and not this export; choose another folder.")
         if not reused:
-            replace_folder(folder, out)
+            replace_folder(folder, out, lambda: _check_empty(out))
     return MosaicBertExport(len(theirs), model.missing, reused)
+
+
+def _check_empty(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: is not empty, and not this export; choose another folder.")
 
 
 def _check_is_mosaicbert(source: Path, model: SourceModel) -> None:
