@@ -17,6 +17,19 @@ def open_file(path: Path) -> io.BufferedReader:
     return file
 
 
+def has_file(path: Path) -> bool:
+    """Tell whether there is a file that may be missing.
+
+    Raises ValueError for a link to nothing: a copy of the hub's cache has them, and the file would count as missing.
+    """
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"{path}: is a link to {os.readlink(path)}, where no file is. Copy the folder again with "
+            "the files that its links mean (cp -rL), or remove the link."
+        )
+    return path.is_file()
+
+
 def read_bounded(path: Path, max_bytes: int) -> bytes:
     """Read a file. Raises ValueError if it has more bytes, which may never end."""
     with open_file(path) as file:

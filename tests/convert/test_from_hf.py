@@ -376,3 +376,18 @@ def test_a_switch_where_a_number_belongs_is_refused(tmp_path, name):
     edit_json(tmp_path / "in/config.json", **{name: True})
     with pytest.raises(ValueError, match=f"config.json: model config: {name} is True, expected a number"):
         import_model(tmp_path / "in", tmp_path / "out")
+
+
+FILES_THAT_MAY_BE_MISSING = [
+    "config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json",
+    "special_tokens_map.json", "export.json", "import.json", "adapter_config.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES_THAT_MAY_BE_MISSING)
+def test_a_link_to_nothing_does_not_count_as_a_missing_file(tmp_path, name):
+    BertForMaskedLM(BertConfig(**SHAPE)).save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / name).unlink(missing_ok=True)
+    (tmp_path / "in" / name).symlink_to("../../blobs/0")
+    with pytest.raises(ValueError, match=f"{name}: is a link to ../../blobs/0, where no file is. Copy the folder"):
+        import_model(tmp_path / "in", tmp_path / "out")
