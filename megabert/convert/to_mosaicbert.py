@@ -78,7 +78,8 @@ def export_mosaicbert(source: Path, out: Path, average: int = 1, max_length: int
         try:
             torch.save(theirs, folder / PYTORCH_BIN)
         except RuntimeError as error:
-            raise OSError(f"{folder / PYTORCH_BIN}: cannot be written: {error}") from error
+            advice = "If the disk is full, free some space or choose another place."
+            raise OSError(f"{folder / PYTORCH_BIN}: cannot be written: {error}. {advice}") from error
         settings = to_mosaicbert_config(model.config) | {"architectures": [_find_class(model)]}
         write_json(folder / CONFIG, settings)
         copy_tokenizer(model.tokenizer, folder, max_length)
