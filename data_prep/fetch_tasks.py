@@ -41,6 +41,10 @@ class Options:
     sword: str = ""
     """folder with the SWORD modules of Debian's sword-text-kjv and sword-text-web, for verse-paraphrase"""
 
+    def __post_init__(self):
+        if not (self.movies or self.text or self.wordnet or self.sword):
+            raise ValueError("--movies false leaves no task to write: pass --text, --wordnet or --sword.")
+
 
 def main() -> None:
     options = cli.read_flags(Options, "data_prep/fetch_tasks.py", __doc__ or "")

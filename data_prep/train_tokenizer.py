@@ -38,7 +38,7 @@ from data_prep.tokenizer.existing import MAX_WORD_CHARS, LoadedTokenizer, load_t
 from data_prep.tokenizer.from_sentencepiece import differing_lines, to_fast_tokenizer, user_defined_symbols
 from megabert.config import cli
 from megabert.config.settings import setting
-from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
+from megabert.data.shards.manifest import MANIFEST, TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.files.atomic import write_atomically
@@ -255,9 +255,16 @@ def hash_of_request(options: Options) -> str:
     return request_hash(options=asdict(options), source=state)
 
 
+def check_no_shards(folder: Path) -> None:
+    """Raise ValueError for a folder of shards, which could not be used with another tokenizer."""
+    if (folder / MANIFEST).exists() or (folder / ".work").exists():
+        raise ValueError(f"{folder}: holds shards, whose tokenizer would be replaced. Choose another --out.")
+
+
 def main(argv: list[str] | None = None, prog: str = "data_prep/train_tokenizer.py") -> None:
     options = cli.read_flags(Options, prog, __doc__ or "", argv)
     folder = Path(options.out)
+    check_no_shards(folder)
     request = hash_of_request(options)
     if belongs_to_request(folder, TOKENIZER_FORMAT, request):
         print(f"{folder / TOKENIZER}: already made from this with these settings, reused")
@@ -271,6 +278,8 @@ def main(argv: list[str] | None = None, prog: str = "data_prep/train_tokenizer.p
 
 def _make(options: Options, folder: Path, request: str) -> None:
     tokenizer, model = load_tokenizer(Path(options.existing), options.lowercase) if options.existing else train(options)
+    # Another command may have begun to write them meanwhile.
+    check_no_shards(folder)
     # Until all files are replaced, some in the folder belong to another request.
     remove_request(folder)
     apply_bert_conventions(tokenizer)

@@ -40,7 +40,7 @@ from data_prep.writing.shard_options import Options, ShardRequest, resolve_reque
 from data_prep.writing.sorted_runs import TaskSummary
 from data_prep.writing.unknown_tokens import check_share
 from megabert.config import cli
-from megabert.data.shards.manifest import MANIFEST, Manifest, heldout_that_is_enough
+from megabert.data.shards.manifest import MANIFEST, TOKENIZER, Manifest, heldout_that_is_enough
 from megabert.files.disk import explain
 from megabert.process.exit_codes import EXIT_INTERRUPTED
 
@@ -113,12 +113,23 @@ def finish(options: Options) -> tuple[ShardRequest, Manifest]:
         return plan.request, write_rest(plan.request, first.summaries, first.counts, splits)
 
 
+def check_tokenizer_replaceable(request: ShardRequest) -> None:
+    """Raise ValueError for a folder that another tokenizer was trained to, which only --replace replaces."""
+    out, tokenizer = Path(request.options.out), request.tokenizer_path
+    begun = any((out / name).exists() for name in (MANIFEST, ".work")) or output_folder.list_shards(out)
+    if tokenizer is None or request.options.replace or begun or not (out / TOKENIZER).is_file():
+        return
+    if (out / TOKENIZER).read_bytes() != tokenizer.read_bytes():
+        raise ValueError(f"{out / TOKENIZER}: is another tokenizer. Choose another --out, or pass --replace.")
+
+
 def reused(request: ShardRequest) -> bool:
     """Return whether the folder already holds the shards of this request, unchanged. Restores a lost tokenizer."""
     out, options = Path(request.options.out), request.options
     finished = read_result_of(out, request.request_hash)
     if finished is None:
         output_folder.check_replaceable(out, request.request_hash, options.replace)
+        check_tokenizer_replaceable(request)
         if separate_tasks.plan_path(out).is_file():
             raise ValueError(
                 f"{separate_tasks.plan_path(out)}: separate commands with --step may be writing there. End them and "

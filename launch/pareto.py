@@ -4,6 +4,7 @@ python launch/pareto.py --runs runs/mosaicbert-base,runs/bert-base --data glue_d
 After an interruption the same command continues.
 """
 
+import json
 import sys
 
 try:
@@ -21,7 +22,7 @@ from typing import Literal
 
 from megabert.config import cli
 from megabert.config.settings import setting
-from megabert.files.json_file import write_json
+from megabert.files.atomic import write_atomically
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def main() -> int:
         points.append(pareto.measure(name, checkpoint, folder / "results.json", options.dollars_per_gpu_hour))
     points = pareto.mark_fronts(points)
     plot_pareto(pareto.panels(points), f"protocol {options.protocol}", out / "pareto.png")
-    (out / "pareto.md").write_text(pareto.as_markdown(points), encoding="utf-8")
-    write_json(out / "pareto.json", pareto.as_records(points))
+    write_atomically(out / "pareto.md", pareto.as_markdown(points).encode())
+    write_atomically(out / "pareto.json", json.dumps(pareto.as_records(points), indent=1).encode() + b"\n")
     print(pareto.as_markdown(points))
     return 0
 

@@ -19,6 +19,7 @@ from megabert.data.shards.tokenizer_folder import (
     rename_special_tokens,
     special_token_names,
 )
+from megabert.files.bounded_reads import has_file
 
 # A word with more characters becomes [UNK], as in BERT.
 MAX_WORD_CHARS = 100
@@ -55,7 +56,7 @@ def load_tokenizer(path: Path, lowercase: bool) -> LoadedTokenizer:
 
 
 def _load_folder(folder: Path, lowercase: bool) -> LoadedTokenizer:
-    files = {name: folder / name for name in FILES if (folder / name).is_file()}
+    files = {name: folder / name for name in FILES if has_file(folder / name)}
     if TOKENIZER in files:
         return LoadedTokenizer(rename_special_tokens(read_folder_tokenizer(files), special_token_names(files)))
     if VOCAB in files and is_berts(files):

@@ -23,6 +23,7 @@ from megabert.data.shards.sample_format import encode_npy
 from megabert.data.shards.side_files import check_tokenizer_config
 from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.files.atomic import write_atomically
+from megabert.files.bounded_reads import has_file
 from megabert.files.redact import redact
 
 
@@ -77,7 +78,7 @@ def tokenizer_files(path: Path | None) -> dict[str, bytes]:
     if path is None:
         return {}
     config = path.with_name(TOKENIZER_CONFIG)
-    data = config.read_bytes() if config.is_file() else plain_tokenizer_config(path)
+    data = config.read_bytes() if has_file(config) else plain_tokenizer_config(path)
     check_tokenizer_config(data, str(config))
     return {TOKENIZER: path.read_bytes(), TOKENIZER_CONFIG: data}
 

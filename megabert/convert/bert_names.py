@@ -1,7 +1,7 @@
 """Rename weights between transformers' BERT and classes with the same layers: RoBERTa, DistilBERT and ELECTRA."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -69,12 +69,22 @@ def to_bert_names(state: Mapping[str, Tensor], kind: BertLike) -> dict[str, Tens
     is_bare = any(name.startswith("embeddings.") for name in state)
     has_layer = any(name.startswith("classifier.dense.") for name in state)
     names, layer_names = _inverse(NAMES[kind], *HEAD_NAMES[kind].values()), _inverse(LAYER_NAMES[kind])
-    renamed = {}
-    for name, tensor in state.items():
+
+    def rename(name: str) -> str:
         full = f"{base}.{name}" if is_bare and name.startswith(BARE) else name
         is_unused = has_layer and full.startswith(f"{base}.pooler.")
-        renamed[full if is_unused else _rename(full, names, layer_names)] = tensor
-    return renamed
+        return full if is_unused else _rename(full, names, layer_names)
+
+    return rename_all(state, rename)
+
+
+def rename_all(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Rename each tensor. Raises ValueError if two get one name, such as LayerNorm.gamma and LayerNorm.weight."""
+    origins: dict[str, str] = {}
+    for name in state:
+        if (other := origins.setdefault(rename(name), name)) != name:
+            raise ValueError(f"{other} and {name} are the same parameter by two names. Remove one of them.")
+    return {new: state[name] for new, name in origins.items()}
 
 
 def from_bert_names(state: Mapping[str, Tensor], kind: BertLike, head: str | None = None) -> dict[str, Tensor]:

@@ -21,7 +21,14 @@ from megabert.convert.hf.reader import CONFIG, read_config, read_json
 from megabert.convert.hf.resize import ImportedModel
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.targets import compared_texts, registry
-from megabert.convert.to_hf import ExportOptions, add_targets, fingerprint_export, read_finished, write_model
+from megabert.convert.to_hf import (
+    ExportOptions,
+    add_targets,
+    check_replaceable,
+    fingerprint_export,
+    read_finished,
+    write_model,
+)
 from megabert.convert.weight_names import POOLER, TIED_DECODER
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.files.atomic import replace_folder, staged_folder
@@ -96,7 +103,7 @@ def export_folder(
         measured = export_check.check_new_export(folder, name)
         if options.targets:
             add_targets(folder, options.targets)
-        replace_folder(folder, out)
+        replace_folder(folder, out, lambda: check_replaceable(out, export_record.read_record(out)))
     return FolderExport(measured, class_name, initialized, left_out)
 
 

@@ -1,5 +1,7 @@
 """Convert a Hugging Face folder to a MegaBERT folder, to continue pretraining (model.init_from) or to fine-tune."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +20,6 @@ from megabert.convert.hf.tokenizer import copy_tokenizer, has_tokenizer, read_hf
 from megabert.convert.hf.writer import write_config, write_weights
 from megabert.convert.weight_names import (
     TIED_DECODER,
-    Kind,
-    RenamedWeights,
     add_classifiers_pooler,
     normalize_our_names,
     num_layers,
@@ -71,7 +71,7 @@ def import_model(source: Path, out: Path, options: ImportOptions = ImportOptions
     with staged_folder(out) as folder:
         write_folder(folder, source, model, options)
         folder_record.write_import_record(folder, origin, model)
-        replace_folder(folder, out)
+        replace_folder(folder, out, lambda: _read_finished(out, origin))
     return model
 
 
@@ -159,7 +159,9 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
     folder_record.check_unchanged(source)
     check_no_adapter(source)
     raw = read_config(source)
-    weights = strip_wrappers(read_weights(source))
+    tensors = read_weights(source)
+    with _naming(source):
+        weights = strip_wrappers(tensors)
     for name, tensor in weights.items():
         if not tensor.is_floating_point() and not name.endswith("_ids"):
             raise ValueError(f"{source}: {name} is {tensor.dtype}, expected floating-point weights.")
@@ -169,12 +171,14 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
     head = read_head(source, raw, kind, weights)
     if kind == "megabert":
         config = from_megabert_config(source, raw)
-        weights = normalize_our_names(weights)
+        with _naming(source):
+            weights = normalize_our_names(weights)
         missing = _find_missing(config, weights)
     else:
         # A setting that our model does not support is named before the tensors that it adds.
         config = from_their_config(source, raw, kind, head)
-        weights, missing, unused = _rename(source, weights, kind, head)
+        with _naming(source):
+            weights, missing, unused = to_megabert(weights, kind, answers=head == ANSWERS)
     if head is not None:
         config.architectures = [f"MegaBertFor{head}"]
     # The shapes are checked before anything is allocated that has the config's sizes.
@@ -187,10 +191,11 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
     return ImportedModel(config, weights, [*missing, *earlier], unused)
 
 
-def _rename(source: Path, weights: dict[str, Tensor], kind: Kind, head: str | None) -> RenamedWeights:
-    """As to_megabert(). Raises ValueError naming the folder."""
+@contextmanager
+def _naming(source: Path) -> Iterator[None]:
+    """Name the folder in a ValueError of the block."""
     try:
-        return to_megabert(weights, kind, answers=head == ANSWERS)
+        yield
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
@@ -205,7 +210,8 @@ def _find_missing(config: MegaBertConfig, weights: dict[str, Tensor]) -> list[st
 
 def check_shapes(source: Path, weights: dict[str, Tensor], config: MegaBertConfig, missing: list[str]) -> None:
     """Raise ValueError unless the tensors, except for the missing ones, have the shapes that the config implies."""
-    layers = num_layers(weights)
+    with _naming(source):
+        layers = num_layers(weights)
     if layers == 0:
         examples = ", ".join(sorted(weights)[:3])
         raise ValueError(

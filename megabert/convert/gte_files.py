@@ -23,7 +23,7 @@ GTE_FILE_PARTS = {
 def normalize_gte(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert a file's names to the class's, which it may already have, and add the prefix that a bare encoder lacks.
 
-    Raises ValueError for a tensor that cannot be divided into its parts.
+    Raises ValueError for a tensor that cannot be divided into its parts, and if two get one name.
     """
     is_bare = any(name.startswith("embeddings.") for name in state)
     normalized: dict[str, Tensor] = {}
@@ -33,6 +33,8 @@ def normalize_gte(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = (native,) if whole is None else [native.replace(whole, part) for part in GTE_FILE_PARTS[whole]]
         if tensor.dim() == 0 or len(tensor) % len(parts):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected a multiple of {len(parts)} rows.")
+        if twice := next((part for part in parts if part in normalized), None):
+            raise ValueError(f"{name} and another tensor are the same parameter, {twice}. Remove one of them.")
         normalized |= dict(zip(parts, tensor.chunk(len(parts)), strict=True))
     return normalized
 

@@ -69,7 +69,7 @@ def export_checkpoint(checkpoint: Path, out: Path, options: ExportOptions = Expo
         measured = export_check.check_new_export(folder, name)
         if options.targets:
             add_targets(folder, options.targets)
-        replace_folder(folder, out)
+        replace_folder(folder, out, lambda: check_replaceable(out, export_record.read_record(out)))
     return measured
 
 

@@ -78,18 +78,22 @@ def export_mosaicbert(source: Path, out: Path, average: int = 1, max_length: int
         try:
             torch.save(theirs, folder / PYTORCH_BIN)
         except RuntimeError as error:
-            raise OSError(f"{folder / PYTORCH_BIN}: cannot be written: {error}") from error
+            advice = "If the disk is full, free some space or choose another place."
+            raise OSError(f"{folder / PYTORCH_BIN}: cannot be written: {error}. {advice}") from error
         settings = to_mosaicbert_config(model.config) | {"architectures": [_find_class(model)]}
         write_json(folder / CONFIG, settings)
         copy_tokenizer(model.tokenizer, folder, max_length)
         (folder / "README.md").write_text(README.format(missing=", ".join(model.missing) or "none"), encoding="utf-8")
         _check_reads_back(folder, model)
         reused = out.is_dir() and _hash_files(folder) == _hash_files(out)
-        if out.is_dir() and any(out.iterdir()) and not reused:
-            raise ValueError(f"{out}: is not empty, and not this export; choose another folder.")
         if not reused:
-            replace_folder(folder, out)
+            replace_folder(folder, out, lambda: _check_empty(out))
     return MosaicBertExport(len(theirs), model.missing, reused)
+
+
+def _check_empty(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: is not empty, and not this export; choose another folder.")
 
 
 def _check_is_mosaicbert(source: Path, model: SourceModel) -> None:

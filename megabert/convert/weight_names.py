@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from megabert.convert.bert_names import NAMES, BertLike, from_bert_names, to_bert_names
+from megabert.convert.bert_names import NAMES, BertLike, from_bert_names, rename_all, to_bert_names
 from megabert.convert.gte_files import normalize_gte
 
 Kind = Literal["mosaicbert", "bert", "roberta", "distilbert", "electra", "modernbert", "gte"]
@@ -249,21 +249,19 @@ def normalize_names(state: Mapping[str, Tensor], kind: Kind = "bert") -> dict[st
     if kind in NAMES:
         state = to_bert_names(state, cast(BertLike, kind))
     is_bare_encoder = any(name.startswith("embeddings.") for name in state)
-    normalized = {}
-    for name, tensor in state.items():
+
+    def rename(name: str) -> str:
         stem, _, last = name.rpartition(".")
         new = f"{stem}.{LEGACY_LAYER_NORM.get(last, last)}" if stem.endswith("LayerNorm") else name
-        if is_bare_encoder and new.startswith(("embeddings.", "encoder.", "pooler.")):
-            new = f"bert.{new}"
-        if new not in BUFFERS:
-            normalized[new] = tensor
-    return normalized
+        return f"bert.{new}" if is_bare_encoder and new.startswith(("embeddings.", "encoder.", "pooler.")) else new
+
+    return {name: tensor for name, tensor in rename_all(state, rename).items() if name not in BUFFERS}
 
 
 def normalize_modernbert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add the prefix that a bare encoder lacks, and that strip_wrappers() takes for a wrapper's."""
     bare = ("embeddings.", "layers.", "final_norm.")
-    return {f"model.{name}" if name.startswith(bare) else name: tensor for name, tensor in state.items()}
+    return rename_all(state, lambda name: f"model.{name}" if name.startswith(bare) else name)
 
 
 NORMALIZE = {"modernbert": normalize_modernbert, "gte": normalize_gte}

@@ -7,7 +7,7 @@ import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -69,10 +69,14 @@ def staged_folder(out: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def replace_folder(folder: Path, out: Path) -> None:
-    """Rename a staged folder to `out`, in place of whatever is there now."""
+def replace_folder(folder: Path, out: Path, check: Callable[[], object] = lambda: None) -> None:
+    """Rename a staged folder to `out`, in place of whatever is there now.
+
+    check: raises if `out` must not be replaced, because another process may have written it since the work began.
+    """
     before = folder.with_name(f"{folder.name}-old")
     with _locked(out.parent):
+        check()
         if out.exists():
             out.rename(before)
         folder.rename(out)

@@ -1,6 +1,7 @@
 """Distinguish failures of disks and file systems from wrong names given by the user, and write sizes for people."""
 
 import errno
+import os
 
 from megabert.process.exit_codes import EXIT_DISK
 
@@ -48,6 +49,8 @@ def format_bytes(count: float) -> str:
 
 def explain(error: OSError) -> str:
     """Describe an error of the system in one line: the file, what is wrong, and the remedy if there is one."""
+    if error.errno == errno.ENOENT and error.filename is None and _is_in_no_folder():
+        return "the folder that the command was started in is gone: change to another one (cd)."
     remedy = REMEDIES.get(error.errno or 0)
     if remedy is None or (error.filename is None and error.errno not in FULL):
         return str(error)
@@ -55,3 +58,12 @@ def explain(error: OSError) -> str:
         return f"{error.strerror}. {remedy}."
     # Of a file that cannot be moved to its name, that name is the second.
     return f"{error.filename2 or error.filename}: {error.strerror}. {remedy}."
+
+
+def _is_in_no_folder() -> bool:
+    """Tell whether the current folder was removed, which an error of os.getcwd() does not say."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False

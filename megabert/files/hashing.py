@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from megabert.files.bounded_reads import open_file
+
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, as hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megabert.files.bounded_reads import open_file
+
 # The largest JSON file of a checkpoint has a hundredth of this.
 MAX_BYTES = 1 << 28
 
@@ -30,7 +32,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError, naming the file, for anything else, and OSError if it cannot be read."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path}: damaged: it has more than {MAX_BYTES >> 20} MiB.")

@@ -7,6 +7,8 @@ from typing import Any
 from megabert.files.json_file import parse_json
 
 METRICS = "metrics.jsonl"
+# Of a number; JSON has integers that no float can hold.
+LARGEST = 10**300
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -23,4 +25,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
+    return type(value) is float or (type(value) is int and abs(value) < LARGEST)

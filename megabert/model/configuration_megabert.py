@@ -145,16 +145,16 @@ class MegaBertConfig(PretrainedConfig):
         probabilities += [name for name in optional if getattr(self, name) is not None]
         for name in probabilities:
             probability = getattr(self, name)
-            if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
+            if type(probability) not in (int, float) or not 0 <= probability <= 1:
                 raise ValueError(f"model config: {name} is {probability!r}, expected a number from 0 to 1.")
         eps = self.layer_norm_eps
         if not isinstance(eps, float) or not SMALLEST_EPS <= eps < 1:
             raise ValueError(f"model config: layer_norm_eps is {eps!r}, expected a number from {SMALLEST_EPS} to 1.")
         for name in ("initializer_range", "z_loss"):
             number = getattr(self, name)
-            if not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
+            if type(number) not in (int, float) or not 0 <= number < float("inf"):
                 raise ValueError(f"model config: {name} is {number!r}, expected a number from 0.")
-        if pad_token_id is not None and not isinstance(pad_token_id, int):
+        if pad_token_id is not None and type(pad_token_id) is not int:
             raise ValueError(f"model config: pad_token_id is {pad_token_id!r}, expected a number.")
         if pad_token_id is not None and not 0 <= pad_token_id < self.vocab_size:
             raise ValueError(

@@ -11,6 +11,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from megabert.files.metrics_format import METRICS, read_metrics
 from megabert.files.run_format import RESULT, RUN, read_run_file
+from megabert.plots.figures import save_figure
 
 SENTENCES = (
     "Returns a new [MASK] with the same shape and type as the given array.",
@@ -67,7 +68,7 @@ def plot_loss(run: Path, unigram_loss: float, out: Path) -> None:
     axes.set_ylabel("masked-token loss, nats")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out)
 
 
 def summarize(

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megabert.files.metrics_format import METRICS, read_metrics
+from megabert.plots.figures import as_label, save_figure
 
 MILLION, HOUR = 1e6, 3600.0
 # What a record of a training loss has, unless the file was changed.
@@ -22,7 +23,7 @@ def plot_runs(folders: list[Path], out: Path) -> None:
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for number, folder in enumerate(folders):
-        _draw(axes, read_points(folder), folder.resolve().name, f"C{number % 10}")
+        _draw(axes, read_points(folder), as_label(folder.resolve().name), f"C{number % 10}")
     axes[0, 0].set_ylabel("loss, nats per masked token")
     axes[1, 0].set_ylabel("real tokens / s")
     axes[1, 0].set_xlabel("million tokens")
@@ -32,7 +33,7 @@ def plot_runs(folders: list[Path], out: Path) -> None:
     for panel in axes[1]:
         panel.set_ylim(bottom=0)
     axes[0, 0].legend()
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out)
 
 
 def read_points(folder: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megabert.config.recipe import Recipe
+from megabert.plots.figures import save_figure
 from megabert.training.micro_batch.sizes import micro_batch_on_cpu
 from megabert.training.run_schedule import PARTS, lr_factor, make_run_schedule
 
@@ -40,4 +41,4 @@ def plot_schedule(recipe: Recipe, out: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     axes.set_xlabel(f"optimizer steps, of {total:,}" if hours is None else f"hours, of {hours}")
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from megabert.plots.figures import as_label, save_figure
+
 
 class Bar(NamedTuple):
     """One score. group: name under the bar's group; label: its entry in the legend; error: of the score, or None."""
@@ -31,11 +33,11 @@ def plot_score_bars(bars: list[Bar], groups: list[str], labels: list[str], title
             capsize=3,
             label=bar.label,
         )
-    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xticks(range(len(groups)), [as_label(group) for group in groups])
     axes.set_ylabel("score x 100")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(as_label(title), fontsize=10)
     handles, names = axes.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))
     axes.legend(list(unique.values()), list(unique), fontsize=8, loc="lower right")
     axes.grid(axis="y", alpha=0.3)
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out)

@@ -116,6 +116,8 @@ def test_words_after_two_dashes_are_left_alone():
         (["in", "out", "--average", "-x"], "--average has no value. One that begins with a dash is written as"),
         (["in", "out", "--average=many"], "--average is many, expected an integer. See --help."),
         (["in", "out", "--most=many"], "--most is many, expected an integer. See --help."),
+        (["in", "out", "--most=1e18"], "--most is 1e18, expected an integer. See --help.\n"),
+        (["in", "out", "--most=true"], "--most is true, expected an integer. See --help.\n"),
         (["in"], "out"),
     ],
 )
@@ -221,6 +223,15 @@ def test_a_training_run_that_another_attempt_cannot_save_is_not_started_again(nu
     error = OSError(number, os.strerror(number))
     error.exit_code = 75  # type: ignore[attr-defined]
     assert cli.exit_code(error) == 75
+
+
+def test_a_folder_that_is_gone_is_named_as_the_one_of_the_command(tmp_path, capsys, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit):
+        cli.run(lambda: Path("out").resolve(), "prog")
+    assert "prog: the folder that the command was started in is gone: change to another one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

@@ -344,3 +344,50 @@ def test_a_changed_length_keeps_the_logits_of_short_texts(tmp_path):
     assert torch.equal(changed(ids).logits, alibi(ids).logits)
     with pytest.raises(ValueError, match="the maximum length is 2, expected at least 3"):
         import_model(tmp_path / "in", tmp_path / "2", ImportOptions(max_length=2))
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        ({"bert.embeddings.LayerNorm.gamma": "bert.embeddings.LayerNorm.weight"}, "by two names. Remove one of them"),
+        ({"module.bert.embeddings.LayerNorm.weight": "bert.embeddings.LayerNorm.weight"}, "is there twice"),
+        ({"embeddings.LayerNorm.weight": "bert.embeddings.LayerNorm.weight"}, "by two names. Remove one of them"),
+        ({"bert.encoder.layer.7.output.dense.bias": "bert.encoder.layer.1.output.dense.bias"}, "none of layer 2"),
+    ],
+)
+def test_a_parameter_by_two_names_is_refused_and_the_folder_is_named(tmp_path, add, message):
+    BertForMaskedLM(BertConfig(**(SHAPE | {"num_hidden_layers": 2}))).save_pretrained(tmp_path / "in")
+    weights = load_file(tmp_path / "in/model.safetensors")
+    weights |= {new: weights[name] + 1 for new, name in add.items()}
+    save_file(weights, tmp_path / "in/model.safetensors")
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'in'}: .*{message}"):
+        import_model(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_gte_parameter_by_two_names_is_refused():
+    state = {"new.embeddings.LayerNorm.weight": torch.ones(2), "gte.embeddings.LayerNorm.weight": torch.zeros(2)}
+    with pytest.raises(ValueError, match="are the same parameter, gte.embeddings"):
+        to_megabert(state, "gte")
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "hidden_dropout_prob", "initializer_range"])
+def test_a_switch_where_a_number_belongs_is_refused(tmp_path, name):
+    BertForMaskedLM(BertConfig(**SHAPE)).save_pretrained(tmp_path / "in")
+    edit_json(tmp_path / "in/config.json", **{name: True})
+    with pytest.raises(ValueError, match=f"config.json: model config: {name} is True, expected a number"):
+        import_model(tmp_path / "in", tmp_path / "out")
+
+
+FILES_THAT_MAY_BE_MISSING = [
+    "config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json",
+    "special_tokens_map.json", "export.json", "import.json", "adapter_config.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES_THAT_MAY_BE_MISSING)
+def test_a_link_to_nothing_does_not_count_as_a_missing_file(tmp_path, name):
+    BertForMaskedLM(BertConfig(**SHAPE)).save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / name).unlink(missing_ok=True)
+    (tmp_path / "in" / name).symlink_to("../../blobs/0")
+    with pytest.raises(ValueError, match=f"{name}: is a link to ../../blobs/0, where no file is. Copy the folder"):
+        import_model(tmp_path / "in", tmp_path / "out")

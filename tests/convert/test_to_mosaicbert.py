@@ -131,7 +131,7 @@ def test_a_folder_that_does_not_read_back_is_removed(tmp_path, monkeypatch):
         export_mosaicbert(tmp_path / "in", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("no space left")))
-    with pytest.raises(OSError, match="pytorch_model.bin: cannot be written: no space left"):
+    with pytest.raises(OSError, match="pytorch_model.bin: cannot be written: no space left. If the disk is full, free"):
         export_mosaicbert(tmp_path / "in", tmp_path / "out")
 
 

@@ -297,3 +297,10 @@ def test_the_parameter_task_comes_from_held_out_documents(tmp_path, launch):
     code, error = launch(*flags, f"--text={prose}")
     assert (code, error.count("\n")) == (1, 1)
     assert "describe too few parameters" in error
+
+
+def test_a_command_without_a_task_is_an_error(launch, tmp_path):
+    code, stderr = launch("--movies=false", f"--out={tmp_path / 'out'}")
+    assert code == 2
+    assert "--movies false leaves no task to write: pass --text, --wordnet or --sword." in stderr
+    assert not (tmp_path / "out").exists()

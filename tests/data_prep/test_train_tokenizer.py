@@ -161,3 +161,20 @@ def test_a_lost_or_damaged_file_is_written_again(tmp_path, corpus, capsys, name,
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     train_tokenizer.main(command)
     assert "reused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sign", ["manifest.json", ".work"])
+def test_the_tokenizer_of_shards_is_not_replaced(tmp_path, corpus, monkeypatch, sign):
+    words = ["--existing", str(corpus.tokenizer), "--out", str(tmp_path / "out")]
+
+    def make_sign(*given):
+        (tmp_path / "out" / sign).mkdir()
+        return load(*given)
+
+    # The shards are there before the command, or another command begins to write them meanwhile.
+    load = train_tokenizer.load_tokenizer
+    monkeypatch.setattr(train_tokenizer, "load_tokenizer", make_sign)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="out: holds shards, whose tokenizer would be replaced. Choose another"):
+            train_tokenizer.main(words)
+        assert not (tmp_path / "out" / "tokenizer.json").exists()

@@ -328,3 +328,15 @@ def test_closed_streams_change_neither_exit_code_nor_files(tmp_path, script, clo
     process = subprocess.run(bad, shell=True, cwd=REPOSITORY, check=False, stderr=subprocess.PIPE, text=True)
     assert process.returncode == 1
     assert process.stderr.count("\n") == ("2>&-" not in closed)
+
+
+def test_a_folder_of_another_tokenizer_is_kept_unless_replace_is_given(tmp_path, corpus):
+    command, out = copy_of_shards(corpus, tmp_path)
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "tokenizer.json").write_text("another")
+    with pytest.raises(ValueError, match="tokenizer.json: is another tokenizer. Choose another --out, or pass --repl"):
+        write_shards.main(command)
+    assert [path.name for path in out.iterdir()] == ["tokenizer.json"]
+    write_shards.main([*command, "--replace"])
+    assert hashes(out) == hashes(corpus.tokens)

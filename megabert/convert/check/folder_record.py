@@ -10,6 +10,7 @@ from megabert.convert.hf.resize import ImportedModel
 from megabert.convert.hf.tokenizer import FILES as TOKENIZER_FILES
 from megabert.convert.hf.tokenizer import find_tokenizer_files
 from megabert.convert.hf.writer import MODEL_CODE
+from megabert.files.bounded_reads import has_file
 from megabert.files.checkpoint_format import files_of
 from megabert.files.hashing import file_sha256, texts_sha256
 from megabert.files.json_file import check_format_version, write_json
@@ -49,7 +50,7 @@ def check_unchanged(folder: Path) -> None:
     """
     records = {RECORD: export_record.read_record, IMPORT_RECORD: read_import_record}
     for name, read in records.items():
-        if not (folder / name).is_file():
+        if not has_file(folder / name):
             continue
         if (record := read(folder)) is None:
             raise ValueError(

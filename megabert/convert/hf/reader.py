@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megabert.data.shards.manifest import TOKENIZER_CONFIG
 from megabert.files import json_file
+from megabert.files.bounded_reads import has_file
 from megabert.files.checkpoint_format import has_checkpoint
 from megabert.files.pickles import UNPICKLING_ERRORS
 from megabert.process.error_text import first_line
@@ -63,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json and check its sizes and labels. Raises ValueError naming the first bad value."""
     path = folder / CONFIG
-    if not path.is_file() and has_checkpoint(folder):
+    if not has_file(path) and has_checkpoint(folder):
         raise ValueError(
             f"{folder}: is a run or a checkpoint. launch/convert_to_hf.py makes the folder of a model of it."
         )
@@ -115,7 +116,7 @@ def check_code_stays_inside(folder: Path) -> None:
         check_inside(folder, f"{module}.py")
     forbidden = {CONFIG: ("custom_pipelines",), TOKENIZER_CONFIG: ("auto_map", "custom_pipelines")}
     settings = {CONFIG: config}
-    if (folder / TOKENIZER_CONFIG).is_file():
+    if has_file(folder / TOKENIZER_CONFIG):
         settings[TOKENIZER_CONFIG] = read_json(check_inside(folder, TOKENIZER_CONFIG))
     for file, values in settings.items():
         if found := [name for name in forbidden[file] if name in values]:
@@ -150,9 +151,9 @@ def _find_weights_files(folder: Path) -> dict[Path, set[str] | None]:
     Prefers safetensors to pickles and one file to several, as transformers does.
     """
     for name in (SAFETENSORS, PYTORCH_BIN):
-        if (folder / name).is_file():
+        if has_file(folder / name):
             return {check_inside(folder, name): None}
-        if (folder / f"{name}.index.json").is_file():
+        if has_file(folder / f"{name}.index.json"):
             index = read_json(check_inside(folder, f"{name}.index.json")).get("weight_map")
             if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
                 raise ValueError(f"{folder / name}.index.json: has no weight_map from names to files.")
@@ -177,7 +178,7 @@ def _explain_other_files(folder: Path) -> str:
 
 def check_no_adapter(folder: Path) -> None:
     """Check that the folder has no adapter of peft's, which transformers would apply. Raises ValueError."""
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if not has_file(folder / ADAPTER_CONFIG):
         return
     base = read_json(check_inside(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
     raise ValueError(

@@ -25,6 +25,7 @@ from megabert.data.shards.tokenizer_folder import (
     rename_special_tokens,
     special_token_names,
 )
+from megabert.files.bounded_reads import has_file
 from megabert.files.json_file import write_json
 
 # Pipelines of transformers before 4.57 load no tokenizer if the config does not name its class.
@@ -86,9 +87,9 @@ def find_tokenizer_files(source: Path) -> dict[str, Path]:
     the file is really called tokenizer.json. Raises ValueError if one is a link to a place outside the folder.
     """
     if source.is_dir():
-        return {name: check_inside(source, name) for name in FILES if (source / name).is_file()}
+        return {name: check_inside(source, name) for name in FILES if has_file(source / name)}
     config = source.with_name(TOKENIZER_CONFIG)
-    has_config = source.name == TOKENIZER and config.is_file()
+    has_config = source.name == TOKENIZER and has_file(config)
     return {TOKENIZER: source} | (
         {TOKENIZER_CONFIG: check_inside(source.parent, TOKENIZER_CONFIG)} if has_config else {}
     )
@@ -123,7 +124,7 @@ def _has_all_of_berts(tokenizer: Tokenizer) -> bool:
 
 
 def has_tokenizer(source: Path) -> bool:
-    return any((source / name).is_file() for name in (TOKENIZER, VOCAB))
+    return any(has_file(source / name) for name in (TOKENIZER, VOCAB))
 
 
 def _copy_without_limits(source: Path, raw: dict[str, Any], copy: Path) -> None:

@@ -1,6 +1,7 @@
 """Write the config, the modelling code and the weights of a MegaBERT model as a Hugging Face folder."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -45,6 +46,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
+        # It gives the number of the system's error in words: "File too large (os error 27)".
+        number = int(match[1]) if (match := re.search(r"\(os error (\d+)\)", str(error))) else 0
+        if number:
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise OSError(f"{path}: cannot be written: {error}") from error
 
 

@@ -33,7 +33,7 @@ from megabert.data.shards.shard_list import DamagedShardError, shards_of
 from megabert.data.shards.side_files import SideFiles, check_tokenizer_config, fetch_manifest
 from megabert.data.shards.storage import Storage, open_storage
 from megabert.data.shards.tokenizer import encode_flat, find_tokenizer, read_tokenizer
-from megabert.files.bounded_reads import read_bounded
+from megabert.files.bounded_reads import has_file, read_bounded
 from megabert.files.hashing import texts_sha256
 
 log = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class Source:
         if self.tokenizer_path is None:
             return self._side_files.read(name)
         path = self.tokenizer_path.with_name(name)
-        return read_bounded(path, MAX_TOKENIZER_BYTES) if path.is_file() else None
+        return read_bounded(path, MAX_TOKENIZER_BYTES) if has_file(path) else None
 
     def check_files(self) -> None:
         """Raise ValueError unless the tokenizer, its config and the token counts are those that the manifest means."""

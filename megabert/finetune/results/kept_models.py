@@ -101,7 +101,7 @@ def export_model(context: JobContext, job: FinetuneJob, result: Result, num_jobs
         (folder / "README.md").write_text(_make_card(native_class(config), job, result, num_jobs), encoding="utf-8")
         export_record.write_export_record(folder, _fingerprint(job, result), max_length, parameters, pairs)
         measured = export_check.check_new_export(folder, str(out))
-        replace_folder(folder, out)
+        replace_folder(folder, out, lambda: check_replaceable(out, export_record.read_record(out)))
     return measured
 
 
