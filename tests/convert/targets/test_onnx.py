@@ -115,6 +115,15 @@ def edit_initializer(file: str, change, longest: int = 200):
     return damage
 
 
+def test_the_weights_of_int8_fit_processors_without_vnni(served):
+    """There, the sum of two products overflows if weights have 8 bits."""
+    graph = onnx.load(served / "onnx/model_quantized.onnx").graph
+    quantized = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    largest = [np.abs(numpy_helper.to_array(tensor).astype(int)).max() for tensor in quantized]
+    assert len(largest) > 5
+    assert 60 <= max(largest) <= 64
+
+
 DAMAGES = {
     "a wrong weight": ("onnx", edit_initializer("onnx/model.onnx", lambda matrix: matrix * np.float32(1.01))),
     "swapped halves": ("onnx", edit_initializer("onnx/model_mlm.onnx", lambda matrix: np.roll(matrix, 40, -1).copy())),
