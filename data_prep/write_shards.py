@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None, prog: str = "data_prep/write_shards.py")
     out = Path(options.out)
     try:
         if options.step == "plan":
+            check_tokenizer_replaceable(resolve_request(options))
             separate_tasks.write_plan(options)
             return 0
         if options.step is not None and separate_tasks.is_finished(options):

@@ -185,7 +185,7 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
     check_shapes(source, weights, config, missing)
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     if broken := next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None):
-        raise ValueError(f"{source}: {broken} has values that are not finite: the weights are damaged.")
+        raise ValueError(f"{source}: {broken} has values that are not finite in fp32: the weights are damaged.")
     weights |= _initialize_head(missing, config, seed)
     earlier = [name for name in folder_record.read_initialized(source) if name not in missing]
     return ImportedModel(config, weights, [*missing, *earlier], unused)

@@ -335,8 +335,11 @@ def test_a_folder_of_another_tokenizer_is_kept_unless_replace_is_given(tmp_path,
     shutil.rmtree(out)
     out.mkdir()
     (out / "tokenizer.json").write_text("another")
-    with pytest.raises(ValueError, match="tokenizer.json: is another tokenizer. Choose another --out, or pass --repl"):
-        write_shards.main(command)
+    for step in ([], ["--step=plan"]):
+        with pytest.raises(
+            ValueError, match="tokenizer.json: is another tokenizer. Choose another --out, or pass --re"
+        ):
+            write_shards.main([*command, *step])
     assert [path.name for path in out.iterdir()] == ["tokenizer.json"]
     write_shards.main([*command, "--replace"])
     assert hashes(out) == hashes(corpus.tokens)
