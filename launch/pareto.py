@@ -4,7 +4,6 @@ python launch/pareto.py --runs runs/mosaicbert-base,runs/bert-base --data glue_d
 After an interruption the same command continues.
 """
 
-import json
 import sys
 
 try:
@@ -16,6 +15,7 @@ except ModuleNotFoundError as error:
 if __name__ == "__main__":
     end_at_ctrl_c()
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

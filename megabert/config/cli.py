@@ -342,7 +342,7 @@ def _explain(message: str, known: list[str]) -> str:
         return f"--{flag} has no value. One that begins with a dash is written as --{flag}=-VALUE."
     if match := re.search(r'Parser key "([\w.]+)": (.*?)(?: Given value type:.*)? (?:Got|Given) value: (.*)', message):
         flag = match[1].rstrip("_").replace("_", "-")
-        # Of a flag that takes several types, there is one error for each, and the value at the end.
+        # A flag that takes several types has an error for each of them, with the value at the end.
         value = match[3].rpartition("Given value: ")[2]
         return f"--{flag} is {value}, expected {_expected_type(match[2])}. See --help."
     return message

@@ -1,4 +1,4 @@
-"""Distinguish failures of disks and file systems from wrong names given by the user, and write sizes for people."""
+"""Distinguish failures of disks and file systems from wrong names given by the user, and format sizes."""
 
 import errno
 import os
@@ -43,13 +43,13 @@ def as_user_error(error: OSError, message: str) -> ValueError | DiskError:
 
 
 def format_bytes(count: float) -> str:
-    """Write a size for people: 194 MB, 1.9 GB."""
+    """Format a number of bytes: 194 MB, 1.9 GB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def explain(error: OSError) -> str:
     """Describe an error of the system in one line: the file, what is wrong, and the remedy if there is one."""
-    if error.errno == errno.ENOENT and error.filename is None and _is_in_no_folder():
+    if error.errno == errno.ENOENT and error.filename is None and _current_folder_is_gone():
         return "the folder that the command was started in is gone: change to another one (cd)."
     remedy = REMEDIES.get(error.errno or 0)
     if remedy is None or (error.filename is None and error.errno not in FULL):
@@ -60,7 +60,7 @@ def explain(error: OSError) -> str:
     return f"{error.filename2 or error.filename}: {error.strerror}. {remedy}."
 
 
-def _is_in_no_folder() -> bool:
+def _current_folder_is_gone() -> bool:
     """Tell whether the current folder was removed, which an error of os.getcwd() does not say."""
     try:
         os.getcwd()

@@ -1,4 +1,4 @@
-"""Write figures, and prepare names for them, which matplotlib would read as formulas."""
+"""Write figures, and escape names that matplotlib would read as formulas."""
 
 import io
 from pathlib import Path
@@ -27,5 +27,5 @@ def save_figure(figure: Figure, out: Path) -> None:
 
 
 def as_label(name: str) -> str:
-    """Return a name to draw as it is: dollars would begin a formula, and "_" a line that the legend leaves out."""
+    """Escape a name for matplotlib, which reads $ as a formula and leaves names that begin with _ out of legends."""
     return (" " if name.startswith("_") else "") + name.replace("$", "\\$")

@@ -1,4 +1,4 @@
-"""Shorten what a library says of an error to what fits in a message of one line."""
+"""Shorten the message of an error to one line."""
 
 
 def first_line(error: BaseException) -> str:
@@ -7,5 +7,5 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(message: object) -> str:
-    """Return a message, or that of an error, without line breaks."""
+    """Return a message, or an error's message, without line breaks."""
     return " ".join(str(message).split())

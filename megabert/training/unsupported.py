@@ -11,7 +11,7 @@ FP8_MULTIPLE = 16
 
 
 def check_compile_and_fp8(recipe: Recipe, ds_config: ResolvedDsConfig, device_type: str, has_fp8: bool) -> None:
-    """Raise ValueError if run.compile or run.fp8 asks for what cannot be."""
+    """Raise ValueError if run.compile or run.fp8 is set and cannot be used."""
     if recipe.run.compile and (reason := why_not_compile(device_type, ds_config.zero_stage)):
         raise ValueError(reason)
     if recipe.run.fp8 != "none" and (reason := why_not_fp8(recipe, ds_config, has_fp8)):
@@ -23,8 +23,8 @@ def choose_cuda_graphs(
 ) -> str | None:
     """Return why micro-batches are not launched as CUDA graphs, or None.
 
-    why_not_captured: asked last, says what the operations on this device have against it, or None. Raises ValueError if
-    graphs must be (run.cuda_graphs true) and cannot.
+    why_not_captured: called last; returns why this device's operations cannot be captured, or None. Raises ValueError
+    if run.cuda_graphs is true and graphs cannot be used.
     """
     if recipe.run.cuda_graphs is False:
         return "run.cuda_graphs is false"

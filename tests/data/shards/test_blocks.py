@@ -45,7 +45,9 @@ def reader(folder: Path, max_bytes: int = 10_000) -> BlockReader:
     return BlockReader("https://host/c4", CacheOptions(folder, max_bytes))
 
 
-def read(cache: BlockReader, store: Callable[[int, int], bytes], offset: int, size: int, name: str = "a.tar") -> bytes:
+def read_and_compare(
+    cache: BlockReader, store: Callable[[int, int], bytes], offset: int, size: int, name: str = "a.tar"
+) -> bytes:
     data = cache.read(name, offset, size, store, EXPECTED)
     assert data == CONTENT[offset : offset + size], (offset, size)
     return data
@@ -58,19 +60,19 @@ def kept_bytes(folder: Path) -> int:
 def test_small_reads_become_one_request_that_other_processes_need_not_make(tmp_path):
     store = Store()
     for offset in (210, 250, 290, 200):
-        read(reader(tmp_path), store, offset, 10)
+        read_and_compare(reader(tmp_path), store, offset, 10)
     assert store.requests == [(200, 100)]
     # Over the edge of two blocks, at the end of the file, and longer than a block.
-    read(reader(tmp_path), store, 295, 20)
-    read(reader(tmp_path), store, 950, 60)
-    read(reader(tmp_path), store, 0, 400)
+    read_and_compare(reader(tmp_path), store, 295, 20)
+    read_and_compare(reader(tmp_path), store, 950, 60)
+    read_and_compare(reader(tmp_path), store, 0, 400)
     assert store.requests[1:] == [(300, 100), (900, 100), (0, 400)]
 
 
 def test_another_file_another_content_and_another_place_are_other_blocks(tmp_path):
     store = Store()
-    read(reader(tmp_path), store, 0, 10)
-    read(reader(tmp_path), store, 0, 10, name="b.tar")
+    read_and_compare(reader(tmp_path), store, 0, 10)
+    read_and_compare(reader(tmp_path), store, 0, 10, name="b.tar")
     reader(tmp_path).read("a.tar", 0, 10, store, ExpectedFile(1000, "cd" * 32))
     BlockReader("https://other/c4", CacheOptions(tmp_path, 10_000)).read("a.tar", 0, 10, store, EXPECTED)
     assert len(store.requests) == 4
@@ -95,7 +97,7 @@ def test_no_read_depends_on_what_the_cache_holds(tmp_path_factory, reads, damage
     folder = tmp_path_factory.mktemp("cache")
     cache, store = reader(folder, max_bytes), Store()
     for offset, size in reads:
-        read(cache, store, offset, size)
+        read_and_compare(cache, store, offset, size)
         if damage:
             for path in folder.glob("*.block"):
                 if path.is_file():
@@ -107,14 +109,14 @@ def test_no_read_depends_on_what_the_cache_holds(tmp_path_factory, reads, damage
 
 def test_the_blocks_read_least_recently_are_removed_and_the_limit_holds(tmp_path):
     cache, store = reader(tmp_path, max_bytes=500), Store()
-    read(cache, store, 0, 400)
+    read_and_compare(cache, store, 0, 400)
     for number in range(5):
-        read(cache, store, 100 * number, 60)
+        read_and_compare(cache, store, 100 * number, 60)
         [path] = tmp_path.glob(f"*.{number:06d}.block")
         os.utime(path, (number, number))
     # This reads block 0 again, long after it was marked as read.
-    read(cache, store, 0, 60)
-    read(cache, store, 500, 60)
+    read_and_compare(cache, store, 0, 60)
+    read_and_compare(cache, store, 500, 60)
     found = {path.name.split(".")[-2] for path in tmp_path.glob("*.block")}
     assert "000000" in found
     assert "000005" in found
@@ -126,9 +128,9 @@ def test_the_blocks_read_least_recently_are_removed_and_the_limit_holds(tmp_path
 def test_a_cache_that_is_too_small_is_given_up_with_a_warning(tmp_path, caplog):
     cache, store = reader(tmp_path, max_bytes=300), Store()
     for offset in range(0, 900, 100):
-        read(cache, store, offset, 10)
+        read_and_compare(cache, store, offset, 10)
     for offset in range(50, 900, 100):
-        read(cache, store, offset, 10)
+        read_and_compare(cache, store, offset, 10)
     assert len([size for _, size in store.requests if size == 100]) < 9
     [record] = caplog.records
     assert (
@@ -145,7 +147,7 @@ def test_a_full_disk_costs_requests_and_not_the_run(tmp_path, monkeypatch, caplo
         patch.setattr(Path, at, fail)
         cache, store = reader(tmp_path / "cache"), Store()
         for offset in (0, 10, 20):
-            read(cache, store, offset, 10)
+            read_and_compare(cache, store, offset, 10)
     assert store.requests == [(0, 100), (10, 10), (20, 10)]
     [record] = caplog.records
     assert record.message.startswith(f"{tmp_path / 'cache'}: keeps no more blocks of shards")
@@ -154,13 +156,13 @@ def test_a_full_disk_costs_requests_and_not_the_run(tmp_path, monkeypatch, caplo
 
 def test_a_disk_that_is_nearly_full_is_left_to_others(tmp_path, monkeypatch, caplog):
     cache, store = reader(tmp_path), Store()
-    read(cache, store, 0, 10)
+    read_and_compare(cache, store, 0, 10)
     monkeypatch.setattr(blocks, "FREE_SHARE", 1.0)
-    read(cache, store, 100, 10)
+    read_and_compare(cache, store, 100, 10)
     assert kept_bytes(tmp_path) == 0
     assert not caplog.records
     monkeypatch.setattr(blocks, "FREE_SHARE", 0.0)
-    read(cache, store, 200, 10)
+    read_and_compare(cache, store, 200, 10)
     assert kept_bytes(tmp_path) == 100
 
 
@@ -178,7 +180,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 def test_a_block_is_fetched_once_by_all_who_want_it_unless_that_takes_too_long(tmp_path, monkeypatch):
     store = Store(delay_s=0.05)
-    threads = [threading.Thread(target=read, args=(reader(tmp_path), store, 10 * n, 10)) for n in range(8)]
+    threads = [threading.Thread(target=read_and_compare, args=(reader(tmp_path), store, 10 * n, 10)) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -192,11 +194,11 @@ def test_a_block_is_fetched_once_by_all_who_want_it_unless_that_takes_too_long(t
         assert answered.wait(60)
         return CONTENT[offset : offset + size]
 
-    slow = threading.Thread(target=read, args=(reader(tmp_path), fetch, 500, 10))
+    slow = threading.Thread(target=read_and_compare, args=(reader(tmp_path), fetch, 500, 10))
     slow.start()
     assert asked.wait(60)
     store = Store()
-    read(reader(tmp_path), store, 540, 10)
+    read_and_compare(reader(tmp_path), store, 540, 10)
     assert slow.is_alive()
     assert store.requests == [(540, 10)]
     answered.set()
