@@ -14,6 +14,7 @@ import torch
 from data_prep import train_tokenizer, write_shards
 from data_prep.sources.docstrings import docstrings
 from tests.helpers.runs import Corpus
+from tests.helpers.shared import make_once
 
 # A busy machine must not fail a property that holds, nor chance fail a change that did not cause it: examples are the
 # same in every run. Other examples: pytest --hypothesis-profile=random.
@@ -122,15 +123,16 @@ def texts() -> list[str]:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Corpus:
     """The documents as .jsonl, a tokenizer learnt from them, and token shards with a held-out part."""
-    folder = tmp_path_factory.mktemp("corpus")
-    jsonl = folder / "corpus.jsonl"
-    jsonl.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    tokenizer, tokens = folder / "tokenizer", folder / "tokens"
-    train_tokenizer.main([f"--source={jsonl}", f"--out={tokenizer}", f"--vocab_size={VOCAB_SIZE}"])
-    write_shards.main(
-        [f"--source={jsonl}", f"--tokenizer={tokenizer}", f"--out={tokens}", "--heldout=0.1", "--chunk_tokens=2048"]
-    )
-    return Corpus(jsonl, tokenizer, tokens, texts)
+
+    def write(folder: Path) -> None:
+        jsonl, tokenizer = folder / "corpus.jsonl", folder / "tokenizer"
+        jsonl.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        train_tokenizer.main([f"--source={jsonl}", f"--out={tokenizer}", f"--vocab_size={VOCAB_SIZE}"])
+        out = [f"--out={folder / 'tokens'}", "--heldout=0.1", "--chunk_tokens=2048"]
+        write_shards.main([f"--source={jsonl}", f"--tokenizer={tokenizer}", *out])
+
+    folder = make_once(tmp_path_factory, "corpus", write)
+    return Corpus(folder / "corpus.jsonl", folder / "tokenizer", folder / "tokens", texts)
 
 
 @pytest.fixture(autouse=True)

@@ -112,7 +112,8 @@ print("reloaded")
 
 
 def test_the_export_works_where_megabert_is_not_importable(exported, tmp_path):
-    done = run_command([sys.executable, "-c", RELOAD, str(exported), str(tmp_path / "again")])
+    command = [sys.executable, "tests/helpers/scripts/run_code.py", RELOAD, str(exported), str(tmp_path / "again")]
+    done = run_command(command, preload="transformers", HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert done.code == 0, done.output
     assert "reloaded" in done.output
 

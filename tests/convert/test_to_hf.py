@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.model.attention import PLANNERS
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
-from tests.helpers.runs import REPOSITORY, run_command
+from tests.helpers.runs import run_command
 
 
 def test_every_parameter_is_exported_and_the_check_passes(run, exported):
@@ -44,9 +43,10 @@ def test_the_model_card_has_the_runs_numbers(run, exported):
 
 @pytest.mark.usefixtures("skipped_checks")
 def test_a_checkpoint_is_found_from_within_its_folder_while_its_run_is_writing(run, exported, tmp_path, monkeypatch):
-    with open(run / "metrics.jsonl", "a") as file:
+    copy = shutil.copytree(run, tmp_path / "copy" / run.name)
+    with open(copy / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')
-    monkeypatch.chdir(run / "checkpoints")
+    monkeypatch.chdir(copy / "checkpoints")
     to_hf.export_checkpoint(Path("."), tmp_path / "hf")
     assert (tmp_path / "hf/README.md").read_text() == (exported / "README.md").read_text()
 
@@ -70,7 +70,7 @@ def test_bert_becomes_transformers_own(bert):
 def test_a_user_of_transformers_can_do_everything(exported, tmp_path, flags):
     """check_transformers_versions.sh does this and more with several versions, also for transformers' own BERT."""
     command = [sys.executable, "tests/convert/helpers/use_folder.py", str(exported), "--scratch", str(tmp_path), *flags]
-    done = run_command(command, HF_MODULES_CACHE=str(tmp_path / "modules"), PYTHONPATH=str(REPOSITORY))
+    done = run_command(command, preload="transformers", HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert done.code == 0, done.output
     results = json.loads(done.output.strip().splitlines()[-1])
     assert results["pipelines"][0] == 5
@@ -91,9 +91,10 @@ for registration in ("import megabert; megabert.register_auto_classes()", "impor
 
 
 def test_auto_classes_are_registered_by_a_call_or_by_importing_the_model(exported):
-    command = [sys.executable, "-c", REGISTER, str(exported)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    assert done.stdout.splitlines() == ["megabert.model.configuration_megabert"] * 2, done.stderr
+    command = [sys.executable, "tests/helpers/scripts/run_code.py", REGISTER, str(exported)]
+    done = run_command(command, preload="transformers")
+    assert done.code == 0, done.output
+    assert done.output.splitlines() == ["megabert.model.configuration_megabert"] * 2, done.output
 
 
 def test_an_unknown_attention_implementation_is_named(monkeypatch):

@@ -45,14 +45,16 @@ class Finished(NamedTuple):
     output: str
 
 
-def run_command(command: list[str], timeout_s: float = 300, **environment: str) -> Finished:
+def run_command(
+    command: list[str], timeout_s: float = 300, preload: warm.Preload = "megabert", **environment: str
+) -> Finished:
     """Run a command from the repository's root; its output is stdout and stderr together."""
     env = (
         os.environ
         | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         | environment
     )
-    process = warm.popen(command, env)
+    process = warm.popen(command, env, preload=preload)
     try:
         output = process.communicate(timeout=timeout_s)[0]
         return Finished(process.wait(), output)

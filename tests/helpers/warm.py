@@ -1,4 +1,4 @@
-"""Start Python scripts of the project without waiting for torch and DeepSpeed to load: warm_server.py forks them.
+"""Start Python scripts without waiting for torch, DeepSpeed or transformers to load: warm_server.py forks them.
 
 A script gets a process, session, environment, folder, files and signals of its own, as with subprocess.
 """
@@ -15,10 +15,13 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import IO
+from types import SimpleNamespace
+from typing import IO, Literal
 
 SERVER = Path(__file__).with_name("warm_server.py")
 REPOSITORY = Path(__file__).resolve().parents[2]
+# What a script is forked from: a process that has loaded megabert and DeepSpeed, or transformers without megabert.
+Preload = Literal["megabert", "transformers"]
 # What must be known before Python, torch or DeepSpeed is loaded: scripts with another value are started cold.
 READ_AT_START = ("PYTHONPATH", "PYTHONSTARTUP", "LD_PRELOAD", "DS_ACCELERATOR", "MALLOC_CONF", "CUDA_VISIBLE_DEVICES")
 AT_START = dict(os.environ)
@@ -39,14 +42,21 @@ SCRIPTS = (
 
 
 class WarmProcess:
-    """The part of subprocess.Popen that tests use. output: the descriptor that the script writes to."""
+    """The part of subprocess.Popen that tests use. outputs: the descriptors of stdout and stderr."""
 
-    def __init__(self, argv: list[str], env: dict[str, str], output: int):
+    def __init__(
+        self,
+        argv: list[str],
+        env: dict[str, str],
+        outputs: tuple[int, int],
+        preload: Preload = "megabert",
+        cwd: Path = REPOSITORY,
+    ):
         self.args, self.returncode = argv, None
         with open(os.devnull, "rb") as nothing:
-            connection = _connect()
-            request = json.dumps({"argv": argv, "env": env, "cwd": str(REPOSITORY)}).encode()
-            socket.send_fds(connection, [request], [nothing.fileno(), output, output])
+            connection = _connect(preload)
+            request = json.dumps({"argv": argv, "env": env, "cwd": str(cwd)}).encode()
+            socket.send_fds(connection, [request], [nothing.fileno(), *outputs])
         self.pid = int(connection.recv(64))
         self._done = threading.Event()
         self._connection = connection
@@ -96,19 +106,24 @@ class WarmProcess:
 Process = WarmProcess | subprocess.Popen[str]
 
 
-def popen(command: list[str], env: dict[str, str], output: Path | None = None) -> Process:
-    """Start a command from the repository's root, warm if it is one of SCRIPTS.
+def popen(
+    command: list[str], env: dict[str, str], output: Path | None = None, preload: Preload = "megabert"
+) -> Process:
+    """Start a command from the repository's root, warm if it is one of SCRIPTS or needs transformers.
 
     output: the file for what it prints, stdout and stderr; without one it is a pipe, the result's .stdout.
     """
     script = command[1].removeprefix(f"{REPOSITORY}/") if len(command) > 1 else ""
     same = all(env.get(name) == AT_START.get(name, _default(name)) for name in READ_AT_START)
-    cold = command[0] != sys.executable or script not in SCRIPTS or not same
+    known = script in SCRIPTS or preload == "transformers"
+    cold = command[0] != sys.executable or not known or not same
     reading, writing = (
         os.pipe() if output is None else (None, os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666))
     )
     try:
-        process = _popen_cold(command, env, writing) if cold else WarmProcess(command[1:], env, writing)
+        process = (
+            _popen_cold(command, env, writing) if cold else WarmProcess(command[1:], env, (writing, writing), preload)
+        )
     finally:
         os.close(writing)
     if reading is not None:
@@ -127,21 +142,40 @@ def _default(name: str) -> str | None:
     return "cpu" if name == "DS_ACCELERATOR" else None
 
 
-def _connect() -> socket.socket:
+def run_check(command: list[str], cwd: str, env: dict[str, str], **_) -> "subprocess.CompletedProcess[str]":
+    """Run `python -P SCRIPT ...` as subprocess.run with capture_output does, from transformers without megabert."""
+    python, isolated, *argv = command
+    assert (python, isolated) == (sys.executable, "-P")
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = WarmProcess(argv, env, (stdout.fileno(), stderr.fileno()), "transformers", Path(cwd))
+        code = process.wait()
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(command, code, stdout.read(), stderr.read())
+
+
+# In the place of the module subprocess in export_check, it forks the process of every check.
+CHECKS = SimpleNamespace(run=run_check)
+
+
+def _connect(preload: Preload) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.connect(_server())
+    connection.connect(_server(preload))
     return connection
 
 
 @functools.cache
-def _server() -> str:
+def _server(preload: Preload) -> str:
     """Start the server once per test process; returns its socket when it listens."""
     # A socket's path may have 107 bytes.
     folder = tempfile.mkdtemp(prefix="mb-")
     path = os.path.join(folder, "s")
     paths = [str(REPOSITORY), AT_START.get("PYTHONPATH", "")]
     env = AT_START | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": ":".join(filter(None, paths))}
-    process = subprocess.Popen([sys.executable, str(SERVER), path], cwd=REPOSITORY, env=env, stdin=subprocess.PIPE)
+    if preload == "transformers":
+        env["HF_HUB_OFFLINE"] = "1"
+    command = [sys.executable, str(SERVER), path, preload]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdin=subprocess.PIPE)
     atexit.register(process.kill)
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:

@@ -1,6 +1,8 @@
-"""Fork a process for each script that tests start, from one process that has imported torch and DeepSpeed.
+"""Fork a process for each script that tests start, from one process that has imported what the scripts import.
 
-python tests/helpers/warm_server.py SOCKET    listens there until the process that started it ends
+python tests/helpers/warm_server.py SOCKET PRELOAD    listens there until the process that started it ends
+
+PRELOAD is a name of PRELOADS: what is imported.
 
 A request is one message of JSON, {"argv", "env", "cwd"}, with three file descriptors: the script's stdin, stdout and
 stderr. The answers are messages on the same connection: the process id, and later the return code, as in subprocess.
@@ -24,7 +26,7 @@ from typing import Any
 MAX_REQUEST = 1 << 20
 
 
-def preload() -> None:
+def preload_megabert() -> None:
     """Import what training, fine-tuning and conversion import. None of it starts threads or sets a device up."""
     import megabert.convert.deepspeed_checkpoint
     import megabert.convert.from_hf
@@ -38,6 +40,21 @@ def preload() -> None:
     # Every start compiles and links a small program, to see which operations could be built.
     deepspeed_compat.skip_shm_comm_build()
 
+
+def preload_transformers() -> None:
+    """Import what a user of an exported folder imports; nothing of megabert."""
+    import transformers.pipelines
+    import transformers.trainer  # noqa: F401
+
+    for model in ("bert", "modernbert"):
+        importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    assert not any(name.startswith("megabert.") for name in sys.modules)
+
+
+PRELOADS = {"megabert": preload_megabert, "transformers": preload_transformers}
+
+
+def prepare_to_fork() -> None:
     # The garbage collector of a forked process need not visit, and copy, all these objects.
     gc.collect()
     gc.freeze()
@@ -99,9 +116,13 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
     os.chdir(request["cwd"])
     import torch
 
-    # torch has read this variable when it was imported.
+    # torch has read the first variable when it was imported, and transformers the second.
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if "HF_MODULES_CACHE" in os.environ:
+        for module in [module for name, module in sys.modules.items() if name.startswith("transformers.")]:
+            if "HF_MODULES_CACHE" in vars(module):
+                module.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"]  # type: ignore[attr-defined]
     sys.argv = request["argv"]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     code: Any = 0
@@ -121,5 +142,6 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    preload()
+    PRELOADS[sys.argv[2]]()
+    prepare_to_fork()
     serve(sys.argv[1])

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,10 @@ from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.folders import edit_json
 from tests.convert.helpers.small_model import small_model
 from tests.convert.helpers.wordpiece import SPECIALS, wordpiece
+from tests.helpers import warm
 from tests.model.helpers.architectures import ARCHITECTURES
+
+RUN_CODE = warm.REPOSITORY / "tests/helpers/scripts/run_code.py"
 
 
 def edit_tensors(change: Callable[[dict], dict]) -> Callable[[Path], object]:
@@ -61,7 +63,6 @@ DAMAGES = {
 
 
 def test_every_kind_of_damage_fails_the_check(exported, tmp_path):
-    """All folders are checked in one process, because most of the time goes into loading torch and transformers."""
     for name, (file, damage, _) in DAMAGES.items():
         damage(shutil.copytree(exported, tmp_path / name) / file)
     messages = check_folders([tmp_path / name for name in DAMAGES], tmp_path)
@@ -69,22 +70,24 @@ def test_every_kind_of_damage_fails_the_check(exported, tmp_path):
         assert re.search(expected, message)
 
 
-def check_folders(folders: list[Path], scratch: Path) -> list[str]:
-    """Check folders in a process without megabert. Returns what it says of each."""
-    code = f"""
+CHECK_SEVERAL = """
 import runpy, sys
 from pathlib import Path
-check = runpy.run_path({str(export_check.SUBPROCESS_SCRIPT)!r})["main"]
-for folder in sys.argv[1:]:
+check = runpy.run_path(sys.argv[1])["main"]
+for folder in sys.argv[2:]:
     try:
         check(Path(folder))
         print("passed")
     except SystemExit as end:
         print(end.code)
 """
-    environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", "-c", code, *map(str, folders)]
-    done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=True)
+
+
+def check_folders(folders: list[Path], scratch: Path) -> list[str]:
+    """Check folders in a process without megabert. Returns what it says of each."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules")}
+    words = [RUN_CODE, CHECK_SEVERAL, export_check.SUBPROCESS_SCRIPT, *folders]
+    done = warm.run_check([sys.executable, "-P", *map(str, words)], scratch, environment)
     messages = done.stdout.splitlines()
     assert len(messages) == len(folders), done.stderr
     return messages

@@ -15,6 +15,7 @@ from megabert.convert.targets.target import ExportedFolder
 from megabert.files.checkpoint_format import files_of
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
+from tests.helpers.shared import make_once
 from tests.model.helpers.architectures import ARCHITECTURES
 
 TARGETS = ("onnx", "onnx-int8", "jina")
@@ -24,19 +25,24 @@ OWN = {"onnx": ("onnx/model.onnx", "onnx/model_mlm"), "onnx-int8": ("onnx/model_
 
 @pytest.fixture(scope="session")
 def checkpoint(corpus, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("targets") / "run"
-    write_checkpoint(run, small_model(), corpus.tokenizer)
-    return run
+    folder = make_once(
+        tmp_path_factory, "targets", lambda folder: write_checkpoint(folder / "run", small_model(), corpus.tokenizer)
+    )
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")
-def served(checkpoint) -> Path:
+def served(checkpoint, tmp_path_factory) -> Path:
     """An export with targets, without the check in another process. A test that changes it must copy it first."""
-    out = checkpoint.parent / "hf"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_check, "run_in_subprocess", lambda folder: {"max_difference": 0.0, "transformers": "0"})
-        to_hf.export_checkpoint(checkpoint, out, to_hf.ExportOptions(targets=TARGETS))
-    return out
+
+    def export(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                export_check, "run_in_subprocess", lambda folder: {"max_difference": 0.0, "transformers": "0"}
+            )
+            to_hf.export_checkpoint(checkpoint, folder / "hf", to_hf.ExportOptions(targets=TARGETS))
+
+    return make_once(tmp_path_factory, "served", export) / "hf"
 
 
 @pytest.fixture(scope="session")

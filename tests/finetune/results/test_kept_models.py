@@ -18,6 +18,13 @@ from megabert.finetune.tasks.readers import read_split
 from megabert.finetune.tasks.task import GLUE, read_task
 from megabert.finetune.training import Backend, build_model, encode
 from tests.finetune.conftest import PROTOCOL, SHAPE, WORDS
+from tests.helpers import warm
+
+
+@pytest.fixture(autouse=True)
+def warm_checks(monkeypatch) -> None:
+    monkeypatch.setattr(export_check, "subprocess", warm.CHECKS)
+
 
 OWN = """
 name: own
@@ -91,8 +98,6 @@ def test_the_best_pair_classifier_is_transformers_own_and_scores_the_same(
     # A folder of which a file was changed is written again, from the best job, which trains to the same weights.
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-4] + b"\1\2\3\4")
-    # The check of the folder has passed twice, and takes seconds.
-    monkeypatch.setattr(export_check, "run_in_subprocess", lambda folder: {"max_difference": 0.0, "transformers": "0"})
     assert run_finetuning(options) == 0
     assert (folder / "model.safetensors").read_bytes() == content
     assert results_of(out)[best]["scores"] == results[best]["scores"]
@@ -106,10 +111,7 @@ NATIVE = {
 
 
 @pytest.mark.parametrize("kind", ["ModernBert", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in NATIVE)])
-def test_a_classifier_of_another_architecture_is_transformers_own(
-    kind, options_for, in_process, own, tmp_path, monkeypatch, request
-):
-    """In the nightly run a process of its own checks the folder, too."""
+def test_a_classifier_of_another_architecture_is_transformers_own(kind, options_for, in_process, own, tmp_path):
     sizes = {"vocab_size": len(WORDS), "max_position_embeddings": 64, "pad_token_id": 0} | SHAPE
     if kind == "DistilBert":
         del sizes["intermediate_size"]
@@ -120,9 +122,6 @@ def test_a_classifier_of_another_architecture_is_transformers_own(
     (tmp_path / "tiny.yaml").write_text(
         "settings: {lr: 1.0e-2, epochs: 4, batch_size: 8, max_seq_len: 32, precision: fp32}"
     )
-    if request.node.get_closest_marker("nightly") is None:
-        passed = {"max_difference": 0.0, "transformers": "0"}
-        monkeypatch.setattr(export_check, "run_in_subprocess", lambda folder: passed)
     out = tmp_path / "out"
     assert run_finetuning(options_for(keep_models=True, checkpoint=str(tmp_path / "start"), **own)) == 0
     folder = out / "models/own"
