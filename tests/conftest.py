@@ -28,13 +28,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 VOCAB_SIZE = 800
 
-# Marks of tests that make a cluster on this machine, as root, with these programs.
-CLUSTER = {"slurm": ["slurmctld", "slurmd", "sbatch", "munged"], "namespaces": ["ip"]}
-
-
-# Marks of tests of data_prep that use packages of other projects.
-PREPARATION = {"foreign_tokens": "megatron streaming datatrove", "ray": "ray", "datatrove": "datatrove nltk spacy"}
-
 # Where the tests start whole runs. They go first, so that no core waits for the last of them.
 SLOW = (
     "test_end_to_end.py",
@@ -53,10 +46,48 @@ SLOW = (
 )
 
 
-def has_transformers_js() -> bool:
+def reasons_to_skip() -> dict[str, str]:
+    """For each mark whose tests cannot run on this machine: why not."""
     from megabert.convert.targets.transformers_js import find_node
 
-    return find_node() is not None
+    def lacks(*packages: str) -> bool:
+        return not all(find_spec(name) for name in packages)
+
+    reasons = {}
+    for mark, programs in {"slurm": ["slurmctld", "slurmd", "sbatch", "munged"], "namespaces": ["ip"]}.items():
+        missing = [name for name in programs if shutil.which(name) is None]
+        if missing or os.geteuid():
+            reasons[mark] = f"needs {', '.join(missing) or 'root'}: see tests/cluster/README.md"
+    if lacks("triton"):
+        reasons["triton"] = "needs Triton: bash launch/install.sh dev,kernels"
+    if shutil.which("g++") is None:
+        reasons["compiler"] = "needs a C++ compiler: apt-get install g++"
+    if lacks("peft"):
+        reasons["peft"] = "needs peft: pip install peft"
+    if lacks("torchao"):
+        reasons["fp8"] = "needs torchao: pip install '.[fp8]'"
+    # Packages of other projects that prepare text.
+    for mark, packages in {
+        "foreign_tokens": "megatron streaming datatrove",
+        "ray": "ray",
+        "datatrove": "datatrove nltk spacy",
+    }.items():
+        if lacks(*packages.split()):
+            reasons[mark] = f"needs {packages}: see data_prep/README.md"
+    if missing := [name for name in ("gguf", "sentence_transformers") if lacks(name)]:
+        reasons["serving"] = f"needs {', '.join(missing)}: pip install '.[serving]'"
+    if lacks("llama_cpp"):
+        reasons["llama_cpp"] = "needs llama-cpp-python: pip install '.[serving]'"
+    if find_node() is None:
+        reasons["node"] = "needs Node.js and npm install @huggingface/transformers, NODE_PATH"
+    if shutil.which("chromium") is None or lacks("playwright"):
+        reasons["browser"] = "needs Chromium and playwright: apt-get install chromium; pip install playwright"
+    if "MOSAIC_REFERENCE" not in os.environ:
+        reasons["mosaic"] = "needs MOSAIC_REFERENCE: see tests/convert/published/test_mosaic_reference.py"
+    for mark, count in {"gpu": 1, "multi_gpu": 2}.items():
+        if torch.cuda.device_count() < count:
+            reasons[mark] = f"needs {count} GPU, this machine has {torch.cuda.device_count()}"
+    return reasons
 
 
 def pytest_configure() -> None:
@@ -66,46 +97,11 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not str(item.path.relative_to(Path(__file__).parent)).startswith(SLOW))
-    needs = {"gpu": 1, "multi_gpu": 2}
+    reasons = reasons_to_skip()
     for item in items:
-        for mark, programs in CLUSTER.items():
-            missing = [name for name in programs if shutil.which(name) is None]
-            if item.get_closest_marker(mark) and (missing or os.geteuid()):
-                reason = f"needs {', '.join(missing) or 'root'}: see tests/cluster/README.md"
-                item.add_marker(pytest.mark.skip(reason=reason))
-        if item.get_closest_marker("triton") and find_spec("triton") is None:
-            item.add_marker(pytest.mark.skip(reason="needs Triton: bash launch/install.sh dev,kernels"))
-        if item.get_closest_marker("compiler") and shutil.which("g++") is None:
-            item.add_marker(pytest.mark.skip(reason="needs a C++ compiler: apt-get install g++"))
-        if item.get_closest_marker("peft") and find_spec("peft") is None:
-            item.add_marker(pytest.mark.skip(reason="needs peft: pip install peft"))
-        if item.get_closest_marker("fp8") and find_spec("torchao") is None:
-            item.add_marker(pytest.mark.skip(reason="needs torchao: pip install '.[fp8]'"))
-        for mark, packages in PREPARATION.items():
-            if item.get_closest_marker(mark) and not all(find_spec(name) for name in packages.split()):
-                item.add_marker(pytest.mark.skip(reason=f"needs {packages}: see data_prep/README.md"))
-        if item.get_closest_marker("serving"):
-            missing = [name for name in ("gguf", "sentence_transformers") if find_spec(name) is None]
-            if missing:
-                item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}: pip install '.[serving]'"))
-        if item.get_closest_marker("llama_cpp") and find_spec("llama_cpp") is None:
-            item.add_marker(pytest.mark.skip(reason="needs llama-cpp-python: pip install '.[serving]'"))
-        if item.get_closest_marker("node") and not has_transformers_js():
-            item.add_marker(
-                pytest.mark.skip(reason="needs Node.js and npm install @huggingface/transformers, NODE_PATH")
-            )
-        if item.get_closest_marker("browser") and not (shutil.which("chromium") and find_spec("playwright")):
-            reason = "needs Chromium and playwright: apt-get install chromium; pip install playwright"
-            item.add_marker(pytest.mark.skip(reason=reason))
-        if item.get_closest_marker("mosaic") and "MOSAIC_REFERENCE" not in os.environ:
-            item.add_marker(
-                pytest.mark.skip(reason="needs MOSAIC_REFERENCE: see tests/convert/published/test_mosaic_reference.py")
-            )
-        for mark, count in needs.items():
-            if item.get_closest_marker(mark) and torch.cuda.device_count() < count:
-                item.add_marker(
-                    pytest.mark.skip(reason=f"needs {count} GPU, this machine has {torch.cuda.device_count()}")
-                )
+        for mark in list(item.iter_markers()):
+            if mark.name in reasons:
+                item.add_marker(pytest.mark.skip(reason=reasons[mark.name]))
 
 
 @pytest.fixture(scope="session")
