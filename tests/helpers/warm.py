@@ -3,7 +3,7 @@
 A script gets a process, session, environment, folder, files and signals of its own, as with subprocess.
 """
 
-import atexit
+import contextlib
 import functools
 import json
 import os
@@ -17,6 +17,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Literal
+
+import filelock
+
+from tests.helpers.warm_server import STAY
 
 SERVER = Path(__file__).with_name("warm_server.py")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -166,22 +170,38 @@ def _connect(preload: Preload) -> socket.socket:
 
 @functools.cache
 def _server(preload: Preload) -> str:
-    """Start the server once per test process; returns its socket when it listens."""
+    """Start the server once per test run; returns its socket when it listens."""
     # A socket's path may have 107 bytes.
-    folder = tempfile.mkdtemp(prefix="mb-")
-    path = os.path.join(folder, "s")
-    paths = [str(REPOSITORY), AT_START.get("PYTHONPATH", "")]
-    env = AT_START | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": ":".join(filter(None, paths))}
-    if preload == "transformers":
-        env["HF_HUB_OFFLINE"] = "1"
-    command = [sys.executable, str(SERVER), path, preload]
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdin=subprocess.PIPE)
-    atexit.register(process.kill)
-    while True:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-            try:
-                probe.connect(path)
-                return path
-            except (FileNotFoundError, ConnectionRefusedError):
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    path = os.path.join(tempfile.gettempdir(), f"mb-{run}-{preload[0]}")
+    with filelock.FileLock(f"{path}.lock"):
+        if not _become_user(path):
+            paths = [str(REPOSITORY), AT_START.get("PYTHONPATH", "")]
+            env = AT_START | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": ":".join(filter(None, paths))}
+            if preload == "transformers":
+                env["HF_HUB_OFFLINE"] = "1"
+            Path(path).unlink(missing_ok=True)
+            command = [sys.executable, str(SERVER), path, preload]
+            process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdin=subprocess.PIPE, start_new_session=True)
+            USED.append(process)
+            while not _become_user(path):
                 assert process.poll() is None, "the warm server ended"
                 time.sleep(0.05)
+    return path
+
+
+# What keeps the servers running, until this process ends.
+USED: list[object] = []
+
+
+def _become_user(path: str) -> bool:
+    """Open a connection for which the server stays. False if there is no server."""
+    user = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.suppress(FileNotFoundError, ConnectionError):
+        user.connect(path)
+        user.send(STAY)
+        if user.recv(64) == STAY:
+            USED.append(user)
+            return True
+    user.close()
+    return False

@@ -1,8 +1,9 @@
 """Fork a process for each script that tests start, from one process that has imported what the scripts import.
 
-python tests/helpers/warm_server.py SOCKET PRELOAD    listens there until the process that started it ends
+python tests/helpers/warm_server.py SOCKET PRELOAD
 
-PRELOAD is a name of PRELOADS: what is imported.
+PRELOAD is a name of PRELOADS: what is imported. The server ends with the last of its users: the process at the other
+end of its stdin, and those that have sent STAY and keep their connection.
 
 A request is one message of JSON, {"argv", "env", "cwd"}, with three file descriptors: the script's stdin, stdout and
 stderr. The answers are messages on the same connection: the process id, and later the return code, as in subprocess.
@@ -24,6 +25,7 @@ from typing import Any
 
 # Bytes.
 MAX_REQUEST = 1 << 20
+STAY = b"stay"
 
 
 def preload_megabert() -> None:
@@ -62,36 +64,48 @@ def prepare_to_fork() -> None:
 
 
 def serve(path: str) -> None:
-    """Answer requests until stdin ends. One thread does everything: a fork copies the locks that other threads hold."""
+    """Answer requests until no user is left. One thread does everything: a fork copies the locks that others hold."""
+    users: set[Any] = {0}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server, selectors.DefaultSelector() as selector:
         server.bind(path)
         server.listen(64)
         selector.register(0, selectors.EVENT_READ)
         selector.register(server, selectors.EVENT_READ)
-        while True:
+        while users:
             for key, _ in selector.select():
-                if key.fd == 0:
-                    return
-                if key.fileobj is server:
-                    start(server.accept()[0], server, selector)
+                if key.fileobj in users:
+                    selector.unregister(key.fileobj)
+                    users.remove(key.fileobj)
+                elif key.fileobj is server:
+                    connection = server.accept()[0]
+                    data, descriptors, _, _ = socket.recv_fds(connection, MAX_REQUEST, 3)
+                    if data == STAY:
+                        users.add(connection)
+                        selector.register(connection, selectors.EVENT_READ)
+                        connection.send(STAY)
+                    elif data:
+                        start(json.loads(data), descriptors, connection, server, selector)
                 else:
                     selector.unregister(key.fd)
                     os.close(key.fd)
                     report_end(*key.data)
+        os.unlink(path)
 
 
-def start(connection: socket.socket, server: socket.socket, selector: selectors.BaseSelector) -> None:
+def start(
+    request: dict[str, Any],
+    descriptors: list[int],
+    connection: socket.socket,
+    server: socket.socket,
+    selector: selectors.BaseSelector,
+) -> None:
     """Fork a process for the request on this connection."""
-    data, descriptors, _, _ = socket.recv_fds(connection, MAX_REQUEST, 3)
-    if not data:
-        connection.close()
-        return
     pid = os.fork()
     if pid == 0:
         selector.close()
         server.close()
         connection.close()
-        become(json.loads(data), descriptors)
+        become(request, descriptors)
     for descriptor in descriptors:
         os.close(descriptor)
     connection.send(str(pid).encode())
