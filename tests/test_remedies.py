@@ -114,9 +114,9 @@ def strings_of(path: Path) -> Iterator[Text]:
             yield Text(f"{path.relative_to(REPOSITORY)}:{node.lineno}", text)
 
 
-def texts_of_code(folder: str) -> Iterator[Text]:
-    for path in sorted((REPOSITORY / folder).rglob("*.py")):
-        yield from strings_of(path)
+@cache
+def texts_of_code(folder: str) -> list[Text]:
+    return [text for path in sorted((REPOSITORY / folder).rglob("*.py")) for text in strings_of(path)]
 
 
 def all_texts() -> Iterator[Text]:
@@ -141,14 +141,17 @@ def module_of(path: Path) -> ModuleType:
     return module
 
 
-def parsers_of(path: Path) -> list[argparse.ArgumentParser]:
-    """Return the parsers of a script: run it up to the point where it parses, once for each kind of command."""
+def parsers_of(path: Path, kinds: int = 2) -> list[argparse.ArgumentParser]:
+    """Return the parsers of a script: run it up to the point where it parses, once for each kind of command.
+
+    kinds: how many of them, the first ones.
+    """
     imported = re.search(r"^ +from (megabert\.commands\.\w+) import command$", path.read_text(), re.MULTILINE)
     module = importlib.import_module(imported[1]) if imported else module_of(path)
     start = getattr(module, "command", None) or module.main
     found = []
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    for argv in (["command"], ["command", "--verify-only=folder"]):
+    for argv in [["command"], ["command", "--verify-only=folder"]][:kinds]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", argv)
             patch.setattr(sys, "excepthook", raise_again)
@@ -262,7 +265,7 @@ def accepts(command: str, parser: argparse.ArgumentParser, arguments: list[str])
         if isinstance(parser, RecipeParser):
             # A new parser: the defaults of this one are those of the recipe that it read last.
             script = "estimate.py" if command == "estimate.py" else "pretrain.py"
-            parsers_of(REPOSITORY / "launch" / script)[0].read(arguments)
+            parsers_of(REPOSITORY / "launch" / script, kinds=1)[0].read(arguments)
         else:
             parser.parse_args(arguments)
     except SystemExit:

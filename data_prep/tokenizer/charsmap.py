@@ -1,7 +1,6 @@
 """Read the normalization rules of a sentencepiece model, and plan which normalizer applies each of them."""
 
 import struct
-import sys
 import unicodedata
 from collections.abc import Iterable
 from functools import cache, cached_property, lru_cache
@@ -14,6 +13,8 @@ LEAF = 1 << 8
 NODES_AT_ONCE = 1 << 14
 HANGUL_FIRSTS = (*range(0x1100, 0x1113), *range(0xAC00, 0xD7A4, 28))
 HANGUL_SECONDS = (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))
+# The other planes of Unicode have only Chinese characters, private and reserved ones: no marks, no decompositions.
+PLANES = (*range(0x30000), *range(0xE0000, 0xF0000))
 
 
 class CharsMap:
@@ -83,6 +84,7 @@ class RuleGroups:
         # Sorted, as whatever is written: sets of strings have another order in every process.
         marks_with_rules = sorted(seconds & marks & self.rules.keys())
         self.late = {c: self.rules[c] for c in marks_with_rules if self.rules[c][:1] not in marks}
+        self._single = {ord(c): text for c, text in self.rules.items() if len(c) == 1 and c not in self.late}
         changed = self._changed_by_nfc()
         self.composed = self._find_composed(longer) if len(changed) < len(longer) else frozenset()
         self.replaced = {key: self.rules[key] for key in longer if key not in self.composed}
@@ -94,7 +96,7 @@ class RuleGroups:
 
     def map_each(self, text: str) -> str:
         """Apply the rules for one character that come before NFC."""
-        return "".join(c if c in self.late else self.rules.get(c, c) for c in text)
+        return text.translate(self._single)
 
     def is_mark(self, character: str) -> bool:
         """Return whether NFC may move the result of a character, or join it with the one before."""
@@ -136,12 +138,12 @@ def composing_characters() -> tuple[frozenset[str], frozenset[str]]:
     pairs = [parts for parts in canonical_decompositions().values() if len(parts) == 2]
     before = {first for first, _ in pairs} | set(map(chr, HANGUL_FIRSTS))
     after = {second for _, second in pairs} | set(map(chr, HANGUL_SECONDS))
-    after |= {c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.combining(c)}
+    after |= {c for c in map(chr, PLANES) if unicodedata.combining(c)}
     return frozenset(before), frozenset(after)
 
 
 @cache
 def canonical_decompositions() -> dict[str, tuple[str, ...]]:
     """Map each character, except Hangul syllables, to the one or two that it is canonically equivalent to."""
-    found = ((chr(c), unicodedata.decomposition(chr(c))) for c in range(sys.maxunicode + 1))
+    found = ((chr(c), unicodedata.decomposition(chr(c))) for c in PLANES)
     return {c: tuple(chr(int(part, 16)) for part in parts.split()) for c, parts in found if parts and parts[0] != "<"}

@@ -11,7 +11,6 @@ an "e" of "E" + U+0301. Here it sees single characters only, and NFC composes wh
     # removed               U+00E9          q     U+0301
 """
 
-import sys
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
@@ -20,7 +19,7 @@ from typing import Any
 
 from tokenizers import Regex, normalizers
 
-from data_prep.tokenizer.charsmap import RuleGroups, canonical_decompositions, composing_characters, group_rules
+from data_prep.tokenizer.charsmap import PLANES, RuleGroups, canonical_decompositions, composing_characters, group_rules
 
 # Reserved characters that no text contains and that are graphemes of their own. Two of them stand together, so that one
 # in a text is kept.
@@ -130,7 +129,7 @@ def _separator_pattern(by_step: RuleGroups) -> str:
 
 @cache
 def _joining_characters() -> frozenset[str]:
-    marks = {c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "M"}
+    marks = {c for c in map(chr, PLANES) if unicodedata.category(c)[0] == "M"}
     newer = {chr(c) for first, last in NEWER_MARKS for c in range(first, last + 1)}
     return frozenset(marks | newer | set(map(chr, JOINING)))
 

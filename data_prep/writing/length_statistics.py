@@ -58,7 +58,7 @@ def plot(statistics: dict[str, Any]) -> bytes:
     upper, lower = figure.subplots(2, sharex=True)
     for axes, name, color in ((upper, "documents", "tab:blue"), (lower, "tokens", "tab:orange")):
         counts = np.array(histogram[name])
-        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=color)
+        axes.stairs(counts, edges, fill=True, color=color)
         axes.set_ylabel("documents" if name == "documents" else f"{unit} in them")
         for cap in CAPS if unit == "tokens" else ():
             axes.axvline(cap, color="gray", linestyle=":")

@@ -21,13 +21,18 @@ def test_every_number_has_limits():
             assert LIMITS.fullmatch(ALL_LIMITS[name]), name
 
 
+@pytest.fixture(scope="module")
+def parser() -> RecipeParser:
+    return RecipeParser("pretrain")
+
+
 @pytest.mark.parametrize("name", sorted(ALL_LIMITS))
-def test_a_number_outside_the_limits_is_one_line(capsys, name):
+def test_a_number_outside_the_limits_is_one_line(capsys, parser, name):
     for value in (-1, -0.001, 1e300, math.nan, math.inf, 10**21):
         with pytest.raises(ValueError, match="expected a number in"):
             check_range(name, value, ALL_LIMITS[name])
     with pytest.raises(SystemExit) as exit:
-        RecipeParser("pretrain").read([f"--{name}={10**21}"])
+        parser.read([f"--{name}={10**21}"])
     assert exit.value.code == 2
     printed = capsys.readouterr().err
     assert name in printed

@@ -70,10 +70,14 @@ def finish(command: list[str], out: Path, expected: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "whole_group",
-    [pytest.param(True, marks=pytest.mark.nightly, id="all processes"), pytest.param(False, id="the command alone")],
+    ("whole_group", "moments"),
+    [
+        pytest.param(False, 2, id="the command alone"),
+        pytest.param(False, 4, marks=pytest.mark.nightly, id="the command alone, more often"),
+        pytest.param(True, 4, marks=pytest.mark.nightly, id="all processes"),
+    ],
 )
-def test_killed_at_any_moment_the_same_command_writes_the_same_bytes(command, tmp_path, corpus, whole_group):
+def test_killed_at_any_moment_the_same_command_writes_the_same_bytes(command, tmp_path, corpus, whole_group, moments):
     """Kill in the first pass, at the beginning and the middle of the second, then at random moments."""
     out = tmp_path / "out"
 
@@ -91,7 +95,7 @@ def test_killed_at_any_moment_the_same_command_writes_the_same_bytes(command, tm
     ):
         kill(start_until(command, out, pattern, count))
     rng = random.Random(17)
-    for _ in range(4):
+    for _ in range(moments):
         process = start(command)
         time.sleep(rng.uniform(0.3, 1.5))
         kill(process)

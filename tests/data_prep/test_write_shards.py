@@ -18,6 +18,7 @@ from data_prep.writing import sorted_runs
 from megabert.data.shards.manifest import read_manifest
 from megabert.data.shards.sample_format import decode_text, read_sample
 from megabert.data.shards.source import open_source
+from tests.kernels.helpers.cases import cases
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -204,19 +205,25 @@ def change(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("replace", [[], ["--replace", "true"]])
+DAMAGE = [
+    ("train-00003.tar", Path.unlink),
+    ("heldout-00000.tar", cut),
+    ("train-00001.tar", change),
+    ("token_counts.npy", change),
+    ("chunks.npy", Path.unlink),
+    ("statistics.png", Path.unlink),
+    ("manifest.json", Path.unlink),
+    ("manifest.json", cut),
+]
+REPLACE = ["--replace", "true"]
+
+
 @pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("train-00003.tar", Path.unlink),
-        ("heldout-00000.tar", cut),
-        ("train-00001.tar", change),
-        ("token_counts.npy", change),
-        ("chunks.npy", Path.unlink),
-        ("statistics.png", Path.unlink),
-        ("manifest.json", Path.unlink),
-        ("manifest.json", cut),
-    ],
+    ("name", "damage", "replace"),
+    cases(
+        per_push=[*((*case, []) for case in DAMAGE), (*DAMAGE[1], REPLACE), (*DAMAGE[6], REPLACE)],
+        nightly=[(*case, replace) for case in DAMAGE for replace in ([], REPLACE)],
+    ),
 )
 def test_what_is_lost_or_damaged_is_written_again_by_the_same_command(tmp_path, corpus, capsys, name, damage, replace):
     command, out = copy_of_shards(corpus, tmp_path)
@@ -312,7 +319,7 @@ def test_the_share_in_the_message_holds_out_a_document(tmp_path, capsys):
     ("script", "closed"),
     [
         ("write_shards.py", ">&-"),
-        ("write_shards.py", "2>&-"),
+        pytest.param("write_shards.py", "2>&-", marks=pytest.mark.nightly),
         ("write_shards.py", "<&- >&- 2>&-"),
         ("train_tokenizer.py", "2>&-"),
     ],
