@@ -34,6 +34,7 @@ SCRIPTS = (
     "launch/quickstart/summarize.py",
     "tests/helpers/scripts/many_runs.py",
     "tests/training/helpers/watchdog_rank.py",
+    "tests/helpers/scripts/forked_launcher.py",
     "tests/helpers/scripts/inject.py",
     "tests/helpers/scripts/patched.py",
     "tests/helpers/scripts/run_code.py",
