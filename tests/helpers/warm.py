@@ -33,6 +33,7 @@ SCRIPTS = (
     "launch/convert_from_hf.py",
     "launch/quickstart/summarize.py",
     "tests/helpers/scripts/many_runs.py",
+    "tests/training/helpers/traps.py",
     "tests/training/helpers/watchdog_rank.py",
     "tests/helpers/scripts/forked_launcher.py",
     "tests/helpers/scripts/inject.py",
