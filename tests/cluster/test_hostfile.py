@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
+from megabert.process.exit_codes import EXIT_PEER_LOST
 from megabert.training.distributed.watchdog import PEER_DIED
 from tests.helpers.ports import free_port
 from tests.helpers.processes import start, wait_for_step
-from tests.helpers.runs import REPOSITORY, Corpus, pretrain_command, run_ranks
+from tests.helpers.runs import REPOSITORY, Corpus, finish_ranks, patched, pretrain_command, run_ranks, start_ranks
 
 pytestmark = pytest.mark.namespaces
 
@@ -76,7 +77,31 @@ def test_a_folder_that_is_not_shared_is_refused_before_the_first_step(corpus: Co
     assert not (out / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("accident", ["kill", pytest.param("unplug", marks=pytest.mark.nightly)])
+# Run before training: rank R goes to machine R + 1, where it has one rank's variables as under the launcher.
+MOVE = """
+import ctypes, os, socket
+CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
+libc, host = ctypes.CDLL(None, use_errno=True), f"mb{int(os.environ['RANK']) + 1}"
+os.environ |= {"LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "eth0"}
+with open(f"/var/run/netns/{host}") as namespace:
+    assert libc.setns(namespace.fileno(), CLONE_NEWNET) == 0
+assert libc.unshare(CLONE_NEWUTS) == 0
+socket.sethostname(host)
+"""
+
+
+def test_a_rank_that_dies_ends_those_of_other_machines(corpus: Corpus, tmp_path, machines):
+    """Without the launcher, which takes most of the time of the next test."""
+    ranks = start_ranks(patched(pretrain_command(corpus, tmp_path, "--run.max_steps=1000000")), 2, PATCH=MOVE)
+    wait_for_step(ranks[0], tmp_path, 3)
+    ranks[1].kill()
+    done = finish_ranks(ranks, timeout_s=60)
+    assert ranks[0].returncode == EXIT_PEER_LOST
+    assert f"rank 1 on {SECOND} {PEER_DIED}; ending rank 0 on {FIRST}" in done.output
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("accident", ["kill", "unplug"])
 def test_a_rank_or_a_machine_that_dies_ends_the_job(corpus: Corpus, tmp_path, machines, accident):
     """Within a minute, or three on a busy machine, where the launchers take long to end."""
     process = on_both(corpus, tmp_path, tmp_path / "out", "--run.max_steps=1000000")

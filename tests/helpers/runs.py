@@ -79,6 +79,12 @@ def pretrain_command(
     return [*start, "launch/pretrain.py", *last_of_each(flags)]
 
 
+def forked_launcher(command: list[str]) -> list[str]:
+    """The same `deepspeed` command, which forks its launcher and ranks from the warm process."""
+    assert command[0] == "deepspeed"
+    return [sys.executable, "tests/helpers/scripts/forked_launcher.py", *command[1:]]
+
+
 def patched(command: list[str]) -> list[str]:
     """The same command, which first runs the code in the environment variable PATCH."""
     return [word.replace("launch/pretrain.py", "tests/helpers/scripts/patched.py") for word in command]

@@ -30,15 +30,21 @@ STAY = b"stay"
 
 def preload_megabert() -> None:
     """Import what training, fine-tuning and conversion import. None of it starts threads or sets a device up."""
+    import megabert.commands.pretrain
     import megabert.convert.deepspeed_checkpoint
     import megabert.convert.from_hf
     import megabert.convert.to_hf
     import megabert.finetune.main
     import megabert.training.loop  # noqa: F401
     from megabert.training.distributed import deepspeed_compat
+    from megabert.training.telemetry import provenance
 
-    # DeepSpeed imports it when it makes a ZeRO optimizer, and with it torch's compiler: half of a short run's time.
+    # DeepSpeed imports them when it makes an engine and a ZeRO optimizer, the latter with torch's compiler.
+    importlib.import_module("deepspeed.module_inject.auto_ep_layer")
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    # Every run reads the metadata of all packages.
+    versions = provenance.versions()
+    provenance.versions = versions.copy
     # Every start compiles and links a small program, to see which operations could be built.
     deepspeed_compat.skip_shm_comm_build()
 

@@ -1,9 +1,10 @@
 """Freed memory stays with the process, so that using it again costs no page faults."""
 
-import subprocess
 import sys
 
 import pytest
+
+from tests.helpers.runs import run_command
 
 HELD = """
 import psutil, torch
@@ -23,5 +24,6 @@ print(full - psutil.Process().memory_info().rss)
 def test_a_freed_tensors_memory_is_kept(kept):
     """A tensor of 64 MB. If its memory is kept without the call too, the call can be deleted."""
     code = HELD.format(before="keep_freed_memory()" if kept else "")
-    given_back = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    done = run_command([sys.executable, "tests/helpers/scripts/run_code.py", code])
+    given_back = int(done.output)
     assert given_back < 1 << 20 if kept else given_back > 63 << 20

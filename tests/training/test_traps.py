@@ -7,7 +7,6 @@ import ast
 import inspect
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ from typing import Any
 import pytest
 
 from megabert.training.distributed import deepspeed_compat
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.runs import REPOSITORY, run_command
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What traps.py found."""
-    command = [sys.executable, "tests/training/helpers/traps.py"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    done = run_command([sys.executable, "tests/training/helpers/traps.py"])
+    assert done.code == 0, done.output
+    return json.loads(next(line for line in done.output.splitlines() if line.startswith("{")))
 
 
 COMPAT = "training/distributed/deepspeed_compat.py"

@@ -1,13 +1,13 @@
 """The ring all-gather gives the same result as gloo's own."""
 
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from megabert.training.distributed.gloo import ring_all_gather
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.runs import finish_ranks, start_ranks
 
 RANKS = 3
 
@@ -37,7 +37,14 @@ def compare_on_one_rank(rank: int, store: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_the_ring_gathers_what_gloo_gathers(tmp_path, monkeypatch):
-    # For the spawned processes.
-    monkeypatch.syspath_prepend(REPOSITORY)
-    torch.multiprocessing.spawn(compare_on_one_rank, (tmp_path / "store",), nprocs=RANKS)
+RANK = """
+import os, pathlib, sys
+from tests.training.distributed.test_gloo import compare_on_one_rank
+compare_on_one_rank(int(os.environ["RANK"]), pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_the_ring_gathers_what_gloo_gathers(tmp_path):
+    command = [sys.executable, "tests/helpers/scripts/run_code.py", RANK, str(tmp_path / "store")]
+    done = finish_ranks(start_ranks(command, RANKS))
+    assert done.code == 0, done.output

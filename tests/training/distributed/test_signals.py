@@ -20,7 +20,16 @@ from megabert.training.distributed.signals import PEER_REASON, SIGNALS, StopRequ
 from megabert.training.telemetry.reporter import read_metrics
 from tests.helpers import warm
 from tests.helpers.processes import start, wait_for_step
-from tests.helpers.runs import Corpus, ds_config_in, finish_ranks, patched, pretrain_command, run_command, start_ranks
+from tests.helpers.runs import (
+    Corpus,
+    ds_config_in,
+    finish_ranks,
+    forked_launcher,
+    patched,
+    pretrain_command,
+    run_command,
+    start_ranks,
+)
 
 ENDLESS = "--run.max_steps=1000000"
 
@@ -94,13 +103,9 @@ def kill_launchers(process: subprocess.Popen, ranks: list[psutil.Process]) -> No
     process.wait()
 
 
-@pytest.mark.nightly
 def test_ranks_end_when_their_launcher_is_killed(corpus: Corpus, tmp_path):
-    """After a kill -9 of the launcher the ranks save and leave no process that keeps the port in use.
-
-    test_keep_running.py kills the launcher of one rank in every run of the tests, and needs the saved checkpoint.
-    """
-    process = start(pretrain_command(corpus, tmp_path, ENDLESS, ranks=2))
+    """After a kill -9 of the launcher the ranks save and leave no process that keeps the port in use."""
+    process = start(forked_launcher(pretrain_command(corpus, tmp_path, ENDLESS, ranks=2)))
     wait_for_step(process, tmp_path, 3)
     ranks = ranks_of(process)
     assert len(ranks) == 2
@@ -309,7 +314,8 @@ def test_a_hangup_under_nohup_is_ignored(corpus: Corpus, tmp_path):
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_ctrl_c_at_the_deepspeed_command_saves(corpus: Corpus, tmp_path, ranks):
     """A terminal sends it to the whole process group: the command, its launcher and the ranks."""
-    process = start(pretrain_command(corpus, tmp_path, ENDLESS, "--data.num_workers=2", ranks=ranks, launcher=True))
+    command = pretrain_command(corpus, tmp_path, ENDLESS, "--data.num_workers=2", ranks=ranks, launcher=True)
+    process = start(forked_launcher(command) if ranks == 1 else command)
     wait_for_step(process, tmp_path, 3)
     descendants = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)

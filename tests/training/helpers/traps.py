@@ -22,6 +22,8 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
 from megabert.training.distributed.deepspeed_compat import convert_to_universal
 
+# The process that this one is forked from has changed it; without it, DeepSpeed makes it again.
+vars(deepspeed.ops).pop("__compatible_ops__", None)
 COMPATIBLE_BY_DEFAULT = bool(deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"])
 # It would take a minute to build.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
