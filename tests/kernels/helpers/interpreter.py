@@ -3,7 +3,7 @@
 TRITON_INTERPRET=1 selects the interpreter when a kernel is defined, so tests that use it need a process of their own,
 which test_interpreter.py starts. Triton 3.7.1's interpreter truncates where a GPU rounds to nearest even, and
 multiplies the bits of bf16 matrices as integers. install() corrects both; check_interpreter.py fails once Triton has
-corrected them. It also saves half of the time, which Triton takes to replace the functions of its language at every
+corrected them. It also saves the time that Triton takes to replace the functions of its language at every
 call and to look up types.
 """
 
