@@ -1,5 +1,6 @@
 """The acceptance script on the CPU: its comparisons at every push, all of its parts in the nightly run."""
 
+import functools
 import inspect
 import json
 import math
@@ -171,6 +172,9 @@ def test_a_crash_that_is_not_survived_fails(code, resumed, skipped, passed, corp
     assert started == [False, True, False]
 
 
+PREDICT = functools.cache(speeds.Case.predict)
+
+
 @pytest.mark.parametrize(
     ("name", "share", "measured", "passed", "figure"),
     [
@@ -194,6 +198,7 @@ def test_a_speed_far_below_the_prediction_fails(
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     monkeypatch.setattr(speeds, "measure", measure)
+    monkeypatch.setattr(speeds.Case, "predict", PREDICT)
     outcome = speeds.speeds(parts.Setup(tmp_path, corpus.tokens, dry=False))
     assert outcome.passed == passed
     assert outcome.figure.endswith(f" tokens/s, GPU idle 3 %, {figure}")

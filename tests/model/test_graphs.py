@@ -70,20 +70,22 @@ def test_compiling_gives_one_graph_for_all_shapes(cls, changes, attention):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_a_compiled_model_trains_with_dropout():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.nightly)])
+def test_a_compiled_model_trains_with_dropout(backend):
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     torch._dynamo.reset()
-    graph = torch.compile(small_model(**rates, num_hidden_layers=1), fullgraph=True, dynamic=True, backend="aot_eager")
+    graph = torch.compile(small_model(**rates, num_hidden_layers=1), fullgraph=True, dynamic=True, backend=backend)
     inputs = padded(documents())
     losses = [graph(**inputs, labels=inputs["input_ids"]).loss for _ in range(2)]
     assert losses[0] != losses[1]
 
 
-def test_a_compiled_model_trains_as_the_model_does():
+@pytest.mark.parametrize("layers", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_a_compiled_model_trains_as_the_model_does(layers):
     """Labels at padding count in neither."""
     inputs = padded(documents())
     labels = inputs["input_ids"].clone()
-    plain, compiled = small_model(), small_model()
+    plain, compiled = (small_model(num_hidden_layers=layers) for _ in range(2))
     torch._dynamo.reset()
     graph = torch.compile(compiled, fullgraph=True, dynamic=True, backend="aot_eager")
     losses = [model(**inputs, labels=labels).loss for model in (plain, graph)]

@@ -216,19 +216,28 @@ def test_embeddings_of_ids_give_what_the_ids_give(cls, changes, layout):
         assert torch.equal(value, expected[name]), name
 
 
+FUSED_EMBEDDINGS = TORCH_OPS._replace(embed_layer_norm=cpu.CPU_OPS.embed_layer_norm)
+
+
 @pytest.mark.parametrize(
-    "ops", [None, TORCH_OPS._replace(embed_layer_norm=cpu.CPU_OPS.embed_layer_norm)], ids=["plain", "fused"]
+    ("ops", "stance"),
+    [
+        pytest.param(None, "default", id="plain"),
+        pytest.param(FUSED_EMBEDDINGS, "force_eager", id="fused"),
+        pytest.param(FUSED_EMBEDDINGS, "default", id="compiled", marks=pytest.mark.nightly),
+    ],
 )
-def test_embeddings_get_the_gradient_of_their_rows(ops):
+def test_embeddings_get_the_gradient_of_their_rows(ops, stance):
     """Summed over the tokens with one id, it is the gradient of that row of the word embeddings."""
     model, ids = small_model(MegaBertModel).eval(), IDS % 7 + 5
     if ops is not None:
         set_ops(model, ops)
     weights = torch.linspace(-1, 1, 2 * 6 * 24, dtype=torch.float64).view(2, 6, 24)
-    (model(ids).last_hidden_state * weights).sum().backward()
     table = model.embeddings.word_embeddings.weight
     embeds = table.detach()[ids].requires_grad_()
-    (model(inputs_embeds=embeds).last_hidden_state * weights).sum().backward()
+    with torch.compiler.set_stance(stance):
+        (model(ids).last_hidden_state * weights).sum().backward()
+        (model(inputs_embeds=embeds).last_hidden_state * weights).sum().backward()
     sums = torch.zeros_like(table).index_add(0, ids.flatten(), embeds.grad.flatten(0, 1))
     torch.testing.assert_close(sums, table.grad, rtol=0, atol=1e-10)
 

@@ -3,16 +3,20 @@
 TRITON_INTERPRET=1 selects the interpreter when a kernel is defined, so tests that use it need a process of their own,
 which test_interpreter.py starts. Triton 3.7.1's interpreter truncates where a GPU rounds to nearest even, and
 multiplies the bits of bf16 matrices as integers. install() corrects both; check_interpreter.py fails once Triton has
-corrected them.
+corrected them. It also saves the time that Triton takes to replace the functions of its language at every
+call and to look up types.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 stock_cast = InterpreterBuilder.cast_impl
@@ -46,6 +50,18 @@ def install() -> None:
     """Correct the interpreter for this process."""
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_dot = dot
+    hasten()
+
+
+@functools.cache
+def hasten() -> None:
+    """Replace the functions of Triton's language once, not at every call, and keep the types that were looked up."""
+    triton_interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    triton_interpreter._patch_lang = lambda fn: triton_interpreter._LangPatchScope()
+    stock_type = triton_interpreter._get_np_dtype
+    # Types of pointers have no hash.
+    kept = functools.cache(stock_type)
+    triton_interpreter._get_np_dtype = lambda of: (kept if type(of.scalar) is tl.dtype else stock_type)(of.scalar)
 
 
 @contextlib.contextmanager

@@ -175,15 +175,18 @@ def test_too_wide_is_refused():
         call(kernels)(*inputs(1, 20_000))
 
 
-def test_torch_compile_sees_one_operation():
+@pytest.mark.parametrize(
+    ("residual_dtype", "uses"), cases(per_push=[(BF16, 2)], nightly=[(None, 1), (FP32, 1), (FP32, 2), (BF16, 2)])
+)
+def test_torch_compile_sees_one_operation(residual_dtype, uses):
+    """residual_dtype: None is layer_norm, without a residual."""
     x, residual, weight, bias = inputs(4, 32)
     tests = {"test_utils": ("test_schema", "test_faketensor")}
     mean = torch.zeros(4)
-    for other in (None, residual, residual.bfloat16()):
-        assert torch.library.opcheck(kernels.forward, (x, other, weight, bias, None, EPS, 0.0, FP32), **tests)
-        for of_residual in (None, x):
-            arguments = (x, of_residual, x, other, weight, mean, mean + 1, None, 0.0)
-            assert torch.library.opcheck(kernels.backward, arguments, **tests)
-    for uses in (1, 2):
-        compiled = torch.compile(call(kernels, uses=uses), fullgraph=True, backend="aot_eager")
-        assert_as_good(compiled, call(ops, uses=uses), [x, residual, weight, bias])
+    other = None if residual_dtype is None else residual.to(residual_dtype)
+    assert torch.library.opcheck(kernels.forward, (x, other, weight, bias, None, EPS, 0.0, FP32), **tests)
+    for of_residual in (None, x):
+        arguments = (x, of_residual, x, other, weight, mean, mean + 1, None, 0.0)
+        assert torch.library.opcheck(kernels.backward, arguments, **tests)
+    compiled = torch.compile(call(kernels, uses=uses), fullgraph=True, backend="aot_eager")
+    assert_as_good(compiled, call(ops, uses=uses), [x, residual, weight, bias])

@@ -49,6 +49,7 @@ CASES = {
     "short": [37, 128, 1, 90],
     "empty documents": [0, 5, 0, 0, 17, 0],
     "padded with empty documents": [20, 9, 0, 0, 0, 0],
+    "two tiles": [140],
     "long": [300],
     "long and short": [130, 1, 0, 257],
 }
@@ -57,7 +58,7 @@ CASES = {
 @pytest.mark.parametrize(
     ("name", "dtype"),
     cases(
-        per_push=[("one token", FP32), ("empty documents", BF16), ("long", BF16)],
+        per_push=[("one token", FP32), ("empty documents", BF16), ("two tiles", BF16)],
         nightly=product(CASES, [FP32, BF16]),
     ),
 )
