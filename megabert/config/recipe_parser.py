@@ -48,9 +48,15 @@ def load_recipe(name_or_path: str | Path = DEFAULT_RECIPE, **overrides: Any) -> 
     flags = [f"--recipe={name_or_path}"]
     for name, value in overrides.items():
         flags += _as_flags(flatten({name: value}))
-    parser = RecipeParser("load_recipe")
+    parser = _loading_parser()
     with parser.raising():
         return parser.read(flags)[0]
+
+
+@functools.cache
+def _loading_parser() -> "RecipeParser":
+    """Build the parser once, which takes longer than reading a recipe."""
+    return RecipeParser("load_recipe")
 
 
 class RecipeParser(Parser):
@@ -68,9 +74,14 @@ class RecipeParser(Parser):
                 action.help = f"{action.help} [may change at a resume]"
             elif may_change_at_branch(action.dest):
                 action.help = f"{action.help} [may change in a branch]"
+        types = setting_types()
+        self._unset = {action.dest: action.default for action in self._actions if action.dest in types}
 
     def read(self, argv: Sequence[str] | None = None) -> tuple[Recipe, Any]:
-        """Parse flags, and the recipe that --recipe names. Returns the recipe and the other flags."""
+        """Parse flags, and the recipe that --recipe names. Returns the recipe and the other flags.
+
+        Nothing of an earlier recipe remains.
+        """
         argv = [re.sub("^--(max_hours|resume)(?==|$)", r"--run.\1", word) for word in self.normalize(argv)]
         name = _value_of("--recipe", argv) or DEFAULT_RECIPE
         try:
@@ -82,7 +93,7 @@ class RecipeParser(Parser):
                     settings.pop(f"run.{length}", None)
             check_flags(argv)
             # The defaults are set here, so that --help shows them too.
-            self.set_defaults({f"run.{length}": None for length in LENGTHS} | settings)
+            self.set_defaults(self._unset | {f"run.{length}": None for length in LENGTHS} | settings)
             recipe = self.instantiate(self.parse_args(argv))
         except ValueError as error:
             self.error(str(error))

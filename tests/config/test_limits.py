@@ -7,8 +7,9 @@ from typing import get_args
 import pytest
 
 from megabert.config.recipe import Recipe
-from megabert.config.recipe_parser import RecipeParser, load_recipe, setting_types
+from megabert.config.recipe_parser import load_recipe, setting_types
 from megabert.config.settings import LIMITS, check_range, limits_of
+from tests.helpers.recipes import read_recipe
 
 NUMBERS = {int, float}
 # Tuples and lists have limits of their own: optimizer.betas, data.max_seq_len as a list.
@@ -21,18 +22,13 @@ def test_every_number_has_limits():
             assert LIMITS.fullmatch(ALL_LIMITS[name]), name
 
 
-@pytest.fixture(scope="module")
-def parser() -> RecipeParser:
-    return RecipeParser("pretrain")
-
-
 @pytest.mark.parametrize("name", sorted(ALL_LIMITS))
-def test_a_number_outside_the_limits_is_one_line(capsys, parser, name):
+def test_a_number_outside_the_limits_is_one_line(capsys, name):
     for value in (-1, -0.001, 1e300, math.nan, math.inf, 10**21):
         with pytest.raises(ValueError, match="expected a number in"):
             check_range(name, value, ALL_LIMITS[name])
     with pytest.raises(SystemExit) as exit:
-        parser.read([f"--{name}={10**21}"])
+        read_recipe(f"--{name}={10**21}")
     assert exit.value.code == 2
     printed = capsys.readouterr().err
     assert name in printed
@@ -58,7 +54,7 @@ def test_intervals_are_read_as_they_are_written(limits, inside, outside):
 
 def test_help_prints_the_limits(capsys):
     with pytest.raises(SystemExit):
-        RecipeParser("pretrain").read(["--help"])
+        read_recipe("--help")
     printed = " ".join(capsys.readouterr().out.split())
     for limits in ALL_LIMITS.values():
         assert f"(range {limits})" in printed
@@ -104,7 +100,7 @@ def test_a_recipe_imports_nothing(capsys, tmp_path, monkeypatch, text):
     path = tmp_path / "mine.yaml"
     path.write_text(f"run: {{max_steps: 5}}\n{text}\n")
     with pytest.raises(SystemExit):
-        RecipeParser("pretrain").read(["--recipe", str(path)])
+        read_recipe("--recipe", str(path))
     assert "imported_by_a_recipe" not in sys.modules
     assert str(path) in capsys.readouterr().err
 
@@ -117,6 +113,6 @@ def test_a_flag_imports_nothing(capsys, tmp_path, monkeypatch, flag):
         # A path.
         if (flag, value) != ("--data.train", "imported_by_a_flag.Part"):
             with pytest.raises(SystemExit):
-                RecipeParser("pretrain").read([flag, value])
+                read_recipe(flag, value)
     assert "imported_by_a_flag" not in sys.modules
     assert "Traceback" not in capsys.readouterr().err

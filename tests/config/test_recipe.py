@@ -4,19 +4,16 @@ import pytest
 import yaml
 
 from megabert.config.recipe import ModelConfig, OptimizerConfig, Recipe, RunConfig, may_change_at_resume
-from megabert.config.recipe_parser import RecipeParser, recipe_names
+from megabert.config.recipe_parser import recipe_names
 from megabert.config.settings import flatten
+from tests.helpers.recipes import read_recipe
 
 TWO_LENGTHS = '[{"max_seq_len": 32, "until": 0.5}, {"max_seq_len": 64, "until": 1}]'
 
 
-def read(*argv: str) -> Recipe:
-    return RecipeParser("pretrain", "").read(list(argv))[0]
-
-
 def error_of(capsys, *argv: str) -> str:
     with pytest.raises(SystemExit) as exit_info:
-        read(*argv)
+        read_recipe(*argv)
     assert exit_info.value.code == 2
     captured = capsys.readouterr().err
     assert "Traceback" not in captured
@@ -25,31 +22,31 @@ def error_of(capsys, *argv: str) -> str:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_reads(name):
-    assert read("--recipe", name).run.output_dir
+    assert read_recipe("--recipe", name).run.output_dir
 
 
 def test_flags_override_the_recipe_and_the_recipe_overrides_defaults(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("model: {hidden_size: 96, num_attention_heads: 4}\nrun: {max_steps: 5}\n")
-    recipe = read("--recipe", str(path), "--model.hidden-size=64")
+    recipe = read_recipe("--recipe", str(path), "--model.hidden-size=64")
     assert (recipe.model.hidden_size, recipe.model.num_attention_heads) == (64, 4)
     assert recipe.model.num_hidden_layers == ModelConfig().num_hidden_layers
 
 
 @pytest.mark.parametrize("flags", [["--resume", "none"], ["--resume=none"], ["--run.resume=none"]])
 def test_resume_has_a_short_name(flags):
-    assert read(*flags).run.resume == "none"
+    assert read_recipe(*flags).run.resume == "none"
 
 
 def test_a_flag_for_one_length_replaces_the_length_in_the_recipe():
-    recipe = read("--run.max-steps", "7")
+    recipe = read_recipe("--run.max-steps", "7")
     assert (recipe.run.max_steps, recipe.run.max_tokens) == (7, None)
 
 
 def test_the_saved_recipe_reads_back(tmp_path):
-    recipe = read("--optimizer.lr=0.25")
+    recipe = read_recipe("--optimizer.lr=0.25")
     (tmp_path / "saved.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
-    assert read("--recipe", str(tmp_path / "saved.yaml")) == recipe
+    assert read_recipe("--recipe", str(tmp_path / "saved.yaml")) == recipe
 
 
 @pytest.mark.parametrize(
@@ -128,9 +125,8 @@ def test_a_wrong_recipe_file_gives_a_one_line_error(capsys, tmp_path, text, mess
 
 
 def test_help_shows_every_setting_with_its_default(capsys):
-    parser = RecipeParser("pretrain", "")
     with pytest.raises(SystemExit) as exit_info:
-        parser.read(["--help"])
+        read_recipe("--help")
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     for group, settings in Recipe(run=RunConfig(max_steps=1)).to_dict().items():
@@ -170,7 +166,7 @@ def test_every_setting_has_an_answer_to_whether_it_may_change_at_a_resume():
 
 def test_phases_share_the_mixtures_that_they_have_in_common():
     phases = '[{"until": 0.5}, {"until": 0.8, "train": [{"shards": "a"}, {"shards": "b", "weight": 3}]}, {"until": 1}]'
-    data = read(f"--data.phases={phases}", "--data.train=a", "--data.max_seq_len=64").data
+    data = read_recipe(f"--data.phases={phases}", "--data.train=a", "--data.max_seq_len=64").data
     assert data.mixtures == [[("a", 1.0)], [("a", 1.0), ("b", 3.0)]]
     assert data.mixture_numbers == [0, 1, 0]
     assert data.lengths == [(64, 0.5), (64, 0.8), (64, 1.0)]

@@ -3,19 +3,15 @@
 import pytest
 
 from megabert.config.ds_config import read_ds_config
-from megabert.config.recipe import Recipe
 from megabert.config.recipe_parser import RecipeParser, ds_config_names, ds_config_path, load_recipe
-
-
-def read(*argv: str) -> Recipe:
-    return RecipeParser("pretrain", "").read(list(argv))[0]
+from tests.helpers.recipes import read_recipe
 
 
 def test_switches_of_a_recipe_need_no_value_but_take_one(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("run: {max_steps: 5, async_save: false, keep_best: true}\n")
-    assert read("--recipe", str(path)).run.async_save is False
-    run = read("--recipe", str(path), "--run.async_save", "--run.compile", "--run.keep_best", "false").run
+    assert read_recipe("--recipe", str(path)).run.async_save is False
+    run = read_recipe("--recipe", str(path), "--run.async_save", "--run.compile", "--run.keep_best", "false").run
     assert (run.async_save, run.compile, run.keep_best) == (True, True, False)
 
 
@@ -49,7 +45,7 @@ def test_switches_of_a_recipe_need_no_value_but_take_one(tmp_path):
 )
 def test_flags_that_could_be_misread_are_refused_in_one_line(capsys, argv, message):
     with pytest.raises(SystemExit) as exit_info:
-        read(*argv)
+        read_recipe(*argv)
     assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert message in error
@@ -71,18 +67,18 @@ def test_a_value_in_a_recipe_file_that_would_be_none_is_refused(capsys, tmp_path
     path = tmp_path / "mine.yaml"
     path.write_text(f"run: {{max_steps: 5}}\nmodel: {{init_from: '{value}'}}\n")
     with pytest.raises(SystemExit):
-        read("--recipe", str(path))
+        read_recipe("--recipe", str(path))
     assert message in capsys.readouterr().err
     path.write_text(f"run: {{max_steps: 5}}\nmodel: {{init_from: './{value}'}}\n")
-    assert read("--recipe", str(path)).model.init_from == f"./{value}"
+    assert read_recipe("--recipe", str(path)).model.init_from == f"./{value}"
 
 
 def test_load_recipe_gives_what_the_command_line_gives():
     given = load_recipe("mosaicbert-base", model={"hidden_size": 96}, run={"max_tokens": 5}, **{"data.cache_gb": 3})
     flags = ["--model.hidden_size=96", "--run.max_tokens=5", "--data.cache_gb=3"]
-    assert given == read("--recipe=mosaicbert-base", *flags)
+    assert given == read_recipe("--recipe=mosaicbert-base", *flags)
     assert given.run.max_steps is None
-    assert load_recipe() == read()
+    assert load_recipe() == read_recipe()
 
 
 def test_load_recipe_takes_lists_switches_none_and_paths(tmp_path):
@@ -122,3 +118,14 @@ def test_ds_configs_are_found_by_name_and_by_path(tmp_path):
     assert ds_config_path(str(tmp_path / "mine.json")) == tmp_path / "mine.json"
     with pytest.raises(ValueError, match=r"ds_config 'zero22' is neither a file nor one of: .* Did you mean zero2\?"):
         ds_config_path("zero22")
+
+
+def test_one_parser_reads_several_recipes_as_new_ones_do():
+    parser = RecipeParser("pretrain")
+    for flags in (
+        ["--recipe=modernbert-base"],
+        ["--run.max_hours=2"],
+        ["--recipe=bert-base", "--optimizer.lr=1e-3"],
+        [],
+    ):
+        assert parser.read(flags) == RecipeParser("pretrain").read(flags)

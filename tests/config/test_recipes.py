@@ -8,13 +8,13 @@ import torch
 from transformers import GteConfig, GteForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
 from megabert.config.ds_config import ResolvedDsConfig
-from megabert.config.recipe_parser import RecipeParser
 from megabert.convert.hf.native import to_gte_config, to_modernbert_config
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.architecture import architecture_of
 from megabert.training.run_schedule import lr_factor
 from megabert.training.updates.unsupported_optimizers import why_not_optimizer
+from tests.helpers.recipes import read_recipe
 
 SPECIAL = {"pad": 0, "unk": 100, "cls": 101, "sep": 102, "mask": 103}
 MODERNBERT_SPECIAL = {"unk": 50_280, "cls": 50_281, "sep": 50_282, "pad": 50_283, "mask": 50_284}
@@ -33,7 +33,7 @@ BERT_TOKENIZER = TokenizerInfo("bert-base-uncased", 30_522, SPECIAL, tuple(SPECI
     ],
 )
 def test_parameter_counts_at_berts_vocabulary(name, parameters):
-    recipe, _ = RecipeParser("pretrain", "").read(["--recipe", name])
+    recipe = read_recipe("--recipe", name)
     with torch.device("meta"):
         model = MegaBertForMaskedLM(architecture_of(recipe.model, BERT_TOKENIZER.vocab_size))
     model.tie_weights()
@@ -42,7 +42,7 @@ def test_parameter_counts_at_berts_vocabulary(name, parameters):
 
 def test_the_settings_are_those_of_the_paper():
     """mosaicml/examples v0.0.4, examples/bert/yamls/main/mosaic-bert-base-uncased.yaml."""
-    recipe, _ = RecipeParser("pretrain", "").read(["--recipe", "mosaicbert-base"])
+    recipe = read_recipe("--recipe", "mosaicbert-base")
     optimizer = recipe.optimizer
     assert (optimizer.lr, optimizer.betas, optimizer.eps) == (5e-4, (0.9, 0.98), 1e-6)
     # Composer multiplies weights by 1 - (lr / lr_0) * 1e-5, torch by 1 - lr * weight_decay.
@@ -56,9 +56,7 @@ def test_the_settings_are_those_of_the_paper():
 
 
 def test_the_baseline_differs_only_where_the_paper_says():
-    mosaic, bert = (
-        RecipeParser("pretrain", "").read(["--recipe", name])[0] for name in ("mosaicbert-base", "bert-base")
-    )
+    mosaic, bert = (read_recipe("--recipe", name) for name in ("mosaicbert-base", "bert-base"))
     assert bert.optimizer == mosaic.optimizer
     assert bert.data == mosaic.data
     assert bert.masking.mlm_probability == 0.15
@@ -80,7 +78,7 @@ def test_the_baseline_differs_only_where_the_paper_says():
 @pytest.mark.parametrize("name", ["mosaicbert-rope-base", "modernbert-base", "modernbert-large", "modernbert-continue"])
 def test_parameter_counts_are_those_of_transformers_classes(name):
     tokenizer = BERT_TOKENIZER if name.startswith("mosaic") else MODERNBERT_TOKENIZER
-    recipe, _ = RecipeParser("pretrain", "").read(["--recipe", name])
+    recipe = read_recipe("--recipe", name)
     config = architecture_of(recipe.model, tokenizer.vocab_size, tokenizer.special_ids["pad"])
     make, cls, model_cls = (
         (to_gte_config, GteConfig, GteForMaskedLM)
@@ -102,7 +100,7 @@ def test_parameter_counts_are_those_of_transformers_classes(name):
 
 
 def test_the_architecture_of_modernbert_is_the_default_of_transformers():
-    recipe, _ = RecipeParser("pretrain", "").read(["--recipe", "modernbert-base"])
+    recipe = read_recipe("--recipe", "modernbert-base")
     config = architecture_of(recipe.model, MODERNBERT_TOKENIZER.vocab_size, MODERNBERT_SPECIAL["pad"])
     made = ModernBertConfig(**to_modernbert_config(config, {})).to_dict()
     published = ModernBertConfig().to_dict()
@@ -114,12 +112,12 @@ def test_the_architecture_of_modernbert_is_the_default_of_transformers():
 
 
 def test_modernbert_continue_is_modernbert_base():
-    base, more = (RecipeParser("p", "").read(["--recipe", f"modernbert-{name}"])[0] for name in ("base", "continue"))
+    base, more = (read_recipe("--recipe", f"modernbert-{name}") for name in ("base", "continue"))
     assert dataclasses.replace(more.model, init_from=None) == base.model
     assert lr_factor(1000, 1000, more.optimizer) == pytest.approx(0.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("path", sorted(Path("megabert/recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_runs_at_zero_2(path):
-    recipe, _ = RecipeParser("pretrain", "").read(["--recipe", path.stem])
+    recipe = read_recipe("--recipe", path.stem)
     assert why_not_optimizer(recipe.optimizer, ResolvedDsConfig({"zero_optimization": {"stage": 2}})) is None

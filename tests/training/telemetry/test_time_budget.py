@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from megabert.config.recipe_parser import RecipeParser
 from megabert.files.checkpoint_format import find_checkpoint, read_state
 from megabert.process.exit_codes import EXIT_REQUEUE
 from megabert.training.telemetry.reporter import read_metrics
 from megabert.training.telemetry.timers import TimeBudget
+from tests.helpers.recipes import read_recipe
 from tests.helpers.runs import TINY, finish_ranks, last_of_each, patched, pretrain_command, run_command, start_ranks
 
 
@@ -69,14 +69,14 @@ PHASES = '[{"max_seq_len": 16, "until": 1}, {"max_seq_len": 32, "until": 1}]'
 )  # fmt: skip
 def test_impossible_lengths_are_refused(capsys, settings, message):
     with pytest.raises(SystemExit):
-        RecipeParser("p", "").read(last_of_each([*TINY, *settings]))
+        read_recipe(*last_of_each([*TINY, *settings]))
     assert message in capsys.readouterr().err
 
 
 def test_max_hours_replaces_the_recipes_max_steps():
-    recipe = RecipeParser("p", "").read(["--recipe=mosaicbert-base", "--max-hours=4.6"])[0]
+    recipe = read_recipe("--recipe=mosaicbert-base", "--max-hours=4.6")
     assert (recipe.run.max_hours, recipe.run.max_steps) == (4.6, None)
-    assert RecipeParser("p", "").read(["--recipe=mosaicbert-base", "--run.max_steps=7"])[0].run.max_hours is None
+    assert read_recipe("--recipe=mosaicbert-base", "--run.max_steps=7").run.max_hours is None
 
 
 SECONDS = 20.0

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe import OptimizerConfig
-from megabert.config.recipe_parser import RecipeParser
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.training.run_schedule import lr_factor
 from megabert.training.telemetry.reporter import read_metrics
@@ -25,6 +24,7 @@ from megabert.training.updates.optimizers import (
     peak_lr,
 )
 from megabert.training.updates.unsupported_optimizers import why_not_optimizer
+from tests.helpers.recipes import read_recipe
 from tests.helpers.runs import Corpus, ds_config_in, finish_ranks, patched, pretrain_command, start_ranks
 from tests.kernels.helpers.cases import cases
 from tests.model.helpers.small import small_model
@@ -179,7 +179,7 @@ def test_a_closure_is_called_with_gradients():
 @pytest.mark.parametrize("name", ["mosaicbert-base", "mosaicbert-large"])
 def test_weight_decay_equals_composers(name):
     """With no gradient, each step multiplies weights by 1 - (lr / lr_0) * 1e-5, over the recipe's own schedule."""
-    recipe, _ = RecipeParser().read([f"--recipe={name}"])
+    recipe = read_recipe(f"--recipe={name}")
     config, total = recipe.optimizer, 2000
     parameter = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
     groups = [{"params": [parameter], "weight_decay": config.weight_decay}]
