@@ -141,17 +141,14 @@ def module_of(path: Path) -> ModuleType:
     return module
 
 
-def parsers_of(path: Path, kinds: int = 2) -> list[argparse.ArgumentParser]:
-    """Return the parsers of a script: run it up to the point where it parses, once for each kind of command.
-
-    kinds: how many of them, the first ones.
-    """
+def parsers_of(path: Path) -> list[argparse.ArgumentParser]:
+    """Return the parsers of a script: run it up to the point where it parses, once for each kind of command."""
     imported = re.search(r"^ +from (megabert\.commands\.\w+) import command$", path.read_text(), re.MULTILINE)
     module = importlib.import_module(imported[1]) if imported else module_of(path)
     start = getattr(module, "command", None) or module.main
     found = []
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    for argv in [["command"], ["command", "--verify-only=folder"]][:kinds]:
+    for argv in (["command"], ["command", "--verify-only=folder"]):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", argv)
             patch.setattr(sys, "excepthook", raise_again)
@@ -256,16 +253,14 @@ def problems_of_commands(text: str) -> Iterator[str]:
         if not match or match[1] not in parsers() or not match[2] or re.search(r"\.\.\.|\0|[\[\]]", match[2]):
             continue
         arguments = shlex.split(match[2])
-        if not any(accepts(match[1], parser, arguments) for parser in parsers()[match[1]]):
+        if not any(accepts(parser, arguments) for parser in parsers()[match[1]]):
             yield f"{match[1]} refuses: {words}"
 
 
-def accepts(command: str, parser: argparse.ArgumentParser, arguments: list[str]) -> bool:
+def accepts(parser: argparse.ArgumentParser, arguments: list[str]) -> bool:
     try:
         if isinstance(parser, RecipeParser):
-            # A new parser: the defaults of this one are those of the recipe that it read last.
-            script = "estimate.py" if command == "estimate.py" else "pretrain.py"
-            parsers_of(REPOSITORY / "launch" / script, kinds=1)[0].read(arguments)
+            parser.read(arguments)
         else:
             parser.parse_args(arguments)
     except SystemExit:
