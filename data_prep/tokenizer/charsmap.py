@@ -13,8 +13,8 @@ LEAF = 1 << 8
 NODES_AT_ONCE = 1 << 14
 HANGUL_FIRSTS = (*range(0x1100, 0x1113), *range(0xAC00, 0xD7A4, 28))
 HANGUL_SECONDS = (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))
-# The other planes of Unicode have only Chinese characters, private and reserved ones: no marks, no decompositions.
-PLANES = (*range(0x30000), *range(0xE0000, 0xF0000))
+# Those of the planes 0 to 2 and 14 of Unicode. The other planes have no marks and no characters with decompositions.
+CODE_POINTS = (*range(0x30000), *range(0xE0000, 0xF0000))
 
 
 class CharsMap:
@@ -138,12 +138,12 @@ def composing_characters() -> tuple[frozenset[str], frozenset[str]]:
     pairs = [parts for parts in canonical_decompositions().values() if len(parts) == 2]
     before = {first for first, _ in pairs} | set(map(chr, HANGUL_FIRSTS))
     after = {second for _, second in pairs} | set(map(chr, HANGUL_SECONDS))
-    after |= {c for c in map(chr, PLANES) if unicodedata.combining(c)}
+    after |= {c for c in map(chr, CODE_POINTS) if unicodedata.combining(c)}
     return frozenset(before), frozenset(after)
 
 
 @cache
 def canonical_decompositions() -> dict[str, tuple[str, ...]]:
     """Map each character, except Hangul syllables, to the one or two that it is canonically equivalent to."""
-    found = ((chr(c), unicodedata.decomposition(chr(c))) for c in PLANES)
+    found = ((chr(c), unicodedata.decomposition(chr(c))) for c in CODE_POINTS)
     return {c: tuple(chr(int(part, 16)) for part in parts.split()) for c, parts in found if parts and parts[0] != "<"}

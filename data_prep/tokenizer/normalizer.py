@@ -19,7 +19,13 @@ from typing import Any
 
 from tokenizers import Regex, normalizers
 
-from data_prep.tokenizer.charsmap import PLANES, RuleGroups, canonical_decompositions, composing_characters, group_rules
+from data_prep.tokenizer.charsmap import (
+    CODE_POINTS,
+    RuleGroups,
+    canonical_decompositions,
+    composing_characters,
+    group_rules,
+)
 
 # Reserved characters that no text contains and that are graphemes of their own. Two of them stand together, so that one
 # in a text is kept.
@@ -129,7 +135,7 @@ def _separator_pattern(by_step: RuleGroups) -> str:
 
 @cache
 def _joining_characters() -> frozenset[str]:
-    marks = {c for c in map(chr, PLANES) if unicodedata.category(c)[0] == "M"}
+    marks = {c for c in map(chr, CODE_POINTS) if unicodedata.category(c)[0] == "M"}
     newer = {chr(c) for first, last in NEWER_MARKS for c in range(first, last + 1)}
     return frozenset(marks | newer | set(map(chr, JOINING)))
 

@@ -18,7 +18,7 @@ from data_prep.writing import sorted_runs
 from megabert.data.shards.manifest import read_manifest
 from megabert.data.shards.sample_format import decode_text, read_sample
 from megabert.data.shards.source import open_source
-from tests.kernels.helpers.cases import cases
+from tests.helpers.cases import cases
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import normalizers
 
-from data_prep.tokenizer.charsmap import PLANES
+from data_prep.tokenizer.charsmap import CODE_POINTS
 from data_prep.tokenizer.from_sentencepiece import differing_lines, to_fast_tokenizer
 from data_prep.tokenizer.normalizer import NEWER_MARKS, normalize_by_rules, sequences
 from data_prep.train_tokenizer import apply_bert_conventions
@@ -170,6 +170,6 @@ def test_every_process_writes_the_same_normalizer(rules):
     assert b"Replace" in written.pop()
 
 
-def test_planes_without_marks_and_decompositions_are_left_out():
-    left_out = map(chr, {*range(sys.maxunicode + 1)}.difference(PLANES))
+def test_code_points_that_are_left_out_are_no_marks_and_have_no_decomposition():
+    left_out = map(chr, {*range(sys.maxunicode + 1)}.difference(CODE_POINTS))
     assert not any(unicodedata.decomposition(c) or unicodedata.category(c)[0] == "M" for c in left_out)
