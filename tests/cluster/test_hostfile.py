@@ -95,7 +95,7 @@ def test_a_rank_that_dies_ends_those_of_other_machines(corpus: Corpus, tmp_path,
     ranks = start_ranks(patched(pretrain_command(corpus, tmp_path, "--run.max_steps=1000000")), 2, PATCH=MOVE)
     wait_for_step(ranks[0], tmp_path, 3)
     ranks[1].kill()
-    done = finish_ranks(ranks, timeout_s=60)
+    done = finish_ranks(ranks)
     assert ranks[0].returncode == EXIT_PEER_LOST
     assert f"rank 1 on {SECOND} {PEER_DIED}; ending rank 0 on {FIRST}" in done.output
 

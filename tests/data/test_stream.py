@@ -435,7 +435,7 @@ def test_a_position_is_small(longest):
     """The worst case is chunks of one-token documents with a look-ahead of 4 T = 262,144 tokens."""
     rng = np.random.default_rng(0)
     count = max(1, 131_072 // longest)
-    shards = [[rng.integers(1, longest + 1, count).tolist()] * 2 for _ in range(12)]
+    shards = [[rng.integers(1, longest + 1, count).tolist()] * 2 for _ in range(24)]
     corpus = corpus_of(SyntheticSource(shards, vocab_size=30_000_000))
     lengths = [Length(128, 0.5), Length(512, 1.0)]
     config = config_of(corpus, bin_tokens=65_536, num_streams=1, batches_per_step=1, steps=16, lengths=lengths)
