@@ -16,8 +16,8 @@ from megabert.convert.hf.heads import TASKS, head_of
 from megabert.convert.hf.native import POOLED
 from megabert.convert.to_hf import ExportOptions
 from tests.convert.helpers.folders import edit_json
+from tests.helpers.cases import cases
 from tests.helpers.runs import Corpus, run_command
-from tests.kernels.helpers.cases import cases
 from tests.model.helpers.architectures import exact_rope  # noqa: F401
 from tests.model.helpers.small import documents, packed, padded
 

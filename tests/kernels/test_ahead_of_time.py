@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 
-from tests.kernels.helpers.cases import cases
+from tests.helpers.cases import cases
 
 pytestmark = pytest.mark.triton
 

@@ -14,7 +14,7 @@ from megabert.model.alibi import alibi_slopes
 from megabert.model.attention import PLANNERS
 from megabert.model.layers import set_ops
 from megabert.model.padding import Sequences
-from tests.kernels.helpers.cases import cases
+from tests.helpers.cases import cases
 from tests.kernels.helpers.cpu_operations import CASES, LABELS, NORM, ids, normal, results
 from tests.model.helpers.small import LENGTHS, documents, packed, small_model
 

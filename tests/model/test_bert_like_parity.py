@@ -9,7 +9,7 @@ import transformers
 from megabert.convert.hf.bert_like_configs import to_bert_like_config
 from megabert.convert.weight_names import from_megabert, to_megabert_state_dict
 from megabert.model import modeling_megabert as modeling
-from tests.kernels.helpers.cases import cases
+from tests.helpers.cases import cases
 from tests.model.helpers.architectures import ARCHITECTURES
 from tests.model.helpers.small import SMALL, documents, packed, padded, small_model
 

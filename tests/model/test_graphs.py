@@ -10,7 +10,7 @@ from megabert.model.modeling_megabert import (
     MegaBertForTokenClassification,
     MegaBertModel,
 )
-from tests.kernels.helpers.cases import cases
+from tests.helpers.cases import cases
 from tests.model.helpers.small import SMALL, documents, padded, small_model
 
 CASES = [

@@ -9,7 +9,7 @@ import transformers
 from transformers import GteForMaskedLM, GteModel, ModernBertForMaskedLM, ModernBertModel
 
 from megabert.model import modeling_megabert as modeling
-from tests.kernels.helpers.cases import cases
+from tests.helpers.cases import cases
 from tests.model.helpers.architectures import (
     ARCHITECTURES,
     exact_rope,  # noqa: F401

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from data_prep import train_tokenizer
 from megabert.convert.hf.tokenizer import copy_tokenizer, read_hf_tokenizer
+from tests.helpers.cases import cases
 from tests.helpers.foreign.sentencepiece_models import lines_of_every_script
-from tests.kernels.helpers.cases import cases
 
 ROLES = ("pad", "unk", "cls", "sep", "mask")
 BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

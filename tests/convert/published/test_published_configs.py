@@ -17,7 +17,7 @@ from megabert.convert.hf.reader import read_config
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.convert.to_hf import write_model
 from tests.convert.helpers.folders import edit_json
-from tests.kernels.helpers.cases import cases
+from tests.helpers.cases import cases
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 832,

@@ -15,7 +15,7 @@ from torch import Tensor
 from megabert.convert.folder_to_hf import build_head, select_weights
 from megabert.convert.from_hf import read_model
 from tests.convert.helpers.folders import edit_json
-from tests.kernels.helpers.cases import cases
+from tests.helpers.cases import cases
 
 SIZES = {
     "vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,

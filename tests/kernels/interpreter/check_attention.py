@@ -10,8 +10,8 @@ from megabert.kernels.dropout import draw_seed
 from megabert.model.alibi import alibi_slopes
 from megabert.model.attention import plan_eager
 from megabert.model.padding import Sequences
+from tests.helpers.cases import cases
 from tests.kernels.helpers import interpreter
-from tests.kernels.helpers.cases import cases
 from tests.kernels.helpers.interpreter import counted
 from tests.kernels.helpers.masked_attention import masked_attention, masks_of
 from tests.kernels.helpers.yardstick import assert_as_good, assert_gradients, results

@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from megabert.kernels import cross_entropy as kernels
 from megabert.model import ops
+from tests.helpers.cases import cases
 from tests.kernels.helpers import interpreter
-from tests.kernels.helpers.cases import cases
 from tests.kernels.helpers.interpreter import counted
 from tests.kernels.helpers.yardstick import assert_as_good, assert_gradients
 

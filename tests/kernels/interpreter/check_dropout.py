@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from megabert.kernels.dropout import draw_seed, draws, row_factor, threshold, tile_factor
+from tests.helpers.cases import cases
 from tests.kernels.helpers import interpreter
-from tests.kernels.helpers.cases import cases
 
 interpreter.install()
 

@@ -8,8 +8,8 @@ from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.model.padding import Sequences
+from tests.helpers.cases import cases
 from tests.kernels.helpers import interpreter
-from tests.kernels.helpers.cases import cases
 from tests.kernels.helpers.masks import MASKS, assert_independent, assert_same_noise, gradient_noise, noise_of_rows
 
 interpreter.install()

@@ -7,8 +7,8 @@ import torch
 
 from megabert.kernels import embed_layer_norm as kernels
 from megabert.model import ops
+from tests.helpers.cases import cases
 from tests.kernels.helpers import interpreter
-from tests.kernels.helpers.cases import cases
 from tests.kernels.helpers.interpreter import counted
 from tests.kernels.helpers.yardstick import assert_as_good, assert_gradients
 

@@ -12,8 +12,8 @@ from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM, MegaBertForSequenceClassification
 from megabert.model.ops import IGNORE_INDEX
+from tests.helpers.cases import cases
 from tests.kernels.helpers import interpreter
-from tests.kernels.helpers.cases import cases
 from tests.kernels.helpers.yardstick import error
 
 interpreter.install()

@@ -24,9 +24,9 @@ from megabert.training.updates.optimizers import (
     peak_lr,
 )
 from megabert.training.updates.unsupported_optimizers import why_not_optimizer
+from tests.helpers.cases import cases
 from tests.helpers.recipes import read_recipe
 from tests.helpers.runs import Corpus, ds_config_in, finish_ranks, patched, pretrain_command, start_ranks
-from tests.kernels.helpers.cases import cases
 from tests.model.helpers.small import small_model
 
 SETTINGS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.01}
