@@ -28,6 +28,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 VOCAB_SIZE = 800
 
+# Programs of tests that make a cluster on this machine, as root; and packages of other projects that prepare text.
+PROGRAMS = {"slurm": ["slurmctld", "slurmd", "sbatch", "munged"], "namespaces": ["ip"]}
+PREPARATION = {"foreign_tokens": "megatron streaming datatrove", "ray": "ray", "datatrove": "datatrove nltk spacy"}
+
 # Where the tests start whole runs. They go first, so that no core waits for the last of them.
 SLOW = (
     "test_end_to_end.py",
@@ -47,14 +51,14 @@ SLOW = (
 
 
 def reasons_to_skip() -> dict[str, str]:
-    """For each mark whose tests cannot run on this machine: why not."""
+    """Return the marks whose tests cannot run on this machine, each with the reason."""
     from megabert.convert.targets.transformers_js import find_node
 
     def lacks(*packages: str) -> bool:
         return not all(find_spec(name) for name in packages)
 
     reasons = {}
-    for mark, programs in {"slurm": ["slurmctld", "slurmd", "sbatch", "munged"], "namespaces": ["ip"]}.items():
+    for mark, programs in PROGRAMS.items():
         missing = [name for name in programs if shutil.which(name) is None]
         if missing or os.geteuid():
             reasons[mark] = f"needs {', '.join(missing) or 'root'}: see tests/cluster/README.md"
@@ -66,12 +70,7 @@ def reasons_to_skip() -> dict[str, str]:
         reasons["peft"] = "needs peft: pip install peft"
     if lacks("torchao"):
         reasons["fp8"] = "needs torchao: pip install '.[fp8]'"
-    # Packages of other projects that prepare text.
-    for mark, packages in {
-        "foreign_tokens": "megatron streaming datatrove",
-        "ray": "ray",
-        "datatrove": "datatrove nltk spacy",
-    }.items():
+    for mark, packages in PREPARATION.items():
         if lacks(*packages.split()):
             reasons[mark] = f"needs {packages}: see data_prep/README.md"
     if missing := [name for name in ("gguf", "sentence_transformers") if lacks(name)]:

@@ -170,6 +170,10 @@ def _connect(preload: Preload) -> socket.socket:
     return connection
 
 
+# Connections and processes that keep the servers running until this process ends.
+USED: list[object] = []
+
+
 @functools.cache
 def _server(preload: Preload) -> str:
     """Start the server once per test run; returns its socket when it listens."""
@@ -190,10 +194,6 @@ def _server(preload: Preload) -> str:
                 assert process.poll() is None, "the warm server ended"
                 time.sleep(0.05)
     return path
-
-
-# What keeps the servers running, until this process ends.
-USED: list[object] = []
 
 
 def _become_user(path: str) -> bool:

@@ -50,11 +50,11 @@ def install() -> None:
     """Correct the interpreter for this process."""
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_dot = dot
-    hasten()
+    patch_language_once()
 
 
 @functools.cache
-def hasten() -> None:
+def patch_language_once() -> None:
     """Replace the functions of Triton's language once, not at every call, and keep the types that were looked up."""
     triton_interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     triton_interpreter._patch_lang = lambda fn: triton_interpreter._LangPatchScope()
