@@ -136,10 +136,11 @@ class WorkerPool:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
         if kind is not None:
             for child in set(multiprocessing.active_children()) - self._other_children:
                 child.terminate()
+        # Waits for the pool's thread, too: while it closes its pipe, the end of this process would write into it.
+        self._pool.shutdown(cancel_futures=True)
 
     def counters(self) -> tuple[int, int]:
         """Return how many bytes are read so far, of the input and of the text in it."""

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import threading
 
@@ -15,6 +16,7 @@ from data_prep import workers, write_shards
 from data_prep.sources.base import InputSplit
 from data_prep.workers import Progress, WorkerPool
 from data_prep.writing.passes import TASK_BYTES, group_into_tasks
+from tests.helpers.runs import REPOSITORY
 
 
 def test_too_few_open_files_are_named_before_a_worker_starts(monkeypatch):
@@ -44,6 +46,39 @@ def test_ctrl_c_waits_for_the_start_of_a_worker_whichever_thread_gets_it():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+LATE_WAKEUP = """
+import os, sys, time
+from concurrent.futures import process
+from data_prep.workers import WorkerPool
+
+def wakeup(self):
+    if not self._closed:
+        if process._global_shutdown:
+            time.sleep(1)
+        self._writer.send_bytes(b"")
+
+if __name__ == "__main__":
+    process._ThreadWakeup.wakeup = wakeup
+    try:
+        with WorkerPool(1) as pool:
+            pool.run(os._exit, [(1,)])
+    except ValueError as error:
+        sys.exit(str(error))
+"""
+
+
+def test_the_end_of_the_command_and_of_a_pool_whose_worker_died_do_not_meet(tmp_path):
+    """Python writes into the pool's pipe at its end, after a look at whether the pool's thread has closed it."""
+    (tmp_path / "late.py").write_text(LATE_WAKEUP)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "late.py")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("a worker process died")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.fixture
