@@ -86,9 +86,10 @@ def test_half_a_line_of_a_killed_command_costs_one_record(tmp_path):
     assert again.last(kind="clock") is None
 
 
-def test_committed_records_count_too(tmp_path):
+def test_committed_records_count_too_unless_the_race_is_fresh(tmp_path):
     (tmp_path / "earlier.jsonl").write_text('{"kind": "trial", "seed": 1}\n')
     assert Records(tmp_path / "none/records.jsonl", tmp_path).last(kind="trial") == {"kind": "trial", "seed": 1}
+    assert Records(tmp_path / "none/records.jsonl", committed=None).rows == []
 
 
 @pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.jsonl")), ids=lambda path: path.name)
@@ -162,6 +163,32 @@ def test_the_finalists_have_rounds_of_their_own(tmp_path):
     again = Records(tmp_path / "records.jsonl", tmp_path / "committed")
     assert clock.measure_finalists(theirs, mine, FakeCorpus(), again) == clocks
     assert len(Fake.turns) == 2 * clock.FINAL_ROUNDS, "what was measured is not measured again"
+
+
+def test_a_race_goes_on_with_the_clock_of_the_machine_that_began_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(clock, "startup_steps", lambda *_: 4.0)
+    records = Records(tmp_path / "records.jsonl", tmp_path / "committed")
+    theirs, mine = Fake("theirs", 1.0), Fake("mine", 0.5)
+
+    def measure(cpu, seconds, contenders):
+        monkeypatch.setattr(clock, "machine", lambda: {"cpu": cpu, "cores": 2})
+        monkeypatch.setattr(clock, "REFERENCE", Fake("reference", seconds))
+        Fake.slowdown, Fake.turns = 1.0, []
+        clock.measure(contenders, FakeCorpus(), records)
+        return [clock.find(each, FakeCorpus(), records) for each in contenders]
+
+    first = measure("slow", 2.0, [mine])
+    assert measure("fast", 1.0, [mine]) == first
+    assert Fake.turns == []
+    # A new setting is measured where the race goes on: a quarter of the fast machine's reference step, which takes 2 s
+    # of processor time on two cores of the first machine.
+    assert measure("fast", 1.0, [mine, Fake("new", 0.25)])[1] == Clock(1.0, 0.25, [0.25] * 5)
+    assert Fake.turns == ["reference", "new"] * 5
+    finalists = clock.measure_finalists(theirs, mine, FakeCorpus(), records)
+    assert {row["cpu"] for row in records.find(kind="final round")} == {"fast"}
+    assert {row["cpu"] for row in records.find(kind="startup", profile=clock.profile_of(mine))} == {"slow", "fast"}
+    monkeypatch.setattr(clock, "machine", lambda: {"cpu": "third", "cores": 8})
+    assert clock.measure_finalists(theirs, mine, FakeCorpus(), records) == finalists
 
 
 def test_a_clock_that_was_killed_goes_on_with_the_next_round(tmp_path, monkeypatch):

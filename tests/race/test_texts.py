@@ -134,6 +134,7 @@ def test_quick_runs_to_its_end(tmp_path):
         sys.executable,
         "tests/benchmarks/race/run.py",
         "--quick",
+        "--fresh",
         f"--out={tmp_path}",
         f"--json={tmp_path / 'f.json'}",
     ]

@@ -6,6 +6,9 @@ number of cores. So other load on the machine does not change how many steps a b
 alike. The two finalists are measured once more, alone, with more and longer rounds. The start-up, mostly compilation,
 is measured in a new process with an empty cache, as a number of steps of that process. Every start-up and every round
 is a record.
+
+A clock stays that of the machine that measured it: a race that continues on another machine trains the steps that the
+first one's clock buys. The clock of the finalists is of one machine.
 """
 
 import math
@@ -13,7 +16,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,16 +72,16 @@ def profile_of(contender: Contender) -> str:
 
 
 def measure(contenders: Sequence[Contender], corpus: Corpus, records: Records) -> None:
-    """Measure what the records lack on this machine and corpus: start-ups, and rounds in turns."""
+    """Measure the start-ups, and rounds in turns, of the contenders that have no clock."""
     here = {**place(corpus), "load": os.getloadavg()[0]}
-    profiles = {profile_of(contender): contender for contender in contenders}
-    for name, contender in profiles.items():
-        if records.last(kind="startup", profile=name, **place(corpus)) is None:
-            with tempfile.TemporaryDirectory() as scratch:
-                steps = startup_steps(contender, corpus, Path(scratch))
-            print(f"clock: start-up {steps:.1f} steps, {contender.side} {contender.profile}", flush=True)
-            records.append({"kind": "startup", "profile": name, **here, "steps": steps, "settings": contender.profile})
-    while lacking := {name: each for name, each in profiles.items() if len(rounds(name, corpus, records)) < ROUNDS}:
+    profiles = {
+        profile_of(contender): contender for contender in contenders if find(contender, corpus, records) is None
+    }
+    for contender in profiles.values():
+        measure_startup(contender, corpus, records)
+    while lacking := {
+        name: each for name, each in profiles.items() if len(rounds(name, place(corpus), records)) < ROUNDS
+    }:
         with tempfile.TemporaryDirectory() as scratch:
             wall, cpu = REFERENCE.reference_step(corpus, STEPS, WARM_UP_STEPS, Path(scratch))
             taken = {name: turn(contender, corpus, Path(scratch)) for name, contender in lacking.items()}
@@ -86,49 +89,89 @@ def measure(contenders: Sequence[Contender], corpus: Corpus, records: Records) -
         records.append({"kind": "round", **here, "reference_s": wall, "reference_cpu_s": cpu, "step_s": taken})
 
 
+def measure_startup(contender: Contender, corpus: Corpus, records: Records) -> None:
+    """Measure a contender's start-up on this machine, if there is no record of it."""
+    name = profile_of(contender)
+    if records.last(kind="startup", profile=name, **place(corpus)) is not None:
+        return
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        steps = startup_steps(contender, corpus, Path(scratch))
+    print(f"clock: start-up {steps:.1f} steps, {contender.side} {contender.profile}", flush=True)
+    row = {"kind": "startup", "profile": name, **place(corpus), "load": load, "steps": steps}
+    records.append(row | {"settings": contender.profile})
+
+
 def place(corpus: Corpus) -> dict[str, Any]:
     """Return what a measured time depends on, besides the contender."""
     return {"corpus": corpus.hash, "cpu": machine()["cpu"], "cores": machine()["cores"]}
 
 
-def rounds(profile: str, corpus: Corpus, records: Records) -> list[float]:
-    """Return a profile's ratio to the reference in each round that has it."""
-    found = records.find(kind="round", **place(corpus))
+def places(corpus: Corpus, records: Records, **fields: Any) -> list[dict[str, Any]]:
+    """Return the places of the corpus's records with these values, that of the first record first."""
+    found: list[dict[str, Any]] = []
+    for row in records.find(corpus=corpus.hash, **fields):
+        where = {name: row[name] for name in ("corpus", "cpu", "cores")}
+        if where not in found:
+            found.append(where)
+    return found
+
+
+def rounds(profile: str, where: Mapping[str, Any], records: Records) -> list[float]:
+    """Return a profile's ratio to the reference in each round of a place that has it."""
+    found = records.find(kind="round", **where)
     return [row["step_s"][profile] / row["reference_s"] for row in found if profile in row["step_s"]]
 
 
 def find(contender: Contender, corpus: Corpus, records: Records) -> Clock | None:
-    """Return the contender's clock on this machine, if it was measured."""
+    """Return the contender's clock, if it was measured.
+
+    The reference's step is that of the place of the first rounds, for all contenders. The ratio to it and the start-up
+    are those of the first place that has measured this contender.
+    """
     profile = profile_of(contender)
-    startup = records.last(kind="startup", profile=profile, **place(corpus))
-    ratios = rounds(profile, corpus, records)
-    if startup is None or len(ratios) < ROUNDS:
-        return None
-    # Those of the first rounds on this machine, so that later rounds do not change the steps of a budget.
-    first = list(records.find(kind="round", **place(corpus)))[:ROUNDS]
-    reference = statistics.median(row["reference_cpu_s"] for row in first) / first[0]["cores"]
-    step = statistics.median(ratios[:ROUNDS]) * reference
-    return Clock(startup["steps"] * step, step, ratios[:ROUNDS])
+    measured = places(corpus, records, kind="round")
+    for where in measured:
+        startup = records.last(kind="startup", profile=profile, **where)
+        ratios = rounds(profile, where, records)
+        if startup is None or len(ratios) < ROUNDS:
+            continue
+        # Those of the first rounds, so that later rounds do not change the steps of a budget.
+        first = list(records.find(kind="round", **measured[0]))[:ROUNDS]
+        reference = statistics.median(row["reference_cpu_s"] for row in first) / first[0]["cores"]
+        step = statistics.median(ratios[:ROUNDS]) * reference
+        return Clock(startup["steps"] * step, step, ratios[:ROUNDS])
+    return None
 
 
 def measure_finalists(theirs: Baseline, mine: Contender, corpus: Corpus, records: Records) -> tuple[Clock, Clock]:
-    """Return the clocks of the baseline and of ours, from rounds of these two; measure the rounds that are missing."""
-    here = {**place(corpus), "baseline": profile_of(theirs), "ours": profile_of(mine)}
-    while len(found := list(records.find(kind="final round", **here))) < FINAL_ROUNDS:
+    """Return the clocks of the baseline and of ours, from rounds of these two on one machine.
+
+    A machine that has measured all rounds is taken, the first one first; else the missing ones are measured here.
+    """
+    pair = {"kind": "final round", "baseline": profile_of(theirs), "ours": profile_of(mine)}
+    complete = (p for p in places(corpus, records, **pair) if len(list(records.find(**pair, **p))) >= FINAL_ROUNDS)
+    where = next(complete, place(corpus))
+    found = list(records.find(**pair, **where))
+    if len(found) < FINAL_ROUNDS:
+        for contender in (theirs, mine):
+            measure_startup(contender, corpus, records)
+    while len(found) < FINAL_ROUNDS:
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as scratch:
             wall, cpu = theirs.reference_step(corpus, FINAL_STEPS, WARM_UP_STEPS, Path(scratch))
             taken = turn(mine, corpus, Path(scratch), FINAL_STEPS)
         print(f"clock: finalists, round {len(found) + 1}: {wall:.3f} s and {taken:.3f} s a step", flush=True)
         seconds = {"baseline_s": wall, "baseline_cpu_s": cpu, "ours_s": taken}
-        records.append({"kind": "final round", **here, "load": load, **seconds})
+        found.append(records.append({**pair, **where, "load": load, **seconds}))
+    print(f"clock: the finalists' is of {where['cores']} cores of {where['cpu']}", flush=True)
     rows = found[:FINAL_ROUNDS]
-    step = statistics.median(row["baseline_cpu_s"] for row in rows) / here["cores"]
+    step = statistics.median(row["baseline_cpu_s"] for row in rows) / where["cores"]
     ratios = [row["ours_s"] / row["baseline_s"] for row in rows]
     clocks = []
     for contender, each in ((theirs, [1.0] * FINAL_ROUNDS), (mine, ratios)):
-        startup = records.last(kind="startup", profile=profile_of(contender), **place(corpus))
-        assert startup is not None, "the search has measured it"
+        startup = records.last(kind="startup", profile=profile_of(contender), **where)
+        assert startup is not None, "it is measured before the rounds"
         step_s = statistics.median(each) * step
         clocks.append(Clock(startup["steps"] * step_s, step_s, each))
     return clocks[0], clocks[1]

@@ -12,7 +12,7 @@ import transformers
 from jsonargparse import Namespace
 from race import clock, scoring
 from race.clock import Clock, Contender
-from race.records import Records
+from race.records import COMMITTED, Records
 from race.result import Result, compare, print_result
 from race.sides.baseline import Baseline
 from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, SearchPlan, baseline_grid, open_baselines, open_ours, our_grid
@@ -31,7 +31,10 @@ def make_parser(description: str) -> Parser:
     parser.add_argument(
         "--corpus", choices=corpora.NAMES, help="only this text; default: both, with --quick docstrings"
     )
-    parser.add_argument("--out", type=Path, help="folder for records and trials; default: runs/race or runs/race-quick")
+    parser.add_argument("--out", type=Path, help="folder for records and trials; default: runs/race[-quick][-fresh]")
+    parser.add_argument(
+        "--fresh", action="store_true", help="without the project's records: measure and train everything here"
+    )
     return parser
 
 
@@ -40,7 +43,8 @@ def read_options(parser: Parser) -> Namespace:
     options = parser.parse_args()
     if find_spec("accelerate") is None:
         parser.error("transformers' Trainer needs accelerate: pip install accelerate")
-    options.out = options.out or corpora.REPOSITORY / ("runs/race-quick" if options.quick else "runs/race")
+    suffix = ("-quick" if options.quick else "") + ("-fresh" if options.fresh else "")
+    options.out = options.out or corpora.REPOSITORY / f"runs/race{suffix}"
     return options
 
 
@@ -139,7 +143,8 @@ def open_tracks(options: Namespace, plan: SearchPlan) -> Iterator[list[Track]]:
         tasks, missing = scoring.available_tasks()
         for line in missing:
             print(f"score: {line}", flush=True)
-        records, scored = Records(options.out / "records.jsonl"), [] if missing else tasks
+        committed = None if options.fresh else COMMITTED
+        records, scored = Records(options.out / "records.jsonl", committed), [] if missing else tasks
         yield [Track(corpus, records, options.out, scored, plan.examples) for corpus in texts]
     finally:
         lock.release()

@@ -19,14 +19,14 @@ def hash_of(value: Any) -> str:
 
 
 class Records:
-    """The records of an output folder, and those that are committed beside this file."""
+    """The records of an output folder, and those of the project."""
 
-    def __init__(self, path: Path, committed: Path = COMMITTED):
-        """path: the file to append to."""
+    def __init__(self, path: Path, committed: Path | None = COMMITTED):
+        """path: the file to append to. committed: folder of the project's records; None: without them."""
         self.path = path
         self.rows: list[dict[str, Any]] = []
         # Each file once: path may be in that folder.
-        for file in dict.fromkeys([*sorted(committed.glob("*.jsonl")), path]):
+        for file in dict.fromkeys([*(sorted(committed.glob("*.jsonl")) if committed else ()), path]):
             self.rows += read_records(file)
 
     def find(self, **fields: Any) -> Iterator[dict[str, Any]]:
