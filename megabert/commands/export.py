@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from megabert.config import cli
-from megabert.config.settings import required
+from megabert.config.settings import required, setting
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Options:
     export or an import wrote"""
     out: str = required(is_output=True)
     """folder to write"""
-    average: int = 1
+    average: int = setting(1, "[1, 100000]")
     """export the mean of the weights of this many checkpoints: that one and those before it"""
     for_: str = ""
     """other programs to write files for, a list with commas: sentence-transformers, onnx, onnx-int8, encoder, jina,
     gguf, transformers.js. Each is opened and compared with the checkpoint, and removed if it differs"""
     max_shard_size: str = "5GB"
     """maximum size of a weights file; larger weights are written as several files"""
-    max_length: int | None = None
+    max_length: int | None = setting(None, "[3, 10000000]")
     """maximum length of a text, tokens; by default the training length, with ALiBi at least 512"""
     layout: Literal["hf", "published"] = "hf"
     """published: the layout of mosaicml/mosaic-bert-base, for a MosaicBERT (a checkpoint, or a MegaBERT folder)"""

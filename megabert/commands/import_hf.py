@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megabert.config import cli
-from megabert.config.settings import required
+from megabert.config.settings import required, setting
 
 # A model of the hub: OWNER/NAME, or NAME alone.
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -29,13 +29,13 @@ class Options:
     """folder with config.json and model.safetensors or pytorch_model.bin"""
     out: str = required(is_output=True)
     """folder to write"""
-    max_length: int | None = None
+    max_length: int | None = setting(None, "[3, 10000000]")
     """maximum length of a text, tokens; additional learned positions repeat the first ones"""
     tokenizer: str | None = None
     """folder or tokenizer.json with a new vocabulary; tokens that the old one has, too, keep their embeddings"""
-    pad_vocab_to_multiple_of: int = 64
+    pad_vocab_to_multiple_of: int = setting(64, "[1, 65536]")
     """with --tokenizer: round the vocabulary up to this multiple, as model.pad_vocab_to_multiple_of in the recipe"""
-    seed: int = 17
+    seed: int = setting(17, "[0, 2^63)")
     """seed of the parameters that are initialized"""
 
 

@@ -1,14 +1,18 @@
-"""Every number of a recipe has limits, which --help prints and which no value passes."""
+"""Every number of a recipe and of a command has limits, which --help prints and which no value passes."""
 
 import math
 import sys
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 
+from data_prep import check_shards, train_tokenizer, write_shards
+from launch import pareto
+from megabert.commands import export, finetune, import_hf
 from megabert.config.recipe import Recipe
 from megabert.config.recipe_parser import load_recipe, setting_types
 from megabert.config.settings import LIMITS, check_range, limits_of
+from megabert.finetune.jobs import score_checkpoint
 from tests.helpers.recipes import read_recipe
 
 NUMBERS = {int, float}
@@ -20,6 +24,22 @@ def test_every_number_has_limits():
     for name, kind in setting_types().items():
         if {kind, *get_args(kind)} & NUMBERS and name != "optimizer.betas":
             assert LIMITS.fullmatch(ALL_LIMITS[name]), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        export.Options, import_hf.Options, finetune.FinetuneOptions, score_checkpoint.Options,
+        train_tokenizer.Options, write_shards.Options, check_shards.Options, pareto.Options,
+    ],
+    ids=lambda options: f"{options.__module__}.{options.__name__}",
+)  # fmt: skip
+def test_every_number_of_a_command_has_limits(options):
+    kinds, limits = get_type_hints(options), limits_of(options)
+    numbers = [name for name, kind in kinds.items() if {kind, *get_args(kind)} & NUMBERS]
+    assert numbers
+    for name in numbers:
+        assert LIMITS.fullmatch(limits[name]), name
 
 
 @pytest.mark.parametrize("name", sorted(ALL_LIMITS))
