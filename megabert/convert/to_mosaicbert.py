@@ -79,12 +79,12 @@ def export_mosaicbert(source: Path, out: Path, average: int = 1, max_length: int
             torch.save(theirs, folder / PYTORCH_BIN)
         except RuntimeError as error:
             advice = "If the disk is full, free some space or choose another place."
-            raise OSError(f"{folder / PYTORCH_BIN}: cannot be written: {error}. {advice}") from error
+            raise OSError(f"{out / PYTORCH_BIN}: cannot be written: {error}. {advice}") from error
         settings = to_mosaicbert_config(model.config) | {"architectures": [_find_class(model)]}
         write_json(folder / CONFIG, settings)
         copy_tokenizer(model.tokenizer, folder, max_length)
         (folder / "README.md").write_text(README.format(missing=", ".join(model.missing) or "none"), encoding="utf-8")
-        _check_reads_back(folder, model)
+        _check_reads_back(folder, model, out)
         reused = out.is_dir() and _hash_files(folder) == _hash_files(out)
         if not reused:
             replace_folder(folder, out, lambda: _check_empty(out))
@@ -154,8 +154,8 @@ def _read_source(source: Path, average: int) -> SourceModel:
     return SourceModel(weights, config, checkpoints[0], state.max_seq_len, None, [])
 
 
-def _check_reads_back(folder: Path, model: SourceModel) -> None:
-    """Raise ValueError unless the folder reads as the model that was written.
+def _check_reads_back(folder: Path, model: SourceModel, out: Path) -> None:
+    """Raise ValueError, which names `out`, unless the folder reads as the model that was written.
 
     No other process can load the folder as a check, because its modelling code is not ours to redistribute.
     """
@@ -168,4 +168,4 @@ def _check_reads_back(folder: Path, model: SourceModel) -> None:
     wrong += [name for name in settings if getattr(back.config, name) != getattr(model.config, name)]
     wrong += [*sorted(set(back.initialized) ^ set(model.missing)), *back.unused]
     if wrong:
-        raise ValueError(f"{folder}: does not read back as it was written: {', '.join(wrong[:3])}.")
+        raise ValueError(f"{out}: does not read back as it was written: {', '.join(wrong[:3])}.")

@@ -58,15 +58,32 @@ def staged_folder(out: Path) -> Iterator[Path]:
     """Yield a new folder beside `out` to write to. The caller renames it; whatever is left of it at the end is removed.
 
     Ctrl-C and SIGTERM remove it too. What a kill -9 leaves behind is removed by the next process that writes to `out`.
+    An OSError about the folder or a file in it names `out` instead, because the folder's own name is gone by then.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with _sigterm_raises():
         folder, lock = _new_folder(out)
         try:
             yield folder
+        except OSError as error:
+            _name_final_place(error, folder, out)
+            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
+
+
+def _name_final_place(error: OSError, folder: Path, out: Path) -> None:
+    """Let an error name `out` where it names the staged folder, the one that it replaces, or a file in either.
+
+    A write to a full disk names no file; here it was one of the folder's.
+    """
+    if error.errno in FULL and error.filename is None:
+        error.filename = str(out)
+    temporary = rf"{re.escape(str(folder))}(-old)?(?=/|$)"
+    for attribute in ("filename", "filename2"):
+        if isinstance(name := getattr(error, attribute), (str, os.PathLike)):
+            setattr(error, attribute, re.sub(temporary, lambda _: str(out), os.fspath(name)))
 
 
 def replace_folder(folder: Path, out: Path, check: Callable[[], object] = lambda: None) -> None:

@@ -127,11 +127,12 @@ def test_a_folder_that_does_not_read_back_is_removed(tmp_path, monkeypatch):
         return state | {"cls.predictions.decoder.bias": state["cls.predictions.decoder.bias"] + 1}
 
     monkeypatch.setattr(module, "from_megabert", changed)
-    with pytest.raises(ValueError, match=r"does not read back as it was written: decoder\.bias"):
+    with pytest.raises(ValueError, match=r"/out: does not read back as it was written: decoder\.bias"):
         export_mosaicbert(tmp_path / "in", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("no space left")))
-    with pytest.raises(OSError, match="pytorch_model.bin: cannot be written: no space left. If the disk is full, free"):
+    message = "/out/pytorch_model.bin: cannot be written: no space left. If the disk is full, free"
+    with pytest.raises(OSError, match=message):
         export_mosaicbert(tmp_path / "in", tmp_path / "out")
 
 

@@ -1,5 +1,6 @@
 """A staged folder appears complete or not at all, also if its writer is killed or several write to one place."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megabert.files.atomic import replace_folder, staged_folder
+from megabert.files.disk import explain
 from tests.helpers.runs import REPOSITORY
 
 WRITER = """
@@ -101,6 +103,33 @@ def test_an_error_leaves_nothing_and_a_name_may_have_any_sign(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with staged_folder(out) as folder:
         assert folder.stat().st_mode & 0o777 == 0o777 & ~_umask()
+
+
+FULL_DISK = (errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(("make", "named"), [
+    (lambda folder: OSError(*FULL_DISK, str(folder / "a" / "b")), "out/a/b"),
+    (lambda folder: OSError(*FULL_DISK, folder), "out"),
+    (lambda folder: OSError(*FULL_DISK), "out"),
+    (lambda folder: PermissionError(errno.EPERM, "not permitted", str(folder), None, f"{folder}-old"), "out"),
+    (lambda folder: OSError(*FULL_DISK, f"{folder}-other"), None),
+    (lambda folder: OSError(*FULL_DISK, "/elsewhere/file"), None),
+])  # fmt: skip
+def test_an_error_names_the_folder_that_was_asked_for(tmp_path, make, named):
+    out = tmp_path / "out"
+
+    def fail() -> OSError:
+        with staged_folder(out) as folder:
+            error = make(folder)
+            error.before = explain(error)
+            raise error
+
+    with pytest.raises(OSError, match=".") as raised:
+        fail()
+    expected = raised.value.before if named is None else str(tmp_path / named)
+    assert explain(raised.value).startswith(expected)
+    assert named is None or ".tmp" not in explain(raised.value)
 
 
 def _umask() -> int:
