@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from megabert.convert.check import export_record
 from megabert.convert.check.export_record import CHECK_PAIRS, CHECK_TEXTS, RECORD, Measurements
 from megabert.convert.hf.heads import ANSWERS, CHOICE
-from megabert.convert.hf.reader import check_code_stays_inside
+from megabert.convert.hf.reader import check_code_stays_inside, read_json
 from megabert.convert.hf.writer import save_tensors
-from megabert.data.shards.manifest import TOKENIZER
+from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.process.subprocesses import end_with_parent, last_line
@@ -50,11 +50,15 @@ def write_expected_outputs(
 ) -> None:
     """Write the token ids of the check's texts, from the checkpoint's tokenizer, and the model's logits for them.
 
-    max_length: tokens at which a text is cut, by default the model's maximum; pairs: whether the texts are pairs.
+    The folder must have its tokenizer, whose settings say which token pads and at which end a text is cut. max_length:
+    tokens at which a text is cut, by default the model's maximum; pairs: whether the texts are pairs.
     """
     tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER))
-    tokenizer.enable_padding(pad_id=model.config.pad_token_id)
-    tokenizer.enable_truncation(max_length or model.config.max_position_embeddings)
+    settings = read_json(folder / TOKENIZER_CONFIG)
+    # The config of a model may name another token than its tokenizer pads with, or none.
+    tokenizer.enable_padding(pad_id=_padding_id(tokenizer, settings.get("pad_token")))
+    direction = "left" if settings.get("truncation_side") == "left" else "right"
+    tokenizer.enable_truncation(max_length or model.config.max_position_embeddings, direction=direction)
     texts: Any = list(zip(CHECK_TEXTS, CHECK_PAIRS, strict=True)) if pairs else list(CHECK_TEXTS)
     encodings = tokenizer.encode_batch(texts)
     inputs = {
@@ -75,6 +79,12 @@ def write_expected_outputs(
         logits = logits[inputs["attention_mask"].bool()]  # (T, V)
     save_tensors(inputs | {"logits": logits.contiguous()}, folder / EXPECTED_OUTPUTS)
     shutil.copymode(folder / TOKENIZER, folder / EXPECTED_OUTPUTS)
+
+
+def _padding_id(tokenizer: Tokenizer, token: Any) -> int:
+    """Return the id of the token that pads; 0 if there is none. token: as tokenizer_config.json has it."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return (tokenizer.token_to_id(name) if isinstance(name, str) else None) or 0
 
 
 def check_new_export(folder: Path, name: str) -> Measurements:

@@ -66,9 +66,19 @@ def check_tokenizer(folder: Path, record: dict[str, Any], expected: dict[str, Te
     """Check that AutoTokenizer gives the recorded ids for the recorded texts."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     assert tokenizer is not None, f"{folder}: AutoTokenizer found no tokenizer"
-    length = record["max_length"]
-    pairs = record.get("text_pairs")
-    encoded = tokenizer(record["texts"], pairs, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    # A user of the folder may pad on the left and ask for no mask. The expected logits are of texts that begin in the
+    # first slot, and need one.
+    tokenizer.padding_side = "right"
+    encoded = tokenizer(
+        record["texts"],
+        record.get("text_pairs"),
+        padding=True,
+        truncation=True,
+        max_length=record["max_length"],
+        return_tensors="pt",
+        return_attention_mask=True,
+        return_token_type_ids="token_type_ids" in expected,
+    )
     for name in sorted(expected.keys() - {"logits"}):
         if name not in encoded:
             sys.exit(f"the tokenizer gives no {name}")

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megabert.convert import to_hf
 from megabert.convert.check import export_check, export_record
 from megabert.convert.deepspeed_checkpoint import find_checkpoints
+from megabert.convert.folder_to_hf import export_folder
+from megabert.convert.from_hf import import_model
 from megabert.convert.to_hf import ExportOptions
 from megabert.files.checkpoint_format import MANIFEST
 from tests.convert.helpers.checkpoints import write_checkpoint
@@ -106,6 +109,42 @@ def test_another_window_than_the_published_one_fails_the_check(tmp_path, skipped
     messages = check_folders([tmp_path / str(window) for window in windows], tmp_path)
     assert messages[0] == "passed"
     assert all(message.startswith("logits differ by") for message in messages[1:]), messages
+
+
+# What is changed in a folder before its import: settings of its tokenizer, and of its config.
+HABITS = {
+    "pads on the left": ({"padding_side": "left"}, {}),
+    "cuts on the left": ({"truncation_side": "left", "model_max_length": 12}, {}),
+    "asks for no mask": ({"model_input_names": ["input_ids"]}, {}),
+    "pads with another token than the model": ({}, {"pad_token_id": 7}),
+    "pads, and the model names no token": ({}, {"pad_token_id": None}),
+}
+
+
+def test_habits_of_a_tokenizer_do_not_fail_the_check(tmp_path, skipped_checks):
+    """Those of other programs are kept, and the check's texts are padded and cut as its expected outputs were."""
+    tokenizer = write_tokenizer_of_words(tmp_path / "tokenizer")
+    sizes = {"vocab_size": 832, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+    model = transformers.ModernBertForSequenceClassification(
+        transformers.ModernBertConfig(**sizes, **ids, intermediate_size=40, max_position_embeddings=64)
+    )
+    for name, (settings, config) in HABITS.items():
+        source, ours = tmp_path / "in" / name, tmp_path / "ours" / name
+        model.save_pretrained(source)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(tokenizer / file, source / file)
+        edit_json(source / "tokenizer_config.json", **settings)
+        edit_json(source / "config.json", **config)
+        import_model(source, ours)
+        export_folder(ours, tmp_path / name, ExportOptions(max_length=settings.get("model_max_length")))
+        kept = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert settings.items() <= kept.items()
+    messages = check_folders([tmp_path / name for name in HABITS], tmp_path)
+    assert dict.fromkeys(HABITS, "passed") == dict(zip(HABITS, messages, strict=True))
+    whole, cut = (load_file(tmp_path / name / "export_check.safetensors")["input_ids"] for name in list(HABITS)[:2])
+    assert cut.shape[1] == 12 < whole.shape[1]
+    assert cut[0].tolist() == whole[0][whole[0] != 0].tolist()[-12:]
 
 
 def write_tokenizer_of_words(folder: Path) -> Path:
