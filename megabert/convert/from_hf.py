@@ -129,8 +129,9 @@ def _adopt_tokenizer(source: Path, model: ImportedModel, tokenizer: Tokenizer, p
     its padding token the model's.
     """
     config, num_tokens = model.config, _highest_id(tokenizer) + 1
-    pad = find_special(tokenizer, "pad")
-    if not 0 <= config.vocab_size - num_tokens < MAX_UNUSED_ROWS or pad not in (None, config.pad_token_id):
+    pad, named = find_special(tokenizer, "pad"), config.pad_token_id
+    pads_alike = named is None or pad in (None, named)
+    if not (0 <= config.vocab_size - num_tokens < MAX_UNUSED_ROWS and pads_alike):
         raise ValueError(
             f"{path}: has {num_tokens:,} tokens and [PAD] as id {pad}, but the model in {source} has "
             f"{config.vocab_size:,} rows and pads with id {config.pad_token_id}. That folder has no tokenizer, so this "

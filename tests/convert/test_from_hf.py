@@ -191,6 +191,16 @@ def test_a_config_that_does_not_match_the_weights_is_refused(tmp_path, changes, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "electra", "modernbert", "gte"])
+def test_a_model_may_have_no_padding_token(kind):
+    """transformers then trains the embedding of token 0 as any other."""
+    more = {"electra": {"embedding_size": SHAPE["hidden_size"]}, "distilbert": {"hidden_dim": 40}}.get(kind, {})
+    raw = {**SHAPE, **more, "model_type": kind, "pad_token_id": None}
+    config = from_their_config(Path("in"), raw, kind)
+    assert config.pad_token_id is None
+    assert MegaBertForMaskedLM(config).bert.embeddings.word_embeddings.padding_idx is None
+
+
 DEFAULTS = [
     ("bert", BertConfig), ("roberta", RobertaConfig), ("roberta", XLMRobertaConfig), ("roberta", CamembertConfig),
     ("distilbert", DistilBertConfig), ("electra", ElectraConfig), ("modernbert", ModernBertConfig), ("gte", GteConfig),

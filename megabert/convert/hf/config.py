@@ -113,6 +113,9 @@ def from_bert_config(source: Path, raw: dict[str, Any], kind: Kind) -> MegaBertC
     if missing := [name for name in REQUIRED_SIZES if name not in raw]:
         raise ValueError(f"{source / CONFIG}: lacks {', '.join(missing)}.")
     settings = {name: raw[name] for name in SHARED_SETTINGS if raw.get(name) is not None} | _read_labels(raw)
+    if "pad_token_id" in raw:
+        # Without a padding token, the embedding of token 0 is trained as any other.
+        settings["pad_token_id"] = raw["pad_token_id"]
     if kind == "mosaicbert":
         settings |= {"position": "alibi", "ffn": "geglu", "layer_norm_dtype": "bfloat16"}
     else:

@@ -257,6 +257,9 @@ def test_a_tokenizer_is_given_to_a_model_without_one(corpus, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (corpus.tokenizer / "tokenizer.json").read_bytes()
     loaded = MegaBertForMaskedLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
+    # A model that names no padding token contradicts none.
+    small_model(pad_token_id=None).save_pretrained(tmp_path / "unpadded")
+    assert import_model(tmp_path / "unpadded", tmp_path / "also", options).vocabulary is not None
     small_model(vocab_size=2000).save_pretrained(tmp_path / "larger")
     message = f"{corpus.tokenizer}: has .* tokens .* cannot be the one .* first copy that one into the folder"
     with pytest.raises(ValueError, match=message):
