@@ -36,7 +36,7 @@ TOKENS = (*(f"{role}_token" for role in SPECIAL_TOKENS), "bos_token", "eos_token
 CLASS = "tokenizer_class"
 COPIED_SETTINGS = (CLASS, "do_lower_case", "strip_accents", "tokenize_chinese_chars", "padding_side",
                    "clean_up_tokenization_spaces", "truncation_side", "model_input_names", "add_prefix_space",
-                   *TOKENS)  # fmt: skip
+                   "split_special_tokens", *TOKENS)  # fmt: skip
 
 
 def copy_tokenizer(source: Path, folder: Path, max_length: int) -> None:

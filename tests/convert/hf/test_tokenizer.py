@@ -183,6 +183,19 @@ def test_settings_that_name_code_are_not_copied(tmp_path):
     assert "/home/x" not in written.values()
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_whether_the_names_of_special_tokens_are_split_stays_as_it_was(tmp_path, split):
+    write_wordpiece(tmp_path / "tokenizer.json")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": split, "mask_token": "[MASK]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "out").mkdir()
+    copy_tokenizer(tmp_path, tmp_path / "out", 40)
+    theirs, ours = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path, tmp_path / "out"))
+    ids = theirs("[MASK] the")["input_ids"]
+    assert ours("[MASK] the")["input_ids"] == ids
+    assert (theirs.mask_token_id in ids) != split
+
+
 def make_roberta(folder: Path, **settings: bool) -> RobertaTokenizer:
     pieces = [*"<s> <pad> </s> <unk>".split(), *"abc", "\u0120", "\u0120a", "ab", "<mask>"]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
