@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from megabert.convert.check.export_check import EXPECTED_OUTPUTS
+from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets.target import DiffersError, Expected, batches
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.data.shards.tokenizer import rust_errors_as_value_error
@@ -92,7 +93,10 @@ def read_tokenizer(folder: Path, max_length: int) -> Tokenizer:
 
 
 def write_expected(encoder: MegaBertModel, folder: Path, max_length: int) -> None:
-    """Write the texts and the states that the checkpoint's encoder gives for them. The export check's must exist."""
+    """Write the texts and the states that the checkpoint's encoder gives for them. The export check's must exist.
+
+    Raises OSError if they cannot be written, for example because the disk is full.
+    """
     tokenizer = read_tokenizer(folder, max_length)
     texts = make_texts(tokenizer, NUM_TEXTS, min(LONGEST, max_length))
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
@@ -105,7 +109,7 @@ def write_expected(encoder: MegaBertModel, folder: Path, max_length: int) -> Non
         inputs = load_file(folder / EXPECTED_OUTPUTS)
         states = encoder(*(torch.from_numpy(inputs[name]) for name in ("input_ids", "attention_mask")))
     real_states = states.last_hidden_state[torch.from_numpy(inputs["attention_mask"]).bool()].float()
-    save_file({"pooled": pooled, "states": real_states.numpy()}, folder / ANSWERS)
+    save_tensors({"pooled": torch.from_numpy(pooled), "states": real_states}, folder / ANSWERS)
     # safetensors creates files that only their owner can read.
     (folder / ANSWERS).chmod((folder / TOKENIZER).stat().st_mode)
     (folder / TEXTS).write_text(json.dumps(texts, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megabert.convert import to_hf
@@ -17,8 +18,11 @@ from megabert.convert.check import export_check, export_record
 from megabert.convert.deepspeed_checkpoint import find_checkpoints
 from megabert.convert.folder_to_hf import export_folder
 from megabert.convert.from_hf import import_model
+from megabert.convert.hf import writer
+from megabert.convert.targets import compared_texts
 from megabert.convert.to_hf import ExportOptions
 from megabert.files.checkpoint_format import MANIFEST
+from megabert.files.disk import explain
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.folders import edit_json
 from tests.convert.helpers.small_model import small_model
@@ -145,6 +149,26 @@ def test_habits_of_a_tokenizer_do_not_fail_the_check(tmp_path, skipped_checks):
     whole, cut = (load_file(tmp_path / name / "export_check.safetensors")["input_ids"] for name in list(HABITS)[:2])
     assert cut.shape[1] == 12 < whole.shape[1]
     assert cut[0].tolist() == whole[0][whole[0] != 0].tolist()[-12:]
+
+
+def test_a_full_disk_is_an_error_of_the_system_at_every_file_of_tensors(tmp_path, monkeypatch):
+    """That of safetensors is another class, which commands do not print as one line."""
+    write_checkpoint(tmp_path / "run", small_model(), write_tokenizer_of_words(tmp_path / "tokenizer"))
+    out, full, save = tmp_path / "hf", [], writer.save_file
+
+    def save_or_fail(tensors: dict, path: Path, **more: object) -> None:
+        if path.name in full:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(tensors, path, **more)
+
+    monkeypatch.setattr(writer, "save_file", save_or_fail)
+    monkeypatch.setattr(compared_texts, "NUM_TEXTS", 12)
+    for name in ("export_check.safetensors", "target_check.safetensors", "model.safetensors"):
+        full[:] = [name]
+        with pytest.raises(OSError, match=name) as raised:
+            to_hf.export_checkpoint(tmp_path / "run", out, ExportOptions(targets=("sentence-transformers",)))
+        assert explain(raised.value).startswith(f"{out / name}: No space left on device. Free some space and run")
+        assert not out.exists()
 
 
 def write_tokenizer_of_words(folder: Path) -> Path:
