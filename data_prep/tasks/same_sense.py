@@ -34,16 +34,26 @@ def write_task(wordnet: Path, folder: Path) -> None:
 
 
 def senses(wordnet: Path) -> dict[str, dict[str, list[str]]]:
-    """Return word -> synset -> examples of the synset that contain the word or an inflected form of it."""
+    """Return word -> synset -> examples of the synset that contain the word or an inflected form of it.
+
+    Raises ValueError naming the line of a file that is not WordNet's.
+    """
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in FILES:
-        for line in (wordnet / name).read_text(encoding="latin-1").splitlines():
+        for number, line in enumerate((wordnet / name).read_text(encoding="latin-1").splitlines(), 1):
             if line.startswith(" "):
                 # Lines that begin with a space are those of the licence.
                 continue
             data, _, gloss = line.partition(" | ")
             fields = data.split()
-            words = [fields[4 + 2 * i].partition("(")[0].replace("_", " ").lower() for i in range(int(fields[3], 16))]
+            try:
+                spelled = [fields[4 + 2 * i] for i in range(int(fields[3], 16))]
+            except (IndexError, ValueError) as error:
+                raise ValueError(
+                    f"{wordnet / name}: line {number} is not in WordNet's format. Copy the file again "
+                    "(Debian: wordnet-base)."
+                ) from error
+            words = [word.partition("(")[0].replace("_", " ").lower() for word in spelled]
             for example in re.findall(r'"([^"]+)"', gloss):
                 for word in words:
                     if contains_word(word, example):

@@ -1,5 +1,6 @@
 """Tests of data_prep/fetch_tasks.py without a network, on small made-up files instead of the real data."""
 
+import errno
 import io
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.tasks import movies, parameters, same_sense, verses
+from data_prep.tasks import movies, parameters, same_sense, tsv, verses
 from data_prep.tasks.held_out import read_documents
 from data_prep.tasks.tsv import Row, write_splits
 from data_prep.write_shards import main
@@ -104,6 +105,11 @@ def test_same_sense_has_as_many_of_each_label_per_word(snippets, tmp_path, launc
     assert "data.noun: no such file; expected WordNet's data files" in stderr
     for name in same_sense.FILES:
         (wordnet / name).write_text(BANK if name == "data.noun" else "  1 This is the licence.\n")
+    (wordnet / "data.adv").write_text("  1 This is the licence.\n00000001 14 n\n")
+    code, stderr = launch(f"--out={snippets}", f"--wordnet={wordnet}")
+    assert (code, stderr.count("\n")) == (1, 1)
+    assert "data.adv: line 2 is not in WordNet's format. Copy the file again (Debian: wordnet-base)." in stderr
+    (wordnet / "data.adv").write_text("")
     assert launch(f"--out={snippets}", f"--wordnet={wordnet}") == (0, "")
     lines = [
         line.split("\t")
@@ -274,6 +280,24 @@ def test_the_output_names_the_task_file(tmp_path, capsys, monkeypatch):
     counts = f"{tmp_path / 'same-sense'}: 2 rows to train on, 1 held out; --task-file "
     files = ["data_prep/tasks/same-sense.yaml", str(TASKS / "same-sense.yaml")]
     assert capsys.readouterr().out == "".join(f"{counts}{file}\n" for file in files)
+
+
+def test_an_interruption_leaves_no_older_file_beside_a_new_one(tmp_path, monkeypatch):
+    """dev.tsv of an earlier command may have rows that the new train.tsv has, too."""
+    folder = tmp_path / "same-sense"
+    write_splits(folder, ("text",), [Row(("a",), "1", held_out=False), Row(("b",), "1", held_out=True)])
+    new = [Row(("b",), "1", held_out=False), Row(("a",), "1", held_out=True)]
+
+    def write_train_only(path: Path, data: bytes) -> None:
+        if path.name == "dev.tsv":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_bytes(data)
+
+    monkeypatch.setattr(tsv, "write_atomically", write_train_only)
+    with pytest.raises(OSError, match="No space left"):
+        write_splits(folder, ("text",), new)
+    assert [path.name for path in folder.iterdir()] == ["train.tsv"]
+    assert (folder / "train.tsv").read_text() == "text\tlabel\nb\t1\n"
 
 
 def test_the_parameter_task_comes_from_held_out_documents(tmp_path, launch):
