@@ -271,13 +271,15 @@ def start_process(job: FinetuneJob, context: JobContext, slot: WorkerSlot, start
 def job_process(job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: Path, request: dict[str, Any]) -> None:
     """Run a job in a process of its own, with its output in the job's log."""
     exit_with_parent()
+    output = os.open(context.jobs / f"{job.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     try:
         lock = acquire(context.jobs / f"{job.name}.lock")
     except LockHeldError:
         sys.exit(EXIT_BUSY)
-    output = os.open(context.jobs / f"{job.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    # Not before: until then the log may be that of another command's process.
+    os.ftruncate(output, 0)
     torch.set_num_threads(slot.threads)
     run_and_write(job, context, slot, start, request)
     lock.release()

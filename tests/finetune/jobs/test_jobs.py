@@ -138,6 +138,21 @@ def test_the_reason_of_a_killed_job_or_one_without_a_log_is_recorded(tmp_path, b
         assert runner.results[job.name] == {"status": "failed", "error": reason}
 
 
+def test_a_job_that_cannot_lock_its_file_says_why_in_its_log(options_for, tmp_path):
+    jobs = tmp_path / "out/jobs"
+    (jobs / "sst2-pretrained-c0-s1.lock").mkdir(parents=True)
+    (jobs / "sst2-pretrained-c0-s1.log").write_text("RuntimeError: of an earlier attempt\n")
+    assert run_finetuning(options_for(tasks="sst2")) == 1
+    table = (tmp_path / "out/results.md").read_text()
+    assert (
+        f"sst2-pretrained-c0-s1: IsADirectoryError: [Errno 21] Is a directory: '{jobs}/sst2-pretrained-c0-s1" in table
+    )
+    assert "sst2-pretrained-c0-s2" not in table
+    (jobs / "sst2-pretrained-c0-s1.lock").rmdir()
+    assert run_finetuning(options_for(tasks="sst2")) == 0
+    assert "Error" not in (jobs / "sst2-pretrained-c0-s1.log").read_text(), "a new attempt begins the log anew"
+
+
 def test_a_killed_command_ends_its_jobs_and_continues_when_repeated(options_for, in_process, tmp_path):
     """kill -9 while processes of jobs run: they end too, and the same command runs only the jobs that are not done."""
     slow = PROTOCOL.replace("rte: {", "rte: {epochs: 100000, ")
