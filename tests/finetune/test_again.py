@@ -1,12 +1,9 @@
 """The same command again: which results it reuses and which it makes again; and two commands at the same time."""
 
+import errno
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import pytest
 from megabert.finetune.jobs import runner
 from megabert.finetune.main import run_finetuning
 from tests.finetune.helpers.layouts import write_tsv
+from tests.finetune.helpers.locks import held
 
 
 def results_of_jobs(out: Path) -> dict[str, dict]:
@@ -46,6 +44,28 @@ def test_a_changed_test_set_is_labelled_again_only_by_the_best_job(options_for, 
     before = results_of_jobs(out)
     assert run_finetuning(options) == 0
     assert changed(before, out) == []
+
+
+def test_a_full_disk_leaves_the_earlier_submission_whole(options_for, in_process, tmp_path, monkeypatch):
+    archive = tmp_path / "out/submission.zip"
+    assert run_finetuning(options_for(tasks="cola", submission=True)) == 0
+    before, write = archive.read_bytes(), zipfile.ZipFile.writestr
+
+    def write_half(self, name, *rest, **options):
+        if "RTE.tsv" in str(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, name, *rest, **options)
+
+    def fill(self, path, name):
+        write_half(self, name, Path(path).read_bytes())
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", fill)
+    with pytest.raises(OSError, match="No space left"):
+        run_finetuning(options_for(tasks="cola,rte", allow_no_mnli=True, submission=True))
+    assert archive.read_bytes() == before
+    monkeypatch.undo()
+    assert run_finetuning(options_for(tasks="cola,rte", allow_no_mnli=True, submission=True)) == 0
+    assert set(labels_in(archive)) == {"CoLA.tsv", "RTE.tsv"}
 
 
 def test_labels_that_are_asked_for_later_are_the_same(options_for, in_process, tmp_path):
@@ -200,24 +220,6 @@ def test_the_test_set_of_a_users_task_is_labelled(options_for, in_process, tmp_p
     assert [line.split("\t")[0] for line in lines[1:]] == ["0", "1", "2"]
     assert {line.split("\t")[1] for line in lines[1:]} <= {"bad", "good"}
     assert not (tmp_path / "out/submission.zip").exists()
-
-
-@contextmanager
-def held(path: Path, exclusive: bool | None = None) -> Iterator[int]:
-    """Lock a file in another process. Yields its process id."""
-    program = (
-        "import sys, time; from pathlib import Path; from megabert.files.lock import acquire, acquire_read_write\n"
-    )
-    call = "acquire(path)" if exclusive is None else f"acquire_read_write(path, exclusive={exclusive})"
-    program += f"path = Path(sys.argv[1]); lock = {call}; print('locked', flush=True); time.sleep(600)"
-    process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "locked\n"
-        yield process.pid
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_second_command_on_one_folder_is_refused_unless_both_are_parts_of_an_array(

@@ -1,5 +1,6 @@
 """Write predictions on the test sets in the files that GLUE's server accepts (https://gluebenchmark.com/submit)."""
 
+import io
 import zipfile
 from typing import Any
 
@@ -45,9 +46,11 @@ def write_submission(jobs: list[FinetuneJob], results: dict[str, dict[str, Any]]
                 written += [FILES[name]] if name in FILES else []
     if not written:
         return []
-    with zipfile.ZipFile(context.out / "submission.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(written):
             archive.write(for_server / f"{name}.tsv", f"{name}.tsv")
+    write_atomically(context.out / "submission.zip", zipped.getvalue())
     return [name for name in FILES.values() if name not in written]
 
 
