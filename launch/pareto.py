@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megabert.config import cli
 from megabert.config.settings import setting
@@ -58,18 +58,35 @@ class Options:
 def main() -> int:
     options = cli.read_flags(Options, "launch/pareto.py", __doc__ or "")
     # Imported after the flags are checked: torch takes seconds to load.
-    from megabert.finetune.main import run_finetuning, selected_tasks
+    from megabert.finetune.main import lock_output, selected_tasks
     from megabert.finetune.options import FinetuneOptions
     from megabert.finetune.results import pareto
-    from megabert.plots.pareto import plot_pareto
 
-    out, points = Path(options.out), []
+    out = Path(options.out)
     names = ("tasks", "task_file", "data", "protocol", "allow_no_mnli", "ops")
     shared = {name: getattr(options, name) for name in names}
     if {task.name for task in selected_tasks(FinetuneOptions(checkpoint="any", **shared))} == {"wnli"}:
         raise ValueError("--tasks wnli: it counts in no average. Add another.")
     runs = pareto.name_runs(options.folders)
     checkpoints = [(name, checkpoint) for name, folder in runs.items() for checkpoint in pareto.checkpoints_of(folder)]
+    out.mkdir(parents=True, exist_ok=True)
+    # Its files have one writer; another command on other runs would also replace this one's table.
+    with lock_output(out, None):
+        compare(options, checkpoints, shared)
+    return 0
+
+
+def compare(options: Options, checkpoints: list[tuple[str, Path]], shared: dict[str, Any]) -> None:
+    """Fine-tune every checkpoint, and write the table, the plot and the records.
+
+    checkpoints: each with the name of its run; shared: the options that all fine-tunings have.
+    """
+    from megabert.finetune.main import run_finetuning
+    from megabert.finetune.options import FinetuneOptions
+    from megabert.finetune.results import pareto
+    from megabert.plots.pareto import plot_pareto
+
+    out, points = Path(options.out), []
     for name, checkpoint in checkpoints:
         folder = out / name / checkpoint.name
         if run_finetuning(FinetuneOptions(checkpoint=str(checkpoint), out=str(folder), **shared)):
@@ -80,7 +97,6 @@ def main() -> int:
     write_atomically(out / "pareto.md", pareto.as_markdown(points).encode())
     write_atomically(out / "pareto.json", json.dumps(pareto.as_records(points), indent=1).encode() + b"\n")
     print(pareto.as_markdown(points))
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from megabert.finetune.results.report import write_results
 from megabert.plots.pareto import plot_pareto
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
+from tests.finetune.helpers.locks import held
 from tests.helpers.runs import REPOSITORY, Corpus
 
 
@@ -97,6 +98,18 @@ def test_two_runs_give_a_table_a_plot_and_records(corpus, tmp_path, launch):
     assert "one/base: only" not in output
     assert (tmp_path / "pareto/pareto.md").read_text() in output
     assert (tmp_path / "pareto/pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_command_on_one_folder_is_refused_before_any_training(corpus, tmp_path, launch, monkeypatch):
+    monkeypatch.setattr("megabert.finetune.main.LOCK_TIMEOUT_S", 0.3)
+    run, out = run_of(tmp_path / "run", corpus, 0, {1: 3600.0}), tmp_path / "pareto"
+    out.mkdir()
+    with held(out / "glue.lock", exclusive=True) as pid:
+        code, _, error = launch(f"--runs={run}", "--tasks=sst2")
+    assert (code, error.count("\n")) == (1, 1)
+    assert f"{out}: process {pid} on " in error
+    assert error.endswith("is fine-tuning there. Wait for it, end it, or choose another --out.\n")
+    assert [path.name for path in out.iterdir()] == ["glue.lock"]
 
 
 def test_results_that_were_changed_are_refused_with_a_remedy(corpus, tmp_path, launch):
