@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megabert.config import cli
 from megabert.config.settings import setting
@@ -58,11 +58,12 @@ class Options:
 def main() -> int:
     options = cli.read_flags(Options, "launch/pareto.py", __doc__ or "")
     # Imported after the flags are checked: torch takes seconds to load.
-    from megabert.finetune.main import lock_output, selected_tasks
+    from megabert.finetune.main import lock_output, run_finetuning, selected_tasks
     from megabert.finetune.options import FinetuneOptions
     from megabert.finetune.results import pareto
+    from megabert.plots.pareto import plot_pareto
 
-    out = Path(options.out)
+    out, points = Path(options.out), []
     names = ("tasks", "task_file", "data", "protocol", "allow_no_mnli", "ops")
     shared = {name: getattr(options, name) for name in names}
     if {task.name for task in selected_tasks(FinetuneOptions(checkpoint="any", **shared))} == {"wnli"}:
@@ -72,31 +73,17 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     # Its files have one writer; another command on other runs would also replace this one's table.
     with lock_output(out, None):
-        compare(options, checkpoints, shared)
-    return 0
-
-
-def compare(options: Options, checkpoints: list[tuple[str, Path]], shared: dict[str, Any]) -> None:
-    """Fine-tune every checkpoint, and write the table, the plot and the records.
-
-    checkpoints: each with the name of its run; shared: the options that all fine-tunings have.
-    """
-    from megabert.finetune.main import run_finetuning
-    from megabert.finetune.options import FinetuneOptions
-    from megabert.finetune.results import pareto
-    from megabert.plots.pareto import plot_pareto
-
-    out, points = Path(options.out), []
-    for name, checkpoint in checkpoints:
-        folder = out / name / checkpoint.name
-        if run_finetuning(FinetuneOptions(checkpoint=str(checkpoint), out=str(folder), **shared)):
-            raise ValueError(f"{checkpoint}: a fine-tuning failed, so its average would be over fewer tasks.")
-        points.append(pareto.measure(name, checkpoint, folder / "results.json", options.dollars_per_gpu_hour))
-    points = pareto.mark_fronts(points)
-    plot_pareto(pareto.panels(points), f"protocol {options.protocol}", out / "pareto.png")
-    write_atomically(out / "pareto.md", pareto.as_markdown(points).encode())
-    write_atomically(out / "pareto.json", json.dumps(pareto.as_records(points), indent=1).encode() + b"\n")
+        for name, checkpoint in checkpoints:
+            folder = out / name / checkpoint.name
+            if run_finetuning(FinetuneOptions(checkpoint=str(checkpoint), out=str(folder), **shared)):
+                raise ValueError(f"{checkpoint}: a fine-tuning failed, so its average would be over fewer tasks.")
+            points.append(pareto.measure(name, checkpoint, folder / "results.json", options.dollars_per_gpu_hour))
+        points = pareto.mark_fronts(points)
+        plot_pareto(pareto.panels(points), f"protocol {options.protocol}", out / "pareto.png")
+        write_atomically(out / "pareto.md", pareto.as_markdown(points).encode())
+        write_atomically(out / "pareto.json", json.dumps(pareto.as_records(points), indent=1).encode() + b"\n")
     print(pareto.as_markdown(points))
+    return 0
 
 
 if __name__ == "__main__":

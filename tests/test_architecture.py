@@ -167,3 +167,9 @@ def test_nothing_but_two_files_asks_what_device_this_is():
             text = path.read_text()
             assert "cuda.is_available" not in text, name
             assert "get_accelerator" not in text, name
+
+
+def test_one_function_writes_safetensors():
+    """Its error on a full disk is no OSError; save_tensors() makes it one, which commands print as one line."""
+    writers = [path.name for path in modules().values() if "save_file" in path.read_text()]
+    assert writers == ["writer.py"]

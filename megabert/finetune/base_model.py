@@ -5,13 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save_file
-
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.convert.from_hf import read_and_resize, write_folder
 from megabert.convert.hf.reader import CONFIG, SAFETENSORS, read_weights
 from megabert.convert.hf.tokenizer import copy_tokenizer
-from megabert.convert.hf.writer import write_config, write_weights
+from megabert.convert.hf.writer import save_tensors, write_config, write_weights
 from megabert.data.shards.manifest import TOKENIZER
 from megabert.files.atomic import replace_folder, staged_folder, write_atomically
 from megabert.files.checkpoint_format import find_checkpoint
@@ -109,7 +107,7 @@ def save_model(model: MegaBertForSequenceClassification, base: Path, out: Path) 
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with staged_folder(out) as folder:
-        save_file(weights, folder / SAFETENSORS)
+        save_tensors(weights, folder / SAFETENSORS)
         for name in (CONFIG, TOKENIZER):
             shutil.copyfile(base / name, folder / name)
         replace_folder(folder, out)

@@ -147,7 +147,7 @@ def test_gte_folders_are_read(tmp_path, types):
         ({"rope_theta": 7e4}, "rope_theta is 70000.0, which ModernBERT does not read: .* Set global_rope_theta"),
         ({"rope_parameters": {"rope_theta": 7e4}}, "rope_parameters has rope_theta, expected objects for full_att"),
         ({"rope_scaling": {"rope_theta": 7e4}}, "rope_scaling has a rope_theta. Set global_rope_theta there instead"),
-        ({"sliding_window": 5}, "sliding_window is 5, but half of local_attention is 64.* Remove one of the two"),
+        ({"sliding_window": 5}, "sliding_window is 5, but half of local_attention is 64.* Set local_attention"),
     ],
 )  # fmt: skip
 def test_what_this_model_cannot_compute_is_refused(modernbert_folder, tmp_path, change, reason):

@@ -163,7 +163,8 @@ def _window(source: Path, raw: dict[str, Any]) -> int:
     if isinstance(window, int) and raw.get("sliding_window", window // 2) != window // 2:
         raise ValueError(
             f"{source / CONFIG}: sliding_window is {raw['sliding_window']!r}, but half of local_attention is "
-            f"{window // 2}: versions of transformers differ in which of them they read. Remove one of the two there."
+            f"{window // 2}: versions of transformers differ in which of them they read. Set local_attention to the "
+            "window with which the model was trained, tokens on both sides together, and remove sliding_window."
         )
     return window
 

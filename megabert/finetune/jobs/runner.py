@@ -192,7 +192,9 @@ class Runner:
         elif exitcode == EXIT_BUSY:
             self.log(f"{job.name}: another command is running it")
         elif exitcode is not None and exitcode < 0:
-            self._record_failure(job, f"killed by {signal.Signals(-exitcode).name}")
+            # Most real-time signals have no name.
+            names = {each.value: each.name for each in signal.Signals}
+            self._record_failure(job, f"killed by {names.get(-exitcode, f'signal {-exitcode}')}")
         else:
             path = self.context.jobs / f"{job.name}.log"
             output = path.read_text(errors="replace") if path.is_file() else ""

@@ -123,7 +123,7 @@ def _write_tokenizer(folder: Path, kept: Path, model: MegaBertForSequenceClassif
     max_length = tokenizer.truncation["max_length"]
     copy_tokenizer(kept, folder, max_length)
     tokenizer.no_truncation()
-    tokenizer.save(str(folder / TOKENIZER))
+    (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     path = folder / TOKENIZER_CONFIG
     types = ["token_type_ids"] if has_token_types(model) else []
     settings = read_json(path) | {"model_input_names": ["input_ids", *types, "attention_mask"]}
