@@ -78,7 +78,7 @@ class DataConfig:
     """slots (padding counted) per optimizer step over all ranks; auto: micro_batch_tokens x ranks (for the
     quickstart)"""
     batch_warmup: float = setting(0.0, "[0, 1)")
-    """share of the run in which the batch grows from batch_warmup_from to global_batch_tokens, in equal stages"""
+    """share of the steps in which the batch grows from batch_warmup_from to global_batch_tokens, in equal stages"""
     batch_warmup_from: int | None = setting(None, "[1, 2^40]")
     """slots (padding counted) of the first steps; must divide global_batch_tokens"""
     max_documents: int | Literal["auto"] = setting("auto", "[1, 2^24]")

@@ -4,6 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
@@ -95,6 +96,18 @@ class Length(NamedTuple):
     max_seq_len: int
     until: float
     mixture: int = 0
+
+
+def count_steps(num_bins: int, batches_per_step: int, first_batches: int | None = None, warmup: float = 0) -> int:
+    """Return the steps, at least 1, of a run of num_bins bins: exactly, rounded down, without a batch warm-up.
+
+    With one, make_schedule() rounds the steps at which the batch grows, so that the run has up to two steps' bins more
+    or less. The other arguments are make_schedule()'s.
+    """
+    levels = max(1, batches_per_step // (first_batches or batches_per_step))
+    # Level k of the warm-up has (k + 1) / levels of the full batch: on average (levels + 1) / (2 * levels) of it.
+    missing = Fraction(warmup) * (levels - 1) / (2 * levels)
+    return max(1, math.floor(num_bins / (batches_per_step * (1 - missing))))
 
 
 def make_schedule(

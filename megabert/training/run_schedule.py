@@ -10,7 +10,15 @@ from multiprocessing.sharedctypes import RawArray, RawValue
 from megabert.config.data_section import DataConfig
 from megabert.config.recipe import OptimizerConfig, Recipe
 from megabert.data import ranks
-from megabert.data.batch_schedule import BatchSchedule, Length, MaskingRate, MaskingSteps, Stage, make_schedule
+from megabert.data.batch_schedule import (
+    BatchSchedule,
+    Length,
+    MaskingRate,
+    MaskingSteps,
+    Stage,
+    count_steps,
+    make_schedule,
+)
 from megabert.optim.lr_schedule import warmup_and_decay
 
 # Total steps of a run whose length is given in hours: more steps than any run makes.
@@ -138,7 +146,7 @@ def make_run_schedule(recipe: Recipe, world_size: int) -> RunSchedule:
     batches_per_step = choose_batches_per_step(recipe.data, world_size)
     steps = total_steps(recipe, batches_per_step)
     data, masking = recipe.data, recipe.masking
-    first = data.batch_warmup_from and data.batch_warmup_from // data.bin_tokens
+    first = first_batches(data)
     lengths = [Length(*phase, number) for phase, number in zip(data.lengths, data.mixture_numbers, strict=True)]
     num_parts = PARTS if steps == ENDLESS else steps
     stages = make_schedule(num_parts, batches_per_step, lengths, first_batches=first, warmup=data.batch_warmup)
@@ -191,13 +199,23 @@ def shared_batches(data: DataConfig, schedule: RunSchedule) -> list[int]:
     return [] if data.global_batch_tokens == "auto" else schedule.stages.batches_per_step
 
 
+def first_batches(data: DataConfig) -> int | None:
+    """Return the micro-batches of a step at the start of the batch warm-up; None without one."""
+    return data.batch_warmup_from and data.batch_warmup_from // data.bin_tokens
+
+
 def total_steps(recipe: Recipe, batches_per_step: int) -> int:
-    """Return the optimizer steps of the whole run, at least 1; ENDLESS if the clock ends the run."""
+    """Return the optimizer steps of the whole run, at least 1; ENDLESS if the clock ends the run.
+
+    With a batch warm-up, run.max_tokens are more steps than they would be with full batches.
+    """
     if recipe.run.max_steps is not None:
         return recipe.run.max_steps
     if recipe.run.max_tokens is None:
         return ENDLESS
-    return max(1, recipe.run.max_tokens // (batches_per_step * recipe.data.bin_tokens))
+    data = recipe.data
+    bins = recipe.run.max_tokens // data.bin_tokens
+    return count_steps(bins, batches_per_step, first_batches(data), data.batch_warmup)
 
 
 def lr_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megabert.kernels.cpu import compiled as cpu
+from megabert.kernels.cpu.rotate import rotate
 from megabert.kernels.resolve import RECOMPILE_LIMIT
 from megabert.model import buckets, ops
 from megabert.model.alibi import alibi_slopes
@@ -34,6 +35,22 @@ def test_equals_the_specification(name, dtype, tolerance):
     inputs = [x.to(dtype) for x in make()]
     for got, expected in zip(results(build(cpu, 0), inputs), results(build(ops, 0), inputs), strict=True):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-7)]
+)
+def test_rotate_equals_the_specification(dtype, tolerance):
+    table = ops.rope_table(torch.arange(7) * 5, 8, 100.0)
+    inputs = [normal(7, 3, 2, 8).to(dtype)]
+    got, expected = (results(lambda x, f=f: f(x, table), inputs) for f in (rotate, ops.rotate))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_rotates_gradient_is_that_of_finite_differences():
+    table = ops.rope_table(torch.arange(3) * 5, 4, 100.0).double()
+    assert torch.autograd.gradcheck(lambda x: rotate(x, table), normal(3, 3, 2, 4).requires_grad_())
 
 
 def test_the_row_of_padding_gets_no_gradient():

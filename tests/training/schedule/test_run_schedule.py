@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megabert.config.recipe import OptimizerConfig, Recipe
 from megabert.config.recipe_parser import RecipeParser, load_recipe, recipe_names
-from megabert.data.batch_schedule import MaskingRate
+from megabert.data.batch_schedule import Length, MaskingRate, count_steps, make_schedule
 from megabert.plots.schedule import plot_schedule
 from megabert.training.micro_batch.sizes import MOST_TOKENS, possible_micro_batches
 from megabert.training.run_schedule import (
@@ -75,6 +75,37 @@ def test_the_masking_rate_follows_its_schedule():
     assert [cosine.at(i) for i in (0, 25, 50, 100)] == pytest.approx([0.3, 0.3 - 0.15 * 0.1464466, 0.225, 0.15])
     assert MaskingRate.constant(0.2).at(10**9) == 0.2
     assert linear.highest == 0.3
+
+
+@given(st.integers(1, 10**6), st.integers(1, 40), st.integers(1, 12), st.floats(0, 0.99))
+def test_a_run_with_a_batch_warm_up_has_the_bins_that_it_was_asked_for(num_bins, first, levels, warmup):
+    full = first * levels
+    steps = count_steps(num_bins, full, first, warmup)
+    schedule = make_schedule(steps, full, [Length(128, 1.0)], first_batches=first, warmup=warmup)
+    assert abs(schedule.bins_before(steps) - num_bins) <= max(2 * full, full - num_bins)
+
+
+def test_without_a_batch_warm_up_the_count_is_exact():
+    assert count_steps(10**18 - 1, 10) == 10**17 - 1
+    assert count_steps(9, 10) == 1
+
+
+@pytest.mark.parametrize(("name", "batch", "warmup"), [("modernbert-base", 50, 3), ("modernbert-large", 10, 2)])
+def test_the_parts_of_modernberts_schedule_are_the_papers(name, batch, warmup):
+    """batch, warmup: billions of tokens in which the batch and the learning rate grow."""
+    recipe = load_recipe(name)
+    schedule = make_run_schedule(recipe, 8)
+    stages, steps, optimizer = schedule.stages, schedule.total_steps, recipe.optimizer
+
+    def billions(step: int) -> float:
+        return stages.bins_before(step) * recipe.data.bin_tokens / 1e9
+
+    full = next(stage.first_step for stage in stages.stages if stage.batches_per_step == schedule.batches_per_step)
+    long = next(stage.first_step for stage in stages.stages if stage.max_seq_len == 8192)
+    decay = steps - round(optimizer.decay * steps)
+    found = [billions(step) for step in (full, round(optimizer.warmup * steps), long, steps)]
+    assert found == pytest.approx([batch, warmup, 1719, 2019], rel=1e-3)
+    assert billions(steps) - billions(decay) == pytest.approx(50, rel=1e-3)
 
 
 def test_the_masking_rate_counts_bins_of_a_batch_warm_up():
