@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(kernel: str, head_dim: int, dropout: bool, window: bool = False) -> Tile:
+def tile_of(kernel: str, head_dim: int, dropout: bool, window: bool = False, alibi: bool = True) -> Tile:
     """Return the largest tile that spills no register on sm_80, sm_90a and sm_100a and uses their tensor cores.
 
     The times of other tiles have not been compared.
@@ -42,7 +42,8 @@ def tile_of(kernel: str, head_dim: int, dropout: bool, window: bool = False) -> 
     if head_dim <= 32:
         return Tile(64, 64, 4, 1)
     if not dropout:
-        return Tile(64, 64, 8, 2)
+        # Without ALiBi, 64 rows spill registers on sm_80.
+        return Tile(64 if alibi or window or wide else 32, 64, 8, 2)
     if wide:
         return Tile(32, 64, 8, 2)
     # The tensor cores of sm_90a and sm_100a multiply 64 keys at least.

@@ -281,9 +281,9 @@ def tiles_of(cu_seqlens: Tensor, num_tokens: int, rows: int) -> Tensor:
     return torch.stack([document, (tile - first[document]) * rows], dim=1).int()
 
 
-def _constants(kernel: str, qkv: Tensor, reach: int | None, dropout_p: float) -> dict[str, Any]:
+def _constants(kernel: str, qkv: Tensor, slopes: Tensor | None, reach: int | None, dropout_p: float) -> dict[str, Any]:
     _, _, heads, size = qkv.shape
-    tile = tile_of(kernel, size, dropout_p > 0, reach is not None)
+    tile = tile_of(kernel, size, dropout_p > 0, reach is not None, slopes is not None)
     shape = {"H": heads, "D": size, "ROWS": tile.rows, "COLUMNS": tile.columns, "REACH": reach}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return shape | {"DROPOUT": dropout_p > 0, "ACC": accumulator(qkv)} | options
@@ -304,7 +304,7 @@ def forward(
     if qkv.numel():
         forward_kernel[(row_tiles.shape[0], qkv.shape[2])](
             qkv, out, lse, row_tiles, cu_seqlens, num_keys, slopes, seed, *_numbers(qkv, dropout_p),
-            **_constants("forward", qkv, reach, dropout_p),
+            **_constants("forward", qkv, slopes, reach, dropout_p),
         )  # fmt: skip
     return out, lse
 
@@ -323,14 +323,14 @@ def backward(
     shared = (cu_seqlens, num_keys, slopes, seed, *_numbers(qkv, dropout_p))
     if key_tiles is None:
         grid = (cu_seqlens.shape[0] - 1, heads)
-        short_kernel[grid](qkv, out, dout, lse, dqkv, *shared, **_constants("short", qkv, reach, dropout_p))
+        short_kernel[grid](qkv, out, dout, lse, dqkv, *shared, **_constants("short", qkv, slopes, reach, dropout_p))
         return dqkv
     delta = torch.empty_like(lse)
     query_kernel[(row_tiles.shape[0], heads)](
-        qkv, out, dout, lse, delta, dqkv, row_tiles, *shared, **_constants("query", qkv, reach, dropout_p)
+        qkv, out, dout, lse, delta, dqkv, row_tiles, *shared, **_constants("query", qkv, slopes, reach, dropout_p)
     )
     key_kernel[(key_tiles.shape[0], heads)](
-        qkv, dout, lse, delta, dqkv, key_tiles, *shared, **_constants("key", qkv, reach, dropout_p)
+        qkv, dout, lse, delta, dqkv, key_tiles, *shared, **_constants("key", qkv, slopes, reach, dropout_p)
     )
     return dqkv
 
@@ -386,8 +386,9 @@ def plan_triton(sequences: Sequences, slopes: Tensor | None, head_dim: int, reac
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:
         """(T, 3, H, D) -> (T, H, D)."""
         dropout = dropout_p > 0
-        row_tiles = tiles(qkv.shape[0], tile_of("forward", head_dim, dropout, reach is not None).rows)
-        key_tiles = None if short else tiles(qkv.shape[0], tile_of("key", head_dim, dropout, reach is not None).columns)
+        kind = head_dim, dropout, reach is not None, slopes is not None
+        row_tiles = tiles(qkv.shape[0], tile_of("forward", *kind).rows)
+        key_tiles = None if short else tiles(qkv.shape[0], tile_of("key", *kind).columns)
         seed = draw_seed(qkv, dropout_p)
         shared = (cu_seqlens, num_keys, slopes, seed, row_tiles, key_tiles, reach, dropout_p)
         return Attention.apply(qkv.contiguous(), *shared)

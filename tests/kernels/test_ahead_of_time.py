@@ -170,20 +170,21 @@ def test_attention(capability, head_dim, dropout_p, max_seqlen):
 
 
 @pytest.mark.parametrize(
-    ("capability", "head_dim", "dropout_p", "max_seqlen"),
+    ("capability", "head_dim", "dropout_p", "max_seqlen", "reach"),
     cases(
-        per_push=[(LEAST_SHARED_MEMORY, 64, 0.0, 512)],
+        per_push=[(LEAST_SHARED_MEMORY, 64, 0.0, 512, 64)],
         nightly=[
-            (capability, *head, longest) for capability, head, longest in product(CAPABILITIES, HEADS, [128, 512])
+            (capability, *head, longest, reach)
+            for capability, head, longest, reach in product(CAPABILITIES, HEADS, [128, 512], [64, None])
         ],
     ),
 )
-def test_attention_with_a_window_and_without_alibi(capability, head_dim, dropout_p, max_seqlen):
+def test_attention_with_and_without_a_window_and_without_alibi(capability, head_dim, dropout_p, max_seqlen, reach):
     from megabert.kernels.attention import plan_triton
     from megabert.model.padding import Sequences
 
     sequences = Sequences(torch.tensor([0, 40, 64], dtype=torch.int32), max_seqlen)
-    attend = plan_triton(sequences, None, head_dim, 64)
+    attend = plan_triton(sequences, None, head_dim, reach)
     launches = launches_of(lambda: attend(leaf(64, 3, 12, head_dim), dropout_p).sum().backward())
     assert_good_code(launches, capability, tensor_cores=[launch.name for launch in launches])
 
