@@ -30,11 +30,12 @@ class GraphTokens(NamedTuple):
     num_keys: Tensor
 
 
-def find_tokens(attention_mask: Tensor) -> GraphTokens:
-    """Find the real tokens. attention_mask: (B, S), not 0 at real tokens; if there is none, the first place is one."""
-    batch, length = attention_mask.shape
-    place = torch.arange(batch * length, device=attention_mask.device)
-    given = attention_mask != 0
+def find_tokens(input_ids: Tensor, attention_mask: Tensor) -> GraphTokens:
+    """Find the real tokens. Both (B, S). The mask is not 0 at real tokens; if there is none, the first place is one."""
+    # Together with the ids, so that a graph refuses a mask of another shape.
+    given = (attention_mask != 0) & (input_ids >= 0)
+    batch, length = given.shape
+    place = torch.arange(batch * length, device=given.device)
     real = (given.flatten() | ((place == 0) & ~given.any())).view(batch, length)
     num_keys = real.sum(dim=1)
     ends = num_keys.cumsum(0)

@@ -60,7 +60,7 @@ class EncoderGraph(nn.Module):
         self.bert = model.bert
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        found = find_tokens(attention_mask)
+        found = find_tokens(input_ids, attention_mask)
         return spread(encode(self.bert, input_ids, found), found)
 
 
@@ -72,7 +72,7 @@ class MaskedLmGraph(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        found = find_tokens(attention_mask)
+        found = find_tokens(input_ids, attention_mask)
         hidden = encode(self.model.bert, input_ids, found)
         logits = self.model.decoder(self.model.transform(hidden))
         return spread(logits, found), spread(hidden, found)

@@ -100,6 +100,18 @@ def test_every_mask_gives_the_same_logits(graph):
         torch.testing.assert_close(torch.from_numpy(got)[real], expected[real], rtol=0, atol=1e-4, msg=name)
 
 
+def test_a_mask_of_another_shape_is_an_error(graph):
+    """Without one, the graph gave states of the mask's shape for the ids' tokens."""
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
+
+    session = onnxruntime.InferenceSession(graph[1])
+    ids = torch.randint(5, 800, (2, 6)).numpy()
+    for shape in ((1, 6), (2, 1), (1, 1), (2, 5), (2, 7), (3, 6), (6, 2), (1, 12), (12, 1), (4, 3)):
+        with pytest.raises((RuntimeException, Fail, InvalidArgument)):
+            session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones(shape, dtype=np.int64)})
+
+
 def edit_initializer(file: str, change, longest: int = 200):
     """Change the largest matrix of a graph with sides of at most `longest`: the table of words has 832 rows."""
 
