@@ -14,6 +14,7 @@ from megabert.model.attention import PLANNERS, plan_eager
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
+from megabert.model.ops import rope_table
 from megabert.model.padding import Sequences
 from tests.kernels.helpers.yardstick import assert_as_good, error, results
 
@@ -106,6 +107,23 @@ def test_attention(ops, size, lengths, planner):
     assert_as_good(
         lambda qkv: plan(sequences, slopes, size)(qkv, 0.0), plain, [drawn(sum(lengths), 3, 4, size, dtype=BF16)]
     )
+
+
+@pytest.mark.parametrize("reach", [64, None])
+@pytest.mark.parametrize("lengths", [[128, 37, 0, 1, 90], [1024, 1000, 1]], ids=["short", "long"])
+@pytest.mark.parametrize("planner", ["Triton", pytest.param("flash-attn", marks=needs_flash)])
+def test_attention_of_modernbert(ops, lengths, planner, reach):
+    """Without ALiBi; local layers see 64 tokens on each side."""
+    plan = ops.attention if planner == "Triton" else PLANNERS["flash_attention_2"]
+    sequences = Sequences(torch.tensor([0, *lengths], device="cuda").cumsum(0, dtype=torch.int32), max(lengths))
+    mine, plain = (lambda qkv, plan=plan: plan(sequences, None, 64, reach)(qkv, 0.0) for plan in (plan, plan_eager))
+    assert_as_good(mine, plain, [drawn(sum(lengths), 3, 4, 64, dtype=BF16)])
+
+
+def test_rotate(ops):
+    table = rope_table(torch.arange(TOKENS, device="cuda"), 64, 160_000.0)
+    mine, plain = (lambda qkv, use=use: use.rotate(qkv, table) for use in (ops, torch_ops()))
+    assert_as_good(mine, plain, [drawn(TOKENS, 3, 12, 64, dtype=BF16)])
 
 
 @pytest.mark.parametrize("length", [128, 1024])

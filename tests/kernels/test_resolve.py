@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ from megabert.kernels.resolve import (
     why_not_flash,
     why_not_triton,
 )
+from megabert.model.alibi import alibi_slopes
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.ops import TORCH_OPS, Ops
+from megabert.model.padding import Sequences
 from tests.helpers.runs import REPOSITORY
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -367,3 +370,18 @@ def test_a_broken_triton_is_a_reason(monkeypatch):
     devices.why_no_launch.cache_clear()
     assert devices.why_no_launch(CUDA).startswith("Triton cannot be imported: ")
     devices.why_no_launch.cache_clear()
+
+
+def test_flash_attn_gets_the_slopes_and_the_window(monkeypatch):
+    calls = []
+
+    def stub(qkv, cu_seqlens, max_seqlen, **options):
+        calls.append((options["window_size"], options["alibi_slopes"], options["dropout_p"], max_seqlen))
+        return qkv[:, 0]
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_qkvpacked_func=stub))
+    sequences, slopes = Sequences(torch.tensor([0, 3, 5], dtype=torch.int32), 3), alibi_slopes(4)
+    for chosen, reach in ((slopes, None), (None, 64), (None, None)):
+        PLANNERS["flash_attention_2"](sequences, chosen, 64, reach)(torch.zeros(5, 3, 4, 64), 0.1)
+    # (left, right) are the tokens seen on each side; -1 is no limit.
+    assert calls == [((-1, -1), slopes, 0.1, 3), ((64, 64), None, 0.1, 3), ((-1, -1), None, 0.1, 3)]

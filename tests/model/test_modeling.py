@@ -15,6 +15,7 @@ from megabert.model.modeling_megabert import (
 )
 from megabert.model.ops import MaskedLoss
 from tests.model.helpers import reference
+from tests.model.helpers.architectures import ARCHITECTURES, architectures
 from tests.model.helpers.small import SMALL, documents, packed, padded, small_model
 
 
@@ -65,10 +66,10 @@ def test_mosaicbert_equals_the_papers_equations(attention, num_heads):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("padding", ["unpadded", "padded"])
-@pytest.mark.parametrize("changes", [{}, {"position": "learned", "ffn": "gelu"}], ids=["mosaicbert", "bert"])
-def test_packing_is_invisible(attention, padding, changes):
+@architectures("mosaicbert", "bert", "modernbert")
+def test_packing_is_invisible(attention, padding, architecture):
     """A document's states are the same alone, anywhere in a bin, in a padded batch, and if padding is computed."""
-    model = small_model(MegaBertModel, padding=padding, **changes).eval()
+    model = small_model(MegaBertModel, padding=padding, **ARCHITECTURES[architecture]).eval()
     model.config._attn_implementation = attention
     parts = documents()
     with torch.no_grad():

@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GteForMaskedLM, GteModel, ModernBertForMaskedLM, ModernBertModel
 
 from megabert.model import modeling_megabert as modeling
+from megabert.model.attention import PLANNERS
+from megabert.model.padding import Sequences
 from tests.helpers.cases import cases
 from tests.model.helpers.architectures import (
     ARCHITECTURES,
@@ -162,3 +165,18 @@ def test_parameters_of_modernbert_are_transformers():
     theirs = their_model(ModernBertForMaskedLM, ours, "modernbert")
     assert sum(x.numel() for x in ours.parameters()) == sum(x.numel() for x in theirs.parameters())
     assert not [name for name, _ in ours.named_parameters() if name.endswith("bias") and name != "decoder.bias"]
+
+
+def test_local_attention_computes_in_proportion_to_the_tokens():
+    """Twice the tokens take twice the products, forward and backward; global attention takes four times as many."""
+
+    def products(tokens: int, reach: int | None) -> int:
+        sequences = Sequences(torch.tensor([0, tokens], dtype=torch.int32), tokens)
+        qkv = torch.randn(tokens, 3, 1, 16, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            PLANNERS["sdpa"](sequences, None, 16, reach)(qkv, 0.0).sum().backward()
+        return counter.get_total_flops()
+
+    assert products(2048, 64) == 2 * products(1024, 64)
+    assert products(2048, None) == 4 * products(1024, None)
+    assert products(2048, 64) < products(2048, None) / 10

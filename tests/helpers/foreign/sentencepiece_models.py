@@ -58,7 +58,10 @@ def train(lines: list[str], **options: object) -> bytes:
 
 def lines_of_every_script() -> list[str]:
     """Lines of letters of many scripts, composed and not, with spaces, digits, marks and joiners."""
-    blocks = [chr(first + 7 * i % 96) for first in range(0x20, 0x3100, 0x60) for i in range(5)]
+    # Alphabets; ideographs and Hangul; presentation forms; what lies above the basic plane, with emoji.
+    ranges = range(0x20, 0x3100, 0x60), range(0x3100, 0xD700, 0x600), range(0xF900, 0xFF60, 0x60)
+    firsts = [first for each in (*ranges, range(0x10000, 0x1FB00, 0x600)) for first in each]
+    blocks = [chr(first + 7 * i % 96) for first in firsts for i in range(5)]
     words = ["".join(blocks[i : i + 4]) for i in range(0, len(blocks), 3)]
     pairs = enumerate(pairwise(words))
     lines = [f" {first}{second}  {number}\t{first} 中文 e\u0301\u200d\n" for number, (first, second) in pairs]

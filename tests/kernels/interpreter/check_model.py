@@ -15,6 +15,7 @@ from megabert.model.ops import IGNORE_INDEX
 from tests.helpers.cases import cases
 from tests.kernels.helpers import interpreter
 from tests.kernels.helpers.yardstick import error
+from tests.model.helpers.architectures import MODERNBERT
 
 interpreter.install()
 
@@ -27,6 +28,8 @@ KINDS = {
     "mosaicbert, fp32 LayerNorm": {"layer_norm_dtype": "float32"},
     "bert": {"position": "learned", "ffn": "gelu", "layer_norm_dtype": "float32"},
     "padded": {"padding": "padded"},
+    # A global and a local layer, with RoPE, and norms without bias before the sublayers.
+    "modernbert": MODERNBERT | {"num_hidden_layers": 2},
 }
 
 
