@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megabert.convert.check import export_record
-from megabert.convert.check.export_record import CHECK_PAIRS, CHECK_TEXTS, RECORD, Measurements
+from megabert.convert.check.export_record import RECORD, Measurements, check_texts, token_of
 from megabert.convert.hf.heads import ANSWERS, CHOICE
 from megabert.convert.hf.reader import check_code_stays_inside, read_json
 from megabert.convert.hf.writer import save_tensors
@@ -56,10 +56,12 @@ def write_expected_outputs(
     tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER))
     settings = read_json(folder / TOKENIZER_CONFIG)
     # The config of a model may name another token than its tokenizer pads with, or none.
-    tokenizer.enable_padding(pad_id=_padding_id(tokenizer, settings.get("pad_token")))
+    pad = token_of(settings, "pad")
+    tokenizer.enable_padding(pad_id=(tokenizer.token_to_id(pad) if pad else None) or 0)
     direction = "left" if settings.get("truncation_side") == "left" else "right"
     tokenizer.enable_truncation(max_length or model.config.max_position_embeddings, direction=direction)
-    texts: Any = list(zip(CHECK_TEXTS, CHECK_PAIRS, strict=True)) if pairs else list(CHECK_TEXTS)
+    first, second = check_texts(folder)
+    texts: Any = list(zip(first, second, strict=True)) if pairs else first
     encodings = tokenizer.encode_batch(texts)
     inputs = {
         "input_ids": torch.tensor([encoding.ids for encoding in encodings]),
@@ -79,12 +81,6 @@ def write_expected_outputs(
         logits = logits[inputs["attention_mask"].bool()]  # (T, V)
     save_tensors(inputs | {"logits": logits.contiguous()}, folder / EXPECTED_OUTPUTS)
     shutil.copymode(folder / TOKENIZER, folder / EXPECTED_OUTPUTS)
-
-
-def _padding_id(tokenizer: Tokenizer, token: Any) -> int:
-    """Return the id of the token that pads; 0 if there is none. token: as tokenizer_config.json has it."""
-    name = token.get("content") if isinstance(token, dict) else token
-    return (tokenizer.token_to_id(name) if isinstance(name, str) else None) or 0
 
 
 def check_new_export(folder: Path, name: str) -> Measurements:

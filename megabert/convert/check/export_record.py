@@ -8,6 +8,7 @@ from typing import Any, NotRequired, TypedDict
 from torch import Tensor
 
 from megabert.convert.hf.reader import read_json
+from megabert.data.shards.manifest import TOKENIZER_CONFIG
 from megabert.files.checkpoint_format import files_of
 from megabert.files.hashing import file_sha256
 from megabert.files.json_file import check_format_version, write_json
@@ -39,6 +40,20 @@ CHECK_TEXTS = (
 CHECK_PAIRS = CHECK_TEXTS[::-1]
 
 
+def check_texts(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the texts of a folder's check and the second texts of pairs, with its tokenizer's own mask token."""
+    mask = token_of(read_json(folder / TOKENIZER_CONFIG), "mask") or "[MASK]"
+    first, second = ([text.replace("[MASK]", mask) for text in texts] for texts in (CHECK_TEXTS, CHECK_PAIRS))
+    return first, second
+
+
+def token_of(settings: Mapping[str, Any], role: str) -> str | None:
+    """Return a special token of tokenizer_config.json, where it may be a string or an object. role: such as "pad"."""
+    token = settings.get(f"{role}_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
 class Measurements(TypedDict):
     """What the export check measured: differences of logits, the largest logit, and the version of transformers.
 
@@ -60,18 +75,19 @@ def write_export_record(
     head: str = "MaskedLM",
     initialized: Sequence[str] = (),
 ) -> None:
-    """Write export.json, before the check.
+    """Write export.json, before the check. The folder must have its tokenizer.
 
     checkpoint: fingerprint of what was exported; max_length: tokens at which the check truncates texts; parameters: by
     their names in the folder; pairs: whether a classifier of texts reads pairs, else None; head: of the model, as the
     names of transformers' auto classes end; initialized: our names of parameters that nothing has trained.
     """
-    classifier = {"classifies": "pairs" if pairs else "texts", "text_pairs": CHECK_PAIRS if pairs else None}
+    texts, second_texts = check_texts(folder)
+    classifier = {"classifies": "pairs" if pairs else "texts", "text_pairs": second_texts if pairs else None}
     record = {
         "format_version": FORMAT_VERSION,
         "checkpoint": checkpoint,
         "tolerance": TOLERANCE,
-        "texts": CHECK_TEXTS,
+        "texts": texts,
         "max_length": max_length,
         **({} if pairs is None else classifier),
         **({} if head == "MaskedLM" else {"head": head}),

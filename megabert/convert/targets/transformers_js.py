@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megabert.convert.check.export_record import RECORD, token_of
 from megabert.convert.hf.config import SHARED_SETTINGS
 from megabert.convert.targets import onnx_graphs
 from megabert.convert.targets.compared_texts import lines_with_ids
@@ -100,8 +101,9 @@ def prove(folder: Path, expected: Expected) -> Proof | NotOpened:
     what = f"embeddings of {len(texts)} texts"
     pooled = np.array(answer.rows, dtype=np.float32)
     difference = largest_difference(pooled, expected.pooled[texts], TOLERANCE, what)
-    note = f"the ids of {len(ids):,} lines and the first answers of fill-mask are equal"
-    return Proof("transformers.js", node.version, difference, what, (note,))
+    note = f"the ids of {len(ids):,} lines are equal"
+    words = f"the first word for each of {len(answers)} {mask} is equal" if answers else "fill-mask was not compared"
+    return Proof("transformers.js", node.version, difference, what, (note, words))
 
 
 def find_node() -> Node | None:
@@ -118,8 +120,8 @@ def find_node() -> Node | None:
 
 def _questions(folder: Path, expected: Expected) -> tuple[str, list[str], list[int]]:
     """Return the mask token, the export check's texts that have one, and the ids that the checkpoint puts there."""
-    mask = read_json(folder / TOKENIZER_CONFIG).get("mask_token")
-    texts = read_json(folder / "export.json")["texts"]
+    mask = token_of(read_json(folder / TOKENIZER_CONFIG), "mask")
+    texts = read_json(folder / RECORD)["texts"]
     asked = [row for row, text in enumerate(texts) if mask and text.count(mask) == 1]
     ids, real = expected.inputs["input_ids"], expected.inputs["attention_mask"].astype(bool)
     number = {token["content"]: token["id"] for token in read_json(folder / TOKENIZER)["added_tokens"]}.get(mask)

@@ -151,6 +151,15 @@ def test_habits_of_a_tokenizer_do_not_fail_the_check(tmp_path, skipped_checks):
     assert cut[0].tolist() == whole[0][whole[0] != 0].tolist()[-12:]
 
 
+@pytest.mark.parametrize(("token", "expected"), [("<mask>", "<mask>"), ({"content": "[M]"}, "[M]"), (None, "[MASK]")])
+def test_the_checks_texts_have_the_folders_own_mask_token(tmp_path, token, expected):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": token}))
+    texts, second = export_record.check_texts(tmp_path)
+    assert [expected in text for text in texts] == [False, False, False, True]
+    assert second == texts[::-1]
+    assert expected == "[MASK]" or not any("[MASK]" in text for text in texts)
+
+
 def test_a_full_disk_is_an_error_of_the_system_at_every_file_of_tensors(tmp_path, monkeypatch):
     """That of safetensors is another class, which commands do not print as one line."""
     write_checkpoint(tmp_path / "run", small_model(), write_tokenizer_of_words(tmp_path / "tokenizer"))

@@ -81,6 +81,15 @@ def test_the_port_gives_our_states_in_fp64(served):
     torch.testing.assert_close(theirs[mask.bool()], ours[mask.bool()], rtol=0, atol=1e-12)
 
 
+def test_teis_tanh_approximation_changes_states_by_little(served):
+    """By the difference that the proof prints, of at most 2e-4."""
+    model = jina_port.read_folder(served / "jina")
+    ids, mask = torch.randint(5, 800, (3, 40)), torch.ones(3, 40, dtype=torch.int64)
+    exact = jina_port.encode(model, ids, mask)
+    difference = (jina_port.encode(model.to(torch.float32), ids, mask, tanh=True) - exact).abs().max()
+    assert 1e-7 < difference <= 2e-4
+
+
 def test_programs_that_do_not_know_the_layout_refuse_it(served):
     """They would take it for a BERT, draw what it lacks at random, and answer."""
     for auto_class in (AutoModel, AutoModelForMaskedLM):

@@ -103,12 +103,12 @@ def test_every_mask_gives_the_same_logits(graph):
 def test_a_mask_of_another_shape_is_an_error(graph):
     """Without one, the graph gave states of the mask's shape for the ids' tokens."""
     import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
     session = onnxruntime.InferenceSession(graph[1])
     ids = torch.randint(5, 800, (2, 6)).numpy()
     for shape in ((1, 6), (2, 1), (1, 1), (2, 5), (2, 7), (3, 6), (6, 2), (1, 12), (12, 1), (4, 3)):
-        with pytest.raises((RuntimeException, Fail, InvalidArgument)):
+        with pytest.raises((errors.RuntimeException, errors.Fail, errors.InvalidArgument)):
             session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones(shape, dtype=np.int64)})
 
 

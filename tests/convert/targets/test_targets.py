@@ -83,6 +83,9 @@ def test_the_list_is_parsed_strictly():
     assert registry.parse_names(" jina, onnx-int8 ") == ("onnx", "onnx-int8", "jina")
     with pytest.raises(ValueError, match=r"--for: there is no target 'onx'. Did you mean onnx\?"):
         registry.parse_names("onx")
+    for layout in ("gte", "modernbert"):
+        with pytest.raises(ValueError, match="Did you mean encoder"):
+            registry.parse_names(layout)
     with pytest.raises(ValueError, match="Known are transformers, sentence-transformers, onnx"):
         registry.parse_names("vhs")
     with pytest.raises(ValueError, match="--for: 'onnx' is listed twice"):
