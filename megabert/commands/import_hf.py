@@ -31,6 +31,8 @@ class Options:
     """folder to write"""
     max_length: int | None = setting(None, "[3, 10000000]")
     """maximum length of a text, tokens; additional learned positions repeat the first ones"""
+    rope_theta: float | None = setting(None, "(1, 1e12]")
+    """theta of RoPE in global layers, to train on longer texts next; local layers keep theirs"""
     tokenizer: str | None = None
     """folder or tokenizer.json with a new vocabulary; tokens that the old one has, too, keep their embeddings"""
     pad_vocab_to_multiple_of: int = setting(64, "[1, 65536]")
@@ -52,7 +54,7 @@ def main(prog: str) -> None:
     from megabert.convert.hf.tokenizer import has_tokenizer
 
     import_options = ImportOptions(
-        options.max_length, options.tokenizer, options.pad_vocab_to_multiple_of, options.seed
+        options.max_length, options.rope_theta, options.tokenizer, options.pad_vocab_to_multiple_of, options.seed
     )
     model = import_model(Path(options.source), Path(options.out), import_options)
     config = model.config

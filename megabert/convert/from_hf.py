@@ -15,7 +15,13 @@ from megabert.convert.check.folder_record import Origin
 from megabert.convert.hf.config import check_no_own_code, detect_architecture, from_megabert_config, from_their_config
 from megabert.convert.hf.heads import ANSWERS, CHOICE, MASKED_LM, head_of, read_head
 from megabert.convert.hf.reader import CONFIG, check_no_adapter, read_config, read_weights
-from megabert.convert.hf.resize import ImportedModel, find_special, resize_positions, resize_vocabulary
+from megabert.convert.hf.resize import (
+    ImportedModel,
+    change_rope_theta,
+    find_special,
+    resize_positions,
+    resize_vocabulary,
+)
 from megabert.convert.hf.tokenizer import copy_tokenizer, has_tokenizer, read_hf_tokenizer
 from megabert.convert.hf.writer import write_config, write_weights
 from megabert.convert.weight_names import (
@@ -38,12 +44,14 @@ MLM_HEAD = [f"{module}.{part}" for module in MLM_HEAD_MODULES for part in ("weig
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """max_length: number of positions; tokenizer: a folder or tokenizer.json whose vocabulary the model gets.
+    """max_length: number of positions; rope_theta: of RoPE in global layers; None: as in the source.
 
-    pad_vocab_to_multiple_of: as in the recipe, for the new vocabulary. seed: of the parameters that are initialized.
+    tokenizer: a folder or tokenizer.json whose vocabulary the model gets. pad_vocab_to_multiple_of: as in the recipe,
+    for the new vocabulary. seed: of the parameters that are initialized.
     """
 
     max_length: int | None = None
+    rope_theta: float | None = None
     tokenizer: str | None = None
     pad_vocab_to_multiple_of: int = 64
     seed: int = 17
@@ -97,7 +105,7 @@ def _read_finished(out: Path, origin: Origin) -> ImportedModel | None:
 
 
 def read_and_resize(source: Path, options: ImportOptions = ImportOptions()) -> ImportedModel:
-    """Read a folder, and change length and vocabulary as requested.
+    """Read a folder, and change length, theta and vocabulary as requested.
 
     Raises ValueError if our model cannot represent it exactly.
     """
@@ -115,6 +123,8 @@ def read_and_resize(source: Path, options: ImportOptions = ImportOptions()) -> I
             model = _adopt_tokenizer(source, model, new, options.tokenizer)
     if options.max_length is not None:
         model = resize_positions(model, options.max_length)
+    if options.rope_theta is not None:
+        model = change_rope_theta(model, options.rope_theta)
     return model
 
 

@@ -12,6 +12,8 @@ from megabert.convert import from_hf, to_hf
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
 from megabert.convert.hf.config import from_their_config
 from megabert.convert.hf.native import layer_types, native_kind
+from megabert.convert.hf.resize import change_rope_theta
+from megabert.model.configuration_megabert import MegaBertConfig
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import SHAPE, small_model
 from tests.model.helpers.architectures import ARCHITECTURES
@@ -106,6 +108,27 @@ def test_a_theta_of_local_layers_that_is_null_is_the_global_one(tmp_path):
     """As in transformers 4; transformers 5 cannot load such a folder."""
     raw = {"model_type": "modernbert", **SIZES, **IDS, "global_rope_theta": 5e4, "local_rope_theta": None}
     assert from_their_config(tmp_path, raw, "modernbert").local_rope_theta == 5e4
+
+
+def test_another_theta_changes_global_layers_only(tmp_path):
+    """No weight changes, and the model is the one that transformers has with this theta."""
+    config = ModernBertConfig(**SIZES | IDS | {"num_hidden_layers": 4, "local_attention": 6})
+    theirs = randomized(ModernBertForMaskedLM(config))
+    theirs.save_pretrained(tmp_path)
+    read = from_hf.read_and_resize(tmp_path, from_hf.ImportOptions(rope_theta=2e3))
+    assert (read.config.rope_theta, read.config.local_rope_theta) == (2e3, 1e4)
+    thetas = {"rope_parameters": None, "global_rope_theta": 2e3, "local_rope_theta": 1e4}
+    changed = ModernBertForMaskedLM(ModernBertConfig(**config.to_dict() | thetas))
+    changed.load_state_dict(theirs.state_dict())
+    changed.save_pretrained(tmp_path / "changed")
+    again = assert_same_logits(tmp_path / "changed", changed)
+    assert again.config.to_dict() == read.config.to_dict()
+    assert all(torch.equal(again.weights[name], tensor) for name, tensor in read.weights.items())
+    one_theta = read._replace(config=MegaBertConfig(**read.config.to_dict() | {"local_rope_theta": None}))
+    found = change_rope_theta(one_theta, 5e4).config
+    assert (found.rope_theta, found.local_rope_theta) == (5e4, 2e3), "local layers keep theirs"
+    with pytest.raises(ValueError, match="--rope-theta: the model's position is alibi, not rope"):
+        change_rope_theta(read._replace(config=MegaBertConfig()), 2e3)
 
 
 def test_a_bare_modernbert_gets_a_head(tmp_path):

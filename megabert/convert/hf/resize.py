@@ -63,6 +63,20 @@ def resize_positions(model: ImportedModel, max_length: int) -> ImportedModel:
     return model._replace(config=config, weights=weights)
 
 
+def change_rope_theta(model: ImportedModel, theta: float) -> ImportedModel:
+    """Change RoPE's theta in global layers, for training on longer texts; local layers keep theirs.
+
+    Raises ValueError for a model without RoPE.
+    """
+    config = deepcopy(model.config)
+    if config.position != "rope":
+        raise ValueError(f"--rope-theta: the model's position is {config.position}, not rope. Leave it out.")
+    if config.global_attention_every > 1 and config.local_rope_theta is None:
+        config.local_rope_theta = config.rope_theta
+    config.rope_theta = theta
+    return model._replace(config=config)
+
+
 def resize_vocabulary(model: ImportedModel, old: Tokenizer, new: Tokenizer, multiple: int, seed: int) -> ImportedModel:
     """Change the vocabulary to that of `new`, its number of rows rounded up to a multiple.
 
