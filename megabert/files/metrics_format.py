@@ -1,4 +1,7 @@
-"""Read metrics.jsonl, which has one JSON record per line, each with its step."""
+"""Read metrics.jsonl, which has one JSON record per line, each with its step.
+
+It has no format version: readers take the numbers whose names they know.
+"""
 
 import contextlib
 from pathlib import Path

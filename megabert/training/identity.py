@@ -109,6 +109,13 @@ def check_same_run(path: Path, state: State, current: RunIdentity, corpus: str) 
             "anew with --run.resume none."
         )
     _check_corpus(path, state, corpus)
+    if saved.batches_per_step == current.batches_per_step and saved.total_steps != current.total_steps:
+        # Of a run with a batch warm-up that a version began which counted its steps as full ones.
+        raise ValueError(
+            f"{path}: the run had {saved.total_steps} steps and has {current.total_steps} now. Start a branch with its "
+            f"number: --run.branch_from {path} --run.output_dir FOLDER --run.max_tokens null --run.max_steps "
+            f"{saved.total_steps}."
+        )
     if (saved.batches_per_step, saved.total_steps) != (current.batches_per_step, current.total_steps):
         raise ValueError(
             f"{path}: a step was {saved.batches_per_step} micro-batches and the run {saved.total_steps} steps; now "

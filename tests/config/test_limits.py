@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from data_prep import check_shards, train_tokenizer, write_shards
-from launch import pareto
+from launch import estimate, pareto
 from megabert.commands import export, finetune, import_hf
 from megabert.config.recipe import Recipe
 from megabert.config.recipe_parser import load_recipe, setting_types
@@ -30,7 +30,7 @@ def test_every_number_has_limits():
     "options",
     [
         export.Options, import_hf.Options, finetune.FinetuneOptions, score_checkpoint.Options,
-        train_tokenizer.Options, write_shards.Options, check_shards.Options, pareto.Options,
+        train_tokenizer.Options, write_shards.Options, check_shards.Options, pareto.Options, estimate.Options,
     ],
     ids=lambda options: f"{options.__module__}.{options.__name__}",
 )  # fmt: skip

@@ -172,7 +172,7 @@ def test_attention(capability, head_dim, dropout_p, max_seqlen):
 @pytest.mark.parametrize(
     ("capability", "head_dim", "dropout_p", "max_seqlen", "reach"),
     cases(
-        per_push=[(LEAST_SHARED_MEMORY, 64, 0.0, 512, 64)],
+        per_push=[(LEAST_SHARED_MEMORY, 64, 0.0, 512, 64), (LEAST_SHARED_MEMORY, 64, 0.0, 512, None)],
         nightly=[
             (capability, *head, longest, reach)
             for capability, head, longest, reach in product(CAPABILITIES, HEADS, [128, 512], [64, None])

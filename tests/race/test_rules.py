@@ -165,7 +165,7 @@ def test_the_finalists_have_rounds_of_their_own(tmp_path):
     assert len(Fake.turns) == 2 * clock.FINAL_ROUNDS, "what was measured is not measured again"
 
 
-def test_a_race_goes_on_with_the_clock_of_the_machine_that_began_it(tmp_path, monkeypatch):
+def test_a_race_continues_with_the_clock_of_the_machine_that_began_it(tmp_path, monkeypatch):
     monkeypatch.setattr(clock, "startup_steps", lambda *_: 4.0)
     records = Records(tmp_path / "records.jsonl", tmp_path / "committed")
     theirs, mine = Fake("theirs", 1.0), Fake("mine", 0.5)
@@ -180,8 +180,8 @@ def test_a_race_goes_on_with_the_clock_of_the_machine_that_began_it(tmp_path, mo
     first = measure("slow", 2.0, [mine])
     assert measure("fast", 1.0, [mine]) == first
     assert Fake.turns == []
-    # A new setting is measured where the race goes on: a quarter of the fast machine's reference step, which takes 2 s
-    # of processor time on two cores of the first machine.
+    # A new setting is measured where the race continues: a quarter of the fast machine's reference step, which takes
+    # 2 s of processor time on two cores of the first machine.
     assert measure("fast", 1.0, [mine, Fake("new", 0.25)])[1] == Clock(1.0, 0.25, [0.25] * 5)
     assert Fake.turns == ["reference", "new"] * 5
     finalists = clock.measure_finalists(theirs, mine, FakeCorpus(), records)

@@ -82,7 +82,8 @@ class CheckpointWriter:
     DeepSpeed's own saving is not atomic, writes `latest` before all ranks are done, and hangs when one rank's disk is
     full. Its asynchronous writers (0.19.8) do not run on a CPU and change none of that. So DeepSpeed only provides
     its state, which is copied to host memory. On every rank a thread writes, hashes and syncs that rank's files to a
-    folder with a temporary name; when all ranks are done, rank 0 renames the folder.
+    folder with a temporary name; when all ranks are done, rank 0 renames the folder. staged_folder() is for one process
+    and its main thread.
 
     overlap: whether training continues while a checkpoint is written; the rank's state is then in memory twice.
     log_line: called with a message when a checkpoint is complete.

@@ -7,8 +7,8 @@ alike. The two finalists are measured once more, alone, with more and longer rou
 is measured in a new process with an empty cache, as a number of steps of that process. Every start-up and every round
 is a record.
 
-A clock stays that of the machine that measured it: a race that continues on another machine trains the steps that the
-first one's clock buys. The clock of the finalists is of one machine.
+A race that continues on another machine keeps the clock of the first one, and trains the steps that this clock buys.
+The finalists are timed on one machine.
 """
 
 import math
@@ -147,7 +147,7 @@ def find(contender: Contender, corpus: Corpus, records: Records) -> Clock | None
 def measure_finalists(theirs: Baseline, mine: Contender, corpus: Corpus, records: Records) -> tuple[Clock, Clock]:
     """Return the clocks of the baseline and of ours, from rounds of these two on one machine.
 
-    A machine that has measured all rounds is taken, the first one first; else the missing ones are measured here.
+    Uses the rounds of the first machine that measured all of them; otherwise measures the missing ones here.
     """
     pair = {"kind": "final round", "baseline": profile_of(theirs), "ours": profile_of(mine)}
     complete = (p for p in places(corpus, records, **pair) if len(list(records.find(**pair, **p))) >= FINAL_ROUNDS)
@@ -164,7 +164,7 @@ def measure_finalists(theirs: Baseline, mine: Contender, corpus: Corpus, records
         print(f"clock: finalists, round {len(found) + 1}: {wall:.3f} s and {taken:.3f} s a step", flush=True)
         seconds = {"baseline_s": wall, "baseline_cpu_s": cpu, "ours_s": taken}
         found.append(records.append({**pair, **where, "load": load, **seconds}))
-    print(f"clock: the finalists' is of {where['cores']} cores of {where['cpu']}", flush=True)
+    print(f"clock: the finalists were timed on {where['cores']} cores of {where['cpu']}", flush=True)
     rows = found[:FINAL_ROUNDS]
     step = statistics.median(row["baseline_cpu_s"] for row in rows) / where["cores"]
     ratios = [row["ours_s"] / row["baseline_s"] for row in rows]

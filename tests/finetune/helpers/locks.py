@@ -1,4 +1,4 @@
-"""Locks that another process holds."""
+"""Hold a lock in another process."""
 
 import subprocess
 import sys

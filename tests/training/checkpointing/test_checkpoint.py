@@ -143,6 +143,8 @@ def test_another_implementation_of_the_optimizer_is_refused():
 def test_another_batch_or_length_is_refused():
     with pytest.raises(ValueError, match="a step was 4 micro-batches and the run 10 steps; now they are 8 and 5"):
         check(batches_per_step=8, total_steps=5)
+    with pytest.raises(ValueError, match="the run had 10 steps and has 12 now. Start a branch .* --run.max_steps 10"):
+        check(total_steps=12)
 
 
 def test_checkpoints_of_later_steps_are_set_aside(tmp_path):
