@@ -219,6 +219,7 @@ for _ in range(int(sys.argv[3])):
     fetch = lambda at, n: content[at : at + n]
     assert cache.read(name, offset, size, fetch, ExpectedFile(100_000, "0" * 64)) == content[offset : offset + size]
     cache._fetched = 0
+    print("read", flush=True)
 """
 
 
@@ -227,13 +228,19 @@ def test_processes_that_are_killed_leave_a_cache_that_others_use(tmp_path):
     rng = random.Random(1)
     for round_number in range(6):
         command = [sys.executable, "-c", READER, str(tmp_path)]
-        running = [subprocess.Popen([*command, f"{round_number}-{n}", "1000000"]) for n in range(3)]
-        time.sleep(1.5 + rng.random())
+        running = [
+            subprocess.Popen([*command, f"{round_number}-{n}", "1000000"], stdout=subprocess.PIPE) for n in range(3)
+        ]
+        # A number of blocks, so that all have written before they are killed.
+        for process in running:
+            for _ in range(rng.randrange(5, 200)):
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"read\n"
         for process in running:
             assert process.poll() is None
             process.send_signal(signal.SIGKILL)
             process.wait()
-        subprocess.run([*command, "last", "2000"], check=True, timeout=300)
+        subprocess.run([*command, "last", "2000"], check=True, timeout=300, stdout=subprocess.DEVNULL)
     # What was killed while it wrote is removed later, and counts.
     assert kept_bytes(tmp_path) <= 40_000 + 18 * 4096
     for path in tmp_path.glob("*.part"):
