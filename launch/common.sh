@@ -3,7 +3,8 @@
 # A closed stdout or stderr (`>&-`) becomes /dev/null: else the next file that is opened would take its place.
 { true >&1; } 2> /dev/null || exec > /dev/null
 { true >&2; } 2> /dev/null || exec 2> /dev/null
-trap '' PIPE   # of a reader that has left, as in `| head`
+# Of a reader that has left, as in `| head`.
+trap '' PIPE
 
 # Print a line; a closed pipe or a full disk under the log does not matter.
 say() { echo "$@" 2> /dev/null || true; }
@@ -33,7 +34,8 @@ enter_environment() {
 free_port() { python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
 # Start a command in a process group of its own, so that all of its processes can be found; set `group` to its id. If
-# this script is killed, the kernel sends the command SIGTERM; a Linux without setpriv (of util-linux) leaves it running.
+# this script is killed, the kernel sends the command SIGTERM; a Linux without setpriv (of util-linux) leaves it
+# running.
 start_group() {
     local with_script=()
     ! command -v setpriv > /dev/null || with_script=(setpriv --pdeathsig TERM --)
@@ -45,8 +47,8 @@ start_group() {
 
 alive() { pgrep -g "$group" > /dev/null; }
 
-# Wait for the command of start_group; set `code` to its exit code. A trapped signal ends bash's own wait early, with the
-# signal's code; the last wait, for a command that has ended, returns the command's.
+# Wait for the command of start_group; set `code` to its exit code. A trapped signal ends bash's own wait early, with
+# the signal's code; the last wait, for a command that has ended, returns the command's.
 wait_for_group() {
     while true; do
         wait "$group" || true

@@ -5,9 +5,9 @@
 # TORCH_BUILD=gpu or cpu says which torch to install; without it, this machine's NVIDIA GPU or its absence does. On a
 # login node without a GPU, for compute nodes that have them: TORCH_BUILD=gpu bash launch/install.sh.
 #
-# Without a GPU it asks for torch's CPU build, which is gigabytes smaller. That build is not on PyPI: set TORCH_INDEX_URL
-# to PyTorch's CPU index if pip does not find it. Otherwise the plain torch is installed; it works too. For AMD's GPUs
-# install PyTorch's ROCm build into .venv first: a torch that can use a GPU is kept.
+# Without a GPU it asks for torch's CPU build, which is gigabytes smaller. That build is not on PyPI: set
+# TORCH_INDEX_URL to PyTorch's CPU index if pip does not find it. Otherwise the plain torch is installed; it works too.
+# For AMD's GPUs install PyTorch's ROCm build into .venv first: a torch that can use a GPU is kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/shared/gpu.sh
@@ -16,7 +16,8 @@ build=$(torch_build) || exit 1
 versions=$(cat setup.py constraints.txt | sha256sum | cut -d' ' -f1)
 stamp=.venv/installed${extras:+-$extras}
 case $(cat "$stamp" 2>/dev/null || true) in
-    "$versions $build" | "$versions gpu") exit 0 ;;   # a torch for GPUs works on CPUs too
+    # A torch for GPUs works on CPUs too.
+    "$versions $build" | "$versions gpu") exit 0 ;;
 esac
 echo "installing into .venv, torch for $build: takes some minutes the first time"
 [ -x .venv/bin/python ] || python3 -m venv .venv

@@ -2,8 +2,8 @@
 # Pretrain on one machine, and start again from the newest checkpoint after every crash:
 #     OUT=runs/mosaicbert-base bash launch/keep_running.sh --recipe mosaicbert-base --data.train /data/shards
 # The arguments are those of launch/pretrain.py, without --run.output_dir; DEEPSPEED holds the launcher's, such as
-# "--num_gpus 4". Ctrl-C, SIGTERM or a closed terminal stops it; the ranks save first. A second Ctrl-C ends them at once.
-# launch/shared/restart_policy.sh says when it starts again.
+# "--num_gpus 4". Ctrl-C, SIGTERM or a closed terminal stops it; the ranks save first. A second Ctrl-C ends them at
+# once. launch/shared/restart_policy.sh says when it starts again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
@@ -34,7 +34,8 @@ interrupt() {
 mkdir -p "$OUT" && touch "$OUT/.started" || true
 while true; do
     set_flags "$OUT" "$OUT/.started" "$@"
-    port=()   # another run may have the launcher's usual one
+    # Another run may have the launcher's usual port.
+    port=()
     [[ $DEEPSPEED = *--master_port* ]] || port=(--master_port "$(free_port)")
     # shellcheck disable=SC2086  # several words
     start_group deepspeed "${port[@]}" $DEEPSPEED launch/pretrain.py --run.output_dir "$OUT" "${flags[@]}"

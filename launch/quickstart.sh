@@ -12,7 +12,8 @@ trap 'stop 143' TERM
 trap 'stop 129' HUP
 trap 'stop 130' INT
 stop() {
-    trap 'kill -KILL -- "-$group"' INT   # a second Ctrl-C
+    # A second Ctrl-C.
+    trap 'kill -KILL -- "-$group"' INT
     if [ -n "$group" ]; then
         kill -TERM -- "-$group" 2> /dev/null || true
         end_group $GRACE_S

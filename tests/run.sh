@@ -8,7 +8,8 @@ cd "$(dirname "$0")/.."
 bash launch/install.sh dev,kernels
 source .venv/bin/activate
 export DS_ACCELERATOR=cpu TOKENIZERS_PARALLELISM=false
-# The tests start more processes than there are cores; a thread that spins while it waits would keep others from running.
+# The tests start more processes than there are cores; a thread that spins while it waits would keep others from
+# running.
 export OMP_WAIT_POLICY=PASSIVE
 if [ $# -eq 0 ] || [ "$1" = --lint ]; then
     ruff format --check .
@@ -16,5 +17,6 @@ if [ $# -eq 0 ] || [ "$1" = --lint ]; then
     pyrefly check
     [ $# -eq 0 ] || exit 0
 fi
-# One test process per core; a file's tests stay together, so that its fixtures are made once. The order is conftest.py's.
+# One test process per core; a file's tests stay together, so that its fixtures are made once. The order is
+# conftest.py's.
 pytest -n auto --dist loadfile --no-loadscope-reorder --durations=25 "$@"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Repeat the export check, and use exported folders in every way, under several versions of transformers, each in its own
-# environment without megabert.
+# Repeat the export check, and use exported folders in every way, under several versions of transformers, each in its
+# own environment without megabert.
 #     bash tests/convert/check_transformers_versions.sh                  4.50.3, 4.57.6 and the version of constraints.txt
 #     bash tests/convert/check_transformers_versions.sh 4.53.3 5.0.0     these
-# The first run takes some minutes: it installs transformers, accelerate (for Trainer) and sentence-transformers. torch is
-# linked from .venv. The environments are kept in the folder that the variable ENVIRONMENTS names.
+# The first run takes some minutes: it installs transformers, accelerate (for Trainer) and sentence-transformers. torch
+# is linked from .venv. The environments are kept in the folder that the variable ENVIRONMENTS names.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

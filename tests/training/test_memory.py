@@ -11,7 +11,8 @@ import psutil, torch
 from megabert.training.distributed.process import keep_freed_memory
 {before}
 torch.ones(1 << 24)
-for _ in range(30):  # malloc places it differently at first
+# malloc places it differently at first.
+for _ in range(30):
     torch.ones(1 << 24)
 held = torch.ones(1 << 24)
 full = psutil.Process().memory_info().rss
