@@ -110,7 +110,7 @@ def check_same_run(path: Path, state: State, current: RunIdentity, corpus: str) 
         )
     _check_corpus(path, state, corpus)
     if saved.batches_per_step == current.batches_per_step and saved.total_steps != current.total_steps:
-        # Of a run with a batch warm-up that a version began which counted its steps as full ones.
+        # An older version, which counted the steps of a batch warm-up as full ones, began this run.
         raise ValueError(
             f"{path}: the run had {saved.total_steps} steps and has {current.total_steps} now. Start a branch with its "
             f"number: --run.branch_from {path} --run.output_dir FOLDER --run.max_tokens null --run.max_steps "

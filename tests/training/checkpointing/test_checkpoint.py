@@ -143,8 +143,18 @@ def test_another_implementation_of_the_optimizer_is_refused():
 def test_another_batch_or_length_is_refused():
     with pytest.raises(ValueError, match="a step was 4 micro-batches and the run 10 steps; now they are 8 and 5"):
         check(batches_per_step=8, total_steps=5)
+
+
+def test_a_run_whose_steps_are_counted_anew_continues_as_a_branch():
+    """As the message says, also with a batch warm-up, which such runs have."""
+    data = DataConfig(batch_warmup=0.5, batch_warmup_from=RECIPE.data.bin_tokens, global_batch_tokens=1 << 20)
+    by_tokens = dataclasses.replace(RECIPE, run=RunConfig(max_tokens=10**9), data=data)
+    state = dataclasses.replace(STATE, recipe=by_tokens.to_dict())
     with pytest.raises(ValueError, match="the run had 10 steps and has 12 now. Start a branch .* --run.max_steps 10"):
-        check(total_steps=12)
+        check(by_tokens, state, total_steps=12)
+    by_steps = dataclasses.replace(by_tokens, run=RunConfig(max_steps=10))
+    branch = RunIdentity.of_checkpoint(dataclasses.replace(STATE, recipe=by_steps.to_dict()))
+    check_branch(layout.Path("step-00000004"), state, branch, STATE.corpus)
 
 
 def test_checkpoints_of_later_steps_are_set_aside(tmp_path):
