@@ -130,18 +130,21 @@ def find(contender: Contender, corpus: Corpus, records: Records) -> Clock | None
     are those of the first place that has measured this contender.
     """
     profile = profile_of(contender)
-    measured = places(corpus, records, kind="round")
-    for where in measured:
+    for where in places(corpus, records, kind="round"):
         startup = records.last(kind="startup", profile=profile, **where)
-        ratios = rounds(profile, where, records)
-        if startup is None or len(ratios) < ROUNDS:
-            continue
-        # Those of the first rounds, so that later rounds do not change the steps of a budget.
-        first = list(records.find(kind="round", **measured[0]))[:ROUNDS]
-        reference = statistics.median(row["reference_cpu_s"] for row in first) / first[0]["cores"]
-        step = statistics.median(ratios[:ROUNDS]) * reference
-        return Clock(startup["steps"] * step, step, ratios[:ROUNDS])
+        # The first rounds, so that later ones do not change the steps of a budget.
+        ratios = rounds(profile, where, records)[:ROUNDS]
+        if startup is not None and len(ratios) == ROUNDS:
+            step = statistics.median(ratios) * reference_step(corpus, records)
+            return Clock(startup["steps"] * step, step, ratios)
     return None
+
+
+def reference_step(corpus: Corpus, records: Records) -> float:
+    """Return the seconds of the reference's step in the first rounds, which one machine has measured."""
+    where = places(corpus, records, kind="round")[0]
+    first = list(records.find(kind="round", **where))[:ROUNDS]
+    return statistics.median(row["reference_cpu_s"] for row in first) / where["cores"]
 
 
 def measure_finalists(theirs: Baseline, mine: Contender, corpus: Corpus, records: Records) -> tuple[Clock, Clock]:
