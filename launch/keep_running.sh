@@ -37,7 +37,8 @@ while true; do
     # Another run may have the launcher's usual port.
     port=()
     [[ $DEEPSPEED = *--master_port* ]] || port=(--master_port "$(free_port)")
-    # shellcheck disable=SC2086  # several words
+    # DEEPSPEED may hold several words.
+    # shellcheck disable=SC2086
     start_group deepspeed "${port[@]}" $DEEPSPEED launch/pretrain.py --run.output_dir "$OUT" "${flags[@]}"
     wait_for_group
     # A launcher that was killed leaves its ranks behind, and `deepspeed` then exits with 0.

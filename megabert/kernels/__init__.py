@@ -42,7 +42,7 @@ def tile_of(kernel: str, head_dim: int, dropout: bool, window: bool = False, ali
     if head_dim <= 32:
         return Tile(64, 64, 4, 1)
     if not dropout:
-        # Without ALiBi, 64 rows spill registers on sm_80.
+        # Without ALiBi, 64 rows in two stages spill registers on sm_80.
         return Tile(64 if alibi or window or wide else 32, 64, 8, 2)
     if wide:
         return Tile(32, 64, 8, 2)

@@ -31,8 +31,11 @@ class GraphTokens(NamedTuple):
 
 
 def find_tokens(input_ids: Tensor, attention_mask: Tensor) -> GraphTokens:
-    """Find the real tokens. Both (B, S). The mask is not 0 at real tokens; if there is none, the first place is one."""
-    # Together with the ids, so that a graph refuses a mask of another shape.
+    """Find the real tokens: where the mask is not 0 and the id not negative; if there is none, the first place is one.
+
+    input_ids, attention_mask: (B, S).
+    """
+    # The ids are compared for their shape: a graph then refuses a mask of another one.
     given = (attention_mask != 0) & (input_ids >= 0)
     batch, length = given.shape
     place = torch.arange(batch * length, device=given.device)
