@@ -6,7 +6,6 @@ This module imports neither DeepSpeed nor torch. ds_configs/README.md describes 
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from megabert.config.ds_schema import DsSettings, in_host_memory
 from megabert.config.settings import shortened
@@ -95,7 +94,7 @@ ON_BY_DEFAULT = {
 class ResolvedDsConfig:
     """A ds_config with all values filled in. settings: the dict for deepspeed.initialize."""
 
-    settings: dict[str, Any]
+    settings: dict[str, object]
 
     @cached_property
     def values(self) -> DsSettings:
@@ -122,11 +121,20 @@ class ResolvedDsConfig:
         return self.values.zero_optimization.reduce_scatter
 
     @property
-    def numerics(self) -> dict[str, Any]:
+    def numerics(self) -> dict[str, object]:
         """The settings that affect the arithmetic, without those that are off. A resume needs the same ones."""
         fixed = [field for field in fields(DsSettings) if not field.metadata.get("may_change_at_resume", True)]
         found = {field.name: (self.settings.get(field.name), field.default) for field in fixed}
         return {key: value for key, (value, default) in found.items() if _is_on(value) and value != default}
+
+    def with_autocast(self, enabled: bool) -> "ResolvedDsConfig":
+        """Return the ds_config with bf16 autocast on or off, as another device decides it."""
+        autocast = _section(self.settings, "torch_autocast") | {"enabled": enabled}
+        return ResolvedDsConfig(self.settings | {"torch_autocast": autocast})
+
+    def with_universal_loading(self) -> "ResolvedDsConfig":
+        """Return the ds_config of an engine that loads a universal checkpoint; it saves ordinary ones."""
+        return ResolvedDsConfig(self.settings | {"checkpoint": {"load_universal": True}})
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ class DsConfig:
     """A ds_config as the user wrote it. path: its file, for error messages."""
 
     path: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
 
     @cached_property
     def values(self) -> DsSettings:
@@ -168,12 +176,12 @@ class DsConfig:
                     f"{self.path}: sets {key} to {self.settings[key]}, but the recipe makes it {value} "
                     f"({OWNED_BY_RECIPE[key]}). Remove it from the ds_config, or change the recipe."
                 )
-        settings: dict[str, Any] = _supported(self.settings, self.path) | from_recipe
-        settings["torch_autocast"] = {"enabled": False} | settings.get("torch_autocast", {})
+        settings = _supported(self.settings, self.path) | from_recipe
+        enabled = self.values.torch_autocast.enabled
+        autocast = {"enabled": fast_bf16 if enabled == "auto" else enabled}
+        settings["torch_autocast"] = _section(settings, "torch_autocast") | autocast
         # DeepSpeed's default makes the host wait for the device twice in every micro-batch.
-        settings["timers"] = {"throughput": {"enabled": False}} | settings.get("timers", {})
-        if settings["torch_autocast"]["enabled"] == "auto":
-            settings["torch_autocast"]["enabled"] = fast_bf16
+        settings["timers"] = {"throughput": {"enabled": False}} | _section(settings, "timers")
         if self.values.zero_optimization.stage == 0:
             # training/updates/guard.py clips at stage 0: DeepSpeed's own clipping does not report the norm.
             settings["gradient_clipping"] = 0.0
@@ -205,9 +213,16 @@ def read_ds_config(path: str | Path) -> DsConfig:
     return ds_config
 
 
-def _supported(raw: dict[str, Any], path: str | Path, above: str = "") -> dict[str, Any]:
+def _section(settings: dict[str, object], name: str) -> dict[str, object]:
+    """Return a section as the user wrote it, or an empty one. Its type was checked when the file was read."""
+    section = settings.get(name, {})
+    assert isinstance(section, dict), f"the ds_config's {name} is {section!r}, expected a dict"
+    return section
+
+
+def _supported(raw: dict[str, object], path: str | Path, above: str = "") -> dict[str, object]:
     """Return the settings without those that are not supported but off; raise ValueError for one that is on."""
-    kept: dict[str, Any] = {}
+    kept: dict[str, object] = {}
     for key, value in raw.items():
         name = f"{above}{key}"
         if name in REFUSED:

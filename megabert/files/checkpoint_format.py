@@ -73,7 +73,7 @@ class State:
     corpus: str
     """fingerprint of the training corpus"""
     recipe: dict[str, dict[str, Any]]
-    ds_config: dict[str, Any]
+    ds_config: dict[str, object]
     """as passed to DeepSpeed"""
     zero_stage: int
     model: dict[str, Any]

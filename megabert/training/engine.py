@@ -1,11 +1,11 @@
 """Build the model and its DeepSpeed engine from the plan, and optionally restore them from a checkpoint."""
 
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
 
+from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe import Recipe
 from megabert.data.masking import masked_count
 from megabert.data.shards.manifest import TokenizerInfo
@@ -40,12 +40,10 @@ def start_engine(
         load_initial_weights(model, Path(plan.recipe.model.init_from), corpus.sources[0])
     if plan.device.type == "cpu":
         compile_operations(plan, model)
-    settings = plan.ds_config.settings
-    if checkpoint is not None and universal.needs_conversion(
-        checkpoint.state, plan.ds_config.zero_stage, plan.world_size
-    ):
-        settings = universal.with_universal_loading(settings)
-    engine = build_engine(plan, model, settings, gate)
+    ds_config = plan.ds_config
+    if checkpoint is not None and universal.needs_conversion(checkpoint.state, ds_config.zero_stage, plan.world_size):
+        ds_config = ds_config.with_universal_loading()
+    engine = build_engine(plan, model, ds_config, gate)
     watch_compiler()
     if checkpoint is not None:
         resume.load(engine, checkpoint.path, plan.rank, plan.world_size)
@@ -76,7 +74,7 @@ def build_model(recipe: Recipe, tokenizer: TokenizerInfo, device: torch.device, 
 
 
 def build_engine(
-    plan: RunPlan, model: MegaBertForMaskedLM, ds_config: dict[str, Any], gate: UpdateGate
+    plan: RunPlan, model: MegaBertForMaskedLM, ds_config: ResolvedDsConfig, gate: UpdateGate
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap the model for training. The training loop sets the learning rate before every step.
 
@@ -88,7 +86,7 @@ def build_engine(
         parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0
     )
     gate_optimizer_step(optimizer, gate.allows_step)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config.settings)
     if isinstance(optimizer, StableAdamW) and plan.ds_config.zero_stage > 0:
         optimizer.partitions = {flat: Partition(*held) for flat, held in optimizer_partitions(engine).items()}
     if plan.recipe.run.compile:

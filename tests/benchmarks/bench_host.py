@@ -26,7 +26,7 @@ from support.report import read_arguments, write
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from megabert.config.ds_config import read_ds_config
+from megabert.config.ds_config import ResolvedDsConfig, read_ds_config
 from megabert.config.recipe_parser import ds_config_path, load_recipe
 from megabert.data.batch import Bin, PackedBatch, Shapes, lay_out
 from megabert.data.masking import masked_count
@@ -140,14 +140,14 @@ def engine_step(stage: int, batches: list[PackedBatch]) -> Callable[[], None]:
     """Return a step of training/loop.py with DeepSpeed."""
     plan = plan_of(stage)
     model, gate = model_of(plan), UpdateGate(Guard(0.0), plan.recipe.optimizer.max_grad_norm)
-    settings = plan.ds_config.settings | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    settings: dict[str, Any] = plan.ds_config.settings | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     if stage:
         # As many buckets as mosaicbert-base has with those of ds_configs.
         # An even number.
         bucket = sum(parameter.numel() for parameter in model.parameters()) // 6 * 2 + 2
         buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         settings["zero_optimization"] = settings["zero_optimization"] | buckets
-    engine = engine_module.build_engine(plan, model, settings, gate)
+    engine = engine_module.build_engine(plan, model, ResolvedDsConfig(settings), gate)
     run: Any = SimpleNamespace(plan=plan, engine=engine, graph=None, gate=gate, meter=Meter(None))
     num_masked = torch.tensor(float(TOKENS))
 

@@ -113,7 +113,7 @@ def test_load_recipe_raises_a_value_error_with_the_message_of_the_command_line(n
 
 def test_ds_configs_are_found_by_name_and_by_path(tmp_path):
     assert ds_config_names() == ["zero0", "zero1", "zero2", "zero2_offload", "zero3"]
-    assert read_ds_config(ds_config_path("zero2")).settings["zero_optimization"]["stage"] == 2
+    assert read_ds_config(ds_config_path("zero2")).values.zero_optimization.stage == 2
     (tmp_path / "mine.json").write_text("{}")
     assert ds_config_path(str(tmp_path / "mine.json")) == tmp_path / "mine.json"
     with pytest.raises(ValueError, match=r"ds_config 'zero22' is neither a file nor one of: .* Did you mean zero2\?"):

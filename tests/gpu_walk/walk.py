@@ -137,7 +137,7 @@ def start(
     return types.SimpleNamespace(
         plan=plan,
         state=state,
-        engine=engine_module.build_engine(plan, model, plan.ds_config.settings, gate),
+        engine=engine_module.build_engine(plan, model, plan.ds_config, gate),
         graph=None,
         gate=gate,
         batches=made,

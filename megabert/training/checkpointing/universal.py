@@ -61,11 +61,6 @@ def needs_conversion(state: checkpoint_format.State, stage: int, world_size: int
     return stage > 0 and state.world_size != world_size
 
 
-def with_universal_loading(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Return the ds_config of an engine that loads a universal checkpoint; it saves ordinary ones."""
-    return ds_config | {"checkpoint": ds_config.get("checkpoint", {}) | {"load_universal": True}}
-
-
 @contextlib.contextmanager
 def converted(path: Path, rank: int, world_size: int) -> Iterator[Path]:
     """Convert a checkpoint to the universal format in a temporary folder next to it; every rank calls this.

@@ -234,8 +234,7 @@ class Checks:
     def _identity(self, saved: State, schedule: RunSchedule, resolved: ResolvedDsConfig) -> RunIdentity:
         """Return this run's identity; what only the device decides is taken from the checkpoint."""
         if self.ds_config.values.torch_autocast.enabled == "auto":
-            autocast = resolved.settings["torch_autocast"] | {"enabled": ResolvedDsConfig(saved.ds_config).bf16}
-            resolved = ResolvedDsConfig(resolved.settings | {"torch_autocast": autocast})
+            resolved = resolved.with_autocast(ResolvedDsConfig(saved.ds_config).bf16)
         return RunIdentity.of_run(
             self.recipe,
             resolved,
