@@ -23,6 +23,7 @@ from support import report
 
 from megabert.config.cli import Parser
 from megabert.files.lock import LockHeldError, acquire
+from megabert.training.distributed.process import keep_freed_memory
 
 
 def make_parser(description: str) -> Parser:
@@ -133,6 +134,8 @@ def open_tracks(options: Namespace, plan: SearchPlan) -> Iterator[list[Track]]:
     """Lock the output folder for this command, and prepare a track per text."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # megabert.pretrain() asks malloc for this in the process that it runs in. So the baseline has it from the start.
+    keep_freed_memory()
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         lock = acquire(options.out / "race.lock")
