@@ -26,8 +26,8 @@ pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 capability=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') ||
     fail "torch sees no GPU, see above. If nvidia-smi lists one, its driver is older than torch's CUDA: update it."
 arch=$(flash_attn_arch "$capability") ||
-    fail "this GPU has compute capability $capability; flash-attn and the Triton kernels need 8.0. Train without them:" \
-        "launch/install.sh is enough."
+    fail "this GPU has compute capability $capability; flash-attn and the Triton kernels need 8.0. Train without" \
+        "them: launch/install.sh is enough."
 export FLASH_ATTN_CUDA_ARCHS=${FLASH_ATTN_CUDA_ARCHS:-$arch} TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
 export MAX_JOBS=${MAX_JOBS:-$(compiler_jobs "$(nproc)" "$(free_memory_gb)")} NVCC_THREADS=${NVCC_THREADS:-1}
 echo "compiling for $FLASH_ATTN_CUDA_ARCHS and $TORCH_CUDA_ARCH_LIST, $MAX_JOBS compilers at once"

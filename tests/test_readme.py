@@ -9,12 +9,20 @@ import pytest
 from tests.helpers.runs import REPOSITORY, Corpus, run_command
 
 README = (REPOSITORY / "README.md").read_text()
-DOCUMENTS = sorted(
-    path
-    for path in REPOSITORY.rglob("*.md")
-    if not {part for part in path.relative_to(REPOSITORY).parts if part.startswith(".")} - {".github"}
-    and path.relative_to(REPOSITORY).parts[0] not in ("build", "data", "runs")
-)
+
+
+def files_of_repository(*patterns: str) -> list[Path]:
+    """Return the files whose name matches a pattern, without those that its commands write."""
+    found = (path.relative_to(REPOSITORY) for pattern in patterns for path in REPOSITORY.rglob(pattern))
+    return sorted(
+        REPOSITORY / path
+        for path in found
+        if not {part for part in path.parts if part.startswith(".")} - {".github", ".ci", ".pre-commit-config.yaml"}
+        and path.parts[0] not in ("build", "data", "runs")
+    )
+
+
+DOCUMENTS = files_of_repository("*.md")
 
 
 def test_its_python_runs(corpus: Corpus, tmp_path):
@@ -39,6 +47,19 @@ def test_lines_of_prose_have_at_most_120_columns(path: Path):
     """Tables and output of commands may be wider."""
     prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert not [line for line in prose.splitlines() if len(line) > 120 and not line.startswith(("|", "    "))]
+
+
+def test_lines_of_scripts_and_settings_have_at_most_120_columns():
+    """Ruff checks Python's."""
+    paths = files_of_repository("*.sh", "*.sbatch", "*.yaml", "*.yml", "*.toml", "justfile")
+    assert {"install.sh", "pretrain.sbatch", "quickstart.yaml", "pyproject.toml"} <= {path.name for path in paths}
+    wide = [
+        f"{path}:{number}"
+        for path in paths
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
+    assert not wide
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))

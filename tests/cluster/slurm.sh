@@ -2,7 +2,8 @@
 # Make a SLURM cluster on this machine: slurmctld, N slurmd and munge, without systemd, cgroups or a database.
 # Needs Debian or Ubuntu, and root.
 #     bash tests/cluster/slurm.sh install            # packages, from the distribution
-#     bash tests/cluster/slurm.sh up FOLDER [N]      # N nodes n1, n2, ... (2) of 2 cores; then: export SLURM_CONF=FOLDER/slurm.conf
+#     bash tests/cluster/slurm.sh up FOLDER [N]      # N nodes n1, n2, ... (2) of 2 cores
+#     export SLURM_CONF=FOLDER/slurm.conf            # for SLURM's commands
 #     bash tests/cluster/slurm.sh down FOLDER
 set -euo pipefail
 folder=${2:-}
@@ -16,10 +17,11 @@ install)
         trap 'rm -f $policy' EXIT
     fi
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge > /dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        slurmctld slurmd slurm-client munge > /dev/null
     ;;
 up)
-    nodes=${3:-2}
+    nodes=${3:-2} ports=$((17000 + ${3:-2}))
     host=$(hostname -s)
     mkdir -p "$folder/state" /run/munge /var/log/munge /var/lib/munge
     chown munge:munge /run/munge /var/log/munge /var/lib/munge /etc/munge
@@ -50,7 +52,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,bf_interval=1
 KillWait=5
-NodeName=n[1-$nodes] NodeHostname=$host NodeAddr=127.0.0.1 Port=[17001-$((17000 + nodes))] CPUs=2 RealMemory=1000 State=UNKNOWN
+NodeName=DEFAULT CPUs=2 RealMemory=1000 State=UNKNOWN
+NodeName=n[1-$nodes] NodeHostname=$host NodeAddr=127.0.0.1 Port=[17001-$ports]
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
     export SLURM_CONF=$folder/slurm.conf
