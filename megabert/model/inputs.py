@@ -17,6 +17,8 @@ UNSUPPORTED = {
     # The names of transformers' flash-attention arguments. A packed call without them would be one long document.
     "cu_seq_lens_q": "pass packed tokens as (tokens,) with cu_seqlens",
     "cu_seq_lens_k": "pass packed tokens as (tokens,) with cu_seqlens",
+    # The document of each token, from transformers' DataCollatorWithFlattening.
+    "seq_idx": "pass packed tokens as (tokens,) with cu_seqlens",
     # Heads that have it name it.
     "cu_seqlens": "this head reads rows with an attention_mask, no packed tokens",
 }
@@ -120,6 +122,8 @@ def read_tokens(
         meaning = f"{same}; it is not 0 at real tokens, and masks for each query or head are not supported"
         check_shape("attention_mask", inputs.attention_mask, shape, meaning)
         _refuse_added_mask(inputs.attention_mask)
+    elif inputs.position_ids is not None:
+        _refuse_packed_positions(inputs.position_ids)
     if inputs.position_ids is None:
         position_ids = number_slots(first, shape) if ids is None else count_tokens(ids, padding_id)
         if longest is not None and shape[1] > longest:
@@ -141,6 +145,21 @@ def _refuse_added_mask(mask: Tensor) -> None:
         raise ValueError(
             "attention_mask has negative numbers, as if it were added to scores; expected 1 at real tokens and 0 at "
             "padding."
+        )
+
+
+def _refuse_packed_positions(position_ids: Tensor) -> None:
+    """Raise ValueError for (B, S) positions of several documents in a row, all of whose tokens would see each other.
+
+    transformers' DataCollatorWithFlattening gives such positions, and no mask.
+    """
+    if in_one_graph():
+        return
+    step, begins = position_ids.diff(dim=1), position_ids[:, 1:] == position_ids[:, :1]
+    if bool((begins & (step != 0)).any()) and bool((begins | (step == 1)).all()):
+        raise ValueError(
+            "position_ids begin anew within a row, as in packed documents, but the tokens of a row attend to each "
+            "other. Pass packed tokens as (tokens,) with cu_seqlens, or an attention_mask of ones if they shall."
         )
 
 

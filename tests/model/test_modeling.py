@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DataCollatorWithFlattening
 
 from megabert.model.alibi import alibi_slopes
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -161,6 +162,24 @@ def test_packed_tokens_are_refused_by_heads_that_read_rows_only(cls):
             model(torch.ones(1, 4, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 2, 4]), max_length_q=2)
 
 
+@pytest.mark.parametrize("options", [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}])
+@pytest.mark.parametrize("start", [0, 2])
+def test_flattened_documents_are_refused_since_they_would_attend_to_each_other(options, start):
+    collator = DataCollatorWithFlattening(position_ids_start=start, **options)
+    batch = collator([{"input_ids": [2, 7, 8, 3]}, {"input_ids": [2, 9, 3]}, {"input_ids": [2]}])
+    model = small_model().eval()
+    with pytest.raises(ValueError, match="packed tokens as \\(tokens,\\) with cu_seqlens"):
+        model(**batch)
+    ids, places = batch["input_ids"], batch["position_ids"]
+    with pytest.raises(ValueError, match="begin anew within a row"):
+        model(ids, position_ids=places)
+    packed = model(ids[0], cu_seqlens=torch.tensor([0, 4, 7, 8])).logits
+    torch.testing.assert_close(packed[4:7], model(ids[:, 4:7]).logits[0], rtol=0, atol=1e-12)
+    assert model(ids, torch.ones_like(ids), position_ids=places).logits.isfinite().all()
+    single = DataCollatorWithFlattening()([{"input_ids": [2, 7, 8, 3]}])
+    assert torch.equal(model(**single).logits, model(single["input_ids"]).logits)
+
+
 def test_a_text_beyond_the_learned_positions_is_refused_but_padding_there_is_not():
     model = small_model(position="learned", ffn="gelu", max_position_embeddings=8).eval()
     ids = torch.full((2, 10), 7)
@@ -171,7 +190,8 @@ def test_a_text_beyond_the_learned_positions_is_refused_but_padding_there_is_not
     mask = torch.ones_like(ids)
     mask[:, 8:] = 0
     assert torch.equal(model(ids, mask).logits[:, :8], model(ids[:, :8]).logits)
-    assert model(ids, position_ids=torch.arange(10)[None] % 8).logits.isfinite().all()
+    repeated = torch.arange(10)[None] % 8
+    assert model(ids, torch.ones_like(ids), position_ids=repeated).logits.isfinite().all()
 
 
 def test_positions_of_answers_may_be_a_column():
