@@ -1,4 +1,4 @@
-"""Export a small MosaicBERT and a small BERT, for check_transformers_versions.sh.
+"""Export a small model of each architecture, for check_transformers_versions.sh.
 
 python -m tests.convert.helpers.write_exports OUT
 """
@@ -12,7 +12,8 @@ from data_prep import train_tokenizer
 from data_prep.sources.docstrings import docstrings
 from megabert.convert.to_hf import export_checkpoint
 from tests.convert.helpers.checkpoints import write_checkpoint
-from tests.convert.helpers.small_model import BERT, small_model
+from tests.convert.helpers.small_model import small_model
+from tests.model.helpers.architectures import ARCHITECTURES
 
 
 def main(out: Path) -> None:
@@ -23,9 +24,9 @@ def main(out: Path) -> None:
     texts = out / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for file in files for text in docstrings(file)))
     train_tokenizer.main([f"--source={texts}", f"--out={out / 'tokenizer'}", "--vocab_size=800"])
-    for name, changes in (("mosaicbert", {}), ("bert", BERT)):
+    for name, changes in ARCHITECTURES.items():
         write_checkpoint(out / "runs" / name, small_model(**changes), out / "tokenizer")
-        export_checkpoint(out / "runs" / name, out / name)
+        export_checkpoint(out / "runs" / name, out / "exports" / name)
 
 
 if __name__ == "__main__":
