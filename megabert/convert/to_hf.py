@@ -26,6 +26,8 @@ from megabert.files.checkpoint_format import MANIFEST, read_state
 from megabert.files.hashing import file_sha256, texts_sha256
 from megabert.model.configuration_megabert import MegaBertConfig
 
+ROBERTA_BIAS, ROBERTA_BIAS_OF_DECODER = "lm_head.bias", "lm_head.decoder.bias"
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -171,5 +173,9 @@ def write_model(
         return weights
     named = from_megabert(weights, kind, duplicates=False, head=head_of(config))
     write_native_config(out, config, kind)
-    write_weights(out, to_gte_file(named) if kind == "gte" else named, max_shard_size)
+    in_file = to_gte_file(named) if kind == "gte" else named
+    if kind == "roberta" and ROBERTA_BIAS in named:
+        # transformers 4.50 takes the bias by this name, and zeros without a word where the file lacks it.
+        in_file = named | {ROBERTA_BIAS_OF_DECODER: named[ROBERTA_BIAS].clone()}
+    write_weights(out, in_file, max_shard_size)
     return named

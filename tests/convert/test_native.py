@@ -223,6 +223,19 @@ def test_models_become_transformers_own_and_come_back_bit_for_bit(architecture, 
     check_export(architecture, corpus, tmp_path)
 
 
+def test_a_roberta_names_its_bias_twice_since_transformers_4_needs_the_other_name(corpus, tmp_path):
+    """check_transformers_versions.sh loads it with 4.50.3, which took zeros."""
+    model = small_model(**EVEN | ARCHITECTURES["roberta"])
+    shutil.copy(corpus.tokenizer / "tokenizer.json", tmp_path)
+    named = to_hf.write_model(tmp_path, dict(model.state_dict()), model.config, "5GB")
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights.keys() - named.keys() == {"lm_head.decoder.bias"}
+    assert torch.equal(weights["lm_head.decoder.bias"], model.decoder.bias)
+    theirs, info = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(assert_same_logits(tmp_path, theirs.eval()).weights["decoder.bias"], model.decoder.bias)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("architecture", ["modernbert", "rope-mosaicbert"])
 def test_the_check_in_a_foreign_process_passes(architecture, corpus, tmp_path):
