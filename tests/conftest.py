@@ -78,7 +78,9 @@ def reasons_to_skip() -> dict[str, str]:
     if lacks("llama_cpp"):
         reasons["llama_cpp"] = "needs llama-cpp-python: pip install '.[serving]'"
     if find_node() is None:
-        reasons["node"] = "needs Node.js and npm install @huggingface/transformers, NODE_PATH"
+        reasons["node"] = (
+            "needs Node.js and ONNXRUNTIME_NODE_INSTALL=skip npm install @huggingface/transformers, NODE_PATH"
+        )
     if shutil.which("chromium") is None or lacks("playwright"):
         reasons["browser"] = "needs Chromium and playwright: apt-get install chromium; pip install playwright"
     if "MOSAIC_REFERENCE" not in os.environ:

@@ -1,5 +1,7 @@
 """The model and its heads: sizes, packing, pooling, losses, arguments, precision."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,7 +168,7 @@ def test_packed_tokens_are_refused_by_heads_that_read_rows_only(cls):
 @pytest.mark.parametrize("start", [0, 2])
 def test_flattened_documents_are_refused_since_they_would_attend_to_each_other(options, start):
     collator = DataCollatorWithFlattening(position_ids_start=start, **options)
-    batch = collator([{"input_ids": [2, 7, 8, 3]}, {"input_ids": [2, 9, 3]}, {"input_ids": [2]}])
+    batch: Any = collator([{"input_ids": [2, 7, 8, 3]}, {"input_ids": [2, 9, 3]}, {"input_ids": [2]}])
     model = small_model().eval()
     with pytest.raises(ValueError, match="packed tokens as \\(tokens,\\) with cu_seqlens"):
         model(**batch)

@@ -6,6 +6,7 @@ import pytest
 
 from megabert.files.json_file import read_json
 from tests.helpers.runs import pretrain_command, run_command, run_ranks
+from tests.training.helpers.checkpoints import assert_same_end
 
 FLAGS = {
     "rope-mosaicbert": ["--model.position=rope"],
@@ -34,6 +35,7 @@ def test_modernbert_resumes_to_the_same_bits(corpus, tmp_path):
     first = ["--run.resume=" + str(tmp_path / "whole/checkpoints/step-00000002"), "--run.max_steps=4"]
     again = trained(corpus, tmp_path / "again", "modernbert", *first)
     assert again[-2:] == whole[-2:]
+    assert_same_end(tmp_path / "whole", tmp_path / "again", 4)
     first_result, second_result = (read_json(tmp_path / name / "result.json") for name in ("whole", "again"))
     assert first_result["heldout_loss"] == second_result["heldout_loss"]
 

@@ -1,11 +1,12 @@
 """The state in a checkpoint of a run of 10 steps, and a comparison of what two checkpoints hold."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megabert.config.recipe import Recipe, RunConfig
-from megabert.files.checkpoint_format import State
+from megabert.files.checkpoint_format import State, tag_of
 from megabert.training.updates.guard import Guard
 
 RECIPE = Recipe(run=RunConfig(max_steps=10))
@@ -45,3 +46,16 @@ def differences(first: Any, second: Any, where: str = "") -> list[str]:
     if isinstance(first, torch.Tensor):
         return [] if first.dtype == second.dtype and torch.equal(first, second) else [where]
     return []
+
+
+def assert_same_end(first: Path, second: Path, step: int) -> None:
+    """Assert that the checkpoints of two runs at a step hold the same weights and optimizer state."""
+    ends = [out / "checkpoints" / tag_of(step) for out in (first, second)]
+    files = [sorted(path.name for path in end.glob("*.pt")) for end in ends]
+    assert files[0] == files[1]
+    tensors = 0
+    for name in files[0]:
+        states = [torch.load(end / name, weights_only=False) for end in ends]
+        assert not differences(*states, where=name)
+        tensors += sum(isinstance(value, torch.Tensor) for value in states[0].get("module", {}).values())
+    assert tensors > 10
