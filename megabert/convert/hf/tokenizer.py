@@ -15,8 +15,8 @@ from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
 from megabert.data.shards.tokenizer_folder import (
     ADDED_TOKENS,
     FILES,
-    KNOWN_CLASSES,
     SPECIAL_TOKENS_MAP,
+    STABLE_CLASSES,
     VOCAB,
     find_class,
     find_new_names,
@@ -77,7 +77,7 @@ def copy_tokenizer(source: Path, folder: Path, max_length: int) -> None:
 
 def _keeps_ids(name: Any) -> bool:
     """Return whether this class gives the written tokenizer.json's ids, in every folder and version of transformers."""
-    return isinstance(name, str) and name in KNOWN_CLASSES and hasattr(transformers, name)
+    return isinstance(name, str) and name in STABLE_CLASSES and hasattr(transformers, name)
 
 
 def find_tokenizer_files(source: Path) -> dict[str, Path]:

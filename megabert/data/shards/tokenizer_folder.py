@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TOKENIZER_CONFIG
@@ -25,17 +25,12 @@ PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 # ESM) do not.
 BERTS = "Bert ConvBert DistilBert Electra LayoutLM Lxmert MobileBert RetriBert Splinter SqueezeBert"
 BERT_CLASSES = {f"{name}Tokenizer{fast}" for name in BERTS.split() for fast in ("", "Fast")}
-# These classes change BERT's normalizer to what tokenizer_config.json says, and to their defaults where it is silent,
-# whatever tokenizer.json has. ConvBERT's and RetriBERT's leave it as it is.
-CHANGED = [name for name in BERTS.split() if name not in ("ConvBert", "RetriBert")]
-CHANGED += ["MPNet", "Funnel"]
-CHANGING_CLASSES = {f"{name}Tokenizer{fast}" for name in CHANGED for fast in ("", "Fast")}
-# These put a space before a text as tokenizer_config.json says, or by these defaults, whatever tokenizer.json has.
-PREFIXES = dict.fromkeys("Roberta Longformer Bart LED Mvp Deberta Luke GPT2".split(), False) | {"Blenderbot": True}
-PREFIX_CLASSES = {f"{name}Tokenizer{fast}": prefix for name, prefix in PREFIXES.items() for fast in ("", "Fast")}
-# What these do to tokenizer.json is done here. transformers loads the tokenizers of its other classes, many of which,
-# as XLM-RoBERTa's, make another one of the vocabulary. A class that it lacks leaves tokenizer.json as it is.
-KNOWN_CLASSES = {*PLAIN_CLASSES, *BERT_CLASSES, *CHANGING_CLASSES, *PREFIX_CLASSES}
+# transformers loads the tokenizer.json of any class but PLAIN_CLASSES, since its classes make some parts of a tokenizer
+# anew: BERT's the normalizer and the special tokens around a text, RoBERTa's the space before it, XLM-RoBERTa's all. A
+# class that it lacks leaves tokenizer.json as it is. Those named here give the result's ids in every version.
+OTHERS = "MPNet Funnel Roberta Longformer Bart LED Mvp Deberta Luke GPT2 Blenderbot"
+STABLE_CLASSES = {*PLAIN_CLASSES, *BERT_CLASSES}
+STABLE_CLASSES |= {f"{name}Tokenizer{fast}" for name in OTHERS.split() for fast in ("", "Fast")}
 # The class of a tokenizer that does not name one, by the model_type of the config.json beside it.
 CLASSES = dict.fromkeys(("bert", "distilbert", "electra"), "BertTokenizer") | {"roberta": "RobertaTokenizer"}
 CLASSES |= {"camembert": "CamembertTokenizer"} | dict.fromkeys(("xlm-roberta", "gte"), "XLMRobertaTokenizer")
@@ -45,14 +40,6 @@ PLAIN_MODEL = "modernbert"
 WHITE_SPACE = "".join(
     map(chr, (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000))
 )
-# Settings of tokenizer_config.json, and what BERT's normalizer calls them.
-NORMALIZER_SETTINGS = {
-    "do_lower_case": "lowercase",
-    "strip_accents": "strip_accents",
-    "tokenize_chinese_chars": "handle_chinese_chars",
-}
-NORMALIZER_DEFAULTS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
-
 # The texts that other tokenizers have for BERT's special tokens. A token that is taken by an earlier role is not taken
 # again: some tokenizers have one for padding and for the end.
 OTHER_NAMES = {"cls": "<s>", "sep": "</s>", "mask": "<mask>", "unk": "<unk>", "pad": "<pad>"}
@@ -76,12 +63,8 @@ def read_folder_tokenizer(files: dict[str, Path], lowercase: bool = True) -> Tok
     if TOKENIZER in files:
         tokenizer = read_tokenizer(path)
         name = find_class(path.parent, settings)
-        if name and name not in KNOWN_CLASSES and path.name == TOKENIZER and _has_class(name):
-            tokenizer = _read_with_class(path, name)
-        if name in CHANGING_CLASSES:
-            _change_normalizer(path.parent, tokenizer, settings)
-        if name in PREFIX_CLASSES:
-            _change_prefix(path.parent, tokenizer, settings, PREFIX_CLASSES[name])
+        if name and name not in PLAIN_CLASSES and path.name == TOKENIZER and _has_class(name):
+            tokenizer = _read_with_class(path, name, type(tokenizer.model).__name__)
     elif not is_berts(files):
         raise ValueError(
             f"{path}: {TOKENIZER_CONFIG} names {settings['tokenizer_class']}, whose splitting or special tokens are "
@@ -165,31 +148,18 @@ def load_with_transformers(folder: Path) -> Any:
     return loaded
 
 
-def _read_with_class(path: Path, name: str) -> Tokenizer:
+def _read_with_class(path: Path, name: str, model: str) -> Tokenizer:
+    """Load a tokenizer.json with a class of transformers. model: the file's, such as WordPiece."""
+    settings = path.parent / TOKENIZER_CONFIG
+    as_it_is = f"To take the file as it is, set tokenizer_class to PreTrainedTokenizerFast in {settings}."
     try:
-        return Tokenizer.from_str(load_with_transformers(path.parent).backend_tokenizer.to_str())
+        tokenizer = Tokenizer.from_str(load_with_transformers(path.parent).backend_tokenizer.to_str())
     except ValueError as error:
-        raise ValueError(
-            f"{path}: its class is {name}, but {error}. To take the file as it is, set tokenizer_class to "
-            f"PreTrainedTokenizerFast in the {TOKENIZER_CONFIG} beside it."
-        ) from error
-
-
-def _change_normalizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
-    """Give BERT's normalizer the settings of tokenizer_config.json, as the classes of BERT's tokenizers do."""
-    normalizer = tokenizer.normalizer
-    if isinstance(normalizer, normalizers.BertNormalizer):
-        for name, attribute in NORMALIZER_SETTINGS.items():
-            setattr(normalizer, attribute, _parse_flag(folder, settings, name, NORMALIZER_DEFAULTS[name]))
-        tokenizer.normalizer = normalizer
-
-
-def _change_prefix(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], default: bool) -> None:
-    """Put a space before a text, or none, as RoBERTa's class and its like do."""
-    splitter = tokenizer.pre_tokenizer
-    if isinstance(splitter, pre_tokenizers.ByteLevel):
-        splitter.add_prefix_space = _parse_flag(folder, settings, "add_prefix_space", default)
-        tokenizer.pre_tokenizer = splitter
+        raise ValueError(f"{path}: its class is {name}, but {error}. {as_it_is}") from error
+    # transformers 5 gives the vocabulary to the class's own model; transformers 4 kept the file's.
+    if (got := type(tokenizer.model).__name__) != model:
+        raise ValueError(f"{path}: splits by {model}, but its class {name} by {got}, so ids would change. {as_it_is}")
+    return tokenizer
 
 
 def _from_vocab(vocab: Path, settings: dict[str, Any], lowercase: bool) -> Tokenizer:

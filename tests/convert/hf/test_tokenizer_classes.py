@@ -54,7 +54,7 @@ UNIGRAMS = {
     "precompiled": ([normalizers.Replace(Regex(" {2,}"), " ")], pre_tokenizers.Metaspace()),
     "lower": ([normalizers.NFKC(), normalizers.Lowercase()], pre_tokenizers.Metaspace(prepend_scheme="never")),
 }
-PIECES = "XLMRoberta Camembert DebertaV2 Albert T5 Llama BigBird RemBert"
+PIECES = "XLMRoberta Camembert DebertaV2 Albert T5 BigBird RemBert"
 BYTES = "Roberta Longformer Bart LED Mvp Deberta Luke GPT2 Blenderbot"
 
 pytestmark = pytest.mark.skipif(
@@ -144,6 +144,48 @@ def test_a_class_of_bytes_puts_a_space_before_a_text_as_it_does(name, prefix, tm
         assert_same_ids(
             write(tmp_path / str(says), make_bytes(prefix), ROBERTA, tokenizer_class=f"{name}Tokenizer", **settings)
         )
+
+
+def around(names: tuple[str, ...], ids: dict[str, int]) -> list[processors.PostProcessor | None]:
+    """What may stand around a text in a tokenizer.json: nothing, one token, or the class's tokens in another order."""
+    cls, sep = names[2:4]
+    tokens = [(cls, ids[cls]), (sep, ids[sep])]
+    return [
+        None,
+        processors.TemplateProcessing(single=f"{cls} $A", pair=f"{cls} $A $B:1", special_tokens=tokens),
+        processors.TemplateProcessing(single=f"{sep} $A {cls}", pair=f"{sep} $A $B {cls}:1", special_tokens=tokens),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    cases(
+        [("Bert", 0), ("Bert", 1), ("Roberta", 2), ("MPNet", 2)],
+        product([*WORDPIECE.split(), *BYTES.split()], range(3)),
+    ),
+)
+def test_a_class_puts_its_own_tokens_around_a_text_whatever_its_file_says(name, number, tmp_path):
+    names = ROBERTA if name in BYTES.split() else NAMES.get(name, BERT)
+    tokenizer = make_bytes(False) if name in BYTES.split() else make_wordpiece(names, STATES[0])
+    tokenizer.post_processor = around(names, tokenizer.get_vocab())[number]
+    folder = write(tmp_path / "in", tokenizer, names, tokenizer_class=f"{name}Tokenizer")
+    assert_same_ids(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)("the", "e", return_token_type_ids=True)
+    ours = read_hf_tokenizer(folder).encode("the", "e")
+    assert (ours.ids, ours.type_ids) == (theirs["input_ids"], theirs["token_type_ids"])
+
+
+@pytest.mark.parametrize(("name", "model"), [("Bert", "BPE"), ("Llama", "Unigram")])
+def test_a_class_that_splits_by_another_model_is_refused_and_the_advice_works(name, model, tmp_path):
+    """transformers 5 would read the vocabulary with the class's own model."""
+    tokenizer = make_bytes(False) if model == "BPE" else make_unigram("cased")
+    folder = write(tmp_path / "in", tokenizer, ROBERTA, tokenizer_class=f"{name}Tokenizer")
+    message = rf"tokenizer.json: splits by {model}, but its class {name}Tokenizer by \w+, .* set tokenizer_class to"
+    with pytest.raises(ValueError, match=message):
+        read_hf_tokenizer(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    assert_same_ids(folder)
 
 
 @pytest.mark.parametrize(
