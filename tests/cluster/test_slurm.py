@@ -42,7 +42,7 @@ class Job:
             word.split("=", 1) for word in self.run("scontrol", "show", "-o", "job", self.id).split() if "=" in word
         )
 
-    def wait_for(self, what: str, condition: Callable[[dict[str, str]], bool], seconds: float = 120) -> dict[str, str]:
+    def wait_for(self, what: str, condition: Callable[[dict[str, str]], bool], seconds: float = 900) -> dict[str, str]:
         """Wait until the condition holds for the job's facts, and return them.
 
         A requeued job, which SLURM delays by two minutes, is started at once.

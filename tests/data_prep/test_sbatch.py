@@ -1,4 +1,4 @@
-"""launch/slurm/write_shards.sbatch, with a `python` that only prints its arguments. Not run on a SLURM cluster."""
+"""launch/slurm/write_shards.sbatch, with a `python` that only prints its arguments; test_slurm_arrays.py runs it."""
 
 import os
 import subprocess
