@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Repeat the export check of every architecture, and use MosaicBERT and BERT in every way, under several versions of
 # transformers, each in its own environment without megabert. GTE, as which MosaicBERT with RoPE is exported, needs
-# transformers 5.
+# transformers 5. At the end, optimum's ORTModel classes open ONNX graphs, with the transformers that optimum-onnx takes.
 #     bash tests/convert/check_transformers_versions.sh                # 4.50.3, 4.57.6 and that of constraints.txt
 #     bash tests/convert/check_transformers_versions.sh 4.53.3 5.0.0   # these
-# The first run takes some minutes: it installs transformers, accelerate (for Trainer) and sentence-transformers. torch
-# is linked from .venv. The environments are kept in the folder that the variable ENVIRONMENTS names.
+# The first run takes some minutes: it installs transformers, accelerate (for Trainer), sentence-transformers and
+# optimum. torch is linked from .venv. The environments are kept in the folder that the variable ENVIRONMENTS names.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -25,17 +25,19 @@ run() {
     tail -1 "$scratch/log"
 }
 site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+# make_environment NAME PACKAGE...: a Python environment with torch and these packages.
+make_environment() {
+    environment=$environments/$1
+    [ ! -e "$environment/complete" ] || return 0
+    rm -rf "$environment"
+    python3 -m venv "$environment"
+    own=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    ln -s "$site"/torch "$site"/torchgen "$site"/functorch "$site"/torch-*.dist-info "$own"
+    "$environment/bin/pip" install -q --disable-pip-version-check "${@:2}"
+    touch "$environment/complete"
+}
 for version in "${versions[@]}"; do
-    environment=$environments/$version
-    if [ ! -e "$environment/complete" ]; then
-        rm -rf "$environment"
-        python3 -m venv "$environment"
-        own=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-        ln -s "$site"/torch "$site"/torchgen "$site"/functorch "$site"/torch-*.dist-info "$own"
-        "$environment/bin/pip" install -q --disable-pip-version-check \
-            "transformers==$version" accelerate sentence-transformers
-        touch "$environment/complete"
-    fi
+    make_environment "$version" "transformers==$version" accelerate sentence-transformers
     mkdir -p "$scratch/$version"
     for path in "$scratch"/exports/*; do
         folder=${path##*/}
@@ -53,4 +55,11 @@ for version in "${versions[@]}"; do
             ;;
         esac
     done
+done
+
+version=optimum
+make_environment $version optimum-onnx==0.1.0 onnxruntime
+for path in "$scratch"/exports/*/onnx; do
+    folder=$(basename "$(dirname "$path")")
+    run "$folder" tests/convert/helpers/use_ort_model.py
 done

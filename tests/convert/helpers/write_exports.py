@@ -10,10 +10,12 @@ from pathlib import Path
 
 from data_prep import train_tokenizer
 from data_prep.sources.docstrings import docstrings
-from megabert.convert.to_hf import export_checkpoint
+from megabert.convert.to_hf import ExportOptions, export_checkpoint
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
 from tests.model.helpers.architectures import ARCHITECTURES
+
+WITH_GRAPHS = ("mosaicbert", "bert", "modernbert")
 
 
 def main(out: Path) -> None:
@@ -26,7 +28,8 @@ def main(out: Path) -> None:
     train_tokenizer.main([f"--source={texts}", f"--out={out / 'tokenizer'}", "--vocab_size=800"])
     for name, changes in ARCHITECTURES.items():
         write_checkpoint(out / "runs" / name, small_model(**changes), out / "tokenizer")
-        export_checkpoint(out / "runs" / name, out / "exports" / name)
+        options = ExportOptions(targets=("onnx",) if name in WITH_GRAPHS else ())
+        export_checkpoint(out / "runs" / name, out / "exports" / name, options)
 
 
 if __name__ == "__main__":
