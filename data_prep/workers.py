@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data_prep.sources.base import is_disk_full
-from megabert.data.shards.tokenizer import read_tokenizer
+from megabert.data.shards.tokenizer import TokenizerFile
 from megabert.files.disk import explain
 from megabert.process.open_files import allow_open_files
 from megabert.process.subprocesses import exit_with_parent, use_short_socket_paths
@@ -40,9 +39,9 @@ _counters: Any = None
 
 
 @lru_cache(maxsize=1)
-def worker_tokenizer(path: str | None) -> Tokenizer | None:
-    """Load a tokenizer once per process."""
-    return read_tokenizer(Path(path)) if path else None
+def worker_tokenizer(file: TokenizerFile) -> Tokenizer:
+    """Load a tokenizer once per process. Raises ValueError if the file was replaced since the command began."""
+    return file.load()
 
 
 def add_progress(input_bytes: int = 0, text_bytes: int = 0) -> None:

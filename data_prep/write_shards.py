@@ -138,7 +138,7 @@ def reused(request: ShardRequest) -> bool:
         return False
     damaged = set(damaged_files(out, finished, options.workers))
     if damaged:
-        damaged -= set(restore_tokenizer(out, finished, tokenizer_files(request.tokenizer_path)))
+        damaged -= set(restore_tokenizer(out, finished, tokenizer_files(request.tokenizer_file)))
     output_folder.remove_finished_work(out)
     if damaged:
         print(f"{out / min(damaged)}: missing or changed, so the shards are written again")

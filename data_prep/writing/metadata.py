@@ -21,7 +21,7 @@ from megabert.data.shards.manifest import (
 )
 from megabert.data.shards.sample_format import encode_npy
 from megabert.data.shards.side_files import check_tokenizer_config
-from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
+from megabert.data.shards.tokenizer import TokenizerFile, special_tokens
 from megabert.files.atomic import write_atomically
 from megabert.files.bounded_reads import has_file
 from megabert.files.redact import redact
@@ -64,7 +64,7 @@ def build_manifest(
 def write_metadata(request: ShardRequest, manifest: Manifest, ids: np.ndarray) -> None:
     """Write all other files of the folder. The manifest comes last, because it makes the folder complete."""
     out = Path(request.options.out)
-    files = tokenizer_files(request.tokenizer_path) | ({TOKEN_COUNTS: encode_npy(ids)} if request.tokenizer else {})
+    files = tokenizer_files(request.tokenizer_file) | ({TOKEN_COUNTS: encode_npy(ids)} if request.tokenizer else {})
     for name, data in files.items():
         write_atomically(out / name, data)
     write_atomically(out / length_statistics.PLOT, length_statistics.plot(manifest.statistics))
@@ -73,18 +73,21 @@ def write_metadata(request: ShardRequest, manifest: Manifest, ids: np.ndarray) -
     write_manifest(out, replace(manifest, files=hashes))
 
 
-def tokenizer_files(path: Path | None) -> dict[str, bytes]:
-    """Return the files beside the shards for a tokenizer.json. Raises ValueError for a damaged config."""
-    if path is None:
+def tokenizer_files(file: TokenizerFile | None) -> dict[str, bytes]:
+    """Return the files beside the shards for a tokenizer.json.
+
+    Raises ValueError for a damaged config, and for a tokenizer.json that was replaced since the command began.
+    """
+    if file is None:
         return {}
-    config = path.with_name(TOKENIZER_CONFIG)
-    data = config.read_bytes() if has_file(config) else plain_tokenizer_config(path)
+    config = file.path.with_name(TOKENIZER_CONFIG)
+    data = config.read_bytes() if has_file(config) else plain_tokenizer_config(file)
     check_tokenizer_config(data, str(config))
-    return {TOKENIZER: path.read_bytes(), TOKENIZER_CONFIG: data}
+    return {TOKENIZER: file.read(), TOKENIZER_CONFIG: data}
 
 
-def plain_tokenizer_config(path: Path) -> bytes:
+def plain_tokenizer_config(file: TokenizerFile) -> bytes:
     """Return a tokenizer_config.json with which AutoTokenizer loads a bare tokenizer.json."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config |= {f"{name}_token": token for name, token in special_tokens(read_tokenizer(path)).items()}
+    config |= {f"{name}_token": token for name, token in special_tokens(file.load()).items()}
     return json.dumps(config, indent=1).encode()

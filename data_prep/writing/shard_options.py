@@ -18,7 +18,7 @@ from data_prep.writing.sorted_runs import WriteSettings
 from megabert.config.settings import setting
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.sample_format import MAX_CHUNK_TOKENS, token_dtype
-from megabert.data.shards.tokenizer import find_tokenizer, read_tokenizer
+from megabert.data.shards.tokenizer import TokenizerFile, find_tokenizer, read_tokenizer
 
 Step = Literal["plan", "runs", "merge", "shards", "finish"]
 PARALLEL_STEPS = ("runs", "merge", "shards")
@@ -104,11 +104,17 @@ class ShardRequest(NamedTuple):
     left_out: LeftOut
 
     @property
+    def tokenizer_file(self) -> TokenizerFile | None:
+        if self.tokenizer_path is None or self.tokenizer is None:
+            return None
+        return TokenizerFile(self.tokenizer_path, self.tokenizer.fingerprint)
+
+    @property
     def settings(self) -> WriteSettings:
         o = self.options
         return WriteSettings(
             out=Path(o.out),
-            tokenizer_path=str(self.tokenizer_path) if self.tokenizer_path else None,
+            tokenizer=self.tokenizer_file,
             dtype=token_dtype(self.tokenizer.vocab_size) if self.tokenizer else np.dtype(np.uint8),
             read=o.read,
             min_chars=o.min_chars,

@@ -67,7 +67,7 @@ def write_shard(settings: WriteSettings, files: list[Path], part: str, number: i
     shard = Shard(name, sha256, size, len(order), int(chunks[:, 3].sum()), chunks)
     kept = documents.lengths[order]
     lengths = np.bincount(np.minimum(kept, LONGEST_COUNTED), minlength=LONGEST_COUNTED + 1)
-    ids = _count(documents.payload) if settings.tokenizer_path else np.zeros(0, np.int64)
+    ids = _count(documents.payload) if settings.tokenizer else np.zeros(0, np.int64)
     write_shard_record(record_path(settings, part, number), ShardRecord(shard, lengths, ids))
     return name
 
@@ -84,7 +84,7 @@ def _write_chunks(
     """Write the documents in the given order. Returns (chunks, 5) int64, rows as in Chunk."""
     begins = documents.lengths.cumsum() - documents.lengths
     chunks = []
-    is_text = settings.tokenizer_path is None
+    is_text = settings.tokenizer is None
     for group in _chunk_groups(order, documents.lengths, settings.chunk_tokens, cut=not is_text):
         parts = [documents.payload[begins[i] + a : begins[i] + b] for i, a, b in group]
         sample, tokens = _encode(parts, is_text)

@@ -21,7 +21,7 @@ from data_prep.sources import InputSplit, LeftOut, ReadOptions, read_input_split
 from data_prep.sources.base import SHORT, TOKEN_KINDS
 from data_prep.sources.tokens import read_token_split
 from data_prep.sources.tokens.ids import IdRule
-from megabert.data.shards.tokenizer import encode_flat
+from megabert.data.shards.tokenizer import TokenizerFile, encode_flat
 from megabert.files.atomic import new_file, write_atomically
 from megabert.files.json_file import read_json
 
@@ -44,12 +44,12 @@ GATHERED_DOCUMENTS = 4096
 class WriteSettings:
     """Settings of both passes, the same for every worker.
 
-    tokenizer_path: None for text shards; dtype: of the payload, which is token ids or UTF-8 bytes;
+    tokenizer: None for text shards; dtype: of the payload, which is token ids or UTF-8 bytes;
     heldout: share of documents to hold out; ids: which ids a source of tokens may have, None if it is text.
     """
 
     out: Path
-    tokenizer_path: str | None
+    tokenizer: TokenizerFile | None
     dtype: np.dtype
     read: ReadOptions
     min_chars: int
@@ -281,12 +281,11 @@ def add_texts(writer: SortedRunWriter, documents: Iterable[str], where: str, lef
     """Add documents to the sorted runs of a task. where: their file, for messages."""
     settings = writer.settings
     for texts, raws in in_batches(documents, where, settings, left_out):
-        tokenizer = workers.worker_tokenizer(settings.tokenizer_path)
-        if tokenizer is None:
+        if settings.tokenizer is None:
             payload = np.frombuffer(b"".join(raws), dtype=np.uint8)
             lengths = np.fromiter(map(len, raws), np.int64, len(raws))
         else:
-            payload, lengths = encode_flat(tokenizer, texts, settings.dtype)
+            payload, lengths = encode_flat(workers.worker_tokenizer(settings.tokenizer), texts, settings.dtype)
         writer.add(payload, lengths, list(map(text_hash, raws)))
         workers.add_progress(text_bytes=sum(map(len, raws)))
 

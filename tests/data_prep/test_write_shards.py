@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_prep import output_folder, write_shards
-from data_prep.writing import sorted_runs
+from data_prep.writing import passes, sorted_runs
 from megabert.data.shards.manifest import read_manifest
 from megabert.data.shards.sample_format import decode_text, read_sample
 from megabert.data.shards.source import open_source
@@ -350,3 +350,32 @@ def test_a_folder_of_another_tokenizer_is_kept_unless_replace_is_given(tmp_path,
     assert [path.name for path in out.iterdir()] == ["tokenizer.json"]
     write_shards.main([*command, "--replace"])
     assert hashes(out) == hashes(corpus.tokens)
+
+
+def shards_of(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in hashes(folder).items() if name.endswith((".tar", "tokenizer.json"))}
+
+
+@pytest.mark.parametrize(("step", "first"), [("write_sorted_runs", True), ("write_shards", False)])
+def test_a_tokenizer_that_is_replaced_meanwhile_ends_the_command(tmp_path, corpus, monkeypatch, step, first):
+    """Replaced before a worker reads it, or before it is copied beside the shards."""
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(original := (corpus.tokenizer / "tokenizer.json").read_bytes())
+    words = [f"--source={corpus.jsonl}", f"--tokenizer={file}", f"--out={tmp_path / 'out'}", "--workers=1"]
+    words += ["--heldout=0.1", "--chunk_tokens=2048"]
+    run_step = getattr(passes, step)
+
+    def replace_and_run(*arguments):
+        if first:
+            file.write_bytes(original + b"\n")
+        run_step(*arguments)
+        file.write_bytes(original + b"\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, step, replace_and_run)
+        with pytest.raises(ValueError, match="Put that tokenizer back, or begin anew"):
+            write_shards.main(words)
+    assert not (tmp_path / "out/manifest.json").exists()
+    file.write_bytes(original)
+    write_shards.main(words)
+    assert shards_of(tmp_path / "out") == shards_of(corpus.tokens)

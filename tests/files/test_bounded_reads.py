@@ -8,6 +8,7 @@ import pytest
 from data_prep.tokenizer.existing import load_tokenizer
 from data_prep.writing.metadata import tokenizer_files
 from megabert.data.shards.manifest import read_manifest
+from megabert.data.shards.tokenizer import TokenizerFile
 from megabert.files.bounded_reads import has_file, read_bounded
 from megabert.files.hashing import file_sha256
 from megabert.files.json_file import read_json
@@ -56,6 +57,7 @@ def test_a_link_to_nothing_is_not_a_missing_file(tmp_path):
 def test_a_tokenizer_with_a_link_to_nothing_beside_it_is_refused(corpus, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((corpus.tokenizer / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").symlink_to("nothing")
-    for read in (lambda: load_tokenizer(tmp_path, False), lambda: tokenizer_files(tmp_path / "tokenizer.json")):
+    file = TokenizerFile(tmp_path / "tokenizer.json", "")
+    for read in (lambda: load_tokenizer(tmp_path, False), lambda: tokenizer_files(file)):
         with pytest.raises(ValueError, match="tokenizer_config.json: is a link to nothing"):
             read()

@@ -32,7 +32,7 @@ from megabert.data.shards.sample_format import (
 from megabert.data.shards.shard_list import DamagedShardError, shards_of
 from megabert.data.shards.side_files import SideFiles, check_tokenizer_config, fetch_manifest
 from megabert.data.shards.storage import Storage, open_storage
-from megabert.data.shards.tokenizer import encode_flat, find_tokenizer, read_tokenizer
+from megabert.data.shards.tokenizer import describe_tokenizer, encode_flat, find_tokenizer, parse_tokenizer
 from megabert.files.bounded_reads import has_file, read_bounded
 from megabert.files.hashing import texts_sha256
 
@@ -58,7 +58,7 @@ class Source:
     @cached_property
     def tokenizer(self) -> TokenizerInfo:
         if self.tokenizer_path is not None:
-            return find_tokenizer(self.tokenizer_path)[1]
+            return describe_tokenizer(self._text_tokenizer, str(self.tokenizer_path))
         assert self.manifest.tokenizer is not None, f"{self.folder}: the manifest of token shards names no tokenizer"
         return self.manifest.tokenizer
 
@@ -148,7 +148,13 @@ class Source:
     def encoder(self) -> Tokenizer:
         """The tokenizer that turns text into ids."""
         assert self.tokenizer_path is not None, f"{self.folder}: holds tokens, which need no tokenizer to encode them"
-        return read_tokenizer(self.tokenizer_path)
+        return parse_tokenizer(self._text_tokenizer, str(self.tokenizer_path))
+
+    @cached_property
+    def _text_tokenizer(self) -> bytes:
+        """The tokenizer.json for text, read once: whoever replaces the file later does not change this run."""
+        assert self.tokenizer_path is not None, f"{self.folder}: holds tokens, whose tokenizer lies beside them"
+        return read_bounded(self.tokenizer_path, MAX_TOKENIZER_BYTES)
 
     def prefetch(self, shard: int) -> None:
         """Start to fetch a shard that will be read soon, if its storage fetches whole shards."""
@@ -200,7 +206,7 @@ class Source:
     def read_tokenizer_file(self) -> bytes:
         """Read the tokenizer.json of the shards. Raises ValueError if it is not the one they were written with."""
         if self.tokenizer_path is not None:
-            return self.tokenizer_path.read_bytes()
+            return self._text_tokenizer
         return self._side_files.read_tokenizer()
 
     def read_optional(self, name: str) -> bytes | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,6 +19,27 @@ from megabert.process.error_text import one_line
 
 # Encoded once, since some damage makes only the first use of a tokenizer fail.
 PROBE = "A b\u0301 \uac00 1"
+
+
+class TokenizerFile(NamedTuple):
+    """A tokenizer.json, and the SHA-256 that it had when a command began."""
+
+    path: Path
+    fingerprint: str
+
+    def read(self) -> bytes:
+        """Read the file again. Raises ValueError if it is another one by now, or on this machine."""
+        data = read_bounded(self.path, MAX_TOKENIZER_BYTES)
+        if (found := hashlib.sha256(data).hexdigest()) != self.fingerprint:
+            raise ValueError(
+                f"{self.path}: was replaced while it was used: its fingerprint is {found[:12]}, and was "
+                f"{self.fingerprint[:12]} when the command began. Put that tokenizer back, or begin anew with this one."
+            )
+        return data
+
+    def load(self) -> Tokenizer:
+        """Load the tokenizer, as read_tokenizer does."""
+        return parse_tokenizer(self.read(), str(self.path))
 
 
 def find_tokenizer(path: str | Path) -> tuple[Path, TokenizerInfo]:

@@ -406,6 +406,20 @@ def test_a_machine_with_another_tokenizer_for_text_is_refused(folder, corpus, tm
         pickle.loads(sent)
 
 
+def test_text_is_tokenized_by_the_tokenizer_that_the_run_began_with(tmp_path, corpus):
+    """Whoever trains another one to its folder changes neither the ids nor the tokenizer of the checkpoints."""
+    write_shards.main([f"--source={corpus.jsonl}", f"--out={tmp_path / 'text'}", "--workers=1"])
+    tokenizer = shutil.copy(corpus.tokenizer / TOKENIZER, tmp_path)
+    source = open_source(str(tmp_path / "text"), tokenizer=tokenizer)
+    fingerprint, expected = source.fingerprint, open_source(str(tmp_path / "text"), tokenizer=str(corpus.tokenizer))
+    raw = json.loads(Path(tokenizer).read_bytes())
+    raw["normalizer"] = {"type": "Lowercase"}
+    Path(tokenizer).write_text(json.dumps(raw))
+    assert (source.read_chunk(0, 0).tokens == expected.read_chunk(0, 0).tokens).all()
+    assert hashlib.sha256(source.read_tokenizer_file()).hexdigest() == source.tokenizer.fingerprint
+    assert source.fingerprint == fingerprint
+
+
 def test_the_sizes_of_many_shards_are_looked_up_at_once(folder, monkeypatch):
     monkeypatch.setattr(shard_list, "MANY_SHARDS", 2)
     open_source(str(folder))

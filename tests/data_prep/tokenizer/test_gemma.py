@@ -10,7 +10,8 @@ from data_prep import train_tokenizer
 from data_prep.writing.metadata import plain_tokenizer_config
 from megabert.convert import from_hf, to_hf
 from megabert.convert.hf.tokenizer import copy_tokenizer
-from megabert.data.shards.tokenizer import encode, find_tokenizer, read_tokenizer
+from megabert.data.shards.tokenizer import TokenizerFile, encode, find_tokenizer, read_tokenizer
+from megabert.files.hashing import file_sha256
 from megabert.finetune.training import load_tokenizer
 from tests.helpers.foreign.gemma_tokenizer import ROLES, SIZES, write_gemma_tokenizer
 from tests.helpers.foreign.sentencepiece_models import lines_of_every_script
@@ -60,7 +61,8 @@ def test_the_names_of_special_tokens_in_a_corpus_are_text(taken):
 def test_a_bare_tokenizer_json_is_taken_and_gets_its_names(gemma, taken, tmp_path):
     train_tokenizer.main([f"--existing={gemma / 'tokenizer.json'}", f"--out={tmp_path}"])
     assert find_tokenizer(tmp_path)[1] == find_tokenizer(taken)[1]
-    assert json.loads(plain_tokenizer_config(gemma / "tokenizer.json"))["mask_token"] == "<mask>"
+    file = TokenizerFile(path := gemma / "tokenizer.json", file_sha256(path))
+    assert json.loads(plain_tokenizer_config(file))["mask_token"] == "<mask>"
 
 
 def test_other_roles_than_the_names_say_are_followed(gemma, tmp_path):
