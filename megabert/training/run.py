@@ -166,7 +166,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     progress.enter("opening the corpus")
     corpus, held_out_corpus = broadcast_from_rank0(lambda: open_inputs(recipe), rank, world_size)
     progress.enter("checking the checkpoint", long=True)
-    checkpoint = find_start(recipe.run, plan.checkpoints, plan.identity, corpus.fingerprint, rank)
+    checkpoint = find_start(recipe.run, plan.checkpoints, plan.identity, corpus, rank)
     if checkpoint is not None:
         state.restore(checkpoint.state, checkpoint.positions)
         state.branched_from = checkpoint.path if checkpoint.branched else None

@@ -1,4 +1,4 @@
-"""Check the folder of a run's initial weights before they are read; imports no torch."""
+"""Check the folder of initial weights, or the vocabulary of a checkpoint, before it is loaded; imports no torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from megabert.data.shards.manifest import TOKENIZER
-from megabert.data.shards.source import Source
+from megabert.data.shards.source import Corpus, Source
 from megabert.data.shards.tokenizer import read_tokenizer
 from megabert.files.checkpoint_format import has_checkpoint
 from megabert.files.hashing import file_sha256
@@ -80,14 +80,30 @@ def check_vocabulary(folder: Path, source: Source) -> None:
             f"model.init_from {folder}: has no {TOKENIZER} to compare with the shards' tokenizer. Give it the one that "
             "it was trained with: launch/convert_from_hf.py --tokenizer."
         )
-    if file_sha256(path) == source.tokenizer.fingerprint:
-        return
-    folder_ids = read_tokenizer(path).get_vocab()
-    shard_ids = Tokenizer.from_buffer(source.read_tokenizer_file()).get_vocab()
-    if folder_ids != shard_ids:
-        token = min(folder_ids.items() ^ shard_ids.items(), key=lambda item: (item[1], item[0]))[0]
+    if difference := find_difference(path, source):
         raise ValueError(
-            f"model.init_from {folder}: its tokenizer has {token!r} as id {folder_ids.get(token)}, the shards' has it "
-            f"as id {shard_ids.get(token)}. Write shards with the folder's tokenizer, or give the folder the shards' "
-            "tokenizer with launch/convert_from_hf.py --tokenizer."
+            f"model.init_from {folder}: {difference}. Write shards with the folder's tokenizer, or give the folder the "
+            "shards' tokenizer with launch/convert_from_hf.py --tokenizer."
         )
+
+
+def check_vocabulary_of_checkpoint(path: Path, corpus: Corpus) -> None:
+    """Raise ValueError if an id of the corpus stands for another token than in the checkpoint.
+
+    The corpus's fingerprint is of its ids. Shards of another tokenizer may have the same: one with more tokens, say.
+    """
+    file = path / TOKENIZER
+    if file.is_file() and (difference := find_difference(file, corpus.sources[0])):
+        raise ValueError(f"{path}: {difference}. Write the shards with the checkpoint's {TOKENIZER}.")
+
+
+def find_difference(path: Path, source: Source) -> str | None:
+    """Compare the vocabularies of a tokenizer.json and of shards. Returns the first difference, or None."""
+    if file_sha256(path) == source.tokenizer.fingerprint:
+        return None
+    ids = read_tokenizer(path).get_vocab()
+    shard_ids = Tokenizer.from_buffer(source.read_tokenizer_file()).get_vocab()
+    if ids == shard_ids:
+        return None
+    token = min(ids.items() ^ shard_ids.items(), key=lambda item: (item[1], item[0]))[0]
+    return f"its tokenizer has {token!r} as id {ids.get(token)}, the shards' has it as id {shard_ids.get(token)}"

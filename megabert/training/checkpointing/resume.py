@@ -8,6 +8,7 @@ from typing import NamedTuple
 import deepspeed
 
 from megabert.config.recipe import RunConfig
+from megabert.data.shards.source import Corpus
 from megabert.data.stream import Position, positions_from_json
 from megabert.files import checkpoint_format
 from megabert.files.checkpoint_format import State
@@ -15,6 +16,7 @@ from megabert.files.disk import DiskError, as_user_error, is_user_error
 from megabert.files.json_file import read_json
 from megabert.files.pickles import check_pickle
 from megabert.training.checkpointing import find, universal
+from megabert.training.checkpointing.initial_folder import check_vocabulary_of_checkpoint
 from megabert.training.distributed import deepspeed_compat
 from megabert.training.distributed.heartbeat import progress
 from megabert.training.distributed.sync import gather_dicts
@@ -30,24 +32,28 @@ class Checkpoint(NamedTuple):
     branched: bool = False
 
 
-def find_start(settings: RunConfig, folder: Path, identity: RunIdentity, corpus: str, rank: int) -> Checkpoint | None:
+def find_start(
+    settings: RunConfig, folder: Path, identity: RunIdentity, corpus: Corpus, rank: int
+) -> Checkpoint | None:
     """Find the checkpoint that this run starts from, if any; every rank calls this and gets the same one.
 
-    folder: of this run's checkpoints. identity, corpus: of this run, and the fingerprint of its training corpus. Raises
-    ValueError if the checkpoint belongs to another run, or if this run cannot be a branch of it.
+    folder: of this run's checkpoints. identity, corpus: of this run. Raises ValueError if the checkpoint belongs to
+    another run, or if this run cannot be a branch of it.
     """
     check = partial(check_together, rank=rank, world_size=identity.world_size)
     path = find.find(settings.resume, folder, check)
     if path is not None:
         checkpoint = read_checkpoint(path, rank, identity.world_size)
-        check_same_run(path, checkpoint.state, identity, corpus)
+        check_same_run(path, checkpoint.state, identity, corpus.fingerprint)
+        check_vocabulary_of_checkpoint(path, corpus)
         return checkpoint
     if settings.branch_from is None:
         return None
     path = find.find(settings.branch_from, folder, check)
     assert path is not None, f"run.branch_from {settings.branch_from} named no checkpoint"
     checkpoint = read_checkpoint(path, rank, identity.world_size, branched=True)
-    check_branch(path, checkpoint.state, identity, corpus)
+    check_branch(path, checkpoint.state, identity, corpus.fingerprint)
+    check_vocabulary_of_checkpoint(path, corpus)
     return checkpoint
 
 

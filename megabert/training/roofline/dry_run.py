@@ -26,6 +26,7 @@ from megabert.training.checkpointing.initial_folder import (
     check_folder,
     check_settings,
     check_vocabulary,
+    check_vocabulary_of_checkpoint,
 )
 from megabert.training.corpora import choose_max_documents, open_corpora
 from megabert.training.identity import RunIdentity, check_branch, check_same_run
@@ -226,6 +227,7 @@ class Checks:
         if self.corpus is not None and self.schedule is not None and self.resolved is not None:
             check = check_branch if self.branched else check_same_run
             check(path, state, self._identity(state, self.schedule, self.resolved), self.corpus.fingerprint)
+            check_vocabulary_of_checkpoint(path, self.corpus)
         self.start, self.saved = path, state
         yield f"{'branches off' if self.branched else 'resumes'} from {path}: step {state.step:,}, hashes not compared"
         if self.resolved is not None and self.resolved.zero_stage and state.world_size != self.ranks:

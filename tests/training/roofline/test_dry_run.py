@@ -17,6 +17,7 @@ from megabert.config.ds_config import read_ds_config
 from megabert.config.recipe import Recipe
 from megabert.config.recipe_parser import ds_config_path, load_recipe, recipe_names
 from megabert.data.ranks import choose_streams, worker_count
+from megabert.data.shards.tokenizer import read_tokenizer
 from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.checkpoint_format import State
@@ -270,6 +271,18 @@ def test_a_checkpoint_is_compared_with_the_run(resumable: Attempt, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "run/checkpoints/step-00000003")
     (tmp_path / "run/checkpoints/step-00000003/a.pt").write_bytes(b"weights")
     check_advice(resumable.plus(f"--run.resume={checkpoint}"), "a.pt has 3 bytes, expected 7", tmp_path)
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused_though_the_ids_are_the_same(resumable, corpus, tmp_path):
+    """As after an addition of tokens that the corpus does not have."""
+    tokenizer = read_tokenizer(corpus.tokenizer / "tokenizer.json")
+    file = tmp_path / "run/checkpoints/step-00000004/tokenizer.json"
+    tokenizer.save(str(file))
+    assert resumable.refusals() == []
+    tokenizer.add_tokens(["qqzzqq"])
+    tokenizer.save(str(file))
+    (refusal,) = resumable.refusals()
+    assert "its tokenizer has 'qqzzqq' as id 800, the shards' has it as id None. Write the shards" in refusal.text
 
 
 def test_the_streams_of_an_earlier_version_are_refused(resumable: Attempt, tmp_path):
