@@ -54,6 +54,7 @@ def _download_with_pip(to: Path, folder: Path) -> None:
         pip,
         capture_output=True,
         text=True,
+        errors="replace",
         check=False,
         env=os.environ | {"TMPDIR": str(to)},
         preexec_fn=end_with_parent,

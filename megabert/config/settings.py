@@ -59,12 +59,19 @@ def check_limits(settings: Any, prefix: str = "") -> None:
 
 
 def check_output(name: str, value: str) -> None:
-    """Raise ValueError for an output that is a URL or a command, which would become a folder of that name."""
+    """Raise ValueError for an output that is a URL or a command, which would become a folder of that name.
+
+    Also for a name that is not UTF-8: torch and safetensors would write there, but cannot read it again.
+    """
     if match := COMMAND_OR_ADDRESS.match(value):
         remedy = "Pass such a path, and copy the result"
         if match[1].lower() == "file":
             remedy = f"Leave out {match[1]}://"
         raise ValueError(f"{name} is {value!r}, expected a path on a disk or a mounted file system. {remedy}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is {value!r}, which is not UTF-8. Choose another name.") from error
 
 
 def limits_of(settings: type, prefix: str = "") -> dict[str, str]:

@@ -1,10 +1,13 @@
 """What a command writes is a path: a URL or a command as an output is refused before any work."""
 
+import os
 import re
 import sys
 from dataclasses import MISSING, fields
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from data_prep import fetch_tasks, train_tokenizer
 from data_prep.writing import shard_options
@@ -12,6 +15,7 @@ from launch import pareto, plot_run
 from megabert.commands import export, import_hf
 from megabert.config.cli import read_flags
 from megabert.config.recipe_parser import load_recipe
+from megabert.convert.hf.reader import read_weights
 from megabert.finetune.jobs import score_checkpoint
 from megabert.finetune.options import FinetuneOptions
 from tests.helpers.imports import modules
@@ -41,6 +45,18 @@ def test_an_output_that_is_no_path_is_refused(options, out, capsys):
     printed = capsys.readouterr().err
     assert printed.startswith(f"x.py: {'--' if is_flag else ''}out is '{out}', expected a path on ")
     assert printed.endswith("Leave out file://.\n" if out.startswith("file:") else "copy the result.\n")
+
+
+def test_an_output_whose_name_is_not_utf_8_is_refused(capsys, tmp_path):
+    """Weights could be written there, but not read again."""
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(save({"x": torch.ones(2)}))
+    with pytest.raises(ValueError, match="is not valid UTF-8"):
+        read_weights(out)
+    with pytest.raises(SystemExit):
+        read_flags(import_hf.Options, "x.py", "", ["x", str(out)])
+    assert capsys.readouterr().err == f"x.py: out is {str(out)!r}, which is not UTF-8. Choose another name.\n"
 
 
 @pytest.mark.parametrize("name", ["run.output_dir", "data.cache_dir"])

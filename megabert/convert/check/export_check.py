@@ -126,6 +126,7 @@ def run_in_subprocess(folder: Path) -> Measurements:
             env=environment,
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
             preexec_fn=end_with_parent,
         )

@@ -48,7 +48,7 @@ def check_probe(config: ProbeConfig) -> None:
         return
     done = subprocess.run(
         probe_command(config, "--check"), env=probe_environment(), capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, check=False,
+        errors="replace", stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     if done.returncode:
         reason = last_line(done.stdout + done.stderr) or f"exit code {done.returncode}, without output"

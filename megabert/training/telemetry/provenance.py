@@ -139,7 +139,9 @@ def git_state() -> dict[str, object] | None:
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(folder), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        # A file's name may not be UTF-8.
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        return done.stdout.strip()
 
     commit = git("rev-parse", "HEAD")
     return {"commit": commit, "changed": bool(git("status", "--porcelain"))} if commit else None
