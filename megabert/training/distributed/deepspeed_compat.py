@@ -289,14 +289,16 @@ def repair_universal_load(engine: deepspeed.DeepSpeedEngine, settings: list[dict
     """Restore the parameter groups after a universal checkpoint was loaded. settings: `group_settings` before the load.
 
     At stage 3 every group gets the first group's settings (weight decay on norms and biases), and all share one `step`
-    tensor, which then advances once per group. At other stages this changes nothing. Canary: universal_load_at_stage_3.
+    tensor, which then advances once per group. At every stage `step` is in host memory, and PyTorch's fused AdamW
+    refuses it where the parameters are on a GPU. Canary: universal_load_at_stage_3.
     """
     optimizer: Any = engine.optimizer
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
-    for state in optimizer.optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+    fused = any(values.get("fused") for values in settings)
+    for parameter, state in optimizer.optimizer.state.items():
+        if torch.is_tensor(step := state.get("step")):
+            state["step"] = step.to(parameter.device if fused else step.device, copy=True)
 
 
 def partition_after_load(engine: deepspeed.DeepSpeedEngine) -> None:

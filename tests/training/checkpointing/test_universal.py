@@ -5,11 +5,16 @@ import functools
 import logging
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from megabert.training.checkpointing import universal
 from megabert.training.checkpointing.universal import Conversion
+from megabert.training.distributed.deepspeed_compat import group_settings, repair_universal_load
+from megabert.training.updates.optimizers import StableAdamW
 from tests.training.helpers.shared_conversion import ThreadRank, Threads
 
 
@@ -72,3 +77,25 @@ def test_progress_is_logged(tmp_path, monkeypatch, caplog):
     assert [record.message for record in caplog.records] == [
         f"{tmp_path / 'step-1'}: converting for another number of ranks: {done} of 2 parameters" for done in (1, 2)
     ]
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "options", "device"),
+    [
+        (torch.optim.AdamW, {"fused": True}, "meta"),
+        (StableAdamW, {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}, "cpu"),
+    ],
+)
+def test_steps_of_a_universal_checkpoint_are_where_the_optimizer_looks_for_them(optimizer_class, options, device):
+    """The device "meta" stands for a GPU, where fused AdamW refuses steps in host memory."""
+    flat = [torch.nn.Parameter(torch.zeros(4, device="meta")) for _ in range(2)]
+    optimizer = optimizer_class([{"params": [part]} for part in flat], lr=1e-3, **options)
+    engine: Any = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer, param_groups=optimizer.param_groups))
+    settings, loaded = group_settings(engine), torch.tensor(3.0)
+    for part in flat:
+        optimizer.state[part]["step"] = loaded
+    repair_universal_load(engine, settings)
+    steps = [optimizer.state[part]["step"] for part in flat]
+    assert [step.device.type for step in steps] == [device] * 2
+    assert steps[0] is not steps[1]
+    assert all(step is not loaded for step in steps)
