@@ -82,6 +82,12 @@ def local_devices() -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
 
 
+def make_current(device: torch.device) -> None:
+    """Make a CUDA device the current one of this process: Triton launches there, wherever a kernel's tensors are."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether a CPU or CUDA device multiplies bf16 natively; torch's own question counts emulation as support.
 
@@ -132,7 +138,8 @@ def launch(device: torch.device) -> None:
     from megabert.kernels.geglu import geglu
 
     wanted = torch.nn.functional.gelu(torch.ones(()))
-    got = geglu(torch.ones(1, 32, device=device), 0.0).cpu()
+    with torch.cuda.device(device):
+        got = geglu(torch.ones(1, 32, device=device), 0.0).cpu()
     if not torch.allclose(got, wanted, atol=1e-5):
         raise RuntimeError(f"a trivial kernel gives {got[0, 0].item()} instead of {wanted.item():.4f}")
 

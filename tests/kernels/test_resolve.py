@@ -1,5 +1,6 @@
 """Every branch of the choice of implementations, for made-up machines."""
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -362,6 +363,32 @@ def test_why_no_launch_names_what_is_missing(monkeypatch, tmp_path, error, reaso
         assert got is None
     else:
         assert got.startswith(f"Triton cannot launch a kernel: {reason.format(header='/no/include/Python.h')}")
+
+
+@pytest.mark.triton
+def test_a_kernel_is_tried_on_the_gpu_that_will_run_it(monkeypatch):
+    """Triton launches on the current device, which is the first unless a process has set another one."""
+    from megabert.kernels import geglu
+
+    current = [torch.device("cuda:0")]
+
+    @contextlib.contextmanager
+    def device(given):
+        current.append(given)
+        yield
+        current.pop()
+
+    ones, launched_on = torch.ones, []
+
+    def launch(x, dropout_p):
+        launched_on.append(current[-1])
+        return torch.nn.functional.gelu(x[:, :16])
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch, "ones", lambda *shape, **options: ones(*shape))
+    monkeypatch.setattr(geglu, "geglu", launch)
+    devices.launch(torch.device("cuda:1"))
+    assert launched_on == [torch.device("cuda:1")]
 
 
 @pytest.mark.triton

@@ -25,6 +25,7 @@ from megabert.finetune.jobs.job import (
 )
 from megabert.finetune.record import read_record, write_record
 from megabert.finetune.tasks.readers import file_hashes
+from megabert.kernels.devices import make_current
 from megabert.process.exit_codes import EXIT_BUSY
 from megabert.process.subprocesses import exit_with_parent, last_line, use_short_socket_paths
 
@@ -291,6 +292,7 @@ def run_and_write(
     job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: Path, request: dict[str, Any]
 ) -> None:
     """Run a job and write its result; if it kept the model of this very training, only label the test sets again."""
+    make_current(slot.device)
     stored = read_result(context, job, print) if job.saves_model else None
     if stored and is_same_training(stored, request) and kept_model_is_intact(context.jobs / job.name, stored):
         result = stored | label_with_kept_model(job, context, slot)

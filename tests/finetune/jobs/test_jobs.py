@@ -7,11 +7,15 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from megabert.finetune.base_model import BaseModel
-from megabert.finetune.jobs.job import FinetuneJob, JobContext
+from megabert.finetune.jobs import runner
+from megabert.finetune.jobs.job import FinetuneJob, JobContext, WorkerSlot
 from megabert.finetune.jobs.runner import Runner
 from megabert.finetune.main import parse_shard, run_finetuning
 from megabert.finetune.protocol import Settings
@@ -229,3 +233,16 @@ def test_the_average_names_its_tasks_unless_they_are_the_eight():
 def test_no_task_is_an_error(options_for):
     with pytest.raises(ValueError, match="--tasks ,: names no task; expected all, or some of cola"):
         run_finetuning(options_for(tasks=","))
+
+
+def test_a_job_on_a_second_gpu_launches_its_kernels_there(monkeypatch, tmp_path):
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(runner, "run_job", lambda job, context, slot, start: done.append("trained") or {})
+    monkeypatch.setattr(runner, "check_data_is_the_same", lambda *arguments: None)
+    monkeypatch.setattr(runner, "write_result", lambda *arguments: None)
+    job: Any = SimpleNamespace(saves_model=False)
+    context: Any = SimpleNamespace(data=tmp_path)
+    for device in ("cuda:1", "cpu"):
+        runner.run_and_write(job, context, WorkerSlot(torch.device(device), 1), tmp_path, {})
+    assert done == [torch.device("cuda:1"), "trained", "trained"]
