@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import math
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -27,6 +28,22 @@ def test_the_machine_is_described(corpus: Corpus, tmp_path):
     assert figure.startswith("cpu (not in telemetry/cards.py), ")
     assert found["ops"].startswith("ops: ")
     assert all(float(found[name]) > 0 for name in ("copy_gb_per_s", "product_tflops", "launch_us"))
+
+
+def test_the_kernels_part_leaves_out_tests_that_take_minutes(corpus: Corpus, tmp_path, monkeypatch):
+    """torch.compile of a whole model alone may take longer than the part's limit."""
+
+    def collect(setup, command):
+        collecting = [*command, "--collect-only", "-p", "no:cacheprovider"]
+        done = subprocess.run(collecting, cwd=parts.REPOSITORY, capture_output=True, text=True, check=True)
+        (setup.out / "log.txt").write_text(done.stdout)
+
+    monkeypatch.setattr(parts.Setup, "run", collect)
+    parts.kernels(parts.Setup(tmp_path, corpus.tokens, dry=False))
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    chosen = [line.partition("::")[2] for line in lines if "::" in line]
+    assert "test_a_model_trains_the_same[0-eager]" in chosen
+    assert not [name for name in chosen if "-True" in name or "compiled" in name or "faster" in name]
 
 
 def test_curves_of_other_lengths_are_not_the_same():

@@ -184,7 +184,7 @@ def test_gradients_are_the_same_bits_twice(ops):
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("checkpoint_every", [0, 1])
 def test_a_model_trains_the_same(cuda, compiled, checkpoint_every):
     """Five steps of AdamW under bf16 autocast give the same losses with resolve()'s choice and with plain PyTorch."""
