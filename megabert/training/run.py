@@ -16,7 +16,7 @@ from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.training.checkpointing.resume import Checkpoint, find_start
 from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space, set_aside_after
 from megabert.training.corpora import choose_max_documents, open_corpora
-from megabert.training.distributed.deepspeed_compat import num_parameters
+from megabert.training.distributed.deepspeed_compat import free_accumulators, num_parameters
 from megabert.training.distributed.device import device_name, event_class
 from megabert.training.distributed.heartbeat import progress
 from megabert.training.distributed.signals import StopSignals
@@ -267,7 +267,10 @@ def open_reporter(plan: RunPlan, step: int) -> Reporter:
 
 def open_graph(plan: RunPlan, engine: deepspeed.DeepSpeedEngine) -> MicroBatchGraph | None:
     """Prepare the CUDA graph of the engine's micro-batches, if the plan has one."""
-    return MicroBatchGraph(model_of(engine), plan.ds_config.bf16) if plan.why_no_graphs is None else None
+    if plan.why_no_graphs is not None:
+        return None
+    free_accumulators(engine)
+    return MicroBatchGraph(model_of(engine), plan.ds_config.bf16)
 
 
 def open_writer(plan: RunPlan, num_parameters: int, reporter: Reporter | None) -> CheckpointWriter:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +16,7 @@ from megabert.model.ops import TORCH_OPS
 from megabert.model.padding import Sequences
 from megabert.training import plan
 from megabert.training.distributed import device
+from megabert.training.micro_batch.graph import MicroBatchGraph
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -88,6 +90,13 @@ def record(work: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
+def marks_of(graph: MicroBatchGraph) -> list[dict]:
+    """Return the notes on the nodes of autograd that collect the parameters' gradients; an unused node is made anew."""
+    # torch declares a method where its nodes have a property.
+    nodes: list[Any] = [get_gradient_edge(parameter).node for parameter in graph.parameters]
+    return [node.metadata for node in nodes]
+
+
 def plan_on_device(
     sequences: Sequences, slopes: Tensor | None, head_dim: int, reach: int | None = None
 ) -> Callable[[Tensor, float], Tensor]:
@@ -112,5 +121,27 @@ def install(graphs: bool) -> None:
     resolve.torch_ops = lambda: TORCH_OPS._replace(attention=plan_on_device)
     if graphs:
         plan.choose_cuda_graphs = lambda *arguments: None
-        device.warm_up = lambda work: work()
-        device.capture = record
+        device.warm_up, device.capture = Capture.warm_up, Capture.capture
+
+
+class Capture:
+    """What device.py does for a graph, and a check that no node of a parameter's gradient is older than the graph.
+
+    A backward pass waits for the stream that such a node was made on. If that is not the capture's own stream or one
+    that warmed up, a real capture fails.
+    """
+
+    has_begun = False
+
+    @classmethod
+    def warm_up(cls, work: Any) -> None:
+        if not cls.has_begun:
+            cls.has_begun = True
+            for marks in marks_of(work.__self__):
+                marks["older"] = True
+        work()
+
+    @staticmethod
+    def capture(work: Any) -> Callable[[], None]:
+        assert not any("older" in marks for marks in marks_of(work.__self__)), "a node is older than the graph"
+        return record(work)

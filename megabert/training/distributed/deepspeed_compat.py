@@ -177,6 +177,19 @@ def skip_reduction_of_one_rank(engine: deepspeed.DeepSpeedEngine) -> None:
     engine.enable_backward_allreduce = False
 
 
+def free_accumulators(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Free the nodes of autograd that collect the parameters' gradients, so that each forward pass makes its own.
+
+    ZeRO 1 and 2 keep a view of each parameter with the graph that led to it, and so a node that was made on the default
+    stream. A backward pass waits for a node's stream, which ends the capture of a CUDA graph on another stream.
+    Loading a checkpoint makes the views again. Canary: fragments_keep_graphs.
+    """
+    model: Any = engine.module
+    for parameter in model.parameters():
+        if (fragment := getattr(parameter, "_hp_mapping", None)) is not None:
+            fragment.lp_fragment = fragment.lp_fragment.detach()
+
+
 def reduce_once(engine: deepspeed.DeepSpeedEngine, gradients: list[torch.Tensor]) -> None:
     """Set the gradients and reduce them once, as the step's last backward does; ZeRO 0 and 1 only.
 

@@ -321,6 +321,15 @@ def universal_load_at_stage_3() -> dict[str, Any]:
         return {"weight_decay": [group["weight_decay"] for group in other.optimizer.param_groups], "steps": len(steps)}
 
 
+def fragments_keep_graphs() -> list[bool]:
+    """Return whether ZeRO's views of the parameters keep the graph that led to them, at stages 1 and 2."""
+    engines = [engine_with(**zero(stage)) for stage in (1, 2)]
+    return [
+        any(weight._hp_mapping.lp_fragment.grad_fn is not None for weight in engine.module.parameters())
+        for engine in engines
+    ]
+
+
 def converter_loops() -> list[str]:
     """Return the functions of the loops of DeepSpeed's converter, at stages 1 and 3."""
     names = []
@@ -379,6 +388,7 @@ def main() -> None:
         "nothing_to_load": nothing_to_load(),
         "refuses_another_world_size": refuses_another_world_size(),
         "universal_load_at_stage_3": universal_load_at_stage_3(),
+        "fragments_keep_graphs": fragments_keep_graphs(),
         "converter_loops": converter_loops(),
         "gathered_after_load": gathered_after_load(),
         "offload_refuses_torch": offload_refuses_torch(),
