@@ -75,10 +75,11 @@ def main() -> None:
     with nullcontext(arguments.out) if arguments.out else tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        # A process of its own, because data_prep's workers import everything that the main program imports.
-        every = QUICK_FILES if arguments.quick else 1
-        command = [sys.executable, __file__, "--prepare", str(folder), str(every)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        if not (folder / "tokens/manifest.json").is_file():
+            # A process of its own, because data_prep's workers import everything that the main program imports.
+            every = QUICK_FILES if arguments.quick else 1
+            command = [sys.executable, __file__, "--prepare", str(folder), str(every)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         reading = read_held_out(folder, QUICK_TEXTS if arguments.quick else TEXTS)
         tokens, rates = (QUICK_TOKENS, QUICK_RATES) if arguments.quick else (TOKENS, RATES)
         losses = {position: curves_of(best_run(folder, position, rates, tokens), reading) for position in MODELS}
