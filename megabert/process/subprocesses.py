@@ -88,3 +88,16 @@ def _wait_for_end_of_stdin() -> None:
 def last_line(text: str) -> str:
     """Return the last line that is not blank, stripped; an empty string if there is none."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def why_ended(code: int | None, output: str) -> str:
+    """Say in one line why a process failed. code: as subprocess and multiprocessing give it, negative for a signal.
+
+    What a killed process wrote last may have nothing to do with its end, so the signal comes first.
+    """
+    line = last_line(output)
+    if code is None or code >= 0:
+        return line or f"exit code {code}, without output"
+    # Most real-time signals have no name.
+    names = {each.value: each.name for each in signal.Signals}
+    return f"killed by {names.get(-code, f'signal {-code}')}" + (f", after {line!r}" if line else "")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Repeat the export check of every architecture, and use MosaicBERT and BERT in every way, under several versions of
 # transformers, each in its own environment without megabert. GTE, as which MosaicBERT with RoPE is exported, needs
-# transformers 5. At the end, optimum's ORTModel classes open ONNX graphs, with the transformers that optimum-onnx takes.
+# transformers 5. At the end, optimum opens ONNX graphs, with the version of transformers that it takes.
 #     bash tests/convert/check_transformers_versions.sh                # 4.50.3, 4.57.6 and that of constraints.txt
 #     bash tests/convert/check_transformers_versions.sh 4.53.3 5.0.0   # these
 # The first run takes some minutes: it installs transformers, accelerate (for Trainer), sentence-transformers and

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from megabert.process.subprocesses import exit_with_parent, last_line
+from megabert.process.subprocesses import exit_with_parent, last_line, why_ended
 
 CHILD = "from megabert.process.subprocesses import exit_with_parent; import os, time\n"
 CHILD += "exit_with_parent(); print(os.getpid(), flush=True); time.sleep(600)"
@@ -98,3 +98,17 @@ subprocess.run(["bash", "-c", "echo $$; sleep 600"], preexec_fn=end_with_parent)
     parent.kill()
     assert not psutil.wait_procs([child], timeout=60)[1]
     parent.wait()
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "reason"),
+    [
+        (1, "a\nno such file\n", "no such file"),
+        (3, "\n", "exit code 3, without output"),
+        (-9, "", "killed by SIGKILL"),
+        (-4, "loading\n", "killed by SIGILL, after 'loading'"),
+        (-45, "", "killed by signal 45"),
+    ],
+)
+def test_why_a_process_ended(code, output, reason):
+    assert why_ended(code, output) == reason

@@ -22,7 +22,7 @@ from megabert.convert.hf.writer import save_tensors
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.process.subprocesses import end_with_parent, last_line
+from megabert.process.subprocesses import end_with_parent, last_line, why_ended
 
 # The checkpoint's token ids and logits for a few texts. With export.json, the check can be repeated on any machine.
 EXPECTED_OUTPUTS = "export_check.safetensors"
@@ -131,5 +131,5 @@ def run_in_subprocess(folder: Path) -> Measurements:
             preexec_fn=end_with_parent,
         )
     if done.returncode:
-        raise ValueError(last_line(done.stderr) or f"exit code {done.returncode}")
+        raise ValueError(why_ended(done.returncode, done.stderr))
     return json.loads(last_line(done.stdout))

@@ -4,7 +4,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from megabert.finetune.record import read_record, write_record
 from megabert.finetune.tasks.readers import file_hashes
 from megabert.kernels.devices import make_current
 from megabert.process.exit_codes import EXIT_BUSY
-from megabert.process.subprocesses import exit_with_parent, last_line, use_short_socket_paths
+from megabert.process.subprocesses import exit_with_parent, use_short_socket_paths, why_ended
 
 # Of OUT/jobs/NAME.json. A job whose file has another version is run again.
 FORMAT_VERSION = 2
@@ -192,14 +191,10 @@ class Runner:
             self.remove_models()
         elif exitcode == EXIT_BUSY:
             self.log(f"{job.name}: another command is running it")
-        elif exitcode is not None and exitcode < 0:
-            # Most real-time signals have no name.
-            names = {each.value: each.name for each in signal.Signals}
-            self._record_failure(job, f"killed by {names.get(-exitcode, f'signal {-exitcode}')}")
         else:
             path = self.context.jobs / f"{job.name}.log"
             output = path.read_text(errors="replace") if path.is_file() else ""
-            self._record_failure(job, last_line(output) or f"exit code {exitcode}")
+            self._record_failure(job, why_ended(exitcode, output))
 
     def _record_failure(self, job: FinetuneJob, reason: str) -> None:
         result = {"status": "failed", "error": reason}

@@ -17,7 +17,7 @@ from megabert.config.recipe import ProbeConfig
 from megabert.files.checkpoint_format import step_of, tag_of
 from megabert.files.json_file import check_format_version, read_json
 from megabert.files.metrics_format import METRICS, read_metrics
-from megabert.process.subprocesses import last_line
+from megabert.process.subprocesses import why_ended
 from megabert.training.distributed.rank_env import RANK_VARIABLES
 from megabert.training.telemetry.reporter import Reporter
 
@@ -51,7 +51,7 @@ def check_probe(config: ProbeConfig) -> None:
         errors="replace", stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     if done.returncode:
-        reason = last_line(done.stdout + done.stderr) or f"exit code {done.returncode}, without output"
+        reason = why_ended(done.returncode, done.stdout + done.stderr)
         raise ValueError(f"probe: {reason.removeprefix('probe: ')}")
 
 
@@ -117,10 +117,9 @@ class ProbeRunner:
             if process.returncode == 0:
                 self._log_score(step)
             else:
-                reason = (
-                    last_line(self._score_file(step).with_suffix(".log").read_text(errors="replace")) or "no output"
-                )
-                self.reporter.log_line(f"probe of step {step}: failed with exit code {process.returncode}: {reason}")
+                output = self._score_file(step).with_suffix(".log").read_text(errors="replace")
+                reason = why_ended(process.returncode, output)
+                self.reporter.log_line(f"probe of step {step}: failed: {reason}")
         if self.running is None and self.waiting is not None:
             checkpoint = self.checkpoints / tag_of(self.waiting)
             if checkpoint.is_dir():

@@ -138,7 +138,11 @@ def test_the_reason_of_a_killed_job_or_one_without_a_log_is_recorded(tmp_path, b
     job = FinetuneJob(task=GLUE["rte"], settings=Settings(lr=1.0, epochs=1, batch_size=1), candidate=0, seed=1)
     runner = Runner([job], context, lambda line: None)
     # The second signal is a real-time one, which has no name.
-    for code, reason in ((-signal.SIGKILL, "killed by SIGKILL"), (-35, "killed by signal 35"), (3, "exit code 3")):
+    for code, reason in (
+        (-signal.SIGKILL, "killed by SIGKILL"),
+        (-35, "killed by signal 35"),
+        (3, "exit code 3, without output"),
+    ):
         runner._record_result(job, code)
         assert runner.results[job.name] == {"status": "failed", "error": reason}
 

@@ -130,7 +130,7 @@ def test_a_failure_is_logged(tmp_path, monkeypatch):
     assert not fake.lines, "not every checkpoint is due"
     fake.save(10)
     fake.runner.finish()
-    assert fake.lines == ["probe of step 10: failed with exit code 3: no memory"]
+    assert fake.lines == ["probe of step 10: failed: no memory"]
     assert read_metrics(tmp_path / METRICS) == []
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megabert.convert.targets.target import DiffersError
-from megabert.process.subprocesses import end_with_parent, last_line
+from megabert.process.subprocesses import end_with_parent, why_ended
 
 HERE = Path(__file__).parent
 
@@ -29,7 +29,7 @@ class Answer(NamedTuple):
 
 
 def run_python(script: str, folder: Path, texts: list[str], **options: Any) -> Answer:
-    """Run a file of this folder with this Python. Raises DiffersError with its last line if it fails or is killed."""
+    """Run a file of this folder with this Python. Raises DiffersError, which says why, if it fails or is killed."""
     return run([sys.executable, "-P", str(HERE / script)], folder, texts, **options)
 
 
@@ -51,7 +51,7 @@ def run(command: list[str], folder: Path, texts: list[str], **options: Any) -> A
             preexec_fn=end_with_parent,
         )
         if done.returncode:
-            raise DiffersError(f"cannot be opened: {last_line(done.stderr) or f'exit code {done.returncode}'}")
+            raise DiffersError(f"cannot be opened: {why_ended(done.returncode, done.stderr)}")
         answer = json.loads((Path(scratch) / "answer.json").read_text(encoding="utf-8"))
         array = Path(scratch) / "answer.npy"
         data = io.BytesIO(array.read_bytes() if array.is_file() else b"")
