@@ -67,13 +67,14 @@ class PhaseSnapshot(NamedTuple):
 
 @dataclass
 class ChunkPieces:
-    """The pieces of one chunk in a packing buffer. Only `taken` and `num_waiting` change after construction.
+    """The pieces of one chunk in a packing buffer. Only `taken` and `num_waiting` change while it is there.
 
     used_before: used tokens of the same source and stream before this chunk.
     ids: framed pieces end to end; begins, lengths: (n,) of each piece in ids; used_offset: (n,) as in Intervals.
     taken: (n,) bool, True for a piece that is in a bin.
     used_tokens: raw tokens of all pieces when the chunk was first loaded.
     snapshots: one for each earlier phase, None where the chunk was not in the buffer when that phase ended.
+    number: how many chunks of the source its cursor loaded before.
     """
 
     chunk_id: ChunkId
@@ -86,6 +87,7 @@ class ChunkPieces:
     used_tokens: int
     snapshots: tuple[PhaseSnapshot | None, ...] = ()
     damaged: bool = False
+    number: int = 0
     num_waiting: int = field(init=False)
 
     def __post_init__(self):

@@ -24,8 +24,8 @@ from megabert.data.shards.source import Corpus, DamagedShardError, Source
 
 log = logging.getLogger(__name__)
 
-# The lowest bit of the source's number in a chunk's key.
-SOURCE_SHIFT = 56
+# The lowest bit of the source's number in a chunk's key: room for 2^23 sources, and 2^40 chunks of each.
+SOURCE_SHIFT = 40
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ class SourceCursor:
         self.chunks: deque[ChunkPieces] = deque()
         # Tokens of this source and stream before the next chunk to load.
         self.used_tokens = position.used_tokens
+        self.num_loaded = 0
         self.skipped = position.skipped - len(position.damaged)
         self.first_epoch = position.first_epoch
         self.ended = False
@@ -185,6 +186,8 @@ class SourceCursor:
             self.first_epoch = self.used_tokens
         documents = None if data is None else self._order.documents(ref, data)
         chunk = cut_chunk(ref.chunk_id, self.used_tokens, documents, self._options, self._tokenizer, snapshots)
+        chunk.number = self.num_loaded
+        self.num_loaded += 1
         self.chunks.append(chunk)
         self.used_tokens += chunk.used_tokens
         self.skipped += chunk.damaged
@@ -267,8 +270,11 @@ def _pack_masks(masks: Sequence[np.ndarray | None]) -> Bits:
 
 
 def _chunk_key(cursor: SourceCursor, chunk: ChunkPieces) -> int:
-    """Return a number of this chunk that is the same in a resumed stream, and that grows in the order of reading."""
-    return (cursor.source_index << SOURCE_SHIFT) + (chunk.chunk_id.entry << 24) + chunk.chunk_id.chunk
+    """Return a number of this chunk that grows with its source and, within it, in the order of reading.
+
+    In a resumed stream the numbers are others, but their order is the same.
+    """
+    return (cursor.source_index << SOURCE_SHIFT) + chunk.number
 
 
 class PackingBuffer:

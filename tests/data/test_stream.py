@@ -337,6 +337,22 @@ def test_a_mixture_of_equal_documents_resumes_bitwise(weights):
         assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest[: 160 - done])
 
 
+@pytest.mark.parametrize("count", [129, 257])
+def test_a_mixture_may_have_hundreds_of_sources(count):
+    """As of the languages of a corpus. The last ones have several chunks, so that their numbers are told apart."""
+    shards = [[[[20] * 3]]] * (count - 2) + [[[[20] * 3] * 12] * 2] * 2
+    begins = FIRST_ID + np.cumsum([0, *(sum(sum(map(sum, chunks)) for chunks in source) for source in shards)])
+    sources = [SyntheticSource(part, int(begins[n]), int(begins[-1])) for n, part in enumerate(shards)]
+    corpus = corpus_of(*sources, weights=[0.001] * (count - 2) + [1, 1])
+    config = config_of(corpus, num_streams=2, batches_per_step=2)
+    whole = rank_batches(corpus, config, 20)
+    seen = np.bincount(np.concatenate([piece for batch, _, _ in whole for piece in pieces_of(batch)]))
+    assert seen[begins[-3] :].max() == 1
+    assert seen[begins[-3] :].mean() > 0.5
+    rest = rank_batches(corpus, config, 10, positions=positions_after(whole[:10]), first=10)
+    assert all(same(batch, whole[batch.index][0]) for batch, _, _ in rest)
+
+
 def test_a_rare_source_is_rare_from_the_start():
     rng = np.random.default_rng(3)
     large, rare = random_shards(rng, 200, documents=12), random_shards(rng, 24)
