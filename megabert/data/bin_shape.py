@@ -30,10 +30,11 @@ def four_medians(corpus: Corpus, bin_tokens: int, max_seq_len: int) -> int:
 
 def check_max_documents(max_documents: int, bin_tokens: int, max_seq_len: int) -> None:
     """Raise ValueError if a bin of longest pieces has no room for some shorter ones."""
-    # A bin of the longest pieces has T / S; each shorter piece needs a part of a place more.
-    least = -(-5 * bin_tokens // (4 * max_seq_len))
+    # A bin of the longest pieces has T / S; each shorter piece needs a part of a place more. The oldest piece may be
+    # alone in its bin, with filler in sequences of S.
+    least = max(-(-5 * bin_tokens // (4 * max_seq_len)), -(-bin_tokens // max_seq_len) + 1)
     if max_documents < least:
         raise ValueError(
-            f"data.max_documents is {max_documents}, expected at least {least}: 1.25 times the {bin_tokens} tokens in "
-            f"pieces of {max_seq_len}."
+            f"data.max_documents is {max_documents}, expected at least {least} for {bin_tokens} tokens in pieces of at "
+            f"most {max_seq_len}."
         )

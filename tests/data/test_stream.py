@@ -1,6 +1,7 @@
 """Streams: every token once per pass, the same bins for any number of ranks, and exact resuming."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from itertools import takewhile
@@ -495,6 +496,20 @@ def test_max_documents_has_a_minimum(corpus):
     config = config_of(corpus)
     with pytest.raises(ValueError, match="max_documents is 4, expected at least 5"):
         StreamConfig(**(vars(config) | {"max_documents": {32: 4}}))
+
+
+@pytest.mark.parametrize("bin_tokens", [32, 40, 48, 64, 70, 96, 100, 130])
+def test_the_minimum_of_max_documents_has_room_for_a_short_piece(bin_tokens):
+    """The oldest piece is always in the bin, also if it is short and no other fits: then the rest is filler."""
+    corpus = corpus_of(SyntheticSource([[[1, 30, 1, 2, 30] * 4]] * 8))
+    config = config_of(corpus, bin_tokens=bin_tokens)
+    with pytest.raises(ValueError, match="max_documents is 1, expected at least") as refused:
+        StreamConfig(**(vars(config) | {"max_documents": {32: 1}}))
+    least = int(re.findall(r"at least (\d+)", str(refused.value))[0])
+    smallest = StreamConfig(**(vars(config) | {"max_documents": {32: least}}))
+    for batch, _, _ in rank_batches(corpus, smallest, 64):
+        assert batch.num_documents <= least
+        assert batch.cu_seqlens[-1] == bin_tokens
 
 
 @pytest.mark.parametrize(
