@@ -36,7 +36,7 @@ from data_prep.writing.merged_runs import ShardCounts, plan_reads
 from data_prep.writing.metadata import build_manifest, tokenizer_files, write_metadata
 from data_prep.writing.passes import Part
 from data_prep.writing.ray_pool import RayPool
-from data_prep.writing.shard_options import Options, ShardRequest, resolve_request
+from data_prep.writing.shard_options import Options, ShardRequest, check_unchanged, resolve_request
 from data_prep.writing.sorted_runs import TaskSummary
 from data_prep.writing.unknown_tokens import check_share
 from megabert.config import cli
@@ -46,7 +46,7 @@ from megabert.process.exit_codes import EXIT_INTERRUPTED
 
 
 def write_shards(request: ShardRequest) -> Manifest:
-    """Do both passes and write the manifest. Raises ValueError if the source has no documents."""
+    """Do both passes and write the manifest. Raises ValueError if the source has no documents, or if it is changed."""
     options, settings = request.options, request.settings
     tasks = passes.group_into_tasks(request.splits)
     with (
@@ -54,6 +54,7 @@ def write_shards(request: ShardRequest) -> Manifest:
         open_pool(request) as pool,
     ):
         passes.write_sorted_runs(settings, dict(enumerate(tasks)), pool)
+        check_unchanged(request)
         return write_from_runs(request, len(tasks), pool)
 
 

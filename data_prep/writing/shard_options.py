@@ -136,9 +136,22 @@ def resolve_request(options: Options) -> ShardRequest:
     left_out = LeftOut(options.read.skip_damaged)
     splits = list_input_splits(options.source, options.read, left_out)
     ids = rule_of(options, splits, path, tokenizer)
+    return ShardRequest(options, splits, path, tokenizer, ids, hash_of(options, tokenizer, splits), left_out)
+
+
+def hash_of(options: Options, tokenizer: TokenizerInfo | None, splits: list[InputSplit]) -> str:
+    """Return the hash of a request, with the source as it is now."""
     asked = what_is_asked(options)
-    found = request_hash(options=asked, tokenizer=tokenizer and asdict(tokenizer), source=source_state(splits))
-    return ShardRequest(options, splits, path, tokenizer, ids, found, left_out)
+    return request_hash(options=asked, tokenizer=tokenizer and asdict(tokenizer), source=source_state(splits))
+
+
+def check_unchanged(request: ShardRequest) -> None:
+    """Raise ValueError if the source is not the one that was listed: what was read of it may be of two versions."""
+    if hash_of(request.options, request.tokenizer, request.splits) != request.request_hash:
+        raise ValueError(
+            f"{request.options.source}: was changed while it was read. Run the same command again when nothing writes "
+            "to it any more; it begins anew."
+        )
 
 
 def what_is_asked(options: Options) -> dict[str, object]:

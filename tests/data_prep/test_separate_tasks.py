@@ -121,6 +121,31 @@ def test_a_source_that_changes_after_the_plan_is_noticed(command, tmp_path):
     assert (out / "manifest.json").is_file()
 
 
+@pytest.mark.parametrize("step", [None, "runs"])
+def test_a_source_that_is_changed_while_it_is_read_ends_the_command(command, tmp_path, monkeypatch, step):
+    """The next command begins anew, with the source as it is then."""
+    out, file, steps = tmp_path / "out", tmp_path / "corpus/1.jsonl", [f"--step={step}"] if step else []
+    run_pass = passes.write_sorted_runs
+    if step:
+        write_shards.main([*command, f"--out={out}", "--step=plan"])
+
+    def read_and_change(*arguments):
+        run_pass(*arguments)
+        file.write_text('{"text": "another"}\n')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "write_sorted_runs", read_and_change)
+        with pytest.raises(ValueError, match=r"was changed (while it was read|after the plan was made)"):
+            write_shards.main([*command, f"--out={out}", *steps])
+    assert not (out / "manifest.json").exists()
+    for name in ("plan", "runs", "merge", "shards", "finish") if step else ():
+        write_shards.main([*command, f"--out={out}", f"--step={name}"])
+    if not step:
+        write_shards.main([*command, f"--out={out}"])
+    write_shards.main([*command, f"--out={tmp_path / 'anew'}"])
+    assert hashes(out) == hashes(tmp_path / "anew")
+
+
 def test_a_damaged_plan_is_named_and_planning_again_mends_it(command, whole, tmp_path):
     out = tmp_path / "out"
     write_shards.main([*command, f"--out={out}", "--step=plan"])
