@@ -154,6 +154,13 @@ def check_branch(path: Path, state: State, current: RunIdentity, corpus: str) ->
             f"run.branch_from {path}: has done {state.step} steps already, and this run has {current.total_steps}. Set "
             "run.max_steps to more: it counts the steps before the branch, too."
         )
+    hours = current.settings.get("run.max_hours")
+    # The run would be over before its first step, see TimeBudget.is_over.
+    if hours is not None and state.wall_seconds + state.max_step_seconds > 3600 * hours:
+        raise ValueError(
+            f"run.branch_from {path}: has used {state.wall_seconds / 3600:.3g} hours already, and this run has "
+            f"{hours:g}. Set run.max_hours to more: it counts the time before the branch, too."
+        )
     _check_engine(path, saved, current)
 
 

@@ -108,6 +108,23 @@ def test_a_branch_of_other_hours_is_refused_where_data_change_with_the_time():
         branch(phases, 3)
 
 
+@pytest.mark.parametrize("trunk", [{"max_steps": 10}, {"max_hours": 2}])
+def test_a_branch_without_time_for_a_step_is_refused(trunk):
+    """It would end at once, with exit code 0 and without a checkpoint."""
+    old = dataclasses.replace(RECIPE, run=RunConfig(**trunk))
+    state = dataclasses.replace(STATE, recipe=old.to_dict(), wall_seconds=7000.0, max_step_seconds=250.0)
+
+    def branch(hours: float) -> None:
+        recipe = dataclasses.replace(RECIPE, run=RunConfig(max_hours=hours))
+        current = RunIdentity.of_checkpoint(dataclasses.replace(state, total_steps=ENDLESS, recipe=recipe.to_dict()))
+        check_branch(layout.Path("step-00000004"), state, current, STATE.corpus)
+
+    branch(2.1)
+    for hours in (1, 2):
+        with pytest.raises(ValueError, match=rf"used 1.94 hours already, and this run has {hours}. Set run.max_hours"):
+            branch(hours)
+
+
 def test_shards_of_a_phase_may_move_but_not_change_places():
     def recipe(*trains: str | None) -> Recipe:
         phases = [DataPhase(until=(n + 1) / len(trains), train=train) for n, train in enumerate(trains)]
