@@ -211,6 +211,15 @@ class Recipe:
                 f"model.max_position_embeddings = {model.max_position_embeddings} positions. Raise that setting too."
             )
 
+    @property
+    def masking_rates(self) -> list[float]:
+        """The shares of maskable tokens to mask: at the start and the end of a schedule, or in each of data.phases."""
+        masking = self.masking
+        if masking.schedule != "constant":
+            return [masking.mlm_probability, masking.final_mlm_probability]
+        of_phases = [phase.mlm_probability for phase in self.data.phases or ()]
+        return [rate or masking.mlm_probability for rate in of_phases or [None]]
+
     def with_micro_batch(self, tokens: int) -> "Recipe":
         """Return the recipe with another micro-batch. Raises ValueError if it does not divide the batch."""
         return dataclasses.replace(self, data=dataclasses.replace(self.data, micro_batch_tokens=tokens))

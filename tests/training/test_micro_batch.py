@@ -10,6 +10,7 @@ from megabert.config.recipe_parser import ds_config_path, load_recipe
 from megabert.data.ranks import micro_batch_sizes
 from megabert.files.checkpoint_format import find_checkpoint, read_state
 from megabert.training.micro_batch import choose
+from megabert.training.micro_batch.batch import batch_of_web_pages, largest_batch
 from megabert.training.micro_batch.choose import MicroBatchChooser, resolve_micro_batch
 from megabert.training.telemetry.cards import card_named
 from tests.helpers.runs import pretrain_command, run_command
@@ -47,6 +48,14 @@ def test_it_suits_other_numbers_of_ranks_and_a_growing_batch(base):
 
 def test_plain_pytorch_gets_a_smaller_one(base):
     assert chooser(base(), memory=20e9, fused=False).choose() < chooser(base(), memory=20e9).choose()
+
+
+@pytest.mark.parametrize("rate", [0.9, 0.1])
+def test_a_phase_that_masks_more_counts(base, rate):
+    """For the memory, the highest masking rate of any phase counts."""
+    recipe = base(data={"phases": [{"until": 0.5}, {"until": 1.0, "mlm_probability": rate}]})
+    for batch in (largest_batch(recipe, 1000, {}), batch_of_web_pages(recipe, 1000)):
+        assert batch.masked == 1000 * max(0.3, rate)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Make the model card (README.md) of an exported folder from the numbers of its training run."""
 
 import contextlib
+import itertools
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,17 +125,16 @@ def reuse_card(card: str, max_length: int) -> str:
 def _make_rows(
     config: MegaBertConfig, state: State, metrics: Metrics, num_parameters: int, average: int
 ) -> list[tuple[str, Any]]:
-    masking = state.recipe["masking"]
     rows: list[tuple[str, Any]] = [
         ("parameters", f"{num_parameters:,}"),
         ("attention heads, MLP width", f"{config.num_attention_heads}, {config.intermediate_size}"),
         ("positions, MLP", f"{config.position}, {config.ffn}"),
         ("vocabulary", f"{config.vocab_size:,} rows"),
-        ("data", f"{_describe_data(state)} (sha256 of its manifest {state.corpus[:12]})"),
+        ("data", f"{_describe_data(state)} (fingerprint {state.corpus[:12]})"),
         ("tokens seen", f"{state.tokens:,}"),
-        ("steps", f"{state.step:,} of {state.total_steps:,}"),
+        ("steps", _describe_steps(state)),
         ("longest text in training", f"{state.max_seq_len} tokens"),
-        ("masking", f"{masking['mlm_probability']:.0%}"),
+        ("masking", _describe_masking(state)),
         ("seed", state.recipe["run"]["seed"]),
         ("training time", f"{state.seconds:,.0f} s on {state.world_size} ranks"),
         ("training loss", _format_nats(metrics.loss)),
@@ -155,8 +155,34 @@ def _describe_length(config: MegaBertConfig, state: State, max_length: int) -> s
 
 
 def _describe_data(state: State) -> str:
-    train = publishable(state.recipe["data"]["train"])
-    return train if isinstance(train, str) else ", ".join(f"{part['shards']} x {part['weight']}" for part in train)
+    """Name the corpora of each phase that has its own, in order."""
+    data = state.recipe["data"]
+    mixtures = [phase["train"] or data["train"] for phase in data.get("phases") or ()] or [data["train"]]
+    return ", then ".join(name for name, _ in itertools.groupby(map(_describe_mixture, mixtures)))
+
+
+def _describe_mixture(train: str | list[dict[str, Any]]) -> str:
+    named = publishable(train)
+    return named if isinstance(named, str) else ", ".join(f"{part['shards']} x {part['weight']}" for part in named)
+
+
+def _describe_steps(state: State) -> str:
+    """Return the steps of a run, and its length: also in hours, if the clock ends it."""
+    hours = state.recipe["run"].get("max_hours")
+    if hours is None:
+        return f"{state.step:,} of {state.total_steps:,}"
+    return f"{state.step:,}, in {state.wall_seconds / 3600:.3g} of {hours:g} hours"
+
+
+def _describe_masking(state: State) -> str:
+    """Return the masking rate, or those of a schedule or of the phases."""
+    masking = state.recipe["masking"]
+    first, schedule = masking["mlm_probability"], masking.get("schedule", "constant")
+    if schedule != "constant":
+        return f"{first:.0%} to {masking['final_mlm_probability']:.0%}, {schedule}"
+    phases = state.recipe["data"].get("phases") or [{}]
+    rates = [f"{phase.get('mlm_probability') or first:.0%}" for phase in phases]
+    return ", then ".join(rate for rate, _ in itertools.groupby(rates))
 
 
 def _format_nats(value: float | None) -> str | None:

@@ -48,9 +48,12 @@ def batch_of(model: ModelConfig, tokens: int, longest: int, documents: str, mask
 
 
 def batch_of_web_pages(recipe: Recipe, tokens: int) -> Batch:
-    """Return what a recipe's micro-batch computes in its last phase, with documents as of web pages."""
+    """Return what a recipe's micro-batch computes in its last phase, with documents as of web pages.
+
+    Of several masking rates it has the highest.
+    """
     length = recipe.data.lengths[-1][0]
-    return batch_of(recipe.model, tokens, length, recipe.data.documents, recipe.masking.mlm_probability)
+    return batch_of(recipe.model, tokens, length, recipe.data.documents, max(recipe.masking_rates))
 
 
 def largest_batch(recipe: Recipe, tokens: int, max_documents: dict[int, int]) -> Batch:
@@ -58,8 +61,7 @@ def largest_batch(recipe: Recipe, tokens: int, max_documents: dict[int, int]) ->
 
     A padded model computes at most max_documents rows of each max_seq_len.
     """
-    masking, slots = recipe.masking, tokens
-    share = max(masking.mlm_probability, masking.final_mlm_probability if masking.schedule != "constant" else 0)
+    slots = tokens
     if recipe.model.padding == "padded":
         slots = max((length * count for length, count in max_documents.items()), default=tokens)
-    return Batch(tokens=tokens, slots=slots, masked=share * tokens, attended=0)
+    return Batch(tokens=tokens, slots=slots, masked=max(recipe.masking_rates) * tokens, attended=0)

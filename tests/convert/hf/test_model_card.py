@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from megabert.config.recipe_parser import load_recipe
 from megabert.convert.hf.model_card import Metrics, make_model_card, publishable, read_metrics_at
 from megabert.files import checkpoint_format as layout
+from megabert.training.run_schedule import ENDLESS
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
 
@@ -51,6 +53,30 @@ def test_a_card_contains_no_secrets_and_no_folders_of_the_machine(corpus, tmp_pa
     assert "output_dir: best" in card
     for private in ("hunter2", "topsecret", "user", "/home", "someone"):
         assert private not in card.replace("users", ""), private
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, {"steps": "2 of 2", "masking": "30%", "data": "data/quickstart/tokens"}),
+        ({"masking": {"schedule": "linear"}}, {"masking": "30% to 15%, linear"}),
+        ({"run": {"max_steps": None, "max_tokens": None, "max_hours": 4.6}}, {"steps": "2, in 4.5 of 4.6 hours"}),
+        (
+            {"data": {"phases": [{"until": 0.5}, {"until": 1.0, "train": "/data/books", "mlm_probability": 0.15}]}},
+            {"masking": "30%, then 15%", "data": "data/quickstart/tokens, then books"},
+        ),
+    ],
+)
+def test_a_card_says_what_changed_over_the_run(corpus, tmp_path, changes, rows):
+    model = small_model()
+    folder = write_checkpoint(tmp_path, model, corpus.tokenizer)
+    raw = json.loads((folder / "state.json").read_text()) | {"wall_seconds": 16_200.0}
+    total = ENDLESS if "run" in changes else 2
+    recipe = load_recipe("quickstart", **{"run": {"max_steps": 2}, **changes})
+    (folder / "state.json").write_text(json.dumps(raw | {"total_steps": total, "recipe": recipe.to_dict()}))
+    card = str(make_model_card(model.config, layout.read_state(folder), Metrics(1.0, None, None, None), 7, 1, 512))
+    for name, value in rows.items():
+        assert f"| {name} | {value} " in card
 
 
 NEWER = '{"format_version": 2, "unigram_loss": 6.5}'
