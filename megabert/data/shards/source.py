@@ -327,6 +327,7 @@ def open_corpus(
     )
     for source in sources[1:]:
         check_same_tokenizer(sources[0], source)
+    _warn_of_common_shards(sources)
     weights = [tuple(table.get(key, 0.0) / sum(table.values()) for key in keys) for table in tables]
     return Corpus(sources, weights[0], on_bad_shard, tuple(weights[1:]))
 
@@ -337,6 +338,20 @@ def _numbered(mixture: Sequence[tuple[str, float]]) -> dict[tuple[str, int], flo
     for location, weight in mixture:
         found[location, sum(other == location for other, _ in found)] = weight
     return found
+
+
+def _warn_of_common_shards(sources: Sequence[Source]) -> None:
+    """Log which sources hold the same shards: they count as two, so a phase begins anew with the documents of one."""
+    first: dict[str, Source] = {}
+    for source in sources:
+        common = [
+            first[shard.sha256] for shard in source.shards if first.setdefault(shard.sha256, source) is not source
+        ]
+        if common:
+            log.warning(
+                "%s and %s have %d shards in common, whose documents are read for each of them. In data.phases, write "
+                "the location of a corpus alike in all phases.", common[0].folder, source.folder, len(common),
+            )  # fmt: skip
 
 
 def open_source(

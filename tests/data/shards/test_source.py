@@ -207,6 +207,18 @@ def test_a_mixture_normalizes_weights_and_needs_one_tokenizer(corpus, folder):
         open_corpus([(str(corpus.tokens), 3.0), (str(folder), 1.0)])
 
 
+def test_two_names_of_the_same_shards_are_logged(corpus, caplog):
+    """A phase would begin anew with documents that the one before has used."""
+    plain, other = str(corpus.tokens), f"{corpus.tokens}/train-{{00000..00002}}.tar"
+    open_corpus([(plain, 1.0)], later=[[(plain, 1.0)]])
+    assert not caplog.records
+    open_corpus([(plain, 1.0)], later=[[(other, 1.0)]])
+    assert "have 3 shards in common, whose documents are read for each" in caplog.text
+    caplog.clear()
+    open_corpus([(plain, 1.0)], later=[[(f"{plain}/", 1.0)]])
+    assert "have 24 shards in common" in caplog.text
+
+
 def test_a_part_without_documents_is_refused(tmp_path):
     text = tmp_path / "one.txt"
     text.write_text("one document")
