@@ -76,8 +76,16 @@ def _load_with_transformers(folder: Path, models: list[Path]) -> LoadedTokenizer
         raise ValueError(
             f"{folder}: holds neither {TOKENIZER} nor a {VOCAB} of BERT's, and {error}.{remedy}"
         ) from error
+    tokenizer = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    # Where a class finds none of its files, it has its special tokens, and some classes a piece for a space.
+    if len(tokenizer.get_vocab(with_added_tokens=True).keys() - special) <= 1:
+        raise ValueError(
+            f"{folder}: its class, by {TOKENIZER_CONFIG} or config.json, is {type(loaded).__name__}, of whose files it "
+            f"has none. Copy all files of the tokenizer into it, or pass --existing the file itself."
+        )
     roles = {role: getattr(loaded, f"{role}_token") for role in (*SPECIAL_TOKENS, *INSTEAD.values())}
-    return LoadedTokenizer(rename_special_tokens(Tokenizer.from_str(loaded.backend_tokenizer.to_str()), roles))
+    return LoadedTokenizer(rename_special_tokens(tokenizer, roles))
 
 
 def bert_normalizer(lowercase: bool) -> normalizers.BertNormalizer:

@@ -31,9 +31,6 @@ BERT_CLASSES = {f"{name}Tokenizer{fast}" for name in BERTS.split() for fast in (
 OTHERS = "MPNet Funnel Roberta Longformer Bart LED Mvp Deberta Luke GPT2 Blenderbot"
 STABLE_CLASSES = {*PLAIN_CLASSES, *BERT_CLASSES}
 STABLE_CLASSES |= {f"{name}Tokenizer{fast}" for name in OTHERS.split() for fast in ("", "Fast")}
-# The class of a tokenizer that does not name one, by the model_type of the config.json beside it.
-CLASSES = dict.fromkeys(("bert", "distilbert", "electra"), "BertTokenizer") | {"roberta": "RobertaTokenizer"}
-CLASSES |= {"camembert": "CamembertTokenizer"} | dict.fromkeys(("xlm-roberta", "gte"), "XLMRobertaTokenizer")
 # With this model, tokenizer.json is loaded as it is, whatever class is named.
 PLAIN_MODEL = "modernbert"
 # Unicode's property White_Space.
@@ -66,9 +63,10 @@ def read_folder_tokenizer(files: dict[str, Path], lowercase: bool = True) -> Tok
         if name and name not in PLAIN_CLASSES and path.name == TOKENIZER and _has_class(name):
             tokenizer = _read_with_class(path, name, type(tokenizer.model).__name__)
     elif not is_berts(files):
+        name = str(find_class(path.parent, settings))
         raise ValueError(
-            f"{path}: {TOKENIZER_CONFIG} names {settings['tokenizer_class']}, whose splitting or special tokens are "
-            f"not BERT's. {_explain_class(settings['tokenizer_class'])}"
+            f"{path}: its class, by {TOKENIZER_CONFIG} or config.json beside it, is {name}, whose splitting or special "
+            f"tokens are not BERT's. {_explain_class(name)}"
         )
     else:
         tokenizer = _from_vocab(path, settings, lowercase)
@@ -79,8 +77,8 @@ def read_folder_tokenizer(files: dict[str, Path], lowercase: bool = True) -> Tok
 
 
 def is_berts(files: dict[str, Path]) -> bool:
-    """Return whether the tokenizer of a vocab.txt is one of BERT's, as far as tokenizer_config.json says."""
-    name = read_json_files(files)[TOKENIZER_CONFIG].get("tokenizer_class")
+    """Return whether the tokenizer of a vocab.txt is one of BERT's, as far as its settings and the model say."""
+    name = find_class(files[VOCAB].parent, read_json_files(files)[TOKENIZER_CONFIG])
     return name in PLAIN_CLASSES or name in BERT_CLASSES
 
 
@@ -113,16 +111,28 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _explain_class(name: str) -> str:
     if name.removesuffix("Fast") in ("FunnelTokenizer", "MPNetTokenizer"):
         return f"{name}.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers writes {TOKENIZER} for it."
-    return f"For the weights alone, remove {VOCAB} from a copy of the folder."
+    return (
+        f"For the weights alone, remove {VOCAB} from a copy of the folder; if it is BERT's after all, set "
+        f"tokenizer_class to BertTokenizer in the {TOKENIZER_CONFIG} beside it, and pass the folder."
+    )
 
 
 def find_class(folder: Path, settings: dict[str, Any]) -> str | None:
-    """Return the class with which transformers loads a tokenizer.json, as its settings and the model beside it say."""
+    """Return the class with which transformers loads a tokenizer, as its settings and the model beside it say."""
     path = folder / "config.json"
     config = _read_object(path) if path.is_file() else {}
     if (kind := config.get("model_type")) == PLAIN_MODEL:
         return None
-    name = settings.get("tokenizer_class") or config.get("tokenizer_class") or CLASSES.get(str(kind))
+    return settings.get("tokenizer_class") or config.get("tokenizer_class") or _class_of_model(kind)
+
+
+def _class_of_model(kind: Any) -> str | None:
+    """Return transformers' class for the tokenizer of a model_type, or None for one that it does not know."""
+    if not isinstance(kind, str):
+        return None
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    name: Any = TOKENIZER_MAPPING_NAMES.get(kind)
     return name or None
 
 

@@ -243,14 +243,39 @@ def test_a_sentencepiece_model_beside_settings_gives_the_ids_of_transformers(tmp
         assert ours(text)["input_ids"] == theirs(text)["input_ids"]
 
 
-def test_a_vocab_file_of_another_class_is_not_taken_for_berts(tmp_path):
+# Where the class of a vocab.txt is named, or the model that has it.
+CLASS_PLACES = {
+    "tokenizer_config.json": {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "basic"},
+    "config.json": {"model_type": "bert", "tokenizer_class": "BertJapaneseTokenizer"},
+    "model_type": {"model_type": "tapas"},
+}
+
+
+@pytest.mark.parametrize("place", CLASS_PLACES)
+def test_a_vocab_file_of_another_class_is_not_taken_for_berts_and_the_advice_works(tmp_path, place):
     (tmp_path / "vocab.txt").write_text("\n".join(PIECES) + "\n")
-    settings = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "basic"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    file = "config.json" if place == "model_type" else place
+    (tmp_path / file).write_text(json.dumps(CLASS_PLACES[place]))
     with pytest.raises(ValueError, match="nor a vocab.txt of BERT's, and transformers cannot load it"):
         convert(tmp_path, tmp_path / "out")
-    with pytest.raises(ValueError, match="names BertJapaneseTokenizer, whose splitting .* remove vocab.txt"):
+    name = "TapasTokenizer" if place == "model_type" else "BertJapaneseTokenizer"
+    with pytest.raises(ValueError, match=f"is {name}, whose splitting .* remove vocab.txt .* set tokenizer_class to"):
         read_hf_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for ours in (read_hf_tokenizer(tmp_path), read_tokenizer(convert(tmp_path, tmp_path / "out") / "tokenizer.json")):
+        assert ours.encode("The caf\u00e9 boat").ids == theirs("The caf\u00e9 boat")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "t5"])
+@pytest.mark.parametrize("file", ["vocab.txt", "unigram.model"])
+def test_a_folder_in_which_a_class_finds_none_of_its_files_is_refused(tmp_path, kind, file):
+    """transformers 5 makes a tokenizer of special tokens alone there."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    (tmp_path / file).write_text("\n".join(PIECES) + "\n")
+    assert len(AutoTokenizer.from_pretrained(tmp_path)("the boat covid")["input_ids"]) < 8
+    with pytest.raises(ValueError, match=r"is \w+Tokenizer, of whose files it has none\. Copy all files"):
+        convert(tmp_path, tmp_path / "out")
 
 
 def test_the_case_of_a_vocabulary_is_judged_by_shares(wordpiece, tmp_path):
