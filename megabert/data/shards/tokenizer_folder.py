@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers.models import WordPiece
 
 from megabert.data.shards.manifest import MAX_TOKENIZER_BYTES, TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import KEPT_NAMES, SPECIAL_TOKENS
@@ -132,8 +133,7 @@ def _class_of_model(kind: Any) -> str | None:
         return None
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-    name: Any = TOKENIZER_MAPPING_NAMES.get(kind)
-    return name or None
+    return TOKENIZER_MAPPING_NAMES.get(kind)
 
 
 def _has_class(name: str) -> bool:
@@ -153,8 +153,12 @@ def load_with_transformers(folder: Path) -> Any:
         loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         loaded.backend_tokenizer.no_truncation()
         loaded.backend_tokenizer.no_padding()
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError, UnboundLocalError) as error:
         raise ValueError(f"transformers cannot load it: {one_line(error)[:300]}") from error
+    splitter: Any = loaded.backend_tokenizer.model
+    if isinstance(splitter, WordPiece) and splitter.token_to_id(splitter.unk_token) is None:
+        # The library raises an Exception at the first word that the vocabulary lacks.
+        raise ValueError(f"the vocabulary lacks {splitter.unk_token}, the unknown token of {type(loaded).__name__}")
     return loaded
 
 

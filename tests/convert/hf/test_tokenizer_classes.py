@@ -189,6 +189,24 @@ def test_a_class_that_splits_by_another_model_is_refused_and_the_advice_works(na
 
 
 @pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("funnel", "the vocabulary lacks <unk>, the unknown token of FunnelTokenizer"),
+        ("big_bird", "transformers cannot load it: cannot access local variable"),
+    ],
+)
+def test_a_class_that_the_file_does_not_fit_is_refused_and_the_advice_works(kind, message, tmp_path):
+    folder = write(tmp_path / "in", make_wordpiece(BERT, STATES[1]), BERT)
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    path = folder / "tokenizer_config.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=rf"tokenizer.json: its class is \w+, but {message}"):
+        read_hf_tokenizer(folder)
+    path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    assert_same_ids(folder)
+
+
+@pytest.mark.parametrize(
     ("name", "fast"),
     cases([("XLMRoberta", ""), ("Camembert", "Fast"), ("T5", "")], product(PIECES.split(), ("", "Fast"))),
 )
