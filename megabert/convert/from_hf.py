@@ -13,7 +13,7 @@ from megabert.convert.check import folder_record
 from megabert.convert.check.export_record import find_added_files, find_change
 from megabert.convert.check.folder_record import Origin
 from megabert.convert.hf.config import check_no_own_code, detect_architecture, from_megabert_config, from_their_config
-from megabert.convert.hf.heads import ANSWERS, CHOICE, MASKED_LM, head_of, read_head
+from megabert.convert.hf.heads import ANSWERS, CHOICE, head_of, read_head
 from megabert.convert.hf.reader import CONFIG, check_no_adapter, read_config, read_weights
 from megabert.convert.hf.resize import (
     ImportedModel,
@@ -184,7 +184,7 @@ def read_model(source: Path, seed: int = 17) -> ImportedModel:
         config = from_megabert_config(source, raw)
         with _naming(source):
             weights = normalize_our_names(weights)
-        missing = _find_missing(config, weights)
+        missing = _find_missing(config, weights, head)
     else:
         # A setting that our model does not support is named before the tensors that it adds.
         config = from_their_config(source, raw, kind, head)
@@ -211,10 +211,13 @@ def _naming(source: Path) -> Iterator[None]:
         raise ValueError(f"{source}: {error}") from error
 
 
-def _find_missing(config: MegaBertConfig, weights: dict[str, Tensor]) -> list[str]:
-    """List the parameters of the masked language modelling head that one of our folders with another head lacks."""
+def _find_missing(config: MegaBertConfig, weights: dict[str, Tensor], task: str | None) -> list[str]:
+    """List the parameters of the masked language modelling head that one of our folders with another head lacks.
+
+    task: that of the other head, as read_head() returns it.
+    """
     head = [name for name in MLM_HEAD if name in expected_shapes(config)]
-    if head_of(config) != MASKED_LM and config.has_transform_head:
+    if task is not None and config.has_transform_head:
         return [name for name in head if name not in weights and name.startswith("decoder.")]
     return [] if any(name in weights for name in head) else head
 

@@ -191,8 +191,9 @@ UNUSED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 POOLER = {f"pre_classifier.dense.{part}": f"bert.pooler.dense.{part}" for part in PARTS}
 # What torch.compile, DistributedDataParallel, FSDP, activation checkpointing and Lightning add to the names of a model.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model"}
-# First words of names that are not a wrapper's. Any other word that all names begin with is removed.
-ROOTS = {"bert", "roberta", "distilbert", "electra", "new", "embeddings"}
+# First words of names that are not a wrapper's. Any other word that all names begin with is removed: of a GTE's "new.",
+# too, which transformers 5 also writes before the names of heads, and before "gte.", if it saves what it read so.
+ROOTS = {"bert", "roberta", "distilbert", "electra", "embeddings"}
 # These buffers are constants: 0, 1, 2, ... and zeros.
 BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 # The names in checkpoints that were converted from TensorFlow.

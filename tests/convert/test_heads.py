@@ -15,7 +15,9 @@ from megabert.convert.from_hf import import_model, read_model
 from megabert.convert.hf.heads import TASKS, head_of
 from megabert.convert.hf.native import POOLED
 from megabert.convert.to_hf import ExportOptions
+from megabert.model.modeling_megabert import MegaBertForSequenceClassification
 from tests.convert.helpers.folders import edit_json
+from tests.convert.helpers.small_model import small_model
 from tests.helpers.cases import cases
 from tests.helpers.runs import Corpus, run_command
 from tests.model.helpers.architectures import exact_rope  # noqa: F401
@@ -145,6 +147,31 @@ def test_a_head_comes_back_as_transformers_class_bit_for_bit(kind, head, pooling
     for name in ("id2label", "classifier_pooling", "problem_type", used):
         assert getattr(back.config, name, None) == getattr(theirs.config, name, None), name
     assert export_folder(tmp_path / "ours", out, ExportOptions()).measured["reused"]
+
+
+@pytest.mark.usefixtures("skipped_checks")
+@pytest.mark.parametrize(
+    ("kind", "head"), [("Gte", "MaskedLM"), ("Gte", "SequenceClassification"), ("Bert", "TokenClassification")]
+)
+def test_what_transformers_saves_of_an_export_is_read(kind, head, corpus, tmp_path):
+    """It repeats a GTE's names in the file that it read, with "new." before those of the class."""
+    make_folder(tmp_path / "in", kind, head)
+    import_with_tokenizer(tmp_path / "in", corpus, tmp_path / "ours")
+    export_folder(tmp_path / "ours", tmp_path / "hf", ExportOptions())
+    getattr(transformers, f"AutoModelFor{head}").from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "saved")
+    if kind == "Gte":
+        assert all(name.startswith("new.") for name in load_file(tmp_path / "saved/model.safetensors"))
+    model, wanted = read_model(tmp_path / "saved"), read_model(tmp_path / "ours")
+    assert select_weights(model).keys() == select_weights(wanted).keys()
+    assert all(torch.equal(tensor, wanted.weights[name]) for name, tensor in model.weights.items())
+
+
+def test_a_classifier_of_ours_with_a_transform_but_no_decoder_is_read(tmp_path):
+    saved = small_model(cls=MegaBertForSequenceClassification, norm_position="pre", position="rope")
+    saved.save_pretrained(tmp_path)
+    model = read_model(tmp_path)
+    assert model.initialized == ["decoder.bias"]
+    assert build_head(select_weights(model), model.config).state_dict().keys() == saved.state_dict().keys()
 
 
 @pytest.mark.parametrize(("kind", "head", "pooling"), cases([("ModernBert", "QuestionAnswering", "cls")], FOREIGN))
