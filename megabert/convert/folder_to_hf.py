@@ -19,7 +19,7 @@ from megabert.convert.hf.model_card import reuse_card
 from megabert.convert.hf.native import native_class
 from megabert.convert.hf.reader import CONFIG, read_config, read_json
 from megabert.convert.hf.resize import ImportedModel
-from megabert.convert.hf.tokenizer import copy_tokenizer
+from megabert.convert.hf.tokenizer import copy_tokenizer, read_max_length
 from megabert.convert.targets import compared_texts, registry
 from megabert.convert.to_hf import (
     ExportOptions,
@@ -30,7 +30,7 @@ from megabert.convert.to_hf import (
     write_model,
 )
 from megabert.convert.weight_names import POOLER, TIED_DECODER
-from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
+from megabert.data.shards.manifest import TOKENIZER
 from megabert.files.atomic import replace_folder, staged_folder
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertModel
@@ -79,9 +79,9 @@ def export_folder(
     left_out = sorted(model.weights.keys() - set(model.initialized) - {POOLER.get(key, key) for key in weights})
     initialized = [key for key in model.initialized if key in weights]
     class_name = native_class(config) or f"MegaBertFor{head_of(config)}"
-    max_length = set_max_length(
-        config, config.max_position_embeddings, options.max_length or _read_max_length(source, config)
-    )
+    max_length = read_max_length(source, config.max_position_embeddings)
+    if options.max_length is not None:
+        max_length = set_max_length(config, max_length, options.max_length)
     for note in registry.check_targets(options.targets, config, read_json(source / TOKENIZER), max_length):
         tell(note)
     if (measured := read_finished(out, fingerprint)) is not None:
@@ -105,17 +105,6 @@ def export_folder(
             add_targets(folder, options.targets)
         replace_folder(folder, out, lambda: check_replaceable(out, export_record.read_record(out)))
     return FolderExport(measured, class_name, initialized, left_out)
-
-
-def _read_max_length(source: Path, config: MegaBertConfig) -> int:
-    """Return at how many tokens the folder's tokenizer cuts a text, if it says so, and else how many the model reads.
-
-    A model may have more positions than it was trained on.
-    """
-    path = source / TOKENIZER_CONFIG
-    length = read_json(path).get("model_max_length") if path.is_file() else None
-    most = config.max_position_embeddings
-    return length if isinstance(length, int) and 3 <= length <= most else most
 
 
 def _keep_targets(source: Path, out: Path, options: ExportOptions) -> ExportOptions:

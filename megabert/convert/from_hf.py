@@ -22,7 +22,7 @@ from megabert.convert.hf.resize import (
     resize_positions,
     resize_vocabulary,
 )
-from megabert.convert.hf.tokenizer import copy_tokenizer, has_tokenizer, read_hf_tokenizer
+from megabert.convert.hf.tokenizer import copy_tokenizer, has_tokenizer, read_hf_tokenizer, read_max_length
 from megabert.convert.hf.writer import write_config, write_weights
 from megabert.convert.weight_names import (
     TIED_DECODER,
@@ -157,8 +157,12 @@ def write_folder(folder: Path, source: Path, model: ImportedModel, options: Impo
     """Write the model that was read from `source`, with its code, tokenizer and a README.md."""
     write_config(folder, model.config)
     write_weights(folder, add_classifiers_pooler(model.weights))
-    tokenizer = source if options.tokenizer is None else Path(options.tokenizer)
-    copy_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
+    tokenizer, length = source, model.config.max_position_embeddings
+    if options.tokenizer is not None:
+        tokenizer = Path(options.tokenizer)
+    elif options.max_length is None:
+        length = read_max_length(source, length)
+    copy_tokenizer(tokenizer, folder, length)
     (folder / "README.md").write_text(_make_readme(source, model), encoding="utf-8")
 
 

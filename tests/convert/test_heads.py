@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megabert.convert.folder_to_hf import build_head, export_folder, select_weights
-from megabert.convert.from_hf import import_model, read_model
+from megabert.convert.from_hf import ImportOptions, import_model, read_model
 from megabert.convert.hf.heads import TASKS, head_of
 from megabert.convert.hf.native import POOLED
 from megabert.convert.to_hf import ExportOptions
@@ -172,6 +172,23 @@ def test_a_classifier_of_ours_with_a_transform_but_no_decoder_is_read(tmp_path):
     model = read_model(tmp_path)
     assert model.initialized == ["decoder.bias"]
     assert build_head(select_weights(model), model.config).state_dict().keys() == saved.state_dict().keys()
+
+
+@pytest.mark.usefixtures("skipped_checks")
+@pytest.mark.parametrize(("written", "length"), [(20, 20), (10**30, 64), (65, 64)])
+def test_a_tokenizer_cuts_texts_where_the_source_says(written, length, corpus, tmp_path):
+    """The model, which may read more, says so in its config as before."""
+    make_folder(tmp_path / "in", "ModernBert", "TokenClassification")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "in" / name).write_bytes((corpus.tokenizer / name).read_bytes())
+    edit_json(tmp_path / "in/tokenizer_config.json", model_max_length=written)
+    import_model(tmp_path / "in", tmp_path / "ours")
+    export_folder(tmp_path / "ours", tmp_path / "hf", ExportOptions())
+    for folder in (tmp_path / "ours", tmp_path / "hf"):
+        assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == length
+        assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 64
+    import_model(tmp_path / "in", tmp_path / "longer", ImportOptions(max_length=96))
+    assert json.loads((tmp_path / "longer/tokenizer_config.json").read_text())["model_max_length"] == 96
 
 
 @pytest.mark.parametrize(("kind", "head", "pooling"), cases([("ModernBert", "QuestionAnswering", "cls")], FOREIGN))

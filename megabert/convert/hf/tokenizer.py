@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer
 
-from megabert.convert.hf.reader import check_inside
+from megabert.convert.hf.reader import check_inside, read_json
 from megabert.data.shards.manifest import TOKENIZER, TOKENIZER_CONFIG
 from megabert.data.shards.sample_format import SPECIAL_TOKENS
 from megabert.data.shards.tokenizer import read_tokenizer, special_tokens
@@ -34,6 +34,7 @@ TOKENS = (*(f"{role}_token" for role in SPECIAL_TOKENS), "bos_token", "eos_token
           "extra_special_tokens", "added_tokens_decoder")  # fmt: skip
 # Other settings of tokenizer_config.json, such as auto_map, are not copied, because they may name code to run.
 CLASS = "tokenizer_class"
+MAX_LENGTH = "model_max_length"
 COPIED_SETTINGS = (CLASS, "do_lower_case", "strip_accents", "tokenize_chinese_chars", "padding_side",
                    "clean_up_tokenization_spaces", "truncation_side", "model_input_names", "add_prefix_space",
                    "split_special_tokens", *TOKENS)  # fmt: skip
@@ -71,8 +72,18 @@ def copy_tokenizer(source: Path, folder: Path, max_length: int) -> None:
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         special = {f"{role}_token": token for role, token in special_tokens(tokenizer).items() if token in vocabulary}
         settings = special | settings
-    settings["model_max_length"] = max_length
+    settings[MAX_LENGTH] = max_length
     write_json(folder / TOKENIZER_CONFIG, settings)
+
+
+def read_max_length(source: Path, most: int) -> int:
+    """Return at how many tokens a folder's tokenizer cuts a text, if it says so, and else `most`.
+
+    most: the tokens that the model reads, which may be more than it was trained on.
+    """
+    path = source / TOKENIZER_CONFIG
+    length = read_json(check_inside(source, TOKENIZER_CONFIG)).get(MAX_LENGTH) if has_file(path) else None
+    return length if type(length) is int and 3 <= length <= most else most
 
 
 def _keeps_ids(name: Any) -> bool:
