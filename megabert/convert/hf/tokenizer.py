@@ -35,6 +35,8 @@ TOKENS = (*(f"{role}_token" for role in SPECIAL_TOKENS), "bos_token", "eos_token
 # Other settings of tokenizer_config.json, such as auto_map, are not copied, because they may name code to run.
 CLASS = "tokenizer_class"
 MAX_LENGTH = "model_max_length"
+# Parts of tokenizer.json that say on which side, if tokenizer_config.json does not.
+SIDES = {"truncation_side": "truncation", "padding_side": "padding"}
 COPIED_SETTINGS = (CLASS, "do_lower_case", "strip_accents", "tokenize_chinese_chars", "padding_side",
                    "clean_up_tokenization_spaces", "truncation_side", "model_input_names", "add_prefix_space",
                    "split_special_tokens", *TOKENS)  # fmt: skip
@@ -44,7 +46,7 @@ def copy_tokenizer(source: Path, folder: Path, max_length: int) -> None:
     """Write a tokenizer and its maximum length into `folder`.
 
     source: a folder, which may lack a tokenizer, or a tokenizer.json under any name. max_length: in tokens; the
-    truncation and padding that tokenizer.json specifies are removed.
+    truncation and padding that tokenizer.json specifies are removed, but for their sides.
     """
     files = find_tokenizer_files(source)
     contents = read_json_files(files)
@@ -63,7 +65,9 @@ def copy_tokenizer(source: Path, folder: Path, max_length: int) -> None:
             _copy_without_limits(files[TOKENIZER], contents[TOKENIZER], folder / TOKENIZER)
         else:
             (folder / TOKENIZER).write_text(whole.to_str(), encoding="utf-8")
-    settings = {name: value for name, value in contents[TOKENIZER_CONFIG].items() if name in COPIED_SETTINGS}
+    limits = {side: contents[TOKENIZER].get(part) or {} for side, part in SIDES.items()}
+    settings = {side: limit["direction"].lower() for side, limit in limits.items() if "direction" in limit}
+    settings |= {name: value for name, value in contents[TOKENIZER_CONFIG].items() if name in COPIED_SETTINGS}
     name = settings.get(CLASS)
     if not _keeps_ids(name) or find_class(source if source.is_dir() else source.parent, settings) is None:
         settings[CLASS] = TOKENIZER_CLASS

@@ -157,6 +157,25 @@ def test_a_change_of_length_removes_the_tokenizers_own_limits(tmp_path):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")(long, truncation=True)["input_ids"]) == 96
 
 
+@pytest.mark.parametrize("settings", [{}, {"truncation_side": "right", "padding_side": "right"}])
+def test_texts_are_cut_and_padded_on_the_side_that_the_source_says(tmp_path, settings):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "in" / "tokenizer.json"
+    write_wordpiece(path)
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.enable_truncation(5, direction="left")
+    tokenizer.enable_padding(direction="left")
+    tokenizer.save(str(path))
+    (tmp_path / "in/tokenizer_config.json").write_text(
+        json.dumps(settings | {"pad_token": "[PAD]", "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    copy_tokenizer(tmp_path / "in", tmp_path / "out", 64)
+    theirs, ours = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("in", "out"))
+    sides = (ours.truncation_side, ours.padding_side)
+    assert sides == (theirs.truncation_side, theirs.padding_side) == (("right",) * 2 if settings else ("left",) * 2)
+
+
 def test_settings_that_name_code_are_not_copied(tmp_path):
     small_model().save_pretrained(tmp_path / "in")
     write_wordpiece(tmp_path / "in" / "tokenizer.json")
