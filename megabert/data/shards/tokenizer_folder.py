@@ -133,7 +133,9 @@ def _class_of_model(kind: Any) -> str | None:
         return None
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-    return TOKENIZER_MAPPING_NAMES.get(kind)
+    names: Any = TOKENIZER_MAPPING_NAMES.get(kind)
+    # transformers 4 has a pair of classes, of which one may be missing. It loads the second, if it can.
+    return next(filter(None, reversed(names)), None) if isinstance(names, tuple) else names
 
 
 def _has_class(name: str) -> bool:
