@@ -268,6 +268,8 @@ def test_inputs_that_no_job_could_use_are_refused_before_any_job(options_for, tm
     tokens["added_tokens"] = []
     tokens["post_processor"] = None
     (other / "tokenizer.json").write_text(json.dumps(tokens))
+    # BERT's class would add the tokens.
+    (other / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     with pytest.raises(ValueError, match=r"its tokenizer has no \[CLS\]"):
         run_finetuning(options_for(tasks="sst2", checkpoint=str(other)))
     assert not (tmp_path / "out/jobs").exists()
