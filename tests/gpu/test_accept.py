@@ -39,6 +39,8 @@ def test_the_kernels_part_leaves_out_tests_that_take_minutes(corpus: Corpus, tmp
         (setup.out / "log.txt").write_text(done.stdout)
 
     monkeypatch.setattr(parts.Setup, "run", collect)
+    # Options of the tests that run now, such as -v, would change what the collection prints.
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     parts.kernels(parts.Setup(tmp_path, corpus.tokens, dry=False))
     lines = (tmp_path / "log.txt").read_text().splitlines()
     chosen = [line.partition("::")[2] for line in lines if "::" in line]

@@ -66,7 +66,8 @@ def test_one_function_scores_both_sides_alike(text, tmp_path):
     )  # fmt: skip
     theirs = BertForMaskedLM(config)
     theirs.save_pretrained(tmp_path / "hf")
-    (tmp_path / "hf/tokenizer.json").write_bytes(text.tokenizer_file.read_bytes())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "hf" / name).write_bytes((text.tokens / name).read_bytes())
     import_model(tmp_path / "hf", tmp_path / "ours")
     ours = MegaBertForMaskedLM.from_pretrained(tmp_path / "ours")
     loss = scoring.held_out_loss(theirs, text)
