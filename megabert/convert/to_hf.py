@@ -175,7 +175,7 @@ def write_model(
     write_native_config(out, config, kind)
     in_file = to_gte_file(named) if kind == "gte" else named
     if kind == "roberta" and ROBERTA_BIAS in named:
-        # transformers 4.50 takes the bias by this name, and zeros without a word where the file lacks it.
+        # transformers 4.50 reads the bias by this name. If the file lacks it, that version silently takes zeros.
         in_file = named | {ROBERTA_BIAS_OF_DECODER: named[ROBERTA_BIAS].clone()}
     write_weights(out, in_file, max_shard_size)
     return named

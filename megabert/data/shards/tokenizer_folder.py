@@ -28,7 +28,8 @@ BERTS = "Bert ConvBert DistilBert Electra LayoutLM Lxmert MobileBert RetriBert S
 BERT_CLASSES = {f"{name}Tokenizer{fast}" for name in BERTS.split() for fast in ("", "Fast")}
 # transformers loads the tokenizer.json of any class but PLAIN_CLASSES, since its classes make some parts of a tokenizer
 # anew: BERT's the normalizer and the special tokens around a text, RoBERTa's the space before it, XLM-RoBERTa's all. A
-# class that it lacks leaves tokenizer.json as it is. Those named here give the result's ids in every version.
+# class that it lacks leaves tokenizer.json as it is. STABLE_CLASSES give a tokenizer.json that transformers has loaded
+# and saved the same ids in every version.
 OTHERS = "MPNet Funnel Roberta Longformer Bart LED Mvp Deberta Luke GPT2 Blenderbot"
 STABLE_CLASSES = {*PLAIN_CLASSES, *BERT_CLASSES}
 STABLE_CLASSES |= {f"{name}Tokenizer{fast}" for name in OTHERS.split() for fast in ("", "Fast")}
