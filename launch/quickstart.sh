@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepare a small corpus, pretrain, export and fine-tune: some ten minutes on two cores with AVX-512 bf16 after
+# Prepare a small corpus, pretrain, export and fine-tune: some twelve minutes on two cores with AMX after
 # installing. Finished stages are reused; after an interruption the same command continues.
 set -euo pipefail
 cd "$(dirname "$0")/.."
