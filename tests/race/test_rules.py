@@ -3,9 +3,12 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
+import torch
 from race import clock, trials, variants
 from race.clock import Clock, excess_steps
 from race.records import COMMITTED, Records, read_records
@@ -14,7 +17,8 @@ from race.sides.baseline import Baseline
 from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, SHAPES, baseline_grid, open_ours, our_grid
 from race.sides.ours import DS_CONFIG, Ours
 from race.significance import Line, beats, first_to_reach, permutation_p, ratio_interval
-from race.trials import Track
+from race.texts.corpora import HeldOutRow
+from race.trials import Track, Trial
 
 from megabert import load_recipe
 from megabert.config.ds_config import read_ds_config
@@ -119,6 +123,50 @@ def test_a_setting_that_fails_is_recorded_as_the_worst(track):
     assert [loss for loss, _ in ranked] == [97.0, math.inf]
     assert track.records.last(loss=None)["failed"] == "all updates were skipped"
     assert trials.halve(track, [Fake("a")], [1])[0][0] == math.inf, "the budget does not pay for the start-up"
+
+
+class Constant:
+    """A model whose loss shows how many threads it has: n log 2, since each of its 2^n tokens is equally likely."""
+
+    def eval(self):
+        return self
+
+    float = eval
+
+    def __call__(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 2 ** torch.get_num_threads()))
+
+
+class Picklable(Fake):
+    def train(self, corpus, steps, seed, out):
+        if self.name == "broken":
+            raise DivergedError("all updates were skipped")
+        return out
+
+    def load(self, folder):
+        return Constant()
+
+
+class OneToken(FakeCorpus):
+    held_out: ClassVar = [HeldOutRow(np.array([1]), np.array([0]), np.array([1]))]
+
+
+def test_independent_trials_share_the_threads_and_are_recorded_by_one_process(tmp_path):
+    records = Records(tmp_path / "records.jsonl", tmp_path)
+    shared = Track(OneToken(), records, tmp_path / "out", [], 0, processes=2)
+    wanted = [Trial(Picklable(name), 5, seed) for name, seed in (("a", 1), ("broken", 1), ("a", 2))]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = shared.trials(wanted)
+    finally:
+        torch.set_num_threads(threads)
+    # Two threads each.
+    assert [record["loss"] for record in found] == [pytest.approx(math.log(4)), None, pytest.approx(math.log(4))]
+    assert [record["seed"] for record in found] == [1, 1, 2]
+    assert list(read_records(tmp_path / "records.jsonl")) == records.rows
+    assert len(records.rows) == 3
+    assert shared.trials(wanted) == found, "what was trained is not trained again"
 
 
 def test_a_budget_buys_the_steps_that_fit():

@@ -1,6 +1,7 @@
 """The command of the race: prepare the texts, search both sides' settings, train the final seeds, print the result."""
 
 import math
+import shutil
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import transformers
+import torch
 from jsonargparse import Namespace
 from race import clock, scoring
 from race.clock import Clock, Contender
@@ -18,12 +19,11 @@ from race.sides.baseline import Baseline
 from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, SearchPlan, baseline_grid, open_baselines, open_ours, our_grid
 from race.sides.ours import Ours
 from race.texts import corpora, prose
-from race.trials import Track, halve, loss_of
+from race.trials import Track, Trial, halve, loss_of, prepare_process
 from support import report
 
 from megabert.config.cli import Parser
 from megabert.files.lock import LockHeldError, acquire
-from megabert.training.distributed.process import keep_freed_memory
 
 
 def make_parser(description: str) -> Parser:
@@ -86,7 +86,7 @@ def search(track: Track, grid: Sequence[Any], plan: SearchPlan, rungs: Sequence[
 
 def final_trials(track: Track, contender: Contender, steps: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Train the seeds of one attempt, with fine-tuning."""
-    return [track.trial(contender, steps, seed, scored=bool(track.tasks)) for seed in seeds]
+    return track.trials([Trial(contender, steps, seed, scored=bool(track.tasks)) for seed in seeds])
 
 
 def choose_budgets(
@@ -102,7 +102,7 @@ def choose_budgets(
         steps = clock_of_ours.steps_in(budget)
         if not steps:
             continue
-        loss = loss_of(track.trial(ours, steps, SEARCH_SEEDS[1]))
+        loss = loss_of(track.trials([Trial(ours, steps, SEARCH_SEEDS[1])])[0])
         print(f"  search seed, {budget:.0f} s, {steps} steps: loss {loss:.3f}, line {line:.3f}", flush=True)
         tried.append((budget, loss))
         if loss <= line and len(tried) > 1:
@@ -132,23 +132,23 @@ def race(track: Track, plan: SearchPlan, options: Namespace) -> Result:
 @contextmanager
 def open_tracks(options: Namespace, plan: SearchPlan) -> Iterator[list[Track]]:
     """Lock the output folder for this command, and prepare a track per text."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # megabert.pretrain() asks malloc for this in the process that it runs in. So the baseline has it from the start.
-    keep_freed_memory()
+    prepare_process()
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         lock = acquire(options.out / "race.lock")
     except LockHeldError as error:
         raise SystemExit(f"{options.out}: process {error.pid} races there. Wait for it, or pass --out.") from error
     try:
+        for killed in options.out.glob("trial*"):
+            shutil.rmtree(killed)
         texts = prepared(options)
         tasks, missing = scoring.available_tasks()
         for line in missing:
             print(f"score: {line}", flush=True)
         committed = None if options.fresh else COMMITTED
         records, scored = Records(options.out / "records.jsonl", committed), [] if missing else tasks
-        yield [Track(corpus, records, options.out, scored, plan.examples) for corpus in texts]
+        processes = torch.get_num_threads()
+        yield [Track(corpus, records, options.out, scored, plan.examples, processes) for corpus in texts]
     finally:
         lock.release()
 

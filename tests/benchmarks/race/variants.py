@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from race import clock, command
 from race.result import mean_score
-from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, SearchPlan
+from race.sides.grids import FULL, QUICK, SearchPlan
 from race.sides.ours import Ours
-from race.trials import Track, loss_of
+from race.trials import Track, halve, loss_of
 from support import report
 
 from megabert.files.atomic import write_atomically
@@ -52,12 +52,7 @@ def contenders() -> dict[str, dict[str, Any]]:
 
 def best_rate(track: Track, settings: Mapping[str, Any], plan: SearchPlan, rates: tuple[float, ...]) -> Ours:
     """Choose a contender's learning rate by a search seed at a third of the budget, from the same ones for each."""
-    tried = []
-    for rate in rates:
-        ours = Ours({**settings, "optimizer.lr": rate})
-        steps = track.clock(ours).steps_in(plan.budget_s / 3)
-        tried.append((loss_of(track.trial(ours, steps, SEARCH_SEEDS[0])) if steps else float("inf"), rate, ours))
-    return min(tried, key=lambda each: each[:2])[2]
+    return halve(track, [Ours({**settings, "optimizer.lr": rate}) for rate in rates], [plan.budget_s / 3])[0][1]
 
 
 def point(track: Track, ours: Ours, budget_s: float, seeds: range) -> Point:
