@@ -154,19 +154,29 @@ class OneToken(FakeCorpus):
 def test_independent_trials_share_the_threads_and_are_recorded_by_one_process(tmp_path):
     records = Records(tmp_path / "records.jsonl", tmp_path)
     shared = Track(OneToken(), records, tmp_path / "out", [], 0, processes=2)
-    wanted = [Trial(Picklable(name), 5, seed) for name, seed in (("a", 1), ("broken", 1), ("a", 2))]
+    wanted = [Trial(Picklable(name), 5, seed) for name, seed in (("a", 1), ("broken", 1), ("b", 2))]
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
         found = shared.trials(wanted)
     finally:
         torch.set_num_threads(threads)
-    # Two threads each.
-    assert [record["loss"] for record in found] == [pytest.approx(math.log(4)), None, pytest.approx(math.log(4))]
+    # Two threads each, and then all four.
+    assert [record["loss"] for record in found] == [
+        pytest.approx(2 * math.log(2)),
+        None,
+        pytest.approx(4 * math.log(2)),
+    ]
     assert [record["seed"] for record in found] == [1, 1, 2]
     assert list(read_records(tmp_path / "records.jsonl")) == records.rows
     assert len(records.rows) == 3
     assert shared.trials(wanted) == found, "what was trained is not trained again"
+
+
+def test_trials_share_all_threads():
+    assert trials.share_threads(2, 2, 4) == [1, 1, 1, 1]
+    assert trials.share_threads(8, 8, 11) == [1] * 8 + [2, 2, 2]
+    assert trials.share_threads(2, 2, 3) == [1, 1, 2]
 
 
 def test_a_budget_buys_the_steps_that_fit():

@@ -95,18 +95,21 @@ class Track:
             yield from ((trial, self.measure(trial)) for trial in missing)
             return
         spawn = multiprocessing.get_context("spawn")
-        threads = str(torch.get_num_threads() // processes)
-        with environment(OMP_NUM_THREADS=threads), ProcessPoolExecutor(processes, spawn, start_worker) as pool:
-            futures = {pool.submit(self.measure, trial): trial for trial in missing}
+        threads = share_threads(torch.get_num_threads(), processes, len(missing))
+        # megabert.pretrain() leaves the number of threads alone if this is set.
+        with environment(OMP_NUM_THREADS="1"), ProcessPoolExecutor(processes, spawn, start_worker) as pool:
+            futures = {pool.submit(self.measure, *job): job[0] for job in zip(missing, threads, strict=True)}
             try:
                 for future in as_completed(futures):
                     yield futures[future], future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def measure(self, trial: Trial) -> dict[str, Any]:
-        """Train a trial, and return its loss, scores and seconds."""
+    def measure(self, trial: Trial, threads: int | None = None) -> dict[str, Any]:
+        """Train a trial, and return its loss, scores and seconds. threads: None leaves their number as it is."""
         contender, steps, seed, scored = trial
+        if threads is not None:
+            torch.set_num_threads(threads)
         out = self.out / f"trial-{os.getpid()}"
         shutil.rmtree(out, ignore_errors=True)
         began = time.perf_counter()
@@ -128,6 +131,13 @@ class Track:
 
     def fine_tune(self, folder: Path, out: Path, seed: int, pretrained: bool) -> list[float]:
         return scoring.fine_tune(folder, out / "start", self.tasks, seed, pretrained, self.examples)
+
+
+def share_threads(threads: int, processes: int, trials: int) -> list[int]:
+    """Return each trial's threads. The last trials, too few for all processes, have more: (2, 2, 3) -> [1, 1, 2]."""
+    last = trials % processes
+    shares = [threads // processes] * (trials - last)
+    return shares + [threads // last] * last if last else shares
 
 
 def start_worker() -> None:
