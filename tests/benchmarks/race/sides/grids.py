@@ -129,6 +129,9 @@ def our_grid(quick: bool) -> list[Ours]:
         large | rates | {"model.norm_position": "pre"},
         large | rates | {"model.norm_position": "pre", "masking.mlm_probability": 0.2},
         muon | rates | {"data.micro_batch_tokens": 8192},
+        # GeGLU's FFN with as many weights as the baseline's, and with fewer.
+        large | rates | {"model.intermediate_size": 704},
+        large | rates | {"model.intermediate_size": 512},
     ]
     return [Ours(changes) for changes in grid]
 
