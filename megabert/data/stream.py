@@ -7,7 +7,8 @@ step, on any number of ranks that divides N.
 
 The stages of a stream are generators, each of which consumes the one before:
 
-    splits -> chunks -> documents (order.py) -> pieces of every source (packing_buffer.py) -> bins -> batches
+    splits -> chunks -> documents (order.py) -> pieces of every source (source_cursor.py)
+        -> bins (packing_buffer.py) -> batches
 """
 
 import logging
@@ -29,10 +30,11 @@ from megabert.data.bin_shape import check_max_documents
 from megabert.data.chunk_pieces import PieceOptions
 from megabert.data.masking import masked_count
 from megabert.data.order import StreamOrder
-from megabert.data.packing_buffer import PackingBuffer, SourcePosition
+from megabert.data.packing_buffer import PackingBuffer
 from megabert.data.ranks import worker_count
 from megabert.data.shards.manifest import TokenizerInfo
 from megabert.data.shards.source import Corpus
+from megabert.data.source_cursor import SourcePosition
 from megabert.files.checkpoint_format import STREAMS_FORMAT, check_streams_format
 from megabert.process.subprocesses import exit_with_parent, use_short_socket_paths
 
