@@ -20,8 +20,8 @@ import torch.distributed
 from packaging.version import InvalidVersion, Version
 
 from megabert.kernels import HEAD_DIMS, MAX_WIDTH
-from megabert.kernels.cpu.compiled import CPU_OPS, why_not_compiled
-from megabert.kernels.cpu.rotate import rotate
+from megabert.kernels.cpu import CPU_OPS
+from megabert.kernels.cpu.compiled import why_not_compiled
 from megabert.kernels.devices import OLDEST_CAPABILITY, why_no_launch
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
@@ -177,11 +177,11 @@ def triton_ops() -> Ops:
     from megabert.kernels.cross_entropy import masked_cross_entropy
     from megabert.kernels.embed_layer_norm import embed_layer_norm
     from megabert.kernels.geglu import geglu
-    from megabert.kernels.rotate import rotate as rotate_by_triton
+    from megabert.kernels.rotate import rotate
 
     return Ops(
         attention=plan_triton,
-        rotate=rotate_by_triton,
+        rotate=rotate,
         layer_norm=layer_norm,
         geglu=geglu,
         add_layer_norm=add_layer_norm,
@@ -204,7 +204,7 @@ def cpu_ops(config: MegaBertConfig, bf16: bool) -> tuple[Ops, str]:
     rotate_too = "rotate, " if config.position == "rope" else ""
     fused = f"{rotate_too}geglu, add_layer_norm, embed_layer_norm, masked_cross_entropy fused by torch.compile"
     description = f"attention {attention}; {fused}; layer_norm, the head's, plain PyTorch"
-    return CPU_OPS._replace(attention=PLANNERS["sdpa"], rotate=rotate), description
+    return CPU_OPS._replace(attention=PLANNERS["sdpa"]), description
 
 
 def resolve(

@@ -35,7 +35,7 @@ import torch
 from support import report
 from support.contenders import DEVICE, ROWS, Contender, Row, hf_bert, hf_modernbert, needed_flops, ours
 
-from megabert.kernels.cpu import compiled as cpu
+from megabert.kernels.cpu.cross_entropy import free_workspaces
 from megabert.process.subprocesses import exit_with_parent
 
 QUICK_ROWS = ("quickstart", "mini_128", "mini_512", "small_512")
@@ -124,7 +124,7 @@ def peak_mb(contender: Contender, batches: list[dict]) -> float:
         before = torch.cuda.memory_allocated()
         contender.step(batches)
         return held + (torch.cuda.max_memory_allocated() - before) / 2**20
-    cpu.free_workspaces()
+    free_workspaces()
     ctypes.CDLL(None).malloc_trim(0)
     # Resets the high-water mark.
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,6 +1,7 @@
 """The timing of kernels: what a measured pass does, on the CPU."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -126,9 +127,10 @@ def test_several_runs_of_a_row_are_shown_as_medians_and_a_range():
 def test_the_rows_of_modernbert_have_the_architecture_that_they_are_compared_with():
     row = Row(2, 32, 2, 48, cap=32, tokens=64, rows=2, family="modernbert", vocab=2048)
     own, theirs = ours("modernbert", row), hf_modernbert(row)
-    assert own.architecture.local_attention_window == theirs.model.config.local_attention
+    config: Any = theirs.model.config
+    assert own.architecture.local_attention_window == config.local_attention
     assert [own.architecture.is_local(layer) for layer in range(2)] == [
-        kind == "sliding_attention" for kind in theirs.model.config.layer_types
+        kind == "sliding_attention" for kind in config.layer_types
     ]
     sizes = [sum(parameter.numel() for parameter in contender.model.parameters()) for contender in (own, theirs)]
     assert sizes[0] == sizes[1]

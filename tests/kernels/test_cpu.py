@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megabert.kernels.cpu import compiled as cpu
+from megabert.kernels import cpu
+from megabert.kernels.cpu import cross_entropy
+from megabert.kernels.cpu.compiled import Dropout, draw_dropout, drop
 from megabert.kernels.cpu.rotate import rotate
 from megabert.kernels.resolve import RECOMPILE_LIMIT
 from megabert.model import buckets, ops
@@ -86,8 +88,8 @@ def murmur(seed: int, places: np.ndarray) -> np.ndarray:
 
 
 def test_dropout_keeps_the_elements_that_its_hash_selects():
-    dropout = cpu.Dropout(torch.tensor(-123_456_789, dtype=torch.int32), -(1 << 31) + round(0.3 * 2**32), 1 / 0.7)
-    got = cpu.drop(torch.ones(50, 33), dropout)
+    dropout = Dropout(torch.tensor(-123_456_789, dtype=torch.int32), -(1 << 31) + round(0.3 * 2**32), 1 / 0.7)
+    got = drop(torch.ones(50, 33), dropout)
     bits = murmur(-123_456_789, np.arange(50 * 33)).view(np.int32).reshape(50, 33)
     expected = np.where(bits >= dropout.threshold, np.float32(dropout.scale), np.float32(0))
     assert np.array_equal(got.numpy(), expected)
@@ -97,7 +99,7 @@ def test_dropout_keeps_the_elements_that_its_hash_selects():
 def test_dropout_drops_its_share_independently(probability):
     """The share, and how often two neighbours or two seeds drop together, are within five standard deviations."""
     ones = torch.ones(512, 512)
-    first, second = (cpu.drop(ones, cpu.draw_dropout(probability)) == 0 for _ in range(2))
+    first, second = (drop(ones, draw_dropout(probability)) == 0 for _ in range(2))
     count = ones.numel()
     pairs = {"below": first[1:] & first[:-1], "beside": first[:, 1:] & first[:, :-1], "seeds": first & second}
     for share, expected in [(first, probability), *((pair, probability**2) for pair in pairs.values())]:
@@ -119,8 +121,8 @@ def test_computing_logits_in_parts_changes_nothing(monkeypatch):
     build, make = CASES["masked_cross_entropy"]
     inputs = hidden, weight, bias = make()
     whole = results(build(cpu, 0), inputs)
-    monkeypatch.setattr(cpu, "LOGITS_BYTES", 1)
-    monkeypatch.setattr(cpu, "GRADIENT_BYTES", {8: 2 * 9 * 8})
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(cross_entropy, "GRADIENT_BYTES", {8: 2 * 9 * 8})
     for got, expected in zip(results(build(cpu, 0), inputs), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     counted = cpu.masked_cross_entropy(hidden, weight, bias, LABELS)
@@ -135,16 +137,15 @@ def test_no_target_and_no_row(use, rows):
     leaves = [x.requires_grad_() for x in (hidden[:rows], weight, bias)]
     loss = use.masked_cross_entropy(*leaves, torch.full((rows,), -100))
     assert (float(loss.loss_sum.detach()), int(loss.num_correct), int(loss.num_targets)) == (0, 0, 0)
-    loss.loss_sum.backward()
-    assert not any(x.grad.any() for x in leaves)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss.loss_sum, leaves))
 
 
 def test_without_gradients_none_are_computed(monkeypatch):
     """Parameters require gradients, but the loss is computed under no_grad."""
     hidden, weight, bias = (x.requires_grad_() for x in CASES["masked_cross_entropy"][1]())
     needs_grad = []
-    compute = cpu._loss_and_gradients
-    monkeypatch.setattr(cpu, "_loss_and_gradients", lambda *x: needs_grad.append(x[-1]) or compute(*x))
+    compute = cross_entropy._loss_and_gradients
+    monkeypatch.setattr(cross_entropy, "_loss_and_gradients", lambda *x: needs_grad.append(x[-1]) or compute(*x))
     with torch.no_grad():
         got = cpu.masked_cross_entropy(hidden, weight, bias, LABELS)
     assert torch.equal(got.loss_sum, cpu.masked_cross_entropy(hidden, weight, bias, LABELS).loss_sum)
@@ -155,7 +156,7 @@ def test_a_cpu_without_bf16_products_computes_the_same(monkeypatch):
     inputs = [x.bfloat16() for x in CASES["masked_cross_entropy"][1]()]
     build, _ = CASES["masked_cross_entropy"]
     expected = results(build(ops, 0), inputs)
-    monkeypatch.setattr(cpu, "has_bf16_products", lambda: False)
+    monkeypatch.setattr(cross_entropy, "has_bf16_products", lambda: False)
     for got, other in zip(results(build(cpu, 0), inputs), expected, strict=True):
         torch.testing.assert_close(got, other, rtol=0.02, atol=0.02)
 
@@ -175,9 +176,9 @@ def test_an_id_or_a_label_out_of_range_is_an_error(wrong):
 def test_a_buffer_allocated_in_inference_mode_can_be_used_in_training():
     build, make = CASES["masked_cross_entropy"]
     inputs = make()
-    cpu.free_workspaces()
+    cross_entropy.free_workspaces()
     expected = results(build(cpu, 0), inputs)
-    cpu.free_workspaces()
+    cross_entropy.free_workspaces()
     with torch.inference_mode():
         build(cpu, 0)(*inputs)
     for got, other in zip(results(build(cpu, 0), inputs), expected, strict=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megabert.kernels.cpu import compiled as cpu
+from megabert.kernels import cpu
 from megabert.kernels.resolve import RECOMPILE_LIMIT
 from megabert.model import ops
 from megabert.model.configuration_megabert import MegaBertConfig

@@ -39,7 +39,9 @@ def test_a_layers_products_are_those_of_rounded_operands(tokens):
     names = list(model.state_dict())
     use_fp8(model, CPU)
     assert list(model.state_dict()) == names
-    linear = model.bert.encoder.layers[0].attention.qkv
+    block = model.bert.encoder.layers[0]
+    assert isinstance(block, Block)
+    linear = block.attention.qkv
     x = torch.randn(tokens, SIZES["hidden_size"], requires_grad=True)
     upstream = torch.randn(tokens, 3 * SIZES["hidden_size"])
     (linear(x) * upstream).sum().backward()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch._inductor import async_compile, codecache, config, cpp_builder, cpu_vec_isa
 
-from megabert.kernels.cpu.compiled import CPU_OPS
+from megabert.kernels.cpu import CPU_OPS
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM

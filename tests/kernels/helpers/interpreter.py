@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-stock_cast = InterpreterBuilder.cast_impl
-stock_dot = InterpreterBuilder.create_dot
+# Its methods are replaced by others.
+builder: Any = InterpreterBuilder
+stock_cast = builder.cast_impl
+stock_dot = builder.create_dot
 
 
 def round_to_bf16(x: np.ndarray) -> np.ndarray:
@@ -48,8 +51,8 @@ def dot(self, a, b, accumulator, *rest):
 
 def install() -> None:
     """Correct the interpreter for this process."""
-    InterpreterBuilder.cast_impl = cast
-    InterpreterBuilder.create_dot = dot
+    builder.cast_impl = cast
+    builder.create_dot = dot
     patch_language_once()
 
 
@@ -61,13 +64,15 @@ def patch_language_once() -> None:
     stock_type = triton_interpreter._get_np_dtype
     # Types of pointers have no hash.
     kept = functools.cache(stock_type)
-    triton_interpreter._get_np_dtype = lambda of: (kept if type(of.scalar) is tl.dtype else stock_type)(of.scalar)
+    triton_interpreter._get_np_dtype = lambda tt_dtype: (kept if type(tt_dtype.scalar) is tl.dtype else stock_type)(
+        tt_dtype.scalar
+    )
 
 
 @contextlib.contextmanager
 def stock() -> Iterator[None]:
     """Use the interpreter as Triton ships it."""
-    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = stock_cast, stock_dot
+    builder.cast_impl, builder.create_dot = stock_cast, stock_dot
     try:
         yield
     finally:
@@ -89,7 +94,7 @@ class Traffic:
 @contextlib.contextmanager
 def counted() -> Iterator[Traffic]:
     traffic = Traffic()
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    load, store = builder.create_masked_load, builder.create_masked_store
 
     def counted_load(self, pointers, mask, *rest):
         result = load(self, pointers, mask, *rest)
@@ -100,8 +105,8 @@ def counted() -> Iterator[Traffic]:
         traffic.stored += int(np.count_nonzero(mask.data)) * value.data.dtype.itemsize
         return store(self, pointers, value, mask, *rest)
 
-    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
+    builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
     try:
         yield traffic
     finally:
-        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+        builder.create_masked_load, builder.create_masked_store = load, store

@@ -29,7 +29,9 @@ def test_masks_of_layers_and_steps_are_independent(name, p, rows):
 
 def kept_by_attention(num_heads: int, length: int, p: float) -> torch.Tensor:
     """Return which weights are kept, (heads, queries, keys): with the identity as values they are the output."""
-    attend = triton_ops().attention(Sequences(torch.tensor([0, length], dtype=torch.int32), length), None, length)
+    plan = triton_ops().attention
+    assert plan is not None
+    attend = plan(Sequences(torch.tensor([0, length], dtype=torch.int32), length), None, length)
     qkv = torch.zeros(length, 3, num_heads, length)
     qkv[:, 2] = torch.eye(length)[:, None]
     return attend(qkv, p).transpose(0, 1) != 0
