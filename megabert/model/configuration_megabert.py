@@ -139,7 +139,11 @@ class MegaBertConfig(PretrainedConfig):
                 f"model config: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}."
             )
-        self._check_positions()
+        if reason := self._why_not_positions():
+            raise ValueError(f"model config: {reason}")
+        for name in ("bias", "norm_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"model config: {name} is {getattr(self, name)!r}, expected true or false.")
         probabilities = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
         optional = ("attention_output_dropout_prob", "classifier_dropout")
         probabilities += [name for name in optional if getattr(self, name) is not None]
@@ -161,14 +165,6 @@ class MegaBertConfig(PretrainedConfig):
                 f"model config: pad_token_id is {pad_token_id}, "
                 f"expected one of the {self.vocab_size} rows of the vocabulary."
             )
-
-    def _check_positions(self) -> None:
-        """Raise ValueError for settings of positions and windows that contradict each other or have no effect."""
-        if reason := self._why_not_positions():
-            raise ValueError(f"model config: {reason}")
-        for name in ("bias", "norm_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"model config: {name} is {getattr(self, name)!r}, expected true or false.")
 
     def _why_not_positions(self) -> str | None:
         """Return why the settings of positions and windows make no sense together, or None."""
@@ -217,6 +213,10 @@ class MegaBertConfig(PretrainedConfig):
 
     def is_local(self, layer: int) -> bool:
         return layer % self.global_attention_every > 0
+
+    @property
+    def dropout_of_classifier(self) -> float:
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
 
     @property
     def token_types(self) -> bool:

@@ -1,7 +1,7 @@
 """Read the arguments of a forward pass: refuse what is missing, contradictory or of another shape, and drop padding."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ UNSUPPORTED = {
 }
 
 
-def refuse_unsupported(arguments: Mapping[str, Any]) -> None:
+def refuse_unsupported(arguments: Mapping[str, object]) -> None:
     """Raise ValueError for an argument in UNSUPPORTED that is set."""
     for name, reason in UNSUPPORTED.items():
         value = arguments.get(name)
@@ -127,15 +127,21 @@ def read_tokens(
     if inputs.position_ids is None:
         position_ids = number_slots(first, shape) if ids is None else count_tokens(ids, padding_id)
         if longest is not None and shape[1] > longest:
-            beyond = position_ids >= longest
-            if inputs.attention_mask is not None:
-                beyond = beyond & (inputs.attention_mask != 0)
-            if beyond.any():
-                raise ValueError(
-                    f"a text has {shape[1]} tokens, but the model has learned the positions of {longest}: truncate it."
-                )
+            _check_learned(position_ids, inputs.attention_mask, longest)
         inputs = inputs._replace(position_ids=position_ids)
     return _read_padded(inputs, first, shape, static)
+
+
+def _check_learned(position_ids: Tensor, attention_mask: Tensor | None, longest: int) -> None:
+    """Raise ValueError if a real token of (B, S) has a position from `longest` on, which the model has not learned."""
+    beyond = position_ids >= longest
+    if attention_mask is not None:
+        beyond = beyond & (attention_mask != 0)
+    if beyond.any():
+        raise ValueError(
+            f"a text has {position_ids.shape[1]} tokens, but the model has learned the positions of {longest}: "
+            "truncate it."
+        )
 
 
 def _refuse_added_mask(mask: Tensor) -> None:

@@ -16,7 +16,7 @@ from .alibi import alibi_slopes
 from .attention import Attend, Planner, plan_as_configured
 from .configuration_megabert import MegaBertConfig
 from .inputs import in_one_graph
-from .ops import TORCH_OPS, MaskedLoss, Ops, dropout, rope_table, upcast
+from .ops import TORCH_OPS, MaskedLoss, Ops, dropout, rope_table
 from .padding import Sequences, Tokens, as_rows, row_slots, spread
 
 # (hidden, residual): the input of a layer's products, and what their result is added to. Both hold the same values;
@@ -138,7 +138,7 @@ class Attention(OpsModule):
         shape = (-1, 3, self.config.num_attention_heads, self.config.head_dim)
         mixed = attend(self.qkv(hidden).view(shape), self.dropout_p(self.config.attention_probs_dropout_prob))
         mixed = mixed.reshape(-1, self.config.hidden_size)  # (T, E)
-        return self.out(mixed if kept_tokens is None else mixed.index_select(0, kept_tokens))
+        return self.out(_select(mixed, kept_tokens))
 
 
 class GatedMlp(OpsModule):
@@ -197,8 +197,7 @@ class PostNormBlock(Block):
         self, hidden: Tensor, residual: Tensor, attend: Attend, kept_tokens: Tensor | None = None
     ) -> HiddenAndResidual:
         mixed = self.attention(hidden, attend, kept_tokens)
-        residual = residual if kept_tokens is None else residual.index_select(0, kept_tokens)
-        hidden, residual = self.attention_norm(mixed, residual)
+        hidden, residual = self.attention_norm(mixed, _select(residual, kept_tokens))
         return self.mlp_norm(self.mlp(hidden), residual)
 
 
@@ -217,21 +216,18 @@ class PreNormBlock(Block):
         self, hidden: Tensor, residual: Tensor, attend: Attend, kept_tokens: Tensor | None = None
     ) -> HiddenAndResidual:
         mixed = self.attention(self.attention_norm(hidden), attend, kept_tokens)
-        residual = residual if kept_tokens is None else residual.index_select(0, kept_tokens)
-        hidden = residual + dropout(mixed, self.dropout_p(self.attention_dropout))
+        hidden = _select(residual, kept_tokens) + dropout(mixed, self.dropout_p(self.attention_dropout))
         hidden = hidden + dropout(self.mlp(self.mlp_norm(hidden)), self.dropout_p(self.mlp_dropout))
         return hidden, hidden
-
-
-def make_block(config: MegaBertConfig, layer: int) -> Block:
-    return PostNormBlock(config) if config.norm_position == "post" else PreNormBlock(config, first=layer == 0)
 
 
 class Encoder(OpsModule):
     def __init__(self, config: MegaBertConfig):
         super().__init__(config)
-        self.layers = nn.ModuleList(make_block(config, layer) for layer in range(config.num_hidden_layers))
-        self.final_norm = Norm(config) if config.norm_position == "pre" else nn.Identity()
+        post, count = config.norm_position == "post", config.num_hidden_layers
+        blocks = (PostNormBlock(config) if post else PreNormBlock(config, first=layer == 0) for layer in range(count))
+        self.layers = nn.ModuleList(blocks)
+        self.final_norm = nn.Identity() if post else Norm(config)
         # Recompute the activations of every k-th layer in the backward pass; 0 for none.
         self.checkpoint_every = 0
         self.slopes: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -260,23 +256,34 @@ class Encoder(OpsModule):
         kept_tokens: (M,) tokens to return; None means all. Returns the last hidden states, (M, E) or (T, E), and with
         every_layer the (T, E) before each layer and the last ones.
         """
-        sequences, position_ids = tokens.sequences, tokens.position_ids
+        sequences, position_ids, slots = tokens.sequences, tokens.position_ids, None
         if self.config.padding == "padded" and sequences.num_keys is None:
-            return self._forward_padded(hidden, sequences, position_ids, kept_tokens, every_layer)
+            hidden, sequences, position_ids, slots = self._pad(hidden, tokens)
         attend = self._plan(sequences, position_ids, hidden)
-        last = len(self.layers) - 1
+        # The index of the layer that computes the kept tokens only: the last one, or none where all slots are needed.
+        selecting = len(self.layers) - 1 if slots is None and not every_layer else -1
         states, stream = [], (hidden, hidden)
         for index, layer in enumerate(self.layers):
             if every_layer:
-                states.append(stream[0])
-            its_tokens = kept_tokens if index == last and not every_layer else None
+                states.append(_select(stream[0], slots))
+            its_tokens = kept_tokens if index == selecting else None
             stream = self._run(index, layer, stream, attend[self.config.is_local(index)], its_tokens)
-        hidden = self.final_norm(stream[0])
+        hidden = self.final_norm(_select(stream[0], slots))
         if every_layer:
             states.append(hidden)
-        if kept_tokens is not None and (every_layer or last < 0):
-            hidden = hidden.index_select(0, kept_tokens)
-        return hidden, states
+        return hidden if selecting >= 0 else _select(hidden, kept_tokens), states
+
+    def _pad(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, Sequences, Tensor, Tensor]:
+        """Lay the tokens out as every slot of (B, S), which an encoder without unpadding computes.
+
+        Returns hidden (B * S, E), its sequences and positions, and the slots (T,) of the real tokens.
+        """
+        padded, position_ids = as_rows(tokens.sequences), tokens.position_ids
+        slots = row_slots(tokens.sequences, hidden.shape[0])
+        num_slots = (len(padded.cu_seqlens) - 1) * padded.max_seqlen
+        if self.config.position == "rope":
+            position_ids = spread(position_ids, slots, num_slots)
+        return spread(hidden, slots, num_slots), padded, position_ids, slots
 
     def _plan(self, sequences: Sequences, position_ids: Tensor, hidden: Tensor) -> dict[bool, Attend]:
         """Return the attention of global layers, and as [True] that of local ones if there are any."""
@@ -322,27 +329,10 @@ class Encoder(OpsModule):
             return self._gradient_checkpointing_func(layer, *stream, attend, kept_tokens)  # type: ignore[return-value]
         return layer(*stream, attend, kept_tokens)
 
-    def _forward_padded(
-        self, hidden: Tensor, sequences: Sequences, position_ids: Tensor, kept_tokens: Tensor | None, every_layer: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Compute every slot of (B, S), as an encoder without unpadding does; then return the real tokens."""
-        padded = as_rows(sequences)
-        slots = row_slots(sequences, hidden.shape[0])
-        num_slots = (len(padded.cu_seqlens) - 1) * padded.max_seqlen
-        hidden = spread(hidden, slots, num_slots)
-        if self.config.position == "rope":
-            position_ids = spread(position_ids, slots, num_slots)
-        attend = self._plan(padded, position_ids, hidden)
-        states, stream = [], (hidden, hidden)
-        for index, layer in enumerate(self.layers):
-            if every_layer:
-                states.append(stream[0].index_select(0, slots))
-            stream = self._run(index, layer, stream, attend[self.config.is_local(index)], None)
-        hidden = self.final_norm(stream[0].index_select(0, slots))
-        if every_layer:
-            states.append(hidden)
-        hidden = hidden if kept_tokens is None else hidden.index_select(0, kept_tokens)
-        return hidden, states
+
+def _select(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Return these rows of x, or with None all."""
+    return x if rows is None else x.index_select(0, rows)
 
 
 class MlmTransform(OpsModule):
@@ -385,25 +375,6 @@ class Pooler(OpsModule):
         return self.activation(self.dense(first))
 
 
-def mean_of_documents(hidden: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None = None) -> Tensor:
-    """Average (T, E) over each document: (B, E), in fp32 where hidden is half precision, zeros for an empty document.
-
-    num_keys: (B,) as in Sequences, for documents that all occupy the same number of slots.
-    """
-    if num_keys is not None:
-        rows = upcast(hidden).view(num_keys.shape[0], -1, hidden.shape[1])  # (B, S, E)
-        real = torch.arange(rows.shape[1], device=hidden.device) < num_keys[:, None]
-        return (rows * real[:, :, None]).sum(dim=1) / num_keys.clamp(min=1)[:, None]
-    lengths = cu_seqlens.diff().long()
-    document = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
-    sums = upcast(hidden.new_zeros(len(lengths), hidden.shape[1])).index_add(0, document, upcast(hidden))
-    return sums / lengths.clamp(min=1)[:, None]
-
-
-def classifier_dropout(config: MegaBertConfig) -> float:
-    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-
-
 def pre_norm_stds(module: nn.Module, config: MegaBertConfig) -> dict[nn.Linear | nn.Embedding | Decoder, float]:
     """Return the weights to initialise after a module's submodules, each with its standard deviation.
 
@@ -413,8 +384,7 @@ def pre_norm_stds(module: nn.Module, config: MegaBertConfig) -> dict[nn.Linear |
     if isinstance(module, (nn.Linear, nn.Embedding, Decoder)):
         stds[module] = config.initializer_range
     outputs: dict[type[nn.Module], str] = {Attention: "out", Mlp: "down", GatedMlp: "down", MlmTransform: "dense"}
-    out = outputs.get(type(module))
-    if out is not None:
+    if out := outputs.get(type(module)):
         stds[getattr(module, out)] = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
     for name in ("classifier", "qa_outputs"):
         if isinstance(last := getattr(module, name, None), nn.Linear):

@@ -25,20 +25,10 @@ from .attention import PLANNERS
 from .buckets import plan_buckets  # noqa: F401
 from .configuration_megabert import MegaBertConfig
 from .inputs import Inputs, check_shape, flatten_choices, in_one_graph, read_tokens, refuse_unsupported
-from .layers import (
-    Decoder,
-    Embeddings,
-    Encoder,
-    MlmTransform,
-    Norm,
-    Pooler,
-    classifier_dropout,
-    mean_of_documents,
-    pre_norm_stds,
-)
+from .layers import Decoder, Embeddings, Encoder, MlmTransform, Norm, Pooler, pre_norm_stds
 from .losses import choice_loss, classification_loss, span_loss, token_loss
 from .ops import MaskedLoss
-from .padding import Sequences, Tokens, first_tokens, spread_documents
+from .padding import Sequences, Tokens, first_tokens, mean_of_documents, spread_documents
 from .windows import plan_windows  # noqa: F401
 
 Output = TypeVar("Output", bound=ModelOutput)
@@ -92,7 +82,7 @@ class MegaBertPreTrainedModel(PreTrainedModel):
         head = getattr(self, "transform", None) or getattr(self, "pre_classifier", None)
         return hidden if head is None else head(hidden)
 
-    def _read(self, inputs: Inputs, others: Mapping[str, Any]) -> Tokens:
+    def _read(self, inputs: Inputs, others: Mapping[str, object]) -> Tokens:
         """Convert a call's arguments to tokens. others: the arguments that forward() does not name."""
         # The config decides where the caller does not, as for hidden states.
         in_config = {"output_attentions": self.config.output_attentions}
@@ -280,7 +270,7 @@ class MegaBertForSequenceClassification(MegaBertPreTrainedModel):
         self.num_labels = config.num_labels or 2
         self.bert = MegaBertModel(config, add_pooling_layer=False)
         self._add_head(config, of_documents=True)
-        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.dropout = nn.Dropout(config.dropout_of_classifier)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
@@ -323,7 +313,7 @@ class MegaBertForMultipleChoice(MegaBertPreTrainedModel):
         super().__init__(config)
         self.bert = MegaBertModel(config, add_pooling_layer=False)
         self._add_head(config, of_documents=True)
-        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.dropout = nn.Dropout(config.dropout_of_classifier)
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
@@ -362,7 +352,7 @@ class MegaBertForTokenClassification(MegaBertPreTrainedModel):
         self.num_labels = config.num_labels or 2
         self.bert = MegaBertModel(config, add_pooling_layer=False)
         self._add_head(config)
-        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.dropout = nn.Dropout(config.dropout_of_classifier)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
@@ -394,7 +384,7 @@ class MegaBertForQuestionAnswering(MegaBertPreTrainedModel):
         super().__init__(config)
         self.bert = MegaBertModel(config, add_pooling_layer=False)
         self._add_head(config)
-        self.dropout = nn.Dropout(classifier_dropout(config) if config.has_transform_head else 0.0)
+        self.dropout = nn.Dropout(config.dropout_of_classifier if config.has_transform_head else 0.0)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 

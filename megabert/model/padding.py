@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import IGNORE_INDEX
+from .ops import IGNORE_INDEX, upcast
 
 
 class Sequences(NamedTuple):
@@ -80,14 +80,24 @@ def spread_documents(values: Tensor, documents: Tensor, sequences: Sequences) ->
     return spread(values, documents, sequences.cu_seqlens.shape[0] - 1)
 
 
+def mean_of_documents(hidden: Tensor, cu_seqlens: Tensor, num_keys: Tensor | None = None) -> Tensor:
+    """Average (T, E) over each document: (B, E), in fp32 where hidden is half precision, zeros for an empty document.
+
+    num_keys: (B,) as in Sequences, for documents that all occupy the same number of slots.
+    """
+    if num_keys is not None:
+        rows = upcast(hidden).view(num_keys.shape[0], -1, hidden.shape[1])  # (B, S, E)
+        real = torch.arange(rows.shape[1], device=hidden.device) < num_keys[:, None]
+        return (rows * real[:, :, None]).sum(dim=1) / num_keys.clamp(min=1)[:, None]
+    lengths = cu_seqlens.diff().long()
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
+    sums = upcast(hidden.new_zeros(len(lengths), hidden.shape[1])).index_add(0, document, upcast(hidden))
+    return sums / lengths.clamp(min=1)[:, None]
+
+
 def spread(values: Tensor, indices: Tensor, size: int) -> Tensor:
     """Write (N, ...) to rows `indices` of a zero tensor (size, ...): the inverse of indexing with `indices`."""
     return values.new_zeros((size, *values.shape[1:])).index_copy(0, indices, values)
-
-
-def repad(values: Tensor, indices: Tensor, batch_size: int, length: int) -> Tensor:
-    """Spread (T, ...) over (B, S, ...), with zeros at padding."""
-    return spread(values, indices, batch_size * length).view(batch_size, length, *values.shape[1:])
 
 
 def row_slots(sequences: Sequences, num_tokens: int) -> Tensor:
@@ -144,7 +154,8 @@ class Tokens:
         """Restore the rows, with zeros at padding: (T, ...) -> (B, S, ...). Returns a packed batch unchanged."""
         if self.indices is None:
             return values
-        rows = repad(values, self.indices, *self.shape)
+        num_rows, length = self.shape
+        rows = spread(values, self.indices, num_rows * length).view(num_rows, length, *values.shape[1:])
         if self.padding is None:
             return rows
         return rows.masked_fill(self.padding.view(*self.padding.shape, *[1] * (rows.dim() - 2)), 0.0)

@@ -114,7 +114,7 @@ def to_bert_like_config(config: MegaBertConfig, kind: BertLike, special_ids: dic
             **settings, **ids, max_position_embeddings=config.position_rows, architectures=[f"RobertaFor{head}"]
         )
     settings["max_position_embeddings"] = config.max_position_embeddings
-    dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+    dropout = config.dropout_of_classifier
     if kind == "electra":
         settings |= {"embedding_size": config.hidden_size} | (
             {"summary_last_dropout": dropout} if head == CHOICE else {}
