@@ -18,6 +18,7 @@ from support import report
 from megabert.config.recipe import ModelConfig
 from megabert.config.recipe_parser import load_recipe
 from megabert.training.micro_batch.batch import Batch
+from megabert.training.micro_batch.memory import Execution
 from megabert.training.roofline.estimate import predict, predict_recipe
 from megabert.training.telemetry.cards import card_named
 
@@ -57,8 +58,8 @@ class Run:
             attended=self.attended,
         )
         prediction = predict(
-            self.model, batch, card_named(self.gpu), gpus=self.gpus, accumulation=1, zero_stage=0,
-            vocab_size=self.vocab, fp8=self.fp8,
+            self.model, batch, card_named(self.gpu), Execution(fp8=self.fp8), gpus=self.gpus, accumulation=1,
+            zero_stage=0, vocab_size=self.vocab,
         )  # fmt: skip
         return prediction.tokens_per_s
 

@@ -18,7 +18,7 @@ import pytest
 from megabert.config.ds_config import read_ds_config
 from megabert.config.recipe_parser import ds_config_path, load_recipe
 from megabert.training.micro_batch.batch import Batch
-from megabert.training.micro_batch.memory import Memory, memory_of_rank
+from megabert.training.micro_batch.memory import Execution, Memory, memory_of_rank
 from tests.helpers.runs import REPOSITORY
 
 pytestmark = [pytest.mark.compiler, pytest.mark.triton]
@@ -114,7 +114,8 @@ def predicted_memory(recipe: str, stage: int, ranks: int, found: dict[str, Any],
     batch = Batch(tokens=found["tokens"], slots=found["slots"], masked=found["masked"], attended=0)
     model = dataclasses.replace(load_recipe(recipe).model, num_hidden_layers=found["layers"])
     zero = read_ds_config(ds_config_path(f"zero{stage}")).values.zero_optimization
-    return memory_of_rank(model, batch, vocab_size=found["vocabulary"], zero=zero, ranks=ranks, fp8=fp8 != "none")
+    execution = Execution(fp8=fp8 != "none")
+    return memory_of_rank(model, batch, execution, vocab_size=found["vocabulary"], zero=zero, ranks=ranks)
 
 
 def check_memory(found: dict[str, Any], memory: Memory) -> None:

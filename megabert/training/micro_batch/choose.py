@@ -18,7 +18,7 @@ from megabert.training.corpora import choose_max_documents, open_corpora
 from megabert.training.distributed.device import memory_bytes, training_device
 from megabert.training.distributed.sync import broadcast_from_rank0, gather_dicts
 from megabert.training.micro_batch.batch import largest_batch
-from megabert.training.micro_batch.memory import Formats, Memory, memory_of_rank
+from megabert.training.micro_batch.memory import Execution, Formats, Memory, memory_of_rank
 from megabert.training.micro_batch.sizes import largest_micro_batch, micro_batch_on_cpu
 
 log = logging.getLogger(__name__)
@@ -112,12 +112,9 @@ class MicroBatchChooser:
         return memory_of_rank(
             self.recipe.model,
             largest_batch(self.recipe, tokens, max_documents),
+            Execution.of(self.recipe.run, self.bf16, self.fused),
             vocab_size=vocab_size,
             zero=zero,
             ranks=self.world_size,
-            bf16=self.bf16,
-            fused=self.fused,
-            fp8=self.recipe.run.fp8 != "none",
-            graphs=self.recipe.run.cuda_graphs is not False,
             formats=Formats.of(self.ds_config.values),
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megabert.config.ds_schema import DsSettings, ZeroOptimization, in_host_memory
-from megabert.config.recipe import ModelConfig
+from megabert.config.recipe import ModelConfig, RunConfig
 from megabert.training.micro_batch.batch import Batch
 
 # CUDA's context, cuBLAS and NCCL.
@@ -51,7 +51,31 @@ class Formats(NamedTuple):
         return cls(weight, weight if summed is None else 4 if summed == "fp32" else 2)
 
 
+class Execution(NamedTuple):
+    """How a card computes micro-batches.
+
+    bf16: whether activations are in bf16. fused: whether our kernels run, not plain PyTorch. fp8, graphs: whether
+    run.fp8 and run.cuda_graphs are on.
+    """
+
+    bf16: bool = True
+    fused: bool = True
+    fp8: bool = False
+    graphs: bool = False
+
+    @classmethod
+    def of(cls, run: RunConfig, bf16: bool, fused: bool) -> "Execution":
+        """Return that of a run, with graphs if they are allowed."""
+        return cls(bf16, fused, run.fp8 != "none", run.cuda_graphs is not False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number of the activations."""
+        return 2 if self.bf16 else 4
+
+
 FP32 = Formats()
+BF16 = Execution()
 
 
 def num_weights(model: ModelConfig, vocab_size: int) -> int:
@@ -79,29 +103,29 @@ def _width_of_up(model: ModelConfig) -> int:
     return model.intermediate_size * (2 if model.ffn == "geglu" else 1)
 
 
-def kept_bytes(model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = True, fused: bool = True) -> float:
+def kept_bytes(model: ModelConfig, vocab_size: int, batch: Batch, execution: Execution = BF16) -> float:
     """Return the bytes that autograd keeps for a micro-batch's backward pass.
 
     Without recomputation, and without autocast's copies of weights. An unpadded model computes what follows the last
-    layer's attention for masked tokens only. fused: by our kernels, whose loss keeps the decoder's gradient in fp32;
-    PyTorch's keeps the logits.
+    layer's attention for masked tokens only. The loss of our kernels keeps the decoder's gradient in fp32; PyTorch's
+    keeps the logits.
     """
-    before, after = _kept_per_slot(model, bf16, fused)
+    before, after = _kept_per_slot(model, execution)
     layers, rows = model.num_hidden_layers, batch.slots if model.padding == "padded" else batch.masked
     activations = layers * batch.slots * before + ((layers - 1) * batch.slots + rows) * after
-    return activations + 4 * vocab_size * (model.hidden_size if fused else batch.masked)
+    return activations + 4 * vocab_size * (model.hidden_size if execution.fused else batch.masked)
 
 
-def _kept_per_slot(model: ModelConfig, bf16: bool, fused: bool) -> tuple[float, float]:
+def _kept_per_slot(model: ModelConfig, execution: Execution) -> tuple[float, float]:
     """Return the bytes that a layer keeps for a slot, up to attention and after it.
 
     Up to attention: the residual, q, k, v, attention's output and log-sum-exp, 5 matrices of the width. After it: the
     input, mean and scale of both LayerNorms and the first one's output, and of the MLP both halves before GeGLU and its
     result, or GELU's input and result. Beside an fp32 stream the products keep a bf16 copy of it.
     """
-    size, width = 2 if bf16 else 4, model.hidden_size
-    stream = 4 * width if bf16 and model.layer_norm_dtype == "float32" else 0
-    if not fused:
+    size, width = execution.size, model.hidden_size
+    stream = 4 * width if execution.bf16 and model.layer_norm_dtype == "float32" else 0
+    if not execution.fused:
         return _kept_by_pytorch(model, size, stream or size * width)
     inner = (3 if model.ffn == "geglu" else 2) * model.intermediate_size
     before = stream + 5 * size * width + 4 * model.num_attention_heads
@@ -135,38 +159,33 @@ def _kept_by_pytorch(model: ModelConfig, size: int, norm_input: int) -> tuple[fl
 def memory_of_rank(
     model: ModelConfig,
     batch: Batch,
+    execution: Execution = BF16,
     *,
     vocab_size: int,
     zero: ZeroOptimization,
     ranks: int,
-    bf16: bool = True,
-    fused: bool = True,
-    fp8: bool = False,
-    graphs: bool = False,
     formats: Formats = FP32,
 ) -> Memory:
-    """Return the memory of one rank.
-
-    zero, formats: the ds_config's. bf16: of the activations. fused: whether our kernels run, not plain PyTorch. fp8,
-    graphs: whether run.fp8 and run.cuda_graphs are on.
-    """
-    size = 2 if bf16 else 4
+    """Return the memory of one rank. zero, formats: the ds_config's."""
+    size, fp8 = execution.size, execution.fp8
     layers, recomputed = model.num_hidden_layers, model.recomputed_layers
     weights = num_weights(model, vocab_size)
-    kept = kept_bytes(model, vocab_size, batch, bf16, fused)
-    if bf16 and formats.weight == 4:
+    kept = kept_bytes(model, vocab_size, batch, execution)
+    if execution.bf16 and formats.weight == 4:
         # Autocast keeps bf16 copies of the weights; with run.fp8 the layers' linear maps have none.
         kept += 2 * (weights - (layers * weights_of_maps(model) if fp8 else 0))
     if recomputed:
         # All layers but one of them are recomputed from their inputs.
-        layer = batch.slots * sum(_kept_per_slot(model, bf16, fused))
+        layer = batch.slots * sum(_kept_per_slot(model, execution))
         kept += batch.slots * recomputed * size * model.hidden_size - (recomputed - 1) * layer
     # While a layer runs backwards, its MLP's gradients exist too; a cast to FP8 makes an fp32 copy of the largest.
     gradients = batch.slots * _width_of_up(model) * (2 * size + (4 if fp8 else 0))
     # PyTorch's loss makes the fp32 logits from those in bf16.
-    loss = LOSS_CHUNK if fused else 2 * batch.masked * vocab_size if bf16 else 0
+    loss = LOSS_CHUNK if execution.fused else 2 * batch.masked * vocab_size if execution.bf16 else 0
     # A graph computes all gradients of a micro-batch before it adds them to those of the step.
-    states = _state_bytes(weights, layers, zero, ranks, formats) + (formats.gradient * weights if graphs else 0)
+    states = _state_bytes(weights, layers, zero, ranks, formats) + (
+        formats.gradient * weights if execution.graphs else 0
+    )
     return Memory(states=states, kept=kept, work=max(loss, gradients))
 
 

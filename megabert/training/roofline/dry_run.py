@@ -31,7 +31,7 @@ from megabert.training.checkpointing.initial_folder import (
 from megabert.training.corpora import choose_max_documents, open_corpora
 from megabert.training.identity import RunIdentity, check_branch, check_same_run
 from megabert.training.micro_batch.batch import batch_of_web_pages, largest_batch
-from megabert.training.micro_batch.memory import Formats, Memory, memory_of_rank, num_weights
+from megabert.training.micro_batch.memory import Execution, Formats, Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
 from megabert.training.run_schedule import RunSchedule, make_run_schedule, shared_batches
 from megabert.training.telemetry.cards import CARDS, Card
@@ -140,16 +140,15 @@ class Checks:
             batch = batch_of_web_pages(recipe, tokens)
         else:
             batch = largest_batch(recipe, tokens, choose_max_documents(recipe.data, self.corpus, self.saved))
+        bf16 = self.ds_config.computes_in_bf16(fast_bf16=card is None or card.bf16 is not None)
+        fused = recipe.run.ops != "torch" and (card is None or card.runs_kernels)
         return memory_of_rank(
             recipe.model,
             batch,
+            Execution.of(recipe.run, bf16, fused),
             vocab_size=self._vocab_size(),
             zero=self.ds_config.values.zero_optimization,
             ranks=self.ranks,
-            bf16=self.ds_config.computes_in_bf16(fast_bf16=card is None or card.bf16 is not None),
-            fused=recipe.run.ops != "torch" and (card is None or card.runs_kernels),
-            fp8=recipe.run.fp8 != "none",
-            graphs=recipe.run.cuda_graphs is not False,
             formats=Formats.of(self.ds_config.values),
         )
 
@@ -284,7 +283,9 @@ class Checks:
         there = next(path for path in (out, *out.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise ValueError(f"{there}: checkpoints cannot be written here. Choose another run.output_dir.")
-        size, free = self._checkpoint_bytes(), shutil.disk_usage(there).free
+        stage = self.resolved.zero_stage if self.resolved is not None else 1
+        size = checkpoint_format.bytes_of(num_weights(self.recipe.model, self._vocab_size()), stage)
+        free = shutil.disk_usage(there).free
         if size > free:
             raise ValueError(
                 f"{out}: a checkpoint needs {format_bytes(size)}, {format_bytes(free)} are free. Free some space, or "
@@ -297,10 +298,6 @@ class Checks:
         enough = "" if missing * size <= free else ": NOT ENOUGH for all of them"
         left = f"{format_bytes(free)} are free in {there}{enough}"
         yield f"{format_bytes(size)} a checkpoint, {missing:,} more at most; {left}"
-
-    def _checkpoint_bytes(self) -> int:
-        stage = self.resolved.zero_stage if self.resolved is not None else 1
-        return checkpoint_format.bytes_of(num_weights(self.recipe.model, self._vocab_size()), stage)
 
     def _vocab_size(self) -> int:
         """Return the rows of the embeddings; BERT's where the corpus cannot be read."""

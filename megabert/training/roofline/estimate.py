@@ -7,7 +7,7 @@ from megabert.config.ds_schema import ZeroOptimization
 from megabert.config.recipe import ModelConfig, Recipe, RunConfig
 from megabert.config.recipe_parser import ds_config_path
 from megabert.training.micro_batch.batch import Batch, batch_of_web_pages
-from megabert.training.micro_batch.memory import Memory, memory_of_rank, num_weights
+from megabert.training.micro_batch.memory import BF16, Execution, Memory, memory_of_rank, num_weights
 from megabert.training.micro_batch.sizes import largest_micro_batch
 from megabert.training.roofline.work import BANDWIDTH, GAPS, HOST_PER_LAYER, needed_flops, operations
 from megabert.training.run_schedule import make_run_schedule
@@ -55,32 +55,29 @@ class Prediction:
 
 
 def predict(
-    model: ModelConfig, batch: Batch, card: Card, *, gpus: int, accumulation: int, zero_stage: int,
-    vocab_size: int = VOCAB_SIZE, fp8: bool = False, graphs: bool = False, fused: bool = True,
+    model: ModelConfig, batch: Batch, card: Card, execution: Execution = BF16, *, gpus: int, accumulation: int,
+    zero_stage: int, vocab_size: int = VOCAB_SIZE,
 ) -> Prediction:  # fmt: skip
     """Predict a step of `accumulation` micro-batches on each of `gpus` ranks.
 
-    fp8: run.fp8, with run.compile. graphs: whether a CUDA graph launches a micro-batch, without Python. fused:
-    whether our kernels run; of plain PyTorch only the memory is predicted.
+    execution: its bf16 is the card's. With FP8, run.compile is assumed; a CUDA graph takes Python's time away; of plain
+    PyTorch only the memory is predicted.
     """
-    bf16 = card.bf16 is not None
-    work = operations(model, vocab_size, batch, bf16, fp8)
-    seconds = {operation.name: operation.seconds(card, bf16) * accumulation for operation in work}
+    execution = execution._replace(bf16=card.bf16 is not None)
+    work = operations(model, vocab_size, batch, execution)
+    seconds = {operation.name: operation.seconds(card, execution.bf16) * accumulation for operation in work}
     # Forward is a third of the work of a layer, and is done again.
     for name in ("layers' products", "casts to FP8", "attention"):
         seconds[name] *= 1 + model.recomputed_layers / model.num_hidden_layers / 3
     busy = sum(seconds.values())
     seconds["gaps and waits"] = busy * GAPS
-    host = 0.0 if graphs else accumulation * HOST_PER_LAYER * model.num_hidden_layers
+    host = 0.0 if execution.graphs else accumulation * HOST_PER_LAYER * model.num_hidden_layers
     seconds["Python"] = max(0.0, host - busy)
     weights = num_weights(model, vocab_size)
     seconds["communication"] = communication_s(weights, card, gpus, zero_stage, accumulation)
     shared_by = gpus if zero_stage else 1
     seconds["optimizer"] = 28 * weights / shared_by / (card.bandwidth * BANDWIDTH)
-    memory = memory_of_rank(
-        model, batch, vocab_size=vocab_size, zero=zero_of(zero_stage), ranks=gpus, bf16=bf16, fused=fused, fp8=fp8,
-        graphs=graphs,
-    )  # fmt: skip
+    memory = memory_of_rank(model, batch, execution, vocab_size=vocab_size, zero=zero_of(zero_stage), ranks=gpus)
     return Prediction(
         tokens=batch.tokens * accumulation * gpus,
         flops=needed_flops(model, vocab_size, batch) * accumulation * gpus,
@@ -121,17 +118,17 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
     """
     data, multiple = recipe.data, recipe.model.pad_vocab_to_multiple_of
     vocab_size = -(-VOCAB_SIZE // multiple) * multiple
-    fp8, fused = recipe.run.fp8 != "none", _runs_fused(recipe, card)
-    graphs = _uses_graphs(recipe, card, gpus, zero_stage)
-    if fp8 and card.fp8 is None:
+    execution = Execution.of(recipe.run, card.bf16 is not None, _runs_fused(recipe, card))
+    execution = execution._replace(graphs=_uses_graphs(recipe, card, gpus, zero_stage))
+    if execution.fp8 and card.fp8 is None:
         raise ValueError(refusal_of_fp8(f"the {card.name} has no FP8 (Hopper, Ada, MI300 and later ones have)"))
-    if fp8 and zero_stage > 1:
+    if execution.fp8 and zero_stage > 1:
         raise ValueError(refusal_of_fp8(f"ZeRO {zero_stage} has not been tried with it (--zero 1)"))
 
     def memory_of(tokens: int) -> Memory:
         return memory_of_rank(
-            recipe.model, batch_of_web_pages(recipe, tokens), vocab_size=vocab_size, zero=zero_of(zero_stage),
-            ranks=gpus, bf16=card.bf16 is not None, fused=fused, fp8=fp8, graphs=graphs,
+            recipe.model, batch_of_web_pages(recipe, tokens), execution, vocab_size=vocab_size,
+            zero=zero_of(zero_stage), ranks=gpus,
         )  # fmt: skip
 
     tokens = data.micro_batch_tokens
@@ -139,8 +136,8 @@ def predict_recipe(recipe: Recipe, card: Card, gpus: int, zero_stage: int) -> Pr
         tokens = largest_micro_batch(recipe.data, gpus, memory_of, card.memory)
     total = make_run_schedule(recipe.with_micro_batch(tokens), gpus).batches_per_step
     return predict(
-        recipe.model, batch_of_web_pages(recipe, tokens), card, gpus=gpus, accumulation=total // gpus,
-        zero_stage=zero_stage, vocab_size=vocab_size, fp8=fp8, graphs=graphs, fused=fused,
+        recipe.model, batch_of_web_pages(recipe, tokens), card, execution, gpus=gpus, accumulation=total // gpus,
+        zero_stage=zero_stage, vocab_size=vocab_size,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megabert.config.recipe import ModelConfig
 from megabert.training.architecture import architecture_of
 from megabert.training.micro_batch.batch import Batch
-from megabert.training.micro_batch.memory import num_weights, weights_of_maps
+from megabert.training.micro_batch.memory import BF16, Execution, num_weights, weights_of_maps
 from megabert.training.telemetry.cards import Card
 from megabert.training.telemetry.flops import step_flops
 
@@ -51,15 +51,25 @@ def needed_flops(model: ModelConfig, vocab_size: int, batch: Batch) -> float:
     return step_flops(config, batch.tokens, batch.masked, batch.tokens * batch.attended)
 
 
-def operations(
-    model: ModelConfig, vocab_size: int, batch: Batch, bf16: bool = True, fp8: bool = False
-) -> list[Operation]:
+def _bytes_of_norms(model: ModelConfig, size: int, stream: int) -> tuple[int, int]:
+    """Return the bytes that LayerNorms and sums move for a number of the residual stream, forward and backward.
+
+    size, stream: bytes of a number of the products and of the stream. After a sum, LayerNorm's kernel reads both terms
+    and both gradients of its result, and writes the gradient of each term: kernels/add_layer_norm.py. Before a product
+    it reads and writes one matrix each way and reads a gradient; PyTorch adds to the stream, and sums its gradients.
+    """
+    if model.norm_position == "post":
+        return 3 * size + 6 * stream, 0
+    return 2 * size + 3 * stream, 6 * stream
+
+
+def operations(model: ModelConfig, vocab_size: int, batch: Batch, execution: Execution = BF16) -> list[Operation]:
     """Return the operations of a micro-batch. The bytes of elementwise ones are those of kernels/*.py's docstrings.
 
-    fp8: run.fp8 torchao. Assumed are run.compile, which makes each cast one kernel, and two casts of each operand, one
-    for each product that reads it: the number is read for the largest value and to be rounded, and written in one byte.
+    With run.fp8, assumed are run.compile, which makes each cast one kernel, and two casts of each operand, one for each
+    product that reads it: the number is read for the largest value and to be rounded, and written in one byte.
     """
-    size = 2 if bf16 else 4
+    size, fp8 = execution.size, execution.fp8
     width, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     gated = model.ffn == "geglu"
     slots, masked = batch.slots, batch.masked
@@ -73,15 +83,9 @@ def operations(
     products -= 3 * 2 * last * (width * width + width * vocab_size)
     up = 2 * inner if gated else inner
     weights = layers * weights_of_maps(model)
-    stream = 4 if model.layer_norm_dtype == "float32" or not bf16 else 2
+    stream = 4 if model.layer_norm_dtype == "float32" else size
     rows = 2 * layers * slots * width
-    # Bytes for a number of the stream, forward and backward. After a sum, LayerNorm's kernel reads both terms and both
-    # gradients of its result, and writes the gradient of each term: kernels/add_layer_norm.py. Before a product it
-    # reads and writes one matrix each way and reads a gradient; PyTorch adds to the stream, and sums its gradients.
-    if model.norm_position == "post":
-        norm, sums = 3 * size + 6 * stream, 0
-    else:
-        norm, sums = 2 * size + 3 * stream, 6 * stream
+    norm, sums = _bytes_of_norms(model, size, stream)
     # The gradients of biases read those of the products that they are added to.
     biases = layers * slots * size * (5 * width + (0 if gated else inner)) if model.bias else 0
     # GeGLU reads and writes 8 F numbers; GELU in PyTorch 5 F.

@@ -17,7 +17,7 @@ from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from megabert.training.architecture import architecture_of
 from megabert.training.micro_batch.batch import Batch, batch_of, piece_lengths
-from megabert.training.micro_batch.memory import Formats, memory_of_rank, num_weights, weights_of_maps
+from megabert.training.micro_batch.memory import FP32, Execution, Formats, memory_of_rank, num_weights, weights_of_maps
 from megabert.training.roofline.estimate import communication_s, hours_of, predict_recipe, zero_of
 from megabert.training.roofline.work import needed_flops, operations
 from megabert.training.telemetry.cards import card_named
@@ -60,11 +60,13 @@ def test_every_recipes_weights_are_counted_exactly(name):
     assert recipe.num_hidden_layers * weights_of_maps(recipe) == sum(weight.numel() for weight in maps)
 
 
-def memory(tokens, model=BASE.model, zero=1, ranks=8, **options):
+def memory(tokens, model=BASE.model, zero=1, ranks=8, formats=FP32, **execution):
     """zero: a stage, as ds_configs/ has it, or the section of a ds_config."""
     batch = Batch(tokens=tokens, slots=tokens, masked=0.3 * tokens, attended=0)
     section = zero_of(zero) if isinstance(zero, int) else zero
-    return memory_of_rank(model, batch, vocab_size=30_528, zero=section, ranks=ranks, **options)
+    return memory_of_rank(
+        model, batch, Execution(**execution), vocab_size=30_528, zero=section, ranks=ranks, formats=formats
+    )
 
 
 @pytest.mark.parametrize(("tokens", "gib"), [(14_720, 5.2), (58_880, 19.8)])
@@ -111,7 +113,7 @@ def test_what_plain_pytorch_keeps_is_what_autograd_saves(name, bf16, monkeypatch
     assert loss.loss_sum.requires_grad
     batch = Batch(tokens=slots, slots=slots, masked=masked, attended=0)
     predicted = memory_of_rank(
-        section, batch, vocab_size=vocab_size, zero=zero_of(1), ranks=1, bf16=bf16, fused=False
+        section, batch, Execution(bf16=bf16, fused=False), vocab_size=vocab_size, zero=zero_of(1), ranks=1
     ).kept
     assert kept == pytest.approx(predicted, rel=0.05)
 
