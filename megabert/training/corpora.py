@@ -30,11 +30,8 @@ def choose_max_documents(data: DataConfig, corpus: Corpus, saved: State | None) 
 
     A bin that has that many pieces would have others with another number.
     """
-    lengths, tokens, truncate = (
-        [length for length, _ in data.lengths],
-        data.bin_tokens,
-        data.documents == "truncate",
-    )
+    lengths, tokens = [length for length, _ in data.lengths], data.bin_tokens
+    truncate = data.documents == "truncate"
     if data.max_documents != "auto":
         return dict.fromkeys(lengths, data.max_documents)
     if saved is None:

@@ -2,7 +2,6 @@
 
 import gc
 import time
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -13,7 +12,6 @@ from megabert.config.ds_config import DsConfig
 from megabert.config.recipe import Recipe
 from megabert.data.batch import PackedBatch
 from megabert.data.stream import Position
-from megabert.files.run_format import RESULT, write_run_file
 from megabert.process.exit_codes import EXIT_REQUEUE
 from megabert.training.checkpointing import resume
 from megabert.training.checkpointing.writer import set_aside_after
@@ -23,7 +21,7 @@ from megabert.training.distributed.process import init_distributed
 from megabert.training.distributed.signals import PEER_REASON, StopRequested, StopSignals
 from megabert.training.distributed.watchdog import PeerWatchdog
 from megabert.training.engine import start_engine
-from megabert.training.evaluate import Evaluation, HeldOut, evaluate
+from megabert.training.evaluate import evaluate
 from megabert.training.feed import Feed
 from megabert.training.micro_batch.choose import resolve_micro_batch
 from megabert.training.micro_batch.step import eager_step, graph_step
@@ -239,7 +237,7 @@ def roll_back(run: Run) -> None:
     gc.collect()
     run.engine = start_engine(plan, run.feed.corpus, run.gate, checkpoint)
     run.graph = open_graph(plan, run.engine)
-    state.roll_back(checkpoint.state, checkpoint.positions)
+    state.roll_back(checkpoint)
     run.feed.open(state.positions, state.next_index)
     if run.reporter is not None:
         set_aside_after(plan.checkpoints, state.step)
@@ -384,24 +382,9 @@ def run_training(run: Run) -> int:
         # A finished run that is started again has made no evaluation.
         evaluation = state.evaluation or evaluate(run.engine, run.held_out.batches)
         if run.reporter is not None:
-            write_result(run.plan.output_dir, state, run.held_out, evaluation)
+            run.write_result(evaluation)
     shutdown(run.feed)
     return 0 if stop_reason is None else EXIT_REQUEUE
-
-
-def write_result(folder: Path, state: TrainState, held_out: HeldOut, evaluation: Evaluation) -> None:
-    """Write the run's final figures to result.json."""
-    result = {
-        "steps": state.step,
-        "tokens": state.tokens,
-        "seconds": state.seconds,
-        "tokens_per_second": state.tokens / state.seconds,
-        "unigram_loss": held_out.unigram_loss,
-        "heldout_loss": evaluation.loss,
-        "masked_accuracy": evaluation.accuracy,
-        "skipped_updates": state.guard.skipped,
-    }
-    write_run_file(folder / RESULT, result)
 
 
 def shutdown(feed: Feed) -> None:

@@ -12,6 +12,7 @@ from megabert.data.shards.source import Corpus
 from megabert.data.stream import Position
 from megabert.files.checkpoint_format import State
 from megabert.files.redact import redact_all
+from megabert.files.run_format import RESULT, write_run_file
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.training.checkpointing.resume import Checkpoint, find_start
 from megabert.training.checkpointing.writer import CheckpointWriter, Retention, check_disk_space, set_aside_after
@@ -74,21 +75,22 @@ class TrainState:
     """the last evaluation of this process"""
     evaluated_step: int = -1
 
-    def restore(self, saved: State, positions: dict[int, Position]) -> None:
-        """Continue from a checkpoint. positions: of this rank's streams."""
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint, or branch off from it."""
+        saved, self.positions = checkpoint.state, checkpoint.positions
+        self.branched_from = checkpoint.path if checkpoint.branched else None
         self.guard.restore(saved.guard)
         self.time_budget.resume(saved.wall_seconds, saved.max_step_seconds, saved.schedule_start_seconds)
         self.step, self.saved_step, self.next_index = saved.step, saved.step, saved.next_index
-        self.positions = positions
         self.tokens, self.seconds = saved.tokens, saved.seconds
         self.rolled_back_bins = [(first, last) for first, last in saved.rolled_back_bins]
 
-    def roll_back(self, saved: State, positions: dict[int, Position]) -> None:
+    def roll_back(self, checkpoint: Checkpoint) -> None:
         """Return to a checkpoint, but skip the bins used since then and keep counting their tokens and time."""
+        saved, self.positions = checkpoint.state, checkpoint.positions
         self.rolled_back_bins.append((saved.next_index, self.next_index))
         self.guard.restore(saved.guard | {"skipped": self.guard.skipped, "in_a_row": 0})
         self.step = self.saved_step = saved.step
-        self.positions = positions
 
 
 @dataclass
@@ -153,6 +155,21 @@ class Run:
             heldout_loss=state.evaluation.loss if state.evaluation and state.evaluated_step == state.step else None,
         )
 
+    def write_result(self, evaluation: Evaluation) -> None:
+        """Write the run's final figures to result.json. evaluation: of the last step."""
+        state = self.state
+        result = {
+            "steps": state.step,
+            "tokens": state.tokens,
+            "seconds": state.seconds,
+            "tokens_per_second": state.tokens / state.seconds,
+            "unigram_loss": self.held_out.unigram_loss,
+            "heldout_loss": evaluation.loss,
+            "masked_accuracy": evaluation.accuracy,
+            "skipped_updates": state.guard.skipped,
+        }
+        write_run_file(self.plan.output_dir / RESULT, result)
+
 
 def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     """Open the data, build the engine and the services, and restore the checkpoint that the run starts from, if any."""
@@ -168,8 +185,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
     progress.enter("checking the checkpoint", long=True)
     checkpoint = find_start(recipe.run, plan.checkpoints, plan.identity, corpus, rank)
     if checkpoint is not None:
-        state.restore(checkpoint.state, checkpoint.positions)
-        state.branched_from = checkpoint.path if checkpoint.branched else None
+        state.restore(checkpoint)
         restore_schedule(plan, checkpoint, state.time_budget)
     feed = make_feed(plan, corpus, checkpoint)
     # Before the model: the loader's workers fork from a small process, and have batches ready when the model is built.

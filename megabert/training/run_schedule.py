@@ -59,8 +59,8 @@ class TimeTable:
 
     def begin(self, part: int, num_bins: int) -> None:
         """Assign the next num_bins bins to a part, which is not before the newest one."""
-        for each in range(self.newest + 1, part + 1):
-            self._first_bins[each] = self.known
+        for begun in range(self.newest + 1, part + 1):
+            self._first_bins[begun] = self.known
         self._known.value += num_bins
 
     def part_of(self, index: int) -> int:

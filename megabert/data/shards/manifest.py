@@ -245,15 +245,8 @@ def parse_manifest(data: bytes, chunks: bytes, where: str) -> Manifest:
         info = raw["tokenizer"]
         tokenizer = info and TokenizerInfo(**info | {"all_special_ids": tuple(info["all_special_ids"])})
         files = raw["files"] if found == FORMAT else {}
-        manifest = Manifest(
-            raw["kind"],
-            splits,
-            raw["statistics"],
-            tokenizer,
-            raw["request"],
-            files,
-            chunks_sha256=raw["chunks_sha256"],
-        )
+        settings = (raw["kind"], splits, raw["statistics"], tokenizer, raw["request"], files)
+        manifest = Manifest(*settings, chunks_sha256=raw["chunks_sha256"])
         problem = _find_problem(manifest, index)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: not a manifest of write_shards.py: {error!r}. Write the shards again.") from error
