@@ -103,10 +103,12 @@ def strings_of(path: Path) -> Iterator[Text]:
     tree = ast.parse(code)
     inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
     for node in ast.walk(tree):
+        if not isinstance(node, ast.JoinedStr | ast.Constant):
+            continue
         text = None
         if isinstance(node, ast.JoinedStr):
             text = "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+        elif isinstance(node.value, str) and id(node) not in inside:
             text = node.value
         if text and installed:
             text = text.replace("{command}", installed[1]).replace("{zero2}", "zero2")

@@ -156,6 +156,7 @@ def implementations(device: torch.device) -> dict[str, tuple[Ops, Planner]]:
     found: dict[str, tuple[Ops, Planner]] = {"eager": (plain, PLANNERS["sdpa"])}
     if device.type == "cuda":
         fused = triton_ops()
+        assert fused.attention is not None, "Triton's operations have no attention"
         found = {"Triton": (fused, fused.attention), **found}
         if not inspect_machine(device).lacks("flash_attn"):
             found["flash-attn"] = (plain, PLANNERS["flash_attention_2"])

@@ -31,6 +31,7 @@ from megabert.config.recipe_parser import RecipeParser
 from megabert.training import loop
 from megabert.training.distributed.process import init_distributed
 from megabert.training.distributed.signals import StopSignals
+from megabert.training.engine import model_of
 from megabert.training.plan import make_plan
 from megabert.training.run import build_run
 
@@ -121,7 +122,7 @@ def run_step(folder: Path) -> Callable[[], object]:
     recipe, _ = RecipeParser("bench_step.py").read(["--recipe", RUN, *(f"--{k}={v}" for k, v in flags.items())])
     ds_config = read_ds_config(REPOSITORY / "ds_configs/zero0.json")
     run = build_run(make_plan(recipe, ds_config, *init_distributed()), StopSignals())
-    encoder: Any = run.engine.module.bert.encoder
+    encoder: Any = model_of(run.engine).bert.encoder
     encoder._plan = named(PLAN, encoder._plan)
     engine: Any = run.engine
     engine.step = named(ENGINE, engine.step)

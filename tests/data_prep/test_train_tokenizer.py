@@ -6,11 +6,11 @@ import re
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from data_prep import train_tokenizer
 from data_prep.train_tokenizer import TOKENIZER_FORMAT
 from megabert.data.shards.tokenizer import find_tokenizer
+from tests.convert.helpers.auto_tokenizer import load_auto_tokenizer
 
 
 def test_a_tokenizer_without_the_special_tokens_of_bert_is_refused(tmp_path, corpus):
@@ -38,7 +38,7 @@ def test_the_ids_are_those_of_sentencepiece_and_transformers_loads_the_tokenizer
     ]
     for text in [*corpus.texts, *strange]:
         assert tokenizer.encode(text, add_special_tokens=False).ids == model.encode(text), repr(text[:80])
-    loaded = AutoTokenizer.from_pretrained(corpus.tokenizer)
+    loaded = load_auto_tokenizer(corpus.tokenizer)
     ids = loaded("A [MASK] module.", "Second.")["input_ids"]
     assert loaded.mask_token_id in ids
     assert (ids[0], ids[-1]) == (loaded.cls_token_id, loaded.sep_token_id)

@@ -117,17 +117,17 @@ FULL_DISK = (errno.ENOSPC, os.strerror(errno.ENOSPC))
     (lambda folder: OSError(*FULL_DISK, "/elsewhere/file"), None),
 ])  # fmt: skip
 def test_an_error_names_the_folder_that_was_asked_for(tmp_path, make, named):
-    out = tmp_path / "out"
+    out, before = tmp_path / "out", []
 
     def fail() -> OSError:
         with staged_folder(out) as folder:
             error = make(folder)
-            error.before = explain(error)
+            before.append(explain(error))
             raise error
 
     with pytest.raises(OSError, match=".") as raised:
         fail()
-    expected = raised.value.before if named is None else str(tmp_path / named)
+    expected = before[0] if named is None else str(tmp_path / named)
     assert explain(raised.value).startswith(expected)
     assert named is None or ".tmp" not in explain(raised.value)
 

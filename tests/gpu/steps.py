@@ -80,7 +80,7 @@ def waits_by_line() -> Iterator[list[str]]:
             stack.enter_context(mock.patch.object(owner, "synchronize", counted(owner.synchronize)))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always")
-        warnings.showwarning = show
+        stack.enter_context(mock.patch.object(warnings, "showwarning", show))
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("warn")
             stack.callback(torch.cuda.set_sync_debug_mode, "default")

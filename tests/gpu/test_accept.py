@@ -26,7 +26,7 @@ def test_the_machine_is_described(corpus: Corpus, tmp_path):
     passed, figure, found = parts.machine(parts.Setup(tmp_path, corpus.tokens, dry=True))
     assert passed
     assert figure.startswith("cpu (not in telemetry/cards.py), ")
-    assert found["ops"].startswith("ops: ")
+    assert str(found["ops"]).startswith("ops: ")
     assert all(float(found[name]) > 0 for name in ("copy_gb_per_s", "product_tflops", "launch_us"))
 
 

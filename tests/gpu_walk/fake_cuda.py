@@ -267,10 +267,10 @@ def _answers(tensor: torch.Tensor) -> Any:
     return np.full(tensor.shape, LOG.value).tolist()
 
 
-def _gather_objects(parts: list[Any], part: Any, group: Any = None) -> None:
+def _gather_objects(object_list: list[Any], obj: Any, group: Any = None) -> None:
     """Take every rank for this one; torch would read the sizes of what the others sent from the device."""
     LOG.wait("objects")
-    parts[:] = [part] * len(parts)
+    object_list[:] = [obj] * len(object_list)
 
 
 def install() -> None:
@@ -312,7 +312,7 @@ def install() -> None:
     torch.distributed.all_gather_object = _gather_objects
     load = torch.load
     # Of fake tensors it cannot be asked with a function, DeepSpeed's way to say the CPU.
-    torch.load = lambda file, map_location=None, **options: load(file, map_location="cpu", **options)
+    torch.load = lambda f, map_location=None, **options: load(f, map_location="cpu", **options)  # pyrefly: ignore[bad-assignment]
     set_accelerator(FakeCuda())
 
 

@@ -53,9 +53,9 @@ class Recorder(TorchDispatchMode):
         self.calls.append(lambda: state.set_(self.get_state()))  # type: ignore[call-overload]
         return state
 
-    def _set(self, state: Tensor) -> None:
-        self.set_state(state)
-        self.calls.append(lambda: self.set_state(state))
+    def _set(self, new_state: Tensor) -> None:
+        self.set_state(new_state)
+        self.calls.append(lambda: self.set_state(new_state))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -120,7 +120,7 @@ def install(graphs: bool) -> None:
     """Let a run on the CPU have attention that can be captured, and with graphs=True capture its micro-batches."""
     resolve.torch_ops = lambda: TORCH_OPS._replace(attention=plan_on_device)
     if graphs:
-        plan.choose_cuda_graphs = lambda *arguments: None
+        plan.choose_cuda_graphs = lambda recipe, ds_config, device_type, why_not_captured: None
         device.warm_up, device.capture = Capture.warm_up, Capture.capture
 
 

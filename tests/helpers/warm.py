@@ -58,7 +58,8 @@ class WarmProcess:
         preload: Preload = "megabert",
         cwd: Path = REPOSITORY,
     ):
-        self.args, self.returncode = argv, None
+        self.args = argv
+        self.returncode: int | None = None
         with open(os.devnull, "rb") as nothing:
             connection = _connect(preload)
             request = json.dumps({"argv": argv, "env": env, "cwd": str(cwd)}).encode()

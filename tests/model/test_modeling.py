@@ -129,7 +129,9 @@ def test_an_empty_document_is_pooled_as_a_hidden_state_of_zeros(pooling, every_l
     for row, part in ((1, ids[:4]), (3, ids[4:])):
         rows[row, : len(part)], mask[row, : len(part)] = part, 1
     with torch.no_grad():
-        nothing = model.classifier(model.pre_classifier(torch.zeros(1, SMALL["hidden_size"], dtype=torch.float64)))
+        nothing = model.get_submodule("classifier")(
+            model.get_submodule("pre_classifier")(torch.zeros(1, SMALL["hidden_size"], dtype=torch.float64))
+        )
         alone = [model(part[None]).logits for part in (ids[:4], ids[4:])]
         expected = torch.cat([nothing, alone[0], nothing, alone[1], nothing])
         more = {"output_hidden_states": every_layer}
@@ -140,7 +142,7 @@ def test_an_empty_document_is_pooled_as_a_hidden_state_of_zeros(pooling, every_l
         encoder = small_model(MegaBertModel).eval()
         pooled = encoder(rows, attention_mask=mask).pooler_output
         assert torch.equal(pooled[0], pooled[2])
-        assert torch.equal(pooled[0], encoder.pooler(torch.zeros_like(pooled[0])))
+        assert torch.equal(pooled[0], encoder.get_submodule("pooler")(torch.zeros_like(pooled[0])))
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ def drawn_names(monkeypatch) -> list[str]:
     def save(figure: Figure, out: Path) -> None:
         for axes in figure.axes:
             texts.extend(text.get_text() for text in axes.get_xticklabels())
-            if axes.get_legend() is not None:
-                texts.extend(text.get_text() for text in axes.get_legend().get_texts())
+            if (legend := axes.get_legend()) is not None:
+                texts.extend(text.get_text() for text in legend.get_texts())
         save_figure(figure, out)
 
     for module in ("run_curves", "pareto", "score_bars"):

@@ -168,7 +168,8 @@ def halve(track: Track, contenders: Sequence[Any_], budgets: Sequence[float]) ->
     for number, budget in enumerate(budgets):
         rung = [Trial(each, track.clock(each).steps_in(budget), SEARCH_SEEDS[0]) for each in left]
         records = iter(track.trials([trial for trial in rung if trial.steps]))
-        ranked = [(loss_of(next(records)) if trial.steps else math.inf, trial.contender) for trial in rung]
+        losses = [loss_of(next(records)) if trial.steps else math.inf for trial in rung]
+        ranked = list(zip(losses, left, strict=True))
         for trial, (loss, contender) in zip(rung, ranked, strict=True):
             print(f"  {budget:.0f} s, {trial.steps} steps: loss {loss:.3f}  {short(contender)}", flush=True)
         ranked.sort(key=lambda pair: pair[0])

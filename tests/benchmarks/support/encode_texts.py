@@ -39,6 +39,7 @@ def seconds(model: torch.nn.Module, inputs: dict) -> float:
 def main(folder: str, texts: str, size: int, rounds: int) -> dict:
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert tokenizer is not None, f"{folder}: has no tokenizer"
     ours = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     config = ours.config
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")

@@ -3,8 +3,10 @@
 The launches are those of MosaicBERT-Base and ModernBERT-Base in bf16, with the dropout of the first.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -84,13 +86,14 @@ def print_tiles_of_short() -> dict[str, float]:
     print("\nOther tiles of attention.short, 128:\n\n| columns, warps, stages | " + " | ".join(TARGETS) + " |")
     print("|---|" + "---|" * len(TARGETS))
     usual, figures = attention.tile_of, {}
+
+    def tile_of(kernel: str, *rest: Any, tile: Tile) -> Tile:
+        return tile if kernel == "short" else usual(kernel, *rest)
+
     for columns, warps, stages in SHORT_TILES:
         tile = Tile(SHORT, columns, warps, stages)
-        attention.tile_of = lambda kernel, *rest, tile=tile: tile if kernel == "short" else usual(kernel, *rest)
-        try:
+        with mock.patch.object(attention, "tile_of", functools.partial(tile_of, tile=tile)):
             launch = kernels()["attention.short, 128"]
-        finally:
-            attention.tile_of = usual
         found = {target: occupancy(launch, capability) for target, capability in TARGETS.items()}
         figures |= {f"warps_short_{columns}_{warps}_{stages}_{name}": float(one.warps) for name, one in found.items()}
         print(f"| {columns}, {warps}, {stages} | {' | '.join(map(str, found.values()))} |")

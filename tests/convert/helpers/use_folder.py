@@ -33,7 +33,7 @@ def main() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    done = {"transformers": transformers.__version__}
+    done: dict[str, object] = {"transformers": transformers.__version__}
     done["classes"] = check_auto_classes(options.folder, load)
     check_attention_implementations(options.folder, load)
     done["pipelines"] = check_pipelines(options.folder, load)
@@ -47,10 +47,16 @@ def main() -> None:
     sys.stdout.write(json.dumps(done) + "\n")
 
 
-def tokenize(folder: Path, load: dict):
+def load_tokenizer(folder: Path, load: dict):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, **load)(TEXTS, return_tensors="pt", padding=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **load)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def tokenize(folder: Path, load: dict):
+    return load_tokenizer(folder, load)(TEXTS, return_tensors="pt", padding=True)
 
 
 def check_auto_classes(folder: Path, load: dict) -> list[str]:
@@ -152,11 +158,11 @@ def check_exported_graph(folder: Path, load: dict) -> None:
 
 def check_saving_again(folder: Path, again: Path, load: dict) -> None:
     import torch
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoModelForMaskedLM
 
     model = AutoModelForMaskedLM.from_pretrained(folder, **load).eval()
     model.save_pretrained(again)
-    AutoTokenizer.from_pretrained(folder, **load).save_pretrained(again)
+    load_tokenizer(folder, load).save_pretrained(again)
     reloaded = AutoModelForMaskedLM.from_pretrained(again, **load).eval()
     with torch.no_grad():
         assert torch.equal(model(**tokenize(folder, load)).logits, reloaded(**tokenize(again, load)).logits)
@@ -164,15 +170,9 @@ def check_saving_again(folder: Path, again: Path, load: dict) -> None:
 
 def check_trainer(folder: Path, scratch: Path, load: dict) -> float:
     import torch
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-    )
+    from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, **load)
+    tokenizer = load_tokenizer(folder, load)
     examples = [{**tokenizer(TEXTS[i % 2]), "labels": i % 2} for i in range(8)]
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, **load)
     settings = TrainingArguments(
@@ -207,9 +207,9 @@ def check_trainer(folder: Path, scratch: Path, load: dict) -> float:
 
 def check_best_model(folder: Path, scratch: Path, load: dict) -> float:
     """Masked language modelling in Trainer: each evaluation has a loss, and the model with the lowest is loaded."""
-    from transformers import AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainingArguments
+    from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, **load)
+    tokenizer = load_tokenizer(folder, load)
     rows = [tokenizer(text, padding="max_length", max_length=24, truncation=True) for text in TEXTS * 2]
     examples = [{**row, "labels": row["input_ids"]} for row in rows]
     model = AutoModelForMaskedLM.from_pretrained(folder, **load)

@@ -27,6 +27,7 @@ if __name__ == "__main__":
     assert difference < 1e-4, difference
     encoder = ORTModelForFeatureExtraction.from_pretrained(folder, file_name="model.onnx", **load)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    assert tokenizer is not None
     text = tokenizer(["a tensor of zeros", "a tensor"], padding=True, return_tensors="pt", return_token_type_ids=False)
     states = encoder(**text).last_hidden_state
     alone = encoder(**tokenizer("a tensor", return_tensors="pt", return_token_type_ids=False)).last_hidden_state

@@ -10,10 +10,10 @@ from packaging.version import Version
 from sentencepiece import SentencePieceNormalizer
 from sentencepiece.sentencepiece_model_pb2 import NormalizerSpec
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer
 
 from data_prep import train_tokenizer
 from megabert.convert.hf.tokenizer import copy_tokenizer, read_hf_tokenizer
+from tests.convert.helpers.auto_tokenizer import load_auto_tokenizer
 from tests.helpers.cases import cases
 from tests.helpers.foreign.sentencepiece_models import lines_of_every_script
 
@@ -113,13 +113,13 @@ def write(folder: Path, tokenizer: Tokenizer, names: tuple[str, ...], **settings
 
 def assert_same_ids(folder: Path) -> None:
     """The tokenizer that encodes a corpus, and the one in an import, give transformers' ids."""
-    wanted = AutoTokenizer.from_pretrained(folder)(LINES)["input_ids"]
+    wanted = load_auto_tokenizer(folder)(LINES)["input_ids"]
     ours = read_hf_tokenizer(folder)
     assert [encoding.ids for encoding in ours.encode_batch(LINES)] == wanted
     out = folder.with_name(f"{folder.name}-out")
     out.mkdir()
     copy_tokenizer(folder, out, 512)
-    assert AutoTokenizer.from_pretrained(out)(LINES)["input_ids"] == wanted
+    assert load_auto_tokenizer(out)(LINES)["input_ids"] == wanted
     copied = Tokenizer.from_file(str(out / "tokenizer.json"))
     assert [encoding.ids for encoding in copied.encode_batch(LINES)] == wanted
 
@@ -170,7 +170,7 @@ def test_a_class_puts_its_own_tokens_around_a_text_whatever_its_file_says(name, 
     tokenizer.post_processor = around(names, tokenizer.get_vocab())[number]
     folder = write(tmp_path / "in", tokenizer, names, tokenizer_class=f"{name}Tokenizer")
     assert_same_ids(folder)
-    theirs = AutoTokenizer.from_pretrained(folder)("the", "e", return_token_type_ids=True)
+    theirs = load_auto_tokenizer(folder)("the", "e", return_token_type_ids=True)
     ours = read_hf_tokenizer(folder).encode("the", "e")
     assert (ours.ids, ours.type_ids) == (theirs["input_ids"], theirs["token_type_ids"])
 
@@ -274,5 +274,5 @@ def test_a_vocab_txt_of_another_class_is_refused_and_the_advice_works(name, tmp_
         read_hf_tokenizer(tmp_path)
     cls.from_pretrained(tmp_path).save_pretrained(tmp_path)
     train_tokenizer.main([f"--existing={tmp_path}", f"--out={tmp_path / 'out'}"])
-    theirs = AutoTokenizer.from_pretrained(tmp_path)("the thes")["input_ids"]
+    theirs = load_auto_tokenizer(tmp_path)("the thes")["input_ids"]
     assert Tokenizer.from_file(str(tmp_path / "out/tokenizer.json")).encode("the thes").ids == theirs

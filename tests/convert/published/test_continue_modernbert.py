@@ -4,8 +4,9 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
+from transformers import AutoModelForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
+from tests.convert.helpers.auto_tokenizer import load_auto_tokenizer
 from tests.helpers.foreign.gemma_tokenizer import write_gemma_tokenizer
 from tests.helpers.foreign.named_tokenizers import OWN, write_large_tokenizer, write_named_tokenizer
 from tests.helpers.foreign.sentencepiece_models import lines_of_every_script
@@ -27,7 +28,7 @@ def run(script: str, *arguments: object) -> str:
 
 def save_modernbert(tokenizer_folder, out) -> None:
     """Write what a published folder has: transformers' own model with random weights, and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = load_auto_tokenizer(tokenizer_folder)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
     shape = {
         name: SHAPE[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
@@ -73,7 +74,7 @@ def test_a_modernbert_is_continued_on_texts_and_exported(kind, corpus: Corpus, t
     before = ModernBertForMaskedLM.from_pretrained(published).state_dict()
     changes = [(weight - before[name]).abs().max() for name, weight in loaded.state_dict().items()]
     texts = [*lines_of_every_script(), *corpus.texts]
-    theirs, ours = AutoTokenizer.from_pretrained(published), AutoTokenizer.from_pretrained(out)
+    theirs, ours = load_auto_tokenizer(published), load_auto_tokenizer(out)
     assert ours(texts)["input_ids"] == theirs(texts)["input_ids"]
     for role in ("pad", "unk", "mask", *(("cls", "sep") if theirs.cls_token else ())):
         assert getattr(ours, f"{role}_token_id") == getattr(theirs, f"{role}_token_id")

@@ -148,7 +148,7 @@ FILES: dict[str, Callable[[dict[str, Tensor], Path], object]] = {
 }
 
 
-def make_model(name: str, folder: Path) -> torch.nn.Module:
+def make_model(name: str, folder: Path) -> transformers.PreTrainedModel:
     """Make transformers' class from the published config, with random weights."""
     cls, config = PUBLISHED[name]
     (folder / "config.json").write_text(json.dumps(config))
@@ -161,7 +161,7 @@ def make_model(name: str, folder: Path) -> torch.nn.Module:
     return model
 
 
-def outputs(model: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
+def outputs(model: transformers.PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """Return the states of real tokens, and their logits over the vocabulary if the class has any."""
     with torch.no_grad():
         states = model.base_model(input_ids=IDS, attention_mask=MASK).last_hidden_state

@@ -41,7 +41,7 @@ IDS = torch.randint(5, 190, (2, 20), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS).index_fill(1, torch.arange(12, 20), 0)
 
 
-def randomized(model: torch.nn.Module) -> torch.nn.Module:
+def randomized(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,7 +49,7 @@ def randomized(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def make(kind: str, head: str = "MaskedLM", **settings: object) -> torch.nn.Module:
+def make(kind: str, head: str = "MaskedLM", **settings: object) -> transformers.PreTrainedModel:
     sizes = dict(SIZES)
     if kind == "DistilBert":
         sizes["hidden_dim"] = sizes.pop("intermediate_size")
@@ -58,7 +58,7 @@ def make(kind: str, head: str = "MaskedLM", **settings: object) -> torch.nn.Modu
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, tuple[Path, torch.nn.Module]]:
+def models(tmp_path_factory) -> dict[str, tuple[Path, transformers.PreTrainedModel]]:
     """A folder of each layout, and its model. A test that changes a folder must copy it first."""
     made = {kind: (tmp_path_factory.mktemp(kind), make(kind)) for kind in LAYOUTS}
     for folder, model in made.values():
@@ -73,7 +73,7 @@ def our_logits(folder: Path) -> Tensor:
     return output.logits
 
 
-def their_logits(model: torch.nn.Module) -> Tensor:
+def their_logits(model: transformers.PreTrainedModel) -> Tensor:
     with torch.no_grad():
         output = model(input_ids=IDS, attention_mask=MASK)
     return output.prediction_logits if hasattr(output, "prediction_logits") else output.logits
@@ -283,8 +283,8 @@ def test_what_this_model_has_no_place_for_is_named_as_unused(tmp_path):
     assert read.unused == [f"discriminator_predictions.{part}.{end}" for part in parts for end in ("bias", "weight")]
     assert "decoder.bias" in read.initialized
     with torch.no_grad():
-        expected = model.electra(IDS, attention_mask=MASK).last_hidden_state
-        got = build_head(select_weights(read), read.config).bert(IDS, attention_mask=MASK).last_hidden_state
+        expected = model.base_model(IDS, attention_mask=MASK).last_hidden_state
+        got = build_head(select_weights(read), read.config).base_model(IDS, attention_mask=MASK).last_hidden_state
     assert_same(got, expected)
     classifier = make("Roberta", "SequenceClassification")
     classifier.save_pretrained(tmp_path / "roberta")

@@ -228,9 +228,9 @@ def sharp(corpus, tmp_path) -> Path:
     """A checkpoint with large weights: with small ones keys hardly matter, and the GLU's halves are nearly alike."""
     model = small_model()
     with torch.no_grad():
-        for layer in model.bert.encoder.layers:
-            layer.attention.qkv.weight.mul_(5)
-            layer.mlp.up.weight.mul_(5)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("attention.qkv.weight", "mlp.up.weight")):
+                parameter.mul_(5)
     write_checkpoint(tmp_path / "run", model, corpus.tokenizer)
     return tmp_path / "run"
 

@@ -7,7 +7,6 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from transformers import AutoTokenizer
 
 from megabert.convert.targets import onnx_graphs
 from megabert.model.modeling_megabert import (
@@ -17,6 +16,7 @@ from megabert.model.modeling_megabert import (
     MegaBertForTokenClassification,
     MegaBertModel,
 )
+from tests.convert.helpers.auto_tokenizer import load_auto_tokenizer
 from tests.convert.helpers.small_model import BERT, small_model
 from tests.model.helpers.architectures import ARCHITECTURES
 
@@ -27,8 +27,9 @@ def make_graph(changes, path) -> tuple[MegaBertForMaskedLM, Path]:
     """Write the graph of a model with large attention weights, with which a wrong distance shows."""
     model = small_model(**changes, num_attention_heads=2).eval()
     with torch.no_grad():
-        for layer in model.bert.encoder.layers:
-            layer.attention.qkv.weight.mul_(5)
+        for name, parameter in model.named_parameters():
+            if name.endswith("attention.qkv.weight"):
+                parameter.mul_(5)
     onnx_graphs.write_graph(onnx_graphs.MaskedLmGraph(model), path, ["logits", "last_hidden_state"])
     return model, path
 
@@ -49,7 +50,7 @@ def graph(request, served, tmp_path) -> tuple[MegaBertForMaskedLM, Path]:
 def test_the_graphs_answer_texts_of_any_length(served):
     import onnxruntime
 
-    model, tokenizer = MegaBertForMaskedLM.from_pretrained(served).eval(), AutoTokenizer.from_pretrained(served)
+    model, tokenizer = MegaBertForMaskedLM.from_pretrained(served).eval(), load_auto_tokenizer(served)
     session = onnxruntime.InferenceSession(served / onnx_graphs.MASKED_LM)
     encoder = onnxruntime.InferenceSession(served / onnx_graphs.ENCODER)
     shapes = {node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())}

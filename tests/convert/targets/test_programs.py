@@ -11,7 +11,7 @@ from data_prep import train_tokenizer
 from megabert.convert import to_hf
 from megabert.convert.targets import js_normalizer, registry, sentence_transformers, transformers_js
 from megabert.convert.targets.compared_texts import make_texts, read_expected, read_tokenizer
-from megabert.convert.targets.target import DiffersError, NotOpened
+from megabert.convert.targets.target import DiffersError, NotOpened, Proof
 from tests.convert.helpers.architecture_targets import TARGETS_OF
 from tests.convert.helpers.checkpoints import write_checkpoint
 from tests.convert.helpers.small_model import small_model
@@ -88,6 +88,7 @@ def test_sentence_transformers_gives_our_embeddings_and_finds_another_pooling(
     target = registry.TARGETS["sentence-transformers"]
     to_hf.export_checkpoint(checkpoint, tmp_path / "hf", to_hf.ExportOptions(targets=(target.name,)))
     proof = target.prove(tmp_path / "hf", expected)
+    assert isinstance(proof, Proof)
     assert proof.difference <= sentence_transformers.TOLERANCE
 
     def write(source, folder):

@@ -136,8 +136,7 @@ def test_a_changed_file_changes_the_state_of_the_source(folder):
     url = in_memory(folder)
     before = source_state(list_input_splits(url, ReadOptions()))
     assert source_state(list_input_splits(url, ReadOptions())) == before
-    with fsspec.open("memory://corpus/a.txt", "wb") as file:
-        file.write(b"two text")
+    fsspec.filesystem("memory").pipe_file("/corpus/a.txt", b"two text")
     assert source_state(list_input_splits(url, ReadOptions())) != before
 
 

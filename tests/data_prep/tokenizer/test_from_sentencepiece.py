@@ -38,7 +38,10 @@ def assert_same(tokenizer, model: bytes, lines: list[str]) -> None:
 @pytest.fixture(scope="session")
 def lines(texts) -> list[str]:
     """More than 10,000 real lines, and some in other scripts."""
-    more = Path(str(find_spec("sklearn").submodule_search_locations[0]), "linear_model")
+    spec = find_spec("sklearn")
+    assert spec is not None
+    assert spec.origin is not None
+    more = Path(spec.origin).with_name("linear_model")
     more_texts = [text for path in sorted(more.glob("*.py")) for text in docstrings(path)]
     found = [line for text in [*more_texts, *texts] for line in text.splitlines() if line.strip()]
     rng = random.Random(0)

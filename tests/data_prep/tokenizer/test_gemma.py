@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from transformers import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
+from transformers import ModernBertConfig, ModernBertForMaskedLM
 
 from data_prep import train_tokenizer
 from data_prep.writing.metadata import plain_tokenizer_config
@@ -13,6 +13,7 @@ from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.data.shards.tokenizer import TokenizerFile, encode, find_tokenizer, read_tokenizer
 from megabert.files.hashing import file_sha256
 from megabert.finetune.training import load_tokenizer
+from tests.convert.helpers.auto_tokenizer import load_auto_tokenizer
 from tests.helpers.foreign.gemma_tokenizer import ROLES, SIZES, write_gemma_tokenizer
 from tests.helpers.foreign.sentencepiece_models import lines_of_every_script
 
@@ -42,7 +43,7 @@ def test_ids_and_names_are_those_of_transformers(gemma, tmp_path, texts, tokeniz
     settings = json.loads((gemma / "tokenizer_config.json").read_text()) | {"tokenizer_class": tokenizer_class}
     (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(settings))
     train_tokenizer.main([f"--existing={tmp_path / 'in'}", f"--out={tmp_path / 'out'}"])
-    theirs, again = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("in", "out"))
+    theirs, again = (load_auto_tokenizer(tmp_path / name) for name in ("in", "out"))
     ours, info = read_tokenizer(tmp_path / "out/tokenizer.json"), find_tokenizer(tmp_path / "out")[1]
     assert info.special_ids == IDS
     assert ours.get_vocab() == theirs.get_vocab()
@@ -71,11 +72,11 @@ def test_other_roles_than_the_names_say_are_followed(gemma, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_token": "<unk>", "unk_token": "<mask>"}))
     train_tokenizer.main([f"--existing={tmp_path / 'in'}", f"--out={tmp_path / 'out'}"])
     assert find_tokenizer(tmp_path / "out")[1].special_ids["cls"] == IDS["cls"]
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token == "[MASK]"
+    assert load_auto_tokenizer(tmp_path / "out").mask_token == "[MASK]"
 
 
 def test_a_model_with_it_is_imported_written_and_fine_tuned_with_its_names(gemma, taken, tmp_path):
-    theirs = AutoTokenizer.from_pretrained(gemma)
+    theirs = load_auto_tokenizer(gemma)
     none = {f"{name}_token_id": None for name in ("bos", "eos", "cls", "sep")}
     config = ModernBertConfig(vocab_size=len(theirs), **SIZES, **none, pad_token_id=0)
     ModernBertForMaskedLM(config).save_pretrained(tmp_path / "in")
@@ -89,4 +90,4 @@ def test_a_model_with_it_is_imported_written_and_fine_tuned_with_its_names(gemma
     config = json.loads((tmp_path / "native/config.json").read_text())
     names = {"bos": 2, "cls": 2, "eos": 1, "sep": 1, "pad": 0}
     assert {name: config[f"{name}_token_id"] for name in names} == names
-    assert AutoTokenizer.from_pretrained(tmp_path / "native").mask_token_id == IDS["mask"]
+    assert load_auto_tokenizer(tmp_path / "native").mask_token_id == IDS["mask"]

@@ -3,13 +3,14 @@
 import json
 
 import pytest
-from transformers import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
+from transformers import ModernBertConfig, ModernBertForMaskedLM
 
 from data_prep import train_tokenizer
 from megabert.convert import from_hf, to_hf
 from megabert.convert.hf.tokenizer import copy_tokenizer
 from megabert.data.shards.tokenizer import encode, find_tokenizer, read_tokenizer
 from megabert.finetune.training import load_tokenizer
+from tests.convert.helpers.auto_tokenizer import load_auto_tokenizer
 from tests.helpers.foreign.gemma_tokenizer import SIZES
 from tests.helpers.foreign.named_tokenizers import KINDS, ROBERTA, write_named_tokenizer
 from tests.helpers.foreign.sentencepiece_models import lines_of_every_script, train
@@ -32,13 +33,13 @@ def named(request, texts, tmp_path_factory):
 
 def test_ids_are_those_of_transformers_and_names_in_a_text_are_text(named, texts, tmp_path):
     folder, names, ours_names = named
-    theirs, taken = AutoTokenizer.from_pretrained(folder), take(folder, tmp_path)
+    theirs, taken = load_auto_tokenizer(folder), take(folder, tmp_path)
     ids = {role: number for number, role in enumerate(names)}
     assert find_tokenizer(taken)[1].special_ids == ids
     assert find_tokenizer(taken)[1].vocab_size == len(theirs)
     lines = [*lines_of_every_script(), *(line for text in texts[:50] for line in text.splitlines()), "", "  a   b"]
     wanted = theirs(lines)["input_ids"]
-    again = AutoTokenizer.from_pretrained(taken)
+    again = load_auto_tokenizer(taken)
     assert again(lines)["input_ids"] == wanted
     assert [
         [ids["cls"], *line, ids["sep"]] for line in encode(read_tokenizer(taken / "tokenizer.json"), lines)
@@ -51,7 +52,7 @@ def test_ids_are_those_of_transformers_and_names_in_a_text_are_text(named, texts
 
 def test_a_model_with_it_is_imported_and_written_and_the_shards_tokenizer_is_its_own(named, tmp_path):
     folder, names, ours_names = named
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = load_auto_tokenizer(folder)
     none = {f"{name}_token_id": None for name in ("bos", "eos", "cls", "sep")}
     config = ModernBertConfig(vocab_size=len(theirs), **SIZES, **none, pad_token_id=theirs.pad_token_id)
     ModernBertForMaskedLM(config).save_pretrained(tmp_path / "in")
@@ -60,7 +61,7 @@ def test_a_model_with_it_is_imported_and_written_and_the_shards_tokenizer_is_its
     taken = take(tmp_path / "in", tmp_path / "taken")
     vocabularies = [read_tokenizer(path / "tokenizer.json").get_vocab() for path in (tmp_path / "ours", taken)]
     assert vocabularies[0] == vocabularies[1], "model.init_from compares them"
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    loaded = load_auto_tokenizer(tmp_path / "ours")
     assert loaded.mask_token == ours_names["mask"]
     assert loaded(f"a {ours_names['mask']} b")["input_ids"] == theirs(f"a {names['mask']} b")["input_ids"]
     assert load_tokenizer(tmp_path / "ours", 64).encode("a b").ids == theirs("a b")["input_ids"]

@@ -17,6 +17,7 @@ from megabert.finetune.results import kept_models
 from megabert.finetune.tasks.readers import read_split
 from megabert.finetune.tasks.task import GLUE, read_task
 from megabert.finetune.training import Backend, build_model, encode
+from tests.convert.helpers.auto_tokenizer import load_auto_tokenizer
 from tests.finetune.conftest import PROTOCOL, SHAPE, WORDS
 from tests.helpers import warm
 
@@ -50,7 +51,7 @@ def results_of(out: Path) -> dict[str, dict]:
 
 
 def load(folder: Path, kind: str):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = load_auto_tokenizer(folder, trust_remote_code=True)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__name__ == kind
     return tokenizer, model.eval()
@@ -158,7 +159,7 @@ def test_the_tokenizer_of_the_folder_gives_the_ids_of_fine_tuning(bert, glue, tm
     job = FinetuneJob(task=task, settings=settings, candidate=0, seed=0)
     (tmp_path / "out").mkdir()
     assert kept_models._write_tokenizer(tmp_path / "out", base, model, job) == 12
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = load_auto_tokenizer(tmp_path / "out")
     examples = read_split(task, glue, "train")
     ours = encode(examples, tokenizer_for(model, base, settings), has_token_types(model))
     theirs = tokenizer(examples.first, examples.second, truncation=True)

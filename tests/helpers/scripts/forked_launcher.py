@@ -21,6 +21,7 @@ class ForkedPopen(Popen):
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         if list(args[:2]) != [sys.executable, "-u"]:
+            # pyrefly: ignore[missing-attribute]
             super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
             return
         sys.stdout.flush()

@@ -23,10 +23,10 @@ current = -1
 inputs, loss, start = PackedBatch.model_inputs, MegaBertForMaskedLM.masked_loss, loop.start_engine
 
 
-def model_inputs(batch: PackedBatch, device):
+def model_inputs(self: PackedBatch, device):
     global current
-    current = batch.index
-    return inputs(batch, device)
+    current = self.index
+    return inputs(self, device)
 
 
 def masked_loss(model, *args, **options):
@@ -37,11 +37,11 @@ def masked_loss(model, *args, **options):
     return output
 
 
-def start_engine(*arguments):
+def start_engine(plan, corpus, gate, checkpoint):
     optimizers = sum(isinstance(found, torch.optim.Optimizer) for found in gc.get_objects())
     sys.stdout.write(f"optimizers before the rollback's engine: {optimizers}\n")
     sys.stdout.flush()
-    return start(*arguments)
+    return start(plan, corpus, gate, checkpoint)
 
 
 loop.start_engine = start_engine

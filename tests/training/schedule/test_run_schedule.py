@@ -114,6 +114,7 @@ def test_the_masking_rate_counts_bins_of_a_batch_warm_up():
     rate = schedule.masking
     assert (schedule.batches_per_step, schedule.total_steps) == (4, 10)
     assert [(stage.first_step, stage.batches_per_step) for stage in schedule.stages.stages] == [(0, 2), (2, 4)]
+    assert isinstance(rate, MaskingRate)
     assert rate.num_bins == 2 * 2 + 8 * 4
     assert rate.at(rate.num_bins) == 0.15
 

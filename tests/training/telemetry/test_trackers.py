@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import types
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
@@ -59,7 +60,7 @@ def test_wandb_continues_the_run_of_its_folder(tmp_path, monkeypatch):
     run = types.SimpleNamespace(
         log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
     )
-    fake = types.ModuleType("wandb")
+    fake: Any = types.ModuleType("wandb")
     fake.init = lambda **options: calls.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", fake)
     folder = tmp_path / "my-run"

@@ -67,6 +67,7 @@ class Baseline:
         """Train, with the learning rate at 0 after the last step. Returns a folder of transformers with tokenizer."""
         trainer, _ = self._run(corpus, steps, seed, out)
         folder = out / "model"
+        assert isinstance(trainer.model, BertForMaskedLM)
         trainer.model.save_pretrained(folder)
         tokenizer(corpus).save_pretrained(folder)
         return folder
