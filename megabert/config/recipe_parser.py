@@ -146,7 +146,7 @@ def check_flags(argv: list[str]) -> None:
             check_value(types[name], parsed, "", flag)
 
 
-def _is_nothing(kind: Any, value: Any) -> bool:
+def _is_nothing(kind: Any, value: object) -> bool:
     """Whether a text, which may be the name of a file, is what jsonargparse takes for no value, such as "~"."""
     return isinstance(value, str) and type(None) in get_args(kind) and parse_value(value) is None
 
@@ -180,7 +180,7 @@ def _find(name: str, kind: str, folder: Path, suffix: str) -> Path:
     raise ValueError(f"{kind} {name!r} is neither a file nor one of: {', '.join(names)}.{nearest(name, names)}")
 
 
-def _as_flags(settings: dict[str, Any]) -> list[str]:
+def _as_flags(settings: dict[str, object]) -> list[str]:
     """Write dotted names and their values as flags."""
     texts = {
         key: str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)

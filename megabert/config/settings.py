@@ -127,7 +127,7 @@ def with_lists(value: Any) -> Any:
     return value
 
 
-def shortened(value: Any) -> str:
+def shortened(value: object) -> str:
     """Show a value in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -113,7 +113,7 @@ def build(kind: type[T], data: dict[str, Any], path: str | Path, key: str = "") 
     _refuse_first(errors, kind, path, key)
 
 
-def check_value(kind: Any, value: Any, path: str | Path, key: str) -> None:
+def check_value(kind: Any, value: object, path: str | Path, key: str) -> None:
     """Raise ValueError, in one line that names file and key, unless a value has a type such as list[Part] | int.
 
     value: as read_yaml returns it. path: "" if it comes from a flag, which is then the key. Dataclasses inside are
@@ -130,7 +130,7 @@ def check_value(kind: Any, value: Any, path: str | Path, key: str) -> None:
     _refuse_first(errors, kind, path, key)
 
 
-def is_valid(kind: Any, value: Any) -> bool:
+def is_valid(kind: Any, value: object) -> bool:
     """Return whether a value has a type, as check_value checks it."""
     try:
         check_value(kind, value, "", "")
@@ -194,7 +194,7 @@ def _alternatives(kind: Any) -> list[Any]:
     return [part for part in parts if part is not type(None)]
 
 
-def _without_tags(kind: Any, loc: Sequence[Any]) -> list[Any]:
+def _without_tags(kind: Any, loc: Sequence[int | str]) -> list[int | str]:
     """Remove from pydantic's location the items that name a type of a union."""
     if not loc:
         return []
@@ -235,7 +235,7 @@ def _known_keys(kind: Any, place: list[Any]) -> list[str]:
     return _known_keys(element, place[1:])
 
 
-def _remedy(value: Any, expected: str) -> str:
+def _remedy(value: object, expected: str) -> str:
     """Return a sentence about quotes, where they explain a value of a wrong type."""
     if expected == "a string" and isinstance(value, bool):
         return " YAML reads a bare yes, no, on, off, true or false as a boolean: quote it."

@@ -40,7 +40,7 @@ class SourcePosition:
     merged_before: float = 0.0
     first_epoch: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {
             "entry": self.entry,
             "chunk": self.chunk,

@@ -14,7 +14,7 @@ RESULT = "result.json"
 FORMAT_VERSION = 1
 
 
-def write_run_file(path: Path, content: Mapping[str, Any]) -> None:
+def write_run_file(path: Path, content: Mapping[str, object]) -> None:
     write_atomically(path, json.dumps({"format_version": FORMAT_VERSION, **content}, indent=1).encode())
 
 

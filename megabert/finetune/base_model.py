@@ -39,7 +39,9 @@ def prepare_base_model(checkpoint: Path, out: Path) -> BaseModel:
     Raises ValueError if `checkpoint` is none of these, or has no tokenizer.
     """
     source = checkpoint if (checkpoint / CONFIG).is_file() else find_checkpoint(checkpoint, or_else=MODEL_FOLDER)
-    files = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(source)}
+    files = {
+        path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(source.iterdir()) if path.is_file()
+    }
     record = {"format_version": FORMAT_VERSION, "source": str(source.resolve()), "files": files}
     if (prepared := _read_prepared(out, record)) is not None:
         return prepared
@@ -74,10 +76,6 @@ def _read_prepared(out: Path, record: dict[str, Any]) -> BaseModel | None:
         # The base model is missing or incomplete.
         return None
     return BaseModel(out, sha256) if found == record | {"sha256": sha256} else None
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file())
 
 
 def _convert_checkpoint(source: Path, out: Path) -> None:

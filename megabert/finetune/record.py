@@ -1,6 +1,7 @@
 """Write and read JSON files of results with a version and a hash of their content, which reveals a change by hand."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from megabert.files.json_file import read_json
 VERSION, HASH = "format_version", "content_sha256"
 
 
-def write_record(path: Path, record: dict[str, Any], version: int) -> None:
+def write_record(path: Path, record: Mapping[str, object], version: int) -> None:
     """Write a record with its version and hash."""
-    record = {VERSION: version, **record}
-    text = json.dumps(record | {HASH: json_sha256(record)}, indent=1, allow_nan=False)
+    content = {VERSION: version, **record}
+    text = json.dumps(content | {HASH: json_sha256(content)}, indent=1, allow_nan=False)
     write_atomically(path, text.encode())
 
 

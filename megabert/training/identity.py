@@ -31,7 +31,7 @@ class RunIdentity:
     batches_per_step: int
     total_steps: int
     optimizer_source: str
-    numerics: dict[str, Any]
+    numerics: dict[str, object]
     zero_stage: int
     world_size: int
 
@@ -88,7 +88,7 @@ def fixed_settings(recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _without_locations(phases: list[dict[str, Any]], train: Any) -> list[dict[str, Any]]:
+def _without_locations(phases: list[dict[str, Any]], train: object) -> list[dict[str, Any]]:
     """Replace what each phase trains on by the index of its mixture; the corpus's fingerprint identifies the data."""
     mixtures = [train if phase["train"] is None else phase["train"] for phase in phases]
     return [phase | {"train": mixtures.index(mixture)} for phase, mixture in zip(phases, mixtures, strict=True)]
@@ -101,7 +101,8 @@ def check_same_run(path: Path, state: State, current: RunIdentity, corpus: str) 
     """
     saved = RunIdentity.of_checkpoint(state)
     if _is_longer(saved, current, state.step):
-        current = replace(current, settings=current.settings | _length_of(saved), total_steps=saved.total_steps)
+        length = {name: saved.settings.get(name) for name in LENGTH_SETTINGS}
+        current = replace(current, settings=current.settings | length, total_steps=saved.total_steps)
     if changed := _names_of_changes(saved.settings, current.settings):
         shown = _describe(changed, saved.settings, current.settings, absent="not set")
         raise ValueError(
@@ -192,10 +193,6 @@ def _is_on_plateau(settings: dict[str, Any], total_steps: int, step: int) -> boo
     return schedule in ("wsd", "constant") and warmup <= step <= total_steps - decay
 
 
-def _length_of(run: RunIdentity) -> dict[str, Any]:
-    return {name: run.settings.get(name) for name in LENGTH_SETTINGS}
-
-
 def _changes_over_run(settings: dict[str, Any]) -> bool:
     """Return whether the data depend on the run's length.
 
@@ -244,12 +241,12 @@ def _check_shards(path: Path, saved: RunIdentity, current: RunIdentity) -> None:
         )
 
 
-def _names_of_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def _names_of_changes(saved: dict[str, object], current: dict[str, object]) -> list[str]:
     """List every name whose values differ; a missing value equals None."""
     return sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
 
 
-def _describe(names: list[str], saved: dict[str, Any], current: dict[str, Any], absent: str) -> str:
+def _describe(names: list[str], saved: dict[str, object], current: dict[str, object], absent: str) -> str:
     """Describe both values of these names. absent: how to print a missing value."""
     shown = [[repr(settings[name]) if name in settings else absent for settings in (saved, current)] for name in names]
     return "; ".join(f"{name} was {was} and is {now}" for name, (was, now) in zip(names, shown, strict=True))

@@ -102,7 +102,7 @@ def add_measurements(folder: Path, measured: Measurements) -> None:
     _add(folder, {"measured": measured})
 
 
-def add_targets(folder: Path, outcomes: Mapping[str, Any]) -> None:
+def add_targets(folder: Path, outcomes: Mapping[str, object]) -> None:
     """Record what became of each target, and the hashes of the files that they added."""
     _add(folder, {"targets": outcomes, "files": _hash_files(folder)})
 

@@ -157,13 +157,12 @@ def _describe_length(config: MegaBertConfig, state: State, max_length: int) -> s
 def _describe_data(state: State) -> str:
     """Name the corpora of each phase that has its own, in order."""
     data = state.recipe["data"]
-    mixtures = [phase["train"] or data["train"] for phase in data.get("phases") or ()] or [data["train"]]
-    return ", then ".join(name for name, _ in itertools.groupby(map(_describe_mixture, mixtures)))
-
-
-def _describe_mixture(train: str | list[dict[str, Any]]) -> str:
-    named = publishable(train)
-    return named if isinstance(named, str) else ", ".join(f"{part['shards']} x {part['weight']}" for part in named)
+    mixtures = publishable([phase["train"] or data["train"] for phase in data.get("phases") or ()] or [data["train"]])
+    names = [
+        train if isinstance(train, str) else ", ".join(f"{part['shards']} x {part['weight']}" for part in train)
+        for train in mixtures
+    ]
+    return ", then ".join(name for name, _ in itertools.groupby(names))
 
 
 def _describe_steps(state: State) -> str:

@@ -116,16 +116,13 @@ def prove(folder: Path, expected: Expected) -> Proof:
     differences = [largest_difference(pooled, expected.pooled[texts], TOLERANCE, embeddings)]
     states = jina_port.encode(model, ids, mask)[real].numpy()
     differences.append(largest_difference(states, expected.states, TOLERANCE, "states"))
-    note = _describe_tanh(jina_port.encode(model.to(torch.float32), ids, mask, tanh=True)[real].numpy(), states)
+    approximate = jina_port.encode(model.to(torch.float32), ids, mask, tanh=True)[real].numpy()
+    change = np.abs(approximate - states).max()
+    note = f"TEI computes in fp32 with GELU's tanh approximation, which changes states by up to {change:.1e}"
     what = f"states and {embeddings}"
     return Proof(
         "an independent port of TEI's equations in fp64, not TEI itself,", "1", max(differences), what, (note,)
     )
-
-
-def _describe_tanh(approximate: np.ndarray, states: np.ndarray) -> str:
-    difference = np.abs(approximate - states).max()
-    return f"TEI computes in fp32 with GELU's tanh approximation, which changes states by up to {difference:.1e}"
 
 
 TARGET = Target("jina", check, write, prove, USAGE, language="bash")

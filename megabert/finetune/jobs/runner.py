@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,14 @@ class Runner:
         Predictions are missing if the job ran before --submission was given, a test set changed, or their file is lost.
         A job that kept its model only predicts; others train again. Then another job may be best, so this repeats.
         """
-        while incomplete := [job for job in best_jobs(self.jobs, self.results) if not self._is_whole(job, is_complete)]:
+
+        def is_whole(job: FinetuneJob) -> bool:
+            return self._has_test_labels(job) and is_complete(job, self.results[job.name])
+
+        while incomplete := [job for job in best_jobs(self.jobs, self.results) if not is_whole(job)]:
             for job in incomplete:
                 del self.results[job.name]
             self._run_jobs(incomplete, slots, lambda job: False)
-
-    def _is_whole(self, job: FinetuneJob, is_complete: Callable[[FinetuneJob, Result], bool]) -> bool:
-        return self._has_test_labels(job) and is_complete(job, self.results[job.name])
 
     def remove_models(self) -> None:
         """Remove the models that jobs saved for export, except those of each task's best job so far."""
@@ -89,7 +91,7 @@ class Runner:
     ) -> None:
         """Run jobs in processes. reuse_result: called before a job starts, which another command may have run."""
         free, pending = list(slots), list(pending)
-        running: dict[Any, tuple[FinetuneJob, Any, WorkerSlot]] = {}
+        running: dict[Any, tuple[FinetuneJob, ForkServerProcess, WorkerSlot]] = {}
         try:
             while pending or running:
                 for job in list(pending):
@@ -255,7 +257,9 @@ def is_done(results: dict[str, Result], job: FinetuneJob) -> bool:
     return results.get(job.name, {}).get("status") == "done"
 
 
-def start_process(job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: Path, request: dict[str, Any]) -> Any:
+def start_process(
+    job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: Path, request: dict[str, Any]
+) -> ForkServerProcess:
     """Start the process of a job."""
     use_short_socket_paths()
     processes = multiprocessing.get_context("forkserver")

@@ -41,8 +41,8 @@ class Row(NamedTuple):
     """where: file and line, for error messages; texts, label: as the file has them."""
 
     where: str
-    texts: tuple[Any, ...]
-    label: Any
+    texts: tuple[object, ...]
+    label: object
 
 
 def read_rows(task: Task, path: Path, layout: TableLayout) -> Iterator[Row]:
@@ -204,7 +204,7 @@ def _check_parquet(path: Path, file: Any, wanted: list[str]) -> None:
             )
 
 
-def _name(label: Any, names: list[str] | None, where: str, layout: TableLayout) -> Any:
+def _name(label: Any, names: list[str] | None, where: str, layout: TableLayout) -> object:
     """Return the name of a label that a parquet file holds as a number. names: None if the file has no such numbers."""
     if names is None:
         return label

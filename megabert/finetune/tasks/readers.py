@@ -114,7 +114,7 @@ def file_hashes(task: Task, folder: Path, splits: list[str]) -> dict[str, str]:
     return {f"{split}/{path.name}": file_sha256(path) for split in splits for path in split_files(task, folder, split)}
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: object, where: str) -> str:
     """Return a text. Raises ValueError unless it is a string that a tokenizer can read."""
     if not isinstance(value, str):
         raise ValueError(f"{where}: is {_shown(value)}, expected a string.")
@@ -125,7 +125,7 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _label(task: Task, value: Any, where: str) -> int | float:
+def _label(task: Task, value: object, where: str) -> int | float:
     """Return a label's index, or a regression's target. An integer label counts as its name: 1 is "1"."""
     if task.is_regression:
         return _target(value, where)
@@ -154,5 +154,5 @@ def _target(value: Any, where: str) -> float:
     return target
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "null" if value is None else shortened(value)

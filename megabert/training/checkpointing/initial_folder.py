@@ -1,5 +1,6 @@
 """Check the folder of initial weights, or the vocabulary of a checkpoint, before it is loaded; imports no torch."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,18 +59,12 @@ def check_settings(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, A
         wanted["token_types"] = types[0] > 0
         if not types[0]:
             del wanted["type_vocab_size"]
-    wanted = {name: _as_flag(value) for name, value in wanted.items()}
+    wanted = {name: value if isinstance(value, str) else json.dumps(value) for name, value in wanted.items()}
     name, value = next(iter(wanted.items()))
     remedy = f"Set model.{name} to {value}."
     if len(wanted) > 1:
         remedy = f"Pass {' '.join(f'--model.{name}={value}' for name, value in wanted.items())}."
     raise ValueError(f"model.init_from {folder}: {found}. {remedy}")
-
-
-def _as_flag(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
 
 
 def check_vocabulary(folder: Path, source: Source) -> None:

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import deepspeed
 import torch.distributed
@@ -20,6 +20,8 @@ from megabert.training.distributed.heartbeat import progress
 from megabert.training.distributed.sync import gather_dicts
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LOG_EVERY_S = 10.0
 # Clients of a network file system may cache a folder's listing for a minute.
@@ -35,20 +37,20 @@ class Ranks(Protocol):
     rank: int
     size: int
 
-    def gather(self, part: Any) -> list[Any]: ...
-    def broadcast(self, value: Any) -> Any: ...
+    def gather(self, part: T) -> list[T]: ...
+    def broadcast(self, value: T) -> T: ...
 
 
 class RanksOfRun:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
 
-    def gather(self, part: Any) -> list[Any]:
+    def gather(self, part: T) -> list[T]:
         parts: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(parts, part)
         return parts
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: T) -> T:
         if self.size == 1:
             return value
         message = [value]

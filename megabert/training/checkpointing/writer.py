@@ -71,7 +71,7 @@ class CheckpointParts(NamedTuple):
     """
 
     state: State
-    tensor_files: dict[str, Any]
+    tensor_files: dict[str, object]
     small_files: dict[str, bytes]
     positions: dict[int, Position]
 
@@ -162,7 +162,7 @@ class CheckpointWriter:
             result = action()
         except OSError as error:
             problem = str(error)
-        outcomes = gather_dicts({self.rank: (problem, result)}, self.group)
+        outcomes: dict[int, tuple[str | None, Any]] = gather_dicts({self.rank: (problem, result)}, self.group)
         for problem, _ in outcomes.values():
             if problem is not None:
                 raise OSError(problem)
@@ -269,12 +269,12 @@ def check_disk_space(folder: Path, num_parameters: int, stage: int, retention: R
         )  # fmt: skip
 
 
-def copy_to_host(content: Any) -> Any:
+def copy_to_host(content: object) -> object:
     """Copy all tensors of nested containers to host memory."""
     return _host_copy(content, {})
 
 
-def _host_copy(item: Any, copies: dict[tuple, torch.Tensor]) -> Any:
+def _host_copy(item: object, copies: dict[tuple, torch.Tensor]) -> object:
     """Copy tensors in nested containers to host memory. copies: made so far, so that tied weights stay one tensor."""
     if isinstance(item, torch.Tensor):
         storage = item.untyped_storage().data_ptr()
@@ -304,7 +304,7 @@ def _write_files(folder: Path, parts: CheckpointParts) -> dict[str, tuple[int, s
     return {name: hashing.hash_and_sync(folder / name) for name in [*parts.tensor_files, *parts.small_files]}
 
 
-def _num_bytes(item: Any) -> int:
+def _num_bytes(item: object) -> int:
     """Count the bytes of tensors and byte strings in nested containers."""
     if isinstance(item, torch.Tensor):
         return item.numel() * item.element_size()
@@ -318,5 +318,5 @@ def _merge(parts: list[dict]) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _json(value: Any) -> bytes:
+def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()

@@ -69,7 +69,7 @@ def enum_member(enumeration: type[Enum], name: str) -> Enum:
     return enumeration[name]
 
 
-def replace_all_gather(all_gather: Callable[..., Any]) -> None:
+def replace_all_gather(all_gather: Callable[..., object]) -> None:
     """Let ZeRO gather weights with another function than torch.distributed.all_gather_into_tensor; same signature.
 
     gloo's own implementation allocates buffers in every call. Canary: all_gather_is_an_attribute, which notices that
@@ -112,7 +112,7 @@ class _NormCheck:
     """ZeRO's test of a gradient norm, which reads it from the device once, and keeps it for the guard."""
 
     def __init__(self) -> None:
-        self.norm: Any = None
+        self.norm: object = None
         self.value = math.nan
         self.is_new = False
 
@@ -134,7 +134,7 @@ def replace_norm_checks(is_invalid: Callable[[Any], bool]) -> None:
     every group, which makes the host wait each time. Canary: reads_norm_again.
     """
 
-    def mark_invalid(norm: torch.Tensor, device: Any = None, val: float = -1.0) -> None:
+    def mark_invalid(norm: torch.Tensor, device: object = None, val: float = -1.0) -> None:
         norm.masked_fill_(~torch.isfinite(norm), val)
 
     internals: Any = stage_1_and_2
@@ -238,18 +238,18 @@ def loading_only_weights() -> Iterator[None]:
 class _CaptureEngine(TorchCheckpointEngine):
     """A checkpoint engine that keeps each file's content in `files`, by file name, and writes nothing."""
 
-    def __init__(self, transform: Callable[[Any], Any] | None) -> None:
+    def __init__(self, transform: Callable[[object], object] | None) -> None:
         super().__init__(None)
         self.transform = transform
-        self.files: dict[str, Any] = {}
+        self.files: dict[str, object] = {}
 
-    def save(self, state_dict: Any, path: str) -> None:
+    def save(self, state_dict: object, path: str) -> None:
         self.files[os.path.basename(path)] = self.transform(state_dict) if self.transform else state_dict
 
 
 def capture_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, transform: Callable[[Any], Any] | None = None
-) -> dict[str, Any]:
+    engine: deepspeed.DeepSpeedEngine, transform: Callable[[object], object] | None = None
+) -> dict[str, object]:
     """Return what engine.save_checkpoint would write on this rank, by file name; every rank calls this.
 
     transform: applied to the content of each file. DeepSpeed writes its files under their final names, so that a crash

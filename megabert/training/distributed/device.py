@@ -3,7 +3,6 @@
 import os
 import resource
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -47,7 +46,7 @@ def to_device(values: list[float], dtype: torch.dtype, device: torch.device) -> 
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
-def event_class() -> Any:
+def event_class() -> Callable[..., torch.Event] | None:
     """Return the accelerator's class of timing events; None on a CPU."""
     return get_accelerator().Event
 

@@ -15,6 +15,7 @@ import torch.distributed
 from megabert.files.lock import Lock, LockHeldError, acquire
 from megabert.training.distributed.rank_env import host_name
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ VISIBLE_WITHIN_S = 10.0
 _held_locks: dict[Path, Lock] = {}
 
 
-def gather_dicts(part: dict[Any, Any], group: torch.distributed.ProcessGroup | None = None) -> dict[Any, Any]:
+def gather_dicts(part: dict[K, T], group: torch.distributed.ProcessGroup | None = None) -> dict[K, T]:
     """Merge the dicts of all ranks of the group; every rank calls this and gets the same result."""
     parts: list[Any] = [None] * deepspeed.comm.get_world_size(group)
     torch.distributed.all_gather_object(parts, part, group=group)
@@ -77,7 +78,7 @@ def check_shared_folder(folder: Path, rank: int, world_size: int) -> None:
     while not (visible := (folder / name).exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     usable = visible and os.access(folder, os.W_OK)
-    hosts: list[Any] = [None] * world_size
+    hosts: list[str | None] = [None] * world_size
     torch.distributed.all_gather_object(hosts, None if usable else socket.gethostname())
     if rank == 0:
         (folder / name).unlink()

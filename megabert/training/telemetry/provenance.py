@@ -77,7 +77,7 @@ def write_run_json(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: 
     write_run_file(path, attempt_facts(plan, corpus, held_out, first_step) | {"earlier": earlier})
 
 
-def attempt_facts(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: int) -> dict[str, Any]:
+def attempt_facts(plan: RunPlan, corpus: Corpus, held_out: Corpus, first_step: int) -> dict[str, object]:
     """Return the facts of one attempt, ready for JSON."""
     return {
         "command": redact_all(sys.argv),

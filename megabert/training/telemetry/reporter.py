@@ -4,22 +4,22 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from megabert.files.atomic import write_atomically
 from megabert.files.metrics_format import METRICS, read_metrics
 from megabert.files.redact import redact
-from megabert.training.telemetry.timers import StepTimer
+from megabert.training.telemetry.timers import EventClass, StepTimer
 from megabert.training.telemetry.trackers import BufferedAppender, Tracker
 
 
 class Meter:
     """Sums over the steps since the last report, over all ranks; local_tokens and the times are this rank's."""
 
-    def __init__(self, event_class: Any) -> None:
+    def __init__(self, event_class: EventClass | None) -> None:
         """event_class: as for StepTimer."""
         self.timer = StepTimer(event_class)
         self.reset()
@@ -109,7 +109,7 @@ class Reporter:
             self.log_line(f"{self.path.parent}: the metrics are written again")
         self.error = failed
 
-    def append_json(self, name: str, record: dict[str, Any]) -> None:
+    def append_json(self, name: str, record: Mapping[str, object]) -> None:
         """Append one line of JSON to another file of the run, which MegaBERT never reads; print it if that fails."""
         line = json.dumps(record)
         try:

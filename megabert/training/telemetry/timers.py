@@ -1,10 +1,10 @@
 """Measure how long each part of a step takes on this rank, and how much of a run's time budget is used."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from megabert.training.distributed.heartbeat import progress
 
@@ -64,6 +64,16 @@ class TimeBudget:
         return self.limit is not None and self.used + self.max_step > self.limit
 
 
+class TimingEvent(Protocol):
+    """A point in a device's work, as torch.cuda.Event."""
+
+    def record(self) -> None: ...
+    def elapsed_time(self, end_event: Any, /) -> float: ...
+
+
+EventClass = Callable[..., TimingEvent]
+
+
 class StepTimer:
     """Adds up the seconds of each part of a step.
 
@@ -71,13 +81,13 @@ class StepTimer:
     for another reason: it never synchronizes itself. event_class: of the device; None for a CPU.
     """
 
-    def __init__(self, event_class: Any) -> None:
+    def __init__(self, event_class: EventClass | None) -> None:
         self.event_class = event_class
         self.reset()
 
     def reset(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        self.pending: list[tuple[str, Any, Any]] = []
+        self.pending: list[tuple[str, TimingEvent, TimingEvent]] = []
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:

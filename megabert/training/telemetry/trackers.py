@@ -5,7 +5,7 @@ import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -94,7 +94,7 @@ class CsvFile:
         self.file.close()
 
 
-def _as_csv(rows: Sequence[Sequence[Any]]) -> str:
+def _as_csv(rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     return text.getvalue()
@@ -103,7 +103,7 @@ def _as_csv(rows: Sequence[Sequence[Any]]) -> str:
 class WandB:
     """A Weights & Biases run named after the output folder; a resumed run continues it. WANDB_PROJECT etc. apply."""
 
-    def __init__(self, folder: Path, recipe: dict[str, Any]):
+    def __init__(self, folder: Path, recipe: dict[str, object]):
         import wandb  # pyrefly: ignore[missing-import] # optional: installed only by those who use it
 
         self.latest = 0
@@ -124,7 +124,7 @@ class WandB:
         self.run.finish()
 
 
-def open_trackers(names: Sequence[str], folder: Path, step: int, recipe: dict[str, Any]) -> list[Tracker]:
+def open_trackers(names: Sequence[str], folder: Path, step: int, recipe: dict[str, object]) -> list[Tracker]:
     """Open the recipe's trackers. step: from which the run continues; later points are dropped if possible."""
     constructors = {
         "tensorboard": lambda: TensorBoard(folder, step),

@@ -54,7 +54,7 @@ class Guard:
             self.skipped += 1
             self.skipped_in_a_row += 1
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {"norms": list(self.norms), "skipped": self.skipped, "in_a_row": self.skipped_in_a_row}
 
     def restore(self, raw: dict[str, Any]) -> None:

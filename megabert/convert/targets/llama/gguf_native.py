@@ -59,17 +59,14 @@ def embed(content: Content, ids: list[list[int]]) -> np.ndarray:
     """Return the mean of each text's states, (N, E) fp32. Raises DiffersError for missing or extra tensors."""
     model = _make_model(content)
     renamed = {_rename(name, content.architecture): tensor for name, tensor in content.tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in renamed.items()}
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if wrong := {name for name in expected.keys() | renamed.keys() if expected.get(name) != _shape(renamed, name)}:
+    if wrong := {name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)}:
         raise DiffersError(f"the file's tensors are not those of the model: {sorted(wrong)[0]}")
     model.load_state_dict(renamed, strict=False, assign=True)
     with torch.no_grad():
         rows = [model(torch.tensor([row])).last_hidden_state[0].mean(dim=0) for row in ids]
     return torch.stack(rows).float().numpy()
-
-
-def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
 
 
 def _rename(name: str, architecture: str) -> str:
