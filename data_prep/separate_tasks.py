@@ -92,7 +92,7 @@ def do_part(options: Options) -> None:
     with WorkerPool(options.workers) as pool:
         if options.step == "runs":
             passes.write_sorted_runs(settings, dict(_tasks_of(options, part)), pool)
-            # Once more, because the files may have been changed while they were read.
+            # The state is compared once more, because the files may have been changed while they were read.
             dict(_tasks_of(options, part))
         else:
             first = read_first_pass(plan)

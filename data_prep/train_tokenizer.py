@@ -280,7 +280,7 @@ def _make(options: Options, folder: Path, request: str) -> None:
     tokenizer, model = load_tokenizer(Path(options.existing), options.lowercase) if options.existing else train(options)
     # Another command may have begun to write them meanwhile.
     check_no_shards(folder)
-    # Until all files are replaced, some in the folder belong to another request.
+    # Some files in the folder belong to another request until all are replaced.
     remove_request(folder)
     apply_bert_conventions(tokenizer)
     write_tokenizer(tokenizer, folder)

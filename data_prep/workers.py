@@ -34,7 +34,7 @@ LOG_EVERY_S = 30.0
 # What the workers of both commands import.
 PRELOADED = ("data_prep.writing.shard_writer", "megabert.config.cli")
 
-# In a worker: bytes read so far by all workers, of the input and of the text in it.
+# A worker sets this to the bytes that all workers have read so far, of the input and of the text in it.
 _counters: Any = None
 
 

@@ -205,7 +205,7 @@ def _encode_again(file: io.BufferedIOBase, encoding: Encoding, path: str) -> Ite
     decoder = codecs.getincrementaldecoder(encoding.codec)()
     offset = len(file.read(encoding.mark))
     while True:
-        # Not read(), which loses what it has read before damage in an archive.
+        # read() would lose what it has read before damage in an archive.
         data = file.read1(READ_BYTES)
         state = decoder.getstate()
         # The decoder keeps the bytes of an unfinished character and decodes them again with the next ones.

@@ -36,7 +36,7 @@ def download(folder: Path) -> Path:
     Raises ValueError if it cannot be downloaded or is not the expected file.
     """
     path = folder / SDIST
-    # Also if the file is there: this removes what a killed download left.
+    # This runs even if the file exists: it removes what a killed download left.
     with staged_folder(path) as staged:
         if not path.is_file():
             _download_with_pip(staged.absolute(), folder)

@@ -81,7 +81,7 @@ class RuleGroups:
         longer = sorted((key for key in self.rules if len(key) > 1), key=len)
         marks = composing_characters()[1]
         seconds = {character for key in longer for character in key[1:]}
-        # Sorted, as whatever is written: sets of strings have another order in every process.
+        # What is written is sorted: sets of strings have another order in every process.
         marks_with_rules = sorted(seconds & marks & self.rules.keys())
         self.late = {c: self.rules[c] for c in marks_with_rules if self.rules[c][:1] not in marks}
         self._single = {ord(c): text for c, text in self.rules.items() if len(c) == 1 and c not in self.late}

@@ -153,7 +153,7 @@ def _normalizer(proto: Any, by_words: bool) -> list[Any]:
         alphabet = None if proto.trainer_spec.byte_fallback else set("".join(piece.piece for piece in proto.pieces))
         steps += normalize_by_rules(spec.precompiled_charsmap, symbols, alphabet)
     if spec.remove_extra_whitespaces:
-        # Only spaces, no other white space; at the end also a META that the text itself contains.
+        # These are spaces, no other white space; at the end also a META that the text itself contains.
         for pattern, content in (("  +", " "), (rf"\A +|(?: |{META})+\z", "")):
             steps.append(normalizers.Replace(Regex(pattern), content))
     if by_words and spec.add_dummy_prefix:

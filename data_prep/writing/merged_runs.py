@@ -20,7 +20,7 @@ from megabert.files.atomic import new_file
 
 # A read of this size costs a disk or a network file system little more than the transfer.
 READ_BYTES = 128 << 10
-# So few bytes stay in the memory of a machine between the passes, where small reads cost nothing.
+# A machine keeps this many bytes in memory between the passes, where small reads cost nothing.
 CACHED_BYTES = 8 << 30
 
 # The number of shards of each part.

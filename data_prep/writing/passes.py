@@ -45,7 +45,7 @@ def group_into_tasks(splits: list[InputSplit]) -> list[list[InputSplit]]:
     """Group input splits, in their order, into tasks."""
     task_bytes = min(TASK_BYTES, max(INPUT_SPLIT_BYTES, sum(split.size for split in splits) // TASKS))
     tasks: list[list[InputSplit]] = []
-    # With this size the first input split begins a task, even if it is empty.
+    # This size makes the first input split begin a task, even if it is empty.
     size = task_bytes + 1
     for split in splits:
         # The hub does not tell the size of a shard, so each becomes a task of its own.

@@ -293,7 +293,7 @@ def add_texts(writer: SortedRunWriter, documents: Iterable[str], where: str, lef
 def _add_tokens(writer: SortedRunWriter, split: InputSplit, settings: WriteSettings, left_out: LeftOut) -> None:
     assert settings.ids is not None, f"{split}: has token ids, and no rule for them was given"
     for batch in read_token_split(split, settings.read, settings.ids, left_out):
-        # In 4 bytes, so that the same ids have the same hash whatever type a file has them in.
+        # Ids are hashed in 4 bytes, so that the same ids have the same hash whatever type a file has them in.
         raw, ends = batch.ids.astype("<u4").tobytes(), 4 * batch.lengths.cumsum()
         filled = np.flatnonzero(batch.lengths)
         if len(filled) < len(ends):

@@ -59,7 +59,7 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
     """Keeps the line breaks of the description, which holds commands to copy, and names commands that exist here."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        # Before the text is wrapped, which could break a command in two.
+        # This precedes the wrapping, which could break a command in two.
         return name_commands(super()._get_help_string(action) or "")
 
     def _split_lines(self, text: str, width: int) -> list[str]:

@@ -106,7 +106,7 @@ def build(kind: type[T], data: dict[str, Any], path: str | Path, key: str = "") 
     key, for an unknown key (with the nearest known one), a missing key, and a value of another type.
     """
     try:
-        # As JSON, where pydantic's strict mode takes a list for a tuple.
+        # pydantic's strict mode takes a list for a tuple only in JSON.
         return _adapter(kind).validate_json(json.dumps(data), strict=True, extra="forbid")
     except ValidationError as error:
         errors = error.errors()

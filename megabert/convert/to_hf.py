@@ -102,7 +102,7 @@ def explain_targets(checkpoint: Path, options: ExportOptions) -> list[str]:
 
 
 def check_limits(checkpoint: Path, options: ExportOptions) -> list[str]:
-    """As explain_targets(), for a checkpoint's folder."""
+    """Do what explain_targets() does, for a checkpoint's folder."""
     if not options.targets:
         return []
     state = read_state(checkpoint)

@@ -15,7 +15,7 @@ def default_max_documents(corpus: Corpus, bin_tokens: int, max_seq_len: int, tru
     lengths = [item for item in known if item is not None]
     if len(lengths) < len(known):
         return four_medians(corpus, bin_tokens, max_seq_len)
-    # At least the pieces of a bin without one short piece: a sample may have no document.
+    # A sample may have no document, so count at least the pieces of a bin of longest pieces.
     rate = max(1 / max_seq_len, *(pieces_per_token(*item, max_seq_len, truncate) for item in lengths))
     mean = bin_tokens * rate
     # Pieces of different lengths: their number in a bin varies by up to about its square root.

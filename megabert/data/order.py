@@ -60,7 +60,7 @@ class ChunkId(NamedTuple):
 class ChunkRef(NamedTuple):
     """A chunk to read: chunk_id in the stream, (shard, chunk) in the source, and which part of its documents.
 
-    part, parts: the documents are dealt into `parts` parts, of which this stream reads number `part`.
+    part, parts: the documents are dealt into `parts` parts, and this stream reads number `part`.
     """
 
     chunk_id: ChunkId

@@ -93,7 +93,7 @@ def _best(lengths: np.ndarray, free: int, slots: int) -> list[int]:
 
     lengths: (n,). Among pieces of one length the oldest wins. Returns indices into lengths, none if no piece fits.
     """
-    # Of several pieces of one length, this finds the oldest.
+    # return_index finds the oldest of several pieces of one length.
     values, first = np.unique(lengths, return_index=True)
     place = int(np.searchsorted(values, free, side="right"))
     if not place or slots < 1:

@@ -157,7 +157,7 @@ class PackingBuffer:
         for chunk in cursor.chunks:
             rows = np.flatnonzero(self._chunk_key == _chunk_key(cursor, chunk))
             self._merge_key[rows] = cursor.merge_keys(chunk, self._piece[rows])
-        # Of equal keys, the lowest chunk comes first, as when these chunks are loaded to resume.
+        # The lowest chunk of equal keys comes first, as when these chunks are loaded to resume.
         self._select(np.lexsort((self._piece, self._chunk_key)))
 
     def _sort(self) -> None:

@@ -133,7 +133,7 @@ def _first_batch(tokens: int, micro_batch_tokens: int, global_batch_tokens: int,
 def micro_batch_sizes(
     global_batch_tokens: int, first_batch_tokens: int | None, longest: int, ranks: Sequence[int], most: int
 ) -> list[int]:
-    """Return the micro-batches, of `longest` to `most` tokens, of which every rank gets the same number in each step.
+    """Return the micro-batches, of `longest` to `most` tokens, that the ranks can share evenly in each step.
 
     first_batch_tokens: of a batch warm-up. ranks: the present number of ranks, and others that the run may have, which
     count if they can share the batch at all. Raises ValueError, naming what works, if there is none.
@@ -177,7 +177,7 @@ def check_warmup(
 def _fitting_micro_batch(
     global_batch_tokens: int, micro_batch_tokens: int, longest: int, world_size: int
 ) -> int | None:
-    """Return the largest micro-batch, up to the present one, of which every rank has the same number; None if none."""
+    """Return the largest micro-batch, up to the present one, that the ranks can share evenly; None if there is none."""
     share, rest = divmod(global_batch_tokens, world_size)
     fitting = [size for size in possible_ranks(share) if longest <= size <= micro_batch_tokens] if share else []
     return None if rest or not fitting else max(fitting)

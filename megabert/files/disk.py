@@ -56,7 +56,7 @@ def explain(error: OSError) -> str:
         return str(error)
     if error.filename is None:
         return f"{error.strerror}. {remedy}."
-    # Of a file that cannot be moved to its name, that name is the second.
+    # If a file cannot be moved to its name, that name is the second.
     return f"{error.filename2 or error.filename}: {error.strerror}. {remedy}."
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from megabert.files.json_file import parse_json
 
 METRICS = "metrics.jsonl"
-# Of a number; JSON has integers that no float can hold.
+# The limit of a number: JSON has integers that no float can hold.
 LARGEST = 10**300
 
 

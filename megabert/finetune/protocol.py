@@ -82,7 +82,7 @@ class TaskPlan:
     """How a protocol fine-tunes one task."""
 
     candidates: tuple[Settings, ...]
-    """several are a sweep, of which the best counts"""
+    """several are a sweep, and the best of it counts"""
     seeds: tuple[int, ...]
     start: Literal["checkpoint", "mnli"] = CHECKPOINT
     """mnli: start from the encoder that was fine-tuned on MNLI"""

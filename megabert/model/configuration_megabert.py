@@ -226,6 +226,6 @@ class MegaBertConfig(PretrainedConfig):
     def has_transform_head(self) -> bool:
         """Whether classifiers transform hidden states as the masked language model does, and there is no pooler.
 
-        So ModernBERT, whose classifiers start from the weights of that transform.
+        ModernBERT's classifiers do, and start from the weights of that transform.
         """
         return self.norm_position == "pre"

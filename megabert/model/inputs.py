@@ -187,7 +187,7 @@ def count_tokens(input_ids: Tensor, padding_id: int | None) -> Tensor:
 
 
 def _count_packed(input_ids: Tensor, cu_seqlens: Tensor, padding_id: int) -> Tensor:
-    """As count_tokens(), for packed documents (T,)."""
+    """Do what count_tokens() does, for packed documents (T,)."""
     real = input_ids != padding_id
     counted = torch.nn.functional.pad(real.long().cumsum(0), (1, 0))
     token = torch.arange(len(input_ids), device=input_ids.device)

@@ -35,7 +35,7 @@ def start_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Build the model and its engine, with initial weights or with the state of a checkpoint."""
     model = build_model(plan.recipe, corpus.tokenizer, plan.device, plan.ds_config.bf16)
-    # Before operations are compiled, which takes a minute, because the folder may not fit the recipe.
+    # The folder may not fit the recipe, so it is read before operations are compiled, which takes a minute.
     if plan.recipe.model.init_from and checkpoint is None:
         load_initial_weights(model, Path(plan.recipe.model.init_from), corpus.sources[0])
     if plan.device.type == "cpu":

@@ -188,7 +188,7 @@ def build_run(plan: RunPlan, signals: StopSignals) -> Run:
         state.restore(checkpoint)
         restore_schedule(plan, checkpoint, state.time_budget)
     feed = make_feed(plan, corpus, checkpoint)
-    # Before the model: the loader's workers fork from a small process, and have batches ready when the model is built.
+    # The feed opens before the model is built: its workers fork from a small process, and have batches ready in time.
     feed.open(state.positions, state.next_index)
     progress.enter("reading held-out text")
     held_out = open_held_out(recipe, held_out_corpus, corpus, feed.config, rank, world_size)

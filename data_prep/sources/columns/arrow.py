@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 DATA_SET = "state.json"
 DATA_SETS = "dataset_dict.json"
-# Of the two JSON files of a saved data set: a million names.
+# The limit for each of the two JSON files of a saved data set: a million names.
 MAX_NAMES_BYTES = 1 << 26
 # A batch is unpacked whole. datasets writes 1,000 rows, and compresses none.
 MAX_BATCH_BYTES = 1 << 30
@@ -180,7 +180,7 @@ def _check_places(column: "pyarrow.Array") -> None:
     """Raise ArrowInvalid if a text is not within its buffer: reading it would end the process."""
     import pyarrow
 
-    # As bytes, because one text that is not UTF-8 must not condemn the others.
+    # The texts are read as bytes, because one that is not UTF-8 must not condemn the others.
     as_bytes = {
         pyarrow.string(): pyarrow.binary(),
         pyarrow.large_string(): pyarrow.large_binary(),
@@ -247,7 +247,7 @@ def _checked_messages(data: "pyarrow.NativeFile", path: str, is_file: bool) -> I
     """Yield the messages of a file. Raises DamagedError for one that takes more than MAX_BATCH_BYTES when unpacked."""
     import pyarrow
 
-    # After its head a file is a stream, too.
+    # A file is a stream too, after its head.
     data.seek(FILE_HEAD_BYTES if is_file else 0)
     for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(data)):
         try:

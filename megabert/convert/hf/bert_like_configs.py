@@ -72,7 +72,7 @@ def to_bert_settings(source: Path, raw: dict[str, Any], kind: BertLike, head: st
 
 
 def _roberta_positions(source: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the table of positions, of which the first rows are those of padding and of no token."""
+    """Return the settings of the table of positions, whose first rows belong to padding and to no token."""
     pad, rows = raw.get("pad_token_id", ROBERTA_PAD), raw.get("max_position_embeddings", 512)
     if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < rows - 1:
         raise ValueError(

@@ -32,11 +32,11 @@ SHARED_SETTINGS = (
 
 # Settings of ours that BERT does not have, but classes with its layers.
 BERT_LIKE_SETTINGS = ("position_offset", "classifier_activation", "attention_output_dropout_prob")
-# Settings of transformers' BERT of which our model supports one value, which is also BERT's default.
+# Settings of transformers' BERT with the one value that our model supports, which is also BERT's default.
 FIXED_SETTINGS = {"hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
 # The default of a config.json without this setting. The other defaults equal ours.
 BERT_ATTENTION_DROPOUT = 0.1
-# As the published MosaicBERT, which was trained on 128 tokens: ALiBi reads texts that are some times as long.
+# The published MosaicBERT has this length and was trained on 128 tokens: ALiBi reads texts several times as long.
 ALIBI_LENGTH = 512
 REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 

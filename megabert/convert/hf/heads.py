@@ -38,7 +38,7 @@ def read_head(source: Path, raw: dict[str, Any], kind: str, names: Collection[st
     named = next((name for name in sorted(architectures) if name in classes), None)
     has_head = any(name in names for name in LAST_LAYERS)
     if named is None:
-        # In other architectures, the names of the tensors tell one head from another.
+        # In other architectures, each head is known by the names of its tensors.
         bare = {f"{prefix}{end}" for prefix in PREFIXES[kind] for end in ("Model", "ForMaskedLM")}
         if has_head and kind in ("modernbert", "gte") and architectures <= bare:
             raise ValueError(

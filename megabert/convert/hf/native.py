@@ -24,7 +24,7 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
 
 # Other names of transformers' for the exact GELU, which is computed with erf.
 SAME_AS_GELU = ("gelu_python",)
-# Settings of which our model supports one value.
+# Settings with the one value that our model supports.
 MODERNBERT_FIXED = {
     "hidden_activation": "gelu", "classifier_activation": "gelu", "attention_bias": False, "mlp_bias": False,
     "norm_bias": False, "classifier_bias": False, "decoder_bias": True, "tie_word_embeddings": True,
@@ -188,7 +188,7 @@ def from_gte_config(source: Path, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_fixed(source: Path, raw: dict[str, Any], fixed: dict[str, Any]) -> None:
-    """Check the settings of which our model supports one value only. Raises ValueError."""
+    """Raise ValueError for a setting with another value than the one that our model supports."""
     for name, value in fixed.items():
         given = raw.get(name, value)
         if given != value and not (value == "gelu" and given in SAME_AS_GELU):

@@ -24,7 +24,7 @@ TEXTS = "target_check.json"
 ANSWERS = "target_check.safetensors"
 
 NUM_TEXTS = 1000
-# Of this many further lines only the ids are compared.
+# The number of further lines of which only the ids are compared.
 NUM_LINES = 10_000
 # The longest text has this many tokens, if the model reads that many.
 LONGEST = 512

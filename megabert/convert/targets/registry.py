@@ -17,7 +17,7 @@ from megabert.files.checkpoint_format import files_of
 from megabert.files.json_file import read_json
 from megabert.model.configuration_megabert import MegaBertConfig
 
-# In the order in which they are written: a target comes after those that it requires.
+# The targets in the order in which they are written: each comes after those that it requires.
 ALL = (
     sentence_transformers.TARGET,
     onnx_graphs.TARGET,

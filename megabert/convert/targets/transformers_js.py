@@ -71,7 +71,7 @@ def write(exported: ExportedFolder, folder: Path) -> str:
     write_json(out / "config.json", named | settings)
     tokenizer = to_js_tokenizer(exported.tokenizer)
     check_same_ids(exported.tokenizer, tokenizer, lines_with_ids(folder))
-    # Not escaped, which would make a file of many scripts half as large again, and browsers download it.
+    # Escapes would make a file of many scripts half as large again, and browsers download it.
     (out / TOKENIZER).write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(folder / TOKENIZER_CONFIG, out / TOKENIZER_CONFIG)
     return f"torch {version('torch')}"

@@ -24,7 +24,7 @@ from megabert.files.lock import acquire, lock_folder
 READ_AHEAD_THREADS = 16
 # A shard may be evicted between fetching and opening it. This many times in a row mean that the cache is too small.
 MAX_EVICTIONS = 100
-# Of files in the folder: whole shards, parts of shards, and what is being written.
+# The suffixes of files in the folder: whole shards, parts of shards, and what is being written.
 SHARD, BLOCK, PART = ".tar", ".block", ".part"
 # The bytes of all of them, as far as blocks.py has counted.
 USED = "blocks.used"

@@ -44,7 +44,7 @@ SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.tar")
 MAX_CHUNK_BYTES = 1 << 30
 # 60 times the largest vocabulary in use.
 MAX_VOCAB_SIZE = 1 << 24
-# Enough for half a million shards.
+# The limit for manifest.json, which is enough for half a million shards.
 MAX_MANIFEST_BYTES = 128 << 20
 # The limit for tokenizer.json, and for each of the other small files.
 MAX_TOKENIZER_BYTES = 256 << 20

@@ -218,7 +218,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
     Raises ValueError if a piece is listed twice, but for lines of white space alone: no text contains their piece.
     """
     try:
-        # Not splitlines(): U+2028 and U+0085 occur in tokens.
+        # splitlines() would split at U+2028 and U+0085, which occur in tokens.
         text = read_bounded(path, MAX_TOKENIZER_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8: {error}") from error

@@ -280,7 +280,7 @@ def job_process(job: FinetuneJob, context: JobContext, slot: WorkerSlot, start: 
         lock = acquire(context.jobs / f"{job.name}.lock")
     except LockHeldError:
         sys.exit(EXIT_BUSY)
-    # Not before: until then the log may be that of another command's process.
+    # The log is emptied only now: until then it may be that of another command's process.
     os.ftruncate(output, 0)
     torch.set_num_threads(slot.threads)
     run_and_write(job, context, slot, start, request)

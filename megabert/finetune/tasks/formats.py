@@ -117,7 +117,7 @@ def _decode(line: bytes, number: int, path: Path) -> str:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the number of each row's last line, and the row. Raises ValueError for rows that csv cannot read."""
-    # Of the whole process; the default of 131,072 characters is less than a text may have.
+    # This limit is the whole process's. Its default, 131,072 characters, is less than a text may have.
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader((line + "\n" for _, line in _lines(path)), strict=True)
     try:

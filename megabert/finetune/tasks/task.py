@@ -184,7 +184,7 @@ GLUE = {
             tsv=_layouts(*PAIR, label="label"),
             numbered=True,
         ),
-        # Only a test set, which MNLI's model labels.
+        # It has only a test set, which MNLI's model labels.
         Task(
             name="ax",
             texts=("premise", "hypothesis"),

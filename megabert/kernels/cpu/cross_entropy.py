@@ -23,7 +23,7 @@ GRADIENT_BYTES = {2: 256 << 20, 4: 32 << 20, 8: 64 << 20}
 
 
 class Scratch(threading.local):
-    """Each thread's buffers for these gradients, by dtype: to allocate them costs a page fault per 4 kB."""
+    """Each thread's buffers for gradients of logits, by dtype: to allocate them costs a page fault per 4 kB."""
 
     def __init__(self) -> None:
         self.by_dtype: dict[torch.dtype, Tensor] = {}

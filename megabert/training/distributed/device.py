@@ -79,12 +79,12 @@ def capture(work: Callable[[], None]) -> Callable[[], None]:
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        # Not "global": the loader's thread pins memory at any moment, which would end the capture.
+        # With "global" the loader's thread, which pins memory at any moment, would end the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             work()
     except RuntimeError as error:
         cause: BaseException = error
-        # After an error the end of the capture fails, too, and says less.
+        # After an error the end of the capture fails too, with a message that says less.
         while cause.__context__ is not None:
             cause = cause.__context__
         if isinstance(cause, torch.OutOfMemoryError):

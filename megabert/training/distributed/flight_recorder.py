@@ -16,7 +16,7 @@ NCCL_PREFIX = "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
 
 def switch_on() -> None:
     """Let PyTorch record collectives; call this before a process group exists. The user's variables count more."""
-    # On this machine's own disk: a run may hang because its output folder does.
+    # The folder is on this machine's own disk: a run may hang because its output folder does.
     folder = Path(tempfile.gettempdir(), f"megabert-flight-recorder-{os.getuid()}")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDS)
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")

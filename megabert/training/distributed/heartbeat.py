@@ -96,7 +96,7 @@ class Progress:
         return Beat(self.step, self.count, f"compiling ({self.part})" if self.compiling else self.part, age_s, limit_s)
 
 
-# Of this process; a process has one run at a time.
+# The progress of this process, which has one run at a time.
 progress = Progress()
 
 

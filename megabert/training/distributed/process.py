@@ -69,7 +69,7 @@ def init_distributed() -> tuple[int, int]:
         keep_freed_memory()
         deepspeed_compat.replace_all_gather(ring_all_gather)
     elif device.type == "cuda":
-        # Before the first collective: NCCL fails, or waits, if two ranks have one GPU.
+        # This precedes the first collective, in which NCCL fails, or waits, if two ranks have one GPU.
         claim_gpu(torch.distributed.distributed_c10d._get_default_store(), socket.gethostname(), gpu_id(device))
     return deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
 

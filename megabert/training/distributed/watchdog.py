@@ -184,7 +184,7 @@ class PeerWatchdog:
         for peer in self.peers.values():
             peer.send(message)
         if self.rank == 0 and message == GOODBYE and self.thread.is_alive():
-            # Until the other ranks have sent their goodbye too.
+            # Wait until the other ranks have sent their goodbye too.
             self.thread.join(END_DELAY_S)
 
     def _watch(self) -> None:
@@ -193,7 +193,7 @@ class PeerWatchdog:
         for rank, peer in self.peers.items():
             if not peer.unread or self._stays(rank, peer.unread):
                 selector.register(peer.connection, selectors.EVENT_READ, rank)
-        # Often enough that a hang is named soon after its limit.
+        # The period is short enough that a hang is named soon after its limit.
         period_s = min(BEAT_S, self.hang_timeout_s / 4) if self.hang_timeout_s else None
         beaten_at = time.monotonic()
         while selector.get_map():

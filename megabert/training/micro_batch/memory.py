@@ -10,9 +10,9 @@ from megabert.training.micro_batch.batch import Batch
 
 # CUDA's context, cuBLAS and NCCL.
 CONTEXT = 1.5e9
-# Of a card's memory, what may be predicted to be full: the formula is not exact.
+# The share of a card's memory that a prediction may fill: the formula is not exact.
 FULL = 0.9
-# The allocator's fragments: a share of what changes from layer to layer.
+# The allocator's fragments, as a share of the memory whose use changes from layer to layer.
 FRAGMENTS = 0.05
 # Logits of a chunk of the loss in bf16, and their copy in the products: kernels/cross_entropy.py's MAX_LOGITS.
 LOSS_CHUNK = 2 * 2 * (1 << 26)

@@ -23,7 +23,7 @@ BANDWIDTH = 0.85
 ROWS = 0.6
 # Python and launches, seconds per layer of a micro-batch; they overlap with the GPU's work.
 HOST_PER_LAYER = 1.6e-3
-# Of the GPU's time: waits at the end of a step, gaps between kernels.
+# The share of the GPU's time that goes into waits at the end of a step and gaps between kernels.
 GAPS = 0.03
 
 

@@ -1,6 +1,6 @@
 """Compute the FLOPs that a training step needs and the FLOP/s that a device can do; MFU is their ratio over time.
 
-Counted is what the model needs, whatever else a kernel computes: real tokens only; attention within documents;
+The count is of what the model needs, whatever else a kernel computes: real tokens only; attention within documents;
 everything after the last layer's attention on masked tokens only; matrix products only, with a multiplication and an
 addition as two FLOPs; the backward pass as twice the forward pass, without recomputation.
 """

@@ -95,7 +95,7 @@ class StableAdamW(torch.optim.Optimizer):
     pytorch_optimizer 4.1 and torch-optimi 0.3.3 take the same steps to rounding. Both compute the RMS of whole tensors
     only, so that neither could be used with ZeRO's partitions.
 
-    partitions: of tensors that ZeRO has put in the place of the parameters, which parts of which parameters they hold.
+    partitions: for each tensor that ZeRO has put in the place of parameters, the parts of parameters that it holds.
     The sums over a parameter are then added over all ranks, which must call step() together.
     """
 
