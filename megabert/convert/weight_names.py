@@ -310,19 +310,6 @@ def add_classifiers_pooler(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(weights) | {name: weights[other].clone() for name, other in POOLER.items() if other in weights}
 
 
-def to_megabert_state_dict(state: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
-    """Rename another masked language model's weights to the state dict of our MegaBertForMaskedLM.
-
-    Raises ValueError if a name is unknown or missing, or if a tied tensor differs from the one that it is tied to.
-    """
-    renamed = to_megabert(state, kind)
-    if renamed.missing:
-        raise ValueError(
-            f"this state dict is not a {kind} masked language model: it has no head ({renamed.missing[0]})."
-        )
-    return renamed.weights | {TIED_DECODER: renamed.weights[WORD_EMBEDDINGS]}
-
-
 def from_megabert(
     state: Mapping[str, Tensor], kind: Kind, duplicates: bool = True, head: str | None = None
 ) -> dict[str, Tensor]:

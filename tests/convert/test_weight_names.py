@@ -1,10 +1,13 @@
 """Weights are renamed to other architectures' names and back without changing a bit."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
+from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
-from megabert.convert.weight_names import from_megabert, to_megabert_state_dict
+from megabert.convert.weight_names import TIED_DECODER, WORD_EMBEDDINGS, Kind, from_megabert, to_megabert
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 
@@ -43,11 +46,17 @@ def model_of(kind: str, **changes) -> MegaBertForMaskedLM:
     return model
 
 
+def state_dict_of(theirs: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
+    """Rename another masked language model's weights, and add the tied tensor, which a state dict has."""
+    weights = to_megabert(theirs, kind).weights
+    return weights | {TIED_DECODER: weights[WORD_EMBEDDINGS]}
+
+
 @pytest.mark.parametrize("kind", ["mosaicbert", "bert", "roberta", "distilbert", "electra"])
 def test_there_and_back_changes_no_bit(kind):
     ours = model_of(kind).state_dict()
     theirs = from_megabert(ours, kind)
-    back = to_megabert_state_dict(theirs, kind)
+    back = state_dict_of(theirs, kind)
     assert back.keys() == ours.keys()
     for name, tensor in ours.items():
         assert torch.equal(back[name], tensor), name
@@ -76,7 +85,7 @@ def test_bert_is_transformers_bert(direction):
     theirs = BertForMaskedLM(BertConfig(**SHAPE)).double().eval()
     ours = model_of("bert").double().eval()
     if direction == "from transformers":
-        ours.load_state_dict(to_megabert_state_dict(theirs.state_dict(), "bert"))
+        ours.load_state_dict(state_dict_of(theirs.state_dict(), "bert"))
     else:
         assert from_megabert(ours.state_dict(), "bert").keys() == theirs.state_dict().keys()
         theirs.load_state_dict(from_megabert(ours.state_dict(), "bert"))
@@ -88,15 +97,15 @@ def test_bert_is_transformers_bert(direction):
 def test_unknown_missing_and_untied_tensors_are_refused():
     theirs = from_megabert(model_of("mosaicbert").state_dict(), "mosaicbert")
     with pytest.raises(ValueError, match="1 unknown: bert.pooler.conv.weight"):
-        to_megabert_state_dict(theirs | {"bert.pooler.conv.weight": torch.zeros(1)}, "mosaicbert")
+        to_megabert(theirs | {"bert.pooler.conv.weight": torch.zeros(1)}, "mosaicbert")
     fewer = dict(theirs)
     del fewer["bert.encoder.layer.1.mlp.wo.bias"]
     with pytest.raises(ValueError, match="1 missing: bert.encoder.layer.1.mlp.wo.bias"):
-        to_megabert_state_dict(fewer, "mosaicbert")
+        to_megabert(fewer, "mosaicbert")
     with pytest.raises(ValueError, match="not a bert masked language model"):
-        to_megabert_state_dict(theirs, "bert")
+        to_megabert(theirs, "bert")
     with pytest.raises(ValueError, match="not a megabert as bert masked language model"):
         from_megabert(model_of("mosaicbert").state_dict(), "bert")
     untied = theirs | {"cls.predictions.decoder.weight": torch.zeros(60, 24)}
     with pytest.raises(ValueError, match="cls.predictions.decoder.weight differs from bert.embeddings"):
-        to_megabert_state_dict(untied, "mosaicbert")
+        to_megabert(untied, "mosaicbert")

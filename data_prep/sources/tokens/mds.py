@@ -188,7 +188,7 @@ def _unpacked(path: Path, shard: Shard) -> bytes:
     method = str(shard.compression).partition(":")[0]
     if method != "zstd":
         raise ValueError(f"{path}: compressed with {method}, expected zstd. Write it again without compression.")
-    # Not decompress(), which allocates what the file says of itself.
+    # decompress() would allocate as much as the file says of itself.
     with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)) as reader:
         unpacked = reader.read(shard.raw_data.bytes + 1)
     if len(unpacked) != shard.raw_data.bytes:

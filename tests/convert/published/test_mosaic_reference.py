@@ -17,7 +17,7 @@ import torch
 
 from megabert.convert.from_hf import import_model
 from megabert.convert.to_mosaicbert import export_mosaicbert
-from megabert.convert.weight_names import to_megabert_state_dict
+from megabert.convert.weight_names import to_megabert
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
 from tests.convert.helpers.small_model import SHAPE, small_model
 from tests.helpers.runs import run_command
@@ -60,7 +60,7 @@ def assert_same(model: MegaBertForMaskedLM, inputs: dict[str, torch.Tensor], exp
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(output.logits[real], expected["logits"][real], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(output.loss, expected["loss"], rtol=0, atol=TOLERANCE)
-    gradients = to_megabert_state_dict(expected["gradients"], "mosaicbert")
+    gradients = to_megabert(expected["gradients"], "mosaicbert").weights
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
             parameter.grad, gradients[name], rtol=0, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
