@@ -307,13 +307,18 @@ class Implementation(NamedTuple):
 
 
 def choose_adamw(
-    name: Literal["auto", "torch", "fused"], device: torch.device, offloaded: bool, machine: Machine | None = None
+    name: Literal["auto", "torch", "fused"],
+    device: torch.device,
+    offloaded: bool,
+    zero_stage: int,
+    machine: Machine | None = None,
 ) -> Implementation:
     """Choose AdamW's implementation for run.ops `name`.
 
-    apex's, then DeepSpeed's, if their extension is built; else PyTorch's fused one, which also runs on a CPU.
-    offloaded: the optimizer's state is in the CPU's memory. apex and DeepSpeed count steps per group, PyTorch per
-    parameter: training resumes from a checkpoint only with the implementation that saved it.
+    apex's below ZeRO 3, then DeepSpeed's, if their extension is built; else PyTorch's fused one, which also runs on a
+    CPU. offloaded: the optimizer's state is in the CPU's memory. apex counts steps per group, the others per tensor:
+    training resumes from a checkpoint only with the implementation that saved it. ZeRO 3 calls step() once for each
+    part of a group, and loads a checkpoint of another number of ranks by the count that a tensor has.
     """
     machine = machine or inspect_machine(device)
 
@@ -336,12 +341,10 @@ def choose_adamw(
         return Implementation(from_torch, "PyTorch", f"the others need a CUDA device, this is {machine.device_type}")
     if offloaded:
         return Implementation(from_torch, "PyTorch", "the others need their state on the GPU, it is offloaded")
-    if not machine.lacks("amp_C"):
+    if zero_stage < 3 and not machine.lacks("amp_C"):
         return Implementation(from_apex, "apex", f"run.ops {name}")
+    no_apex = "apex counts steps per group, which ZeRO 3 takes in parts" if zero_stage == 3 else "apex is not built"
+    remedy = "" if zero_stage == 3 else ": bash launch/install_gpu.sh"
     if not machine.lacks("deepspeed.ops.adam.fused_adam_op"):
-        return Implementation(from_deepspeed, "DeepSpeed", "apex is not built: bash launch/install_gpu.sh")
-    return Implementation(
-        from_torch,
-        "PyTorch",
-        "neither apex's nor DeepSpeed's is built: bash launch/install_gpu.sh builds apex",
-    )
+        return Implementation(from_deepspeed, "DeepSpeed", f"{no_apex}{remedy}")
+    return Implementation(from_torch, "PyTorch", f"DeepSpeed's is not built, and {no_apex}{remedy}")

@@ -277,6 +277,10 @@ def test_only_modules_that_can_be_imported_are_installed():
     assert not resolving._is_installed("no_such_package.module")
 
 
+DEEPSPEED_ADAM = {"deepspeed.ops.adam.fused_adam_op": ""}
+NO_APEX = "apex counts steps per group, which ZeRO 3 takes in parts"
+
+
 class Adam(torch.optim.AdamW):
     """Takes the arguments of apex's and DeepSpeed's FusedAdam."""
 
@@ -286,21 +290,30 @@ class Adam(torch.optim.AdamW):
 
 
 @pytest.mark.parametrize(
-    ("machine", "offloaded", "description", "kind"),
+    ("machine", "offloaded", "stage", "description", "kind"),
     [
-        (LAPTOP, False, "PyTorch (the others need a CUDA device, this is cpu)", torch.optim.AdamW),
-        (having(A100, amp_C=""), True, "PyTorch (the others need their state on the GPU", torch.optim.AdamW),
-        (having(A100, amp_C=""), False, "apex (run.ops auto)", Adam),
+        (LAPTOP, False, 1, "PyTorch (the others need a CUDA device, this is cpu)", torch.optim.AdamW),
+        (having(A100, amp_C=""), True, 1, "PyTorch (the others need their state on the GPU", torch.optim.AdamW),
+        *((having(A100, amp_C=""), False, stage, "apex (run.ops auto)", Adam) for stage in (0, 1, 2)),
+        (having(A100, amp_C=""), False, 3, f"PyTorch (DeepSpeed's is not built, and {NO_APEX})", torch.optim.AdamW),
+        (having(A100, amp_C="", **DEEPSPEED_ADAM), False, 3, f"DeepSpeed ({NO_APEX})", Adam),
         (
-            having(A100, **{"deepspeed.ops.adam.fused_adam_op": ""}),
+            having(A100, **DEEPSPEED_ADAM),
             False,
+            1,
             "DeepSpeed (apex is not built: bash launch/install_gpu.sh)",
             Adam,
         ),
-        (A100, False, "PyTorch (neither apex's nor DeepSpeed's is built: bash launch", torch.optim.AdamW),
+        (
+            A100,
+            False,
+            1,
+            "PyTorch (DeepSpeed's is not built, and apex is not built: bash launch/install_gpu.sh)",
+            torch.optim.AdamW,
+        ),
     ],
 )
-def test_the_optimizer_and_its_reason(machine, offloaded, description, kind, monkeypatch):
+def test_the_optimizer_and_its_reason(machine, offloaded, stage, description, kind, monkeypatch):
     import types
 
     import deepspeed.ops.adam
@@ -308,9 +321,9 @@ def test_the_optimizer_and_its_reason(machine, offloaded, description, kind, mon
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", types.SimpleNamespace(FusedAdam=Adam))
     monkeypatch.setattr(deepspeed.ops.adam, "FusedAdam", Adam)
-    chosen = choose_adamw("auto", CUDA, offloaded, machine)
+    chosen = choose_adamw("auto", CUDA, offloaded, stage, machine)
     assert f"{chosen.source} ({chosen.reason})".startswith(description)
-    assert choose_adamw("torch", CUDA, offloaded, machine).source == "PyTorch"
+    assert choose_adamw("torch", CUDA, offloaded, stage, machine).source == "PyTorch"
     optimizer = chosen.make(
         [torch.nn.Parameter(torch.zeros(2))], lr=0.1, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01
     )

@@ -22,7 +22,7 @@ def choose_optimizer(recipe: Recipe, ds_config: ResolvedDsConfig, device: torch.
         return Implementation(make_muon, "DeepSpeed", "with PyTorch's AdamW for all but the encoder's matrices")
     if recipe.optimizer.name == "stable_adamw":
         return Implementation(StableAdamW, "MegaBERT", "PyTorch has none")
-    return choose_adamw(recipe.run.ops, device, ds_config.offloads_optimizer)
+    return choose_adamw(recipe.run.ops, device, ds_config.offloads_optimizer, ds_config.zero_stage)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> Groups:

@@ -315,3 +315,18 @@ def test_stable_adamw_takes_the_steps_of_stage_0_at_every_stage(corpus, tmp_path
     if ranks == 3:
         fewer = train(corpus, tmp_path / "fewer", stage, *more, middle, ranks=2)
         assert fewer == pytest.approx(curve[3:], rel=1e-5)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_optimizer_that_counts_steps_per_group_resumes_on_another_number_of_ranks(corpus, tmp_path, stage):
+    """A stand-in for apex's FusedAdam, which is not chosen at ZeRO 3."""
+    patch = "from tests.training.helpers.group_steps import install; install()"
+    more = ["--run.max_steps=6", "--run.save_every_steps=3", "--model.hidden_dropout=0"]
+    expected = train(corpus, tmp_path / "torch", stage, *more)
+    two = train(corpus, tmp_path / "two", stage, *more, ranks=2, patch=patch)
+    assert two == pytest.approx(expected, rel=1e-5)
+    middle = f"--run.resume={tmp_path / 'two/checkpoints/step-00000003'}"
+    for ranks in (2, 1):
+        resumed = train(corpus, tmp_path / f"on-{ranks}", stage, *more, middle, ranks=ranks, patch=patch)
+        assert resumed == pytest.approx(two[3:], rel=1e-5)
