@@ -138,6 +138,8 @@ def test_a_failed_capture_says_what_to_set(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(device, "stream_of_graphs", lambda index: None)
 
     def fail(error: Exception) -> None:
         raise error
@@ -146,6 +148,39 @@ def test_a_failed_capture_says_what_to_set(monkeypatch):
         device.capture(lambda: fail(RuntimeError("operation not permitted\nmore")))
     with pytest.raises(torch.OutOfMemoryError):
         device.capture(lambda: fail(torch.OutOfMemoryError("out of memory")))
+
+
+def test_all_warm_ups_and_the_capture_are_on_one_stream(monkeypatch):
+    """Memory that was freed on one stream is of no use to another: each would take a micro-batch's activations anew."""
+    used: list[object] = []
+
+    class Stream:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    def on(stream: object) -> contextlib.nullcontext:
+        used.append(stream)
+        return contextlib.nullcontext()
+
+    device.stream_of_graphs.cache_clear()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(3))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, **options: on(stream))
+    try:
+        for work in (device.warm_up, device.warm_up, device.capture):
+            work(lambda: None)
+    finally:
+        device.stream_of_graphs.cache_clear()
+    assert len(used) == 3
+    assert len({id(stream) for stream in used}) == 1
+    assert isinstance(used[0], Stream)
+    assert used[0].index == 3
 
 
 def chosen(*flags: str, on: torch.device = CUDA, **ds_config: object) -> str | None:

@@ -1,5 +1,6 @@
 """Choose and use the accelerator of this rank; only this file and kernels/devices.py ask which device it is."""
 
+import functools
 import os
 import resource
 from collections.abc import Callable
@@ -63,9 +64,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     return get_accelerator().max_memory_allocated()
 
 
+@functools.cache
+def stream_of_graphs(device_index: int) -> torch.cuda.Stream:
+    """Return the stream on which work is warmed up and captured, one for each device.
+
+    The allocator keeps freed memory for the stream that it was freed on: on another stream, each warm-up would take as
+    much memory again.
+    """
+    return torch.cuda.Stream(device_index)
+
+
 def warm_up(work: Callable[[], None]) -> None:
     """Do work that will be captured on a stream of its own, as torch asks for; it then compiles and allocates."""
-    stream = torch.cuda.Stream()
+    stream = stream_of_graphs(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
@@ -77,10 +88,10 @@ def capture(work: Callable[[], None]) -> Callable[[], None]:
 
     Raises ValueError if one of them cannot be recorded, and torch.OutOfMemoryError. Not run on a GPU yet.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), stream_of_graphs(torch.cuda.current_device())
     try:
         # With "global" the loader's thread, which pins memory at any moment, would end the capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             work()
     except RuntimeError as error:
         cause: BaseException = error
