@@ -22,6 +22,7 @@ from megabert.config.ds_config import read_ds_config
 from megabert.config.recipe_parser import RecipeParser
 from megabert.training import loop
 from megabert.training.distributed.accelerator import choose_accelerator
+from megabert.training.micro_batch import step as micro_batch_step
 from megabert.training.run import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -50,6 +51,19 @@ def open_run(stage: str, flags: list[str]) -> Run:
 def step(run: Run) -> None:
     loop.set_learning_rate(run.engine, run.plan, run.state)
     loop.train_step(run)
+
+
+@contextlib.contextmanager
+def at_each_micro_batch(begins: Callable[[], None]) -> Iterator[None]:
+    """Call begins() before each micro-batch, whether the engine computes it or a CUDA graph."""
+    seed_dropout = micro_batch_step.seed_dropout
+
+    def seeding(seed: int, index: int) -> None:
+        begins()
+        seed_dropout(seed, index)
+
+    with mock.patch.object(micro_batch_step, "seed_dropout", seeding):
+        yield
 
 
 @contextlib.contextmanager
@@ -97,13 +111,7 @@ def line_of_caller() -> str:
 def waits(run: Run) -> dict[str, object]:
     """Return the host's waits for the GPU in one step, by line, and those before its last micro-batch began."""
     micro_batches: list[int] = []
-    begin = run.engine.set_gradient_accumulation_boundary
-
-    def begins(is_boundary: bool) -> None:
-        micro_batches.append(len(lines))
-        begin(is_boundary)
-
-    with waits_by_line() as lines, mock.patch.object(run.engine, "set_gradient_accumulation_boundary", begins):
+    with waits_by_line() as lines, at_each_micro_batch(lambda: micro_batches.append(len(lines))):
         step(run)
     return {
         "waits": len(lines),
