@@ -213,7 +213,8 @@ def crash(setup: Setup) -> Outcome:
     whole = losses(setup.train("whole", flags))
     folder = setup.out / "killed"
     # As users start it.
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=1", f"--master_port={free_port()}"]
+    which = "--num_gpus=1" if setup.dry else on_one_gpu()
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", which, f"--master_port={free_port()}"]
     command = [*launcher, *setup.pretrain("killed", flags)]
     env = os.environ | {"DS_ACCELERATOR": setup.accelerator}
     with open(setup.out / "log.txt", "a") as log:
@@ -234,6 +235,12 @@ def crash(setup: Setup) -> Outcome:
     figure = f"{'the same' if same else 'OTHER'} losses, {skipped} update skipped{'' if was_killed else ', NOT KILLED'}"
     found = {"whole": whole, "killed": killed, "skipped": skipped}
     return Outcome(was_killed and same and skipped == 1, figure, found)
+
+
+def on_one_gpu() -> str:
+    """Return the launcher's flag for one rank. With --num_gpus it ignores CUDA_VISIBLE_DEVICES."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    return f"--include=localhost:{first}" if first.isdecimal() else "--num_gpus=1"
 
 
 def where_time_goes(setup: Setup) -> Outcome:

@@ -222,6 +222,18 @@ def test_a_crash_that_is_not_survived_fails(code, resumed, skipped, passed, corp
     assert started == [False, True, False]
 
 
+@pytest.mark.parametrize(
+    ("visible", "flag"), [(None, "--num_gpus=1"), ("", "--num_gpus=1"), ("3,5", "--include=localhost:3")]
+)
+def test_the_launched_run_is_on_the_gpu_that_this_process_may_use(visible, flag, monkeypatch):
+    """DeepSpeed's launcher drops CUDA_VISIBLE_DEVICES where --num_gpus is given, and takes the machine's first GPU."""
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert parts.on_one_gpu() == flag
+
+
 PREDICT = functools.cache(speeds.Case.predict)
 
 
