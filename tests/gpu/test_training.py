@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megabert.files.checkpoint_format import find_checkpoint, read_state
 from megabert.files.metrics_format import read_metrics
 from tests.helpers import warm
 from tests.helpers.runs import Corpus, ds_config_in, pretrain_command, run_command
@@ -91,3 +92,5 @@ def test_the_guard_leaves_out_an_update_that_is_not_finite(device, corpus: Corpu
     metrics = train(device, command, INJECT=json.dumps({"bins": [4], "factor": "nan", "added": 0}))
     assert json.loads((tmp_path / "run/result.json").read_text())["skipped_updates"] == 1
     assert all(named(metrics, "loss")[step] > 0 for step in (1, 2, 4))
+    # A CUDA graph would never see the fault.
+    assert read_state(find_checkpoint(tmp_path / "run")).recipe["run"]["cuda_graphs"] is False

@@ -1,6 +1,7 @@
 """Run launch/pretrain.py with a fault: multiply the loss of some bins by a factor, or add to it, as bad data would.
 
-It also prints how many optimizers are in memory when a rollback builds its engine.
+It also prints how many optimizers are in memory when a rollback builds its engine. run.cuda_graphs is false: a graph
+would repeat its first micro-batch's loss, with or without the fault.
 
 INJECT='{"bins": [6, 7], "factor": "nan", "added": 0}' python tests/helpers/scripts/inject.py ...
 """
@@ -47,4 +48,5 @@ def start_engine(plan, corpus, gate, checkpoint):
 loop.start_engine = start_engine
 PackedBatch.model_inputs = model_inputs
 MegaBertForMaskedLM.masked_loss = masked_loss
+sys.argv.append("--run.cuda_graphs=false")
 runpy.run_path(str(Path(__file__).parents[3] / "launch/pretrain.py"), run_name="__main__")
