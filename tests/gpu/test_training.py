@@ -45,6 +45,18 @@ def named(metrics: list[dict[str, float]], name: str) -> dict[float, float]:
     return {point["step"]: point[name] for point in metrics if name in point}
 
 
+def test_a_run_on_a_gpu_is_not_forked_from_a_process_for_the_cpu(monkeypatch, tmp_path):
+    """That process has loaded DeepSpeed for a CPU: the run would train there, and these tests would pass."""
+    started: list[str] = []
+    monkeypatch.setitem(warm.AT_START, "DS_ACCELERATOR", "cuda")
+    monkeypatch.setattr(warm, "_popen_cold", lambda *arguments: started.append("cold"))
+    monkeypatch.setattr(warm, "WarmProcess", lambda *arguments: started.append("warm"))
+    for device in ("cuda", "cpu"):
+        command = [sys.executable, "launch/pretrain.py"]
+        warm.popen(command, warm.AT_START | {"DS_ACCELERATOR": device}, tmp_path / "log.txt")
+    assert started == ["cold", "warm"]
+
+
 @pytest.mark.parametrize("device", [GPU, "cpu"])
 def test_a_run_saves_evaluates_and_resumes(device, corpus: Corpus, tmp_path):
     command = command_of(device, corpus, tmp_path, "--run.max_steps=2", "--run.save_every_steps=1")

@@ -121,7 +121,7 @@ def popen(
     output: the file for what it prints, stdout and stderr; without one it is a pipe, the result's .stdout.
     """
     script = command[1].removeprefix(f"{REPOSITORY}/") if len(command) > 1 else ""
-    same = all(env.get(name) == AT_START.get(name, _default(name)) for name in READ_AT_START)
+    same = all(env.get(name) == _of_server(name) for name in READ_AT_START)
     known = script in SCRIPTS or preload == "transformers"
     cold = command[0] != sys.executable or not known or not same
     reading, writing = (
@@ -145,8 +145,9 @@ def _popen_cold(command: list[str], env: dict[str, str], output: int) -> "subpro
     )  # fmt: skip
 
 
-def _default(name: str) -> str | None:
-    return "cpu" if name == "DS_ACCELERATOR" else None
+def _of_server(name: str) -> str | None:
+    """Return the value that a variable has in the servers: they have loaded DeepSpeed for a CPU."""
+    return "cpu" if name == "DS_ACCELERATOR" else AT_START.get(name)
 
 
 def run_check(command: list[str], cwd: str, env: dict[str, str], **_) -> "subprocess.CompletedProcess[str]":
