@@ -291,6 +291,7 @@ def open_graph(plan: RunPlan, engine: deepspeed.DeepSpeedEngine) -> MicroBatchGr
 
 def open_writer(plan: RunPlan, num_parameters: int, reporter: Reporter | None) -> CheckpointWriter:
     """Check the room for checkpoints, and open this rank's writer."""
+    progress.enter("connecting the ranks by gloo, whose interface GLOO_SOCKET_IFNAME names")
     settings = plan.recipe.run
     retention = Retention(settings.keep_checkpoints, settings.keep_every_steps, settings.keep_best)
     check_disk_space(plan.checkpoints, num_parameters, plan.ds_config.zero_stage, retention, plan.rank)

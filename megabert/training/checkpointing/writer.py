@@ -101,6 +101,9 @@ class CheckpointWriter:
             f"rank {self.rank} is not in the group of the writers: got {group!r}"
         )
         self.group = group
+        # Gloo connects the ranks at its first collective. With NCCL for the training that would be the first save: a
+        # network that gloo cannot use would show only after hours.
+        gather_dicts({}, group)
         self.thread: threading.Thread | None = None
         self.finished = True
         self.problem: str | None = None

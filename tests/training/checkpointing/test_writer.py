@@ -104,6 +104,13 @@ def written(request, tmp_path, corpus) -> Written:
     return Written(tmp_path / "checkpoints", corpus, overlap=request.param)
 
 
+def test_the_ranks_that_save_connect_when_the_run_starts(tmp_path, corpus, monkeypatch):
+    """Gloo connects them at its first collective; on GPUs, which train over NCCL, the next would be the first save."""
+    groups: list[object] = []
+    monkeypatch.setattr(writer, "gather_dicts", lambda part, group=None: groups.append(group) or {})
+    assert groups == [Written(tmp_path, corpus).writer.group]
+
+
 def test_a_checkpoint_is_complete_and_old_ones_are_deleted(written, tmp_path):
     written.folder.mkdir()
     (written.folder / ".tmp-left-over").touch()
