@@ -38,7 +38,12 @@ class Part(NamedTuple):
 PARTS = [
     Part("machine", 60, "all operations from Triton", parts.machine),
     Part("kernels", 180, "all tests pass", parts.kernels),
-    Part("host's waits", 120, f"at most {parts.MOST_WAITS} (0); ZeRO 2: and one in each", parts.host_waits),
+    Part(
+        "host's waits",
+        120,
+        f"at most {parts.MOST_WAITS} (0); ZeRO 1: {parts.MOST_WAITS + 1} (0); ZeRO 2: and one in each",
+        parts.host_waits,
+    ),
     Part("curves", 150, "differences below 1e-3, 2e-2, 1e-5", parts.curves),
     Part("crash", 150, "the same losses, 1 update skipped", parts.crash),
     Part("speeds", 300, f"{100 * speeds.LEAST_OF_PREDICTION:.0f} % of launch/estimate.py's tokens/s", speeds.speeds),

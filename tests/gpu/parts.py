@@ -21,7 +21,7 @@ from tests.helpers.runs import TINY, last_of_each
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ("0", "1", "2")
-# In a step, without ZeRO 2's one in each micro-batch; tests/gpu_walk names them.
+# In a step, without ZeRO 2's one in each micro-batch and ZeRO 1's for an idle stream; tests/gpu_walk names them.
 MOST_WAITS = 3
 # Differences of losses: fp32 on the GPU and on the CPU; bf16 by kernels and by PyTorch; ZeRO 0 and 2.
 SAME_FP32, SAME_BF16, SAME_STAGES = 1e-3, 0.02, 1e-5
@@ -165,10 +165,14 @@ def host_waits(setup: Setup) -> Outcome:
 
 
 def few_waits(stage: str, waits: int, micro_batches: int, between: int, lines: dict[str, int]) -> bool:
-    """Whether a step waits as seldom as it can: ZeRO 2 with overlap_comm waits after each micro-batch."""
+    """Whether a step waits as seldom as it can.
+
+    ZeRO 2 with overlap_comm waits after each micro-batch. ZeRO 1 after a CUDA graph waits for a stream of DeepSpeed's,
+    too, which has nothing to do then.
+    """
     if stage == "2":
         return waits <= MOST_WAITS + micro_batches
-    return waits <= MOST_WAITS and between == 0
+    return waits <= MOST_WAITS + (stage == "1") and between == 0
 
 
 def curves(setup: Setup) -> Outcome:

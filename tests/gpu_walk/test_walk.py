@@ -19,6 +19,7 @@ from megabert.config.ds_config import read_ds_config
 from megabert.config.recipe_parser import ds_config_path, load_recipe
 from megabert.training.micro_batch.batch import Batch
 from megabert.training.micro_batch.memory import Execution, Memory, memory_of_rank
+from tests.gpu.parts import few_waits
 from tests.helpers.runs import REPOSITORY
 
 pytestmark = [pytest.mark.compiler, pytest.mark.triton]
@@ -171,6 +172,10 @@ def test_a_step_on_a_gpu(library, recipe, stage, ranks, layers):
     assert found["steps_applied"] == 2
     allowed = allowed_waits(stage, ranks)
     assert too_many(found["waits"], allowed) == {}
+    for waits in (found["waits"], found.get("graph", found)["waits"]):
+        # Those of one rank, which tests/gpu/accept.py counts on a GPU.
+        alone = sum(count for name, count in waits.items() if name not in OF_SEVERAL_RANKS)
+        assert few_waits(str(stage), alone, MICRO_BATCHES, 0, {})
     assert found["evaluation_waits"] == {"read(tolist) megabert/training/evaluate.py:evaluate": 1}
     residual = "torch.bfloat16 cuda" if recipe.startswith("mosaic") else "torch.float32 cuda"
     assert found["residual"] == [residual]
