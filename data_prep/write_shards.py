@@ -91,9 +91,14 @@ def check_not_empty(request: ShardRequest, summaries: list[TaskSummary]) -> None
 def write_rest(
     request: ShardRequest, summaries: list[TaskSummary], counts: ShardCounts, splits: Iterable[InputSplit]
 ) -> Manifest:
-    """Write all files but the shards. Raises ValueError if too many tokens are [UNK]."""
+    """Write all files but the shards. Raises ValueError if no document has a token, or if too many are [UNK]."""
     read = sum(summary.read for summary in summaries)
     manifest, ids = build_manifest(request, counts, read, min(summary.first_heldout for summary in summaries))
+    if not manifest.statistics["documents"]:
+        what = "has no document with a character"
+        if request.tokenizer_path is not None:
+            what = f"the tokenizer {request.tokenizer_path} leaves no token of any document"
+        raise ValueError(f"{request.options.source}: {what}; nothing to write.")
     if request.tokenizer_path is not None:
         share = manifest.statistics["unknown_tokens"] / max(1, manifest.statistics["tokens"])
         text = (split for split in splits if split.kind not in TOKEN_KINDS)

@@ -1,11 +1,13 @@
 """Open the corpora of a run, and choose the shape of its bins by them."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from megabert.config.data_section import DataConfig
 from megabert.data.bin_shape import default_max_documents, four_medians
 from megabert.data.shards.cache import CacheOptions
-from megabert.data.shards.source import Corpus, check_same_tokenizer, open_corpus
+from megabert.data.shards.shard_list import DamagedShardError
+from megabert.data.shards.source import Corpus, Source, check_same_tokenizer, open_corpus
 from megabert.files.checkpoint_format import State
 
 
@@ -22,7 +24,28 @@ def open_corpora(data: DataConfig) -> tuple[Corpus, Corpus]:
     check_same_tokenizer(corpus.sources[0], held_out.sources[0])
     for source in corpus.sources:
         source.check_files()
+    for source in (*corpus.sources, *held_out.sources):
+        check_has_tokens(source)
     return corpus, held_out
+
+
+def check_has_tokens(source: Source) -> None:
+    """Raise ValueError for text of which the tokenizer leaves nothing: a stream would look for a token for ever.
+
+    The manifest counts characters. Only if a sample of the documents has no token, all of them are read.
+    """
+    known = source.document_lengths() if source.tokenizer_path is not None else None
+    if known is None or known[0].any():
+        return
+    for number, shard in enumerate(source.shards):
+        for chunk in range(len(shard.chunks)):
+            with suppress(DamagedShardError):
+                if len(source.read_chunk(number, chunk).tokens):
+                    return
+    raise ValueError(
+        f"{source.folder}: the tokenizer {source.tokenizer_path} leaves no token of any document. Use a corpus with "
+        "text, or another data.tokenizer."
+    )
 
 
 def choose_max_documents(data: DataConfig, corpus: Corpus, saved: State | None) -> dict[int, int]:

@@ -144,6 +144,24 @@ def test_an_empty_corpus_is_refused(tmp_path):
         write_shards.main([f"--source={tmp_path}", f"--out={tmp_path / 'out'}"])
 
 
+def test_a_corpus_of_which_the_tokenizer_leaves_nothing_is_refused(tmp_path, corpus):
+    (tmp_path / "a.txt").write_text("\x01")
+    (tmp_path / "b.txt").write_text("\x02\x03")
+    command = [f"--source={tmp_path}", f"--out={tmp_path / 'out'}", f"--tokenizer={corpus.tokenizer}"]
+    with pytest.raises(ValueError, match=r"the tokenizer .*/tokenizer.json leaves no token of any document"):
+        write_shards.main(command)
+    assert not (tmp_path / "out/manifest.json").exists()
+    (tmp_path / "c.txt").write_text("words")
+    write_shards.main(command)
+    assert read_manifest(tmp_path / "out").statistics["documents"] == 1
+
+
+def test_a_corpus_of_empty_documents_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("  \n ")
+    with pytest.raises(ValueError, match="has no document with a character; nothing to write"):
+        write_shards.main([f"--source={tmp_path}", f"--out={tmp_path / 'out'}", "--min_chars=0"])
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
