@@ -83,10 +83,13 @@ def export(options: Options) -> int:
     from megabert.convert.folder_to_hf import export_folder, is_model_folder
     from megabert.convert.targets.registry import parse_names, read_outcomes
     from megabert.convert.to_hf import ExportOptions, explain_targets, export_checkpoint
+    from megabert.files.atomic import restore_folder
 
     targets = parse_names(options.for_)
     export_options = ExportOptions(options.average, targets, options.max_shard_size, options.max_length)
     checkpoint, out = Path(options.checkpoint), Path(options.out)
+    # It may be the source, too.
+    restore_folder(out.resolve())
     if is_model_folder(checkpoint):
         done = export_folder(checkpoint, out, export_options, lambda note: print(note, flush=True))
         print(f"{options.out}: {done.name}; never trained: {', '.join(done.initialized) or 'none'}")

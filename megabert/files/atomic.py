@@ -1,6 +1,8 @@
 """Write a file or a folder completely or not at all: under a temporary name beside it, which is then renamed."""
 
 import contextlib
+import ctypes
+import errno
 import os
 import re
 import secrets
@@ -17,6 +19,13 @@ from filelock import lock_descriptor
 
 from megabert.files.disk import FULL
 from megabert.files.lock import lock_folder
+
+# From <fcntl.h> and <linux/fs.h>.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+# How the kernel says that the file system cannot exchange two names, as NFS cannot.
+CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
+# The ending of a folder's name while another one takes its place.
+REPLACED = "-old"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -80,7 +89,7 @@ def _name_final_place(error: OSError, folder: Path, out: Path) -> None:
     """
     if error.errno in FULL and error.filename is None:
         error.filename = str(out)
-    temporary = rf"{re.escape(str(folder))}(-old)?(?=/|$)"
+    temporary = rf"{re.escape(str(folder))}({REPLACED})?(?=/|$)"
     for attribute in ("filename", "filename2"):
         if isinstance(name := getattr(error, attribute), (str, os.PathLike)):
             setattr(error, attribute, re.sub(temporary, lambda _: str(out), os.fspath(name)))
@@ -91,21 +100,57 @@ def replace_folder(folder: Path, out: Path, check: Callable[[], object] = lambda
 
     check: raises if `out` must not be replaced, because another process may have written it since the work began.
     """
-    before = folder.with_name(f"{folder.name}-old")
+    before = folder.with_name(f"{folder.name}{REPLACED}")
     with _locked(out.parent):
         check()
-        if out.exists():
+        if not out.exists():
+            folder.rename(out)
+        elif _exchange(folder, out):
+            before = folder
+        else:
+            # A kill between these two leaves no `out`: restore_folder() renames it back.
             out.rename(before)
-        folder.rename(out)
+            folder.rename(out)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def restore_folder(out: Path) -> None:
+    """Rename back to `out` what a process was about to replace when it was killed, if `out` is missing."""
+    if not os.path.lexists(out) and out.parent.is_dir():
+        with _locked(out.parent):
+            _restore(out, _staged(out))
+
+
+def _restore(out: Path, staged: list[Path]) -> None:
+    replaced = [path for path in staged if path.name.endswith(REPLACED)]
+    if replaced and not os.path.lexists(out):
+        replaced[0].rename(out)
+
+
+def _exchange(folder: Path, other: Path) -> bool:
+    """Give each of two folders the name of the other, in one step. Returns False where that is not possible."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if (rename := getattr(libc, "renameat2", None)) is None:
+        return False
+    if rename(AT_FDCWD, os.fsencode(folder), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    if (code := ctypes.get_errno()) in CANNOT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(folder), None, str(other))
+
+
+def _staged(out: Path) -> list[Path]:
+    """List the staged folders of all processes that write to `out`, and the folders that they replace."""
+    name = re.compile(rf"\.tmp-{re.escape(out.name)}-[0-9a-f]{{8}}({REPLACED})?")
+    return sorted(path for path in out.parent.iterdir() if name.fullmatch(path.name))
 
 
 def _new_folder(out: Path) -> tuple[Path, int]:
     """Create a folder, locked while this process lives, and remove abandoned ones. Also returns the descriptor."""
-    staged = re.compile(rf"\.tmp-{re.escape(out.name)}-[0-9a-f]{{8}}(-old)?")
     # Without this lock, a new folder that is not locked yet would look abandoned.
     with _locked(out.parent):
-        for other in [path for path in out.parent.iterdir() if staged.fullmatch(path.name)]:
+        _restore(out, _staged(out))
+        for other in _staged(out):
             _remove_if_abandoned(other)
         folder = out.with_name(f".tmp-{out.name}-{secrets.token_hex(4)}")
         folder.mkdir()

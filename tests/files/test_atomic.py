@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megabert.files.atomic import replace_folder, staged_folder
+from megabert.files import atomic
+from megabert.files.atomic import replace_folder, restore_folder, staged_folder
 from megabert.files.disk import explain
 from tests.helpers.runs import REPOSITORY
 
@@ -103,6 +104,67 @@ def test_an_error_leaves_nothing_and_a_name_may_have_any_sign(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with staged_folder(out) as folder:
         assert folder.stat().st_mode & 0o777 == 0o777 & ~_umask()
+
+
+def begin_to_write(out: Path) -> None:
+    with staged_folder(out):
+        pass
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from megabert.files import atomic
+if sys.argv[2] == "without exchange":
+    atomic._exchange = lambda folder, other: False
+renamed = []
+def rename(self, to):
+    os.rename(self, to)
+    renamed.append(to)
+    if len(renamed) == int(sys.argv[3]):
+        os.kill(os.getpid(), 9)
+def rmtree(path, ignore_errors=False):
+    os.kill(os.getpid(), 9)
+Path.rename, atomic.shutil.rmtree = rename, rmtree
+with atomic.staged_folder(Path(sys.argv[1])) as folder:
+    (folder / "new").write_text("new")
+    atomic.replace_folder(folder, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "renames", "found", "then"),
+    [
+        # Killed before the old folder was removed, between the two renames, and after them.
+        ("with exchange", 9, "new", "new"),
+        ("without exchange", 1, None, "old"),
+        ("without exchange", 2, "new", "new"),
+    ],
+)
+@pytest.mark.parametrize("restore", [restore_folder, begin_to_write])
+def test_a_kill_while_a_folder_is_replaced_loses_neither(tmp_path, how, renames, found, then, restore):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out), how, str(renames)], cwd=REPOSITORY, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert out.exists() == (found is not None)
+    assert found is None or (out / found).is_file()
+    restore(out)
+    assert [path.name for path in out.iterdir()] == [then]
+
+
+def test_a_folder_is_exchanged_in_one_step_where_the_file_system_can(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+    assert atomic._exchange(tmp_path / "a", tmp_path / "b")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    with pytest.raises(OSError, match="No such file or directory.*missing"):
+        atomic._exchange(tmp_path / "missing", tmp_path / "b")
+    # The kernel answers this, as it does on NFS, to flags that it does not know.
+    monkeypatch.setattr(atomic, "RENAME_EXCHANGE", 1 << 30)
+    assert not atomic._exchange(tmp_path / "a", tmp_path / "b")
 
 
 FULL_DISK = (errno.ENOSPC, os.strerror(errno.ENOSPC))
