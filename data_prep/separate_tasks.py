@@ -91,7 +91,12 @@ def do_part(options: Options) -> None:
     part, settings = Part(number, total), plan.request.settings
     with WorkerPool(options.workers) as pool:
         if options.step == "runs":
-            passes.write_sorted_runs(settings, dict(_tasks_of(options, part)), pool)
+            try:
+                passes.write_sorted_runs(settings, dict(_tasks_of(options, part)), pool)
+            except ValueError:
+                # A file that something writes to looks damaged. If it was changed, this says so.
+                dict(_tasks_of(options, part))
+                raise
             # The state is compared once more, because the files may have been changed while they were read.
             dict(_tasks_of(options, part))
         else:

@@ -53,7 +53,12 @@ def write_shards(request: ShardRequest) -> Manifest:
         output_folder.locked_work_folder(settings.out, request.request_hash, options.replace),
         open_pool(request) as pool,
     ):
-        passes.write_sorted_runs(settings, dict(enumerate(tasks)), pool)
+        try:
+            passes.write_sorted_runs(settings, dict(enumerate(tasks)), pool)
+        except ValueError:
+            # A file that something writes to looks damaged, and one that is cut while it is mapped ends the worker.
+            check_unchanged(request)
+            raise
         check_unchanged(request)
         return write_from_runs(request, len(tasks), pool)
 

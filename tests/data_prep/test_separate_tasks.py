@@ -121,15 +121,19 @@ def test_a_source_that_changes_after_the_plan_is_noticed(command, tmp_path):
     assert (out / "manifest.json").is_file()
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
 @pytest.mark.parametrize("step", [None, "runs"])
-def test_a_source_that_is_changed_while_it_is_read_ends_the_command(command, tmp_path, monkeypatch, step):
-    """The next command begins anew, with the source as it is then."""
+def test_a_source_that_is_changed_while_it_is_read_ends_the_command(command, tmp_path, monkeypatch, step, is_cut):
+    """The next command begins anew, with the source as it is then. A file that is cut meanwhile is not damaged."""
     out, file, steps = tmp_path / "out", tmp_path / "corpus/1.jsonl", [f"--step={step}"] if step else []
     run_pass = passes.write_sorted_runs
     if step:
         write_shards.main([*command, f"--out={out}", "--step=plan"])
 
     def read_and_change(*arguments):
+        if is_cut:
+            file.write_text('{"text": "ano')
+            run_pass(*arguments)
         run_pass(*arguments)
         file.write_text('{"text": "another"}\n')
 
@@ -138,6 +142,7 @@ def test_a_source_that_is_changed_while_it_is_read_ends_the_command(command, tmp
         with pytest.raises(ValueError, match=r"was changed (while it was read|after the plan was made)"):
             write_shards.main([*command, f"--out={out}", *steps])
     assert not (out / "manifest.json").exists()
+    file.write_text('{"text": "another"}\n')
     for name in ("plan", "runs", "merge", "shards", "finish") if step else ():
         write_shards.main([*command, f"--out={out}", f"--step={name}"])
     if not step:
