@@ -81,7 +81,8 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path, rank: int, world_size: i
     progress.enter("loading the checkpoint", long=True)
     check_pickles(path, rank, world_size)
     is_universal = engine.load_universal_checkpoint()
-    with universal.converted(path, rank, world_size) if is_universal else nullcontext(path) as folder:
+    converted = universal.converted(path, rank, world_size) if is_universal else nullcontext(path)
+    with deepspeed_compat.literal_folder(path.parent), converted as folder:
         settings = deepspeed_compat.group_settings(engine) if is_universal else []
         with deepspeed_compat.loading_only_weights():
             loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)

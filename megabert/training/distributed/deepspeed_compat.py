@@ -8,6 +8,7 @@ function.
 
 import contextlib
 import copyreg
+import glob
 import io
 import math
 import os
@@ -312,6 +313,26 @@ def repair_universal_load(engine: deepspeed.DeepSpeedEngine, settings: list[dict
     for parameter, state in optimizer.optimizer.state.items():
         if torch.is_tensor(step := state.get("step")):
             state["step"] = step.to(parameter.device if fused else step.device, copy=True)
+
+
+@contextlib.contextmanager
+def literal_folder(folder: Path) -> Iterator[None]:
+    """Let DeepSpeed find files in a folder whose name is no pattern, such as run[1].
+
+    DeepSpeed would find the files of run1, or none. Canary: folder_is_a_pattern.
+    """
+    find, name = glob.glob, str(folder)
+
+    def find_literally(pathname: str, **options: Any) -> list[str]:
+        if pathname.startswith(name):
+            pathname = glob.escape(name) + pathname[len(name) :]
+        return find(pathname, **options)
+
+    glob.glob = find_literally  # pyrefly: ignore[bad-assignment]
+    try:
+        yield
+    finally:
+        glob.glob = find
 
 
 def partition_after_load(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -42,10 +42,13 @@ ALL = {1: list(product(ONE_RANK, (False, True))), 2: list(product(("zero1", "zer
     + [pytest.param(cases, ranks, marks=pytest.mark.nightly) for ranks, cases in ALL.items()],
 )
 def test_a_resumed_run_ends_bitwise_the_same(corpus: Corpus, tmp_path, cases, ranks):
-    """In fp32 and bf16. One process makes all runs; test_signals.py and fault_injection.py start new processes."""
+    """In fp32 and bf16. One process makes all runs; test_signals.py and fault_injection.py start new processes.
+
+    The name of each folder would be a pattern that does not match itself.
+    """
     folders, runs = [], []
     for stage, bf16 in cases:
-        folder = tmp_path / f"{stage}-{bf16}"
+        folder = tmp_path / f"{stage}[{bf16}]"
         folder.mkdir()
         config = ds_config_in(stage, folder, bf16)
         folders.append(folder)
@@ -53,7 +56,7 @@ def test_a_resumed_run_ends_bitwise_the_same(corpus: Corpus, tmp_path, cases, ra
         resume = f"--run.resume={checkpoint_of(folder / 'whole')}"
         runs.append(flags_of(corpus, folder / "resumed", config, PLAIN, resume))
     # Stage 2 resumes from stage 1.
-    whole, other = tmp_path / "zero1-False/whole", ds_config_in("zero2", tmp_path, bf16=False)
+    whole, other = tmp_path / "zero1[False]/whole", ds_config_in("zero2", tmp_path, bf16=False)
     runs.append(flags_of(corpus, tmp_path / "other", other, PLAIN, f"--run.resume={checkpoint_of(whole)}"))
     done = run_many(runs, ranks)
     assert done.code == 0, done.output

@@ -153,6 +153,14 @@ def nothing_to_load() -> bool:
         return engine_with(**zero(1)).load_checkpoint(folder)[0] is None
 
 
+def folder_is_a_pattern() -> bool:
+    """Return whether loading run[1] loads run1."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine_with(**zero(0)).save_checkpoint(f"{folder}/run1", "tag")
+        os.mkdir(f"{folder}/run[1]")
+        return engine_with(**zero(0)).load_checkpoint(f"{folder}/run[1]", "tag")[0] is not None
+
+
 def offload_refuses_torch() -> str:
     try:
         engine_with(zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}})
@@ -386,6 +394,7 @@ def main() -> None:
         "loads_any_pickle": loads_any_pickle(),
         "stage_is_an_enum": stage_is_an_enum(),
         "nothing_to_load": nothing_to_load(),
+        "folder_is_a_pattern": folder_is_a_pattern(),
         "refuses_another_world_size": refuses_another_world_size(),
         "universal_load_at_stage_3": universal_load_at_stage_3(),
         "fragments_keep_graphs": fragments_keep_graphs(),
