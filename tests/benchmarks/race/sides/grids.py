@@ -132,6 +132,10 @@ def our_grid(quick: bool) -> list[Ours]:
         # GeGLU's FFN with as many weights as the baseline's, and with fewer.
         large | rates | {"model.intermediate_size": 704},
         large | rates | {"model.intermediate_size": 512},
+        large | rates | {"model.intermediate_size": 512, "masking.mlm_probability": 0.2},
+        large | rates | {"model.intermediate_size": 512, "data.micro_batch_tokens": 8192},
+        large | {"optimizer.lr": 2e-3, "optimizer.muon_lr": 0.03, "model.intermediate_size": 512},
+        large | rates | {"model.position": "rope"},
     ]
     return [Ours(changes) for changes in grid]
 
