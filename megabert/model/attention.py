@@ -8,7 +8,8 @@ layers. reach: a token sees this many tokens on each side of it, and itself; Non
     sdpa                plan_sdpa          padded rows: PyTorch's fused attention with a mask
                                            with a reach: explicit matrices, see windows.py
                                            on a CPU without dropout: explicit matrices, see buckets.py
-                                           otherwise: PyTorch's fused attention, one call per document length
+                                           otherwise: PyTorch's fused attention, once for all documents of a small
+                                           batch, else one call per document length
     flash_attention_2   plan_flash         flash-attn's varlen kernel
 
 kernels/attention.py has another planner, which kernels/resolve.py may choose instead.
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .alibi import alibi_bias
-from .buckets import exact_buckets, invert, plan_buckets, token_slots
+from .buckets import MAX_SCORES, Bucket, exact_buckets, invert, plan_buckets, token_slots
 from .configuration_megabert import MegaBertConfig
 from .ops import dropout
 from .padding import Sequences
@@ -89,6 +90,11 @@ def plan_sdpa(sequences: Sequences, slopes: Tensor | None, head_dim: int, reach:
         return plan_windows(sequences.cu_seqlens, slopes, head_dim, reach)
     by_length = functools.cache(lambda: _plan_by_length(sequences.cu_seqlens, slopes))
     if not sequences.cu_seqlens.is_cpu:
+        lengths = sequences.cu_seqlens.diff().tolist()
+        scores = len(lengths) * max(lengths, default=0) ** 2 * (1 if slopes is None else len(slopes))
+        # A GPU computes few scores sooner than the host starts a kernel.
+        if len({*lengths}) > 1 and scores <= MAX_SCORES:
+            return _plan_padded(sequences.cu_seqlens, slopes)
         return by_length()
     by_bucket = plan_buckets(sequences.cu_seqlens, slopes, head_dim)
 
@@ -121,6 +127,23 @@ def _plan_by_length(cu_seqlens: Tensor, slopes: Tensor | None) -> Attend:
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
             outputs.append(out.transpose(1, 2).reshape(-1, *part.shape[2:]))
         return torch.cat(outputs).index_select(0, scatter)  # (T, H, D)
+
+    return attend
+
+
+def _plan_padded(cu_seqlens: Tensor, slopes: Tensor | None) -> Attend:
+    """Call PyTorch's fused attention once, with every document padded to the longest."""
+    lengths = cu_seqlens.diff()
+    documents = lengths.nonzero().flatten()
+    # PyTorch's fused attention copies a mask whose rows are no multiple of 8.
+    longest = -(-int(lengths.max()) // 8) * 8
+    gather, empty = token_slots(cu_seqlens, [Bucket(documents.tolist(), longest)])
+    used = (~empty).nonzero().flatten()  # (T,)
+    rows = Sequences(cu_seqlens, longest, num_keys=lengths[documents])
+    attend_rows = _plan_rows(rows, slopes, None, F.scaled_dot_product_attention)
+
+    def attend(qkv: Tensor, dropout_p: float) -> Tensor:
+        return attend_rows(qkv.index_select(0, gather), dropout_p).index_select(0, used)
 
     return attend
 

@@ -1,11 +1,17 @@
-"""How documents are grouped into buckets on a CPU; tests/kernels/test_cpu.py tests their attention."""
+"""How documents are grouped, and which attention they get; tests/kernels/test_cpu.py tests that of buckets on a CPU."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabert.model import buckets
+from megabert.model import attention, buckets
+from megabert.model.alibi import alibi_slopes
 from megabert.model.buckets import bucket_layout, exact_buckets, near_buckets, token_slots
+from megabert.model.padding import Sequences
 
 LENGTHS = st.lists(st.integers(0, 700), max_size=40)
 HEADS = st.sampled_from([1, 4, 12])
@@ -60,3 +66,40 @@ def test_the_layout_of_two_documents_is_that_of_its_docstring():
     assert layout.out.to_buckets.tolist() == [0, 1, 2, 2]
     assert layout.out.to_tokens.tolist() == [0, 1, 2]
     assert layout.empty.tolist() == [3]
+
+
+@given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=9).filter(any), alibi=st.booleans())
+def test_padding_documents_for_one_call_changes_neither_results_nor_gradients(lengths, alibi):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    slopes = alibi_slopes(2).double() if alibi else None
+    qkv = torch.randn(sum(lengths), 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(sum(lengths), 2, 4, dtype=torch.float64)
+    results = []
+    for attend in (
+        attention._plan_padded(bounds, slopes),
+        attention.plan_eager(Sequences(bounds, max(lengths)), slopes, 4),
+    ):
+        out = attend(qkv, 0.0)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), qkv)))
+    for padded, exact in zip(*results, strict=True):
+        torch.testing.assert_close(padded, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "planner"),
+    [
+        ([9, 64, 30], 12, "_plan_padded"),
+        ([0, 64], 12, "_plan_padded"),
+        ([64, 64, 64], 12, "_plan_by_length"),
+        ([0, 0], 12, "_plan_by_length"),
+        ([], 12, "_plan_by_length"),
+        ([2048, 30], 12, "_plan_by_length"),
+        ([2048, 30], None, "_plan_padded"),
+    ],
+)
+def test_a_gpu_gets_one_call_for_a_small_batch(lengths, heads, planner, monkeypatch):
+    for name in ("_plan_padded", "_plan_by_length"):
+        monkeypatch.setattr(attention, name, lambda *_, name=name: name)
+    bounds: Any = SimpleNamespace(is_cpu=False, diff=lambda: torch.tensor(lengths))
+    slopes = None if heads is None else torch.ones(heads)
+    assert attention.plan_sdpa(Sequences(bounds, 2048), slopes, 64) == planner
