@@ -44,7 +44,7 @@ PARTS = [
         f"at most {parts.MOST_WAITS} (0); ZeRO 1: {parts.MOST_WAITS + 1} (0); ZeRO 2: and one in each",
         parts.host_waits,
     ),
-    Part("curves", 150, "differences below 1e-3, 2e-2, 1e-5", parts.curves),
+    Part("curves", 150, "differences below 1e-3, 2e-2, 1e-4", parts.curves),
     Part("crash", 150, "the same losses, 1 update skipped", parts.crash),
     Part("speeds", 300, f"{100 * speeds.LEAST_OF_PREDICTION:.0f} % of launch/estimate.py's tokens/s", speeds.speeds),
     Part("kernel times", 150, f"{100 * kernel_times.LEAST_SHARE:.0f} % of the bandwidth", kernel_times.kernel_times),

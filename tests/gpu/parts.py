@@ -24,7 +24,7 @@ STAGES = ("0", "1", "2")
 # In a step, without ZeRO 2's one in each micro-batch and ZeRO 1's for an idle stream; tests/gpu_walk names them.
 MOST_WAITS = 3
 # Differences of losses: fp32 on the GPU and on the CPU; bf16 by kernels and by PyTorch; ZeRO 0 and 2.
-SAME_FP32, SAME_BF16, SAME_STAGES = 1e-3, 0.02, 1e-5
+SAME_FP32, SAME_BF16, SAME_STAGES = 1e-3, 0.02, 1e-4
 # The same kernels with and without CUDA graphs: cuBLAS may choose another algorithm, with another order of sums.
 SAME_GRAPHS = 1e-3
 
