@@ -62,6 +62,7 @@ TRAPS = {
     "stage_is_an_enum": (True, f"{COMPAT} pickle_enums_by_value and enum_member"),
     "nothing_to_load": (True, "training/checkpointing/resume.py load: it loads only what was found before"),
     "folder_is_a_pattern": (True, f"{COMPAT} literal_folder"),
+    "folder_is_an_expression": (True, f"{COMPAT} literal_folder"),
     "refuses_another_world_size": (True, f"{COMPAT} convert_to_universal"),
     "converter_loops": (
         ["extract_zero_shards", "merge_tp_slices", "extract_zero_shards_stage3", "merge_zero3_slices"],

@@ -12,6 +12,7 @@ import glob
 import io
 import math
 import os
+import re
 import tempfile
 import warnings
 from argparse import Namespace
@@ -20,6 +21,7 @@ from enum import Enum
 from importlib import import_module
 from itertools import accumulate, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -317,22 +319,29 @@ def repair_universal_load(engine: deepspeed.DeepSpeedEngine, settings: list[dict
 
 @contextlib.contextmanager
 def literal_folder(folder: Path) -> Iterator[None]:
-    """Let DeepSpeed find files in a folder whose name is no pattern, such as run[1].
+    """Let DeepSpeed find and convert files in a folder whose name is no pattern, such as run[1] or lr+1.
 
-    DeepSpeed would find the files of run1, or none. Canary: folder_is_a_pattern.
+    DeepSpeed would find the files of run1, or none, and its converter takes the name for a regular expression, too.
+    Canary: folder_is_a_pattern and folder_is_an_expression.
     """
-    find, name = glob.glob, str(folder)
+    find, expressions, name = glob.glob, ds_to_universal.re, str(folder)
+
+    def escaped(pattern: str, escape: Callable[[str], str]) -> str:
+        return escape(name) + pattern[len(name) :] if pattern.startswith(name) else pattern
 
     def find_literally(pathname: str, **options: Any) -> list[str]:
-        if pathname.startswith(name):
-            pathname = glob.escape(name) + pathname[len(name) :]
-        return find(pathname, **options)
+        return find(escaped(pathname, glob.escape), **options)
+
+    def compile_literally(pattern: str, flags: int = 0) -> re.Pattern[str]:
+        return re.compile(escaped(pattern, re.escape), flags)
 
     glob.glob = find_literally  # pyrefly: ignore[bad-assignment]
+    internals: Any = ds_to_universal
+    internals.re = SimpleNamespace(**vars(re) | {"compile": compile_literally})
     try:
         yield
     finally:
-        glob.glob = find
+        glob.glob, internals.re = find, expressions
 
 
 def partition_after_load(engine: deepspeed.DeepSpeedEngine) -> None:

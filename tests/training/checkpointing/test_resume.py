@@ -98,7 +98,12 @@ FOLLOWS = {"zero0": "zero0", "zero1": "zero2", "zero2": "zero1", "zero3": "zero3
     [(["zero2", "zero3"], [1, 3]), pytest.param(list(FOLLOWS), [1, 3], marks=pytest.mark.nightly)],
 )
 def test_a_run_resumes_on_fewer_and_on_more_ranks(corpus: Corpus, tmp_path, stages, counts):
-    """Data, masks and dropout stay the same, so losses differ by rounding only. Stages 1 and 2 are interchangeable."""
+    """Data, masks and dropout stay the same, so losses differ by rounding only. Stages 1 and 2 are interchangeable.
+
+    The name of the folder would be a pattern, and a regular expression, that does not match itself.
+    """
+    tmp_path /= "a[+1]"
+    tmp_path.mkdir()
     batch = "--data.global_batch_tokens=1536"
     configs = {stage: ds_config_in(stage, tmp_path, bf16=False) for stage in FOLLOWS}
     done = run_many([flags_of(corpus, tmp_path / stage, configs[stage], PLAIN, SAVING, batch) for stage in stages], 2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from unittest.mock import patch
 
 from megabert.training.checkpointing import universal
 from megabert.training.checkpointing.universal import Conversion
-from megabert.training.distributed.deepspeed_compat import loading_only_weights
+from megabert.training.distributed.deepspeed_compat import literal_folder, loading_only_weights
 
 
 class Threads:
@@ -46,8 +47,9 @@ def convert(checkpoint: Path, out: Path, size: int) -> list[str | None]:
         results[rank] = Conversion(checkpoint, out / checkpoint.name, ThreadRank(threads, rank)).run()
 
     running = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    # It changes the whole process, which a rank is and a thread is not.
-    with loading_only_weights(), patch.object(universal, "loading_only_weights", contextlib.nullcontext):
+    # They change the whole process, which a rank is and a thread is not.
+    literal = literal_folder(Path(os.path.commonpath([checkpoint, out])))
+    with literal, loading_only_weights(), patch.object(universal, "loading_only_weights", contextlib.nullcontext):
         for thread in running:
             thread.start()
         for thread in running:

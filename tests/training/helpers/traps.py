@@ -21,6 +21,7 @@ from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
 from megabert.training.distributed.deepspeed_compat import convert_to_universal
+from tests.training.helpers import path_traps
 
 # The process that this one is forked from has changed it; without it, DeepSpeed makes it again.
 vars(deepspeed.ops).pop("__compatible_ops__", None)
@@ -145,20 +146,6 @@ def client_state_overwrites() -> int:
         other = engine_with(**zero(1))
         other.load_checkpoint(folder)
         return other.global_steps
-
-
-def nothing_to_load() -> bool:
-    """Return whether loading from a folder without checkpoints returns None instead of raising."""
-    with tempfile.TemporaryDirectory() as folder:
-        return engine_with(**zero(1)).load_checkpoint(folder)[0] is None
-
-
-def folder_is_a_pattern() -> bool:
-    """Return whether loading run[1] loads run1."""
-    with tempfile.TemporaryDirectory() as folder:
-        engine_with(**zero(0)).save_checkpoint(f"{folder}/run1", "tag")
-        os.mkdir(f"{folder}/run[1]")
-        return engine_with(**zero(0)).load_checkpoint(f"{folder}/run[1]", "tag")[0] is not None
 
 
 def offload_refuses_torch() -> str:
@@ -393,8 +380,9 @@ def main() -> None:
         "client_state_overwrites": client_state_overwrites(),
         "loads_any_pickle": loads_any_pickle(),
         "stage_is_an_enum": stage_is_an_enum(),
-        "nothing_to_load": nothing_to_load(),
-        "folder_is_a_pattern": folder_is_a_pattern(),
+        "nothing_to_load": path_traps.nothing_to_load(lambda: engine_with(**zero(1))),
+        "folder_is_a_pattern": path_traps.folder_is_a_pattern(lambda: engine_with(**zero(0))),
+        "folder_is_an_expression": path_traps.folder_is_an_expression(),
         "refuses_another_world_size": refuses_another_world_size(),
         "universal_load_at_stage_3": universal_load_at_stage_3(),
         "fragments_keep_graphs": fragments_keep_graphs(),
