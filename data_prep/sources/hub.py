@@ -4,6 +4,7 @@ Needs the package datasets, which the extra [prep] installs.
 """
 
 import functools
+import glob
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,10 @@ def list_input_splits(source: str, options: ReadOptions) -> list[InputSplit]:
     revision, so that all of them read the same data, and an interrupted command starts anew if there is another
     revision. Raises ValueError if the data set cannot be opened.
     """
-    name, _, config = source.removeprefix(PREFIX).partition(":")
+    name, config = source.removeprefix(PREFIX), ""
+    # A folder's own name may have a colon.
+    if not Path(name).is_dir():
+        name, _, config = name.partition(":")
     if config and options.dataset_config not in (None, config):
         raise ValueError(
             f"{source}: names a configuration, but --dataset-config is {options.dataset_config}. Pass one of the two."
@@ -128,6 +132,16 @@ def _open(name: str, config: str, split: str, revision: str) -> "IterableDataset
         import datasets
     except ImportError as missing:
         raise missing_extra(PREFIX + name, "datasets") from missing
+    if Path(name).exists():
+        # The word "text" alone would be a kind of file, not the folder of that name.
+        name = str(Path(name).resolve())
+        odd = name if glob.has_magic(name) else next((file for file in map(str, files(name)) if "::" in file), None)
+        if odd is not None:
+            # datasets would read other folders, or leave the file out.
+            raise ValueError(
+                f"{PREFIX}{odd}: has one of * ? [ :: in its name, which the package datasets does not take as a name. "
+                f"Rename it, or pass --source {name}, without {PREFIX}."
+            )
     try:
         return datasets.load_dataset(name, config or None, split=split, revision=revision or None, streaming=True)
     except (StopIteration, RuntimeError, *_reading_errors()) as error:

@@ -261,6 +261,20 @@ def test_a_data_set_in_the_layout_of_the_hub_is_streamed_by_shards(tmp_path):
     assert source_state(list_input_splits(f"hf:{folder}:de", ReadOptions(), LeftOut())) != before
 
 
+def test_a_local_data_set_is_the_folder_of_its_name(tmp_path, monkeypatch):
+    """The name may be a pattern that matches another folder, a format, or a word; datasets knows "parquet"."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    for name in ("set[1]", "set1", "se*", "s:t", "parquet", "a/b::c"):
+        (tmp_path / name).mkdir(parents=True)
+        write_parquet(tmp_path / name / "train-00000-of-00001.parquet", [f"in {name}"])
+    for name in ("set1", "s:t", "parquet"):
+        assert read_all(f"hf:{name}") == [f"in {name}"]
+    for name in ("set[1]", "./se*", "a"):
+        with pytest.raises(ValueError, match=r"has one of \* \? \[ :: in its name.* without hf:"):
+            read_all(f"hf:{name}")
+
+
 def test_a_data_set_that_is_a_script_is_refused_and_not_run(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "corpus").mkdir()

@@ -82,8 +82,8 @@ def remote_files(url: str, left_out: LeftOut) -> Iterator[RemotePath]:
         for name in reversed(names):
             if is_hidden(posixpath.basename(name.rstrip("/"))):
                 left_out.add(HIDDEN, name)
-            elif "?" not in name:
-                # A link with a question mark only sorts the page.
+            elif not (is_web and "?" in name):
+                # A web page's link with a question mark only sorts the page.
                 stack.append(name)
 
 

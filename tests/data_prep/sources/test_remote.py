@@ -108,6 +108,9 @@ def test_every_format_in_memory_is_read_as_in_a_folder(folder, monkeypatch):
         "null texts": 1,
     }
     assert read(in_memory(folder)) == expected
+    # Only a link of a web page is not read for its question mark.
+    (folder / "what?.txt").write_text("a question")
+    assert read(in_memory(folder)) == read(str(folder)) != expected
     url = "memory://corpus/deep/b.jsonl"
     assert len(list_input_splits(url, ReadOptions())) > 1
     assert read(url) == read(str(folder / "deep/b.jsonl"))
