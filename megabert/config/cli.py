@@ -51,6 +51,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 # A message may quote a line of megabytes; its end has the remedy.
 MAX_MESSAGE = 2000
 
+OR_FILE = "or for a file of this name ."
+
 # The only words that a switch takes as its value: any other word after it is a positional argument.
 SWITCH_VALUES = {"true": "true", "yes": "true", "1": "true", "false": "false", "no": "false", "0": "false"}
 
@@ -117,7 +119,15 @@ class Parser(ArgumentParser):
             self.error(str(error))
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
-        return super().parse_args(self.normalize(args), *rest, **options)
+        words = self.normalize(args)
+        namespace = super().parse_args(words, *rest, **options)
+        for flag, value in flags_with_values(words):
+            # jsonargparse takes what YAML reads as null, such as "~" and "# a", for no value; it may be the name of a
+            # file.
+            action = self._option_string_actions.get(flag)
+            if value != "null" and action is not None and namespace.get(action.dest, "") is None:
+                self.error(f"{flag} is {value!r}. Pass null for no value, {OR_FILE}/{value}.")
+        return namespace
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         if not self.exit_on_error:

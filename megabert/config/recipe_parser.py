@@ -9,14 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from megabert.config.cli import Parser, flags_with_values, nearest
+from megabert.config.cli import OR_FILE, Parser, flags_with_values, nearest
 from megabert.config.recipe import LENGTHS, Recipe, may_change_at_branch, may_change_at_resume
 from megabert.config.settings import flatten, shortened
 from megabert.config.strict_yaml import check_value, is_valid, parse_value, read_yaml
 
 PACKAGE = Path(str(resources.files("megabert")))
 DEFAULT_RECIPE = "quickstart"
-OR_FILE = "or for a file of this name ."
 
 
 def recipe_names() -> list[str]:
@@ -140,8 +139,6 @@ def check_flags(argv: list[str]) -> None:
         except UnicodeEncodeError as error:
             remedy = "Rename the file, or pass a link to it"
             raise ValueError(f"{flag} is {shortened(value)}, which is not UTF-8. {remedy}.") from error
-        if name in types and value != "null" and _is_nothing(types[name], value):
-            raise ValueError(f"{flag} is {value!r}. Pass null for no value, {OR_FILE}/{value}.")
         if name in types and (isinstance(parsed, list) or not is_valid(types[name], value)):
             check_value(types[name], parsed, "", flag)
 

@@ -118,6 +118,8 @@ def test_words_after_two_dashes_are_left_alone():
         (["in", "out", "--most=many"], "--most is many, expected an integer. See --help."),
         (["in", "out", "--most=1e18"], "--most is 1e18, expected an integer. See --help.\n"),
         (["in", "out", "--most=true"], "--most is true, expected an integer. See --help.\n"),
+        (["in", "out", "--most", "~"], "--most is '~'. Pass null for no value"),
+        (["in", "out", "--most=#x"], "--most is '#x'. Pass null for no value, or for a file of this name ./#x."),
         (["in"], "out"),
     ],
 )

@@ -329,7 +329,8 @@ def open_storage(location: str, cache: CacheOptions) -> tuple[Storage, list[str]
     names = None
     folder = location
     if location.endswith(".tar"):
-        paths = expand_braces(location)
+        # A name that is there means itself, not what its braces and backslashes would name.
+        paths = [location] if os.path.isfile(location) else expand_braces(location)
         folders = sorted({path.rpartition("/")[0] for path in paths})
         if len(folders) != 1:
             raise ValueError(

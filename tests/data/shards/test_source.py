@@ -62,6 +62,12 @@ def test_brace_notation_selects_shards_of_one_manifest(corpus):
         open_source(f"{corpus.tokens}/{{a,b}}/train-00000.tar")
 
 
+def test_a_shard_that_is_there_is_meant_before_what_its_braces_and_backslashes_name(corpus, tmp_path):
+    folder = tmp_path / "a{1,2}\\b"
+    folder.symlink_to(corpus.tokens)
+    assert [shard.name for shard in open_source(f"{folder}/train-00000.tar").shards] == ["train-00000.tar"]
+
+
 def test_a_missing_manifest_raises_with_its_name(tmp_path):
     with pytest.raises(ValueError, match=r"manifest\.json: no such file.*write_shards\.py"):
         open_source(str(tmp_path))
