@@ -9,8 +9,9 @@ trap '' PIPE
 # Print a line; a closed pipe or a full disk under the log does not matter.
 say() { echo "$@" 2> /dev/null || true; }
 
-# End with one line if the folder $1, which OUT names, is a URL: mkdir would make a folder of that name.
+# End with one line if the folder $1, which OUT names, is a URL, of which mkdir would make a folder, or an option.
 check_output() {
+    [[ $1 != -* ]] || { echo "OUT is '$1', which begins with a dash. Write it as ./$1" >&2; exit 2; }
     [[ $1 != *://* ]] || { echo "OUT is '$1', expected a path on a disk or a mounted file system" >&2; exit 2; }
 }
 

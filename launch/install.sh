@@ -9,7 +9,7 @@
 # TORCH_INDEX_URL to PyTorch's CPU index if pip does not find it. Otherwise the plain torch is installed; it works too.
 # For AMD's GPUs install PyTorch's ROCm build into .venv first: a torch that can use a GPU is kept.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 source launch/shared/gpu.sh
 extras=${1:-}
 build=$(torch_build) || exit 1

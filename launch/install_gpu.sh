@@ -7,7 +7,7 @@
 # on a GPU yet. nvcc must be of the CUDA release that torch was built with. It compiles for the card that is there, on
 # as many cores as memory allows; MAX_JOBS, FLASH_ATTN_CUDA_ARCHS and TORCH_CUDA_ARCH_LIST replace its choice.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 source launch/shared/gpu.sh
 flash_attn=2.8.3.post2 # the newest with alibi_slopes and a deterministic backward; FlashAttention 3 and 4 have no ALiBi
 apex=6424da3 # of github.com/NVIDIA/apex; PyPI's apex is an unrelated package

@@ -5,7 +5,7 @@
 # "--num_gpus 4". Ctrl-C, SIGTERM or a closed terminal stops it; the ranks save first. A second Ctrl-C ends them at
 # once. launch/shared/restart_policy.sh says when it starts again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 source launch/common.sh
 OUT=${OUT:?folder of the run, as run.output_dir}
 check_output "$OUT"

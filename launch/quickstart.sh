@@ -2,7 +2,7 @@
 # Prepare a small corpus, pretrain, export and fine-tune: some twelve minutes on two cores with AMX after
 # installing. Finished stages are reused; after an interruption the same command continues.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 source launch/common.sh
 source launch/shared/gpu.sh
 # Processes of a stage that was asked to stop end within this time: the ranks save first.

@@ -4,7 +4,7 @@
 #     bash tests/run.sh --lint      without the tests
 #     bash tests/run.sh -k stream   only pytest, with these arguments
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 bash launch/install.sh dev,kernels
 source .venv/bin/activate
 export DS_ACCELERATOR=cpu TOKENIZERS_PARALLELISM=false

@@ -2,7 +2,7 @@
 # Prepare the quickstart's data: docstrings -> text shards -> tokenizer -> token shards. Finished stages are reused.
 # With an argument, run only one stage: text, tokenizer or tokens.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH= cd "$(dirname "$0")/../.."
 source launch/common.sh
 enter_environment "" python
 # A signal that ends this script ends the command that it runs, too.

@@ -7,7 +7,7 @@
 # The first run takes some minutes: it installs transformers, accelerate (for Trainer), sentence-transformers and
 # optimum. torch is linked from .venv. The environments are kept in the folder that the variable ENVIRONMENTS names.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+CDPATH= cd "$(dirname "$0")/../.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 versions=("$@")
 [ $# -gt 0 ] || versions=(4.50.3 4.57.6 "$(sed -n 's/^transformers==//p' constraints.txt)")

@@ -24,7 +24,7 @@ def run(tmp_path):
 
 
 def test_each_step_becomes_one_command(run):
-    common = ["-u", "data_prep/write_shards.py", "--out", "out", "--workers", "16", "--step"]
+    common = ["-u", "data_prep/write_shards.py", "--out=out", "--workers", "16", "--step"]
     array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "64", "SLURM_CPUS_PER_TASK": "16"}
     for step in ("runs", "merge", "shards"):
         assert run(STEP=step, **array) == (0, [*common, step, "--task", "3/64", "--source", "a b"])

@@ -112,6 +112,24 @@ def test_it_gives_up_after_crashes_without_a_new_checkpoint(tmp_path, monkeypatc
     assert attempts(tmp_path, MAX_CRASHES="2") == (137, 3)
 
 
+def test_it_runs_in_its_own_checkout_whatever_the_shell_calls_paths(tmp_path, monkeypatch):
+    """CDPATH leads `cd launch/..` to another folder, unless the script is named by its path from the root."""
+    (tmp_path / "other/launch").mkdir(parents=True)
+    fake_deepspeed(tmp_path / "own", monkeypatch, "exit 2")
+    monkeypatch.chdir(tmp_path / "own")
+    env = os.environ | {"CDPATH": str(tmp_path / "other")}
+    for out, code, message in (
+        ("a[1] %s", 2, ""),
+        ("-i", 2, "OUT is '-i', which begins with a dash. Write it as ./-i"),
+    ):
+        done = subprocess.run(
+            ["bash", "launch/keep_running.sh"], env=env | {"OUT": out}, check=False, timeout=300,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.strip()) == (code, message)
+    assert (tmp_path / "own/a[1] %s/.started").exists()
+
+
 def test_ranks_of_a_killed_launcher_end_before_the_next_start(tmp_path, monkeypatch):
     """They save meanwhile. `deepspeed` exits with 0 when its launcher is killed, which is no end of the run."""
     saved = tmp_path / "saved"

@@ -139,6 +139,12 @@ def test_too_many_spares_are_an_error(attempt, tmp_path):
     assert (ended, printed) == (2, "SPARES=3, expected fewer than the 3 nodes\n")
 
 
+def test_the_folder_of_the_logs_is_no_pattern_of_srun(attempt, tmp_path):
+    _, _, words = attempt(0, "exit 0", OUT=str(tmp_path / "c%s"))
+    assert f"--output={tmp_path}/c%%s/logs/7-rank%t.log" in words
+    assert (tmp_path / "c%s/logs").is_dir()
+
+
 def test_an_output_in_a_store_is_an_error_before_any_folder(attempt, tmp_path):
     (tmp_path / "words").touch()
     ended, printed, _ = attempt(0, "exit 0", OUT="s3://bucket/run")
