@@ -114,7 +114,8 @@ class Manifest:
 
     files: sha256 of the other files in the folder; empty for text, and where the manifest has format 2. chunks_file:
     the path of chunks.npy, if each rank can map it into memory: then a pickled manifest has no chunks. chunks_sha256:
-    its hash, which the chunks.npy of a rank on another machine must have.
+    its hash, which the chunks.npy of a rank on another machine must have. mapped_bytes: of the chunks.npy that this
+    process maps, or 0.
     """
 
     kind: Kind
@@ -125,6 +126,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     chunks_file: str | None = None
     chunks_sha256: str = ""
+    mapped_bytes: int = 0
 
     def __reduce__(self) -> tuple[Callable[..., "Manifest"], tuple[Any, ...]]:
         shards = [shard for part in self.splits.values() for shard in part]
@@ -153,6 +155,7 @@ def _pack(shards: list[Shard]) -> _PackedShards:
 def _unpickle(settings: dict[str, Any], packed: _PackedShards, chunks: np.ndarray | None) -> Manifest:
     if chunks is None:
         chunks = _map_chunks(Path(settings["chunks_file"]), settings["chunks_sha256"])
+        settings["mapped_bytes"] = chunks.offset + chunks.nbytes
     ends = packed.numbers[:, 3].cumsum().tolist()
     hashes = packed.hashes.hex()
     shards = []
@@ -161,7 +164,7 @@ def _unpickle(settings: dict[str, Any], packed: _PackedShards, chunks: np.ndarra
     ):
         size, documents, tokens, count = counts
         digest = hashes[64 * number : 64 * number + 64]
-        shards.append(Shard(name, digest, size, documents, tokens, chunks[end - count : end]))
+        shards.append(Shard(name, digest, size, documents, tokens, np.asarray(chunks[end - count : end])))
     splits, first = {}, 0
     for part, count in settings["splits"].items():
         splits[part] = tuple(shards[first : first + count])
@@ -169,7 +172,7 @@ def _unpickle(settings: dict[str, Any], packed: _PackedShards, chunks: np.ndarra
     return Manifest(**settings | {"splits": splits})
 
 
-def _map_chunks(path: Path, sha256: str) -> np.ndarray:
+def _map_chunks(path: Path, sha256: str) -> np.memmap:
     """Map this machine's chunks.npy into memory. Raises ValueError if it is missing, or not the one of rank 0."""
     try:
         is_the_same = file_sha256(path) == sha256
@@ -179,7 +182,7 @@ def _map_chunks(path: Path, sha256: str) -> np.ndarray:
         raise ValueError(
             f"{path}: on {socket.gethostname()} it is another file than on rank 0's machine. {SAME_SHARDS}"
         )
-    return np.asarray(np.load(path, mmap_mode="r"))
+    return np.load(path, mmap_mode="r")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

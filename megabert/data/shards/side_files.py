@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import json
+import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +40,20 @@ def fetch_manifest(storage: Storage) -> Manifest:
             ) from missing
     manifest = parse_manifest(found[0], found[1], storage.url(MANIFEST))
     return replace(manifest, chunks_file=storage.url(CHUNKS)) if isinstance(storage, LocalFolder) else manifest
+
+
+def check_mapped_chunks(manifest: Manifest) -> None:
+    """Raise DiskError if chunks.npy was cut since this process mapped it: reading it there kills the process.
+
+    A file that another replaced, or that was removed, stays as it was where it is mapped.
+    """
+    if manifest.mapped_bytes and manifest.chunks_file:
+        with suppress(FileNotFoundError):
+            if (size := os.stat(manifest.chunks_file).st_size) < manifest.mapped_bytes:
+                raise DiskError(
+                    f"{manifest.chunks_file}: has {size} bytes, and had {manifest.mapped_bytes} when the run began. "
+                    "Fetch or write the shards again."
+                )
 
 
 @dataclass(frozen=True)

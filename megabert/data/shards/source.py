@@ -30,7 +30,7 @@ from megabert.data.shards.sample_format import (
     token_dtype,
 )
 from megabert.data.shards.shard_list import DamagedShardError, shards_of
-from megabert.data.shards.side_files import SideFiles, check_tokenizer_config, fetch_manifest
+from megabert.data.shards.side_files import SideFiles, check_mapped_chunks, check_tokenizer_config, fetch_manifest
 from megabert.data.shards.storage import Storage, open_storage
 from megabert.data.shards.tokenizer import describe_tokenizer, encode_flat, find_tokenizer, parse_tokenizer
 from megabert.files.bounded_reads import has_file, read_bounded
@@ -98,6 +98,7 @@ class Source:
 
     def read_chunk(self, shard: int, chunk: int) -> TokenChunk:
         """Read one chunk's tokens. Raises DamagedShardError if it is damaged, OSError if it cannot be fetched."""
+        check_mapped_chunks(self.manifest)
         entry = self.shards[shard]
         location = entry.chunk(chunk)
         url = self.storage.url(entry.name)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import mmap
+import os
 import pickle
 import re
 import shutil
@@ -398,6 +399,22 @@ def test_another_rank_gets_the_shards_without_their_chunks_and_maps_them(corpus,
             assert (mine.chunks == theirs.chunks).all()
     assert (received.sources[0].read_chunk(0, 0).tokens == train.sources[0].read_chunk(0, 0).tokens).all()
     assert received_held_out.sources[0].shards[0].name.startswith("heldout")
+
+
+def test_chunks_that_are_cut_in_place_are_named_before_reading_them_kills_the_rank(folder):
+    received = pickle.loads(pickle.dumps(open_source(str(folder))))
+    index = folder / CHUNKS
+    kept = folder / "kept"
+    index.rename(kept)
+    # The mapped file is still whole.
+    assert len(received.read_chunk(0, 0).tokens)
+    kept.rename(index)
+    size = index.stat().st_size
+    os.truncate(index, 0)
+    with pytest.raises(
+        DiskError, match=rf"chunks\.npy: has 0 bytes, and had {size} when the run began. Fetch or write"
+    ):
+        received.read_chunk(0, 0)
 
 
 def test_a_machine_with_other_shards_or_none_under_the_name_is_refused(folder):
