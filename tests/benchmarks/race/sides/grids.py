@@ -129,19 +129,26 @@ def our_grid(quick: bool) -> list[Ours]:
         large | rates | {"model.norm_position": "pre"},
         large | rates | {"model.norm_position": "pre", "masking.mlm_probability": 0.2},
         muon | rates | {"data.micro_batch_tokens": 8192},
-        # GeGLU's FFN with as many weights as the baseline's, and with fewer.
+        # With this size GeGLU's FFN has about as many weights as the baseline's.
         large | rates | {"model.intermediate_size": 704},
-        large | rates | {"model.intermediate_size": 512},
-        large | rates | {"model.intermediate_size": 512, "masking.mlm_probability": 0.2},
-        large | rates | {"model.intermediate_size": 512, "data.micro_batch_tokens": 8192},
-        large | {"optimizer.lr": 2e-3, "optimizer.muon_lr": 0.03, "model.intermediate_size": 512},
+        large | rates | {"model.intermediate_size": 704, "masking.mlm_probability": 0.2},
+        large | rates | {"model.intermediate_size": 704, "data.micro_batch_tokens": 8192},
+        large | {"optimizer.lr": 2e-3, "optimizer.muon_lr": 0.03, "model.intermediate_size": 704},
+        large | {"optimizer.lr": 4e-3, "optimizer.muon_lr": 0.02, "model.intermediate_size": 704},
         large | rates | {"model.position": "rope"},
     ]
     return [Ours(changes) for changes in grid]
 
 
 # Layers, width, heads, FFN of the open class, in which each side may leave the size of the other class.
-SHAPES = ((4, 256, 4, 1024), (2, 256, 4, 1024), (3, 160, 5, 640), (2, 384, 6, 1536), (6, 256, 4, 1024))
+SHAPES = (
+    (4, 256, 4, 1024),
+    (4, 256, 4, 512),
+    (2, 256, 4, 1024),
+    (3, 160, 5, 640),
+    (2, 384, 6, 1536),
+    (6, 256, 4, 1024),
+)
 
 
 def open_baselines(best: Baseline) -> list[Baseline]:
