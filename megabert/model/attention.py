@@ -94,7 +94,7 @@ def plan_sdpa(sequences: Sequences, slopes: Tensor | None, head_dim: int, reach:
         scores = len(lengths) * max(lengths, default=0) ** 2 * (1 if slopes is None else len(slopes))
         # A GPU computes few scores sooner than the host starts a kernel.
         if len({*lengths}) > 1 and scores <= MAX_SCORES:
-            return _plan_padded(sequences.cu_seqlens, slopes)
+            return _plan_padded(sequences.cu_seqlens, lengths, slopes)
         return by_length()
     by_bucket = plan_buckets(sequences.cu_seqlens, slopes, head_dim)
 
@@ -131,15 +131,14 @@ def _plan_by_length(cu_seqlens: Tensor, slopes: Tensor | None) -> Attend:
     return attend
 
 
-def _plan_padded(cu_seqlens: Tensor, slopes: Tensor | None) -> Attend:
-    """Call PyTorch's fused attention once, with every document padded to the longest."""
-    lengths = cu_seqlens.diff()
-    documents = lengths.nonzero().flatten()
+def _plan_padded(cu_seqlens: Tensor, lengths: list[int], slopes: Tensor | None) -> Attend:
+    """Call PyTorch's fused attention once, with every document padded to the longest. lengths: of the documents."""
+    documents = [index for index, length in enumerate(lengths) if length]
     # PyTorch's fused attention copies a mask whose rows are no multiple of 8.
-    longest = -(-int(lengths.max()) // 8) * 8
-    gather, empty = token_slots(cu_seqlens, [Bucket(documents.tolist(), longest)])
+    longest = -(-max(lengths) // 8) * 8
+    gather, empty = token_slots(cu_seqlens, [Bucket(documents, longest)])
     used = (~empty).nonzero().flatten()  # (T,)
-    rows = Sequences(cu_seqlens, longest, num_keys=lengths[documents])
+    rows = Sequences(cu_seqlens, longest, num_keys=cu_seqlens.diff()[documents])
     attend_rows = _plan_rows(rows, slopes, None, F.scaled_dot_product_attention)
 
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:

@@ -76,7 +76,7 @@ def test_padding_documents_for_one_call_changes_neither_results_nor_gradients(le
     weight = torch.randn(sum(lengths), 2, 4, dtype=torch.float64)
     results = []
     for attend in (
-        attention._plan_padded(bounds, slopes),
+        attention._plan_padded(bounds, lengths, slopes),
         attention.plan_eager(Sequences(bounds, max(lengths)), slopes, 4),
     ):
         out = attend(qkv, 0.0)
