@@ -304,7 +304,8 @@ def test_a_georgian_vocabulary_with_latin_capitals_is_cased(tmp_path):
     pieces = [*BERTS, "a", "Tbilisi", *letters, *map("".join, product(letters[:5], letters))]
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(pieces), encoding="utf-8")
-    convert(path, tmp_path / "out", "--lowercase=false")
+    converted = load_auto_tokenizer(convert(path, tmp_path / "out", "--lowercase=false"))
+    assert converted.tokenize("Tbilisi") == ["Tbilisi"]
 
 
 @pytest.mark.parametrize(
