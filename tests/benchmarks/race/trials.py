@@ -1,7 +1,7 @@
 """Trials of the race: one training of a contender, recorded when it has ended, and the search among settings.
 
-Trials that do not depend on each other are trained at the same time, each in a process with one thread: two processes
-on two cores train 1.3 to 1.4 times as many steps a minute as one process with two threads (AMD EPYC with AVX-512).
+Trials that do not depend on each other are trained at the same time, in processes that share the threads: two with a
+thread each train more steps a minute than one with two threads.
 """
 
 import math
