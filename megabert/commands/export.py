@@ -88,7 +88,7 @@ def export(options: Options) -> int:
     targets = parse_names(options.for_)
     export_options = ExportOptions(options.average, targets, options.max_shard_size, options.max_length)
     checkpoint, out = Path(options.checkpoint), Path(options.out)
-    # It may be the source, too.
+    # OUT may be the source, too.
     restore_folder(out.resolve())
     if is_model_folder(checkpoint):
         done = export_folder(checkpoint, out, export_options, lambda note: print(note, flush=True))
