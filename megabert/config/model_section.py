@@ -38,6 +38,8 @@ class ModelConfig:
     """whether there are embeddings of token types"""
     type_vocab_size: int = setting(2, "[1, 100000]")
     """number of token types; used only with token_types. BERT has two, RoBERTa one"""
+    embedding_neighbors: int = setting(0, "[0, 16]")
+    """tokens on each side whose embeddings are mixed into a token's before the first layer; 0: none, as in BERT"""
     global_attention_every: int = setting(1, "[1, 1000]")
     """layers 0, k, 2k... attend to whole documents, the others to a window; 1: all to whole documents"""
     local_attention_window: int | None = setting(None, "[2, 1048576]")

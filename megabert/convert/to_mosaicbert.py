@@ -100,7 +100,7 @@ def _check_is_mosaicbert(source: Path, model: SourceModel) -> None:
     """Raise ValueError unless the published code computes what our model computes."""
     config = model.config
     post_norm = MegaBertConfig(vocab_size=config.vocab_size, pad_token_id=config.pad_token_id)
-    for name in ("norm_position", "bias", "norm_bias", "global_attention_every", "token_types"):
+    for name in ("norm_position", "bias", "norm_bias", "global_attention_every", "token_types", "embedding_neighbors"):
         if (value := getattr(config, name)) != (needed := getattr(post_norm, name)):
             raise ValueError(
                 f"{source}: has {name} {value}, but the published MosaicBERT layout supports only {needed}. "

@@ -13,6 +13,7 @@ LAYER_NORM_DTYPES = ("bfloat16", "float32")
 SIZES = {
     "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 0, "num_attention_heads": 1, "intermediate_size": 1,
     "type_vocab_size": 0, "max_position_embeddings": 1, "position_offset": 0,
+    "embedding_neighbors": 0,
 }  # fmt: skip
 # A far smaller epsilon is 0 in fp32, and a constant row then becomes NaN.
 SMALLEST_EPS = 1e-30
@@ -35,6 +36,8 @@ class MegaBertConfig(PretrainedConfig):
         half of it, rounded down, on each side of a token, in addition to the token itself.
         k may exceed the number of layers, as in a ModernBERT that was cut to two; then only the first is global.
     type_vocab_size: 0 for no token type embeddings; token_type_ids are then ignored, as in ModernBERT.
+    embedding_neighbors: tokens on each side of which a linear map of the embedding is added to the token's own, before
+        the first layer; 0 for none, as in all published models.
     attention_output_dropout_prob: after attention's output projection; None means hidden_dropout_prob.
     ffn: "geglu" is GELU(gate) * value without biases in the up-projection; "gelu" is BERT's plain MLP.
     layer_norm_dtype: "bfloat16" keeps LayerNorm and the residual stream in the autocast dtype when
@@ -59,6 +62,7 @@ class MegaBertConfig(PretrainedConfig):
         num_attention_heads: int = 12,
         intermediate_size: int = 3072,
         type_vocab_size: int = 2,
+        embedding_neighbors: int = 0,
         max_position_embeddings: int = 512,
         position_offset: int = 0,
         position: str = "alibi",
@@ -91,6 +95,7 @@ class MegaBertConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.intermediate_size = intermediate_size
         self.type_vocab_size = type_vocab_size
+        self.embedding_neighbors = embedding_neighbors
         self.max_position_embeddings = max_position_embeddings
         self.position_offset = position_offset
         self.position = position

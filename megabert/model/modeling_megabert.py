@@ -24,8 +24,9 @@ from .alibi import alibi_slopes  # noqa: F401
 from .attention import PLANNERS
 from .buckets import plan_buckets  # noqa: F401
 from .configuration_megabert import MegaBertConfig
+from .embeddings import Embeddings
 from .inputs import Inputs, check_shape, flatten_choices, in_one_graph, read_tokens, refuse_unsupported
-from .layers import Decoder, Embeddings, Encoder, MlmTransform, Norm, Pooler, pre_norm_stds
+from .layers import Decoder, Encoder, MlmTransform, Norm, Pooler, pre_norm_stds
 from .losses import choice_loss, classification_loss, span_loss, token_loss
 from .ops import MaskedLoss
 from .padding import Sequences, Tokens, first_tokens, mean_of_documents, spread_documents

@@ -73,6 +73,22 @@ def first_tokens(sequences: Sequences) -> tuple[Tensor, Tensor]:
     return documents, starts[documents].long()
 
 
+def places_in_documents(sequences: Sequences, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return each token's place in its document, from 0, and the document's real tokens; both (T,)."""
+    cu_seqlens, num_keys = sequences.cu_seqlens, sequences.num_keys
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device)
+    if num_keys is not None:
+        return tokens % sequences.max_seqlen, num_keys[tokens // sequences.max_seqlen]
+    document = torch.bucketize(tokens, cu_seqlens[1:], right=True)
+    return tokens - cu_seqlens[document], cu_seqlens.diff()[document]
+
+
+def shift(hidden: Tensor, offset: int, places: Tensor, lengths: Tensor) -> Tensor:
+    """Return for each token the (T, E) of the one `offset` tokens later in its document, or zeros beyond its ends."""
+    exists = (places + offset >= 0) & (places + offset < lengths)
+    return hidden.roll(-offset, 0).where(exists[:, None], hidden.new_zeros(()))
+
+
 def spread_documents(values: Tensor, documents: Tensor, sequences: Sequences) -> Tensor:
     """Write (M, E), in the order of first_tokens(), to (B, E), with zeros for empty documents."""
     if sequences.num_keys is not None:

@@ -23,6 +23,7 @@ def architecture_of(model: ModelConfig, vocab_size: int, pad_token_id: int = 0) 
         bias=model.bias,
         norm_bias=model.norm_bias,
         type_vocab_size=model.num_token_types,
+        embedding_neighbors=model.embedding_neighbors,
         global_attention_every=model.global_attention_every,
         local_attention_window=model.local_attention_window,
         ffn=model.ffn,

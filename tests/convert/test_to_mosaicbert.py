@@ -57,7 +57,10 @@ def test_what_the_published_code_would_compute_differently_is_refused(tmp_path):
     small_model(cls=MegaBertForSequenceClassification, classifier_pooling="mean").save_pretrained(tmp_path / "mean")
     with pytest.raises(ValueError, match="mean: its classifier pools the mean of all tokens, but .* the first token"):
         export_mosaicbert(tmp_path / "mean", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["eps", "mean"]
+    small_model(embedding_neighbors=1).save_pretrained(tmp_path / "mixed")
+    with pytest.raises(ValueError, match="mixed: has embedding_neighbors 1, but the published .* supports only 0"):
+        export_mosaicbert(tmp_path / "mixed", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eps", "mean", "mixed"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tests.model.helpers.small import SMALL, documents, padded, small_model
 CASES = [
     (MegaBertModel, {}),
     (MegaBertForMaskedLM, {}),
+    (MegaBertForMaskedLM, {"embedding_neighbors": 2}),
     (MegaBertForSequenceClassification, {"position": "learned", "ffn": "gelu"}),
     (MegaBertForSequenceClassification, {"classifier_pooling": "mean"}),
     (MegaBertForTokenClassification, {"padding": "padded"}),

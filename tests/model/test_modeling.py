@@ -69,7 +69,7 @@ def test_mosaicbert_equals_the_papers_equations(attention, num_heads):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("padding", ["unpadded", "padded"])
-@architectures("mosaicbert", "bert", "modernbert")
+@architectures("mosaicbert", "bert", "modernbert", "neighbors")
 def test_packing_is_invisible(attention, padding, architecture):
     """A document's states are the same alone, anywhere in a bin, in a padded batch, and if padding is computed."""
     model = small_model(MegaBertModel, padding=padding, **ARCHITECTURES[architecture]).eval()

@@ -1,4 +1,4 @@
-"""ModernBERT and RoPE-MosaicBERT train at every ZeRO stage and on two ranks, and resume to the same bits."""
+"""Architectures train at every ZeRO stage and on two ranks, and resume to the same bits."""
 
 import json
 
@@ -9,6 +9,7 @@ from tests.helpers.runs import pretrain_command, run_command, run_ranks
 from tests.training.helpers.checkpoints import assert_same_end
 
 FLAGS = {
+    "neighbors": ["--model.embedding_neighbors=2", "--optimizer.name=muon"],
     "rope-mosaicbert": ["--model.position=rope"],
     "modernbert": [
         "--model.position=rope", "--model.rope_theta=160000", "--model.local_rope_theta=10000",
@@ -30,10 +31,11 @@ def trained(corpus, out, architecture, *more, ds_config="zero2"):
     return losses(out)
 
 
-def test_modernbert_resumes_to_the_same_bits(corpus, tmp_path):
-    whole = trained(corpus, tmp_path / "whole", "modernbert", "--run.max_steps=4", "--run.save_every_steps=2")
+@pytest.mark.parametrize("architecture", ["modernbert", "neighbors"])
+def test_a_run_resumes_to_the_same_bits(corpus, tmp_path, architecture):
+    whole = trained(corpus, tmp_path / "whole", architecture, "--run.max_steps=4", "--run.save_every_steps=2")
     first = ["--run.resume=" + str(tmp_path / "whole/checkpoints/step-00000002"), "--run.max_steps=4"]
-    again = trained(corpus, tmp_path / "again", "modernbert", *first)
+    again = trained(corpus, tmp_path / "again", architecture, *first)
     assert again[-2:] == whole[-2:]
     assert_same_end(tmp_path / "whole", tmp_path / "again", 4)
     first_result, second_result = (read_json(tmp_path / name / "result.json") for name in ("whole", "again"))

@@ -63,7 +63,7 @@ def native_kind(config: MegaBertConfig) -> NativeKind | None:
         return _bert_like_kind(config)
     if _has_layers(config, "rope", "geglu"):
         return "gte"
-    bare = not (config.bias or config.norm_bias or config.token_types)
+    bare = not (config.bias or config.norm_bias or config.token_types or config.embedding_neighbors)
     if config.norm_position == "pre" and (config.position, config.ffn) == ("rope", "geglu") and bare:
         return "modernbert"
     return None
@@ -101,10 +101,17 @@ def has_bert_layers(config: MegaBertConfig) -> bool:
     return _has_layers(config, "learned", "gelu")
 
 
+def describe_layers(config: MegaBertConfig) -> str:
+    """Describe what other projects' layouts depend on. -> "alibi, geglu and post-norm layers" """
+    neighbors = f" after embedding_neighbors {config.embedding_neighbors}" if config.embedding_neighbors else ""
+    return f"{config.position}, {config.ffn} and {config.norm_position}-norm layers{neighbors}"
+
+
 def _has_layers(config: MegaBertConfig, position: str, ffn: str) -> bool:
-    """Return whether the layers are these, post-norm, with all biases and global attention."""
-    block = (config.position, config.ffn, config.norm_position)
-    return block == (position, ffn, "post") and config.bias and config.norm_bias and config.global_attention_every == 1
+    """Return whether the layers are these, post-norm, with all biases and global attention, and plain embeddings."""
+    block = (config.position, config.ffn, config.norm_position, config.global_attention_every)
+    plain = config.bias and config.norm_bias and not config.embedding_neighbors
+    return block == (position, ffn, "post", 1) and plain
 
 
 def from_modernbert_config(source: Path, raw: dict[str, Any]) -> dict[str, Any]:

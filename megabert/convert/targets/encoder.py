@@ -11,7 +11,7 @@ from transformers import AutoModel
 from megabert.convert.from_hf import read_model
 from megabert.convert.gte_files import to_gte_file
 from megabert.convert.hf.config import from_their_config, write_native_config
-from megabert.convert.hf.native import NAMES, NativeKind, native_kind
+from megabert.convert.hf.native import NAMES, NativeKind, describe_layers, native_kind
 from megabert.convert.hf.reader import CONFIG, SAFETENSORS, read_config
 from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets import sentence_transformers
@@ -52,7 +52,7 @@ vllm serve "this folder/encoder" --runner pooling"""
 def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
     if native_kind(config) is None:
         raise ValueError(
-            f"--for encoder: the model has {config.position}, {config.ffn} and {config.norm_position}-norm layers, "
+            f"--for encoder: the model has {describe_layers(config)}, "
             "which are those of no class of transformers'. Leave encoder out; a MosaicBERT is written for TEI with "
             "--for jina."
         )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megabert.convert.hf.native import is_mosaicbert
+from megabert.convert.hf.native import describe_layers, is_mosaicbert, native_kind
 from megabert.convert.hf.reader import CONFIG, SAFETENSORS
 from megabert.convert.hf.writer import save_tensors
 from megabert.convert.targets import jina_port, sentence_transformers
@@ -39,9 +39,9 @@ curl 127.0.0.1:8080/embed -H 'Content-Type: application/json' -d '{"inputs": "a 
 def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) -> list[str]:
     if not is_mosaicbert(config):
         raise ValueError(
-            f"--for jina: the model has {config.position}, {config.ffn} and {config.norm_position}-norm layers, but "
+            f"--for jina: the model has {describe_layers(config)}, but "
             "the layout is MosaicBERT's: alibi, geglu and post-norm. "
-            "Leave jina out, and write this model with --for encoder."
+            f"Leave jina out{', and write this model with --for encoder' if native_kind(config) else ''}."
         )
     notes = ["it has the encoder only, and is for TEI; transformers and vLLM do not know the layout and refuse it"]
     if max_length > LONGEST:

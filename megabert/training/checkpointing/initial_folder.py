@@ -21,6 +21,7 @@ SAME_SETTINGS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "position", "rope_theta",
     "local_rope_theta", "norm_position", "bias", "norm_bias", "type_vocab_size", "global_attention_every",
     "local_attention_window", "ffn", "layer_norm_eps", "position_offset",
+    "embedding_neighbors",
 )  # fmt: skip
 
 

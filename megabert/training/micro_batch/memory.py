@@ -90,6 +90,8 @@ def num_weights(model: ModelConfig, vocab_size: int) -> int:
     rows = model.max_position_embeddings + model.position_offset if model.position == "learned" else 0
     # Without norms after its sums, the model has one at its end, and none before the first layer's attention.
     embeddings = (vocab_size + model.num_token_types + rows) * width + norm
+    if model.embedding_neighbors:
+        embeddings += 2 * model.embedding_neighbors * width * width + norm
     return embeddings + model.num_hidden_layers * layer + head
 
 
@@ -113,6 +115,7 @@ def kept_bytes(model: ModelConfig, vocab_size: int, batch: Batch, execution: Exe
     before, after = _kept_per_slot(model, execution)
     layers, rows = model.num_hidden_layers, batch.slots if model.padding == "padded" else batch.masked
     activations = layers * batch.slots * before + ((layers - 1) * batch.slots + rows) * after
+    activations += 2 * model.embedding_neighbors * batch.slots * model.hidden_size * execution.size
     return activations + 4 * vocab_size * (model.hidden_size if execution.fused else batch.masked)
 
 

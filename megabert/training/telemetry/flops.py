@@ -30,6 +30,7 @@ def step_flops(config: MegaBertConfig, tokens: float, masked: float, squared_len
     after_attention = width * width + matrices * width * config.intermediate_size
     products = tokens * (layers * 3 * width * width + (layers - 1) * after_attention)
     products += masked * (after_attention + width * width + width * config.vocab_size)
+    products += tokens * 2 * config.embedding_neighbors * width * width
     local = sum(config.is_local(layer) for layer in range(layers))
     products += (layers - local) * 2 * width * squared_lengths
     if config.reach is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe import OptimizerConfig, Recipe
 from megabert.kernels.resolve import Implementation, choose_adamw
+from megabert.model.embeddings import NeighborMixing
 from megabert.model.layers import Block
 from megabert.optim.parameter_groups import Groups, decay_groups
 from megabert.training.updates.unsupported_optimizers import why_not_optimizer
@@ -37,11 +38,11 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
 
 
 def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """Return the weight matrices of the encoder's layers; in embeddings and head, rows are tokens."""
+    """Return the weight matrices of the encoder's layers and between neighbors; in tables and head, rows are tokens."""
     return {
         parameter
         for block in model.modules()
-        if isinstance(block, Block)
+        if isinstance(block, (Block, NeighborMixing))
         for parameter in block.parameters()
         if parameter.dim() == 2
     }

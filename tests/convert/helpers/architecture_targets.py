@@ -7,5 +7,6 @@ TARGETS_OF = {
     "rope-mosaicbert": (*EVERYWHERE, "encoder"),
     "modernbert": (*EVERYWHERE, "encoder", "gguf"),
     "roberta": (*EVERYWHERE, "encoder", "gguf"),
+    "neighbors": EVERYWHERE,
     "distilbert": (*EVERYWHERE, "encoder", "gguf"),
 }

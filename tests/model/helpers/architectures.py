@@ -25,6 +25,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "modernbert": MODERNBERT,
     "roberta": BERT | {"position_offset": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
     "distilbert": BERT | {"type_vocab_size": 0, "classifier_activation": "relu", "attention_output_dropout_prob": 0.0},
+    "neighbors": {"embedding_neighbors": 2},
     "electra": BERT | {"classifier_activation": "gelu"},
 }
 

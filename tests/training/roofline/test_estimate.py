@@ -37,6 +37,7 @@ BASE = load_recipe("mosaicbert-base")
         ("geglu", {"norm_bias": False, "norm_position": "pre"}),
         ("gelu", {}),
         ("gelu", {"bias": False}),
+        ("geglu", {"embedding_neighbors": 2}),
         ("gelu", {"position_offset": 2, "type_vocab_size": 1}),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megabert.convert.hf.native import has_bert_layers, is_mosaicbert, native_kind
+from megabert.convert.hf.native import describe_layers, has_bert_layers, is_mosaicbert, native_kind
 from megabert.convert.targets import jina_port
 from megabert.convert.targets.compared_texts import lines_with_ids
 from megabert.convert.targets.llama import gguf_native
@@ -44,7 +44,7 @@ def check(config: MegaBertConfig, tokenizer: dict[str, Any], max_length: int) ->
         types = "" if config.token_types else "no token types and "
         raise ValueError(
             f"--for gguf: llama.cpp computes MosaicBERT, BERT with its like, and ModernBERT, and this model has {types}"
-            f"{config.position}, {config.ffn} and {config.norm_position}-norm layers. Leave gguf out."
+            f"{describe_layers(config)}. Leave gguf out."
         )
     notes = ["it has the encoder only; llama.cpp computes GELU in half precision", *check_vocabulary(tokenizer)]
     if config.hidden_size % BLOCK or config.intermediate_size % BLOCK:
