@@ -15,6 +15,12 @@ from megabert.training.updates.optimizers import parameter_groups
 from tests.model.helpers.small import SMALL, documents, packed, small_model
 
 
+def mixing_of(model: MegaBertForMaskedLM) -> NeighborMixing:
+    mixing = model.bert.embeddings.neighbors
+    assert isinstance(mixing, NeighborMixing)
+    return mixing
+
+
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(-4, 4))
 def test_a_shift_stays_within_the_document(lengths, offset):
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -37,7 +43,7 @@ def test_a_padded_rows_padding_is_no_neighbor():
 
 def test_the_mixture_is_the_formula():
     model = small_model(embedding_neighbors=2)
-    mixing, parts = model.bert.embeddings.neighbors, documents()
+    mixing, parts = mixing_of(model), documents()
     inputs = packed(parts)
     hidden = torch.randn(len(inputs["input_ids"]), SMALL["hidden_size"], dtype=torch.float64)
     got = mixing(hidden, Sequences(inputs["cu_seqlens"], inputs["max_seqlen"]))
@@ -59,7 +65,7 @@ def test_muon_trains_the_maps_but_no_table():
     model = small_model(embedding_neighbors=1)
     groups = parameter_groups(model, OptimizerConfig(name="muon", max_grad_norm=0.0))
     muon = {id(parameter) for parameter in groups[0]["params"]}
-    maps = {id(parameter) for parameter in model.bert.embeddings.neighbors.maps.parameters()}
+    maps = {id(parameter) for parameter in mixing_of(model).maps.parameters()}
     assert maps <= muon
     assert id(model.bert.embeddings.word_embeddings.weight) not in muon
 
@@ -74,7 +80,5 @@ def test_no_class_of_transformers_has_it():
 
 def test_maps_begin_as_the_other_matrices():
     model = MegaBertForMaskedLM(MegaBertConfig(embedding_neighbors=1, num_hidden_layers=1, initializer_range=0.05))
-    mixing = model.bert.embeddings.neighbors
-    assert isinstance(mixing, NeighborMixing)
-    for map_ in mixing.maps:
-        assert map_.weight.std().item() == pytest.approx(0.05, rel=0.02)
+    for weight in mixing_of(model).maps.parameters():
+        assert weight.std().item() == pytest.approx(0.05, rel=0.02)

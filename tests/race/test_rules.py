@@ -11,6 +11,7 @@ import pytest
 import torch
 from race import clock, trials, variants
 from race.clock import Clock, excess_steps
+from race.command import choose_budgets, slope_at
 from race.records import COMMITTED, Records, read_records
 from race.result import why_no_score
 from race.sides.baseline import Baseline
@@ -290,6 +291,32 @@ def test_misses_count():
     assert verdict.p_value == pytest.approx(3 / 20)
     missed = first_to_reach(line, [10, 20], lambda number, budget: values[budget])
     assert (missed.reached, missed.p_value) == (False, 1.0)
+
+
+@pytest.mark.parametrize("enough", [0, 37, 100, 150, 599, 601])
+def test_our_first_budget_is_the_shortest_that_reaches_the_line(enough, track, monkeypatch):
+    """A step takes a second, and the loss is below the line from `enough` of them."""
+    tried: list[int] = []
+
+    def train(wanted):
+        tried.extend(trial.steps for trial in wanted)
+        return [{"loss": 3.0 if trial.steps >= enough else 5.0} for trial in wanted]
+
+    monkeypatch.setattr(Track, "trials", lambda self, wanted: train(wanted))
+    budgets, slope = choose_budgets(track, Ours(), Clock(0.0, 1.0, []), FULL, 4.0)
+    ladder = sorted(FULL.budget_s / share for share in FULL.ladder)
+    assert budgets == [budget for budget in ladder if math.floor(budget) >= enough] or budgets == ladder[-1:]
+    assert len(tried) <= 4
+    assert slope > 0
+
+
+def test_the_slope_is_that_between_the_budgets_around_the_line():
+    losses = {10.0: 6.0, 20.0: 5.0, 40.0: 3.0, 80.0: 2.9}
+    assert slope_at(4.0, losses) == pytest.approx(2 / math.log(2))
+    assert slope_at(9.0, losses) == pytest.approx(1 / math.log(2))
+    assert slope_at(1.0, losses) == pytest.approx(0.1 / math.log(2))
+    assert slope_at(4.0, {10.0: 5.0}) == 1.0
+    assert slope_at(4.0, {10.0: 5.0, 20.0: 5.5}) == 1e-3
 
 
 @pytest.mark.parametrize("plan", [FULL, QUICK])

@@ -1,9 +1,10 @@
 """The command of the race: prepare the texts, search both sides' settings, train the final seeds, print the result."""
 
+import bisect
 import math
 import shutil
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,26 +93,37 @@ def final_trials(track: Track, contender: Contender, steps: int, seeds: Sequence
 def choose_budgets(
     track: Track, ours: Ours, clock_of_ours: Clock, plan: SearchPlan, line: float
 ) -> tuple[list[float], float]:
-    """Fix the budgets to try, by a search seed: the shortest that reaches the line, and all longer ones.
+    """Fix the budgets to try: the shortest that reaches the line with a search seed, and all longer ones.
 
-    Also returns by how many nats the loss falls when the time grows e-fold, between the last two budgets tried.
+    It is found by bisection. Also returns by how many nats the loss falls when the time grows e-fold.
     """
-    budgets = sorted(plan.budget_s / share for share in plan.ladder)
-    tried: list[tuple[float, float]] = []
-    for number, budget in enumerate(budgets):
+    budgets = [plan.budget_s / share for share in plan.ladder]
+    budgets = sorted(budget for budget in budgets if clock_of_ours.steps_in(budget))
+    tried: dict[float, float] = {}
+
+    def reaches(number: int) -> bool:
+        budget = budgets[number]
         steps = clock_of_ours.steps_in(budget)
-        if not steps:
-            continue
-        loss = loss_of(track.trials([Trial(ours, steps, SEARCH_SEEDS[1])])[0])
-        print(f"  search seed, {budget:.0f} s, {steps} steps: loss {loss:.3f}, line {line:.3f}", flush=True)
-        tried.append((budget, loss))
-        if loss <= line and len(tried) > 1:
-            budgets = budgets[number:]
-            break
-    else:
-        budgets = budgets[-1:]
-    (first, before), (last, after) = tried[-2:] if len(tried) > 1 else [(1.0, 1.0), (math.e, 0.0)]
-    return budgets, max(1e-3, (before - after) / math.log(last / first))
+        tried[budget] = loss_of(track.trials([Trial(ours, steps, SEARCH_SEEDS[1])])[0])
+        print(f"  search seed, {budget:.0f} s, {steps} steps: loss {tried[budget]:.3f}, line {line:.3f}", flush=True)
+        return tried[budget] <= line
+
+    # The longest is tried with the final seeds in any case.
+    first = bisect.bisect_left(range(len(budgets) - 1), True, key=reaches)
+    return budgets[first:], slope_at(line, tried)
+
+
+def slope_at(line: float, tried: Mapping[float, float]) -> float:
+    """Return by how many nats the loss falls for an e-fold budget, between the two budgets nearest to the line.
+
+    tried: loss of each budget in seconds. One budget alone has no slope; then 1.
+    """
+    if len(tried) < 2:
+        return 1.0
+    budgets = sorted(tried)
+    after = next((n for n, budget in enumerate(budgets) if tried[budget] <= line), len(budgets) - 1)
+    short, long = budgets[max(0, after - 1)], budgets[max(1, after)]
+    return max(1e-3, (tried[short] - tried[long]) / math.log(long / short))
 
 
 def race(track: Track, plan: SearchPlan, options: Namespace) -> Result:

@@ -35,15 +35,13 @@ def new_file(name: str) -> Path:
 
 def machine() -> dict[str, object]:
     """What the figures were measured on."""
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    of_first = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    cpu = of_first.get("model name", platform.processor())
+    # Clouds call processors of several generations by one name.
+    if "cpu family" in of_first:
+        cpu += f", family {of_first['cpu family']}, model {of_first['model']}"
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
 
 
 def write(figures: dict[str, float], path: Path | None, **more: object) -> None:
