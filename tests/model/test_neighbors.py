@@ -47,17 +47,17 @@ def test_the_mixture_is_the_formula():
     inputs = packed(parts)
     hidden = torch.randn(len(inputs["input_ids"]), SMALL["hidden_size"], dtype=torch.float64)
     got = mixing(hidden, Sequences(inputs["cu_seqlens"], inputs["max_seqlen"]))
-    offsets = (-1, 1, -2, 2)
-    rows = []
+    weights = dict(zip((-1, 1, -2, 2), mixing.maps.parameters(), strict=True))
+    norm, rows = dict(mixing.norm.named_parameters()), []
     for part in hidden.split([len(part) for part in parts]):
         for i in range(len(part)):
             total = part[i].clone()
-            for offset, map_ in zip(offsets, mixing.maps, strict=True):
+            for offset, weight in weights.items():
                 if 0 <= i + offset < len(part):
-                    total += map_.weight @ part[i + offset]
+                    total += weight @ part[i + offset]
             centered = total - total.mean()
             scale = (centered.square().mean() + model.config.layer_norm_eps).rsqrt()
-            rows.append(centered * scale * mixing.norm.weight + mixing.norm.bias)
+            rows.append(centered * scale * norm["weight"] + norm["bias"])
     torch.testing.assert_close(got, torch.stack(rows), rtol=0, atol=1e-12)
 
 
