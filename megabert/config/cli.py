@@ -282,7 +282,7 @@ def run(main: Callable[[], int | None], prog: str, code_of: Callable[[BaseExcept
         sys.exit(main() or 0)
     except (ValueError, OSError) as error:
         # A loader worker's error arrives wrapped in its traceback, whose last line is the error itself.
-        message = explain(error) if isinstance(error, OSError) else str(error)
+        message = explain(error) if isinstance(error, (OSError, UnicodeEncodeError)) else str(error)
         if "Original Traceback" in message:
             message = re.sub(r"^[\w.]*Error: ", "", message.strip().splitlines()[-1])
         sys.stderr.write(f"{prog}: {as_line(redact(name_commands(message)))}\n")

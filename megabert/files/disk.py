@@ -47,8 +47,16 @@ def format_bytes(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
-def explain(error: OSError) -> str:
-    """Describe an error of the system in one line: the file, what is wrong, and the remedy if there is one."""
+def explain(error: OSError | UnicodeEncodeError) -> str:
+    """Describe an error of the system in one line: the file, what is wrong, and the remedy if there is one.
+
+    Some libraries pass only UTF-8 to the system, and fail to encode the name of a file that is no UTF-8.
+    """
+    if isinstance(error, UnicodeEncodeError):
+        name = error.object
+        if "\0" in name or not os.path.lexists(name):
+            return str(error)
+        return f"{name}: its name is not UTF-8, and a library cannot open it. Rename the file or its folder."
     if error.errno == errno.ENOENT and error.filename is None and _current_folder_is_gone():
         return "the folder that the command was started in is gone: change to another one (cd)."
     remedy = REMEDIES.get(error.errno or 0)

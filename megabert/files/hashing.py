@@ -17,7 +17,8 @@ def file_sha256(path: Path) -> str:
 
 def texts_sha256(texts: Iterable[str]) -> str:
     """Return the SHA-256 of some texts in this order, as hexadecimal digits."""
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    # The name of a file may be no UTF-8.
+    return hashlib.sha256("\n".join(texts).encode(errors="surrogatepass")).hexdigest()
 
 
 def json_sha256(value: object) -> str:

@@ -52,7 +52,7 @@ def test_an_output_whose_name_is_not_utf_8_is_refused(capsys, tmp_path):
     out = tmp_path / os.fsdecode(b"caf\xe9")
     out.mkdir()
     (out / "model.safetensors").write_bytes(save({"x": torch.ones(2)}))
-    with pytest.raises(ValueError, match="is not valid UTF-8"):
+    with pytest.raises(ValueError, match="its name is not UTF-8, so safetensors cannot open it"):
         read_weights(out)
     with pytest.raises(SystemExit):
         read_flags(import_hf.Options, "x.py", "", ["x", str(out)])

@@ -123,6 +123,19 @@ def test_our_own_folder_is_imported_unchanged_and_the_launcher_names_what_is_mis
         import_model(tmp_path / "in", tmp_path / "other")
 
 
+def test_a_folder_whose_name_is_no_utf8_is_refused_with_the_remedy(tmp_path):
+    command = [sys.executable, "launch/convert_from_hf.py"]
+    small_model().save_pretrained(tmp_path / "in")
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    (tmp_path / "in").rename(odd)
+    done = run_command([*command, str(odd), str(tmp_path / "out")])
+    assert done.code == 1
+    assert "caf\\udce9/model.safetensors: its name is not UTF-8, so safetensors cannot open it. Rename" in done.output
+    odd.rename(tmp_path / "in")
+    done = run_command([*command, str(tmp_path / "in"), str(tmp_path / "out")])
+    assert done.code == 0, done.output
+
+
 def test_untied_embeddings_in_our_own_folder_are_refused(tmp_path):
     small_model().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

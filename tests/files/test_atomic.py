@@ -194,6 +194,15 @@ def test_an_error_names_the_folder_that_was_asked_for(tmp_path, make, named):
     assert named is None or ".tmp" not in explain(raised.value)
 
 
+def test_an_encoding_error_names_the_file_that_a_library_could_not_open(tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.touch()
+    for text, expected in ((str(odd), f"{odd}: its name is not UTF-8"), ("\0\udce9", "'utf-8' codec can't encode")):
+        with pytest.raises(UnicodeEncodeError) as raised:
+            text.encode()
+        assert explain(raised.value).startswith(expected)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

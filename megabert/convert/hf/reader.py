@@ -214,7 +214,19 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
+        if not _is_utf8(path):
+            raise ValueError(
+                f"{path}: its name is not UTF-8, so safetensors cannot open it. Rename the file or its folder."
+            ) from error
         raise ValueError(f"{path}: damaged: {error}") from error
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        bytes(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
