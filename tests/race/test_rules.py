@@ -208,20 +208,28 @@ def test_the_clock_measures_in_turns_and_other_load_does_not_change_it(tmp_path,
     assert Fake.turns[15:] == ["reference", "c"] * 5, "what has a clock is not measured again"
 
 
-def test_the_finalists_have_rounds_of_their_own(tmp_path):
-    Fake.slowdown, Fake.turns = 3.0, []
+def test_the_finalists_have_rounds_of_their_own(tmp_path, monkeypatch):
+    """They decide how many of our steps are worth one of the baseline's, whose seconds are those of the search."""
+    monkeypatch.setattr(clock, "startup_steps", lambda *_: 4.0)
+    monkeypatch.setattr(clock, "REFERENCE", Fake("reference", 1.0))
     records = Records(tmp_path / "records.jsonl", tmp_path / "committed")
     theirs, mine = Fake("theirs", 1.0), Fake("mine", 0.5)
-    for contender in (theirs, mine):
-        startup = {"profile": clock.profile_of(contender), "steps": 4.0}
-        records.append({"kind": "startup", **clock.place(FakeCorpus()), **startup})
+    Fake.slowdown = 3.0
+    clock.measure([theirs, mine], FakeCorpus(), records)
+    of_search = clock.find(theirs, FakeCorpus(), records)
+    assert of_search is not None
+    Fake.turns, mine.seconds = [], 0.25
     clocks = clock.measure_finalists(theirs, mine, FakeCorpus(), records)
     assert Fake.turns == ["theirs", "mine"] * clock.FINAL_ROUNDS
-    cores = clock.place(FakeCorpus())["cores"]
-    assert clocks == tuple(Clock(4 * s / cores, s / cores, [s] * clock.FINAL_ROUNDS) for s in (1.0, 0.5))
+    assert clocks[0] == of_search._replace(ratios=[1.0] * clock.FINAL_ROUNDS)
+    step = 0.25 * of_search.step_s
+    assert clocks[1] == Clock(4 * step, step, [0.25] * clock.FINAL_ROUNDS)
     again = Records(tmp_path / "records.jsonl", tmp_path / "committed")
     assert clock.measure_finalists(theirs, mine, FakeCorpus(), again) == clocks
     assert len(Fake.turns) == 2 * clock.FINAL_ROUNDS, "what was measured is not measured again"
+    other = Fake("other", 0.5)
+    clock.measure([other], FakeCorpus(), records)
+    assert clock.measure_finalists(theirs, other, FakeCorpus(), records)[0] == clocks[0]
 
 
 def test_a_race_continues_with_the_clock_of_the_machine_that_began_it(tmp_path, monkeypatch):
@@ -236,8 +244,8 @@ def test_a_race_continues_with_the_clock_of_the_machine_that_began_it(tmp_path, 
         clock.measure(contenders, FakeCorpus(), records)
         return [clock.find(each, FakeCorpus(), records) for each in contenders]
 
-    first = measure("slow", 2.0, [mine])
-    assert measure("fast", 1.0, [mine]) == first
+    first = measure("slow", 2.0, [mine, theirs])
+    assert measure("fast", 1.0, [mine, theirs]) == first
     assert Fake.turns == []
     # A new setting is measured where the race continues: a quarter of the fast machine's reference step, which takes
     # 2 s of processor time on two cores of the first machine.

@@ -3,12 +3,12 @@
 Every round times the reference, the baseline's default settings, and then each contender. A contender's step is the
 median over the rounds of its ratio to the reference. The reference's own step is its processor time divided by the
 number of cores. So other load on the machine does not change how many steps a budget buys, as long as it slows both
-alike. The two finalists are measured once more, alone, with more and longer rounds. The start-up, mostly compilation,
-is measured in a new process with an empty cache, as a number of steps of that process. Every start-up and every round
-is a record.
+alike. The ratio of the two finalists is measured once more, with more and longer rounds. The start-up, mostly
+compilation, is measured in a new process with an empty cache, as a number of steps of that process. Every start-up and
+every round is a record.
 
 A race that continues on another machine keeps the clock of the first one, and trains the steps that this clock buys.
-The finalists are timed on one machine.
+The ratio of the finalists is measured on one machine.
 """
 
 import math
@@ -148,36 +148,34 @@ def reference_step(corpus: Corpus, records: Records) -> float:
 
 
 def measure_finalists(theirs: Baseline, mine: Contender, corpus: Corpus, records: Records) -> tuple[Clock, Clock]:
-    """Return the clocks of the baseline and of ours, from rounds of these two on one machine.
+    """Return the clocks of the baseline and of ours, whose ratio comes from rounds of these two on one machine.
 
-    Uses the rounds of the first machine that measured all of them; otherwise measures the missing ones here.
+    Uses the rounds of the first machine that measured all of them; otherwise measures the missing ones here. The
+    baseline's step remains that of the search, so its final trials have as many steps as the one that was selected,
+    and stay valid when another setting of ours becomes a finalist.
     """
     pair = {"kind": "final round", "baseline": profile_of(theirs), "ours": profile_of(mine)}
     complete = (p for p in places(corpus, records, **pair) if len(list(records.find(**pair, **p))) >= FINAL_ROUNDS)
     where = next(complete, place(corpus))
     found = list(records.find(**pair, **where))
     if len(found) < FINAL_ROUNDS:
-        for contender in (theirs, mine):
-            measure_startup(contender, corpus, records)
+        measure_startup(mine, corpus, records)
     while len(found) < FINAL_ROUNDS:
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as scratch:
-            wall, cpu = theirs.reference_step(corpus, FINAL_STEPS, WARM_UP_STEPS, Path(scratch))
+            wall, _ = theirs.reference_step(corpus, FINAL_STEPS, WARM_UP_STEPS, Path(scratch))
             taken = turn(mine, corpus, Path(scratch), FINAL_STEPS)
         print(f"clock: finalists, round {len(found) + 1}: {wall:.3f} s and {taken:.3f} s a step", flush=True)
-        seconds = {"baseline_s": wall, "baseline_cpu_s": cpu, "ours_s": taken}
+        seconds = {"baseline_s": wall, "ours_s": taken}
         found.append(records.append({**pair, **where, "load": load, **seconds}))
     print(f"clock: the finalists were timed on {where['cores']} cores of {where['cpu']}", flush=True)
-    rows = found[:FINAL_ROUNDS]
-    step = statistics.median(row["baseline_cpu_s"] for row in rows) / where["cores"]
-    ratios = [row["ours_s"] / row["baseline_s"] for row in rows]
-    clocks = []
-    for contender, each in ((theirs, [1.0] * FINAL_ROUNDS), (mine, ratios)):
-        startup = records.last(kind="startup", profile=profile_of(contender), **where)
-        assert startup is not None, "it is measured before the rounds"
-        step_s = statistics.median(each) * step
-        clocks.append(Clock(startup["steps"] * step_s, step_s, each))
-    return clocks[0], clocks[1]
+    base = find(theirs, corpus, records)
+    startup = records.last(kind="startup", profile=profile_of(mine), **where)
+    assert base is not None, "the search has measured it"
+    assert startup is not None, "it is measured before the rounds"
+    ratios = [row["ours_s"] / row["baseline_s"] for row in found[:FINAL_ROUNDS]]
+    step = statistics.median(ratios) * base.step_s
+    return base._replace(ratios=[1.0] * FINAL_ROUNDS), Clock(startup["steps"] * step, step, ratios)
 
 
 def turn(contender: Contender, corpus: Corpus, scratch: Path, steps: int = STEPS) -> float:
