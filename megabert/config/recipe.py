@@ -37,7 +37,7 @@ class OptimizerConfig:
     """The optimizer and the learning-rate schedule."""
 
     name: Literal["adamw", "muon", "stable_adamw"] = "adamw"
-    """muon: Muon for the encoder's matrices, AdamW for the rest; stable_adamw: AdamW with smaller steps of
+    """muon: Muon for the matrices of linear maps, AdamW for the rest; stable_adamw: AdamW with smaller steps of
     parameters whose update would be large"""
     lr: float = setting(5e-4, "(0, 10]", may_branch=True)
     """peak learning rate"""

@@ -48,15 +48,14 @@ def test_every_parameter_lands_in_one_group():
     assert len(whole["params"]) == len(list(model.parameters()))
 
 
-def test_muon_gets_the_matrices_of_the_encoder_and_no_other():
+def test_muon_gets_the_matrices_of_linear_maps_and_no_other():
     model = small_model()
     muon, decaying, rest = parameter_groups(model, OptimizerConfig(name="muon"))
     layer = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
     expected = {f"bert.encoder.layers.{i}.{name}.weight" for i in range(2) for name in layer}
-    assert names_of(muon, model) == expected
+    assert names_of(muon, model) == expected | {"transform.dense.weight"}
     assert muon_matrices(model) == set(muon["params"])
-    embeddings = {f"bert.embeddings.{name}_embeddings.weight" for name in ("word", "token_type")}
-    assert names_of(decaying, model) == embeddings | {"transform.dense.weight"}
+    assert names_of(decaying, model) == {f"bert.embeddings.{name}_embeddings.weight" for name in ("word", "token_type")}
     assert not any(p.dim() > 1 for p in rest["params"])
 
 
