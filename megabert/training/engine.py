@@ -22,6 +22,7 @@ from megabert.training.distributed.deepspeed_compat import (
     gate_optimizer_step,
     install_norm_reader,
     optimizer_partitions,
+    skip_compiler_of_muon_on_cpus,
     skip_reduction_of_one_rank,
 )
 from megabert.training.distributed.heartbeat import watch_compiler
@@ -81,6 +82,8 @@ def build_engine(
     ds_config: the plan's, or the plan's with what loading a universal checkpoint needs.
     """
     config = plan.recipe.optimizer
+    if config.name == "muon":
+        skip_compiler_of_muon_on_cpus()
     # On a CPU PyTorch's is as fast as DeepSpeed's CPUAdam (6 ms for 12 M parameters), which compiles for 44 s first.
     optimizer = plan.optimizer.make(
         parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0

@@ -69,6 +69,7 @@ TRAPS = {
         f"{COMPAT} convert_to_universal, and checkpointing/universal.py",
     ),
     "universal_load_at_stage_3": ({"weight_decay": [0.5, 0.5], "steps": 1}, f"{COMPAT} repair_universal_load"),
+    "compiles_muon": (True, f"{COMPAT} skip_compiler_of_muon_on_cpus"),
     "fragments_keep_graphs": ([True, True], f"{COMPAT} free_accumulators"),
     "gathered_after_load": (True, f"{COMPAT} partition_after_load"),
 }

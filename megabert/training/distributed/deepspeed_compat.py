@@ -8,6 +8,7 @@ function.
 
 import contextlib
 import copyreg
+import functools
 import glob
 import io
 import math
@@ -210,6 +211,25 @@ def reduce_once(engine: deepspeed.DeepSpeedEngine, gradients: list[torch.Tensor]
             pass
     elif engine.enable_backward_allreduce:
         engine.allreduce_gradients()
+
+
+@functools.cache
+def skip_compiler_of_muon_on_cpus() -> None:
+    """Let DeepSpeed's compiled function of Muon run without torch.compile on CPU tensors, at all ZeRO stages.
+
+    There the compiler takes as long as some twenty steps of a small model, and nearly all of the function's time is in
+    matrix products, which it does not change. Canary: compiles_muon.
+    """
+    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+
+    compiled = original_muon.muon_update
+
+    def muon_update(grad: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        stance = torch.compiler.set_stance("force_eager") if grad.is_cpu else contextlib.nullcontext()
+        with stance:
+            return compiled(grad, *arguments, **options)
+
+    original_muon.muon_update = muon_optimizer.muon_update = muon_update
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -41,7 +41,8 @@ def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
     AdamW trains the embeddings, one of which is the decoder's: their rows are tokens. With the map before the decoder
     in AdamW's hands a small model needs about a quarter more steps (tests/benchmarks/race/README.md).
     """
-    return {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    maps = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return {parameter for map_ in maps for parameter in map_.parameters() if parameter.dim() == 2}
 
 
 def peak_lr(group: dict[str, Any], config: OptimizerConfig) -> float:

@@ -18,6 +18,7 @@ import deepspeed.comm.comm
 import torch
 from deepspeed.runtime.torch_autocast import get_comm_dtype
 from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.runtime.zero.muon.original_muon import muon_update
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
 from megabert.training.distributed.deepspeed_compat import convert_to_universal
@@ -361,6 +362,7 @@ def main() -> None:
     found = {
         "shm_comm_by_default": COMPATIBLE_BY_DEFAULT,
         "bf16_at_stage_0": bf16_at_stage_0(),
+        "compiles_muon": hasattr(muon_update, "_torchdynamo_orig_callable"),
         "deprecated_collectives": deprecated_collectives(),
         "all_gather_is_an_attribute": all_gather_is_an_attribute(),
         "nan_at_stage_0": nan_at_stage(0),

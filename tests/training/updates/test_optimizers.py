@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe import OptimizerConfig
 from megabert.convert.deepspeed_checkpoint import read_checkpoint
+from megabert.training.distributed.deepspeed_compat import skip_compiler_of_muon_on_cpus
 from megabert.training.run_schedule import lr_factor
 from megabert.training.telemetry.reporter import read_metrics
 from megabert.training.updates.optimizers import (
@@ -288,6 +290,14 @@ def test_muon_orthogonalizes_at_stage_0_and_leaves_the_rest_to_adamw():
         else:
             # Adam's first step.
             assert change.abs().median() == pytest.approx(1e-3, rel=0.02), name
+
+
+def test_muon_on_a_cpu_compiles_nothing():
+    skip_compiler_of_muon_on_cpus()
+    torch._dynamo.reset()
+    counters.clear()
+    test_muon_orthogonalizes_at_stage_0_and_leaves_the_rest_to_adamw()
+    assert not counters["frames"]
 
 
 @pytest.mark.parametrize(

@@ -102,10 +102,13 @@ def our_grid(quick: bool) -> list[Ours]:
     grid: list[dict[str, Any]] = [
         mixed,
         mixed | {"optimizer.lr": 2e-3},
+        mixed | {"optimizer.lr": 8e-3},
+        mixed | {"optimizer.muon_lr": 0.014},
         mixed | {"model.embedding_neighbors": 1},
         mixed | {"data.micro_batch_tokens": 2048},
         mixed | {"model.intermediate_size": 1024},
-        muon | {"optimizer.lr": 2e-3},
+        mixed | {"optimizer.name": "adamw", "optimizer.lr": 2e-3, "data.micro_batch_tokens": 2048},
+        muon,
     ]
     return [Ours(changes) for changes in grid]
 
