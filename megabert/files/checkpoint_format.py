@@ -10,7 +10,7 @@ checkpoints/step-00000250/              exists only when complete
 
 format_version of state.json counts changes of all files but streams.json. 1: files without this key, see
 `_from_version_1`. 2: without max_documents. 3: without time_table. 4: batches_per_step was step_batches, and no
-schedule_start_seconds.
+schedule_start_seconds. 5: AdamW trained the map before the decoder in a run with Muon.
 """
 
 import contextlib
@@ -31,7 +31,9 @@ STATE = "state.json"
 STREAMS = "streams.json"
 TAG = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
+# Before this version Muon's parameter groups were others.
+FIRST_MUON_VERSION = 6
 # The format of streams.json, {"format": 5, "streams": {NUMBER: POSITION}}. Formats 1, without the key "format", to 4
 # are of other orders of the documents.
 STREAMS_FORMAT = 5
@@ -189,7 +191,7 @@ def _from_version_1(raw: dict[str, Any]) -> dict[str, Any]:
     state = {RENAMED.get(key, key): value for key, value in state.items()}
     ds_config = raw.get("ds_config")
     zero = ds_config.get("zero_optimization") if isinstance(ds_config, dict) else None
-    return state | {"zero_stage": zero.get("stage", 0) if isinstance(zero, dict) else 0}
+    return state | {"zero_stage": zero.get("stage", 0) if isinstance(zero, dict) else 0, "format_version": 1}
 
 
 def check_streams_format(raw: dict[str, Any], where: str, new_pass: bool = False) -> int:

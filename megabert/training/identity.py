@@ -7,7 +7,7 @@ from typing import Any
 from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe import Recipe, default_settings, may_change_at_branch, may_change_at_resume
 from megabert.config.settings import flatten
-from megabert.files.checkpoint_format import State
+from megabert.files.checkpoint_format import FIRST_MUON_VERSION, State
 
 # ZeRO stages that partition the optimizer state alike: a run may resume at one of them from a checkpoint of the other.
 SAME_SHARDS = {1, 2}
@@ -123,7 +123,7 @@ def check_same_run(path: Path, state: State, current: RunIdentity, corpus: str) 
             f"they are {current.batches_per_step} and {current.total_steps}. Use as many ranks as before, or set "
             "data.global_batch_tokens to a number."
         )
-    _check_engine(path, saved, current)
+    _check_engine(path, state, saved, current)
 
 
 def check_branch(path: Path, state: State, current: RunIdentity, corpus: str) -> None:
@@ -162,7 +162,7 @@ def check_branch(path: Path, state: State, current: RunIdentity, corpus: str) ->
             f"run.branch_from {path}: has used {state.wall_seconds / 3600:.3g} hours already, and this run has "
             f"{hours:g}. Set run.max_hours to more: it counts the time before the branch, too."
         )
-    _check_engine(path, saved, current)
+    _check_engine(path, state, saved, current)
 
 
 def _check_corpus(path: Path, state: State, corpus: str) -> None:
@@ -209,8 +209,13 @@ def _other_ways(path: Path, changed: list[str]) -> str:
     return f"choose another --run.output_dir, {NEW_RUN}"
 
 
-def _check_engine(path: Path, saved: RunIdentity, current: RunIdentity) -> None:
+def _check_engine(path: Path, state: State, saved: RunIdentity, current: RunIdentity) -> None:
     """Raise ValueError if the weights or the optimizer state cannot be loaded, or mean something else here."""
+    if current.settings["optimizer.name"] == "muon" and state.format_version < FIRST_MUON_VERSION:
+        raise ValueError(
+            f"{path}: was written by an earlier version of megabert, whose Muon did not train the map before the "
+            f"decoder. Finish the run with the version that began it, or {NEW_RUN}."
+        )
     if saved.optimizer_source != current.optimizer_source:
         raise ValueError(
             f"{path}: was written with the optimizer of {saved.optimizer_source}, whose state the optimizer of "

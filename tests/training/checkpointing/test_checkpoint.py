@@ -209,6 +209,17 @@ def test_muon_above_stage_0_resumes_on_as_many_ranks_only():
         check(recipe, state, world_size=4)
 
 
+def test_muon_of_an_earlier_version_is_refused():
+    recipe = Recipe(run=RunConfig(max_steps=10), optimizer=OptimizerConfig(name="muon", max_grad_norm=0.0))
+    state = dataclasses.replace(STATE, recipe=recipe.to_dict(), format_version=5)
+    message = "whose Muon did not train the map before the decoder. Finish the run with the version that began it, or"
+    with pytest.raises(ValueError, match=message):
+        check(recipe, state)
+    with pytest.raises(ValueError, match=message):
+        check_branch(layout.Path("trunk"), state, RunIdentity.of_checkpoint(state), state.corpus)
+    check(state=dataclasses.replace(STATE, format_version=5))
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A complete checkpoint of three files."""
@@ -288,7 +299,9 @@ VERSION_1 = {
 
 def test_a_state_of_version_1_is_read(folder):
     (folder / layout.STATE).write_text(json.dumps(VERSION_1 | {"heldout_loss": 2.5, "used": 60.0, "slowest": 2.0}))
-    assert layout.read_state(folder) == dataclasses.replace(STATE, rolled_back_bins=[(4, 6)], heldout_loss=2.5)
+    assert layout.read_state(folder) == dataclasses.replace(
+        STATE, rolled_back_bins=[(4, 6)], heldout_loss=2.5, format_version=1
+    )
     (folder / layout.STATE).write_text(json.dumps(VERSION_1))
     state = layout.read_state(folder)
     assert (state.zero_stage, state.wall_seconds, state.max_step_seconds, state.heldout_loss) == (2, 0.0, 0.0, None)
@@ -306,10 +319,10 @@ def test_a_state_of_version_2_is_read_and_does_not_say_how_many_documents_a_bin_
     assert (state.max_documents, state.time_table) == ({32: 19}, [0, 4, 8])
 
 
-@pytest.mark.parametrize("version", [6, 0, "2", None])
+@pytest.mark.parametrize("version", [7, 0, "2", None])
 def test_a_state_of_an_unknown_version_is_refused(folder, version):
     write_state(folder, format_version=version)
-    with pytest.raises(ValueError, match=r"reads versions 1 to 5. Use the MegaBERT that wrote this checkpoint"):
+    with pytest.raises(ValueError, match=r"reads versions 1 to 6. Use the MegaBERT that wrote this checkpoint"):
         layout.read_state(folder)
 
 
