@@ -55,8 +55,10 @@ def plan_windows(
         return Window(head_dim**-0.5, mask, (-slopes[:, None, None] * distance).to(dtype)[None])
 
     def attend(qkv: Tensor, dropout_p: float) -> Tensor:
-        window = window_for(qkv.shape[0], qkv.dtype)
-        return WindowAttention.apply(qkv, window, dropout_p) if qkv.numel() else qkv[:, 0]
+        # Without tokens there are no blocks to plan.
+        if not qkv.numel():
+            return qkv[:, 0]
+        return WindowAttention.apply(qkv, window_for(qkv.shape[0], qkv.dtype), dropout_p)
 
     return attend
 

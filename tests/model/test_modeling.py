@@ -96,6 +96,19 @@ class Selections(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize(
+    "changes", [{}, {"embedding_neighbors": 2}, {"local_attention_window": 4, "global_attention_every": 2}]
+)
+def test_a_batch_without_a_token_gives_zeros(rows, changes):
+    inputs = padded(documents()[:rows] or documents())
+    inputs = {name: values[:rows] for name, values in inputs.items()}
+    inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
+    logits = small_model(**changes)(**inputs).logits
+    assert logits.shape == (*inputs["input_ids"].shape, 60)
+    assert not logits.any()
+
+
 def test_the_padded_baseline_copies_no_layers_states_for_nobody():
     """Copies of every layer's states once took 8 % of the memory of a step of bert-base."""
     counts = []
