@@ -81,6 +81,10 @@ def operations(model: ModelConfig, vocab_size: int, batch: Batch, execution: Exe
     attention = step_flops(config, slots, last, slots * batch.attended) - products
     vocabulary = 3 * 2 * masked * (width * width + width * vocab_size)
     products -= 3 * 2 * last * (width * width + width * vocab_size)
+    # The maps of neighbors are computed before the layers, and with run.fp8 not in FP8.
+    maps = 2 * model.embedding_neighbors
+    mixing = 3 * 2 * slots * maps * width * width
+    products -= mixing
     up = 2 * inner if gated else inner
     weights = layers * weights_of_maps(model)
     stream = 4 if model.layer_norm_dtype == "float32" else size
@@ -97,6 +101,9 @@ def operations(model: ModelConfig, vocab_size: int, batch: Batch, execution: Exe
     return [
         Operation(name="layers' products", flops=products, moved_bytes=each * (operands + weights), fp8=fp8),
         Operation(name="casts to FP8", moved_bytes=casts),
+        Operation(
+            name="neighbors' products", flops=mixing, moved_bytes=3 * size * maps * width * (2 * slots + width)
+        ),
         Operation(
             name="vocabulary and loss", flops=vocabulary,
             moved_bytes=4 * size * masked * vocab_size + 40 * vocab_size * width

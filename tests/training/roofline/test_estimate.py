@@ -250,6 +250,19 @@ def test_attention_of_local_layers_sees_a_window():
     assert attention(windowed, 1290) == pytest.approx(attention(everywhere, 1290) * (8 + 14 / 10) / 22)
 
 
+def test_the_maps_of_neighbors_are_not_in_fp8():
+    """As in kernels/fp8.py, which converts the layers only."""
+    batch = Batch(slots=1000, tokens=1000.0, masked=300.0, attended=100.0)
+    mixed = dataclasses.replace(BASE.model, embedding_neighbors=2)
+    plain, found = (
+        {each.name: each for each in operations(model, 30528, batch, Execution(fp8=True))}
+        for model in (BASE.model, mixed)
+    )
+    assert found["layers' products"] == plain["layers' products"]
+    assert found["neighbors' products"].flops == 6 * 1000 * 4 * 768**2
+    assert not found["neighbors' products"].fp8
+
+
 def test_fp8_pays_for_wide_layers_and_is_refused_where_there_is_none():
     def speed(name, card, fp8, stage=1):
         recipe = load_recipe(name, run={"fp8": fp8})
