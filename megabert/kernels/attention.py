@@ -7,7 +7,7 @@ gradients (5 products); a longer one takes a sweep for dq and a sweep for dk and
 Philox's, drawn again in the backward pass.
 
 qkv: (T, 3, H, D), out: (T, H, D), D of 16, 32, 64 or 128; cu_seqlens as in model/padding.py; ALiBi as in
-model/alibi.py. Let s be the bytes per number, and N(L) = ceil(L / rows) and K(L) = ceil(L / columns) a document's
+model/ops.py. Let s be the bytes per number, and N(L) = ceil(L / rows) and K(L) = ceil(L / columns) a document's
 tiles, whose sizes are in tile_of. For each head, a document of L tokens moves:
     forward   L * (2D * s + 4) + N(L) * L * 2D * s      q and out, lse; then k and v for every tile
     backward  L * (8D * s + 4)                          up to 128 tokens: qkv, out, dout, lse; dqkv

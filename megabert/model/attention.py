@@ -25,10 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .alibi import alibi_bias
 from .buckets import MAX_SCORES, Bucket, exact_buckets, invert, plan_buckets, token_slots
 from .configuration_megabert import MegaBertConfig
-from .ops import dropout
+from .ops import alibi_bias, dropout
 from .padding import Sequences
 from .windows import plan_windows
 

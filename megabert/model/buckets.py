@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .alibi import alibi_bias
-from .ops import upcast
+from .ops import alibi_bias, upcast
 
 # Limit on the elements of a bucket's explicit (documents, H, L, L) scores (64 MiB of fp32): attention memory then grows
 # with tokens, not with the number of documents of one length times its square.

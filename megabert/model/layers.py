@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .alibi import alibi_slopes
 from .attention import Attend, Planner, plan_as_configured
 from .configuration_megabert import MegaBertConfig
 from .inputs import in_one_graph
-from .ops import TORCH_OPS, MaskedLoss, Ops, dropout, rope_table
+from .ops import TORCH_OPS, MaskedLoss, Ops, alibi_slopes, dropout, rope_table
 from .padding import Sequences, Tokens, as_rows, row_slots, spread
 
 # (hidden, residual): the input of a layer's products, and what their result is added to. Both hold the same values;

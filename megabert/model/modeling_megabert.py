@@ -20,7 +20,6 @@ from transformers.modeling_outputs import (
 from transformers.utils import ModelOutput
 
 # All files of this folder are imported here: of an exported folder, transformers 4 caches only what this file imports.
-from .alibi import alibi_slopes  # noqa: F401
 from .attention import PLANNERS
 from .buckets import plan_buckets  # noqa: F401
 from .configuration_megabert import MegaBertConfig

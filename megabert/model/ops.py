@@ -3,6 +3,7 @@
 Shapes as in layers.py. Nothing here depends on the device; kernels/resolve.py chooses the implementation that runs.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -184,3 +185,24 @@ TORCH_OPS = Ops(
     embed_layer_norm=embed_layer_norm,
     masked_cross_entropy=masked_cross_entropy,
 )
+
+
+def alibi_slopes(num_heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ALiBi's slopes (H,): 2^(-8/n), 2^(-16/n), ... for n a power of two.
+
+    Source: https://arxiv.org/abs/2108.12409; symmetric here: -slope_h * |i - j| is added to the scaled scores.
+
+    For any other n: the slopes of the next lower power of two, then every other slope of the next higher one, as in the
+    authors' code.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-8 * (2 * i + 1) / (2 * power)) for i in range(num_heads - power)]
+    return torch.tensor(slopes, dtype=dtype)
+
+
+def alibi_bias(slopes: Tensor, length: int, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+    """Return -slope_h * |i - j| of shape (1, H, L, L), or only its rows i in `rows`."""
+    position = torch.arange(length, device=slopes.device)
+    distance = (position[rows, None] - position[None, :]).abs()
+    return (-slopes[:, None, None] * distance).to(dtype)[None]

@@ -26,9 +26,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from megabert.config.recipe_parser import load_recipe
 from megabert.kernels.resolve import inspect_machine, torch_ops, triton_ops
-from megabert.model.alibi import alibi_slopes
 from megabert.model.attention import PLANNERS, Planner
-from megabert.model.ops import Ops
+from megabert.model.ops import Ops, alibi_slopes
 from megabert.model.padding import Sequences
 from megabert.training.roofline.estimate import predict_recipe
 from megabert.training.roofline.work import ATTENTION, ATTENTION_FALL, ROWS, Operation

@@ -157,7 +157,7 @@ HEADS = [(16, 0.1), (32, 0.1), (64, 0.0), (64, 0.1), (128, 0.0), (128, 0.1)]
 )
 def test_attention(capability, head_dim, dropout_p, max_seqlen):
     from megabert.kernels.attention import plan_triton
-    from megabert.model.alibi import alibi_slopes
+    from megabert.model.ops import alibi_slopes
     from megabert.model.padding import Sequences
 
     sequences = Sequences(torch.tensor([0, 40, 64], dtype=torch.int32), max_seqlen)

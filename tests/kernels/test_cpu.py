@@ -13,9 +13,9 @@ from megabert.kernels.cpu.compiled import Dropout, draw_dropout, drop
 from megabert.kernels.cpu.rotate import rotate
 from megabert.kernels.resolve import RECOMPILE_LIMIT
 from megabert.model import buckets, ops
-from megabert.model.alibi import alibi_slopes
 from megabert.model.attention import PLANNERS
 from megabert.model.layers import set_ops
+from megabert.model.ops import alibi_slopes
 from megabert.model.padding import Sequences
 from tests.helpers.cases import cases
 from tests.kernels.helpers.cpu_operations import CASES, LABELS, NORM, ids, normal, results

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from megabert.kernels.resolve import inspect_machine, resolve, torch_ops
-from megabert.model.alibi import alibi_slopes
 from megabert.model.attention import PLANNERS, plan_eager
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.layers import set_ops
 from megabert.model.modeling_megabert import MegaBertForMaskedLM
-from megabert.model.ops import rope_table
+from megabert.model.ops import alibi_slopes, rope_table
 from megabert.model.padding import Sequences
 from tests.kernels.helpers.yardstick import assert_as_good, error, results
 

@@ -22,10 +22,9 @@ from megabert.kernels.resolve import (
     why_not_flash,
     why_not_triton,
 )
-from megabert.model.alibi import alibi_slopes
 from megabert.model.attention import PLANNERS
 from megabert.model.configuration_megabert import MegaBertConfig
-from megabert.model.ops import TORCH_OPS, Ops
+from megabert.model.ops import TORCH_OPS, Ops, alibi_slopes
 from megabert.model.padding import Sequences
 from tests.helpers.runs import REPOSITORY
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabert.model import attention, buckets
-from megabert.model.alibi import alibi_slopes
 from megabert.model.buckets import bucket_layout, exact_buckets, near_buckets, token_slots
+from megabert.model.ops import alibi_slopes
 from megabert.model.padding import Sequences
 
 LENGTHS = st.lists(st.integers(0, 700), max_size=40)

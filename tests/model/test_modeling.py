@@ -7,7 +7,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithFlattening
 
-from megabert.model.alibi import alibi_slopes
 from megabert.model.configuration_megabert import MegaBertConfig
 from megabert.model.modeling_megabert import (
     MegaBertForMaskedLM,
@@ -16,7 +15,7 @@ from megabert.model.modeling_megabert import (
     MegaBertForTokenClassification,
     MegaBertModel,
 )
-from megabert.model.ops import MaskedLoss
+from megabert.model.ops import MaskedLoss, alibi_slopes
 from tests.model.helpers import reference
 from tests.model.helpers.architectures import ARCHITECTURES, architectures
 from tests.model.helpers.small import SMALL, documents, packed, padded, small_model

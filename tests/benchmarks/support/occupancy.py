@@ -18,7 +18,7 @@ from megabert.kernels.cross_entropy import in_chunks
 from megabert.kernels.embed_layer_norm import embed_layer_norm
 from megabert.kernels.geglu import geglu
 from megabert.kernels.rotate import rotate
-from megabert.model.alibi import alibi_slopes
+from megabert.model.ops import alibi_slopes
 from megabert.model.padding import Sequences
 from tests.kernels.helpers.aot import Launch, compile_for, recorded, resident_programs
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from megabert.convert.targets import jina_port
-from megabert.model.alibi import alibi_slopes
 from megabert.model.modeling_megabert import MegaBertModel
+from megabert.model.ops import alibi_slopes
 from tests.convert.helpers.folders import damages_of_server_files, edit_json
 
 

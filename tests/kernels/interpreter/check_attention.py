@@ -7,8 +7,8 @@ import torch
 
 from megabert.kernels import attention as kernels
 from megabert.kernels.dropout import draw_seed
-from megabert.model.alibi import alibi_slopes
 from megabert.model.attention import plan_eager
+from megabert.model.ops import alibi_slopes
 from megabert.model.padding import Sequences
 from tests.helpers.cases import cases
 from tests.kernels.helpers import interpreter
