@@ -217,7 +217,7 @@ def reduce_once(engine: deepspeed.DeepSpeedEngine, gradients: list[torch.Tensor]
 def skip_compiler_of_muon_on_cpus() -> None:
     """Let DeepSpeed's compiled function of Muon run without torch.compile on CPU tensors, at all ZeRO stages.
 
-    There the compiler takes as long as some twenty steps of a small model, and nearly all of the function's time is in
+    There the compiler takes as long as many steps of a small model, and nearly all of the function's time is in
     matrix products, which it does not change. Canary: compiles_muon.
     """
     from deepspeed.runtime.zero.muon import muon_optimizer, original_muon

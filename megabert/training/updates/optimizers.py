@@ -39,7 +39,7 @@ def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
     """Return the matrices of the linear maps: in layers, between neighbors and before the decoder.
 
     AdamW trains the embeddings, one of which is the decoder's: their rows are tokens. If it trains the map before the
-    decoder, too, the race's model of 4 layers and 256 features needs about a quarter more steps.
+    decoder, too, a small model learns more slowly.
     """
     maps = (module for module in model.modules() if isinstance(module, nn.Linear))
     return {parameter for map_ in maps for parameter in map_.parameters() if parameter.dim() == 2}
