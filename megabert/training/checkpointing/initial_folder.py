@@ -20,17 +20,21 @@ MODEL_TYPE = "megabert"
 SAME_SETTINGS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "position", "rope_theta",
     "local_rope_theta", "norm_position", "bias", "norm_bias", "type_vocab_size", "global_attention_every",
-    "local_attention_window", "ffn", "layer_norm_eps", "position_offset",
-    "embedding_neighbors",
+    "local_attention_window", "ffn", "layer_norm_eps", "position_offset", "embedding_neighbors",
 )  # fmt: skip
+# Settings that folders of older versions lack, with the values that their models have: MegaBertConfig's defaults.
+LATER_SETTINGS = {"position_offset": 0, "embedding_neighbors": 0}
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """Return its config.json. Raises ValueError unless launch/convert_from_hf.py or convert_to_hf.py wrote it."""
+    """Return its config.json, with the settings that an older version did not write.
+
+    Raises ValueError unless launch/convert_from_hf.py or convert_to_hf.py wrote it.
+    """
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if config.get("model_type") != MODEL_TYPE:
         raise ValueError(f"model.init_from {folder}: is not a MegaBERT folder. {_how_to_convert(folder)}")
-    return config
+    return LATER_SETTINGS | config
 
 
 def _how_to_convert(folder: Path) -> str:

@@ -21,6 +21,8 @@ from megabert.data.shards.tokenizer import read_tokenizer
 from megabert.files import checkpoint_format as layout
 from megabert.files import hashing
 from megabert.files.checkpoint_format import State
+from megabert.model.configuration_megabert import MegaBertConfig
+from megabert.training.checkpointing.initial_folder import LATER_SETTINGS
 from megabert.training.corpora import open_corpora
 from megabert.training.micro_batch.memory import Memory, num_weights
 from megabert.training.roofline.dry_run import Checks, Finding, dry_run
@@ -307,6 +309,17 @@ def test_initial_weights_are_of_this_architecture_and_vocabulary(start: Attempt,
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(corpus.tokens / "tokenizer.json", folder)
     check_advice(attempt, "hidden_size is 64 in its config.json, 32 in this recipe", tmp_path)
+    (folder / "config.json").write_text('{"model_type": "megabert"}')
+    check_advice(
+        attempt.plus("--model.embedding_neighbors=2"),
+        "embedding_neighbors is 0 in its config.json, 2 in this recipe",
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("name", LATER_SETTINGS)
+def test_what_an_older_folder_lacks_is_read_as_the_model_reads_it(name):
+    assert LATER_SETTINGS[name] == getattr(MegaBertConfig(), name)
 
 
 def test_no_room_and_no_right_to_write_are_refused(start: Attempt, tmp_path, monkeypatch):
