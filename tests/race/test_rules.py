@@ -11,13 +11,10 @@ import pytest
 import torch
 from race import clock, trials, variants
 from race.clock import Clock, excess_steps
-from race.command import choose_budgets, slope_at
 from race.records import COMMITTED, Records, read_records
-from race.result import why_no_score
 from race.sides.baseline import Baseline
 from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, SHAPES, baseline_grid, open_ours, our_grid
 from race.sides.ours import DS_CONFIG, Ours
-from race.significance import Line, beats, first_to_reach, permutation_p, ratio_interval
 from race.texts.corpora import HeldOutRow
 from race.trials import Track, Trial
 
@@ -272,61 +269,6 @@ def test_a_clock_that_was_killed_goes_on_with_the_next_round(tmp_path, monkeypat
     assert [row["kind"] for row in again.rows] == ["startup"] + ["round"] * 5
 
 
-def test_permutation_p_counts_splits():
-    assert permutation_p([1, 2, 3], [4, 5, 6]) == 1 / 20
-    assert permutation_p([4, 5, 6], [1, 2, 3]) == 1.0
-    assert permutation_p([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]) == 1 / math.comb(10, 5) < 0.01
-    assert permutation_p([2.0], [2.0]) == 1.0
-
-
-def test_the_interval_comes_from_seeds_and_rounds():
-    assert ratio_interval([4.0] * 5, [4.0] * 5, 3.0, 1.0, [2.0] * 5) == pytest.approx((3.0, 3.0))
-    # A mean that is 0.7 nats better, at 1 nat for a time e times as long, means a ratio e^0.7 times as large.
-    assert ratio_interval([4.7] * 5, [4.0] * 5, 3.0, 1.0, [2.0] * 5) == pytest.approx((3 * math.exp(0.7),) * 2)
-    seeds = ratio_interval([4.0, 4.1, 3.9], [4.0, 4.1, 3.9], 3.0, 1.0, [2.0] * 5)
-    # The mean of 3 of these values has a standard deviation of 0.0471.
-    assert seeds == pytest.approx([3 * math.exp(sign * 1.96 * 0.0471 * 2**0.5) for sign in (-1, 1)], rel=0.04)
-    low, high = ratio_interval([4.0] * 3, [4.0] * 3, 3.0, 1.0, [1.5, 2.0, 2.5])
-    assert (low, high) == pytest.approx((3 * 0.75, 3 * 1.25))
-
-
-def test_misses_count():
-    line = Line([4.0, 4.1, 4.2])
-    values: dict[float, list[float]] = {10: [5.0] * 3, 20: [4.11] * 3, 30: [3.0, 3.1, 3.2], 40: [1.0] * 3}
-    verdict = first_to_reach(line, sorted(values), lambda number, budget: values[budget])
-    assert [attempt.budget_s for attempt in verdict.attempts] == [10, 20, 30]
-    assert verdict.reached
-    assert verdict.p_value == pytest.approx(3 / 20)
-    missed = first_to_reach(line, [10, 20], lambda number, budget: values[budget])
-    assert (missed.reached, missed.p_value) == (False, 1.0)
-
-
-@pytest.mark.parametrize("enough", [0, 37, 100, 150, 599, 601])
-def test_our_first_budget_is_the_shortest_that_reaches_the_line(enough, track, monkeypatch):
-    """A step takes a second, and the loss is below the line from `enough` of them."""
-    tried: list[int] = []
-
-    def train(wanted):
-        tried.extend(trial.steps for trial in wanted)
-        return [{"loss": 3.0 if trial.steps >= enough else 5.0} for trial in wanted]
-
-    monkeypatch.setattr(Track, "trials", lambda self, wanted: train(wanted))
-    budgets, slope = choose_budgets(track, Ours(), Clock(0.0, 1.0, []), FULL, 4.0)
-    ladder = sorted(FULL.budget_s / share for share in FULL.ladder)
-    assert budgets == [budget for budget in ladder if math.floor(budget) >= enough] or budgets == ladder[-1:]
-    assert len(tried) <= 4
-    assert slope > 0
-
-
-def test_the_slope_is_that_between_the_budgets_around_the_line():
-    losses = {10.0: 6.0, 20.0: 5.0, 40.0: 3.0, 80.0: 2.9}
-    assert slope_at(4.0, losses) == pytest.approx(2 / math.log(2))
-    assert slope_at(9.0, losses) == pytest.approx(1 / math.log(2))
-    assert slope_at(1.0, losses) == pytest.approx(0.1 / math.log(2))
-    assert slope_at(4.0, {10.0: 5.0}) == 1.0
-    assert slope_at(4.0, {10.0: 5.0, 20.0: 5.5}) == 1e-3
-
-
 @pytest.mark.parametrize("plan", [FULL, QUICK])
 def test_no_seed_is_used_for_two_purposes(plan):
     used = [SEARCH_SEEDS, *(plan.final_seeds(attempt) for attempt in range(1 + len(plan.ladder)))]
@@ -382,16 +324,3 @@ def test_the_ablation_changes_one_thing_at_a_time():
     assert recipe.masking.mlm_probability == 0.3
     table = variants.as_table({"BERT": [variants.Point(600.0, 4.5, 0.01, 0.7512, 0.004)]}, FULL)
     assert table.splitlines()[-1] == "| BERT | 4.500, std 0.010 | 75.12, std 0.40 |"
-
-
-def test_the_score_line_counts_only_where_pretraining_shows(track):
-    twins = [0.5, 0.51, 0.49, 0.5, 0.5]
-    near = [{"scores": [0.5], "random_twin": [twin]} for twin in twins]
-    far = [{"scores": [0.6, 0.62], "random_twin": [twin]} for twin in twins]
-    assert why_no_score(track, far) == "a task has no data"
-    scored = Track(track.corpus, track.records, track.out, ["a task"], 0)
-    assert "is not 3 standard errors above its random twin's 0.500 (5 seeds)" in str(why_no_score(scored, near))
-    assert why_no_score(scored, far) is None
-    assert "(1 seeds)" in str(why_no_score(scored, far[:1]))
-    assert beats([1.0, 1.2], [0.0, 0.2], 3.0)
-    assert not beats([1.0, 1.2], [0.8, 1.0], 3.0)

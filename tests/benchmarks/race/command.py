@@ -1,9 +1,9 @@
 """The command of the race: prepare the texts, search both sides' settings, train the final seeds, print the result."""
 
 import bisect
+import functools
 import math
 import shutil
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -92,10 +92,10 @@ def final_trials(track: Track, contender: Contender, steps: int, seeds: Sequence
 
 def choose_budgets(
     track: Track, ours: Ours, clock_of_ours: Clock, plan: SearchPlan, line: float
-) -> tuple[list[float], float]:
+) -> tuple[list[float], float | None]:
     """Fix the budgets to try: the shortest that reaches the line with a search seed, and all longer ones.
 
-    It is found by bisection. Also returns by how many nats the loss falls when the time grows e-fold.
+    It is found by bisection. Also returns by how many nats the loss falls when the time grows e-fold, or None.
     """
     budgets = [plan.budget_s / share for share in plan.ladder]
     budgets = sorted(budget for budget in budgets if clock_of_ours.steps_in(budget))
@@ -113,17 +113,18 @@ def choose_budgets(
     return budgets[first:], slope_at(line, tried)
 
 
-def slope_at(line: float, tried: Mapping[float, float]) -> float:
+def slope_at(line: float, tried: Mapping[float, float]) -> float | None:
     """Return by how many nats the loss falls for an e-fold budget, between the two budgets nearest to the line.
 
-    tried: loss of each budget in seconds. One budget alone has no slope; then 1.
+    tried: loss of each budget in seconds. None if there is one budget alone, or if the longer one is not better.
     """
     if len(tried) < 2:
-        return 1.0
+        return None
     budgets = sorted(tried)
     after = next((n for n, budget in enumerate(budgets) if tried[budget] <= line), len(budgets) - 1)
     short, long = budgets[max(0, after - 1)], budgets[max(1, after)]
-    return max(1e-3, (tried[short] - tried[long]) / math.log(long / short))
+    slope = (tried[short] - tried[long]) / math.log(long / short)
+    return slope if slope > 0 else None
 
 
 def race(track: Track, plan: SearchPlan, options: Namespace) -> Result:
@@ -132,13 +133,12 @@ def race(track: Track, plan: SearchPlan, options: Namespace) -> Result:
     ours = best_of_ours(track, plan, options.quick, options.kind)
     clocks = clock.measure_finalists(baseline, ours, track.corpus, track.records)
     finals = final_trials(track, baseline, clocks[0].steps_in(plan.budget_s), plan.final_seeds(0))
-    line = statistics.mean(map(loss_of, finals))
-    budgets, slope = choose_budgets(track, ours, clocks[1], plan, line)
 
     def attempt(number: int, budget: float) -> list[dict[str, Any]]:
         return final_trials(track, ours, clocks[1].steps_in(budget), plan.final_seeds(1 + number))
 
-    return compare(track, (baseline, finals), (ours, attempt), clocks, budgets, slope)
+    choose = functools.partial(choose_budgets, track, ours, clocks[1], plan)
+    return compare(track, (baseline, finals), (ours, attempt), clocks, choose)
 
 
 @contextmanager
@@ -189,6 +189,7 @@ def figures_of(results: Sequence[Result], kind: str, plan: SearchPlan) -> dict[s
     losses = [result.loss_speedup for result in results]
     scores = [result.score_speedup for result in results if result.score_speedup is not None]
     figures[f"{name}_loss_speedup"] = min(losses)
+    figures[f"{name}_record_speedup"] = min(result.record_speedup for result in results)
     if scores:
         figures[f"{name}_score_speedup"] = min(scores)
     return figures

@@ -57,9 +57,19 @@ def first_to_reach(line: Line, budgets: Sequence[float], run: Callable[[int, flo
         attempts.append(Attempt(budget, run(number, budget)))
         if line.is_reached(attempts[-1].values):
             break
+    return judge(line, attempts)
+
+
+def judge(line: Line, attempts: list[Attempt]) -> Verdict:
+    """Return what the last of these attempts shows."""
     last = attempts[-1].values
     p_value = min(1.0, permutation_p(last, line.baseline) * len(attempts))
     return Verdict(attempts, line.is_reached(last), p_value)
+
+
+def lowest_p(seeds: int, attempts: int) -> float:
+    """Return the p-value of an attempt whose every seed beats every seed of the baseline, after so many attempts."""
+    return attempts / math.comb(2 * seeds, seeds)
 
 
 def ratio_interval(
@@ -75,7 +85,7 @@ def ratio_interval(
     def means(values: Sequence[float]) -> np.ndarray:
         return rng.choice(np.array(values), (RESAMPLES, len(values))).mean(axis=1)
 
-    gained = (means(baseline) - means(ours)) / max(nats_per_e, 1e-9)
+    gained = (means(baseline) - means(ours)) / nats_per_e
     clocks = np.median(rng.choice(np.array(step_ratios), (RESAMPLES, len(step_ratios))), axis=1)
     logs = math.log(ratio) + gained + np.log(clocks / np.median(step_ratios))
     low, high = np.exp(np.quantile(logs, [0.025, 0.975]))
