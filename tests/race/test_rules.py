@@ -116,6 +116,14 @@ def test_a_search_goes_on_where_it_was_killed(track, tmp_path):
     assert [(loss, contender.name) for loss, contender in ranked] == [(97.0, "a"), (98.0, "b")]
 
 
+def test_a_search_ends_when_one_setting_is_left(track):
+    contenders = [Fake(name) for name in "dabc"]
+    ranked = trials.halve(track, contenders, [3, 6, 12])
+    assert ranked[0] == (97.0, contenders[1])
+    assert [steps for contender in contenders for _, steps, _ in contender.trained] == [4] * 4
+    assert trials.halve(track, [Fake("e")], [3, 6])[0][0] == 101.0, "a search of one setting has its loss"
+
+
 def test_a_setting_that_fails_is_recorded_as_the_worst(track):
     ranked = trials.halve(track, [Fake("broken"), Fake("a")], [3])
     assert [loss for loss, _ in ranked] == [97.0, math.inf]

@@ -161,11 +161,14 @@ def loss_of(record: dict[str, Any]) -> float:
 def halve(track: Track, contenders: Sequence[Any_], budgets: Sequence[float]) -> list[tuple[float, Any_]]:
     """Train all settings for the first budget, the best quarter for the second, and so on.
 
-    Each training's schedule ends at its own budget. Returns the losses and settings of the last budget, the best first.
+    It ends when one setting is left. Each training's schedule ends at its own budget. Returns the losses and settings
+    of the last budget, the best first.
     """
     ranked: list[tuple[float, Any_]] = []
     left = list(contenders)
     for number, budget in enumerate(budgets):
+        if number and len(left) == 1:
+            break
         rung = [Trial(each, track.clock(each).steps_in(budget), SEARCH_SEEDS[0]) for each in left]
         records = iter(track.trials([trial for trial in rung if trial.steps]))
         losses = [loss_of(next(records)) if trial.steps else math.inf for trial in rung]
