@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from race import clock, scoring
 from race.clock import Clock, Contender
 from race.records import COMMITTED, Records
-from race.result import Result, compare, print_result
+from race.result import Result, compare, print_result, why_no_score
 from race.sides.baseline import Baseline
 from race.sides.grids import FULL, QUICK, SEARCH_SEEDS, SearchPlan, baseline_grid, open_baselines, open_ours, our_grid
 from race.sides.ours import Ours
@@ -85,9 +85,11 @@ def search(track: Track, grid: Sequence[Any], plan: SearchPlan, rungs: Sequence[
     return halve(track, grid, [plan.budget_s / rung for rung in rungs])[0][1]
 
 
-def final_trials(track: Track, contender: Contender, steps: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Train the seeds of one attempt, with fine-tuning."""
-    return track.trials([Trial(contender, steps, seed, scored=bool(track.tasks)) for seed in seeds])
+def final_trials(
+    track: Track, contender: Contender, steps: int, seeds: Sequence[int], scored: bool
+) -> list[dict[str, Any]]:
+    """Train the seeds of one attempt. scored: fine-tune too."""
+    return track.trials([Trial(contender, steps, seed, scored) for seed in seeds])
 
 
 def choose_budgets(
@@ -132,10 +134,12 @@ def race(track: Track, plan: SearchPlan, options: Namespace) -> Result:
     baseline = best_baseline(track, plan, options.quick, options.kind)
     ours = best_of_ours(track, plan, options.quick, options.kind)
     clocks = clock.measure_finalists(baseline, ours, track.corpus, track.records)
-    finals = final_trials(track, baseline, clocks[0].steps_in(plan.budget_s), plan.final_seeds(0))
+    finals = final_trials(track, baseline, clocks[0].steps_in(plan.budget_s), plan.final_seeds(0), bool(track.tasks))
+    # Fine-tuning takes longer than our training, and shows nothing where the score line does not count.
+    scored = why_no_score(track, finals) is None
 
     def attempt(number: int, budget: float) -> list[dict[str, Any]]:
-        return final_trials(track, ours, clocks[1].steps_in(budget), plan.final_seeds(1 + number))
+        return final_trials(track, ours, clocks[1].steps_in(budget), plan.final_seeds(1 + number), scored)
 
     choose = functools.partial(choose_budgets, track, ours, clocks[1], plan)
     return compare(track, (baseline, finals), (ours, attempt), clocks, choose)

@@ -56,7 +56,7 @@ def best_rate(track: Track, settings: Mapping[str, Any], plan: SearchPlan, rates
 
 
 def point(track: Track, ours: Ours, budget_s: float, seeds: range) -> Point:
-    records = command.final_trials(track, ours, track.clock(ours).steps_in(budget_s), seeds)
+    records = command.final_trials(track, ours, track.clock(ours).steps_in(budget_s), seeds, bool(track.tasks))
     losses, scores = [loss_of(record) for record in records], [mean_score(record) for record in records]
     spread = statistics.stdev if len(seeds) > 1 else lambda _: 0.0
     has_scores = bool(track.tasks)
