@@ -31,9 +31,9 @@ STATE = "state.json"
 STREAMS = "streams.json"
 TAG = re.compile(r"step-(\d{8,})")
 TEMPORARY = ".tmp-"
-FORMAT_VERSION = 6
-# Before this version Muon's parameter groups were others.
-FIRST_MUON_VERSION = 6
+FORMAT_VERSION = 7
+# Before this version Muon had other parameter groups, and at ZeRO 0 another implementation.
+FIRST_MUON_VERSION = 7
 # The format of streams.json, {"format": 5, "streams": {NUMBER: POSITION}}. Formats 1, without the key "format", to 4
 # are of other orders of the documents.
 STREAMS_FORMAT = 5

@@ -82,7 +82,7 @@ def build_engine(
     ds_config: the plan's, or the plan's with what loading a universal checkpoint needs.
     """
     config = plan.recipe.optimizer
-    if config.name == "muon":
+    if config.name == "muon" and ds_config.zero_stage > 0:
         skip_compiler_of_muon_on_cpus()
     # On a CPU PyTorch's is as fast as DeepSpeed's CPUAdam (6 ms for 12 M parameters), which compiles for 44 s first.
     optimizer = plan.optimizer.make(

@@ -213,8 +213,8 @@ def _check_engine(path: Path, state: State, saved: RunIdentity, current: RunIden
     """Raise ValueError if the weights or the optimizer state cannot be loaded, or mean something else here."""
     if current.settings["optimizer.name"] == "muon" and state.format_version < FIRST_MUON_VERSION:
         raise ValueError(
-            f"{path}: was written by an earlier version of megabert, whose Muon did not train the map before the "
-            f"decoder. Finish the run with the version that began it, or {NEW_RUN}."
+            f"{path}: was written by an earlier version of megabert, whose Muon took other steps. Finish the run with "
+            f"the version that began it, or {NEW_RUN}."
         )
     if saved.optimizer_source != current.optimizer_source:
         raise ValueError(

@@ -1,6 +1,6 @@
 """DeepSpeed's traps that MegaBERT avoids: a test that fails shows that DeepSpeed has changed and a workaround can go.
 
-The traps of Muon are in updates/test_optimizers.py.
+The traps of Muon are in updates/test_muon.py.
 """
 
 import ast

@@ -10,6 +10,7 @@ from megabert.config.ds_config import ResolvedDsConfig
 from megabert.config.recipe import OptimizerConfig, Recipe
 from megabert.kernels.resolve import Implementation, choose_adamw
 from megabert.optim.parameter_groups import Groups, decay_groups
+from megabert.training.updates.muon import Muon
 from megabert.training.updates.unsupported_optimizers import why_not_optimizer
 
 
@@ -17,6 +18,8 @@ def choose_optimizer(recipe: Recipe, ds_config: ResolvedDsConfig, device: torch.
     """Choose the optimizer's implementation. Raises ValueError if it would train wrongly under this ds_config."""
     if reason := why_not_optimizer(recipe.optimizer, ds_config):
         raise ValueError(reason)
+    if recipe.optimizer.name == "muon" and ds_config.zero_stage == 0:
+        return Implementation(Muon, "MegaBERT", "DeepSpeed's orthogonalizes one matrix after another")
     if recipe.optimizer.name == "muon":
         return Implementation(make_muon, "DeepSpeed", "with PyTorch's AdamW for all but the encoder's matrices")
     if recipe.optimizer.name == "stable_adamw":
@@ -53,10 +56,9 @@ def peak_lr(group: dict[str, Any], config: OptimizerConfig) -> float:
 def make_muon(
     groups: Groups, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Make DeepSpeed's Muon (https://kellerjordan.github.io/posts/muon/).
+    """Make DeepSpeed's Muon, for which ZeRO orthogonalizes the updates.
 
-    At stage 0 step() orthogonalizes the updates; above, ZeRO does. Newton-Schulz runs in its standard form, in bf16.
-    Momentum 0.95, with Nesterov.
+    Newton-Schulz runs in its standard form, in bf16. Momentum 0.95, with Nesterov.
     """
     # Imported here because the import compiles kernels.
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam

@@ -211,13 +211,13 @@ def test_muon_above_stage_0_resumes_on_as_many_ranks_only():
 
 def test_muon_of_an_earlier_version_is_refused():
     recipe = Recipe(run=RunConfig(max_steps=10), optimizer=OptimizerConfig(name="muon", max_grad_norm=0.0))
-    state = dataclasses.replace(STATE, recipe=recipe.to_dict(), format_version=5)
-    message = "whose Muon did not train the map before the decoder. Finish the run with the version that began it, or"
+    state = dataclasses.replace(STATE, recipe=recipe.to_dict(), format_version=6)
+    message = "whose Muon took other steps. Finish the run with the version that began it, or"
     with pytest.raises(ValueError, match=message):
         check(recipe, state)
     with pytest.raises(ValueError, match=message):
         check_branch(layout.Path("trunk"), state, RunIdentity.of_checkpoint(state), state.corpus)
-    check(state=dataclasses.replace(STATE, format_version=5))
+    check(state=dataclasses.replace(STATE, format_version=6))
 
 
 @pytest.fixture
