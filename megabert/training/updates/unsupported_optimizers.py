@@ -14,10 +14,10 @@ def why_not_optimizer(config: OptimizerConfig, ds_config: ResolvedDsConfig) -> s
         )
     if config.name != "muon":
         return None
-    if config.max_grad_norm:
+    if config.max_grad_norm and stage > 0:
         return (
             f"optimizer.max_grad_norm is {config.max_grad_norm}, but with Muon ZeRO clips the orthogonalized updates "
-            "instead of the gradients. Set optimizer.max_grad_norm 0."
+            "instead of the gradients. Set optimizer.max_grad_norm 0, or use ZeRO 0."
         )
     if stage == 3 and ds_config.reduce_scatter:
         return "Muon at ZeRO 3 needs whole gradients. Set zero_optimization.reduce_scatter false in the ds_config."

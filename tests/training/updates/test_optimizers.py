@@ -199,7 +199,7 @@ def test_weight_decay_equals_composers(name):
             {"stage": 2, "offload_optimizer": {"device": "cpu"}},
             "an offloaded optimizer cannot. Remove zero_optimization.offload_optimizer, or use optimizer.name adamw",
         ),
-        ({"name": "muon"}, {"stage": 2}, "max_grad_norm is 1.0, but with Muon ZeRO clips the orthogonalized updates"),
+        ({"name": "muon"}, {"stage": 2}, "Set optimizer.max_grad_norm 0, or use ZeRO 0."),
         ({"name": "muon", "max_grad_norm": 0.0}, {"stage": 3}, "zero_optimization.reduce_scatter false"),
         (
             {"name": "muon", "max_grad_norm": 0.0},
@@ -218,6 +218,7 @@ def test_optimizers_that_train_rightly_are_not_refused():
         assert why_not_optimizer(OptimizerConfig(name="muon", max_grad_norm=0.0), zero) is None
         assert why_not_optimizer(OptimizerConfig(), zero) is None
         assert why_not_optimizer(OptimizerConfig(name="stable_adamw"), zero) is None
+    assert why_not_optimizer(OptimizerConfig(name="muon", max_grad_norm=1.0), ResolvedDsConfig({})) is None
 
 
 # Compiling Newton-Schulz takes seconds in every process, and these tests need milliseconds of it.
@@ -255,10 +256,11 @@ def test_muon_takes_equal_steps_at_every_stage_and_resumes(corpus, tmp_path, pat
     change = matrices(tmp_path / "2", 4) - matrices(tmp_path / "2", 2)
     # An orthogonal step of 32 x 32 moves each number by lr / sqrt(32); the last two steps have 60 and 30 % of the peak.
     assert change.square().mean().sqrt() == pytest.approx(0.9 * 0.02 * 32**-0.5, rel=0.5)
-    for stage in "03":
+    # Rounding in bf16 makes 2 to 10 % of the change, depending on how the CPU multiplies. Stage 0 rounds other numbers,
+    # and where the singular values of a gradient are near 0, rounding makes their directions.
+    for stage, most in (("3", 0.2), ("0", 0.5)):
         apart = matrices(tmp_path / stage, 4) - matrices(tmp_path / "2", 4)
-        # Rounding in bf16 makes 2 to 10 % of the change, depending on how the CPU multiplies.
-        assert apart.norm() < 0.2 * change.norm()
+        assert apart.norm() < most * change.norm()
     for stage in (0, 2):
         middle, again = tmp_path / f"{stage}/checkpoints/step-00000002", tmp_path / f"again-{stage}"
         train(corpus, again, stage, *muon, f"--run.resume={middle}", patch=patch)
