@@ -19,7 +19,7 @@ class Muon(torch.optim.Optimizer):
 
     A matrix's update is the momentum of its gradients, with Nesterov, orthogonalized by Newton-Schulz and multiplied by
     sqrt(max(1, rows / columns)). DeepSpeed's MuonWithAuxAdam takes the same steps to rounding, one matrix after
-    another. In small models most of its time goes into calling the operations, of which this class needs a fifth.
+    another. In small models most of its time goes into calling the operations, of which this class needs fewer.
 
     For ZeRO 0 only: above, ZeRO holds slices of flattened matrices.
     """
@@ -34,17 +34,14 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if group["use_muon"]:
-                for matrices in _of_equal_shape(group["params"]):
-                    self._update(matrices, group["lr"], group["weight_decay"])
         # Loading a checkpoint replaces both.
         self.adamw.param_groups, self.adamw.state = self._groups_of_adamw(), self.state
-        self.adamw.step()
+        # It calls the closure, which computes the gradients of all groups.
+        loss = self.adamw.step(closure)
+        for group in self.param_groups:
+            if group["use_muon"]:
+                for matrices in _by_shape(group["params"]):
+                    self._update(matrices, group["lr"], group["weight_decay"])
         return loss
 
     def _update(self, matrices: list[Tensor], lr: float, weight_decay: float) -> None:
@@ -65,7 +62,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(matrices, list(updates), alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
-def _of_equal_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
+def _by_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
     """Group the matrices that have a gradient by shape."""
     groups: dict[torch.Size, list[Tensor]] = {}
     for parameter in parameters:
@@ -75,7 +72,7 @@ def _of_equal_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Move the singular values of each matrix to between 0.5 and 1.5, by five steps of Newton-Schulz.
+    """Bring the singular values of each matrix near 1 (0.5 to 1.5), by five steps of Newton-Schulz.
 
     matrices: (n, rows, columns). dtype: of the products. Returns a tensor of the shape and dtype of matrices.
     """
