@@ -199,7 +199,12 @@ def test_weight_decay_equals_composers(name):
             {"stage": 2, "offload_optimizer": {"device": "cpu"}},
             "an offloaded optimizer cannot. Remove zero_optimization.offload_optimizer, or use optimizer.name adamw",
         ),
-        ({"name": "muon"}, {"stage": 2}, "Set optimizer.max_grad_norm 0, or use ZeRO 0."),
+        (
+            {"name": "muon"},
+            {"stage": 2},
+            "max_grad_norm is 1.0, but with Muon ZeRO clips the orthogonalized updates instead of the gradients. Set "
+            "optimizer.max_grad_norm 0, or use ZeRO 0.",
+        ),
         ({"name": "muon", "max_grad_norm": 0.0}, {"stage": 3}, "zero_optimization.reduce_scatter false"),
         (
             {"name": "muon", "max_grad_norm": 0.0},
@@ -252,7 +257,8 @@ def test_muon_takes_equal_steps_at_every_stage_and_resumes(corpus, tmp_path, pat
     muon = ["--optimizer.name=muon", "--optimizer.max_grad_norm=0", "--run.max_steps=4", "--run.save_every_steps=2"]
     two = train(corpus, tmp_path / "2", 2, *muon, patch=patch)
     assert train(corpus, tmp_path / "3", 3, *muon, ranks=2, patch=patch) == pytest.approx(two, rel=1e-3)
-    assert train(corpus, tmp_path / "0", 0, *muon, patch=patch) == pytest.approx(two, rel=1e-3)
+    zero = train(corpus, tmp_path / "0", 0, *muon, patch=patch)
+    assert zero == pytest.approx(two, rel=1e-3)
     change = matrices(tmp_path / "2", 4) - matrices(tmp_path / "2", 2)
     # An orthogonal step of 32 x 32 moves each number by lr / sqrt(32); the last two steps have 60 and 30 % of the peak.
     assert change.square().mean().sqrt() == pytest.approx(0.9 * 0.02 * 32**-0.5, rel=0.5)
@@ -261,9 +267,9 @@ def test_muon_takes_equal_steps_at_every_stage_and_resumes(corpus, tmp_path, pat
     for stage, most in (("3", 0.2), ("0", 0.5)):
         apart = matrices(tmp_path / stage, 4) - matrices(tmp_path / "2", 4)
         assert apart.norm() < most * change.norm()
-    for stage in (0, 2):
+    for stage, losses in ((0, zero), (2, two)):
         middle, again = tmp_path / f"{stage}/checkpoints/step-00000002", tmp_path / f"again-{stage}"
-        train(corpus, again, stage, *muon, f"--run.resume={middle}", patch=patch)
+        assert train(corpus, again, stage, *muon, f"--run.resume={middle}", patch=patch) == losses[2:]
         assert torch.equal(matrices(again, 4), matrices(tmp_path / f"{stage}", 4))
 
 
