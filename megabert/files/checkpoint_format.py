@@ -10,7 +10,8 @@ checkpoints/step-00000250/              exists only when complete
 
 format_version of state.json counts changes of all files but streams.json. 1: files without this key, see
 `_from_version_1`. 2: without max_documents. 3: without time_table. 4: batches_per_step was step_batches, and no
-schedule_start_seconds. 5: AdamW trained the map before the decoder in a run with Muon.
+schedule_start_seconds. 5: AdamW trained the map before the decoder in a run with Muon. 6: Muon at ZeRO 0 was
+DeepSpeed's.
 """
 
 import contextlib

@@ -21,7 +21,7 @@ def choose_optimizer(recipe: Recipe, ds_config: ResolvedDsConfig, device: torch.
     if recipe.optimizer.name == "muon" and ds_config.zero_stage == 0:
         return Implementation(Muon, "MegaBERT", "DeepSpeed's orthogonalizes one matrix after another")
     if recipe.optimizer.name == "muon":
-        return Implementation(make_muon, "DeepSpeed", "with PyTorch's AdamW for all but the encoder's matrices")
+        return Implementation(make_muon, "DeepSpeed", "with PyTorch's AdamW for all but the matrices of linear maps")
     if recipe.optimizer.name == "stable_adamw":
         return Implementation(StableAdamW, "MegaBERT", "PyTorch has none")
     return choose_adamw(recipe.run.ops, device, ds_config.offloads_optimizer, ds_config.zero_stage)
